@@ -62,9 +62,11 @@ template <class Shape, u32 Run, class Inner> struct Raw {
     static constexpr u32 run = Run;
 };
 
-// How a kernel is cut. Planes: of a thread block, if a warp takes a plane.
-template <u32 Planes> struct Cut {
+// How a kernel is cut. Planes: of a thread block, if a warp takes a plane. Windowed: exponents are
+// counted in registers, if all count.
+template <u32 Planes, bool Windowed = true> struct Cut {
     static constexpr u32 planes = Planes;
+    static constexpr bool windowed = Windowed;
 };
 
 // `Copy` with a word for each unit: 1 if a plane of it did not fit into its slot (packing), or if a
@@ -141,18 +143,20 @@ __device__ __forceinline__ void join(u32 rest, u32 exponents, u32& x, u32& y) {
     y = choose(low, high, 0x7362);
 }
 
-// Four codes in the nibbles of the low half -> four exponents from a table of up to 16 bytes.
+// Four bytes of a table of 16, by the nibbles of the low half of a word.
+__device__ __forceinline__ u32 look_up(const Wide& table, u32 nibbles) {
+    const u32 which = nibbles & 0x7777u;
+    const u32 upper = nibbles & 0x8888u;
+    const u32 low = choose(table.part[0], table.part[1], which);
+    const u32 high = choose(table.part[2], table.part[3], which);
+    // 255 where bit 3 of a nibble is set: nibble 9 repeats the sign of byte 1.
+    return merge(choose(0x00008000u, 0, upper | upper >> 3), high, low);
+}
+
+// Four codes in the nibbles of the low half -> four exponents.
 template <int Bits> __device__ __forceinline__ u32 exponents_of(const Wide& table, u32 codes) {
-    if constexpr (Bits == 3) {
-        return choose(table.part[0], table.part[1], codes & 0xffffu);
-    } else {
-        const u32 which = codes & 0x7777u;
-        const u32 upper = codes & 0x8888u;
-        const u32 low = choose(table.part[0], table.part[1], which);
-        const u32 high = choose(table.part[2], table.part[3], which);
-        // 255 where bit 3 of a code is set: nibble 9 repeats the sign of byte 1.
-        return merge(choose(0x00008000u, 0, upper | upper >> 3), high, low);
-    }
+    if constexpr (Bits == 3) return choose(table.part[0], table.part[1], codes & 0xffffu);
+    else return look_up(table, codes);
 }
 
 // One bit in each nibble whose code is an escape.
@@ -205,14 +209,40 @@ __device__ __forceinline__ bool plane_addresses(
     return true;
 }
 
+// Prefetch what a warp of a later plane reads. `ahead` is in planes of the copy; 0: nothing.
+template <class F, class R, class Outer, bool Packs, class Src, class Dst>
+__device__ __forceinline__ void fetch_plane_ahead(
+    const CopyOf<Src, Dst>& copy, u32 item, u32 warp, u32 lane) {
+    typedef typename R::inner Inner;
+    if (!copy.ahead) return;
+    const u32 later = item + copy.ahead;
+    u32 number;
+    bool bad = false;
+    if (later >= copy.units * Outer::product
+        || !number_of<Src>(copy.from, copy.start + later / Outer::product, number, bad))
+        return;
+    // A line of 128 bytes for each lane.
+    const u32 line = warp * 32 + lane;
+    if constexpr (Packs) {
+        char* const from = address_of<Src, Outer, Inner>(
+            copy.from, copy.src, copy.src_table, number, later % Outer::product, 0);
+        if (line * 8 < F::vectors) prefetch(raw_vector<F, R>(from, copy.src, line * 8));
+    } else {
+        char* const from = address_of<Src, Outer, Extents<>>(
+            copy.from, copy.src, copy.src_table, number, later % Outer::product, 0);
+        if (line * 128 < F::slot) prefetch(from + line * 128);
+    }
+}
+
 // --- packing --------------------------------------------------------------------------------------
 
 // What the threads of a plane share.
 template <class F> struct Shared {
-    u32 counts[256];
-    u32 ranked[32];     // count << 8 | exponent
-    u8 codes[256];      // of each exponent
+    alignas(16) u32 counts[256];
+    alignas(16) u32 ranked[32];         // count << 8 | exponent
+    alignas(16) u8 codes[256];          // of each exponent
     alignas(16) u8 table[16];
+    alignas(16) u8 near[F::warps][16];  // codes of the exponents of a window
     u32 escapes[F::warps];
 };
 
@@ -290,6 +320,205 @@ __device__ __forceinline__ void count_sample(
     }
 }
 
+// The exponents of a warp relative to the top of a window: in each nibble `top` - exponent, or 15 if
+// that is not in 0..14 (the exponent is far). Nibble 2 k has value k of a vector, nibble 2 k + 1 has
+// value k + 4.
+struct Window {
+    u32 top;
+    u32 places[ROUNDS];
+
+    // Choose the top by a sample, of one vector a lane: its largest exponent, unless few lanes have
+    // much larger ones than others. The table does not depend on the choice.
+    template <class F> __device__ __forceinline__ void choose_top(const Wide& sample) {
+        u32 largest = 0;
+        PORTAKV_UNROLL
+        for (u32 part = 0; part < 4; ++part) {
+            const u32 high = sample.part[part] >> 23 & 255;
+            const u32 low = sample.part[part] >> 7 & 255;
+            largest = high > largest ? high : largest;
+            largest = low > largest ? low : largest;
+        }
+        top = __reduce_max_sync(ALL, largest);
+        const u32 least = __reduce_min_sync(ALL, largest ? largest : 255) + 7;
+        top = top < least ? top : least;
+    }
+    __device__ __forceinline__ u32 relative(u32 exponents) const {
+        constexpr u32 high = 0x80808080u;
+        const u32 all = top * 0x01010101u;
+        // Subtract in each byte.
+        const u32 apart = ((all | high) - (exponents & ~high)) ^ ((all ^ ~exponents) & high);
+        const u32 beyond = ((apart >> 4 & 0x0f0f0f0fu) + 0x0f0f0f0fu) & 0x10101010u;
+        return (apart | (beyond - (beyond >> 4))) & 0x0f0f0f0fu;
+    }
+    // The values that are far, as a bit in each nibble.
+    __device__ __forceinline__ u32 far(u32 round) const { return escapes_in<4>(places[round]); }
+
+    static __device__ __forceinline__ u32 value_of(u32 bit) { return bit / 8 + (bit & 4); }
+
+    // For the first 15 lanes the number of values in the warp that are so far below the top; for
+    // lane 15 the number of far ones. For the others 0.
+    __device__ __forceinline__ u32 counts(u32 lane) const {
+        u32 slices[2][4];
+        PORTAKV_UNROLL
+        for (u32 half = 0; half < 2; ++half) slice(&places[4 * half], slices[half]);
+        u32 own = 0;
+        PORTAKV_UNROLL
+        for (u32 pair = 0; pair < 8; ++pair) {
+            const u32 two = matches(slices, 2 * pair) | matches(slices, 2 * pair + 1) << 16;
+            const u32 sum = __reduce_add_sync(ALL, two);
+            if (lane / 2 == pair) own = sum;
+        }
+        return lane & 1 ? own >> 16 : own & 0xffffu;
+    }
+    // Bit b of the nibbles of four words as one word.
+    static __device__ __forceinline__ void slice(const u32* words, u32 (&bits)[4]) {
+        constexpr u32 one = 0x55555555u, two = 0x33333333u;
+        const u32 even0 = merge(one, words[0], words[1] << 1);
+        const u32 odd0 = merge(one, words[0] >> 1, words[1]);
+        const u32 even1 = merge(one, words[2], words[3] << 1);
+        const u32 odd1 = merge(one, words[2] >> 1, words[3]);
+        bits[0] = merge(two, even0, even1 << 2);
+        bits[1] = merge(two, odd0, odd1 << 2);
+        bits[2] = merge(two, even0 >> 2, even1);
+        bits[3] = merge(two, odd0 >> 2, odd1);
+    }
+    static __device__ __forceinline__ u32 matches(const u32 (&slices)[2][4], u32 place) {
+        u32 sum = 0;
+        PORTAKV_UNROLL
+        for (u32 half = 0; half < 2; ++half) {
+            u32 all = ALL;
+            PORTAKV_UNROLL
+            for (u32 bit = 0; bit < 4; ++bit)
+                all &= place >> bit & 1 ? slices[half][bit] : ~slices[half][bit];
+            sum += __popc(all);
+        }
+        return sum;
+    }
+};
+
+// The codes of eight values of a window, in nibbles in the order of the values.
+__device__ __forceinline__ u32 near_codes(const Wide& table, u32 places) {
+    const u32 first = look_up(table, places);
+    const u32 second = look_up(table, places >> 16);
+    return choose(first, second, 0x5140) | choose(first, second, 0x7362) << 4;
+}
+
+template <class F> __device__ __forceinline__ void clear_counts(Shared<F>& shared, u32 thread) {
+    for (u32 at = thread; at < 256; at += F::warps * 32) shared.counts[at] = 0;
+    for (u32 at = thread; at < 64; at += F::warps * 32)
+        ((u32*)shared.codes)[at] = F::escape * 0x01010101u;
+}
+
+// Set the codes of a window and the table, if all values of the plane are in it: one warp.
+template <class F>
+__device__ __forceinline__ void rank_window(Shared<F>& shared, u32 top, u32 count, u32 lane) {
+    const u32 key = lane < 15 && count ? count << 8 | (top - lane) : 0;
+    if (lane < 16) {
+        shared.ranked[lane] = key;
+        shared.table[lane] = 0;
+    }
+    __syncwarp();
+    u32 rank = 0;
+    PORTAKV_UNROLL
+    for (u32 four = 0; four < 4; ++four) {
+        const Wide keys = ((const Wide*)shared.ranked)[four];
+        PORTAKV_UNROLL
+        for (u32 nth = 0; nth < 4; ++nth) rank += keys.part[nth] > key;
+    }
+    const bool coded = key && rank < F::escape;
+    if (coded) shared.table[rank] = (u8)key;
+    if (lane < 16) shared.near[0][lane] = coded ? (u8)rank : (u8)F::escape;
+    __syncwarp();
+}
+
+// Set the codes of a window and the table from all counts of a plane.
+template <class F>
+__device__ __forceinline__ void rank_all(
+    Shared<F>& shared, const Window& window, const u32 (&exponents)[ROUNDS][2], u32 count,
+    u32 first, u32 warp, u32 lane) {
+    clear_counts<F>(shared, warp * 32 + lane);
+    sync_plane<F>();
+    if (lane < 15 && count) atomicAdd(&shared.counts[window.top - lane], count);
+    PORTAKV_UNROLL
+    for (u32 round = 0; round < ROUNDS; ++round) {
+        if (F::values % SEGMENT && first + round * 32 >= F::vectors) continue;
+        for (u32 far = window.far(round); far; far &= far - 1) {
+            const u32 value = Window::value_of(__ffs(far) - 1);
+            const u32 exponent = choose(exponents[round][0], exponents[round][1], value) & 255;
+            atomicAdd(&shared.counts[exponent], 1u);
+        }
+    }
+    sync_plane<F>();
+    if (warp == 0) make_table<F>(shared, lane);
+    sync_plane<F>();
+    if (lane < 16)
+        shared.near[warp][lane] =
+            lane < 15 && lane <= window.top ? shared.codes[window.top - lane] : (u8)F::escape;
+    __syncwarp();
+}
+
+// Find the codes of a thread's values, where all values of a plane count.
+template <class F>
+__device__ __forceinline__ void code_all(
+    Shared<F>& shared, const Wide& sample, const u32 (&exponents)[ROUNDS][2],
+    u32 (&codes)[ROUNDS], u32 first, u32 warp, u32 lane) {
+    Window window;
+    window.choose_top<F>(sample);
+    PORTAKV_UNROLL
+    for (u32 round = 0; round < ROUNDS; ++round) {
+        const u32 low = window.relative(exponents[round][0]);
+        window.places[round] = low | window.relative(exponents[round][1]) << 4;
+        // Past the end: counted nowhere.
+        if (F::values % SEGMENT && first + round * 32 >= F::vectors) window.places[round] = ALL;
+    }
+    const u32 count = window.counts(lane);
+    const u32 past = (warp + 1) * SEGMENT > F::values ? (warp + 1) * SEGMENT - F::values : 0;
+    const bool all_near = F::warps == 1 && __shfl_sync(ALL, count, 15) == past;
+    if (all_near) rank_window<F>(shared, window.top, count, lane);
+    else rank_all<F>(shared, window, exponents, count, first, warp, lane);
+
+    const Wide table = *(const Wide*)shared.near[warp];
+    PORTAKV_UNROLL
+    for (u32 round = 0; round < ROUNDS; ++round) {
+        codes[round] = near_codes(table, window.places[round]);
+        if (F::values % SEGMENT && first + round * 32 >= F::vectors) {
+            codes[round] = 0;
+            continue;
+        }
+        if (all_near) continue;
+        for (u32 far = window.far(round); far; far &= far - 1) {
+            const u32 value = Window::value_of(__ffs(far) - 1);
+            const u32 exponent = choose(exponents[round][0], exponents[round][1], value) & 255;
+            const u32 code = shared.codes[exponent] << 4 * value;
+            codes[round] = merge(15u << 4 * value, code, codes[round]);
+        }
+    }
+}
+
+// Find them by a table of all exponents.
+template <class F>
+__device__ __forceinline__ void code_by_table(
+    Shared<F>& shared, const u32 (&exponents)[ROUNDS][2], u32 (&codes)[ROUNDS], u32 first,
+    u32 warp, u32 lane) {
+    clear_counts<F>(shared, warp * 32 + lane);
+    sync_plane<F>();
+    if constexpr (F::sampled) count_sample<F>(shared, exponents, first);
+    else count_all<F>(shared, exponents, first);
+    sync_plane<F>();
+    if (warp == 0) make_table<F>(shared, lane);
+    sync_plane<F>();
+    PORTAKV_UNROLL
+    for (u32 round = 0; round < ROUNDS; ++round) {
+        codes[round] = 0;
+        if (F::values % SEGMENT && first + round * 32 >= F::vectors) continue;
+        PORTAKV_UNROLL
+        for (u32 nth = 0; nth < EACH; ++nth) {
+            const u32 exponent = exponents[round][nth / 4] >> 8 * (nth % 4) & 255;
+            codes[round] |= (u32)shared.codes[exponent] << 4 * nth;
+        }
+    }
+}
+
 // Store the codes of one round of a warp, 8 for each thread in nibbles. All lanes call it.
 template <class F>
 __device__ __forceinline__ void store_codes(char* slot, u32 codes, u32 at, u32 lane) {
@@ -313,6 +542,7 @@ __device__ __forceinline__ void store_codes(char* slot, u32 codes, u32 at, u32 l
 // Escapes of a thread before its own in each round, from the escapes of each of its rounds.
 struct Ranks {
     u32 fields[3];  // three rounds in each: below 1,024, since a round of a warp has 256 values
+    u32 totals[3];  // of all lanes
     u32 before;     // escapes of the plane before the round
 
     __device__ __forceinline__ Ranks(const u32 (&masks)[ROUNDS], u32 start, u32 lane)
@@ -324,13 +554,14 @@ struct Ranks {
             for (u32 nth = 0; nth < 3; ++nth)
                 if (word * 3 + nth < ROUNDS) own |= __popc(masks[word * 3 + nth]) << 10 * nth;
             fields[word] = sum_to(own, lane);
+            totals[word] = __shfl_sync(ALL, fields[word], 31);
         }
     }
     // The rank of the first escape of this thread in a round; rounds are taken in order.
     __device__ __forceinline__ u32 of(u32 round, u32 mask) {
         const u32 upto = fields[round / 3] >> 10 * (round % 3) & 1023;
         const u32 rank = before + upto - __popc(mask);
-        before += __shfl_sync(ALL, fields[round / 3], 31) >> 10 * (round % 3) & 1023;
+        before += totals[round / 3] >> 10 * (round % 3) & 1023;
         return rank;
     }
 };
@@ -368,7 +599,7 @@ __device__ __forceinline__ void pack_planes(const PackOf<typename R::shape, Slot
             copy, plane, warp == 0 && lane == 0, source, slot))
         return;
 
-    // All vectors are in flight while the counts are cleared.
+    // All vectors are in flight before the first is used.
     const u32 first = warp * (SEGMENT / EACH) + lane;
     Wide vectors[ROUNDS];
     PORTAKV_UNROLL
@@ -380,11 +611,7 @@ __device__ __forceinline__ void pack_planes(const PackOf<typename R::shape, Slot
         }
         vectors[round] = load<Wide>(raw_vector<F, R>(source, copy.src, at));
     }
-    constexpr u32 threads = F::warps * 32;
-    for (u32 at = warp * 32 + lane; at < 256; at += threads) shared.counts[at] = 0;
-    for (u32 at = warp * 32 + lane; at < 64; at += threads)
-        ((u32*)shared.codes)[at] = F::escape * 0x01010101u;
-    sync_plane<F>();
+    fetch_plane_ahead<F, R, Outer, true>(copy, item, warp, lane);
 
     // Bytes of sign and mantissa go out immediately; exponents stay in registers.
     u32 exponents[ROUNDS][2];
@@ -397,24 +624,18 @@ __device__ __forceinline__ void pack_planes(const PackOf<typename R::shape, Slot
         split(vector.part[2], vector.part[3], rest.part[1], exponents[round][1]);
         if (F::values % SEGMENT == 0 || at < F::vectors) store<Pair>(slot + at * 8, rest);
     }
-    if constexpr (F::sampled) count_sample<F>(shared, exponents, first);
-    else count_all<F>(shared, exponents, first);
-    sync_plane<F>();
-    if (warp == 0) make_table<F>(shared, lane);
-    sync_plane<F>();
+    u32 codes[ROUNDS];
+    if constexpr (!F::sampled && C::windowed)
+        code_all<F>(shared, vectors[0], exponents, codes, first, warp, lane);
+    else
+        code_by_table<F>(shared, exponents, codes, first, warp, lane);
 
     u32 masks[ROUNDS];
     u32 found = 0;
     PORTAKV_UNROLL
     for (u32 round = 0; round < ROUNDS; ++round) {
-        const u32 at = first + round * 32;
-        u32 codes = 0;
-        PORTAKV_UNROLL
-        for (u32 nth = 0; nth < EACH; ++nth)
-            codes |= (u32)shared.codes[exponents[round][nth / 4] >> 8 * (nth % 4) & 255] << 4 * nth;
-        if (F::values % SEGMENT && at >= F::vectors) codes = 0;
-        store_codes<F>(slot, codes, at, lane);
-        masks[round] = escapes_in<F::bits>(codes);
+        store_codes<F>(slot, codes[round], first + round * 32, lane);
+        masks[round] = escapes_in<F::bits>(codes[round]);
         found += __popc(masks[round]);
     }
     found = __reduce_add_sync(ALL, found);
@@ -457,7 +678,7 @@ __device__ __forceinline__ void pack_planes(const PackOf<typename R::shape, Slot
             }
         }
     }
-    for (u32 at = total + warp * 32 + lane; at < F::cap; at += threads)
+    for (u32 at = total + warp * 32 + lane; at < F::cap; at += F::warps * 32)
         store<u8>(slot + F::escapes_at + at, 0);
     if (warp == 0) store_head<F>(slot, shared, total, running, lane);
 }
@@ -523,6 +744,7 @@ __device__ __forceinline__ void unpack_planes(const PackOf<Slots, typename R::sh
         codes[round] = load_codes<F>(slot, at);
         rests[round] = load<Pair>(slot + at * 8);
     }
+    fetch_plane_ahead<F, R, Outer, false>(copy, item, warp, lane);
     if (table.part[3] >> 24) {
         if (warp == 0 && lane == 0 && argument.overflow) argument.overflow[plane.unit] = 1;
         return;

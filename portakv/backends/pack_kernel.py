@@ -137,14 +137,16 @@ class PackKernel:
         """Return the thread blocks of a launch of so many units."""
         return -(-units * self.planes // self._cut.planes)
 
-    def pack(self, buffer: bytearray, move: Move, status: int, overflow: int) -> None:
+    def pack(
+        self, buffer: bytearray, move: Move, status: int, overflow: int, ahead: int = 0
+    ) -> None:
         """Pack a request's addresses and counts into the argument; `pack_span` completes it.
 
         ``status`` and ``overflow`` are the addresses of the status word and of the overflow words.
         """
         src = self.src.request(move.src, move.src_index)
         dst = self.dst.request(move.dst, move.dst_index)
-        REQUEST.pack_into(buffer, 0, *src, *dst, 0, 0, self.unit, 0, status)
+        REQUEST.pack_into(buffer, 0, *src, *dst, 0, 0, self.unit, ahead, status)
         if self.src.entries:
             table = self.src.table(move.src)
             buffer[TABLES_AT : TABLES_AT + len(table)] = table
