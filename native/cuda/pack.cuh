@@ -100,6 +100,16 @@ __device__ __forceinline__ u32 merge(u32 mask, u32 ones, u32 zeros) {
     return (ones & mask) | (zeros & ~mask);
 }
 
+// Hide from the compiler where a value comes from: it computes what follows from it once more,
+// instead of keeping the results of all rounds in registers.
+__device__ __forceinline__ void forget(u32& value) {
+#if defined(__CUDA_ARCH__)
+    asm("" : "+r"(value));
+#else
+    (void)value;
+#endif
+}
+
 // Sum over the lanes below, in each field of a word: no field may overflow into the next.
 __device__ __forceinline__ u32 sum_to(u32 value, u32 lane) {
     PORTAKV_UNROLL
@@ -539,29 +549,38 @@ __device__ __forceinline__ void store_codes(char* slot, u32 codes, u32 at, u32 l
     }
 }
 
-// Escapes of a thread before its own in each round, from the escapes of each of its rounds.
+// The places of a thread's escapes among those of its plane.
 struct Ranks {
     u32 fields[3];  // three rounds in each: below 1,024, since a round of a warp has 256 values
     u32 totals[3];  // of all lanes
     u32 before;     // escapes of the plane before the round
 
-    __device__ __forceinline__ Ranks(const u32 (&masks)[ROUNDS], u32 start, u32 lane)
-        : before(start) {
+    // All lanes call it. `start`: escapes of the plane before this warp.
+    template <int Bits>
+    __device__ __forceinline__ void find(const u32 (&codes)[ROUNDS], u32 start, u32 lane) {
+        before = start;
         PORTAKV_UNROLL
         for (u32 word = 0; word < 3; ++word) {
             u32 own = 0;
             PORTAKV_UNROLL
             for (u32 nth = 0; nth < 3; ++nth)
-                if (word * 3 + nth < ROUNDS) own |= __popc(masks[word * 3 + nth]) << 10 * nth;
+                if (word * 3 + nth < ROUNDS)
+                    own |= __popc(escapes_in<Bits>(codes[word * 3 + nth])) << 10 * nth;
             fields[word] = sum_to(own, lane);
             totals[word] = __shfl_sync(ALL, fields[word], 31);
         }
     }
-    // The rank of the first escape of this thread in a round; rounds are taken in order.
-    __device__ __forceinline__ u32 of(u32 round, u32 mask) {
-        const u32 upto = fields[round / 3] >> 10 * (round % 3) & 1023;
-        const u32 rank = before + upto - __popc(mask);
-        before += totals[round / 3] >> 10 * (round % 3) & 1023;
+    static __device__ __forceinline__ u32 field(u32 word, u32 round) {
+        return word >> 10 * (round % 3) & 1023;
+    }
+    // True if a lane has an escape in a round.
+    __device__ __forceinline__ bool any(u32 round) const {
+        return field(totals[round / 3], round) != 0;
+    }
+    // The rank of the first escape of this thread in a round that has any; in the order of rounds.
+    __device__ __forceinline__ u32 next(u32 round, u32 mask) {
+        const u32 rank = before + field(fields[round / 3], round) - __popc(mask);
+        before += field(totals[round / 3], round);
         return rank;
     }
 };
@@ -630,13 +649,11 @@ __device__ __forceinline__ void pack_planes(const PackOf<typename R::shape, Slot
     else
         code_by_table<F>(shared, exponents, codes, first, warp, lane);
 
-    u32 masks[ROUNDS];
     u32 found = 0;
     PORTAKV_UNROLL
     for (u32 round = 0; round < ROUNDS; ++round) {
         store_codes<F>(slot, codes[round], first + round * 32, lane);
-        masks[round] = escapes_in<F::bits>(codes[round]);
-        found += __popc(masks[round]);
+        found += __popc(escapes_in<F::bits>(codes[round]));
     }
     found = __reduce_add_sync(ALL, found);
 
@@ -665,14 +682,16 @@ __device__ __forceinline__ void pack_planes(const PackOf<typename R::shape, Slot
         return;
     }
     if (found) {
-        Ranks ranks(masks, start, lane);
+        Ranks ranks;
+        ranks.find<F::bits>(codes, start, lane);
         PORTAKV_UNROLL
         for (u32 round = 0; round < ROUNDS; ++round) {
-            u32 mask = masks[round];
-            u32 rank = ranks.of(round, mask);
-            while (mask) {
+            if (!ranks.any(round)) continue;
+            forget(codes[round]);
+            u32 mask = escapes_in<F::bits>(codes[round]);
+            u32 rank = ranks.next(round, mask);
+            for (; mask; mask &= mask - 1) {
                 const u32 nth = (__ffs(mask) - 1) / 4;
-                mask &= mask - 1;
                 const u32 exponent = choose(exponents[round][0], exponents[round][1], nth) & 255;
                 store<u8>(slot + F::escapes_at + rank++, (u8)exponent);
             }
@@ -714,6 +733,24 @@ template <class F> __device__ __forceinline__ Wide load_table(const char* slot) 
     }
 }
 
+// Put the escapes of a round into its exponents.
+template <class F>
+__device__ __forceinline__ void take_escapes(
+    const char* slot, u32 mask, Ranks& ranks, u32 round, u32 (&exponents)[2]) {
+    u32 rank = ranks.next(round, mask);
+    for (; mask; mask &= mask - 1) {
+        const u32 bit = __ffs(mask) - 1;
+        // A damaged slot has more escapes than it holds: never read past its end.
+        const u32 place = rank < F::cap ? rank : F::cap - 1;
+        ++rank;
+        const u32 bytes = load<u8>(slot + F::escapes_at + place) * 0x01010101u;
+        // No index that the compiler does not know: that would cost the registers.
+        const u32 byte = 255u << (bit * 2 & 31);
+        if (bit < 16) exponents[0] = merge(byte, bytes, exponents[0]);
+        else exponents[1] = merge(byte, bytes, exponents[1]);
+    }
+}
+
 template <class F, class R, class Slots, class Outer, class C>
 __device__ __forceinline__ void unpack_planes(const PackOf<Slots, typename R::shape>& argument) {
     const CopyOf<Slots, typename R::shape>& copy = argument.copy;
@@ -749,49 +786,28 @@ __device__ __forceinline__ void unpack_planes(const PackOf<Slots, typename R::sh
         if (warp == 0 && lane == 0 && argument.overflow) argument.overflow[plane.unit] = 1;
         return;
     }
-    u32 masks[ROUNDS];
     u32 found = 0;
     PORTAKV_UNROLL
     for (u32 round = 0; round < ROUNDS; ++round) {
         if constexpr (F::bits == 3) codes[round] = widen(codes[round]);
-        masks[round] = escapes_in<F::bits>(codes[round]);
-        found |= masks[round];
+        found |= escapes_in<F::bits>(codes[round]);
     }
-    const bool escapes = __any_sync(ALL, found != 0);
-    u32 exponents[ROUNDS][2];
+    const bool escapes = F::cap && __any_sync(ALL, found != 0);
+    Ranks ranks;
+    if (escapes) ranks.find<F::bits>(codes, start, lane);
     PORTAKV_UNROLL
     for (u32 round = 0; round < ROUNDS; ++round) {
-        exponents[round][0] = exponents_of<F::bits>(table, codes[round]);
-        exponents[round][1] = exponents_of<F::bits>(table, codes[round] >> 16);
-    }
-    if (escapes && F::cap) {
-        Ranks ranks(masks, start, lane);
-        PORTAKV_UNROLL
-        for (u32 round = 0; round < ROUNDS; ++round) {
-            u32 mask = masks[round];
-            u32 rank = ranks.of(round, mask);
-            while (mask) {
-                const u32 bit = __ffs(mask) - 1;
-                mask &= mask - 1;
-                // A damaged slot has more escapes than it holds: never read past its end.
-                const u32 place = rank < F::cap ? rank : F::cap - 1;
-                const u32 exponent = load<u8>(slot + F::escapes_at + place);
-                ++rank;
-                // No index that the compiler does not know: that would cost the registers.
-                const u32 mask_of = 255u << (bit * 2 & 31);
-                const u32 bytes = exponent * 0x01010101u;
-                if (bit < 16) exponents[round][0] = merge(mask_of, bytes, exponents[round][0]);
-                else exponents[round][1] = merge(mask_of, bytes, exponents[round][1]);
-            }
-        }
-    }
-    PORTAKV_UNROLL
-    for (u32 round = 0; round < ROUNDS; ++round) {
+        forget(codes[round]);
+        u32 exponents[2];
+        exponents[0] = exponents_of<F::bits>(table, codes[round]);
+        exponents[1] = exponents_of<F::bits>(table, codes[round] >> 16);
+        if (escapes && ranks.any(round))
+            take_escapes<F>(slot, escapes_in<F::bits>(codes[round]), ranks, round, exponents);
         const u32 at = first + round * 32;
         if (F::values % SEGMENT && at >= F::vectors) continue;
         Wide vector;
-        join(rests[round].part[0], exponents[round][0], vector.part[0], vector.part[1]);
-        join(rests[round].part[1], exponents[round][1], vector.part[2], vector.part[3]);
+        join(rests[round].part[0], exponents[0], vector.part[0], vector.part[1]);
+        join(rests[round].part[1], exponents[1], vector.part[2], vector.part[3]);
         store<Wide>(raw_vector<F, R>(target, copy.dst, at), vector);
     }
 }
