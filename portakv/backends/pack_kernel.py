@@ -8,6 +8,7 @@ request changes become the argument ``PackOf``, packed here as that file declare
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from math import prod
 from typing import NamedTuple
 
@@ -42,6 +43,17 @@ class PackCut(NamedTuple):
 
     planes: int  # of a thread block, if a warp packs a plane
     blocks: int  # thread blocks on a multiprocessor, at least: limits the registers of a thread
+
+
+#: Threads of a multiprocessor for which a thread has 64 registers.
+_THREADS = 1024
+
+
+def usual_cut(nest: PackNest) -> PackCut:
+    """Return the cut for the planes of a nest."""
+    warps = nest.plane.segments
+    planes = 4 if warps == 1 else 1
+    return PackCut(planes, max(1, _THREADS // (32 * warps * planes)))
 
 
 def refusal(nest: PackNest) -> str | None:
@@ -79,12 +91,13 @@ class PackKernel:
         threads: of a thread block.
     """
 
-    def __init__(self, nest: PackNest, plan: PackPlan, cut: PackCut) -> None:
+    def __init__(self, nest: PackNest, plan: PackPlan, cut: PackCut | None = None) -> None:
         self._nest = nest
         self._packs = plan.packs
         self.unit = plan.unit
         self.planes = prod(loop.extent for loop in nest.loops)
         warps = nest.plane.segments
+        cut = cut or usual_cut(nest)
         self._cut = PackCut(1 if warps > 1 else cut.planes, cut.blocks)
         self.threads = 32 * warps * self._cut.planes
         self._steps, self._run = raw_steps(nest)
@@ -99,6 +112,11 @@ class PackKernel:
     def name(self) -> str:
         """The name of the entry."""
         return PACKS if self._packs else UNPACKS
+
+    @property
+    def names(self) -> Mapping[int, str]:
+        """The names of its entries, as `RowsKernel` has them."""
+        return {1: self.name}
 
     @property
     def fixed(self) -> bytes:

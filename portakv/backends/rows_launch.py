@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
@@ -35,6 +35,15 @@ class RowsDriver(Protocol):
     def word(self, address: int) -> int: ...
 
 
+class KernelText(Protocol):
+    """The text of a kernel and the names of its entries, such as a `RowsKernel` has."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def names(self) -> Mapping[int, str]: ...
+
+
 class LoadedKernels:
     """The kernels of one device: each text is compiled, or read from disk, at most once."""
 
@@ -44,7 +53,7 @@ class LoadedKernels:
         self._loaded: Bounded[str, dict[str, object]] = Bounded("loaded kernels", 1024)
         self._lock = threading.Lock()
 
-    def functions(self, kernels: Sequence[RowsKernel]) -> list[dict[int, object]]:
+    def functions(self, kernels: Sequence[KernelText]) -> list[dict[int, object]]:
         """Return the entries of each kernel, by the vectors that one thread moves.
 
         Raises:
@@ -57,7 +66,7 @@ class LoadedKernels:
             for kernel, functions in zip(kernels, loaded, strict=True)
         ]
 
-    def _load(self, kernel: RowsKernel) -> dict[str, object]:
+    def _load(self, kernel: KernelText) -> dict[str, object]:
         if self._capturing():
             raise refuse_capture()
         return self._driver.load(kernel.source, kernel.names.values())
