@@ -49,7 +49,9 @@ class SlotShape:
 def usual_slot(values: int, code_bits: int) -> SlotShape:
     """Return the slot of the usual size for planes of so many values."""
     most = 32
-    if values >= 8192:
+    if code_bits == 3:
+        most = max(32, int(np.ceil(values / 20)))
+    elif values >= 8192:
         most = int(np.ceil(values * 27 / 1000))
     elif values >= 4096:
         most = int(np.ceil(values * 16 / 1000))

@@ -4,7 +4,7 @@
 // A plane holds the values of one block, layer, half and head, token after token. Its slot holds,
 // in this order: sign and mantissa of each value (a byte), a code for each exponent (`Bits` bits),
 // a head with the table of the codes, and a byte for each exponent that the table lacks (an
-// escape). docs/encodings.md has the format byte by byte.
+// escape). portakv/layout/packing.py has the format byte by byte.
 //
 // A segment is 2,048 values, and a warp takes one segment: 8 vectors of 8 values for each thread.
 // Planes of one segment need no barrier between warps, so that a thread block takes several planes.
@@ -60,13 +60,6 @@ template <class Shape, u32 Run, class Inner> struct Raw {
     typedef Shape shape;
     typedef Inner inner;
     static constexpr u32 run = Run;
-};
-
-// How a kernel is cut. Planes: of a thread block, if a warp takes a plane. Windowed: exponents are
-// counted in registers, if all count.
-template <u32 Planes, bool Windowed = true> struct Cut {
-    static constexpr u32 planes = Planes;
-    static constexpr bool windowed = Windowed;
 };
 
 // `Copy` with a word for each unit: 1 if a plane of it did not fit into its slot (packing), or if a
@@ -219,40 +212,14 @@ __device__ __forceinline__ bool plane_addresses(
     return true;
 }
 
-// Prefetch what a warp of a later plane reads. `ahead` is in planes of the copy; 0: nothing.
-template <class F, class R, class Outer, bool Packs, class Src, class Dst>
-__device__ __forceinline__ void fetch_plane_ahead(
-    const CopyOf<Src, Dst>& copy, u32 item, u32 warp, u32 lane) {
-    typedef typename R::inner Inner;
-    if (!copy.ahead) return;
-    const u32 later = item + copy.ahead;
-    u32 number;
-    bool bad = false;
-    if (later >= copy.units * Outer::product
-        || !number_of<Src>(copy.from, copy.start + later / Outer::product, number, bad))
-        return;
-    // A line of 128 bytes for each lane.
-    const u32 line = warp * 32 + lane;
-    if constexpr (Packs) {
-        char* const from = address_of<Src, Outer, Inner>(
-            copy.from, copy.src, copy.src_table, number, later % Outer::product, 0);
-        if (line * 8 < F::vectors) prefetch(raw_vector<F, R>(from, copy.src, line * 8));
-    } else {
-        char* const from = address_of<Src, Outer, Extents<>>(
-            copy.from, copy.src, copy.src_table, number, later % Outer::product, 0);
-        if (line * 128 < F::slot) prefetch(from + line * 128);
-    }
-}
-
 // --- packing --------------------------------------------------------------------------------------
 
 // What the threads of a plane share.
 template <class F> struct Shared {
     alignas(16) u32 counts[256];
-    alignas(16) u32 ranked[32];         // count << 8 | exponent
-    alignas(16) u8 codes[256];          // of each exponent
+    alignas(16) u32 ranked[32];  // count << 8 | exponent
+    alignas(16) u8 codes[256];   // of each exponent
     alignas(16) u8 table[16];
-    alignas(16) u8 near[F::warps][16];  // codes of the exponents of a window
     u32 escapes[F::warps];
 };
 
@@ -330,184 +297,15 @@ __device__ __forceinline__ void count_sample(
     }
 }
 
-// The exponents of a warp relative to the top of a window: in each nibble `top` - exponent, or 15 if
-// that is not in 0..14 (the exponent is far). Nibble 2 k has value k of a vector, nibble 2 k + 1 has
-// value k + 4.
-struct Window {
-    u32 top;
-    u32 places[ROUNDS];
-
-    // Choose the top by a sample, of one vector a lane: its largest exponent, unless few lanes have
-    // much larger ones than others. The table does not depend on the choice.
-    template <class F> __device__ __forceinline__ void choose_top(const Wide& sample) {
-        u32 largest = 0;
-        PORTAKV_UNROLL
-        for (u32 part = 0; part < 4; ++part) {
-            const u32 high = sample.part[part] >> 23 & 255;
-            const u32 low = sample.part[part] >> 7 & 255;
-            largest = high > largest ? high : largest;
-            largest = low > largest ? low : largest;
-        }
-        top = __reduce_max_sync(ALL, largest);
-        const u32 least = __reduce_min_sync(ALL, largest ? largest : 255) + 7;
-        top = top < least ? top : least;
-    }
-    __device__ __forceinline__ u32 relative(u32 exponents) const {
-        constexpr u32 high = 0x80808080u;
-        const u32 all = top * 0x01010101u;
-        // Subtract in each byte.
-        const u32 apart = ((all | high) - (exponents & ~high)) ^ ((all ^ ~exponents) & high);
-        const u32 beyond = ((apart >> 4 & 0x0f0f0f0fu) + 0x0f0f0f0fu) & 0x10101010u;
-        return (apart | (beyond - (beyond >> 4))) & 0x0f0f0f0fu;
-    }
-    // The values that are far, as a bit in each nibble.
-    __device__ __forceinline__ u32 far(u32 round) const { return escapes_in<4>(places[round]); }
-
-    static __device__ __forceinline__ u32 value_of(u32 bit) { return bit / 8 + (bit & 4); }
-
-    // For the first 15 lanes the number of values in the warp that are so far below the top; for
-    // lane 15 the number of far ones. For the others 0.
-    __device__ __forceinline__ u32 counts(u32 lane) const {
-        u32 slices[2][4];
-        PORTAKV_UNROLL
-        for (u32 half = 0; half < 2; ++half) slice(&places[4 * half], slices[half]);
-        u32 own = 0;
-        PORTAKV_UNROLL
-        for (u32 pair = 0; pair < 8; ++pair) {
-            const u32 two = matches(slices, 2 * pair) | matches(slices, 2 * pair + 1) << 16;
-            const u32 sum = __reduce_add_sync(ALL, two);
-            if (lane / 2 == pair) own = sum;
-        }
-        return lane & 1 ? own >> 16 : own & 0xffffu;
-    }
-    // Bit b of the nibbles of four words as one word.
-    static __device__ __forceinline__ void slice(const u32* words, u32 (&bits)[4]) {
-        constexpr u32 one = 0x55555555u, two = 0x33333333u;
-        const u32 even0 = merge(one, words[0], words[1] << 1);
-        const u32 odd0 = merge(one, words[0] >> 1, words[1]);
-        const u32 even1 = merge(one, words[2], words[3] << 1);
-        const u32 odd1 = merge(one, words[2] >> 1, words[3]);
-        bits[0] = merge(two, even0, even1 << 2);
-        bits[1] = merge(two, odd0, odd1 << 2);
-        bits[2] = merge(two, even0 >> 2, even1);
-        bits[3] = merge(two, odd0 >> 2, odd1);
-    }
-    static __device__ __forceinline__ u32 matches(const u32 (&slices)[2][4], u32 place) {
-        u32 sum = 0;
-        PORTAKV_UNROLL
-        for (u32 half = 0; half < 2; ++half) {
-            u32 all = ALL;
-            PORTAKV_UNROLL
-            for (u32 bit = 0; bit < 4; ++bit)
-                all &= place >> bit & 1 ? slices[half][bit] : ~slices[half][bit];
-            sum += __popc(all);
-        }
-        return sum;
-    }
-};
-
-// The codes of eight values of a window, in nibbles in the order of the values.
-__device__ __forceinline__ u32 near_codes(const Wide& table, u32 places) {
-    const u32 first = look_up(table, places);
-    const u32 second = look_up(table, places >> 16);
-    return choose(first, second, 0x5140) | choose(first, second, 0x7362) << 4;
-}
-
 template <class F> __device__ __forceinline__ void clear_counts(Shared<F>& shared, u32 thread) {
     for (u32 at = thread; at < 256; at += F::warps * 32) shared.counts[at] = 0;
     for (u32 at = thread; at < 64; at += F::warps * 32)
         ((u32*)shared.codes)[at] = F::escape * 0x01010101u;
 }
 
-// Set the codes of a window and the table, if all values of the plane are in it: one warp.
+// Find the codes of a thread's values.
 template <class F>
-__device__ __forceinline__ void rank_window(Shared<F>& shared, u32 top, u32 count, u32 lane) {
-    const u32 key = lane < 15 && count ? count << 8 | (top - lane) : 0;
-    if (lane < 16) {
-        shared.ranked[lane] = key;
-        shared.table[lane] = 0;
-    }
-    __syncwarp();
-    u32 rank = 0;
-    PORTAKV_UNROLL
-    for (u32 four = 0; four < 4; ++four) {
-        const Wide keys = ((const Wide*)shared.ranked)[four];
-        PORTAKV_UNROLL
-        for (u32 nth = 0; nth < 4; ++nth) rank += keys.part[nth] > key;
-    }
-    const bool coded = key && rank < F::escape;
-    if (coded) shared.table[rank] = (u8)key;
-    if (lane < 16) shared.near[0][lane] = coded ? (u8)rank : (u8)F::escape;
-    __syncwarp();
-}
-
-// Set the codes of a window and the table from all counts of a plane.
-template <class F>
-__device__ __forceinline__ void rank_all(
-    Shared<F>& shared, const Window& window, const u32 (&exponents)[ROUNDS][2], u32 count,
-    u32 first, u32 warp, u32 lane) {
-    clear_counts<F>(shared, warp * 32 + lane);
-    sync_plane<F>();
-    if (lane < 15 && count) atomicAdd(&shared.counts[window.top - lane], count);
-    PORTAKV_UNROLL
-    for (u32 round = 0; round < ROUNDS; ++round) {
-        if (F::values % SEGMENT && first + round * 32 >= F::vectors) continue;
-        for (u32 far = window.far(round); far; far &= far - 1) {
-            const u32 value = Window::value_of(__ffs(far) - 1);
-            const u32 exponent = choose(exponents[round][0], exponents[round][1], value) & 255;
-            atomicAdd(&shared.counts[exponent], 1u);
-        }
-    }
-    sync_plane<F>();
-    if (warp == 0) make_table<F>(shared, lane);
-    sync_plane<F>();
-    if (lane < 16)
-        shared.near[warp][lane] =
-            lane < 15 && lane <= window.top ? shared.codes[window.top - lane] : (u8)F::escape;
-    __syncwarp();
-}
-
-// Find the codes of a thread's values, where all values of a plane count.
-template <class F>
-__device__ __forceinline__ void code_all(
-    Shared<F>& shared, const Wide& sample, const u32 (&exponents)[ROUNDS][2],
-    u32 (&codes)[ROUNDS], u32 first, u32 warp, u32 lane) {
-    Window window;
-    window.choose_top<F>(sample);
-    PORTAKV_UNROLL
-    for (u32 round = 0; round < ROUNDS; ++round) {
-        const u32 low = window.relative(exponents[round][0]);
-        window.places[round] = low | window.relative(exponents[round][1]) << 4;
-        // Past the end: counted nowhere.
-        if (F::values % SEGMENT && first + round * 32 >= F::vectors) window.places[round] = ALL;
-    }
-    const u32 count = window.counts(lane);
-    const u32 past = (warp + 1) * SEGMENT > F::values ? (warp + 1) * SEGMENT - F::values : 0;
-    const bool all_near = F::warps == 1 && __shfl_sync(ALL, count, 15) == past;
-    if (all_near) rank_window<F>(shared, window.top, count, lane);
-    else rank_all<F>(shared, window, exponents, count, first, warp, lane);
-
-    const Wide table = *(const Wide*)shared.near[warp];
-    PORTAKV_UNROLL
-    for (u32 round = 0; round < ROUNDS; ++round) {
-        codes[round] = near_codes(table, window.places[round]);
-        if (F::values % SEGMENT && first + round * 32 >= F::vectors) {
-            codes[round] = 0;
-            continue;
-        }
-        if (all_near) continue;
-        for (u32 far = window.far(round); far; far &= far - 1) {
-            const u32 value = Window::value_of(__ffs(far) - 1);
-            const u32 exponent = choose(exponents[round][0], exponents[round][1], value) & 255;
-            const u32 code = shared.codes[exponent] << 4 * value;
-            codes[round] = merge(15u << 4 * value, code, codes[round]);
-        }
-    }
-}
-
-// Find them by a table of all exponents.
-template <class F>
-__device__ __forceinline__ void code_by_table(
+__device__ __forceinline__ void find_codes(
     Shared<F>& shared, const u32 (&exponents)[ROUNDS][2], u32 (&codes)[ROUNDS], u32 first,
     u32 warp, u32 lane) {
     clear_counts<F>(shared, warp * 32 + lane);
@@ -601,15 +399,15 @@ __device__ __forceinline__ void store_head(
     if (lane < (F::head - 16) / 2) store<u16>(slot + F::head_at + 16 + lane * 2, (u16)count);
 }
 
-template <class F, class R, class Slots, class Outer, class C>
+template <class F, class R, class Slots, class Outer, u32 Planes>
 __device__ __forceinline__ void pack_planes(const PackOf<typename R::shape, Slots>& argument) {
-    static_assert(F::warps == 1 || C::planes == 1, "planes of several warps have a block each");
-    __shared__ Shared<F> all[C::planes];
+    static_assert(F::warps == 1 || Planes == 1, "planes of several warps have a block each");
+    __shared__ Shared<F> all[Planes];
     const CopyOf<typename R::shape, Slots>& copy = argument.copy;
     const u32 lane = threadIdx.x % 32;
     const u32 warp = threadIdx.x / 32 % F::warps;
     Shared<F>& shared = all[threadIdx.x / 32 / F::warps];
-    const u32 item = blockIdx.x * C::planes + threadIdx.x / 32 / F::warps;
+    const u32 item = blockIdx.x * Planes + threadIdx.x / 32 / F::warps;
     if (item >= copy.units * Outer::product) return;
 
     const Plane plane = {copy.start + item / Outer::product, item % Outer::product};
@@ -630,7 +428,6 @@ __device__ __forceinline__ void pack_planes(const PackOf<typename R::shape, Slot
         }
         vectors[round] = load<Wide>(raw_vector<F, R>(source, copy.src, at));
     }
-    fetch_plane_ahead<F, R, Outer, true>(copy, item, warp, lane);
 
     // Bytes of sign and mantissa go out immediately; exponents stay in registers.
     u32 exponents[ROUNDS][2];
@@ -644,10 +441,7 @@ __device__ __forceinline__ void pack_planes(const PackOf<typename R::shape, Slot
         if (F::values % SEGMENT == 0 || at < F::vectors) store<Pair>(slot + at * 8, rest);
     }
     u32 codes[ROUNDS];
-    if constexpr (!F::sampled && C::windowed)
-        code_all<F>(shared, vectors[0], exponents, codes, first, warp, lane);
-    else
-        code_by_table<F>(shared, exponents, codes, first, warp, lane);
+    find_codes<F>(shared, exponents, codes, first, warp, lane);
 
     u32 found = 0;
     PORTAKV_UNROLL
@@ -751,12 +545,12 @@ __device__ __forceinline__ void take_escapes(
     }
 }
 
-template <class F, class R, class Slots, class Outer, class C>
+template <class F, class R, class Slots, class Outer, u32 Planes>
 __device__ __forceinline__ void unpack_planes(const PackOf<Slots, typename R::shape>& argument) {
     const CopyOf<Slots, typename R::shape>& copy = argument.copy;
     const u32 lane = threadIdx.x % 32;
     const u32 warp = threadIdx.x / 32 % F::warps;
-    const u32 item = blockIdx.x * C::planes + threadIdx.x / 32 / F::warps;
+    const u32 item = blockIdx.x * Planes + threadIdx.x / 32 / F::warps;
     if (item >= copy.units * Outer::product) return;
 
     const Plane plane = {copy.start + item / Outer::product, item % Outer::product};
@@ -781,7 +575,6 @@ __device__ __forceinline__ void unpack_planes(const PackOf<Slots, typename R::sh
         codes[round] = load_codes<F>(slot, at);
         rests[round] = load<Pair>(slot + at * 8);
     }
-    fetch_plane_ahead<F, R, Outer, false>(copy, item, warp, lane);
     if (table.part[3] >> 24) {
         if (warp == 0 && lane == 0 && argument.overflow) argument.overflow[plane.unit] = 1;
         return;

@@ -10,7 +10,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from math import prod
-from typing import NamedTuple
 
 from portakv.backends.rows_kernel import (
     MAX_INNER,
@@ -36,24 +35,10 @@ UNPACKS = "portakv_unpack"
 VECTOR = 16
 #: Planes of one launch; a larger copy is split.
 MAX_PLANES = 2**31 - 1
-
-
-class PackCut(NamedTuple):
-    """The cut of a launch; measured on H200s (benchmarks/NOTES.md)."""
-
-    planes: int  # of a thread block, if a warp packs a plane
-    blocks: int  # thread blocks on a multiprocessor, at least: limits the registers of a thread
-
-
-#: Threads of a multiprocessor for which a thread has 64 registers.
+#: Planes of a thread block, if a warp takes a plane.
+_PLANES = 4
+#: Threads of a multiprocessor for which it has 64 registers each.
 _THREADS = 1024
-
-
-def usual_cut(nest: PackNest) -> PackCut:
-    """Return the cut for the planes of a nest."""
-    warps = nest.plane.segments
-    planes = 4 if warps == 1 else 1
-    return PackCut(planes, max(1, _THREADS // (32 * warps * planes)))
 
 
 def refusal(nest: PackNest) -> str | None:
@@ -91,15 +76,14 @@ class PackKernel:
         threads: of a thread block.
     """
 
-    def __init__(self, nest: PackNest, plan: PackPlan, cut: PackCut | None = None) -> None:
+    def __init__(self, nest: PackNest, plan: PackPlan) -> None:
         self._nest = nest
         self._packs = plan.packs
         self.unit = plan.unit
         self.planes = prod(loop.extent for loop in nest.loops)
         warps = nest.plane.segments
-        cut = cut or usual_cut(nest)
-        self._cut = PackCut(1 if warps > 1 else cut.planes, cut.blocks)
-        self.threads = 32 * warps * self._cut.planes
+        self._planes = _PLANES if warps == 1 else 1
+        self.threads = 32 * warps * self._planes
         self._steps, self._run = raw_steps(nest)
         raw = [_raw_loop(step) for step in self._steps]
         inner = (raw, []) if plan.packs else ([], raw)
@@ -132,7 +116,7 @@ class PackKernel:
         inner = extents([step.extent for step in self._steps])
         function = "pack_planes" if self._packs else "unpack_planes"
         threads = self.threads
-        blocks = self._cut.blocks
+        blocks = max(1, round(_THREADS / threads))
         return "\n".join(
             [
                 kernel_text("cuda/pack.cuh"),
@@ -142,29 +126,26 @@ class PackKernel:
                 f"typedef {self.dst.shape} Dst;",
                 f"typedef pack::Format<{plane.code_bits}, {plane.values}, {plane.slot_bytes}> F;",
                 f"typedef pack::Raw<{raw}, {self._run // VECTOR}, {inner}> R;",
-                f"typedef pack::Cut<{self._cut.planes}> C;",
                 "typedef pack::PackOf<Src, Dst> Argument;",
                 f'extern "C" __global__ void PORTAKV_BOUNDS({threads}, {blocks}) {self.name}('
                 f"const PORTAKV_CONSTANT Argument argument) {{",
-                f"    pack::{function}<F, R, {slots}, Outer, C>(argument);",
+                f"    pack::{function}<F, R, {slots}, Outer, {self._planes}>(argument);",
                 "}\n",
             ]
         )
 
     def grid(self, units: int) -> int:
         """Return the thread blocks of a launch of so many units."""
-        return -(-units * self.planes // self._cut.planes)
+        return -(-units * self.planes // self._planes)
 
-    def pack(
-        self, buffer: bytearray, move: Move, status: int, overflow: int, ahead: int = 0
-    ) -> None:
+    def pack(self, buffer: bytearray, move: Move, status: int, overflow: int) -> None:
         """Pack a request's addresses and counts into the argument; `pack_span` completes it.
 
         ``status`` and ``overflow`` are the addresses of the status word and of the overflow words.
         """
         src = self.src.request(move.src, move.src_index)
         dst = self.dst.request(move.dst, move.dst_index)
-        REQUEST.pack_into(buffer, 0, *src, *dst, 0, 0, self.unit, ahead, status)
+        REQUEST.pack_into(buffer, 0, *src, *dst, 0, 0, self.unit, 0, status)
         if self.src.entries:
             table = self.src.table(move.src)
             buffer[TABLES_AT : TABLES_AT + len(table)] = table

@@ -31,7 +31,7 @@ FORMAT = 1
 CODE_BITS = (3, 4)
 #: Values of a plane.
 LEAST_VALUES = 256
-MOST_VALUES = 32_768
+MOST_VALUES = 49_152
 VALUES_STEP = 64
 #: Slots are a multiple of this many bytes.
 SLOT_STEP = 32
@@ -115,7 +115,7 @@ class Pack:
         least = _before_escapes(values, self.code_bits)
         slot = self.slot_bytes
         if slot is None:
-            slot = _rounded_up(least + _usual_escapes(values), SLOT_STEP)
+            slot = _rounded_up(least + _usual_escapes(values, self.code_bits), SLOT_STEP)
         if slot <= least:
             raise InvalidTerms(
                 f"Expected slot_bytes above {least} for planes of {values} values with codes of "
@@ -216,8 +216,10 @@ def _before_escapes(values: int, code_bits: int) -> int:
     return values + values * code_bits // 8 + _head_bytes(values)
 
 
-def _usual_escapes(values: int) -> int:
+def _usual_escapes(values: int, code_bits: int) -> int:
     """Return the escapes that a slot of the usual size holds at least."""
+    if code_bits == 3:
+        return max(32, -(-values * 50 // 1000))
     if values >= LARGE_VALUES:
         return -(-values * 27 // 1000)
     return 32 if values < 4_096 else -(-values * 16 // 1000)

@@ -4,7 +4,7 @@ and on a GPU. What they refuse."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,8 @@ from support.pack_on_cpu import HostPackDriver, PackOnCpu, Rows, by_block
 from portakv import Index, KVView
 from portakv.backends.base import Backend
 from portakv.backends.cuda import Cuda
-from portakv.backends.pack_kernel import refusal
 from portakv.plan.packing import PackPlan
+from portakv_conformance.judge.slots import usual_slot
 
 CPU = torch.device("cpu")
 HND = "layer | kv block head token dim"
@@ -30,7 +30,7 @@ needs_compiler = [
 #: table; then other layouts, widths and slots.
 FEW = [
     Rows(16, 128),
-    Rows(16, 16, layout=HND, bits=3),
+    Rows(16, 16, layout="layer | block kv head token dim", bits=3),
     Rows(16, 576, heads=1, kv=1, layout="layer | block token dim", bits=3),
 ]
 WIDER = [
@@ -45,6 +45,8 @@ WIDER = [
     Rows(128, 128, heads=1, layout=HND, bits=3),
     Rows(256, 128, heads=1),
     Rows(16, 576, heads=1, kv=1, layout="layer | block token dim"),
+    Rows(64, 576, heads=1, kv=1, layout="layer | block token dim"),
+    Rows(384, 128, heads=1, layers=1, bits=3),
 ]
 
 
@@ -132,22 +134,33 @@ class Case:
         return (self.blocks + 1) * self.rows.tokens + 1
 
 
+def _pack_faults(case: Case) -> str:
+    """Return what is wrong with packed slots and the words of the copy; empty if all is right."""
+    slots, status, overflow = case.pack()
+    if status != case.bad or (overflow != case.overflowing).any():
+        return f"words: {status}, {overflow}"
+    if (slots[case.blocks :] != 0xA5).any():
+        return "a position without a block was written"
+    wrong = np.argwhere((slots[: case.blocks] != case.slots[case.order]).any(2))
+    return f"slots: {wrong}" if len(wrong) else ""
+
+
+def _unpack_faults(case: Case) -> str:
+    """Return the same for rows, of which those of flagged slots keep their bytes."""
+    more = np.full((2, *case.slots.shape[1:]), 0xA5, np.uint8)
+    written, status, overflow = case.unpack(np.concatenate([case.slots[case.order], more]))
+    if status != case.bad or (overflow != case.overflowing).any():
+        return f"words: {status}, {overflow}"
+    kept = np.where(case.flags[:, :, None], np.uint16(0x5A5A), case.values)
+    wrong = np.argwhere(written != case.by_block(case.rows.tensors(kept, case.device)))
+    return f"rows: {wrong}" if len(wrong) else ""
+
+
 @pytest.mark.parametrize(("device", "rows"), [*_cases()])
 def test_every_byte_is_as_the_format_says(device: str, rows: Rows) -> None:
     case = Case(device, rows)
-    slots, status, overflow = case.pack()
-    assert status == case.bad
-    assert overflow.tolist() == case.overflowing.astype(int).tolist()
-    wrong = (slots[: case.blocks] != case.slots[case.order]).any(2)
-    assert not wrong.any(), np.argwhere(wrong)
-    assert (slots[case.blocks :] == 0xA5).all()
-
-    written, status, overflow = case.unpack(slots)
-    assert status == case.bad
-    assert overflow.tolist() == case.overflowing.astype(int).tolist()
-    kept = np.where(case.flags[:, :, None], np.uint16(0x5A5A), case.values)
-    expected = case.by_block(rows.tensors(kept, case.device))
-    assert (written == expected).all()
+    assert not _pack_faults(case)
+    assert not _unpack_faults(case)
 
 
 class Backwards(HostPackDriver):
@@ -164,9 +177,137 @@ def _on_host(driver: type[HostPackDriver]) -> Backend:
     "rows", [FEW[0], pytest.param(WIDER[5], marks=pytest.mark.full)], ids=_name
 )
 @pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+@pytest.mark.xdist_group("cuda-on-cpu")
 def test_no_lane_depends_on_another_being_in_step(rows: Rows) -> None:
-    forward = Case("cpu", rows)
     backward = Case("cpu", rows, _on_host(Backwards))
-    slots = forward.pack()[0]
-    assert (backward.pack()[0] == slots).all()
-    assert (backward.unpack(slots)[0] == forward.unpack(slots)[0]).all()
+    assert not _pack_faults(backward)
+    assert not _unpack_faults(backward)
+
+
+def _reads_outside(rows: Rows, device: str, backend: Backend | None = None) -> bool:
+    """Return True if rows from slots of any bytes depend on the bytes of their neighbours."""
+    case = Case(device, rows, backend)
+    random = np.random.default_rng(9)
+    shape = (case.blocks + 2, *case.slots.shape[1:])
+    slots = random.integers(0, 256, shape, np.uint8)
+    slots[..., case.rows.shape.head + 15] = 0
+    others = random.integers(0, 256, shape, np.uint8)
+    others[:, ::2] = slots[:, ::2]
+    # The layout has planes whole, in the order of the slots.
+    one, other = (case.unpack(each)[0].reshape(case.values.shape) for each in (slots, others))
+    return bool((one[:, ::2] != other[:, ::2]).any())
+
+
+_DAMAGED = [FEW[1], Rows(16, 576, kv=1, layers=1, layout="layer | block head token dim", bits=3)]
+
+
+@pytest.mark.parametrize(
+    ("device", "rows"),
+    [
+        pytest.param("cpu", _DAMAGED[0], marks=needs_compiler),
+        pytest.param("cpu", _DAMAGED[1], marks=[*needs_compiler, pytest.mark.full]),
+        *(pytest.param("cuda:0", rows, marks=pytest.mark.gpu) for rows in _DAMAGED),
+    ],
+)
+def test_damaged_slots_are_read_inside_only(device: str, rows: Rows) -> None:
+    assert not _reads_outside(rows, device)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+@pytest.mark.xdist_group("cuda-on-cpu")
+def test_a_kernel_that_trusts_the_number_of_escapes_is_caught() -> None:
+    trusting = _altered(
+        "const u32 place = rank < F::cap ? rank : F::cap - 1;", "const u32 place = rank;"
+    )
+    assert _reads_outside(_DAMAGED[0], "cpu", trusting)
+
+
+def _altered(text: str, other: str) -> Backend:
+    return _on_host(type("Text", (HostPackDriver,), {"text": ((text, other),)}))
+
+
+#: Errors of a kernel by name, as a text and its replacement.
+PACK_MUTANTS = {
+    "escapes of a thread in reverse": (
+        "F::escapes_at + rank++, (u8)",
+        "F::escapes_at + rank + __popc(mask) - 1, (u8)",
+    ),
+    "the last escape is lost": ("at = total + warp * 32", "at = total - 1 + warp * 32"),
+    "one escape too many fits": ("if (total > F::cap) {", "if (total > F::cap + 1) {"),
+    "one escape too few fits": ("if (total > F::cap) {", "if (total >= F::cap) {"),
+    "no count across segments": ("if (nth == warp) start = total;", ""),
+    "equal counts by the smaller exponent": (
+        "rank += shared.ranked[other] > key;",
+        "rank += (shared.ranked[other] ^ 255) > (key ^ 255);",
+    ),
+    "at most 32 exponents": ("if (found <= 32) {", "if (true) {"),
+    "other values are sampled": ("(at + at / 16) & 7;", "at & 7;"),
+    "the sign of zero is lost": (
+        "rest = merge(0x80808080u, high, low);",
+        "rest = merge(0x80808080u, exponents, low);",
+    ),
+    "counts of the block before": ("shared.counts[at] = 0;", "{}"),
+    "an overflow keeps the codes": ("clear_slot<F>(slot, warp", "if (0) clear_slot<F>(slot, warp"),
+    "no word for an overflow": ("if (argument.overflow) argument.overflow[plane.unit] = 1;", ""),
+    "two words of codes change places": (
+        "const u32 low = __shfl_sync(ALL, bits, from & 31);",
+        ("const u32 low = __shfl_sync(ALL, bits, (from ^ 1) & 31);"),
+    ),
+}
+UNPACK_MUTANTS = {
+    "no count across segments": ("if (warp) start = load", "if (warp > 1) start = load"),
+    "half a table": (
+        "const u32 high = choose(table.part[2], table.part[3], which);",
+        "const u32 high = low;",
+    ),
+    "the flag is ignored": ("if (table.part[3] >> 24) {", "if (false) {"),
+    "escapes begin one too late": (
+        "field(fields[round / 3], round) - __popc(mask);",
+        "field(fields[round / 3], round) - __popc(mask) / 2;",
+    ),
+    "the sign of zero is lost": (
+        "const u32 high = merge(0x80808080u, rest, exponents >> 1);",
+        "const u32 high = exponents >> 1;",
+    ),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("faults", "text"),
+    [
+        *(pytest.param(_pack_faults, x, id=f"pack: {name}") for name, x in PACK_MUTANTS.items()),
+        *(pytest.param(_unpack_faults, x, id=f"unpack: {n}") for n, x in UNPACK_MUTANTS.items()),
+    ],
+)
+@pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+@pytest.mark.xdist_group("cuda-on-cpu")
+def test_every_mutant_is_caught(faults: Callable[[Case], str], text: tuple[str, str]) -> None:
+    rows = (FEW[0], FEW[2])
+    assert any(faults(Case("cpu", each, _altered(*text))) for each in rows)
+
+
+def _plan(raw: KVView, packs: bool = True) -> PackPlan:
+    """Return the plan of packing or unpacking whole blocks of a view, at random."""
+    size = raw.form.block_size
+    heads, layers, kv = raw.form.heads, raw.form.layers, raw.form.kv
+    dim = raw.form.token_bytes // (2 * heads * layers * kv)
+    shape = usual_slot(size * dim, 4)
+    slots = torch.zeros((3, layers, kv, heads, shape.slot_bytes), dtype=torch.uint8)
+    packed = Rows(size, dim, heads, layers, kv).packed_view(slots)
+    src, dst = (raw, packed) if packs else (packed, raw)
+    return PackPlan(src.form, dst.form, size, size)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_rows_that_the_kernels_do_not_take_are_refused_with_a_reason(packs: bool) -> None:
+    backend = _on_host(HostPackDriver)
+    taken = Rows(16, 128).raw_view(Rows(16, 128).tensors(Rows(16, 128).values(0), CPU))
+    assert backend.check_pack(_plan(taken, packs)).accepted
+    narrow = KVView(
+        torch.zeros(1, 2, 3, 16, 2, 100, dtype=torch.bfloat16), "layer kv block token head dim"
+    )
+    decision = backend.check_pack(_plan(narrow, packs))
+    assert not decision.accepted
+    assert decision.reason == "it needs 16 B alignment and the plan allows 8 B"

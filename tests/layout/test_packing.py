@@ -14,10 +14,13 @@ from portakv.layout.packing import PackedPlane, sampled
     [
         (256, 4, 448, 32),
         (2048, 4, 3136, 32),
-        (2048, 3, 2880, 32),
+        (256, 3, 416, 32),
+        (2048, 3, 2976, 128),
+        (16384, 3, 23424, 832),
         (4096, 4, 6272, 96),
         (16384, 4, 25088, 448),
         (32768, 4, 50112, 896),
+        (49152, 4, 75136, 1344),
     ],
 )
 def test_the_usual_slot(values: int, bits: int, slot: int, escapes: int) -> None:
@@ -46,7 +49,7 @@ def test_a_slot_of_another_size() -> None:
     assert plane.ratio == 4096 / 3200
 
 
-@pytest.mark.parametrize("values", [0, 192, 255, 257, 320 + 32, 32768 + 64, 1 << 20])
+@pytest.mark.parametrize("values", [0, 192, 255, 257, 320 + 32, 49152 + 64, 1 << 20])
 def test_planes_of_other_sizes_are_unsupported(values: int) -> None:
     with pytest.raises(Unsupported, match=f"planes of {values} values"):
         Pack().plane(values)

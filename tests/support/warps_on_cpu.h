@@ -63,12 +63,6 @@ static inline unsigned __ballot_sync(unsigned, bool bit) {
     for (unsigned lane = 0; lane < 32; ++lane) result = all[lane] > result ? all[lane] : result;
     return result;
 }
-[[maybe_unused]] static inline unsigned __reduce_min_sync(unsigned, unsigned value) {
-    const unsigned* all = exchange(value, "reduce_min");
-    unsigned result = ~0u;
-    for (unsigned lane = 0; lane < 32; ++lane) result = all[lane] < result ? all[lane] : result;
-    return result;
-}
 [[maybe_unused]] static inline unsigned __shfl_sync(unsigned, unsigned value, unsigned lane) {
     return exchange(value, "shfl")[lane % 32];
 }
