@@ -14,6 +14,7 @@ import torch
 
 from portakv.errors import Unsupported
 from portakv.plan.loops import Loop
+from portakv.plan.packing import PackNest, PackPlan
 from portakv.plan.plan import CopyPlan, Nest, Side
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -44,8 +45,8 @@ class SideArguments:
 
     def __init__(
         self,
-        nest: Nest,
-        plan: CopyPlan,
+        nest: Nest | PackNest,
+        plan: CopyPlan | PackPlan,
         name: str,
         outer: Sequence[Loop],
         inner: Sequence[Loop] = (),

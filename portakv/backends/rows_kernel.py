@@ -20,6 +20,7 @@ from portakv.backends._sides import Request as Request
 from portakv.backends._sides import SideArguments, split_loops
 from portakv.errors import Unsupported
 from portakv.plan.loops import Loop
+from portakv.plan.packing import PackNest, PackPlan
 from portakv.plan.plan import CopyPlan, Move, Nest
 from portakv.runtime.bounded import Bounded
 from portakv.view.index import Index
@@ -279,7 +280,12 @@ class SideWords(SideArguments):
     """
 
     def __init__(
-        self, nest: Nest, plan: CopyPlan, name: str, outer: Sequence[Loop], inner: Sequence[Loop]
+        self,
+        nest: Nest | PackNest,
+        plan: CopyPlan | PackPlan,
+        name: str,
+        outer: Sequence[Loop],
+        inner: Sequence[Loop],
     ) -> None:
         super().__init__(nest, plan, name, outer, inner)
         self.ids = self.per_id > 0
