@@ -32,6 +32,7 @@ INTEGRATION_SUITE = "plugs"
 STORAGE_SUITE = "storage"
 MIGRATION_SUITE = "migration"
 ENGINE_SUITE = "engines"
+ENCODING_SUITE = "encodings"
 SUITES = {
     HOST_SUITE: "host_",
     WALL_SUITE: "wall_",
@@ -40,6 +41,7 @@ SUITES = {
 }
 SUITES[MIGRATION_SUITE] = "migrate_"
 SUITES[ENGINE_SUITE] = "engine_"
+SUITES[ENCODING_SUITE] = "encoding_"
 
 #: The share by which a target may be worse than its accepted figure: the noise between two runs.
 TOLERANCE = 0.03

@@ -5,7 +5,8 @@
 for them. ``--plugs`` compares engines' own
 transfers with those of PortaKV's integrations. ``--storage`` measures block stores in a folder, and
 ``--migration`` measures rows and weights that cross between two processes. ``--engines`` measures
-requests of a serving engine with each place from which their rows may come.
+requests of a serving engine with each place from which their rows may come. ``--encodings``
+measures copies that pack and unpack rows.
 
 Exit codes: 0 all bytes are right; 1 bytes are wrong or a requested part failed; 2 the command line
 is wrong. Absent parts, failures of peers and parts without time left are reported only.
@@ -42,6 +43,7 @@ from portakv.interconnect.costs import costs_of
 from portakv.registry.registry import ENVIRONMENT
 from portakv.runtime.devices import device_name, usable_device, usual_device
 from portakv_benchmarks.check import (
+    ENCODING_SUITE,
     ENGINE_SUITE,
     HOST_SUITE,
     INTEGRATION_SUITE,
@@ -57,6 +59,8 @@ from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.cold_start import measure_startup
 from portakv_benchmarks.device.methods import run_all_methods
 from portakv_benchmarks.device.overhead import measure_overhead
+from portakv_benchmarks.encodings import across, inside
+from portakv_benchmarks.encodings.suite import ENCODING_PRESETS, EncodingBench
 from portakv_benchmarks.engines import models
 from portakv_benchmarks.engines.suite import engine_steps as served_steps
 from portakv_benchmarks.host import calls, grid, interference, memory, small, whole_call
@@ -135,6 +139,11 @@ MIGRATION: Mapping[str, str] = {
     "staged": "moved:staged_steps",
     "scattered": "moved:scattered_steps",
 }
+#: The parts of ``--encodings``.
+ENCODINGS: Mapping[str, Callable[[EncodingBench], Iterator[Step]]] = {
+    "inside": inside.inside_steps,
+    "across": across.across_steps,
+}
 _PARTS_OF: Mapping[str, Fields] = {
     HOST_SUITE: PARTS,
     WALL_SUITE: WALL,
@@ -142,6 +151,7 @@ _PARTS_OF: Mapping[str, Fields] = {
     STORAGE_SUITE: STORAGE,
     MIGRATION_SUITE: MIGRATION,
     ENGINE_SUITE: models.MODELS,
+    ENCODING_SUITE: ENCODINGS,
 }
 
 
@@ -169,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         runs[MIGRATION_SUITE] = run_migration
         runs[ENGINE_SUITE] = run_engines
+        runs[ENCODING_SUITE] = run_encodings
         run = runs.get(kind or "", run_device)
         results = run(args, device)
     except PortaKVError as error:
@@ -206,6 +217,7 @@ _MEASURED = {
     STORAGE_SUITE: "block stores and their parts, in turns with fio and LMCache,",
     MIGRATION_SUITE: "transfers between two processes and their devices, in turns with raw copies",
     ENGINE_SUITE: "requests of a serving engine with each connector, in turns in one engine,",
+    ENCODING_SUITE: "copies that pack and unpack rows, in turns with plain copies",
 }
 _INSTEAD = {
     HOST_SUITE: "copies between the device and the host",
@@ -214,6 +226,7 @@ _INSTEAD = {
     STORAGE_SUITE: "block stores in a folder compared with fio and LMCache",
     MIGRATION_SUITE: "rows and weights that cross between two processes",
     ENGINE_SUITE: "requests of a real engine whose rows come from the device, the host or a disk",
+    ENCODING_SUITE: "copies that pack and unpack rows, inside a device and over its link",
 }
 
 
@@ -237,6 +250,7 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
         STORAGE_SUITE: STORAGE_PRESETS,
         MIGRATION_SUITE: dict.fromkeys(("full", "quick", "tiny")),
         ENGINE_SUITE: dict.fromkeys(("full", "tiny")),
+        ENCODING_SUITE: ENCODING_PRESETS,
     }
     presets = known[kind]
     preset = "full" if kind else "core"
@@ -452,6 +466,12 @@ def run_engines(args: argparse.Namespace, device: torch.device) -> Row:
     place = short_name(device)
     results["name"] = results["name"].replace(f"{place}-{ENGINE_SUITE}", f"{ENGINE_SUITE}-{place}")
     return results
+
+
+def run_encodings(args: argparse.Namespace, device: torch.device) -> Row:
+    """Measure copies that pack and unpack; return the result as JSON."""
+    bench = EncodingBench(device, ENCODING_PRESETS[args.preset])
+    return _run_parts(args, ENCODING_SUITE, ENCODINGS, bench)
 
 
 def _run_parts(args: argparse.Namespace, kind: str, known: Parts[AnyBench], bench: AnyBench) -> Row:

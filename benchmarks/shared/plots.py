@@ -9,7 +9,8 @@ Write SVG files next to the result. They need matplotlib (`pip install '.[bench]
 * ``h200-plugs.json``: the time of each integration, of the engine's own code;
 * ``h200-storage.json``: rates, and loads while stores run;
 * ``h200-x2.json``: pulls against raw copies;
-* ``engines-h200.json``: what a request waits for, with each connector.
+* ``engines-h200.json``: what a request waits for, with each connector;
+* ``h200-encodings.json``: raw rows that a link moves in a second, packed and as they are.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def draw(results: Fields, folder: Path, stem: str) -> list[Path]:
         "rates": ("storage_engine", stored), "tier": ("storage_tier", stored),
         "urgent": ("storage_beside", urgent), "pulls": ("migrate_mapped", pulled),
         "first-token": ("engine_prompt", first_tokens),
+        "payload": ("encoding_link", payload_over_link),
     }  # fmt: skip
     with matplotlib.rc_context(SETTINGS):
         for name, (kind, make) in kinds.items():
@@ -402,6 +404,33 @@ def first_tokens(rows: list[Row], device: str) -> Figure:
     axes.set_xlim(0, 1.1 * max(row["most_ms"] for row in rows))
     axes.set_xlabel("ms until the first token, medians; the line goes from the least to the most")
     axes.set_title(f"The first token of a known prompt in vLLM · {device}", fontsize=10)
+    return figure
+
+
+def payload_over_link(rows: list[Row], device: str) -> Figure | None:
+    """Draw the rate of raw rows over a link by payload, as they are and packed."""
+    if len({row["payload_bytes"] for row in rows}) < 2:
+        return None
+    cases = grouped(having(rows, backend="pack"), "shape")
+    plain = cases[0][0]["shape"] if cases else ""
+    figure = Figure(figsize=(9.5, 4.0))
+    words = {**_WORDS, "both": "both at the same time"}
+    for (op, title), axes in zip(words.items(), figure.subplots(1, 3, sharey=False), strict=True):
+        own = having(rows, op=op)
+        for name, style in (("memcpy", "--"), ("raw", ":")):
+            selected = having(own, backend=name, shape=plain)
+            _line(axes, selected, "gb_per_s", label=name, color="black", linestyle=style)
+        for case, mark in zip(cases, "os^xdv+*", strict=False):
+            shape = case[0]["shape"]
+            packed = having(own, backend="pack", shape=shape)
+            _line(axes, packed, "gb_per_s", label=f"pack, {shape}", marker=mark, markersize=4)
+        _sizes_below(axes)
+        axes.set_ylim(bottom=0)
+        axes.set_title(title, fontsize=9)
+    figure.axes[0].set_ylabel("GB/s of raw rows")
+    figure.axes[0].legend(fontsize=7, frameon=False, loc="lower right")
+    figure.suptitle(f"Rows over the link, packed and as they are · {device}", fontsize=10)
+    figure.tight_layout()
     return figure
 
 

@@ -237,6 +237,21 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
          ("mean ms", "mean_ms:.4g"), ("x vLLM's", "of_own:.3f"), ("median", "p50_ms:.4g"),
          ("most", "most_ms:.4g"), ("runs", "rounds:")),
     ),
+    "encoding_copy": (
+        "packing and unpacking inside a device, in turns with copy_; GB/s of raw rows",
+        (*_WHAT, ("MB", lambda row: f"{row['payload_bytes'] / 1e6:.4g}"), ("us", _time),
+         ("GB/s", "gb_per_s:.4g"), ("of copy_", "ratio:.3f"), ("of plain", "of_plain:.3f"),
+         ("raw / wire", "payload_to_wire:.3f"), ("p90/p50", _spread), ("host us", "host_us:.1f"),
+         _BYTES),
+    ),
+    "encoding_link": (
+        "packed and raw rows between a device and pinned host, in turns with a memcpy of the raw "
+        "bytes; GB/s of raw rows",
+        (*_WHAT, ("MB", lambda row: f"{row['payload_bytes'] / 1e6:.4g}"), ("us", _time),
+         ("GB/s", "gb_per_s:.4g"), ("of memcpy", "ratio:.3f"), ("of raw", "of_raw:.3f"),
+         ("raw / wire", "payload_to_wire:.3f"), ("p90/p50", _spread), ("host us", "host_us:.1f"),
+         _BYTES),
+    ),
     "storage_engine": ("reading and writing random slots of one file", _STORED),
     "storage_tier": ("a disk's tier alongside its engine with as many bytes", _STORED),
     "storage_remote": ("a remote tier alongside plain requests", _STORED),

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure copies that pack and unpack rows."""
