@@ -192,7 +192,8 @@ def _opposed(scene: _Scene, host: _Host, op: str, blocks: int) -> Variant:
 
 def _memcpy(scene: _Scene, op: str, payload: int) -> Variant:
     """Return plain copies of as many bytes of payload, between dense memory and the host."""
-    host, device = scene.flat, scene.dense
+    host = scene.flat
+    device = scene.dense
     pairs = [(host[:payload], device[:payload]), (device[-payload:], host[-payload:])]
     ways = [_plain(scene, *pair) for pair in pairs]
     if op != BOTH:

@@ -61,8 +61,8 @@ def refusal(nest: PackNest) -> str | None:
 def raw_steps(nest: PackNest) -> tuple[Steps, int]:
     """Return the steps through the raw values of a plane, outermost first, and the bytes of a run
     without a gap."""
-    *outer, last = (*nest.tokens, *nest.dim)
-    run = last.extent
+    outer = [*nest.tokens, *nest.dim]
+    run = outer.pop().extent
     while outer and outer[-1].stride == run:
         run *= outer.pop().extent
     return tuple(outer), run

@@ -95,14 +95,14 @@ class Case:
         plan = PackPlan(src.form, dst.form, *steps)
         assert self.backend.check_pack(plan).accepted
         launch = self.backend.prepare_pack(plan)
-        indices = [
+        src_index, dst_index = (
             Index() if ids is None else Index(torch.tensor(ids, device=self.device), step=size)
             for ids in (src_ids, dst_ids)
-        ]
+        )
         status = torch.zeros(1, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         overflow = torch.zeros(len(self.ids), dtype=torch.int32, device=self.device)
         count = len(self.ids) * size
-        launch(src, dst, *indices, count, None, status, overflow)
+        launch(src, dst, src_index, dst_index, count, None, status, overflow)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return int(status), overflow.cpu().numpy()
@@ -170,7 +170,8 @@ class Backwards(HostPackDriver):
 
 
 def _on_host(driver: type[HostPackDriver]) -> Backend:
-    return type("Altered", (PackOnCpu,), {"driver": driver})(CPU)
+    altered: type[PackOnCpu] = type("Altered", (PackOnCpu,), {"driver": driver})
+    return altered(CPU)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +292,9 @@ def test_every_mutant_is_caught(faults: Callable[[Case], str], text: tuple[str, 
 def _plan(raw: KVView, packs: bool = True) -> PackPlan:
     """Return the plan of packing or unpacking whole blocks of a view, at random."""
     size = raw.form.block_size
-    heads, layers, kv = raw.form.heads, raw.form.layers, raw.form.kv
+    heads = raw.form.heads
+    layers = raw.form.layers
+    kv = raw.form.kv
     dim = raw.form.token_bytes // (2 * heads * layers * kv)
     shape = usual_slot(size * dim, 4)
     slots = torch.zeros((3, layers, kv, heads, shape.slot_bytes), dtype=torch.uint8)
