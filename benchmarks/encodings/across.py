@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure packed and raw copies between a device and pinned host memory, in turns with a memcpy of
-the same payload, one way and both ways at the same time."""
+the same payload, one direction or both at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from portakv_benchmarks.host.cases import DIRECTIONS
 from portakv_benchmarks.host.suite import MEMCPY, plain_copy
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Call, Measured, Row, Rows, Step, Variant, short
-from portakv_benchmarks.shared.shapes import POISON, in_words
+from portakv_benchmarks.shared.shapes import POISON, fill, in_words
 
 BOTH = "both"
 RAW = "raw"
@@ -79,11 +79,13 @@ class _Scene:
         # What a plain copy moves.
         self.flat = host_memory(raw.numel())
         self.dense = torch.empty(raw.shape, dtype=torch.uint8, device=bench.device)
+        fill(self.dense.view(torch.int64), 1)
+        self.flat.copy_(self.dense)
         self.streams = [bench.stream() for _ in DIRECTIONS]
         order = torch.Generator().manual_seed(1)
         self._host_order = torch.randperm(blocks, generator=order)
         for host in (self.raw, self.packed):  # right blocks, also after each method
-            self.mover(host, "d2h", 0, blocks)().synchronize()
+            self.call_of(host, "d2h", 0, blocks)().synchronize()
 
     def ids(self, first: int, count: int) -> tuple[Index, Index]:
         """Return the blocks of the device and of the host from a position on."""
@@ -91,7 +93,7 @@ class _Scene:
         device = self.memory.order[first : first + count]
         return Index(device, step=step), Index(self._host_order[first : first + count], step=step)
 
-    def mover(self, host: _Host, direction: str, first: int, count: int) -> Callable[[], Any]:
+    def call_of(self, host: _Host, direction: str, first: int, count: int) -> Callable[[], Any]:
         """Return a call that copies blocks."""
         device_ids, host_ids = self.ids(first, count)
         rows = self.memory.rows if direction == "d2h" else self.memory.written
@@ -131,7 +133,7 @@ def _rows(scene: _Scene, blocks: int, op: str) -> Rows:
     """Return a row for each method of moving blocks in a direction, or in both."""
     bench = scene.bench
     case = scene.case
-    ways = 2 if op == BOTH else 1
+    directions = 2 if op == BOTH else 1
     payload = blocks * case.block_bytes
     make = _opposed if op == BOTH else _one_way
     known = [make(scene, host, op, blocks) for host in (scene.raw, scene.packed)]
@@ -140,11 +142,11 @@ def _rows(scene: _Scene, blocks: int, op: str) -> Rows:
     limits = 1, bench.sizes.rounds, bench.sizes.seconds
     results = harness.measure(_memcpy(scene, op, payload), good, bench.timer, *limits)
     times = {str(one.labels["backend"]): one.figures["p50_us"] for one in results}
-    return [_row(scene, one, op, payload, ways, times) for one in results]
+    return [_row(scene, one, op, payload, directions, times) for one in results]
 
 
 def _row(
-    scene: _Scene, one: Measured, op: str, payload: int, ways: int, times: dict[str, float]
+    scene: _Scene, one: Measured, op: str, payload: int, directions: int, times: dict[str, float]
 ) -> Row:
     case = scene.case
     packed = one.labels["backend"] == scene.packed.name
@@ -156,7 +158,7 @@ def _row(
         "code_bits": case.bits,
         "values": case.plane.values,
         "payload_bytes": payload,
-        **one.row(ways * payload),
+        **one.row(directions * payload),
     }
     slots = payload // case.plane.raw_bytes
     row["wire_bytes"] = slots * case.plane.slot_bytes if packed else payload
@@ -167,7 +169,7 @@ def _row(
 
 
 def _one_way(scene: _Scene, host: _Host, direction: str, blocks: int, first: int = 0) -> Variant:
-    move = scene.mover(host, direction, first, blocks)
+    move = scene.call_of(host, direction, first, blocks)
     return Variant(
         {"backend": host.name},
         lambda i: move().wait(),
@@ -178,16 +180,19 @@ def _one_way(scene: _Scene, host: _Host, direction: str, blocks: int, first: int
 
 def _opposed(scene: _Scene, host: _Host, op: str, blocks: int) -> Variant:
     """Return both directions at the same time, as a variant: blocks out, and others in."""
-    ways = [_one_way(scene, host, way, blocks, n * blocks) for n, way in enumerate(DIRECTIONS)]
+    variants = [
+        _one_way(scene, host, direction, blocks, at * blocks)
+        for at, direction in enumerate(DIRECTIONS)
+    ]
 
     def right(i: int) -> bool:  # the check of what went out overwrites what came in
-        return all(way.right(i) for way in reversed(ways))
+        return all(variant.right(i) for variant in reversed(variants))
 
     def poison_all(i: int) -> None:
-        for way in ways:
-            way.poison(i)
+        for variant in variants:
+            variant.poison(i)
 
-    return Variant({"backend": host.name}, _together(scene, ways), poison_all, right)
+    return Variant({"backend": host.name}, _together(scene, variants), poison_all, right)
 
 
 def _memcpy(scene: _Scene, op: str, payload: int) -> Variant:
@@ -195,14 +200,14 @@ def _memcpy(scene: _Scene, op: str, payload: int) -> Variant:
     host = scene.flat
     device = scene.dense
     pairs = [(host[:payload], device[:payload]), (device[-payload:], host[-payload:])]
-    ways = [_plain(scene, *pair) for pair in pairs]
+    variants = [_plain(scene, *pair) for pair in pairs]
     if op != BOTH:
-        return ways[DIRECTIONS.index(op)]
+        return variants[DIRECTIONS.index(op)]
     return Variant(
         {"backend": MEMCPY},
-        _together(scene, ways),
-        lambda i: [way.poison(i) for way in ways],
-        lambda i: all(way.right(i) for way in ways),
+        _together(scene, variants),
+        lambda i: [variant.poison(i) for variant in variants],
+        lambda i: all(variant.right(i) for variant in variants),
     )
 
 
@@ -221,16 +226,16 @@ def _equal(scene: _Scene, one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(*there)
 
 
-def _together(scene: _Scene, ways: Sequence[Variant]) -> Call:
+def _together(scene: _Scene, variants: Sequence[Variant]) -> Call:
     """Return a call of both directions, each on its own stream."""
     module = scene.bench.module
 
     def call(i: int) -> None:
         current = module.current_stream(scene.bench.device)
-        for way, stream in zip(ways, scene.streams, strict=True):
+        for variant, stream in zip(variants, scene.streams, strict=True):
             stream.wait_stream(current)
             with module.stream(stream):
-                way.call(i)
+                variant.call(i)
         for stream in scene.streams:
             current.wait_stream(stream)
 

@@ -21,7 +21,7 @@ from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Call, Rows, Step, Variant, short
 from portakv_benchmarks.shared.shapes import in_words
 
-#: The plain method beside each method that packs or unpacks, and their direction.
+#: The plain method for each method that packs or unpacks, and their direction.
 PLAIN = {"pack": "gather", "pack, call": "gather", "unpack": "scatter", "unpack, call": "scatter"}
 
 

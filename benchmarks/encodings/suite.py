@@ -150,7 +150,7 @@ class EncodingBench(Bench):
         super().__init__(device, HOST_PRESETS["tiny"])
         self.sizes = preset
         if device.type == "cpu":
-            self.absent = {}  # no strategy is asked for
+            self.absent = {}  # no strategy is measured
 
     @cached_property
     def inside(self) -> Timer:
@@ -196,8 +196,8 @@ class Memory:
         moved = self.case.by_block(self.written)
         same = torch.equal(moved[at], self.case.by_block(self.rows)[at])
         others = torch.cat([self.placed[:first], self.placed[blocks:]])
-        kept = moved[others].contiguous().view(torch.uint8) == POISON
-        return same and bool(kept.all())
+        unchanged = moved[others].contiguous().view(torch.uint8) == POISON
+        return same and bool(unchanged.all())
 
 
 def host_memory(nbytes: int) -> torch.Tensor:

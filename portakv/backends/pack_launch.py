@@ -71,8 +71,6 @@ class KernelPackLaunch:
                 kernel.pack_span(buffer, start, span)
                 blocks = kernel.grid(span)
                 threads = kernel.threads
-                result = driver.launch(
-                    function, blocks, 1, 1, threads, 1, 1, 0, handle, address, 0
-                )
+                result = driver.launch(function, blocks, 1, 1, threads, 1, 1, 0, handle, address, 0)
                 if result != driver.success:
                     driver.check(result, "The launch")
