@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from portakv_benchmarks.check import (
+    ENCODING_SUITE,
     ENGINE_SUITE,
     HOST_SUITE,
     INTEGRATION_SUITE,
@@ -238,6 +239,23 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
         "What a store costs the host", "",
         {"case": "{shape}", "us": "{us:,.4g}", "of the processor, us": "{cpu_us:,.4g}"},
     ),
+    "encoding_copy": (
+        "Packing and unpacking inside a device",
+        "Rates count raw rows. *Plain* is a gather or a scatter of the same rows.",
+        {"planes": "{shape}", "bytes": lambda row: in_words(row["payload_bytes"]),
+         "method": "`{backend}`", "GB/s": "{gb_per_s:,.4g}", "of copy_": "{ratio:.2f}",
+         "of plain": _if_there("of_plain", ".2f"),
+         "raw / packed": _if_there("payload_to_wire", ".3f")},
+    ),
+    "encoding_link": (
+        "Packed rows between a device and host memory",
+        "Rates count raw rows, in both directions together where both are copied.",
+        {"planes": "{shape}", "bytes": lambda row: in_words(row["payload_bytes"]),
+         "direction": lambda row: DIRECTIONS.get(row["op"], row["op"]),
+         "method": "`{backend}`", "GB/s": "{gb_per_s:,.4g}", "of memcpy": "{ratio:.2f}",
+         "of raw": _if_there("of_raw", ".2f"),
+         "raw / packed": _if_there("payload_to_wire", ".3f")},
+    ),
     "storage_hits": (
         "Waits for a store", "By the wall clock, from the call to usable blocks on an idle device: "
         "loads of blocks that the host tier has, and saves until their blocks may be written. "
@@ -303,6 +321,7 @@ def page(files: Iterable[Path]) -> str:
     results.sort(key=lambda result: result["machine"]["device_type"] == "cpu")
     suites = {None: _device, HOST_SUITE: _link, WALL_SUITE: _whole_calls, STORAGE_SUITE: _storage}
     suites[MIGRATION_SUITE] = _migration
+    suites[ENCODING_SUITE] = _encodings
     results.sort(key=lambda result: [*suites].index(result.get("suite")))
     parts = [_HEAD.replace("{summary}", _summary(results))]
     for result in results:
@@ -378,6 +397,10 @@ def _whole_calls(result: Fields) -> list[str]:
 
 def _storage(result: Fields) -> list[str]:
     return _suite("Block stores", result, [])
+
+
+def _encodings(result: Fields) -> list[str]:
+    return _suite("Packed rows", result, [])
 
 
 def _migration(result: Fields) -> list[str]:
