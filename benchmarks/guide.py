@@ -37,6 +37,7 @@ CLOSE = 1.05
 _ORDER = ("cuda", "triton", "compiled", "compiled graph", "reference")
 _LAYERS = {"apart": "each layer an allocation", "together": "all layers in one allocation"}
 DIRECTIONS = {"d2h": "device to host", "h2d": "host to device"}
+_EITHER = {**DIRECTIONS, "both": "both"}
 _STRATEGIES = ("staged", "batched_memcpy", "zero_copy")
 _LARGE = 32_000_000
 _LINK_LARGE = 128_000_000
@@ -251,7 +252,7 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
         "Packed rows between a device and host memory",
         "Rates count raw rows, in both directions together where both are copied.",
         {"planes": "{shape}", "bytes": lambda row: in_words(row["payload_bytes"]),
-         "direction": lambda row: DIRECTIONS.get(row["op"], row["op"]),
+         "direction": lambda row: _EITHER[row["op"]],
          "method": "`{backend}`", "GB/s": "{gb_per_s:,.4g}", "of memcpy": "{ratio:.2f}",
          "of raw": _if_there("of_raw", ".2f"),
          "raw / packed": _if_there("payload_to_wire", ".3f")},
