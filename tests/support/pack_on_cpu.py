@@ -43,6 +43,7 @@ class HostPackDriver(HostDriver):
     """
 
     backwards = False
+    launched = 0  # kernels that pack or unpack, of all objects
     text: tuple[tuple[str, str], ...] = ()
 
     def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
@@ -62,6 +63,7 @@ class HostPackDriver(HostDriver):
             return super().launch(function, blocks, planes, _z, threads, *rest)
         address = ctypes.cast(rest[-2], ctypes.POINTER(ctypes.c_void_p))[0]
         apart = function.run_kernel(ctypes.c_void_p(address), blocks, threads, self.backwards)
+        HostPackDriver.launched += 1
         assert not apart, "threads of a warp or a block wait in different places"
         return 0
 
