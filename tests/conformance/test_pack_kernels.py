@@ -22,7 +22,7 @@ Case = Callable[[Bench], None]
 #: Every raw layout that the case is declared for.
 LAYOUTS = [
     str(each.values[0])
-    for mark in cases.test_raw_layouts.pytestmark
+    for mark in vars(cases.test_raw_layouts)["pytestmark"]
     if mark.args[0] == "name"
     for each in mark.args[1]
 ]
