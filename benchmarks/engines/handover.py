@@ -185,7 +185,8 @@ class Measured:
     def _check_weights(self) -> None:
         """Raise `RuntimeError` if the tokens do not depend on the prompt: they would judge
         nothing."""
-X
+        single = self.engines["single"]
+        answers = [single.do("ask", 200, seed, ANSWER) for seed in (10**7, 10**7 + 1)]
         tokens = [each["tokens"] for each in answers]
         if tokens[0] == tokens[1] or len({*tokens[0]}) < 3:
             raise RuntimeError(f"Expected tokens that depend on the prompt, got {tokens}.")
