@@ -42,8 +42,9 @@ ANSWER = 16  # tokens
 #: Terms of both engines: no lease ends, and no pull is given up, because the machine is busy.
 PATIENT = {"lease": 300.0, "timeout": 60.0}
 TO_PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
-#: NIXL's listeners: a port for each engine.
-PORT = 5711
+#: The first port of engines, and ports between two engines. NIXL listens at the last one.
+PORT = 29500
+APART = 10
 
 
 class Engines:
@@ -60,7 +61,6 @@ class Engines:
         self._name = pair
         self._folder = Path(tempfile.mkdtemp(dir=folder))
         self._note = note
-        self._ports = count(PORT)
         self.sides = dict[str, Far]()
         self.token_bytes = 0.0
         atexit.register(self.close)
@@ -76,7 +76,9 @@ class Engines:
         **terms: Any,
     ) -> None:
         """Begin to start an engine. ``place``: of its device among those that are visible."""
-        more = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(next(self._ports))}
+        number = len(self.sides)
+        port = int(os.environ.get("VLLM_PORT", PORT)) + APART * number
+        more = {"VLLM_PORT": str(port), "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port + APART - 1)}
         devices = visible_devices()
         if devices:
             more["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
@@ -266,9 +268,7 @@ class Measured:
                 "shape": f"{length} tokens, {self.pair.model.shape}",
                 "tokens": length,
                 "backend": NIXL if NIXL in way else "off" if way == "recompute" else OURS,
-                "op": way
-                if way == "recompute"
-                else f"blocks {small} -> {small if alike else large}",
+                "op": way if way == "recompute" else blocks,
                 **_summary(first),
                 "rounds": len(first),
                 "of_off": short(median(a / b for a, b in zip(first, computed, strict=True))),

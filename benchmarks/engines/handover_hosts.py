@@ -5,8 +5,11 @@ buffers: as between engines of two vendors, neither of which can map the other's
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from math import prod
 from secrets import token_bytes
 from statistics import median
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -19,16 +22,29 @@ from portakv_benchmarks.migration.cases import memory
 from portakv_benchmarks.shared.harness import Row, Rows, short
 from portakv_benchmarks.shared.shapes import POISON
 
-LAYERS = 32
 HEADS = 8
 DIM = 128
 SIZES = (16, 64)  # tokens of a block of the owner, and of the reader
-TOKENS = 1025
 LEASE = 60.0
 LIMIT = 60.0  # seconds
-ROUNDS = 5
 WORDS = 1024
 LAYOUT = "layer | kv block token head dim"
+#: Hands a prompt of so many tokens over, and returns the seconds.
+Move: TypeAlias = "Callable[[Worker, Worker, int, int], float]"
+
+
+class Case(NamedTuple):
+    """A prompt, and how often it is handed over.
+
+    Attributes:
+        layers: of the model.
+        tokens: of the prompt.
+        rounds: of which the first one connects, and does not count.
+    """
+
+    layers: int
+    tokens: int = 1025
+    rounds: int = 6
 
 
 class Worker:
@@ -39,10 +55,11 @@ class Worker:
         offers: it offers rows; else it pulls them.
     """
 
-    def __init__(self, device: torch.device, size: int, layers: int, offers: bool) -> None:
+    def __init__(self, device: torch.device, size: int, case: Case, offers: bool) -> None:
         self.size = size
-        used = -(-TOKENS // size)
-        shape = (layers, 2, used + 1, size, HEADS, DIM)
+        self._tokens = case.tokens
+        used = -(-case.tokens // size)
+        shape = (case.layers, 2, used + 1, size, HEADS, DIM)
         self.cache = memory(shape, torch.bfloat16, device)
         self.cache.view(torch.uint8).fill_(POISON)
         self.blocks = tuple(range(used, 0, -1))  # in an order of their own
@@ -53,7 +70,7 @@ class Worker:
     @property
     def rows(self) -> torch.Tensor:
         """Return the rows of the prompt ``[layer, kv, token, head, dim]``."""
-        return self.cache[:, :, list(self.blocks)].flatten(2, 3)[:, :, :TOKENS]
+        return self.cache[:, :, list(self.blocks)].flatten(2, 3)[:, :, : self._tokens]
 
     def write(self, rows: torch.Tensor) -> None:
         """Write the rows of a prompt."""
@@ -83,15 +100,15 @@ class Worker:
         self.handover.close()
 
 
-def hand_over(owner: Worker, reader: Worker, number: int) -> float:
+def hand_over(owner: Worker, reader: Worker, tokens: int, number: int) -> float:
     """Offer the rows of a prompt, and pull them; return the seconds of the pull."""
     name = token_bytes(32)
-    offer = OfferJob(f"p{number}", name, TOKENS, (owner.blocks,), LEASE)
+    offer = OfferJob(f"p{number}", name, tokens, (owner.blocks,), LEASE)
     owner.handover.begin(Handovers(offers=(offer,)))
     endpoint = owner.handover.endpoint
     assert endpoint is not None
     ticket = Ticket.of(*endpoint, name)
-    job = PullJob(number, f"d{number}", (ticket,), 0, TOKENS, (reader.blocks,))
+    job = PullJob(number, f"d{number}", (ticket,), 0, tokens, (reader.blocks,))
     began = time.perf_counter()
     reader.handover.begin(Handovers(pulls=(job,)))
     while not (ended := reader.handover.ended_pulls()):
@@ -105,40 +122,45 @@ def hand_over(owner: Worker, reader: Worker, number: int) -> float:
     return seconds
 
 
-def measure(device: torch.device) -> Rows:
-    """Return a row for each direction between a device and the host."""
+def measure(device: torch.device, case: Case | None = None, move: Move = hand_over) -> Rows:
+    """Return a row for each direction between a device and the host.
+
+    Args:
+        case: the prompt; None: the usual one.
+        move: hands it over.
+    """
     host = torch.device("cpu")
-    layers = LAYERS if device.type != "cpu" else 4
-    return [_measured(*pair, layers) for pair in ((device, host), (host, device))]
+    case = case or Case(4 if device.type == "cpu" else 32)
+    return [_measured(*pair, case, move) for pair in ((device, host), (host, device))]
 
 
-def _measured(source: torch.device, target: torch.device, layers: int) -> Row:
-    owner = Worker(source, SIZES[0], layers, offers=True)
-    reader = Worker(target, SIZES[1], layers, offers=False)
+def _measured(source: torch.device, target: torch.device, case: Case, move: Move) -> Row:
+    owner = Worker(source, SIZES[0], case, offers=True)
+    reader = Worker(target, SIZES[1], case, offers=False)
     taken = list[float]()
     right = True
     drawn = torch.Generator(device="cpu").manual_seed(1)
-    shape = (layers, 2, TOKENS, HEADS, DIM)
+    shape = (case.layers, 2, case.tokens, HEADS, DIM)
+    nbytes = prod(shape) * torch.bfloat16.itemsize
     try:
-        for number in range(ROUNDS + 1):
+        for number in range(case.rounds):
             rows = torch.randn(shape, generator=drawn, dtype=torch.float32, device="cpu")
             rows = rows.to(torch.bfloat16)
             owner.write(rows)
             reader.cache.view(torch.uint8).fill_(POISON)
-            wrong = reader.next_tokens()
-            taken.append(hand_over(owner, reader, number))
+            before = reader.next_tokens()
+            taken.append(move(owner, reader, case.tokens, number))
             tokens = reader.next_tokens()
             same = torch.equal(reader.rows.cpu(), rows)
-            right &= same and tokens == owner.next_tokens() and tokens != wrong
+            right &= same and tokens == owner.next_tokens() and tokens != before
     finally:
         owner.close()
         reader.close()
-    nbytes = rows.numel() * rows.element_size()
-    taken = taken[1:]  # the first one connects
+    taken = taken[1:]
     return {
         "kind": "engine_handover_pull",
-        "shape": f"{TOKENS} tokens, {source.type} -> {target.type}",
-        "tokens": TOKENS,
+        "shape": f"{case.tokens} tokens, {source.type} -> {target.type}",
+        "tokens": case.tokens,
         "op": f"blocks {SIZES[0]} -> {SIZES[1]}",
         "backend": "staging",
         "payload_bytes": nbytes,

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from portakv.migrate import Pull, open_shared, share
-from portakv_benchmarks.engines.engine import make_llm
 from portakv_benchmarks.engines.models import PAIRS
 from portakv_benchmarks.migration.cases import memory
 from portakv_benchmarks.shared import far
@@ -78,6 +77,8 @@ class Side:
             terms: of vLLM's ``LLM``, besides those of the pair's model.
             hand_over: the terms of the hand-over.
         """
+        from portakv_benchmarks.engines.engine import make_llm  # which imports vLLM
+
         transfer: Any = {"kv_role": role, "kv_load_failure_policy": "recompute"}
         if connector == OURS:
             transfer |= {

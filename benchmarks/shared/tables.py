@@ -237,6 +237,28 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
          ("mean ms", "mean_ms:.4g"), ("x vLLM's", "of_own:.3f"), ("median", "p50_ms:.4g"),
          ("most", "most_ms:.4g"), ("runs", "rounds:")),
     ),
+    "engine_handover": (
+        "requests of a decode engine, until the first token is there; the prefill engine has "
+        "computed the prompt, and ratios are medians of pairs",
+        (("prompt", "shape"), ("part", "op"), ("connector", "backend"), ("ms", "p50_ms:.4g"),
+         ("least", "least_ms:.4g"), ("most", "most_ms:.4g"), ("x recompute", "of_off:.3f"),
+         ("after prefill", "after_prefill_ms:.4g"), ("prefill", "prefill_ms:.4g"),
+         ("prompts", "rounds:"), ("same bits", "same_bits:"), ("near ties", "near_ties:"),
+         ("tokens", "verified")),
+    ),
+    "engine_handover_pull": (
+        "pulls of prompts' rows, next to raw copies of the same bytes between the same devices",
+        (("prompt", "shape"), ("part", "op"), ("strategy", "backend"), ("ms", "p50_ms:.4g"),
+         ("least", "least_ms:.4g"), ("most", "most_ms:.4g"), ("GB/s", "gb_per_s:.4g"),
+         ("raw ms", "raw_ms:.4g"), ("raw GB/s", "raw_gb_per_s:.4g"), ("of raw", "of_raw:.3f"),
+         ("pulls", "rounds:"), _BYTES),
+    ),
+    "engine_handover_fault": (
+        "answers of a decode engine while something happens to the rows",
+        (("fault", "shape"), ("case", "op"), ("answers", "answers:"), ("pulled", "pulled:"),
+         ("computed", "computed:"), ("preempted", "preemptions:"), ("same bits", "same_bits:"),
+         ("near ties", "near_ties:"), ("wrong", "wrong:"), ("as expected", "verified")),
+    ),
     "storage_engine": ("reading and writing random slots of one file", _STORED),
     "storage_tier": ("a disk's tier alongside its engine with as many bytes", _STORED),
     "storage_remote": ("a remote tier alongside plain requests", _STORED),
