@@ -41,6 +41,8 @@ DECODE_POOL = 2304
 LEASE = 0.8
 SLOW = 1.5
 LIMIT = 60.0
+#: Seconds after which no further fault begins.
+SECONDS = 230.0
 #: What logarithms of probabilities may differ by, in float32: its products may have ten bits.
 TOLERANCE = 0.03
 
@@ -97,8 +99,12 @@ class Faults:
             answers = PREEMPTED if kind == "prefill engine preempts" else 1
             kinds += [kind] * (numbers[self._few] // answers)
         self._draw.shuffle(kinds)
+        began = time.monotonic()
         try:
-            for kind in kinds:
+            for done, kind in enumerate(kinds):
+                if time.monotonic() > began + SECONDS:
+                    self._note(f"no time was left for {len(kinds) - done} faults")
+                    break
                 self._one(kind)
         finally:
             self._note("faults", **{kind: dict(each) for kind, each in self._counts.items()})
@@ -178,8 +184,7 @@ class Faults:
             length = 61 * 32 + 1
             seed = next(self._seeds)
             answer = self._decode.do("ask", length, seed, ANSWER)
-        self._await(lambda: not self._decode.do("pulling"), "the end of a pull")
-        self._decode.do("pulls")
+        self._await(lambda: self._decode.do("pulls"), "the end of a pull")
         self._judge(answer, length, seed, pulled=False)
 
     def _preempts(self) -> None:

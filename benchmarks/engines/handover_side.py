@@ -36,6 +36,8 @@ DECODE = "kv_consumer"
 #: Seconds in which a request ends, and between two steps of an engine without work.
 LIMIT = 100.0
 IDLE = 2e-3
+#: The part of a slow pull's time after which something may happen to it.
+BEGUN = 0.2
 
 
 def drawn_prompt(words: int, length: int, seed: int) -> list[int]:
@@ -253,9 +255,10 @@ class Side:
         return noted
 
     def pulling(self) -> int:
-        """Return the number of pulls in flight."""
+        """Return the number of pulls that copy, and have done so for some of their time."""
         self._look_at_pulls()
-        return len(self._pulls)
+        begun = [each for each in self._pulls if each.statistics.slices]
+        return sum(each.age > self._seconds * BEGUN for each in begun)
 
     def slow(self, seconds: float, token_bytes: float) -> None:
         """Let the pull of a prompt that is added last take so long; 0: pulls have no limit."""
