@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from itertools import count
@@ -219,7 +219,7 @@ class Measured:
                 row = ways[way]()
                 made[way].append(row)
                 self._note(f"{length} tokens, {way}", **row)
-        return self._rows(length, made)
+        return rows_of(self.pair, length, made)
 
     def _computed(self, name: str, length: int) -> Row:
         """Let an engine compute a new prompt."""
@@ -253,68 +253,74 @@ class Measured:
         row["verdict"] = self._answers.verdict(answer, length, seed, pulled)
         return row
 
-    def _rows(self, length: int, made: dict[str, list[Row]]) -> Rows:
-        """Return a row for each way, with the ratio to the recomputation."""
-        small, large = self.pair.blocks
-        rows: Rows = []
-        computed = [each["first"] for each in made["recompute"]]
-        for way, each_round in made.items():
-            alike = way not in ("recompute", "handed over")
-            blocks = f"blocks {small} -> {small if alike else large}"
-            verdicts = [each["verdict"] for each in each_round]
-            first = [each["first"] for each in each_round]
-            row: Row = {
-                "kind": "engine_handover",
-                "shape": f"{length} tokens, {self.pair.model.shape}",
-                "tokens": length,
-                "backend": NIXL if NIXL in way else "off" if way == "recompute" else OURS,
-                "op": way if way == "recompute" else blocks,
-                **_summary(first),
-                "rounds": len(first),
-                "of_off": short(median(a / b for a, b in zip(first, computed, strict=True))),
-                "same_bits": sum(each == Verdict.SAME for each in verdicts),
-                "near_ties": sum(each == Verdict.TIE for each in verdicts),
-                "verified": Verdict.WRONG not in verdicts
-                and all(each.get("error") is None for each in each_round)
-                and all(each.get("raw_right", True) for each in each_round),
-            }
-            if way != "recompute":
-                after = median(each["after_prefill"] for each in each_round)
-                row["after_prefill_ms"] = short(1e3 * after)
-                row["prefill_ms"] = short(1e3 * median(each["prefill"] for each in each_round))
-            rows += [row, *self._pull_rows(row, each_round)]
-        return rows
-
-    def _pull_rows(self, row: Row, each_round: Sequence[Row]) -> Rows:
-        """Return the row of the pulls alone, next to raw copies of the same bytes."""
-        pulls = [each["pull"] for each in each_round if each.get("pull")]
-        if not pulls:
-            return []
-        nbytes = each_round[0]["nbytes"]
-        made: Row = {
-            "kind": "engine_handover_pull",
-            "shape": row["shape"],
-            "tokens": row["tokens"],
-            "op": row["op"],
-            "backend": each_round[0]["strategy"],
-            "payload_bytes": nbytes,
-            **_summary(pulls),
-            "gb_per_s": short(nbytes / median(pulls) / 1e9),
-            "rounds": len(pulls),
-            "verified": row["verified"],
-        }
-        raw = [each["raw"] for each in each_round if "raw" in each]
-        if raw:
-            ratios = [b / a for a, b in zip(pulls, raw, strict=True)]
-            made["raw_ms"] = short(1e3 * median(raw))
-            made["raw_gb_per_s"] = short(nbytes / median(raw) / 1e9)
-            made["of_raw"] = short(median(ratios))
-        return [made]
-
     def close(self) -> Rows:
         """End the engines."""
         self.engines.close()
         return []
+
+
+def rows_of(pair: Pair, length: int, made: Mapping[str, Sequence[Row]]) -> Rows:
+    """Return a row for each way to serve prompts of a length, with the ratio to ``recompute``.
+
+    Args:
+        made: the rounds of each way. Their times are seconds.
+    """
+    small, large = pair.blocks
+    rows: Rows = []
+    computed = [each["first"] for each in made["recompute"]]
+    for way, each_round in made.items():
+        alike = way not in ("recompute", "handed over")
+        blocks = f"blocks {small} -> {small if alike else large}"
+        verdicts = [each["verdict"] for each in each_round]
+        first = [each["first"] for each in each_round]
+        row: Row = {
+            "kind": "engine_handover",
+            "shape": f"{length} tokens, {pair.model.shape}",
+            "tokens": length,
+            "backend": NIXL if NIXL in way else "off" if way == "recompute" else OURS,
+            "op": way if way == "recompute" else blocks,
+            **_summary(first),
+            "rounds": len(first),
+            "of_off": short(median(a / b for a, b in zip(first, computed, strict=True))),
+            "same_bits": sum(each == Verdict.SAME for each in verdicts),
+            "near_ties": sum(each == Verdict.TIE for each in verdicts),
+            "verified": Verdict.WRONG not in verdicts
+            and all(each.get("error") is None for each in each_round)
+            and all(each.get("raw_right", True) for each in each_round),
+        }
+        if way != "recompute":
+            after = median(each["after_prefill"] for each in each_round)
+            row["after_prefill_ms"] = short(1e3 * after)
+            row["prefill_ms"] = short(1e3 * median(each["prefill"] for each in each_round))
+        rows += [row, *_pull_rows(row, each_round)]
+    return rows
+
+
+def _pull_rows(row: Row, each_round: Sequence[Row]) -> Rows:
+    """Return the row of the pulls alone, next to raw copies of the same bytes."""
+    pulls = [each["pull"] for each in each_round if each.get("pull")]
+    if not pulls:
+        return []
+    nbytes = each_round[0]["nbytes"]
+    made: Row = {
+        "kind": "engine_handover_pull",
+        "shape": row["shape"],
+        "tokens": row["tokens"],
+        "op": row["op"],
+        "backend": each_round[0]["strategy"],
+        "payload_bytes": nbytes,
+        **_summary(pulls),
+        "gb_per_s": short(nbytes / median(pulls) / 1e9),
+        "rounds": len(pulls),
+        "verified": row["verified"],
+    }
+    raw = [each["raw"] for each in each_round if "raw" in each]
+    if raw:
+        ratios = [b / a for a, b in zip(pulls, raw, strict=True)]
+        made["raw_ms"] = short(1e3 * median(raw))
+        made["raw_gb_per_s"] = short(nbytes / median(raw) / 1e9)
+        made["of_raw"] = short(median(ratios))
+    return [made]
 
 
 def _summary(seconds: Sequence[float]) -> Row:

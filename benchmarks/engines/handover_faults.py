@@ -108,7 +108,7 @@ class Faults:
                 self._one(kind)
         finally:
             self._note("faults", **{kind: dict(each) for kind, each in self._counts.items()})
-        return [_row(kind, each) for kind, each in self._counts.items()]
+        return [row_of(kind, each) for kind, each in self._counts.items()]
 
     def _one(self, kind: str) -> None:
         """Go through one fault."""
@@ -295,7 +295,7 @@ class Faults:
                 self._revoked()
         finally:
             self._decode.do("guard", True)
-        return [_row(self._kind, self._counts[self._kind], control=True)]
+        return [row_of(self._kind, self._counts[self._kind], control=True)]
 
     def staged(self) -> Rows:
         """Hand prompts over by copies in staging buffers, which the prefill engine sends."""
@@ -311,7 +311,7 @@ class Faults:
             self._judge(answer, length, seed, pulls[-1][3] is None)
         counts = self._counts[self._kind]
         self._note(self._kind, **counts, strategies=sorted(strategies))
-        row = _row(self._kind, counts)
+        row = row_of(self._kind, counts)
         row["backend"] = ", ".join(sorted(strategies))
         row["verified"] &= counts["pulled"] == counts["answers"]
         return [row]
@@ -322,7 +322,7 @@ class Faults:
         return []
 
 
-def _row(kind: str, counts: Counter[str], control: bool = False) -> Row:
+def row_of(kind: str, counts: Counter[str], control: bool = False) -> Row:
     """Return the row of a kind of fault. A control is right if answers are wrong."""
     wrong = counts[Verdict.WRONG]
     return {

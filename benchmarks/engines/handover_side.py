@@ -36,6 +36,8 @@ DECODE = "kv_consumer"
 #: Seconds in which a request ends, and between two steps of an engine without work.
 LIMIT = 100.0
 IDLE = 2e-3
+#: Seconds after a step in which no request ran.
+WAITING = 1e-3
 #: The part of a slow pull's time after which something may happen to it.
 BEGUN = 0.2
 
@@ -46,6 +48,99 @@ def drawn_prompt(words: int, length: int, seed: int) -> list[int]:
     return [draw.randrange(10, words - 10) for _ in range(length)]
 
 
+class NotedPulls:
+    """The pulls of a reader, and a rate for them.
+
+    Attributes:
+        seconds: that a pull takes at least; 0: no limit.
+        tokens: of the prompt that is pulled next.
+        token_bytes: of a token's rows.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.tokens = 0
+        self.token_bytes = 0.0
+        self._pulls = list[Pull]()
+        self._ended = list[Any]()
+
+    def follow(self, reader: Any) -> None:
+        """Note each pull that a reader begins from now on."""
+        pull = reader.pull
+
+        def noted(*args: Any, **terms: Any) -> Pull:
+            if self.seconds:
+                terms["max_gbps"] = self.tokens * self.token_bytes / self.seconds / 1e9
+            made: Pull = pull(*args, **terms)
+            self._pulls.append(made)
+            return made
+
+        reader.pull = noted
+
+    def look(self) -> None:
+        """Keep figures alone of pulls that have ended; the pulls hold the owner's memory."""
+        for pull in [each for each in self._pulls if each.ended]:
+            self._pulls.remove(pull)
+            figures = pull.statistics
+            error = type(pull.error).__name__ if pull.error is not None else None
+            self._ended.append([figures.seconds, figures.nbytes, figures.strategy, error])
+
+    def take(self) -> list[Any]:
+        """Return the figures of pulls that have ended since the last call."""
+        self.look()
+        ended = self._ended
+        self._ended = []
+        return ended
+
+    def under_way(self) -> int:
+        """Return the number of pulls that copy, and have done so for some of their time."""
+        self.look()
+        begun = [each for each in self._pulls if each.statistics.slices]
+        return sum(each.age > self.seconds * BEGUN for each in begun)
+
+
+class RawCopies:
+    """Memory of two processes, and copies from one to the other without PortaKV."""
+
+    def __init__(self) -> None:
+        self._dense: torch.Tensor | None = None
+        self._remote: torch.Tensor | None = None
+
+    def give(self, nbytes: int) -> str:
+        """Make memory that is read; return it, as shared."""
+        self._dense = fill(memory((nbytes // 8,), torch.int64, _device()), 5)
+        _settle()
+        return share(self._dense).hex()
+
+    def take(self, shared: str) -> None:
+        """Make memory to which copies of shared memory go."""
+        self._remote = open_shared(bytes.fromhex(shared), _device())
+        self._dense = torch.empty_like(self._remote)
+
+    def copy(self, nbytes: int) -> tuple[float, bool]:
+        """Copy so many bytes; return the seconds, and whether they are right."""
+        assert self._dense is not None
+        assert self._remote is not None
+        n = nbytes // 8
+        into = self._dense[:n]
+        into.fill_(POISON)
+        _settle()
+        began = perf_counter()
+        into.copy_(self._remote[:n], non_blocking=True)
+        _settle()
+        seconds = perf_counter() - began
+        return seconds, torch.equal(into, fill(torch.empty_like(into), 5))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _settle() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class Side:
     """An engine that is driven step by step."""
 
@@ -54,16 +149,11 @@ class Side:
         self._folder = folder
         self._llm: Any = None
         self._handover: Any = None
-        self._seconds = 0.0  # that each pull takes at least
         self._answers = dict[str, dict[str, Any]]()
-        self._pulls = list[Pull]()
-        self._noted = list[Any]()  # of pulls that have ended
+        self._pulls = NotedPulls()
+        self._raw = RawCopies()
         self._numbers = itertools.count()
-        self._dense: torch.Tensor | None = None
-        self._raw: torch.Tensor | None = None
         self._guards = dict[str, Any]()
-        self._expected = 0  # tokens of the prompt that was added last
-        self._token_bytes = 0.0
         self._preempted = 0
 
     # --- the engine
@@ -103,7 +193,7 @@ class Side:
             self._handover = self._worker_side().store.handover
             self._count_preemptions()
             if self._handover.reader is not None:
-                self._note_pulls(self._handover.reader)
+                self._pulls.follow(self._handover.reader)
         return {
             "token_bytes": nbytes / caches.num_gpu_blocks / blocks,
             "blocks": caches.num_gpu_blocks,
@@ -120,8 +210,12 @@ class Side:
         return transfer.get_kv_transfer_group()
 
     @property
+    def _scheduler(self) -> Any:
+        return self._llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
     def _ledger(self) -> Any:
-        return self._llm.llm_engine.engine_core.engine_core.scheduler.connector.ledger
+        return self._scheduler.connector.ledger
 
     def _count_preemptions(self) -> None:
         ledger = self._ledger
@@ -132,19 +226,6 @@ class Side:
             preempted(request)
 
         ledger.preempted = counted
-
-    def _note_pulls(self, reader: Any) -> None:
-        """Keep the pulls of a reader, at the rate that `slow` has set."""
-        pull = reader.pull
-
-        def noted(*args: Any, **terms: Any) -> Pull:
-            if self._seconds:
-                terms["max_gbps"] = self._expected * self._token_bytes / self._seconds / 1e9
-            made: Pull = pull(*args, **terms)
-            self._pulls.append(made)
-            return made
-
-        reader.pull = noted
 
     # --- requests
 
@@ -162,7 +243,7 @@ class Side:
             extra_args={"kv_transfer_params": params} if params else None,
         )
         ids = drawn_prompt(self._pair.model.config["vocab_size"], length, seed)
-        self._expected = length
+        self._pulls.tokens = length
         self._answers[name] = {"began": perf_counter(), "tokens": [], "finished": False}
         self._llm.llm_engine.add_request(name, {"prompt_token_ids": ids}, terms)
         return name
@@ -187,16 +268,8 @@ class Side:
                     "params": output.kv_transfer_params,
                     "best": [_best(each) for each in made.logprobs or ()],
                 }
-        self._look_at_pulls()
+        self._pulls.look()
         return bool(outputs)
-
-    def _look_at_pulls(self) -> None:
-        """Keep figures alone of pulls that have ended; the pulls hold the owner's memory."""
-        for pull in [each for each in self._pulls if each.ended]:
-            self._pulls.remove(pull)
-            figures = pull.statistics
-            error = type(pull.error).__name__ if pull.error is not None else None
-            self._noted.append([figures.seconds, figures.nbytes, figures.strategy, error])
 
     def idle(self) -> float:
         """Make a step if there may be work; return the seconds until the next one."""
@@ -213,6 +286,8 @@ class Side:
             if time.monotonic() > until:
                 raise RuntimeError(f"Expected {what} in {LIMIT} s, got {self.counts()}.")
             self.step()
+            if not self._scheduler.running:
+                time.sleep(WAITING)  # as vLLM's own loop does, for threads that bring rows
 
     def finish(self, name: str) -> dict[str, Any]:
         """Return the answer to a request, and times in seconds of the clock of all processes."""
@@ -249,21 +324,16 @@ class Side:
     def pulls(self) -> list[Any]:
         """Return seconds, bytes, strategy and error of each pull that has ended since the last
         call."""
-        self._look_at_pulls()
-        noted = self._noted
-        self._noted = []
-        return noted
+        return self._pulls.take()
 
     def pulling(self) -> int:
         """Return the number of pulls that copy, and have done so for some of their time."""
-        self._look_at_pulls()
-        begun = [each for each in self._pulls if each.statistics.slices]
-        return sum(each.age > self._seconds * BEGUN for each in begun)
+        return self._pulls.under_way()
 
     def slow(self, seconds: float, token_bytes: float) -> None:
         """Let the pull of a prompt that is added last take so long; 0: pulls have no limit."""
-        self._seconds = seconds
-        self._token_bytes = token_bytes
+        self._pulls.seconds = seconds
+        self._pulls.token_bytes = token_bytes
 
     def preemptions(self) -> int:
         """Return how often requests were preempted."""
@@ -301,41 +371,17 @@ class Side:
         elif "ended_offer" in self._guards:
             pull.Pull.ended_offer = self._guards.pop("ended_offer")
 
-    # --- raw copies
-
     def give_raw(self, nbytes: int) -> str:
         """Make memory for raw copies; return it, as shared."""
-        self._dense = fill(memory((nbytes // 8,), torch.int64, self._device()), 5)
-        self._settle()
-        return share(self._dense).hex()
+        return self._raw.give(nbytes)
 
     def take_raw(self, shared: str) -> None:
         """Make memory to which raw copies go."""
-        self._raw = open_shared(bytes.fromhex(shared), self._device())
-        self._dense = torch.empty_like(self._raw)
+        self._raw.take(shared)
 
     def copy_raw(self, nbytes: int) -> tuple[float, bool]:
         """Copy so many bytes without PortaKV; return the seconds, and whether they are right."""
-        assert self._dense is not None
-        assert self._raw is not None
-        n = nbytes // 8
-        into = self._dense[:n]
-        into.fill_(POISON)
-        self._settle()
-        began = perf_counter()
-        into.copy_(self._raw[:n], non_blocking=True)
-        self._settle()
-        seconds = perf_counter() - began
-        right = torch.equal(into, fill(torch.empty_like(into), 5))
-        return seconds, right
-
-    @staticmethod
-    def _device() -> torch.device:
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-    def _settle(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        return self._raw.copy(nbytes)
 
     def collect(self) -> None:
         """Collect garbage, so that it is not collected during a measurement."""

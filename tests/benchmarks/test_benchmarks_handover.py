@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from portakv_benchmarks.engines import handover_hosts
-from portakv_benchmarks.engines.handover import Measured, Notes
-from portakv_benchmarks.engines.handover_faults import KINDS, PREEMPTED, _row
+from portakv_benchmarks.engines.handover import Notes, rows_of
+from portakv_benchmarks.engines.handover_faults import KINDS, PREEMPTED, row_of
 from portakv_benchmarks.engines.handover_side import drawn_prompt
 from portakv_benchmarks.engines.judging import Verdict, compare
 from portakv_benchmarks.engines.models import PAIRS
@@ -77,14 +77,13 @@ def handed(pull: float, raw: float | None, verdict: str = Verdict.SAME) -> dict[
     return made if raw is None else {**made, "raw": raw, "raw_right": True}
 
 
-def test_rounds_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    measured = Measured("tiny", tmp_path, Notes(None))
+def test_rounds_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
     made = {
         "recompute": rounds(0.5, 1.0, 1.0),
         "handed over": [handed(0.010, 0.009), handed(0.020, 0.010), handed(0.010, 0.010)],
         "handed over alike": [handed(0.1, None, Verdict.WRONG)] * 3,
     }
-    rows = measured._rows(961, made)
+    rows = rows_of(PAIRS["tiny"], 961, made)
     assert [row["op"] for row in rows] == [
         "recompute",
         "blocks 32 -> 64",
@@ -98,24 +97,23 @@ def test_rounds_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert rows[2]["gb_per_s"] == 100
     assert "of_raw" not in rows[4]
     assert [row["verified"] for row in rows] == [True, True, True, False, False]
-    fault = _row("revoked", Counter({"answers": 3, "pulled": 1, Verdict.WRONG: 1}), control=True)
+    fault = row_of("revoked", Counter({"answers": 3, "pulled": 1, Verdict.WRONG: 1}), control=True)
     print_results({"machine": MACHINE, "rows": [*rows, fault], "left_out": []})
     shown = capsys.readouterr().out
     assert "WRONG" in shown
     assert "preemp" in shown
 
 
-def test_a_pull_that_failed_is_no_success(tmp_path: Path) -> None:
-    measured = Measured("tiny", tmp_path, Notes(None))
+def test_a_pull_that_failed_is_no_success() -> None:
     failed = {**handed(0.01, None), "error": "OfferGone"}
-    rows = measured._rows(961, {"recompute": rounds(1.0), "handed over": [failed]})
+    rows = rows_of(PAIRS["tiny"], 961, {"recompute": rounds(1.0), "handed over": [failed]})
     assert not rows[1]["verified"]
 
 
 def test_a_control_without_wrong_answers_fails() -> None:
     right = Counter({"answers": 3, Verdict.SAME: 3})
-    assert _row("revoked", right)["verified"]
-    assert not _row("revoked", right, control=True)["verified"]
+    assert row_of("revoked", right)["verified"]
+    assert not row_of("revoked", right, control=True)["verified"]
 
 
 def test_faults_are_a_hundred_answers() -> None:
