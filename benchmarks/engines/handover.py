@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ PATIENCE = 120.0  # seconds for an answer
 ANSWER = 16  # tokens
 #: Terms of both engines: no lease ends, and no pull is given up, because the machine is busy.
 PATIENT = {"lease": 300.0, "timeout": 60.0}
+LATER = 0.02  # seconds
 TO_PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 #: The first port of engines, and ports between two engines. NIXL listens at the last one.
 PORT = 29500
@@ -206,6 +207,7 @@ class Measured:
         ways: dict[str, Callable[[], Row]] = {
             "recompute": partial(self._computed, "decode", length),
             "handed over": partial(self._handed, "prefill", "decode", length),
+            "handed over later": partial(self._handed, "prefill", "decode", length, LATER),
         }
         if length == self.pair.alike:
             ways["handed over alike"] = partial(self._handed, "prefill", "decode alike", length)
@@ -228,13 +230,19 @@ class Measured:
         verdict = self._answers.verdict(answer, length, seed, pulled=False)
         return {"first": answer["first"] - answer["began"], "verdict": verdict}
 
-    def _handed(self, prefill: str, decode: str, length: int) -> Row:
-        """Hand a new prompt over. Times are seconds."""
+    def _handed(self, prefill: str, decode: str, length: int, later: float = 0.0) -> Row:
+        """Hand a new prompt over. Times are seconds.
+
+        Args:
+            later: the time that passes before the decode engine gets the request. By then the
+                prefill engine has made its offer, for which a pull waits otherwise.
+        """
         seed = next(self._seeds)
         computed = self.engines[prefill].do("ask", length, seed, 1, TO_PREFILL)
         params = computed["params"]
         if not params or not params.get("do_remote_prefill"):
             raise RuntimeError(f"Expected an offer of {prefill}, got {params}.")
+        sleep(later)
         answer = self.engines[decode].do("ask", length, seed, ANSWER, params)
         row: Row = {
             "first": answer["first"] - answer["began"],
@@ -269,8 +277,9 @@ def rows_of(pair: Pair, length: int, made: Mapping[str, Sequence[Row]]) -> Rows:
     rows: Rows = []
     computed = [each["first"] for each in made["recompute"]]
     for way, each_round in made.items():
-        alike = way not in ("recompute", "handed over")
-        blocks = f"blocks {small} -> {small if alike else large}"
+        later = ", later" if way.endswith("later") else ""
+        to = large if later or way == "handed over" else small
+        blocks = f"blocks {small} -> {to}{later}"
         verdicts = [each["verdict"] for each in each_round]
         first = [each["first"] for each in each_round]
         row: Row = {
