@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from portakv_benchmarks.engines.handover_side import DECODE, NIXL, OURS, PREFILL
+from portakv_benchmarks.engines.handover_side import DECODE, NIXL, OURS, PREFILL, PullFigures
 from portakv_benchmarks.engines.judging import Answers, Verdict
 from portakv_benchmarks.engines.models import PAIRS, Pair
 from portakv_benchmarks.shared.far import Far
@@ -251,11 +251,19 @@ class Measured:
         }
         pulled = True
         if not prefill.startswith(NIXL):
-            ((seconds, nbytes, strategy, error),) = self.engines[decode].do("pulls")
-            pulled = error is None
-            row |= {"pull": seconds, "nbytes": nbytes, "strategy": strategy, "error": error}
+            (pull,) = map(PullFigures._make, self.engines[decode].do("pulls"))
+            pulled = pull.error is None
+            row |= {
+                "queued": pull.began - answer["began"],
+                "pull": pull.seconds,
+                "seen": pull.seen,
+                "rest": answer["first"] - pull.began - pull.seen,
+                "nbytes": pull.nbytes,
+                "strategy": pull.strategy,
+                "error": pull.error,
+            }
             if pulled and decode == "decode":
-                copies = [self.engines[decode].do("copy_raw", nbytes) for _ in range(2)]
+                copies = [self.engines[decode].do("copy_raw", pull.nbytes) for _ in range(2)]
                 row["raw"] = copies[1][0]
                 row["raw_right"] = copies[1][1]
         row["verdict"] = self._answers.verdict(answer, length, seed, pulled)
@@ -319,6 +327,9 @@ def _pull_rows(row: Row, each_round: Sequence[Row]) -> Rows:
         "backend": each_round[0]["strategy"],
         "payload_bytes": nbytes,
         **_summary(pulls),
+        "queued_ms": short(1e3 * median(each["queued"] for each in each_round)),
+        "seen_ms": short(1e3 * median(each["seen"] for each in each_round)),
+        "rest_ms": short(1e3 * median(each["rest"] for each in each_round)),
         "gb_per_s": short(nbytes / median(pulls) / 1e9),
         "rounds": len(pulls),
         "verified": row["verified"],

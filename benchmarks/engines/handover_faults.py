@@ -15,7 +15,7 @@ from random import Random
 from typing import Any
 
 from portakv_benchmarks.engines.handover import TO_PREFILL, Engines
-from portakv_benchmarks.engines.handover_side import DECODE, PREFILL
+from portakv_benchmarks.engines.handover_side import DECODE, PREFILL, PullFigures
 from portakv_benchmarks.engines.judging import Answers, Verdict
 from portakv_benchmarks.shared.far import Far
 from portakv_benchmarks.shared.harness import Row, Rows
@@ -270,8 +270,8 @@ class Faults:
 
     def _has_pulled(self) -> bool:
         """Return whether the rows of the last request have come."""
-        pulls = self._decode.do("pulls")
-        return bool(pulls) and pulls[-1][3] is None
+        pulls = [*map(PullFigures._make, self._decode.do("pulls"))]
+        return bool(pulls) and pulls[-1].error is None
 
     def _judge(self, answer: Any, length: int, seed: int, pulled: bool | None = None) -> str:
         """Count an answer; return its `Verdict`."""
@@ -306,9 +306,9 @@ class Faults:
             seed = next(self._seeds)
             params = self._engines["staging"].do("ask", length, seed, 1, TO_PREFILL)["params"]
             answer = self._decode.do("ask", length, seed, ANSWER, params)
-            pulls = self._decode.do("pulls")
-            strategies.add(pulls[-1][2])
-            self._judge(answer, length, seed, pulls[-1][3] is None)
+            pulls = [*map(PullFigures._make, self._decode.do("pulls"))]
+            strategies.add(pulls[-1].strategy)
+            self._judge(answer, length, seed, pulls[-1].error is None)
         counts = self._counts[self._kind]
         self._note(self._kind, **counts, strategies=sorted(strategies))
         row = row_of(self._kind, counts)

@@ -14,14 +14,18 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from random import Random
+from threading import Thread
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from portakv.errors import PortaKVError
 from portakv.migrate import Pull, open_shared, share
 from portakv_benchmarks.engines.models import PAIRS
 from portakv_benchmarks.migration.cases import memory
@@ -48,8 +52,37 @@ def drawn_prompt(words: int, length: int, seed: int) -> list[int]:
     return [draw.randrange(10, words - 10) for _ in range(length)]
 
 
+class Noted(NamedTuple):
+    """A pull, and when its call began."""
+
+    pull: Pull
+    began: float
+
+
+class PullFigures(NamedTuple):
+    """A pull that has ended.
+
+    Attributes:
+        began: when its call began, by the clock of all processes.
+        seconds: from the call until its rows were usable; for pulls at a rate, until the end of the
+            step after that.
+        seen: seconds from the call until the end of the step in which the engine saw the end.
+        nbytes, strategy, error: what it brought, how, and why not.
+    """
+
+    began: float
+    seconds: float
+    seen: float
+    nbytes: int
+    strategy: str
+    error: str | None
+
+
 class NotedPulls:
     """The pulls of a reader, and a rate for them.
+
+    An engine looks at a pull once a step. A thread waits for each pull, so that its time does not
+    depend on the steps.
 
     Attributes:
         seconds: that a pull takes at least; 0: no limit.
@@ -61,31 +94,45 @@ class NotedPulls:
         self.seconds = 0.0
         self.tokens = 0
         self.token_bytes = 0.0
-        self._pulls = list[Pull]()
-        self._ended = list[Any]()
+        self._pulls = list[Noted]()
+        self._ended = list[PullFigures]()
+        self._awaited = SimpleQueue[Pull]()
 
     def follow(self, reader: Any) -> None:
         """Note each pull that a reader begins from now on."""
         pull = reader.pull
+        Thread(target=self._await, daemon=True).start()
 
         def noted(*args: Any, **terms: Any) -> Pull:
             if self.seconds:
                 terms["max_gbps"] = self.tokens * self.token_bytes / self.seconds / 1e9
+            began = perf_counter()
             made: Pull = pull(*args, **terms)
-            self._pulls.append(made)
+            self._pulls.append(Noted(made, began))
+            if not self.seconds:
+                self._awaited.put(made)
             return made
 
         reader.pull = noted
 
+    def _await(self) -> None:
+        """Wait for each pull, which notices its end at once."""
+        while True:
+            with suppress(PortaKVError):
+                self._awaited.get().synchronize()
+
     def look(self) -> None:
         """Keep figures alone of pulls that have ended; the pulls hold the owner's memory."""
-        for pull in [each for each in self._pulls if each.ended]:
-            self._pulls.remove(pull)
+        now = perf_counter()
+        for noted in [each for each in self._pulls if each.pull.ended]:
+            self._pulls.remove(noted)
+            pull, began = noted
             figures = pull.statistics
             error = type(pull.error).__name__ if pull.error is not None else None
-            self._ended.append([figures.seconds, figures.nbytes, figures.strategy, error])
+            took = began, pull.age, now - began
+            self._ended.append(PullFigures(*took, figures.nbytes, figures.strategy, error))
 
-    def take(self) -> list[Any]:
+    def take(self) -> list[PullFigures]:
         """Return the figures of pulls that have ended since the last call."""
         self.look()
         ended = self._ended
@@ -95,7 +142,7 @@ class NotedPulls:
     def under_way(self) -> int:
         """Return the number of pulls that copy, and have done so for some of their time."""
         self.look()
-        begun = [each for each in self._pulls if each.statistics.slices]
+        begun = [each.pull for each in self._pulls if each.pull.statistics.slices]
         return sum(each.age > self.seconds * BEGUN for each in begun)
 
 
@@ -321,9 +368,8 @@ class Side:
 
     # --- the hand-over
 
-    def pulls(self) -> list[Any]:
-        """Return seconds, bytes, strategy and error of each pull that has ended since the last
-        call."""
+    def pulls(self) -> list[PullFigures]:
+        """Return the figures of pulls that have ended since the last call."""
         return self._pulls.take()
 
     def pulling(self) -> int:

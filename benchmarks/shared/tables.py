@@ -251,7 +251,8 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
         (("prompt", "shape"), ("part", "op"), ("strategy", "backend"), ("ms", "p50_ms:.4g"),
          ("least", "least_ms:.4g"), ("most", "most_ms:.4g"), ("GB/s", "gb_per_s:.4g"),
          ("raw ms", "raw_ms:.4g"), ("raw GB/s", "raw_gb_per_s:.4g"), ("of raw", "of_raw:.3f"),
-         ("pulls", "rounds:"), _BYTES),
+         ("pulls", "rounds:"), _BYTES, ("before", "queued_ms:.4g"), ("seen", "seen_ms:.4g"),
+         ("rest", "rest_ms:.4g")),
     ),
     "engine_handover_fault": (
         "answers of a decode engine while something happens to the rows",

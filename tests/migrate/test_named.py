@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 from collections.abc import Iterator
 from secrets import token_bytes
 from time import monotonic, sleep
@@ -28,8 +29,9 @@ from portakv.errors import (
     TransferCancelled,
     TransferTimeout,
 )
-from portakv.migrate import Ticket, messages
+from portakv.migrate import Channel, Pull, Ticket, messages
 from portakv.migrate.ipc import shared_empty
+from portakv.migrate.named import MOMENT, Finder
 from portakv.migrate.offers import Owner
 from portakv.migrate.questions import Questions
 from portakv.migrate.reader import Reader
@@ -222,6 +224,7 @@ def test_a_new_name_does_not_wait_for_the_pause_between_questions(
     """``asked``: the control, in which all names wait for the pause, which does not end."""
     pair = Pair(made)
     monkeypatch.setattr("portakv.migrate.questions.PAUSE", 3600.0)
+    monkeypatch.setattr(Finder, "find_now", lambda *_: False)
     if asked:
         is_due = Questions.is_due
         monkeypatch.setattr(
@@ -236,6 +239,117 @@ def test_a_new_name_does_not_wait_for_the_pause_between_questions(
         else:
             pair.reader.pull(pair.ticket(name), INTO, timeout=LIMIT).synchronize(LIMIT)
             assert pair.right()
+
+
+class Asked:
+    """The questions about names that calls of `Reader.pull` have asked, and no other thread."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.many = 0
+        ask_all = Channel.ask_all
+
+        def counted(channel: Channel, requests: Any, kind: Any, timeout: float) -> Any:
+            self.many += timeout == MOMENT
+            return ask_all(channel, requests, kind, timeout)
+
+        monkeypatch.setattr(Channel, "ask_all", counted)
+
+
+def known_pair(made: Sides) -> Pair:
+    """Return an owner and a reader that are connected."""
+    pair = Pair(made)
+    pair.reader.prepare(pair.owner.channel.address).synchronize(LIMIT)
+    return pair
+
+
+@pytest.mark.parametrize("calls_ask", [True, False])
+def test_a_call_finds_an_offer_that_exists(
+    made: Sides, monkeypatch: pytest.MonkeyPatch, calls_ask: bool
+) -> None:
+    """``calls_ask`` False: the control. The reader's thread finds no offer in both cases."""
+    pair = known_pair(made)
+    monkeypatch.setattr(Questions, "is_due", lambda *_, **__: False)
+    if not calls_ask:
+        monkeypatch.setattr(Finder, "find_now", lambda *_: False)
+    monkeypatch.setattr("portakv.migrate.named.MOMENT", LIMIT)
+    name = token_bytes(16)
+    pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+    pulled = pair.reader.pull(pair.ticket(name), INTO, timeout=LIMIT if calls_ask else 0.3)
+    if calls_ask:
+        pulled.synchronize(LIMIT)
+        assert pair.right()
+    else:
+        with pytest.raises(TransferTimeout):
+            pulled.synchronize(LIMIT)
+
+
+def test_pulls_that_begin_together_are_asked_for_by_one_call(
+    made: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("portakv.migrate.named.LATE", 0.0)
+    pair = known_pair(made)
+    asked = Asked(monkeypatch)
+    names = [token_bytes(16) for _ in range(3)]
+    pulls = [pair.reader.pull(pair.ticket(name), INTO) for name in names]
+    assert asked.many == 1
+    for name in names:
+        pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+    for pulled in pulls:
+        pulled.synchronize(LIMIT)
+    assert pair.right()
+    pair.reader.pull(pair.ticket(token_bytes(16)), INTO).cancel()
+    assert asked.many == 2
+
+
+@pytest.mark.parametrize("late", [3600.0, 0.0])
+def test_calls_do_not_wait_for_an_owner_that_is_late(
+    made: Sides, monkeypatch: pytest.MonkeyPatch, late: float
+) -> None:
+    """0: the control, in which each call asks."""
+    monkeypatch.setattr("portakv.migrate.named.LATE", late)
+    pair = known_pair(made)
+    asked = Asked(monkeypatch)
+    find = pair.owner._find
+    goes_on = threading.Event()
+
+    def held(*about: Any) -> Any:
+        goes_on.wait(LIMIT)
+        return find(*about)
+
+    pair.owner.channel.serve(messages.Find, held)
+    name = token_bytes(16)
+    pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+    try:
+        first = pair.reader.pull(pair.ticket(name), INTO)
+        assert asked.many == 1
+        first.cancel()
+        assert until(lambda: first.ended, LIMIT)
+        pulled = pair.reader.pull(pair.ticket(name), INTO)
+        assert asked.many == (1 if late else 2)
+        assert not pulled.ended
+    finally:
+        goes_on.set()
+    pulled.synchronize(LIMIT)
+    assert pair.right()
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_pull_by_name_ends_with_its_error(made: Sides, by_layer: bool) -> None:
+    """As one whose offer came later; no call raises it."""
+    pair = known_pair(made)
+    pair.reader.finished()
+    name = token_bytes(16)
+    pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+    pulled = pair.reader.pull(pair.ticket(name), [4], by_layer=by_layer)
+    with pytest.raises(SlotError):
+        pulled.synchronize(LIMIT)
+    assert len(pulled.layers) == 2 * by_layer
+    for layer in pulled.layers:
+        with pytest.raises(SlotError):
+            layer.synchronize(LIMIT)
+    ended = list[Pull]()
+    assert until(lambda: bool(ended.extend(pair.reader.finished()) or ended), 5)
+    assert ended == [pulled]
 
 
 def test_a_reallocation_ends_the_wait(made: Sides) -> None:
