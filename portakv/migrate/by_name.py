@@ -4,6 +4,7 @@ for the rows of offers that are not complete, see `followed`."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from weakref import ref
 
@@ -12,7 +13,7 @@ import torch
 from portakv.errors import PortaKVError, TransferCancelled
 from portakv.graph.graph import Graph
 from portakv.graph.task import Task
-from portakv.migrate.connections import Connections
+from portakv.migrate.connections import Connections, Sources
 from portakv.migrate.followed import incomplete
 from portakv.migrate.follower import Follower
 from portakv.migrate.housekeeping import Housekeeper
@@ -20,7 +21,7 @@ from portakv.migrate.issue import Issuer, Request
 from portakv.migrate.messages import any_named
 from portakv.migrate.named import Finder, LateLayer, Wanted
 from portakv.migrate.pull import CANCELLED, Pull, fail
-from portakv.runtime.streams import StreamFence
+from portakv.runtime.streams import StreamFence, own_stream
 
 WIDTH = 4  # pulls that begin together
 
@@ -40,6 +41,7 @@ class ByName:
         self._connects = graph.queue("connect")
         #: The pull of the last call that has asked owners itself.
         self._asked: ref[Pull] | None = None
+        self._stream: torch.Stream | None = None
 
     def pull(self, tickets: list[bytes], request: Request, until: float) -> Pull | None:
         """Return a pull whose copies were issued if its offers exist; else one that waits for them,
@@ -72,9 +74,10 @@ class ByName:
         added = False
         try:
             pull.sources = self._owners.resolve_listed(wanted.tickets, pull.until)
-            if self.waits(pull):
-                return self._follower.begin(pull, request)
-            tasks, pull.layers = self._issuer.issue(pull, request)
+            with torch.inference_mode(False), self._apart(pull.sources):
+                if self.waits(pull):
+                    return self._follower.begin(pull, request)
+                tasks, pull.layers = self._issuer.issue(pull, request)
             self._keeper.add(pull)
             added = True
             if tasks:
@@ -89,6 +92,16 @@ class ByName:
             pull.drop()
             raise
         return pull
+
+    def _apart(self, sources: Sources) -> AbstractContextManager[object]:
+        """Make a private stream current, after the caller's, if an owner's device still writes the
+        rows: the caller's stream must not wait for another process."""
+        if not self._issuer.late_events(sources):
+            return nullcontext()
+        device = self._issuer.device
+        if self._stream is None:
+            self._stream = own_stream(device)
+        return StreamFence(device).on(self._stream)
 
     def _waiting(self, pull: Pull, wanted: Wanted, request: Request) -> Pull:
         """Return a pull that waits for its offers, and then begins after the caller's stream."""

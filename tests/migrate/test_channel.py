@@ -666,9 +666,7 @@ def test_a_question_ends_when_nothing_waits_for_it(by_tcp: tuple[Server, Channel
 
 
 @pytest.mark.parametrize("pause", [60_000, 20])
-def test_a_question_for_a_moment_ends_after_it(
-    monkeypatch: pytest.MonkeyPatch, pause: int
-) -> None:
+def test_a_question_for_a_moment_ends_after_it(monkeypatch: pytest.MonkeyPatch, pause: int) -> None:
     """Also if a requester looks seldom at its connection."""
     monkeypatch.setattr("portakv.migrate.channel_client.LOOK", pause)
     with server_and_asker(None) as (server, asker):

@@ -448,6 +448,47 @@ def test_on_a_device_the_rows_come_after_the_work_of_the_callers_stream(
         assert bool(dst[:, :, 0].cpu().eq(turn).all())
 
 
+def reached_first(made: Sides, device: torch.device, by_name: bool, delay: int) -> bool:
+    """Pull rows that their owner's stream still writes; return whether the caller's stream is done
+    before the owner's."""
+    rows = [torch.zeros(2, 2, 16, 16, 4, 8, dtype=torch.int16, device=device) for _ in range(2)]
+    owner = made.owner(Rows.shard_of(rows[0]))
+    reader = made.reader(Rows.shard_of(rows[1]))
+    reader.prepare(owner.channel.address).synchronize(LIMIT)
+    writes = torch.Stream(device)
+    with on(writes):
+        if device.type == "cuda":
+            _sleep(delay * 1_000_000)
+        else:
+            simdev.delay(writes, delay)
+        theirs = torch.Event(device)
+        theirs.record()
+        name = token_bytes(16)
+        offer = owner.offer([4, 9], tokens=32, name=name)
+    ticket = Ticket.of(owner.channel.address, owner.epoch, name) if by_name else offer.ticket
+    with on(torch.Stream(device)):
+        pulled = reader.pull(ticket, INTO)
+        mine = torch.Event(device)
+        mine.record()
+    while not mine.query():
+        sleep(1e-3)
+    first = not theirs.query()
+    pulled.synchronize(LIMIT)
+    assert theirs.query()
+    return first
+
+
+def test_the_callers_stream_waits_for_no_owner(
+    made: Sides, accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a plain ticket of mapped rows it does, which is the control. A delay may be over too
+    early."""
+    monkeypatch.setattr("portakv.migrate.named.MOMENT", LIMIT)
+    assert any(reached_first(made, accelerator, True, delay) for delay in (300, 1000, 3000))
+    if accelerator.type == "cuda":  # the others' rows are sent
+        assert not reached_first(made, accelerator, False, 300)
+
+
 @pytest.mark.parametrize("lie", ["count", "bytes", "other"])
 def test_answers_that_do_not_fit_are_refused(made: Sides, lie: str) -> None:
     pair = Pair(made)
