@@ -36,7 +36,7 @@ from portakv.runtime.transfer import Completion, Transfer
 #: The most seconds for which a call waits for the answers of owners.
 MOMENT = 1e-3
 #: Seconds without a question by a call, to an owner that did not answer one in time.
-LATE = 0.5
+LATE = 0.05
 
 
 @dataclass
