@@ -665,22 +665,6 @@ def test_a_question_ends_when_nothing_waits_for_it(by_tcp: tuple[Server, Channel
     release.set()
 
 
-@pytest.mark.parametrize("pause", [60_000, 20])
-def test_a_question_for_a_moment_ends_after_it(monkeypatch: pytest.MonkeyPatch, pause: int) -> None:
-    """Also if a requester looks seldom at its connection."""
-    monkeypatch.setattr("portakv.migrate.channel_client.LOOK", pause)
-    with server_and_asker(None) as (server, asker):
-        release = threading.Event()
-        answer: Any = lambda *_: release.wait(30) and Pong()  # noqa: E731
-        assert asker.ask(server.address, Ping(b"up"), Pong).data == b"up"
-        server.channel.serve(Ping, answer)
-        with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(asker.ask, server.address, Ping(), Pong, 1e-3)
-            assert isinstance(asked.exception(20), TransferTimeout)
-            release.set()
-            assert isinstance(asker.ask(server.address, Ping(), Pong, 20.0), Pong)
-
-
 def test_a_secret_that_is_no_text_of_utf8_is_not_shown() -> None:
     """Random bytes in a variable are such a secret; the codec's error would show it."""
     secret = "hunter2-hunter2-hunter2-\udcff"

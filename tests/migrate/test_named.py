@@ -33,6 +33,7 @@ from portakv.migrate import Channel, Pull, Ticket, messages
 from portakv.migrate.ipc import shared_empty
 from portakv.migrate.named import MOMENT, Finder
 from portakv.migrate.offers import Owner
+from portakv.migrate.peer import Peer
 from portakv.migrate.questions import Questions
 from portakv.migrate.reader import Reader
 from portakv_conformance import simdev
@@ -309,16 +310,15 @@ def test_calls_do_not_wait_for_an_owner_that_is_late(
     monkeypatch.setattr("portakv.migrate.named.LATE", late)
     pair = known_pair(made)
     asked = Asked(monkeypatch)
-    find = pair.owner._find
     goes_on = threading.Event()
+    name = token_bytes(16)
+    offer = pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
 
-    def held(*about: Any) -> Any:
+    def held(_: Peer, find: messages.Find) -> messages.Found:
         goes_on.wait(LIMIT)
-        return find(*about)
+        return messages.Found((offer.ticket,) * len(find.names), ("",) * len(find.names))
 
     pair.owner.channel.serve(messages.Find, held)
-    name = token_bytes(16)
-    pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
     try:
         first = pair.reader.pull(pair.ticket(name), INTO)
         assert asked.many == 1
