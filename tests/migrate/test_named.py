@@ -348,7 +348,12 @@ def test_a_pull_by_name_ends_with_its_error(made: Sides, by_layer: bool) -> None
         with pytest.raises(SlotError):
             layer.synchronize(LIMIT)
     ended = list[Pull]()
-    assert until(lambda: bool(ended.extend(pair.reader.finished()) or ended), 5)
+
+    def told() -> bool:
+        ended.extend(pair.reader.finished())
+        return bool(ended)
+
+    assert until(told, LIMIT)
     assert ended == [pulled]
 
 
