@@ -63,6 +63,7 @@ from portakv_benchmarks.encodings import across, inside
 from portakv_benchmarks.encodings.suite import ENCODING_PRESETS, EncodingBench
 from portakv_benchmarks.engines import models
 from portakv_benchmarks.engines.suite import engine_steps as served_steps
+from portakv_benchmarks.engines.suite import fault_steps, handover_steps
 from portakv_benchmarks.host import calls, grid, interference, memory, small, whole_call
 from portakv_benchmarks.host.suite import HOST_PRESETS, Bench
 from portakv_benchmarks.plugs.engine import engine_steps
@@ -150,7 +151,7 @@ _PARTS_OF: Mapping[str, Fields] = {
     INTEGRATION_SUITE: INTEGRATIONS,
     STORAGE_SUITE: STORAGE,
     MIGRATION_SUITE: MIGRATION,
-    ENGINE_SUITE: models.MODELS,
+    ENGINE_SUITE: dict.fromkeys([*models.MODELS, models.HANDOVER, models.FAULTS]),
     ENCODING_SUITE: ENCODINGS,
 }
 
@@ -460,8 +461,12 @@ def run_engines(args: argparse.Namespace, device: torch.device) -> Row:
     """Measure requests of engines, one for each model; returns what is written as JSON."""
     if not os.path.isdir(args.dir):
         raise PortaKVError(f"Expected --dir to be a folder, got {args.dir}. Make it first.")
-    names = models.TINY if device.type == "cpu" or args.preset == "tiny" else models.FULL
+    tiny = device.type == "cpu" or args.preset == "tiny"
+    names = models.TINY if tiny else models.FULL
+    parts: Parts[IntegrationBench]
     parts = {name: partial(served_steps, name, args.dir) for name in names}
+    parts[models.HANDOVER] = partial(handover_steps, args.dir, args.out, tiny)
+    parts[models.FAULTS] = partial(fault_steps, args.dir, args.out, tiny)
     results = _run_parts(args, ENGINE_SUITE, parts, IntegrationBench(device, args.preset))
     place = short_name(device)
     results["name"] = results["name"].replace(f"{place}-{ENGINE_SUITE}", f"{ENGINE_SUITE}-{place}")

@@ -44,6 +44,37 @@ class Answer(NamedTuple):
     tokens: list[tuple[int, float]]
 
 
+def load_environment(model: Model) -> None:
+    """Set the environment of this process's engine."""
+    os.environ.update({**ENVIRONMENT, **model.environment})
+
+
+def make_llm(model: Model, folder: Path, transfer: Any, **terms: Any) -> Any:
+    """Return vLLM's engine of a model.
+
+    Args:
+        folder: with the model's configuration, which is written unless it is there.
+        transfer: the fields of vLLM's ``KVTransferConfig``; None: the engine has no connector.
+        terms: of vLLM's ``LLM``, besides those of the model.
+    """
+    load_environment(model)
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+
+    config = folder / "config.json"
+    if not config.exists():
+        config.write_text(json.dumps(model.config))
+    return LLM(
+        model=str(folder),
+        load_format=FORMAT,
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        seed=0,
+        kv_transfer_config=None if transfer is None else KVTransferConfig(**transfer),
+        **{**model.terms, **terms},
+    )
+
+
 class Engine:
     """An engine of a model, with the connectors of `TurnsConnector`.
 
@@ -53,30 +84,19 @@ class Engine:
     """
 
     def __init__(self, model: Model, connectors: dict[str, Any], folder: Path) -> None:
-        os.environ.update({**ENVIRONMENT, **model.environment})
-        from vllm import LLM
-        from vllm.config import KVTransferConfig
-
-        (folder / "config.json").write_text(json.dumps(model.config))
         alike = None
-        if "sliding_window" in model.config and not TurnsConnector.all_serve_hybrids(connectors):
-            alike = True  # windows are kept as if they were whole
-        self._llm = LLM(
-            model=str(folder),
-            load_format=FORMAT,
-            skip_tokenizer_init=True,
-            generation_config="vllm",
-            seed=0,
-            disable_hybrid_kv_cache_manager=alike,
-            kv_transfer_config=KVTransferConfig(
-                kv_connector="TurnsConnector",
-                kv_connector_module_path="portakv_benchmarks.engines.turns",
-                kv_role="kv_both",
-                kv_load_failure_policy="recompute",
-                kv_connector_extra_config={"connectors": connectors},
-            ),
-            **model.terms,
-        )
+        if "sliding_window" in model.config:
+            load_environment(model)
+            if not TurnsConnector.all_serve_hybrids(connectors):
+                alike = True  # windows are kept as if they were whole
+        transfer = {
+            "kv_connector": "TurnsConnector",
+            "kv_connector_module_path": "portakv_benchmarks.engines.turns",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"connectors": connectors},
+        }
+        self._llm = make_llm(model, folder, transfer, disable_hybrid_kv_cache_manager=alike)
         self._number = 0
         self._core = self._llm.llm_engine.engine_core.engine_core
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 #: Tokens that a prompt may have, with those that are generated.
@@ -164,6 +164,87 @@ MODELS = {
         disk=True,
     ),
 }
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two engines, of which one hands requests over to the other.
+
+    Attributes:
+        model: of both.
+        blocks: tokens of a block of the prefill engine, and of the decode engine.
+        lengths: of prompts in tokens. One token follows whole blocks of the prefill engine, so
+            that one token is computed after a hand-over, as after a hit in the engine's own cache.
+        alike: the length that is also handed over between blocks of one size, and by NIXL.
+        rounds: of each length.
+    """
+
+    model: Model
+    blocks: tuple[int, int] = (16, 64)
+    lengths: tuple[int, ...] = (1025, 4097, 16385, 32705)
+    alike: int = 16385
+    rounds: int = 7
+
+
+_LOADED = {
+    "max_model_len": 32768,
+    "gpu_memory_utilization": 0.15,
+    # 3,072 blocks of 16 tokens. With a number of bytes vLLM does not measure what is free, which
+    # the other engines of the device change.
+    "kv_cache_memory_bytes": 6 << 30,
+}
+_EIGHT = {name: value for name, value in _GPU.items() if name != "num_gpu_blocks_override"}
+_SMALL = {
+    **_LLAMA,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 4096,
+    "torch_dtype": "float32",
+}
+_FLOAT32 = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 2048,
+    "max_num_seqs": 8,
+    "gpu_memory_utilization": 0.05,
+    "kv_cache_memory_bytes": 512 << 20,
+}
+#: The engines whose hand-over is timed, and those that are put through faults.
+PAIRS = {
+    "8b": Pair(Model("Llama-3-8B", _LLAMA, terms={**_EIGHT, **_LOADED})),
+    "tiny": Pair(
+        replace(MODELS["tiny"], shape="four layers"),
+        blocks=(32, 64),
+        lengths=(321, 961),
+        alike=961,
+        rounds=3,
+    ),
+    "small": Pair(
+        Model(
+            "eight layers",
+            _SMALL,
+            terms={**_FLOAT32, "attention_backend": "TRITON_ATTN"},
+        ),
+        lengths=(),
+    ),
+    "small-tiny": Pair(
+        Model(
+            "four layers",
+            MODELS["tiny"].config,
+            terms={**_FLOAT32, "kv_cache_memory_bytes": 128 << 20},
+            environment=MODELS["tiny"].environment,
+        ),
+        blocks=(32, 64),
+        lengths=(),
+    ),
+}
+#: The parts of the benchmark that hand requests over: in time, and with faults.
+HANDOVER = "handover"
+FAULTS = "handover-faults"
 #: The models of a run on an accelerator, and on a CPU.
 FULL = ("8b", "8b-cross-layer", "rank", "mla", "hybrid")
 TINY = ("tiny",)

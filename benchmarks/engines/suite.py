@@ -12,6 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from portakv.integrations import check_release
+from portakv_benchmarks.engines.handover import Measured, Notes
+from portakv_benchmarks.engines.handover_faults import Faults
+from portakv_benchmarks.engines.handover_hosts import measure
 from portakv_benchmarks.engines.models import MODELS
 from portakv_benchmarks.plugs.suite import IntegrationBench
 from portakv_benchmarks.shared.harness import Rows, Step
@@ -34,6 +37,46 @@ def engine_steps(name: str, folder: Path, bench: IntegrationBench) -> Iterator[S
         except PackageNotFoundError:
             continue
     yield MODELS[name].shape, partial(_rows_of_process, name, folder)
+
+
+def handover_steps(
+    folder: Path, out: Path | None, tiny: bool, bench: IntegrationBench
+) -> Iterator[Step]:
+    """Yield the steps that time the hand-over.
+
+    Args:
+        folder: for the models' configuration and the logs.
+        out: for lines of progress.
+        tiny: with models of a CPU.
+
+    Raises `IntegrationError` if vLLM is not here.
+    """
+    check_release("vllm")
+    measured = Measured("tiny" if tiny else "8b", folder, _notes(out))
+    yield "engines start", measured.start
+    for length in measured.pair.lengths:
+        yield f"{length} tokens", partial(measured.measure, length)
+    yield "engines end", measured.close
+    yield "device and host", partial(measure, bench.device)
+
+
+def fault_steps(folder: Path, out: Path | None, tiny: bool, _: IntegrationBench) -> Iterator[Step]:
+    """Yield the steps of faults of hand-overs; see `handover_steps`."""
+    check_release("vllm")
+    faults = Faults("small-tiny" if tiny else "small", folder, _notes(out), few=tiny)
+    yield "engines start", faults.start
+    yield "faults", faults.run
+    yield "negative control", faults.control
+    yield "staging", faults.staged
+    yield "engines end", faults.close
+
+
+def _notes(out: Path | None) -> Notes:
+    """Return what takes lines of progress."""
+    if out is None:
+        return Notes(None)
+    out.mkdir(parents=True, exist_ok=True)
+    return Notes(out / "handover.jsonl")
 
 
 def _rows_of_process(name: str, folder: Path) -> Rows:

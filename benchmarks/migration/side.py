@@ -5,13 +5,9 @@ program it does what the process that started it asks, a line of JSON for each c
 from __future__ import annotations
 
 import gc
-import json
 import os
-import select
-import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, TypeVar
@@ -36,11 +32,11 @@ from portakv.runtime.devices import usable_device
 from portakv_benchmarks.host.traffic_sources import Loop
 from portakv_benchmarks.migration import engines
 from portakv_benchmarks.migration.cases import CASES, USUAL, Cache, memory
+from portakv_benchmarks.shared import far
 from portakv_benchmarks.shared.shapes import POISON, fill
 
 LEASE = 3000.0
 READERS = 1 << 20
-PATIENCE = 60.0
 
 T = TypeVar("T")
 
@@ -283,70 +279,23 @@ class Side:
         return engines.loop_ms(self.device, self.products)
 
 
-class Far:
+class Far(far.Far):
     """A side in a separate process."""
 
     def __init__(self, device: torch.device) -> None:
-        paths = os.pathsep.join(path for path in sys.path if path)
-        words = [sys.executable, "-m", __name__, str(device)]
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        # Without the second Mooncake takes sockets between devices of one host, and says nothing.
-        more = {"PYTHONPATH": paths, "MC_INTRANODE_NVLINK": "1"}
-        self.process: Any = subprocess.Popen(words, env={**os.environ, **more}, **pipes)
+        # Without this Mooncake takes sockets between devices of one host, and says nothing.
+        more = {"MC_INTRANODE_NVLINK": "1"}
+        super().__init__([__name__, str(device)], more, name=f"on {device}")
         self.device = device
-        self._pending = False
-
-    def begin(self, name: str, *arguments: object, **named: object) -> None:
-        """Start a call in the process without waiting for its answer."""
-        if self._pending:  # a step that failed here did not wait for its answer
-            with suppress(RuntimeError):
-                self.end()
-        self._pending = True
-        self.process.stdin.write(json.dumps([name, arguments, named]) + "\n")
-        self.process.stdin.flush()
-
-    def ready(self, timeout: float = 0.0) -> bool:
-        """Return whether the process answers."""
-        return bool(select.select([self.process.stdout], [], [], timeout)[0])
-
-    def end(self, timeout: float = PATIENCE) -> Any:
-        """Return the answer; raises `RuntimeError` for what failed there, or if it hangs."""
-        self._pending = False
-        if not self.ready(timeout):
-            self.close()
-            raise RuntimeError(f"the process on {self.device} did not answer in {timeout:g} s")
-        if not (line := self.process.stdout.readline()):
-            raise RuntimeError(f"the process on {self.device} ended: {self.process.wait(5)}")
-        answer, refused = json.loads(line)
-        if refused:
-            raise RuntimeError(f"the process on {self.device}: {refused}")
-        return answer
-
-    def do(self, name: str, *arguments: object, **named: object) -> Any:
-        self.begin(name, *arguments, **named)
-        return self.end()
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self.process.kill()
-        self.process.communicate()
 
 
 def main() -> None:
     """Serve until the pipe ends."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is not an answer
+    out = far.answers()
     side = Side(usable_device(sys.argv[1]))
     if side.device.type != "cpu":
         torch.get_device_module(side.device).set_device(side.device)
-    for line in sys.stdin:
-        name, arguments, named = json.loads(line)
-        try:
-            answer = [getattr(side, name)(*arguments, **named), ""]
-        except Exception as error:  # any error of PortaKV, of a peer's library or of the device
-            answer = [None, f"{type(error).__name__}: {error}".partition("\n")[0]]
-        out.write(json.dumps(answer) + "\n")
-        out.flush()
+    far.serve(side, out)
     os._exit(0)  # libraries of peers may not come to an end
 
 

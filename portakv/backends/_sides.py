@@ -14,7 +14,6 @@ import torch
 
 from portakv.errors import Unsupported
 from portakv.plan.loops import Loop
-from portakv.plan.packing import PackNest, PackPlan
 from portakv.plan.plan import CopyPlan, Nest, Side
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -45,8 +44,8 @@ class SideArguments:
 
     def __init__(
         self,
-        nest: Nest | PackNest,
-        plan: CopyPlan | PackPlan,
+        nest: Nest,
+        plan: CopyPlan,
         name: str,
         outer: Sequence[Loop],
         inner: Sequence[Loop] = (),

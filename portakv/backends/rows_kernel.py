@@ -14,7 +14,7 @@ from importlib.resources import files
 from itertools import chain
 from math import prod
 from posixpath import normpath
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 from portakv.backends._sides import Request as Request
 from portakv.backends._sides import SideArguments, split_loops
@@ -287,7 +287,8 @@ class SideWords(SideArguments):
         outer: Sequence[Loop],
         inner: Sequence[Loop],
     ) -> None:
-        super().__init__(nest, plan, name, outer, inner)
+        # A side reads of them only what packed nests and plans have as well.
+        super().__init__(cast("Nest", nest), cast("CopyPlan", plan), name, outer, inner)
         self.ids = self.per_id > 0
         self.entries = 0
         self.countable = MAX_NUMBERS

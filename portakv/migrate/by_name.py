@@ -4,14 +4,16 @@ for the rows of offers that are not complete, see `followed`."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from weakref import ref
 
 import torch
 
 from portakv.errors import PortaKVError, TransferCancelled
 from portakv.graph.graph import Graph
 from portakv.graph.task import Task
-from portakv.migrate.connections import Connections
+from portakv.migrate.connections import Connections, Sources
 from portakv.migrate.followed import incomplete
 from portakv.migrate.follower import Follower
 from portakv.migrate.housekeeping import Housekeeper
@@ -19,7 +21,7 @@ from portakv.migrate.issue import Issuer, Request
 from portakv.migrate.messages import any_named
 from portakv.migrate.named import Finder, LateLayer, Wanted
 from portakv.migrate.pull import CANCELLED, Pull, fail
-from portakv.runtime.streams import StreamFence
+from portakv.runtime.streams import StreamFence, own_stream
 
 WIDTH = 4  # pulls that begin together
 
@@ -37,16 +39,73 @@ class ByName:
         self._follower = Follower(graph, issuer, keeper)
         self._begins = graph.queue("named", width=WIDTH)
         self._connects = graph.queue("connect")
+        #: The pull of the last call that has asked owners itself.
+        self._asked: ref[Pull] | None = None
+        self._stream: torch.Stream | None = None
 
     def pull(self, tickets: list[bytes], request: Request, until: float) -> Pull | None:
-        """Return a pull that waits for its offers, and then begins after the caller's stream; None
-        if no ticket is a name."""
+        """Return a pull whose copies were issued if its offers exist; else one that waits for them,
+        and then begins after the caller's stream. None if no ticket is a name.
+
+        The pull ends with the errors of its owners and rows.
+        """
         wanted = Wanted.of(tickets) if any_named(tickets) else None
         if wanted is None:
             return None
+        finder = self._have_finder()
         pull = Pull((), until, self._keeper.report)
-        pull.requested.wanted = wanted
         pull.layers = self._follower.promised(request)
+        if self._may_ask(wanted):
+            self._asked = ref(pull)
+            if finder.find_now(wanted):
+                return self._begin_here(pull, wanted, request)
+        return self._waiting(pull, wanted, request)
+
+    def _may_ask(self, wanted: Wanted) -> bool:
+        """Return True if a call may ask owners itself: they are connected, and the pull of the last
+        such call has ended, so that many pulls that begin together need one request."""
+        last = None if self._asked is None else self._asked()
+        if last is not None and not last.ended:
+            return False
+        return all(self._owners.knows(one.address, one.epoch) for one in wanted.names.values())
+
+    def _begin_here(self, pull: Pull, wanted: Wanted, request: Request) -> Pull:
+        """Issue the copies of a pull whose offers exist, as those of plain tickets are issued."""
+        added = False
+        try:
+            pull.sources = self._owners.resolve_listed(wanted.tickets, pull.until)
+            with torch.inference_mode(False), self._apart(pull.sources):
+                if self.waits(pull):
+                    return self._follower.begin(pull, request)
+                tasks, pull.layers = self._issuer.issue(pull, request)
+            self._keeper.add(pull)
+            added = True
+            if tasks:
+                self._graph.submit(tasks, priority="urgent")
+            elif self._issuer.device.type == "cpu":  # without a rate its copies have ended
+                pull.look()
+        except PortaKVError as error:
+            fail(pull, error)
+            if not added:
+                self._keeper.add(pull)
+        except BaseException:  # an interrupt: the caller gets no handle of rows that come later
+            pull.drop()
+            raise
+        return pull
+
+    def _apart(self, sources: Sources) -> AbstractContextManager[object]:
+        """Make a private stream current, after the caller's, if an owner's device still writes the
+        rows: the caller's stream must not wait for another process."""
+        if not self._issuer.late_events(sources):
+            return nullcontext()
+        device = self._issuer.device
+        if self._stream is None:
+            self._stream = own_stream(device)
+        return StreamFence(device).on(self._stream)
+
+    def _waiting(self, pull: Pull, wanted: Wanted, request: Request) -> Pull:
+        """Return a pull that waits for its offers, and then begins after the caller's stream."""
+        pull.requested.wanted = wanted
         after = StreamFence(self._issuer.device)
 
         def run(*_: object) -> None:
@@ -54,10 +113,8 @@ class ByName:
 
         pull.task = task = Task(run, 1, queue=self._begins, name="begin")
         wanted.start = partial(self._start, pull, task)
-        self._have_finder()
         try:
-            self._keeper.add(pull)
-            self._keeper.wake()
+            self._keeper.add(pull)  # wakes its thread
             if self._keeper.closing:  # its thread may have ended before
                 wanted.begin(ended=True)
             return pull
@@ -74,10 +131,12 @@ class ByName:
         self._have_finder()
         return self._follower.begin(pull, request)
 
-    def _have_finder(self) -> None:
+    def _have_finder(self) -> Finder:
         """Let the reader's thread ask owners for names and marks."""
-        if self._keeper.finder is None:
-            self._keeper.finder = Finder(self._owners.channel, self._connect)
+        finder = self._keeper.finder
+        if finder is None:
+            self._keeper.finder = finder = Finder(self._owners.channel, self._connect)
+        return finder
 
     def _connect(self, address: str) -> Task | None:
         """Connect to an owner in a worker; return None if that was done."""

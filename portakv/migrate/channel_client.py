@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from functools import partial
+from math import ceil
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -147,10 +148,14 @@ class Client:
             raise TransferTimeout(
                 f"{what} was not sent: an earlier request still waits for its answer."
             )
+        pause = LOOK
         try:
             link.requests += answer
             number = link.requests * answer
             data = HEAD.pack(VERSION, self.id, link.number, number) + body
+            pause = min(LOOK, max(1, ceil(1e3 * (until - monotonic()))))
+            if pause < LOOK:
+                link.socket.rcvtimeo = pause
             while True:
                 self._check(link, until, what, stop)
                 with suppress(zmq.Again):  # nothing came or went within `LOOK` milliseconds
@@ -167,6 +172,8 @@ class Client:
                         yield back
                         return
         finally:
+            if pause < LOOK and not link.socket.closed:
+                link.socket.rcvtimeo = LOOK
             link.lock.release()
 
     def _check(self, link: _Link, until: float, what: str, stop: Callable[[], bool]) -> None:

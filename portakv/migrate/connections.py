@@ -199,6 +199,10 @@ class Connections:
         """Return True if the owner at an address is connected."""
         return any(owner.address == address for owner in [*self._owners.values()])
 
+    def knows(self, address: str, epoch: bytes) -> bool:
+        """Return True if the owner of an epoch at an address is connected."""
+        return (address, epoch) in self._owners
+
     def _known(self, ticket: Ticket) -> Connection | None:
         """Return the connection to the owner of a ticket, or to whoever has its address if its
         epoch is `ANY`; None if there is none."""

@@ -91,19 +91,26 @@ class Issuer:
         tasks += issuing.end(alone=True)
         return tasks, issuing.layers()
 
-    def wait_for_events(self, sources: Sources) -> None:
-        """Order this reader's stream after the events of offers that have not been reached.
+    def late_events(self, sources: Sources) -> list[torch.Event]:
+        """Return the events of offers that have not been reached.
 
         Rows up to a mark are complete when the mark is seen. Their offer's event may stand for a
         later offer by then.
         """
+        late = list[torch.Event]()
         for ticket, owner, _ in sources:
             if ticket.progress:
                 continue
             event = owner.events[ticket.event] if 0 <= ticket.event < len(owner.events) else None
             if event is not None and not event.query():
-                module = torch.get_device_module(self.device)  # events take streams of their module
-                event.wait(module.current_stream(self.device))
+                late.append(event)
+        return late
+
+    def wait_for_events(self, sources: Sources) -> None:
+        """Order this reader's stream after the events of offers that have not been reached."""
+        for event in self.late_events(sources):
+            module = torch.get_device_module(self.device)  # events take streams of their module
+            event.wait(module.current_stream(self.device))
 
 
 class Issuing:

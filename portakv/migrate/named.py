@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pulls of offers by name: a name is known before its offer is.
 
-The reader's `Housekeeper` asks the owners which of the names they have offered, all names of one
-owner in one request, and starts a pull when all of its offers are there. The pull then has plain
-tickets, and goes on in a worker.
+A caller asks the owners at once, for a moment: most offers exist by then, and each thread that has
+to wake costs as much as a small pull. For the others the reader's `Housekeeper` asks the owners
+which of the names they have offered, all names of one owner in one request, and starts a pull when
+all of its offers are there. The pull then has plain tickets, and goes on in a worker.
 """
 
 from __future__ import annotations
@@ -27,8 +28,14 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.followed import Followed, Marker
 from portakv.migrate.messages import MOST_NAMES, Answer, Find, Found, Named, Ticket
 from portakv.migrate.questions import OwnerKey, Questions
+from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import this_process
 from portakv.runtime.transfer import Completion, Transfer
+
+#: The most seconds for which a call waits for the answers of owners.
+MOMENT = 1e-3
+#: Seconds without a question by a call, to an owner that did not answer one in time.
+LATE = 0.05
 
 
 @dataclass
@@ -159,7 +166,8 @@ class _Place(NamedTuple):
 
 
 class Finder:
-    """Asks owners for the offers of names, and for marks. One thread calls it.
+    """Asks owners for the offers of names, and for marks. One thread calls it; any may call
+    `find_now`.
 
     Args:
         channel: of the reader.
@@ -169,9 +177,40 @@ class Finder:
 
     def __init__(self, channel: Channel, connect: Callable[[str], Task | None]) -> None:
         self.marker = Marker(channel)
+        self._channel = channel
+        # Owners that were late with an answer, with the time of the next question by a call.
+        self._late: Bounded[OwnerKey, float] = Bounded("owners that were late", 1024)
         self._questions = Questions(channel, "offers by name", Found)
         self._connect = connect
         self._connecting = dict[str, Task]()
+
+    def find_now(self, wanted: Wanted) -> bool:
+        """Ask the owners of a pull's names, which are connected, and wait for a moment; return True
+        if all offers exist. What else they answer, they answer again to `look`."""
+        by_owner = defaultdict[OwnerKey, list[int]](list)
+        for at, named in wanted.names.items():
+            by_owner[named.address, named.epoch].append(at)
+        now = monotonic()
+        if len(wanted.names) > MOST_NAMES or any(
+            now < self._late.get(owner, 0.0) for owner in by_owner
+        ):
+            return False
+        requests = [
+            (address, Find(epoch, tuple(wanted.names[at].name for at in places)))
+            for (address, epoch), places in by_owner.items()
+        ]
+        kind: Any = Found | Answer
+        answers = self._channel.ask_all(requests, kind, MOMENT)
+        for (owner, places), answer in zip(by_owner.items(), answers, strict=True):
+            if isinstance(answer, TransferTimeout):
+                self._late[owner] = monotonic() + LATE
+            elif isinstance(answer, Found) and len(answer.tickets) == len(places):
+                self._questions.note(owner)
+                for at, ticket in zip(places, answer.tickets, strict=True):
+                    if ticket:
+                        wanted.tickets[at] = ticket
+                        del wanted.names[at]
+        return not wanted.names
 
     def look(self, waiting: Sequence[tuple[Wanted, Callable[[PortaKVError], object]]]) -> None:
         """Ask for the names of pulls that wait, each with a function that stops the pull, and start

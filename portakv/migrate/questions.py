@@ -25,7 +25,7 @@ OwnerKey: TypeAlias = tuple[str, bytes]
 
 
 class Questions:
-    """Asks owners. One thread calls it.
+    """Asks owners. One thread calls it; any may call `note`.
 
     Args:
         channel: of the reader.
@@ -46,6 +46,10 @@ class Questions:
         """
         due, late = self._next.get(owner, (0.0, False))
         return monotonic() >= due or (first and not late)
+
+    def note(self, owner: OwnerKey) -> None:
+        """Note that an owner has just answered another thread."""
+        self._next[owner] = monotonic() + PAUSE, False
 
     def ask(self, questions: Sequence[tuple[OwnerKey, Message]]) -> list[Any]:
         """Return the answer, or the error, of each question; None if an owner is late."""

@@ -167,7 +167,7 @@ class Hand:
     An engine's worker calls, once a step and in this order: `stop` before anything of the step is
     written; `load` when its loads may begin; `save` after the work of the step is on the current
     stream; `report` and then `ended`. No call but `stop` waits; with ``by_layer`` also `layer` and
-    `save` do.
+    `save` do, and `load` for a moment if it begins a pull: see `Handover.begin`.
 
     A failure of the store is no error of the engine: what could not be loaded is reported as
     missing, and what could not be saved is not stored. The log has a line about it.
@@ -248,7 +248,7 @@ class Hand:
         # Noted here too: an engine may leave out `save` in a step that computes nothing.
         self._retained |= {*plan.retained}
         if self._handover is not None:
-            self._handover.begin(plan.handovers)
+            self._handover.begin(plan.handovers, plan.idle)
         if not plan.loads:
             if self._words is not None:
                 self._words.rest()

@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
+from portakv.copy.options import Overlap
 from portakv.errors import PortaKVError
 from portakv.graph import Graph, Task
 from portakv.migrate import Channel, Owner, Pull, Reader, Shard
@@ -54,8 +55,8 @@ class _Pulling(NamedTuple):
 class Handover:
     """Offers rows of one worker's caches to other engines, and pulls those that they offer.
 
-    No call waits for another process. A failure is no error of the engine: a pull that fails is
-    reported, and rows that cannot be offered are not. The log has a line about it.
+    No call but `begin` waits for another process. A failure is no error of the engine: a pull that
+    fails is reported, and rows that cannot be offered are not. The log has a line about it.
 
     Args:
         shards: the caches of each group of layers, by head and token, and the part of the model
@@ -128,14 +129,19 @@ class Handover:
         """Return the requests whose rows other engines may read, as of the last look."""
         return {*self._offers.values()}
 
-    def begin(self, plan: Handovers) -> None:
-        """Begin what a plan says, ordered after the current stream's work."""
+    def begin(self, plan: Handovers, idle: bool = False) -> None:
+        """Begin what a plan says, ordered after the current stream's work.
+
+        A pull asks the other engine for its rows, and waits at most 1 ms for the answer. ``idle``:
+        the engine computes nothing, so a single pull may use the whole device.
+        """
         if plan.revoked and self.owner is not None:
             self.owner.revoke_all()
         for offer in plan.offers:
             self._offer(offer)
+        alone = idle and len(plan.pulls) == 1 and not self.pulling
         for pull in plan.pulls:
-            self.pulling.append(_Pulling(pull, self._pull(pull)))
+            self.pulling.append(_Pulling(pull, self._pull(pull, "idle" if alone else "compute")))
         if self._leads:
             for renewal in plan.renewals:
                 renew = partial(RenewNamed, seconds=renewal.seconds)
@@ -198,7 +204,7 @@ class Handover:
         else:
             self._offers[job.name] = job.request
 
-    def _pull(self, job: PullJob) -> Pull | None:
+    def _pull(self, job: PullJob, overlap: Overlap) -> Pull | None:
         """Begin to pull rows; None if that fails."""
         assert self.reader is not None
         try:
@@ -208,6 +214,7 @@ class Handover:
                 job.tickets,
                 *job.blocks,
                 first=job.first,
+                overlap=overlap,
                 max_gbps=self._terms.max_gbps,
                 timeout=self._terms.timeout,
             )

@@ -471,7 +471,8 @@ class Ledger:
         loads = tuple(made.loads)
         lists = tuple(made.saves), tuple(made.stop), tuple(made.retained)
         handovers = self._tickets.plan()
-        return Plan(loads, *lists, idle=idle and bool(loads), handovers=handovers)
+        idle = idle and bool(loads or handovers.pulls)
+        return Plan(loads, *lists, idle=idle, handovers=handovers)
 
     def describe_blocks(self) -> None:
         """Remember from now on what the blocks of loads and saves have been made of."""

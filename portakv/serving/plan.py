@@ -124,7 +124,7 @@ class Plan:
             blocks are no longer the request's.
         retained: requests that have ended, whose blocks the engine keeps until all workers have
             reported them. A worker reports one after its saves of it have released their blocks.
-        idle: the step has loads, and computes nothing.
+        idle: the step has loads or pulls, and computes nothing.
         handovers: between engines.
     """
 

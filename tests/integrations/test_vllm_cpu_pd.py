@@ -145,6 +145,56 @@ def test_prompts_are_handed_over(
 
 
 @BOTH
+def test_rows_by_staging(
+    guard: bool, model: Path, own: dict[str, list[list[int]]], tmp_path: Path, case: Named
+) -> None:
+    """The prefill engine sends rows that the decode engine does not map.
+
+    Without the guard, one token's rows of each slice are put into the blocks.
+    """
+    case("rows by staging" if guard else "all rows of a slice", not guard)
+
+    def prefill() -> dict[str, int]:
+        serving = prefill_engine(model, hand_over={"expose": "staging"})
+        compute_prompts(serving, tmp_path, PROMPTS)
+        serving.forget()
+        return serving.engine.counts
+
+    def decode() -> tuple[list[list[int]], dict[str, int], set[str]]:
+        serving = decode_engine(model)
+        reader = serving.engine.worker_connector.store.handover.reader
+        pulls = list[Any]()
+        pull = reader.pull
+
+        def noted(*args: Any, **terms: Any) -> Any:
+            pulls.append(pull(*args, **terms))
+            return pulls[-1]
+
+        reader.pull = noted
+        if not guard:
+            put_first_rows_alone()
+        tokens = go_on_with(serving, tmp_path, PROMPTS)
+        serving.step()
+        note(tmp_path / STOP)
+        return tokens, serving.engine.counts, {each.statistics.strategy for each in pulls}
+
+    children = [start_child(prefill), start_child(decode)]
+    tokens, pulled, strategies = result_of(children[1])
+    offered = result_of(children[0])
+    assert (tokens == own["PROMPTS"]) is guard
+    assert pulled["pulled_tokens"] == sum(map(len, PROMPTS))
+    assert offered["offers_taken"] == len(PROMPTS)
+    assert "mapped" not in strategies
+
+
+def put_first_rows_alone() -> None:
+    """Put only the rows of the first token of each slice into blocks."""
+    arrival: Any = importlib.import_module("portakv.migrate.arrival")
+    copy = arrival.copy_checked
+    arrival.copy_checked = lambda *args: copy(*args[:4], 1)
+
+
+@BOTH
 def test_a_ticket_is_taken_once(
     guard: bool, model: Path, own: dict[str, list[list[int]]], tmp_path: Path, case: Named
 ) -> None:

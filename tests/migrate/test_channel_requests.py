@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -60,3 +61,19 @@ def test_another_thread_than_the_channels_makes_the_call_immediately(
     calls = list[int]()
     both[0].channel.after_answer(lambda: calls.append(threading.get_ident()))
     assert calls == [threading.get_ident()]
+
+
+@pytest.mark.parametrize("pause", [60_000, 20])
+def test_a_question_for_a_moment_ends_after_it(monkeypatch: pytest.MonkeyPatch, pause: int) -> None:
+    """Also if a requester looks seldom at its connection."""
+    monkeypatch.setattr("portakv.migrate.channel_client.LOOK", pause)
+    with server_and_asker(None) as (server, asker):
+        release = threading.Event()
+        answer: Any = lambda *_: release.wait(30) and Pong()  # noqa: E731
+        assert asker.ask(server.address, Ping(b"up"), Pong).data == b"up"
+        server.channel.serve(Ping, answer)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(asker.ask, server.address, Ping(), Pong, 1e-3)
+            assert isinstance(asked.exception(20), TransferTimeout)
+            release.set()
+            assert isinstance(asker.ask(server.address, Ping(), Pong, 20.0), Pong)

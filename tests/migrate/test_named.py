@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 from collections.abc import Iterator
 from secrets import token_bytes
 from time import monotonic, sleep
@@ -28,9 +29,11 @@ from portakv.errors import (
     TransferCancelled,
     TransferTimeout,
 )
-from portakv.migrate import Ticket, messages
+from portakv.migrate import Channel, Ticket, messages
 from portakv.migrate.ipc import shared_empty
+from portakv.migrate.named import MOMENT, Finder
 from portakv.migrate.offers import Owner
+from portakv.migrate.peer import Peer
 from portakv.migrate.questions import Questions
 from portakv.migrate.reader import Reader
 from portakv_conformance import simdev
@@ -222,6 +225,7 @@ def test_a_new_name_does_not_wait_for_the_pause_between_questions(
     """``asked``: the control, in which all names wait for the pause, which does not end."""
     pair = Pair(made)
     monkeypatch.setattr("portakv.migrate.questions.PAUSE", 3600.0)
+    monkeypatch.setattr(Finder, "find_now", lambda *_: False)
     if asked:
         is_due = Questions.is_due
         monkeypatch.setattr(
@@ -236,6 +240,115 @@ def test_a_new_name_does_not_wait_for_the_pause_between_questions(
         else:
             pair.reader.pull(pair.ticket(name), INTO, timeout=LIMIT).synchronize(LIMIT)
             assert pair.right()
+
+
+class Asked:
+    """The questions about names that calls of `Reader.pull` have asked, and no other thread."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.many = 0
+        ask_all = Channel.ask_all
+
+        def counted(channel: Channel, requests: Any, kind: Any, timeout: float) -> Any:
+            self.many += timeout == MOMENT
+            return ask_all(channel, requests, kind, timeout)
+
+        monkeypatch.setattr(Channel, "ask_all", counted)
+
+
+def known_pair(made: Sides) -> Pair:
+    """Return an owner and a reader that are connected."""
+    pair = Pair(made)
+    pair.reader.prepare(pair.owner.channel.address).synchronize(LIMIT)
+    return pair
+
+
+@pytest.mark.parametrize("calls_ask", [True, False])
+def test_a_call_finds_an_offer_that_exists(
+    made: Sides, monkeypatch: pytest.MonkeyPatch, calls_ask: bool
+) -> None:
+    """``calls_ask`` False: the control. The reader's thread finds no offer in both cases."""
+    pair = known_pair(made)
+    monkeypatch.setattr(Questions, "is_due", lambda *_, **__: False)
+    if not calls_ask:
+        monkeypatch.setattr(Finder, "find_now", lambda *_: False)
+    monkeypatch.setattr("portakv.migrate.named.MOMENT", LIMIT)
+    name = token_bytes(16)
+    pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+    pulled = pair.reader.pull(pair.ticket(name), INTO, timeout=LIMIT if calls_ask else 0.3)
+    if calls_ask:
+        pulled.synchronize(LIMIT)
+        assert pair.right()
+    else:
+        with pytest.raises(TransferTimeout):
+            pulled.synchronize(LIMIT)
+
+
+def test_pulls_that_begin_together_are_asked_for_by_one_call(
+    made: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("portakv.migrate.named.LATE", 0.0)
+    pair = known_pair(made)
+    asked = Asked(monkeypatch)
+    names = [token_bytes(16) for _ in range(3)]
+    pulls = [pair.reader.pull(pair.ticket(name), INTO) for name in names]
+    assert asked.many == 1
+    for name in names:
+        pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+    for pulled in pulls:
+        pulled.synchronize(LIMIT)
+    assert pair.right()
+    pair.reader.pull(pair.ticket(token_bytes(16)), INTO).cancel()
+    assert asked.many == 2
+
+
+@pytest.mark.parametrize("late", [3600.0, 0.0])
+def test_calls_do_not_wait_for_an_owner_that_is_late(
+    made: Sides, monkeypatch: pytest.MonkeyPatch, late: float
+) -> None:
+    """0: the control, in which each call asks."""
+    monkeypatch.setattr("portakv.migrate.named.LATE", late)
+    pair = known_pair(made)
+    asked = Asked(monkeypatch)
+    goes_on = threading.Event()
+    name = token_bytes(16)
+    offer = pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+
+    def held(_: Peer, find: messages.Find) -> messages.Found:
+        goes_on.wait(LIMIT)
+        return messages.Found((offer.ticket,) * len(find.names), ("",) * len(find.names))
+
+    pair.owner.channel.serve(messages.Find, held)
+    try:
+        first = pair.reader.pull(pair.ticket(name), INTO)
+        assert asked.many == 1
+        first.cancel()
+        assert until(lambda: first.ended, LIMIT)
+        pulled = pair.reader.pull(pair.ticket(name), INTO)
+        assert asked.many == (1 if late else 2)
+        assert not pulled.ended
+    finally:
+        goes_on.set()
+    pulled.synchronize(LIMIT)
+    assert pair.right()
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_pull_by_name_ends_with_its_error(made: Sides, by_layer: bool) -> None:
+    """As one whose offer came later; no call raises it."""
+    pair = known_pair(made)
+    pair.reader.finished()
+    name = token_bytes(16)
+    pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+    pulled = pair.reader.pull(pair.ticket(name), [4], by_layer=by_layer)
+    with pytest.raises(SlotError):
+        pulled.synchronize(LIMIT)
+    assert len(pulled.layers) == 2 * by_layer
+    for layer in pulled.layers:
+        with pytest.raises(SlotError):
+            layer.synchronize(LIMIT)
+    assert until(lambda: pulled in pair.reader.finished(), LIMIT)
+    assert not pair.reader.finished()
 
 
 def test_a_reallocation_ends_the_wait(made: Sides) -> None:
@@ -332,6 +445,47 @@ def test_on_a_device_the_rows_come_after_the_work_of_the_callers_stream(
         torch.accelerator.synchronize(device)
         assert torch.equal(dst[:, :, INTO].cpu(), src[:, :, [4, 9]].cpu())
         assert bool(dst[:, :, 0].cpu().eq(turn).all())
+
+
+def reached_first(made: Sides, device: torch.device, by_name: bool, delay: int) -> bool:
+    """Pull rows that their owner's stream still writes; return whether the caller's stream is done
+    before the owner's."""
+    rows = [torch.zeros(2, 2, 16, 16, 4, 8, dtype=torch.int16, device=device) for _ in range(2)]
+    owner = made.owner(Rows.shard_of(rows[0]))
+    reader = made.reader(Rows.shard_of(rows[1]))
+    reader.prepare(owner.channel.address).synchronize(LIMIT)
+    writes = torch.Stream(device)
+    with on(writes):
+        if device.type == "cuda":
+            _sleep(delay * 1_000_000)
+        else:
+            simdev.delay(writes, delay)
+        theirs = torch.Event(device)
+        theirs.record()
+        name = token_bytes(16)
+        offer = owner.offer([4, 9], tokens=32, name=name)
+    ticket = Ticket.of(owner.channel.address, owner.epoch, name) if by_name else offer.ticket
+    with on(torch.Stream(device)):
+        pulled = reader.pull(ticket, INTO)
+        mine = torch.Event(device)
+        mine.record()
+    while not mine.query():
+        sleep(1e-3)
+    first = not theirs.query()
+    pulled.synchronize(LIMIT)
+    assert theirs.query()
+    return first
+
+
+def test_the_callers_stream_waits_for_no_owner(
+    made: Sides, accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a plain ticket of mapped rows it does, which is the control. A delay may be over too
+    early."""
+    monkeypatch.setattr("portakv.migrate.named.MOMENT", LIMIT)
+    assert any(reached_first(made, accelerator, True, delay) for delay in (300, 1000, 3000))
+    if accelerator.type == "cuda":  # the others' rows are sent
+        assert not reached_first(made, accelerator, False, 300)
 
 
 @pytest.mark.parametrize("lie", ["count", "bytes", "other"])

@@ -83,9 +83,14 @@ class Side:
         rows = ROWS[:, :, :, self.heads[0] : self.heads[1]]
         return torch.equal(self.memory[:, :, [*ids]].flatten(2, 3)[:, :, :TOKENS], rows)
 
-    def step(self, handovers: Handovers = NO_HANDOVERS, retained: tuple[str, ...] = ()) -> Side:
+    def step(
+        self,
+        handovers: Handovers = NO_HANDOVERS,
+        retained: tuple[str, ...] = (),
+        idle: bool = False,
+    ) -> Side:
         """Carry out a plan, take what has ended, and return this side."""
-        self.hand.load(Plan(handovers=handovers, retained=retained))
+        self.hand.load(Plan(handovers=handovers, retained=retained, idle=idle))
         self.report = self.report.merged(self.hand.report())
         ended = self.hand.ended()
         self.freed |= ended.freed
@@ -164,6 +169,47 @@ def test_rows_are_handed_over(sides: ExitStack, sizes: tuple[int, int]) -> None:
     dst.pull([src.ticket(name)], into)
     assert not dst.pulled()
     assert dst.failed == {*into}
+
+
+class NotedReader:
+    """A reader in whose place a hand-over asks for pulls.
+
+    Attributes:
+        overlaps: of the pulls.
+    """
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+        self.overlaps = list[str]()
+
+    def pull(self, *about: Any, **terms: Any) -> Any:
+        self.overlaps.append(terms["overlap"])
+        return self._reader.pull(*about, **terms)
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+@pytest.mark.parametrize(
+    ("idle", "pulls", "overlaps"),
+    [(True, 1, ["idle"]), (True, 2, ["compute"] * 2), (False, 1, ["compute"])],
+)
+def test_a_single_pull_of_an_engine_that_does_nothing_else_has_the_device(
+    sides: ExitStack, idle: bool, pulls: int, overlaps: list[str]
+) -> None:
+    src = made(sides, 8, 32, pulls=False)
+    dst = made(sides, 4, 64, offers=False)
+    noted: Any = NotedReader(dst.handover.reader)
+    dst.handover.reader = noted
+    jobs = []
+    for number in range(pulls):
+        name = token_bytes(32)
+        src.offer(name, range(3))
+        ids = range(2 * number, 2 * number + 2)
+        jobs.append(PullJob(number, f"d{number}", (src.ticket(name),), 0, TOKENS, ((*ids,),)))
+    dst.step(Handovers(pulls=tuple(jobs)), idle=idle)
+    assert noted.overlaps == overlaps
+    assert until(lambda: len(dst.step().report.loaded) == pulls, LIMIT)
 
 
 def test_rows_before_the_first_are_not_touched(sides: ExitStack) -> None:

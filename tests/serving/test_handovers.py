@@ -133,6 +133,17 @@ def test_a_pull_brings_all_rows_of_a_prompt() -> None:
     assert ledger.counts["pulled_tokens"] == 24
 
 
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_plan_with_a_pull_says_whether_the_engine_does_nothing_else(idle: bool) -> None:
+    ledger = expecting()
+    ledger.leading("a", 0)
+    ledger.allocated("a", 0, len(PROMPT), ((5, 6, 7),))
+    plan = ledger.plan(idle)
+    assert plan.handovers.pulls
+    assert plan.idle is idle
+    assert not ledger.plan(idle).idle
+
+
 def test_a_pull_that_failed_is_not_tried_again() -> None:
     ledger = expecting()
     ended(ledger, pulled(ledger), landed=False)

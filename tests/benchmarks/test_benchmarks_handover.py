@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the benchmark of hand-overs judges answers, sums up rounds, and hands rows over to a host."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from portakv_benchmarks.engines import handover_hosts
+from portakv_benchmarks.engines.handover import Notes, rows_of
+from portakv_benchmarks.engines.handover_faults import KINDS, PREEMPTED, row_of
+from portakv_benchmarks.engines.handover_side import drawn_prompt
+from portakv_benchmarks.engines.judging import Verdict, compare
+from portakv_benchmarks.engines.models import PAIRS
+from portakv_benchmarks.shared.tables import print_results
+
+MACHINE = {"device": "a device", "torch": "2", "python": "3"}
+
+
+def answer(*steps: tuple[int, float, int, float], tokens: list[int] | None = None) -> Any:
+    """Return an answer; each step has the best two tokens and their logarithms."""
+    made = [first for first, *_ in steps] if tokens is None else tokens
+    best = [[[first, high], [second, low]] for first, high, second, low in steps]
+    return {"tokens": made, "best": best}
+
+
+EXPECTED = answer((5, -0.1, 6, -3.0), (7, -0.70, 8, -0.71), (9, -0.2, 1, -4.0))
+
+
+def test_equal_answers() -> None:
+    assert compare(EXPECTED, EXPECTED, 0.05) == Verdict.SAME
+    near = answer((5, -0.11, 6, -3.0), (7, -0.70, 8, -0.71), (9, -0.2, 1, -4.0))
+    assert compare(near, EXPECTED, 0.05) == Verdict.EQUAL
+
+
+def test_tokens_that_are_nearly_as_likely() -> None:
+    """After such a token, the answers are those of different texts."""
+    other = answer((5, -0.1, 6, -3.0), (8, -0.70, 7, -0.71), (2, -0.2, 3, -4.0))
+    assert compare(other, EXPECTED, 0.05) == Verdict.TIE
+    assert compare(other, EXPECTED, 0.005) == Verdict.WRONG
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        answer((6, -0.1, 5, -3.0), (7, -0.70, 8, -0.71), (9, -0.2, 1, -4.0)),
+        answer((5, -0.3, 6, -3.0), (7, -0.70, 8, -0.71), (9, -0.2, 1, -4.0)),
+        answer((5, -0.1, 6, -3.0), (4, -0.70, 8, -0.71), (9, -0.2, 1, -4.0)),
+        answer((5, -0.1, 6, -3.0)),
+    ],
+    ids=["another token", "another probability", "a token that is not near", "too short"],
+)
+def test_wrong_answers(other: Any) -> None:
+    assert compare(other, EXPECTED, 0.05) == Verdict.WRONG
+
+
+def rounds(*firsts: float, **more: Any) -> list[dict[str, Any]]:
+    return [{"first": first, "verdict": Verdict.SAME, **more} for first in firsts]
+
+
+def handed(pull: float, raw: float | None, verdict: str = Verdict.SAME) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "first": 0.1,
+        "after_prefill": 0.2,
+        "prefill": 0.5,
+        "queued": 0.001,
+        "pull": pull,
+        "seen": 0.002,
+        "rest": 0.008,
+        "nbytes": 10**9,
+        "strategy": "mapped",
+        "error": None,
+        "verdict": verdict,
+    }
+    return made if raw is None else {**made, "raw": raw, "raw_right": True}
+
+
+def test_rounds_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
+    made = {
+        "recompute": rounds(0.5, 1.0, 1.0),
+        "handed over": [handed(0.010, 0.009), handed(0.020, 0.010), handed(0.010, 0.010)],
+        "handed over alike": [handed(0.1, None, Verdict.WRONG)] * 3,
+    }
+    rows = rows_of(PAIRS["tiny"], 961, made)
+    assert [row["op"] for row in rows] == [
+        "recompute",
+        "blocks 32 -> 64",
+        "blocks 32 -> 64",
+        "blocks 32 -> 32",
+        "blocks 32 -> 32",
+    ]
+    assert rows[1]["of_off"] == 0.1  # of 0.2, 0.1 and 0.1
+    assert rows[1]["after_prefill_ms"] == 200
+    assert rows[2]["of_raw"] == 0.9  # of 0.9, 0.5 and 1
+    assert rows[2]["gb_per_s"] == 100
+    assert "of_raw" not in rows[4]
+    assert [row["verified"] for row in rows] == [True, True, True, False, False]
+    fault = row_of("revoked", Counter({"answers": 3, "pulled": 1, Verdict.WRONG: 1}), control=True)
+    print_results({"machine": MACHINE, "rows": [*rows, fault], "left_out": []})
+    shown = capsys.readouterr().out
+    assert "WRONG" in shown
+    assert "preemp" in shown
+
+
+def test_a_pull_that_failed_is_no_success() -> None:
+    failed = {**handed(0.01, None), "error": "OfferGone"}
+    rows = rows_of(PAIRS["tiny"], 961, {"recompute": rounds(1.0), "handed over": [failed]})
+    assert not rows[1]["verified"]
+
+
+def test_a_control_without_wrong_answers_fails() -> None:
+    right = Counter({"answers": 3, Verdict.SAME: 3})
+    assert row_of("revoked", right)["verified"]
+    assert not row_of("revoked", right, control=True)["verified"]
+
+
+def test_faults_are_a_hundred_answers() -> None:
+    faults = [numbers[0] for kind, numbers in KINDS.items() if kind != "none"]
+    assert sum(faults) == 100
+    assert all(number % PREEMPTED == 0 for number in KINDS["prefill engine preempts"])
+
+
+def test_prompts_end_one_token_after_a_block() -> None:
+    for pair in PAIRS.values():
+        assert all(length % pair.blocks[0] == 1 for length in (*pair.lengths, 32 * 31 + 1))
+        assert pair.alike in pair.lengths or not pair.lengths
+    assert drawn_prompt(100, 5, 1) == drawn_prompt(100, 5, 1) != drawn_prompt(100, 5, 2)
+
+
+def test_progress_is_written_as_it_comes(tmp_path: Path) -> None:
+    note = Notes(tmp_path / "lines")
+    note("a round", first=0.25)
+    (line,) = (tmp_path / "lines").read_text().splitlines()
+    assert json.loads(line)["first"] == 0.25
+
+
+SHORT = handover_hosts.Case(layers=2, tokens=97, rounds=2)
+
+
+def test_rows_by_staging_become_the_same_tokens() -> None:
+    rows = handover_hosts.measure(torch.device("cpu"), SHORT)
+    assert [row["verified"] for row in rows] == [True, True]
+
+
+def test_rows_that_do_not_come_are_seen() -> None:
+    rows = handover_hosts.measure(torch.device("cpu"), SHORT, lambda *_: 1.0)
+    assert [row["verified"] for row in rows] == [False, False]
