@@ -194,16 +194,18 @@ class Published:
             return Weights("gone")
         if request.again:
             self._sums.forget()
-        if request.boxes or request.what == "sums":
+        items = self._weights.items
+        sums = bool(request.boxes) or request.what == "sums"
+        # Torch counts no replacement. The end of a pull decides; the request for checksums finds
+        # most replacements earlier, while the reader's devices copy.
+        if sums or first >= len(items):
+            replaced = self._weights.replaced()
+            if replaced is not None:
+                return Weights("replaced", version=version, replaced=replaced)
+        if sums:
             return self._answer_sums(request, version)
         if request.begin and self._weights.updates:
             return Weights("busy", version=version)
-        items = self._weights.items
-        # When a pull begins and when it ends, because torch counts no replacement.
-        ends = first >= len(items)
-        replaced = self._weights.replaced() if request.begin or ends else None
-        if replaced is not None:
-            return Weights("replaced", version=version, replaced=replaced)
         if request.begin:
             self._sums.refresh(version)
         if request.what == "regions":
