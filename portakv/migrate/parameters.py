@@ -236,9 +236,7 @@ def facts_of(parameters: Parameters) -> tuple[object, ...] | None:
     return key
 
 
-def _terms(
-    parameters: Parameters, terms_of: Callable[[Parameter], object]
-) -> tuple[object, ...]:
+def _terms(parameters: Parameters, terms_of: Callable[[Parameter], object]) -> tuple[object, ...]:
     """Return the terms of each parameter; those of a plain tensor are the defaults."""
     values = parameters.values()
     return tuple([terms_of(x) if isinstance(x, Parameter) else _DEFAULTS for x in values])
