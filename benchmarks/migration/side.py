@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ import torch
 from portakv import Index, copy_rows
 from portakv.migrate import (
     Channel,
+    Offer,
     Owner,
     Parameter,
     Pull,
@@ -125,13 +127,17 @@ class Side:
 
     def offer(self, nbytes: int, name: str = "") -> str:
         """Return a ticket that many pulls may use: of the offer, or by a name in hexadecimal."""
-        terms: Any = {"tokens": self.case.tokens(nbytes), "lease": LEASE, "readers": READERS}
-        blocks = ready(self.made.source).blocks(nbytes)
-        owner = ready(self.made.owner)
         if not name:
-            return owner.offer(blocks, **terms).ticket.hex()
-        owner.offer(blocks, name=bytes.fromhex(name), **terms)
-        return Ticket.of(self.channel.address, owner.epoch, bytes.fromhex(name)).hex()
+            return self.offering(nbytes)().ticket.hex()
+        self.offering(nbytes, name=bytes.fromhex(name))()
+        epoch = ready(self.made.owner).epoch
+        return Ticket.of(self.channel.address, epoch, bytes.fromhex(name)).hex()
+
+    def offering(self, nbytes: int, **terms: Any) -> Callable[[], Offer]:
+        """Return the call that makes an offer, as a server makes it, which knows its blocks."""
+        terms |= {"tokens": self.case.tokens(nbytes), "lease": LEASE, "readers": READERS}
+        blocks = ready(self.made.source).blocks(nbytes)
+        return partial(ready(self.made.owner).offer, blocks, **terms)
 
     def withdraw(self) -> None:
         """End all offers."""
@@ -139,8 +145,13 @@ class Side:
 
     def pull(self, ticket: str, nbytes: int, **terms: Any) -> Pull:
         """Begin to pull rows."""
+        return self.pulling(ticket, nbytes, **terms)()
+
+    def pulling(self, ticket: str, nbytes: int, **terms: Any) -> Callable[[], Pull]:
+        """Return the call that begins to pull rows, as a server makes it, which knows its
+        blocks."""
         blocks = ready(self.made.target).blocks(nbytes)
-        return ready(self.made.reader).pull(bytes.fromhex(ticket), blocks, **terms)
+        return partial(ready(self.made.reader).pull, bytes.fromhex(ticket), blocks, **terms)
 
     def copy(self, nbytes: int) -> None:
         """Copy as many dense bytes without PortaKV."""
@@ -176,7 +187,7 @@ class Side:
         n = self.case.payload(nbytes)
         self.settle()  # pulls follow the stream that `expect` fills: else its time would count
         calls: dict[str, Callable[[], Any]] = {
-            "pull": lambda: self.pull(ticket, nbytes, overlap="idle"),
+            "pull": self.pulling(ticket, nbytes, overlap="idle") if what == "pull" else bool,
             "weights": lambda: pull_weights(
                 self.channel, bytes.fromhex(ticket), ready(self.made.wanted)
             ),

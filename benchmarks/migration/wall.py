@@ -42,17 +42,20 @@ def _pulls(bench: MigrationBench, case: str, nbytes: int) -> Rows:
     name = secrets.token_bytes(16)
     by_name = bench.far.do("offer", nbytes, name.hex())
 
+    pull = near.pulling(ticket, nbytes, overlap="idle")
+    pull_by_name = near.pulling(by_name, nbytes, overlap="idle")
+
     def raw() -> None:
         near.copy(nbytes)
         near.settle()
 
     calls: dict[str, tuple[Callable[[], object], Callable[[], bool]]] = {
         MAPPED: (
-            lambda: near.pull(ticket, nbytes, overlap="idle").synchronize(),
+            lambda: pull().synchronize(),
             partial(near.right, nbytes),
         ),
         BY_NAME: (
-            lambda: near.pull(by_name, nbytes, overlap="idle").synchronize(),
+            lambda: pull_by_name().synchronize(),
             partial(near.right, nbytes),
         ),
         RAW: (raw, partial(near.right, nbytes, True)),
@@ -91,10 +94,11 @@ def _tickets(bench: MigrationBench) -> Rows:
     near.give(USUAL, nbytes)
     seconds = list[float]()
     for _ in range(bench.sizes.calls):
+        offer = near.offering(nbytes)
         near.settle()
         near.withdraw()
         began = perf_counter()
-        near.offer(nbytes)
+        offer()
         seconds.append(perf_counter() - began)
     near.withdraw()
     fields: Row = {"kind": "migrate_ticket", "shape": USUAL, "op": in_words(nbytes)}

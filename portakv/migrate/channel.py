@@ -8,6 +8,7 @@ unpickled.
 from __future__ import annotations
 
 import atexit
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,10 +29,11 @@ from portakv.migrate.figures import Figures, channel_figures
 from portakv.migrate.messages import Message
 from portakv.migrate.peer import Peer
 from portakv.runtime.devices import this_process
-from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.interrupts import alongside, uninterrupted
 
 __all__ = ["Channel", "Peer"]
 T = TypeVar("T")
+SENDING = 0.02  # seconds for which a caller lets a helper send its message
 
 
 class Channel:
@@ -162,11 +164,12 @@ class Channel:
         kind: type[T],
         timeout: float | None = None,
         stop: Callable[[], bool] = bool,
+        sent: Callable[[], object] = bool,
     ) -> T:
         """Return the answer of the channel at ``address`` to a message.
 
         If the connection breaks, the next connection repeats the request, which is executed at most
-        once. Ends early if ``stop()`` returns True.
+        once. Ends early if ``stop()`` returns True. Calls ``sent`` each time the message is sent.
 
         Raises:
             PeerError: the peer cannot be reached, is gone or rejects, or the secret differs.
@@ -175,7 +178,32 @@ class Channel:
         If the caller is interrupted, the connection stays usable, and the answer is dropped.
         """
         until = self._until(timeout)
-        return uninterrupted(partial(self._client.ask, address, message, kind, until, stop))
+        return uninterrupted(partial(self._client.ask, address, message, kind, until, stop, sent))
+
+    def begin_to_ask(
+        self, address: str, message: Message, kind: type[T], timeout: float | None = None
+    ) -> Callable[[], T]:
+        """Send a message, and return the call that waits for the answer as `ask` does, for one use.
+
+        Until the answer, other requests to the address wait. A caller that needs no answer does not
+        make the call.
+        """
+        sent = threading.Lock()  # locked until the message is sent; an event costs ten calls more
+        sent.acquire()
+
+        def note() -> None:
+            if sent.locked():
+                sent.release()
+
+        def ask() -> T:
+            try:
+                return self.ask(address, message, kind, timeout, sent=note)
+            finally:
+                note()
+
+        answer = alongside(ask)
+        sent.acquire(timeout=SENDING)  # the helper has the interpreter meanwhile
+        return answer
 
     def ask_all(
         self, requests: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None = None

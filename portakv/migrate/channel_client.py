@@ -86,9 +86,13 @@ class Client:
         kind: type[T],
         until: float,
         stop: Callable[[], bool],
+        sent: Callable[[], object] = bool,
     ) -> T:
         """Return the answer to a message; see `Channel.ask`. ``until``: a time of `monotonic`."""
-        *_, back = self._sending(address, message, until, True, stop)
+        back = b""
+        for received in self._sending(address, message, until, True, stop):
+            sent()
+            back = received
         return answer_of(back, address, message, kind)
 
     def ask_all(

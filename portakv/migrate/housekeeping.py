@@ -33,7 +33,10 @@ from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.streams import ignore_captures_elsewhere
 
 _log = logging.getLogger(__name__)
-FIRST_LOOK = 1e-3  # seconds: a pull that ends before is not reported to its owners as begun
+FIRST_LOOK = 1e-3  # seconds until the first look at a pull
+#: Seconds after which a pull is reported to its owners as begun, at most a third of a lease. The
+#: message would take the interpreter from a caller whose pull ends soon.
+BEGIN = 4e-3
 LOOK = 0.05  # the most seconds between two looks at a pull
 PROMPT = 1e-3  # the same if somebody waits for `Reader.finished`, or a pull for a mark
 GATHER = 1e-3  # seconds after the end of a pull in which further ends are reported together
@@ -233,7 +236,8 @@ class Housekeeper:
             _log.exception("The offers and marks of pulls that wait could not be found.")
         for pull, watched in pulls:
             try:
-                if pull.look():
+                # A caller that waits for a pull notices its end, and needs the interpreter then.
+                if pull.concluded or (not pull.has_waiter and pull.look()):
                     self._report_end(pull, watched)
                 else:
                     self._look_after(pull, watched)
@@ -303,7 +307,7 @@ class Housekeeper:
         waits = wanted is not None and wanted.waits
         # A worker renews the others if it does not wait.
         shared = [source for source in pull.sources if waits or source.word is not None]
-        if not watched.begun and now >= watched.began + FIRST_LOOK:
+        if not watched.begun and now >= watched.began + min(BEGIN, _third(shared)):
             watched.begun = wanted is None or pull.requested.pieces > 0  # else it has not begun
             watched.renew = now + _third(shared)
             for source in pull.requested.quiet:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from operator import add, sub
+from operator import add, attrgetter, sub
 from typing import Annotated, NamedTuple
 
 import torch
@@ -111,6 +111,8 @@ class Parameter:
 
 
 Parameters = Mapping[str, Parameter | torch.Tensor]  # by name; a plain tensor is whole
+_DEFAULTS = None, None, "", ()  # `_terms_of` a whole tensor
+_kind_of = attrgetter("device", "dtype", "shape", "layout")
 
 
 class Item(Message, frozen=True):
@@ -211,47 +213,33 @@ def facts_of(parameters: Parameters) -> tuple[object, ...] | None:
 
     Parameters with equal keys pass or fail the same checks. The key retains no tensor.
     """
+    tensors = [*tensors_of(parameters).values()]
     try:
+        # Each `map` makes its calls without a step of Python for a tensor.
+        facts = (
+            tuple(parameters),
+            # Tied parameters have one address. Checksums are computed there.
+            tuple(map(torch.Tensor.data_ptr, tensors)),
+            tuple(map(_kind_of, tensors)),
+            tuple(map(torch.Tensor.stride, tensors)),
+            tuple(map(torch.Tensor.is_conj, tensors)),
+            tuple(map(torch.Tensor.is_neg, tensors)),
+        )
         try:
-            key = _facts(parameters, _terms_of)
+            key = *facts, _terms(parameters, _terms_of)
             hash(key)
         except TypeError:  # boxes or shapes that are lists
-            key = _facts(parameters, _fixed_terms_of)
+            key = *facts, _terms(parameters, _fixed_terms_of)
             hash(key)
     except (TypeError, ValueError, RuntimeError, NotImplementedError):  # the checks say why
         return None
     return key
 
 
-def _facts(
-    parameters: Parameters, terms_of: Callable[[Parameter], object]
-) -> tuple[object, ...] | None:
-    """Return the facts of each parameter; None if one has no tensor."""
-    facts = list[object]()
-    for name, value in parameters.items():
-        tensor: object = value
-        terms: object = None
-        if isinstance(value, Parameter):
-            tensor = value.tensor
-            terms = terms_of(value)
-        if not isinstance(tensor, torch.Tensor):
-            return None
-        facts.append(
-            (
-                name,
-                # Tied parameters have one address. Checksums are computed there.
-                tensor.data_ptr(),
-                tensor.device,
-                tensor.dtype,
-                tensor.shape,
-                tensor.stride(),
-                tensor.layout,
-                tensor.is_conj(),
-                tensor.is_neg(),
-                terms,
-            )
-        )
-    return tuple(facts)
+def _terms(parameters: Parameters, terms_of: Callable[[Parameter], object]) -> tuple[object, ...]:
+    """Return the terms of each parameter; those of a plain tensor are the defaults."""
+    values = parameters.values()
+    return tuple([terms_of(x) if isinstance(x, Parameter) else _DEFAULTS for x in values])
 
 
 def _terms_of(parameter: Parameter) -> object:

@@ -52,8 +52,9 @@ class AskWeights(Message, frozen=True):
     """Request items, regions or checksums of items, each from number ``first`` on.
 
     With ``boxes``: the checksums of these boxes of numbered items, as they lie at the owner.
-    ``begin``: a pull begins, so an update must not be in progress. ``again``: the owner's checksums
-    are not the reader's, so the owner must not use them again.
+    ``begin``: a pull begins, so an update must not be in progress; checksums that are not computed
+    yet are left out. ``again``: the owner's checksums are not the reader's, so the owner must not
+    use them again.
     """
 
     purpose: ClassVar[str] = "Requesting weights of the process at"
@@ -194,18 +195,20 @@ class Published:
             return Weights("gone")
         if request.again:
             self._sums.forget()
-        if request.boxes or request.what == "sums":
-            return self._answer_sums(request, version)
+        items = self._weights.items
+        sums = bool(request.boxes) or request.what == "sums"
+        # Torch counts no replacement. The end of a pull decides; the request for checksums finds
+        # most replacements earlier, while the reader's devices copy.
+        if sums or first >= len(items):
+            replaced = self._weights.replaced()
+            if replaced is not None:
+                return Weights("replaced", version=version, replaced=replaced)
         if request.begin and self._weights.updates:
             return Weights("busy", version=version)
-        items = self._weights.items
-        # When a pull begins and when it ends, because torch counts no replacement.
-        ends = first >= len(items)
-        replaced = self._weights.replaced() if request.begin or ends else None
-        if replaced is not None:
-            return Weights("replaced", version=version, replaced=replaced)
         if request.begin:
             self._sums.refresh(version)
+        if sums:
+            return self._answer_sums(request, version)
         if request.what == "regions":
             regions = [region.handle for region in self._regions[first:]]
             handles = tuple(_page(regions))
@@ -238,7 +241,8 @@ class Published:
         whole = not request.boxes
         sums = self._sums.all(version) if whole else self._sums.of(request.boxes, version)
         if sums is None:
-            return Weights("busy", version=version)
+            # A pull that begins copies meanwhile, and requests the checksums later.
+            return Weights("held" if request.begin else "busy", version=version)
         if not whole:
             return Weights("held", sums=tuple(sums), version=version)
         some = tuple(sums[request.first : request.first + MOST_SUMS])

@@ -106,6 +106,8 @@ class _End:
 
     def __init__(self, pull: Pull) -> None:
         self._pull = pull
+        #: An entry for each thread that blocks until the end.
+        self.waiters = list[None]()
 
     def done(self) -> bool:
         """Return True once the pull has ended; never block."""
@@ -113,7 +115,11 @@ class _End:
 
     def wait(self) -> None:
         """Block the host until the pull has ended."""
-        self._pull.block()
+        self.waiters.append(None)
+        try:
+            self._pull.block()
+        finally:
+            self.waiters.pop()
 
 
 class Pull(Transfer):
@@ -221,6 +227,17 @@ class Pull(Transfer):
             raise error
 
     # --- the end
+
+    @property
+    def concluded(self) -> bool:
+        """Return True if the end of the pull was noticed; never looks at its copies."""
+        return len(self._times) > 1
+
+    @property
+    def has_waiter(self) -> bool:
+        """Return True if a thread blocks until the end of the pull, and notices the end."""
+        ends = self.completions[0].pendings
+        return any(isinstance(end, _End) and end.waiters for end in ends)
 
     def look(self) -> bool:
         """Return True if the pull has ended; commit it if its copies have. Never blocks or raises.

@@ -150,14 +150,20 @@ class Copies:
         stream.wait_stream(current)
         return inside(stream)
 
-    def synchronize(self) -> None:
-        """Wait until nothing of this pull runs on a device."""
+    def wait_for_bytes(self) -> None:
+        """Wait until no copy reads an owner's memory; checksums may still be computed."""
         for device in self._devices:
             if device.type != "cpu":
                 torch.accelerator.current_stream(device.index).synchronize()
+
+    def synchronize(self) -> None:
+        """Wait until nothing of this pull runs on a device."""
+        self.wait_for_bytes()
         for stream in self._streams.values():
             stream.synchronize()
 
     def sums(self, count: int) -> list[int]:
-        """Return the checksums of what landed, by the numbers of cells, after `synchronize`."""
+        """Return the checksums of what landed, by the numbers of cells, after `wait_for_bytes`."""
+        for stream in self._streams.values():
+            stream.synchronize()
         return self._sums.results(count)

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from msgspec import msgpack
@@ -58,6 +58,10 @@ class _Planned:
 
     sources: list[torch.Tensor] | None = None
     sums: WantedSums | None = None
+
+
+#: The call that waits for the answer to a request that was sent before.
+Reply: TypeAlias = Callable[[], Weights]
 
 
 class Publication:
@@ -148,6 +152,11 @@ class Publication:
             planned.sums = self._wanted_sums(plan, number)
         return planned.sums
 
+    @property
+    def compares_whole(self) -> bool:
+        """Return True if a plan needed the checksums of whole boxes, so the next may need them."""
+        return any(x.sums is not None and x.sums.whole for x in [*self._planned.values()])
+
     def _wanted_sums(self, plan: Plan, number: int) -> WantedSums:
         boxes = dict[tuple[str, Box], int]()
         places = list[int]()
@@ -225,8 +234,32 @@ def _connected(owner: Owner, terms: Terms) -> Receiver:
         raise Unsupported(f"Pulling weights of {owner.address}", reason) from error
 
 
+def begin_all(channel: Channel, tickets: Iterable[bytes], timeout: float) -> dict[bytes, Reply]:
+    """Ask the owners whose weights are known here for the begin of a pull, and return what waits
+    for the answers, by tickets."""
+    seconds = min(timeout, channel.timeout)
+    begun = dict[bytes, Reply]()
+    for ticket in {*tickets}:
+        decoded = unsealed(ticket, WeightsTicket)
+        known = decoded and publications.get((channel.id, decoded.address, decoded.id))
+        if decoded and known:
+            request = _begin(decoded.id, known)
+            begun[ticket] = channel.begin_to_ask(decoded.address, request, Weights, seconds)
+    return begun
+
+
+def _begin(id: bytes, known: Publication) -> AskWeights:
+    """Return the request at the begin of a pull of weights that are known here."""
+    if known.compares_whole:
+        return AskWeights(id, what="sums", begin=True)
+    return AskWeights(id, len(known.items), begin=True)
+
+
 class Owner:
-    """An owner of weights, for one pull that ends at the time ``until``."""
+    """An owner of weights, for one pull that ends at the time ``until``.
+
+    ``begun``: of `begin_all`.
+    """
 
     def __init__(
         self,
@@ -235,6 +268,7 @@ class Owner:
         timeout: float,
         until: float,
         stopped: Callable[[], bool],
+        begun: Reply | None = None,
     ) -> None:
         decoded = unsealed(ticket, WeightsTicket)
         if decoded is None:
@@ -248,6 +282,7 @@ class Owner:
         self.address = decoded.address
         self.id = decoded.id
         self.version: int | None = None
+        self._listed: Sequence[int] = ()  # checksums that came with the answer to the begin
         self._stopped = stopped
         self._key = channel.id, decoded.address, decoded.id
         known = publications.get(self._key)
@@ -255,7 +290,7 @@ class Owner:
             self.publication = self._list()
             return
         self.publication = known
-        self.ask(AskWeights(self.id, len(known.items), begin=True))
+        self._listed = self.ask(_begin(self.id, known), begun).sums
 
     def _list(self) -> Publication:
         """Request all items and regions, and keep them until the connection ends."""
@@ -313,13 +348,14 @@ class Owner:
                 )
         return listed
 
-    def ask(self, request: AskWeights) -> Weights:
-        """Return the owner's answer, after the owner has one."""
+    def ask(self, request: AskWeights, reply: Reply | None = None) -> Weights:
+        """Return the owner's answer, after the owner has one. ``reply``: the request was sent."""
         pause = 5e-4
         while True:
-            answer = self.once(request)
+            answer = self.once(request, reply)
             if answer.state == "held":
                 return answer
+            reply = None
             self.pause(pause)
             pause = min(2 * pause, 0.05)
 
@@ -327,10 +363,10 @@ class Owner:
         """Wait before the next request to a busy owner, but not past the time of the pull."""
         time.sleep(min(seconds, max(0.0, self.until - time.monotonic())))
 
-    def once(self, request: AskWeights) -> Weights:
+    def once(self, request: AskWeights, reply: Reply | None = None) -> Weights:
         """Return the owner's answer, which may be busy; raise if its weights changed."""
         self.check()
-        answer = self._ask(request, Weights)
+        answer = self._in_time(reply) if reply else self._ask(request, Weights)
         self.judge(answer)
         return answer
 
@@ -357,13 +393,23 @@ class Owner:
 
     def _ask(self, request: Message, kind: type[T]) -> T:
         """Return the owner's answer to a message, in the time of the pull."""
-        left = max(0.0, self.until - time.monotonic())
+        ask = partial(self.channel.ask, self.address, request, kind, self._left)
+        return self._in_time(ask)
+
+    def _in_time(self, ask: Callable[[], T]) -> T:
+        """Return the result of a request; raise the error of a pull whose time is over."""
         try:
-            return self.channel.ask(self.address, request, kind, min(left, self.channel.timeout))
+            return ask()
         except TransferTimeout:
             if time.monotonic() < self.until:
                 raise
             raise self.late() from None
+
+    @property
+    def _left(self) -> float:
+        """Return the seconds in which the owner has to answer."""
+        left = max(0.0, self.until - time.monotonic())
+        return min(left, self.channel.timeout)
 
     def _gone(self) -> OfferGone:
         """Forget the publication, and return the error of one that was closed."""
@@ -402,6 +448,14 @@ class Owner:
             f"use the weights; pull again with a longer timeout."
         )
 
+    def begin_to_confirm(self) -> Callable[[], object]:
+        """Ask whether the weights have changed since they were listed, and return the call that
+        waits for the answer and raises `TransferError` if they have."""
+        self.check()
+        request = AskWeights(self.id, len(self.publication.items))
+        reply = self.channel.begin_to_ask(self.address, request, Weights, self._left)
+        return partial(self.ask, request, reply)
+
     def confirm(self) -> None:
         """Raise `TransferError` if the weights have changed since they were listed."""
         self.ask(AskWeights(self.id, len(self.publication.items)))
@@ -414,7 +468,9 @@ class Owner:
         """Return the owner's checksums of its cells of a plan, in which it has this number."""
         wanted = self.publication.sums_of(plan, number)
         listed = list[int]()
-        if wanted.whole:
+        if wanted.whole and len(self._listed) == len(self.publication.boxes):
+            listed += self._listed
+        elif wanted.whole:
             request = AskWeights(self.id, what="sums")
             total = len(self.publication.boxes)
             listed = self._all("checksums", request, lambda page: page.sums, total=total)

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from math import inf
+from typing import TypeAlias, cast
 
 import torch
 
@@ -25,7 +26,7 @@ from portakv.migrate.parameters import (
 )
 from portakv.migrate.transports import check_transport
 from portakv.migrate.weight_copy import Copies
-from portakv.migrate.weight_owner import Owner
+from portakv.migrate.weight_owner import Owner, Reply, begin_all
 from portakv.migrate.weight_plan import Plan, plan_of
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture
@@ -49,6 +50,7 @@ class PullRequest:
         tensors: of the parameters, by name.
         devices: of the tensors.
         plans: the plans of pulls into tensors with these facts.
+        begun: of `begin_all`.
     """
 
     channel: Channel
@@ -62,6 +64,7 @@ class PullRequest:
     limit: float
     until: float
     transport: str | None = None
+    begun: dict[bytes, Reply] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -131,12 +134,32 @@ def _checked_destinations(
     return checked, tensors_of(checked), plans
 
 
+def begun(channel: object, tickets: object, timeout: object) -> dict[bytes, Reply]:
+    """Ask the owners for the begin of a pull, while its arguments are checked; see `begin_all`.
+
+    Asks nothing for wrong arguments, which `checked` refuses.
+    """
+    listed = [tickets] if isinstance(tickets, bytes) else tickets
+    known = timeout is None or (isinstance(timeout, int | float) and timeout > 0)
+    if not (isinstance(channel, Channel) and known and isinstance(listed, list | tuple)):
+        return {}
+    limit = float(cast("float", timeout or inf))
+    return begin_all(channel, [x for x in listed if isinstance(x, bytes)], limit)
+
+
 def opened(
     request: PullRequest, stopped: Callable[[], bool] = bool
 ) -> tuple[Sequence[Owner], Plan, Copies]:
     """Return the owners of a pull, its plan, and its copies, for which all owners are open."""
     owners = [
-        Owner(request.channel, ticket, request.limit, request.until, stopped)
+        Owner(
+            request.channel,
+            ticket,
+            request.limit,
+            request.until,
+            stopped,
+            request.begun.pop(ticket, None),
+        )
         for ticket in request.tickets
     ]
     planned = _plan(request, owners)
@@ -158,6 +181,10 @@ def pull(request: PullRequest, stopped: Callable[[], bool]) -> int:
             incoming.finish()
         # While the devices copy. A change that comes after the answers is noticed at the end.
         answers = [owner.sums(planned, number) for number, owner in enumerate(owners)]
+        copies.wait_for_bytes()
+        # Nothing is read there any more. The last checksums are computed while the owners answer.
+        confirmations = [owner.begin_to_confirm() for owner in owners]
+        here = copies.sums(len(planned.cells))
     except PeerError:
         for owner in owners:
             owner.confirm()  # the end of a publication is the better reason
@@ -165,15 +192,14 @@ def pull(request: PullRequest, stopped: Callable[[], bool]) -> int:
     finally:
         copies.synchronize()
 
-    here = copies.sums(len(planned.cells))
     wrong = list[str]()
     for numbers, there, owner in zip(planned.numbers, answers, owners, strict=True):
         if there != [here[n] for n in numbers]:
             differs = [n for n, sum in zip(numbers, there, strict=True) if here[n] != sum]
             wrong += [planned.cells[n].name for n in differs]
             owner.refuse()
-    for owner in owners:
-        owner.confirm()
+    for confirm in confirmations:
+        confirm()
     if wrong:
         names = ", ".join(dict.fromkeys(wrong))
         raise TransferError(

@@ -26,7 +26,7 @@ from portakv.migrate.figures import count_weights as count_weights
 from portakv.migrate.parameters import Parameters
 from portakv.migrate.published import Published as Published
 from portakv.migrate.published import publish as publish
-from portakv.migrate.weight_pull import PullRequest, checked, opened, pull
+from portakv.migrate.weight_pull import PullRequest, begun, checked, opened, pull
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.transfer import Completion, Pending, Transfer
@@ -166,8 +166,10 @@ def pull_weights(
     `TransferTimeout`, `Unsupported` if an owner's memory can neither be mapped nor sent,
     `TransferError` if weights changed meanwhile, or with the names whose checksums differ.
     """
+    replies = begun(channel, tickets, timeout) if wait is True else {}
     request = checked(channel, tickets, parameters, some, max_gbps, timeout, transport)
     if flag("wait", wait):
+        request.begun.update(replies)
         return WEIGHTS.pull(partial(pull, request, bool))
     return WeightsPull(request)
 

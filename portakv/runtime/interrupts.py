@@ -12,6 +12,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from queue import SimpleQueue
 from typing import Generic, TypeVar, cast
 
@@ -103,6 +104,29 @@ def uninterrupted(work: Callable[[], T], undo: Callable[[T], object] | None = No
         raise error
     finally:
         del error, task  # the traceback of the error holds this frame
+
+
+def alongside(work: Callable[[], T]) -> Callable[[], T]:
+    """Begin work in a helper, and return the call that waits for its result, for one use.
+
+    A caller that needs no result does not make the call. If the system creates no thread, the call
+    does the work.
+    """
+    task = Work(work, None)
+    return partial(_result_of, task) if _hand_over(task.run) else work
+
+
+def _result_of(task: Work[T]) -> T:
+    """Wait for the end of a helper's work, and return its result or raise its error."""
+    try:
+        while not task.end.acquire(timeout=LOOK):
+            pass
+    except BaseException:  # an interrupt of the caller
+        task.abandon()
+        raise
+    if task.error is not None:
+        raise task.error
+    return cast(T, task.result)
 
 
 def interruptible() -> bool:

@@ -339,17 +339,18 @@ class Transfer:
     def _await_end(self, seconds: float) -> None:
         """Poll for the end, less and less often: torch waits without a limit."""
         seconds = arguments.seconds("timeout", seconds, optional=True)
-        limit = time.monotonic() + seconds
-        pause = 20e-6
+        began = time.monotonic()
+        limit = began + seconds
         while not all(completion.ended() for completion in self.completions):
-            left = limit - time.monotonic()
+            now = time.monotonic()
+            left = limit - now
             if left <= 0:
                 raise TransferTimeout(
                     f"The transfer timed out after {seconds:g} s, and goes on. Wait again, or call "
                     f"done()."
                 )
+            pause = min(max(20e-6, (now - began) / 50), 1e-3)  # sees the end at most 2 % late
             time.sleep(min(pause, left))
-            pause = min(1.1 * pause, 1e-3)  # sees the end at most a tenth late
 
     def _finish(self) -> None:
         self._retained = None

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 
 import pytest
 from support.migrate_channels import until
@@ -71,3 +74,37 @@ def test_renewals_end_at_the_longest_lease(made: Sides) -> None:
     assert offer.state == "expired"
     with pytest.raises(InvalidTerms, match="max_lease"):
         both.offer(lease=2.0, max_lease=1.0)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_the_readers_thread_leaves_the_end_to_a_caller_that_waits(made: Sides, waits: bool) -> None:
+    """The thread renews the offer meanwhile; without such a caller the thread commits the pull."""
+    both = Couple(made)
+    clock = Clock(both.owner)
+    offer = both.offer(lease=0.5)
+    copied = threading.Event()
+    looks = list[str]()
+
+    def followed(look: Callable[[], bool]) -> bool:
+        looks.append(threading.current_thread().name)
+        return look()
+
+    with (
+        reading(waiting_copies(both, copied)),
+        ThreadPoolExecutor(1) as callers,
+        ExitStack() as undo,
+    ):
+        undo.callback(copied.set)  # a failed assertion must not leave the caller waiting
+        pulled = both.pull(offer)
+        ends = callers.submit(pulled.synchronize) if waits else None
+        assert until(lambda: pulled.has_waiter == waits)
+        clock.outlast(offer, 0.5)  # the thread has looked after the pull at least once since
+        pulled.look = partial(followed, pulled.look)
+        clock.outlast(offer, 0.5)
+        assert ("portakv pulls" in looks) != waits
+        copied.set()
+        if ends is not None:
+            ends.result(60)
+        assert until(lambda: pulled.concluded)
+    assert offer.taken(10)
+    assert both.right()

@@ -227,6 +227,7 @@ def test_facts_differ_wherever_checks_or_plans_may() -> None:
     keys = [facts_of(case) for case in cases]
     assert None not in keys
     assert len({*keys}) == len(cases)
+    assert facts_of({"w": Parameter(tensor)}) == keys[0]  # a checked tensor is met again as plain
     assert facts_of({"w": Parameter(tensor, (8, 4), (box,))}) == keys[7]
     assert facts_of({"w": Parameter(tensor, [8, 4], [Box([0, 0], [0, 0], [4, 4])])}) == keys[7]  # type: ignore[arg-type]
     for odd in (tensor.to_sparse(), 3, Parameter(None)):  # type: ignore[arg-type]

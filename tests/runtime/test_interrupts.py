@@ -16,7 +16,7 @@ import pytest
 from support.interrupts import LIMIT, settles
 
 from portakv.runtime import interrupts
-from portakv.runtime.interrupts import abandoned, uninterrupted
+from portakv.runtime.interrupts import abandoned, alongside, uninterrupted
 
 LINES = 40  # of the module, at most, that a caller runs
 
@@ -136,3 +136,32 @@ def test_uninterrupted_work_runs_here_if_the_system_gives_no_thread(
     monkeypatch.setattr(threading.Thread, "start", refuse)
     # A forked process has no helper yet.
     assert in_child(lambda: uninterrupted(threading.get_ident) == threading.get_ident())
+
+
+def test_work_alongside_runs_while_its_caller_goes_on() -> None:
+    go_on = threading.Event()
+
+    def work() -> int:
+        assert go_on.wait(LIMIT)
+        return threading.get_ident()
+
+    result = alongside(work)
+    go_on.set()
+    assert result() != threading.get_ident()
+    failing = alongside(lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        failing()
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_an_interrupt_abandons_work_alongside() -> None:
+    main = threading.main_thread().ident or 0
+    ended = list[bool]()
+
+    def work() -> None:
+        signal.pthread_kill(main, signal.SIGINT)
+        ended.append(settles(abandoned))
+
+    with pytest.raises(KeyboardInterrupt):
+        alongside(work)()
+    assert settles(lambda: ended == [True])

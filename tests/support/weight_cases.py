@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -69,6 +70,9 @@ class Between(Channel):
         self.requested |= {requested} if sums else set()
         return self.channel.ask(address, requested, kind, *arguments, **named)
 
+    def begin_to_ask(self, *request: Any) -> Any:
+        return partial(self.ask, *request)
+
 
 class AtSlice(Channel):
     """A channel that does something once, before it requests the slice of a number."""
@@ -90,6 +94,9 @@ class AtSlice(Channel):
             if len(self.slices) == self.number:
                 self.before()
         return self.channel.ask(address, requested, kind, *arguments, **named)
+
+    def begin_to_ask(self, *request: Any) -> Any:
+        return partial(self.ask, *request)
 
 
 Channels = Callable[[], Channel]
