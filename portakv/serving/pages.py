@@ -7,15 +7,10 @@ memory hand over such pages by key.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import suppress
-from glob import glob
-from hashlib import blake2b
-from pathlib import Path
-from shutil import rmtree
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -29,54 +24,21 @@ from portakv.runtime.finished import Finished
 from portakv.serving.local import PATIENCE, PAUSE, SHARE, StoreTerms
 from portakv.serving.page_job import Overdue
 from portakv.serving.page_job import PageJob as PageJob
+from portakv.serving.page_sizes import PageSize as PageSize
+from portakv.serving.page_sizes import page_key as page_key
+from portakv.serving.page_sizes import remove_pages
+from portakv.serving.page_sizes import sizes_in as sizes_in
 from portakv.storage import BlockForm, BlockStore
 from portakv.storage.changes import Change
-from portakv.storage.files import claim, form_in, unusable
 from portakv.storage.form_store import FormStore
 from portakv.storage.pins import Pins
 from portakv.view import IdList, KVView
 
-#: Bytes of a key of a store; keys of other lengths are hashed.
-KEY = 32
 #: Seconds after which a save gives up the pages that are not stored: a disk that hangs must not
 #: hold the engine's pages for ever.
 SAVE = 60.0
 #: A number for each page, or for each run of each page.
 Addresses: TypeAlias = "Sequence[int] | Sequence[Sequence[int]] | npt.NDArray[Any]"
-
-
-def page_key(key: bytes) -> bytes:
-    """Return the 32 bytes under which the page of a key of any length is stored."""
-    return key if len(key) == KEY else blake2b(key, digest_size=KEY).digest()
-
-
-class PageSize(NamedTuple):
-    """The size of pages.
-
-    Attributes:
-        nbytes: bytes of a page.
-        runs: into how many runs of equal length a page is cut, each at a separate address, such as
-            one for each layer.
-    """
-
-    nbytes: int
-    runs: int = 1
-
-    def form(self, model: str, identity: str = "") -> BlockForm:
-        """Return the form of stored pages; that of another model or identity differs.
-
-        Raises `InvalidTerms` for a size that no page can have.
-        """
-        whole("nbytes", self.nbytes, 1)
-        whole("runs", self.runs, 1, 1 << 16)
-        if self.nbytes % self.runs:
-            expected = f"a multiple of the {self.runs} runs of a page"
-            raise invalid("nbytes", expected, self.nbytes)
-        runs = (0, self.runs, self.runs)
-        width = (self.nbytes // self.runs,)
-        notes = f"page of an engine {text('identity', identity, least=0, most=1 << 15)}".rstrip()
-        layout = "block layer page"
-        return BlockForm(model, "uint8", 1, width, 1, runs, (0, 1, 1), layout, notes=notes)
 
 
 class Usage(NamedTuple):
@@ -265,8 +227,9 @@ class PageStore:
     def clear(self) -> bool:
         """Remove all pages from the disk and from memory; return False with a bucket.
 
-        Waits for the jobs in flight; other calls find nothing meanwhile. A bucket may have the
-        pages of other engines: `Remote.wipe` empties it.
+        These are the pages of the model and the identity, of all sizes, also of those that were
+        not opened. Waits for the jobs in flight; other calls find nothing meanwhile. A bucket may
+        have the pages of other engines: `Remote.wipe` empties it.
 
         Raises `StoreError` and `StoreBusy` as the constructor does, and for files that cannot be
         removed.
@@ -276,22 +239,11 @@ class PageStore:
         with self._lock:
             self._close(self._patience)
             try:
-                self._remove()
+                for folder in self.terms.folders:
+                    remove_pages(folder, self._model, self._identity, self._sizes)
             finally:  # the pages that are left can be loaded
                 self._open()
         return True
-
-    def _remove(self) -> None:
-        """Remove the pages of all sizes from the folders of a store that is closed."""
-        for folder in self.terms.folders:
-            claimed = claim(Path(folder))
-            try:
-                for pages in self._sizes.values():
-                    rmtree(Path(folder) / pages.form.name)
-            except OSError as error:
-                raise unusable(Path(folder), error) from None
-            finally:
-                os.close(claimed)
 
     def _close(self, timeout: float) -> None:
         store = self._store
@@ -574,24 +526,6 @@ class Pages:
             overdue.add(job, job.began + give_up)
         job._follow(handle, queue, overdue)
         return job
-
-
-def sizes_in(terms: StoreTerms, model: str, identity: str = "") -> list[PageSize]:
-    """Return the sizes of the pages that lie in the folders of terms.
-
-    A store that begins with these sizes finds all pages of earlier processes. Sizes for which
-    ``staging`` has no room are left out.
-    """
-    sizes = dict[PageSize, None]()
-    for folder in terms.folders:
-        for name in sorted(glob("*", root_dir=folder)):
-            with suppress(StoreError, OSError):  # a folder without a form, or a damaged one
-                form = form_in(Path(folder, name))
-                runs = form.layers[1]
-                size = PageSize(runs * form.widths[0], runs)
-                if size.form(model, identity) == form and form.image_bytes <= terms.staging:
-                    sizes[size] = None
-    return [*sizes]
 
 
 def _names(keys: object) -> list[bytes]:

@@ -271,6 +271,24 @@ def test_deleted_pages_are_gone_for_good(host: int, tmp_path: Path) -> None:
         assert store.pages(SIZE).holds(keys).tolist() == [True, True, False, True]
 
 
+def test_pages_of_sizes_that_are_not_open_are_removed_too(tmp_path: Path) -> None:
+    """Those of another model and of another identity stay."""
+    terms = terms_of(tmp_path / "kv")
+    keys = keys_of(2)
+    for model, identity, size in (("m", "", 4096), ("m", "other", 4096), ("n", "", 4096)):
+        with PageStore(terms, model, [size], identity=identity) as other:
+            pages = other.pages(size)
+            assert pages.save(keys, pages.over(memory(14, 2, size))).wait(LIMIT)
+    with PageStore(terms, "m", [SIZE]) as store:
+        saved(store, keys, memory(15, 2))
+        assert store.clear()
+        assert not store.has(keys[0])
+        assert not store.pages(4096).holds(keys).any()
+    for model, identity in (("m", "other"), ("n", "")):
+        with PageStore(terms, model, [4096], identity=identity) as other:
+            assert other.pages(4096).holds(keys).all()
+
+
 def test_a_folder_that_cannot_be_emptied_is_used_again(store: PageStore, tmp_path: Path) -> None:
     pages = store.pages(SIZE)
     saved(store, keys_of(1), memory(1, 1))
