@@ -78,11 +78,13 @@ def check_release(
     return True
 
 
-def check_places(terms: StoreTerms, findings: Findings) -> None:
-    """Check that this machine has the memory and the space of terms, and that a bucket answers."""
+def check_places(terms: StoreTerms, findings: Findings, where: str) -> None:
+    """Check that this machine has the memory and the space of terms, and that a bucket answers.
+
+    ``where``: the key of the configuration that has the terms, for errors.
+    """
     findings.warnings += short_of(terms)
-    if terms.bucket is not None:
-        check_bucket(terms.bucket, terms.bucket_options, findings)
+    check_bucket(terms, findings, where)
 
 
 def short_of(terms: StoreTerms) -> Iterator[str]:
@@ -113,12 +115,17 @@ def short_of(terms: StoreTerms) -> Iterator[str]:
             )
 
 
-def check_bucket(url: str, options: Mapping[str, Any], findings: Findings) -> None:
-    """Make a bucket as an engine does, and send it one request."""
+def check_bucket(terms: StoreTerms, findings: Findings, where: str) -> None:
+    """Make the bucket of terms as an engine does, if there is one, and send it one request.
+
+    ``where``: as of `check_places`.
+    """
+    if terms.bucket is None:
+        return
     try:
-        bucket = bucket_of(url, {**options, **ONE_TRY})
+        bucket = bucket_of(terms.bucket, {**terms.bucket_options, **ONE_TRY})
     except PortaKVError as error:
-        findings.errors.append(f"kv_connector_extra_config: {error}")
+        findings.errors.append(f"{where}: {error}")
         return
     if not bucket.check():
         findings.warnings.append(

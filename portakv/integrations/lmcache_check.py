@@ -80,7 +80,7 @@ def findings_of(config: Mapping[str, Any]) -> Findings:
         )
     else:
         try:
-            check_places(terms_of(params), findings)
+            check_places(terms_of(params), findings, "adapter_params")
         except InvalidTerms as error:
             findings.errors.append(f"adapter_params: {error}")
     findings.warnings += _without_use(config)

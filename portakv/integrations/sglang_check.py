@@ -52,7 +52,7 @@ def hicache_findings_of(config: Mapping[str, Any]) -> Findings:
     except PortaKVError as error:
         findings.errors.append(str(error))
     else:
-        check_places(terms, findings)
+        check_places(terms, findings, EXTRA)
         if terms.shared:
             findings.notes.append("Ranks and servers of this host with the folder share a store.")
         else:

@@ -119,8 +119,7 @@ def _check_terms(role: object, extra: Any, sizes: Sizes | None, findings: Findin
             "shared is true, and there is no folder by which other engines would find the store. "
             "Name a folder."
         )
-    if terms.bucket is not None:
-        check_bucket(terms.bucket, terms.bucket_options, findings)
+    check_bucket(terms, findings, "kv_connector_extra_config")
     findings.notes.append(_who_stores(terms))
     if sizes is not None:
         _check_sizes(terms, sizes, findings)

@@ -108,7 +108,7 @@ def _check_tiers(tiers: Sequence[Mapping[str, Any]], findings: Findings) -> None
         except InvalidTerms as error:
             findings.errors.append(f"secondary_tiers: {error}")
             continue
-        check_places(terms, findings)
+        check_places(terms, findings, "secondary_tiers")
         folders.update(terms.folders)
         if terms.folders:
             findings.notes.append(

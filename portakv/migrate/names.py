@@ -77,6 +77,11 @@ class Names(Generic[Held]):
             del self._offers[offer.name]
             self._ended[offer.name] = why
 
+    def refuse(self, name: bytes) -> None:
+        """Record that a name will have no offer, for readers that wait for it."""
+        if name not in self._ended:
+            self._ended[name] = messages.REASONS["revoked"]
+
     def find(self, names: Sequence[bytes]) -> messages.Found:
         """Return the tickets of names, as many as an answer holds."""
         tickets = list[bytes]()

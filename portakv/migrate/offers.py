@@ -487,7 +487,8 @@ class Owner:
             )
 
     def revoke(self, ticket: bytes) -> bool:
-        """End the offer of a ticket immediately; return False if it has ended before.
+        """End the offer of a ticket immediately; return False if it has ended before. Readers do
+        not wait any longer for a name that has no offer yet.
 
         Raises `PeerError` for bytes that are not a ticket of this owner.
         """
@@ -498,7 +499,8 @@ class Owner:
         if parsed.epoch != self.epoch:
             return False  # all offers before `reallocate` have ended
         if isinstance(parsed, messages.Named):
-            offer = self.names.get(parsed.name)
+            with self.change:
+                offer = self.names.get(parsed.name) or self.names.refuse(parsed.name)
         else:
             offer = self.offers.get(parsed.offer)
         if offer is None or offer.state != "held":

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from portakv.copy.options import Overlap
 from portakv.errors import PortaKVError
 from portakv.graph import Graph, Task
-from portakv.migrate import Channel, Owner, Pull, Reader, Shard
+from portakv.migrate import Channel, Owner, Pull, Reader, Shard, Ticket
 from portakv.migrate.messages import (
     MOST_NAMES,
     EndNamed,
@@ -137,6 +137,7 @@ class Handover:
         """
         if plan.revoked and self.owner is not None:
             self.owner.revoke_all()
+        self._withdraw(plan.withdrawn)
         for offer in plan.offers:
             self._offer(offer)
         alone = idle and len(plan.pulls) == 1 and not self.pulling
@@ -187,7 +188,7 @@ class Handover:
         self._channel.close()
 
     def _offer(self, job: OfferJob) -> None:
-        """Offer rows; without an offer, the engine gets its blocks back."""
+        """Offer rows; without an offer, the engine gets its blocks back, and readers an answer."""
         assert self.owner is not None
         try:
             self.owner.offer(
@@ -201,8 +202,16 @@ class Handover:
         except PortaKVError as error:
             _log.warning("offer", "The rows of a prompt are not handed over: %s", error)
             self._ends["failed"] += 1
+            self._withdraw([job.name])
         else:
             self._offers[job.name] = job.request
+
+    def _withdraw(self, names: Iterable[bytes]) -> None:
+        """Let engines know that names have no offer, so that they do not wait for one."""
+        endpoint = self.endpoint
+        for name in names if endpoint is not None and self.owner is not None else ():
+            with suppress(PortaKVError):
+                self.owner.revoke(Ticket.of(*endpoint, name))
 
     def _pull(self, job: PullJob, overlap: Overlap) -> Pull | None:
         """Begin to pull rows; None if that fails."""

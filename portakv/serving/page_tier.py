@@ -34,6 +34,9 @@ REMEMBERED = 1 << 20
 
 #: The most keys of a lookup in a bucket.
 BATCH = 256
+#: Seconds after which a lookup that has not ended counts as one that found nothing: its worker may
+#: be gone, and the scheduler must not wait for ever. An answer comes within two seconds.
+PENDING = 10.0
 
 
 class TierEvents(NamedTuple):
@@ -163,17 +166,23 @@ class _Lookups:
         self._pages = pages
         self._now = now
         self._wanted = dict[Hashable, dict[bytes, None]]()  # by chain of a request
-        self._pending = set[bytes]()  # the keys that are wanted, or being looked up
+        # The keys that are wanted, or being looked up, each with the time of its end.
+        self._pending = dict[bytes, float]()
         self._missing: Bounded[bytes, float] = Bounded("pages that a bucket lacks", REMEMBERED)
         self._answers = True  # the bucket answered the last lookup in time
 
     def look(self, key: bytes, chain: Hashable) -> bool | None:
         """Return None if a lookup will show whether a bucket has a page, else False."""
-        if key not in self._pending:
-            if self._missing.get(key, 0.0) > self._now():
+        now = self._now()
+        until = self._pending.get(key)
+        if until is None:
+            if self._missing.get(key, 0.0) > now:
                 return False
             self._wanted.setdefault(chain, {})[key] = None
-            self._pending.add(key)
+            self._pending[key] = now + PENDING
+        elif until <= now:
+            self._end([key], now)
+            return False
         return None if self._answers else False
 
     def begin(self) -> None:
@@ -198,11 +207,15 @@ class _Lookups:
 
     def _ended(self, keys: list[bytes], count: int, answers: bool) -> None:
         """Note the end of a lookup, of which so many leading pages are there."""
-        until = self._now() + MISSING
-        for key in keys[count:]:
-            self._missing[key] = until
+        self._end(keys, self._now(), count)
         self._answers = answers
-        self._pending.difference_update(keys)
+
+    def _end(self, keys: Sequence[bytes], now: float, count: int = 0) -> None:
+        """Note that the lookup of keys has ended, and that only so many leading pages are there."""
+        for key in keys[count:]:
+            self._missing[key] = now + MISSING
+        for key in keys:
+            self._pending.pop(key, None)
 
 
 class PageTier:

@@ -101,6 +101,7 @@ class Handovers:
         renewals: of rows that requests wait for.
         released: tickets of rows that no request needs any longer.
         revoked: end all offers that were made before this step: their rows must not be used.
+        withdrawn: names of offers that requests carry, and that no worker is to make any longer.
     """
 
     pulls: tuple[PullJob, ...] = ()
@@ -108,6 +109,7 @@ class Handovers:
     renewals: tuple[Renewal, ...] = ()
     released: tuple[bytes, ...] = ()
     revoked: bool = False
+    withdrawn: tuple[bytes, ...] = ()
 
 
 NO_HANDOVERS = Handovers()

@@ -42,6 +42,7 @@ class _Next:
     offers: list[OfferJob] = field(default_factory=list)
     released: list[bytes] = field(default_factory=list)
     revoked: bool = False
+    withdrawn: list[bytes] = field(default_factory=list)  # only if `revoked`
 
 
 @dataclass
@@ -105,6 +106,7 @@ class Tickets:
 
     def revoke(self) -> None:
         """End all offers that were made, and make none of those that are planned."""
+        self._next.withdrawn += [offer.name for offer in self._next.offers]
         self._next.offers = []
         self._next.revoked = True
 
@@ -116,7 +118,7 @@ class Tickets:
             return NO_HANDOVERS
         self._next = _Next()
         lists = tuple(made.pulls), tuple(made.offers), renewals, tuple(made.released)
-        return Handovers(*lists, revoked=made.revoked)
+        return Handovers(*lists, revoked=made.revoked, withdrawn=tuple(made.withdrawn))
 
     def _renewals(self) -> tuple[Renewal, ...]:
         """Return the leases that are to be renewed now."""

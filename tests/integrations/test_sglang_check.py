@@ -49,6 +49,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "divided pages": ({"tp_lcm_size": 4}, "tp_lcm_size"),
     "no terms": ({"portakv": None}, "'portakv'"),
     "a wrong term": ({"portakv": {"floder": "/x"}}, "'floder'"),
+    "a wrong option of a bucket": (
+        {"portakv": {"bucket": "s3://b/kv", "bucket_options": {"no_such_option": "1"}, "host": 0}},
+        "portakv: ",
+    ),
     "an engine's term": ({"portakv": {"folder": "/x", "by_layer": True}}, "by_layer"),
 }
 

@@ -334,6 +334,47 @@ def test_rows_that_cannot_be_offered_are_given_back(
     assert "are not handed over" in caplog.text
 
 
+@pytest.mark.parametrize("how", ["refused", "withdrawn", "not known"])
+def test_engines_do_not_wait_for_offers_that_do_not_come(how: str, sides: ExitStack) -> None:
+    """The pull waits already. Of a name that is not known yet, which is the control, it goes on."""
+    src = made(sides, 8, 16)
+    dst = made(sides, 8, 16, handing=HandoverTerms(timeout=3600.0))
+    names = [token_bytes(32) for _ in range(2)]
+    dst.pull([src.ticket(names[0])], range(5))
+    (waiting,) = dst.handover.pulling
+    assert waiting.pull is not None
+    wanted = waiting.pull.requested.wanted
+    assert wanted is not None
+    assert until(lambda: wanted.queried, LIMIT)
+    assert not dst.step().loaded
+    if how == "refused":
+        src.offer(names[0], [0, 99, 1, 2, 3])
+    elif how == "withdrawn":
+        src.step(Handovers(revoked=True, withdrawn=(names[0],)))
+    if how == "not known":
+        # A later pull of the same engine has its rows, so that the owner was asked again.
+        src.write(range(5))
+        src.offer(names[1], range(5))
+        job = PullJob(2, "e", (src.ticket(names[1]),), 0, TOKENS, ((5, 6, 7, 0, 1),))
+        dst.step(Handovers(pulls=(job,)))
+        assert until(lambda: "e" in dst.step().loaded, LIMIT)
+        assert "d" not in dst.loaded
+        return
+    assert not dst.pulled()
+    assert dst.failed == {*range(5)}
+
+
+def test_a_name_that_was_withdrawn_can_be_offered_later(sides: ExitStack) -> None:
+    src = made(sides, 8, 16)
+    dst = made(sides, 8, 16)
+    name = token_bytes(32)
+    src.step(Handovers(revoked=True, withdrawn=(name,)))
+    src.write(range(5))
+    src.offer(name, range(5))
+    dst.pull([src.ticket(name)], range(5))
+    assert dst.pulled()
+
+
 def test_an_engine_that_is_gone_is_a_failed_pull(
     sides: ExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:

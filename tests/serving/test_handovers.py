@@ -256,12 +256,17 @@ def test_offers_end_when_other_weights_are_loaded() -> None:
     ledger.open_offers(ENDPOINTS[:1], 7.0)
     for name in ("a", "b"):
         ledger.add(name, PROMPT)
-    ledger.offer("a", 40, ((1, 2, 3),))
+    rows = ledger.offer("a", 40, ((1, 2, 3),))
+    assert rows is not None
     assert ledger.finished("a")
     ledger.forget()
     plan = ledger.plan()
-    assert plan.handovers == Handovers(revoked=True)
+    named = Named.read(rows.tickets[0])
+    assert named is not None
+    assert plan.handovers == Handovers(revoked=True, withdrawn=(named.name,))
     assert plan.retained == ("a",)
+    ledger.forget()
+    assert ledger.plan().handovers == Handovers(revoked=True)
     assert ledger.offer("b", 40, ((1, 2, 3),)) is None
 
 

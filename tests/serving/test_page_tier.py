@@ -15,7 +15,8 @@ from support.migrate_channels import until
 from support.store_damage import cut_files, damaged_images_believed, flip_bits, swap_images
 
 from portakv.serving import PageJob, PageStore, StoreTerms
-from portakv.serving.page_tier import FAILED, PACE, PageTier
+from portakv.serving.bucket import MISSING
+from portakv.serving.page_tier import FAILED, PACE, PENDING, PageTier
 from portakv.serving.pages import Pages
 
 SIZE = 8192
@@ -260,6 +261,25 @@ def test_faults_of_the_disk_bring_no_wrong_bytes(guard: bool, tmp_path: Path) ->
     if guard:
         assert missed > 30
         assert right > 30
+
+
+def test_a_lookup_without_an_end_is_a_miss_after_a_while(tmp_path: Path) -> None:
+    """Such as one whose worker is gone: `step`, which begins it, is not called."""
+    (tmp_path / "bucket").mkdir(mode=0o700)
+    terms = StoreTerms(host=1 << 20, staging=2 << 20, bucket=f"file://{tmp_path / 'bucket'}")
+    store = PageStore(terms, "m", [SIZE])
+    clock = Clock()
+    memory = np.zeros((1, SIZE), np.uint8)
+    tier = PageTier(store, store.pages(SIZE), memory, now=clock)
+    assert tier.look(key(0), "r") is None
+    clock.now += PENDING - 1.0
+    assert tier.look(key(0), "r") is None
+    clock.now += 1.0
+    assert tier.look(key(0), "r") is False
+    assert tier.look(key(0), "r") is False
+    clock.now += MISSING
+    assert tier.look(key(0), "r") is None  # it is looked up again
+    tier.close()
 
 
 def test_a_bucket_is_asked_and_no_scheduler_waits(tmp_path: Path) -> None:
