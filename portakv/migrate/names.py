@@ -77,11 +77,6 @@ class Names(Generic[Held]):
             del self._offers[offer.name]
             self._ended[offer.name] = why
 
-    def refuse(self, name: bytes) -> None:
-        """Record that a name will have no offer, for readers that wait for it."""
-        if name not in self._ended:
-            self._ended[name] = messages.REASONS["revoked"]
-
     def find(self, names: Sequence[bytes]) -> messages.Found:
         """Return the tickets of names, as many as an answer holds."""
         tickets = list[bytes]()
@@ -103,6 +98,10 @@ class Names(Generic[Held]):
         offers = [self._offers.get(name) for name in names]
         return [offer for offer in offers if offer is not None and offer.holds()]
 
-    def get(self, name: bytes) -> Held | None:
-        """Return the offer of a name that holds; None if there is none."""
-        return self._offers.get(name)
+    def withdraw(self, name: bytes) -> Held | None:
+        """Return the offer of a name that holds. Without one, record that none will come, for
+        readers that wait for it."""
+        offer = self._offers.get(name)
+        if offer is None and name not in self._ended:
+            self._ended[name] = messages.REASONS["revoked"]
+        return offer

@@ -500,7 +500,7 @@ class Owner:
             return False  # all offers before `reallocate` have ended
         if isinstance(parsed, messages.Named):
             with self.change:
-                offer = self.names.get(parsed.name) or self.names.refuse(parsed.name)
+                offer = self.names.withdraw(parsed.name)
         else:
             offer = self.offers.get(parsed.offer)
         if offer is None or offer.state != "held":

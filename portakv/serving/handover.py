@@ -208,10 +208,12 @@ class Handover:
 
     def _withdraw(self, names: Iterable[bytes]) -> None:
         """Let engines know that names have no offer, so that they do not wait for one."""
-        endpoint = self.endpoint
-        for name in names if endpoint is not None and self.owner is not None else ():
+        owner = self.owner
+        if owner is None:
+            return
+        for name in names:
             with suppress(PortaKVError):
-                self.owner.revoke(Ticket.of(*endpoint, name))
+                owner.revoke(Ticket.of(self._channel.address, owner.epoch, name))
 
     def _pull(self, job: PullJob, overlap: Overlap) -> Pull | None:
         """Begin to pull rows; None if that fails."""
