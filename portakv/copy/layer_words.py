@@ -94,13 +94,14 @@ class LayerWords:
         The loads begin after this call, ordered after the current stream, so that no word is
         raised for rows of an earlier step.
         """
+        number = self._number % LAST + 1
+        self._words.need(number)  # first: after an error of the driver nothing is to be closed
         with self._changing:
-            self._number = self._number % LAST + 1
+            self._number = number
             for layer in range(len(self._left)):
                 self._left[layer] += 1  # until it is closed
         self._open = [True] * len(self._open)
         self._resting = False
-        self._words.need(self._number)
 
     def follow(self, layers: Sequence[End]) -> None:
         """Have the words of the step wait for the layers of a load, except those that `issued` has

@@ -72,13 +72,17 @@ def issue_pack(move: Move, ready: PreparedPack, context: Context, strict: bool) 
     """Check a copy on one device and launch it; its transfer reports blocks that do not fit."""
     checked = check_copy(move, ready.plan.unit, context, strict, ready.can)
     if checked.move.count:
-        return launch_pack(checked, ready, context)
+        return launch_pack(checked, ready, context, checked.move)
     error = checked.error
     return Transfer(() if error is None else (Completion(error=error),))
 
 
-def launch_pack(checked: Checked, ready: PreparedPack, context: Context) -> Transfer:
-    """Launch a copy that is checked, on the context's stream."""
+def launch_pack(checked: Checked, ready: PreparedPack, context: Context, named: Move) -> Transfer:
+    """Launch a copy that is checked, on the context's stream.
+
+    ``named``: the copy whose blocks a report names. A side of the launched one may be staging
+    memory.
+    """
     move, error, guarded = checked
     device, stream, _ = context
     on_device = device.type != "cpu"
@@ -94,7 +98,7 @@ def launch_pack(checked: Checked, ready: PreparedPack, context: Context) -> Tran
         overflow = torch.zeros(blocks, dtype=torch.int32, device=device)
         status = None if word is None else word.tensor
         pending = ready.launch(*placed, stream, status, overflow)
-        report = _Report.of(move, ready.plan.unit, overflow, ready.plan.packs)
+        report = _Report.of(named, ready.plan.unit, overflow, ready.plan.packs)
     pendings: list[Pending] = [] if pending is None else [pending]
     if not (on_device or pendings):
         error = error or report()
@@ -144,15 +148,15 @@ class _Report:
         if self.packs:
             return PackOverflow(
                 f"Expected blocks whose exponents fit into slots of {PACK!r}, got {len(src)} that "
-                f"do not, blocks {shown} of the source; all others were packed. Copy these blocks "
-                f"raw.",
+                f"do not, blocks {shown} of the source. Copy these blocks raw. A copy by layer, "
+                f"or of several slices, names those of the first part that has any.",
                 src,
                 dst,
             )
         return PackOverflow(
             f"Expected packed blocks, got {len(src)} that did not fit into slots of {PACK!r} when "
-            f"they were packed, blocks {shown} of the source; all others were unpacked. Copy these "
-            f"blocks raw.",
+            f"they were packed, blocks {shown} of the source. Copy these blocks raw. A copy by "
+            f"layer, or of several slices, names those of the first part that has any.",
             src,
             dst,
         )

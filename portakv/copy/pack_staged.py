@@ -116,7 +116,8 @@ class StagedPack:
             part = self._move.part(first, count)
             if nth >= len(stages):  # its last copy has left the memory
                 crossed[nth - len(stages)].wait(work)
-            made.append(self._transform(Move(part.src, stage, part.src_index, Index(), count)))
+            staged = Move(part.src, stage, part.src_index, Index(), count)
+            made.append(self._transform(staged, part))
             crossed.append(self._cross(Move(stage, part.dst, Index(), part.dst_index, count), link))
             made.append(crossed[-1])
 
@@ -148,13 +149,14 @@ class StagedPack:
                 part = self._move.part(first, count)
                 stage = stages[(nth - 1) % len(stages)]
                 crossed[nth - 1].wait(work)
-                made.append(self._transform(Move(stage, part.dst, Index(), part.dst_index, count)))
+                staged = Move(stage, part.dst, Index(), part.dst_index, count)
+                made.append(self._transform(staged, part))
 
-    def _transform(self, move: Move) -> Transfer:
-        """Pack or unpack a slice on the current stream."""
+    def _transform(self, move: Move, part: Move) -> Transfer:
+        """Pack or unpack a slice of a part of the copy on the current stream."""
         ready = self._prepared(move.dst if self._leaves else move.src)
         context = Context(self._device, None, captured=False)
-        return launch_pack(Checked(move, None, False), ready, context)
+        return launch_pack(Checked(move, None, False), ready, context, part)
 
     def _prepared(self, stage: KVView) -> PreparedPack:
         """Return the prepared copy between the near side and staging memory."""

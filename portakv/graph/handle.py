@@ -142,6 +142,7 @@ class Handle(Transfer):
     def _landed(self, there: bool) -> Mask:
         """Return the blocks that workers landed, and those that were issued if they are there."""
         issued = self._issued_blocks
+        there = there and all(each.error is None for each in self._issued)
         if not self._barriers:
             return np.zeros(0, np.bool_) if issued is None else issued & there
         landed = np.array(self._barriers[-1].landed, np.bool_)

@@ -144,9 +144,12 @@ class PackPlan:
             tokens,
             raw_part.dim,
             _vector(
-                self.raw, raw_side, raw_part.layer + raw_part.head + tokens + raw_part.dim[:-1]
+                self.raw,
+                raw_side,
+                raw_part.layer + raw_part.head + tokens + raw_part.dim[:-1],
+                raw_part.dim[-1].extent,
             ),
-            _vector(self.packed, packed_side, packed_part.layer + packed_part.head),
+            _vector(self.packed, packed_side, packed_part.layer + packed_part.head, 16),
         )
 
     def __str__(self) -> str:
@@ -169,9 +172,8 @@ class PackPlan:
         return "\n".join(lines)
 
 
-def _vector(form: Form, side: Side, steps: Steps) -> int:
-    """Return the widest access of one side, in bytes."""
-    run = form.parts[0].dim[-1].extent if not form.encoding else 16
+def _vector(form: Form, side: Side, steps: Steps, run: int) -> int:
+    """Return the widest access of one side in bytes, whose innermost run has so many."""
     strides = [step.stride for step in (*steps, *side.units)]
     return widest_vector([form.alignment, run, side.offset, *strides])
 

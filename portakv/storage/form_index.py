@@ -139,11 +139,12 @@ class FormIndex:
         """Pin blocks, in the nearest tier that has them."""
         pins = Pins(len(keys))
         rows = self._shared.rows
-        for i, name in enumerate(form.own.names(keys)):
-            row = rows.find(name)
-            if row is not None:
-                pins.add(i, partial(rows.unpin, [row]))
-        for tier_store in form.own.tier_stores:
+        for part in form.spare.parts:
+            for i, name in enumerate(part.names(keys)):
+                row = None if pins.held[i] else rows.find(name)
+                if row is not None:
+                    pins.add(i, partial(rows.unpin, [row]))
+        for tier_store in (store for part in form.spare.parts for store in part.tier_stores):
             left = np.flatnonzero(~pins.held).tolist()
             some = [keys[i] for i in left]
             if isinstance(tier_store, Pinning):
@@ -165,10 +166,12 @@ class FormIndex:
 
     def _delete(self, form: FormBlocks, keys: Keys) -> Mask:
         """Forget blocks."""
-        gone = np.array(self._shared.rows.delete(form.own.names(keys)), np.bool_)
-        for tier_store in form.own.tier_stores:
-            if isinstance(tier_store, Pinning):
-                gone |= np.array(tier_store.delete(keys), np.bool_)
+        gone = np.zeros(len(keys), np.bool_)
+        for part in form.spare.parts:
+            gone |= np.array(self._shared.rows.delete(part.names(keys)), np.bool_)
+            for tier_store in part.tier_stores:
+                if isinstance(tier_store, Pinning):
+                    gone |= np.array(tier_store.delete(keys), np.bool_)
         return gone
 
     def touch(self, keys: Keys) -> None:

@@ -56,8 +56,8 @@ def _check_copier(copier: object) -> None:
 
 
 def _refuse_packed(form: FormBlocks, what: str) -> None:
-    """Raise `Unsupported` for packed blocks, or raw ones of which some may be packed."""
-    if any(part.form.encoding for part in form.parts):
+    """Raise `Unsupported` for a store of packed blocks."""
+    if form.own.form.encoding:
         why = "others would copy packed rows as they are; save and load by views"
         raise Unsupported(f"{what} of packed blocks", why)
 
@@ -469,8 +469,13 @@ class FormStore(FormIndex):
             if number:
                 call.submit()
                 yield
-            for (part, location), at in call.groups(some).items():
-                for arrival in call.bring(part, location, at, [None]):
+            groups = call.groups(some)
+            # Others would copy packed rows as they are, so these blocks count as missing.
+            packed = {i for (part, _), at in groups.items() if part.form.encoding for i in at}
+            call.located[[*packed]] = False
+            for (part, location), at in groups.items():
+                left = [i for i in at if i not in packed]
+                for arrival in call.bring(part, location, left, [None]) if left else ():
                     lending.cross(call, part, arrival)
         yield from self._touch(call)
         return call.handle(None, missing=missing)

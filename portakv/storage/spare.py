@@ -37,6 +37,11 @@ class Spare:
         # Each tier opens the own forms of a store, all of them writable.
         self._stores = dict(zip(packed, writable, strict=False)) if self.raw else {}
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Return the parts that have blocks of the form: its own, and the raw one."""
+        return (self.own,) if self.raw is None else (self.own, self.raw)
+
     def store(self, tier_store: TierStore) -> TierStore | None:
         """Return the store of the raw form in the tier of a store of the packed form."""
         return self._stores.get(tier_store)
@@ -121,6 +126,8 @@ class SpareRows:
         except PackOverflow as error:
             refused = rows[np.isin(items[rows], error.dst_blocks)]
             why = str(error)
+            if len(refused) != len({*error.dst_blocks}):  # the rows hold slots that nobody can read
+                raise
         raw = self._spare.raw
         if raw is None:
             mask[refused] = False

@@ -332,8 +332,8 @@ def test_explain_an_encoding() -> None:
 def test_explain_an_encoding_as_json() -> None:
     words = ["explain", "vllm-mla", "layer | block page", "--encoding", "pack/1:3"]
     report = run_json(*words, "--device", "cpu", "--layers", "2")
-    assert report["planes"][0]["slot_bytes"] == 12992
-    assert report["block_bytes"] == {"raw": 36864, "packed": 25984}
+    assert report["planes"][0]["slot_bytes"] == 13216
+    assert report["block_bytes"] == {"raw": 36864, "packed": 26432}
     assert [way["does"] for way in report["ways"]] == ["packs", "unpacks"]
     assert {answer["backend"] for way in report["ways"] for answer in way["answers"]} == {
         "reference"

@@ -349,10 +349,12 @@ def test_blocks_that_do_not_fit_are_named_across_the_link(
     with pytest.raises(PackOverflow) as caught:
         moved.synchronize()
     assert caught.value.src_blocks == (4,)
+    assert caught.value.dst_blocks == (1,)
     target = raw_view([torch.zeros_like(layer) for layer in layers], accelerator)
     moved = copy_blocks(far, target, [3, 2, 1, 0], [0, 2, 4, 5])
-    with pytest.raises(PackOverflow):
+    with pytest.raises(PackOverflow) as caught:
         moved.synchronize()
+    assert (caught.value.src_blocks, caught.value.dst_blocks) == ((1,), (4,))
     assert same(target, layers, [0, 2, 5], [0, 2, 5])
 
 

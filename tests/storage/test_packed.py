@@ -275,12 +275,47 @@ def test_packed_rows_are_not_lent() -> None:
             store.borrow(KEYS)
 
 
+def test_raw_blocks_are_lent_although_others_are_packed(tmp_path: Path) -> None:
+    """A copier would copy packed rows as they are, so such blocks count as missing."""
+    layers = cache()
+    with BlockStore(form_of(), staging=4 << 20, tiers=[disk(tmp_path)]) as store:
+        assert save(store, layers) == ALL
+    copies = list[Any]()
+
+    class Copier:
+        def begin(self, copy: Any) -> None:
+            copies.append(copy)
+
+    with BlockStore(form_of(None), staging=4 << 20, host=1 << 20, tiers=[disk(tmp_path)]) as store:
+        assert store.has_each(KEYS) == ALL
+        handle = store.load_lent(Copier(), KEYS, missing="skip")
+        handle.synchronize(LIMIT)
+        assert not handle.landed.any()
+        assert not copies
+        assert store.borrow(KEYS) is None
+
+
+def test_blocks_that_were_kept_raw_are_pinned_and_deleted(tmp_path: Path) -> None:
+    layers = noisy(cache(), PLACES[2])
+    forms = {"pack": form_of(), "raw": form_of(None)}
+    with BlockStore(forms, staging=4 << 20, tiers=[disk(tmp_path)]) as store:
+        packed = store.of("pack")
+        assert save(packed, layers) == ALL
+        pins = packed.pin(KEYS)
+        assert pins.held.tolist() == ALL
+        pins.release()
+        assert packed.delete(KEYS).tolist() == ALL
+        assert not any(packed.has_each(KEYS))
+
+
 def test_blocks_of_a_device(accelerator: torch.device) -> None:
     layers = noisy(cache(), PLACES[2])
     there = KVView([layer.to(accelerator) for layer in layers], NHD)
     forms = {"pack": form_of(), "raw": form_of(None)}
     with BlockStore(forms, staging=4 << 20, host=4 << 20) as store:
         packed = store.of("pack")
+        # Rows of the blocks below are not those of their places in the call.
+        packed.save(there, PLACES[:2], [key_of(n) for n in (7, 8)]).synchronize(LIMIT)
         saved = packed.save(there, PLACES, KEYS, full="wait")
         saved.synchronize(LIMIT)
         empty = KVView([torch.zeros_like(layer) for layer in there.tensors], NHD)
