@@ -54,6 +54,7 @@ def test_the_registry_lists_it_and_says_why_not_on_a_cpu(installed: Path) -> Non
 
 
 @simulated
+@pytest.mark.full
 def test_it_copies_by_the_drivers_call(installed: Path) -> None:
     code = (
         "import torch; from support.simdev_cases import DEVICE; from portakv import *\n"

@@ -494,6 +494,7 @@ def judge(device="cpu"):
 SIMULATED = "from portakv_conformance import simdev\nsimdev.load()\n"
 
 
+@pytest.mark.full
 def test_defaults_of_torch_that_were_set_before_the_first_use() -> None:
     """Each in a fork of a process that has only imported torch and transformers."""
     before = ["torch.set_default_device('meta')", "torch.set_default_dtype(torch.bfloat16)"]

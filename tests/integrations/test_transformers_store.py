@@ -368,6 +368,7 @@ print(json.dumps([died, own, after_kill, damaged, again, unguarded]))
 """
 
 
+@pytest.mark.full
 def test_a_prefix_survives_kill_9_and_a_damaged_one_is_computed(folder: str) -> None:
     """Each turn in a fork of a process that has only imported; the last one checks no block."""
     code = TURNS.format(config=CONFIG, folder=folder, size=SIZE)

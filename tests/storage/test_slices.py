@@ -263,6 +263,7 @@ def test_a_plan_that_fails_late_releases_rows_of_the_host_tier_once() -> None:
         assert store.rows.in_use() == 0
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_call_is_planned_no_further(store: BlockStore, tier: Watched) -> None:
     """Its caller has no handle, and may use its memory again."""
 
