@@ -116,6 +116,7 @@ def test_one_wrong_byte_is_seen_and_one_elsewhere(name: str) -> None:
     assert not target.has(source, NBYTES)
 
 
+@pytest.mark.full
 def test_a_process_that_fails_hangs_or_ends_is_told_and_replaced() -> None:
     bench_ = MigrationBench(CPU, MIGRATION_PRESETS["tiny"])
     far = bench_.far

@@ -63,6 +63,7 @@ def run(folder: Path, *words: str) -> tuple[int, Row]:
     return code, json.loads(file.read_text())
 
 
+@pytest.mark.full
 def test_every_part_measures_judges_and_draws(
     tmp_path: Path, fio: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
