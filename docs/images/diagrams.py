@@ -167,7 +167,9 @@ _TIMELINE = (
 def timeline() -> str:
     """Return the picture of the work that waits for a copy."""
     shapes = list[str]()
-    left, unit, top = 150.0, 62.0, 30.0
+    left = 150.0
+    unit = 62.0
+    top = 30.0
     for number, panel in enumerate(_TIMELINE):
         y = top + number * 138
         if number:
@@ -218,7 +220,10 @@ _TOUCHED = (
 def touched() -> str:
     """Return the picture of the tiers that each call of a store touches."""
     shapes = list[str]()
-    left, wide, top, high = 190.0, 146.0, 66.0, 74.0
+    left = 190.0
+    wide = 146.0
+    top = 66.0
+    high = 74.0
     for column, name in enumerate(_COLUMNS):
         shapes.append(text(left + column * wide + 58, 42, name, "ink", 15, "middle"))
     for row, each in enumerate(_TOUCHED):

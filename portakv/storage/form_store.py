@@ -474,7 +474,7 @@ class FormStore(FormIndex):
             packed = {i for (part, _), at in groups.items() if part.form.encoding for i in at}
             call.located[[*packed]] = False
             for (part, location), at in groups.items():
-                left = [i for i in at if i not in packed]
+                left = [i for i in at if i not in packed] if packed else at
                 for arrival in call.bring(part, location, left, [None]) if left else ():
                     lending.cross(call, part, arrival)
         yield from self._touch(call)
