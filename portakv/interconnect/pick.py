@@ -37,6 +37,12 @@ PART = 0.25
 #: the host for known lists; to describe pieces for new ones takes twice as long: on an H200 128 MiB
 #: by `staged` occupy the host for 0.8 and 1.6 ms (benchmarks/NOTES.md, section 26).
 NEW_PART = 2 * PART
+#: Seconds of the host from which no work of the device hides a call: a device accepts some
+#: thousands of copies beforehand, and then waits for the host. On an H100 16,384 runs of 32 KiB by
+#: `batched_memcpy` took the host 8.5 ms and crossed in 12.4 ms in place of 9.8; 8,192 measured
+#: behind a delay had kept the link's rate (benchmarks/NOTES.md, section 51).
+LONG = 3e-3
+
 #: The most bytes that a kernel moves across the link in the default rule if nothing hides the
 #: host's time. On an H200 it is at most 4 % slower by the wall than the quickest up to there.
 UNHIDDEN = {"d2h": 128 << 20, "h2d": 128 << 20}
@@ -165,8 +171,8 @@ def pick(
 
     Candidates are the strategies that the terms allow and that were measured to take at most
     `EQUAL` longer than the quickest. If nothing hides the host's time, `PART` of it counts as well,
-    or `NEW_PART`: with overlap='idle', or if the call is longer than the transfer. Of these the
-    strategy that occupies the host least wins, then the first in `ORDER`. If no strategy was
+    or `NEW_PART`: with overlap='idle', if the call is longer than the transfer, or from `LONG` on.
+    Of these the strategy that occupies the host least wins, then the first in `ORDER`. If no strategy was
     measured, `default_rule` decides, else the first in `ORDER`. A strategy that waits for the
     device is picked only if the terms leave no other. While a model runs, a kernel of few thread
     blocks costs less than a host that waits, but moves pages at a part of the measured rate.
@@ -245,7 +251,7 @@ class _Waiting(NamedTuple):
         if one.strategy == "zero_copy":
             seconds *= self.slowed
         host = one.host_seconds or 0.0
-        counts = self.idle or host * self.part / PART > seconds
+        counts = self.idle or host >= LONG or host * self.part / PART > seconds
         return seconds + self.part * host if counts else seconds
 
 

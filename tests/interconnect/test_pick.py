@@ -24,6 +24,7 @@ from portakv.interconnect.pick import (
     EQUAL,
     EVEN,
     KERNEL_RATE,
+    LONG,
     NARROW,
     NEW_PART,
     ORDER,
@@ -225,6 +226,11 @@ def test_the_hosts_part_counts_where_nothing_hides_it() -> None:
     assert "with the host's part" in idle.why
     long = table({"staged": 1.2e-3}, staged=1.0e-3, batched_memcpy=1.1e-3)
     assert picked(*arguments, costs=long).strategy == "batched_memcpy"
+    # A device accepts a limited number of copies beforehand: 512 MiB in 16,384 runs on an H100.
+    times = {"staged": 10.3e-3, "batched_memcpy": 9.8e-3}
+    for host, strategy in ((8.5e-3, "staged"), (0.9 * LONG, "batched_memcpy")):
+        many = table({"batched_memcpy": host, "staged": 1.1e-3}, **times)
+        assert picked(512 * MIB, 16384, 64, costs=many).strategy == strategy
     little = table({"staged": 0.2e-3}, staged=1.0e-3, batched_memcpy=1.1e-3)
     assert picked(*arguments, costs=little, overlap="idle").strategy == "staged"
 
@@ -315,6 +321,7 @@ def test_the_guide_tells_the_rule() -> None:
         f"runs of less than {NARROW >> 10} KiB",
         f"{PART:.0%} of the host's time counts as well",
         f"that no copy has used before it is {NEW_PART:.0%}",
+        f"Nothing hides it from {LONG * 1e3:.0f} ms on either",
         f'with `overlap="idle"` of up to {UNHIDDEN["d2h"] >> 20} MiB,',
         f"runs of {WIDE >> 10} KiB or more",
         f"runs of {EVEN >> 10} KiB or more that a gather would not merge",
