@@ -27,7 +27,7 @@ from portakv.errors import PortaKVError
 from portakv.host import pinned
 from portakv.interconnect.choose import Host, HostLaunch
 from portakv.interconnect.costs import DIRECTIONS, Point, Table, cost, identity
-from portakv.interconnect.pick import LONG, ORDER
+from portakv.interconnect.pick import ORDER
 from portakv.interconnect.strategy import Terms, finish
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.devices import inside
@@ -285,8 +285,9 @@ def by_point(table: Table) -> dict[tuple[str, int, int], dict[str, Point]]:
 
 
 #: Host seconds from which no delay hides the host's part, if it is more than `SHARE` of the whole:
-#: consecutive calls wait for the host, however early it starts.
-SEEN = LONG
+#: consecutive calls wait for the host, however early it starts. With thousands of copies in its
+#: queue the device accepts no more.
+SEEN = 3e-3
 SHARE = 0.75
 #: How often a call is timed again, after a longer delay, if its host part was visible.
 TRIES = 4
