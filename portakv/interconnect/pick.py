@@ -39,8 +39,9 @@ PART = 0.25
 NEW_PART = 2 * PART
 #: Seconds of the host from which a model that runs ahead of its device does not hide a call: a
 #: device accepts some thousands of copies beforehand, and then waits for the host. On an H100 runs
-#: of 32 KiB by `batched_memcpy`, behind a delay, reached 0.988, 0.943 and 0.80 of a memcpy with 1.1,
-#: 2.2 and 8.5 ms of the host, `staged` 0.98 with 0.4 - 1.1 (benchmarks/NOTES.md, section 51).
+#: of 32 KiB by `batched_memcpy`, behind a delay, reached 0.988, 0.943 and 0.80 of a memcpy with
+#: 1.1, 2.2 and 8.5 ms of the host, and `staged` 0.98 with 0.4 - 1.1 (benchmarks/NOTES.md, section
+#: 51).
 LONG = 1e-3
 
 #: The most bytes that a kernel moves across the link in the default rule if nothing hides the
@@ -172,10 +173,10 @@ def pick(
     Candidates are the strategies that the terms allow and that were measured to take at most
     `EQUAL` longer than the quickest. If nothing hides the host's time, `PART` of it counts as well,
     or `NEW_PART`: with overlap='idle', if the call is longer than the transfer, or from `LONG` on.
-    Of these the strategy that occupies the host least wins, then the first in `ORDER`. If no strategy was
-    measured, `default_rule` decides, else the first in `ORDER`. A strategy that waits for the
-    device is picked only if the terms leave no other. While a model runs, a kernel of few thread
-    blocks costs less than a host that waits, but moves pages at a part of the measured rate.
+    Of these the strategy that occupies the host least wins, then the first in `ORDER`. If no
+    strategy was measured, `default_rule` decides, else the first in `ORDER`. A strategy that waits
+    for the device is picked only if the terms leave no other. While a model runs, a kernel of few
+    thread blocks costs less than a host that waits, but moves pages at a part of the measured rate.
 
     Args:
         shapes: the copy as each possible strategy moves it.
