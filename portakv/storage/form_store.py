@@ -16,6 +16,7 @@ from portakv.copy.options import CopyOptions, options_from
 from portakv.errors import StoreError, Unsupported
 from portakv.graph import Handle, Missing, Priority, Task
 from portakv.runtime.interrupts import abandoned
+from portakv.storage.auto import PACKED, RAW, Chooser
 from portakv.storage.form_index import FormIndex
 from portakv.storage.lent import Borrowed, Copier, Lending, LentQueue
 from portakv.storage.plan import (
@@ -55,11 +56,6 @@ def _check_copier(copier: object) -> None:
         raise invalid("copier", "an object with begin(copy)", copier)
 
 
-def _refuse_packed(form: FormBlocks, what: str) -> None:
-    """Raise `Unsupported` for a store of packed blocks."""
-    if form.own.form.encoding:
-        why = "others would copy packed rows as they are; save and load by views"
-        raise Unsupported(f"{what} of packed blocks", why)
 
 
 def _copy_options(what: str, options: CopyOptions | None) -> CopyOptions:
@@ -107,6 +103,7 @@ class FormStore(FormIndex):
     ) -> None:
         super().__init__(shared, weak_keys, form)
         self._full = full
+        self._chooser: Chooser | None = None  # of a store that packs where it pays
         self._up, self._down = (
             shared.graph.queue(x, width=2) for x in ("host-device", "device-host")
         )
@@ -148,15 +145,24 @@ class FormStore(FormIndex):
         form = self._own("save")
         keys = self._keys(keys, priority, deadline)
         before = self._predecessors(after, keys)
-        call = Call(form, "save", keys, priority, deadline, before)
         options = _copy_options("a save", options)
         size = form.own.form.block_size
         crossing = Crossing(view, blocks, len(keys), size, store=True, options=options)
+        if self._chooser is not None:
+            form = self._chosen(self._chooser.packs(view, crossing.ids))
+        call = Call(form, "save", keys, priority, deadline, before)
         crossing.prepare(form.own.rows)
         # A worker sees which packed blocks do not fit.
         pinned = self.rows.pinned and not form.own.form.encoding
         source = ViewSource(view, crossing, self._down, pinned)
         return self._planned(call, partial(self._save, call, source, self._until(full)))
+
+    def _chosen(self, packs: bool) -> FormBlocks:
+        """Return the form that a save has chosen, which later loads look up first."""
+        form = self._shared.forms.get(PACKED if packs else RAW)
+        assert form is not None
+        self._form = form
+        return form
 
     def save_lent(
         self,
@@ -180,13 +186,19 @@ class FormStore(FormIndex):
         if full is not None:
             one_of("full", full, FULL)
         form = self._own("save")
-        _refuse_packed(form, "A lent save")
+        self._refuse_packed(form, "A lent save")
         _check_copier(copier)
         keys = self._keys(keys, priority, deadline)
         before = self._predecessors(after, keys)
         call = Call(form, "save", keys, priority, deadline, before, lent=True)
         source = Lending(copier, self._lent, self._down)
         return self._planned(call, partial(self._save, call, source, self._until(full)))
+
+    def _refuse_packed(self, form: FormBlocks, what: str) -> None:
+        """Raise `Unsupported` for a store of blocks that are packed, or may be."""
+        if form.own.form.encoding or self._chooser is not None:
+            why = "others would copy packed rows as they are; save and load by views"
+            raise Unsupported(f"{what} of packed blocks", why)
 
     def _until(self, full: Full | None) -> float | None:
         """Return the time at which blocks of a save are dropped that have no staging by then."""
@@ -456,7 +468,7 @@ class FormStore(FormIndex):
         """
         one_of("missing", missing, MISSING)
         form = self._own("load")
-        _refuse_packed(form, "A lent load")
+        self._refuse_packed(form, "A lent load")
         _check_copier(copier)
         keys = self._keys(keys, priority, deadline)
         call = Call(form, "load", keys, priority, deadline, lent=True)
@@ -488,7 +500,7 @@ class FormStore(FormIndex):
         not close before that.
         """
         form = self._own("call of borrow()")
-        _refuse_packed(form, "A call of borrow()")
+        self._refuse_packed(form, "A call of borrow()")
         keys = self._keys(keys, "urgent", None)
         if not self.rows.host:
             return None

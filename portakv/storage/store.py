@@ -13,9 +13,11 @@ from typing import Any, get_args
 from portakv.arguments import flag, instance, invalid, nbytes, one_of, seconds, text
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout
 from portakv.graph import Graph, Handle
+from portakv.graph.trace import Note
 from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import uninterrupted
-from portakv.storage.changes import Change
+from portakv.storage.auto import PACKED, RAW, AutoEncoding, Chooser, Encoding, forms_for, terms_of
+from portakv.storage.changes import Change, Snapshot
 from portakv.storage.form import BlockForm
 from portakv.storage.form_store import FormStore, Full
 from portakv.storage.parts import parts_of
@@ -78,6 +80,9 @@ class BlockStore(FormStore):
             `portakv.migrate.share` accepts.
         pin: pin the rows for a device of this process. False: for a process that copies to none,
             which needs no context of a device then.
+        encoding: ``auto``, or an `AutoEncoding` with its terms: each save packs its blocks where
+            that pays, else stores them raw. The store has both forms of its one form, ``packed``
+            and ``raw``, and finds the blocks of both. None: blocks are stored as their forms say.
 
     Blocks of a view belong to a load until its end: a model that writes them before `Handle.wait`
     mixes both. A save reads after the current stream's work at the call, and until its end. A store
@@ -102,8 +107,15 @@ class BlockStore(FormStore):
         weak_keys: bool = False,
         shared: bool = False,
         pin: bool = True,
+        encoding: Encoding = None,
     ) -> None:
         named = _forms_by_name(form)
+        terms = terms_of(encoding)
+        why = ""
+        if terms is not None:
+            if isinstance(form, Mapping):
+                raise invalid("form", "one form with encoding='auto'", form, "Pass one.")
+            named, why = forms_for(form, terms)
         staging = nbytes("staging", staging)
         host = nbytes("host", host)
         tiers = tiers_of(tiers)
@@ -133,6 +145,7 @@ class BlockStore(FormStore):
         super().__init__(SharedState(graph or Graph(), rows), full, weak_keys)
         self._tier_stores = self._shared.tier_stores
         self._stores = dict[str, FormStore]()
+        self._auto = terms, why
         uninterrupted(partial(self._open, tiers, named, forms), undo=lambda _: self.close())
 
     def _open(
@@ -157,8 +170,32 @@ class BlockStore(FormStore):
             blocks = FormBlocks(shared, name, parts, apart)
             shared.forms[name] = blocks
             self._stores[name] = FormStore(shared, self._full, self._weak, blocks)
-        if not several:
+        terms, why = self._auto
+        if terms is not None:
+            self._choose(terms, why)
+        elif not several:
             self._form = blocks
+
+    def _choose(self, terms: AutoEncoding, why: str) -> None:
+        """Choose for each save between the forms, which have one list of keys together."""
+        forms = self._shared.forms
+        raw = forms[RAW]
+        packed = forms.get(PACKED)
+        if packed is not None:
+            raw.spare.pair(packed.spare)
+        self._form = raw
+        self._chooser = Chooser(
+            None if packed is None else packed.own.form,
+            why,
+            terms,
+            bool(self._tier_stores),
+            raw.spare.figures,
+            self._note,
+        )
+
+    def _note(self, figures: dict[str, Any]) -> None:
+        """Note a choice in the trace."""
+        self.graph.trace.notes.append(Note("encoding", self.graph.clock(), figures))
 
     @property
     def forms(self) -> dict[str, BlockForm]:
@@ -200,6 +237,18 @@ class BlockStore(FormStore):
         self._refuse_closed("call of finished_fd()")
         return self._shared.announced.handles.fileno()
 
+    def keys(self) -> Snapshot:
+        """Return the keys as `FormStore.keys` does; of a store that packs where it pays those of
+        both forms."""
+        if self._chooser is None:
+            return super().keys()
+        snapshots = [each.keys() for each in self._stores.values()]
+        keys = dict[str, dict[bytes, None]]()
+        for snapshot in snapshots:
+            for tier, some in snapshot.keys.items():
+                keys.setdefault(tier, {}).update(dict.fromkeys(some))
+        return Snapshot(snapshots[0].number, {tier: [*some] for tier, some in keys.items()})
+
     def listen(self) -> list[Change]:
         """Return the blocks that were stored or lost since the last call, in order.
 
@@ -237,6 +286,10 @@ class BlockStore(FormStore):
         reported |= tier_figures(reported["tiers"])
         if "" not in self._stores:
             reported |= self.graph.run(self._form_statistics)
+        for each in self._shared.forms.values():
+            if each.own.form.encoding or (self._chooser is not None and len(self._stores) == 1):
+                for name, samples in each.spare.figures.statistics(self._called(each.own.form)).items():
+                    reported.setdefault(name, []).extend(samples)
         return reported
 
     def _called(self, form: BlockForm) -> str:
@@ -280,6 +333,8 @@ class BlockStore(FormStore):
             if name and each.image_bytes <= rows.row_bytes // 2:
                 share = f"{each.image_bytes} of the {rows.row_bytes} bytes of a row"
                 lines.append(f"A block of {name} takes {share}. A larger block size wastes less.")
+        if self._chooser is not None:
+            lines += self._chooser.lines()
         kind = "pinned" if rows.pinned else "pageable"
         lines += [f"{rows.staging} {kind} rows of staging, {rows.host} of the host tier."]
         lines += [
