@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from portakv.copy.blocks import copy_blocks
-from portakv.copy.pack_stage import stage_of
+from portakv.copy.pack_stage import stage_of, tensors_of
 from portakv.layout.packing import VECTOR, Pack, PackedPlane
 from portakv.view.view import KVView
 
@@ -104,9 +104,10 @@ class Sample:
     def _counts(self, stage: KVView, size: int, pack: Pack) -> torch.Tensor:
         """Return the escapes of all kv, one after the other."""
         made = []
+        tensors = tensors_of(stage)
         for kv, width in enumerate(stage.widths):
             plane = pack.plane(size * width // 2)
-            planes = stage.tensors[kv] if len(stage.tensors) > 1 else stage.tensors[0][:, :, kv]
+            planes = tensors[kv] if len(tensors) > 1 else tensors[0][:, :, kv]
             bits = planes.reshape(-1, plane.values).view(torch.int16)
             made.append(escapes_of(bits, plane))
         return torch.cat(made)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from portakv.copy.blocks import copy_blocks
-from portakv.copy.pack_stage import stage_of
+from portakv.copy.pack_stage import stage_of, tensors_of
 from portakv.host import pinned
 from portakv.layout.packing import Pack, PackedPlane
 from portakv.runtime.bounded import Bounded
@@ -114,7 +114,7 @@ def _fill(rows: KVView) -> None:
     generator = torch.Generator(device="cpu").manual_seed(0)
     seed = torch.randn(_SEED_VALUES, generator=generator, dtype=torch.float32, device="cpu")
     values = seed.to(torch.bfloat16)
-    for tensor in rows.tensors:
+    for tensor in tensors_of(rows):
         flat = tensor.view(-1)
         repeated = values.to(flat.device).repeat(-(-flat.numel() // _SEED_VALUES))
         flat.copy_(repeated[: flat.numel()])
@@ -124,9 +124,9 @@ def _on_host(rows: KVView) -> KVView:
     """Return pinned memory in the form of dense rows."""
     made = [
         pinned.allocate(2 * tensor.numel(), fallback=True).tensor.view(torch.bfloat16)
-        for tensor in rows.tensors
+        for tensor in tensors_of(rows)
     ]
-    shaped = [one.view(like.shape) for one, like in zip(made, rows.tensors, strict=True)]
+    shaped = [one.view(like.shape) for one, like in zip(made, tensors_of(rows), strict=True)]
     dims = [width // 2 for width in rows.widths]
     memory = shaped if len(shaped) > 1 else shaped[0]
     declared = {"kv": rows.kv, "block_size": rows.block_size, "dim": dims}
@@ -136,7 +136,7 @@ def _on_host(rows: KVView) -> KVView:
 def _packed_on_host(rows: KVView, size: int, pack: Pack) -> KVView:
     """Return pinned memory for the packed blocks of dense rows."""
     made = []
-    shapes = [tensor.shape[:-2] for tensor in rows.tensors]
+    shapes = [tensor.shape[:-2] for tensor in tensors_of(rows)]
     widths = [width // 2 for width in rows.widths]
     for shape, width in zip(shapes, widths, strict=False):
         slot = pack.plane(size * width).slot_bytes

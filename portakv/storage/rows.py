@@ -567,8 +567,9 @@ class Crossing:
 
     @property
     def ids(self) -> npt.NDArray[np.int64]:
-        """Return the numbers of the view's blocks, or of their parts if the sizes differ."""
-        return self._fine.reshape(-1)
+        """Return the numbers of the view's blocks, or of their parts."""
+        ids: npt.NDArray[np.int64] = self._fine.reshape(-1)
+        return ids
 
     @property
     def waits_for_nothing(self) -> bool:

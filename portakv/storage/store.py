@@ -145,7 +145,8 @@ class BlockStore(FormStore):
         super().__init__(SharedState(graph or Graph(), rows), full, weak_keys)
         self._tier_stores = self._shared.tier_stores
         self._stores = dict[str, FormStore]()
-        self._auto = terms, why
+        self._terms = terms
+        self._stays_raw = why
         uninterrupted(partial(self._open, tiers, named, forms), undo=lambda _: self.close())
 
     def _open(
@@ -170,9 +171,8 @@ class BlockStore(FormStore):
             blocks = FormBlocks(shared, name, parts, apart)
             shared.forms[name] = blocks
             self._stores[name] = FormStore(shared, self._full, self._weak, blocks)
-        terms, why = self._auto
-        if terms is not None:
-            self._choose(terms, why)
+        if self._terms is not None:
+            self._choose(self._terms, self._stays_raw)
         elif not several:
             self._form = blocks
 
@@ -286,16 +286,27 @@ class BlockStore(FormStore):
         reported |= tier_figures(reported["tiers"])
         if "" not in self._stores:
             reported |= self.graph.run(self._form_statistics)
-        for each in self._shared.forms.values():
-            if each.own.form.encoding or (self._chooser is not None and len(self._stores) == 1):
-                for name, samples in each.spare.figures.statistics(self._called(each.own.form)).items():
-                    reported.setdefault(name, []).extend(samples)
+        for name, samples in self._encoding_figures().items():
+            reported.setdefault(name, []).extend(samples)
         return reported
 
     def _called(self, form: BlockForm) -> str:
         """Return the name of a form here, or its checksum if it has none."""
         names = [name for name, own in self.forms.items() if own == form and name]
         return names[0] if names else form.name
+
+    def _encoding_figures(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the figures of packed forms, or of the raw one if the store cannot pack it."""
+        forms = [*self._shared.forms.values()]
+        packed = [form for form in forms if form.own.form.encoding]
+        if self._chooser is not None and not packed:
+            packed = forms
+        figures: dict[str, list[dict[str, Any]]] = {}
+        for form in packed:
+            each = form.spare.figures.statistics(self._called(form.own.form))
+            for name, samples in each.items():
+                figures.setdefault(name, []).extend(samples)
+        return figures
 
     def _form_statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Return the figures of each of several forms, under the graph's lock."""
