@@ -8,17 +8,21 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from portakv.arguments import instance, rate
 from portakv.copy.exponents import Counts, Sample
 from portakv.copy.pack_rates import rates_of
 from portakv.copy.request import Ids
 from portakv.errors import InvalidTerms, PortaKVError, SlotError, Unsupported
-from portakv.layout.packing import CODE_BITS, PACKED_DTYPE, Pack, slot_for
+from portakv.layout.packing import CODE_BITS, PACK, PACKED_DTYPE, Pack, slot_for
+from portakv.registry import choose
 from portakv.view import Index, KVView
 
 #: Rows are packed if that makes their link at least so many times as fast.
 GAIN = 1.05
+#: The backend that packs where no other does, by plain torch operations.
+REFERENCE = "reference"
 #: Space for escapes in a slot of chosen size, in parts of the most escapes in the sample. A block is
 #: raw if one of its planes does not fit, and it has more planes than a sample can prove.
 SPARE = 1.125
@@ -78,8 +82,8 @@ def choose_encoding(
 ) -> EncodingChoice:
     """Return whether blocks of a view should be packed for a link, and the parameters.
 
-    The rows stay raw on a CPU, where packing is slower than a copy, unless ``packing_gbps`` is
-    declared. Waits for the device, and measures rates at the first call for a device.
+    The rows stay raw where `reference` packs, such as on a CPU, as packing is slower there than a
+    copy, unless ``packing_gbps`` is declared. Waits for the device, and measures rates at the first call for a device.
 
     Args:
         view: a paged view.
@@ -142,9 +146,18 @@ def stays_raw(view: KVView, pack: Pack | None, packing_gbps: float | None) -> st
                 each.plane(form.block_size * width // 2)
     except Unsupported as error:
         return str(error)
-    if view.device.type == "cpu" and packing_gbps is None:
+    return "" if packing_gbps is not None else _no_packer(view.device)
+
+
+def _no_packer(device: torch.device) -> str:
+    """Return why a device does not pack at the rate of a copy, as a sentence; empty if a backend of
+    it packs."""
+    if device.type == "cpu":
         return "The rows are on the CPU, which packs far slower than it copies."
-    return ""
+    choice = choose(device, None)
+    if choice.name != REFERENCE and PACK in choice.can.encodings:
+        return ""
+    return f"{REFERENCE} packs on {device}, far slower than the device copies."
 
 
 def rated_choice(

@@ -57,7 +57,8 @@ class AutoEncoding:
         link_gbps: 10^9 bytes a second of the slowest link that blocks cross. None: that of the link
             between the device and the host, measured, and at most 7 if the store has tiers.
         packing_gbps: 10^9 bytes of raw rows a second that packed copies reach at most. None:
-            measured, over the link between the device and the host; rows of a CPU stay raw.
+            measured, over the link between the device and the host; where `reference` packs, such
+            as on a CPU, rows stay raw.
 
     Raises:
         InvalidTerms: a value that a term cannot have.

@@ -187,9 +187,7 @@ def test_the_parameters_are_those_of_the_smallest_slot() -> None:
     assert wide.plane(SIZE * 32).slot_bytes > plane.slot_bytes
     for pack, source, fits in ((few, view, True), (few, wider, False), (wide, wider, True)):
         plane = pack.plane(SIZE * 32)
-        memory = torch.zeros(
-            BLOCKS, 2, 2, 2, plane.slot_bytes, dtype=torch.uint8, device="cpu"
-        )
+        memory = torch.zeros(BLOCKS, 2, 2, 2, plane.slot_bytes, dtype=torch.uint8, device="cpu")
         layout = "block layer kv head page"
         image = KVView(memory, layout, block_size=SIZE, dim=32, encoding=pack)
         transfer = copy_blocks(source, image, range(BLOCKS), range(BLOCKS))
@@ -276,7 +274,6 @@ def test_a_device_that_cannot_be_measured_stays_raw(
     pack_rates._rates.clear()
     monkeypatch.setattr(pack_rates, "_measure", fail)
     view = view_of([layer.to(accelerator) for layer in normal()])
-    choice = choose_encoding(view, range(BLOCKS))
+    choice = choose_encoding(view, range(BLOCKS), packing_gbps=50.0)
     assert choice.pack is None
     assert "no memory" in choice.why
-
