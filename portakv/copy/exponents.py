@@ -20,7 +20,9 @@ from portakv.view.view import KVView
 
 #: A sample has at most so many blocks, and of large blocks at most so many bytes.
 BLOCKS = 8
-BYTES = 16 << 20
+BYTES = 8 << 20
+#: Values that are counted together, which bounds the temporary memory to some 30 MiB.
+TOGETHER = 1 << 20
 _EXPONENTS = 256
 
 #: The escapes of the planes of each kv, int64 ``[blocks, planes]``.
@@ -49,11 +51,15 @@ def escapes_of(values: torch.Tensor, plane: PackedPlane) -> torch.Tensor:
 
 def _histogram(exponents: torch.Tensor) -> torch.Tensor:
     """Return how often each exponent occurs in each row, int64 ``[rows, 256]``."""
-    counts = torch.zeros(
-        (len(exponents), _EXPONENTS), dtype=torch.int64, device=exponents.device
-    )
-    # Unlike `bincount` this does not wait for the device.
-    return counts.scatter_add_(1, exponents, torch.ones_like(exponents))
+    rows = len(exponents)
+    device = exponents.device
+    row = torch.arange(rows, dtype=torch.int64, device=device)[:, None] * _EXPONENTS
+    places = (exponents + row).reshape(-1)
+    counts = torch.zeros(rows * _EXPONENTS, dtype=torch.int64, device=device)
+    # Unlike `bincount` this does not wait for the device. With one axis it also works while the
+    # process wants deterministic algorithms.
+    ones = torch.ones(1, dtype=torch.int64, device=device).expand(places.shape)
+    return counts.scatter_add_(0, places, ones).view(rows, _EXPONENTS)
 
 
 class Sample:
@@ -109,5 +115,5 @@ class Sample:
             plane = pack.plane(size * width // 2)
             planes = tensors[kv] if len(tensors) > 1 else tensors[0][:, :, kv]
             bits = planes.reshape(-1, plane.values).view(torch.int16)
-            made.append(escapes_of(bits, plane))
+            made += [escapes_of(x, plane) for x in bits.split(max(1, TOGETHER // plane.values))]
         return torch.cat(made)

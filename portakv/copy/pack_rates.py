@@ -74,11 +74,17 @@ def rates_of(view: KVView, pack: Pack, nbytes: int = MEASURED) -> Rates:
     with _lock:
         rates = _rates.get(key)
         if rates is None:
-            rates = _rates[key] = _measure(form, size, pack, view.device, nbytes)
+            rates = _rates[key] = measure(form, size, pack, view.device, nbytes)
     return rates
 
 
-def _measure(form: Form, size: int, pack: Pack, device: torch.device, nbytes: int) -> Rates:
+def forget() -> None:
+    """Drop all rates. The next call measures again."""
+    with _lock:
+        _rates.clear()
+
+
+def measure(form: Form, size: int, pack: Pack, device: torch.device, nbytes: int) -> Rates:
     """Measure copies of blocks of a form's extents in both directions."""
     blocks = max(1, nbytes // (size * form.token_bytes))
     stream = own_stream(device)

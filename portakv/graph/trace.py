@@ -119,6 +119,10 @@ class Trace:
         self._seconds[tier, task.name].add(task.end - task.start)
         self.ran.append(task)
 
+    def note(self, name: str, at: float, details: dict[str, Any]) -> None:
+        """Record a choice that was made at ``at`` seconds, with details that JSON takes."""
+        self.notes.append(Note(name, at, details))
+
     def statistics(self) -> Figures:
         """Return the seconds, in the form of `Graph.statistics`."""
         figures = defaultdict[str, list[dict[str, str | float]]](list)

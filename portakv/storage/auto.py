@@ -9,9 +9,9 @@ taken after `AGAIN` bytes of saves, or if many blocks did not fit. Only the firs
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from portakv.copy.choose_encoding import (
 )
 from portakv.copy.exponents import Sample
 from portakv.errors import Unsupported
+from portakv.graph import Graph
 from portakv.layout.packing import Pack
 from portakv.storage.encoded import EncodedFigures
 from portakv.storage.form import BlockForm
@@ -100,7 +101,7 @@ def forms_for(form: BlockForm, terms: AutoEncoding) -> tuple[dict[str, BlockForm
         return {RAW: raw}, str(error)
 
 
-class _Known:
+class Known:
     """The choice for a device.
 
     Attributes:
@@ -126,7 +127,10 @@ class Chooser:
         terms: the terms of the store.
         tiers: the store has tiers besides the host's memory.
         figures: counts the blocks of both forms.
-        note: takes each new choice with its figures, for the trace.
+        graph: its trace gets each new choice with its figures.
+
+    Attributes:
+        known: the choice for each device.
     """
 
     def __init__(
@@ -136,7 +140,7 @@ class Chooser:
         terms: AutoEncoding,
         tiers: bool,
         figures: EncodedFigures,
-        note: Callable[[dict[str, Any]], object],
+        graph: Graph,
     ) -> None:
         self._terms = terms
         self._form = form
@@ -144,9 +148,9 @@ class Chooser:
         self._why = why
         self._most = TIER_GBPS if tiers else float("inf")
         self._figures = figures
-        self._note = note
+        self._graph = graph
         self._lock = threading.Lock()
-        self._known: dict[torch.device, _Known] = {}
+        self.known: dict[torch.device, Known] = {}
 
     def packs(self, view: KVView, ids: npt.NDArray[np.int64]) -> bool:
         """Return True if blocks of a view are to be packed.
@@ -162,19 +166,23 @@ class Chooser:
         if view.block_size != form.block_size or not len(ids):
             return False
         with self._lock:
-            known = self._known.get(view.device)
+            known = self.known.get(view.device)
             if known is None:
-                known = self._known[view.device] = self._begin(view, ids)
-                self._note(known.choice.figures())
+                known = self.known[view.device] = self._begin(view, ids)
+                self._note(known.choice)
             elif known.rated is not None:
                 self._again(known, known.rated, view, ids)
             known.left -= len(ids) * form.raw.payload_bytes
             return known.choice.pack is not None
 
+    def _note(self, choice: EncodingChoice) -> None:
+        """Note a choice in the trace."""
+        self._graph.trace.note("encoding", self._graph.clock(), choice.figures())
+
     def lines(self) -> list[str]:
         """Return the choice for each device, with the reason, a line each."""
         with self._lock:
-            known = {device: each.choice for device, each in self._known.items()}
+            known = {device: each.choice for device, each in self.known.items()}
         lines = [
             f"Saves from {device} are {'raw' if one.pack is None else 'packed'}. {one.why}"
             for device, one in known.items()
@@ -184,27 +192,31 @@ class Chooser:
     def _note_once(self, device: torch.device) -> None:
         """Note that rows of a device stay raw, as the store has only the raw form."""
         with self._lock:
-            if device not in self._known:
-                known = self._known[device] = _Known(EncodingChoice(None, self._why))
-                self._note(known.choice.figures())
+            if device not in self.known:
+                known = self.known[device] = Known(EncodingChoice(None, self._why))
+                self._note(known.choice)
 
-    def _begin(self, view: KVView, ids: npt.NDArray[np.int64]) -> _Known:
+    def _begin(self, view: KVView, ids: npt.NDArray[np.int64]) -> Known:
         """Return the first choice for a device; wait for its sample."""
         terms = self._terms
         pack = self._pack
         assert pack is not None
         why = stays_raw(view, pack, terms.packing_gbps)
         if why:
-            return _Known(EncodingChoice(None, why))
+            return Known(EncodingChoice(None, why))
         rated = rated_choice(view, pack, terms.link_gbps, terms.packing_gbps, self._most)
         if rated.pack is None:
-            return _Known(rated)
-        sampled = best_of(view, Sample(view, ids, (pack,)), pack)
+            return Known(rated)
         self._figures.forget_misfits()
-        return _Known(judged(rated, sampled), rated)
+        try:
+            sample = Sample(view, ids, (pack,))
+        except torch.OutOfMemoryError:
+            why = f"No sample was taken, as {view.device} had no memory left for it."
+            return Known(EncodingChoice(None, why), rated)
+        return Known(judged(rated, best_of(view, sample, pack)), rated)
 
     def _again(
-        self, known: _Known, rated: EncodingChoice, view: KVView, ids: npt.NDArray[np.int64]
+        self, known: Known, rated: EncodingChoice, view: KVView, ids: npt.NDArray[np.int64]
     ) -> None:
         """Look at a sample that is complete, or take the next one if it is time."""
         pack = self._pack
@@ -215,9 +227,10 @@ class Chooser:
             choice = judged(rated, best_of(view, known.pending, pack))
             known.pending = None
             if (choice.pack is None) != (known.choice.pack is None):
-                self._note(choice.figures())
+                self._note(choice)
             known.choice = choice
         elif known.left <= 0 or self._figures.misfits(LOOK_AT) * MISFITS > LOOK_AT:
-            known.pending = Sample(view, ids, (pack,))
             known.left = AGAIN
             self._figures.forget_misfits()
+            with suppress(torch.OutOfMemoryError):  # the choice stays
+                known.pending = Sample(view, ids, (pack,))

@@ -16,7 +16,6 @@ from portakv.copy.options import CopyOptions, options_from
 from portakv.errors import StoreError, Unsupported
 from portakv.graph import Handle, Missing, Priority, Task
 from portakv.runtime.interrupts import abandoned
-from portakv.storage.auto import PACKED, RAW, Chooser
 from portakv.storage.form_index import FormIndex
 from portakv.storage.lent import Borrowed, Copier, Lending, LentQueue
 from portakv.storage.plan import (
@@ -103,7 +102,6 @@ class FormStore(FormIndex):
     ) -> None:
         super().__init__(shared, weak_keys, form)
         self._full = full
-        self._chooser: Chooser | None = None  # of a store that packs where it pays
         self._up, self._down = (
             shared.graph.queue(x, width=2) for x in ("host-device", "device-host")
         )
@@ -148,21 +146,14 @@ class FormStore(FormIndex):
         options = _copy_options("a save", options)
         size = form.own.form.block_size
         crossing = Crossing(view, blocks, len(keys), size, store=True, options=options)
-        if self._chooser is not None:
-            form = self._chosen(self._chooser.packs(view, crossing.ids))
+        if self.chooser is not None:
+            form = self._chosen(self.chooser.packs(view, crossing.ids))
         call = Call(form, "save", keys, priority, deadline, before)
         crossing.prepare(form.own.rows)
         # A worker sees which packed blocks do not fit.
         pinned = self.rows.pinned and not form.own.form.encoding
         source = ViewSource(view, crossing, self._down, pinned)
         return self._planned(call, partial(self._save, call, source, self._until(full)))
-
-    def _chosen(self, packs: bool) -> FormBlocks:
-        """Return the form that a save has chosen, which later loads look up first."""
-        form = self._shared.forms.get(PACKED if packs else RAW)
-        assert form is not None
-        self._form = form
-        return form
 
     def save_lent(
         self,
@@ -196,7 +187,7 @@ class FormStore(FormIndex):
 
     def _refuse_packed(self, form: FormBlocks, what: str) -> None:
         """Raise `Unsupported` for a store of blocks that are packed, or may be."""
-        if form.own.form.encoding or self._chooser is not None:
+        if form.own.form.encoding or self.chooser is not None:
             why = "others would copy packed rows as they are; save and load by views"
             raise Unsupported(f"{what} of packed blocks", why)
 

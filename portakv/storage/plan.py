@@ -28,6 +28,7 @@ from portakv.storage.parts import ISSUED as ISSUED
 from portakv.storage.parts import LOADED, SMALL, Arrival, Part, Stage, TierStore, task_blocks
 from portakv.storage.parts import SAVED as SAVED
 from portakv.storage.parts import SLICE as SLICE
+from portakv.storage.parts import parts_of as parts_of
 from portakv.storage.reasons import Explanation, Reasons
 from portakv.storage.request import Request
 from portakv.storage.rows import Claim, Crossing, Rows

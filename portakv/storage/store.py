@@ -13,15 +13,13 @@ from typing import Any, get_args
 from portakv.arguments import flag, instance, invalid, nbytes, one_of, seconds, text
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout
 from portakv.graph import Graph, Handle
-from portakv.graph.trace import Note
 from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import uninterrupted
 from portakv.storage.auto import PACKED, RAW, AutoEncoding, Chooser, Encoding, forms_for, terms_of
 from portakv.storage.changes import Change, Snapshot
 from portakv.storage.form import BlockForm
 from portakv.storage.form_store import FormStore, Full
-from portakv.storage.parts import parts_of
-from portakv.storage.plan import FormBlocks, SharedState
+from portakv.storage.plan import FormBlocks, SharedState, parts_of
 from portakv.storage.rows import Rows
 from portakv.storage.tier import Tier, tier_figures, tiers_of
 
@@ -184,18 +182,14 @@ class BlockStore(FormStore):
         if packed is not None:
             raw.spare.pair(packed.spare)
         self._form = raw
-        self._chooser = Chooser(
+        self.chooser = Chooser(
             None if packed is None else packed.own.form,
             why,
             terms,
             bool(self._tier_stores),
             raw.spare.figures,
-            self._note,
+            self.graph,
         )
-
-    def _note(self, figures: dict[str, Any]) -> None:
-        """Note a choice in the trace."""
-        self.graph.trace.notes.append(Note("encoding", self.graph.clock(), figures))
 
     @property
     def forms(self) -> dict[str, BlockForm]:
@@ -240,7 +234,7 @@ class BlockStore(FormStore):
     def keys(self) -> Snapshot:
         """Return the keys as `FormStore.keys` does; of a store that packs where it pays those of
         both forms."""
-        if self._chooser is None:
+        if self.chooser is None:
             return super().keys()
         snapshots = [each.keys() for each in self._stores.values()]
         keys = dict[str, dict[bytes, None]]()
@@ -299,7 +293,7 @@ class BlockStore(FormStore):
         """Return the figures of packed forms, or of the raw one if the store cannot pack it."""
         forms = [*self._shared.forms.values()]
         packed = [form for form in forms if form.own.form.encoding]
-        if self._chooser is not None and not packed:
+        if self.chooser is not None and not packed:
             packed = forms
         figures: dict[str, list[dict[str, Any]]] = {}
         for form in packed:
@@ -344,8 +338,8 @@ class BlockStore(FormStore):
             if name and each.image_bytes <= rows.row_bytes // 2:
                 share = f"{each.image_bytes} of the {rows.row_bytes} bytes of a row"
                 lines.append(f"A block of {name} takes {share}. A larger block size wastes less.")
-        if self._chooser is not None:
-            lines += self._chooser.lines()
+        if self.chooser is not None:
+            lines += self.chooser.lines()
         kind = "pinned" if rows.pinned else "pageable"
         lines += [f"{rows.staging} {kind} rows of staging, {rows.host} of the host tier."]
         lines += [

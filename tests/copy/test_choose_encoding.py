@@ -232,7 +232,7 @@ def test_wrong_terms_are_named() -> None:
 def test_a_device_is_measured_once(
     accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack_rates._rates.clear()
+    pack_rates.forget()
     view = view_of([layer.to(accelerator) for layer in normal()])
     before = torch.random.get_rng_state()
     torch.set_default_dtype(torch.float64)
@@ -246,11 +246,11 @@ def test_a_device_is_measured_once(
     def refuse(*_: object) -> Any:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(pack_rates, "_measure", refuse)
+    monkeypatch.setattr(pack_rates, "measure", refuse)
     assert rates_of(view, Pack(), 1 << 16) is first
     with pytest.raises(AssertionError, match="measured again"):  # control
         rates_of(view, Pack(3), 1 << 16)
-    pack_rates._rates.clear()
+    pack_rates.forget()
 
 
 def test_blocks_of_a_device_are_counted_there(accelerator: torch.device) -> None:
@@ -271,8 +271,8 @@ def test_a_device_that_cannot_be_measured_stays_raw(
     def fail(*_: object) -> Any:
         raise TransferError("no memory")
 
-    pack_rates._rates.clear()
-    monkeypatch.setattr(pack_rates, "_measure", fail)
+    pack_rates.forget()
+    monkeypatch.setattr(pack_rates, "measure", fail)
     view = view_of([layer.to(accelerator) for layer in normal()])
     choice = choose_encoding(view, range(BLOCKS), packing_gbps=50.0)
     assert choice.pack is None

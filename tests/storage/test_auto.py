@@ -5,6 +5,7 @@ forms."""
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from support.migrate_channels import until
 from support.storage_cases import key_of
 
-from portakv import InvalidTerms, KVView, Pack, Unsupported
+from portakv import EncodingChoice, InvalidTerms, KVView, Pack, TransferError, Unsupported
 from portakv.backends.pack_planes import pack_planes
 from portakv.storage import AutoEncoding, BlockForm, BlockStore, Disk, auto
 
@@ -97,6 +98,12 @@ def figure(store: BlockStore, name: str) -> float:
     (sample,) = store.statistics()[f"encoding_{name}"]
     value: float = sample["value"]
     return value
+
+
+def known_of(store: BlockStore) -> auto.Known:
+    """Return the choice for the CPU, after a save."""
+    assert store.chooser is not None
+    return store.chooser.known[torch.device("cpu")]
 
 
 def notes(store: BlockStore, folder: Path) -> list[dict[str, Any]]:
@@ -219,7 +226,7 @@ def test_a_choice_is_remembered_and_made_again_after_many_bytes(
         assert samples.taken == 1
         # Control: with a lower limit the next saves take samples, of which the second one counts.
         monkeypatch.setattr(auto, "AGAIN", 0)
-        store._chooser._known[torch.device("cpu")].left = 0  # type: ignore[union-attr]
+        known_of(store).left = 0
         noise = random_bits()
         assert save(store, noise, range(4, 5)) == "packed"
         assert samples.taken == 2
@@ -248,9 +255,8 @@ def test_many_blocks_that_do_not_fit_are_a_reason_to_look_again(
 
 def switched(store: BlockStore, packs: bool) -> None:
     """Have a store choose the other form from now on."""
-    known = store._chooser._known[torch.device("cpu")]  # type: ignore[union-attr]
     pack = Pack() if packs else None
-    known.choice = auto.EncodingChoice(pack, "")
+    known_of(store).choice = EncodingChoice(pack, "")
 
 
 def pinned(store: BlockStore) -> bool:
@@ -284,15 +290,30 @@ def test_blocks_of_both_forms_have_one_list_of_keys(tmp_path: Path, host: int) -
             assert pinned(store)
             listed = store.keys().keys
             assert {*listed["disk"]} == {*KEYS}
-            # A block may follow one of the other form.
-            (tier,) = (x for x in store._tier_stores if x.form.encoding and x.writable)
-            packed = store._shared.forms["packed"]
-            assert packed.continues(KEYS, tier)
-            assert not packed.continues([key_of(99)], tier)  # control
         # Rows that a load has read stay until its lease ends.
         assert until(lambda: store.rows.in_use() == 0, LIMIT)
         assert store.delete(KEYS).all()
         assert not any(store.has_each(KEYS))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["raw after packed", "packed after raw"])
+def test_a_block_follows_a_block_of_the_other_form(first: bool) -> None:
+    """In a full tier a block evicts others only if the tier has the block that it follows."""
+    layers = normal()
+    size = form_of(layers).image_bytes
+    with store_of(encoding=SLOW, staging=2 * size, host=4 * size) as store:
+        save(store, layers, range(1))
+        switched(store, first)
+        for block in range(1, 4):  # prompts of one block
+            save(store, layers, range(block, block + 1))
+        switched(store, not first)
+        view = view_of(layers)
+        for after, landed in ((key_of(99), False), (KEYS[3], True)):  # a control first
+            handle = store.save(view, [4], [KEYS[4]], after=after, full="wait")
+            with nullcontext() if landed else pytest.raises(TransferError):
+                handle.synchronize(LIMIT)
+            assert handle.landed.tolist() == [landed]
+        assert right(store, layers, range(3, 5))
 
 
 def test_the_blocks_are_not_lent() -> None:
@@ -338,6 +359,27 @@ def test_wrong_encodings_are_refused() -> None:
     for terms in ({"pack": "pack"}, {"link_gbps": 0.0}, {"packing_gbps": "fast"}):
         with pytest.raises(InvalidTerms, match=next(iter(terms))):
             AutoEncoding(**terms)  # type: ignore[arg-type]
+
+
+def test_a_device_without_memory_for_a_sample_keeps_the_choice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = auto.Sample
+
+    def full(*_: object) -> Any:
+        raise torch.OutOfMemoryError("full")
+
+    layers = normal()
+    monkeypatch.setattr(auto, "AGAIN", 0)
+    monkeypatch.setattr(auto, "Sample", full)
+    with store_of(encoding=SLOW) as store:
+        assert save(store, layers, range(1)) == "raw"
+        assert "no memory" in store.explain()
+        assert save(store, layers, range(1, 2)) == "raw"
+        monkeypatch.setattr(auto, "Sample", made)  # there is memory again
+        assert save(store, layers, range(2, 3)) == "raw"
+        assert save(store, layers, range(3, 4)) == "packed"
+        assert right(store, layers, range(4))
 
 
 @pytest.mark.parametrize("encoding", ["auto", SLOW, FAST], ids=["measured", "slow", "fast"])
