@@ -16,6 +16,7 @@ import torch
 from portakv.copy.blocks import copy_blocks
 from portakv.copy.pack_stage import stage_of, tensors_of
 from portakv.layout.packing import VECTOR, Pack, PackedPlane
+from portakv.runtime.streams import ignoring_captures
 from portakv.view.view import KVView
 
 #: A sample has at most so many blocks, and of large blocks at most so many bytes.
@@ -80,7 +81,8 @@ class Sample:
         self.blocks = max(1, min(BLOCKS, len(ids), BYTES // (size * view.form.token_bytes)))
         at = np.linspace(0, len(ids) - 1, self.blocks).round().astype(np.int64)
         device = view.device
-        with torch.inference_mode(False), torch.no_grad():
+        quiet = ignoring_captures(device)  # of other threads
+        with torch.inference_mode(False), torch.no_grad(), quiet:
             stage = stage_of(view.form, view.form, size, self.blocks, device)
             copy_blocks(view, stage, ids[at], np.arange(self.blocks))
             counted = [self._counts(stage, size, pack) for pack in packs]
@@ -92,18 +94,23 @@ class Sample:
                 self._host = host.copy_(there, non_blocking=True)
                 self._end = torch.Event(device)
                 self._end.record(torch.accelerator.current_stream(device.index))
+        self._device = device
         self._packs = [*packs]
         self._kv = view.kv
 
     @property
     def ready(self) -> bool:
         """Return True if the counts are complete."""
-        return self._end is None or self._end.query()
+        if self._end is None:
+            return True
+        with ignoring_captures(self._device):
+            return self._end.query()
 
     def counts(self, pack: Pack) -> Counts:
         """Return the escapes with parameters of the sample; wait for them."""
         if self._end is not None:
-            self._end.synchronize()
+            with ignoring_captures(self._device):
+                self._end.synchronize()
         each = self._host.numpy().reshape(len(self._packs), self._kv, self.blocks, -1)
         return tuple(each[self._packs.index(pack)])
 

@@ -21,7 +21,7 @@ from portakv.host import pinned
 from portakv.layout.packing import Pack, PackedPlane
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
-from portakv.runtime.streams import own_stream
+from portakv.runtime.streams import ignoring_captures, own_stream
 from portakv.view.form import Form
 from portakv.view.view import KVView
 
@@ -61,8 +61,8 @@ _lock = threading.Lock()
 def rates_of(view: KVView, pack: Pack, nbytes: int = MEASURED) -> Rates:
     """Return the rates for blocks like those of a view on a device, measured at the first call.
 
-    The first call takes some 50 ms, and more if kernels have to be compiled. It uses a private
-    stream, ``nbytes`` of the device twice, and as much pinned memory.
+    The first call makes up to 24 copies of ``nbytes``, and compiles kernels if need be. It uses a
+    private stream, ``nbytes`` of the device twice, and as much pinned memory.
 
     Raises:
         PortaKVError: the device cannot make such a copy, or has no memory for it.
@@ -88,7 +88,8 @@ def measure(form: Form, size: int, pack: Pack, device: torch.device, nbytes: int
     """Measure copies of blocks of a form's extents in both directions."""
     blocks = max(1, nbytes // (size * form.token_bytes))
     stream = own_stream(device)
-    with torch.inference_mode(False), torch.no_grad(), inside(stream):
+    quiet = ignoring_captures(device)  # of other threads
+    with torch.inference_mode(False), torch.no_grad(), quiet, inside(stream):
         rows = stage_of(form, form, size, blocks, device)
         _fill(rows)
         raw = _on_host(rows)

@@ -16,6 +16,7 @@ from support.storage_cases import key_of
 
 from portakv import EncodingChoice, InvalidTerms, KVView, Pack, TransferError, Unsupported
 from portakv.backends.pack_planes import pack_planes
+from portakv.copy.exponents import Sample
 from portakv.storage import AutoEncoding, BlockForm, BlockStore, Disk, auto
 
 NHD = "layer | kv block token head dim"
@@ -207,7 +208,7 @@ class Samples:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.taken = 0
-        made = auto.Sample
+        made = Sample
 
         def sample(*terms: Any) -> Any:
             self.taken += 1
@@ -358,13 +359,13 @@ def test_wrong_encodings_are_refused() -> None:
         BlockStore({"a": form}, staging=4 << 20, host=4 << 20, encoding="auto")
     for terms in ({"pack": "pack"}, {"link_gbps": 0.0}, {"packing_gbps": "fast"}):
         with pytest.raises(InvalidTerms, match=next(iter(terms))):
-            AutoEncoding(**terms)  # type: ignore[arg-type]
+            AutoEncoding(**terms)
 
 
 def test_a_device_without_memory_for_a_sample_keeps_the_choice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made = auto.Sample
+    made = Sample
 
     def full(*_: object) -> Any:
         raise torch.OutOfMemoryError("full")
