@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from portakv.connector.connector import AdaptiveConnector
 from portakv.copy.blocks import copy_blocks
+from portakv.copy.choose_encoding import EncodingChoice, choose_encoding
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
 from portakv.copy.rows import copy_rows
@@ -50,6 +51,7 @@ __all__ = [
     "CopyOptions",
     "CopyPlan",
     "DeviceMismatch",
+    "EncodingChoice",
     "HostMemoryError",
     "Index",
     "InvalidTerms",
@@ -71,6 +73,7 @@ __all__ = [
     "TransferTimeout",
     "Unsupported",
     "__version__",
+    "choose_encoding",
     "copy_blocks",
     "copy_rows",
     "copy_runs",

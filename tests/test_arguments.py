@@ -22,7 +22,7 @@ import torch
 from support.migrate_pulls import MODEL, Rows
 from support.storage_cases import key_of, small_form
 
-from portakv import InvalidTerms, KVView, PortaKVError
+from portakv import InvalidTerms, KVView, Pack, PortaKVError
 from portakv.graph import Collector, Graph, Handle, Lease, Task
 from portakv.migrate import (
     Box,
@@ -44,7 +44,7 @@ from portakv.migrate import (
     shared_empty,
 )
 from portakv.migrate.weights import Published
-from portakv.storage import BlockForm, BlockStore, Disk, Remote, keys, prefix_keys
+from portakv.storage import AutoEncoding, BlockForm, BlockStore, Disk, Remote, keys, prefix_keys
 from portakv.storage.lent import LentCopy
 
 API = Path(__file__).resolve().parents[1] / "docs" / "api.md"
@@ -83,6 +83,10 @@ class Scene:
 
     def form(self) -> BlockForm:
         return BlockForm.of(self.view, "org/model")
+
+    def packable(self) -> BlockForm:
+        rows = torch.zeros(2, 2, 16, 2, 32, dtype=torch.bfloat16, device="cpu")
+        return BlockForm.of(KVView([rows], "layer | kv block token head dim"), "org/model")
 
     def store(self, **terms: Any) -> BlockStore:
         size = self.form().image_bytes
@@ -151,6 +155,7 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
         s.form().view,
         {"rows": torch.zeros(2, s.form().image_bytes, dtype=torch.uint8)},
     ),
+    "BlockForm.packed": lambda s: (s.packable().packed, {"pack": Pack()}),
     "BlockForm.same_cache": lambda s: (s.form().same_cache, {"other": s.form()}),
     "BlockForm.part_of": lambda s: (s.form().part_of, {"other": s.form()}),
     "BlockStore": lambda s: (BlockStore, {"form": s.form(), "staging": 1 << 20, "host": 1 << 20}),
@@ -188,6 +193,7 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "BlockStore.prefetch": lambda s: (s.saved().prefetch, {"keys": [key_of(0)]}),
     "BlockStore.trace": lambda s: (s.saved().trace, {"path": s.folder / "trace.json"}),
     "BlockStore.close": lambda s: (s.saved().close, {}),
+    "AutoEncoding": lambda s: (AutoEncoding, {"link_gbps": 1.0}),
     "Disk": lambda s: (Disk, {"folders": s.folder / "disk", "capacity": 1 << 20}),
     "Remote": lambda s: (Remote, {"url": "memory://"}),
     "check_keys": lambda s: (keys.check_keys, {"keys": [key_of(0)]}),

@@ -36,3 +36,9 @@ def stage_of(form: Form, raw: Form, unit: int, blocks: int, device: torch.device
         for shape in shapes
     ]
     return KVView(tensors, f"kv | block layer head {inner}", **declared)
+
+
+def tensors_of(stage: KVView) -> list[torch.Tensor]:
+    """Return the tensors of such memory: one, or one for each kv if their widths differ."""
+    tensors = stage.tensors
+    return [tensors] if isinstance(tensors, torch.Tensor) else [*tensors]

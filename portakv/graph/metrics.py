@@ -112,6 +112,35 @@ _STORE = (
     _counter(
         "disk_evicted_total", "disk.evictions", "{block}", "form folder", "blocks evicted from disk"
     ),
+    _counter(
+        "encoding_payload_bytes_total",
+        "encoding.payload",
+        "By",
+        "form",
+        "bytes of raw rows of blocks that saves brought to the host, of a form that is packed",
+    ),
+    _counter(
+        "encoding_wire_bytes_total",
+        "encoding.wire",
+        "By",
+        "form",
+        "bytes that crossed to the host for them, packed or raw",
+    ),
+    _counter(
+        "encoding_blocks_total",
+        "encoding.blocks",
+        "{block}",
+        "form result",
+        "these blocks: packed, raw by choice, or overflow, which did not fit and are raw",
+    ),
+    _gauge("encoding_ratio", "encoding.ratio", "1", "form", "bytes of payload for each of the wire"),
+    _gauge(
+        "encoding_escapes",
+        "encoding.escapes",
+        "1",
+        "form",
+        "the mean share of escapes among values, of one packed block of each task",
+    ),
     _gauge(
         "remote_left_alone",
         "remote.left_alone",

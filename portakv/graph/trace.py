@@ -23,6 +23,8 @@ SECONDS = {"0.001": 0.001, "0.01": 0.01, "0.1": 0.1, "1": 1.0, "10": 10.0, "+Inf
 BOUNDS = (*SECONDS.values(),)
 #: New entries of `Counts` that are added up together.
 COUNTED = 64
+#: Notes that a trace keeps.
+NOTES = 256
 
 
 class Ran(NamedTuple):
@@ -95,17 +97,31 @@ class Counts:
         return {"tier_blocks_total": blocks, "tier_bytes_total": nbytes}
 
 
+class Note(NamedTuple):
+    """A choice that code of the graph's user made at ``at`` seconds, with its ``details``."""
+
+    name: str
+    at: float
+    details: dict[str, Any]
+
+
 class Trace:
-    """The last ``limit`` tasks that ran, and the seconds of all tasks by tier and operation."""
+    """The last ``limit`` tasks that ran, the last notes, and the seconds of all tasks by tier and
+    operation."""
 
     def __init__(self, limit: int) -> None:
         self.ran: deque[Ran] = deque(maxlen=limit)
+        self.notes: deque[Note] = deque(maxlen=NOTES)
         self._seconds = defaultdict[tuple[str, str], Spent](Spent)
 
     def add(self, tier: str, task: Ran) -> None:
         """Record a task that ran."""
         self._seconds[tier, task.name].add(task.end - task.start)
         self.ran.append(task)
+
+    def note(self, name: str, at: float, details: dict[str, Any]) -> None:
+        """Record a choice that was made at ``at`` seconds, with details that JSON takes."""
+        self.notes.append(Note(name, at, details))
 
     def statistics(self) -> Figures:
         """Return the seconds, in the form of `Graph.statistics`."""
@@ -136,6 +152,9 @@ class Trace:
                 events.append({**ends[before], **flow, "ph": "s"})
                 events.append({**start, **flow, "ph": "f", "bp": "e"})
             ends[task.number] = {**place, "ts": task.end * 1e6}
+        for note in tuple(self.notes):
+            place = {"pid": len(queues), "tid": 0, "cat": "note", "ts": note.at * 1e6}
+            events.append({**place, "ph": "i", "s": "g", "name": note.name, "args": note.details})
         return events
 
     def write(self, path: str | PathLike[str]) -> None:

@@ -203,6 +203,11 @@ def parameters_of(planes: Sequence[PackedPlane]) -> Pack:
     return planes[0].parameters
 
 
+def slot_for(values: int, code_bits: int, escapes: int) -> int:
+    """Return the bytes of the smallest slot of a plane that holds so many escapes."""
+    return _rounded_up(_before_escapes(values, code_bits) + max(1, escapes), SLOT_STEP)
+
+
 def sampled(vector: int) -> int:
     """Return the value of a vector of 8 that counts for the table, with ``sample`` 8."""
     return (vector + vector // 16) % VECTOR

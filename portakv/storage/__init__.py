@@ -13,6 +13,7 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
+from portakv.storage.auto import AutoEncoding
 from portakv.storage.disk import Disk
 from portakv.storage.form import BlockForm
 from portakv.storage.keys import prefix_keys
@@ -20,6 +21,7 @@ from portakv.storage.remote import Remote
 from portakv.storage.store import BlockStore
 
 __all__ = [
+    "AutoEncoding",
     "BlockForm",
     "BlockStore",
     "Disk",

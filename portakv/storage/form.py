@@ -74,11 +74,16 @@ def _layout_of(view: KVView, dtype: str, widths: tuple[int, ...], pack: Pack | N
         inner = "page" if view.kv == 1 else "(kv page)"
         return f"block layer {inner}" if pages else _raw_layout(widths)
     if dtype != PACKED_DTYPE or pages:
-        raise Unsupported(
-            f"The encoding {PACK!r} for a cache of {dtype}",
-            f"it takes {PACKED_DTYPE} only; leave these blocks raw",
-        )
+        raise _not_packed(dtype)
     return _packed_layout(widths)
+
+
+def _not_packed(dtype: str) -> Unsupported:
+    """Return the error for rows that cannot be packed."""
+    return Unsupported(
+        f"The encoding {PACK!r} for a cache of {dtype}",
+        f"it takes {PACKED_DTYPE} only; leave these blocks raw",
+    )
 
 
 def _raw_layout(widths: tuple[int, ...]) -> str:
@@ -270,6 +275,18 @@ class BlockForm:
         if not self.encoding:
             return self
         return replace(self, encoding="", layout=_raw_layout(self.widths))
+
+    def packed(self, pack: Pack) -> BlockForm:
+        """Return the form of the same blocks packed with parameters.
+
+        Raises `Unsupported` for rows that the encoding does not take.
+        """
+        arguments.instance("pack", pack, Pack, "Pass Pack().")
+        if self.dtype != PACKED_DTYPE or parse(self.raw.layout).opaque:
+            raise _not_packed(self.dtype)
+        packed = replace(self, encoding=pack.text, layout=_packed_layout(self.widths))
+        _ = packed.planes  # checks their size
+        return packed
 
     @cached_property
     def layer_bytes(self) -> int:

@@ -13,6 +13,7 @@ from portakv.arguments import one_of, seconds
 from portakv.errors import InvalidTerms, StoreError
 from portakv.graph import SLACK, Graph, Mask, Priority
 from portakv.runtime.interrupts import uninterrupted
+from portakv.storage.auto import PACKED, RAW, Chooser
 from portakv.storage.changes import Listed, Snapshot
 from portakv.storage.form import BlockForm
 from portakv.storage.keys import check_key, check_keys, predecessors
@@ -33,6 +34,7 @@ class FormIndex:
         self._shared = shared
         self._weak = weak_keys
         self._form = form  # None: of a store with several forms
+        self.chooser: Chooser | None = None  # of a store that packs where it pays
 
     @property
     def form(self) -> BlockForm:
@@ -264,6 +266,11 @@ class FormIndex:
                 f"Expected one form for a {kind}, got a store with the forms {', '.join(names)}. "
                 f"Take one by store.of({names[0]!r})."
             )
+        return self._form
+
+    def _chosen(self, packs: bool) -> FormBlocks:
+        """Return the form that a save has chosen. Later calls look it up first."""
+        self._form = self._shared.forms[PACKED if packs else RAW]
         return self._form
 
     def _refuse_closed(self, kind: str) -> None:

@@ -55,11 +55,6 @@ def _check_copier(copier: object) -> None:
         raise invalid("copier", "an object with begin(copy)", copier)
 
 
-def _refuse_packed(form: FormBlocks, what: str) -> None:
-    """Raise `Unsupported` for a store of packed blocks."""
-    if form.own.form.encoding:
-        why = "others would copy packed rows as they are; save and load by views"
-        raise Unsupported(f"{what} of packed blocks", why)
 
 
 def _copy_options(what: str, options: CopyOptions | None) -> CopyOptions:
@@ -148,10 +143,12 @@ class FormStore(FormIndex):
         form = self._own("save")
         keys = self._keys(keys, priority, deadline)
         before = self._predecessors(after, keys)
-        call = Call(form, "save", keys, priority, deadline, before)
         options = _copy_options("a save", options)
         size = form.own.form.block_size
         crossing = Crossing(view, blocks, len(keys), size, store=True, options=options)
+        if self.chooser is not None:
+            form = self._chosen(self.chooser.packs(view, crossing.ids))
+        call = Call(form, "save", keys, priority, deadline, before)
         crossing.prepare(form.own.rows)
         # A worker sees which packed blocks do not fit.
         pinned = self.rows.pinned and not form.own.form.encoding
@@ -180,13 +177,19 @@ class FormStore(FormIndex):
         if full is not None:
             one_of("full", full, FULL)
         form = self._own("save")
-        _refuse_packed(form, "A lent save")
+        self._refuse_packed(form, "A lent save")
         _check_copier(copier)
         keys = self._keys(keys, priority, deadline)
         before = self._predecessors(after, keys)
         call = Call(form, "save", keys, priority, deadline, before, lent=True)
         source = Lending(copier, self._lent, self._down)
         return self._planned(call, partial(self._save, call, source, self._until(full)))
+
+    def _refuse_packed(self, form: FormBlocks, what: str) -> None:
+        """Raise `Unsupported` for a store of blocks that are packed, or may be."""
+        if form.own.form.encoding or self.chooser is not None:
+            why = "others would copy packed rows as they are; save and load by views"
+            raise Unsupported(f"{what} of packed blocks", why)
 
     def _until(self, full: Full | None) -> float | None:
         """Return the time at which blocks of a save are dropped that have no staging by then."""
@@ -456,7 +459,7 @@ class FormStore(FormIndex):
         """
         one_of("missing", missing, MISSING)
         form = self._own("load")
-        _refuse_packed(form, "A lent load")
+        self._refuse_packed(form, "A lent load")
         _check_copier(copier)
         keys = self._keys(keys, priority, deadline)
         call = Call(form, "load", keys, priority, deadline, lent=True)
@@ -488,7 +491,7 @@ class FormStore(FormIndex):
         not close before that.
         """
         form = self._own("call of borrow()")
-        _refuse_packed(form, "A call of borrow()")
+        self._refuse_packed(form, "A call of borrow()")
         keys = self._keys(keys, "urgent", None)
         if not self.rows.host:
             return None

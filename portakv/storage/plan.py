@@ -28,6 +28,7 @@ from portakv.storage.parts import ISSUED as ISSUED
 from portakv.storage.parts import LOADED, SMALL, Arrival, Part, Stage, TierStore, task_blocks
 from portakv.storage.parts import SAVED as SAVED
 from portakv.storage.parts import SLICE as SLICE
+from portakv.storage.parts import parts_of as parts_of
 from portakv.storage.reasons import Explanation, Reasons
 from portakv.storage.request import Request
 from portakv.storage.rows import Claim, Crossing, Rows
@@ -101,7 +102,7 @@ class FormBlocks:
         self.name = name
         self.parts = parts
         self.own = parts[0]
-        self.spare = Spare(parts)
+        self.spare = Spare(parts, shared.rows)
         self.most_bytes = max(part.form.image_bytes for part in parts)
         self.apart = frozenset(apart)
         self.tier_stores = [x for x in shared.tier_stores if x.form.digest not in self.apart]
@@ -207,15 +208,15 @@ class FormBlocks:
         return all(self._has(key, tier_store) for key in before)
 
     def _has(self, key: bytes, tier_store: TierStore | None) -> bool:
-        own = self.own
-        in_flight, _ = self.shared.in_transit.get(own.name(key), (None, 0))
-        if (in_flight and in_flight.store) or any(
-            other.tier == "remote" for other in own.tier_stores
-        ):
+        parts = self.spare.parts
+        coming = [self.shared.in_transit.get(part.name(key), NOT_COMING)[0] for part in parts]
+        if any(in_flight and in_flight.store for in_flight in coming):
+            return True
+        if any(other.tier == "remote" for other in self.own.tier_stores):
             return True
         if tier_store is None:
-            return bool(self.locate(own, [key])[0])
-        return tier_store.known([key])[0]
+            return any(self.locate(part, [key])[0] for part in parts)
+        return self.spare.known(tier_store, [key])[0]
 
 
 class Call:

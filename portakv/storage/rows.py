@@ -566,6 +566,12 @@ class Crossing:
         return self._view.device.type != "cpu"
 
     @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        """Return the numbers of the view's blocks, or of their parts."""
+        ids: npt.NDArray[np.int64] = self._fine.reshape(-1)
+        return ids
+
+    @property
     def waits_for_nothing(self) -> bool:
         """Return True if the host issues copies from the view without a wait for its device.
 

@@ -66,6 +66,7 @@ class ViewSource:
             blocks = [block for in_flight in granted for block in in_flight.calls[0][1]]
             try:
                 crossing.begin(call.form.own.rows, items, blocks)
+                call.form.spare.figures.add_raw(call.form.own.form, len(blocks))
             finally:  # a part may write the rows
                 for in_flight in granted if crossing.ends else ():
                     in_flight.copied = partial(crossing.wait, crossing.ends[-1])

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks of a save that do not fit into packed slots: they are stored raw, in the raw form of the
-same store, under the same key."""
+same store, under the same key.
+
+A store that chooses between both forms for each save has blocks of both under one list of keys.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import numpy as np
 
 from portakv.errors import PackOverflow
 from portakv.graph import Graph, Mask
+from portakv.storage.encoded import EncodedFigures
 from portakv.storage.parts import Part
 from portakv.storage.reasons import OVERFLOWED, Reason, Report
 from portakv.storage.rows import Crossing, Rows
@@ -24,26 +28,39 @@ class Spare:
     Attributes:
         own: the part of the form itself, whatever its encoding.
         raw: the part of the raw form; None if the form is raw itself, or the store lacks it.
+        twin: the part of the other form whose blocks a save need not bring: ``raw``, or the packed
+            form after `pair`.
+        figures: counts the blocks of a packed form, and those that are raw instead.
+        rows: the host memory that has the blocks.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], rows: Rows) -> None:
         own = parts[0]
         form = own.form
         twins = [part for part in parts[1:] if form.encoding and part.form == form.raw]
         self.own = own
         self.raw = twins[0] if twins else None
-        writable = [store for part in twins for store in part.tier_stores if store.writable]
-        packed = [store for store in own.tier_stores if store.writable]
-        # Each tier opens the own forms of a store, all of them writable.
-        self._stores = dict(zip(packed, writable, strict=False)) if self.raw else {}
+        self.twin = self.raw
+        self.figures = EncodedFigures()
+        self.rows = rows
+        self._stores = dict[TierStore, TierStore]()
+        if self.raw is not None:
+            self._stores = _pairs(own, self.raw)
+
+    def pair(self, packed: Spare) -> None:
+        """Take the packed form of a store that chooses between both as the other form of this raw
+        one."""
+        self.twin = packed.own
+        self.figures = packed.figures
+        self._stores = _pairs(self.own, packed.own)
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Return the parts that have blocks of the form: its own, and the raw one."""
-        return (self.own,) if self.raw is None else (self.own, self.raw)
+        """Return the parts that have blocks of the form: its own, and that of the other form."""
+        return (self.own,) if self.twin is None else (self.own, self.twin)
 
     def store(self, tier_store: TierStore) -> TierStore | None:
-        """Return the store of the raw form in the tier of a store of the packed form."""
+        """Return the store of the other form in the tier of a store of the form itself."""
         return self._stores.get(tier_store)
 
     def known(self, tier_store: TierStore, keys: Keys) -> list[bool]:
@@ -55,7 +72,7 @@ class Spare:
         return [a or b for a, b in zip(known, other.known(keys), strict=True)]
 
     def wants(self, tier_store: TierStore, keys: Keys) -> list[bool]:
-        """Return which blocks a save has to bring to a tier, which may have them in the raw
+        """Return which blocks a save has to bring to a tier, which may have them in the other
         form."""
         wanted = tier_store.wants(keys)
         other = self.store(tier_store)
@@ -66,9 +83,9 @@ class Spare:
     def cached(self, rows: Rows, keys: Keys) -> list[bool]:
         """Return which blocks the host tier has in either form."""
         cached = rows.has_each(self.own.names(keys))
-        if self.raw is None:
+        if self.twin is None:
             return cached
-        return [a or b for a, b in zip(cached, rows.has_each(self.raw.names(keys)), strict=True)]
+        return [a or b for a, b in zip(cached, rows.has_each(self.twin.names(keys)), strict=True)]
 
     def stored(self, keys: Keys, rows: Rows, coming: Container[bytes]) -> Mask:
         """Return which blocks are where saves put them; see `FormBlocks.stored`.
@@ -85,6 +102,17 @@ class Spare:
             cached = self.cached(rows, keys)
             there[:] = [a or name in coming for a, name in zip(cached, names, strict=True)]
         return there
+
+
+def _pairs(own: Part, twin: Part) -> dict[TierStore, TierStore]:
+    """Return the store of another form in the tier of each writable store of a form.
+
+    Each tier opens the own forms of a store, all of them writable.
+    """
+    ours, others = (
+        [store for store in part.tier_stores if store.writable] for part in (own, twin)
+    )
+    return dict(zip(ours, others, strict=False))
 
 
 class SpareRows:
@@ -120,14 +148,17 @@ class SpareRows:
         """
         items, blocks = (np.array(each) for each in lines)
         rows = np.flatnonzero(mask)
+        own = self._spare.own
         try:
-            crossing.copy(self._spare.own.rows, view, items[rows], blocks[rows])
+            crossing.copy(own.rows, view, items[rows], blocks[rows])
+            self._count(items[rows], 0)
             return mask
         except PackOverflow as error:
             refused = rows[np.isin(items[rows], error.dst_blocks)]
             why = str(error)
             if len(refused) != len({*error.dst_blocks}):  # the rows hold slots that nobody can read
                 raise
+        self._count(items[np.setdiff1d(rows, refused)], len(refused))
         raw = self._spare.raw
         if raw is None:
             mask[refused] = False
@@ -137,6 +168,16 @@ class SpareRows:
         crossing.copy(raw.rows, view, items[refused], blocks[refused])
         self._raw.update(refused.tolist())
         return mask
+
+    def _count(self, items: Any, misfits: int) -> None:
+        """Count blocks of the form itself in rows ``items``, and those that did not fit."""
+        figures = self._spare.figures
+        form = self._spare.own.form
+        if form.encoding:
+            image = self._spare.rows.array[items[0]] if len(items) else None
+            figures.add_packed(form, len(items) + misfits, misfits, image)
+        else:
+            figures.add_raw(form, len(items))
 
     def names(self, keys: Keys, rows: Sequence[int], names: Sequence[bytes]) -> list[bytes]:
         """Return the names of blocks in rows, of which ``names`` has those of the form itself."""

@@ -15,11 +15,11 @@ from portakv.errors import InvalidTerms, StoreError, TransferTimeout
 from portakv.graph import Graph, Handle
 from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import uninterrupted
-from portakv.storage.changes import Change
+from portakv.storage.auto import PACKED, RAW, AutoEncoding, Chooser, Encoding, forms_for, terms_of
+from portakv.storage.changes import Change, Snapshot
 from portakv.storage.form import BlockForm
 from portakv.storage.form_store import FormStore, Full
-from portakv.storage.parts import parts_of
-from portakv.storage.plan import FormBlocks, SharedState
+from portakv.storage.plan import FormBlocks, SharedState, parts_of
 from portakv.storage.rows import Rows
 from portakv.storage.tier import Tier, tier_figures, tiers_of
 
@@ -78,6 +78,9 @@ class BlockStore(FormStore):
             `portakv.migrate.share` accepts.
         pin: pin the rows for a device of this process. False: for a process that copies to none,
             which needs no context of a device then.
+        encoding: ``auto``, or an `AutoEncoding` with its terms: each save packs its blocks where
+            that pays, else stores them raw. The store has both forms of its one form, ``packed``
+            and ``raw``, and finds the blocks of both. None: blocks are stored as their forms say.
 
     Blocks of a view belong to a load until its end: a model that writes them before `Handle.wait`
     mixes both. A save reads after the current stream's work at the call, and until its end. A store
@@ -102,8 +105,15 @@ class BlockStore(FormStore):
         weak_keys: bool = False,
         shared: bool = False,
         pin: bool = True,
+        encoding: Encoding = None,
     ) -> None:
         named = _forms_by_name(form)
+        terms = terms_of(encoding)
+        why = ""
+        if terms is not None:
+            if isinstance(form, Mapping):
+                raise invalid("form", "one form with encoding='auto'", form, "Pass one.")
+            named, why = forms_for(form, terms)
         staging = nbytes("staging", staging)
         host = nbytes("host", host)
         tiers = tiers_of(tiers)
@@ -133,6 +143,8 @@ class BlockStore(FormStore):
         super().__init__(SharedState(graph or Graph(), rows), full, weak_keys)
         self._tier_stores = self._shared.tier_stores
         self._stores = dict[str, FormStore]()
+        self._terms = terms
+        self._stays_raw = why
         uninterrupted(partial(self._open, tiers, named, forms), undo=lambda _: self.close())
 
     def _open(
@@ -157,8 +169,27 @@ class BlockStore(FormStore):
             blocks = FormBlocks(shared, name, parts, apart)
             shared.forms[name] = blocks
             self._stores[name] = FormStore(shared, self._full, self._weak, blocks)
-        if not several:
+        if self._terms is not None:
+            self._choose(self._terms, self._stays_raw)
+        elif not several:
             self._form = blocks
+
+    def _choose(self, terms: AutoEncoding, why: str) -> None:
+        """Choose for each save between the forms, which have one list of keys together."""
+        forms = self._shared.forms
+        raw = forms[RAW]
+        packed = forms.get(PACKED)
+        if packed is not None:
+            raw.spare.pair(packed.spare)
+        self._form = raw
+        self.chooser = Chooser(
+            None if packed is None else packed.own.form,
+            why,
+            terms,
+            bool(self._tier_stores),
+            raw.spare.figures,
+            self.graph,
+        )
 
     @property
     def forms(self) -> dict[str, BlockForm]:
@@ -200,6 +231,18 @@ class BlockStore(FormStore):
         self._refuse_closed("call of finished_fd()")
         return self._shared.announced.handles.fileno()
 
+    def keys(self) -> Snapshot:
+        """Return the keys as `FormStore.keys` does; of a store that packs where it pays those of
+        both forms."""
+        if self.chooser is None:
+            return super().keys()
+        snapshots = [each.keys() for each in self._stores.values()]
+        keys = dict[str, dict[bytes, None]]()
+        for snapshot in snapshots:
+            for tier, some in snapshot.keys.items():
+                keys.setdefault(tier, {}).update(dict.fromkeys(some))
+        return Snapshot(snapshots[0].number, {tier: [*some] for tier, some in keys.items()})
+
     def listen(self) -> list[Change]:
         """Return the blocks that were stored or lost since the last call, in order.
 
@@ -237,12 +280,27 @@ class BlockStore(FormStore):
         reported |= tier_figures(reported["tiers"])
         if "" not in self._stores:
             reported |= self.graph.run(self._form_statistics)
+        for name, samples in self._encoding_figures().items():
+            reported.setdefault(name, []).extend(samples)
         return reported
 
     def _called(self, form: BlockForm) -> str:
         """Return the name of a form here, or its checksum if it has none."""
         names = [name for name, own in self.forms.items() if own == form and name]
         return names[0] if names else form.name
+
+    def _encoding_figures(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the figures of packed forms, or of the raw one if the store cannot pack it."""
+        forms = [*self._shared.forms.values()]
+        packed = [form for form in forms if form.own.form.encoding]
+        if self.chooser is not None and not packed:
+            packed = forms
+        figures: dict[str, list[dict[str, Any]]] = {}
+        for form in packed:
+            each = form.spare.figures.statistics(self._called(form.own.form))
+            for name, samples in each.items():
+                figures.setdefault(name, []).extend(samples)
+        return figures
 
     def _form_statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Return the figures of each of several forms, under the graph's lock."""
@@ -280,6 +338,8 @@ class BlockStore(FormStore):
             if name and each.image_bytes <= rows.row_bytes // 2:
                 share = f"{each.image_bytes} of the {rows.row_bytes} bytes of a row"
                 lines.append(f"A block of {name} takes {share}. A larger block size wastes less.")
+        if self.chooser is not None:
+            lines += self.chooser.lines()
         kind = "pinned" if rows.pinned else "pageable"
         lines += [f"{rows.staging} {kind} rows of staging, {rows.host} of the host tier."]
         lines += [

@@ -65,7 +65,9 @@ def of_store(folder: Path) -> set[str]:
     disk = Disk(folder, capacity=8 << 20)
     with BlockStore({"a": whole, "b": half}, tiers=[disk], staging=1 << 20, host=1 << 20) as store:
         store.of("a").save(view, [0, 1], [key_of(0), key_of(1)]).synchronize(60.0)
-        return declared(Meter(store))
+        names = declared(Meter(store))
+    with BlockStore(whole, staging=1 << 20, host=1 << 20, encoding="auto") as store:
+        return names | declared(Meter(store))
 
 
 def of_pulls() -> set[str]:

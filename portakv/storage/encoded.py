@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of the blocks that a store packs, or keeps raw."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+
+from portakv.graph.trace import Figures
+from portakv.layout.packing import FLAG_AT, PACKED, TOTAL_AT
+from portakv.storage.form import HEADER, BlockForm
+
+
+class EncodedFigures:
+    """Counts blocks that saves bring into rows, packed or raw; any thread may call it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._payload = 0
+        self._wire = 0
+        self._blocks = {"packed": 0, "raw": 0, "overflow": 0}
+        self._escapes = 0
+        self._values = 0  # of the planes whose escapes were counted
+        self._packed_of_late = 0
+        self._misfits_of_late = 0
+
+    def add_raw(self, form: BlockForm, blocks: int) -> None:
+        """Count blocks that were not to be packed, of a form of either encoding."""
+        nbytes = blocks * form.raw.payload_bytes
+        with self._lock:
+            self._payload += nbytes
+            self._wire += nbytes
+            self._blocks["raw"] += blocks
+
+    def add_packed(self, form: BlockForm, blocks: int, misfits: int, image: Any = None) -> None:
+        """Count blocks that were packed, of which some did not fit and were brought raw.
+
+        ``image``: the row of one that fits, uint8 ``[row_bytes]``, whose escapes count.
+        """
+        escapes, values = (0, 0) if image is None else _escapes(form, image)
+        raw = form.raw.payload_bytes
+        with self._lock:
+            self._payload += blocks * raw
+            self._wire += blocks * form.payload_bytes + misfits * raw
+            self._blocks["packed"] += blocks - misfits
+            self._blocks["overflow"] += misfits
+            self._escapes += escapes
+            self._values += values
+            self._packed_of_late += blocks
+            self._misfits_of_late += misfits
+
+    def misfits(self, of: int) -> float:
+        """Return how many of ``of`` blocks did not fit of late; 0 before as many were packed."""
+        with self._lock:
+            many = self._packed_of_late
+            return self._misfits_of_late * of / many if many >= of else 0.0
+
+    def forget_misfits(self) -> None:
+        """Begin to count anew what `misfits` returns."""
+        with self._lock:
+            self._packed_of_late = 0
+            self._misfits_of_late = 0
+
+    def statistics(self, form: str) -> Figures:
+        """Return the figures, in the form of `Graph.statistics`."""
+        with self._lock:
+            ratio = self._payload / self._wire if self._wire else 1.0
+            escapes = self._escapes / self._values if self._values else 0.0
+            return {
+                "encoding_payload_bytes_total": [{"form": form, "value": self._payload}],
+                "encoding_wire_bytes_total": [{"form": form, "value": self._wire}],
+                "encoding_ratio": [{"form": form, "value": ratio}],
+                "encoding_escapes": [{"form": form, "value": escapes}],
+                "encoding_blocks_total": [
+                    {"form": form, "result": result, "value": blocks}
+                    for result, blocks in self._blocks.items()
+                ],
+            }
+
+
+def _escapes(form: BlockForm, image: Any) -> tuple[int, int]:
+    """Return the escapes of the planes of a packed image that fit, and their values."""
+    layers = form.layers[1] - form.layers[0]
+    heads = form.heads[1] - form.heads[0]
+    payload = image[HEADER : HEADER + form.payload_bytes]
+    sizes = [plane.slot_bytes for plane in form.planes]
+    if len({*form.widths}) == 1:
+        slots = [*payload.reshape(layers, form.kv, heads, sizes[0]).swapaxes(0, 1)]
+    else:
+        ends = np.cumsum(sizes)[:-1]
+        slots = np.split(payload.reshape(layers, heads, sum(sizes)), ends, axis=2)
+    escapes = 0
+    values = 0
+    for plane, each in zip(form.planes, slots, strict=True):
+        head = each[..., plane.head_at : plane.escapes_at].astype(np.int64)
+        fits = head[..., FLAG_AT] == PACKED
+        counts = head[..., TOTAL_AT] + 256 * head[..., TOTAL_AT + 1]
+        escapes += int(counts[fits].sum())
+        values += int(fits.sum()) * plane.values
+    return escapes, values
