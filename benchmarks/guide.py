@@ -257,6 +257,13 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
          "of raw": _if_there("of_raw", ".2f"),
          "raw / packed": _if_there("payload_to_wire", ".3f")},
     ),
+    "encoding_transport": (
+        "Packed rows through staging buffers",
+        "Pulls between two processes. Rates count raw rows.",
+        {"transport": "{shape}", "bytes": "{op}", "method": "`{backend}`",
+         "GB/s": "{gb_per_s:,.4g}", "of raw": _if_there("of_raw", ".2f"),
+         "raw / packed": _if_there("payload_to_wire", ".3f")},
+    ),
     "storage_hits": (
         "Waits for a store", "By the wall clock, from the call to usable blocks on an idle device: "
         "loads of blocks that the host tier has, and saves until their blocks may be written. "

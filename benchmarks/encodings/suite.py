@@ -122,6 +122,7 @@ class EncodingPreset:
     inside: tuple[int, ...]  # inside a device
     across: tuple[int, ...]  # over the link
     both: tuple[int, ...]  # of each direction, for both at the same time
+    sent: tuple[int, ...]  # by transports
     cases: tuple[Case, ...]
     linked: tuple[Case, ...]  # over the link
     rounds: int
@@ -133,13 +134,16 @@ ENCODING_PRESETS: Mapping[str, EncodingPreset] = {
         inside=(64 * MB, 256 * MB, 1024 * MB),
         across=(16 * MB, 32 * MB, 64 * MB, 128 * MB, 256 * MB, 1024 * MB),
         both=(128 * MB, 512 * MB),
+        sent=(128 * MB, 512 * MB),
         cases=CASES,
         linked=CASES[:4],
         rounds=9,
         seconds=1.0,
     ),
     # For tests: it runs everywhere in seconds, and its figures mean nothing.
-    "tiny": EncodingPreset((64 * KB,), (64 * KB, 128 * KB), (64 * KB,), TINY, TINY[:1], 1, 0.0),
+    "tiny": EncodingPreset(
+        (64 * KB,), (64 * KB, 128 * KB), (64 * KB,), (64 * KB,), TINY, TINY[:1], 1, 0.0
+    ),
 }
 
 

@@ -38,6 +38,7 @@ class Case:
     layers: int = 32
     kv: int = 2
     dim: int = 128
+    normal: bool = False  # values that are normally distributed, as `pack` takes them
 
     @property
     def row_bytes(self) -> int:
@@ -63,6 +64,11 @@ CASES: Mapping[str, Case] = {
     "MLA, rows of 1152 B": Case("mla", "mla", (0, 1, 1), layers=61, kv=1, dim=576),
     "16 to 64 tokens a block": Case(blocks=(16, 64)),
     BLOCKS: Case("pages", "pages"),
+}
+#: Also those that pulls of mapped memory are not measured with.
+ALL_CASES: Mapping[str, Case] = {
+    **CASES,
+    "values as in caches": Case(reader="flexkv", normal=True),
 }
 
 
@@ -114,8 +120,11 @@ class Cache:
         """Write words that differ from each other, and from those of other salts."""
         for at, one in enumerate(self.memory):
             fill(one.view(-1).view(torch.int64), salt * 1000 + at)
+            if self.case.normal:
+                _make_normal(one)
 
     def poison(self) -> None:
+        """Overwrite every byte."""
         for one in self.memory:
             one.view(torch.uint8).fill_(POISON)
 
@@ -138,3 +147,12 @@ class Cache:
         word = int.from_bytes([POISON] * 2, "big", signed=True)
         rest = [(one.view(torch.int16) == word).all() for one in self.memory]
         return bool(torch.stack([same, *rest]).all())
+
+
+def _make_normal(rows: torch.Tensor) -> None:
+    """Replace the exponents of rows by those of normally distributed values; signs and mantissas
+    stay."""
+    random = torch.Generator().manual_seed(len(rows))
+    exponents = torch.randn(1 << 15, generator=random).to(DTYPE).view(torch.int16) & 0x7F80
+    bits = rows.view(torch.int16).view(-1, len(exponents))
+    bits.bitwise_and_(~0x7F80).bitwise_or_(exponents.to(rows.device))

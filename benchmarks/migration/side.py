@@ -7,7 +7,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -33,7 +33,7 @@ from portakv.migrate.weights import Published
 from portakv.runtime.devices import usable_device
 from portakv_benchmarks.host.traffic_sources import Loop
 from portakv_benchmarks.migration import engines
-from portakv_benchmarks.migration.cases import CASES, USUAL, Cache, memory
+from portakv_benchmarks.migration.cases import ALL_CASES, CASES, USUAL, Cache, memory
 from portakv_benchmarks.shared import far
 from portakv_benchmarks.shared.shapes import POISON, fill
 
@@ -81,10 +81,11 @@ class Side:
         self.case = CASES[USUAL]
         self.products: Loop | None = None
         self.made = Resources()
+        self.pulled: Pull | None = None  # the last pull that was timed
 
     def give(self, case: str, nbytes: int, **terms: Any) -> str:
         """Prepare to offer rows of a case; return the dense bytes, as shared."""
-        self.case = CASES[case]
+        self.case = ALL_CASES[case]
         source = Cache(self.case, False, nbytes, self.device)
         self.made.source = source
         dense = memory((self.case.payload(nbytes),), torch.uint8, self.device)
@@ -94,7 +95,7 @@ class Side:
 
     def take(self, case: str, nbytes: int, raw: str, transport: str | None = None) -> None:
         """Allocate memory for rows of a case, and a mirror of the expected rows."""
-        self.case = CASES[case]
+        self.case = ALL_CASES[case]
         target = Cache(self.case, True, nbytes, self.device)
         self.made.target = target
         self.made.mirror = Cache(self.case, False, nbytes, self.device)
@@ -181,13 +182,24 @@ class Side:
     def settle(self) -> None:
         torch.get_device_module(self.device).synchronize()
 
-    def timed(self, what: str, nbytes: int, ticket: str = "", times: int = 1, at: float = 0) -> Any:
+    def timed(
+        self,
+        what: str,
+        nbytes: int,
+        ticket: str = "",
+        times: int = 1,
+        at: float = 0,
+        encoding: str = "",
+    ) -> Any:
         """Do one of `pull`, `weights`, `copy`, `send`, `receive` and `read` so often, not before a
-        time; when it began and ended, in seconds of the clock that all processes share."""
+        time; when it began and ended, in seconds of the clock that all processes share.
+
+        ``encoding``: of a pull."""
         n = self.case.payload(nbytes)
         self.settle()  # pulls follow the stream that `expect` fills: else its time would count
+        terms = {"overlap": "idle", "encoding": encoding or None}
         calls: dict[str, Callable[[], Any]] = {
-            "pull": self.pulling(ticket, nbytes, overlap="idle") if what == "pull" else bool,
+            "pull": self.pulling(ticket, nbytes, **terms) if what == "pull" else bool,
             "weights": lambda: pull_weights(
                 self.channel, bytes.fromhex(ticket), ready(self.made.wanted)
             ),
@@ -203,8 +215,17 @@ class Side:
         ended = [call() for _ in range(times)]
         for one in ended if what == "pull" else ():
             one.synchronize()
+            self.pulled = one
         self.settle()
         return began, perf_counter()
+
+    def crossed(self) -> int:
+        """Return the bytes that crossed through staging buffers in the last timed pull."""
+        return ready(self.pulled).statistics.wire_nbytes
+
+    def payload(self, nbytes: int) -> int:
+        """Return the bytes of the rows of a pull."""
+        return self.case.payload(nbytes)
 
     def join(self, address: str = "") -> str:
         """Begin a group of torch.distributed here, or come to another side's; see `Group.meet`."""
@@ -293,9 +314,9 @@ class Side:
 class Far(far.Far):
     """A side in a separate process."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, environment: Mapping[str, str] | None = None) -> None:
         # Without this Mooncake takes sockets between devices of one host, and says nothing.
-        more = {"MC_INTRANODE_NVLINK": "1"}
+        more = {"MC_INTRANODE_NVLINK": "1", **(environment or {})}
         super().__init__([__name__, str(device)], more, name=f"on {device}")
         self.device = device
 

@@ -115,6 +115,8 @@ class MigrationBench(Bench):
         self.across = "devices" if devices > 1 else "one device" if self.on else "processes"
         self.named = f"x{devices}" if devices > 1 else ""
         self.salts = count(1)
+        #: Variables of the other processes.
+        self.environment: Mapping[str, str] = {}
         self._near = list[Side]()
         self._far = list[Far]()
         self._settled = dict[Callable[..., object], float]()
@@ -141,7 +143,7 @@ class MigrationBench(Bench):
 
     def started(self, device: torch.device) -> Far:
         """Return one more process."""
-        return Far(device)
+        return Far(device, self.environment)
 
     def meet(self, case: str, nbytes: int) -> None:
         """Let the other one give a case and this one take it."""

@@ -252,6 +252,13 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
          ("raw / wire", "payload_to_wire:.3f"), ("p90/p50", _spread), ("host us", "host_us:.1f"),
          _BYTES),
     ),
+    "encoding_transport": (
+        "packed and raw pulls through staging buffers; GB/s of raw rows",
+        (("transport", "shape"), ("of", "op"), ("method", "backend"),
+         ("us", lambda row: f"{row['p50_us']:,.5g}"),
+         ("GB/s", "gb_per_s:.4g"), ("of raw", "of_raw:.3f"), ("raw / wire", "payload_to_wire:.3f"),
+         ("rounds", "rounds:"), _BYTES),
+    ),
     "engine_handover": (
         "requests of a decode engine, until the first token is there; the prefill engine has "
         "computed the prompt, and ratios are medians of pairs",

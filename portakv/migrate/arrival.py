@@ -17,9 +17,11 @@ from portakv.errors import TransferCancelled
 from portakv.graph import Task
 from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.checked_copy import copy_checked
+from portakv.migrate.crossed import Crossed as Crossed
+from portakv.migrate.crossing import Crossing, crossings, flagged, runs, scattered
 from portakv.migrate.plan import Slice, Step
 from portakv.migrate.pull import CANCELLED
-from portakv.migrate.staging import Chunks, part_of, rows_bytes
+from portakv.migrate.staging import Chunks, Slots, has_ended, part_of, rows_bytes, unfit_blocks
 from portakv.migrate.transports.base import Lane, Moving
 
 PACED = 0.1  # seconds of a slice at a limited rate: a larger slice would be a burst
@@ -37,26 +39,87 @@ _NOT_LANDED = np.zeros(1, np.bool_)
 
 class Arrival(Task):
     """The end of a slice of a step, for a pull and its layers. The task ``whole`` takes the slice,
-    among others."""
+    among others.
 
-    def __init__(self, step: Step, part: Slice, whole: Task, staged_bytes: int) -> None:
+    Attributes:
+        staged_bytes: of the slice in a staging buffer.
+        slots: how the slice is packed there; None: it crosses raw.
+        again: the slices that bring its blocks that did not fit, raw.
+        whole_slice: the slice of which this one brings such blocks.
+    """
+
+    again: Sequence[Arrival] = ()
+    whole_slice: Arrival | None = None
+    _left = 0  # of `again`, the slices that have not ended
+
+    def __init__(
+        self,
+        step: Step,
+        part: Slice,
+        whole: Task,
+        staged_bytes: int,
+        slots: Slots | None = None,
+    ) -> None:
         # Not the constructor of a task: no caller passes terms of slices that need its checks.
         self.error = None
         self.landed = _NOT_LANDED
         self.step = step
         self.part = part
         self.whole = whole
-        self.staged_bytes = staged_bytes  # of the slice in a staging buffer
+        self.staged_bytes = staged_bytes
+        self.slots = slots
         self._over = threading.Event()
 
     def scattering(self, chunks: Chunks) -> Callable[[], BlockTransfer]:
         """Return a function that copies the rows of the slice from a staging buffer, after the work
         of the stream that is current then."""
         layers, first, tokens = self.part
-        dst = part_of(self.step.cut.dst.as_bytes(), slice(layers.start, layers.stop))
-        src = chunks.of(dst, tokens)[1]
         dst_index = self.step.dst_index.shifted(first)
+        window = slice(layers.start, layers.stop)
+        if self.slots is not None:
+            dst = part_of(self.step.cut.dst, window)
+            packed = chunks.packed(dst, tokens, self.slots)[1]
+            return partial(scattered, packed, dst, dst_index, tokens)
+        dst = part_of(self.step.cut.dst.as_bytes(), window)
+        src = chunks.of(dst, tokens)[1]
         return partial(copy_checked, src, dst, None, dst_index, tokens)
+
+    @property
+    def encoding(self) -> str:
+        """Return the encoding that the owner's messages name; empty: raw rows."""
+        return "" if self.slots is None else self.slots.pack.text
+
+    def end_with(self, copy: BlockTransfer) -> int:
+        """End the slice by its copy, which has ended; return the number of blocks that did not fit.
+
+        The slice then ends with the slices that bring them raw, which are in `again`. Raises
+        `PackOverflow` if no raw rows of them exist.
+        """
+        unfit = unfit_blocks(copy) if copy.completions else []
+        if unfit and self.slots is not None:
+            if self.step.cut.packed:
+                raise flagged(self.step, self.part.first, unfit, self.slots.unit)
+            self.again = [*self._raw_slices(unfit, self.slots.unit)]
+            self._left = len(self.again)
+            return len(unfit)
+        self.end()
+        whole = self.whole_slice
+        if whole is not None:
+            whole._left -= 1
+            if not whole._left:
+                whole.end()
+        return 0
+
+    def _raw_slices(self, blocks: Sequence[int], unit: int) -> Iterator[Arrival]:
+        """Yield slices that bring blocks of this one raw, by their positions in it."""
+        layers, first, _ = self.part
+        view = self.step.cut.dst.as_bytes()
+        for start, count in runs(blocks):
+            part = Slice(layers, first + start * unit, count * unit)
+            nbytes = rows_bytes(view, len(layers), part.tokens, view.heads)
+            again = Arrival(self.step, part, self.whole, nbytes)
+            again.whole_slice = self
+            yield again
 
     def end(self, error: BaseException | None = None) -> None:
         """End the slice, unless it has ended."""
@@ -97,27 +160,51 @@ class Scattered(NamedTuple):
     lane: Lane
     copy: BlockTransfer
 
+    def has_ended(self, wait: bool) -> bool:
+        """Return True if the copy has ended, or wait for it. Blocks that do not fit are no
+        error."""
+        # Without completions it had ended when it was issued.
+        return not self.copy.completions or has_ended(self.copy, wait)
 
-def arrivals(steps: Sequence[Step], max_gbps: float | None, whole: Task) -> list[Arrival]:
-    """Return the slices of steps that a task takes.
+
+def arrivals(
+    steps: Sequence[Step], max_gbps: float | None, whole: Task, crossed: Crossed
+) -> list[Arrival]:
+    """Return the slices of steps that a task takes, packed slices first.
 
     They are small enough that several are under way, large enough that their number costs little,
-    and not longer than a moment at a limited rate.
+    and not longer than a moment at a limited rate. ``crossed``: names the encoding, and gets the
+    reason for rows that cross raw.
     """
+    parts = list[Crossing]()
+    for step in steps:
+        some, why = crossings(step, crossed.pack)
+        parts += some
+        crossed.why = crossed.why or why
     nbytes = sum(step.nbytes for step in steps)
     on_host = steps[0].cut.dst.device.type == "cpu"
     most = max(LEAST_ON_HOST if on_host else LEAST_ON_DEVICE, -(-int(nbytes) // SLICES))
     if max_gbps is not None:
         most = min(most, int(PACED * 1e9 * max_gbps))
-    return [arrival for step in steps for arrival in _arrivals_of(step, most, whole)]
+    made = [arrival for part in parts for arrival in _arrivals_of(part, most, whole)]
+    if any(part.slots for part in parts):
+        made.sort(key=lambda each: each.slots is None)  # slices of one encoding are one request
+    return made
 
 
-def _arrivals_of(step: Step, most: int, whole: Task) -> Iterator[Arrival]:
-    """Yield the slices of one step, of at most ``most`` bytes if they can be so small."""
+def _arrivals_of(crossing: Crossing, most: int, whole: Task) -> Iterator[Arrival]:
+    """Yield the slices of one step, of at most ``most`` bytes if they can be so small.
+
+    They are cut by their raw bytes, so that a buffer has space for blocks that do not fit.
+    """
+    step, slots = crossing
     view = step.cut.dst.as_bytes()
     known = dict[tuple[int, int], int]()  # most slices are alike
-    for part in step.slices(most):
+    for part in step.slices(most, 1 if slots is None else slots.unit):
         key = len(part.layers), part.tokens
         if key not in known:
-            known[key] = rows_bytes(view, *key, view.heads)
-        yield Arrival(step, part, whole, known[key])
+            if slots is None:
+                known[key] = rows_bytes(view, *key, view.heads)
+            else:
+                known[key] = slots.nbytes(view, *key, view.heads)
+        yield Arrival(step, part, whole, known[key], slots)

@@ -13,7 +13,7 @@ import torch
 
 from portakv.copy.handle import BlockTransfer
 from portakv.errors import PeerError
-from portakv.migrate.staging import Chunks, staging
+from portakv.migrate.staging import Chunks, has_ended, staging
 from portakv.migrate.transport_channel import TransportChannel
 from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.inbox import Inbox
@@ -47,7 +47,7 @@ class StagingBuffer:
             wait(self.moving.free.wait)
         if copy is not None:
             if grows:
-                copy.synchronize()
+                has_ended(copy, wait=True)
             else:
                 copy.wait()
             self.copy = None

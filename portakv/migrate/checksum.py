@@ -38,6 +38,7 @@ from portakv.migrate.checksum_words import MODULUS as MODULUS
 from portakv.migrate.checksum_words import Part as Part
 from portakv.migrate.checksum_words import unit_of as unit_of
 from portakv.migrate.messages import Box
+from portakv.migrate.messages import Part as Rows
 from portakv.migrate.staging import chunk, chunk_bytes, page_of, staging
 from portakv.runtime.bounded import Bounded
 from portakv.view import Index, KVView
@@ -181,6 +182,18 @@ def checksum(view: KVView, index: Index, count: int, window: Box, first: int = 0
             starts = layers[0], (first + start) // size, inner
             sums.add([Part(0, words, starts, unit)])
     return sums.results(1)[0]
+
+
+def checksum_of(view: KVView, index: Index, part: Rows) -> int:
+    """Return the checksum of a part of an offer; packed blocks count as slots.
+
+    ``index``: of the part's first position on.
+    """
+    if not view.form.encoding:
+        return checksum(view, index, part.count, part.box, part.first)
+    size = view.form.block_size
+    blocks = part.count // size
+    return checksum(view.as_slots(), index.of_blocks(size), blocks, part.box, part.first // size)
 
 
 def _zero_skipped(

@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 from portakv.errors import LayoutError, PortaKVError
+from portakv.layout.packing import Pack
 from portakv.migrate.messages import Described, Kind
 from portakv.migrate.shards import Shard
 from portakv.view import KVView
@@ -117,6 +118,9 @@ def rebuild(described: Described, regions: Sequence[torch.Tensor]) -> Shard:
             "block_size": described.block_size or None,
             "reinterpret": not group.numbers,
         }
+        if group.encoding:
+            extents["dim"] = [width // 2 for width in group.widths]
+            extents["encoding"] = Pack.of_text(group.encoding)
         view = KVView(tensors[0], described.layout, **extents)
         shard = Shard(view, group.layers, group.heads)
         if shard.group != group:

@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Protocol
 
-from portakv.copy.handle import Statistics
 from portakv.errors import PortaKVError
 from portakv.graph.meter import by_label
 from portakv.graph.trace import Figures as Figures
 from portakv.graph.trace import Spent
+from portakv.migrate.crossed import PullStatistics
 from portakv.runtime import tracing
 from portakv.runtime.tracing import Began as Began
 
@@ -74,7 +74,7 @@ class Ended(Protocol):
     @property
     def error(self) -> PortaKVError | None: ...
     @property
-    def statistics(self) -> Statistics: ...
+    def statistics(self) -> PullStatistics: ...
 
 
 class PullCounts:
@@ -109,6 +109,9 @@ class PullCounts:
                 "pull.blocks": done.blocks_requested,
                 "pull.size": done.nbytes,
             }
+            if done.packed:
+                attributes["pull.wire_size"] = done.wire_nbytes
+                attributes["pull.blocks_raw"] = done.blocks_raw
             tracing.end("portakv pull", began, attributes, pull.error, traceparent, pull.age)
 
     def figures(self) -> Figures:

@@ -21,7 +21,6 @@ from portakv.migrate.issue import Issuer, Issuing, Request
 from portakv.migrate.named import LateLayer, Wanted
 from portakv.migrate.plan import Step
 from portakv.migrate.pull import CANCELLED, Pull, fail
-from portakv.migrate.staging import page_of
 from portakv.runtime.streams import StreamFence
 
 WIDTH = 4  # pulls of which parts are issued together
@@ -48,7 +47,7 @@ class _Reach:
         if self.unit:
             past = min(past, mark - self._start)
         if self.unit == "tokens" and past < self.end:
-            past -= past % page_of(self.step.cut.dst)  # whole opaque pages
+            past -= past % self.step.page  # whole opaque pages, and packed blocks
         begin = self.reached
         if past <= begin:
             return None

@@ -23,16 +23,19 @@ from portakv.copy.rows import copy_rows
 from portakv.errors import LayoutError, PeerError, TransferError, Unsupported
 from portakv.graph import Graph, Task
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.checksum import Later, checksum
+from portakv.migrate.checksum import Later, checksum_of
 from portakv.migrate.messages import Answer, Gather, Hello, Message, Part, Stop, Stopped, Sum
 from portakv.migrate.shards import Shard, slices, within
 from portakv.migrate.staging import (
     Chunks,
+    Slots,
     bring_ids,
+    has_ended,
     part_of,
     rows_bytes,
     staged_bytes,
     staging,
+    unfit_blocks,
 )
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports import renamed as renamed
@@ -85,25 +88,36 @@ class Offered(NamedTuple):
                 f"{part.group}, tokens {part.first} + {part.count}. Request offered rows."
             )
 
-    def sizes(self, parts: Sequence[Part]) -> list[int]:
-        """Return the bytes of each part in a staging buffer."""
+    def slots(self, gather: Gather, part: Part) -> Slots | None:
+        """Return how a part is packed for its reader; None: it is sent raw. Raises as
+        `Slots.requested`."""
+        view = self.shards[part.group].view
+        return Slots.requested(view, gather.encoding, part.first, part.count)
+
+    def sizes(self, gather: Gather) -> list[int]:
+        """Return the bytes of each part in a staging buffer; raise as `slots`."""
         known = dict[tuple[int, int, int, int], int]()  # most parts are alike
         sizes = list[int]()
-        for part in parts:
+        for part in gather.parts:
             layers = part.layers[1] - part.layers[0]
             heads = part.heads[1] - part.heads[0]
+            slots = self.slots(gather, part)
             key = part.group, layers, part.count, heads
             if key not in known:
                 view = self.shards[part.group].view.as_bytes()
-                known[key] = rows_bytes(view, layers, part.count, heads)
+                if slots is None:
+                    known[key] = rows_bytes(view, layers, part.count, heads)
+                else:
+                    known[key] = slots.nbytes(view, layers, part.count, heads)
             sizes.append(known[key])
         return sizes
 
-    def rows(self, part: Part) -> Rows:
-        """Return the rows of a part."""
+    def rows(self, part: Part, slots: Slots | None = None) -> Rows:
+        """Return the rows of a part, as bytes if they are sent raw."""
         shard = self.shards[part.group]
-        view = part_of(shard.view.as_bytes(), **slices(part.box, shard.group.box))
-        return Rows(view, self.indices()[part.group].shifted(part.first))
+        view = shard.view if slots else shard.view.as_bytes()
+        window = part_of(view, **slices(part.box, shard.group.box))
+        return Rows(window, self.indices()[part.group].shifted(part.first))
 
 
 class StagingBuffer:
@@ -261,7 +275,7 @@ class Gathers:
             return Answer("busy", "earlier requests are not sent yet", seconds=1e-3)
 
         # Allocate in this thread, so that the reader gets the error if there is no memory.
-        sizes = offered.sizes(gather.parts)
+        sizes = offered.sizes(gather)
         needs = max(sizes)
         count = self._reserve(peer, line.transport, len(gather.parts), needs)
         if not count:
@@ -411,7 +425,7 @@ class Gathers:
     def _sum(self, part: Part, offered: Offered) -> int:
         with torch.inference_mode(False), offered.after.inside():
             view, ids = offered.rows(part)
-            return checksum(view, ids, part.count, part.box, part.first)
+            return checksum_of(view, ids, part)
 
     def _bring(self, peer: Peer, line: Line, filling: Filling) -> None:
         """Fill a buffer with a part and send it.
@@ -426,8 +440,9 @@ class Gathers:
         tag = sending.gather.tag + number
         try:
             if not sending.stopped and peer.id not in offered.spoilt and offered.holds():
+                slots = offered.slots(sending.gather, part)
                 with torch.inference_mode(False), offered.after.inside():
-                    self._fill(buffer, full, part.count, offered.rows(part))
+                    self._fill(buffer, full, part.count, offered.rows(part, slots), slots)
                     self._move(peer, line, sending, buffer, full, tag)
                 return
         except Exception:  # whatever failed, the reader must not wait for its bytes
@@ -441,8 +456,19 @@ class Gathers:
             full.zero_()  # as many bytes as the reader waits for
             self._move(peer, line, sending, buffer, full, tag)
 
-    def _fill(self, buffer: StagingBuffer, full: torch.Tensor, count: int, rows: Rows) -> None:
-        """Gather rows into a buffer; positions without rows, and padding, become zeros."""
+    def _fill(
+        self,
+        buffer: StagingBuffer,
+        full: torch.Tensor,
+        count: int,
+        rows: Rows,
+        slots: Slots | None = None,
+    ) -> None:
+        """Gather rows into a buffer, and pack them if they cross in slots; positions without rows,
+        and padding, become zeros.
+
+        The slots of blocks that do not fit say so to the reader.
+        """
         on_host = buffer.memory.device.type == "cpu"
         if not on_host:
             device = buffer.memory.device
@@ -450,7 +476,10 @@ class Gathers:
             bring_ids(rows.ids, rows.view.device)  # once: all parts of the offer share them
 
         buffer.clean()
-        planes, into = buffer.chunks.of(rows.view, count)
+        if slots is None:
+            planes, into = buffer.chunks.of(rows.view, count)
+        else:
+            planes, into = buffer.chunks.packed(rows.view, count, slots)
         written = sum(plane.nbytes for plane in planes)
         skips = rows.ids.check(count, rows.view.slots, "offered")
         if skips or written < full.nbytes:
@@ -458,7 +487,8 @@ class Gathers:
 
         copy = copy_rows(rows.view, into, rows.ids, count=count)
         if on_host:
-            copy.synchronize()
+            has_ended(copy, wait=True)
+            unfit_blocks(copy)
         else:
             # The transport sends after the copy; ids were checked when they were offered.
             copy.wait()

@@ -17,11 +17,11 @@ import torch
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
 from portakv.errors import TransferCancelled
-from portakv.graph.graph import Graph
-from portakv.graph.task import Task
+from portakv.graph import Graph, Task
 from portakv.migrate.checked_copy import copy_checked
 from portakv.migrate.connections import Sources
-from portakv.migrate.plan import Step, count_blocks, indices_of, planned
+from portakv.migrate.crossed import Crossed, Encoding, Pack, pack_of
+from portakv.migrate.plan import Step, check_packed, count_blocks, indices_of, planned
 from portakv.migrate.pull import CANCELLED, Ends, Part, Pull, known
 from portakv.migrate.shards import Shard
 from portakv.migrate.staged import Taker, verified
@@ -38,12 +38,14 @@ class Request(NamedTuple):
         first: the number of tokens that both sides skip.
         options: of the copies.
         verify: compare checksums before the commit.
+        pack: how rows are packed that owners send; None: they cross as they are.
     """
 
     indices: list[Index]
     first: int
     options: CopyOptions
     verify: bool
+    pack: Pack | None = None
 
     @classmethod
     def of(
@@ -53,9 +55,11 @@ class Request(NamedTuple):
         first: int,
         options: CopyOptions,
         verify: bool,
+        encoding: Encoding | None = None,
     ) -> Request:
         """Return a request for lists of blocks, one for each shard; raise as `Reader.pull`."""
-        return cls(indices_of(shards, blocks), first, options, verify)
+        pack = pack_of(encoding)
+        return cls(indices_of(shards, blocks), first, options, verify, pack)
 
 
 class Issuer:
@@ -132,7 +136,11 @@ class Issuing:
         self._staged = set[bytes]()  # offers whose owners get requests for rows
         self._takers = list[Taker]()
 
+        for step in self.plan:
+            if step.cut.packed:
+                check_packed(step, request.verify)
         requested = pull.requested
+        requested.encoded = request.pack is not None
         requested.nbytes = sum([step.nbytes for step in self.plan])
         # A copy at a rate has a separate worker.
         on_host = issuer.device.type == "cpu"
@@ -176,7 +184,9 @@ class Issuing:
     def _take(self, some: Sequence[Step]) -> Task:
         """Return the task that takes the rows of an offer from the owner that sends them, at their
         share of the rate."""
-        taker = Taker(self._issuer.graph, some, self._pull, self._rate(some))
+        crossed = Crossed(self._request.pack)
+        self._pull.requested.crossed.append(crossed)
+        taker = Taker(self._issuer.graph, some, self._pull, self._rate(some), crossed)
         self._takers.append(taker)
         for each in taker.arrivals:
             self._slices += self._ending(each.step, [(each.part.layers, each)])

@@ -76,11 +76,12 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True)
     purpose: ClassVar[str] = "A message to"
 
 
-class Group(Message, frozen=True):
+class Group(Message, frozen=True, omit_defaults=True):
     """The facts of a shard that the other side's shard must match.
 
-    ``widths``: the bytes of a row of each kv. ``numbers``: the number type of each kv, none if rows
-    are bytes. ``page``: the tokens of an opaque page, else 0.
+    ``widths``: the bytes of a raw row of each kv. ``numbers``: the number type of each kv, none if
+    rows are bytes. ``page``: the tokens of an opaque page or of a packed block, else 0.
+    ``encoding``: the parameters of packed blocks, as `Pack.text` writes them, else empty.
     """
 
     layers: Range
@@ -88,6 +89,7 @@ class Group(Message, frozen=True):
     widths: Annotated[Dims, Meta(min_length=1)]
     numbers: Names = ()
     page: Count = 0
+    encoding: Name = ""
 
     @property
     def box(self) -> Box:
@@ -200,10 +202,11 @@ class Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
         return self.layers, self.heads
 
 
-class Gather(About, frozen=True, rename=_ON_THE_WIRE):
+class Gather(About, frozen=True, rename=_ON_THE_WIRE, omit_defaults=True):
     """Request rows in parts, one for each staging buffer. Also counts as `Begin`.
 
     The owner sends the parts in their order by the transport, under the tags from ``tag`` on.
+    ``encoding``: the parameters of the slots to send, as `Pack.text` writes them; empty: raw rows.
     """
 
     purpose: ClassVar[str] = "Requesting rows of the owner at"
@@ -211,6 +214,7 @@ class Gather(About, frozen=True, rename=_ON_THE_WIRE):
     parts: Annotated[tuple[Part, ...], Meta(min_length=1, max_length=MOST_PARTS)]
     transport: Name
     tag: Count
+    encoding: Name = ""
 
 
 class Stop(Message, frozen=True):

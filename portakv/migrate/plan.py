@@ -15,6 +15,7 @@ import numpy as np
 from portakv.arguments import naming
 from portakv.copy.handle import token_bytes
 from portakv.errors import InvalidTerms, LayoutError, PeerError, SlotError, Unsupported
+from portakv.layout.packing import PACKED_DTYPE
 from portakv.migrate.connections import Connection, Sources
 from portakv.migrate.messages import Part, Ticket
 from portakv.migrate.shards import Piece, Shard, pieces, slices
@@ -38,7 +39,8 @@ class Cut(NamedTuple):
     """A piece, and the slices of both views.
 
     ``src`` is None if the owner's memory is not mapped. ``layers``: the layers of the reader's view
-    that the piece fills. ``token_bytes``: the bytes of a token in ``dst``.
+    that the piece fills. ``token_bytes``: the bytes of a token in ``dst``. ``packed``: a side has
+    packed blocks.
     """
 
     group: int
@@ -47,6 +49,7 @@ class Cut(NamedTuple):
     dst: KVView
     layers: range
     token_bytes: float
+    packed: bool = False
 
 
 class Step(NamedTuple):
@@ -68,6 +71,15 @@ class Step(NamedTuple):
         return self.cut.src
 
     @property
+    def page(self) -> int:
+        """Return the tokens that move together: those of a packed block or an opaque page, else
+        one."""
+        form = self.cut.dst.form
+        if self.cut.packed and not form.encoding:
+            return self.owner.handshake.described[self.cut.group].block_size
+        return page_of(self.cut.dst)
+
+    @property
     def nbytes(self) -> float:
         """Return the bytes of the step if no position is skipped."""
         return self.tokens * self.cut.token_bytes
@@ -86,6 +98,7 @@ class Step(NamedTuple):
             dst,
             cut.layers[window],
             token_bytes(dst.form),
+            cut.packed,
         )
         indices = self.src_index.shifted(first), self.dst_index.shifted(first)
         return Step(self.ticket, self.owner, part, *indices, self.first + first, tokens)
@@ -104,16 +117,17 @@ class Step(NamedTuple):
         ends = np.flatnonzero(complete[1:] != complete[:-1]).reshape(-1, 2)
         return [(int(a), int(b)) for a, b in ends]
 
-    def slices(self, most_bytes: int) -> Iterator[Slice]:
+    def slices(self, most_bytes: int, unit: int = 1) -> Iterator[Slice]:
         """Yield the parts that each cross in one staging buffer.
 
-        A part is as many layers as the buffer holds with all tokens, or tokens of one layer.
-        ``most_bytes``: the most bytes of a part. Raises `Unsupported` if the buffer holds no token.
+        A part is as many layers as the buffer holds with all tokens, or tokens of one layer, in
+        multiples of ``unit``. ``most_bytes``: the most bytes of a part, raw. Raises `Unsupported`
+        if the buffer holds no token.
         """
         dst = self.cut.dst
         space = self.owner.handshake.slot_bytes
         most = self.tokens
-        page = page_of(dst)
+        page = max(self.page, unit)
 
         def layer_bytes(tokens: int) -> int:
             return rows_bytes(dst, 1, tokens, dst.heads)
@@ -151,6 +165,34 @@ def indices_of(shards: Sequence[Shard], blocks: Sequence[Ids | None]) -> list[In
 def _named() -> AbstractContextManager[None]:
     """Have an error name the argument that it is about."""
     return naming("blocks", "lists of ids of the views' blocks")
+
+
+def check_packed(step: Step, verify: bool) -> None:
+    """Raise `Unsupported` if a step with a packed side is not one of whole blocks, or cannot be
+    verified."""
+    local = step.cut.dst.form
+    described = step.owner.handshake.described[step.cut.group]
+    remote = described.group
+    what = f"Pulling packed blocks of {step.owner.address}"
+    size = step.page
+    raw_size = 0
+    if not (local.encoding and remote.encoding):
+        if verify:
+            why = "checksums of packed and of raw blocks differ; leave verify out"
+            raise Unsupported(what, why)
+        raw_size = described.block_size if local.encoding else local.block_size
+        numbers = remote.numbers if local.encoding else local.dtypes
+        if {*numbers} != {PACKED_DTYPE}:
+            raise Unsupported(what, f"the raw side has rows of another type than {PACKED_DTYPE}")
+    if raw_size not in (0, size):
+        why = f"they have {size} tokens, the raw side's blocks have {raw_size}; make them equal"
+        raise Unsupported(what, why)
+    indices = step.src_index, step.dst_index
+    tokens = [step.tokens, *(index.offset for index in indices)]
+    steps = {index.plan_step for index in indices} - {0}
+    if any(number % size for number in tokens) or steps - {size}:
+        why = f"a packed block moves only whole; pull whole blocks of {size} tokens, by their ids"
+        raise Unsupported(what, why)
 
 
 class Planned(NamedTuple):
@@ -281,11 +323,14 @@ def _cuts(
         boxes = [owner.handshake.described[group].group.box for owner in owners]
         mapped = [n for n, owner in enumerate(owners) if owner.shards]
         own = shard.group.box
-        for piece in pieces(own, boxes, offered, mapped, shard.view.opaque):
+        form = shard.view.form
+        whole = form.opaque and not form.encoding
+        for piece in pieces(own, boxes, offered, mapped, whole):
             owner = owners[piece.owner]
             part = slices(piece.box, own)
             at = slices(piece.box, boxes[piece.owner])
             src = owner.shards[group].view.slice(**at) if owner.shards else None
             layers = range(part["layers"].start, part["layers"].stop)
             dst = shard.view.slice(**part)
-            yield Cut(group, piece, src, dst, layers, token_bytes(dst.form))
+            packed = bool(form.encoding or owner.handshake.described[group].group.encoding)
+            yield Cut(group, piece, src, dst, layers, token_bytes(dst.form), packed)

@@ -17,7 +17,7 @@ from typing import TypeAlias, cast
 
 import torch
 
-from portakv.copy.handle import BlockTransfer, Statistics
+from portakv.copy.handle import BlockTransfer
 from portakv.errors import (
     OfferGone,
     PeerError,
@@ -26,9 +26,10 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.graph.graph import Graph
-from portakv.graph.task import Task
+from portakv.graph import Graph, Task
 from portakv.migrate.connections import Source, Sources
+from portakv.migrate.crossed import Crossed, PullStatistics
+from portakv.migrate.crossed import Encoding as Encoding
 from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
 from portakv.migrate.named import LateLayer, Wanted, forked_error
 from portakv.migrate.words import fence
@@ -71,6 +72,10 @@ class Requested:
     #: Set if some tickets are names, when the pull has no sources before their offers exist, or if
     #: some offers are not complete.
     wanted: Wanted | None = None
+    #: What each task that takes rows has taken so far.
+    crossed: list[Crossed] = field(default_factory=list)
+    #: The caller requested an encoding.
+    encoded: bool = False
 
 
 class Part(Transfer):
@@ -193,7 +198,7 @@ class Pull(Transfer):
         return self.stopped and len(self._times) == 1
 
     @property
-    def statistics(self) -> Statistics:
+    def statistics(self) -> PullStatistics:
         """Return the figures of the pull so far; never block or raise.
 
         Bytes and blocks count after the commit. Blocks are this reader's requested blocks, in all
@@ -203,7 +208,11 @@ class Pull(Transfer):
         over = len(self._times) > 1
         requested = self.requested
         strategy, why = requested.strategy
-        return Statistics(
+        crossed = [*requested.crossed]
+        reasons = [each.why for each in crossed if each.why]
+        if requested.encoded and not crossed:
+            reasons = [why]
+        return PullStatistics(
             nbytes=int(requested.nbytes) if landed else 0,
             blocks=requested.blocks if landed else 0,
             blocks_requested=requested.blocks,
@@ -212,6 +221,10 @@ class Pull(Transfer):
             seconds=self._times[-1] - self._times[0] if over else None,
             slices=requested.pieces,
             cancelled=over and isinstance(self._verdict["error"], TransferCancelled),
+            wire_nbytes=sum([each.nbytes for each in crossed]),
+            packed=any(each.packed for each in crossed),
+            blocks_raw=sum([each.blocks_raw for each in crossed]),
+            raw_because=reasons[0] if reasons else "",
         )
 
     @property

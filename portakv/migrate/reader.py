@@ -20,7 +20,7 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Connections, listed, renamed
 from portakv.migrate.housekeeping import Housekeeper
 from portakv.migrate.issue import Issuer, Request
-from portakv.migrate.pull import Part, Pull
+from portakv.migrate.pull import Encoding, Part, Pull
 from portakv.migrate.shards import Shard
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.view.index import IdList
@@ -81,6 +81,7 @@ class Reader:
         max_gbps: float | None = None,
         options: CopyOptions | None = None,
         verify: bool = False,
+        encoding: Encoding | None = None,
         timeout: float | None = None,
     ) -> Pull:
         """Pull the rows of tickets into lists of blocks, one list for each shard; None: blocks from
@@ -99,6 +100,8 @@ class Reader:
                 that the same owner sends wait meanwhile.
             options: these four options, made once for many pulls, in place of them.
             verify: compare checksums of all bytes with the owners' before the commit.
+            encoding: "pack" or a `Pack`: owners that send rows pack blocks of bf16; those that do
+                not fit follow raw. Mapped memory is copied as it is. See `PullStatistics`.
             timeout: seconds from the call, handshake included; then the pull ends without a commit.
 
         Raises, or with a ticket by name or rows that are not complete ends with:
@@ -106,6 +109,7 @@ class Reader:
             LayoutError: rows that cannot become this reader's; layers or heads without an owner.
             SlotError: bad blocks on either side, or too few.
             Unsupported: memory that can neither be mapped nor sent; inside graph capture.
+            PackOverflow: blocks of a packed view that did not fit into it.
         """
         options = self._checked(options, by_layer, overlap, max_thread_blocks, max_gbps)
         if type(first) is not int or first < 0:
@@ -118,7 +122,7 @@ class Reader:
         if timeout is not None:
             seconds = arguments.seconds("timeout", timeout, optional=True)
         until = monotonic() + seconds
-        request = Request.of(self.shards, blocks, first, options, verify)
+        request = Request.of(self.shards, blocks, first, options, verify, encoding)
         packed = listed(tickets)
         by_name = self._by_name.pull(packed, request, until)
         if by_name is not None:

@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 
 from portakv import arguments
-from portakv.errors import LayoutError, Unsupported
+from portakv.errors import LayoutError
+from portakv.layout.packing import PACKED_DTYPE, parameters_of
 from portakv.migrate.messages import Box, Group, Range
 from portakv.view import KVView
 
@@ -29,23 +30,25 @@ class Shard:
     """A view and its window.
 
     ``layers`` and ``heads`` are each ``(from, to, of)`` on the model's axis; None: all of that
-    axis. Raises `LayoutError` for a window that does not match the view, and `Unsupported` for a
-    packed view.
+    axis. A packed view takes part with whole blocks only. Raises `LayoutError` for a window that
+    does not match the view.
     """
 
     def __init__(
         self, view: KVView, layers: Range | None = None, heads: Range | None = None
     ) -> None:
         arguments.instance("view", view, KVView, "Make one: KVView(tensors, layout).")
-        if view.form.encoding:
-            why = "rows cross as they are; unpack them, or share the tensors as a view of bytes"
-            raise Unsupported("A shard of a packed view", why)
         self.view = view
         form = view.form
         page = form.block_size if form.opaque else 0
+        numbers = form.dtypes
+        encoding = ""
+        if form.encoding:
+            numbers = (PACKED_DTYPE,) * form.kv
+            encoding = parameters_of(form.encoding).text
         ranges = _range("layers", layers, view), _range("heads", heads, view)
         #: The window, and the facts that the other side's shard must share (`unlike`).
-        self.group = Group(*ranges, form.widths, form.dtypes, page)
+        self.group = Group(*ranges, form.raw_widths, numbers, page, encoding)
 
 
 def _range(axis: str, requested: Range | None, view: KVView) -> Range:
@@ -85,7 +88,8 @@ def device_of(shards: Sequence[Shard]) -> torch.device:
 def unlike(local: Sequence[Group], remote: Sequence[Group]) -> str:
     """Return why rows of some shards cannot become rows of others, as a clause; empty if they can.
 
-    Windows, layouts and block sizes may differ.
+    Windows, layouts and block sizes may differ. One side may be packed: its rows are packed or
+    unpacked by the pull.
     """
     facts: list[tuple[str, object, object]] = [("groups", len(local), len(remote))]
     for nth, (one, other) in enumerate(zip(local, remote, strict=False)):
@@ -95,10 +99,22 @@ def unlike(local: Sequence[Group], remote: Sequence[Group]) -> str:
             (f"bytes of a row of group {nth}", one.widths, other.widths),
             (f"layers in all of group {nth}", one.layers[2], other.layers[2]),
             (f"heads in all of group {nth}", one.heads[2], other.heads[2]),
-            (f"tokens of a page of group {nth}", one.page, other.page),
+            (f"tokens of a page of group {nth}", *_pages(one, other)),
             *((f"numbers of group {nth}", a, b) for a, b in numbers if a and b),
         ]
+        if one.encoding and other.encoding:
+            facts.append((f"encoding of group {nth}", one.encoding, other.encoding))
     return ", ".join(f"{what}: {a} here and {b} there" for what, a, b in facts if a != b)
+
+
+def _pages(one: Group, other: Group) -> tuple[int, int]:
+    """Return the tokens of a page of each group; those of packed blocks count only between two
+    packed groups."""
+    pages = []
+    for this, that in ((one, other), (other, one)):
+        apart = this.encoding and not that.encoding
+        pages.append(0 if apart else this.page)
+    return pages[0], pages[1]
 
 
 class Piece(NamedTuple):

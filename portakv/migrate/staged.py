@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import groupby
 from math import inf
 from time import monotonic, sleep
 
@@ -27,9 +28,9 @@ from portakv.errors import (
     TransferTimeout,
 )
 from portakv.graph import Graph, Task
-from portakv.migrate.arrival import Arrival, InFlight, Scattered, arrivals
+from portakv.migrate.arrival import Arrival, Crossed, InFlight, Scattered, arrivals
 from portakv.migrate.buffers import StagingBuffer
-from portakv.migrate.checksum import MODULUS, checksum
+from portakv.migrate.checksum import MODULUS, checksum_of
 from portakv.migrate.connections import Source
 from portakv.migrate.messages import Answer, Gather, Stop, Stopped, Sum
 from portakv.migrate.plan import Step
@@ -61,9 +62,15 @@ class Taker:
     commits = False
 
     def __init__(
-        self, graph: Graph, steps: Sequence[Step], pull: Pull, max_gbps: float | None
+        self,
+        graph: Graph,
+        steps: Sequence[Step],
+        pull: Pull,
+        max_gbps: float | None,
+        crossed: Crossed,
     ) -> None:
         first = steps[0]
+        self._crossed = crossed
         self._source = Source(first.ticket, first.owner)
         self._stage = first.owner.staging
         self._pull = pull
@@ -74,7 +81,7 @@ class Taker:
         self._batch = MOST_PACED if max_gbps else BATCH
         queue = graph.queue(f"take:{first.owner.number}", width=first.owner.handshake.slots)
         self.task = Task(self._run, 1, queue=queue, name="take")
-        self.arrivals = arrivals(steps, max_gbps, self.task)
+        self.arrivals = arrivals(steps, max_gbps, self.task, crossed)
         self._in_flight = deque[InFlight]()
         self._scattered = deque[Scattered]()
         self._answers: list[Answer | PortaKVError] | None = None  # whether the offer held
@@ -93,10 +100,10 @@ class Taker:
         self._stage.takers.add(self)
         try:
             with torch.inference_mode(False), self._after.inside():
-                for start in range(0, len(self.arrivals), self._batch):
-                    self._take(self.arrivals[start : start + self._batch])
-                while self._in_flight:
-                    self._scatter()
+                self._take_each(self.arrivals)
+                if self._crossed.packed:
+                    self._settle(wait=True)  # only then it is known which blocks did not fit
+                    self._take_each([x for each in self.arrivals for x in each.again])
                 if self.commits:
                     for scattered in self._scattered:
                         self._await(scattered.moving.wait)
@@ -111,6 +118,16 @@ class Taker:
         finally:
             self._stage.takers.discard(self)
             self._release(error)
+
+    def _take_each(self, some: Sequence[Arrival]) -> None:
+        """Take slices by requests for some of them, and issue their copies."""
+        for encoding, alike in groupby(some, lambda each: each.encoding):
+            listed = [*alike]
+            self._crossed.packed |= bool(encoding)
+            for start in range(0, len(listed), self._batch):
+                self._take(listed[start : start + self._batch])
+        while self._in_flight:
+            self._scatter()
 
     @property
     def over(self) -> bool:
@@ -151,7 +168,8 @@ class Taker:
         ticket = self._source.ticket
         parts = tuple(each.step.owner_part(*each.part) for each in batch)
         name = self._stage.transport.name
-        gather = Gather(ticket.epoch, ticket.offer, parts, name, tag)
+        encoding = batch[0].encoding
+        gather = Gather(ticket.epoch, ticket.offer, parts, name, tag, encoding)
         ask(self._source, gather, self._pull, by=self._stage.channel.ask)
 
     def _free_buffer(self, lane: Lane, nbytes: int) -> StagingBuffer:
@@ -178,9 +196,10 @@ class Taker:
         scatter = arrival.scattering(buffer.chunks)  # the host's part, while the bytes arrive
         self._await(moving.follow)
         copy = scatter()
-        self._scattered.append(Scattered(arrival, moving, lane, copy))
+        scattered = Scattered(arrival, moving, lane, copy)
+        self._scattered.append(scattered)
         if buffer.memory.device.type == "cpu":  # no stream orders the next bytes after the copy
-            copy.synchronize()
+            scattered.has_ended(wait=True)
         buffer.copy = copy
         self._in_flight.popleft()
         self._stage.buffers.put(buffer)
@@ -189,16 +208,15 @@ class Taker:
     def _settle(self, wait: bool) -> None:
         """End the slices whose bytes and copies have ended, or wait for all."""
         while self._scattered:
-            arrival, moving, _, copy = self._scattered[0]
+            scattered = self._scattered[0]
+            arrival, moving, _, copy = scattered
             if not wait and not moving.over.is_set():
                 return
             self._await(moving.wait)
-            if copy.completions:  # else it had ended when it was issued
-                if wait:
-                    copy.synchronize()
-                elif not copy.done():
-                    return
-            arrival.end()
+            if not scattered.has_ended(wait):
+                return
+            self._crossed.nbytes += arrival.staged_bytes
+            self._crossed.blocks_raw += arrival.end_with(copy)
             self._scattered.popleft()
 
     def _release(self, error: BaseException | None) -> None:
@@ -317,7 +335,7 @@ def verified(step: Step, pull: Pull, *_: object) -> None:
     for start, end in step.runs():
         part = replace(whole, first=whole.first + start, count=end - start)
         dst_index = step.dst_index.shifted(start)
-        local += checksum(step.cut.dst, dst_index, part.count, step.cut.piece.box, part.first)
+        local += checksum_of(step.cut.dst, dst_index, part)
         request = Sum(step.ticket.epoch, step.ticket.offer, part)
         remote += ask(source, request, pull, inf).digest
     if (local - remote) % MODULUS:

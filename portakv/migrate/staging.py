@@ -2,15 +2,18 @@
 """Make the canonical chunk, the form of rows of every layout for transports and checksums.
 
 A chunk contains, for each kv, the layers in order; in each layer the tokens (or whole pages); in
-each token the heads.
+each token the heads. A packed chunk has blocks in place of tokens, and a slot for each head.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from portakv.copy.handle import BlockTransfer
+from portakv.errors import LayoutError, PackOverflow, PortaKVError
+from portakv.layout.packing import Pack, PackedPlane, parameters_of
 from portakv.registry.prepared import ASYNCHRONOUS
 from portakv.runtime.bounded import Bounded
 from portakv.view import Index, KVView
@@ -79,6 +82,74 @@ def bring_ids(index: Index, device: torch.device) -> None:
         index.add_copy(to_device(index.host_ids(), device, torch.int64))
 
 
+class Slots(NamedTuple):
+    """Packed rows in staging buffers: a slot for each block of ``unit`` tokens, layer, kv and
+    head."""
+
+    pack: Pack
+    unit: int
+
+    @classmethod
+    def requested(cls, view: KVView, text: str, first: int, count: int) -> Slots | None:
+        """Return how an owner packs ``count`` tokens of a view from token ``first`` on, which a
+        reader requests in the encoding of ``text``; None: they cross raw.
+
+        Raises:
+            LayoutError: a part of a block, or another encoding than that of a packed view.
+            InvalidTerms: no encoding of this release.
+        """
+        own = parameters_of(view.form.encoding).text if view.form.encoding else ""
+        if not (text or own):
+            return None
+        unit = view.block_size or 0
+        whole = unit > 0 and first % unit == count % unit == 0
+        if not (text and whole and own in ("", text)):
+            raise LayoutError(
+                f"Expected a request for whole blocks of {view}, got tokens {first} + {count} as "
+                f"{text or 'raw rows'}. Connect sides of one release."
+            )
+        return cls(Pack.of_text(text), unit)
+
+    def planes(self, view: KVView) -> list[PackedPlane]:
+        """Return the geometry of a slot for each kv of a view.
+
+        Raises `Unsupported` or `InvalidTerms` if the encoding has no such slots.
+        """
+        return [self.pack.plane(self.unit * width // 2) for width in view.form.raw_widths]
+
+    def nbytes(self, view: KVView, layers: int, count: int, heads: int) -> int:
+        """Return the bytes of a packed chunk for some layers, tokens and heads of a view."""
+        slots = layers * (count // self.unit) * heads
+        sizes = [slots * plane.slot_bytes for plane in self.planes(view)]
+        return sum([-(-size // _ALIGNED) * _ALIGNED for size in sizes])
+
+    def chunk(
+        self, view: KVView, count: int, buffer: torch.Tensor
+    ) -> tuple[list[torch.Tensor], KVView]:
+        """Return a packed chunk for ``count`` tokens of a view, which are whole blocks.
+
+        The tensors are, for each kv, uint8 ``[layers, blocks, heads, slot]``, in the first bytes of
+        ``buffer``.
+        """
+        made = list[torch.Tensor]()
+        at = 0
+        for plane in self.planes(view):
+            shape = view.layers, count // self.unit, view.heads, plane.slot_bytes
+            nbytes = shape[0] * shape[1] * shape[2] * shape[3]
+            made.append(buffer[at : at + nbytes].view(shape))
+            at += -(-nbytes // _ALIGNED) * _ALIGNED
+        dims = tuple([width // 2 for width in view.form.raw_widths])
+        slots = KVView(
+            made,
+            "kv | layer block head page",
+            kv=view.kv,
+            block_size=self.unit,
+            dim=dims,
+            encoding=self.pack,
+        )
+        return made, slots
+
+
 class Chunks:
     """The chunks that lie in the memory of a staging buffer, each made once."""
 
@@ -93,6 +164,11 @@ class Chunks:
         rows = view.kv, view.layers, view.heads, tuple(view.widths)
         key = *rows, view.opaque, page_of(view), count
         return self._made.get_or_make(key, lambda: chunk(view, count, self._memory))
+
+    def packed(self, view: KVView, count: int, slots: Slots) -> tuple[list[torch.Tensor], KVView]:
+        """Return the packed chunk for ``count`` tokens of a view; see `Slots.chunk`."""
+        key = view.kv, view.layers, view.heads, view.form.raw_widths, slots, count
+        return self._made.get_or_make(key, lambda: slots.chunk(view, count, self._memory))
 
 
 def chunk(
@@ -117,3 +193,27 @@ def chunk(
     layout = "kv | layer block page" if view.opaque else "kv | layer token (head dim)"
     paged: dict[str, Any] = {"block_size": size} if view.opaque else {"heads": view.heads}
     return made, KVView(made, layout, kv=view.kv, dim=view.widths, **paged)
+
+
+def has_ended(copy: BlockTransfer, wait: bool) -> bool:
+    """Return True if a copy has ended, or wait for it; blocks that do not fit raise nothing."""
+    try:
+        if not wait:
+            return copy.done()
+        copy.synchronize()
+    except PackOverflow:
+        return True
+    return True
+
+
+def unfit_blocks(copy: BlockTransfer) -> list[int]:
+    """Return the positions of the blocks of a copy that has ended that did not fit; raise its other
+    errors."""
+    unfit = set[int]()
+    for end in copy.completions:
+        error: PortaKVError | None = end.error
+        if isinstance(error, PackOverflow):
+            unfit.update(error.src_blocks)
+        elif error is not None:
+            raise error
+    return sorted(unfit)

@@ -196,6 +196,13 @@ class Form:
         return replace(self, block_size=1, opaque=False, encoding=())
 
     @property
+    def raw_widths(self) -> tuple[int, ...]:
+        """Return the bytes of a raw row for each kv: ``widths``, unless blocks are packed."""
+        if not self.encoding:
+            return self.widths
+        return tuple([plane.raw_bytes // self.block_size for plane in self.encoding])
+
+    @property
     def kv(self) -> int:
         """Return the number of parts."""
         return len(self.parts)

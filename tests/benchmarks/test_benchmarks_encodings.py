@@ -85,3 +85,21 @@ def test_a_link_needs_a_device() -> None:
     bench_ = EncodingBench(torch.device("cpu"), TINY)
     with pytest.raises(Unsupported, match="Packed copies over a link"):
         next(iter(across.across_steps(bench_)))
+
+
+@pytest.mark.slow
+def test_pulls_by_transports_are_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--encodings", "--device", "cpu", "--preset", "tiny", "--out", str(tmp_path)]
+    assert bench.main([*words, "--only", "transports"]) == 0
+    (file,) = tmp_path.glob("*.json")
+    rows: list[Row] = json.loads(file.read_text())["rows"]
+    (raw,) = having(rows, backend="raw")
+    (packed,) = having(rows, backend="pack")
+    assert raw["verified"]
+    assert packed["verified"]
+    assert packed["of_raw"] > 0
+    assert raw["wire_bytes"] == raw["payload_bytes"] == packed["payload_bytes"]
+    assert (raw["payload_to_wire"], packed["payload_to_wire"]) == (1, 1.306)
+    assert "packed and raw pulls through staging buffers" in capsys.readouterr().out

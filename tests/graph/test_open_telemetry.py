@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.migrate_channels import until
 from support.migrate_pulls import Rows, sides
 
@@ -120,6 +121,22 @@ def test_a_pull_continues_the_trace_of_its_ticket(spans: Any) -> None:
     assert [link.context.span_id for link in pull.links] == [decode.get_span_context().span_id]
     assert pull.attributes["portakv.pull.size"] == 20 * rows.view.form.token_bytes
     assert offer.attributes["portakv.offer.state"] == "taken"
+
+
+def test_a_span_says_what_crossed_packed(spans: Any) -> None:
+    _, exporter = spans
+    shape = 2, 2, 4, 16, 4, 16
+    src, dst = (torch.ones(shape, dtype=torch.bfloat16, device="cpu") for _ in range(2))
+    with sides() as made:
+        owner = made.owner(Rows.shard_of(src), expose="staging")
+        reader = made.reader(Rows.shard_of(dst))
+        pulled = reader.pull(owner.offer([1, 2], tokens=32).ticket, [3, 0], encoding="pack")
+        pulled.synchronize(LIMIT)
+        assert until(lambda: finished(exporter, "portakv pull"), LIMIT)
+    (pull,) = finished(exporter, "portakv pull")
+    size = pull.attributes["portakv.pull.size"]
+    assert pull.attributes["portakv.pull.wire_size"] == pulled.statistics.wire_nbytes < size
+    assert pull.attributes["portakv.pull.blocks_raw"] == 0
 
 
 def test_a_pull_that_fails_says_so_in_its_span(spans: Any) -> None:

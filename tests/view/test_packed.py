@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from portakv import CopyPlan, InvalidTerms, KVView, LayoutError, Pack, Unsupported
-from portakv.migrate import Shard
 
 IMAGE = "block layer kv head page"
 SLOT = 448  # bytes of planes of 256 values
@@ -105,5 +104,3 @@ def test_no_plan_of_rows_reads_a_packed_view() -> None:
             CopyPlan(src.form, dst.form, 16, 16)
     with pytest.raises(LayoutError, match="packed by 'pack'"):
         view.plane(0, 0)
-    with pytest.raises(Unsupported, match="shard of a packed view"):
-        Shard(view)

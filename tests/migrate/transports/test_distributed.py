@@ -316,6 +316,31 @@ def test_pulls_between_devices_that_are_cancelled_leave_one_group_in_step(
 
 
 @pytest.mark.simdev
+@pytest.mark.parametrize("size", [16, 32])
+def test_devices_pack_and_unpack_slots(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """A block that does not fit is known only when the reader's device has ended its copy."""
+    monkeypatch.setitem(TRANSPORTS.targets, Simulated.name, Simulated)
+    values = torch.arange(2 * 2 * 8 * 16 * 4 * 32, dtype=torch.int64).view(2, 2, 8, 16, 4, 32)
+    remote = (1 + values % 100 / 100).bfloat16()
+    noise = values[1, 0, 3, :, 2].mul(12345).to(torch.int16)  # all exponents in turn
+    remote[1, 0, 3, :, 2] = noise.view(torch.bfloat16)
+    there = remote.to(DEVICE)
+    local = torch.zeros(2, 2, 8, size, 4, 32, dtype=torch.bfloat16, device=OTHER)
+    with sides() as made, inside(torch.Stream(DEVICE)), inside(torch.Stream(OTHER)):
+        owner = made.owner(Shard(KVView([*there], LAYOUT)), expose="staging", staging=1 << 20)
+        reader = made.reader(Shard(KVView([*local], LAYOUT)), transport=Simulated.name)
+        blocks = [5, 3, 6, 0]
+        into = [2, 7, 1, 4][: 4 * 16 // size]
+        pulled = reader.pull(owner.offer(blocks, tokens=64).ticket, into, encoding="pack")
+        pulled.synchronize(60)
+        rows = local.cpu()[:, :, into].flatten(2, 3).view(torch.int16)
+    assert torch.equal(rows, remote[:, :, blocks].flatten(2, 3).view(torch.int16))
+    assert pulled.statistics.strategy == Simulated.name
+    assert pulled.statistics.packed
+    assert pulled.statistics.blocks_raw == 1
+
+
+@pytest.mark.simdev
 def test_a_death_ends_the_slots_that_cross_on_a_device_and_aborts_their_group() -> None:
     """Fault 5. Two are on their way; neither counts, and no thread is left."""
     both = Wire(Simulated, NEVER, (str(DEVICE), str(OTHER)))

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoding and the figures of rows that cross through staging buffers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from portakv.copy.handle import Statistics
+from portakv.layout.packing import Pack as Pack
+from portakv.view.packed import as_pack
+
+#: What callers pass: the usual parameters, or others.
+Encoding: TypeAlias = Literal["pack"] | Pack
+
+
+def pack_of(encoding: Encoding | None) -> Pack | None:
+    """Return the parameters of an encoding; None for raw rows. Raises `InvalidTerms` for another
+    value."""
+    return None if encoding is None else as_pack(encoding)
+
+
+@dataclass
+class Crossed:
+    """The rows that a task has taken from an owner that sends them.
+
+    Attributes:
+        pack: how the caller wants them packed; None: as they are.
+        nbytes: bytes in staging buffers.
+        packed: some slices were packed.
+        blocks_raw: blocks of packed slices that did not fit, once for each slice.
+        why: why rows that were to be packed crossed raw, as a clause.
+    """
+
+    pack: Pack | None = None
+    nbytes: int = 0
+    packed: bool = False
+    blocks_raw: int = 0
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PullStatistics(Statistics):
+    """The progress of a pull.
+
+    Attributes:
+        wire_nbytes: bytes that have crossed through staging buffers; 0 for mapped memory, which is
+            never packed.
+        packed: some of these bytes were packed rows.
+        blocks_raw: blocks that did not fit into slots and were sent raw afterwards, counted once
+            for each slice of a pull that had them.
+        raw_because: why rows crossed raw although an encoding was requested, as a clause; empty if
+            none did for another reason than ``blocks_raw``.
+    """
+
+    wire_nbytes: int = 0
+    packed: bool = False
+    blocks_raw: int = 0
+    raw_because: str = ""

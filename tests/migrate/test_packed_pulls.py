@@ -1,0 +1,538 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pulls whose rows cross packed, and offers and pulls of packed views: bit by bit as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+from support.migrate_pulls import Sides, sides
+
+from portakv import Index, KVView, Pack, copy_blocks
+from portakv.errors import (
+    InvalidTerms,
+    LayoutError,
+    PackOverflow,
+    PortaKVError,
+    TransferError,
+    Unsupported,
+)
+from portakv.layout.packing import FLAG_AT
+from portakv.migrate import Shard
+from portakv.migrate.crossed import PullStatistics
+from portakv.migrate.crossing import scattered
+from portakv.migrate.ipc import shared_empty
+from portakv.migrate.staging import Slots
+
+LAYOUT = "layer | kv block token head dim"
+IMAGE = "block layer kv head page"
+LAYERS = 2
+HEADS = 4
+SIZE = 16
+DIM = 32
+#: A block of raw rows, and of slots.
+RAW_BYTES = LAYERS * 2 * HEADS * SIZE * DIM * 2
+SLOT_BYTES = LAYERS * 2 * HEADS * Pack().plane(SIZE * DIM).slot_bytes
+LIMIT = 60.0
+BLOCKS = [7, 3, 11, 0, 5]
+FULL = pytest.mark.full
+METHODS = pytest.mark.parametrize("method", ["mapped", "staging"])
+
+
+@pytest.fixture
+def made() -> Iterator[Sides]:
+    with sides() as those:
+        yield those
+
+
+class Raw:
+    """A cache of bf16 in shared memory: normally distributed values, or one value."""
+
+    def __init__(
+        self,
+        blocks: int = 12,
+        size: int = SIZE,
+        heads: int = HEADS,
+        dim: int = DIM,
+        fill: float | None = None,
+    ) -> None:
+        self.whole = shared_empty((LAYERS, 2, blocks, size, heads, dim), torch.bfloat16)
+        if fill is None:
+            seeded = torch.Generator(device="cpu").manual_seed(1)
+            values = torch.randn(self.whole.shape, generator=seeded, device="cpu")
+            self.whole.copy_(values.to(torch.bfloat16))
+        else:
+            self.whole.fill_(fill)
+        self.view = KVView([*self.whole], LAYOUT)
+
+    def spoil(self, *blocks: int) -> None:
+        """Fill a plane of each block with so many exponents that no slot holds it."""
+        for block in blocks:
+            noise(self.whole[1, 0, block, :, 2])
+
+    def bits(self, blocks: Any, tokens: int, first: int = 0) -> torch.Tensor:
+        """Return the bits of tokens of blocks, ``[layer, kv, token, head, dim]``."""
+        rows = self.whole[:, :, torch.as_tensor(blocks)].flatten(2, 3)[:, :, first:tokens]
+        return rows.contiguous().view(torch.int16)
+
+
+class Packed:
+    """A cache of slots in shared memory, and its blocks as raw rows."""
+
+    def __init__(self, blocks: int = 12, heads: int = HEADS, pack: Pack | None = None) -> None:
+        pack = pack or Pack()
+        slot = pack.plane(SIZE * DIM).slot_bytes
+        self.whole = shared_empty((blocks, LAYERS, 2, heads, slot), torch.uint8)
+        self.whole.zero_()
+        self.view = KVView(self.whole, IMAGE, block_size=SIZE, dim=DIM, encoding=pack)
+
+    def of(self, raw: Raw) -> Packed:
+        """Pack all blocks of a raw cache, but for those that do not fit."""
+        try:
+            every = range(len(self.whole))
+            copy_blocks(raw.view, self.view, every, every).synchronize()
+        except PackOverflow:
+            pass
+        return self
+
+    def raw(self) -> Raw:
+        """Return the blocks unpacked."""
+        heads = self.whole.shape[3]
+        raw = Raw(len(self.whole), heads=heads, fill=0.0)
+        every = range(len(self.whole))
+        copy_blocks(self.view, raw.view, every, every).synchronize()
+        return raw
+
+
+def noise(rows: torch.Tensor) -> None:
+    """Fill rows with patterns of all exponents in turn."""
+    count = torch.arange(rows.numel(), dtype=torch.int64, device="cpu") * 12345
+    rows.copy_(count.to(torch.int16).view(torch.bfloat16).view(rows.shape))
+
+
+def pulled(
+    made: Sides, src: Any, dst: Any, into: Any, tokens: int = 80, **options: Any
+) -> PullStatistics:
+    """Pull the first tokens of `BLOCKS`; return the figures."""
+    method = options.pop("method", "staging")
+    staging = options.pop("staging", 1 << 20)
+    blocks = options.pop("blocks", BLOCKS)
+    owner = made.owner(Shard(src.view), expose=method, staging=staging)
+    reader = made.reader(Shard(dst.view))
+    pull = reader.pull(owner.offer(blocks, tokens=tokens).ticket, into, **options)
+    pull.synchronize(LIMIT)
+    return pull.statistics
+
+
+def change_slots(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], object]) -> None:
+    """Change the slots that arrive, ``[layers, blocks, heads, slot]``."""
+
+    def changed(src: KVView, *rest: Any) -> Any:
+        for tensor in cast("list[torch.Tensor]", src.tensors):
+            change(tensor)
+        return scattered(src, *rest)
+
+    monkeypatch.setattr("portakv.migrate.arrival.scattered", changed)
+
+
+def flip(slots: torch.Tensor) -> None:
+    """Flip a bit of a value of a slot."""
+    slots[0, 1, 2, 5] ^= 1
+
+
+# --- raw rows that cross packed
+
+
+def test_every_pattern_crosses(made: Sides) -> None:
+    """NaN payloads, infinities, denormals and zeros of both signs; two exponents in a plane."""
+    src = Raw(8)
+    dst = Raw(8, fill=0.0)
+    patterns = torch.arange(1 << 16, dtype=torch.int32, device="cpu").view(2, 256, 128)
+    by_exponent = patterns.movedim(0, 1).to(torch.int16).reshape(8, LAYERS, 2, HEADS, SIZE, DIM)
+    src.whole.copy_(by_exponent.view(torch.bfloat16).permute(1, 2, 0, 4, 3, 5))
+    seen = pulled(made, src, dst, range(8), 128, blocks=range(8), encoding="pack")
+    assert torch.equal(src.bits(range(8), 128), dst.bits(range(8), 128))
+    assert len(dst.whole.view(torch.int16).unique()) == 1 << 16
+    assert seen.packed
+    assert seen.blocks_raw == 0
+
+
+@pytest.mark.parametrize(
+    "staging", [1 << 15, pytest.param(1 << 20, marks=FULL)], ids=["slices", "whole"]
+)
+def test_slots_cross_and_figures_say_so(made: Sides, staging: int) -> None:
+    src = Raw()
+    dst = Raw(fill=0.0)
+    seen = pulled(made, src, dst, [6, 1, 4, 2, 9], staging=staging, encoding="pack")
+    assert torch.equal(src.bits(BLOCKS, 80), dst.bits([6, 1, 4, 2, 9], 80))
+    assert (seen.nbytes, seen.wire_nbytes) == (5 * RAW_BYTES, 5 * SLOT_BYTES)
+    assert (seen.packed, seen.raw_because) == (True, "")
+
+
+def test_rows_cross_raw_unless_an_encoding_is_requested(made: Sides) -> None:
+    src = Raw()
+    dst = Raw(fill=0.0)
+    seen = pulled(made, src, dst, BLOCKS)
+    assert seen.wire_nbytes == 5 * RAW_BYTES
+    assert not seen.packed
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_blocks_that_do_not_fit_follow_raw(made: Sides, size: int) -> None:
+    """Of one slice, next to each other and apart, also if the reader's blocks are larger."""
+    src = Raw()
+    dst = Raw(size=size, fill=0.0)
+    src.spoil(7, 3, 0)
+    into = [6, 1, 4, 2, 9] if size == SIZE else [6, 1, 4]
+    seen = pulled(made, src, dst, into, encoding="pack", verify=True)
+    assert torch.equal(src.bits(BLOCKS, 80), dst.bits(into, 80))
+    assert seen.blocks_raw == 3
+    assert seen.wire_nbytes == 5 * SLOT_BYTES + 3 * RAW_BYTES
+
+
+def test_without_their_flags_such_blocks_would_be_lost(
+    made: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: no second pass brings them."""
+
+    def unflag(slots: torch.Tensor) -> None:
+        slots[..., Pack().plane(SIZE * DIM).head_at + FLAG_AT] = 0
+
+    change_slots(monkeypatch, unflag)
+    src = Raw()
+    dst = Raw(fill=0.0)
+    src.spoil(3)
+    seen = pulled(made, src, dst, BLOCKS, encoding="pack")
+    assert not torch.equal(src.bits(BLOCKS, 80), dst.bits(BLOCKS, 80))
+    assert seen.blocks_raw == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "first"),
+    [
+        (32, 21),
+        pytest.param(8, 16, marks=FULL),
+        pytest.param(16, 0, marks=FULL),
+        pytest.param(16, 21, marks=FULL),
+    ],
+)
+def test_parts_of_blocks_cross_raw(made: Sides, size: int, first: int) -> None:
+    """The reader's blocks may be smaller or larger, and both ends of the request may be cut."""
+    src = Raw()
+    dst = Raw(24, size=size, fill=0.0)
+    src.spoil(11)
+    into = range(20, 20 - -(-75 // size), -1)
+    terms = {"first": first, "encoding": "pack", "verify": True}
+    seen = pulled(made, src, dst, into, 75, **terms)
+    assert torch.equal(src.bits(BLOCKS, 75, first), dst.bits(into, 75, first))
+    assert seen.packed
+    assert seen.raw_because == "a part of a block of 16 tokens cannot be packed"
+
+
+def test_skipped_blocks_stay(made: Sides) -> None:
+    """The owner has no rows for an id of -1; the reader wants none for its own."""
+    src = Raw()
+    dst = Raw(fill=0.0)
+    owner = made.owner(Shard(src.view), expose="staging")
+    reader = made.reader(Shard(dst.view))
+    offer = owner.offer([7, -1, 11], tokens=48)
+    reader.pull(offer.ticket, [6, -1, 4], encoding="pack").synchronize(LIMIT)
+    assert torch.equal(src.bits([7, 11], 32), dst.bits([6, 4], 32))
+    assert not dst.whole[:, :, [0, 1, 2, 3, 5, 7, 8, 9, 10, 11]].any()
+
+
+@pytest.mark.parametrize("spoilt", [pytest.param([], marks=FULL), [3]], ids=["fits", "spoilt"])
+def test_two_ranks_pull_their_heads_and_one_pulls_of_two(made: Sides, spoilt: list[int]) -> None:
+    whole = Raw()
+    whole.spoil(*spoilt)
+    owner = made.owner(Shard(whole.view), expose="staging")
+    halves = [Raw(heads=2, fill=0.0) for _ in range(2)]
+    windows = [(0, 2, 4), (2, 4, 4)]
+    for half, window in zip(halves, windows, strict=True):
+        reader = made.reader(Shard(half.view, heads=window))
+        offer = owner.offer(BLOCKS, tokens=80)
+        pull = reader.pull(offer.ticket, BLOCKS, encoding="pack")
+        pull.synchronize(LIMIT)
+        heads = slice(*window[:2])
+        assert torch.equal(whole.bits(BLOCKS, 80)[..., heads, :], half.bits(BLOCKS, 80))
+        # The plane that does not fit is that of head 2.
+        assert pull.statistics.blocks_raw == (len(spoilt) if window[0] else 0)
+
+    owners = [
+        made.owner(Shard(half.view, heads=window), expose="staging")
+        for half, window in zip(halves, windows, strict=True)
+    ]
+    joined = Raw(fill=0.0)
+    reader = made.reader(Shard(joined.view))
+    tickets = [each.offer(BLOCKS, tokens=80).ticket for each in owners]
+    pull = reader.pull(tickets, BLOCKS, encoding="pack")
+    pull.synchronize(LIMIT)
+    assert torch.equal(whole.bits(BLOCKS, 80), joined.bits(BLOCKS, 80))
+    assert pull.statistics.wire_nbytes == 5 * SLOT_BYTES + len(spoilt) * RAW_BYTES // 2
+
+
+def test_owners_of_some_blocks_each(made: Sides) -> None:
+    """The reader's ids are then slots, so that its part is unpacked between."""
+    src = Raw()
+    dst = Raw(fill=0.0)
+    owners = [made.owner(Shard(src.view), expose="staging") for _ in range(2)]
+    ids = [[7, -1, 11], [-1, 3, -1]]
+    tickets = [owner.offer(some, tokens=48).ticket for owner, some in zip(owners, ids, strict=True)]
+    pull = made.reader(Shard(dst.view)).pull(tickets, [2, 0, 1], encoding="pack")
+    pull.synchronize(LIMIT)
+    assert torch.equal(src.bits([7, 3, 11], 48), dst.bits([2, 0, 1], 48))
+    assert pull.statistics.packed
+
+
+def test_layers_end_with_their_blocks_that_do_not_fit(made: Sides) -> None:
+    src = Raw()
+    dst = Raw(fill=0.0)
+    src.spoil(3)
+    owner = made.owner(Shard(src.view), expose="staging", staging=1 << 17)
+    reader = made.reader(Shard(dst.view))
+    pull = reader.pull(
+        owner.offer(BLOCKS, tokens=80).ticket, BLOCKS, by_layer=True, encoding="pack"
+    )
+    for layer, end in enumerate(pull.layers):
+        end.synchronize(LIMIT)
+        assert torch.equal(src.bits(BLOCKS, 80)[layer], dst.bits(BLOCKS, 80)[layer])
+    pull.synchronize(LIMIT)
+    assert pull.statistics.blocks_raw == 1
+
+
+@pytest.mark.parametrize("unit", [pytest.param("layers", marks=FULL), "tokens"])
+def test_rows_that_are_still_written(made: Sides, unit: Any) -> None:
+    src = Raw()
+    dst = Raw(fill=0.0)
+    src.spoil(3)
+    owner = made.owner(Shard(src.view), expose="staging")
+    reader = made.reader(Shard(dst.view))
+    offer = owner.offer(BLOCKS, tokens=80, progress=unit)
+    pull = reader.pull(offer.ticket, BLOCKS, by_layer=True, encoding="pack")
+    for mark in (1, LAYERS) if unit == "layers" else (21, 80):
+        offer.raise_to(mark)
+    pull.synchronize(LIMIT)
+    assert torch.equal(src.bits(BLOCKS, 80), dst.bits(BLOCKS, 80))
+    assert pull.statistics.packed
+
+
+def test_a_rate_counts_the_bytes_that_cross(made: Sides) -> None:
+    src = Raw()
+    dst = Raw(fill=0.0)
+    pulled(made, src, dst, BLOCKS, encoding=Pack(3), max_gbps=0.1)
+    assert torch.equal(src.bits(BLOCKS, 80), dst.bits(BLOCKS, 80))
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["verify", "no guard"])
+def test_a_flipped_bit_on_the_wire(
+    made: Sides, monkeypatch: pytest.MonkeyPatch, guarded: bool
+) -> None:
+    """The control commits it."""
+    change_slots(monkeypatch, flip)
+    src = Raw()
+    dst = Raw(fill=0.0)
+    terms: dict[str, Any] = {"encoding": "pack", "verify": guarded}
+    if guarded:
+        with pytest.raises(TransferError, match="checksums"):
+            pulled(made, src, dst, BLOCKS, **terms)
+    else:
+        pulled(made, src, dst, BLOCKS, **terms)
+        assert not torch.equal(src.bits(BLOCKS, 80), dst.bits(BLOCKS, 80))
+
+
+def test_mapped_rows_are_never_packed(made: Sides) -> None:
+    src = Raw()
+    dst = Raw(fill=0.0)
+    seen = pulled(made, src, dst, BLOCKS, method="mapped", encoding="pack")
+    assert torch.equal(src.bits(BLOCKS, 80), dst.bits(BLOCKS, 80))
+    assert (seen.packed, seen.wire_nbytes) == (False, 0)
+    assert seen.raw_because == "the owners' memory can be mapped"
+
+
+def halves(*_: object) -> KVView:
+    return KVView([*torch.zeros(LAYERS, 2, 12, SIZE, HEADS, DIM, dtype=torch.float16)], LAYOUT)
+
+
+def small(*_: object) -> KVView:
+    return KVView([*torch.zeros(LAYERS, 2, 12, 2, HEADS, 8, dtype=torch.bfloat16)], LAYOUT)
+
+
+def pages(*_: object) -> KVView:
+    return KVView(torch.zeros(LAYERS, 12, 256, dtype=torch.uint8), "layer block page", block_size=2)
+
+
+def flat(*_: object) -> KVView:
+    rows = torch.zeros(LAYERS, 2, 12 * SIZE, HEADS, DIM, dtype=torch.bfloat16)
+    return KVView(rows, "layer kv token head dim")
+
+
+def cache(*_: object) -> KVView:
+    return Raw().view
+
+
+@pytest.mark.parametrize(
+    ("view", "ids", "encoding", "why"),
+    [
+        (halves, [1, 2], "pack", "'pack' takes rows of bfloat16 alone"),
+        pytest.param(small, [1], "pack", "block_size x dim must be a multiple", marks=FULL),
+        pytest.param(pages, [1], "pack", "'pack' takes rows, not opaque pages", marks=FULL),
+        pytest.param(flat, [1, 2], "pack", "the owner's view has no blocks", marks=FULL),
+        (cache, Index([1, 2], 1), "pack", "the offer does not name blocks of 16 tokens"),
+        pytest.param(cache, [1], Pack(4, 2048), "its slots are not smaller", marks=FULL),
+    ],
+)
+def test_rows_that_cannot_be_packed_cross_raw(
+    made: Sides, view: Callable[[], KVView], ids: Any, encoding: Any, why: str
+) -> None:
+    owner = made.owner(Shard(view()), expose="staging")
+    reader = made.reader(Shard(view()))
+    pull = reader.pull(owner.offer(ids, tokens=2).ticket, [3, 4], encoding=encoding)
+    pull.synchronize(LIMIT)
+    assert not pull.statistics.packed
+    assert pull.statistics.raw_because.startswith(why)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [("zip", "Expected encoding to be 'pack'"), (Pack(4, 32), "Expected slot_bytes above")],
+)
+def test_another_encoding_is_refused(made: Sides, encoding: Any, text: str) -> None:
+    with pytest.raises(InvalidTerms, match=text):
+        pulled(made, Raw(), Raw(), BLOCKS, encoding=encoding)
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "count", "error"),
+    [
+        ("pack/1:4", 3, 16, LayoutError),
+        ("pack/1:4", 16, 15, LayoutError),
+        ("zip/1", 0, 16, InvalidTerms),
+        ("pack/2:4", 0, 16, InvalidTerms),
+    ],
+)
+def test_an_owner_refuses_a_request_for_other_slots(
+    text: str, first: int, count: int, error: type[PortaKVError]
+) -> None:
+    assert Slots.requested(Raw().view, "", 3, 5) is None
+    assert Slots.requested(Raw().view, "pack/1:4", 16, 32) == Slots(Pack(), SIZE)
+    with pytest.raises(error):
+        Slots.requested(Raw().view, text, first, count)
+    with pytest.raises(LayoutError):  # packed rows cross in their own slots alone
+        Slots.requested(Packed().view, "" if error is LayoutError else "pack/1:3", 0, 16)
+
+
+# --- packed views
+
+
+@pytest.mark.parametrize(
+    ("method", "verify"),
+    [
+        ("mapped", False),
+        ("staging", True),
+        pytest.param("mapped", True, marks=FULL),
+        pytest.param("staging", False, marks=FULL),
+    ],
+)
+def test_slots_are_copied_as_they_are(made: Sides, method: str, verify: bool) -> None:
+    src = Packed().of(Raw())
+    dst = Packed()
+    seen = pulled(made, src, dst, [6, 1, 4, 2, 9], method=method, verify=verify)
+    assert torch.equal(src.whole[BLOCKS], dst.whole[[6, 1, 4, 2, 9]])
+    assert not dst.whole[[0, 3, 5, 7, 8, 10, 11]].any()
+    assert seen.nbytes == 5 * SLOT_BYTES
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["verify", "no guard"])
+def test_a_checksum_finds_a_slot_that_changed(
+    made: Sides, monkeypatch: pytest.MonkeyPatch, guarded: bool
+) -> None:
+    """The control commits it."""
+    change_slots(monkeypatch, flip)
+    src = Packed().of(Raw())
+    dst = Packed()
+    terms: dict[str, Any] = {"verify": guarded}
+    if guarded:
+        with pytest.raises(TransferError, match="checksums"):
+            pulled(made, src, dst, BLOCKS, **terms)
+    else:
+        pulled(made, src, dst, BLOCKS, **terms)
+        assert not torch.equal(src.whole[BLOCKS], dst.whole[BLOCKS])
+
+
+@METHODS
+def test_the_reader_unpacks(made: Sides, method: str) -> None:
+    raw = Raw()
+    dst = Raw(fill=0.0)
+    pulled(made, Packed().of(raw), dst, [6, 1, 4, 2, 9], method=method)
+    assert torch.equal(raw.bits(BLOCKS, 80), dst.bits([6, 1, 4, 2, 9], 80))
+
+
+@METHODS
+def test_packed_blocks_follow_a_mark_when_they_are_whole(made: Sides, method: str) -> None:
+    raw = Raw()
+    dst = Raw(fill=0.0)
+    owner = made.owner(Shard(Packed().of(raw).view), expose=method)
+    reader = made.reader(Shard(dst.view))
+    offer = owner.offer(BLOCKS, tokens=80, progress="tokens")
+    pull = reader.pull(offer.ticket, BLOCKS, by_layer=True)
+    for mark in (21, 80):
+        offer.raise_to(mark)
+    pull.synchronize(LIMIT)
+    assert torch.equal(raw.bits(BLOCKS, 80), dst.bits(BLOCKS, 80))
+
+
+@METHODS
+def test_ranks_read_slots_of_their_heads(made: Sides, method: str) -> None:
+    raw = Raw()
+    whole = Packed().of(raw)
+    owner = made.owner(Shard(whole.view), expose=method)
+    halves = [Packed(heads=2) for _ in range(2)]
+    for half, window in zip(halves, [(0, 2, 4), (2, 4, 4)], strict=True):
+        reader = made.reader(Shard(half.view, heads=window))
+        offer = owner.offer(BLOCKS, tokens=80)
+        pull = reader.pull(offer.ticket, BLOCKS, by_layer=True)
+        pull.synchronize(LIMIT)
+    both = torch.cat([half.raw().bits(BLOCKS, 80) for half in halves], dim=3)
+    assert torch.equal(both, raw.bits(BLOCKS, 80))
+
+
+@METHODS
+def test_a_block_that_holds_no_rows_is_named(made: Sides, method: str) -> None:
+    raw = Raw()
+    raw.spoil(3, 0)
+    with pytest.raises(PackOverflow, match="that did not fit") as caught:
+        pulled(made, Packed().of(raw), Raw(fill=0.0), [6, 1, 4, 2, 9], method=method)
+    assert caught.value.src_blocks == (3, 0)
+    assert caught.value.dst_blocks == (1, 2)
+
+
+REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
+    "raw into packed": (Raw, Packed, {}, "into a packed view through staging"),
+    "verify": (Packed, Raw, {"verify": True}, "leave verify out"),
+    "large slots": (lambda: Packed(pack=Pack(4, 2048)), Raw, {}, "its slots are larger"),
+    "other blocks": (Packed, lambda: Raw(size=32), {}, "the raw side's blocks have 32"),
+    "a part of a block": (Packed, Packed, {"tokens": 70}, "whole blocks of 16 tokens"),
+    "a first token": (Packed, Packed, {"first": 8}, "whole blocks of 16 tokens"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_packed_views_cannot_do(made: Sides, case: str) -> None:
+    src, dst, terms, why = REFUSED[case]
+    with pytest.raises(Unsupported, match=why):
+        pulled(made, src(), dst(), BLOCKS, **terms)
+
+
+def test_other_parameters_do_not_connect(made: Sides) -> None:
+    with pytest.raises(LayoutError, match="encoding of group 0"):
+        pulled(made, Packed(pack=Pack(3)), Packed(), BLOCKS)
+
+
+@pytest.mark.parametrize("pack", [Pack(3), pytest.param(Pack(4, 1024), marks=FULL)])
+def test_parameters_are_those_of_the_owner(made: Sides, pack: Pack) -> None:
+    raw = Raw(fill=1.5)
+    dst = Raw(fill=0.0)
+    pulled(made, Packed(pack=pack).of(raw), dst, BLOCKS, encoding="pack")
+    assert torch.equal(raw.bits(BLOCKS, 80), dst.bits(BLOCKS, 80))
