@@ -29,6 +29,7 @@ from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import reasons
+from portakv.storage.compressed import check_compress, zstd
 from portakv.storage.form import BlockForm, size_notes
 from portakv.storage.reasons import Reason
 from portakv.storage.remote_store import Failure, Fault, RemoteStore
@@ -100,12 +101,15 @@ class Remote:
     Args:
         workers: the number of requests at a time; multipart: images above so many bytes go in
             parts, 16 MiB or more.
+        compress: ``"zstd"`` compresses the blocks that are written; None writes images. Blocks of
+            both kinds are read, whatever it is.
         settings: settings of obstore's store: region, endpoint, credential_provider, ...; entries
             of ``client_options`` and ``retry_config`` replace those of `CLIENT` and `RETRY`.
 
     Raises:
         InvalidTerms: an address or a number that is not valid.
-        StoreError: obstore is not installed, or rejects the address or a setting.
+        StoreError: obstore is not installed, or rejects the address or a setting; ``compress``
+            without the package for it.
     """
 
     now: Callable[[], float] = time.monotonic
@@ -115,14 +119,24 @@ class Remote:
     search_seconds = 3.0
     _process: Any = None  # the process that made the first one
 
-    def __init__(self, url: str, *, workers: int = 8, multipart: int = 64 << 20, **settings: Any):
+    def __init__(
+        self,
+        url: str,
+        *,
+        workers: int = 8,
+        multipart: int = 64 << 20,
+        compress: str | None = None,
+        **settings: Any,
+    ) -> None:
         try:
             import obstore
         except (ImportError, OSError) as x:
             raise StoreError(
                 f"Expected obstore for a remote tier, got: {x}. {installing('remote')} brings it."
             ) from None
-        check_remote(url, workers, multipart, settings)
+        check_remote(url, workers, multipart, settings, compress)
+        #: What compresses blocks; None if they are written as they are.
+        self.codec = zstd() if compress else None
         Remote._process = Remote._process or this_process()
         self._obs = obstore
         self.url = _shown(url)
@@ -381,7 +395,11 @@ def _within(seconds: float, work: Callable[..., Awaitable[Any]], *terms: Any) ->
 
 
 def check_remote(
-    url: object, workers: Any = 8, multipart: Any = PART, settings: Mapping[str, Any] | None = None
+    url: object,
+    workers: Any = 8,
+    multipart: Any = PART,
+    settings: Mapping[str, Any] | None = None,
+    compress: object = None,
 ) -> None:
     """Raise `InvalidTerms` that names the first argument of `Remote` that cannot be right.
 
@@ -411,6 +429,7 @@ def check_remote(
             f"Expected multipart= as {PART} bytes or more, which one part has, got {multipart!r}. "
             f"Pass 64 << 20."
         )
+    check_compress(compress)
     for name in ("client_options", "retry_config"):
         if not isinstance(settings.get(name, {}), dict):
             raise InvalidTerms(
