@@ -11,6 +11,8 @@ on. Signs and exponents are a few of all values, and mantissas are not.
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from importlib import import_module
 from struct import Struct
 from typing import Any, NamedTuple
@@ -54,6 +56,32 @@ class Terms(NamedTuple):
         """Return the first byte of a segment in the object, and the first byte after it."""
         start = HEADER + sum(self.lengths[:segment])
         return start, start + self.lengths[segment]
+
+
+class Compressor:
+    """Makes objects of images, and counts the bytes of both. Threads may share it.
+
+    Raises `StoreError` without the package for zstd.
+    """
+
+    def __init__(self) -> None:
+        self._codec = zstd()
+        self._counts = Counter[str]()
+        self._lock = threading.Lock()
+
+    def object_of(self, row: Row, form: BlockForm) -> Row | bytes:
+        """Return the object of a sealed image, which is the image if it does not become smaller."""
+        image = row[: form.image_bytes]
+        made = compress(image, form, self._codec)
+        data: Row | bytes = image if made is None else made
+        with self._lock:
+            self._counts.update(image_bytes=len(image), object_bytes=len(data))
+        return data
+
+    def statistics(self) -> dict[str, int]:
+        """Return the bytes of the images and of their objects."""
+        with self._lock:
+            return {name: self._counts[name] for name in ("image_bytes", "object_bytes")}
 
 
 def check_compress(compress: object) -> None:

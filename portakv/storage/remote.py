@@ -29,7 +29,7 @@ from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import reasons
-from portakv.storage.compressed import check_compress, zstd
+from portakv.storage.compressed import Compressor, check_compress
 from portakv.storage.form import BlockForm, size_notes
 from portakv.storage.reasons import Reason
 from portakv.storage.remote_store import Failure, Fault, RemoteStore
@@ -136,7 +136,7 @@ class Remote:
             ) from None
         check_remote(url, workers, multipart, settings, compress)
         #: What compresses blocks; None if they are written as they are.
-        self.codec = zstd() if compress else None
+        self.compressor = Compressor() if compress else None
         Remote._process = Remote._process or this_process()
         self._obs = obstore
         self.url = _shown(url)
@@ -144,9 +144,6 @@ class Remote:
         self._multipart = multipart
 
         self.store, self._sink = uninterrupted(partial(self._connect, url, settings))
-        # A store in memory retains the caller's buffer, which the caller uses again.
-        self._keeps_buffers = self.url.startswith("memory:")
-
         self._breaker = _CircuitBreaker(lambda: self.now())
         self.log = RateLimitedLog(_log, lambda: self.now())
         self._present: list[BlockForm] = []  # at the last look
@@ -263,7 +260,8 @@ class Remote:
         A store without such conditions, or an upload in parts, replaces any object: two writers
         have the same block for one key, and each object is one writer's.
         """
-        if self._keeps_buffers:
+        if self.url.startswith("memory:"):
+            # This store retains the caller's buffer, which the caller uses again.
             data = bytes(data)
         if len(data) > self._multipart:
             parts = {"chunk_size": PART, "max_concurrency": 4}

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-import threading
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -117,8 +115,6 @@ class RemoteStore:
         self._faults: Bounded[bytes, Fault] = Bounded("remote faults", 1 << 14)
         # True if ETags of objects in one part are their MD5; None until a fault needs the answer.
         self._tags_are_md5: bool | None = None
-        self._written = Counter[str]()
-        self._lock = threading.Lock()
 
     def forget(self) -> None:
         """Believe nothing about any block."""
@@ -518,16 +514,10 @@ class RemoteStore:
             return
         fault = self._fault(key)  # the answer may have been the damaged version
         nbytes = self.form.image_bytes
-        image = row[:nbytes]
-        data: Any = None
-        if self._remote.codec:
-            data = compressed.compress(image, self.form, self._remote.codec)
-        if data is None:
-            data = image
+        compressor = self._remote.compressor
+        data = compressor.object_of(row, self.form) if compressor else row[:nbytes]
         self._remote.attempt(self._remote.put, self._path(key), data, fault)
         self._graph.count(self.tier, "save", "hit", 1, nbytes)
-        with self._lock:
-            self._written.update(image_bytes=nbytes, object_bytes=len(data))
         self._believe_there(key)
 
     def touch(self, *_: object) -> None:
@@ -538,14 +528,14 @@ class RemoteStore:
     def statistics(self) -> dict[str, Any]:
         """Return figures next to the graph's counts."""
         remote = self._remote
-        with self._lock:
-            written = dict(self._written)
-        return {
+        figures = {
             "url": remote.url,
             "left_alone": remote.left_alone,
             "error": remote.last_error,
-            "written": written,
         }
+        if remote.compressor:
+            figures["compressed"] = remote.compressor.statistics()
+        return figures
 
 
 def _codec() -> Any:

@@ -15,6 +15,7 @@ import obstore
 import pytest
 import torch
 import xxhash
+from obstore.store import LocalStore
 from support.storage_cases import key_of
 
 from portakv import KVView
@@ -87,13 +88,21 @@ def load(
     return landed, row, given
 
 
+def bucket_of(stored: RemoteStore) -> LocalStore:
+    return LocalStore.from_url(stored.where)
+
+
+def path_of(stored: RemoteStore, key: bytes) -> str:
+    return f"1/{stored.form.name}/{key.hex()[:2]}/{key.hex()}"
+
+
 def body(stored: RemoteStore, key: bytes) -> bytes:
     """Return the object of a block."""
-    return bytes(obstore.get(stored._remote.store, stored._path(key)).bytes())
+    return bytes(obstore.get(bucket_of(stored), path_of(stored, key)).bytes())
 
 
 def replace(stored: RemoteStore, key: bytes, data: bytes) -> None:
-    obstore.put(stored._remote.store, stored._path(key), data)
+    obstore.put(bucket_of(stored), path_of(stored, key), data)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +124,7 @@ def test_an_image_comes_back_byte_by_byte_in_fewer_bytes(
     assert save(stored, KEYS[0], row)
     size = len(body(stored, KEYS[0]))
     assert len(row) / size > least
-    written = stored.statistics()["written"]
-    assert written == {"image_bytes": len(row), "object_bytes": size}
+    assert stored.statistics()["compressed"] == {"image_bytes": len(row), "object_bytes": size}
 
     for compress in ("zstd", None):  # a reader need not compress
         landed, got, _ = load(case.opened(compress, form), KEYS[0])
@@ -198,7 +206,11 @@ def damages(size: int, frame: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("segments", [None, [0], [1]], ids=["whole", "first", "second"])
+@pytest.mark.parametrize(
+    "segments",
+    [None, [0], pytest.param([1], marks=pytest.mark.full)],
+    ids=["whole", "first", "second"],
+)
 @pytest.mark.parametrize("damage", damages(0, 0))
 def test_damage_is_a_miss_and_a_save_mends_it(
     case: Case, damage: str, segments: list[int] | None
@@ -266,16 +278,16 @@ def test_a_frame_that_grows_is_not_unpacked_whole() -> None:
 
         class ZstdDecompressor:
             def __init__(self) -> None:
-                self._real = zstd.ZstdDecompressor()
+                self.real = zstd.ZstdDecompressor()
 
             def decompress(self, data: Any, most: int) -> bytes:
                 asked.append(most)
-                content: bytes = self._real.decompress(data, most)
+                content: bytes = self.real.decompress(data, most)
                 return content
 
             @property
             def eof(self) -> bool:
-                return bool(self._real.eof)
+                return bool(self.real.eof)
 
     assert not compressed.restore(bomb, row, FORM, terms, 0, Codec)
     assert asked == [FORM.segments[0].nbytes + 1]
