@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -64,8 +65,8 @@ def measured(turns: int) -> dict[str, dict[str, float]]:
         assert data is not None
         body = np.frombuffer(data, np.uint8)
         back = np.zeros_like(row)
-        writing = _seconds(lambda row=row, form=form: compressed.compress(row, form, codec), turns)
-        reading = _seconds(lambda body=body, back=back, form=form: _read(body, back, form), turns)
+        writing = _seconds(partial(compressed.compress, row, form, codec), turns)
+        reading = _seconds(partial(_read, body, back, form), turns)
         assert np.array_equal(back, row)
         result[name] = {
             "image_bytes": form.image_bytes,
