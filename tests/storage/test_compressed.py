@@ -89,7 +89,8 @@ def load(
 
 
 def bucket_of(stored: RemoteStore) -> LocalStore:
-    return LocalStore.from_url(stored.where)
+    bucket: LocalStore = LocalStore.from_url(stored.where)
+    return bucket
 
 
 def path_of(stored: RemoteStore, key: bytes) -> str:
@@ -225,8 +226,10 @@ def test_damage_is_a_miss_and_a_save_mends_it(
     data = bytearray(right)
     if isinstance(where, int):
         data[where] ^= 0x10
+    elif where is None:
+        data += b"x"
     else:
-        data = right + b"x" if where is None else data[where]
+        data = data[where]
     replace(stored, KEYS[0], bytes(data))
 
     # A segment that the damage does not reach may come, and is right then.
