@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -33,6 +34,8 @@ installed, which devices of this machine it serves there, and the line of
 configuration that chooses it; then the backend of each device, and the extras
 that are missing. No engine is imported."""
 
+#: Python 3.14 has zstd, and older releases get the same by a package.
+_ZSTD: tuple[str, ...] = () if sys.version_info >= (3, 14) else ("backports.zstd",)
 #: The modules that an extra brings, and their purpose.
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "cli": (("rich",), "tables with colours and lines"),
@@ -43,6 +46,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "cuda": (("cuda.bindings",), "the backend `cuda` and copies by the driver, on NVIDIA's GPUs"),
     "storage": (("xxhash",), "block stores on the host and on disks"),
     "remote": (("xxhash", "obstore"), "block stores in S3, GCS, Azure and the like"),
+    "zstd": (_ZSTD, "compressed blocks in S3, GCS, Azure and the like"),
     "migrate": (("msgspec", "zmq"), "rows and weights of other processes"),
     "serving": (("xxhash", "obstore", "msgspec", "zmq"), "one store for the engines of a host"),
     "nixl": (("nixl",), "rows of other hosts over UCX: RDMA, sockets"),

@@ -135,7 +135,9 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @property
     def requires_kv_delivery(self) -> bool:
-        return False
+        # A preempted request that ended with its output in flight would have no rows to offer.
+        handing = self._settings.handing
+        return handing is not None and handing.offers
 
     @property
     def prefer_cross_layer_blocks(self) -> bool:

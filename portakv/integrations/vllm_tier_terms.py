@@ -10,8 +10,12 @@ from portakv.arguments import text
 from portakv.errors import InvalidTerms
 from portakv.serving.local import StoreTerms
 
-#: Terms of `StoreTerms` that have no meaning for chunks.
-OTHERS = ("block_size", "by_layer", "shared")
+#: Terms of `StoreTerms` that a tier of chunks does not have, and what to do.
+OTHERS = {
+    "block_size": "Leave it out.",
+    "by_layer": "Leave it out.",
+    "shared": "Give each engine a separate folder, or all of them one bucket.",
+}
 
 
 class TierTerms(NamedTuple):
@@ -33,10 +37,10 @@ def tier_terms(terms: Mapping[str, Any]) -> TierTerms:
 
     Raises `InvalidTerms` for a term that a tier does not have, and for wrong values.
     """
-    for name in OTHERS:
+    for name, advice in OTHERS.items():
         if name in terms:
             raise InvalidTerms(
-                f"Expected the terms of a tier of whole chunks, got {name!r}. Leave it out."
+                f"Expected the terms of a tier of whole chunks, got {name!r}. {advice}"
             )
     left = {"host": 0, **terms}
     identity = text("identity", left.pop("identity", ""), least=0, most=1 << 10)

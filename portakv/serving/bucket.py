@@ -34,6 +34,8 @@ BELIEVED = 10.0
 #: The most lookups at a time, and those that wait for a worker.
 WORKERS = 4
 MOST = 64
+#: Names of options that are `Remote`'s own, and not settings of the package for object stores.
+OWN = ("workers", "multipart", "compress")
 #: Names of options that are secret, or that may hold secrets.
 SECRET = re.compile("secret|token|password|credential|key|sas|authorization|headers", re.IGNORECASE)
 
@@ -61,7 +63,7 @@ def check_bucket(bucket: object, options: object) -> None:
     _check_not_secret(options)
     if "url" in options:
         raise InvalidTerms("Expected the address as bucket, got url in bucket_options. Move it.")
-    some = {name: value for name, value in options.items() if name in ("workers", "multipart")}
+    some = {name: value for name, value in options.items() if name in OWN}
     check_remote(bucket, **some, settings={**options})
 
 

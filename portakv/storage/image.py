@@ -73,7 +73,7 @@ def seal(
     """Write the header (of a key of 32 bytes, which follows a mark) before a payload that is in
     place, and zeros after it; return the checksums of its segments."""
     past = HEADER + form.payload_bytes
-    sums = tuple(checksum(piece, generation) for piece in _pieces(row, form))
+    sums = tuple(checksum(piece, generation) for piece in pieces_of(row, form))
     rest = [0] * (MOST_SEGMENTS - len(sums))
     numbers = (form.payload_bytes, len(sums), 0)
 
@@ -81,8 +81,19 @@ def seal(
     row[past : form.image_bytes] = 0
     _BODY.pack_into(row.data, 0, MAGIC, form.digest, key, generation, *numbers, *sums, *rest)
     _MARK.pack_into(row.data, _BODY.size, follows)
-    _SEAL.pack_into(row.data, _END, checksum(row[:_END]))
+    write_seal(row)
     return sums
+
+
+def write_seal(row: Row) -> None:
+    """Write the seal of a header, whose other bytes are in place."""
+    _SEAL.pack_into(row.data, _END, checksum(row[:_END]))
+
+
+def is_sealed(row: Row) -> bool:
+    """Return True if a header has the seal of its bytes."""
+    seal: int = _SEAL.unpack_from(row.data, _END)[0]
+    return seal == checksum(row[:_END])
 
 
 def predecessor(row: Row) -> int:
@@ -96,7 +107,7 @@ def header(row: Row, form: BlockForm) -> Header | str:
 
     The caller compares the key and the generation with the expected ones. The payload is not read.
     """
-    if _SEAL.unpack_from(row.data, _END)[0] != checksum(row[:_END]):
+    if not is_sealed(row):
         return "its header has a broken seal"
     magic, digest, key, generation, *numbers = _BODY.unpack_from(row.data)
     count = len(form.segments)
@@ -114,10 +125,11 @@ def verify(
     ``segments``: numbers in ``form.segments``; None: all. ``checksums`` has one for each segment of
     the form.
     """
-    pieces = _pieces(row, form)
+    pieces = pieces_of(row, form)
     wanted = range(len(form.segments)) if segments is None else segments
     return all(checksum(pieces[i], generation) == checksums[i] for i in wanted)
 
 
-def _pieces(row: Row, form: BlockForm) -> list[Row]:
+def pieces_of(row: Row, form: BlockForm) -> list[Row]:
+    """Return the segments of an image in a row."""
     return [row[HEADER + x.offset : HEADER + x.offset + x.nbytes] for x in form.segments]

@@ -32,6 +32,8 @@ CANCELLED = "cancelled"
 DROPPED = "dropped"
 #: The block does not fit into packed slots, and the store has no raw form that keeps it.
 OVERFLOWED = "not packed"
+#: The block is compressed, and the package that decompresses it is not installed.
+UNREADABLE = "not readable"
 #: What moves the block raised an exception.
 FAILED = "failed"
 

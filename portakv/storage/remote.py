@@ -29,6 +29,7 @@ from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import reasons
+from portakv.storage.compressed import Compressor, check_compress
 from portakv.storage.form import BlockForm, size_notes
 from portakv.storage.reasons import Reason
 from portakv.storage.remote_store import Failure, Fault, RemoteStore
@@ -100,12 +101,15 @@ class Remote:
     Args:
         workers: the number of requests at a time; multipart: images above so many bytes go in
             parts, 16 MiB or more.
+        compress: ``"zstd"`` compresses the blocks that are written; None writes images. Blocks of
+            both kinds are read, whatever it is.
         settings: settings of obstore's store: region, endpoint, credential_provider, ...; entries
             of ``client_options`` and ``retry_config`` replace those of `CLIENT` and `RETRY`.
 
     Raises:
         InvalidTerms: an address or a number that is not valid.
-        StoreError: obstore is not installed, or rejects the address or a setting.
+        StoreError: obstore is not installed, or rejects the address or a setting; ``compress``
+            without the package for it.
     """
 
     now: Callable[[], float] = time.monotonic
@@ -115,14 +119,24 @@ class Remote:
     search_seconds = 3.0
     _process: Any = None  # the process that made the first one
 
-    def __init__(self, url: str, *, workers: int = 8, multipart: int = 64 << 20, **settings: Any):
+    def __init__(
+        self,
+        url: str,
+        *,
+        workers: int = 8,
+        multipart: int = 64 << 20,
+        compress: str | None = None,
+        **settings: Any,
+    ) -> None:
         try:
             import obstore
         except (ImportError, OSError) as x:
             raise StoreError(
                 f"Expected obstore for a remote tier, got: {x}. {installing('remote')} brings it."
             ) from None
-        check_remote(url, workers, multipart, settings)
+        check_remote(url, workers, multipart, settings, compress)
+        #: What compresses blocks; None if they are written as they are.
+        self.compressor = Compressor() if compress else None
         Remote._process = Remote._process or this_process()
         self._obs = obstore
         self.url = _shown(url)
@@ -130,9 +144,6 @@ class Remote:
         self._multipart = multipart
 
         self.store, self._sink = uninterrupted(partial(self._connect, url, settings))
-        # A store in memory retains the caller's buffer, which the caller uses again.
-        self._keeps_buffers = self.url.startswith("memory:")
-
         self._breaker = _CircuitBreaker(lambda: self.now())
         self.log = RateLimitedLog(_log, lambda: self.now())
         self._present: list[BlockForm] = []  # at the last look
@@ -249,7 +260,8 @@ class Remote:
         A store without such conditions, or an upload in parts, replaces any object: two writers
         have the same block for one key, and each object is one writer's.
         """
-        if self._keeps_buffers:
+        if self.url.startswith("memory:"):
+            # This store retains the caller's buffer, which the caller uses again.
             data = bytes(data)
         if len(data) > self._multipart:
             parts = {"chunk_size": PART, "max_concurrency": 4}
@@ -381,7 +393,11 @@ def _within(seconds: float, work: Callable[..., Awaitable[Any]], *terms: Any) ->
 
 
 def check_remote(
-    url: object, workers: Any = 8, multipart: Any = PART, settings: Mapping[str, Any] | None = None
+    url: object,
+    workers: Any = 8,
+    multipart: Any = PART,
+    settings: Mapping[str, Any] | None = None,
+    compress: object = None,
 ) -> None:
     """Raise `InvalidTerms` that names the first argument of `Remote` that cannot be right.
 
@@ -411,6 +427,7 @@ def check_remote(
             f"Expected multipart= as {PART} bytes or more, which one part has, got {multipart!r}. "
             f"Pass 64 << 20."
         )
+    check_compress(compress)
     for name in ("client_options", "retry_config"):
         if not isinstance(settings.get(name, {}), dict):
             raise InvalidTerms(

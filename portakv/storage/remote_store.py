@@ -17,10 +17,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from portakv.errors import StoreError
 from portakv.graph.graph import Graph, Queue
 from portakv.graph.task import Task
 from portakv.runtime.bounded import Bounded
-from portakv.storage import reasons
+from portakv.storage import compressed, reasons
 from portakv.storage.form import BlockForm
 from portakv.storage.image import HEADER, Row, header, verify
 from portakv.storage.reasons import Reason, Report
@@ -42,6 +43,7 @@ FAULTY = 60.0
 OBJECT = "the object is damaged"
 PATH = "the bytes changed on the way here, and the object is left as it is"
 UNKNOWN = "the store has no MD5 that says whether the object is damaged or the path to it"
+UNREADABLE = "the object is compressed, and backports.zstd is not installed here"
 UNDECIDED = "there was no time to find out whether the object is damaged or the path to it"
 
 
@@ -58,13 +60,18 @@ class _Stopped(Exception):
 
 
 class _Fetched(NamedTuple):
-    """The end of an object's fetch: ``hit``, ``miss``, ``late`` or ``fault``, and the object's
-    version."""
+    """The end of an object's fetch and the object's version.
+
+    ``result`` is ``hit``, ``miss``, ``late``, ``fault``, or ``unreadable`` if the package that
+    decompresses it is not installed. ``md5`` is that of a compressed object with a fault, if all
+    of it came.
+    """
 
     result: str
     e_tag: str | None = None
     version: str | None = None
     nbytes: int = 0
+    md5: str | None = None
 
     def same_object(self, other: _Fetched | Fault) -> bool:
         """Return True if both are of one version of the object."""
@@ -249,6 +256,12 @@ class RemoteStore:
             report(key, Reason(reasons.DAMAGED, f"{where}: {known.side}"))
             return "fault"
 
+        if fetched.result == "unreadable":
+            self._note_fault(key, fetched.e_tag, fetched.version, UNREADABLE)
+            self._remote.log.warning("unreadable", "%s: %s", self._address(key), UNREADABLE)
+            report(key, Reason(reasons.UNREADABLE, f"{where}: {UNREADABLE}"))
+            return "error"
+
         if fetched.result == "fault":
             first = fetched
             self._graph.count(self.tier, "load", "refetched")
@@ -296,13 +309,14 @@ class RemoteStore:
         Compares the MD5 of the received bytes with the ETag, which is the MD5 of an object that was
         written in one part.
         """
-        if fetched.nbytes != self.form.image_bytes:
+        image_bytes = self.form.image_bytes
+        if fetched.nbytes != image_bytes and not self._may_be_compressed(fetched.nbytes):
             return OBJECT
         e_tag = re.fullmatch('"?([0-9a-f]{32})"?', fetched.e_tag or "")
         if not e_tag:
             return UNKNOWN
         if segments is not None:  # an ETag is that of the whole object
-            row = np.empty(self.form.image_bytes, np.uint8)
+            row = np.empty(image_bytes, np.uint8)
             try:
                 whole = fetch(row, None)
             except Failure:
@@ -311,9 +325,9 @@ class RemoteStore:
                 return PATH
             if whole.result != "fault" or not whole.same_object(fetched):
                 return UNDECIDED
+            fetched = whole
 
-        image = row[: self.form.image_bytes].data
-        if hashlib.md5(image, usedforsecurity=False).hexdigest() == e_tag[1]:
+        if (fetched.md5 or _md5(row[:image_bytes])) == e_tag[1]:
             return OBJECT
         return PATH if self._has_md5_tags() else UNKNOWN
 
@@ -327,8 +341,7 @@ class RemoteStore:
             meta = remote.ask(remote.obs.head, remote.store, self._form_path, miss=False)
             if not meta:
                 return False
-            text = self.form.json().encode()
-            digest = hashlib.md5(text, usedforsecurity=False).hexdigest()
+            digest = _md5(self.form.json().encode())
             self._tags_are_md5 = (meta["e_tag"] or "").strip('"') == digest
         return self._tags_are_md5
 
@@ -352,27 +365,95 @@ class RemoteStore:
         self, key: bytes, row: Row, segments: Sequence[int] | None, stop: Stop
     ) -> _Fetched:
         """Fetch an object, or its header and some segments, into a row, and verify it."""
-        obs = self._remote.obs
-        fetched = _Fetched("late")
-        for span in self._spans(segments):
-            if stop():
-                return fetched
-            options = {} if segments is None else {"range": span}
-            work = obs.get_async(self._remote.store, self._path(key), options=options)
-            try:
-                response = await _until_stopped(work, stop)
-                meta = response.meta
-                fetched = _Fetched("late", meta["e_tag"], meta["version"], meta["size"])
-                if fetched.nbytes != self.form.image_bytes:
-                    return fetched._replace(result="fault")
-                await _receive(response, row, span, stop)
-            except _Stopped:
-                return fetched
-            except obs.exceptions.BaseError as error:
-                if re.search("status code: 416|Invalid range", str(error)):
-                    return fetched._replace(result="fault")  # an object of no bytes
-                raise
+        try:
+            return await self._fetch_until(key, row, segments, stop)
+        except _Stopped:
+            return _Fetched("late")
+        except self._remote.obs.exceptions.BaseError as error:
+            if re.search("status code: 416|Invalid range|range was invalid", str(error)):
+                return _Fetched("fault")  # an object of no bytes
+            raise
 
+    async def _fetch_until(
+        self, key: bytes, row: Row, segments: Sequence[int] | None, stop: Stop
+    ) -> _Fetched:
+        """Do what `_fetch` does. Raises `_Stopped`, and the errors of obstore."""
+        spans = self._spans(segments)
+        for span in spans:
+            fetched, response = await self._request(key, span, segments is None, stop)
+            if span == spans[0] and self._may_be_compressed(fetched.nbytes):
+                if segments is None:
+                    return await self._receive_compressed(key, row, fetched, response, stop)
+                page = row[:HEADER]
+                await _receive(response, page, span, stop)
+                return await self._fetch_compressed(key, row, segments, fetched, stop)
+            if fetched.nbytes != self.form.image_bytes:
+                return fetched
+            await _receive(response, row, span, stop)
+
+        right = self._is_right(row, key, segments)
+        return fetched._replace(result="hit" if right else "fault")
+
+    async def _request(
+        self, key: bytes, span: tuple[int, int], whole: bool, stop: Stop
+    ) -> tuple[_Fetched, Any]:
+        """Request a span of an object, or all of it; return its version, and the response."""
+        if stop():
+            raise _Stopped
+        remote = self._remote
+        options = {} if whole else {"range": span}
+        work = remote.obs.get_async(remote.store, self._path(key), options=options)
+        response = await _until_stopped(work, stop)
+        meta = response.meta
+        return _Fetched("fault", meta["e_tag"], meta["version"], meta["size"]), response
+
+    # --- compressed objects ---
+
+    def _may_be_compressed(self, nbytes: int) -> bool:
+        """Return True if a compressed object can have this size, and an image cannot."""
+        return HEADER < nbytes < self.form.image_bytes
+
+    async def _receive_compressed(
+        self, key: bytes, row: Row, fetched: _Fetched, response: Any, stop: Stop
+    ) -> _Fetched:
+        """Receive all of a compressed object, and write its image into a row."""
+        data = np.empty(fetched.nbytes, np.uint8)
+        await _receive(response, data, (0, fetched.nbytes), stop)
+        terms = compressed.terms_of(data[:HEADER], self.form)
+        right = terms is not None and terms.nbytes == fetched.nbytes
+        if terms is not None and right:
+            codec = _codec()
+            if codec is None:
+                return fetched._replace(result="unreadable")
+            compressed.restore_header(data[:HEADER], row, self.form)
+            for number in range(len(self.form.segments)):
+                start, end = terms.span(number)
+                part = data[start:end]
+                right &= compressed.restore(part, row, self.form, terms, number, codec)
+        if right and self._is_right(row, key, None):
+            return fetched._replace(result="hit")
+        return fetched._replace(result="fault", md5=_md5(data))
+
+    async def _fetch_compressed(
+        self, key: bytes, row: Row, segments: Sequence[int], fetched: _Fetched, stop: Stop
+    ) -> _Fetched:
+        """Fetch some segments of a compressed object whose first page is in a row."""
+        terms = compressed.terms_of(row[:HEADER], self.form)
+        if terms is None or terms.nbytes != fetched.nbytes:
+            return fetched
+        codec = _codec()
+        if codec is None:
+            return fetched._replace(result="unreadable")
+        compressed.restore_header(row[:HEADER], row, self.form)
+        for number in segments:
+            span = terms.span(number)
+            again, response = await self._request(key, span, False, stop)
+            if not again.same_object(fetched) or again.nbytes != fetched.nbytes:
+                return again
+            data = np.empty(span[1] - span[0], np.uint8)
+            await _receive(response, data, (0, len(data)), stop)
+            if not compressed.restore(data, row, self.form, terms, number, codec):
+                return fetched
         right = self._is_right(row, key, segments)
         return fetched._replace(result="hit" if right else "fault")
 
@@ -433,7 +514,9 @@ class RemoteStore:
             return
         fault = self._fault(key)  # the answer may have been the damaged version
         nbytes = self.form.image_bytes
-        self._remote.attempt(self._remote.put, self._path(key), row[:nbytes], fault)
+        compressor = self._remote.compressor
+        data = compressor.object_of(row, self.form) if compressor else row[:nbytes]
+        self._remote.attempt(self._remote.put, self._path(key), data, fault)
         self._graph.count(self.tier, "save", "hit", 1, nbytes)
         self._believe_there(key)
 
@@ -445,7 +528,27 @@ class RemoteStore:
     def statistics(self) -> dict[str, Any]:
         """Return figures next to the graph's counts."""
         remote = self._remote
-        return {"url": remote.url, "left_alone": remote.left_alone, "error": remote.last_error}
+        figures = {
+            "url": remote.url,
+            "left_alone": remote.left_alone,
+            "error": remote.last_error,
+        }
+        if remote.compressor:
+            figures["compressed"] = remote.compressor.statistics()
+        return figures
+
+
+def _codec() -> Any:
+    """Return what decompresses, or None if it is not installed."""
+    try:
+        return compressed.zstd()
+    except StoreError:
+        return None
+
+
+def _md5(data: Any) -> str:
+    """Return the MD5 of a buffer in hex."""
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
 async def _until_stopped(work: Awaitable[Result], stop: Stop) -> Result:

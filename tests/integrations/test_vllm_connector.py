@@ -544,6 +544,29 @@ def test_requests_of_more_than_tokens_are_left_to_the_engine(terms: dict[str, An
     assert not is_served(request(**terms))
 
 
+def test_rows_of_another_adapter_are_not_pulled(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor those of an adapter that was trained further, or of the model without one."""
+    weights = tmp_path / "adapter.safetensors"
+
+    def adapted(name: str | None, content: bytes, **params: Any) -> Any:
+        weights.write_bytes(content)
+        lora = name and SimpleNamespace(lora_name=name, lora_path=str(tmp_path))
+        terms = {"prompt_token_ids": [1, 2, 3], "request_id": "a", "kv_transfer_params": params}
+        made = request(lora_request=lora, **terms)
+        return made, identity_of(made, "model", salt_of(made), ())
+
+    rows = RemoteRows((b"ticket",), 3, 30.0)
+    asked, identity = adapted("a", b"one")
+    params = parameters_for(asked, rows, identity, "engine", 1)
+    assert remote_rows_of(*adapted("a", b"one", **params)) == rows
+    assert not caplog.records
+    for other in (("b", b"one"), ("a", b"two"), (None, b"one")):
+        assert remote_rows_of(*adapted(*other, **params)) is None
+    assert "Expected a ticket for the same" in caplog.text
+
+
 def image(name: str, offset: int, length: int) -> Any:
     place = SimpleNamespace(offset=offset, length=length)
     return SimpleNamespace(identifier=name, mm_position=place)

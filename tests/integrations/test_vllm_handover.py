@@ -72,3 +72,10 @@ def test_a_ticket_of_another_prompt_is_not_used(seen: dict[str, Any]) -> None:
 
 def test_requests_that_end_here_are_not_offered(seen: dict[str, Any]) -> None:
     assert seen["ended"] == [False, None]
+
+
+def test_a_preempted_prompt_that_is_to_be_handed_over_is_computed_anew(
+    seen: dict[str, Any],
+) -> None:
+    """Else it may end with its output in flight, and has no rows to offer."""
+    assert seen["delivers"] == [True, False]

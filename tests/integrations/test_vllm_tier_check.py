@@ -62,6 +62,7 @@ def test_a_right_configuration_has_no_errors(tmp_path: Path) -> None:
         ({}, {"locality": "near"}, "Expected locality 'LOCAL' or 'REMOTE'"),
         ({}, {"capacity": "much"}, "capacity"),
         ({}, {"by_layer": True}, "got 'by_layer'"),
+        ({}, {"shared": True}, "Give each engine a separate folder"),
         ({}, {"folders": "/x"}, "got 'folders'"),
         ({}, {"folder": None}, "Expected a host tier, a folder"),
     ],

@@ -83,6 +83,7 @@ def opened(bucket: HeldBucket, **terms: Any) -> tuple[LocalIndex, FormStore, KVV
         ({"bucket": "s3://b", "bucket_options": 5}, "bucket_options as an object"),
         ({"bucket": "s3://b", "bucket_options": {"url": "s3://c"}}, "Move it"),
         ({"bucket": "s3://b", "bucket_options": {"workers": 0}}, "workers="),
+        ({"bucket": "s3://b", "bucket_options": {"compress": "lz4"}}, "compress="),
         ({"bucket": "s3://b", "bucket_options": {"client_options": 1}}, "client_options="),
         ({"bucket": "s3://b", "by_layer": True}, "by_layer without a bucket"),
     ],

@@ -986,6 +986,37 @@ def test_a_path_that_flips_a_bit_costs_no_object(
 
 
 @pytest.mark.parametrize("segments", [None, [0]])
+@pytest.mark.parametrize("flip", [9, HEADER + 3], ids=["page", "frame"])
+def test_the_side_that_changed_a_compressed_object_is_found(
+    case: Case, flip: int, segments: list[int] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the MD5 of the object, as for an image."""
+    pytest.importorskip("backports.zstd" if sys.version_info < (3, 14) else "compression.zstd")
+    stored = case.tier_store(compress="zstd")
+    row = np.full(SMALL.image_bytes, 7, np.uint8)
+    seal(row, SMALL, KEYS[0], 1)
+    assert stored.write(stored.queue_for_write(1), KEYS[:1], [row], [1], [()]) == [True]
+    before = bodies(case)[KEYS[0]]
+    assert len(before) < len(row)
+    # A part of the object may come in another response than its first page.
+    start = 0 if segments is None or flip < HEADER else HEADER
+    case.proxy.play(Fault(r"GET .*/[0-9a-f]{64} ", flip=flip - start, times=999))
+    assert not load(stored, KEYS[0], segments=segments)[0]
+    assert "the bytes changed on the way here" in caplog.text
+    assert stored.wants(KEYS[:1]) == [False]
+
+    case.proxy.play()
+    case.now += 61
+    assert load(stored, KEYS[0], segments=segments)[0]
+    broken = bytearray(before)
+    broken[flip] ^= 1
+    case.lay(KEYS[0], data=bytes(broken))
+    assert not load(stored, KEYS[0], segments=segments)[0]
+    assert "came wrong twice: the object is damaged" in caplog.text
+    assert stored.wants(KEYS[:1]) == [True]
+
+
+@pytest.mark.parametrize("segments", [None, [0]])
 def test_a_damaged_object_counts_as_missing_until_a_save_writes_it_anew(
     case: Case, segments: list[int] | None, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -161,6 +161,7 @@ def main() -> None:
                 "failed": [failed, sorted(decode.invalid)],
                 "other": other,
                 "ended": ended,
+                "delivers": [x.scheduler.requires_kv_delivery for x in (prefill, decode)],
                 "prefill": prefill.scheduler.ledger.statistics(),
                 "decode": decode.scheduler.ledger.statistics(),
             }
