@@ -33,6 +33,7 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
+from portakv.layout.fp8 import Fp8
 from portakv.layout.packing import Pack
 from portakv.layout.presets import PRESETS
 from portakv.plan.plan import CopyPlan
@@ -52,6 +53,7 @@ __all__ = [
     "CopyPlan",
     "DeviceMismatch",
     "EncodingChoice",
+    "Fp8",
     "HostMemoryError",
     "Index",
     "InvalidTerms",
