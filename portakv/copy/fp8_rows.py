@@ -36,9 +36,9 @@ def encode_rows(rows: torch.Tensor, slots: torch.Tensor, plane: Fp8Plane) -> Non
     magnitudes = values.abs()
     finite = magnitudes < torch.inf  # False for NaN as well
     magnitudes = torch.where(finite & (magnitudes >= LEAST_VALUE), magnitudes, 0.0)
-    scales = _scales_of(magnitudes.amax(2))
+    scales = scales_of(magnitudes.amax(2))
     magnitudes = (magnitudes / scales[:, :, None]).clamp_(max=LARGEST)
-    codes = _nearest(magnitudes) | torch.signbit(values).to(torch.int32) << 7
+    codes = nearest(magnitudes) | torch.signbit(values).to(torch.int32) << 7
     codes = torch.where(finite, codes, NAN_CODE)
 
     slots[:, : plane.values] = codes.to(torch.uint8).flatten(1)
@@ -68,14 +68,14 @@ def decode_rows(slots: torch.Tensor, rows: torch.Tensor, plane: Fp8Plane) -> Non
     rows.copy_(values).masked_fill_(places == NAN_CODE, torch.nan)
 
 
-def _scales_of(largest: torch.Tensor) -> torch.Tensor:
+def scales_of(largest: torch.Tensor) -> torch.Tensor:
     """Return for each token the least bf16 number, as float32, that brings its largest magnitude to
     at most 448."""
     bits = (largest / LARGEST).clamp_(min=LEAST_SCALE).view(torch.int32)
     return (bits + 0xFFFF & ~0xFFFF).view(torch.float32)
 
 
-def _nearest(magnitudes: torch.Tensor) -> torch.Tensor:
+def nearest(magnitudes: torch.Tensor) -> torch.Tensor:
     """Return the codes of the e4m3 numbers nearest to magnitudes from 0 to 448, ties to even."""
     bits = magnitudes.view(torch.int32)
     half = (1 << _DROPPED - 1) - 1
