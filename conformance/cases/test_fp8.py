@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ENCODINGS, `fp8`: rows in `fp8` have every byte as the format says, next to every backend: it moves
-the rows and the slots, and operations of torch on its device convert them."""
+"""ENCODINGS, `fp8`: rows in `fp8` have every byte as the format says. The backend moves the rows
+and the slots, and operations of torch on its device convert them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ SIZE = 4
 SMALL = Shape(widths=(32, 32), block_size=SIZE, blocks=4)
 PACKS = pytest.mark.parametrize("packs", [True, False], ids=["encode", "decode"])
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+TYPES = pytest.mark.parametrize(
+    "name", ["bfloat16", *(pytest.param(name, marks=full) for name in ("float16", "float32"))]
+)
 
 
 def case_of(
@@ -65,7 +68,7 @@ def check(bench: Bench, case: Fp8Case, values: Any = None) -> bool:
 
 
 @PACKS
-@pytest.mark.parametrize("name", DTYPES)
+@TYPES
 def test_rows_of_a_type(bench: Bench, packs: bool, name: str) -> None:
     """Rows of each number type have the nearest numbers of e4m3 and a scale for each token."""
     dtype = DTYPES[name]
@@ -73,7 +76,7 @@ def test_rows_of_a_type(bench: Bench, packs: bool, name: str) -> None:
 
 
 @PACKS
-@pytest.mark.parametrize("name", DTYPES)
+@TYPES
 def test_tokens_at_the_edges(bench: Bench, packs: bool, name: str) -> None:
     """Zeros, ties, NaN, infinities, subnormal and huge values: each token has the bytes of the
     format, whatever the other tokens hold."""
@@ -83,6 +86,7 @@ def test_tokens_at_the_edges(bench: Bench, packs: bool, name: str) -> None:
     check(bench, case, partial(at_edges, dtype, 32))
 
 
+@full
 def test_every_pattern(bench: Bench) -> None:
     """All 65,536 patterns of bf16 are encoded, 64 neighbours in a token."""
     shape = Shape(layers=1, heads=1, widths=(128, 128), block_size=64, blocks=8)
@@ -95,7 +99,7 @@ def test_every_pattern(bench: Bench) -> None:
     check(bench, case, planes)
 
 
-@pytest.mark.parametrize("name", DTYPES)
+@TYPES
 def test_every_slot_byte(bench: Bench, name: str) -> None:
     """Slots with any codes and any scales up to the largest are decoded as the format says."""
     dtype = DTYPES[name]
@@ -122,14 +126,15 @@ def _any_slot(number: int, shape: Fp8Shape) -> np.ndarray:
     return slot
 
 
+@full
 @PACKS
 @pytest.mark.parametrize(
     ("layout", "image"),
     [
         ("layer | block token head dim", "layer | block head page"),
         ("layer kv | block head token dim", "kv layer block head page"),
-        pytest.param("block token layer kv head dim", "layer | block kv head page", marks=full),
-        pytest.param("layer | block head token (kv dim)", "block head layer (kv page)", marks=full),
+        ("block token layer kv head dim", "layer | block kv head page"),
+        ("layer | block head token (kv dim)", "block head layer (kv page)"),
     ],
 )
 def test_layouts(bench: Bench, packs: bool, layout: str, image: str) -> None:
@@ -165,5 +170,3 @@ def test_bytes_are_refused(bench: Bench) -> None:
     with pytest.raises(PortaKVError, match="encode rows of uint8"):
         copy_blocks(view_of(side_of(to)), case.views()[1], [0], [1], backend=bench.subject.name)
     assert not list(before.changes(Memory.snapshot(case.packed.tensors)))
-
-

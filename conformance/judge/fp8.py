@@ -143,7 +143,9 @@ class Fp8Case(PackedCase):
             index = Index() if blocks is None else Index(blocks, step=step)
             tensors = [
                 torch.zeros(
-                    (self.count, view.layers, view.heads, step, dim), dtype=dtype, device=view.device
+                    (self.count, view.layers, view.heads, step, dim),
+                    dtype=dtype,
+                    device=view.device,
                 )
                 for dim in dims
             ]

@@ -72,9 +72,7 @@ def copy_fp8(move: Move, options: CopyOptions, began: float, submit: Submit) -> 
     check_sides(raw, encoded, "encode" if encodes else "decode")
     if not options.by_layer:
         return BlockTransfer(_Converted(move, options, submit).issue(), move, began)
-    layers = [
-        _Converted(move.layer(at), options, submit).issue() for at in range(move.src.layers)
-    ]
+    layers = [_Converted(move.layer(at), options, submit).issue() for at in range(move.src.layers)]
     return BlockTransfer(Transfer.join(layers), move, began, tuple(layers))
 
 
@@ -123,7 +121,7 @@ class _Converted:
     def _blocks_of_a_slice(self, move: Move) -> int:
         encoded = move.dst.form if self._encodes else move.src.form
         planes = encoded.layers * encoded.heads
-        values = planes * sum(plane.values for plane in encoded.encoding)
+        values: int = planes * sum(plane.values for plane in encoded.encoding)
         return max(1, min(SLICE // values, move.count // self._unit))
 
     def _stage(self, form: Form, blocks: int) -> KVView:
@@ -133,7 +131,7 @@ class _Converted:
         return stage_of(form, raw, self._unit, blocks, self._device)
 
     def _convert(self, part: Move, near: KVView, far: KVView) -> tuple[Transfer, Transfer]:
-        """Issue a slice: the source to ``near``, ``near`` to ``far``, ``far`` to the destination."""
+        """Issue a slice: from the source to ``near``, to ``far``, and to the destination."""
         count = part.count
         fetched = self._copy(Move(part.src, near, part.src_index, Index(), count))
         encoded = (far if self._encodes else near).form.encoding
@@ -155,7 +153,9 @@ class _Converted:
         if crosses:
             terms = {"overlap": options.overlap, "max_thread_blocks": options.max_thread_blocks}
             plain = replace(USUAL, **terms)  # type: ignore[arg-type]
-        if options.backend is not None and (src == dst or crosses == (options.backend in STRATEGIES)):
+        if options.backend is not None and (
+            src == dst or crosses == (options.backend in STRATEGIES)
+        ):
             plain = replace(plain, backend=options.backend)
         transfer = self._submit(move, plain)
         if not transfer.ordered:  # no stream orders the use of the dense memory

@@ -64,7 +64,7 @@ def decode_rows(slots: torch.Tensor, rows: torch.Tensor, plane: Fp8Plane) -> Non
     scales = ((area[:, :, 0] | area[:, :, 1] << 8) << 16).view(torch.float32)
     most = torch.finfo(rows.dtype).max
     values = (values * scales[:, :, None]).clamp_(-most, most)
-    # Devices convert a NaN to different bits, so that it is written as a constant of the rows' type.
+    # Devices convert a NaN to different bits: it is written as a constant of the rows' type.
     rows.copy_(values).masked_fill_(places == NAN_CODE, torch.nan)
 
 

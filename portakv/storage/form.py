@@ -81,9 +81,7 @@ def _elements_of(view: KVView) -> tuple[str, tuple[int, ...]]:
     return dtype, tuple(width // getattr(torch, dtype).itemsize for width in view.widths)
 
 
-def _layout_of(
-    view: KVView, dtype: str, widths: tuple[int, ...], encoding: Encoding | None
-) -> str:
+def _layout_of(view: KVView, dtype: str, widths: tuple[int, ...], encoding: Encoding | None) -> str:
     """Return the canonical layout of a view's blocks; raise `Unsupported` for rows that cannot be
     packed."""
     pages = view.opaque and not view.form.encoding
@@ -166,8 +164,8 @@ class BlockForm:
             block_size: tokens of a block; by default the view's.
             salt: separates tenants.
             notes: other facts that fix the bytes, such as a quantisation.
-            encoding: ``pack``, ``fp8``, a `Pack` or an `Fp8`: the blocks are stored so. None: as the
-                view's are.
+            encoding: ``pack``, ``fp8``, a `Pack` or an `Fp8`: how the blocks are stored. None: as
+                the view's are.
 
         Raises `InvalidTerms`, which names the wrong argument, and `Unsupported` for rows that the
         encoding does not take.
