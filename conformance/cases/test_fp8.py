@@ -56,9 +56,17 @@ def case_of(
         dtype=torch.uint8,
         source=not packs,
     )
-    blocks = [bench.ids(list(numbers)) for numbers in (raw_blocks, packed_blocks)]
-    count = len(packed_blocks)
-    return Fp8Case(raw, stored, image, slots, shape.block_size, *blocks, packs, count)
+    return Fp8Case(
+        raw,
+        stored,
+        image,
+        slots,
+        shape.block_size,
+        bench.ids(list(raw_blocks)),
+        bench.ids(list(packed_blocks)),
+        packs,
+        len(packed_blocks),
+    )
 
 
 def check(bench: Bench, case: Fp8Case, values: Any = None) -> bool:

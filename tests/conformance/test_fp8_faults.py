@@ -101,7 +101,7 @@ def _ties_away(magnitudes: torch.Tensor) -> torch.Tensor:
 
 def _flushed(magnitudes: torch.Tensor) -> torch.Tensor:
     """Numbers of e4m3 below the normal ones become zero."""
-    return torch.where(magnitudes < 2.0**-6, 0, RIGHT["nearest"](magnitudes))
+    return torch.where(magnitudes < 2.0**-6, 0, NEAREST(magnitudes))
 
 
 def _scale_rounded_down(largest: torch.Tensor) -> torch.Tensor:
@@ -111,11 +111,12 @@ def _scale_rounded_down(largest: torch.Tensor) -> torch.Tensor:
 
 def _scale_to_one_byte(largest: torch.Tensor) -> torch.Tensor:
     """The scale is a power of two."""
-    bits = RIGHT["scales_of"](largest).view(torch.int32)
+    bits = SCALES_OF(largest).view(torch.int32)
     return (bits + 0x7FFFFF & ~0x7FFFFF).view(torch.float32)
 
 
-RIGHT: dict[str, Any] = {"nearest": fp8_rows.nearest, "scales_of": fp8_rows.scales_of}
+NEAREST = fp8_rows.nearest
+SCALES_OF = fp8_rows.scales_of
 #: Where each fault takes the place of the right function.
 FAULTS: list[tuple[Any, str, Callable[..., Any]]] = [
     (fp8, "encode_rows", _scale_of_the_plane),
