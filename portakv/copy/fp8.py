@@ -23,7 +23,7 @@ from portakv.plan.packing import Move, check_sides
 from portakv.runtime.transfer import Transfer
 from portakv.view import Index, KVView
 
-#: The values of a slice, unless one block has more. The memory of a slice is at most 28 bytes for
+#: The values of a slice, unless one block has more. The memory of a slice is at most 32 bytes for
 #: each: the rows and slots, and temporary tensors.
 SLICE = 8 << 20
 

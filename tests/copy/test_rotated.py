@@ -81,8 +81,15 @@ KINDS: dict[str, tuple[dict[str, Any], list[float], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.bfloat16) for name in KINDS),
+        ("gptj", torch.float16),
+        ("neox", torch.float32),
+        ("in part, gptj", torch.float32),
+    ],
+)
 def test_keys_are_rotated_and_values_are_not(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
 ) -> None:
