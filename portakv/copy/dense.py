@@ -57,7 +57,9 @@ class DenseCopy:
         context = Context.of(self.device, options.stream)
         context.check_not_captured(f"{what} goes through temporary memory")
         # The ids are used in slices, so that bad ones are left out first.
-        self.move, self._error, _ = check_copy(move, unit, context, options.strict)
+        checked = check_copy(move, unit, context, options.strict)
+        self.move = checked.move
+        self._error = checked.error
 
     def issue(self, slices: Slices) -> Transfer:
         """Issue all slices; return their plain copies as one transfer."""

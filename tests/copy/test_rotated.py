@@ -115,6 +115,44 @@ def test_keys_are_rotated_and_values_are_not(
         assert not own[:, [0, 3, 5]].any()
 
 
+def _backwards(keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, style: str) -> None:
+    """Keys are rotated the other way."""
+    RIGHT(keys, cosines, -sines, style)
+
+
+def _other_pairs(
+    keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, style: str
+) -> None:
+    """The pairs are those of the other style."""
+    RIGHT(keys, cosines, sines, "gptj" if style == "neox" else "neox")
+
+
+def _one_after_the_other(
+    keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, style: str
+) -> None:
+    """The second value of a pair is computed from the new first one."""
+    first = keys[..., : len(cosines)]
+    second = keys[..., len(cosines) :]
+    first.copy_(first * cosines - second * sines)
+    second.copy_(second * cosines + first * sines)
+
+
+def _in_halves(keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, style: str) -> None:
+    """Products are rounded to the number type of the keys."""
+    RIGHT(keys, cosines.to(keys.dtype).float(), sines.to(keys.dtype).float(), style)
+
+
+RIGHT = rotation.rotate_keys
+FAULTS = (_backwards, _other_pairs, _one_after_the_other, _in_halves)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_wrong_rotation_is_seen(monkeypatch: pytest.MonkeyPatch, fault: Any) -> None:
+    monkeypatch.setattr(rotation, "rotate_keys", fault)
+    with pytest.raises(AssertionError):
+        test_keys_are_rotated_and_values_are_not(monkeypatch, "neox", torch.bfloat16)
+
+
 def test_there_and_back_and_no_shift() -> None:
     layers = cache(torch.float32)
     view = KVView(layers, NHD)
