@@ -15,13 +15,13 @@ from portakv.copy.dense import DenseCopy, Submit
 from portakv.copy.fp8_rows import decode_rows, encode_rows
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
-from portakv.copy.pack_stage import stage_of
 from portakv.copy.packed_slots import check_whole
 from portakv.errors import Unsupported
 from portakv.layout.fp8 import FP8
 from portakv.plan.packing import Move, check_sides
 from portakv.runtime.transfer import Transfer
 from portakv.view import Index, KVView
+from portakv.view.form import Form
 
 #: The values of a slice, unless one block has more. The memory of a slice is at most 32 bytes for
 #: each: the rows and slots, and temporary tensors.
@@ -69,22 +69,41 @@ def _converted(move: Move, options: CopyOptions, submit: Submit) -> Transfer:
         most = SLICE // (encoded.layers * encoded.heads * values)
         blocks = max(1, min(most, move.count // unit))
         forms = move.src.form, move.dst.form
-        near, far = (stage_of(form, raw, unit, blocks, dense.device) for form in forms)
+        near, far = (_dense_blocks(form, raw, unit, blocks, dense.device) for form in forms)
         for first in range(0, move.count, blocks * unit):
             part = move.part(first, min(blocks * unit, move.count - first))
             fetched = dense.copy(Move(part.src, near, part.src_index, Index(), part.count))
-            sources = _planes_of(near, part.count // unit)
-            targets = _planes_of(far, part.count // unit)
-            # Planes of one width are one tensor; else each kv has its tensor.
-            for plane, source, target in zip(encoded.encoding, sources, targets, strict=False):
-                convert(source, target, plane)
+            chosen = slice(0, part.count // unit)
+            pairs = zip(encoded.encoding, near.tensors, far.tensors, strict=True)
+            for plane, source, target in pairs:
+                convert(source[chosen].flatten(0, 2), target[chosen].flatten(0, 2), plane)
             yield fetched, dense.copy(Move(far, part.dst, Index(), part.dst_index, part.count))
 
     return dense.issue(slices)
 
 
-def _planes_of(stage: KVView, blocks: int) -> list[torch.Tensor]:
-    """Return the planes of dense memory in one dimension: one tensor, or one for each kv."""
-    if isinstance(stage.tensors, torch.Tensor):
-        return [stage.tensors[:blocks].flatten(0, 3)]
-    return [tensor[:blocks].flatten(0, 2) for tensor in stage.tensors]
+def _dense_blocks(form: Form, raw: Form, unit: int, blocks: int, device: torch.device) -> KVView:
+    """Return dense memory for blocks of ``unit`` tokens as one side has them, a tensor for each kv.
+
+    ``raw``: the form of the raw side.
+    """
+    shapes: list[tuple[int, ...]] = [(width,) for width in form.widths]
+    dtypes = [torch.uint8] * form.kv
+    numbers = [getattr(torch, dtype) for dtype in raw.dtypes]
+    dims = [width // dtype.itemsize for width, dtype in zip(raw.widths, numbers, strict=True)]
+    if not form.encoding:
+        shapes = [(unit, dim) for dim in dims]
+        dtypes = numbers
+    tensors = [
+        torch.empty((blocks, form.layers, form.heads, *shape), dtype=dtype, device=device)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
+    inner = "page" if form.encoding else "token dim"
+    return KVView(
+        tensors,
+        f"kv | block layer head {inner}",
+        kv=form.kv,
+        block_size=unit,
+        dim=dims,
+        encoding=FP8 if form.encoding else None,
+    )

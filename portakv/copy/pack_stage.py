@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from portakv.layout.encodings import parameters_of
+from portakv.layout.packing import parameters_of
 from portakv.view.form import Form
 from portakv.view.view import KVView
 
@@ -17,24 +17,23 @@ def stage_of(form: Form, raw: Form, unit: int, blocks: int, device: torch.device
 
     ``raw``: the form of the raw side, which is ``form`` itself if that is not packed.
     """
-    dtypes = [getattr(torch, dtype) for dtype in raw.dtypes]
-    dims = [width // dtype.itemsize for width, dtype in zip(raw.widths, dtypes, strict=True)]
+    dims = [width // 2 for width in raw.widths]
     declared: dict[str, Any] = {"kv": form.kv, "block_size": unit, "dim": dims}
     shapes: list[tuple[int, ...]] = [(unit, dim) for dim in dims]
     inner = "token dim"
-    together = len(set(dims)) == len(set(dtypes)) == 1
+    dtype = torch.bfloat16
     if form.encoding:
         declared["encoding"] = parameters_of(form.encoding)
         shapes = [(width,) for width in form.widths]
         inner = "page"
-        dtypes = [torch.uint8] * form.kv
-    if together:
+        dtype = torch.uint8
+    if len(set(dims)) == 1:
         size = (blocks, form.layers, form.kv, form.heads, *shapes[0])
-        tensor = torch.empty(size, dtype=dtypes[0], device=device)
+        tensor = torch.empty(size, dtype=dtype, device=device)
         return KVView(tensor, f"block layer kv head {inner}", **declared)
     tensors = [
         torch.empty((blocks, form.layers, form.heads, *shape), dtype=dtype, device=device)
-        for shape, dtype in zip(shapes, dtypes, strict=True)
+        for shape in shapes
     ]
     return KVView(tensors, f"kv | block layer head {inner}", **declared)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.storage_cases import key_of
 
-from portakv import Fp8, KVView, StoreError, Unsupported
+from portakv import Fp8, KVView, StoreError, Unsupported, copy_blocks
 from portakv.storage import BlockForm, BlockStore, Disk
 
 NHD = "layer | kv block token head dim"
@@ -132,6 +132,29 @@ def test_a_store_of_both_forms(tmp_path: Path) -> None:
         assert save(store.of("small"), layers) == ALL
         assert loaded(store.of("raw"), layers)[0] == NONE
         landed, error = loaded(store.of("small"), layers)
+        assert landed == ALL
+        assert error > 0.01
+
+
+def test_encoded_views_are_stored_as_they_are(tmp_path: Path) -> None:
+    layers = cache()
+    slot = Fp8().plane(SIZE, DIM).slot_bytes
+    images = [
+        torch.zeros((BLOCKS, LAYERS, 2, HEADS, slot), dtype=torch.uint8, device="cpu")
+        for _ in range(2)
+    ]
+    views = [
+        KVView(image, "block layer kv head page", block_size=SIZE, dim=DIM, encoding="fp8")
+        for image in images
+    ]
+    copy_blocks(view_of(layers), views[0], PLACES, [4, 0, 2]).synchronize()
+    with opened(tmp_path, form_of()) as store:
+        handle = store.save(views[0], [4, 0, 2], KEYS, full="wait")
+        handle.synchronize(LIMIT)
+        assert handle.landed.tolist() == ALL
+        store.load(views[1], [1, 3, 5], KEYS).synchronize(LIMIT)
+        assert torch.equal(images[1][[1, 3, 5]], images[0][[4, 0, 2]])
+        landed, error = loaded(store, layers)
         assert landed == ALL
         assert error > 0.01
 
