@@ -12,6 +12,7 @@ from portakv.copy.blocks import copy_blocks
 from portakv.copy.choose_encoding import EncodingChoice, choose_encoding
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
+from portakv.copy.rotated import rotate_blocks
 from portakv.copy.rows import copy_rows
 from portakv.copy.runs import copy_runs
 from portakv.errors import (
@@ -33,8 +34,10 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
+from portakv.layout.fp8 import Fp8
 from portakv.layout.packing import Pack
 from portakv.layout.presets import PRESETS
+from portakv.layout.rope import Rope
 from portakv.plan.plan import CopyPlan
 from portakv.registry.registry import register_backend
 from portakv.runtime.transfer import LateErrors, Transfer
@@ -52,6 +55,7 @@ __all__ = [
     "CopyPlan",
     "DeviceMismatch",
     "EncodingChoice",
+    "Fp8",
     "HostMemoryError",
     "Index",
     "InvalidTerms",
@@ -64,6 +68,7 @@ __all__ = [
     "PeerError",
     "PoolExhausted",
     "PortaKVError",
+    "Rope",
     "SlotError",
     "StoreBusy",
     "StoreError",
@@ -78,4 +83,5 @@ __all__ = [
     "copy_rows",
     "copy_runs",
     "register_backend",
+    "rotate_blocks",
 ]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from portakv_conformance.draw.arrangement import Keywords, Side
 from portakv_conformance.judge.judging import Judge, view_of
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.rows import Rows
-from portakv_conformance.judge.slots import SlotShape, packed_slot, unpacked_values
+from portakv_conformance.judge.slots import packed_slot, unpacked_values
 
 #: Return the bf16 bits of a plane of so many values, by the number of the plane.
 Values = Callable[[int, int], np.ndarray]
@@ -31,7 +32,7 @@ class PackedCase:
         raw: the raw side, of bf16.
         packed: the slots as rows of one token each, of uint8.
         layout: the layout of the packed side as a user writes it.
-        slots: the sizes of the slots of each kv.
+        slots: the sizes of the slots of each kv: a `SlotShape`, or that of another encoding.
         block_size: tokens of a block.
         raw_blocks, packed_blocks: the numbers of the blocks on each side; negative ones are
             skipped. None: consecutive blocks.
@@ -42,7 +43,7 @@ class PackedCase:
     raw: Side
     packed: Side
     layout: str
-    slots: tuple[SlotShape, ...]
+    slots: tuple[Any, ...]
     block_size: int
     raw_blocks: torch.Tensor | None
     packed_blocks: torch.Tensor | None
@@ -75,6 +76,21 @@ class PackedCase:
         pair = self.raw_blocks, self.packed_blocks
         return pair if self.packs else pair[::-1]
 
+    def why_declined(self, judge: Judge) -> str | None:
+        """Return the reason by which the backend declines the plan of the copy, or None."""
+        src, dst = self.views()
+        steps = [0 if blocks is None else self.block_size for blocks in self.blocks()]
+        plan = PackPlan(src.form, dst.form, *steps)
+        backend = judge.subject.backend
+        decision = backend.check_pack(plan)
+        if not decision.accepted:
+            return decision.reason
+        try:
+            backend.prepare_pack(plan)
+        except Unsupported as error:
+            return str(error)
+        return None
+
     def fill(self, values: Values) -> None:
         """Write values into all planes of the source, packed if that side is."""
         side = self.sides[0]
@@ -90,7 +106,7 @@ class PackedCase:
                 if self.packs:
                     content = made.view(np.uint8).reshape(addresses.shape)
                 else:
-                    content = packed_slot(made, self.slots[kv])[0].reshape(addresses.shape)
+                    content = self.slot_of(made, kv).reshape(addresses.shape)
                 memory.write(addresses, content)
         memory.restore(guard.whole for guard in side.guards)
         side.arrangement = None  # these bytes come from no seed
@@ -123,14 +139,17 @@ class PackedCase:
             for layer, kv, head in self._planes(raw):
                 plane = self._addresses(raw, pair[0], layer, kv, head, self.block_size)
                 slot = self._addresses(packed, pair[1], layer, kv, head, 1)
-                if not self._moved(outcome, plane, slot, self.slots[kv]):
+                if not self.moved(outcome, plane, slot, kv):
                     outcome.refused.add(position)
         return outcome
 
-    def _moved(
-        self, outcome: Outcome, plane: np.ndarray, slot: np.ndarray, shape: SlotShape
-    ) -> bool:
+    def slot_of(self, values: np.ndarray, kv: int) -> np.ndarray:
+        """Return the slot of a plane of one kv, from the bits of its values."""
+        return packed_slot(values, self.slots[kv])[0]
+
+    def moved(self, outcome: Outcome, plane: np.ndarray, slot: np.ndarray, kv: int) -> bool:
         """Pack or unpack one plane in the expectation; return False if it does not fit."""
+        shape = self.slots[kv]
         if self.packs:
             values = outcome.source.read(plane).reshape(-1).view(np.uint16)
             made, over = packed_slot(values, shape)
@@ -202,9 +221,9 @@ def judge_packed(judge: Judge, case: PackedCase) -> bool:
         expected.after = expected.before
         fault = expected.fault(case)
         assert not fault, f"The copy was refused as Unsupported, but: {fault} {refused}"
-        why = why_declined(judge, case)
+        why = case.why_declined(judge)
         assert why is not None, (
-            f"The backend's check_pack and prepare_pack take this plan, and the copy raised "
+            f"The backend's check and prepare take the plans of this copy, and the copy raised "
             f"Unsupported: {refused}"
         )
         judge.declined.append(why)
@@ -220,20 +239,3 @@ def judge_packed(judge: Judge, case: PackedCase) -> bool:
     )
     judge.examples += 1
     return True
-
-
-def why_declined(judge: Judge, case: PackedCase) -> str | None:
-    """Return the reason by which the backend declines the plan of a case, or None."""
-    src, dst = case.views()
-    size = case.block_size
-    steps = [0 if blocks is None else size for blocks in case.blocks()]
-    plan = PackPlan(src.form, dst.form, *steps)
-    backend = judge.subject.backend
-    decision = backend.check_pack(plan)
-    if not decision.accepted:
-        return decision.reason
-    try:
-        backend.prepare_pack(plan)
-    except Unsupported as error:
-        return str(error)
-    return None

@@ -68,8 +68,8 @@ def copy_blocks(
     )
     if not (isinstance(src, KVView) and isinstance(dst, KVView)):
         raise not_views(src, dst)
-    src_index = _block_index(src, src_blocks, "src")
-    dst_index = _block_index(dst, dst_blocks, "dst")
+    src_index = block_index(src, src_blocks, "src")
+    dst_index = block_index(dst, dst_blocks, "dst")
     if skip or type(skip) is not int:
         first, after = skip if isinstance(skip, tuple) and len(skip) == 2 else (skip, skip)
         src_index = src_index.shifted(_tokens(first))
@@ -81,7 +81,13 @@ def _tokens(skip: object) -> int:
     return whole("skip", skip, "tokens to pass over: a whole number of at least 0, or two", 0)
 
 
-def _block_index(view: KVView, blocks: Ids | None, side: str) -> Index:
+def block_index(view: KVView, blocks: Ids | None, side: str) -> Index:
+    """Return the index of blocks of a view, or of consecutive tokens if ``blocks`` is None.
+
+    Raises:
+        LayoutError: ids for a view that is not paged.
+        SlotError: an index with a step that is not the block size.
+    """
     if blocks is None:
         return Index.of(None)
     size = view.form.block_size

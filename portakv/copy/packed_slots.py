@@ -5,7 +5,6 @@ bytes."""
 from __future__ import annotations
 
 from portakv.errors import Unsupported
-from portakv.layout.packing import PACK
 from portakv.plan.move import Move
 from portakv.view.form import Form
 
@@ -50,5 +49,6 @@ def check_whole(move: Move, size: int) -> None:
 
 
 def _described(form: Form) -> str:
-    planes = {f"{x.values} values in {x.slot_bytes} B ({x.code_bits} bits)" for x in form.encoding}
-    return f"blocks of {form.block_size} tokens packed by {PACK!r}, {', '.join(sorted(planes))}"
+    planes = sorted({str(plane) for plane in form.encoding})
+    name = form.encoding[0].encoding
+    return f"blocks of {form.block_size} tokens packed by {name!r}, {', '.join(planes)}"

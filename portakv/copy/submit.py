@@ -10,11 +10,11 @@ import torch
 from portakv.copy.between import carrier, common_device, current, order_after, seen_by_reader
 from portakv.copy.context import Context
 from portakv.copy.detached import detached
+from portakv.copy.encoded import copy_encoded
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.launch import launch, settle
 from portakv.copy.layers import in_layers
 from portakv.copy.options import CopyOptions
-from portakv.copy.packing import copy_packed
 from portakv.copy.repeat import REPEATS, remember, repeated
 from portakv.copy.slices import in_slices
 from portakv.plan.move import Move
@@ -37,7 +37,7 @@ def submit(move: Move, options: CopyOptions) -> BlockTransfer:
         src = src.as_bytes()
         move = move._replace(src=src)
     if src.form.encoding or dst.form.encoding:
-        transfer = copy_packed(move, options, began, submit)
+        transfer = copy_encoded(move, options, began, submit)
     elif src.device != dst.device and src.device.type != "cpu" != dst.device.type:
         transfer = _from_peer(move, options, began)
     else:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from portakv.errors import InvalidTerms, Unsupported
 
@@ -137,6 +138,7 @@ class PackedPlane:
     values: int
     code_bits: int
     slot_bytes: int
+    encoding: ClassVar[str] = PACK
 
     @property
     def parameters(self) -> Pack:
@@ -193,10 +195,21 @@ class PackedPlane:
         """Return the bytes of the rows divided by the bytes of a slot."""
         return self.raw_bytes / self.slot_bytes
 
+    def __str__(self) -> str:
+        return f"{self.values} values in {self.slot_bytes} B ({self.code_bits} bits)"
+
 
 def parameters_of(planes: Sequence[PackedPlane]) -> Pack:
     """Return the parameters that made the planes of a form, without a slot size if it is the usual
-    one."""
+    one.
+
+    Raises:
+        Unsupported: planes of another encoding.
+    """
+    for plane in planes:
+        if plane.encoding != PACK:
+            why = f"this part of the library takes raw rows and {PACK!r}; unpack the rows first"
+            raise Unsupported(f"Rows in the encoding {plane.encoding!r}", why)
     pack = Pack(planes[0].code_bits)
     if all(pack.plane(plane.values) == plane for plane in planes):
         return pack

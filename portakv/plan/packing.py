@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+import torch
+
 from portakv.errors import LayoutError, Unsupported
-from portakv.layout.packing import PACK, PACKED_DTYPE, PackedPlane
+from portakv.layout.encodings import DTYPES
+from portakv.layout.packing import PACK, PackedPlane
 from portakv.plan.loops import Loop, Side, merge_loops, refine, widest_vector
 from portakv.plan.move import Move as Move
 from portakv.plan.plan import slot_chain, split_chain
@@ -74,7 +77,8 @@ class PackPlan:
 
     Raises:
         LayoutError: extents that differ between the forms.
-        Unsupported: rows that the encoding does not take, other block sizes, or a part of a block.
+        Unsupported: rows that the encoding does not take, other block sizes, a part of a block, or
+            another encoding than `pack`.
     """
 
     def __init__(
@@ -92,7 +96,10 @@ class PackPlan:
         self.packs = not src.encoding
         self.raw, self.packed = (src, dst) if self.packs else (dst, src)
         self.unit = self.packed.block_size
-        _check(self.raw, self.packed, "pack" if self.packs else "unpack")
+        check_sides(self.raw, self.packed, "pack" if self.packs else "unpack")
+        if self.encoding != PACK:
+            why = "no backend carries it out; copy_blocks does, by operations of torch"
+            raise Unsupported(f"A plan of the encoding {self.encoding!r}", why)
         for step in (src_step, dst_step, unit or 0):
             if step not in (0, self.unit):
                 raise _in_part(f"{step} tokens for each id", self.unit)
@@ -101,7 +108,7 @@ class PackPlan:
     @property
     def encoding(self) -> str:
         """Return the name of the encoding, as `Capabilities.encodings` has it."""
-        return PACK
+        return str(self.packed.encoding[0].encoding)
 
     @property
     def token_bytes(self) -> int:
@@ -154,7 +161,7 @@ class PackPlan:
 
     def __str__(self) -> str:
         verb = "pack" if self.packs else "unpack"
-        lines = [f"{verb} ({PACK}) in units of one block of {self.unit} tokens"]
+        lines = [f"{verb} ({self.encoding}) in units of one block of {self.unit} tokens"]
         for nest in self.nests:
             plane = nest.plane
             src = nest.src.text("s")
@@ -186,16 +193,25 @@ def _in_part(what: str, unit: int) -> Unsupported:
     )
 
 
-def _check(raw: Form, packed: Form, verb: str) -> None:
-    """Raise unless the rows of a raw form are the values of a packed form."""
+def check_sides(raw: Form, packed: Form, verb: str) -> None:
+    """Raise unless the rows of a raw form are the values of an encoded form.
+
+    ``verb``: what a copy would do with the rows, for the errors.
+
+    Raises:
+        LayoutError: extents that differ.
+        Unsupported: rows that the encoding does not take, or other block sizes.
+    """
     if raw.encoding:
         raise Unsupported(
             "A copy between rows packed with different parameters",
             "they are copied as they are; unpack the rows to a raw view and pack them again",
         )
+    encoding = packed.encoding[0].encoding
+    taken = DTYPES[encoding]
     what = f"A copy that would {verb} rows"
     if raw.opaque:
-        raise Unsupported(what, f"{PACK!r} takes rows of {PACKED_DTYPE}, not opaque pages")
+        raise Unsupported(what, f"{encoding!r} takes rows of {', '.join(taken)}, not opaque pages")
     for axis in ("kv", "layers", "heads"):
         extent = getattr(packed, axis)
         other = getattr(raw, axis)
@@ -212,17 +228,16 @@ def _check(raw: Form, packed: Form, verb: str) -> None:
         )
     for kv, plane in enumerate(packed.encoding):
         dtype = raw.dtypes[kv] if raw.dtypes else "uint8"
-        if dtype != PACKED_DTYPE:
+        if dtype not in taken:
             raise Unsupported(
                 f"{what} of {dtype}",
-                f"{PACK!r} takes {PACKED_DTYPE} only, whose exponent is half of a value; leave "
-                f"these rows raw",
+                f"{encoding!r} takes {', '.join(taken)} only; leave these rows raw",
             )
-        values = size * raw.widths[kv] // 2
-        if values != plane.values:
+        values = raw.widths[kv] // int(getattr(torch, dtype).itemsize)
+        if size * values != plane.values:
             raise LayoutError(
                 f"Expected raw rows of kv {kv} with {plane.values // size} values for each head "
-                f"like the packed side, got {raw.widths[kv] // 2}. Declare dim alike."
+                f"like the packed side, got {values}. Declare dim alike."
             )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from portakv.graph.trace import Figures
-from portakv.layout.packing import FLAG_AT, PACKED, TOTAL_AT
+from portakv.layout.packing import FLAG_AT, PACKED, TOTAL_AT, PackedPlane
 from portakv.storage.form import HEADER, BlockForm
 
 
@@ -81,11 +81,15 @@ class EncodedFigures:
 
 
 def _escapes(form: BlockForm, image: Any) -> tuple[int, int]:
-    """Return the escapes of the planes of a packed image that fit, and their values."""
+    """Return the escapes of the planes of a packed image that fit, and their values; none for
+    another encoding, which has no escapes."""
+    planes = [plane for plane in form.planes if isinstance(plane, PackedPlane)]
+    if not planes:
+        return 0, 0
     layers = form.layers[1] - form.layers[0]
     heads = form.heads[1] - form.heads[0]
     payload = image[HEADER : HEADER + form.payload_bytes]
-    sizes = [plane.slot_bytes for plane in form.planes]
+    sizes = [plane.slot_bytes for plane in planes]
     if len({*form.widths}) == 1:
         slots = [*payload.reshape(layers, form.kv, heads, sizes[0]).swapaxes(0, 1)]
     else:
@@ -93,7 +97,7 @@ def _escapes(form: BlockForm, image: Any) -> tuple[int, int]:
         slots = np.split(payload.reshape(layers, heads, sum(sizes)), ends, axis=2)
     escapes = 0
     values = 0
-    for plane, each in zip(form.planes, slots, strict=True):
+    for plane, each in zip(planes, slots, strict=True):
         head = each[..., plane.head_at : plane.escapes_at].astype(np.int64)
         fits = head[..., FLAG_AT] == PACKED
         counts = head[..., TOTAL_AT] + 256 * head[..., TOTAL_AT + 1]

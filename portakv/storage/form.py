@@ -18,11 +18,20 @@ import torch
 
 from portakv import arguments
 from portakv.errors import LayoutError, StoreError, Unsupported
+from portakv.layout.encodings import (
+    DTYPES,
+    Encoding,
+    Plane,
+    as_encoding,
+    encoding_of_text,
+    is_lossy,
+    parameters_of,
+    plane_of,
+)
 from portakv.layout.extents import known_parts
 from portakv.layout.language import parse
-from portakv.layout.packing import PACK, PACKED_DTYPE, Pack, PackedPlane, parameters_of
+from portakv.layout.packing import PACK, PACKED_DTYPE, Pack
 from portakv.view import KVView
-from portakv.view.packed import as_pack
 
 FORMAT = 1  # of images, and of the description of a form
 HEADER = 4096  # bytes before the payload of an image; images and segments are multiples of it
@@ -60,29 +69,36 @@ def _elements_of(view: KVView) -> tuple[str, tuple[int, ...]]:
     encoding = view.form.encoding
     if encoding:
         size = view.form.block_size
+        if DTYPES[encoding[0].encoding] != (PACKED_DTYPE,):
+            raise Unsupported(
+                f"The form of a view in the encoding {encoding[0].encoding!r}",
+                "its slots do not show the number type of the rows; pass a view of the raw cache, "
+                "and the encoding",
+            )
         return PACKED_DTYPE, tuple(plane.values // size for plane in encoding)
     kinds = {*view.form.dtypes}
     dtype = kinds.pop() if len(kinds) == 1 and "" not in kinds else "uint8"
     return dtype, tuple(width // getattr(torch, dtype).itemsize for width in view.widths)
 
 
-def _layout_of(view: KVView, dtype: str, widths: tuple[int, ...], pack: Pack | None) -> str:
+def _layout_of(view: KVView, dtype: str, widths: tuple[int, ...], encoding: Encoding | None) -> str:
     """Return the canonical layout of a view's blocks; raise `Unsupported` for rows that cannot be
     packed."""
     pages = view.opaque and not view.form.encoding
-    if pack is None:
+    if encoding is None:
         inner = "page" if view.kv == 1 else "(kv page)"
         return f"block layer {inner}" if pages else _raw_layout(widths)
-    if dtype != PACKED_DTYPE or pages:
-        raise _not_packed(dtype)
+    name = encoding.text.partition("/")[0]
+    if dtype not in DTYPES[name] or pages:
+        raise _not_taken(name, "pages" if pages else dtype)
     return _packed_layout(widths)
 
 
-def _not_packed(dtype: str) -> Unsupported:
-    """Return the error for rows that cannot be packed."""
+def _not_taken(name: str, kind: str) -> Unsupported:
+    """Return the error for rows that an encoding does not take."""
     return Unsupported(
-        f"The encoding {PACK!r} for a cache of {dtype}",
-        f"it takes {PACKED_DTYPE} only; leave these blocks raw",
+        f"The encoding {name!r} for a cache of {kind}",
+        f"it takes rows of {', '.join(DTYPES[name])} only; leave these blocks raw",
     )
 
 
@@ -112,7 +128,7 @@ class BlockForm:
 
     ``dtype`` is torch's name, ``uint8`` for all that is read as bytes. ``widths`` are elements of
     `dim` for each kv (bytes of a page). ``salt`` is a checksum in hex. ``encoding`` is empty for
-    raw rows, else the text of a `Pack`; the layout is then that of slots.
+    raw rows, else the text of a `Pack` or an `Fp8`; the layout is then that of slots.
     """
 
     model: str
@@ -138,7 +154,7 @@ class BlockForm:
         block_size: int | None = None,
         salt: bytes = b"",
         notes: str = "",
-        encoding: Pack | str | None = None,
+        encoding: Encoding | str | None = None,
     ) -> BlockForm:
         """Return the form of a paged view's blocks, in the canonical layout.
 
@@ -148,7 +164,8 @@ class BlockForm:
             block_size: tokens of a block; by default the view's.
             salt: separates tenants.
             notes: other facts that fix the bytes, such as a quantisation.
-            encoding: ``pack`` or a `Pack`: the blocks are stored packed. None: as the view's are.
+            encoding: ``pack``, ``fp8``, a `Pack` or an `Fp8`: how the blocks are stored. None: as
+                the view's are.
 
         Raises `InvalidTerms`, which names the wrong argument, and `Unsupported` for rows that the
         encoding does not take.
@@ -157,17 +174,17 @@ class BlockForm:
         if not view.block_size:
             expected = "a paged view"
             raise arguments.invalid("view", expected, view, "Name a block axis in its layout.")
-        pack = as_pack(encoding)
+        made = as_encoding(encoding)
         size = view.block_size
         if block_size is not None:
             size = arguments.whole("block_size", block_size, 1)
         if view.opaque and size != view.block_size:
             expected = f"{view.block_size}, as blocks that move only whole are not re-blocked"
             raise arguments.invalid("block_size", expected, size, "Leave it out.")
-        if view.form.encoding and pack is None:
-            pack = parameters_of(view.form.encoding)
+        if view.form.encoding and made is None:
+            made = parameters_of(view.form.encoding)
         dtype, widths = _elements_of(view)
-        layout = _layout_of(view, dtype, widths, pack)
+        layout = _layout_of(view, dtype, widths, made)
         salted = arguments.octets("salt", salt) and hashlib.sha256(salt).hexdigest()
         return cls(
             model,
@@ -180,7 +197,7 @@ class BlockForm:
             layout,
             salted or "",
             notes,
-            "" if pack is None else pack.text,
+            "" if made is None else made.text,
         )
 
     def __post_init__(self) -> None:
@@ -262,12 +279,12 @@ class BlockForm:
         return HEADER + -(-self.payload_bytes // HEADER) * HEADER
 
     @cached_property
-    def planes(self) -> tuple[PackedPlane, ...]:
-        """Return for each kv the geometry of packed planes; () if the blocks are raw."""
+    def planes(self) -> tuple[Plane, ...]:
+        """Return for each kv the geometry of encoded planes; () if the blocks are raw."""
         if not self.encoding:
             return ()
-        pack = Pack.of_text(self.encoding)
-        return tuple(pack.plane(self.block_size * width) for width in self.widths)
+        made = encoding_of_text(self.encoding)
+        return tuple(plane_of(made, self.block_size, width) for width in self.widths)
 
     @cached_property
     def raw(self) -> BlockForm:
@@ -283,7 +300,7 @@ class BlockForm:
         """
         arguments.instance("pack", pack, Pack, "Pass Pack().")
         if self.dtype != PACKED_DTYPE or parse(self.raw.layout).opaque:
-            raise _not_packed(self.dtype)
+            raise _not_taken(PACK, self.dtype)
         packed = replace(self, encoding=pack.text, layout=_packed_layout(self.widths))
         _ = packed.planes  # checks their size
         return packed
@@ -342,7 +359,7 @@ class BlockForm:
             self.layout.replace(_SLOT, "page").replace("(page)", "page"),
             block_size=self.block_size,
             dim=self.widths,
-            encoding=Pack.of_text(self.encoding),
+            encoding=encoding_of_text(self.encoding),
             **names,
         )
 
@@ -356,9 +373,13 @@ class BlockForm:
         return one == two and len(kinds) == 1
 
     def part_of(self, other: BlockForm) -> tuple[Slices, Slices] | None:
-        """Return the common part of both forms, as slices of ``other``'s view and of this form's;
-        or None."""
+        """Return the common part of both forms, as slices of ``other``'s view and of this form's.
+
+        None: there is none, or this form keeps every bit and ``other`` does not.
+        """
         arguments.instance("other", other, BlockForm)
+        if is_lossy(other.encoding) and other.encoding != self.encoding:
+            return None
         src = Slices()
         dst = Slices()
         for axis in ("layers", "heads"):

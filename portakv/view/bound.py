@@ -15,13 +15,13 @@ import torch
 
 from portakv.arguments import flag
 from portakv.errors import DeviceMismatch, LayoutError
+from portakv.layout.encodings import Encoding, as_encoding
 from portakv.layout.extents import declare, factor_extent, positive, solve
 from portakv.layout.language import Factor, Layout, parse
-from portakv.layout.packing import Pack
 from portakv.layout.presets import Extent, resolve
 from portakv.runtime.bounded import Bounded
 from portakv.view.form import Form, build_parts, same_form, widest_vector
-from portakv.view.packed import PackedExtents, as_pack
+from portakv.view.packed import PackedExtents
 
 _STRIDED = torch.strided
 #: Tensors of these are bytes, whatever they stand for: fp8 and packed formats are kept so.
@@ -53,7 +53,7 @@ class BoundLayout:
         text: str,
         extents: tuple[tuple[str, Extent], ...],
         reinterpret: bool,
-        encoding: Pack | None = None,
+        encoding: Encoding | None = None,
     ) -> None:
         self.reinterpret = reinterpret
         self.packed: PackedExtents | None = None
@@ -258,7 +258,7 @@ def bind_layout(
                 f"{name}={always[name]}, or write the layout string."
             )
     bits = flag("reinterpret", reinterpret)
-    return _bound(text, tuple(sorted(declared.items())), bits, as_pack(encoding))
+    return _bound(text, tuple(sorted(declared.items())), bits, as_encoding(encoding))
 
 
 def _flatten(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[int]]:

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import product
 from math import prod
+from typing import Any
 
 from portakv.errors import LayoutError
 from portakv.layout.extents import factor_extent
 from portakv.layout.language import Factor, Group, Layout
-from portakv.layout.packing import PACK, PackedPlane
 
 #: Where memory can be: on the device, pinned or pageable on the host, in another process, or a
 #: peer's, whose memory the device reads over a link: another device's, perhaps of another process.
@@ -118,8 +118,9 @@ class Form:
         place: one of ``device``, ``pinned``, ``pageable``, ``remote``, ``peer``.
         dtypes: for each kv the number type, such as ``float16``, or "" for bytes; () if all are.
         table_on_device: the addresses are known to a device alone, which has a table of them.
-        encoding: for each kv the geometry of a packed plane; () for raw rows. ``widths`` are then
-            the bytes of slots, one for each block, layer and head, and blocks move only whole.
+        encoding: for each kv the geometry of an encoded plane, all of one encoding; () for raw
+            rows. ``widths`` are then the bytes of slots, one for each block, layer and head, and
+            blocks move only whole.
         unwritable: why rows of this form cannot be a destination; empty if they can.
     """
 
@@ -133,7 +134,7 @@ class Form:
     place: str
     dtypes: tuple[str, ...] = ()
     table_on_device: bool = False
-    encoding: tuple[PackedPlane, ...] = ()
+    encoding: tuple[Any, ...] = ()  # of `Plane`; what reads the planes of one encoding knows it
     unwritable: str = field(default="", init=False, compare=False, repr=False)
     _hash: int = field(default=0, init=False, compare=False, repr=False)
 
@@ -173,7 +174,7 @@ class Form:
         """Return why `KVView.plane` shows no plane as one strided tensor, as a clause; empty if it
         can."""
         if self.encoding:
-            return f"its blocks are packed by {PACK!r}"
+            return f"its blocks are packed by {self.encoding[0].encoding!r}"
         if self.opaque:
             return "opaque pages have no rows"
         for part, name in product(self.parts, ("block", "token", "head", "dim")):

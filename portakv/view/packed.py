@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed views: the layout, the extents and the form of tensors that hold slots of `pack`."""
+"""Packed views: the layout, the extents and the form of tensors that hold slots of an encoding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from portakv.errors import InvalidTerms, LayoutError, Unsupported
-from portakv.layout.packing import PACK, Pack, PackedPlane
+from portakv.layout.encodings import Encoding, Plane, plane_of
+from portakv.layout.packing import PACK, Pack
 from portakv.layout.presets import Extent
 from portakv.view.form import Form, Step
 
@@ -16,7 +17,7 @@ _PAGE = re.compile(r"\bpage\b")
 
 
 def as_pack(encoding: object) -> Pack | None:
-    """Return the parameters of an encoding; None for raw rows.
+    """Return the parameters of the lossless encoding; None for raw rows.
 
     Raises:
         InvalidTerms: neither ``pack`` nor a `Pack`.
@@ -44,10 +45,10 @@ class PackedExtents:
     text: str
     extents: dict[str, Extent]
     block_size: int
-    planes: tuple[PackedPlane, ...]
+    planes: tuple[Plane, ...]
 
     @classmethod
-    def of(cls, text: str, extents: Mapping[str, Extent], pack: Pack) -> PackedExtents:
+    def of(cls, text: str, extents: Mapping[str, Extent], encoding: Encoding) -> PackedExtents:
         """Return the extents of a packed view.
 
         Raises:
@@ -74,7 +75,7 @@ class PackedExtents:
         dims = extents["dim"]
         assert isinstance(size, int)
         widths = dims if isinstance(dims, tuple) else (dims,)
-        planes = tuple(pack.plane(size * width) for width in widths)
+        planes = tuple(plane_of(encoding, size, width) for width in widths)
         slots = tuple(plane.slot_bytes for plane in planes)
         dim: Extent = slots if isinstance(dims, tuple) else slots[0]
         rest = {**extents, "block_size": 1, "dim": dim}

@@ -19,8 +19,8 @@ import torch
 
 from portakv.deprecation import warn_former
 from portakv.errors import DeviceMismatch, LayoutError
+from portakv.layout.encodings import Encoding
 from portakv.layout.language import Layout
-from portakv.layout.packing import Pack
 from portakv.runtime.devices import capturing, refuse_capture, usable_device
 from portakv.runtime.transfer import event_pool
 from portakv.view.addresses import RawMemory, RawRows, read_addresses
@@ -49,8 +49,8 @@ class KVView:
         dim: declared width in elements: one number, or one for each kv.
         reinterpret: the rows are bytes, whatever the dtype: they may be copied to and from rows of
             any number type. Rows of two different number types are otherwise refused.
-        encoding: ``pack`` or a `Pack`: the uint8 tensors hold packed blocks, with a slot where the
-            layout names ``page``; ``block_size`` and ``dim`` (bf16 values) are declared.
+        encoding: ``pack``, ``fp8``, a `Pack` or an `Fp8`: the uint8 tensors hold encoded blocks, a
+            slot where the layout names ``page``; ``block_size`` and ``dim`` (values) are declared.
 
     Attributes:
         form: strides, widths, alignment and place.
@@ -97,7 +97,7 @@ class KVView:
         heads: int | None = None,
         dim: int | Sequence[int] | None = None,
         reinterpret: bool = False,
-        encoding: Pack | str | None = None,
+        encoding: Encoding | str | None = None,
         **unknown: NoReturn,
     ) -> None:
         bound = bind_layout(
@@ -140,7 +140,7 @@ class KVView:
         heads: int | None = None,
         dim: int | Sequence[int] | None = None,
         reinterpret: bool = False,
-        encoding: Pack | str | None = None,
+        encoding: Encoding | str | None = None,
         **unknown: NoReturn,
     ) -> KVView:
         """Return a view over raw memory: addresses of tensors of one shape.

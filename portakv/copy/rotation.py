@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotate keys on the way of a copy, in dense memory of the device (see `dense`).
+
+Either plain copy may unpack or pack, so that rotated rows come from and go to encoded blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import gcd
+
+import torch
+
+from portakv.copy.dense import DenseCopy, Submit
+from portakv.copy.options import CopyOptions
+from portakv.copy.packed_slots import check_whole
+from portakv.errors import LayoutError, Unsupported
+from portakv.layout.fp8 import FP8_DTYPES
+from portakv.layout.rope import Rope
+from portakv.plan.move import Move
+from portakv.runtime.transfer import Transfer
+from portakv.view import Index, KVView
+from portakv.view.form import Form
+
+#: Bytes of a slice of keys in all layers and heads, unless one block has more.
+SLICE = 16 << 20
+
+
+def copy_rotated(move: Move, rope: Rope, options: CopyOptions, submit: Submit) -> Transfer:
+    """Issue a copy whose keys are rotated; raise as `rotate_blocks`. ``submit`` issues plain
+    copies."""
+    raw = _raw_form(move)
+    _check_keys(raw, rope)
+    sizes = [form.block_size for form in (move.src.form, move.dst.form) if form.encoding]
+    unit = sizes[0] if sizes else gcd(move.count, *filter(None, move.steps))
+    dense = DenseCopy(move, options, submit, unit, "the rotation of keys")
+
+    def slices(move: Move) -> Iterator[tuple[Transfer, Transfer]]:
+        step = max(1, *sizes, *move.steps)
+        most = SLICE // (raw.layers * raw.heads * max(raw.widths) * step)
+        tokens = min(move.count, max(1, most) * step)
+        tensors = _dense_rows(raw, tokens, dense.device)
+        cosines, sines = _turns(rope, tensors[rope.kv])
+        for first in range(0, move.count, tokens):
+            part = move.part(first, min(tokens, move.count - first))
+            rows = [tensor[:, :, : part.count] for tensor in tensors]
+            dims = [tensor.shape[3] for tensor in rows]
+            stage = KVView(rows, "kv | layer head token dim", kv=len(rows), dim=dims)
+            fetched = dense.copy(Move(part.src, stage, part.src_index, Index(), part.count))
+            rotate_keys(rows[rope.kv], cosines, sines, rope.style)
+            yield fetched, dense.copy(Move(stage, part.dst, Index(), part.dst_index, part.count))
+
+    return dense.issue(slices)
+
+
+def rotate_keys(keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, style: str) -> None:
+    """Rotate keys in place, in float32.
+
+    Args:
+        keys: ``[..., dim]`` of a floating type.
+        cosines, sines: float32 ``[pairs]``; the first ``2 * pairs`` values are rotated.
+        style: one of `STYLES` of `portakv.layout.rope`.
+    """
+    pairs = len(cosines)
+    rotary = keys[..., : 2 * pairs]
+    if style == "neox":
+        first = rotary[..., :pairs]
+        second = rotary[..., pairs:]
+    else:
+        first = rotary[..., ::2]
+        second = rotary[..., 1::2]
+    one = first.to(torch.float32)
+    other = second.to(torch.float32)
+    # Rows of float32 are not copied above, so that both results are made before either is written.
+    turned = one * cosines - other * sines
+    second.copy_(other * cosines + one * sines)
+    first.copy_(turned)
+
+
+def _raw_form(move: Move) -> Form:
+    """Return the form of a raw side, whose number types the rows have."""
+    src = move.src.form
+    dst = move.dst.form
+    if src.encoding and dst.encoding:
+        why = "slots are copied as they are; unpack to a raw view by one of two copies"
+        raise Unsupported("A rotation between two encoded sides", why)
+    for form in (src, dst):
+        if form.opaque and not form.encoding:
+            raise Unsupported("A rotation of opaque pages", "they have no rows with a number type")
+        if form.encoding:
+            check_whole(move, form.block_size)
+    return dst if src.encoding else src
+
+
+def _check_keys(raw: Form, rope: Rope) -> None:
+    """Raise unless a form has keys that can be rotated."""
+    if rope.kv >= raw.kv:
+        raise LayoutError(
+            f"Expected kv below {raw.kv}, as many rows as a token has, got {rope.kv}. Pass the "
+            f"number of the rows that are keys."
+        )
+    dtype = raw.dtypes[rope.kv] if raw.dtypes else "uint8"
+    if dtype not in FP8_DTYPES:
+        why = f"it takes {', '.join(FP8_DTYPES)} only"
+        raise Unsupported(f"A rotation of keys of {dtype}", why)
+    rope.rotary(raw.widths[rope.kv] // int(getattr(torch, dtype).itemsize))
+
+
+def _dense_rows(raw: Form, tokens: int, device: torch.device) -> list[torch.Tensor]:
+    """Return dense memory for rows of so many tokens, a tensor for each kv."""
+    dtypes = [getattr(torch, name or "uint8") for name in raw.dtypes]
+    return [
+        torch.empty(
+            (raw.layers, raw.heads, tokens, width // dtype.itemsize), dtype=dtype, device=device
+        )
+        for width, dtype in zip(raw.widths, dtypes, strict=True)
+    ]
+
+
+def _turns(rope: Rope, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cosine and the sine of each pair on the device of keys, float32."""
+    both = rope.turns(keys.shape[3])
+    made = torch.tensor(both, dtype=torch.float64, device="cpu").to(torch.float32)
+    cosines, sines = made.to(keys.device)
+    return cosines, sines
