@@ -55,6 +55,8 @@ class ByName:
         finder = self._have_finder()
         pull = Pull((), until, self._keeper.report)
         pull.layers = self._follower.promised(request)
+        if wanted.look_up(self._owners.ticket_of):
+            return self._begin_here(pull, wanted, request)
         if self._may_ask(wanted):
             self._asked = ref(pull)
             if finder.find_now(wanted):

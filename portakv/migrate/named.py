@@ -78,6 +78,15 @@ class Wanted:
                 Ticket.read(one)  # raises for what is not a ticket
         return cls(tickets, names)
 
+    def look_up(self, ticket_of: Callable[[Named], bytes]) -> bool:
+        """Find offers in the tables of their owners; return True if no name is left."""
+        for at, named in [*self.names.items()]:
+            ticket = ticket_of(named)
+            if ticket:
+                self.tickets[at] = ticket
+                del self.names[at]
+        return not self.names
+
     def begin(self, ended: bool = False) -> None:
         """Start the pull, which waits no more, or end it; only the first call does."""
         if self.once.acquire(blocking=False):
