@@ -76,7 +76,7 @@ class ByName:
         added = False
         try:
             pull.sources = self._owners.resolve_listed(wanted.tickets, pull.until)
-            with torch.inference_mode(False), self._apart(pull.sources):
+            with torch.inference_mode(False), self.apart(pull.sources):
                 if self.waits(pull):
                     return self._follower.begin(pull, request)
                 tasks, pull.layers = self._issuer.issue(pull, request)
@@ -95,7 +95,7 @@ class ByName:
             raise
         return pull
 
-    def _apart(self, sources: Sources) -> AbstractContextManager[object]:
+    def apart(self, sources: Sources) -> AbstractContextManager[object]:
         """Make a private stream current, after the caller's, if an owner's device still writes the
         rows: the caller's stream must not wait for another process."""
         if not self._issuer.late_events(sources):

@@ -66,7 +66,7 @@ class Listed(Protocol):
     entry: Entry
 
 
-class _Key(NamedTuple):
+class Hashed(NamedTuple):
     """The hash of a name: the first slot of its bucket, the tag of its record, and the mask of the
     offer's number in it."""
 
@@ -74,16 +74,16 @@ class _Key(NamedTuple):
     tag: bytes
     mask: int
 
-    @classmethod
-    def of(cls, epoch: bytes, name: bytes, key: bytes) -> _Key:
-        """Return the hash of a name of an epoch under an owner's key."""
-        digest = blake2b(key + epoch + name, digest_size=2 * _TAG).digest()
-        bucket = int.from_bytes(digest[:4], "little") % BUCKETS
-        return cls(bucket * WAYS, digest[:_TAG], int.from_bytes(digest[_TAG:], "little"))
-
     def masked(self, number: bytes | memoryview) -> bytes:
         """Return an offer's number masked, or a masked one as it was."""
         return (int.from_bytes(number, "little") ^ self.mask).to_bytes(16, "little")
+
+
+def hashed(epoch: bytes, name: bytes, key: bytes) -> Hashed:
+    """Return the hash of a name of an epoch under an owner's key."""
+    digest = blake2b(key + epoch + name, digest_size=2 * _TAG).digest()
+    bucket = int.from_bytes(digest[:4], "little") % BUCKETS
+    return Hashed(bucket * WAYS, digest[:_TAG], int.from_bytes(digest[_TAG:], "little"))
 
 
 class _Page:
@@ -129,7 +129,7 @@ class NameTable:
         nbytes = _HEAD + len(ticket)
         if page is None or nbytes > RING or self._process.forked:
             return
-        key = _Key.of(ticket[_EPOCH], offer.name, self._key)
+        key = hashed(ticket[_EPOCH], offer.name, self._key)
         start = self._make_room(nbytes)
         starts = page.slots[key.first : key.first + WAYS].tolist()
         # A free slot is 0. Else the oldest name of the bucket is found by a question from now on.
@@ -183,7 +183,7 @@ class NamesOfOwner:
     def find(self, epoch: bytes, name: bytes) -> bytes:
         """Return the ticket of the offer that an owner's epoch has under a name; empty if the table
         has none. The caller checks the ticket."""
-        key = _Key.of(epoch, name, self._key)
+        key = hashed(epoch, name, self._key)
         slots = self._page.slots
         for _ in range(TRIES):
             changed = False
@@ -201,7 +201,7 @@ class NamesOfOwner:
                 break
         return b""
 
-    def _copy(self, key: _Key, start: int) -> bytes:
+    def _copy(self, key: Hashed, start: int) -> bytes:
         """Return the ticket of a record, which may change meanwhile; empty for another tag."""
         ring = self._page.ring
         at = start % RING
