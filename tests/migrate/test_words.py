@@ -42,7 +42,7 @@ from portakv.host.shared import SharedPool
 from portakv.migrate import housekeeping, ipc
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.connections import Connection, Connections
-from portakv.migrate.housekeeping import Housekeeper, Wakes
+from portakv.migrate.housekeeping import IDLE, Housekeeper, Wakes
 from portakv.migrate.messages import Answer, Check, Close, Handshake, Hello, Renew, Ticket
 from portakv.migrate.offers import Owner
 from portakv.migrate.pull import Pull
@@ -595,6 +595,30 @@ def test_the_thread_outlives_a_failed_look() -> None:
         keeper.add(Pull((), math.inf, keeper.wake))
         assert until(lambda: keeper.ends["committed"] == 1)
     assert failed
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_pulls_that_follow_each_other_wake_no_thread(counts: bool) -> None:
+    """A wake takes the interpreter from the call. ``counts`` False: the control, in which a look at
+    a pull that ended between two turns of the thread counts as an idle one."""
+    wakes = list[int]()
+
+    class Keeper(Housekeeper):
+        def wake(self) -> None:
+            wakes.append(1)
+            super().wake()
+
+        def _look_at_all(self) -> bool:
+            return super()._look_at_all() and counts
+
+    with closing(Keeper(torch.device("cpu"))) as keeper:
+        for _ in range(4 * IDLE):
+            pull = Pull((), math.inf, keeper.report)
+            keeper.add(pull)
+            assert pull.look()
+            assert until(lambda: not keeper.pulls)
+    # A machine that stands still for seconds lets the thread wait.
+    assert (len(wakes) < IDLE) == counts
 
 
 def test_ends_are_reported_together_unless_the_thread_has_to_look(
