@@ -60,6 +60,8 @@ MOST_BUFFERS = 64  # staging buffers of an owner; each has a worker here
 class Connection:
     """An owner: the answer to its handshake, and its shards and events if its memory is mapped."""
 
+    names: NamesOfOwner | None = None  # set if the memory is mapped
+
     def __init__(self, channel: Channel, address: str, handshake: Handshake) -> None:
         self.channel = channel
         self.address = address
@@ -67,7 +69,6 @@ class Connection:
         self.shards = list[Shard]()
         self.events = list[torch.Event]()
         self.words: WordsOfOwner | None = None  # set if the memory is mapped
-        self.names: NamesOfOwner | None = None  # the same
         self.gone = False  # its process is gone, or was connected to anew
         self.why_not_mapped = ""
         self.staged: Staging | None = None  # set if the memory is not mapped

@@ -105,26 +105,26 @@ class NameTable:
     def __init__(self, key: bytes) -> None:
         self._key = key  # readers have it from the handshake
         self._process = this_process()  # a forked process has the same page
-        self._page: _Page | None = None
+        self.page: _Page | None = None
         self._listed = deque[Entry]()  # of all records that are not overwritten, the oldest first
         self._end = RING  # of the last record; a position is above 0
 
     def allocate(self) -> None:
         """Allocate the page, unless that was done."""
-        if self._page is None:
-            self._page = _Page(ipc.shared_empty(_NBYTES, torch.uint8), to_read=False)
+        if self.page is None:
+            self.page = _Page(ipc.shared_empty(_NBYTES, torch.uint8), to_read=False)
 
     def export(self, files: ipc.SharedFiles) -> ipc.Held:
         """Return the page, for readers to open; raise `Unsupported` as `ipc.export` does.
 
         ``files`` are those of a time after `allocate`, which the caller has called.
         """
-        assert self._page is not None
-        return ipc.export(self._page.memory.untyped_storage(), files)
+        assert self.page is not None
+        return ipc.export(self.page.memory.untyped_storage(), files)
 
     def add(self, offer: Listed) -> None:
         """Let readers find the ticket of an offer by its name. The oldest records make room."""
-        page = self._page
+        page = self.page
         ticket = offer.ticket
         nbytes = _HEAD + len(ticket)
         if page is None or nbytes > RING or self._process.forked:
@@ -148,7 +148,7 @@ class NameTable:
 
     def remove(self, entry: Entry) -> None:
         """Let no reader find the ticket of an entry any more."""
-        page = self._page
+        page = self.page
         if page is None or self._process.forked:
             return
         if page.slots[entry.slot] == entry.start:  # else another name has it
@@ -177,14 +177,14 @@ class NamesOfOwner:
         page = ipc.open_shared(handle, "cpu").view(torch.uint8)
         if page.numel() != _NBYTES:
             raise PeerError("Expected a table of names, got other memory. Use one release.")
-        self._page = _Page(page, to_read=True)
+        self.page = _Page(page, to_read=True)
         self._key = key
 
     def find(self, epoch: bytes, name: bytes) -> bytes:
         """Return the ticket of the offer that an owner's epoch has under a name; empty if the table
         has none. The caller checks the ticket."""
         key = hashed(epoch, name, self._key)
-        slots = self._page.slots
+        slots = self.page.slots
         for _ in range(TRIES):
             changed = False
             for slot, start in enumerate(slots[key.first : key.first + WAYS].tolist(), key.first):
@@ -203,7 +203,7 @@ class NamesOfOwner:
 
     def _copy(self, key: Hashed, start: int) -> bytes:
         """Return the ticket of a record, which may change meanwhile; empty for another tag."""
-        ring = self._page.ring
+        ring = self.page.ring
         at = start % RING
         head = bytes(ring[at : at + _HEAD])
         if head[:_TAG] != key.tag:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from secrets import token_bytes
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from msgspec.structs import replace
 from support.migrate_pulls import MODEL, Rows, Sides, sides
 
-from portakv.errors import OfferGone
+from portakv.errors import InvalidTerms, OfferGone, PeerError
 from portakv.migrate import Ticket, ipc, messages, name_table
 from portakv.migrate.messages import Handshake, Hello
 from portakv.migrate.name_table import (
@@ -28,7 +28,7 @@ from portakv.migrate.name_table import (
     open_names,
 )
 from portakv.migrate.offers import Owner
-from portakv.migrate.words import Words
+from portakv.migrate.words import Words, fence
 
 KEY = bytes(range(32))
 EPOCH = b"e" * 16
@@ -75,8 +75,8 @@ class Tables:
     @property
     def page(self) -> bytes:
         """Return all bytes of the page."""
-        assert self.owner._page is not None
-        return bytes(self.owner._page.memory.numpy().data)
+        assert self.owner.page is not None
+        return bytes(self.owner.page.memory.numpy().data)
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_a_record_that_is_overwritten_while_it_is_read_is_not_returned(
     """``looks``: before the change. ``guarded`` False: the control, in which the reader looks at
     slots of a time before the change."""
     offer = small.add(Listed(SMALL // 4 - 300))
-    page: Any = small.reader._page
+    page: Any = small.reader.page
     page.ring = Changing(page.ring, looks, lambda: overwrite(small, offer))
     if not guarded:
         page.slots = memoryview(bytes(page.slots)).cast("q")
@@ -213,7 +213,7 @@ def test_a_name_that_is_offered_again_while_it_is_read_is_found(tables: Tables) 
         tables.owner.remove(first.entry)
         tables.add(again)
 
-    page: Any = tables.reader._page
+    page: Any = tables.reader.page
     page.ring = Changing(page.ring, 1, change)
     assert tables.find(first) == again.ticket
 
@@ -231,8 +231,8 @@ def test_a_reader_gives_up_a_name_that_changes_all_the_time(tables: Tables) -> N
             tables.add(offer)
             return ring[place]
 
-    page: Any = tables.reader._page
-    ring = page.ring
+    page: Any = tables.reader.page
+    ring: memoryview = page.ring
     page.ring = Restless()
     assert tables.find(offer) == b""
     assert len(changes) == 2 * TRIES  # a head and a ticket
@@ -246,18 +246,17 @@ def test_the_end_of_an_offer_removes_what_an_interrupt_has_left(
 ) -> None:
     """``written``: the slot; the call returns no entry in either case."""
     offer = Listed()
-    fence = name_table.fence
 
     def interrupt() -> None:
         if written:
-            assert tables.owner._page is not None
-            tables.owner._page.slots[offer.entry.slot] = offer.entry.start
+            assert tables.owner.page is not None
+            tables.owner.page.slots[offer.entry.slot] = offer.entry.start
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(name_table, "fence", interrupt)
+    monkeypatch.setattr("portakv.migrate.name_table.fence", interrupt)
     with pytest.raises(KeyboardInterrupt):
         tables.owner.add(offer)
-    monkeypatch.setattr(name_table, "fence", fence)
+    monkeypatch.setattr("portakv.migrate.name_table.fence", fence)
     assert bool(tables.find(offer)) == written
     tables.owner.remove(offer.entry)
     assert tables.find(offer) == b""
@@ -282,7 +281,7 @@ def test_a_forked_child_changes_nothing(tables: Tables) -> None:
 
 def test_bytes_of_any_kind_in_the_page_raise_nothing(tables: Tables) -> None:
     """Whoever maps the owner's memory may write the page."""
-    page = tables.owner._page
+    page = tables.owner.page
     assert page is not None
     seed = random.Random(7)
     whole = page.memory.numpy()
@@ -316,20 +315,21 @@ class Pair:
         self.dst = Rows(8, 32, fill=-1)
         self.owner: Owner = made.owner(self.src.shard)
         self.reader = made.reader(self.dst.shard)
-        self.asked = list[messages.Find]()
+        self.asked = list[bytes]()
         self.count()
         if prepare:
             self.reader.prepare(self.owner.channel.address).synchronize(LIMIT)
 
     def count(self) -> None:
         """Note the questions to the owner."""
-        find = self.owner._find
+        names = self.owner.names
+        find = names.find
 
-        def noted(peer: Any, question: messages.Find) -> Any:
-            self.asked.append(question)
-            return find(peer, question)
+        def noted(asked: Sequence[bytes]) -> messages.Found:
+            self.asked += asked
+            return find(asked)
 
-        self.owner.channel.serve(messages.Find, noted)
+        names.find = noted  # type: ignore[method-assign]
 
     def offer(self, name: bytes, **terms: Any) -> Any:
         return self.owner.offer(BLOCKS, tokens=TOKENS, name=name, **terms)
@@ -388,7 +388,7 @@ def test_a_name_that_is_used_again_brings_the_new_rows(
     pair = Pair(made)
     name = token_bytes(16)
     now = [0.0]
-    pair.owner.now = lambda: now[0]  # type: ignore[method-assign]
+    pair.owner.now = lambda: now[0]
     offer = pair.owner.offer([1, 2, 4], tokens=TOKENS, name=name, lease=5.0)
     if end == "taken":
         pair.pull(pair.ticket(name)).synchronize(LIMIT)
@@ -465,6 +465,18 @@ def test_another_owner_at_the_address_has_another_table(made: Sides) -> None:
         pair.pull(pair.ticket(name)).synchronize(LIMIT)
         assert pair.right()
     assert len(pair.asked) <= 1
+
+
+def test_a_ticket_by_name_is_for_pulls(made: Sides) -> None:
+    pair = Pair(made)
+    ticket = pair.ticket(token_bytes(16))
+    with pytest.raises(InvalidTerms, match="by name"):
+        pair.reader.explain(ticket)
+    with pytest.raises(InvalidTerms, match="by name"):
+        pair.reader.extend(ticket, 3.0)
+    edited = ticket[:40] + bytes([ticket[40] ^ 1]) + ticket[41:]
+    with pytest.raises(PeerError, match="not a ticket"):
+        pair.reader.pull(edited, INTO)
 
 
 def test_rows_up_to_a_mark_are_followed_by_name(made: Sides) -> None:

@@ -414,18 +414,6 @@ def test_an_owner_that_is_stopped_delays_no_other(made: Sides) -> None:
             os.kill(pid, signal.SIGCONT)
 
 
-def test_a_ticket_by_name_is_for_pulls(made: Sides) -> None:
-    pair = Pair(made)
-    ticket = pair.ticket(token_bytes(16))
-    with pytest.raises(InvalidTerms, match="by name"):
-        pair.reader.explain(ticket)
-    with pytest.raises(InvalidTerms, match="by name"):
-        pair.reader.extend(ticket, 3.0)
-    edited = ticket[:40] + bytes([ticket[40] ^ 1]) + ticket[41:]
-    with pytest.raises(PeerError, match="not a ticket"):
-        pair.reader.pull(edited, INTO)
-
-
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_on_a_device_the_rows_come_after_the_work_of_the_callers_stream(
     made: Sides, accelerator: torch.device, by_layer: bool
