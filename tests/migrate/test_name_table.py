@@ -322,14 +322,13 @@ class Pair:
 
     def count(self) -> None:
         """Note the questions to the owner."""
-        names = self.owner.names
-        find = names.find
+        find = self.owner.names.find
 
-        def noted(asked: Sequence[bytes]) -> messages.Found:
-            self.asked += asked
-            return find(asked)
+        def noted(names: Sequence[bytes]) -> messages.Found:
+            self.asked += names
+            return find(names)
 
-        names.find = noted  # type: ignore[method-assign]
+        self.owner.names.find = noted  # type: ignore[method-assign]
 
     def offer(self, name: bytes, **terms: Any) -> Any:
         return self.owner.offer(BLOCKS, tokens=TOKENS, name=name, **terms)
