@@ -44,8 +44,9 @@ class ByName:
         self._stream: torch.Stream | None = None
 
     def pull(self, tickets: list[bytes], request: Request, until: float) -> Pull | None:
-        """Return a pull whose copies were issued if its offers exist; else one that waits for them,
-        and then begins after the caller's stream. None if no ticket is a name.
+        """Return a pull whose copies were issued if its offers exist, as their owners' tables or the
+        owners say; else one that waits for them, and then begins after the caller's stream. None if
+        no ticket is a name.
 
         The pull ends with the errors of its owners and rows.
         """
@@ -55,6 +56,8 @@ class ByName:
         finder = self._have_finder()
         pull = Pull((), until, self._keeper.report)
         pull.layers = self._follower.promised(request)
+        if wanted.look_up(self._owners.ticket_of):
+            return self._begin_here(pull, wanted, request)
         if self._may_ask(wanted):
             self._asked = ref(pull)
             if finder.find_now(wanted):
@@ -74,7 +77,7 @@ class ByName:
         added = False
         try:
             pull.sources = self._owners.resolve_listed(wanted.tickets, pull.until)
-            with torch.inference_mode(False), self._apart(pull.sources):
+            with torch.inference_mode(False), self.apart(pull.sources):
                 if self.waits(pull):
                     return self._follower.begin(pull, request)
                 tasks, pull.layers = self._issuer.issue(pull, request)
@@ -93,7 +96,7 @@ class ByName:
             raise
         return pull
 
-    def _apart(self, sources: Sources) -> AbstractContextManager[object]:
+    def apart(self, sources: Sources) -> AbstractContextManager[object]:
         """Make a private stream current, after the caller's, if an owner's device still writes the
         rows: the caller's stream must not wait for another process."""
         if not self._issuer.late_events(sources):

@@ -30,13 +30,14 @@ from portakv.errors import (
 from portakv.migrate import ipc
 from portakv.migrate.buffers import Staging
 from portakv.migrate.channel import Channel
-from portakv.migrate.mapping import NotMapped, Place, WordsOfOwner, map_owner
+from portakv.migrate.mapping import NamesOfOwner, NotMapped, Place, WordsOfOwner, map_owner
 from portakv.migrate.messages import (
     REASONS,
     Answer,
     Bye,
     Handshake,
     Hello,
+    Named,
     Refused,
     Renew,
     Ticket,
@@ -58,6 +59,8 @@ MOST_BUFFERS = 64  # staging buffers of an owner; each has a worker here
 
 class Connection:
     """An owner: the answer to its handshake, and its shards and events if its memory is mapped."""
+
+    names: NamesOfOwner | None = None  # set if the memory is mapped
 
     def __init__(self, channel: Channel, address: str, handshake: Handshake) -> None:
         self.channel = channel
@@ -203,6 +206,14 @@ class Connections:
         """Return True if the owner of an epoch at an address is connected."""
         return (address, epoch) in self._owners
 
+    def ticket_of(self, named: Named) -> bytes:
+        """Return the ticket that an owner's table has for a name; empty if only the owner can say
+        whether there is one."""
+        owner = self._owners.get((named.address, named.epoch))
+        if owner is None or owner.names is None:
+            return b""
+        return owner.names.find(named.epoch, named.name)
+
     def _known(self, ticket: Ticket) -> Connection | None:
         """Return the connection to the owner of a ticket, or to whoever has its address if its
         epoch is `ANY`; None if there is none."""
@@ -233,6 +244,7 @@ class Connections:
                 # for the stream that writes the rows.
                 owner.events = mapped.events
                 owner.words = mapped.words
+                owner.names = mapped.names
                 owner.shards = mapped.shards
             except NotMapped as error:
                 owner.why_not_mapped = str(error)

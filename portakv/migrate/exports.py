@@ -11,6 +11,8 @@ import torch
 from portakv.errors import LayoutError, Unsupported
 from portakv.migrate import ipc, messages
 from portakv.migrate.described import Regions, describe
+from portakv.migrate.name_table import Entry as Entry
+from portakv.migrate.name_table import NameTable
 from portakv.migrate.shards import Shard
 from portakv.migrate.words import Place as Place
 from portakv.migrate.words import Words as Words
@@ -47,6 +49,7 @@ class Exports:
         allocations: those that readers may map.
         words: the handle of the page of validity words; empty if nothing may be mapped, or if other
             processes may write the rows after this one has died, when its words hold for ever.
+        names: the handle of the table of names; empty if there are no words.
         events: recorded after offers' rows; none if the device cannot export them.
     """
 
@@ -57,11 +60,14 @@ class Exports:
         device: torch.device,
         expose: str,
         words: Words,
+        names: NameTable,
     ) -> None:
         self.allocations = list[ipc.Held]()
         # The proof is exported like a region, after all others.
         self._proof = ipc.proof(epoch, device)
         regions = list[messages.Region]()
+        if expose == "mapped":
+            names.allocate()
         files = ipc.SharedFiles()
         for storage in [*described.storages, self._proof.untyped_storage()]:
             described_as = storage.nbytes(), ipc.where(storage.device)
@@ -75,6 +81,7 @@ class Exports:
                 regions.append(messages.Region(*described_as, why=error.why))
         self.regions = tuple(regions)
         self.words = b""
+        self.names = b""
         self.events = list[torch.Event]()
         if self.allocations:
             self.events = _events(device)
@@ -82,6 +89,8 @@ class Exports:
             if not any(files.has_name(address) for address in hosts):
                 self.allocations.append(words.export(files))
                 self.words = self.allocations[-1].handle
+                self.allocations.append(names.export(files))
+                self.names = self.allocations[-1].handle
         self.event_handles = tuple(ipc.export_event(event) for event in self.events)
 
     def close(self) -> None:

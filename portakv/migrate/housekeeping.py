@@ -208,8 +208,10 @@ class Housekeeper:
         ignore_captures_elsewhere(self._device)
         idle = 0
         pause = FIRST_LOOK
+        looked_after = False
         while True:
-            idle = 0 if self._pulls else idle + 1
+            # Also a pull that began and ended between two turns: others follow it.
+            idle = 0 if self._pulls or looked_after else idle + 1
             self._parked = idle > IDLE
             if self._pulls:  # also one that was added before it could see that this thread waits
                 self._parked = False
@@ -218,18 +220,18 @@ class Housekeeper:
                 pause = FIRST_LOOK
             most = PROMPT if self.finished.started else self._most
             pause = min(2 * pause, most) if self._pulls else FIRST_LOOK
-            self._look_at_all()
+            looked_after = self._look_at_all()
             if self._closing:
                 return
 
-    def _look_at_all(self) -> None:
-        """Look at each pull; report the ends."""
+    def _look_at_all(self) -> bool:
+        """Look at each pull; report the ends. Return True if there are pulls."""
         if self._closing or not self._pulls:  # these are the last messages, or there are none
             self._busy.clear()
         try:
             pulls = [*self._pulls.items()]
         except RuntimeError:  # a pull was added meanwhile; the next look is soon
-            return
+            return True
         try:
             self._find([pull for pull, _ in pulls])
         except Exception:  # one answer must not stop the others' pulls
@@ -244,6 +246,7 @@ class Housekeeper:
             except Exception as error:  # one pull must not stop the others
                 _log.exception("A pull failed.")
                 pull.stop(TransferError(f"The pull failed: {error!r}."))
+        return bool(pulls)
 
     def _find(self, pulls: list[Pull]) -> None:
         """Ask for the offers of pulls by name, and start those that wait no more; look at the marks

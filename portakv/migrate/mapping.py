@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Map the memory of an owner on this host: its rows, its events and its validity words."""
+"""Map the memory of an owner on this host: its rows, its events, its validity words and its names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from portakv.errors import PeerError, PortaKVError
 from portakv.migrate import ipc
 from portakv.migrate.described import rebuild, reserve
 from portakv.migrate.messages import Handshake
+from portakv.migrate.name_table import NamesOfOwner as NamesOfOwner
+from portakv.migrate.name_table import open_names
 from portakv.migrate.shards import Shard
 from portakv.migrate.words import Place as Place
 from portakv.migrate.words import WordsOfOwner as WordsOfOwner
@@ -27,6 +29,7 @@ class Mapped(NamedTuple):
     shards: list[Shard]
     events: list[torch.Event]
     words: WordsOfOwner | None  # None if only the owner can say whether an offer holds
+    names: NamesOfOwner | None  # None if only the owner can say which offer has a name
 
 
 def map_owner(address: str, handshake: Handshake, device: torch.device) -> Mapped:
@@ -54,7 +57,8 @@ def map_owner(address: str, handshake: Handshake, device: torch.device) -> Mappe
         events = [ipc.open_event(one, device) for one in handshake.events]
     except PortaKVError as error:
         raise NotMapped(str(error)) from error
-    return Mapped(shards, events, open_words(handshake.words))
+    words = open_words(handshake.words)
+    return Mapped(shards, events, words, open_names(handshake.names, handshake.key))
 
 
 def _check(address: str, handshake: Handshake) -> None:

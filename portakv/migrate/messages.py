@@ -43,6 +43,7 @@ Names = Annotated[tuple[Name, ...], Meta(max_length=16)]
 Kind = tuple[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{2,31}$")], Dims, Dims]
 Sent = TypeVar("Sent", bound="Message")
 _MAC = 16  # bytes
+_SUM = 16  # bytes of the checksum before a message that callers carry
 _NO_MAC = bytes(_MAC)  # stands before a ticket by name
 #: The errors of decoding a peer's bytes: msgspec's own, text that is not UTF-8, arrays nested too
 #: deeply, and the checks of a message.
@@ -150,6 +151,8 @@ class Handshake(Message, frozen=True, rename=_ON_THE_WIRE, tag="Welcome"):
     key: Key = b""
     #: The page of validity words; empty if the owner shares no memory.
     words: Handle = b""
+    #: The table of names; empty if the owner shares no memory.
+    names: Handle = b""
 
 
 class About(Message, frozen=True):
@@ -340,7 +343,8 @@ class Ticket(About, frozen=True, omit_defaults=True):
         return _gone(f"offer {self.offer.hex()[:8]}", self.address, why)
 
     def pack(self, key: bytes) -> bytes:
-        """Return the bytes that carry the ticket, with a MAC over them under the owner's key."""
+        """Return the bytes that carry the ticket, with a MAC under the owner's key over their
+        checksum."""
         body = sealed(self)
         return _mac(body, key) + body
 
@@ -419,26 +423,28 @@ def no_ticket() -> PeerError:
 
 
 def is_signed(data: bytes, key: bytes) -> bool:
-    """Return True if the bytes of a ticket are as the owner with this key made them."""
+    """Return True if the bytes of a ticket, which `Ticket.read` has read, are as the owner with this
+    key made them."""
     return compare_digest(data[:_MAC], _mac(data[_MAC:], key))
 
 
 def _mac(body: bytes, key: bytes) -> bytes:
-    """Return the MAC of the bytes of a ticket."""
-    return blake2b(body, key=key, digest_size=_MAC).digest()
+    """Return the MAC of the bytes of a ticket: of their cryptographic checksum, which is checked
+    when they are read."""
+    return blake2b(body[:_SUM], key=key, digest_size=_MAC).digest()
 
 
 def sealed(message: Message) -> bytes:
     """Return a message as bytes, with a checksum before it, for callers to carry."""
     data = msgspec.msgpack.encode(message)
-    return blake2b(data, digest_size=16).digest() + data
+    return blake2b(data, digest_size=_SUM).digest() + data
 
 
 def unsealed(data: bytes, kind: type[Sent]) -> Sent | None:
     """Return the message of these bytes; None if `sealed` did not make them."""
-    if isinstance(data, bytes) and blake2b(data[16:], digest_size=16).digest() == data[:16]:
+    if isinstance(data, bytes) and blake2b(data[_SUM:], digest_size=_SUM).digest() == data[:_SUM]:
         try:
-            return msgspec.msgpack.decode(data[16:], type=kind)
+            return msgspec.msgpack.decode(data[_SUM:], type=kind)
         except UNDECODABLE:  # another release made the bytes
             return None
     return None

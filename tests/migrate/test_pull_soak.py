@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many pulls between processes whose owner revokes offers, lets them expire, and uses their blocks
-again immediately, while owners and readers are killed: what is committed is what was offered."""
+again immediately, while owners and readers are killed: what is committed is what was offered. Of
+owners that are killed every other offer is pulled by its name."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ INTO = [6, 1, 4]
 TOKENS = 75
 
 OWNER = """
-import random, time
+import os, random, time
 from support.migrate_pulls import *
+from portakv.migrate import Ticket
 made, rows = Sides(), Rows()
 terms = {"expose": expose, "staging": SMALL} if expose == "staging" else {}
 owner = made.owner(rows.shard, **terms)
@@ -31,9 +33,11 @@ seed = random.Random(number)
 while True:
     number += 1
     rows.whole.fill_(number)
+    name = os.urandom(16) if number % 2 else None  # found in the owner's table or by a question
     offer = owner.offer([7, 3, 11, 0, 5], tokens=75, lease=seed.choice([0.005, 0.02, 5.0]),
-                        max_lease=5.0)
-    tell((number, offer.ticket))
+                        max_lease=5.0, name=name)
+    address, epoch = owner.channel.address, owner.epoch
+    tell((number, Ticket.of(address, epoch, name) if name else offer.ticket))
     how = seed.choice(["revoke", "revoke", "wait"])
     if how == "revoke":
         time.sleep(seed.random() * 0.03)

@@ -42,10 +42,11 @@ from portakv.host.shared import SharedPool
 from portakv.migrate import housekeeping, ipc
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.connections import Connection, Connections
-from portakv.migrate.housekeeping import Housekeeper, Wakes
+from portakv.migrate.housekeeping import IDLE, Housekeeper, Wakes
 from portakv.migrate.messages import Answer, Check, Close, Handshake, Hello, Renew, Ticket
 from portakv.migrate.offers import Owner
 from portakv.migrate.pull import Pull
+from portakv.migrate.tickets import Ticket as TicketByName
 from portakv.migrate.words import PLACES, Place, Words, WordsOfOwner, fence, open_words
 
 SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes a tenth of a second
@@ -330,21 +331,25 @@ OWNER = """
 from support.migrate_pulls import *
 made, rows = Sides(), Rows()
 owner = made.owner(rows.shard)
-tell([owner.offer([7, 3, 11, 0, 5], tokens=75).ticket for _ in range(4)])
+made = [owner.offer([7, 3, 11, 0, 5], tokens=75, name=name) for name in names]
+tell((owner.channel.address, owner.epoch, [offer.ticket for offer in made]))
 """
 
 
 def test_rows_of_an_owner_that_died_after_it_had_offered_them_are_right(made: Sides) -> None:
-    """It wrote nothing since, and no other process writes its memory: the offer is committed."""
+    """It wrote nothing since, and no other process writes its memory: the offer is committed. Names
+    are found in its table."""
     remote = Rows()
     local = Rows(8, 32, fill=-1)
     reader = made.reader(local.shard)
     # The reader does not notice the death, so that the words alone decide.
     reader.channel.watch = lambda *_: lambda: None  # type: ignore[method-assign]
     with Nursery() as nursery:
-        pid, tickets = nursery.born(OWNER)
+        names = [None, None, *[os.urandom(16) for _ in range(2)]]
+        pid, (address, epoch, tickets) = nursery.born(OWNER, names=names)
         reader.pull(tickets[0], [6, 1, 4]).synchronize(30)
         nursery.end(pid)
+        tickets[2:] = [TicketByName.of(address, epoch, name) for name in names if name]
         for ticket in tickets[1:]:
             local.whole.fill_(-1)
             reader.pull(ticket, [6, 1, 4]).synchronize(30)
@@ -590,6 +595,30 @@ def test_the_thread_outlives_a_failed_look() -> None:
         keeper.add(Pull((), math.inf, keeper.wake))
         assert until(lambda: keeper.ends["committed"] == 1)
     assert failed
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_pulls_that_follow_each_other_wake_no_thread(counts: bool) -> None:
+    """A wake takes the interpreter from the call. ``counts`` False: the control, in which a look at
+    a pull that ended between two turns of the thread counts as an idle one."""
+    wakes = list[int]()
+
+    class Keeper(Housekeeper):
+        def wake(self) -> None:
+            wakes.append(1)
+            super().wake()
+
+        def _look_at_all(self) -> bool:
+            return super()._look_at_all() and counts
+
+    with closing(Keeper(torch.device("cpu"))) as keeper:
+        for _ in range(2 * IDLE):
+            pull = Pull((), math.inf, keeper.report)
+            keeper.add(pull)
+            assert pull.look()
+            assert until(lambda: not keeper.pulls)
+    # A machine that stands still for seconds lets the thread wait.
+    assert (len(wakes) < IDLE // 2) == counts
 
 
 def test_ends_are_reported_together_unless_the_thread_has_to_look(
