@@ -9,35 +9,52 @@ from dataclasses import replace
 import torch
 
 from portakv.copy.context import Context
+from portakv.copy.detached import beside
+from portakv.copy.launch import follow_current
 from portakv.copy.options import USUAL, CopyOptions
-from portakv.copy.pack_launch import Checked, check_copy, follow_current, launch_pack
-from portakv.copy.pack_stage import stage_of
-from portakv.copy.packed_slots import slots_of
+from portakv.copy.pack_launch import (
+    OverflowReport,
+    Packed,
+    check_copy,
+    nothing_packed,
+    overflow_words,
+)
+from portakv.interconnect.link import link_of
+from portakv.interconnect.pack_slices import pack_slices, pack_stages
+from portakv.interconnect.slices import Sizes, Slice
+from portakv.interconnect.staged import Passage
+from portakv.interconnect.staging import staging
+from portakv.interconnect.strategy import finish
 from portakv.plan.move import Move
-from portakv.registry import STRATEGIES, PreparedPack, choose, prepared_pack
+from portakv.registry import STRATEGIES, PreparedPack, choose
+from portakv.runtime import streams
 from portakv.runtime.devices import inside
-from portakv.runtime.streams import side_stream
-from portakv.runtime.transfer import Completion, Transfer
+from portakv.runtime.transfer import Completion, Transfer, event_pool, hold
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-#: Raw bytes of a slice that crosses the link, unless one block has more. Two slices are in staging
-#: memory at a time.
+#: Raw bytes of the largest slice that crosses the link, unless one block has more. While a
+#: persistent matmul runs, four such slices hide its gaps, and four of 16 MiB do not (H200).
 SLICE = 64 << 20
+#: Raw bytes of the first slice while nothing crosses, and the most of a copy in one slice.
+SMALLEST = 16 << 20
+WHOLE = 32 << 20
 #: Issue a plain copy under options.
 Submit = Callable[[Move, CopyOptions], Transfer]
+_BY_LINK = "staged", "dense rows cross in few large copies"
 
 
 class StagedPack:
     """A copy that packs or unpacks on a device, of which one side is elsewhere.
 
-    The staging memory holds slices of the far side's encoding. It is packed or unpacked on the
-    caller's stream, and copied on a second stream, so that the two overlap.
+    The staging memory holds slices of the far side's encoding. Slices are packed or unpacked on one
+    stream and cross on another, so that the two overlap. Everything but the two launches of a slice
+    is made once for the copy.
 
     Args:
         move: the copy.
         options: the caller's options.
-        submit: issues the plain copy of a slice.
+        submit: issues the plain copy of a slice, unless the slice crosses by the link itself.
         device: packs or unpacks.
 
     Raises as `copy_packed` does.
@@ -53,133 +70,153 @@ class StagedPack:
         self._leaves = move.dst.device != device
         packed = move.src if move.src.form.encoding else move.dst
         self._unit = packed.form.block_size
-        forced = None if options.backend in STRATEGIES else options.backend
-        self._choice = choose(device, forced)
-        context = Context.of(device, options.stream)
+        self._context = Context.of(device, options.stream)
         # The ids are used in slices, so that bad ones are left out first.
-        self._checked = check_copy(move, self._unit, context, options.strict)
-        self._move = self._checked.move
+        self._checked = check_copy(move, self._unit, self._context, options.strict)
+        self._move = move = self._checked.move
+        self._far = move.dst if self._leaves else move.src
+        forced = None if options.backend in STRATEGIES else options.backend
+        self._stages = pack_stages(move, self._leaves, choose(device, forced))
 
-    def issue(self) -> Transfer:
-        """Issue all slices; return their transfers as one."""
+    def issue(self) -> Packed:
+        """Issue all slices; return the end of the copy."""
         options = self._options
-        work = options.stream or torch.accelerator.current_stream(self._device.index)
-        follow_current(options.stream, [self._move])
-        made: list[Transfer] = []
-        # Staging memory belongs to the stream that packs or unpacks.
-        with inside(work):
-            spans, stages = self._stages()
-            self._prepared(stages[0])  # refuse now what cannot be executed
-            link = work
-            if len(spans) > 1:
-                link = side_stream(work, "pack", "out" if self._leaves else "in")
-            issue = self._out if self._leaves else self._in
-            issue(spans, stages, work, link, made)
-            work.wait_stream(link)
-        error = self._checked.error
-        if error is not None:
-            made.append(Transfer((Completion(error=error),)))
-        joined = Transfer.join(made)
-        carried = dict.fromkeys(one.carried for one in made[:2])
-        how = " and ".join(dict.fromkeys(name for name, _ in carried)) or joined.carried[0]
-        why = "; ".join(f"{name}: {reason}" for name, reason in carried)
-        return Transfer(joined.completions, (joined, stages), (how, why))
-
-    def _stages(self) -> tuple[list[tuple[int, int]], list[KVView]]:
-        """Return the first position and the tokens of each slice, and staging memory for two."""
         move = self._move
-        far = move.dst if self._leaves else move.src
-        near = move.src if self._leaves else move.dst
-        raw = near if far.form.encoding else far
-        unit = self._unit
-        blocks = max(1, min(SLICE // (unit * raw.form.token_bytes), move.count // unit))
-        tokens = blocks * unit
-        spans = [(at, min(tokens, move.count - at)) for at in range(0, move.count, tokens)]
-        stages = [
-            stage_of(far.form, raw.form, unit, blocks, self._device)
-            for _ in range(2 if len(spans) > 1 else 1)
-        ]
-        return spans, stages
+        if not move.count:
+            return nothing_packed(self._checked.error)
+        with inside(options.stream):
+            current = torch.accelerator.current_stream(self._device.index)
+        work = current
+        if options.detached:
+            work = beside(move, self._context)
+            with inside(current):
+                follow_current(work, [move])
+        else:
+            follow_current(options.stream, [move])
+        with inside(current):
+            words = overflow_words(move, self._unit, self._device)
+            crossed = self._pass(work, current, words)
+        with inside(work):
+            report = OverflowReport.of(move, self._unit, words, not move.src.form.encoding)
+        pool = event_pool(self._device)
+        completion = Completion(
+            event=pool.recorded(work), late_error=report, retained=(move, words), pool=pool
+        )
+        hold(completion)
+        completions = [completion]
+        if self._checked.error is not None:
+            completions.append(Completion(error=self._checked.error))
+        return Packed(Transfer(completions, move, self._carried(crossed)), report, work)
 
-    def _out(
-        self,
-        spans: list[tuple[int, int]],
-        stages: list[KVView],
-        work: torch.Stream,
-        link: torch.Stream,
-        made: list[Transfer],
-    ) -> None:
-        """Pack or unpack each slice into staging memory, then copy it away."""
-        crossed: list[Transfer] = []
-        for nth, (first, count) in enumerate(spans):
-            stage = stages[nth % len(stages)]
-            part = self._move.part(first, count)
-            if nth >= len(stages):  # its last copy has left the memory
-                crossed[nth - len(stages)].wait(work)
-            staged = Move(part.src, stage, part.src_index, Index(), count)
-            made.append(self._transform(staged, part))
-            crossed.append(self._cross(Move(stage, part.dst, Index(), part.dst_index, count), link))
-            made.append(crossed[-1])
-
-    def _in(
-        self,
-        spans: list[tuple[int, int]],
-        stages: list[KVView],
-        work: torch.Stream,
-        link: torch.Stream,
-        made: list[Transfer],
-    ) -> None:
-        """Copy each slice into staging memory, then pack or unpack it.
-
-        The copy of a slice is issued before the slice before it is unpacked: it follows the work
-        that is then on the stream, which has freed its memory.
-        """
-        crossed: list[Transfer] = []
-        for nth in range(len(spans) + 1):
-            if nth < len(spans):
-                first, count = spans[nth]
-                part = self._move.part(first, count)
-                stage = stages[nth % len(stages)]
-                crossed.append(
-                    self._cross(Move(part.src, stage, part.src_index, Index(), count), link)
-                )
-                made.append(crossed[-1])
-            if nth:
-                first, count = spans[nth - 1]
-                part = self._move.part(first, count)
-                stage = stages[(nth - 1) % len(stages)]
-                crossed[nth - 1].wait(work)
-                staged = Move(stage, part.dst, Index(), part.dst_index, count)
-                made.append(self._transform(staged, part))
-
-    def _transform(self, move: Move, part: Move) -> Transfer:
-        """Pack or unpack a slice of a part of the copy on the current stream."""
-        ready = self._prepared(move.dst if self._leaves else move.src)
-        context = Context(self._device, None, captured=False)
-        return launch_pack(Checked(move, None, False), ready, context, part)
-
-    def _prepared(self, stage: KVView) -> PreparedPack:
-        """Return the prepared copy between the near side and staging memory."""
-        near = (self._move.src if self._leaves else self._move.dst).form
-        src_step, dst_step = self._move.steps
+    def _pass(
+        self, work: torch.Stream, current: torch.Stream, words: torch.Tensor
+    ) -> list[tuple[str, str]]:
+        """Issue all slices after ``current``, before the end of ``work``; return what makes them
+        cross."""
+        move = self._move
+        far = self._far
+        near, near_index, far_index = move.dst, move.dst_index, move.src_index
         if self._leaves:
-            return prepared_pack(near, stage.form, src_step, 0, self._choice)
-        return prepared_pack(stage.form, near, 0, dst_step, self._choice)
+            near, near_index, far_index = move.src, move.src_index, move.dst_index
+        direct = self._by_link
+        cross: _ByLink | _ByCopies
+        if direct:
+            far_index = far_index.to_host()
+            cross = _ByLink(far, self._leaves, self._device)
+        else:
+            cross = _ByCopies(far, far_index, self._leaves, self._submit, self._options)
+        buffers = staging(self._device, work, self._options.detached, packs=True)
+        sizes = Sizes(min(WHOLE, SLICE), min(SMALLEST, SLICE), SLICE)
+        if not buffers.link.query():  # nothing waits for the first slice
+            sizes = sizes._replace(smallest=SLICE)
+        slices = pack_slices(self._stages, (near, far), far_index, move.count, sizes, direct)
+        unit = self._unit
 
-    def _cross(self, move: Move, link: torch.Stream) -> Transfer:
-        """Copy a slice between staging memory and the far side, as it is."""
+        def transform(nth: int, ready: PreparedPack, part: Move, stream: torch.Stream) -> None:
+            first = slices[nth].cut.start // unit
+            own = words[first : first + part.count // unit]
+            finish(ready.launch(*part, stream, None, own))
+
+        passage = Passage(self._leaves, buffers, work, slices, transform, cross)
+        try:
+            with buffers.lock, passage.begun(near_index, current):
+                for nth in range(len(slices)):
+                    passage.move(nth)
+        finally:
+            # Also if something failed while slices were in progress.
+            streams.completion(self._device, work, *far.retained, words)
+        return cross.carried
+
+    @property
+    def _by_link(self) -> bool:
+        """Return True if slices cross without a strategy that chooses for each of them."""
         options = self._options
-        backend = options.backend if options.backend in STRATEGIES else None
-        plain = replace(
+        named = options.backend in STRATEGIES or options.max_thread_blocks is not None
+        return self._far.form.place == "pinned" and not named
+
+    def _carried(self, crossed: list[tuple[str, str]]) -> tuple[str, str]:
+        """Return what executed the copy, in order, and the reasons."""
+        both = [self._stages.carried, *crossed]
+        if not self._leaves:
+            both.reverse()
+        how = " and ".join(dict.fromkeys(name for name, _ in both))
+        return how, "; ".join(f"{name}: {reason}" for name, reason in both)
+
+
+class _ByLink:
+    """Slices cross between staging memory and pinned memory in pieces that they cache."""
+
+    def __init__(self, far: KVView, leaves: bool, device: torch.device) -> None:
+        self.carried = [_BY_LINK]
+        self._far = far
+        self._leaves = leaves
+        self._link = link_of(device)
+
+    def __call__(
+        self, each: Slice[PreparedPack], dense: KVView, _: int, stream: torch.Stream
+    ) -> None:
+        """Copy a slice on a stream."""
+        far = self._far
+        src, dst = (dense, far) if self._leaves else (far, dense)
+        self._link.copy(each.pieces(dense, far, self._link.fold_below), src, dst, stream)
+
+
+class _ByCopies:
+    """Slices cross by plain copies, for which the usual rules choose a strategy."""
+
+    def __init__(
+        self, far: KVView, far_index: Index, leaves: bool, submit: Submit, options: CopyOptions
+    ) -> None:
+        self.carried = list[tuple[str, str]]()
+        # A slot is a row: a block is one token then.
+        self._tokens = far.form.block_size if far.form.encoding else 1
+        self._far = far.as_slots() if far.form.encoding else far
+        self._index = far_index.of_blocks(self._tokens) if far.form.encoding else far_index
+        self._leaves = leaves
+        self._submit = submit
+        self._options = replace(
             USUAL,
-            backend=backend,
-            stream=link,
+            backend=options.backend if options.backend in STRATEGIES else None,
             overlap=options.overlap,
             max_thread_blocks=options.max_thread_blocks,
         )
-        if move.src.form.encoding:
-            move = slots_of(move)
-        transfer = self._submit(move, plain)
+
+    def __call__(
+        self, each: Slice[PreparedPack], dense: KVView, _: int, stream: torch.Stream
+    ) -> None:
+        """Copy a slice on a stream."""
+        cut = each.cut
+        far_index = self._index.shifted(cut.start // self._tokens)
+        count = cut.count // self._tokens
+        if dense.form.encoding:
+            dense = dense.as_slots()
+        move = Move(self._far, dense, far_index, Index(), count)
+        if self._leaves:
+            move = Move(dense, self._far, Index(), far_index, count)
+        if self._options.stream is not stream:
+            self._options = replace(self._options, stream=stream)
+        transfer = self._submit(move, self._options)
         if not transfer.ordered:  # no stream orders the use of its memory
             transfer.synchronize()
-        return transfer
+        if transfer.carried not in self.carried:
+            self.carried.append(transfer.carried)

@@ -19,11 +19,12 @@ import torch
 from portakv.backends.base import Capabilities, Launch
 from portakv.backends.strided import HostRows
 from portakv.interconnect.pieces import Pieces
-from portakv.interconnect.slices import Sizes, Slice, Stages
-from portakv.interconnect.staged import Passage, StagedLaunch
+from portakv.interconnect.slices import BothStages, Sizes, Slice
+from portakv.interconnect.staged import Passage, StagedLaunch, by_backend
 from portakv.interconnect.staging import BUFFERS, bounce_buffers, staging
 from portakv.interconnect.strategy import PAGEABLE, Move, Strategy
 from portakv.plan.plan import CopyPlan
+from portakv.registry.prepared import Prepared
 from portakv.runtime.bounded import Bounded
 from portakv.view.form import Form
 from portakv.view.index import Index
@@ -49,7 +50,7 @@ class Pageable(Strategy):
         return _PageableLaunch(plan, self)
 
 
-class _BouncedSlice(Slice):
+class _BouncedSlice(Slice[Prepared]):
     """A slice that crosses to or from a bounce buffer, in one copy."""
 
     def crossing(self, dense: KVView, host: KVView, fold_below: int) -> Pieces:
@@ -103,7 +104,7 @@ class _PageableLaunch(StagedLaunch):
         # cut.
         super().__init__(plan, strategy, "form" if strategy.half.can.guards else "planes")
         self._buffers = bounce_buffers(strategy.device)
-        self._hops: Bounded[tuple[Stages, int], HostRows] = Bounded("second hops", 64)
+        self._hops: Bounded[tuple[BothStages[Prepared], int], HostRows] = Bounded("second hops", 64)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         rows, host, device_index, host_index = self.ends(move)
@@ -113,7 +114,7 @@ class _PageableLaunch(StagedLaunch):
         slices = self.slices(rows, host, host_index.to_host(), move.count)
         number = len(slices)
 
-        def cross(each: Slice, dense: KVView, nth: int, link: torch.Stream) -> None:
+        def cross(each: Slice[Prepared], dense: KVView, nth: int, link: torch.Stream) -> None:
             at = nth % BUFFERS
             bounce = buffers.view(at, each.dense, each.slots)
             src, dst = (dense, bounce) if self.downward else (bounce, dense)
@@ -122,7 +123,7 @@ class _PageableLaunch(StagedLaunch):
             self.link.copy(each.pieces(dense, bounce, 0), src, dst, link)
             buffers.end(at, link)
 
-        passage = Passage(self.downward, device_buffers, work, slices, cross)
+        passage = Passage(self.downward, device_buffers, work, slices, by_backend, cross)
         with buffers.lock, device_buffers.lock:
             buffers.reserve(max(each.nbytes for each in slices))
             with passage.begun(device_index, work):
@@ -146,7 +147,7 @@ class _PageableLaunch(StagedLaunch):
         """
         return (), self.stages.dense.outside, False, SIZES
 
-    def _hop(self, each: Slice, host: KVView, at: int) -> None:
+    def _hop(self, each: Slice[Prepared], host: KVView, at: int) -> None:
         """Copy on the host between its rows and a bounce buffer, after nothing crosses there."""
         bounce = self._buffers.view(at, each.dense, each.slots)
         part = host.planes(each.cut.layers, each.cut.kv)

@@ -191,7 +191,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "from the middle of a block": ({"skip": 3, "count": SIZE}, "moves only whole"),
     "at a rate": ({"max_gbps": 1.0}, "with max_gbps"),
     "in slices": ({"cancellable": True}, "with cancellable"),
-    "detached": ({"detached": True}, "with detached"),
 }
 
 
