@@ -83,7 +83,11 @@ def _transform(
             return issue_pack(move, ready, aside, options.strict)
     PackPlan(src.form, dst.form, *move.steps)  # refuse now what no stage can change
     device = _device_of(move)
-    if options.detached and device.type != "cpu" and not {src.device.type, dst.device.type} & {"cpu"}:
+    if (
+        options.detached
+        and device.type != "cpu"
+        and not {src.device.type, dst.device.type} & {"cpu"}
+    ):
         raise Unsupported(
             "A detached copy that packs or unpacks between two devices",
             "a stream of the source's device waits for it; leave detached out",
