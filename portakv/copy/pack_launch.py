@@ -12,6 +12,7 @@ import torch
 
 from portakv.backends.base import Capabilities
 from portakv.copy.context import Context
+from portakv.copy.detached import beside
 from portakv.copy.launch import bring_tables
 from portakv.copy.launch import follow_current as follow_current
 from portakv.copy.settle import check_ids, check_memory, drop_bad_ids
@@ -83,11 +84,23 @@ class Packed(NamedTuple):
     stream: torch.Stream | None
 
 
-def issue_pack(move: Move, ready: PreparedPack, context: Context, strict: bool) -> Packed:
-    """Check a copy on one device and launch it on the context's stream."""
+def issue_pack(
+    move: Move, ready: PreparedPack, context: Context, strict: bool, detached: bool = False
+) -> Packed:
+    """Check a copy on one device and launch it on the context's stream, or ``detached`` after that
+    stream's work."""
     checked = check_copy(move, ready.plan.unit, context, strict, ready.can)
     if not checked.move.count:
         return nothing_packed(checked.error)
+    if not detached or context.device.type == "cpu":
+        return _launch(checked, ready, context)
+    side = beside(checked.move, context)
+    with inside(context.stream):
+        return _launch(checked, ready, context._replace(stream=side))
+
+
+def _launch(checked: Checked, ready: PreparedPack, context: Context) -> Packed:
+    """Launch a copy that is checked, on the context's stream."""
     move, error, guarded = checked
     device, stream, _ = context
     on_device = device.type != "cpu"

@@ -15,17 +15,15 @@ import torch
 
 from portakv.copy.between import common_device
 from portakv.copy.context import Context
-from portakv.copy.detached import beside
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
 from portakv.copy.pack_launch import Packed, issue_pack, join_layers
-from portakv.copy.pack_staged import StagedPack
+from portakv.copy.pack_staged import issue_staged
 from portakv.copy.packed_slots import check_whole, slots_of
 from portakv.errors import Unsupported
 from portakv.layout.packing import PACK
 from portakv.plan.packing import Move, PackPlan
 from portakv.registry import choose, prepared_pack
-from portakv.runtime.devices import inside
 
 
 def copy_packed(
@@ -74,25 +72,15 @@ def _transform(
     if src.device == dst.device and src.form.place != "peer":
         choice = choose(src.device, options.backend)
         context = Context.of(choice.backend.device, options.stream)
-        if not (options.detached and context.device.type != "cpu"):
-            ready = prepared_pack(src.form, dst.form, *move.steps, choice)
-            return issue_pack(move, ready, context, options.strict)
-        aside = context._replace(stream=beside(move, context))
-        with inside(context.stream):
-            ready = prepared_pack(src.form, dst.form, *move.steps, choice)
-            return issue_pack(move, ready, aside, options.strict)
+        ready = prepared_pack(src.form, dst.form, *move.steps, choice)
+        return issue_pack(move, ready, context, options.strict, options.detached)
     PackPlan(src.form, dst.form, *move.steps)  # refuse now what no stage can change
-    device = _device_of(move)
-    if (
-        options.detached
-        and device.type != "cpu"
-        and not {src.device.type, dst.device.type} & {"cpu"}
-    ):
+    if options.detached and src.device.type != "cpu" != dst.device.type:
         raise Unsupported(
             "A detached copy that packs or unpacks between two devices",
             "a stream of the source's device waits for it; leave detached out",
         )
-    return StagedPack(move, options, submit, device).issue()
+    return issue_staged(move, options, submit, _device_of(move))
 
 
 def _refuse_options(options: CopyOptions) -> None:

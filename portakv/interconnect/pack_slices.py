@@ -15,8 +15,7 @@ from portakv.host import pinned
 from portakv.interconnect.pieces import Pieces, to_2d_copies
 from portakv.interconnect.slices import BothStages, Sizes, Slice, cached_slices, cuts
 from portakv.interconnect.staging import dense_rows
-from portakv.plan.move import Move
-from portakv.plan.packing import PackPlan
+from portakv.plan.packing import Move, PackPlan
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import PreparedPack, prepared_pack
 from portakv.registry.registry import Choice

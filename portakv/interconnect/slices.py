@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import lcm
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
@@ -28,7 +28,7 @@ from portakv.view.index import Index
 from portakv.view.view import KVView
 
 #: The device's stage: a copy of rows, or one that packs or unpacks.
-Ready = TypeVar("Ready", Prepared, PreparedPack)
+Ready = TypeVar("Ready", bound=Prepared | PreparedPack)
 #: Each slice is so many times as long as the slice before it: the link is idle only at one end of a
 #: transfer (the first gather, the last scatter).
 GROWTH = 4
@@ -294,6 +294,11 @@ class Slice(Generic[Ready]):
             return to_2d_copies(runs, dense, planes, fold_below)
         runs = link.runs(planes, dense, self.host_index, self.buffer_index, count)
         return to_2d_copies(runs, planes, dense, fold_below)
+
+
+#: Slices and stages of rows as they are.
+RowSlice: TypeAlias = Slice[Prepared]
+RowStages: TypeAlias = BothStages[Prepared]
 
 
 def cached_slices(

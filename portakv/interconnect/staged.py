@@ -18,7 +18,7 @@ import torch
 from portakv.backends.base import Capabilities, Launch
 from portakv.host import pinned
 from portakv.interconnect.link import link_of
-from portakv.interconnect.slices import Ready, Sizes, Slice, Stages, cached_slices, cuts
+from portakv.interconnect.slices import Ready, RowSlice, Sizes, Slice, Stages, cached_slices, cuts
 from portakv.interconnect.staging import Order, Staging, mark, staging
 from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch, finish, read_on
 from portakv.plan.plan import CopyPlan
@@ -53,7 +53,7 @@ class Staged(Strategy):
 class StagedLaunch(StrategyLaunch):
     """A prepared copy, in slices of its ``kind``."""
 
-    kind: type[Slice[Prepared]] = Slice
+    kind: type[RowSlice] = Slice
 
     def __init__(self, plan: CopyPlan, strategy: Strategy, order: Order = "form") -> None:
         super().__init__(plan, strategy.device)
@@ -69,7 +69,7 @@ class StagedLaunch(StrategyLaunch):
         buffers = staging(self.device, work, self._detached)
         slices = self.slices(rows, host, host_index.to_host(), move.count, buffers.link.query())
 
-        def cross(each: Slice[Prepared], dense: KVView, _: int, link: torch.Stream) -> None:
+        def cross(each: RowSlice, dense: KVView, _: int, link: torch.Stream) -> None:
             src, dst = (dense, host) if self.downward else (host, dense)
             self.link.copy(each.pieces(dense, host, self.link.fold_below), src, dst, link)
 
@@ -85,14 +85,14 @@ class StagedLaunch(StrategyLaunch):
 
     def slices(
         self, rows: KVView, host: KVView, host_index: Index, count: int, idle: bool = True
-    ) -> list[Slice[Prepared]]:
+    ) -> list[RowSlice]:
         """Return the slices of a transfer, cached with its rows for other transfers of its kind.
 
         ``idle``: no earlier slice of this staging is crossing the link.
         """
         key, outside, exact, sizes = self.cutting(host, host_index, idle)
 
-        def make() -> list[Slice[Prepared]]:
+        def make() -> list[RowSlice]:
             quantum = self.stages.quantum
             largest = sizes.largest
             cut = cuts(self._host, outside, count, quantum, self.downward, sizes)

@@ -24,7 +24,6 @@ from portakv.storage.rows import Crossing, Rows
 from portakv.storage.tier import Keys, TierStore
 from portakv.view import KVView
 
-
 #: Why a store does not keep a block of a packed view.
 FLAGGED = (
     "Expected packed blocks, got one that did not fit into its slots when it was packed. Save this "

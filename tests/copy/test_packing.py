@@ -340,7 +340,8 @@ def host_pool(blocks: int, order: str = IMAGE, pinned: bool = True) -> KVView:
 def image_of(view: KVView) -> torch.Tensor:
     """Return the slots of a host pool in the order of `IMAGE`."""
     order = ORDERS[view.layout.text]
-    return view.tensors.permute([order.index(axis) for axis in range(len(order))])
+    slots: torch.Tensor = view.tensors.permute([order.index(axis) for axis in range(len(order))])
+    return slots
 
 
 @pytest.mark.parametrize(
