@@ -341,7 +341,7 @@ def test_threads_that_settle_a_slice_agree(downward: bool, monkeypatch: pytest.M
     host = transfer.host
     real = Slice.crossing
 
-    def fresh() -> Slice:
+    def fresh() -> RowSlice:
         transfer.rows.derived.clear()
         (result,) = transfer.prepared().slices(
             transfer.rows, host, transfer.host_index, TOKENS, True
