@@ -349,9 +349,9 @@ def image_of(view: KVView) -> torch.Tensor:
     [
         (IMAGE, False),
         (IMAGE, True),
-        ("layer block kv head page", False),
+        pytest.param("layer block kv head page", False, marks=pytest.mark.full),
         ("layer kv block head page", True),
-        ("pageable", False),
+        pytest.param("pageable", False, marks=pytest.mark.full),
         ("pageable", True),
         ("by name", False),
     ],
