@@ -135,9 +135,7 @@ def _pairs(own: Part, twin: Part) -> dict[TierStore, TierStore]:
 
     Each tier opens the own forms of a store, all of them writable.
     """
-    ours, others = (
-        [store for store in part.tier_stores if store.writable] for part in (own, twin)
-    )
+    ours, others = ([store for store in part.tier_stores if store.writable] for part in (own, twin))
     return dict(zip(ours, others, strict=False))
 
 
