@@ -59,7 +59,7 @@ from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.cold_start import measure_startup
 from portakv_benchmarks.device.methods import run_all_methods
 from portakv_benchmarks.device.overhead import measure_overhead
-from portakv_benchmarks.encodings import across, inside, transports
+from portakv_benchmarks.encodings import across, alongside, inside, transports
 from portakv_benchmarks.encodings.suite import ENCODING_PRESETS, EncodingBench
 from portakv_benchmarks.engines import models
 from portakv_benchmarks.engines.suite import engine_steps as served_steps
@@ -145,6 +145,7 @@ ENCODINGS: Mapping[str, Callable[[EncodingBench], Iterator[Step]]] = {
     "inside": inside.inside_steps,
     "across": across.across_steps,
     "transports": transports.transport_steps,
+    "alongside": alongside.alongside_steps,
 }
 _PARTS_OF: Mapping[str, Fields] = {
     HOST_SUITE: PARTS,

@@ -264,6 +264,13 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
          "GB/s": "{gb_per_s:,.4g}", "of raw": _if_there("of_raw", ".2f"),
          "raw / packed": _if_there("payload_to_wire", ".3f")},
     ),
+    "encoding_alongside": (
+        "Packed rows while a model runs",
+        "Detached copies alongside a loop of compute. Rates count raw rows.",
+        {"loop": "{loop}", "direction": lambda row: _EITHER[row["op"]], "method": "`{backend}`",
+         "slow-down %": "{slowdown_pct:.1f}", "GB/s": "{link_gb_per_s:,.4g}",
+         "of memcpy": _if_there("link_ratio", ".2f")},
+    ),
     "storage_hits": (
         "Waits for a store", "By the wall clock, from the call to usable blocks on an idle device: "
         "loads of blocks that the host tier has, and saves until their blocks may be written. "

@@ -59,8 +59,8 @@ class TransferError(PortaKVError, RuntimeError):
 class PackOverflow(TransferError):
     """Blocks do not fit into packed slots, or packed slots hold the flag of such blocks.
 
-    Copy these blocks raw. All other blocks were moved, but for a copy by layer, or of several
-    slices across a link: that one names the blocks of its first part that has any.
+    Copy these blocks raw. All other blocks were moved. The handle of one layer of a copy by layer
+    names the blocks that do not fit in that layer.
 
     Attributes:
         src_blocks, dst_blocks: the numbers of these blocks in the source and in the destination.

@@ -40,7 +40,7 @@ def across_steps(bench: EncodingBench) -> Iterator[Step]:
 
 def _measure(bench: EncodingBench, case: Case) -> Rows:
     largest = max(*bench.sizes.across, *(2 * payload for payload in bench.sizes.both))
-    scene = _Scene(bench, case, largest)
+    scene = Scene(bench, case, largest)
     rows: Rows = []
     for payload in bench.sizes.across:
         if blocks := payload // case.block_bytes:
@@ -53,7 +53,7 @@ def _measure(bench: EncodingBench, case: Case) -> Rows:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Host:
+class Host:
     """A pool of blocks on the host, raw or packed: bytes, and the view of all blocks."""
 
     name: str
@@ -61,7 +61,7 @@ class _Host:
     view: KVView
 
 
-class _Scene:
+class Scene:
     """Rows of a device, and pools on the host for as many blocks.
 
     The host's blocks are in another random order than the device's.
@@ -74,8 +74,8 @@ class _Scene:
         blocks = self.memory.blocks
         raw = host_memory(blocks * case.block_bytes)
         slots = host_memory(blocks * case.planes * case.plane.slot_bytes)
-        self.raw = _Host(RAW, raw, case.dense_view(case.dense(blocks, raw)))
-        self.packed = _Host("pack", slots, case.slots(blocks, slots))
+        self.raw = Host(RAW, raw, case.dense_view(case.dense(blocks, raw)))
+        self.packed = Host("pack", slots, case.slots(blocks, slots))
         # What a plain copy moves.
         self.flat = host_memory(raw.numel())
         self.dense = torch.empty(raw.shape, dtype=torch.uint8, device=bench.device)
@@ -87,21 +87,28 @@ class _Scene:
         for host in (self.raw, self.packed):  # right blocks, also after each method
             self.call_of(host, "d2h", 0, blocks)().synchronize()
 
+    @property
+    def payload(self) -> int:
+        """Return the raw bytes of all blocks."""
+        return self.memory.blocks * self.case.block_bytes
+
     def ids(self, first: int, count: int) -> tuple[Index, Index]:
         """Return the blocks of the device and of the host from a position on."""
         step = self.case.tokens
         device = self.memory.order[first : first + count]
         return Index(device, step=step), Index(self._host_order[first : first + count], step=step)
 
-    def call_of(self, host: _Host, direction: str, first: int, count: int) -> Callable[[], Any]:
-        """Return a call that copies blocks."""
+    def call_of(
+        self, host: Host, direction: str, first: int, count: int, **options: Any
+    ) -> Callable[[], Any]:
+        """Return a call that copies blocks under options."""
         device_ids, host_ids = self.ids(first, count)
         rows = self.memory.rows if direction == "d2h" else self.memory.written
         sides = [(self.case.view(rows), device_ids), (host.view, host_ids)]
         (src, src_ids), (dst, dst_ids) = sides if direction == "d2h" else sides[::-1]
-        return lambda: copy_blocks(src, dst, src_ids, dst_ids)
+        return lambda: copy_blocks(src, dst, src_ids, dst_ids, **options)
 
-    def poison(self, host: _Host, direction: str, first: int, count: int) -> None:
+    def poison(self, host: Host, direction: str, first: int, count: int) -> None:
         """Overwrite the destinations of a copy."""
         self.bench.module.synchronize()
         if direction == "d2h":
@@ -111,7 +118,7 @@ class _Scene:
             self.memory.poison()
         self.bench.module.synchronize()
 
-    def right(self, host: _Host, direction: str, first: int, count: int) -> bool:
+    def right(self, host: Host, direction: str, first: int, count: int) -> bool:
         """Return True if every byte of a copy arrived. The host's blocks are brought to the device
         by a plain copy, and unpacked there."""
         self.bench.module.synchronize()
@@ -129,7 +136,7 @@ class _Scene:
         return self.memory.right(first + count, first)
 
 
-def _rows(scene: _Scene, blocks: int, op: str) -> Rows:
+def _rows(scene: Scene, blocks: int, op: str) -> Rows:
     """Return a row for each method of moving blocks in a direction, or in both."""
     bench = scene.bench
     case = scene.case
@@ -140,13 +147,13 @@ def _rows(scene: _Scene, blocks: int, op: str) -> Rows:
     place = f"{case.name}, {in_words(payload)} {op}"
     good = harness.usable(known, place, bench.left_out)
     limits = 1, bench.sizes.rounds, bench.sizes.seconds
-    results = harness.measure(_memcpy(scene, op, payload), good, bench.timer, *limits)
+    results = harness.measure(memcpy_of(scene, op, payload), good, bench.timer, *limits)
     times = {str(one.labels["backend"]): one.figures["p50_us"] for one in results}
     return [_row(scene, one, op, payload, directions, times) for one in results]
 
 
 def _row(
-    scene: _Scene, one: Measured, op: str, payload: int, directions: int, times: dict[str, float]
+    scene: Scene, one: Measured, op: str, payload: int, directions: int, times: dict[str, float]
 ) -> Row:
     case = scene.case
     packed = one.labels["backend"] == scene.packed.name
@@ -168,7 +175,7 @@ def _row(
     return row
 
 
-def _one_way(scene: _Scene, host: _Host, direction: str, blocks: int, first: int = 0) -> Variant:
+def _one_way(scene: Scene, host: Host, direction: str, blocks: int, first: int = 0) -> Variant:
     move = scene.call_of(host, direction, first, blocks)
     return Variant(
         {"backend": host.name},
@@ -178,7 +185,7 @@ def _one_way(scene: _Scene, host: _Host, direction: str, blocks: int, first: int
     )
 
 
-def _opposed(scene: _Scene, host: _Host, op: str, blocks: int) -> Variant:
+def _opposed(scene: Scene, host: Host, op: str, blocks: int) -> Variant:
     """Return both directions at the same time, as a variant: blocks out, and others in."""
     variants = [
         _one_way(scene, host, direction, blocks, at * blocks)
@@ -195,7 +202,7 @@ def _opposed(scene: _Scene, host: _Host, op: str, blocks: int) -> Variant:
     return Variant({"backend": host.name}, _together(scene, variants), poison_all, right)
 
 
-def _memcpy(scene: _Scene, op: str, payload: int) -> Variant:
+def memcpy_of(scene: Scene, op: str, payload: int) -> Variant:
     """Return plain copies of as many bytes of payload, between dense memory and the host."""
     host = scene.flat
     device = scene.dense
@@ -211,7 +218,7 @@ def _memcpy(scene: _Scene, op: str, payload: int) -> Variant:
     )
 
 
-def _plain(scene: _Scene, target: torch.Tensor, source: torch.Tensor) -> Variant:
+def _plain(scene: Scene, target: torch.Tensor, source: torch.Tensor) -> Variant:
     return Variant(
         {"backend": MEMCPY},
         lambda i: plain_copy(target, source),
@@ -220,13 +227,13 @@ def _plain(scene: _Scene, target: torch.Tensor, source: torch.Tensor) -> Variant
     )
 
 
-def _equal(scene: _Scene, one: torch.Tensor, other: torch.Tensor) -> bool:
+def _equal(scene: Scene, one: torch.Tensor, other: torch.Tensor) -> bool:
     scene.bench.module.synchronize()
     there = [x.to(scene.bench.device) for x in (one, other)]
     return torch.equal(*there)
 
 
-def _together(scene: _Scene, variants: Sequence[Variant]) -> Call:
+def _together(scene: Scene, variants: Sequence[Variant]) -> Call:
     """Return a call of both directions, each on its own stream."""
     module = scene.bench.module
 

@@ -127,6 +127,8 @@ class EncodingPreset:
     linked: tuple[Case, ...]  # over the link
     rounds: int
     seconds: float  # bound the rounds of one measurement
+    alongside: int  # payload of a copy alongside a loop of compute
+    loops: str  # the sizes of these loops, a preset of the host link's benchmark
 
 
 ENCODING_PRESETS: Mapping[str, EncodingPreset] = {
@@ -139,10 +141,21 @@ ENCODING_PRESETS: Mapping[str, EncodingPreset] = {
         linked=CASES[:4],
         rounds=9,
         seconds=1.0,
+        alongside=256 * MB,
+        loops="full",
     ),
     # For tests: it runs everywhere in seconds, and its figures mean nothing.
     "tiny": EncodingPreset(
-        (64 * KB,), (64 * KB, 128 * KB), (64 * KB,), (64 * KB,), TINY, TINY[:1], 1, 0.0
+        inside=(64 * KB,),
+        across=(64 * KB, 128 * KB),
+        both=(64 * KB,),
+        sent=(64 * KB,),
+        cases=TINY,
+        linked=TINY[:1],
+        rounds=1,
+        seconds=0.0,
+        alongside=64 * KB,
+        loops="tiny",
     ),
 }
 
@@ -151,7 +164,7 @@ class EncodingBench(Bench):
     """The device, and what times copies inside of it."""
 
     def __init__(self, device: torch.device, preset: EncodingPreset) -> None:
-        super().__init__(device, HOST_PRESETS["tiny"])
+        super().__init__(device, HOST_PRESETS[preset.loops])
         self.sizes = preset
         if device.type == "cpu":
             self.absent = {}  # no strategy is measured

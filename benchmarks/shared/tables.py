@@ -259,6 +259,13 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
          ("GB/s", "gb_per_s:.4g"), ("of raw", "of_raw:.3f"), ("raw / wire", "payload_to_wire:.3f"),
          ("rounds", "rounds:"), _BYTES),
     ),
+    "encoding_alongside": (
+        "detached copies of packed and raw rows alongside a loop of compute; GB/s of raw rows",
+        (("loop", "loop"), *_WHAT, ("slow-down %", "slowdown_pct:.4g"),
+         ("repeats", lambda row: " ".join(f"{one:.1f}" for one in row["slowdowns_pct"])),
+         ("over memcpy", "over_memcpy:.4g"), ("GB/s", "link_gb_per_s:.4g"),
+         ("of memcpy", "link_ratio:.3f"), ("ran dry", "ran_dry:"), _BYTES),
+    ),
     "engine_handover": (
         "requests of a decode engine, until the first token is there; the prefill engine has "
         "computed the prompt, and ratios are medians of pairs",

@@ -26,6 +26,22 @@ def detached(
     Raises:
         Unsupported: while a graph is captured.
     """
+    side = beside(move, context)
+    with inside(context.stream):
+        aside = context._replace(stream=side)
+        if options.by_layer:
+            return in_layers(move, choice, aside, options.strict, began)
+        settled = settle(move, choice, aside, strict=options.strict)
+        return BlockTransfer(launch(settled, aside), move, began)
+
+
+def beside(move: Move, context: Context) -> torch.Stream:
+    """Return the stream of a detached copy. The given stream follows the current one; the copy
+    makes its stream follow the given one.
+
+    Raises:
+        Unsupported: while a graph is captured.
+    """
     device = context.device
     with inside(context.stream):
         if context.captured or capturing(device):
@@ -33,10 +49,4 @@ def detached(
             raise refuse_capture("A detached copy", why)
         begins_after = torch.accelerator.current_stream(device.index)
     follow_current(context.stream, [move])
-    side = side_stream(begins_after, move.src.form.place, move.dst.form.place)
-    with inside(context.stream):
-        aside = context._replace(stream=side)
-        if options.by_layer:
-            return in_layers(move, choice, aside, options.strict, began)
-        settled = settle(move, choice, aside, strict=options.strict)
-        return BlockTransfer(launch(settled, aside), move, began)
+    return side_stream(begins_after, move.src.form.place, move.dst.form.place)

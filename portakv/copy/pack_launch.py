@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from portakv.backends.base import Capabilities
 from portakv.copy.context import Context
+from portakv.copy.detached import beside
 from portakv.copy.launch import bring_tables
 from portakv.copy.launch import follow_current as follow_current
 from portakv.copy.settle import check_ids, check_memory, drop_bad_ids
@@ -68,21 +70,37 @@ def check_copy(
     return Checked(moved, error, False)
 
 
-def issue_pack(move: Move, ready: PreparedPack, context: Context, strict: bool) -> Transfer:
-    """Check a copy on one device and launch it; its transfer reports blocks that do not fit."""
-    checked = check_copy(move, ready.plan.unit, context, strict, ready.can)
-    if checked.move.count:
-        return launch_pack(checked, ready, context, checked.move)
-    error = checked.error
-    return Transfer(() if error is None else (Completion(error=error),))
+class Packed(NamedTuple):
+    """A copy that packs or unpacks and was issued.
 
-
-def launch_pack(checked: Checked, ready: PreparedPack, context: Context, named: Move) -> Transfer:
-    """Launch a copy that is checked, on the context's stream.
-
-    ``named``: the copy whose blocks a report names. A side of the launched one may be staging
-    memory.
+    Attributes:
+        transfer: its end.
+        report: returns its blocks that do not fit; None if nothing was launched.
+        stream: the stream of its end; None: the current stream.
     """
+
+    transfer: Transfer
+    report: OverflowReport | None
+    stream: torch.Stream | None
+
+
+def issue_pack(
+    move: Move, ready: PreparedPack, context: Context, strict: bool, detached: bool = False
+) -> Packed:
+    """Check a copy on one device and launch it on the context's stream, or ``detached`` after that
+    stream's work."""
+    checked = check_copy(move, ready.plan.unit, context, strict, ready.can)
+    if not checked.move.count:
+        return nothing_packed(checked.error)
+    if not detached or context.device.type == "cpu":
+        return _launch(checked, ready, context)
+    side = beside(checked.move, context)
+    with inside(context.stream):
+        return _launch(checked, ready, context._replace(stream=side))
+
+
+def _launch(checked: Checked, ready: PreparedPack, context: Context) -> Packed:
+    """Launch a copy that is checked, on the context's stream."""
     move, error, guarded = checked
     device, stream, _ = context
     on_device = device.type != "cpu"
@@ -94,16 +112,15 @@ def launch_pack(checked: Checked, ready: PreparedPack, context: Context, named: 
     if on_device and (guarded or (ready.can.guards and not move.ids_on_host)):
         word = acquire_word()
     with inside(device if stream is None else stream):
-        blocks = move.count // ready.plan.unit
-        overflow = torch.zeros(blocks, dtype=torch.int32, device=device)
+        overflow = overflow_words(move, ready.plan.unit, device)
         status = None if word is None else word.tensor
         pending = ready.launch(*placed, stream, status, overflow)
-        report = _Report.of(named, ready.plan.unit, overflow, ready.plan.packs)
+        report = OverflowReport.of(move, ready.plan.unit, overflow, ready.plan.packs)
     pendings: list[Pending] = [] if pending is None else [pending]
     if not (on_device or pendings):
         error = error or report()
         completions = () if error is None else (Completion(error=error),)
-        return Transfer(completions, None, ready.carried)
+        return Packed(Transfer(completions, None, ready.carried), report, stream)
     pool = event_pool(device) if on_device else None
     completion = Completion(
         event=None if pool is None else pool.recorded(stream),
@@ -115,31 +132,70 @@ def launch_pack(checked: Checked, ready: PreparedPack, context: Context, named: 
         pool=pool,
     )
     hold(completion)
-    return Transfer((completion,), (move.src, move.dst, placed), ready.carried)
+    retained = (move.src, move.dst, placed)
+    return Packed(Transfer((completion,), retained, ready.carried), report, stream)
+
+
+def nothing_packed(error: PortaKVError | None) -> Packed:
+    """Return a copy of which nothing is left, because of bad ids or because it is empty."""
+    completions = () if error is None else (Completion(error=error),)
+    return Packed(Transfer(completions), None, None)
+
+
+def overflow_words(move: Move, unit: int, device: torch.device) -> torch.Tensor:
+    """Return a cleared word for each block of a copy, int32 ``[blocks]``, on the current stream."""
+    return torch.zeros(move.count // unit, dtype=torch.int32, device=device)
+
+
+def join_layers(layers: Sequence[Packed], device: torch.device) -> Transfer:
+    """Return the transfer of all layers of a copy, in order on one stream. Its error names the
+    blocks of all layers that do not fit."""
+    joined = Transfer.join([layer.transfer for layer in layers])
+    reports = [layer.report for layer in layers if layer.report is not None]
+    if not reports:
+        return joined
+    report = OverflowReport.of_layers(reports)
+    # Each layer has its own error, so this completion comes first.
+    completion = Completion(error=report()) if device.type == "cpu" else None
+    if completion is None:
+        pool = event_pool(device)
+        completion = Completion(pool.recorded(layers[-1].stream), late_error=report, pool=pool)
+        hold(completion)
+    return Transfer((completion, *joined.completions), joined, joined.carried)
 
 
 @dataclass(frozen=True, slots=True)
-class _Report:
-    """The words of a copy on the host, once it has ended, and the numbers of its blocks."""
+class OverflowReport:
+    """The words of a copy on the host, once it has ended, and the numbers of its blocks.
 
-    words: torch.Tensor
+    A copy by layer has words for each layer.
+    """
+
+    words: tuple[torch.Tensor, ...]
     src_blocks: torch.Tensor
     dst_blocks: torch.Tensor
     packs: bool
 
     @classmethod
-    def of(cls, move: Move, unit: int, overflow: torch.Tensor, packs: bool) -> _Report:
+    def of(cls, move: Move, unit: int, overflow: torch.Tensor, packs: bool) -> OverflowReport:
         """Order the copies of the words, and of ids that only the device has, to the host."""
         count = move.count
         src, dst = (
             _to_host(index.units(count, unit, _home(index, overflow.device)))
             for index in (move.src_index, move.dst_index)
         )
-        return cls(_to_host(overflow), src, dst, packs)
+        return cls((_to_host(overflow),), src, dst, packs)
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[OverflowReport]) -> OverflowReport:
+        """Return the report of all layers of a copy, which have equal blocks."""
+        words = tuple(each for layer in layers for each in layer.words)
+        return replace(layers[0], words=words)
 
     def __call__(self) -> PackOverflow | None:
         """Return the error that names the blocks; None if all of them fit."""
-        at = np.flatnonzero(self.words.numpy())
+        bad = np.logical_or.reduce([each.numpy() != 0 for each in self.words])
+        at = np.flatnonzero(bad)
         if not at.size:
             return None
         src = tuple(self.src_blocks.numpy()[at].tolist())
@@ -148,15 +204,13 @@ class _Report:
         if self.packs:
             return PackOverflow(
                 f"Expected blocks whose exponents fit into slots of {PACK!r}, got {len(src)} that "
-                f"do not, blocks {shown} of the source. Copy these blocks raw. A copy by layer, "
-                f"or of several slices, names those of the first part that has any.",
+                f"do not, blocks {shown} of the source. Copy these blocks raw.",
                 src,
                 dst,
             )
         return PackOverflow(
             f"Expected packed blocks, got {len(src)} that did not fit into slots of {PACK!r} when "
-            f"they were packed, blocks {shown} of the source. Copy these blocks raw. A copy by "
-            f"layer, or of several slices, names those of the first part that has any.",
+            f"they were packed, blocks {shown} of the source. Copy these blocks raw.",
             src,
             dst,
         )

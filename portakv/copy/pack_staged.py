@@ -3,183 +3,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-
 import torch
 
 from portakv.copy.context import Context
-from portakv.copy.options import USUAL, CopyOptions
-from portakv.copy.pack_launch import Checked, check_copy, follow_current, launch_pack
-from portakv.copy.pack_stage import stage_of
-from portakv.copy.packed_slots import slots_of
+from portakv.copy.detached import beside
+from portakv.copy.options import CopyOptions
+from portakv.copy.pack_crossing import ByCopies, Submit, named
+from portakv.copy.pack_launch import (
+    Checked,
+    OverflowReport,
+    Packed,
+    check_copy,
+    follow_current,
+    nothing_packed,
+    overflow_words,
+)
+from portakv.interconnect.pack_passage import ByLink, Crosses, issue_slices
+from portakv.interconnect.pack_slices import PackStages, pack_stages
+from portakv.interconnect.slices import Sizes
 from portakv.plan.move import Move
-from portakv.registry import STRATEGIES, PreparedPack, choose, prepared_pack
+from portakv.registry import STRATEGIES, choose
 from portakv.runtime.devices import inside
-from portakv.runtime.streams import side_stream
-from portakv.runtime.transfer import Completion, Transfer
-from portakv.view.index import Index
-from portakv.view.view import KVView
+from portakv.runtime.transfer import Completion, Transfer, event_pool, hold
 
-#: Raw bytes of a slice that crosses the link, unless one block has more. Two slices are in staging
-#: memory at a time.
+#: Raw bytes of the largest slice that crosses the link, unless one block has more. While a
+#: persistent matmul runs, four such slices hide its gaps, and four of 16 MiB do not (H200).
 SLICE = 64 << 20
-#: Issue a plain copy under options.
-Submit = Callable[[Move, CopyOptions], Transfer]
+#: Raw bytes of the first slice while nothing crosses, and the most of a copy in one slice.
+SMALLEST = 16 << 20
+WHOLE = 32 << 20
 
 
-class StagedPack:
-    """A copy that packs or unpacks on a device, of which one side is elsewhere.
+def issue_staged(move: Move, options: CopyOptions, submit: Submit, device: torch.device) -> Packed:
+    """Issue a copy that packs or unpacks on ``device``, of which one side is elsewhere.
 
-    The staging memory holds slices of the far side's encoding. It is packed or unpacked on the
-    caller's stream, and copied on a second stream, so that the two overlap.
-
-    Args:
-        move: the copy.
-        options: the caller's options.
-        submit: issues the plain copy of a slice.
-        device: packs or unpacks.
+    ``submit`` issues the plain copy of a slice, unless the slice crosses by the link itself.
 
     Raises as `copy_packed` does.
     """
+    leaves = move.dst.device != device
+    packed = move.src if move.src.form.encoding else move.dst
+    context = Context.of(device, options.stream)
+    # The ids are used in slices, so that bad ones are left out first.
+    checked = check_copy(move, packed.form.block_size, context, options.strict)
+    move = checked.move
+    forced = None if options.backend in STRATEGIES else options.backend
+    stages = pack_stages(move, leaves, choose(device, forced))
+    if not move.count:
+        return nothing_packed(checked.error)
+    far = move.dst if leaves else move.src
+    cross: Crosses
+    if far.form.place == "pinned" and not named(options):
+        cross = ByLink(far, leaves, device)
+    else:
+        far_index = move.dst_index if leaves else move.src_index
+        cross = ByCopies(far, far_index, leaves, submit, options)
+    return _issue(checked, stages, cross, context, options.detached)
 
-    def __init__(
-        self, move: Move, options: CopyOptions, submit: Submit, device: torch.device
-    ) -> None:
-        self._options = options
-        self._submit = submit
-        self._device = device
-        # A slice leaves the device, unless the destination is there.
-        self._leaves = move.dst.device != device
-        packed = move.src if move.src.form.encoding else move.dst
-        self._unit = packed.form.block_size
-        forced = None if options.backend in STRATEGIES else options.backend
-        self._choice = choose(device, forced)
-        context = Context.of(device, options.stream)
-        # The ids are used in slices, so that bad ones are left out first.
-        self._checked = check_copy(move, self._unit, context, options.strict)
-        self._move = self._checked.move
 
-    def issue(self) -> Transfer:
-        """Issue all slices; return their transfers as one."""
-        options = self._options
-        work = options.stream or torch.accelerator.current_stream(self._device.index)
-        follow_current(options.stream, [self._move])
-        made: list[Transfer] = []
-        # Staging memory belongs to the stream that packs or unpacks.
-        with inside(work):
-            spans, stages = self._stages()
-            self._prepared(stages[0])  # refuse now what cannot be executed
-            link = work
-            if len(spans) > 1:
-                link = side_stream(work, "pack", "out" if self._leaves else "in")
-            issue = self._out if self._leaves else self._in
-            issue(spans, stages, work, link, made)
-            work.wait_stream(link)
-        error = self._checked.error
-        if error is not None:
-            made.append(Transfer((Completion(error=error),)))
-        joined = Transfer.join(made)
-        carried = dict.fromkeys(one.carried for one in made[:2])
-        how = " and ".join(dict.fromkeys(name for name, _ in carried)) or joined.carried[0]
-        why = "; ".join(f"{name}: {reason}" for name, reason in carried)
-        return Transfer(joined.completions, (joined, stages), (how, why))
+def _issue(
+    checked: Checked, stages: PackStages, cross: Crosses, context: Context, detached: bool
+) -> Packed:
+    """Issue all slices; return the end of the copy."""
+    move = checked.move
+    device = context.device
+    unit = stages.plan.unit
+    with inside(context.stream):
+        current = torch.accelerator.current_stream(device.index)
+    work = current
+    if detached:
+        work = beside(move, context)
+        with inside(current):
+            follow_current(work, [move])
+    else:
+        follow_current(context.stream, [move])
+    with inside(current):
+        words = overflow_words(move, unit, device)
+        sizes = Sizes(min(WHOLE, SLICE), min(SMALLEST, SLICE), SLICE)
+        issue_slices(move, stages, cross, sizes, (current, work), words)
+    with inside(work):
+        report = OverflowReport.of(move, unit, words, not move.src.form.encoding)
+    pool = event_pool(device)
+    completion = Completion(
+        event=pool.recorded(work), late_error=report, retained=(move, words), pool=pool
+    )
+    hold(completion)
+    completions = [completion]
+    if checked.error is not None:
+        completions.append(Completion(error=checked.error))
+    return Packed(Transfer(completions, move, _carried(stages, cross)), report, work)
 
-    def _stages(self) -> tuple[list[tuple[int, int]], list[KVView]]:
-        """Return the first position and the tokens of each slice, and staging memory for two."""
-        move = self._move
-        far = move.dst if self._leaves else move.src
-        near = move.src if self._leaves else move.dst
-        raw = near if far.form.encoding else far
-        unit = self._unit
-        blocks = max(1, min(SLICE // (unit * raw.form.token_bytes), move.count // unit))
-        tokens = blocks * unit
-        spans = [(at, min(tokens, move.count - at)) for at in range(0, move.count, tokens)]
-        stages = [
-            stage_of(far.form, raw.form, unit, blocks, self._device)
-            for _ in range(2 if len(spans) > 1 else 1)
-        ]
-        return spans, stages
 
-    def _out(
-        self,
-        spans: list[tuple[int, int]],
-        stages: list[KVView],
-        work: torch.Stream,
-        link: torch.Stream,
-        made: list[Transfer],
-    ) -> None:
-        """Pack or unpack each slice into staging memory, then copy it away."""
-        crossed: list[Transfer] = []
-        for nth, (first, count) in enumerate(spans):
-            stage = stages[nth % len(stages)]
-            part = self._move.part(first, count)
-            if nth >= len(stages):  # its last copy has left the memory
-                crossed[nth - len(stages)].wait(work)
-            staged = Move(part.src, stage, part.src_index, Index(), count)
-            made.append(self._transform(staged, part))
-            crossed.append(self._cross(Move(stage, part.dst, Index(), part.dst_index, count), link))
-            made.append(crossed[-1])
-
-    def _in(
-        self,
-        spans: list[tuple[int, int]],
-        stages: list[KVView],
-        work: torch.Stream,
-        link: torch.Stream,
-        made: list[Transfer],
-    ) -> None:
-        """Copy each slice into staging memory, then pack or unpack it.
-
-        The copy of a slice is issued before the slice before it is unpacked: it follows the work
-        that is then on the stream, which has freed its memory.
-        """
-        crossed: list[Transfer] = []
-        for nth in range(len(spans) + 1):
-            if nth < len(spans):
-                first, count = spans[nth]
-                part = self._move.part(first, count)
-                stage = stages[nth % len(stages)]
-                crossed.append(
-                    self._cross(Move(part.src, stage, part.src_index, Index(), count), link)
-                )
-                made.append(crossed[-1])
-            if nth:
-                first, count = spans[nth - 1]
-                part = self._move.part(first, count)
-                stage = stages[(nth - 1) % len(stages)]
-                crossed[nth - 1].wait(work)
-                staged = Move(stage, part.dst, Index(), part.dst_index, count)
-                made.append(self._transform(staged, part))
-
-    def _transform(self, move: Move, part: Move) -> Transfer:
-        """Pack or unpack a slice of a part of the copy on the current stream."""
-        ready = self._prepared(move.dst if self._leaves else move.src)
-        context = Context(self._device, None, captured=False)
-        return launch_pack(Checked(move, None, False), ready, context, part)
-
-    def _prepared(self, stage: KVView) -> PreparedPack:
-        """Return the prepared copy between the near side and staging memory."""
-        near = (self._move.src if self._leaves else self._move.dst).form
-        src_step, dst_step = self._move.steps
-        if self._leaves:
-            return prepared_pack(near, stage.form, src_step, 0, self._choice)
-        return prepared_pack(stage.form, near, 0, dst_step, self._choice)
-
-    def _cross(self, move: Move, link: torch.Stream) -> Transfer:
-        """Copy a slice between staging memory and the far side, as it is."""
-        options = self._options
-        backend = options.backend if options.backend in STRATEGIES else None
-        plain = replace(
-            USUAL,
-            backend=backend,
-            stream=link,
-            overlap=options.overlap,
-            max_thread_blocks=options.max_thread_blocks,
-        )
-        if move.src.form.encoding:
-            move = slots_of(move)
-        transfer = self._submit(move, plain)
-        if not transfer.ordered:  # no stream orders the use of its memory
-            transfer.synchronize()
-        return transfer
+def _carried(stages: PackStages, cross: Crosses) -> tuple[str, str]:
+    """Return what executed a copy, in order, and the reasons."""
+    both = [stages.carried, *cross.carried]
+    if not stages.downward:
+        both.reverse()
+    how = " and ".join(dict.fromkeys(name for name, _ in both))
+    return how, "; ".join(f"{name}: {reason}" for name, reason in both)

@@ -11,18 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from portakv.copy.between import common_device
 from portakv.copy.context import Context
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
-from portakv.copy.pack_launch import issue_pack
-from portakv.copy.pack_staged import StagedPack
+from portakv.copy.pack_launch import Packed, issue_pack, join_layers
+from portakv.copy.pack_staged import issue_staged
 from portakv.copy.packed_slots import check_whole, slots_of
 from portakv.errors import Unsupported
 from portakv.layout.packing import PACK
 from portakv.plan.packing import Move, PackPlan
 from portakv.registry import choose, prepared_pack
-from portakv.runtime.transfer import Transfer
 
 
 def copy_packed(
@@ -46,15 +47,25 @@ def copy_packed(
     packed = move.src.form if move.src.form.encoding else move.dst.form
     check_whole(move, packed.block_size)
     if not options.by_layer:
-        return BlockTransfer(_transform(move, options, submit), move, began)
+        return BlockTransfer(_transform(move, options, submit).transfer, move, began)
     PackPlan(move.src.form, move.dst.form, *move.steps)  # a layer of each side may not tell
     layers = [_transform(move.layer(at), options, submit) for at in range(move.src.layers)]
-    return BlockTransfer(Transfer.join(layers), move, began, tuple(layers))
+    ends = tuple(layer.transfer for layer in layers)
+    return BlockTransfer(join_layers(layers, _device_of(move)), move, began, ends)
+
+
+def _device_of(move: Move) -> torch.device:
+    """Return the device that packs or unpacks: the destination's, of two accelerators."""
+    src = move.src.device
+    dst = move.dst.device
+    if src.type != "cpu" != dst.type:
+        return dst
+    return common_device(move.src, move.dst)
 
 
 def _transform(
     move: Move, options: CopyOptions, submit: Callable[[Move, CopyOptions], BlockTransfer]
-) -> Transfer:
+) -> Packed:
     """Pack or unpack on the device of both sides, or on the one that is an accelerator."""
     src = move.src
     dst = move.dst
@@ -62,11 +73,14 @@ def _transform(
         choice = choose(src.device, options.backend)
         context = Context.of(choice.backend.device, options.stream)
         ready = prepared_pack(src.form, dst.form, *move.steps, choice)
-        return issue_pack(move, ready, context, options.strict)
+        return issue_pack(move, ready, context, options.strict, options.detached)
     PackPlan(src.form, dst.form, *move.steps)  # refuse now what no stage can change
-    both = src.device.type != "cpu" != dst.device.type
-    device = dst.device if both else common_device(src, dst)
-    return StagedPack(move, options, submit, device).issue()
+    if options.detached and src.device.type != "cpu" != dst.device.type:
+        raise Unsupported(
+            "A detached copy that packs or unpacks between two devices",
+            "a stream of the source's device waits for it; leave detached out",
+        )
+    return issue_staged(move, options, submit, _device_of(move))
 
 
 def _refuse_options(options: CopyOptions) -> None:
@@ -74,7 +88,6 @@ def _refuse_options(options: CopyOptions) -> None:
     kept = {
         "max_gbps": options.max_gbps is not None,
         "cancellable": options.cancellable,
-        "detached": options.detached,
     }
     for name, wanted in kept.items():
         if wanted:

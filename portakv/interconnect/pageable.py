@@ -19,8 +19,8 @@ import torch
 from portakv.backends.base import Capabilities, Launch
 from portakv.backends.strided import HostRows
 from portakv.interconnect.pieces import Pieces
-from portakv.interconnect.slices import Sizes, Slice, Stages
-from portakv.interconnect.staged import Passage, StagedLaunch
+from portakv.interconnect.slices import RowSlice, RowStages, Sizes
+from portakv.interconnect.staged import Passage, StagedLaunch, by_backend
 from portakv.interconnect.staging import BUFFERS, bounce_buffers, staging
 from portakv.interconnect.strategy import PAGEABLE, Move, Strategy
 from portakv.plan.plan import CopyPlan
@@ -49,7 +49,7 @@ class Pageable(Strategy):
         return _PageableLaunch(plan, self)
 
 
-class _BouncedSlice(Slice):
+class _BouncedSlice(RowSlice):
     """A slice that crosses to or from a bounce buffer, in one copy."""
 
     def crossing(self, dense: KVView, host: KVView, fold_below: int) -> Pieces:
@@ -103,7 +103,7 @@ class _PageableLaunch(StagedLaunch):
         # cut.
         super().__init__(plan, strategy, "form" if strategy.half.can.guards else "planes")
         self._buffers = bounce_buffers(strategy.device)
-        self._hops: Bounded[tuple[Stages, int], HostRows] = Bounded("second hops", 64)
+        self._hops: Bounded[tuple[RowStages, int], HostRows] = Bounded("second hops", 64)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         rows, host, device_index, host_index = self.ends(move)
@@ -113,7 +113,7 @@ class _PageableLaunch(StagedLaunch):
         slices = self.slices(rows, host, host_index.to_host(), move.count)
         number = len(slices)
 
-        def cross(each: Slice, dense: KVView, nth: int, link: torch.Stream) -> None:
+        def cross(each: RowSlice, dense: KVView, nth: int, link: torch.Stream) -> None:
             at = nth % BUFFERS
             bounce = buffers.view(at, each.dense, each.slots)
             src, dst = (dense, bounce) if self.downward else (bounce, dense)
@@ -122,7 +122,7 @@ class _PageableLaunch(StagedLaunch):
             self.link.copy(each.pieces(dense, bounce, 0), src, dst, link)
             buffers.end(at, link)
 
-        passage = Passage(self.downward, device_buffers, work, slices, cross)
+        passage = Passage(self.downward, device_buffers, work, slices, by_backend, cross)
         with buffers.lock, device_buffers.lock:
             buffers.reserve(max(each.nbytes for each in slices))
             with passage.begun(device_index, work):
@@ -146,7 +146,7 @@ class _PageableLaunch(StagedLaunch):
         """
         return (), self.stages.dense.outside, False, SIZES
 
-    def _hop(self, each: Slice, host: KVView, at: int) -> None:
+    def _hop(self, each: RowSlice, host: KVView, at: int) -> None:
         """Copy on the host between its rows and a bounce buffer, after nothing crosses there."""
         bounce = self._buffers.view(at, each.dense, each.slots)
         part = host.planes(each.cut.layers, each.cut.kv)
@@ -163,7 +163,9 @@ class _PageableLaunch(StagedLaunch):
         hop = self._hops.get(key)
         if hop is None:
             plan = each.stages.plan
-            steps = (0, plan.dst_step) if self.downward else (plan.src_step, 0)
+            steps: tuple[int, int] = (plan.src_step, 0)
+            if self.downward:
+                steps = (0, plan.dst_step)
             hop = self._hops[key] = HostRows(src.form, dst.form, *steps, plan.unit)
         self._buffers.wait(at)
         hop.copy(src, dst, src_index, dst_index, each.cut.count)

@@ -11,21 +11,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import lcm
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
 from portakv.errors import Unsupported
 from portakv.interconnect.pieces import Pieces, to_2d_copies
-from portakv.interconnect.staging import Order, dense_rows
+from portakv.interconnect.staging import DenseRows, Order, dense_rows
+from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan
-from portakv.registry.prepared import Prepared, prepared
+from portakv.registry.prepared import Prepared, PreparedPack, prepared
 from portakv.registry.registry import Choice
 from portakv.runtime.bounded import Bounded
 from portakv.view.form import Form
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
+#: The device's stage: a copy of rows, or one that packs or unpacks.
+Ready = TypeVar("Ready", bound=Prepared | PreparedPack)
 #: Each slice is so many times as long as the slice before it: the link is idle only at one end of a
 #: transfer (the first gather, the last scatter).
 GROWTH = 4
@@ -113,19 +116,63 @@ def multiple(nbytes: int, quantum: int, token_bytes: float) -> int:
     return max(1, int(nbytes / (quantum * max(1, token_bytes)))) * quantum
 
 
-class Stages:
-    """Both stages of a plan: the device's rows to or from dense rows, by ``half``, and the link.
+class BothStages(Generic[Ready]):
+    """Both stages of a copy across the link: the device's, between its rows and dense rows, and the
+    link's.
 
     Attributes:
-        dense: the arrangement of dense rows, in an ``order`` of the host's form.
+        plan: the plan of the whole copy.
+        downward: from the device to the host.
+        dense: the arrangement of dense rows.
         quantum: every slice along the positions but the last is a multiple of it.
     """
 
-    def __init__(self, plan: CopyPlan, half: Choice, order: Order) -> None:
+    def __init__(self, plan: CopyPlan | PackPlan, dense: DenseRows, token_bytes: float) -> None:
         self.plan = plan
         self.downward = plan.src.place == "device"
-        self.dense = dense_rows(plan.dst if self.downward else plan.src, order)
-        self.quantum = lcm(plan.unit, self.dense.block_size)
+        self.dense = dense
+        self.quantum = lcm(plan.unit, dense.block_size)
+        self._token_bytes = token_bytes  # of dense rows
+
+    def part(self, rows: KVView, host: KVView) -> BothStages[Ready]:
+        """Return the stages of views that show all planes, or some."""
+        raise NotImplementedError
+
+    def of(self, dense: KVView, slots: int) -> tuple[Ready, CopyPlan]:
+        """Return the device's stage, prepared for buffers of ``slots`` slots, and the link's
+        plan."""
+        raise NotImplementedError
+
+    def slots(self, count: int, first: int, exact: bool, largest: int) -> int:
+        """Return the slots of a buffer for ``count`` positions, of which the first is at slot
+        ``first`` of a block.
+
+        ``exact``: no more slots than positions, if nothing may lie between planes. Else the
+        result is one of few numbers, so that transfers of any length share forms and plans: at most
+        ``largest`` bytes or one block, and a block more if one is cut.
+        """
+        block = self.dense.block_size
+        quantum = self.quantum
+        if exact and block == 1:
+            return count
+        slots = quantum
+        most = multiple(largest, quantum, self._token_bytes)
+        while slots < count:
+            slots *= 2
+        slots = max(min(slots, most), -(-count // quantum) * quantum)
+        return slots + (block if first else 0)
+
+
+class Stages(BothStages[Prepared]):
+    """Both stages of a plan: the device's rows to or from dense rows, by ``half``, and the link.
+
+    ``order``: of dense rows, one of the host's form.
+    """
+
+    def __init__(self, plan: CopyPlan, half: Choice, order: Order) -> None:
+        downward = plan.src.place == "device"
+        dense = dense_rows(plan.dst if downward else plan.src, order)
+        super().__init__(plan, dense, plan.token_bytes)
         self._half = half
         self._order = order
         self._made: Bounded[int, tuple[Prepared, CopyPlan]] = Bounded("stages of slices", 64)
@@ -164,25 +211,6 @@ class Stages:
             self._parts[forms] = Stages(part, self._half, self._order)
         return self._parts[forms]
 
-    def slots(self, count: int, first: int, exact: bool, largest: int) -> int:
-        """Return the slots of a buffer for ``count`` positions, of which the first is at slot
-        ``first`` of a block.
-
-        ``exact``: no more slots than positions, if nothing may lie between planes. Else the
-        result is one of few numbers, so that transfers of any length share forms and plans: at most
-        ``largest`` bytes or one block, and a block more if one is cut.
-        """
-        block = self.dense.block_size
-        quantum = self.quantum
-        if exact and block == 1:
-            return count
-        slots = quantum
-        most = multiple(largest, quantum, self.plan.token_bytes)
-        while slots < count:
-            slots *= 2
-        slots = max(min(slots, most), -(-count // quantum) * quantum)
-        return slots + (block if first else 0)
-
     def of(self, dense: KVView, slots: int) -> tuple[Prepared, CopyPlan]:
         """Return the device's stage, prepared for buffers of ``slots`` slots, and the link's
         plan."""
@@ -197,7 +225,7 @@ class Stages:
         return known
 
 
-class Slice:
+class Slice(Generic[Ready]):
     """A slice of a transfer, with everything worked out that does not change with the host's
     memory.
 
@@ -216,7 +244,7 @@ class Slice:
 
     def __init__(
         self,
-        stages: Stages,
+        stages: BothStages[Ready],
         cut: Cut,
         rows: KVView,
         host: KVView,
@@ -235,7 +263,7 @@ class Slice:
         # The pieces, and the addresses of the buffer and the host memory that they belong to.
         self._settled: tuple[tuple[int, int], Pieces] | None = None
 
-    def prepared(self, dense: KVView) -> Prepared:
+    def prepared(self, dense: KVView) -> Ready:
         """Return the device's stage, for buffers of this slice."""
         return self.stages.of(dense, self.slots)[0]
 
@@ -268,9 +296,17 @@ class Slice:
         return to_2d_copies(runs, planes, dense, fold_below)
 
 
-def cached_slices(rows: KVView, launch: object) -> Bounded[tuple[object, ...], list[Slice]]:
-    """Return the slices of transfers of several kinds that a view of rows caches for a launch."""
-    cached: Bounded[tuple[object, ...], list[Slice]] | None = rows.derived.get(launch)
+#: Slices and stages of rows as they are.
+RowSlice: TypeAlias = Slice[Prepared]
+RowStages: TypeAlias = BothStages[Prepared]
+
+
+def cached_slices(
+    rows: KVView, stages: BothStages[Ready]
+) -> Bounded[tuple[object, ...], list[Slice[Ready]]]:
+    """Return the slices of transfers of several kinds that a view of rows caches for a launch,
+    or a copy, with these stages."""
+    cached: Bounded[tuple[object, ...], list[Slice[Ready]]] | None = rows.derived.get(stages)
     if cached is None:
-        cached = rows.derived.setdefault(launch, Bounded("slices of transfers", 64))
+        cached = rows.derived.setdefault(stages, Bounded("slices of transfers", 64))
     return cached

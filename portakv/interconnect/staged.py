@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Generic, TypeAlias
 
 import torch
 
 from portakv.backends.base import Capabilities, Launch
 from portakv.host import pinned
 from portakv.interconnect.link import link_of
-from portakv.interconnect.slices import Sizes, Slice, Stages, cached_slices, cuts
+from portakv.interconnect.slices import Ready, RowSlice, Sizes, Slice, Stages, cached_slices, cuts
 from portakv.interconnect.staging import Order, Staging, mark, staging
 from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch, finish, read_on
 from portakv.plan.plan import CopyPlan
@@ -52,7 +53,7 @@ class Staged(Strategy):
 class StagedLaunch(StrategyLaunch):
     """A prepared copy, in slices of its ``kind``."""
 
-    kind: type[Slice] = Slice
+    kind: type[RowSlice] = Slice
 
     def __init__(self, plan: CopyPlan, strategy: Strategy, order: Order = "form") -> None:
         super().__init__(plan, strategy.device)
@@ -68,11 +69,11 @@ class StagedLaunch(StrategyLaunch):
         buffers = staging(self.device, work, self._detached)
         slices = self.slices(rows, host, host_index.to_host(), move.count, buffers.link.query())
 
-        def cross(each: Slice, dense: KVView, _: int, link: torch.Stream) -> None:
+        def cross(each: RowSlice, dense: KVView, _: int, link: torch.Stream) -> None:
             src, dst = (dense, host) if self.downward else (host, dense)
             self.link.copy(each.pieces(dense, host, self.link.fold_below), src, dst, link)
 
-        passage = Passage(self.downward, buffers, work, slices, cross)
+        passage = Passage(self.downward, buffers, work, slices, by_backend, cross)
         try:
             with buffers.lock, passage.begun(device_index, current):
                 for nth in range(len(slices)):
@@ -84,21 +85,21 @@ class StagedLaunch(StrategyLaunch):
 
     def slices(
         self, rows: KVView, host: KVView, host_index: Index, count: int, idle: bool = True
-    ) -> list[Slice]:
+    ) -> list[RowSlice]:
         """Return the slices of a transfer, cached with its rows for other transfers of its kind.
 
         ``idle``: no earlier slice of this staging is crossing the link.
         """
         key, outside, exact, sizes = self.cutting(host, host_index, idle)
 
-        def make() -> list[Slice]:
+        def make() -> list[RowSlice]:
             quantum = self.stages.quantum
             largest = sizes.largest
             cut = cuts(self._host, outside, count, quantum, self.downward, sizes)
             return [self.kind(self.stages, x, rows, host, host_index, exact, largest) for x in cut]
 
         key = count, host_index.offset, host_index.ids_token, *key
-        return cached_slices(rows, self).get_or_make(key, make)
+        return cached_slices(rows, self.stages).get_or_make(key, make)
 
     def cutting(
         self, host: KVView, host_index: Index, idle: bool
@@ -122,10 +123,17 @@ class StagedLaunch(StrategyLaunch):
 
 
 #: Enqueues the copy of a slice across the link, by its buffer and its number, on the link's stream.
-Cross = Callable[[Slice, KVView, int, torch.Stream], None]
+Cross: TypeAlias = Callable[[Slice[Ready], KVView, int, torch.Stream], None]
+#: Enqueues the device's stage of a slice, by the slice's number, on a stream.
+Gather: TypeAlias = Callable[[int, Ready, Move, torch.Stream], None]
 
 
-class Passage:
+def by_backend(_: int, ready: Prepared, move: Move, stream: torch.Stream) -> None:
+    """Enqueue the device's stage of a slice of rows."""
+    finish(ready.launch(*move, stream, None))
+
+
+class Passage(Generic[Ready]):
     """One transfer in progress: its streams, and its buffers of the device.
 
     It begins after the caller's stream ``work``, which waits for its end. In between, the device's
@@ -139,19 +147,21 @@ class Passage:
         downward: bool,
         buffers: Staging,
         work: torch.Stream,
-        slices: Sequence[Slice],
-        cross: Cross,
+        slices: Sequence[Slice[Ready]],
+        gather: Gather[Ready],
+        cross: Cross[Ready],
     ) -> None:
         self._downward = downward
         self._buffers = buffers
         self._work = work
         self._slices = slices
+        self._gather = gather
         self._cross = cross
         alone = len(slices) == 1 and not buffers.detached
         self._half, self._link = (work, work) if alone else (buffers.half, buffers.link)
         # For each slice its buffer, the buffer's number, the device's stage, and the index of its
         # rows.
-        self._staged: list[tuple[KVView, int, Prepared, Index]] = []
+        self._staged: list[tuple[KVView, int, Ready, Index]] = []
 
     @contextmanager
     def begun(self, device_index: Index, current: torch.Stream) -> Iterator[None]:
@@ -217,11 +227,8 @@ class Passage:
         if free is not None:
             first.wait_event(free)
         if self._downward:
-            finish(
-                prepared.launch(
-                    each.rows, dense, device_index, each.buffer_index, count, half, None
-                )
-            )
+            move = Move(each.rows, dense, device_index, each.buffer_index, count)
+            self._gather(nth, prepared, move, half)
         else:
             self._cross(each, dense, nth, link)
         if half is not link:
@@ -229,11 +236,8 @@ class Passage:
         if self._downward:
             self._cross(each, dense, nth, link)
         else:
-            finish(
-                prepared.launch(
-                    dense, each.rows, each.buffer_index, device_index, count, half, None
-                )
-            )
+            move = Move(dense, each.rows, each.buffer_index, device_index, count)
+            self._gather(nth, prepared, move, half)
         # The next transfer waits for the stream of this transfer, unless it is detached.
         again = buffers.detached or nth + buffers.buffers < len(self._slices)
         buffers.free[at] = mark(last) if again else None

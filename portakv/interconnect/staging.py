@@ -20,6 +20,7 @@ import torch
 
 from portakv.errors import PortaKVError
 from portakv.host import pinned
+from portakv.layout.packing import parameters_of
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import own_stream
 from portakv.view.bound import bind_layout
@@ -74,7 +75,10 @@ class DenseRows:
         }
         if form.block_size:
             extents["block_size"] = form.block_size
-        if not form.opaque:
+        if form.encoding:
+            widths = [plane.values // form.block_size for plane in form.encoding]
+            extents |= {"dim": tuple(widths), "encoding": parameters_of(form.encoding)}
+        if form.encoding or not form.opaque:
             extents["heads"] = form.heads
         layout, self._shape = _described(form, extents, order)
         self._bound = bind_layout(layout, **extents)
@@ -112,6 +116,8 @@ def _described(form: Form, extents: Mapping[str, Any], order: Order) -> tuple[st
             return own
     # Layer by layer: every form has this order.
     each = form.heads * sum(form.widths)
+    if form.encoding:
+        return "layer block (kv head page)", [form.layers, _UNBOUNDED, each]
     if form.opaque:
         return "layer block (kv page)", [form.layers, _UNBOUNDED, each]
     if form.paged:
@@ -152,6 +158,8 @@ def _factors(form: Form) -> list[_Factor]:
     steps = {(b.table - a.table, b.offset - a.offset) for a, b in pairwise(form.parts)}
     table, stride = steps.pop() if len(steps) == 1 else (0, _OUTERMOST)
     axes = ["layer", "block"] if form.paged else ["layer"]
+    if form.encoding:
+        axes.append("head")
     if not form.opaque:
         axes += ["token", "head"]
     factors = [each for axis in axes for each in _split(part, axis, axis)]
@@ -250,19 +258,24 @@ class Staging(_Buffers):
         return [(first + nth) % self.buffers for nth in range(slices)]
 
 
-cached_staging: Bounded[tuple[torch.device, int, bool], Staging] = Bounded(
+cached_staging: Bounded[tuple[torch.device, int, bool, bool], Staging] = Bounded(
     "staging of streams", STREAMS
 )
 _lock = threading.Lock()
 
 
-def staging(device: torch.device, work: torch.Stream, detached: bool = False) -> Staging:
+def staging(
+    device: torch.device, work: torch.Stream, detached: bool = False, packs: bool = False
+) -> Staging:
     """Return the staging of a stream's transfers, or of its ``detached`` transfers, which do not
     wait for each other.
 
+    ``packs``: of transfers that pack or unpack. Their slices may cross by transfers of rows, so
+    these have other buffers, and another lock.
+
     Beyond `STREAMS` the staging that was not used for the longest time is freed.
     """
-    key = device, work.stream_id, detached
+    key = device, work.stream_id, detached, packs
     with _lock:
         current = cached_staging.pop(key, None) or Staging(device, detached)
         cached_staging[key] = current

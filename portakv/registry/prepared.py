@@ -78,11 +78,7 @@ class Prepared:
 
     def place(self, index: Index) -> Index:
         """Return an index with its ids on the device, and in a dtype, that the backend reads."""
-        if self.can.index_on == "any":
-            return index
-        if index.temporary:
-            bring((index,), self.ids_device, self.can.index_dtypes)
-        return index.placed(self.ids_device, self.can.index_dtypes)
+        return place_index(self.can, self.ids_device, index)
 
     def repeatable(self, move: Move) -> Launch | None:
         """Return the launch that executes copies like ``move``, this thread's last one, with other
@@ -97,6 +93,16 @@ class Prepared:
     def place_both(self, move: Move) -> Move:
         """Return a copy with the ids of both sides placed as `place` places them."""
         return place_for(self.can, self.ids_device, move)
+
+
+def place_index(can: Capabilities, device: torch.device, index: Index) -> Index:
+    """Return an index with its ids on ``device``, as a backend with these capabilities reads
+    them."""
+    if can.index_on == "any":
+        return index
+    if index.temporary:
+        bring((index,), device, can.index_dtypes)
+    return index.placed(device, can.index_dtypes)
 
 
 def place_for(can: Capabilities, device: torch.device, move: Move) -> Move:
@@ -131,6 +137,10 @@ class PreparedPack:
     def claims(self, move: Move) -> Capabilities:
         """Return the capabilities for this copy."""
         return self.can
+
+    def place(self, index: Index) -> Index:
+        """Return an index with its ids where `Prepared.place` places them."""
+        return place_index(self.can, self.ids_device, index)
 
     def place_both(self, move: Move) -> Move:
         """Return a copy with the ids of both sides placed as `Prepared.place` places them."""

@@ -11,15 +11,41 @@ from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from portakv.errors import PackOverflow
 from portakv.graph import Graph, Mask
+from portakv.layout.packing import FLAG_AT, PACKED
 from portakv.storage.encoded import EncodedFigures
 from portakv.storage.parts import Part
 from portakv.storage.reasons import OVERFLOWED, Reason, Report
 from portakv.storage.rows import Crossing, Rows
 from portakv.storage.tier import Keys, TierStore
 from portakv.view import KVView
+
+#: Why a store does not keep a block of a packed view.
+FLAGGED = (
+    "Expected packed blocks, got one that did not fit into its slots when it was packed. Save this "
+    "block from a raw view"
+)
+
+
+def flagged(part: Part, items: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Return which rows of a packed form have a slot with the flag of a plane that did not fit."""
+    slots = part.rows.tensors
+    assert isinstance(slots, torch.Tensor)  # of the rows of a store
+    planes = part.form.planes
+    if slots.shape[-1] == planes[0].slot_bytes:  # kv is an axis
+        planes = planes[:1]
+    chosen = torch.from_numpy(items)
+    result = np.zeros(len(items), np.bool_)
+    start = 0
+    for plane in planes:
+        flags = slots[..., start + plane.head_at + FLAG_AT][chosen]
+        result |= (flags != PACKED).flatten(1).any(1).numpy()
+        start += plane.slot_bytes
+    return result
 
 
 class Spare:
@@ -109,9 +135,7 @@ def _pairs(own: Part, twin: Part) -> dict[TierStore, TierStore]:
 
     Each tier opens the own forms of a store, all of them writable.
     """
-    ours, others = (
-        [store for store in part.tier_stores if store.writable] for part in (own, twin)
-    )
+    ours, others = ([store for store in part.tier_stores if store.writable] for part in (own, twin))
     return dict(zip(ours, others, strict=False))
 
 
@@ -151,7 +175,10 @@ class SpareRows:
         own = self._spare.own
         try:
             crossing.copy(own.rows, view, items[rows], blocks[rows])
-            self._count(items[rows], 0)
+            if view.form.encoding:
+                self._leave_out_flagged(mask, items, keys, report)
+            kept = np.flatnonzero(mask)
+            self._count(items[kept], len(rows) - len(kept))
             return mask
         except PackOverflow as error:
             refused = rows[np.isin(items[rows], error.dst_blocks)]
@@ -178,6 +205,15 @@ class SpareRows:
             figures.add_packed(form, len(items) + misfits, misfits, image)
         else:
             figures.add_raw(form, len(items))
+
+    def _leave_out_flagged(
+        self, mask: Mask, items: npt.NDArray[np.int64], keys: Keys, report: Report
+    ) -> None:
+        """Take blocks out of the mask whose slots were copied as they are and have no rows."""
+        rows = np.flatnonzero(mask)
+        for row in rows[flagged(self._spare.own, items[rows])].tolist():
+            mask[row] = False
+            report(keys[row], Reason(OVERFLOWED, FLAGGED))
 
     def names(self, keys: Keys, rows: Sequence[int], names: Sequence[bytes]) -> list[bytes]:
         """Return the names of blocks in rows, of which ``names`` has those of the form itself."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import portakv_benchmarks.cli as bench
 from portakv import Index, Unsupported, copy_blocks
 from portakv_benchmarks.encodings import across
 from portakv_benchmarks.encodings.suite import ENCODING_PRESETS, EncodingBench
+from portakv_benchmarks.host.traffic_sources import LOOPS
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Row, having
 
@@ -59,6 +61,9 @@ def test_every_method_is_measured_and_every_byte_right(
         packed = row["backend"] == "pack"
         assert (row["wire_bytes"] < row["payload_bytes"]) == packed
         assert row["payload_to_wire"] == (1.306 if packed else 1)
+    beside = having(rows, kind="encoding_alongside")
+    assert {(row["loop"], row["op"]) for row in beside} == {*product(LOOPS, ("d2h", "h2d"))}
+    assert {row["backend"] for row in beside} == {"memcpy", "raw, detached", "pack, detached"}
     shown = capsys.readouterr().out
     assert "packing and unpacking inside a device" in shown
     assert "packed and raw rows between a device and pinned host" in shown

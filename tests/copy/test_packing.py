@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from support import simdev_cases
 from support.small_backends import small_backend
 
 from portakv import (
+    CopyOptions,
     Index,
     InvalidTerms,
     KVView,
@@ -186,12 +188,27 @@ def test_layers_one_after_another() -> None:
     assert same(target, layers, [0, 3], [0, 3])
 
 
+def test_the_blocks_of_all_layers_are_named() -> None:
+    """A layer names its own blocks; the whole copy names those of every layer, each once."""
+    layers = numbers(5)
+    noise(layers[0][1, 4, :, 0])
+    noise(layers[1][0, 4, :, 0])
+    noise(layers[1][1, 2, :, 0])
+    moved = copy_blocks(raw_view(layers), packed_view(4), [0, 2, 3, 4], [1, 0, 3, 2], by_layer=True)
+    with pytest.raises(PackOverflow, match="got 2 that do not, blocks 2, 4 ") as caught:
+        moved.synchronize()
+    assert (caught.value.src_blocks, caught.value.dst_blocks) == ((2, 4), (0, 2))
+    for layer, own in zip(moved.layers, ((4,), (2, 4)), strict=True):
+        with pytest.raises(PackOverflow) as caught:
+            layer.synchronize()
+        assert caught.value.src_blocks == own
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a part of a block": ({"count": 2 * SIZE - 1}, "moves only whole"),
     "from the middle of a block": ({"skip": 3, "count": SIZE}, "moves only whole"),
     "at a rate": ({"max_gbps": 1.0}, "with max_gbps"),
     "in slices": ({"cancellable": True}, "with cancellable"),
-    "detached": ({"detached": True}, "with detached"),
 }
 
 
@@ -304,58 +321,134 @@ def test_the_state_of_torch_changes_nothing(name: str) -> None:
 # -- devices ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pinned", [True, False])
+BLOCK = SIZE * LAYERS * 2 * HEADS * DIM * 2  # raw bytes
+#: Orders of a packed host pool; blocks are one run, or one for each layer or plane.
+ORDERS = {
+    IMAGE: (0, 1, 2, 3, 4),
+    "layer block kv head page": (1, 0, 2, 3, 4),
+    "layer kv block head page": (1, 2, 0, 3, 4),
+}
+
+
+def host_pool(blocks: int, order: str = IMAGE, pinned: bool = True) -> KVView:
+    """Return a packed pool on the host whose axes lie in an order."""
+    slots = packed_view(blocks).tensors.permute(ORDERS[order]).contiguous()
+    slots = slots.pin_memory() if pinned else slots
+    return KVView(slots, order, block_size=SIZE, dim=DIM, encoding="pack")
+
+
+def image_of(view: KVView) -> torch.Tensor:
+    """Return the slots of a host pool in the order of `IMAGE`."""
+    order = ORDERS[view.layout.text]
+    slots: torch.Tensor = view.tensors.permute([order.index(axis) for axis in range(len(order))])
+    return slots
+
+
+@pytest.mark.parametrize(
+    ("order", "detached"),
+    [
+        (IMAGE, False),
+        (IMAGE, True),
+        pytest.param("layer block kv head page", False, marks=pytest.mark.full),
+        ("layer kv block head page", True),
+        pytest.param("pageable", False, marks=pytest.mark.full),
+        ("pageable", True),
+        ("by name", False),
+    ],
+)
 def test_slices_cross_in_turns(
-    accelerator: torch.device, monkeypatch: pytest.MonkeyPatch, pinned: bool
+    accelerator: torch.device, monkeypatch: pytest.MonkeyPatch, order: str, detached: bool
 ) -> None:
     """With staging for two blocks a copy has many slices, in both directions of the link, and
     whichever side is packed."""
-    block = SIZE * LAYERS * 2 * HEADS * DIM * 2
-    monkeypatch.setattr(pack_staged, "SLICE", 2 * block)
+    monkeypatch.setattr(pack_staged, "SLICE", 2 * BLOCK)
     layers = numbers(9)
-    order = [8, 1, 6, 0, 3, 7, 2]
-    rest = list(range(7))
+    here = [8, 1, 6, 0, 3, 7, 2]
+    there = list(range(7))
+    backend = "batched_memcpy" if order == "by name" else None
+    options = CopyOptions(detached=detached, backend=backend)
+    pinned = order != "pageable"
     near = raw_view(layers, accelerator)
-    far = packed_view(7)
-    if pinned:
-        slots = far.tensors.pin_memory()
-        far = KVView(slots, IMAGE, block_size=SIZE, dim=DIM, encoding="pack")
-    copy_blocks(near, far, order, rest).synchronize()
+    far = host_pool(7, order if order in ORDERS else IMAGE, pinned)
+    copy_blocks(near, far, here, there, options=options).synchronize()
     wanted = packed_view(7)
-    copy_blocks(raw_view(layers), wanted, order, rest).synchronize()
-    assert torch.equal(far.tensors, wanted.tensors)
+    copy_blocks(raw_view(layers), wanted, here, there).synchronize()
+    assert torch.equal(image_of(far), wanted.tensors)
 
     target = raw_view([torch.zeros_like(layer) for layer in layers], accelerator)
-    copy_blocks(far, target, rest, order).synchronize()
-    assert same(target, layers, order, order)
+    copy_blocks(far, target, there, here, options=options).synchronize()
+    assert same(target, layers, here, here)
 
     inside = packed_view(7, accelerator)
-    copy_blocks(raw_view(layers), inside, order, rest).synchronize()
+    host = [x.pin_memory() if pinned else x for x in layers]
+    copy_blocks(raw_view(host), inside, here, there, options=options).synchronize()
     assert torch.equal(inside.tensors.cpu(), wanted.tensors)
-    back = raw_view([torch.zeros_like(layer) for layer in layers])
-    copy_blocks(inside, back, rest, order).synchronize()
-    assert same(back, layers, order, order)
+    zeros = [torch.zeros_like(x) for x in layers]
+    back = raw_view([x.pin_memory() for x in zeros] if pinned else zeros)
+    copy_blocks(inside, back, there, here, options=options).synchronize()
+    assert same(back, layers, here, here)
 
 
+@pytest.mark.parametrize("by_layer", [False, True])
 def test_blocks_that_do_not_fit_are_named_across_the_link(
-    accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
+    accelerator: torch.device, monkeypatch: pytest.MonkeyPatch, by_layer: bool
 ) -> None:
-    block = SIZE * LAYERS * 2 * HEADS * DIM * 2
-    monkeypatch.setattr(pack_staged, "SLICE", 2 * block)
+    """All of them, whichever slice or layer they are in."""
+    monkeypatch.setattr(pack_staged, "SLICE", BLOCK)
     layers = numbers(6)
     noise(layers[1][1, 4, :, 0])
-    far = packed_view(6)
-    moved = copy_blocks(raw_view(layers, accelerator), far, [0, 2, 4, 5], [3, 2, 1, 0])
+    noise(layers[0][0, 0, :, 1])
+    far = host_pool(6)
+    near = raw_view(layers, accelerator)
+    moved = copy_blocks(near, far, [0, 2, 4, 5], [3, 2, 1, 0], by_layer=by_layer)
     with pytest.raises(PackOverflow) as caught:
         moved.synchronize()
-    assert caught.value.src_blocks == (4,)
-    assert caught.value.dst_blocks == (1,)
+    assert caught.value.src_blocks == (0, 4)
+    assert caught.value.dst_blocks == (3, 1)
     target = raw_view([torch.zeros_like(layer) for layer in layers], accelerator)
-    moved = copy_blocks(far, target, [3, 2, 1, 0], [0, 2, 4, 5])
+    moved = copy_blocks(far, target, [3, 2, 1, 0], [0, 2, 4, 5], by_layer=by_layer)
     with pytest.raises(PackOverflow) as caught:
         moved.synchronize()
-    assert (caught.value.src_blocks, caught.value.dst_blocks) == ((1,), (4,))
-    assert same(target, layers, [0, 2, 5], [0, 2, 5])
+    assert (caught.value.src_blocks, caught.value.dst_blocks) == ((3, 1), (0, 4))
+    assert same(target, layers, [2, 5], [2, 5])
+
+
+@pytest.mark.simdev
+@pytest.mark.parametrize("out", [True, False])
+@pytest.mark.parametrize("inside", [False, True])
+def test_no_stream_waits_for_a_detached_copy(
+    monkeypatch: pytest.MonkeyPatch, out: bool, inside: bool
+) -> None:
+    """A stream waits for it if the handle makes it wait; without `detached` the current one does.
+
+    Staging serves several copies in a row.
+    """
+    device = simdev_cases.DEVICE
+    monkeypatch.setattr(pack_staged, "SLICE", 2 * BLOCK)
+    layers = numbers(7)
+    ids = list(range(7))
+    wanted = packed_view(7)
+    copy_blocks(raw_view(layers), wanted, ids, ids).synchronize()
+    near = raw_view(layers, device)
+    far = packed_view(7, device) if inside else host_pool(7)
+    target = raw_view([torch.zeros_like(layer) for layer in layers], device)
+    if not out:
+        far.tensors.copy_(wanted.tensors)
+    src, dst = (near, far) if out else (far, target)
+    torch.accelerator.synchronize(device)
+    here = torch.accelerator.current_stream(device.index)
+    for detached in (True, False):
+        moved = [copy_blocks(src, dst, ids, ids, detached=detached) for _ in range(3)][-1]
+        here.synchronize()
+        assert moved.done() is not detached
+        reader = torch.Stream(device)
+        moved.wait(reader)
+        reader.synchronize()
+        assert moved.done()
+    if out:
+        assert torch.equal(far.tensors.cpu(), wanted.tensors)
+    else:
+        assert same(target, layers, ids, ids)
 
 
 def test_keys_and_values_of_unequal_width(accelerator: torch.device) -> None:

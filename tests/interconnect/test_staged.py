@@ -46,7 +46,7 @@ from portakv.interconnect.batched_memcpy import LEAST_RUN, BatchedMemcpy
 from portakv.interconnect.link import TorchLink
 from portakv.interconnect.pageable import Pageable
 from portakv.interconnect.pieces import ALL, Pieces, to_2d_copies
-from portakv.interconnect.slices import Slice
+from portakv.interconnect.slices import RowSlice, Slice
 from portakv.interconnect.staged import Staged
 from portakv.interconnect.staging import dense_rows
 from portakv.interconnect.strategy import Strategy, Terms
@@ -341,7 +341,7 @@ def test_threads_that_settle_a_slice_agree(downward: bool, monkeypatch: pytest.M
     host = transfer.host
     real = Slice.crossing
 
-    def fresh() -> Slice:
+    def fresh() -> RowSlice:
         transfer.rows.derived.clear()
         (result,) = transfer.prepared().slices(
             transfer.rows, host, transfer.host_index, TOKENS, True
@@ -357,7 +357,7 @@ def test_threads_that_settle_a_slice_agree(downward: bool, monkeypatch: pytest.M
         for column, wanted in zip(one.pieces(buffers[nth], host, ALL), expected[nth], strict=True):
             assert np.array_equal(column, wanted)
 
-    def interrupted(self: Slice, *ends: Any) -> Pieces:
+    def interrupted(self: RowSlice, *ends: Any) -> Pieces:
         result = real(self, *ends)
         monkeypatch.setattr(Slice, "crossing", real)
         check(1)

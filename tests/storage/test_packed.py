@@ -10,13 +10,23 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.storage_cases import FakeTier, key_of
 from support.store_damage import damaged_images_believed, slot_files
 
-from portakv import InvalidTerms, KVView, Pack, StoreError, TransferError, Unsupported
-from portakv.storage import BlockForm, BlockStore, Disk
+from portakv import (
+    InvalidTerms,
+    KVView,
+    Pack,
+    PackOverflow,
+    StoreError,
+    TransferError,
+    Unsupported,
+    copy_blocks,
+)
+from portakv.storage import BlockForm, BlockStore, Disk, spare
 
 NHD = "layer | kv block token head dim"
 HND = "layer | kv block head token dim"
@@ -148,6 +158,32 @@ def test_blocks_that_do_not_fit_are_missing_without_a_raw_form() -> None:
             handle.synchronize(LIMIT)
         assert handle.landed.tolist() == LOST
         assert loaded(store, layers) == (LOST, True)
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+@pytest.mark.parametrize("widths", [(DIM, DIM), (DIM, DIM // 2)], ids=["equal", "unequal"])
+def test_flagged_slots_of_a_packed_view_are_missing(
+    monkeypatch: pytest.MonkeyPatch, widths: tuple[int, int], guarded: bool
+) -> None:
+    """Nobody can read them. Without the look at their flags a save would store them."""
+    layers = noisy(cache(), PLACES[2])
+    rows = [
+        [layer[kv, ..., :width].contiguous() for kv, width in enumerate(widths)] for layer in layers
+    ]
+    raw = KVView(rows, "layer kv | block token head dim", dim=widths)
+    form = BlockForm.of(raw, "org/model", encoding="pack")
+    images = torch.zeros(BLOCKS, form.image_bytes, dtype=torch.uint8, device="cpu")
+    image = form.view(images)
+    with pytest.raises(PackOverflow):
+        copy_blocks(raw, image, PLACES, range(1, 6)).synchronize()
+    if not guarded:
+        monkeypatch.setattr(spare, "flagged", lambda part, items: np.zeros(len(items), np.bool_))
+    with BlockStore(form, staging=4 << 20, host=1 << 20) as store:
+        handle = store.save(image, range(1, 6), KEYS)
+        with pytest.raises(TransferError, match="1 not packed") if guarded else nullcontext():
+            handle.synchronize(LIMIT)
+        assert handle.landed.tolist() == (LOST if guarded else ALL)
+        assert store.has_each(KEYS) == (LOST if guarded else ALL)
 
 
 @pytest.mark.parametrize("host", [0, 4 << 20])

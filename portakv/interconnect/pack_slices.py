@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slices of a copy that packs or unpacks across the link: the device's stage makes dense rows in
+the encoding of the other side, and these cross as `staged` moves raw rows.
+
+Dense rows lie in the order of the other side, so that few long runs cross.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from portakv.host import pinned
+from portakv.interconnect.pieces import Pieces, to_2d_copies
+from portakv.interconnect.slices import BothStages, Sizes, Slice, cached_slices, cuts
+from portakv.interconnect.staging import dense_rows
+from portakv.plan.packing import Move, PackPlan
+from portakv.plan.plan import CopyPlan
+from portakv.registry.prepared import PreparedPack, prepared_pack
+from portakv.registry.registry import Choice
+from portakv.runtime.bounded import Bounded
+from portakv.view.form import Form, same_form
+from portakv.view.index import Index
+from portakv.view.view import KVView
+
+
+class PackStages(BothStages[PreparedPack]):
+    """Both stages of a copy of which one side is packed.
+
+    Args:
+        src, dst: the forms of both sides. One is the device's; the other is elsewhere.
+        steps: tokens for each entry of each side's index.
+        downward: the source is the device's side.
+        choice: the backend that packs or unpacks.
+
+    Raises as `prepared_pack`.
+    """
+
+    def __init__(
+        self, src: Form, dst: Form, steps: tuple[int, int], downward: bool, choice: Choice
+    ) -> None:
+        plan = PackPlan(src, dst, *steps)
+        far = dst if downward else src
+        dense = dense_rows(far)
+        per_token = far.token_bytes / (far.block_size if far.opaque else 1)
+        super().__init__(plan, dense, per_token)
+        self.downward = downward
+        self.choice = choice
+        #: Bytes of dense rows for each byte of raw rows.
+        self.share = per_token / plan.raw.token_bytes
+        self._far = far
+        self._made: Bounded[int, tuple[PreparedPack, CopyPlan]]
+        self._made = Bounded("stages of slices that pack", 64)
+        slots = self.quantum  # refuse now what cannot be executed
+        device = choice.backend.device
+        memory = torch.empty(dense.nbytes(slots), dtype=torch.uint8, device=device)
+        self.carried = self.of(dense.view(memory, slots), slots)[0].carried
+
+    def part(self, rows: KVView, host: KVView) -> PackStages:
+        """Return the stages of all planes; no slice has fewer."""
+        return self
+
+    def of(self, dense: KVView, slots: int) -> tuple[PreparedPack, CopyPlan]:
+        """Return the device's stage, prepared for buffers of ``slots`` slots, and the link's
+        plan."""
+        known = self._made.get(slots)
+        if known is None:
+            known = self._made[slots] = self._stage(dense.form), self._link(dense.form)
+        return known
+
+    def _stage(self, dense: Form) -> PreparedPack:
+        plan = self.plan
+        # Buffers are bytes. Their rows have the type of the other side's.
+        typed = same_form(replace(dense, dtypes=self._far.dtypes))
+        if self.downward:
+            return prepared_pack(plan.src, typed, plan.src_step, 0, self.choice)
+        return prepared_pack(typed, plan.dst, 0, plan.dst_step, self.choice)
+
+    def _link(self, dense: Form) -> CopyPlan:
+        far = self._far
+        step = self.plan.dst_step if self.downward else self.plan.src_step
+        unit = self.plan.unit
+        if far.encoding:  # a slot is a row, and a block is one token
+            dense = dense.as_slots()
+            far = far.as_slots()
+            step = step // unit
+            unit = 1
+        if self.downward:
+            return CopyPlan(dense, far, 0, step, unit)
+        return CopyPlan(far, dense, step, 0, unit)
+
+
+_stages: Bounded[tuple[Form, Form, tuple[int, int], bool, Choice], PackStages]
+_stages = Bounded("stages of copies that pack", 256)
+
+
+def pack_stages(move: Move, downward: bool, choice: Choice) -> PackStages:
+    """Return the stages of a copy; made on the first call, looked up after that.
+
+    Raises as `PackStages`.
+    """
+    src = move.src.form
+    dst = move.dst.form
+    key = (src, dst, move.steps, downward, choice)
+    known = _stages.get(key)
+    if known is None:
+        made = PackStages(src, dst, move.steps, downward, choice)
+        known = _stages.setdefault(key, made)
+    return known
+
+
+class PackSlice(Slice[PreparedPack]):
+    """A slice of whole blocks, of which one side is packed."""
+
+    def crossing(self, dense: KVView, host: KVView, fold_below: int) -> Pieces:
+        """Return the pieces between a buffer and the rows or slots of the other side."""
+        link = self.stages.of(dense, self.slots)[1]
+        inside = self.buffer_index
+        outside = self.host_index
+        count = self.cut.count
+        if host.form.encoding:
+            size = host.form.block_size
+            inside = inside.of_blocks(size)
+            outside = outside.of_blocks(size)
+            count = count // size
+            dense = dense.as_slots()
+            host = host.as_slots()
+        if self.stages.downward:
+            runs = link.runs(dense, host, inside, outside, count)
+            return to_2d_copies(runs, dense, host, fold_below)
+        runs = link.runs(host, dense, outside, inside, count)
+        return to_2d_copies(runs, host, dense, fold_below)
+
+
+def pack_slices(
+    stages: PackStages,
+    ends: tuple[KVView, KVView],
+    far_index: Index,
+    count: int,
+    sizes: Sizes,
+    pieces: bool,
+) -> list[Slice[PreparedPack]]:
+    """Return the slices of a copy, cached with the rows of the device.
+
+    Args:
+        ends: the rows of the device, and the other side.
+        far_index: the index of the other side.
+        sizes: in bytes of raw rows.
+        pieces: the slices are asked for their pieces. The ids are on the host then.
+    """
+    near, far = ends
+    smaller = Sizes(*(max(1, int(size * stages.share)) for size in sizes))
+
+    def make() -> list[Slice[PreparedPack]]:
+        cut = cuts(far.form, (), count, stages.quantum, stages.downward, smaller)
+        most = smaller.largest
+        return [PackSlice(stages, each, near, far, far_index, False, most) for each in cut]
+
+    where = (pinned.boundaries(), far.origins) if pieces else ()
+    key = (count, far_index.offset, far_index.ids_token, smaller, *where)
+    return cached_slices(near, stages).get_or_make(key, make)
