@@ -32,10 +32,15 @@ FLAGGED = (
 
 
 def flagged(part: Part, items: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Return which rows of a packed form have a slot with the flag of a plane that did not fit."""
+    """Return which rows of a packed form have a slot with the flag of a plane that did not fit.
+
+    Other encodings have no flags: every block fits them.
+    """
+    planes = part.form.planes
+    if planes[0].encoding != "pack":
+        return np.zeros(len(items), np.bool_)
     slots = part.rows.tensors
     assert isinstance(slots, torch.Tensor)  # of the rows of a store
-    planes = part.form.planes
     if slots.shape[-1] == planes[0].slot_bytes:  # kv is an axis
         planes = planes[:1]
     chosen = torch.from_numpy(items)
