@@ -124,8 +124,8 @@ def test_events_have_the_topic_of_the_command() -> None:
             return bool(routers[0].poll(50))
 
         assert until(arrives, LIMIT)
-        topic, *_ = routers[0].recv_multipart()
-        assert topic == b"kv@a pod@a model"
+        received, *_ = routers[0].recv_multipart()
+        assert received == b"kv@a pod@a model"
         assert not routers[1].poll(0)
 
 

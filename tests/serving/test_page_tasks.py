@@ -294,9 +294,9 @@ class HeldTerms(StoreTerms):
         return super().tiers()
 
 
-def held_terms(folder: Path, **other: float) -> HeldTerms:
+def held_terms(folder: Path, deadline: float = LIMIT) -> HeldTerms:
     """Return terms as `terms_of` does, whose store is not held yet."""
-    plain = asdict(terms_of(folder, **other))
+    plain = asdict(terms_of(folder, deadline=deadline))
     made = HeldTerms(**plain)
     made.goes_on.set()
     return made
