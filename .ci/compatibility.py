@@ -66,6 +66,7 @@ DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
         ),
         "prefill and decode": ("prefill and decode",),
         "secondary tier": ("tiers", "its tiers, ours"),
+        "events for routers": ("events for routers",),
     },
     "transformers": {"cache": ("integration",)},
 }

@@ -29,6 +29,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
+from types import ModuleType
 from typing import TypeVar
 
 import numpy
@@ -62,8 +63,6 @@ from portakv_benchmarks.device.overhead import measure_overhead
 from portakv_benchmarks.encodings import across, alongside, inside, transports
 from portakv_benchmarks.encodings.suite import ENCODING_PRESETS, EncodingBench
 from portakv_benchmarks.engines import models
-from portakv_benchmarks.engines.suite import engine_steps as served_steps
-from portakv_benchmarks.engines.suite import fault_steps, handover_steps
 from portakv_benchmarks.host import calls, grid, interference, memory, small, whole_call
 from portakv_benchmarks.host.suite import HOST_PRESETS, Bench
 from portakv_benchmarks.plugs.engine import engine_steps
@@ -441,15 +440,9 @@ def run_migration(args: argparse.Namespace, device: torch.device) -> Row:
             f"Expected PORTAKV_MOVER to be unset, got {forced!r}, which forces one transport on "
             f"all methods. Unset it."
         )
-    package = "portakv_benchmarks.migration."
-    try:
-        suite_ = import_module(f"{package}suite")
-    except ImportError as error:
-        raise PortaKVError(
-            f"Expected the packages that migration needs, but {error}. Install them."
-        ) from None
+    suite_ = _needs_migration("migration.suite")
     parts = {
-        name: getattr(import_module(package + module), steps)
+        name: getattr(_needs_migration(f"migration.{module}"), steps)
         for name, (module, _, steps) in ((x, y.partition(":")) for x, y in MIGRATION.items())
     }
     bench = suite_.MigrationBench(device, suite_.MIGRATION_PRESETS[args.preset])
@@ -459,16 +452,30 @@ def run_migration(args: argparse.Namespace, device: torch.device) -> Row:
         bench.forget()
 
 
+def _needs_migration(module: str) -> ModuleType:
+    """Import a module of the benchmarks that needs the packages of the extra `migrate`.
+
+    Other suites need torch and numpy alone. Raises `PortaKVError` without the packages.
+    """
+    try:
+        return import_module(f"portakv_benchmarks.{module}")
+    except ImportError as error:
+        raise PortaKVError(
+            f"Expected the packages that migration needs, but {error}. Install them."
+        ) from None
+
+
 def run_engines(args: argparse.Namespace, device: torch.device) -> Row:
     """Measure requests of engines, one for each model; returns what is written as JSON."""
     if not os.path.isdir(args.dir):
         raise PortaKVError(f"Expected --dir to be a folder, got {args.dir}. Make it first.")
     tiny = device.type == "cpu" or args.preset == "tiny"
     names = models.TINY if tiny else models.FULL
+    steps = _needs_migration("engines.suite")
     parts: Parts[IntegrationBench]
-    parts = {name: partial(served_steps, name, args.dir) for name in names}
-    parts[models.HANDOVER] = partial(handover_steps, args.dir, args.out, tiny)
-    parts[models.FAULTS] = partial(fault_steps, args.dir, args.out, tiny)
+    parts = {name: partial(steps.engine_steps, name, args.dir) for name in names}
+    parts[models.HANDOVER] = partial(steps.handover_steps, args.dir, args.out, tiny)
+    parts[models.FAULTS] = partial(steps.fault_steps, args.dir, args.out, tiny)
     results = _run_parts(args, ENGINE_SUITE, parts, IntegrationBench(device, args.preset))
     place = short_name(device)
     results["name"] = results["name"].replace(f"{place}-{ENGINE_SUITE}", f"{ENGINE_SUITE}-{place}")

@@ -30,17 +30,20 @@ class Watching(NamedTuple):
 
     Attributes:
         metrics: the address and port for Prometheus.
-        events: the endpoint to which routers subscribe, and that of replays.
+        events: the endpoint to which routers subscribe.
+        replays: the endpoint of events that a router has missed.
+        topic: of the events.
     """
 
     metrics: str = ""
     events: str = ""
     replays: str = ""
+    topic: str = ""
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Watching:
         """Return what a command line names; see `add_watching`."""
-        return cls(args.metrics, args.events, args.event_replays)
+        return cls(args.metrics, args.events, args.event_replays, args.event_topic)
 
 
 NOWHERE = Watching()
@@ -66,6 +69,12 @@ def add_watching(parser: argparse.ArgumentParser) -> None:
         default="",
         help="serve: send routers the events that they have missed from there",
     )
+    parser.add_argument(
+        "--event-topic",
+        metavar="TEXT",
+        default="",
+        help="serve: the topic of the events, such as kv@POD@MODEL for llm-d (default: empty)",
+    )
 
 
 def serve(
@@ -90,7 +99,7 @@ def serve(
     terms = StoreTerms.of({"folder": (*folders,), **others})
     with ExitStack() as stack:
         ended = stack.enter_context(_until_a_signal())
-        events = _events(watching, stack)
+        events = events_of(watching, stack)
         keeper = stack.enter_context(Keeper(terms, events=events))
         if watching.metrics:
             _answer_prometheus(watching.metrics, keeper, stack)
@@ -104,13 +113,16 @@ def serve(
     return 0
 
 
-def _events(watching: Watching, stack: ExitStack) -> EventPublisher | None:
-    """Return what publishes events to routers, if that is asked for."""
+def events_of(watching: Watching, stack: ExitStack) -> EventPublisher | None:
+    """Return what publishes events to routers until the stack ends; None without an endpoint.
+
+    Raises `PeerError` for an endpoint that cannot be bound.
+    """
     if not watching.events:
         return None
     from portakv.serving.kv_events import EventPublisher
 
-    made = EventPublisher(watching.events, watching.replays)
+    made = EventPublisher(watching.events, watching.replays, watching.topic)
     stack.callback(made.close)
     return made
 

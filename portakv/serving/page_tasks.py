@@ -2,7 +2,7 @@
 """`PageTasks`: saves and loads of pages whose sizes are not known before they come.
 
 A task has pages of any sizes, each at its own address. A thread reports the ends of tasks and the
-pages that were lost, and opens the store for sizes that are new.
+pages that were lost. Another thread opens the store for sizes that are new.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from portakv.errors import PortaKVError
+from portakv.errors import PortaKVError, TransferTimeout
 from portakv.graph import Mask
 from portakv.runtime.finished import Finished
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.pages import PageJob, Pages, PageStore
+from portakv.serving.pages import SAVE, PageJob, Pages, PageStore
+from portakv.storage.changes import Change
 from portakv.storage.pins import Pins
 
 _log = RateLimitedLog(logging.getLogger(__name__))
@@ -134,6 +135,76 @@ class _Batch:
         self.left = 0
 
 
+class _Waiting(NamedTuple):
+    """A task that waits until the store has opened for its sizes.
+
+    Attributes:
+        task: which has begun no job.
+        until: the time of the monotonic clock at which it ends without a page.
+    """
+
+    task: PageTask
+    until: float
+
+
+class Opening:
+    """An opening of the store for sizes that are new.
+
+    Its thread ends when the medium has answered. It may outlive the tasks that wait for it.
+
+    Args:
+        store: of the pages.
+        sizes: bytes of a page of each size.
+        closing: set before the store is closed.
+        ended: called at the end, in the thread.
+
+    Attributes:
+        sizes: as passed.
+        changes: of the pages, from the first opening until the end.
+        done: whether it has ended.
+    """
+
+    def __init__(
+        self,
+        store: PageStore,
+        sizes: set[int],
+        closing: threading.Event,
+        ended: Callable[[], object],
+    ) -> None:
+        self.sizes = sizes
+        self.changes = list[Change]()
+        self.done = False
+        self._store = store
+        self._closing = closing
+        self._ended = ended
+        self.start()
+
+    def start(self) -> None:
+        """Start the thread."""
+        threading.Thread(target=self.run, name="portakv-pages-open", daemon=True).start()
+
+    def run(self) -> None:
+        """Open the store, and close it again if it was closed meanwhile."""
+        try:
+            for nbytes in self.sizes:
+                if not self._closing.is_set():
+                    self._open(nbytes)
+            if self._closing.is_set():
+                self._store.close()
+        except TransferTimeout as error:
+            _log.warning("close", "A store of pages was left open: %s", error)
+        finally:
+            self.done = True
+            self._ended()
+
+    def _open(self, nbytes: int) -> None:
+        try:
+            self._store.pages(nbytes)
+            self.changes += self._store.changes()  # later changes are kept
+        except PortaKVError as error:
+            _log.warning("open", "Pages are not stored or loaded: %s", error)
+
+
 class PageTasks:
     """The tasks of an engine over a store of pages.
 
@@ -143,7 +214,9 @@ class PageTasks:
         lost: called with the keys of `page_key` of pages that the store no longer has, in the same
             thread.
 
-    No method but `close` waits for a transfer. After `close` tasks end without a page.
+    No method but `close` waits for a transfer, and none waits for a folder to open. A save that the
+    folder holds up ends after `SAVE` seconds, a load after the deadline of the store's terms. After
+    `close` tasks end without a page.
     """
 
     def __init__(
@@ -158,6 +231,8 @@ class PageTasks:
         self._locks = _Locks()
         self._new = Finished[PageTask | None]()  # tasks of sizes to be opened, by the thread
         self._new.start()
+        self._waiting = list[_Waiting]()  # of the thread
+        self._opening: Opening | None = None
         self._next_try = dict[int, float]()  # of sizes for which the store could not be opened
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="portakv-pages", daemon=True)
@@ -234,8 +309,10 @@ class PageTasks:
         self._closing.set()
         self._new.add(None)
         self._thread.join(timeout)
-        self.store.close(timeout)
-        self._new.close()
+        try:
+            self.store.close(timeout)
+        finally:
+            self._new.close()
 
     # --- the thread
 
@@ -250,6 +327,8 @@ class PageTasks:
 
     def _look(self) -> None:
         """Report the tasks that have ended and the pages that were lost; begin new tasks."""
+        # Taken before the end of an opening is read, which wakes this thread by the same queue.
+        began = [task for task in self._new.take() if task is not None]
         ended = list[PageTask]()
         for job in self.store.finished():
             task, part = _of(job)
@@ -257,32 +336,58 @@ class PageTasks:
             task.left -= 1
             if not task.left:
                 ended.append(task)
-        gone = [change.key for change in self.store.changes() if not change.stored]
+        changes = self._end_opening()
+        changes += self.store.changes()
+        gone = [change.key for change in changes if not change.stored]
         for task in ended:
             _report(self._ended, task)
         lost = [*compress(gone, ~self.holds(gone))]
         if lost:
             _report(self._lost, lost)
-        for new in self._new.take():
-            if new is not None:
-                self._open(new)
+        for task in began:
+            limit = SAVE if task.kind == "save" else self.store.terms.deadline
+            self._waiting.append(_Waiting(task, time.monotonic() + limit))
+        self._waiting = [each for each in self._waiting if not self._has_ended_waiting(each)]
 
-    def _open(self, task: PageTask) -> None:
-        """Open the store for the sizes of a task, and begin it.
+    def _end_opening(self) -> list[Change]:
+        """Note the end of an opening; return the changes that it has seen.
 
-        After a failure, such as of a medium that hangs, a size is not tried again for `PAUSE`
-        seconds.
+        After a failure a size is not tried again for `PAUSE` seconds.
         """
-        for nbytes in self._closed_sizes(task):
-            if time.monotonic() < self._next_try.get(nbytes, 0.0):
-                continue
-            try:
-                self.store.pages(nbytes)
-                self.store.changes()  # later changes are kept
-            except PortaKVError as error:
-                _log.warning("open", "Pages are not stored or loaded: %s", error)
-                self._next_try[nbytes] = time.monotonic() + PAUSE
-        self._begin(task)
+        opening = self._opening
+        if opening is None or not opening.done:
+            return []
+        self._opening = None
+        opened = {pages.size.nbytes for pages in self.store.every() if pages.blocks is not None}
+        for nbytes in opening.sizes - opened:
+            self._next_try[nbytes] = time.monotonic() + PAUSE
+        return opening.changes
+
+    def _has_ended_waiting(self, waiting: _Waiting) -> bool:
+        """Begin a task whose sizes are open, or end it if it is late; return whether it was done.
+
+        The store opens for the sizes of the first task that waits. While it opens, it is closed
+        for all sizes.
+        """
+        now = time.monotonic()
+        task = waiting.task
+        closed = self._closed_sizes(task)
+        tried = {nbytes for nbytes in closed if now < self._next_try.get(nbytes, 0.0)}
+        if self._opening is None:
+            if closed == tried:
+                self._begin(task)
+                return True
+            self._opening = Opening(
+                self.store, closed - tried, self._closing, lambda: self._new.add(None)
+            )
+        if now < waiting.until:
+            return False
+        _log.warning("late", "Pages are not stored or loaded: their folder does not open.")
+        parts = task.parts()
+        task.left = len(parts)
+        for _, part in parts:
+            self._fail(task, part)
+        return True
 
     def _closed_sizes(self, task: PageTask) -> set[int]:
         """Return the sizes of a task for which the store is to be opened.

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from portakv.arguments import instance, invalid, items, octets, seconds, text, whole
-from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, StoreError
+from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, StoreError, TransferTimeout
 from portakv.graph import Handle, Mask, Priority
 from portakv.runtime.finished import Finished
 from portakv.serving.local import PATIENCE, PAUSE, SHARE, StoreTerms
@@ -201,7 +201,7 @@ class PageStore:
             return Usage(0, capacity)
         if not disk:
             return Usage(store.rows.counts()["kept"] * store.rows.row_bytes, capacity)
-        images = {pages.form.name: pages.form.image_bytes for pages in self._sizes.values()}
+        images = {pages.form.name: pages.form.image_bytes for pages in self.every()}
         used = 0
         for tier in store.statistics()["tiers"]:
             folders = [each for each in tier.values() if isinstance(each, dict)]
@@ -217,11 +217,20 @@ class PageStore:
     def close(self, timeout: float = 10.0) -> None:
         """End the jobs in flight within so many seconds, and close the store.
 
-        Raises `TransferTimeout` as `BlockStore.close` does.
+        Raises `TransferTimeout` as `BlockStore.close` does, and if the folder has not opened by
+        then.
         """
-        seconds("timeout", timeout)
-        with self._lock:
-            self._close(timeout)
+        timeout = seconds("timeout", timeout)
+        until = time.monotonic() + timeout
+        if not self._lock.acquire(timeout=min(timeout, threading.TIMEOUT_MAX)):
+            raise TransferTimeout(
+                f"Expected the folder of a store of pages to open within {timeout:g} s, got a "
+                f"medium that hangs. Close the store again, or end the process."
+            )
+        try:
+            self._close(max(0.0, until - time.monotonic()))
+        finally:
+            self._lock.release()
         self.ended.close()
 
     def clear(self) -> bool:

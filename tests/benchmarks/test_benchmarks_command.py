@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -169,3 +170,55 @@ def test_its_help_names_the_parts(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert all(part in shown for part in bench.PARTS)
     assert "portakv bench --host" in shown
+
+
+#: Runs suites in a process that has torch and numpy alone; the texts show what each printed.
+_BARE = """
+import contextlib, io, json, sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("msgspec", "zmq", "xxhash", "obstore", "matplotlib"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+import portakv_benchmarks.cli as bench
+answers = []
+for words in json.loads(sys.argv[1]):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            code = bench.main(words)
+        except SystemExit as error:
+            code = error.code
+    answers.append([code, printed.getvalue()])
+print(json.dumps(answers))
+"""
+
+
+def test_most_suites_need_torch_and_numpy_alone(tmp_path: Path) -> None:
+    """The two that need more say so: the control, since the packages are hidden."""
+    cpu = ["--device", "cpu"]
+    runs = [
+        ["--host", "--help"],
+        ["--host", *cpu],
+        [*cpu, "--backend", "reference", "--shape", "seed", "--seconds", "0.001", "--json"],
+        ["--migration", *cpu, "--preset", "tiny"],
+        ["--engines", *cpu, "--dir", str(tmp_path)],
+    ]
+    child = subprocess.run(
+        [sys.executable, "-c", _BARE, json.dumps(runs)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    helped, host, device, migration, engines = json.loads(child.stdout)
+    assert helped[0] == 0
+    assert host[0] == 1
+    assert "Expected an accelerator" in host[1]
+    assert device[0] == 0
+    assert "no time was left" in device[1]
+    for code, printed in (migration, engines):
+        assert code == 1
+        assert "No module named 'msgspec'" in printed

@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
 import socket
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 from support.command_line import run
 from support.keeper_processes import Worker, nursery, prompt
 from support.migrate_channels import until
 
+from portakv.cli.store_serve import Watching, add_watching, events_of
 from portakv.serving import Place
 
 pytestmark = pytest.mark.xdist_group("keeper")
@@ -97,6 +101,32 @@ def test_a_bucket_is_served(tmp_path: Path) -> None:
     server = Server(tmp_path / "out", *words)
     assert server.says(f"and the bucket {bucket}")
     assert server.end(signal.SIGTERM) == 0
+
+
+def test_events_have_the_topic_of_the_command() -> None:
+    """Routers that subscribe to another topic get none: the control."""
+    parser = argparse.ArgumentParser()
+    add_watching(parser)
+    words = ["--events", "tcp://127.0.0.1:0", "--event-topic", "kv@a pod@a model"]
+    with ExitStack() as stack:
+        publisher = events_of(Watching.of(parser.parse_args(words)), stack)
+        assert publisher is not None
+        context = zmq.Context()
+        stack.callback(context.destroy, linger=0)
+        routers = []
+        for topic in ("kv@a pod", "kv@another"):
+            routers.append(context.socket(zmq.SUB))
+            routers[-1].connect(publisher.endpoint)
+            routers[-1].setsockopt_string(zmq.SUBSCRIBE, topic)
+
+        def arrives() -> bool:
+            publisher.clear()
+            return bool(routers[0].poll(50))
+
+        assert until(arrives, LIMIT)
+        received, *_ = routers[0].recv_multipart()
+        assert received == b"kv@a pod@a model"
+        assert not routers[1].poll(0)
 
 
 def test_a_process_is_watched(tmp_path: Path) -> None:

@@ -40,7 +40,9 @@ FIRST, SECOND = MUTANTS[:2]
 def test_a_mutant_is_a_small_backend_with_a_sentence(mutant: Mutant) -> None:
     assert getattr(import_module(mutant.__module__), mutant.__name__) is mutant
     assert re.fullmatch(r"[A-Z].*\.", mutant.bug())
-    assert len(inspect.getsource(mutant).splitlines()) <= 30
+    # Of the function, if `mutate` has made a class of one: Python 3.13 has no source of the class.
+    written = vars(mutant).get("__wrapped__", mutant)
+    assert len(inspect.getsource(written).splitlines()) <= 30
     assert mutant.profile in ("core", "full")
     decision = mutant.probe(torch.device("meta"))
     assert not decision.accepted

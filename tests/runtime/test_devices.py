@@ -63,7 +63,7 @@ def run(code: str, packages: dict[str, str], folder: Path, *words: str) -> Any:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

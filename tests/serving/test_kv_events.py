@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,70 @@ def test_a_batch_is_that_of_vllm() -> None:
     batch = EventBatch(1.5, [stored, removed, AllBlocksCleared()])
     assert msgspec.msgpack.encode(batch) == BY_VLLM
     assert msgspec.msgpack.decode(BY_VLLM, type=EventBatch) == batch
+
+
+def is_list(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda x: type(x) is list and all(type(n) is int and low <= n < high for n in x)
+
+
+#: What a type of the table about llm-d in docs/operations.md takes.
+TAKEN: dict[str, Callable[[Any], bool]] = {
+    "list of uint64": is_list(0, 1 << 64),
+    "list of uint32": is_list(0, 1 << 32),
+    "uint64 or none": lambda x: x is None or (type(x) is int and 0 <= x < 1 << 64),
+    "int": lambda x: type(x) is int,
+    "int or none": lambda x: x is None or (type(x) is int and x >= 0),
+    "str or none": lambda x: x is None or type(x) is str,
+    "list or none": lambda x: x is None or type(x) is list,
+    "not read": lambda _: True,
+}
+
+
+def llm_d_refuses(frames: Sequence[bytes]) -> list[str]:
+    """Return what a reader by the table about llm-d cannot read in a message."""
+    page = Path(__file__).parents[2].joinpath("docs", "operations.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- table: llm-d -->")[2].partition("<!-- end -->")[0]
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| ([^|]+) \|", table, re.MULTILINE)
+    assert len(rows) == 16
+    fields = dict[str, dict[str, str]](AllBlocksCleared={})
+    for event, field, kind in rows:
+        fields.setdefault(event, {})[field] = kind
+
+    topic, number, payload = frames
+    refused = []
+    if len(topic.split(b"@")) != 3 or not topic.startswith(b"kv@"):
+        refused.append(f"topic {topic!r}")
+    if len(number) != 8:
+        refused.append("number")
+    at, events, *_ = msgspec.msgpack.decode(payload)
+    assert type(at) is float
+    for event in events:
+        known = fields[event.pop("type")]
+        refused += sorted({*event} - {*known})
+        refused += [x for x, kind in known.items() if not TAKEN[kind](event.get(x))]
+    return refused
+
+
+def test_llm_d_reads_the_fields_of_its_table() -> None:
+    """All events, with tokens and without. The controls are messages that it cannot read."""
+
+    def describe(key: bytes) -> Described | None:
+        at = KEYS.index(key)
+        return None if at == 3 else Described(KEYS[at - 1] if at else None, (1, 2), None)
+
+    some = [*changes("host", True, KEYS, "a"), *changes("disk", False, KEYS[:2], "b")]
+    events: list[Any] = events_of(some, ["a", "b"], describe, 2)
+    assert len(events) == 3
+    batch = msgspec.msgpack.encode(EventBatch(1.5, [*events, AllBlocksCleared()]))
+    assert llm_d_refuses([b"kv@a pod@a model", bytes(8), batch]) == []
+
+    assert llm_d_refuses([b"", bytes(4), batch]) == ["topic b''", "number"]
+    wrong = msgspec.msgpack.decode(batch)
+    del wrong[1][0]["block_size"]
+    wrong[1][1]["medium"] = 7
+    wrong[1][2]["new"] = None
+    frames = [b"kv@a pod@a model", bytes(8), msgspec.msgpack.encode(wrong)]
+    assert llm_d_refuses(frames) == ["block_size", "medium", "new"]
 
 
 def test_a_long_run_is_several_events() -> None:

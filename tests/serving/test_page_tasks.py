@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from support.migrate_channels import until
 
 from portakv.errors import TransferTimeout
 from portakv.serving import PageSize, PageStore, StoreTerms, page_key
-from portakv.serving.page_tasks import Buffer, PageTask, PageTasks
+from portakv.serving.page_tasks import Buffer, Opening, PageTask, PageTasks
 from portakv.serving.pages import sizes_in
+from portakv.storage.tier import Tier
 
 LIMIT = 60.0
 SIZES = (4096, 10, 8192, 10, 12288)
@@ -267,6 +269,99 @@ def test_late_tasks_end_while_all_workers_hang(
     again = Scene(terms_of(tmp_path / "kv"), [PageSize(4096)])
     assert again.run("load", keys, loaded).landed.all()
     assert same(loaded, saved)
+    again.tasks.close(LIMIT)
+
+
+@dataclass(frozen=True)
+class HeldTerms(StoreTerms):
+    """Terms whose store opens no folder while it is held, as if the disk hung.
+
+    Attributes:
+        threads: the names of the threads that opened the store.
+        goes_on: cleared while it is held.
+        entered: set once an opening is held.
+    """
+
+    threads: list[str] = field(default_factory=list)
+    goes_on: threading.Event = field(default_factory=threading.Event)
+    entered: threading.Event = field(default_factory=threading.Event)
+
+    def tiers(self) -> list[Tier]:
+        self.threads.append(threading.current_thread().name)
+        if not self.goes_on.is_set():
+            self.entered.set()
+        assert self.goes_on.wait(LIMIT)
+        return super().tiers()
+
+
+def held_terms(folder: Path, deadline: float = LIMIT) -> HeldTerms:
+    """Return terms as `terms_of` does, whose store is not held yet."""
+    plain = asdict(terms_of(folder, deadline=deadline))
+    made = HeldTerms(**plain)
+    made.goes_on.set()
+    return made
+
+
+def test_tasks_end_while_the_folder_does_not_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saves and loads end as misses. The pages can be saved once the folder has opened."""
+    monkeypatch.setattr("portakv.serving.page_tasks.SAVE", 0.2)
+    monkeypatch.setattr("portakv.serving.page_tasks.LOOK", 20)
+    held = held_terms(tmp_path / "kv", deadline=0.2)
+    scene = Scene(held, [PageSize(4096)])
+    saved = memory(13, [4096, 8192])
+    scene.run("save", keys_of(1), saved[:1])
+    held.goes_on.clear()
+    late = scene.begin("save", keys_of(2), saved)
+    assert held.entered.wait(LIMIT)
+    other = scene.begin("load", keys_of(1), empty([4096]))
+    assert until(lambda: late in scene.ended and other in scene.ended, LIMIT)
+    assert not late.landed.any()
+    assert not other.landed.any()
+    assert not scene.tasks.lock(keys_of(2)).any()
+
+    held.goes_on.set()
+    assert until(lambda: scene.run("save", keys_of(2), saved).landed.all(), LIMIT)
+    loaded = empty([4096, 8192])
+    assert scene.run("load", keys_of(2), loaded).landed.all()
+    assert same(loaded, saved)
+    scene.tasks.close(LIMIT)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_the_thread_that_reports_opens_no_folder(
+    separate: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: without a thread for the opening, the thread that reports is held."""
+    if not separate:
+        monkeypatch.setattr("portakv.serving.page_tasks.Opening.start", Opening.run)
+    held = held_terms(tmp_path / "kv")
+    scene = Scene(held, [PageSize(4096)])
+    held.goes_on.clear()
+    page = memory(14, [8192])
+    scene.begin("save", keys_of(1), page)
+    assert held.entered.wait(LIMIT)
+    assert (held.threads[-1] == "portakv-pages") == (not separate)
+    held.goes_on.set()
+    scene.tasks.close(LIMIT)
+
+
+def test_a_close_while_the_folder_does_not_open(tmp_path: Path) -> None:
+    """It ends by an error. The store that opens later is closed, so that others have the folder."""
+    held = held_terms(tmp_path / "kv")
+    scene = Scene(held)
+    held.goes_on.clear()
+    page = memory(15, [4096])
+    scene.begin("save", keys_of(1), page)
+    assert held.entered.wait(LIMIT)
+    with pytest.raises(TransferTimeout, match="folder of a store of pages"):
+        scene.tasks.close(0.05)
+    assert not scene.tasks.alive
+    held.goes_on.set()
+    # The folder has one store at a time, so that this one waits for the end of the other.
+    again = Scene(terms_of(tmp_path / "kv"), [PageSize(4096)])
+    assert again.run("save", keys_of(1), page).landed.all()
     again.tasks.close(LIMIT)
 
 
