@@ -139,7 +139,9 @@ def stays_raw(view: KVView, pack: Pack | None, packing_gbps: float | None) -> st
         return f"The blocks are opaque pages; packing takes rows of {PACKED_DTYPE}."
     others = [dtype for dtype in form.dtypes or ("uint8",) if dtype != PACKED_DTYPE]
     if others:
-        return f"The rows are {others[0]}; packing takes {PACKED_DTYPE}, and saves little of others."
+        return (
+            f"The rows are {others[0]}; packing takes {PACKED_DTYPE}, and saves little of others."
+        )
     try:
         for each in packs_of(pack):
             for width in form.widths:

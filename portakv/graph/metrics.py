@@ -133,7 +133,9 @@ _STORE = (
         "form result",
         "these blocks: packed, raw by choice, or overflow, which did not fit and are raw",
     ),
-    _gauge("encoding_ratio", "encoding.ratio", "1", "form", "bytes of payload for each of the wire"),
+    _gauge(
+        "encoding_ratio", "encoding.ratio", "1", "form", "bytes of payload for each of the wire"
+    ),
     _gauge(
         "encoding_escapes",
         "encoding.escapes",

@@ -39,7 +39,6 @@ _SLOTS = BUCKETS * WAYS
 _NBYTES = 8 * _SLOTS + RING
 
 
-
 def _bytes_of(mark: bytes) -> slice:
     """Return where a ticket has its epoch or its number, which is the same in all tickets."""
     sample = Ticket(b"E" * 16, b"N" * 16, "", 0, (b"",), (1,), 0.0).pack(b"")

@@ -55,8 +55,6 @@ def _check_copier(copier: object) -> None:
         raise invalid("copier", "an object with begin(copy)", copier)
 
 
-
-
 def _copy_options(what: str, options: CopyOptions | None) -> CopyOptions:
     """Return the options of a store's copies; workers make the copies and wait for each."""
     options = options_from(options, {})
