@@ -240,6 +240,13 @@ _KEEPER = (
         "reports about rows that were not lent any more, which are dropped",
     ),
     _counter(
+        "keeper_saved_raw_total",
+        "keeper.saved_raw",
+        "{block}",
+        "",
+        "packed blocks that a rank could not pack, which all ranks save raw",
+    ),
+    _counter(
         "keeper_saves_abandoned_total",
         "keeper.saves_abandoned",
         "{save}",

@@ -92,7 +92,7 @@ def terms_of(extra: Mapping[str, Any] | None) -> StoreTerms:
         made = StoreTerms.of(terms)
     except InvalidTerms as error:
         raise InvalidTerms(f"{EXTRA} in the extra configuration: {error}") from None
-    for name in ("by_layer", "block_size"):
+    for name in ("by_layer", "block_size", "encoding"):
         if getattr(made, name):
             raise IntegrationError(
                 f"Expected terms without {name}, which SGLang has no use for, got "

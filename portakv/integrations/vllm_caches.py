@@ -80,8 +80,10 @@ class Settings(NamedTuple):
 
     @property
     def reads_rows(self) -> bool:
-        """Return whether blocks are stored by head and token, for engines of another shape."""
-        return self.uses_keeper or self.store.block_size is not None
+        """Return whether blocks are stored by head and token: for engines of another shape, or
+        packed."""
+        read = self.store.block_size is not None or self.store.encoding is not None
+        return self.uses_keeper or read
 
     @property
     def has_whole_blocks(self) -> bool:
@@ -131,6 +133,8 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
     try:
         store = StoreTerms.of(roles.store)
         size = store.block_size or whole_blocks(groups)
+        if store.encoding is not None:
+            size = packed_block(store, groups)
         for group in groups:
             check_group(size, group)
     except InvalidTerms as error:
@@ -171,6 +175,27 @@ def whole_blocks(groups: Sequence[Group]) -> int:
     size = least * -(-TOKENS // least)
     windows = [group.window for group in groups if group.window is not None]
     return size if size <= min(windows, default=size) else least
+
+
+def packed_block(store: StoreTerms, groups: Sequence[Group]) -> int:
+    """Return the tokens of a stored block that is packed: those of the engine's blocks.
+
+    Raises `InvalidTerms` for ``block_size`` with another value, and for groups whose blocks differ.
+    """
+    sizes = sorted({group.block_size for group in groups})
+    if len(sizes) > 1:
+        raise InvalidTerms(
+            f"Expected encoding for groups of layers with blocks of one size, got {sizes}: a "
+            f"packed block moves only whole. Leave encoding out."
+        )
+    (size,) = sizes
+    if store.block_size not in (None, size):
+        raise InvalidTerms(
+            f"Expected block_size to be {size} with encoding, as the engine's blocks have, got "
+            f"{store.block_size}: a packed block moves only whole. Leave block_size out, or start "
+            f"the engine with --block-size {store.block_size}."
+        )
+    return size
 
 
 def workers_of(parallel: Any, engine: str) -> Workers:

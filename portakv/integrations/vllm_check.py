@@ -121,6 +121,8 @@ def _check_terms(role: object, extra: Any, sizes: Sizes | None, findings: Findin
         )
     check_bucket(terms, findings, "kv_connector_extra_config")
     findings.notes.append(_who_stores(terms))
+    if terms.encoding is not None:
+        findings.notes.append(_packed_blocks(terms))
     if sizes is not None:
         _check_sizes(terms, sizes, findings)
 
@@ -158,6 +160,17 @@ def _who_stores(terms: StoreTerms) -> str:
     return (
         "An engine with one worker has its store alone, unless shared is true. Ranks of tensor "
         "parallelism, and of data parallelism over a folder, share one."
+    )
+
+
+def _packed_blocks(terms: StoreTerms) -> str:
+    """Return which blocks are packed."""
+    size = "--block-size 64 costs an engine less than 16"
+    if terms.block_size is not None:
+        size = f"with block_size, it has to be --block-size {terms.block_size}"
+    return (
+        f"Blocks of bf16 rows are stored packed, others raw. Stored blocks have the size of the "
+        f"engine's blocks: {size}."
     )
 
 

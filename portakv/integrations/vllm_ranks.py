@@ -216,7 +216,8 @@ class WorkerStore:
         rank = rank_of(self._config, number)
         heads = [rank.part(each.view.heads, latent=each.view.kv == 1) for each in views]
         stage = stage_of(self._config, layers)
-        forms = forms_of(views, settings.model, settings.block_size, heads, stage)
+        terms_of_rows = (settings.block_size, heads, stage, terms.encoding)
+        forms = forms_of(views, settings.model, *terms_of_rows)
         client = KeeperClient(place_of(terms, engine), forms, engine, views[0].view.device)
         self._opened = client
         return client.blocks

@@ -14,6 +14,7 @@ from portakv.serving.local import StoreTerms
 OTHERS = {
     "block_size": "Leave it out.",
     "by_layer": "Leave it out.",
+    "encoding": "Leave it out.",
     "shared": "Give each engine a separate folder, or all of them one bucket.",
 }
 

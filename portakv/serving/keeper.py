@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
@@ -70,7 +70,14 @@ HEAD = 32
 
 
 #: The names of `KeeperState.counts`.
-COUNTED = ("joined", "lent", "late_reports", "saves_abandoned", "saves_without_all_ranks")
+COUNTED = (
+    "joined",
+    "lent",
+    "late_reports",
+    "saved_raw",
+    "saves_abandoned",
+    "saves_without_all_ranks",
+)
 
 
 @dataclass
@@ -264,12 +271,12 @@ class KeeperState:
             keys = keys_in(ask.keys)
             part = self._part_of(client, ask.group)
             work = LoadWork(client, ask.number, part, len(keys))
-            borrowed = part.store.borrow(keys)
+            borrowed = part.store.borrow(keys, True)
             if borrowed is not None:
                 self._lend(work, borrowed)
                 self._learn(client, ask.number).more = False
                 return self._progress(client, ask.number)
-            begin = partial(part.store.load_lent, priority=ask.priority, missing="skip")
+            begin = partial(part.store.load_lent, priority=ask.priority, missing="skip", packs=True)
             self._begin(work, keys, partial(begin, deadline=ask.seconds or None))
             client.requests[ask.number] = work
             self._drain()
@@ -316,7 +323,7 @@ class KeeperState:
             save.stored = bytes(len(keys))
             self.counts["saves_without_all_ranks"] += 1
         else:
-            begin = partial(part.store.save_lent, priority=ask.priority, full="drop")
+            begin = partial(part.store.save_lent, priority=ask.priority, full="drop", packs=True)
             self._begin(save, keys, partial(begin, after=after_in(ask.after)))
         self._saves.setdefault(key, []).append(save)
         return save
@@ -475,26 +482,29 @@ class KeeperState:
         if client.gone or lent.ended or work.abandoned:
             return
         cells = -1
-        form = ""
+        form = lent.copy.form
+        every: Sequence[int] = range(len(lent.copy.rows))
+        if lent.raw is not None and lent.copy.raw is not None:
+            form = lent.copy.raw
+            every = lent.raw
         if isinstance(work, SaveWork):
             cells = next(x.cells for x in client.parts if x.store is work.part.store)
             if not cells & ~lent.assigned:
                 return
             lent.assigned |= cells
-        elif lent.copy.form != work.part.store.form:
-            form = lent.copy.form.json()
+        text = "" if form == work.part.store.form else form.json()
         grants = self._learn(client, number).grants
-        step = max(1, PIECE // lent.copy.form.image_bytes)
-        for first in range(0, len(lent.copy.rows), step):
+        step = max(1, PIECE // form.image_bytes)
+        for first in range(0, len(every), step):
             self.counts["lent"] += 1  # counts all, so that no number is used again
-            some = range(first, min(first + step, len(lent.copy.rows)))
+            some = every[first : first + step]
             lease = Lease(self.counts["lent"], client, lent, cells, some, self._now())
             lent.leases.add(lease)
             client.leases[lease.number] = lease
             client.process.leases.add(lease)
-            places = ids_to_bytes(lent.copy.blocks[some.start : some.stop])
-            rows = ids_to_bytes(lent.copy.rows[some.start : some.stop])
-            grants.append(Grant(lease.number, places, rows, form))
+            places = ids_to_bytes([lent.copy.blocks[at] for at in some])
+            rows = ids_to_bytes([lent.copy.rows[at] for at in some])
+            grants.append(Grant(lease.number, places, rows, text))
 
     def _return(self, lease: Lease, landed: Iterable[int] = ()) -> None:
         """Take rows back from a client that uses them no longer."""
@@ -503,8 +513,7 @@ class KeeperState:
         lent = lease.lent
         lent.leases.discard(lease)
         for place, good in zip(lease.places, landed, strict=False):
-            if good:
-                lent.covered[place] |= lease.cells
+            lent.note(place, lease.cells, good)
         self._settle(lent)
 
     def _settle(self, lent: Lent) -> None:
@@ -516,9 +525,20 @@ class KeeperState:
             lent.end(-1)
             return
         whole = cells_of(work.part.store.form)
-        complete = all(each == whole for each in lent.covered)
-        if complete or work.abandoned or not work.awaited or lent.copy.cancelled:
-            lent.end(whole)
+        over = work.abandoned or lent.copy.cancelled
+        complete = all(lent.tried(place) == whole for place in range(len(lent.covered)))
+        if not (complete or over or not work.awaited):
+            return
+        if not over and lent.begin_raw(whole):
+            self.counts["saved_raw"] += len(lent.raw or ())
+            for client, number in work.requesters.items():
+                self._grant(lent, client, number)
+        if lent.leases:
+            self._wake()  # to tell the clients
+            return
+        lent.end(whole)
+        if work.part.store.form.encoding:
+            self._wake()  # to tell the clients that no rows follow; see `Piece.packs`
 
     def _settle_all(self, work: LoadWork | SaveWork) -> None:
         for lent in [*work.lents]:

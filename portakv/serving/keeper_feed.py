@@ -19,6 +19,7 @@ from portakv.serving.keeper_messages import (
     Followed,
     KeysPage,
     joined_keys,
+    tier_of,
 )
 from portakv.storage.changes import Change
 from portakv.storage.store import BlockStore
@@ -73,7 +74,14 @@ class Feed:
             tuple(self._numbers[form] for form in follower.forms),
             tuple(forms[form].payload_bytes for form in follower.forms),
             bucket,
+            tuple(tuple(self._numbers[x] for x in self._alike(form)) for form in follower.forms),
         )
+
+    def _alike(self, name: str) -> list[str]:
+        """Return the names of the store's other forms of the same blocks, packed or raw ones."""
+        forms = self._store.forms
+        raw = forms[name].raw
+        return [other for other, form in forms.items() if form.raw == raw and other != name]
 
     def __contains__(self, session: int) -> bool:
         return session in self._followers
@@ -101,14 +109,25 @@ class Feed:
         if follower is None or ask.group >= len(follower.forms):
             raise PeerError("Expected a session of this keeper, got one that has ended. Join anew.")
         if ask.page == 0:
-            snapshot = self._store.of(follower.forms[ask.group]).keys()
-            follower.pages = [*_pages(snapshot.number, snapshot.keys)]
+            follower.pages = [*self._pages(follower.forms[ask.group])]
         if ask.page >= len(follower.pages):
             raise PeerError("Expected pages in order, got one past the last. Begin with page 0.")
         page = follower.pages[ask.page]
         if not page.more:
             follower.pages = []
         return page
+
+    def _pages(self, form: str) -> Iterator[KeysPage]:
+        """Yield a snapshot of the blocks of a form, and of those that are alike, in pages."""
+        number: int | None = None
+        keys = dict[str, list[bytes]]()
+        for name in (form, *self._alike(form)):
+            snapshot = self._store.of(name).keys()
+            if number is None:  # changes after the first snapshot are applied to all
+                number = snapshot.number
+            for tier, listed in snapshot.keys.items():
+                keys[tier_of(self._numbers[name], tier)] = listed
+        return _pages(number or 0, keys)
 
     def announce(self, changes: Sequence[Change]) -> Iterator[tuple[Follower, Changes]]:
         """Yield the messages about changes for each follower."""

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
 from portakv.graph import Handle
+from portakv.serving.keeper_messages import UNFIT
 from portakv.storage.form import BlockForm
 
 #: What the saves of all ranks of an engine have in common: engine, form, checksum of the keys.
@@ -23,8 +25,10 @@ class Copy(Protocol):
     form: BlockForm
 
     @property
+    def raw(self) -> BlockForm | None: ...
+    @property
     def cancelled(self) -> bool: ...
-    def end(self, landed: Any = None, /) -> None: ...
+    def end(self, landed: Any = None, raw: Any = None, /) -> None: ...
 
 
 class LentStore(Protocol):
@@ -86,7 +90,8 @@ class Client:
 class Lease:
     """Rows of a copy that a client makes.
 
-    ``cells``: the part of each block that it writes. ``places``: of the rows in the copy.
+    ``cells``: the part of each block that it writes. ``places``: of the rows in the copy, in
+    order.
     ``since``: when it began.
     """
 
@@ -94,7 +99,7 @@ class Lease:
     client: Client
     lent: Lent
     cells: int
-    places: range
+    places: Sequence[int]
     since: float = 0.0
 
 
@@ -106,6 +111,8 @@ class Lent:
         leases: those that have not been reported.
         assigned: the cells that clients write, or have written.
         covered: the cells of each block that clients have written.
+        unfit: by place the cells of blocks that do not fit into packed slots.
+        raw: the places of blocks that clients write once more, raw; None: not yet.
         ended: the store has its rows back.
     """
 
@@ -114,13 +121,46 @@ class Lent:
     leases: set[Lease] = field(default_factory=set)
     assigned: int = 0
     covered: list[int] = field(default_factory=list)
+    unfit: dict[int, int] = field(default_factory=dict)
+    raw: Sequence[int] | None = None
     ended: bool = False
+
+    def note(self, place: int, cells: int, landed: int) -> None:
+        """Note what a client reports of a block: see `Report.landed`."""
+        if landed == UNFIT:
+            self.unfit[place] = self.unfit.get(place, 0) | cells
+        elif landed:
+            self.covered[place] |= cells
+
+    def tried(self, place: int) -> int:
+        """Return the cells of a block that clients have written, or could not pack."""
+        return self.covered[place] | self.unfit.get(place, 0)
+
+    def begin_raw(self, cells: int) -> bool:
+        """Begin anew with the blocks that do not fit; return whether there are some.
+
+        They begin once clients have tried all of ``cells``, as packed and raw bytes of a block
+        have the same row.
+        """
+        if self.raw is not None or self.copy.raw is None:
+            return False
+        self.raw = [place for place in self.unfit if self.tried(place) == cells]
+        for place in self.raw:
+            self.covered[place] = 0
+        self.assigned = 0
+        return bool(self.raw)
 
     def end(self, cells: int) -> None:
         """Give the rows back; blocks that lack a cell of ``cells`` have not landed."""
         self.ended = True
         self.work.lents.pop(self, None)
-        self.copy.end(np.array([not cells & ~each for each in self.covered], np.bool_))
+        landed = np.array([not cells & ~each for each in self.covered], np.bool_)
+        if not self.raw:
+            self.copy.end(landed)
+            return
+        raw = np.zeros(len(landed), np.bool_)
+        raw[[*self.raw]] = True
+        self.copy.end(landed, raw)
 
 
 @dataclass(eq=False)

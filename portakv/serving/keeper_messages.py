@@ -18,19 +18,21 @@ from portakv.migrate.messages import Handle, Message, Seconds, Small, Text
 from portakv.storage.tier import After
 
 #: The version of these messages. A client of another version is a client of no keeper.
-PROTOCOL = 3
+PROTOCOL = 4
 #: The most keys of a request, which is cut into several ones above it.
 MOST_KEYS = 1024
 #: The most changes of a message, and keys of a page of an index.
 MOST_CHANGES = 512
 MOST_PAGE = 16384
 KEY = 32  # bytes of a key
+#: In `Report.landed`: a block does not fit into packed slots.
+UNFIT = 2
 
 Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]  # of a session, of a request, or of a lease
 Keys = Annotated[bytes, Meta(max_length=KEY * MOST_KEYS)]  # one after the other
 Page = Annotated[bytes, Meta(max_length=KEY * MOST_PAGE)]
 Ids = Annotated[bytes, Meta(max_length=4 * MOST_KEYS)]  # int32, little-endian
-Mask = Annotated[bytes, Meta(max_length=MOST_KEYS)]  # a byte each, 0 or 1
+Mask = Annotated[bytes, Meta(max_length=MOST_KEYS)]  # a byte each, 0 or 1, or `UNFIT`
 FormText = Annotated[str, Meta(max_length=16384)]  # the JSON of a form
 #: The namespace, the number and the start of a process.
 Process = tuple[Number, Number, Number]
@@ -88,13 +90,15 @@ class Followed(Message, frozen=True):
     """The answer to `Follow`: a session, and of each group its number in `Changes` and the bytes
     of a block.
 
-    ``bucket``: the store has a bucket, which answers `LookUp` alone.
+    ``bucket``: the store has a bucket, which answers `LookUp` alone. ``alike``: the numbers of the
+    other forms of each group's blocks: packed ones of raw blocks, raw ones of packed blocks.
     """
 
     session: Number
     forms: tuple[Small, ...]
     nbytes: tuple[Number, ...]
     bucket: bool = False
+    alike: tuple[tuple[Small, ...], ...] = ()
 
 
 class Later(Message, frozen=True):
@@ -172,7 +176,7 @@ class Progress(OfSession, frozen=True):
 
 class Report(OfSession, frozen=True):
     """One-way: the copy of a lease has ended. ``landed``: for each of its blocks, if it was
-    made."""
+    made, or `UNFIT`."""
 
     purpose: ClassVar[str] = "Reporting a copy to the keeper at"
 
@@ -206,8 +210,8 @@ class AskKeys(OfSession, frozen=True):
 class KeysPage(Message, frozen=True):
     """The answer to `AskKeys`.
 
-    ``number``: of the last change before the snapshot. ``tiers``: the names of the tiers, with
-    keys of each. ``more``: another page follows.
+    ``number``: of the last change before the snapshot. ``tiers``: the names of the tiers, as
+    `tier_of` returns them, with keys of each. ``more``: another page follows.
     """
 
     number: Number
@@ -255,6 +259,11 @@ class Changes(OfSession, frozen=True):
     purpose: ClassVar[str] = "Announcing blocks to"
 
     changes: Annotated[tuple[Changed, ...], Meta(min_length=1, max_length=MOST_CHANGES)]
+
+
+def tier_of(form: int, tier: str) -> str:
+    """Return the name of a tier for the blocks of a form, by its number in `Followed`."""
+    return f"{form} {tier}"
 
 
 def joined_keys(keys: Sequence[bytes]) -> bytes:

@@ -13,11 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from portakv.errors import PortaKVError, TransferError
-from portakv.graph import Priority
+from portakv.graph import Mask, Priority
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.keeper_link import ASKING, PATIENT, Link, Session
 from portakv.serving.keeper_messages import (
+    UNFIT,
     Grant,
     Load,
     Progress,
@@ -153,7 +154,8 @@ class Moving:
             assert inner is not None  # a rank has a part of whole blocks
             self._crossing.prepare(inner)
         until = None if deadline is None else time.monotonic() + deadline
-        pieces = self._requests.begin(self, keys, self._saves)
+        packs = self._saves and bool(self._part.form.encoding)
+        pieces = self._requests.begin(self, keys, self._saves, packs)
         changed = self._requests.changed
         transfer = KeptTransfer(changed, pieces, self._part.cells, until, self._give_up)
         # A session that ended before they began has ended none of them.
@@ -218,24 +220,27 @@ class Moving:
         rows: MappedRows = session.data
         cells = 0
         landed = False
+        unfit: Mask | None = None
         try:
-            sides = rows.sides(self._part, grant.form)
-            if sides.inner is not None:
-                outer = self._view.slice(**sides.outer) if grant.form else self._view
-                at = [piece.first + place for place in ids_in(grant.places)]
-                self._crossing.copy(sides.inner, outer, ids_in(grant.rows), at)
-            cells = sides.cells
+            at = [piece.first + place for place in ids_in(grant.places)]
+            items = ids_in(grant.rows)
+            terms = (self._part, grant.form, self._crossing, self._view)
+            cells, unfit = rows.copy(*terms, items, at, piece.saves)
             landed = True
         except PortaKVError as error:
             _log.warning("copy", "A copy failed: %s", error)
         finally:
             self._requests.end_copy(piece, grant, cells)
-            self._report(session, grant, landed)
+            self._report(session, grant, landed, unfit)
 
-    def _report(self, session: Session, grant: Grant, landed: bool) -> None:
-        """Report the end of a copy to the keeper."""
-        mask = (b"\1" if landed else b"\0") * (len(grant.places) // 4)
-        self._link.tell(session, Report(session.number, grant.lease, mask))
+    def _report(
+        self, session: Session, grant: Grant, landed: bool, unfit: Mask | None = None
+    ) -> None:
+        """Report the end of a copy to the keeper. ``unfit``: the blocks that were not packed."""
+        mask = np.full(len(grant.places) // 4, landed, np.uint8)
+        if unfit is not None:
+            mask[unfit] = UNFIT
+        self._link.tell(session, Report(session.number, grant.lease, mask.tobytes()))
 
     def _issue(
         self, session: Session, transfer: KeptTransfer, blocks: int, hits: Sequence[Hit]

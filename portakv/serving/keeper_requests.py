@@ -51,12 +51,13 @@ class Requests:
         """Return whether no copy is under way."""
         return not self._copies
 
-    def begin(self, copying: Copying, keys: int, saves: bool) -> list[Piece]:
-        """Return the requests of a load or save of so many keys."""
+    def begin(self, copying: Copying, keys: int, saves: bool, packs: bool = False) -> list[Piece]:
+        """Return the requests of a load or save of so many keys; ``packs``: see `Piece`."""
         pieces = list[Piece]()
         with self.changed:
             for first in range(0, keys, MOST_KEYS):
-                piece = Piece(next(self._numbers), first, min(MOST_KEYS, keys - first), saves)
+                many = min(MOST_KEYS, keys - first)
+                piece = Piece(next(self._numbers), first, many, saves, packs)
                 pieces.append(piece)
                 self._open[piece.number] = copying, piece
         return pieces
@@ -70,7 +71,7 @@ class Requests:
         with self.changed:
             piece.queued += len(progress.grants)
             for grant in progress.grants:
-                if not grant.form:
+                if not (grant.form or piece.packs):
                     piece.granted += len(grant.places) // 4
             piece.asking = piece.asking and not answer
             piece.more = piece.more and progress.more

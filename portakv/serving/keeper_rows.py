@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from portakv.graph import Mask
 from portakv.host import pinned
 from portakv.migrate.ipc import open_shared
 from portakv.runtime.bounded import Bounded
@@ -15,6 +18,8 @@ from portakv.serving.keeper_parts import cells_of, whole_form
 from portakv.serving.keeper_store import rows_here
 from portakv.storage import BlockForm
 from portakv.storage.form import Slices
+from portakv.storage.rows import Crossing
+from portakv.storage.spare import copy_fitting
 from portakv.view import KVView
 
 
@@ -78,6 +83,39 @@ class MappedRows:
     def sides(self, group: RankForm, form: str) -> Sides:
         """Return how a rank copies rows of a form, by its JSON; empty: of whole blocks."""
         return self._sides.get_or_make((id(group), form), lambda: self._made(group, form))
+
+    def copy(
+        self,
+        group: RankForm,
+        form: str,
+        crossing: Crossing,
+        view: KVView,
+        rows: Sequence[int],
+        at: Sequence[int],
+        saves: bool,
+    ) -> tuple[int, Mask]:
+        """Copy blocks between rows of a form and a rank's view.
+
+        Args:
+            form: its JSON; empty: of whole blocks.
+            rows, at: the number of each row, and the place of its block among those of the
+                crossing.
+            saves: the copy goes into the rows.
+
+        Returns:
+            What is copied of each block, as `cells_of` has it; and the blocks that do not fit into
+            packed slots, bool ``[rows]``.
+        """
+        sides = self.sides(group, form)
+        unfit: Mask = np.zeros(len(rows), np.bool_)
+        if sides.inner is None:
+            return sides.cells, unfit
+        outer = view.slice(**sides.outer) if form else view
+        if saves:
+            unfit, _ = copy_fitting(crossing, sides.inner, outer, np.array(rows), np.array(at))
+        else:
+            crossing.copy(sides.inner, outer, rows, at)
+        return sides.cells, unfit
 
     def _made(self, group: RankForm, form: str) -> Sides:
         other = BlockForm.from_json(form) if form else group.whole

@@ -17,7 +17,7 @@ from portakv.serving.bucket import LookupWorkers
 from portakv.serving.keeper import KeeperState
 from portakv.serving.keeper_feed import Feed, Follower
 from portakv.serving.keeper_messages import LookedUp
-from portakv.serving.local import StoreTerms
+from portakv.serving.local import StoreTerms, alike_in
 from portakv.storage import BlockForm, BlockStore
 from portakv.storage.changes import Change
 
@@ -57,7 +57,7 @@ class OpenStore:
         events: Events | None = None,
     ) -> None:
         tiers = terms.tiers()
-        named = {form.name: form for form in forms}
+        named = {form.name: form for form in [*forms, *alike_in(tiers, forms)]}
         # Ranks register their mappings. The keeper copies to no device, and needs no context.
         self.store = BlockStore(
             named,
@@ -93,9 +93,17 @@ class OpenStore:
         """
         self._alarms.look()
         changes = self.store.listen()
-        if self._events is not None:
-            self._events.publish(changes, [*self.store.forms])
+        self._publish(changes)
         return changes
+
+    def _publish(self, changes: Sequence[Change]) -> None:
+        """Publish changes to routers, for which packed and raw blocks of a group are the same."""
+        if self._events is None:
+            return
+        groups = dict[BlockForm, str]()
+        names = {name: groups.setdefault(x.raw, name) for name, x in self.store.forms.items()}
+        some = [change._replace(form=names[change.form]) for change in changes]
+        self._events.publish(some, [*groups.values()])
 
     def _publish_all(self) -> None:
         """Publish to routers the blocks that the store has when it opens."""
@@ -104,8 +112,7 @@ class OpenStore:
         self._events.clear()
         for form in self.store.forms:
             for tier, keys in self.store.of(form).keys().keys.items():
-                changes = [Change(0, key, tier, True, "", form) for key in keys]
-                self._events.publish(changes, [*self.store.forms])
+                self._publish([Change(0, key, tier, True, "", form) for key in keys])
 
     def has(self, forms: Sequence[BlockForm]) -> bool:
         """Return whether the store has the forms of whole blocks."""

@@ -27,6 +27,8 @@ class Piece:
 
     Attributes:
         number: of the request.
+        packs: a save of packed blocks: those that do not fit get rows once more, so that nothing is
+            released before the keeper says that no rows follow.
         first: the number of its first block in the transfer.
         blocks: how many it has.
         asking: the first answer of the keeper has not come.
@@ -45,6 +47,7 @@ class Piece:
     first: int
     blocks: int
     saves: bool
+    packs: bool = False
     asking: bool = True
     more: bool = True
     closed: bool = False

@@ -24,6 +24,7 @@ from portakv.serving.keeper_messages import (
     LookUp,
     joined_keys,
     keys_in,
+    tier_of,
 )
 from portakv.serving.place import Place
 from portakv.storage.changes import Change
@@ -41,7 +42,7 @@ class Known:
         self._names = dict[str, int]()  # the bits of tiers, by their names
 
     def add(self, tier: str, keys: Iterable[bytes]) -> None:
-        """Note that a tier has blocks."""
+        """Note that a tier has blocks. ``tier``: as `tier_of` returns it."""
         bit = self._bit(tier)
         tiers = self.tiers
         for key in keys:
@@ -49,7 +50,7 @@ class Known:
 
     def change(self, changed: Changed) -> None:
         """Note a block that a tier has stored, or lost."""
-        bit = self._bit(changed.tier)
+        bit = self._bit(tier_of(changed.form, changed.tier))
         left = self.tiers.get(changed.key, 0) & ~bit
         if changed.stored:
             left |= bit
@@ -183,6 +184,13 @@ class KeeperIndex:
         still."""
         return [] if self._process.forked else self._known
 
+    @property
+    def _forms(self) -> list[tuple[int, ...]]:
+        """Return for each group the numbers of the forms of its blocks, its own first."""
+        followed = self._followed
+        pairs = zip(followed.forms, followed.alike, strict=True)
+        return [(form, *alike) for form, alike in pairs]
+
     # --- for the link
 
     def _began(self, address: str, followed: Followed) -> None:
@@ -260,12 +268,12 @@ class KeeperIndex:
                 self._link.wake()
                 return
             self._number = changed.number
-            forms = self._followed.forms
-            for known, form in zip(self._known, forms, strict=True):
-                if form == changed.form:
+            forms = self._forms
+            for known, some in zip(self._known, forms, strict=True):
+                if changed.form in some:
                     known.change(changed)
             self._losses += not changed.stored
-            if self._events is not None and changed.form == forms[0]:
+            if self._events is not None and changed.form in forms[0]:
                 self._events.append(change_of(changed))
 
 

@@ -8,13 +8,15 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from portakv.arguments import flag, invalid, items, nbytes, seconds, text, whole
-from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, TransferTimeout
+from portakv.arguments import flag, invalid, items, nbytes, one_of, seconds, text, whole
+from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, TransferTimeout, Unsupported
+from portakv.layout.packing import PACK
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import BucketLookups, bucket_of, check_bucket
@@ -38,6 +40,8 @@ TOKENS = 64
 SHARE = "To share it, set shared to true in each engine that uses it."
 #: The value of ``by_layer`` with which graphs capture the waits of layers.
 GRAPH: Literal["graph"] = "graph"
+#: The end of the name of a raw form, next to a packed one.
+RAW = " raw"
 #: The most changes of a store that wait for `LocalIndex.take_events`.
 EVENTS = 1 << 16
 
@@ -62,6 +66,8 @@ class StoreTerms:
         bucket: the address of an object store, as `Remote` takes it: s3://bucket/prefix, gs://,
             az://; None: no bucket. Credentials come from the environment.
         bucket_options: of `Remote`, such as the endpoint and the region; none is secret.
+        encoding: "pack": blocks of bf16 rows are stored packed, without loss, and have the size of
+            the cache's blocks; None: raw.
 
     Raises `InvalidTerms` for values that a term cannot have, and for no tier at all.
     """
@@ -76,6 +82,7 @@ class StoreTerms:
     shared: bool = False
     bucket: str | None = None
     bucket_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    encoding: str | None = None
 
     def __post_init__(self) -> None:
         for folder in self.folders:
@@ -89,6 +96,7 @@ class StoreTerms:
         if self.by_layer != GRAPH and not isinstance(self.by_layer, bool):
             raise invalid("by_layer", 'True, False or "graph"', self.by_layer, "Pass one of these.")
         flag("shared", self.shared)
+        self._check_encoding()
         if self.bucket is not None:
             check_bucket(self.bucket, self.bucket_options)
             if self.bucket.startswith("file:"):
@@ -106,6 +114,17 @@ class StoreTerms:
             raise InvalidTerms(
                 "Expected a host tier, a folder for a disk tier or a bucket, got host=0 and none "
                 "of the others. Pass one of them."
+            )
+
+    def _check_encoding(self) -> None:
+        """Raise `InvalidTerms` for an unknown encoding, and for one with a term that it lacks."""
+        if self.encoding is None:
+            return
+        one_of("encoding", self.encoding, (PACK,))
+        if self.by_layer:
+            raise InvalidTerms(
+                "Expected by_layer without an encoding, got both: each layer would wait while its "
+                "rows are unpacked. Leave one of them out."
             )
 
     @property
@@ -191,8 +210,11 @@ def forms_of(
     block_size: int | None,
     heads: Sequence[Range | None] | None = None,
     layers: Range | None = None,
+    encoding: str | None = None,
 ) -> list[BlockForm]:
     """Return the form of the blocks of each group of layers; forms of equal shape differ.
+
+    The blocks of a group whose rows cannot be packed stay raw, and the log has a line.
 
     Args:
         groups: the caches of each group of layers.
@@ -200,8 +222,10 @@ def forms_of(
         block_size: the tokens of a stored block; None: of each view's blocks.
         heads: of each group those of the model's that the view has; None: all.
         layers: of the model that the view of the only group has; None: all.
+        encoding: of the stored blocks, as in `StoreTerms`.
 
-    Raises `InvalidTerms` for a size that blocks of a view cannot have.
+    Raises `InvalidTerms` for a size that blocks of a view cannot have, and for packed blocks of
+    another size than those of the view.
     """
     if block_size is not None:
         whole("block_size", block_size, 1)
@@ -211,9 +235,40 @@ def forms_of(
             notes = f"group {number} of {len(groups)} {notes}".rstrip()
         part = None if heads is None else heads[number]
         rows = None if block_size is None else _rows_of(block_size, tokens)
-        form = BlockForm.of(view, model, layers=layers, heads=part, block_size=rows, notes=notes)
-        forms.append(form)
+        of = partial(
+            BlockForm.of, view, model, layers=layers, heads=part, block_size=rows, notes=notes
+        )
+        forms.append(of() if encoding is None else _packed(of, encoding, view, number))
     return forms
+
+
+def _packed(of: Callable[..., BlockForm], encoding: str, view: KVView, number: int) -> BlockForm:
+    """Return the packed form of the blocks of a group, or the raw one if they cannot be packed.
+
+    ``of`` makes the form, by default the raw one. Raises `InvalidTerms` for stored blocks of
+    another size than those of the view.
+    """
+    try:
+        form = of(encoding=encoding)
+    except Unsupported as error:
+        _log.warning("encoding", "The blocks of group %d of layers stay raw. %s", number, error)
+        return of()
+    if form.block_size != view.block_size:
+        raise InvalidTerms(
+            f"Expected stored blocks of {view.block_size} tokens with the encoding {encoding!r}, "
+            f"as the cache's blocks have, got {form.block_size}: a packed block moves only whole. "
+            f"Leave block_size out, or give the cache blocks of {form.block_size} tokens."
+        )
+    return form
+
+
+def with_raw(forms: Mapping[str, BlockForm]) -> dict[str, BlockForm]:
+    """Return forms by their names, and the raw forms for blocks that do not fit into packed ones.
+
+    The name of a raw form is that of the packed one, with `RAW`.
+    """
+    raw = {f"{name}{RAW}": form.raw for name, form in forms.items() if form.encoding}
+    return {**forms, **raw}
 
 
 def _rows_of(block_size: int, tokens: int) -> int:
@@ -224,6 +279,32 @@ def _rows_of(block_size: int, tokens: int) -> int:
             f"{block_size}. Pass a multiple."
         )
     return block_size // tokens
+
+
+def alike_in(tiers: Sequence[Tier], forms: Sequence[BlockForm]) -> list[BlockForm]:
+    """Return the other forms of blocks in a store: the raw ones, for blocks that do not fit into
+    packed slots, and those of packed blocks that tiers have."""
+    present = [x for form in forms for tier in tiers for x in tier.forms(form)]
+    raw = {form.raw for form in forms}
+    packed = [form for form in present if form.raw in raw]
+    return [x for x in dict.fromkeys([*raw, *packed]) if x not in forms]
+
+
+def _warn_of_packed(
+    groups: Sequence[GroupView], forms: Sequence[BlockForm], tiers: Sequence[Tier]
+) -> None:
+    """Log a line if tiers have packed blocks that the blocks of a cache are too small or too large
+    for: they move only whole."""
+    for (view, *_), form in zip(groups, forms, strict=True):
+        if view.block_size != form.block_size and any(x.encoding for x in alike_in(tiers, [form])):
+            _log.warning(
+                "packed",
+                "Packed blocks of %d tokens are in the store, which caches with blocks of %s "
+                "tokens cannot read: the engine computes them. Give the caches blocks of %d tokens.",
+                form.block_size,
+                view.block_size,
+                form.block_size,
+            )
 
 
 class LocalIndex:
@@ -278,9 +359,10 @@ class LocalIndex:
                 "in use. Leave it out, or pass another."
             )
         tiers = terms.tiers()
-        made = forms_of(groups, model, block_size)
-        forms = {f"group {number}": form for number, form in enumerate(made)}
-        only = next(iter(forms.values())) if len(forms) == 1 else None
+        made = forms_of(groups, model, block_size, encoding=terms.encoding)
+        names = [f"group {number}" for number, _ in enumerate(made)]
+        forms = with_raw(dict(zip(names, made, strict=True)))
+        only = made[0] if len(forms) == 1 else None
         until = time.monotonic() + patience
         while self._store is None:
             try:
@@ -292,8 +374,9 @@ class LocalIndex:
                     raise StoreBusy(f"{error} {SHARE}") from None
                 time.sleep(PAUSE)
         store = self._store
+        _warn_of_packed(groups, made, tiers)
         store.listen()  # later changes are kept
-        self._groups = [store] if only else [store.of(name) for name in forms]
+        self._groups = [store] if only else [store.of(name) for name in names]
         if terms.bucket is not None:
             self._bucket = BucketLookups(self._groups)
         self._losses += 1
@@ -331,7 +414,7 @@ class LocalIndex:
         if self._events is not None:
             self._events.clear()
         first = next(iter(self._forms()), "")
-        return [each for each in made if each.form == first]
+        return [each for each in made if each.form in (first, f"{first}{RAW}")]
 
     @property
     def losses(self) -> int:

@@ -405,7 +405,7 @@ def _size_notes(form: BlockForm, others: Sequence[BlockForm]) -> list[str]:
     """Return for each block size in which other forms have the same cache how to reach it."""
     sizes = set[int]()
     for other in others:
-        alike = replace(other, block_size=form.block_size)
+        alike = replace(other.raw, block_size=form.block_size)  # a packed one may be impossible
         if other.block_size != form.block_size and form.same_cache(alike):
             sizes.add(other.block_size)
     return [

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
-from portakv.arguments import invalid, one_of
+from portakv.arguments import flag, invalid, one_of
 from portakv.copy.options import CopyOptions, options_from
 from portakv.errors import StoreError, Unsupported
 from portakv.graph import Handle, Missing, Priority, Task
@@ -162,6 +162,7 @@ class FormStore(FormIndex):
         priority: Priority = "background",
         deadline: float | None = None,
         full: Full | None = None,
+        packs: bool = False,
     ) -> Handle:
         """Save blocks under keys, as `save` does, whose copies into the rows a copier makes.
 
@@ -171,11 +172,14 @@ class FormStore(FormIndex):
 
         A cancel or a deadline ends no copy that began: see `LentCopy.cancelled`. Its rows stay lent
         until the copier ends it, also after `BlockStore.close`.
+
+        ``packs``: the copier copies by views of `LentCopy.form`, which packs if the form does, and
+        copies blocks that do not fit once more, by `LentCopy.raw`. Packed blocks need it.
         """
         if full is not None:
             one_of("full", full, FULL)
         form = self._own("save")
-        self._refuse_packed(form, "A lent save")
+        self._refuse_packed(form, "A lent save", packs)
         _check_copier(copier)
         keys = self._keys(keys, priority, deadline)
         before = self._predecessors(after, keys)
@@ -183,10 +187,18 @@ class FormStore(FormIndex):
         source = Lending(copier, self._lent, self._down)
         return self._planned(call, partial(self._save, call, source, self._until(full)))
 
-    def _refuse_packed(self, form: FormBlocks, what: str) -> None:
-        """Raise `Unsupported` for a store of blocks that are packed, or may be."""
-        if form.own.form.encoding or self.chooser is not None:
-            why = "others would copy packed rows as they are; save and load by views"
+    def _refuse_packed(self, form: FormBlocks, what: str, packs: bool) -> None:
+        """Raise `Unsupported` for a store of blocks that are packed, or may be, unless the copier
+        packs and unpacks; and for one that chooses."""
+        flag("packs", packs)
+        if self.chooser is not None:
+            why = "the store chooses for each save; name the form, or save and load by views"
+            raise Unsupported(f"{what} of packed blocks", why)
+        if form.own.form.encoding and not packs:
+            why = (
+                "others would copy packed rows as they are; pass packs=True, or save and load by "
+                "views"
+            )
             raise Unsupported(f"{what} of packed blocks", why)
 
     def _until(self, full: Full | None) -> float | None:
@@ -445,6 +457,7 @@ class FormStore(FormIndex):
         priority: Priority = "urgent",
         deadline: float | None = None,
         missing: Missing = "skip",
+        packs: bool = False,
     ) -> Handle:
         """Load blocks, as `load` does, whose copies out of the rows a copier makes.
 
@@ -454,17 +467,20 @@ class FormStore(FormIndex):
 
         A cancel or a deadline ends no copy that began: see `LentCopy.cancelled`. Its rows stay
         until the copier ends it, and so does the handle.
+
+        ``packs``: the copier copies by views of `LentCopy.form`, which unpacks if the form packs.
+        Without it, packed blocks of a tier count as missing.
         """
         one_of("missing", missing, MISSING)
         form = self._own("load")
-        self._refuse_packed(form, "A lent load")
+        self._refuse_packed(form, "A lent load", packs)
         _check_copier(copier)
         keys = self._keys(keys, priority, deadline)
         call = Call(form, "load", keys, priority, deadline, lent=True)
         lending = Lending(copier, self._lent, self._down)
-        return self._planned(call, partial(self._load_lent, call, lending, missing))
+        return self._planned(call, partial(self._load_lent, call, lending, missing, packs))
 
-    def _load_lent(self, call: Call, lending: Lending, missing: Missing) -> Steps:
+    def _load_lent(self, call: Call, lending: Lending, missing: Missing, packs: bool) -> Steps:
         """Plan a load whose copies are lent in steps, under the graph's lock."""
         for number, some in enumerate(call.slices(range(len(call.request.keys)))):
             if number:
@@ -472,8 +488,10 @@ class FormStore(FormIndex):
                 yield
             groups = call.groups(some)
             # Others would copy packed rows as they are, so these blocks count as missing.
-            packed = {i for (part, _), at in groups.items() if part.form.encoding for i in at}
-            call.located[[*packed]] = False
+            packed = set[int]()
+            if not packs:
+                packed = {i for (part, _), at in groups.items() if part.form.encoding for i in at}
+                call.located[[*packed]] = False
             for (part, location), at in groups.items():
                 left = [i for i in at if i not in packed] if packed else at
                 for arrival in call.bring(part, location, left, [None]) if left else ():
@@ -481,15 +499,15 @@ class FormStore(FormIndex):
         yield from self._touch(call)
         return call.handle(None, missing=missing)
 
-    def borrow(self, keys: Keys) -> Borrowed | None:
+    def borrow(self, keys: Keys, packs: bool = False) -> Borrowed | None:
         """Return the rows of blocks of the host tier, which a copier copies out of, as those of
-        `load_lent`; None unless the host tier has all blocks.
+        `load_lent`; None unless the host tier has all blocks. ``packs``: as there.
 
         The call plans nothing and takes no lock. The rows stay until `Borrowed.end`; the store does
         not close before that.
         """
         form = self._own("call of borrow()")
-        self._refuse_packed(form, "A call of borrow()")
+        self._refuse_packed(form, "A call of borrow()", packs)
         keys = self._keys(keys, "urgent", None)
         if not self.rows.host:
             return None

@@ -21,6 +21,7 @@ from portakv.graph import Graph, Mask, Task, Workers
 from portakv.graph.graph import Queue
 from portakv.graph.trace import Ran
 from portakv.runtime.transfer import Completion
+from portakv.storage.form import BlockForm
 from portakv.storage.loans import Loan
 from portakv.storage.parts import Arrival, Part
 from portakv.storage.plan import RELEASE, Call, InFlight
@@ -79,6 +80,8 @@ class LentCopy:
         self.rows: Sequence[int] = [items[arrival.rows[i]] for i in numbers]
         self.blocks: Sequence[int] = [arrival.at[i] for i in numbers]
         self.form = part.form
+        lease = arrival.lease
+        self._spare = lease.spare if self.kind == "save" and isinstance(lease, InFlight) else None
         self.inner = part.part_slices
         self.outer = part.own_slices
         self._reasons = reasons
@@ -86,6 +89,15 @@ class LentCopy:
         self._numbers = numbers  # of the blocks in the task
         self._queue = queue
         self._task = task  # its lease retains the rows
+
+    @property
+    def raw(self) -> BlockForm | None:
+        """Return the form of raw images, for blocks of a save of packed blocks that do not fit.
+
+        The copier copies these blocks once more, by the view of this form, and passes them to
+        `end`. None: such blocks cannot be stored.
+        """
+        return None if self._spare is None else self._spare.raw_form
 
     @property
     def cancelled(self) -> bool:
@@ -101,36 +113,53 @@ class LentCopy:
         # Some may come later, while the call is planned.
         return bool(followers) and all(follower.cut for follower in followers)
 
-    def end(self, landed: Mask | Sequence[bool] | None = None) -> None:
+    def end(
+        self,
+        landed: Mask | Sequence[bool] | None = None,
+        raw: Mask | Sequence[bool] | None = None,
+    ) -> None:
         """End the copy, in any thread, once: nothing reads or writes the rows from here on.
 
-        ``landed``: the blocks whose copy was made, bool ``[len(rows)]``; None: all. A block that
-        did not land is not stored, or is a miss. A second call does nothing.
+        Args:
+            landed: the blocks whose copy was made, bool ``[len(rows)]``; None: all. A block that
+                did not land is not stored, or is a miss.
+            raw: the blocks whose rows hold images of the form `raw`, bool ``[len(rows)]``; None:
+                none.
 
-        Raises `InvalidTerms` for a mask of another kind; the copy has not ended then.
+        A second call does nothing.
+
+        Raises `InvalidTerms` for a mask of another kind, and for raw images that the store cannot
+        keep; the copy has not ended then.
         """
-        made = self._mask(landed)
+        made = self._mask("landed", landed, True)
+        rough = self._mask("raw", raw, False)
+        if self.raw is None and rough.any():
+            expected = "no raw block in a copy that keeps none"
+            raise invalid("raw", expected, raw, "Leave it out.")
         graph = self._queue.graph
         if not graph.process.forked:  # the lock may be held for ever
-            graph.run(partial(self._end, made))
+            graph.run(partial(self._end, made, rough))
 
-    def _mask(self, landed: Mask | Sequence[bool] | None) -> Mask:
-        """Return the blocks whose copy was made, bool ``[len(rows)]``."""
+    def _mask(self, name: str, value: Mask | Sequence[bool] | None, default: bool) -> Mask:
+        """Return which blocks an argument of `end` names, bool ``[len(rows)]``."""
         many = len(self._numbers)
-        if landed is None:
-            return np.ones(many, np.bool_)
+        if value is None:
+            return np.full(many, default)
         try:
-            mask = np.asarray(landed)
+            mask = np.asarray(value)
         except (TypeError, ValueError):
             mask = np.zeros(0)
         if mask.shape != (many,) or mask.dtype != np.bool_:
-            expected = f"{many} bools, one for each row of the copy, or None for all"
-            raise invalid("landed", expected, landed)
+            usual = "all" if default else "none"
+            expected = f"{many} bools, one for each row of the copy, or None for {usual}"
+            raise invalid(name, expected, value)
         return mask
 
-    def _end(self, made: Mask) -> None:
+    def _end(self, made: Mask, rough: Mask) -> None:
         """Record the end, under the graph's lock."""
         task = self._task
+        if self._spare is not None and rough.any() and not task.ended:
+            self._spare.hold_raw(np.array(self._numbers)[rough].tolist())
         landed = np.zeros(task.blocks, np.bool_)
         landed[self._numbers] = made
         for key, there in zip(self._keys, made.tolist(), strict=True):
@@ -149,6 +178,7 @@ class Borrowed:
     """
 
     kind: Kind = "load"
+    raw: BlockForm | None = None
     cancelled = False
 
     def __init__(self, part: Part, blocks: int) -> None:
@@ -159,8 +189,12 @@ class Borrowed:
         self.outer = part.own_slices
         self.loan: Loan | None = None
 
-    def end(self, landed: Mask | Sequence[bool] | None = None) -> None:
-        """Give the rows back, in any thread. A second call does nothing; ``landed`` does not
+    def end(
+        self,
+        landed: Mask | Sequence[bool] | None = None,
+        raw: Mask | Sequence[bool] | None = None,
+    ) -> None:
+        """Give the rows back, in any thread. A second call does nothing; the arguments do not
         count."""
         if self.loan is not None:
             self.loan.cancel()

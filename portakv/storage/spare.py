@@ -7,7 +7,7 @@ A store that chooses between both forms for each save has blocks of both under o
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from portakv.errors import PackOverflow
 from portakv.graph import Graph, Mask
 from portakv.layout.packing import FLAG_AT, PACKED
 from portakv.storage.encoded import EncodedFigures
+from portakv.storage.form import BlockForm
 from portakv.storage.parts import Part
 from portakv.storage.reasons import OVERFLOWED, Reason, Report
 from portakv.storage.rows import Crossing, Rows
@@ -144,6 +145,32 @@ def _pairs(own: Part, twin: Part) -> dict[TierStore, TierStore]:
     return dict(zip(ours, others, strict=False))
 
 
+def copy_fitting(
+    crossing: Crossing,
+    inner: KVView,
+    outer: KVView,
+    items: npt.NDArray[np.int64],
+    at: npt.NDArray[np.int64],
+) -> tuple[Mask, str]:
+    """Copy blocks of a view into rows, packed if the rows are.
+
+    Args:
+        inner, outer: the views of the rows and of the caller's blocks.
+        items, at: the number of each row, and the place of its block in the call.
+
+    Returns which blocks do not fit into packed slots, bool ``[items]``, and the sentence that says
+    so. The rows of these blocks hold slots that nothing can read.
+    """
+    try:
+        crossing.copy(inner, outer, items, at)
+    except PackOverflow as error:
+        refused: Mask = np.isin(items, error.dst_blocks)
+        if np.count_nonzero(refused) != len({*error.dst_blocks}):
+            raise  # not rows of this copy
+        return refused, str(error)
+    return np.zeros(len(items), np.bool_), ""
+
+
 class SpareRows:
     """The rows of one save whose blocks did not fit: they hold raw images, not packed ones."""
 
@@ -178,19 +205,15 @@ class SpareRows:
         items, blocks = (np.array(each) for each in lines)
         rows = np.flatnonzero(mask)
         own = self._spare.own
-        try:
-            crossing.copy(own.rows, view, items[rows], blocks[rows])
+        unfit, why = copy_fitting(crossing, own.rows, view, items[rows], blocks[rows])
+        refused = rows[unfit]
+        if not len(refused):
             if view.form.encoding:
                 self._leave_out_flagged(mask, items, keys, report)
             kept = np.flatnonzero(mask)
             self._count(items[kept], len(rows) - len(kept))
             return mask
-        except PackOverflow as error:
-            refused = rows[np.isin(items[rows], error.dst_blocks)]
-            why = str(error)
-            if len(refused) != len({*error.dst_blocks}):  # the rows hold slots that nobody can read
-                raise
-        self._count(items[np.setdiff1d(rows, refused)], len(refused))
+        self._count(items[rows[~unfit]], len(refused))
         raw = self._spare.raw
         if raw is None:
             mask[refused] = False
@@ -198,8 +221,18 @@ class SpareRows:
                 report(keys[row], Reason(OVERFLOWED, why))
             return mask
         crossing.copy(raw.rows, view, items[refused], blocks[refused])
-        self._raw.update(refused.tolist())
+        self.hold_raw(refused.tolist())
         return mask
+
+    @property
+    def raw_form(self) -> BlockForm | None:
+        """Return the form of raw images in rows; None if the store cannot keep them."""
+        raw = self._spare.raw
+        return None if raw is None else raw.form
+
+    def hold_raw(self, rows: Iterable[int]) -> None:
+        """Note that rows hold raw images, of blocks that do not fit."""
+        self._raw.update(rows)
 
     def _count(self, items: Any, misfits: int) -> None:
         """Count blocks of the form itself in rows ``items``, and those that did not fit."""

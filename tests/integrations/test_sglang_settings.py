@@ -105,6 +105,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "shared memory alone": ({"shared": True, "folder": None}, {}, "shared"),
     "blocks of another size": ({"block_size": 64}, {}, "block_size"),
     "layer by layer": ({"by_layer": True}, {}, "by_layer"),
+    "packed": ({"encoding": "pack"}, {}, "encoding"),
     "pages that are divided": ({}, {"should_split_heads": True}, "tp_lcm_size"),
     "MLA's ranks alone": ({}, {"is_mla_model": True, "tp_size": 2}, "shared, or a bucket"),
 }

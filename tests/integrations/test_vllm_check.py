@@ -68,6 +68,11 @@ def test_a_right_configuration_has_no_errors(tmp_path: Path) -> None:
         ({"kv_connector": "PortaKV"}, "Expected kv_connector 'PortaKVConnector'"),
         ({"kv_connector_module_path": None}, "Expected kv_connector_module_path"),
         ({"kv_connector_extra_config": {"foler": "x"}}, "got 'foler'"),
+        ({"kv_connector_extra_config": {"encoding": "zip"}}, "Expected encoding to be 'pack'"),
+        (
+            {"kv_connector_extra_config": {"encoding": "pack", "by_layer": True}},
+            "Expected by_layer without an encoding",
+        ),
         ({"kv_connector_extra_config": 5}, "Expected an object for kv_connector_extra_config"),
     ],
 )
@@ -105,8 +110,10 @@ def test_a_lease_that_ends_before_a_pull_is_warned_of() -> None:
         ({"shared": True}, "with the same folder and shared share one store"),
         ({"by_layer": True}, "by_layer serves engines with one worker"),
         ({"by_layer": "graph"}, "CUDA graphs capture the waits of layers"),
+        ({"encoding": "pack"}, "--block-size 64 costs an engine less than 16"),
+        ({"encoding": "pack", "block_size": 32}, "it has to be --block-size 32"),
     ],
-    ids=["alone", "shared", "by layer", "in graphs"],
+    ids=["alone", "shared", "by layer", "in graphs", "packed", "packed in 32"],
 )
 def test_who_shares_a_store_is_noted(terms: dict[str, Any], says: str, tmp_path: Path) -> None:
     found = findings_of(right(folder=str(tmp_path / "kv"), **terms))

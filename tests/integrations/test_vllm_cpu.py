@@ -28,7 +28,7 @@ except metadata.PackageNotFoundError:
 
 from support.late_copies import read_late
 from support.serving_faults import Careless, NotHeld
-from support.store_damage import damaged_images_believed, flip_bits
+from support.store_damage import damaged_images_believed, flip_bits, slot_files
 from support.vllm_cpu import (
     BLOCK,
     LIMIT,
@@ -44,6 +44,8 @@ from support.vllm_cpu_table import Named, case_of
 
 from portakv.cli.explain_hooks import costs_in
 from portakv.serving.local import TOKENS
+from portakv.storage.files import form_in
+from portakv.storage.image import MAGIC
 
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
 HITS = [960, 448, 896]  # tokens of whole stored blocks before the last token
@@ -295,11 +297,11 @@ def differences() -> list[str]:
     return wrong
 
 
-def leave_blocks(model: Path, store: dict[str, Any], block_size: int) -> None:
+def leave_blocks(model: Path, store: dict[str, Any], block_size: int, **more: Any) -> None:
     """Run an engine that saves the blocks of prompts, and is killed."""
 
     def killed() -> None:
-        engine = Engine(model, store, block_size=block_size)
+        engine = Engine(model, store, block_size=block_size, **more)
         engine.ask(PROMPTS)
         engine.forget()  # the saves have ended
         os.kill(os.getpid(), signal.SIGKILL)
@@ -334,6 +336,57 @@ def test_a_second_engine_with_other_blocks(
     assert (answer.tokens == own[0].tokens) is guard
     assert counts["landed_blocks"] == sum((len(each) - 1) // stored for each in PROMPTS)
     assert counts.get("failed_loads", 0) == 0
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Return the bytes of the stored images. Files have space for more."""
+    total = 0
+    for path in slot_files(folder):
+        form = form_in(path.parent)
+        data = path.read_bytes()
+        places = range(0, len(data), form.image_bytes)
+        total += form.image_bytes * sum(data[at : at + len(MAGIC)] == MAGIC for at in places)
+    return total
+
+
+def test_a_second_engine_finds_packed_blocks(model: Path, tmp_path: Path, case: Named) -> None:
+    """The rows are bf16, so that its tokens are those of an engine that computes them so."""
+    case("kill -9, packed blocks on the disk")
+    own = in_a_child(lambda: Engine(model, None, dtype="bfloat16").ask(PROMPTS))
+    raw = terms(tmp_path / "raw", 0)
+    packed = {**terms(tmp_path / "packed", 0), "encoding": "pack"}
+    leave_blocks(model, {**raw, "block_size": BLOCK}, BLOCK, dtype="bfloat16")
+    leave_blocks(model, packed, BLOCK, dtype="bfloat16")
+
+    def second() -> tuple[Answer, dict[str, int]]:
+        engine = Engine(model, packed, dtype="bfloat16")
+        return engine.ask(PROMPTS), engine.counts
+
+    answer, counts = in_a_child(second)
+    assert answer.tokens == own.tokens
+    hits = [(len(each) - 1) // BLOCK for each in PROMPTS]
+    assert answer.cached == [BLOCK * many for many in hits]
+    assert counts["landed_blocks"] == sum(hits)
+    assert counts.get("failed_loads", 0) == 0
+    sizes = [bytes_on_disk(tmp_path / name) for name in ("raw", "packed")]
+    print("bytes on the disk, raw and packed:", *sizes)
+    assert sizes[0] > 1.2 * sizes[1] > 0
+
+
+def test_rows_that_cannot_be_packed_stay_raw(
+    model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
+) -> None:
+    case("encoding for a cache of float32")
+
+    def work() -> tuple[Answer, dict[str, int]]:
+        engine = Engine(model, {**terms(tmp_path / "store"), "encoding": "pack"})
+        engine.ask(PROMPTS)
+        engine.forget()
+        return engine.ask(PROMPTS), engine.counts
+
+    answer, counts = in_a_child(work)
+    assert answer.tokens == own[0].tokens
+    assert counts["landed_blocks"] == sum((len(each) - 1) // BLOCK for each in PROMPTS)
 
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])

@@ -23,6 +23,7 @@ except metadata.PackageNotFoundError:
 from support.late_copies import read_late
 from support.serving_faults import Careless
 from support.vllm_cpu import (
+    BLOCK,
     LAYERS,
     Answer,
     Engine,
@@ -82,11 +83,12 @@ def leave_blocks(
     prompts: list[list[int]],
     ranks: int = 1,
     stages: int = 1,
+    **more: Any,
 ) -> None:
     """Run an engine that saves the blocks of prompts, and is killed."""
 
     def killed() -> None:
-        engine = Engine(model, store, ranks=ranks, stages=stages)
+        engine = Engine(model, store, ranks=ranks, stages=stages, **more)
         engine.join()
         engine.ask(prompts)
         engine.forget()  # the saves have ended
@@ -119,6 +121,25 @@ def test_two_ranks_load_what_one_has_stored(
     assert (answer.tokens == own[0].tokens) is guard
     assert answer.cached == FIRST_HITS
     assert landed == [sum(FIRST_HITS) // TOKENS] * 2
+
+
+def test_one_rank_loads_what_two_have_packed(model: Path, tmp_path: Path, case: Named) -> None:
+    case("kill -9 of TP 2, then TP 1, packed")
+    own = in_a_child(lambda: Engine(model, None, dtype="bfloat16").ask(FIRST))
+    store = terms(tmp_path / "store", encoding="pack", shared=True)
+    leave_blocks(model, store, FIRST, ranks=2, dtype="bfloat16")
+
+    def second() -> tuple[Answer, list[int]]:
+        engine = Engine(model, store, dtype="bfloat16")
+        engine.join()
+        await_blocks(engine, FIRST)
+        return engine.ask(FIRST), engine.landed
+
+    answer, landed = in_a_child(second)
+    hits = [(len(each) - 1) // BLOCK for each in FIRST]
+    assert answer.tokens == own.tokens
+    assert answer.cached == [BLOCK * many for many in hits]
+    assert landed == [sum(hits)]
 
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])

@@ -83,6 +83,35 @@ def test_who_uses_a_keeper(
     assert settings.has_whole_blocks is not keeper
 
 
+def test_packed_blocks_have_the_size_of_the_engines(configurations: tuple[Any, Any]) -> None:
+    """They are read by head and token, also by one worker that has the store itself."""
+    terms = extra_terms(configurations)
+    terms["encoding"] = "pack"
+    settings = settings_of(*configurations)
+    assert settings.block_size == SIZE
+    assert settings.reads_rows
+    assert not settings.uses_keeper
+    assert not settings.has_whole_blocks
+    terms["block_size"] = SIZE
+    assert settings_of(*configurations).block_size == SIZE
+    terms["block_size"] = 4 * SIZE
+    with pytest.raises(InvalidTerms, match=r"kv_connector_extra_config: .* start the engine with"):
+        settings_of(*configurations)
+
+
+def test_packed_blocks_of_groups_with_other_blocks_are_refused(
+    configurations: tuple[Any, Any],
+) -> None:
+    config, caches = configurations
+    extra_terms(configurations)["encoding"] = "pack"
+    (group,) = caches.kv_cache_groups
+    spec = group.kv_cache_spec
+    other = type(spec)(block_size=2 * SIZE, num_kv_heads=1, head_size=1)
+    caches.kv_cache_groups.append(SimpleNamespace(kv_cache_spec=other, layer_names=["other"]))
+    with pytest.raises(InvalidTerms, match=r"blocks of one size, got \[16, 32\]"):
+        settings_of(config, caches)
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_copies_of_an_engine_that_know_nothing_of_each_other(
     number: int, configurations: tuple[Any, Any]

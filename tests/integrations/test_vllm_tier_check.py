@@ -63,6 +63,7 @@ def test_a_right_configuration_has_no_errors(tmp_path: Path) -> None:
         ({}, {"capacity": "much"}, "capacity"),
         ({}, {"by_layer": True}, "got 'by_layer'"),
         ({}, {"shared": True}, "Give each engine a separate folder"),
+        ({}, {"encoding": "pack"}, "got 'encoding'"),
         ({}, {"folders": "/x"}, "got 'folders'"),
         ({}, {"folder": None}, "Expected a host tier, a folder"),
     ],

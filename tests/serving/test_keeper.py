@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 from support.keeper_model import (
+    FLAG,
     HEADS,
     LAYERS,
+    MARK,
     PATIENCE,
+    RAW,
     WHOLE,
+    Believing,
+    Early,
     FakeStore,
     Forgetful,
     Hasty,
@@ -26,6 +31,7 @@ from portakv.graph.alarms import LEASE, LOOK, Alarms
 from portakv.serving.keeper import HEAD, KeeperState
 from portakv.serving.keeper_leases import Client
 from portakv.serving.keeper_messages import (
+    UNFIT,
     Join,
     Load,
     Progress,
@@ -67,17 +73,18 @@ def test_many_walks(part: int) -> None:
 
 
 def test_walks_do_something() -> None:
-    walks = [Walk(KeeperState, seed) for seed in range(20)]
+    walks = [Walk(KeeperState, seed) for seed in range(40)]
     for walk in walks:
         walk.run(300)
     assert sum(walk.stored for walk in walks) > 100
     assert sum(walk.loaded for walk in walks) > 100
+    assert sum(walk.store.kept_raw for walk in walks) > 10
 
 
-def wrong_walks(kind: type[KeeperState]) -> set[str]:
+def wrong_walks(kind: type[KeeperState], many: int = 100) -> set[str]:
     """Return what walks of a state find."""
     found = set[str]()
-    for seed in range(100):
+    for seed in range(many):
         try:
             Walk(kind, seed).run(300)
         except AssertionError as error:
@@ -93,15 +100,21 @@ def test_walks_find_blocks_that_are_sealed_before_all_ranks_have_reported() -> N
     assert any("a block was sealed with" in each for each in wrong_walks(Hasty))
 
 
+def test_walks_find_blocks_that_are_sealed_although_they_do_not_fit() -> None:
+    assert "a row was sealed with bytes of another block" in wrong_walks(Believing, 30)
+
+
 # --- step by step
 
 
 class Ranks:
     """A state with ranks that have joined, by their forms."""
 
-    def __init__(self, *forms: BlockForm, rows: int = 8) -> None:
+    def __init__(
+        self, *forms: BlockForm, rows: int = 8, kind: type[KeeperState] = KeeperState
+    ) -> None:
         self.time = 0.0
-        self.state = KeeperState(bool, PATIENCE, lambda: self.time)
+        self.state = kind(bool, PATIENCE, lambda: self.time)
         self.store = FakeStore(random.Random(1), rows)
         self.state.stores[WHOLE.digest] = self.store
         self.messages = defaultdict[int, list[Progress]](list)  # by rank
@@ -118,15 +131,20 @@ class Ranks:
         session = self.clients[rank].session
         return self.state.load(Load(session, number, 0, joined_keys(KEYS), 0.0, "urgent"))
 
-    def write(self, rank: int, progress: Progress, good: bool = True) -> None:
-        """Copy and report what a rank was lent."""
+    def write(
+        self, rank: int, progress: Progress, good: bool = True, unfit: int | None = None
+    ) -> None:
+        """Copy and report what a rank was lent. ``unfit``: the block that does not fit."""
         client = self.clients[rank]
         for grant in progress.grants:
+            mark = MARK if grant.form else b""
+            landed = bytearray()
             for row, place in zip(ids_in(grant.rows), ids_in(grant.places), strict=True):
+                fits = mark or place != unfit
+                landed.append(good if fits else UNFIT)
                 for cell in cells_in(client.parts[0].cells):
-                    self.store.contents[row][cell] = KEYS[place]
-            landed = bytes([good]) * (len(grant.places) // 4)
-            self.state.report(client.session, grant.lease, landed)
+                    self.store.contents[row][cell] = mark + KEYS[place] if fits else FLAG
+            self.state.report(client.session, grant.lease, bytes(landed))
 
     def learned(self, rank: int) -> list[Progress]:
         """Return what a rank learns until nothing follows."""
@@ -157,6 +175,49 @@ def test_a_block_is_sealed_after_all_ranks_have_reported_their_parts() -> None:
     assert set(ranks.store.cached) == {*KEYS}
     assert ranks.learned(0)[-1].stored == bytes([1, 1, 1])
     assert ranks.learned(1)[-1].stored == bytes([1, 1, 1])
+
+
+@pytest.mark.parametrize("kind", [KeeperState, Early], ids=["guarded", "negative control"])
+def test_a_block_is_copied_raw_after_all_ranks_have_tried(kind: type[KeeperState]) -> None:
+    """Before that, one rank would copy raw while another one packs into the same row."""
+    ranks = Ranks(LEFT, RIGHT, kind=kind)
+    ranks.store.raw = RAW
+    first = ranks.save(0)
+    second = ranks.save(1)
+    ranks.write(0, first, unfit=1)
+    early = [grant for each in ranks.learned(0) for grant in each.grants]
+    assert bool(early) is (kind is Early)
+    if early:
+        return
+    ranks.write(1, second)
+    assert KEYS[1] not in ranks.store.cached
+    for rank in (0, 1):
+        (progress,) = [each for each in ranks.learned(rank) if each.grants]
+        assert [(grant.form, ids_in(grant.places)) for grant in progress.grants] == [
+            (RAW.json(), [1])
+        ]
+        assert progress.stored is None
+        ranks.write(rank, progress)
+    assert set(ranks.store.cached) == {*KEYS}
+    assert ranks.store.rough == {ranks.store.cached[KEYS[1]]}
+    assert [ranks.learned(rank)[-1].stored for rank in (0, 1)] == [bytes([1, 1, 1])] * 2
+    assert ranks.state.statistics()["saved_raw"] == 1
+
+
+@pytest.mark.parametrize("raw", [RAW, None], ids=["a rank is gone", "no raw form"])
+def test_a_block_that_does_not_fit_may_be_lost(raw: BlockForm | None) -> None:
+    ranks = Ranks(LEFT, RIGHT)
+    ranks.store.raw = raw
+    first = ranks.save(0)
+    ranks.write(1, ranks.save(1))
+    if raw is not None:
+        ranks.state.process_ended(ranks.clients[1].process)
+    ranks.write(0, first, unfit=1)
+    for progress in ranks.learned(0):
+        ranks.write(0, progress)
+    assert KEYS[1] not in ranks.store.cached
+    assert {KEYS[0], KEYS[2]} <= set(ranks.store.cached)
+    assert ranks.state.statistics()["leases"] == 0
 
 
 def test_rows_that_a_rank_keeps_are_shown_with_their_age(

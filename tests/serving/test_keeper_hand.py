@@ -30,12 +30,15 @@ LIMIT = 30.0  # seconds; nothing here takes as long
 class KeptStore:
     """A keeper, its ranks and a scheduler's index of it."""
 
+    numbers = 1  # of a row
+
     def __init__(self, chance: random.Random, draw: Draw) -> None:
         draw.workers = chance.choice([1, 2])
         self.workers = draw.workers
         self.size = draw.stored_size
-        form = self.form(caches(2, 8)[1], 0)
-        whole = BlockForm.of(caches(2, 8)[1], "model", block_size=self.size).image_bytes
+        view = caches(2, 8, self.numbers)[1]
+        form = self.form(view, 0)
+        whole = BlockForm.of(view, "model", block_size=self.size).image_bytes
         room = chance.choice([6, 40]) * max(whole, 2 * form.image_bytes)
         name = f"hands {os.getpid()} {id(self)}"
         self.keeper = Keeper(StoreTerms(host=room, staging=2 * room), name)
@@ -75,6 +78,20 @@ class KeptStore:
         self.keeper.close()
 
 
+class PackedKeptStore(KeptStore):
+    """A keeper of packed blocks."""
+
+    numbers = 32
+
+    def __init__(self, chance: random.Random, draw: Draw) -> None:
+        draw.stored_size = draw.block_size  # a packed block moves only whole
+        super().__init__(chance, draw)
+
+    def form(self, view: KVView, number: int) -> BlockForm:
+        heads = (number, number + 1, self.workers)
+        return BlockForm.of(view, "model", block_size=self.size, heads=heads, encoding="pack")
+
+
 class StagedKeptStore(KeptStore):
     """A keeper of an engine with two stages, which have a layer each."""
 
@@ -98,9 +115,22 @@ class KeeperWorker(HandWorker):
         return GroupCache(view, engine.store.join(view, number).blocks[0])
 
 
+class PackedWorker(KeeperWorker):
+    """A rank with rows of bf16."""
+
+    numbers = PackedKeptStore.numbers
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_walks_of_an_engine_over_a_keeper(seed: int) -> None:
     walk(seed)
+
+
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.full) for n in range(1, 9))]
+)
+def test_walks_of_an_engine_over_a_keeper_of_packed_blocks(seed: int) -> None:
+    walk(seed, PackedKeptStore, PackedWorker)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -120,9 +150,13 @@ def test_many_walks_of_an_engine_over_a_keeper() -> None:
         walk(seed)
 
 
-def walk(seed: int) -> None:
+def walk(
+    seed: int,
+    store: type[KeptStore] = KeptStore,
+    worker: type[KeeperWorker] = KeeperWorker,
+) -> None:
     """Run a walk, whose rows the model judges."""
-    engine = Engine(Ledger, seed, KeptStore, KeeperWorker)
+    engine = Engine(Ledger, seed, store, worker)
     try:
         engine.run(12)
     finally:

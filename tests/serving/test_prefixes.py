@@ -59,6 +59,30 @@ def test_blocks_come_back() -> None:
         assert prefixes.keys(range(30), b"tenant") != keys
 
 
+def test_packed_blocks_come_back(tmp_path: Path) -> None:
+    """Also for a process that stores raw blocks in the same folder later."""
+
+    def rows(blocks: int) -> KVView:
+        numbers = torch.arange(2 * 2 * blocks * SIZE * 32, device="cpu")
+        layers = (1 + numbers % 250).bfloat16().view(2, 2, 1, blocks * SIZE, 32)
+        return KVView([*layers], "layer | kv head (block token) dim", block_size=SIZE)
+
+    tmp_path.chmod(0o700)
+    for encoding in ("pack", None):
+        terms = StoreTerms(str(tmp_path), 1 << 20, encoding=encoding, **HOST)
+        with closing(Prefixes(rows(1), terms, "model")) as prefixes:
+            assert bool(prefixes.form.encoding) == (encoding is not None)
+            keys = prefixes.keys(range(30))
+            if encoding is not None:
+                put(prefixes, rows(3), keys)
+            assert prefixes.lookup(keys) == 3
+            target = rows(3)
+            for tensor in rows_of(target):
+                tensor.zero_()
+            assert prefixes.load(target, keys) == 3
+            assert all(map(torch.equal, rows_of(target), rows_of(rows(3))))
+
+
 def test_no_keys_are_no_work() -> None:
     with opened(StoreTerms(**HOST)) as prefixes:
         assert prefixes.load(pages(1), []) == 0

@@ -311,6 +311,75 @@ def test_packed_rows_are_not_lent() -> None:
             store.borrow(KEYS)
 
 
+class Packer:
+    """A copier that packs and unpacks, and copies raw what does not fit."""
+
+    def __init__(self, store: Any, layers: list[torch.Tensor], blocks: list[int]) -> None:
+        self._rows = store.rows.tensor
+        self._view = view_of(layers)
+        self._blocks = blocks
+        self.copies = list[Any]()
+        self.begin = self.copies.append
+
+    def make(self) -> None:
+        """Make and end the copies that began, outside of the store's lock."""
+        while self.copies:
+            copy = self.copies.pop()
+            own = [self._blocks[i] for i in copy.blocks]
+            inner = copy.form.view(self._rows)
+            raw = [False] * len(own)
+            if copy.kind == "load":
+                copy_blocks(inner, self._view, copy.rows, own).synchronize(LIMIT)
+                copy.end()
+                continue
+            try:
+                copy_blocks(self._view, inner, own, copy.rows).synchronize(LIMIT)
+            except PackOverflow as error:
+                raw = [row in error.dst_blocks for row in copy.rows]
+                rows = [row for row, rough in zip(copy.rows, raw, strict=True) if rough]
+                some = [block for block, rough in zip(own, raw, strict=True) if rough]
+                with pytest.raises(InvalidTerms, match=r"Expected raw to be [0-9] bools"):
+                    copy.end(raw=[True] * 9)
+                if copy.raw is None:
+                    with pytest.raises(InvalidTerms, match="no raw block in a copy"):
+                        copy.end(raw=raw)
+                    copy.end([not rough for rough in raw])
+                    continue
+                inner = copy.raw.view(self._rows)
+                copy_blocks(self._view, inner, some, rows).synchronize(LIMIT)
+            copy.end(raw=raw)
+
+
+@pytest.mark.parametrize("spare", [True, False])
+def test_packed_rows_are_lent_to_a_copier_that_packs(tmp_path: Path, spare: bool) -> None:
+    layers = noisy(cache(), PLACES[2])
+    forms = {"pack": form_of(), "other": form_of(None, notes="" if spare else "other")}
+    with BlockStore(forms, staging=4 << 20, host=4 << 20, tiers=[disk(tmp_path)]) as store:
+        packed = store.of("pack")
+        packer = Packer(store, layers, PLACES)
+        saved = packed.save_lent(packer, KEYS, packs=True)
+        packer.make()
+        with nullcontext() if spare else pytest.raises(TransferError, match=r"1 failed .lent:pack"):
+            saved.synchronize(LIMIT)
+        assert saved.landed.tolist() == (ALL if spare else LOST)
+        for reader in [packed, store.of("other")][: 1 + spare]:
+            target = [torch.zeros_like(layer) for layer in layers]
+            unpacker = Packer(store, target, [0, 1, 2, 3, 4])
+            handle = reader.load_lent(unpacker, KEYS, packs=True)
+            unpacker.make()
+            handle.synchronize(LIMIT)
+            for own, layer in zip(target, layers, strict=True):
+                for at in np.flatnonzero(saved.landed).tolist():
+                    assert torch.equal(
+                        own[:, at].view(torch.int16), layer[:, PLACES[at]].view(torch.int16)
+                    )
+        borrowed = packed.borrow(KEYS[:2], packs=True)
+        assert borrowed is not None
+        assert borrowed.form == form_of()
+        borrowed.end()
+        assert loaded(packed, layers) == (ALL if spare else LOST, True)
+
+
 def test_raw_blocks_are_lent_although_others_are_packed(tmp_path: Path) -> None:
     """A copier would copy packed rows as they are, so such blocks count as missing."""
     layers = cache()

@@ -15,10 +15,11 @@ from support.serving_model import NOTHING, Engine
 LAYOUT = "layer | block kv token head dim"
 
 
-def caches(blocks: int, size: int) -> tuple[torch.Tensor, KVView]:
-    """Return memory of blocks of so many tokens, and its view."""
-    memory = torch.full((blocks, 2, size, 1, 1), NOTHING, dtype=torch.int64)
-    return memory, KVView([memory], LAYOUT)
+def caches(blocks: int, size: int, numbers: int = 1) -> tuple[torch.Tensor, KVView]:
+    """Return memory of blocks of so many tokens, and its view, in which rows of several numbers
+    are bf16."""
+    memory = torch.full((blocks, 2, size, 1, numbers), NOTHING, dtype=torch.int64)
+    return memory, KVView([memory if numbers == 1 else memory.view(torch.bfloat16)], LAYOUT)
 
 
 class HandWorker:
@@ -26,12 +27,14 @@ class HandWorker:
 
     Attributes:
         step: seconds of a step in which workers of the store go on.
+        numbers: of a row.
     """
 
     step: ClassVar[float]
+    numbers: ClassVar[int] = 1
 
     def __init__(self, engine: Engine, number: int) -> None:
-        self._memory, view = caches(engine.draw.blocks, engine.draw.block_size)
+        self._memory, view = caches(engine.draw.blocks, engine.draw.block_size, self.numbers)
         self._hand = Hand([self.cache(engine, view, number)])
         self._said = Report()
         self.freed = set[str]()
@@ -54,7 +57,7 @@ class HandWorker:
         self._said = empty
 
     def row(self, block: int, at: int) -> int:
-        both = {int(x) for x in self._memory[block, :, at, 0, 0]}
+        both = {int(x) for x in self._memory[block, :, at].flatten()}
         return both.pop() if len(both) == 1 else NOTHING
 
     def write(self, block: int, at: int, row: int) -> None:

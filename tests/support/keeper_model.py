@@ -4,22 +4,26 @@
 Rows hold, for each cell (a head of a layer), the key whose bytes a rank has written there. A copy
 takes time: a rank writes or reads at its end, whatever has happened to its session meanwhile. So a
 row that two have in hand, or a block that is sealed too early, shows as a wrong key.
+
+Some cells of some blocks do not fit: a rank then writes a flag, and reports that. In a row that is
+copied raw, keys have a mark, so that a row with bytes of both kinds shows, too.
 """
 
 from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from portakv.errors import PortaKVError
 from portakv.serving.keeper import KeeperState
-from portakv.serving.keeper_leases import Client
+from portakv.serving.keeper_leases import Client, Lease, SaveWork
 from portakv.serving.keeper_messages import (
+    UNFIT,
     Grant,
     Join,
     Load,
@@ -59,6 +63,17 @@ SPLITS = [
     [WHOLE, WHOLE],
     [form_of((0, LAYERS), (0, 2)), form_of((0, LAYERS), (2, 4)), form_of((0, LAYERS), (2, 4))],
 ]
+
+
+#: The form of the same blocks for those that do not fit, and the mark of the keys in their rows.
+RAW = replace(WHOLE, notes="raw")
+MARK = b"raw "
+FLAG = b"flag"
+
+
+def fits(key: bytes, cell: int) -> bool:
+    """Return whether the bytes of a block's cell fit."""
+    return key[0] % 3 != 0 or (key[0] + cell) % 4 != 0
 
 
 def cells_in(number: int) -> list[int]:
@@ -104,18 +119,20 @@ class FakeCopy:
     blocks: list[int]
     saves: bool
     form: BlockForm = WHOLE
+    raw: BlockForm | None = None
     over: bool = False
 
     @property
     def cancelled(self) -> bool:
         return self.handle.cancelled
 
-    def end(self, landed: Any = None, /) -> None:
+    def end(self, landed: Any = None, raw: Any = None, /) -> None:
         assert not self.over, "a copy ended twice"
         self.over = True
         self.handle.copies.discard(self)
         good = np.ones(len(self.rows), np.bool_) if landed is None else landed
-        self.store.take_back(self, good)
+        rough = np.zeros(len(self.rows), np.bool_) if raw is None else raw
+        self.store.take_back(self, good, rough)
 
 
 class FakeStore:
@@ -124,6 +141,9 @@ class FakeStore:
     def __init__(self, chance: random.Random, rows: int) -> None:
         self.chance = chance
         self.form = WHOLE
+        self.raw: BlockForm | None = None  # it keeps blocks that do not fit in this form
+        self.rough = set[int]()  # the rows of cached blocks of that form
+        self.kept_raw = 0
         self.free = deque(range(rows))
         self.cached = dict[bytes, int]()
         self.readers = dict[int, int]()  # how many copies read a row
@@ -148,7 +168,7 @@ class FakeStore:
             for row in rows:
                 self.judge(row)
                 self.contents[row] = {}
-            copy = FakeCopy(self, handle, rows, some, True)
+            copy = FakeCopy(self, handle, rows, some, True, raw=self.raw)
             handle.copies.add(copy)
             for i in some:
                 self.saving[keys[i]] = handle
@@ -167,7 +187,8 @@ class FakeStore:
                 if row is None:
                     return
                 self.readers[row] = self.readers.get(row, 0) + 1
-                copy = FakeCopy(self, handle, [row], [i], False)
+                form = RAW if row in self.rough else WHOLE
+                copy = FakeCopy(self, handle, [row], [i], False, form)
                 handle.copies.add(copy)
                 copier.begin(copy)
 
@@ -177,9 +198,9 @@ class FakeStore:
                 handle.waiting.append(begin)
         return handle
 
-    def borrow(self, keys: Sequence[bytes]) -> Any:
+    def borrow(self, keys: Sequence[bytes], packs: bool) -> Any:
         rows = [self.cached.get(key) for key in keys]
-        if None in rows or self.chance.random() < 0.5:
+        if None in rows or not self.rough.isdisjoint(rows) or self.chance.random() < 0.5:
             return None
         for row in rows:
             self.readers[row] = self.readers.get(row, 0) + 1  # type: ignore[index, arg-type]
@@ -190,9 +211,9 @@ class FakeStore:
     def knows(self, key: bytes) -> bool:
         return key in self.cached or key in self.saving
 
-    def take_back(self, copy: FakeCopy, landed: Any) -> None:
-        """Take the rows of a copy that has ended."""
-        for row, i, good in zip(copy.rows, copy.blocks, landed, strict=True):
+    def take_back(self, copy: FakeCopy, landed: Any, raw: Any) -> None:
+        """Take the rows of a copy that has ended. ``raw``: the blocks that were copied raw."""
+        for row, i, good, rough in zip(copy.rows, copy.blocks, landed, raw, strict=True):
             key = copy.handle.keys[i]
             if not copy.saves:
                 self.readers[row] -= 1
@@ -200,11 +221,16 @@ class FakeStore:
                 continue
             self.saving.pop(key, None)
             if good and key not in self.cached:
-                wrong = {x for x in self.contents[row].values() if x != key}
+                written = MARK + key if rough else key
+                wrong = {x for x in self.contents[row].values() if x != written}
                 assert not wrong, "a row was sealed with bytes of another block"
                 have = len(self.contents[row])
                 assert have == LAYERS * HEADS, f"a block was sealed with {have} cells"
                 self.cached[key] = row
+                self.rough.discard(row)
+                if rough:
+                    self.rough.add(row)
+                    self.kept_raw += 1
                 copy.handle.landed[i] = True
             else:
                 self.free.append(row)
@@ -295,6 +321,7 @@ class Walk:
         self.state = kind(bool, PATIENCE, lambda: self.time)
         self.store = FakeStore(self.chance, self.chance.choice([4, 8, 24]))
         self.store.judge = self.judge
+        self.store.raw = self.chance.choice([RAW, RAW, None])
         self.state.stores[whole_form(WHOLE).digest] = self.store
         self.ranks = list[Rank]()
         self.pids = 0
@@ -397,16 +424,22 @@ class Walk:
             return
         copy = rank.copies.pop(self.chance.randrange(len(rank.copies)))
         good = self.chance.random() < 0.95
-        landed = bytes([good]) * (len(copy.grant.places) // 4)
-        for row, place in zip(ids_in(copy.grant.rows), ids_in(copy.grant.places), strict=True):
+        landed = bytearray([good]) * (len(copy.grant.places) // 4)
+        mark = MARK if copy.grant.form else b""
+        places = zip(ids_in(copy.grant.rows), ids_in(copy.grant.places), strict=True)
+        for number, (row, place) in enumerate(places):
+            key = copy.keys[place]
             for cell in cells_in(rank.cells) if good else ():
-                if copy.saves:
-                    self.store.contents[row][cell] = copy.keys[place]
-                else:
+                if not copy.saves:
                     found = self.store.contents[row].get(cell)
-                    assert found == copy.keys[place], "a load read bytes of another block"
+                    assert found == mark + key, "a load read bytes of another block"
                     self.loaded += 1
-        rank.reports.append((copy.session, copy.grant.lease, landed))
+                elif mark or fits(key, cell):
+                    self.store.contents[row][cell] = mark + key
+                else:
+                    self.store.contents[row][cell] = FLAG
+                    landed[number] = UNFIT
+        rank.reports.append((copy.session, copy.grant.lease, bytes(landed)))
 
     def deliver(self, rank: Rank) -> None:
         """Deliver a report, also of a session that has ended."""
@@ -507,6 +540,30 @@ class Forgetful(KeeperState):
     def lost(self, client: Client) -> None:
         super().lost(client)
         self.process_ended(client.process)
+
+
+class Believing(KeeperState):
+    """A state that takes blocks that do not fit for copied ones."""
+
+    def report(self, session: int, number: int, landed: bytes) -> None:
+        super().report(session, number, bytes(map(bool, landed)))
+
+
+class Early(KeeperState):
+    """A state that has blocks copied raw as soon as a rank could not pack them."""
+
+    def _return(self, lease: Lease, landed: Iterable[int] = ()) -> None:
+        super()._return(lease, landed)
+        lent = lease.lent
+        if lent.ended or lent.raw is not None or lent.copy.raw is None or not lent.unfit:
+            return
+        assert isinstance(lent.work, SaveWork)
+        lent.raw = [*lent.unfit]
+        lent.assigned = 0
+        for place in lent.raw:
+            lent.covered[place] = 0
+        for client, number in lent.work.requesters.items():
+            self._grant(lent, client, number)
 
 
 class Hasty(KeeperState):

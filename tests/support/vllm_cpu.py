@@ -193,7 +193,7 @@ class Engine:
     ) -> None:
         from vllm import LLM
 
-        more: dict[str, Any] = {**terms}
+        more: dict[str, Any] = {"dtype": "float32", **terms}
         if ranks * stages > 1:
             fork_workers()
             more["tensor_parallel_size"] = ranks
@@ -212,7 +212,6 @@ class Engine:
         self.llm = LLM(
             str(model),
             skip_tokenizer_init=True,
-            dtype="float32",
             enforce_eager=True,
             block_size=block_size,
             max_model_len=2048,
@@ -260,8 +259,11 @@ class Engine:
     @property
     def stored_size(self) -> int:
         """Return the tokens of a stored block."""
-        transfer = self.llm.llm_engine.vllm_config.kv_transfer_config
-        return int(transfer.kv_connector_extra_config.get("block_size") or TOKENS)
+        config = self.llm.llm_engine.vllm_config
+        terms = config.kv_transfer_config.kv_connector_extra_config
+        if terms.get("encoding"):
+            return int(config.cache_config.block_size)
+        return int(terms.get("block_size") or TOKENS)
 
     @property
     def worker_connector(self) -> Any:
