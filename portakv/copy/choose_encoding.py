@@ -23,8 +23,8 @@ from portakv.view import Index, KVView
 GAIN = 1.05
 #: The backend that packs where no other does, by plain torch operations.
 REFERENCE = "reference"
-#: Space for escapes in a slot of chosen size, in parts of the most escapes in the sample. A block is
-#: raw if one of its planes does not fit, and it has more planes than a sample can prove.
+#: Space for escapes in a slot of chosen size, in parts of the most escapes in the sample. A block
+#: is raw if one of its planes does not fit, and it has more planes than a sample can prove.
 SPARE = 1.125
 
 
@@ -83,7 +83,8 @@ def choose_encoding(
     """Return whether blocks of a view should be packed for a link, and the parameters.
 
     The rows stay raw where `reference` packs, such as on a CPU, as packing is slower there than a
-    copy, unless ``packing_gbps`` is declared. Waits for the device, and measures rates at the first call for a device.
+    copy, unless ``packing_gbps`` is declared. Waits for the device, and measures rates at the first
+    call for a device.
 
     Args:
         view: a paged view.

@@ -71,7 +71,9 @@ def decode_rows(slots: torch.Tensor, rows: torch.Tensor, plane: Fp8Plane) -> Non
 def scales_of(largest: torch.Tensor) -> torch.Tensor:
     """Return for each token the least bf16 number, as float32, that brings its largest magnitude to
     at most 448."""
-    bits = (largest / LARGEST).clamp_(min=LEAST_SCALE).view(torch.int32)
+    # By a tensor: CUDA multiplies by the rounded reciprocal of a number.
+    quotients = largest / torch.full_like(largest, LARGEST)
+    bits = quotients.clamp_(min=LEAST_SCALE).view(torch.int32)
     return (bits + 0xFFFF & ~0xFFFF).view(torch.float32)
 
 

@@ -44,9 +44,9 @@ class ByName:
         self._stream: torch.Stream | None = None
 
     def pull(self, tickets: list[bytes], request: Request, until: float) -> Pull | None:
-        """Return a pull whose copies were issued if its offers exist, as their owners' tables or the
-        owners say; else one that waits for them, and then begins after the caller's stream. None if
-        no ticket is a name.
+        """Return a pull whose copies were issued if its offers exist, as their owners' tables or
+        the owners say; else one that waits for them, and then begins after the caller's stream.
+        None if no ticket is a name.
 
         The pull ends with the errors of its owners and rows.
         """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Map the memory of an owner on this host: its rows, its events, its validity words and its names."""
+"""Map the memory of an owner on this host: its rows, its events, its words and its names."""
 
 from __future__ import annotations
 

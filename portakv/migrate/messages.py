@@ -423,8 +423,8 @@ def no_ticket() -> PeerError:
 
 
 def is_signed(data: bytes, key: bytes) -> bool:
-    """Return True if the bytes of a ticket, which `Ticket.read` has read, are as the owner with this
-    key made them."""
+    """Return True if the bytes of a ticket, which `Ticket.read` has read, are as the owner with
+    this key made them."""
     return compare_digest(data[:_MAC], _mac(data[_MAC:], key))
 
 

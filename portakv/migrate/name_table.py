@@ -6,8 +6,8 @@ an offer that holds: then the reader asks the owner.
 
 The page begins with slots. A slot is 0, or the position of a record; behind the slots lie the
 records, in a ring. Positions only grow, so a slot never has a value twice. A reader copies a record
-and then reads its slot again. If the slot is the same, the record was not overwritten meanwhile: the
-owner clears the slot before it writes over the record.
+and then reads its slot again. If the slot is the same, the record was not overwritten meanwhile:
+the owner clears the slot before it writes over the record.
 
 A name is not in the page. The record has a tag, a hash of name and epoch under the owner's key, and
 the ticket, in which the offer's number is masked by the rest of that hash. So whoever has the page

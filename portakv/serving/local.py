@@ -300,7 +300,8 @@ def _warn_of_packed(
             _log.warning(
                 "packed",
                 "Packed blocks of %d tokens are in the store, which caches with blocks of %s "
-                "tokens cannot read: the engine computes them. Give the caches blocks of %d tokens.",
+                "tokens cannot read: the engine computes them. "
+                "Give the caches blocks of %d tokens.",
                 form.block_size,
                 view.block_size,
                 form.block_size,

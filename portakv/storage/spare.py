@@ -16,7 +16,7 @@ import torch
 
 from portakv.errors import PackOverflow
 from portakv.graph import Graph, Mask
-from portakv.layout.packing import FLAG_AT, PACKED
+from portakv.layout.packing import FLAG_AT, PACKED, PackedPlane
 from portakv.storage.encoded import EncodedFigures
 from portakv.storage.form import BlockForm
 from portakv.storage.parts import Part
@@ -37,8 +37,8 @@ def flagged(part: Part, items: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
 
     Other encodings have no flags: every block fits them.
     """
-    planes = part.form.planes
-    if planes[0].encoding != "pack":
+    planes = [plane for plane in part.form.planes if isinstance(plane, PackedPlane)]
+    if not planes:
         return np.zeros(len(items), np.bool_)
     slots = part.rows.tensors
     assert isinstance(slots, torch.Tensor)  # of the rows of a store
