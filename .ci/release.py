@@ -31,7 +31,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Extras whose packages run in a user's process; the bill of materials lists what they bring.
-RUNTIME_EXTRAS = ("cli", "cuda", "integrations", "metrics", "remote", "serving")
+RUNTIME_EXTRAS = ("cli", "cuda", "integrations", "metrics", "otel", "remote", "serving", "zstd")
 #: A section of the changelog: `## 0.1.0, 2026-12-01`, or `## Unreleased: 0.1.0` before that.
 SECTION = r"^## (?:(Unreleased): )?{version}(?:, (\d{{4}}-\d\d-\d\d))?$"
 #: What another build may differ in: folder, time zone, language, and the rights of new files.
@@ -55,7 +55,8 @@ def version_of(root: Path) -> str:
 
 
 def check(root: Path, tag: str | None) -> str:
-    """Return the version that the tree would publish.
+    """Return the version that the tree would publish. A development version has the section of the
+    version that it leads to.
 
     Args:
         root: a clone.
@@ -73,12 +74,15 @@ def check(root: Path, tag: str | None) -> str:
             f"Commit or remove them."
         )
     version = version_of(root)
+    if tag is not None and ".dev" in version:
+        raise Refused(f"Expected a version without .dev for a tag, got {version}. Set __version__.")
     text = (root / "CHANGELOG.md").read_text(encoding="utf-8")
-    section = re.search(SECTION.format(version=re.escape(version)), text, re.MULTILINE)
+    leads_to = version.partition(".dev")[0]
+    section = re.search(SECTION.format(version=re.escape(leads_to)), text, re.MULTILINE)
     if section is None:
         raise Refused(
-            f"Expected a section of version {version} in CHANGELOG.md, got none. Write "
-            f"`## {version}, YYYY-MM-DD`, or `## Unreleased: {version}` before the release."
+            f"Expected a section of version {leads_to} in CHANGELOG.md, got none. Write "
+            f"`## {leads_to}, YYYY-MM-DD`, or `## Unreleased: {leads_to}` before the release."
         )
     if tag is not None:
         check_tag(root, tag, version, section)

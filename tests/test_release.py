@@ -62,6 +62,15 @@ def test_a_clean_tree_is_accepted(release: Any, clone: Path) -> None:
     assert release.check(clone, None) == "1.2.3"
 
 
+def test_a_development_version_has_the_section_of_the_next_one(release: Any, clone: Path) -> None:
+    (clone / "portakv" / "__init__.py").write_text('__version__ = "1.2.3.dev0"\n')
+    commit(clone)
+    assert release.check(clone, None) == "1.2.3.dev0"
+    git(clone, "tag", "v1.2.3.dev0")
+    with pytest.raises(release.Refused, match=r"without \.dev for a tag, got 1\.2\.3\.dev0"):
+        release.check(clone, "v1.2.3.dev0")
+
+
 def test_this_version_has_a_section(release: Any) -> None:
     assert release.version_of(ROOT) == __version__
     version = re.escape(__version__.partition(".dev")[0])

@@ -198,7 +198,13 @@ def test_what_another_package_reports_is_shown_as_well() -> None:
     }
 
 
-@pytest.mark.parametrize("module", ["portakv.migrate", "portakv.storage", "portakv.graph"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "portakv.migrate",
+        *(pytest.param(x, marks=pytest.mark.full) for x in ("portakv.storage", "portakv.graph")),
+    ],
+)
 def test_nothing_is_imported_unless_it_is_asked_for(module: str) -> None:
     code = f"""
 import sys

@@ -243,7 +243,7 @@ def one_round(
             nursery.end(pid)
 
 
-ROUNDS = pytest.mark.parametrize("rounds", [12, pytest.param(300, marks=pytest.mark.slow)])
+ROUNDS = pytest.mark.parametrize("rounds", [6, pytest.param(300, marks=pytest.mark.slow)])
 
 
 @METHODS

@@ -138,7 +138,7 @@ ROUNDS = pytest.mark.parametrize(
 
 
 @ROUNDS
-@pytest.mark.parametrize("expose", ["mapped", "staging"])
+@pytest.mark.parametrize("expose", ["mapped", pytest.param("staging", marks=pytest.mark.full)])
 def test_no_stale_row_of_an_owner_that_is_killed(expose: str, rounds: int) -> None:
     ends = pull_of_a_dying_owner(expose, rounds)
     print(expose, dict(ends))

@@ -188,6 +188,7 @@ while not into[0].item():
 """
 
 
+@pytest.mark.full
 def test_the_end_of_the_process_cancels_a_pull_in_flight(channels: Channels) -> None:
     """It would wait 10 s for the worker otherwise, and leave it in the middle of the pull."""
     published = publish(channels(), {"w": torch.ones(32 << 20).share_memory_()})

@@ -87,6 +87,7 @@ def test_a_death_that_the_channel_notices_ends_what_is_under_way(side: str) -> N
         both.cross(100)
 
 
+@pytest.mark.full
 def test_an_owner_killed_in_mid_chunk_is_told_by_the_channel() -> None:
     """Fault 5. A real process, killed while a buffer of it crosses; gloo alone would wait on, and
     the thread that it blocks does."""
