@@ -9,7 +9,6 @@ the rounds.
 from __future__ import annotations
 
 import random
-import resource
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +58,8 @@ def timed(call: Callable[[], object]) -> Sample:
 
 def cpu_seconds() -> float:
     """Return the processor seconds of this process."""
+    import resource  # only where disks are measured, since Linux alone has it
+
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 

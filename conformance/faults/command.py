@@ -13,6 +13,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from portakv.cli.sides import read_above_zero
+from portakv.errors import Unsupported
+from portakv.runtime.linux import require_linux
 from portakv_conformance import SUITE_VERSION
 from portakv_conformance.faults import report as reports
 from portakv_conformance.faults.report import BAD, Request, TierReport
@@ -116,6 +118,7 @@ def main(words: Sequence[str]) -> int:
     if args.tier is None and args.replay is None and not args.faults:
         parser.error("the following arguments are required: TIER")
     try:
+        require_linux("`portakv conform --tier`")
         return _run(args)
     except KeyboardInterrupt:
         code = 130
@@ -123,7 +126,7 @@ def main(words: Sequence[str]) -> int:
     except Unavailable as error:
         code = 3
         message = str(error)
-    except BadRequest as error:
+    except (BadRequest, Unsupported) as error:
         code = 2
         message = str(error)
     print(f"portakv conform: {message}", file=sys.stderr)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import os
 import select
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from itertools import compress, count
-from os import eventfd_read
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -247,7 +247,7 @@ class LmcacheL2(Driver):
 
         def woken() -> Any:
             if poller.poll(50):
-                eventfd_read(fd)
+                os.eventfd_read(fd)
             return find()
 
         return wait_for(woken)

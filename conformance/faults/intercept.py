@@ -8,7 +8,6 @@ calls while no rule is set, go on as they are.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import select
 import signal
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 from mmap import mmap
 from pathlib import Path
 
+from portakv.runtime.linux import fcntl
 from portakv_conformance.faults.syscalls import BY_NUMBER, Call, borrow
 
 PAGE = 4096

@@ -351,6 +351,7 @@ def with_bar(items: Sequence[Item], what: str) -> Iterator[Item]:
 
 def explain_folder(folder: str, as_json: bool) -> int:
     """Print how a disk tier reads and writes a folder, and its stores. May raise `StoreError`."""
+    require_linux("A block store on a disk")
     page = np.frombuffer(mmap.mmap(-1, slots.PAGE), np.uint8)
     engine, decisions = choose([(page.ctypes.data, slots.PAGE)])
     trial = BlockForm(

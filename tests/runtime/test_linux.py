@@ -94,6 +94,9 @@ VERBS = [
     ("explain vllm-nhd flexkv-blockfirst", 0, "reference"),
     ("backends", 0, "reference"),
     ("doctor", 0, "extra"),
+    ("conform --list", 0, "test_"),
+    ("conform --tier a:B", 2, "it needs Linux, and this system is darwin"),
+    ("explain --storage /tmp", 1, "it needs Linux, and this system is darwin"),
     ("store show /tmp", 1, "it needs Linux, and this system is darwin"),
     ("migrate --demo --device cpu", 1, "it needs Linux, and this system is darwin"),
 ]
