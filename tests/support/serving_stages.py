@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from portakv.serving import Ledger, Plan
-from support.serving_model import Draw, Engine, Request, Store, Worker, rows_of
+from support.serving_model import Draw, Engine, Request, Store, Worker
 
 PACE = 0.6  # the chance that a stage carries out its next step meanwhile
 
@@ -99,7 +99,7 @@ class StagedEngine(Engine):
         plan, until = self.schedule()
         parts = list[Part]()
         for request, (_, past) in until.items():
-            rows = rows_of(request.tokens)
+            rows = request.rows
             blocks = [*request.blocks]
             part = Part(request, rows, blocks, request.computed, past, request.preemptions)
             parts.append(part)
