@@ -57,6 +57,17 @@ class Listed:
         self.entry = Entry()
 
 
+def xored(one: bytes, two: bytes) -> bytes:
+    return bytes(a ^ b for a, b in zip(one, two, strict=True))
+
+
+class Unbound(name_table.Hashed):
+    """A hash of a name whose records all have one mask."""
+
+    def masked(self, ticket: bytes | memoryview, start: int) -> bytes:
+        return super().masked(ticket, 0)
+
+
 class Tables:
     """A table as its owner and as a reader see it."""
 
@@ -71,6 +82,11 @@ class Tables:
 
     def find(self, offer: Listed) -> bytes:
         return self.reader.find(EPOCH, offer.name)
+
+    def record(self, offer: Listed) -> bytes:
+        """Return the masked ticket of an offer in the page."""
+        at = 8 * WAYS * name_table.BUCKETS + offer.entry.start % RING + 24
+        return self.page[at : at + len(offer.ticket)]
 
     @property
     def page(self) -> bytes:
@@ -111,6 +127,26 @@ def test_the_page_has_neither_names_nor_the_numbers_of_offers(tables: Tables) ->
     assert offer.ids in page
     assert offer.name not in page
     assert offer.number not in page
+    assert offer.ticket[:16] not in page  # the MAC
+    assert offer.ticket[16:32] not in page  # the checksum
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_ticket_of_a_name_unmasks_no_later_one(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch, bound: bool
+) -> None:
+    """``bound`` False: the control, in which a mask does not depend on the record's position."""
+    if not bound:
+        of = name_table.hashed
+        monkeypatch.setattr(name_table, "hashed", lambda *given: Unbound(*of(*given)))
+    name = token_bytes(16)
+    first = tables.add(Listed(name=name))
+    old = tables.record(first)
+    tables.owner.remove(first.entry)
+    later = tables.add(Listed(name=name))
+    mask = xored(old, first.ticket)
+    assert (xored(tables.record(later), mask) == later.ticket) is not bound
+    assert tables.find(later) == later.ticket
 
 
 @pytest.fixture
