@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from secrets import token_bytes
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -447,6 +448,27 @@ def test_a_name_that_is_used_again_brings_the_new_rows(
         with pytest.raises(OfferGone):
             pulled.synchronize(LIMIT)
         assert not pulled.published
+
+
+def test_a_name_that_two_calls_take_is_of_the_first(made: Sides) -> None:
+    """The second offer is made while the first is between its check and its entry."""
+    owner = made.owner(Rows().shard)
+    name = token_bytes(16)
+    offers = list[Any]()
+
+    def now() -> float:
+        owner.now = monotonic
+        offers.append(owner.offer(BLOCKS, tokens=TOKENS, name=name))
+        return monotonic()
+
+    owner.now = now
+    with pytest.raises(InvalidTerms, match="name of an offer that holds"):
+        owner.offer(BLOCKS, tokens=TOKENS, name=name)
+    assert owner.names.held([name]) == offers
+    assert [*owner.offers.values()] == offers
+    offers[0].revoke()
+    assert owner.names.held([name]) == []
+    owner.offer(BLOCKS, tokens=TOKENS, name=name)
 
 
 def test_a_withdrawn_name_is_not_waited_for(made: Sides) -> None:
