@@ -17,7 +17,7 @@ from portakv.errors import PackOverflow, Unsupported
 from portakv.layout.packing import PACK, PACKED_DTYPE, Pack
 from portakv.migrate.checked_copy import copy_checked
 from portakv.migrate.plan import Step
-from portakv.migrate.staging import Slots
+from portakv.migrate.staging import Slots, rows_bytes
 from portakv.view import Index, KVView
 
 
@@ -79,6 +79,9 @@ def _slots(step: Step, pack: Pack) -> Slots | str:
         return error.why
     if any(plane.slot_bytes >= plane.raw_bytes for plane in planes):
         return "its slots are not smaller than its rows"
+    # A buffer has space for the raw rows of its blocks, because some may not fit into slots.
+    if rows_bytes(dst, 1, unit, dst.heads) > step.owner.handshake.slot_bytes:
+        return f"a staging buffer holds no block of {unit} tokens of a layer"
     return slots
 
 

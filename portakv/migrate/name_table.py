@@ -10,8 +10,9 @@ and then reads its slot again. If the slot is the same, the record was not overw
 the owner clears the slot before it writes over the record.
 
 A name is not in the page. The record has a tag, a hash of name and epoch under the owner's key, and
-the ticket, in which the offer's number is masked by the rest of that hash. So whoever has the page
-but not the name has no ticket that its owner accepts.
+the ticket. The rest of that hash and the record's position make a mask, which hides the ticket's
+MAC, checksum and number. No two records have one mask, even if a name is used again. So whoever has
+the page but not the name has no ticket that its owner accepts.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def _bytes_of(mark: bytes) -> slice:
 
 _EPOCH = _bytes_of(b"E")
 _NUMBER = _bytes_of(b"N")
+_PROOF = slice(0, 32)  # the MAC and the checksum
+_MASKED = 48  # bytes of the proof and the number
 
 
 class Entry(NamedTuple):
@@ -66,23 +69,30 @@ class Listed(Protocol):
 
 
 class Hashed(NamedTuple):
-    """The hash of a name: the first slot of its bucket, the tag of its record, and the mask of the
-    offer's number in it."""
+    """The hash of a name: the first slot of its bucket, the tag of its records, and the secret of
+    their masks."""
 
     first: int
     tag: bytes
-    mask: int
+    secret: bytes
 
-    def masked(self, number: bytes | memoryview) -> bytes:
-        """Return an offer's number masked, or a masked one as it was."""
-        return (int.from_bytes(number, "little") ^ self.mask).to_bytes(16, "little")
+    def masked(self, ticket: bytes | memoryview, start: int) -> bytes:
+        """Return a ticket masked for a record at a position, or a masked one as it was."""
+        at = start.to_bytes(8, "little", signed=True)  # a damaged page has any
+        mask = blake2b(self.secret + at, digest_size=_MASKED).digest()
+        clear = b"".join((ticket[_PROOF], ticket[_NUMBER]))
+        number = int.from_bytes(clear, "little") ^ int.from_bytes(mask, "little")
+        hidden = number.to_bytes(_MASKED, "little")
+        between = ticket[_PROOF.stop : _NUMBER.start]
+        parts = hidden[_PROOF], between, hidden[_PROOF.stop :], ticket[_NUMBER.stop :]
+        return b"".join(parts)
 
 
 def hashed(epoch: bytes, name: bytes, key: bytes) -> Hashed:
     """Return the hash of a name of an epoch under an owner's key."""
     digest = blake2b(key + epoch + name, digest_size=2 * _TAG).digest()
     bucket = int.from_bytes(digest[:4], "little") % BUCKETS
-    return Hashed(bucket * WAYS, digest[:_TAG], int.from_bytes(digest[_TAG:], "little"))
+    return Hashed(bucket * WAYS, digest[:_TAG], digest[_TAG:])
 
 
 class _Page:
@@ -140,8 +150,7 @@ class NameTable:
         at = start % RING
         body = at + _HEAD
         page.ring[at:body] = key.tag + len(ticket).to_bytes(_LENGTH, "little")
-        page.ring[body : at + nbytes] = ticket
-        page.ring[body + _NUMBER.start : body + _NUMBER.stop] = key.masked(ticket[_NUMBER])
+        page.ring[body : at + nbytes] = key.masked(ticket, start)
         fence()
         page.slots[slot] = start
 
@@ -208,9 +217,7 @@ class NamesOfOwner:
         if head[:_TAG] != key.tag:
             return b""
         nbytes = int.from_bytes(head[_TAG:], "little")
-        record = ring[at + _HEAD : at + _HEAD + nbytes]
-        number = key.masked(record[_NUMBER])
-        return b"".join((record[: _NUMBER.start], number, record[_NUMBER.stop :]))
+        return key.masked(ring[at + _HEAD : at + _HEAD + nbytes], start)
 
 
 def open_names(handle: bytes, key: bytes) -> NamesOfOwner | None:

@@ -32,10 +32,6 @@ class Offered(Protocol):
     ticket: bytes
     entry: Entry
 
-    @property
-    def state(self) -> str:
-        """Return "held" while the offer holds."""
-
     def holds(self) -> bool:
         """Return True if the offer holds, for a caller that may have the owner's lock."""
 
@@ -61,20 +57,28 @@ class Names(Generic[Held]):
         Raises `InvalidTerms` for a wrong name and for a name of an offer that holds, which the
         error does not show, and `SlotError` for too many bytes.
         """
-        offer = self._offers.get(messages.offer_name(name))
-        if offer is not None and offer.state == "held":
-            raise InvalidTerms(
-                "Expected name to be new, got the name of an offer that holds. Take random bytes."
-            )
+        self._check_free(messages.offer_name(name))
         if nbytes > MOST_NAMED:
             raise SlotError(
                 f"Expected at most {MOST_NAMED} bytes of ids for an offer with a name, got "
                 f"{nbytes}. Offer blocks in place of slots, or without a name."
             )
 
+    def _check_free(self, name: bytes) -> None:
+        """Raise `InvalidTerms` for a name of an offer that holds."""
+        offer = self._offers.get(name)
+        if offer is not None and offer.holds():
+            raise InvalidTerms(
+                "Expected name to be new, got the name of an offer that holds. Take random bytes."
+            )
+
     def add(self, offer: Held) -> None:
-        """Let readers find an offer by its name, if it has one."""
+        """Let readers find an offer by its name, if it has one.
+
+        Raises `InvalidTerms` if another thread has used the name since `check_new`.
+        """
         if offer.name:
+            self._check_free(offer.name)
             self._ended.pop(offer.name, None)
             self._offers[offer.name] = offer
             self.table.add(offer)

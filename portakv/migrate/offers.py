@@ -418,7 +418,8 @@ class Owner:
             mark = progress_of(progress, max(shard.view.layers for shard in self.shards), tokens)
         lists = offer_terms.block_lists(self.shards, blocks, tokens)
         if name is not None:
-            self.names.check_new(name, sum(ids.nbytes for ids, _ in lists))
+            with self.change:
+                self.names.check_new(name, sum(ids.nbytes for ids, _ in lists))
         on = self.device
         stream = None if on.type == "cpu" else torch.get_device_module(on).current_stream(on)
         # No event exists that a reader's stream could wait for. Marks are shown after the work.

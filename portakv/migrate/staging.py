@@ -211,7 +211,7 @@ def unfit_blocks(copy: BlockTransfer) -> list[int]:
     errors."""
     unfit = set[int]()
     for end in copy.completions:
-        error: PortaKVError | None = end.error
+        error: PortaKVError | None = end.take_error() or end.error
         if isinstance(error, PackOverflow):
             unfit.update(error.src_blocks)
         elif error is not None:

@@ -193,6 +193,9 @@ class Completion:
                     word.value[0] = 0
             else:
                 self.reported = error is not None
+        if error is not None:
+            with suppress(ValueError):  # it has no owner
+                failed.remove(self)
         return error
 
     def _settle(self) -> None:
@@ -215,13 +218,18 @@ class Completion:
             if late_error is not None and self.error is None:
                 self.error = late_error()
                 if self.error is not None:
-                    failed.append(self)
+                    self._remember()
             self.settled = True
 
     def _read(self, word: StatusWord, start: int) -> None:
         position = word.value[0]
         if position and self.error is None:
             self.error = bad_slot(start + position - 1)
+            self._remember()
+
+    def _remember(self) -> None:
+        """Retain the error for its owner. Without an owner, only the handle reports it."""
+        if self.owner is not None and self.owner() is not None:
             failed.append(self)
 
 

@@ -11,6 +11,7 @@ import logging
 import select
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import compress
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -31,6 +32,8 @@ _log = RateLimitedLog(logging.getLogger(__name__))
 LOOK = 1000
 #: Seconds between two attempts to open a store after one that failed.
 PAUSE = 5.0
+#: The most keys that wait to be deleted when the store has opened.
+DELETED = 65536
 
 Kind: TypeAlias = Literal["save", "load"]
 
@@ -177,10 +180,15 @@ class Opening:
         self._store = store
         self._closing = closing
         self._ended = ended
-        self.start()
+        try:
+            self.start()
+        except RuntimeError as error:  # the opening has failed
+            _log.warning("thread", "Pages are not stored or loaded: %s.", error)
+            self.done = True
+            ended()
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread; raise `RuntimeError` if the process can have no other."""
         threading.Thread(target=self.run, name="portakv-pages-open", daemon=True).start()
 
     def run(self) -> None:
@@ -233,6 +241,7 @@ class PageTasks:
         self._new.start()
         self._waiting = list[_Waiting]()  # of the thread
         self._opening: Opening | None = None
+        self._deleted = deque[bytes](maxlen=DELETED)  # while the store was closed
         self._next_try = dict[int, float]()  # of sizes for which the store could not be opened
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="portakv-pages", daemon=True)
@@ -261,7 +270,8 @@ class PageTasks:
             tag: any value, for the caller.
         """
         task = PageTask(kind, keys, buffers, tag)
-        if self._closed_sizes(task):
+        # A page that is saved after its deletion stays.
+        if self._deleted or self._closed_sizes(task):
             self._new.add(task)
         else:
             self._begin(task)
@@ -295,11 +305,25 @@ class PageTasks:
         self._locks.end(keys)
 
     def delete(self, keys: Sequence[bytes]) -> Mask:
-        """Delete pages of any size, locked or not; return which were stored, bool ``[keys]``."""
+        """Delete pages of any size, locked or not; return which were stored, bool ``[keys]``.
+
+        While the store opens, no page is known to be stored. The pages are deleted, and reported
+        as lost, when it has opened.
+        """
         result = np.zeros(len(keys), np.bool_)
+        before = self._opened()
         for pages in self.store.every():
             result |= pages.delete(keys)
+        after = self._opened()
+        if (None in before or before != after) and not self._closing.is_set():
+            self._deleted.extend(keys)
+            self._new.add(None)  # it may have opened by now
         return result
+
+    def _opened(self) -> list[int | None]:
+        """Return what tells the stores of all sizes apart; None for a size that is closed."""
+        opened = [pages.blocks for pages in self.store.every()]
+        return [None if blocks is None else id(blocks) for blocks in opened]
 
     def close(self, timeout: float = 10.0) -> None:
         """End the tasks within so many seconds, which are not reported, and close the store.
@@ -337,6 +361,7 @@ class PageTasks:
             if not task.left:
                 ended.append(task)
         changes = self._end_opening()
+        self._delete_again()
         changes += self.store.changes()
         gone = [change.key for change in changes if not change.stored]
         for task in ended:
@@ -348,6 +373,12 @@ class PageTasks:
             limit = SAVE if task.kind == "save" else self.store.terms.deadline
             self._waiting.append(_Waiting(task, time.monotonic() + limit))
         self._waiting = [each for each in self._waiting if not self._has_ended_waiting(each)]
+
+    def _delete_again(self) -> None:
+        """Delete the pages whose deletion came while the store was closed."""
+        if self._deleted and None not in self._opened():
+            keys = [self._deleted.popleft() for _ in range(len(self._deleted))]
+            self.delete(keys)
 
     def _end_opening(self) -> list[Change]:
         """Note the end of an opening; return the changes that it has seen.

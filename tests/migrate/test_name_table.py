@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from secrets import token_bytes
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -57,6 +58,17 @@ class Listed:
         self.entry = Entry()
 
 
+def xored(one: bytes, two: bytes) -> bytes:
+    return bytes(a ^ b for a, b in zip(one, two, strict=True))
+
+
+class Unbound(name_table.Hashed):
+    """A hash of a name whose records all have one mask."""
+
+    def masked(self, ticket: bytes | memoryview, start: int) -> bytes:
+        return super().masked(ticket, 0)
+
+
 class Tables:
     """A table as its owner and as a reader see it."""
 
@@ -71,6 +83,11 @@ class Tables:
 
     def find(self, offer: Listed) -> bytes:
         return self.reader.find(EPOCH, offer.name)
+
+    def record(self, offer: Listed) -> bytes:
+        """Return the masked ticket of an offer in the page."""
+        at = 8 * WAYS * name_table.BUCKETS + offer.entry.start % RING + 24
+        return self.page[at : at + len(offer.ticket)]
 
     @property
     def page(self) -> bytes:
@@ -111,6 +128,26 @@ def test_the_page_has_neither_names_nor_the_numbers_of_offers(tables: Tables) ->
     assert offer.ids in page
     assert offer.name not in page
     assert offer.number not in page
+    assert offer.ticket[:16] not in page  # the MAC
+    assert offer.ticket[16:32] not in page  # the checksum
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_ticket_of_a_name_unmasks_no_later_one(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch, bound: bool
+) -> None:
+    """``bound`` False: the control, in which a mask does not depend on the record's position."""
+    if not bound:
+        of = name_table.hashed
+        monkeypatch.setattr(name_table, "hashed", lambda *given: Unbound(*of(*given)))
+    name = token_bytes(16)
+    first = tables.add(Listed(name=name))
+    old = tables.record(first)
+    tables.owner.remove(first.entry)
+    later = tables.add(Listed(name=name))
+    mask = xored(old, first.ticket)
+    assert (xored(tables.record(later), mask) == later.ticket) is not bound
+    assert tables.find(later) == later.ticket
 
 
 @pytest.fixture
@@ -411,6 +448,27 @@ def test_a_name_that_is_used_again_brings_the_new_rows(
         with pytest.raises(OfferGone):
             pulled.synchronize(LIMIT)
         assert not pulled.published
+
+
+def test_a_name_that_two_calls_take_is_of_the_first(made: Sides) -> None:
+    """The second offer is made while the first is between its check and its entry."""
+    owner = made.owner(Rows().shard)
+    name = token_bytes(16)
+    offers = list[Any]()
+
+    def now() -> float:
+        owner.now = monotonic
+        offers.append(owner.offer(BLOCKS, tokens=TOKENS, name=name))
+        return monotonic()
+
+    owner.now = now
+    with pytest.raises(InvalidTerms, match="name of an offer that holds"):
+        owner.offer(BLOCKS, tokens=TOKENS, name=name)
+    assert owner.names.held([name]) == offers
+    assert [*owner.offers.values()] == offers
+    offers[0].revoke()
+    assert owner.names.held([name]) == []
+    owner.offer(BLOCKS, tokens=TOKENS, name=name)
 
 
 def test_a_withdrawn_name_is_not_waited_for(made: Sides) -> None:

@@ -394,6 +394,18 @@ def test_rows_that_cannot_be_packed_cross_raw(
     assert pull.statistics.raw_because.startswith(why)
 
 
+@pytest.mark.parametrize(("staging", "packs"), [(1 << 14, False), (1 << 15, True)])
+def test_blocks_larger_than_a_staging_buffer_cross_raw(
+    made: Sides, staging: int, packs: bool
+) -> None:
+    src = Raw()
+    dst = Raw(fill=0.0)
+    seen = pulled(made, src, dst, [6, 1, 4, 2, 9], staging=staging, encoding="pack")
+    why = "" if packs else f"a staging buffer holds no block of {SIZE} tokens of a layer"
+    assert (seen.packed, seen.raw_because) == (packs, why)
+    assert torch.equal(src.bits(BLOCKS, 80), dst.bits([6, 1, 4, 2, 9], 80))
+
+
 @pytest.mark.parametrize(
     ("encoding", "text"),
     [("zip", "Expected encoding to be 'pack'"), (Pack(4, 32), "Expected slot_bytes above")],

@@ -22,7 +22,13 @@ from support.guarded_memory import refused, same
 from support.small_backends import small_backend
 
 from portakv import AdaptiveConnector, Transfer, register_backend
-from portakv.errors import InvalidTerms, SlotError, TransferError, TransferTimeout
+from portakv.errors import (
+    InvalidTerms,
+    PortaKVError,
+    SlotError,
+    TransferError,
+    TransferTimeout,
+)
 from portakv.registry import registry
 from portakv.runtime import transfer
 from portakv.runtime.streams import own_stream
@@ -142,6 +148,44 @@ def test_errors_of_an_owner_that_is_gone_are_dropped() -> None:
     assert _troubled()
     assert transfer.unreported_error(None) is None
     assert not _troubled()
+
+
+def overflow() -> PortaKVError:
+    return SlotError("a block does not fit")
+
+
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize("late", [True, False])
+def test_errors_that_handles_report_are_not_retained(late: bool) -> None:
+    """``late``: the work reports its error at its end; else a word has it."""
+    owner = weakref.ref(one := Later())
+    for first in (owner, None):
+        for _ in range(3):
+            work, word, completion = begun(first)
+            if late:
+                completion.late_error = overflow
+            else:
+                bad(word, 3)
+            work.ended = True
+            assert completion.ended()
+            assert _troubled() is (first is owner), "the control: an owner may still ask"
+            with pytest.raises(SlotError):
+                Transfer([completion]).synchronize()
+            assert not transfer.failed
+    assert one
+
+
+@pytest.mark.usefixtures("apart")
+def test_a_dropped_error_without_an_owner_is_not_retained() -> None:
+    owner = weakref.ref(one := Later())
+    gone = weakref.ref(Later())
+    for first in (None, gone, owner):
+        work, _, completion = begun(first)
+        completion.late_error = overflow
+        work.ended = True
+        assert completion.ended()
+    assert [each.owner for each in transfer.failed] == [owner]
+    assert one
 
 
 # Work that no stream orders: a transfer waits for it, and what it touches stays.

@@ -347,6 +347,39 @@ def test_the_thread_that_reports_opens_no_folder(
     scene.tasks.close(LIMIT)
 
 
+def test_a_page_that_is_deleted_while_the_folder_opens_is_gone(tmp_path: Path) -> None:
+    """The other page, which is not deleted, is the control. A later save is not lost."""
+    held = held_terms(tmp_path / "kv")
+    scene = Scene(held, [PageSize(4096)])
+    keys = keys_of(3)
+    saved = memory(16, [4096] * 3)
+    assert scene.run("save", keys, saved).landed.all()
+    held.goes_on.clear()
+    opens = scene.begin("save", keys_of(1, 9), memory(17, [8192]))
+    assert held.entered.wait(LIMIT)
+    assert not scene.tasks.delete(keys[:2]).any()
+    again = scene.begin("save", keys[:1], saved[:1])
+    held.goes_on.set()
+    assert until(lambda: again in scene.ended and opens in scene.ended, LIMIT)
+    assert scene.tasks.holds(keys).tolist() == [True, False, True]
+    assert until(lambda: page_key(keys[1]) in scene.lost, LIMIT)
+    scene.tasks.close(LIMIT)
+
+
+def test_tasks_end_if_no_thread_can_open_the_folder(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_thread(_: Opening) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("portakv.serving.page_tasks.Opening.start", no_thread)
+        assert not scene.run("save", keys_of(1), memory(18, [4096])).landed.any()
+    assert "can't start new thread" in caplog.text
+    assert scene.tasks.alive
+    assert scene.run("save", keys_of(1), memory(19, [8192])).landed.all()
+
+
 def test_a_close_while_the_folder_does_not_open(tmp_path: Path) -> None:
     """It ends by an error. The store that opens later is closed, so that others have the folder."""
     held = held_terms(tmp_path / "kv")
