@@ -150,6 +150,7 @@ def walk(folder: Path, kills: int) -> int:
         return len(numbers)
 
 
+@pytest.mark.full
 def test_an_engine_that_loads_sees_wrong_rows(tmp_path: Path) -> None:
     """The negative control: rows of another prompt were stored under a prompt's keys."""
     with Worker(nursery()) as keeper, Worker(nursery()) as rank:
