@@ -260,7 +260,7 @@ def test_one_piece_takes_few_calls(cuda: Crossing) -> None:
     calls = list[str]()
 
     def note(frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and "/portakv/" in frame.f_code.co_filename:
+        if event == "call" and "interconnect" in frame.f_code.co_filename:
             calls.append(frame.f_code.co_name)
 
     before = sys.getprofile()
@@ -269,8 +269,7 @@ def test_one_piece_takes_few_calls(cuda: Crossing) -> None:
         cuda.copy(pieces, 5)
     finally:
         sys.setprofile(before)
-    assert "copy_each" in calls
-    assert len(calls) <= 14, calls
+    assert 5 <= len(calls) <= 14, calls
 
 
 def test_a_rest_is_on_the_stream_that_copies_for_the_default_stream(
