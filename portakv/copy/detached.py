@@ -44,7 +44,8 @@ def beside(move: Move, context: Context) -> torch.Stream:
     """
     device = context.device
     with inside(context.stream):
-        if context.captured or capturing(device):
+        # The context knows the current stream; a given stream may record a graph as well.
+        if context.captured or (context.stream is not None and capturing(device)):
             why = "a graph has no work that its stream does not wait for; leave out detached"
             raise refuse_capture("A detached copy", why)
         begins_after = torch.accelerator.current_stream(device.index)

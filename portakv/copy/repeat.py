@@ -105,7 +105,8 @@ class Repeat(NamedTuple):
         for view, read in zip((src, dst), self.tabled, strict=True):
             if read:
                 view.follow_table(device, stream)
-        word = acquire_word() if self.can.guards and (skips or not move.ids_on_host) else None
+        checked = move.src_index.on_host and move.dst_index.on_host and not skips
+        word = acquire_word() if self.can.guards and not checked else None
         move, host = self._place(move)
         self._launch(move, stream, word)
         for view, unowned in zip((src, dst), self.unowned, strict=True):
@@ -134,9 +135,15 @@ class Repeat(NamedTuple):
 
         Ids of the host for one call stay there if the launch reads them as fast in pinned memory.
         """
+        src, dst, src_index, dst_index, tokens = move
+        if not (src_index.temporary or dst_index.temporary):  # nothing is sent for one call
+            if self.can.index_on == "any":
+                return move, ()
+            src_index = self._on_device(src_index)
+            return Move(src, dst, src_index, self._on_device(dst_index), tokens), ()
         if not self.reads_pinned_ids:
             return place_for(self.can, self.ids_device, move), ()
-        indices = (move.src_index, move.dst_index)
+        indices = (src_index, dst_index)
         listed = [x.host_ids() if x.temporary and x.on_host else _NO_IDS for x in indices]
         count = listed[0].size
         past = count + listed[1].size
@@ -150,7 +157,7 @@ class Repeat(NamedTuple):
             index.reading(part) if part.numel() else self._on_device(index)
             for index, part in zip(indices, (ids[:count], ids[count:]), strict=True)
         )
-        return Move(move.src, move.dst, src_index, dst_index, move.count), (ids,)
+        return Move(src, dst, src_index, dst_index, tokens), (ids,)
 
     def _on_device(self, index: Index) -> Index:
         return index.placed(self.ids_device, self.can.index_dtypes)

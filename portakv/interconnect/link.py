@@ -47,7 +47,8 @@ LEAST_BATCH = 2
 #: slice of 32 MiB crossed on another stream: which of several ready streams the engine serves next
 #: is luck. With a memset before every third slice they came at most 1.7 ms late, 0.6 alongside
 #: matmuls, and the save took no longer. A kernel would wait for room between the model's kernels
-#: (NOTES, section 41). The limit is three of the largest slices of `staged`.
+#: (NOTES, section 41). The limit is three of the largest slices of `staged`, so that every fourth
+#: has a rest before it: another copy waits for 1.8 ms of the link, where 64 MiB would be 1.2.
 IN_A_ROW = 96 << 20
 
 #: Rows of at least this many bytes are entries of a batch rather than of a 2-D copy, if the driver
@@ -280,7 +281,7 @@ class Copies:
         if share.in_batches(first, past):
             self._copy_batch(share, first, past, stream, begun)
         else:
-            self._copy_each(share.pieces.part(first, past), to_device, stream)
+            self.copy_each(share.pieces.part(first, past), to_device, stream)
 
     def _copy_batch(self, share: _Share, first: int, past: int, stream: int, begun: bool) -> None:
         assert self._batch is not None  # `batched` looked
@@ -306,7 +307,12 @@ class Copies:
             first = first + count
             most = min(GROWTH * most, MOST_DESCRIPTORS)
 
-    def _copy_each(self, pieces: Pieces, to_device: bool, stream: int) -> None:
+    def copy_each(self, pieces: Pieces, to_device: bool, stream: int) -> None:
+        """Copy pieces, each by a call, ordered on the stream of that handle.
+
+        Raises:
+            TransferError: the driver rejects a piece; the pieces before it may have been moved.
+        """
         columns = [column.tolist() for column in pieces]
         for dst, src, width, height, dst_pitch, src_pitch in zip(*columns, strict=True):
             if height == 1:
@@ -350,8 +356,13 @@ class CudaLink:
             return
         handle = _cuda_driver.raw(stream, self.device.index)
         to_device = dst.form.place == "device"
-        if pieces.nbytes > IN_A_ROW:
+        nbytes = pieces.nbytes
+        if nbytes > IN_A_ROW:
             pieces = none_above(pieces, IN_A_ROW)
+        elif pieces.number == 1:  # as most slices of `staged`: 12 calls of Python in place of 33
+            self._pass(handle, nbytes)
+            self._copies.copy_each(pieces, to_device, handle)
+            return
         begun = False
         for share in self._copies.divided(pieces):
             if share.lists is not None and handle in _NULL_STREAMS:
@@ -362,15 +373,19 @@ class CudaLink:
 
     def _copy_share(self, share: _Share, to_device: bool, handle: int, begun: bool) -> None:
         """Copy a share on the stream of ``handle``, with rests."""
-        crossed = self._in_a_row.get(handle, 0)
         for first, past, nbytes in portions(share.pieces, IN_A_ROW):
-            if crossed > 0 and crossed + nbytes > IN_A_ROW:
-                self._rest(handle)
-                crossed = 0
+            self._pass(handle, nbytes)
             self._copies.copy_range(share, first, past, to_device, handle, begun)
-            crossed += nbytes
             begun = True
-        self._in_a_row[handle] = crossed
+
+    def _pass(self, handle: int, nbytes: int) -> None:
+        """Count bytes that are about to cross on a stream, after a rest if they are too many in a
+        row."""
+        crossed = self._in_a_row.get(handle, 0)
+        if crossed > 0 and crossed + nbytes > IN_A_ROW:
+            self._rest(handle)
+            crossed = 0
+        self._in_a_row[handle] = crossed + nbytes
 
     def _rest(self, handle: int) -> None:
         """Let copies of other streams in between; do nothing while the device is full."""

@@ -107,7 +107,8 @@ class _PageableLaunch(StagedLaunch):
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         rows, host, device_index, host_index = self.ends(move)
-        work = stream or torch.accelerator.current_stream(self.device.index)
+        current = torch.accelerator.current_stream(self.device.index)
+        work = stream or current
         device_buffers = staging(self.device, work)
         buffers = self._buffers
         slices = self.slices(rows, host, host_index.to_host(), move.count)
@@ -125,7 +126,7 @@ class _PageableLaunch(StagedLaunch):
         passage = Passage(self.downward, device_buffers, work, slices, by_backend, cross)
         with buffers.lock, device_buffers.lock:
             buffers.reserve(max(each.nbytes for each in slices))
-            with passage.begun(device_index, work):
+            with passage.begun(device_index, current):
                 if self.downward:  # slices cross while the host copies earlier slices
                     for nth in range(min(BUFFERS, number)):
                         passage.move(nth)

@@ -260,12 +260,16 @@ class Slice(Generic[Ready]):
         self.buffer_index = Index(offset=self.host_index.offset % self.dense.block_size)
         self.slots = self.stages.slots(cut.count, self.buffer_index.offset, exact, largest)
         self.nbytes = self.dense.nbytes(self.slots)
+        self._ready: Ready | None = None
         # The pieces, and the addresses of the buffer and the host memory that they belong to.
         self._settled: tuple[tuple[int, int], Pieces] | None = None
 
     def prepared(self, dense: KVView) -> Ready:
         """Return the device's stage, for buffers of this slice."""
-        return self.stages.of(dense, self.slots)[0]
+        ready = self._ready
+        if ready is None:
+            ready = self._ready = self.stages.of(dense, self.slots)[0]
+        return ready
 
     def pieces(self, dense: KVView, host: KVView, fold_below: int) -> Pieces:
         """Return the pieces that cross between a buffer and the host's memory.

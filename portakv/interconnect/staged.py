@@ -20,7 +20,7 @@ from portakv.host import pinned
 from portakv.interconnect.link import link_of
 from portakv.interconnect.slices import Ready, RowSlice, Sizes, Slice, Stages, cached_slices, cuts
 from portakv.interconnect.staging import Order, Staging, mark, staging
-from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch, finish, read_on
+from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch, read_on
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import Prepared, bring_table
 from portakv.runtime import streams
@@ -130,7 +130,9 @@ Gather: TypeAlias = Callable[[int, Ready, Move, torch.Stream], None]
 
 def by_backend(_: int, ready: Prepared, move: Move, stream: torch.Stream) -> None:
     """Enqueue the device's stage of a slice of rows."""
-    finish(ready.launch(*move, stream, None))
+    pending = ready.launch(*move, stream, None)
+    if pending is not None:
+        pending.wait()
 
 
 class Passage(Generic[Ready]):
@@ -166,17 +168,18 @@ class Passage(Generic[Ready]):
     @contextmanager
     def begun(self, device_index: Index, current: torch.Stream) -> Iterator[None]:
         """Issue slices by `move` inside the context, under the index of the device's rows. At its
-        end the caller's stream waits for them."""
+        end the caller's stream waits for them. ``current``: the device's current stream."""
         buffers = self._buffers
         work = self._work
         # A detached transfer begins after the current stream, not after the transfer before it:
         # each buffer has an event for its last use. Ids that are brought for one call are ordered
         # on the current stream, whichever stream reads them.
         first = current if buffers.detached else work
-        with inside(buffers.half if buffers.detached else work):
-            buffers.reserve(max(each.nbytes for each in self._slices))
+        where = None if first is current else first
+        with inside(buffers.half if buffers.detached else where):
+            buffers.reserve(max([each.nbytes for each in self._slices]))
         turns = buffers.turns(len(self._slices))
-        with inside(first):
+        with inside(where):
             self._settle(device_index, turns)
         others = [each for each in (self._half, self._link) if each is not work]
         for each in others:
@@ -194,9 +197,10 @@ class Passage(Generic[Ready]):
                 end = mark(work)
                 for _, at, *_ in self._staged:
                     buffers.free[at] = end
-            for piece, (dense, *_) in zip(self._slices, self._staged, strict=True):
-                piece.rows.record_table(work)
-                dense.record_table(work)
+            # Slices share views: each once.
+            rows = [each.rows for each in self._slices]
+            for view in dict.fromkeys([*rows, *[dense for dense, *_ in self._staged]]):
+                view.record_table(work)
 
     def _settle(self, device_index: Index, turns: Sequence[int]) -> None:
         """Assign a buffer to each slice, and bring the ids of the device's rows."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from itertools import pairwise, takewhile
 from math import prod
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -196,8 +196,11 @@ class _Buffers:
 
     def view(self, at: int, dense: DenseRows, slots: int) -> KVView:
         """Return one of the buffers, as dense rows of ``slots`` slots."""
-        make = partial(dense.view, self._memory[at], slots)
-        return self._views.get_or_make((at, dense, slots), make)
+        key = (at, dense, slots)
+        known = self._views.get(key)
+        if known is None:
+            known = self._views.setdefault(key, dense.view(self._memory[at], slots))
+        return known
 
 
 class Staging(_Buffers):

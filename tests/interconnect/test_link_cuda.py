@@ -7,12 +7,13 @@ It shows the calls of the driver, and that the bytes land; it says nothing about
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -250,6 +251,25 @@ def test_others_get_in_between_copies_in_a_row(
             cuda.copy(plain(1, width=128), handle)
             assert cuda.library.calls == [Call("m", 1, handle)] * rest + [Call("p", 1, handle)]
             assert cuda.log == []
+
+
+def test_one_piece_takes_few_calls(cuda: Crossing) -> None:
+    """Each slice of a transfer pays for them. Lists of pieces take twice as many."""
+    pieces = plain(1, width=128)
+    cuda.copy(pieces, 5)
+    calls = list[str]()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and "interconnect" in frame.f_code.co_filename:
+            calls.append(frame.f_code.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        cuda.copy(pieces, 5)
+    finally:
+        sys.setprofile(before)
+    assert 5 <= len(calls) <= 14, calls
 
 
 def test_a_rest_is_on_the_stream_that_copies_for_the_default_stream(

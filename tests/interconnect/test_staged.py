@@ -332,6 +332,28 @@ def test_buffers_that_grow_leave_nothing_of_the_smaller_ones(pinned: bool) -> No
         assert [buffers.turns(3), buffers.turns(2)] == [[0, 1, 2], [3, 0]]
 
 
+@pytest.mark.simdev
+@pytest.mark.parametrize("strategy", [Staged, Pageable])
+def test_buffers_are_made_on_the_given_stream(
+    strategy: type[Strategy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = staging.Staging.reserve
+    used = list[int]()
+
+    def reserve(self: staging.Staging, nbytes: int) -> None:
+        used.append(current(DEVICE).stream_id)
+        real(self, nbytes)
+
+    monkeypatch.setattr(staging.Staging, "reserve", reserve)
+    streams = [torch.Stream(DEVICE), torch.Stream(DEVICE)]
+    transfer = Transfers(strategy(DEVICE), True)
+    for stream in streams:
+        transfer.go(stream=stream)
+    transfer.go()
+    torch.accelerator.synchronize(DEVICE)
+    assert used == [each.stream_id for each in (*streams, current(DEVICE))]
+
+
 @DOWNWARD
 @pytest.mark.simdev
 def test_threads_that_settle_a_slice_agree(downward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
