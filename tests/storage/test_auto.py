@@ -350,6 +350,41 @@ def test_blocks_of_another_size_and_packed_views_follow_the_view() -> None:
         assert handle.form == "raw"
 
 
+def test_views_of_other_block_sizes_load_raw_blocks_whatever_was_chosen_last() -> None:
+    """A packed block moves only whole: other views miss it, and store it raw as well."""
+    layers = normal()
+    halves = [layer.reshape(2, 2 * BLOCKS, SIZE // 2, HEADS, DIM) for layer in layers]
+
+    def load_halves(store: BlockStore) -> list[bool]:
+        """Load all keys into blocks of half the size; return which landed, with the right bytes."""
+        empty = [torch.zeros_like(half) for half in halves]
+        handle = store.load(view_of(empty), range(2 * BLOCKS), KEYS, missing="skip")
+        handle.synchronize(LIMIT)
+        at = [2 * block + part for block in handle.landed.nonzero()[0] for part in (0, 1)]
+        pairs = zip(empty, halves, strict=True)
+        assert all(
+            torch.equal(a[:, at].view(torch.int16), b[:, at].view(torch.int16)) for a, b in pairs
+        )
+        return [bool(there) for there in handle.landed]
+
+    def save_halves(store: BlockStore, many: int) -> str:
+        """Save the first keys from blocks of half the size; return the chosen form."""
+        blocks = range(2 * many)
+        handle = store.save(view_of(halves), blocks, KEYS[:many], full="wait")
+        handle.synchronize(LIMIT)
+        return handle.form
+
+    with store_of(encoding=SLOW, host=8 << 20) as store:
+        assert save_halves(store, 2) == "raw"
+        assert load_halves(store) == [True] * 2 + [False] * (BLOCKS - 2)
+        assert save(store, layers) == "packed"
+        assert load_halves(store) == [True] * 2 + [False] * (BLOCKS - 2)
+        assert right(store, layers)
+        assert save_halves(store, BLOCKS) == "raw"
+        assert load_halves(store) == [True] * BLOCKS
+        assert counted(store) == {"packed": BLOCKS - 2, "raw": BLOCKS, "overflow": 0}
+
+
 def test_wrong_encodings_are_refused() -> None:
     form = form_of(normal())
     for wrong in ("pack", "zip", Pack(), True, ""):
