@@ -390,6 +390,8 @@ def test_wrong_encodings_are_refused() -> None:
     for wrong in ("pack", "zip", Pack(), True, ""):
         with pytest.raises(InvalidTerms, match=r"encoding.*'auto'"):
             store_of(form, encoding=wrong)
+    with pytest.raises(InvalidTerms, match=r"Expected form .* got one in 'fp8/1'"):
+        store_of(form_of(normal(), encoding="fp8"))
     with pytest.raises(InvalidTerms, match="one form"):
         BlockStore({"a": form}, staging=4 << 20, host=4 << 20, encoding="auto")
     for terms in ({"pack": "pack"}, {"link_gbps": 0.0}, {"packing_gbps": "fast"}):
@@ -416,6 +418,41 @@ def test_a_device_without_memory_for_a_sample_keeps_the_choice(
         assert save(store, layers, range(2, 3)) == "raw"
         assert save(store, layers, range(3, 4)) == "packed"
         assert right(store, layers, range(4))
+
+
+def test_a_sample_that_fails_fails_no_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Sample
+
+    def failing(*_: object) -> Any:
+        raise RuntimeError("no memory could be pinned")
+
+    layers = normal()
+    monkeypatch.setattr(auto, "AGAIN", 0)
+    monkeypatch.setattr(auto, "Sample", failing)
+    with store_of(encoding=SLOW) as store:
+        assert save(store, layers, range(1)) == "raw"
+        assert "No sample was taken: no memory could be pinned" in store.explain()
+        monkeypatch.setattr(auto, "Sample", made)
+        assert save(store, layers, range(1, 2)) == "raw"
+        assert save(store, layers, range(2, 3)) == "packed"
+        monkeypatch.setattr(auto, "Sample", failing)
+        assert save(store, layers, range(3, 4)) == "packed"
+        assert "The next sample was not taken: no memory could be pinned" in store.explain()
+        monkeypatch.setattr(auto, "Sample", made)
+        assert save(store, layers, range(4, 5)) == "packed"
+        assert save(store, layers, range(5, 6)) == "packed"
+        assert "not taken" not in store.explain()
+
+
+def test_a_link_of_a_cpu_is_that_of_the_tiers(tmp_path: Path) -> None:
+    layers = normal()
+    packing = AutoEncoding(packing_gbps=50.0)
+    with store_of(encoding=packing) as store:
+        assert save(store, layers) == "raw"
+        assert "declare link_gbps" in store.explain()
+    with store_of(encoding=packing, tiers=[disk(tmp_path / "disk")]) as store:
+        assert save(store, layers) == "packed"
+        assert known_of(store).choice.link_gbps == auto.TIER_GBPS
 
 
 @pytest.mark.parametrize("encoding", ["auto", SLOW, FAST], ids=["measured", "slow", "fast"])
