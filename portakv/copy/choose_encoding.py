@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from portakv.arguments import instance, rate
@@ -91,7 +92,7 @@ def choose_encoding(
         blocks: numbers of blocks, of which a few at equal distances are counted.
         pack: the parameters to judge. None: those with the smallest slot for the blocks.
         link_gbps: 10^9 bytes a second of the link that the rows cross. None: that of the link
-            between the device and the host, measured.
+            between the device and the host, measured; rows of a CPU stay raw.
         packing_gbps: 10^9 bytes of raw rows a second that packed copies reach at most. None:
             measured, over the link between the device and the host.
 
@@ -106,6 +107,7 @@ def choose_encoding(
     ids = index.host_ids()
     if not len(ids):
         raise SlotError("Expected blocks to be numbers of blocks, got none. Pass at least one.")
+    _check_blocks(ids, view)
     why = stays_raw(view, pack, packing_gbps)
     if why:
         return EncodingChoice(None, why)
@@ -113,6 +115,18 @@ def choose_encoding(
     if rated.pack is None:
         return rated
     return judged(rated, best_of(view, Sample(view, ids, packs_of(pack)), pack))
+
+
+def _check_blocks(ids: npt.NDArray[np.int64], view: KVView) -> None:
+    """Raise `SlotError` for numbers of blocks that a view lacks, whether or not a sample has
+    them."""
+    assert view.block_size is not None
+    blocks = view.slots // view.block_size
+    for wrong in ids[(ids < 0) | (ids >= blocks)][:1]:
+        raise SlotError(
+            f"Expected blocks to be numbers from 0 to {blocks - 1}, which the view has, got "
+            f"{wrong}. Correct it."
+        )
 
 
 def check_terms(pack: Any, link_gbps: Any, packing_gbps: Any) -> None:
@@ -172,10 +186,16 @@ def rated_choice(
 ) -> EncodingChoice:
     """Return the choice by the rates, for blocks that all fit.
 
-    Missing rates are measured. ``most_gbps``: the most of a link that follows the measured one.
+    Missing rates are measured. ``most_gbps``: the most of a link that follows the measured one. A
+    CPU has no link to measure: it is ``most_gbps``, and without a limit the rows stay raw.
     """
     link = link_gbps
     packing = packing_gbps
+    if link is None and view.device.type == "cpu":  # there is nothing to measure
+        if most_gbps == float("inf"):
+            why = "Rows of a CPU cross no link that can be measured: declare link_gbps."
+            return EncodingChoice(None, why)
+        link = most_gbps
     if link is None or packing is None:
         try:
             rates = rates_of(view, pack or Pack())

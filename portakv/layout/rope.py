@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import cos, isfinite, sin
 
+from portakv.arguments import shown
 from portakv.errors import InvalidTerms, LayoutError
 
 #: How the values of a head form pairs: ``neox`` value i with value i + rotary_dim / 2, ``gptj``
@@ -32,8 +33,8 @@ class Rope:
         kv: the number of the rows that are keys; all other rows are copied as they are.
 
     Raises:
-        InvalidTerms: a value that an attribute cannot have, or not one of ``base`` and
-            ``inv_freq``.
+        InvalidTerms: a value that an attribute cannot have, not one of ``base`` and ``inv_freq``,
+            or angles past the range of floats.
     """
 
     shift: int
@@ -62,6 +63,19 @@ class Rope:
             raise _wrong("base", "a number above 0", self.base)
         if self.inv_freq is not None:
             object.__setattr__(self, "inv_freq", _numbers(self.inv_freq, dim))
+        self._check_angles()
+
+    def _check_angles(self) -> None:
+        """Raise `InvalidTerms` for angles past the range of floats."""
+        if self.inv_freq is not None:
+            most = max(map(abs, self.inv_freq))
+        else:
+            assert self.base is not None
+            most = max(1.0, 1 / self.base)
+        if not isfinite(self.shift * most):
+            name = "base" if self.inv_freq is None else "inv_freq"
+            got = f"{most:g} radians a position and shift={self.shift}"
+            raise _wrong(name, "such that all angles are finite", got)
 
     def rotary(self, dim: int) -> int:
         """Return the rotated values of a head of ``dim`` values.
@@ -93,7 +107,12 @@ class Rope:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return isfinite(value)
+    except OverflowError:  # a whole number past the range of floats
+        return False
 
 
 def _numbers(values: object, dim: int | None) -> tuple[float, ...]:
@@ -108,5 +127,5 @@ def _numbers(values: object, dim: int | None) -> tuple[float, ...]:
 
 
 def _wrong(name: str, expected: str, got: object) -> InvalidTerms:
-    shown = got if isinstance(got, str) and " " in got else repr(got)
-    return InvalidTerms(f"Expected {name} to be {expected}, got {shown}. Pass such a value.")
+    text = got if isinstance(got, str) and " " in got else shown(got)
+    return InvalidTerms(f"Expected {name} to be {expected}, got {text}. Pass such a value.")

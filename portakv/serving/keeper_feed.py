@@ -78,10 +78,17 @@ class Feed:
         )
 
     def _alike(self, name: str) -> list[str]:
-        """Return the names of the store's other forms of the same blocks, packed or raw ones."""
+        """Return the names of the store's other forms of the same blocks, packed or raw ones.
+
+        Blocks of a lossy form count for no other form.
+        """
         forms = self._store.forms
         raw = forms[name].raw
-        return [other for other, form in forms.items() if form.raw == raw and other != name]
+        return [
+            other
+            for other, form in forms.items()
+            if form.raw == raw and other != name and not form.lossy
+        ]
 
     def __contains__(self, session: int) -> bool:
         return session in self._followers

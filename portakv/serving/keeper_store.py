@@ -101,7 +101,10 @@ class OpenStore:
         if self._events is None:
             return
         groups = dict[BlockForm, str]()
-        names = {name: groups.setdefault(x.raw, name) for name, x in self.store.forms.items()}
+        names = {
+            name: groups.setdefault(form if form.lossy else form.raw, name)
+            for name, form in self.store.forms.items()
+        }
         some = [change._replace(form=names[change.form]) for change in changes]
         self._events.publish(some, [*groups.values()])
 

@@ -21,6 +21,7 @@ from portakv.serving.keeper_client import KeeperClient
 from portakv.serving.keeper_server import Keeper, place_of
 from portakv.serving.known import KeeperIndex
 from portakv.serving.local import StoreTerms
+from portakv.serving.page_sizes import check_raw
 from portakv.serving.pages import PageJob, Pages, PageSize, page_key
 from portakv.view import IdList, KVView
 
@@ -29,7 +30,8 @@ class KeptPageStore:
     """Pages of bytes in the host memory of an engine, in the store of a keeper.
 
     Args:
-        terms: where pages are stored, with a folder and ``shared``. Each process has equal terms.
+        terms: where pages are stored, with a folder and ``shared``, without an encoding. Each
+            process has equal terms.
         model: the name of the model.
         sizes: of the pages, equal in all processes.
         patience: seconds to wait for a keeper. Without one, pages are missing until one serves.
@@ -54,6 +56,7 @@ class KeptPageStore:
                 "Expected terms with shared and a folder, and without a bucket, which processes "
                 "share anyway, got others. Correct them."
             )
+        check_raw(terms)
         forms = [size.form(model) for size in sizes]
         engine = token_hex(16)  # its own: a save waits for no other process
         place = place_of(terms, engine)

@@ -283,10 +283,10 @@ def _rows_of(block_size: int, tokens: int) -> int:
 
 def alike_in(tiers: Sequence[Tier], forms: Sequence[BlockForm]) -> list[BlockForm]:
     """Return the other forms of blocks in a store: the raw ones, for blocks that do not fit into
-    packed slots, and those of packed blocks that tiers have."""
+    packed slots, and those of packed blocks that tiers have. Leaves lossy forms out."""
     present = [x for form in forms for tier in tiers for x in tier.forms(form)]
     raw = {form.raw for form in forms}
-    packed = [form for form in present if form.raw in raw]
+    packed = [form for form in present if form.raw in raw and not form.lossy]
     return [x for x in dict.fromkeys([*raw, *packed]) if x not in forms]
 
 

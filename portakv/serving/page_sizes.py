@@ -27,6 +27,14 @@ def page_key(key: bytes) -> bytes:
     return key if len(key) == KEY else blake2b(key, digest_size=KEY).digest()
 
 
+def check_raw(terms: StoreTerms) -> None:
+    """Raise `InvalidTerms` for terms of pages with an encoding, which takes rows of a known
+    type."""
+    if terms.encoding is not None:
+        do = "Leave it out."
+        raise invalid("encoding", "None, as pages are stored as they are", terms.encoding, do)
+
+
 class PageSize(NamedTuple):
     """The size of pages.
 

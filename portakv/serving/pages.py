@@ -25,8 +25,8 @@ from portakv.serving.local import PATIENCE, PAUSE, SHARE, StoreTerms
 from portakv.serving.page_job import Overdue
 from portakv.serving.page_job import PageJob as PageJob
 from portakv.serving.page_sizes import PageSize as PageSize
+from portakv.serving.page_sizes import check_raw, remove_pages
 from portakv.serving.page_sizes import page_key as page_key
-from portakv.serving.page_sizes import remove_pages
 from portakv.serving.page_sizes import sizes_in as sizes_in
 from portakv.storage import BlockForm, BlockStore
 from portakv.storage.changes import Change
@@ -60,7 +60,8 @@ class PageStore:
     waits for anything. A page that is not there, is damaged, or comes too late, does not land.
 
     Args:
-        terms: where pages are stored. ``block_size`` and ``by_layer`` have no meaning for pages.
+        terms: where pages are stored, without an encoding. ``block_size`` and ``by_layer`` have no
+            meaning for pages.
         model: the name of the model; pages of another model are not found.
         sizes: of the pages. `pages` may add others later.
         identity: what else fixes the bytes of a page, such as layout, dtype and parallelism. Pages
@@ -90,6 +91,7 @@ class PageStore:
                 "Expected terms of a store of this process, got shared=True. Leave it out, and "
                 "give each process of the host a separate folder."
             )
+        check_raw(terms)
         self._model = text("model", model)
         self._identity = text("identity", identity, least=0, most=1 << 15)
         self._patience = seconds("patience", patience)

@@ -9,8 +9,7 @@ taken after `AGAIN` bytes of saves, or if many blocks did not fit. Only the firs
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -27,7 +26,7 @@ from portakv.copy.choose_encoding import (
     stays_raw,
 )
 from portakv.copy.exponents import Sample
-from portakv.errors import Unsupported
+from portakv.errors import InvalidTerms, PortaKVError, Unsupported
 from portakv.graph import Graph
 from portakv.layout.packing import Pack
 from portakv.storage.encoded import EncodedFigures
@@ -56,7 +55,8 @@ class AutoEncoding:
         pack: the parameters of packed blocks; `portakv.choose_encoding` chooses them by a sample.
             None: those of the form of the store if that is packed, else the usual ones.
         link_gbps: 10^9 bytes a second of the slowest link that blocks cross. None: that of the link
-            between the device and the host, measured, and at most 7 if the store has tiers.
+            between the device and the host, measured, and at most 7 if the store has tiers. Rows
+            of a CPU have 7 with tiers, and stay raw without.
         packing_gbps: 10^9 bytes of raw rows a second that packed copies reach at most. None:
             measured, over the link between the device and the host; where `reference` packs, such
             as on a CPU, rows stay raw.
@@ -90,7 +90,13 @@ def terms_of(encoding: object) -> AutoEncoding | None:
 
 def forms_for(form: BlockForm, terms: AutoEncoding) -> tuple[dict[str, BlockForm], str]:
     """Return the forms of a store that chooses, by their names, and why it has only the raw one, as
-    a sentence."""
+    a sentence. Raises `InvalidTerms` for a lossy form."""
+    if form.lossy:
+        got = f"one in {form.encoding!r}"
+        raise InvalidTerms(
+            f"Expected form to be one of raw or packed blocks with encoding='auto', got {got}, "
+            f"which does not keep every bit. Leave encoding out, or pass the raw form."
+        )
     pack = terms.pack
     if pack is None:
         pack = Pack.of_text(form.encoding) if form.encoding else Pack()
@@ -109,6 +115,7 @@ class Known:
         rated: the choice by the rates; None: no sample changes the choice.
         left: raw bytes of saves until the next sample.
         pending: a sample whose result has not been looked at.
+        trouble: the reason why the latest sample was not taken, as a sentence; empty if it was.
     """
 
     def __init__(self, choice: EncodingChoice, rated: EncodingChoice | None = None) -> None:
@@ -116,6 +123,7 @@ class Known:
         self.rated = rated
         self.left = AGAIN
         self.pending: Sample | None = None
+        self.trouble = ""
 
 
 class Chooser:
@@ -182,11 +190,11 @@ class Chooser:
     def lines(self) -> list[str]:
         """Return the choice for each device, with the reason, a line each."""
         with self._lock:
-            known = {device: each.choice for device, each in self.known.items()}
-        lines = [
-            f"Saves from {device} are {'raw' if one.pack is None else 'packed'}. {one.why}"
-            for device, one in known.items()
-        ]
+            known = {device: (each.choice, each.trouble) for device, each in self.known.items()}
+        lines = list[str]()
+        for device, (choice, trouble) in known.items():
+            which = "raw" if choice.pack is None else "packed"
+            lines.append(f"Saves from {device} are {which}. {choice.why} {trouble}".rstrip())
         return lines or ["No save has chosen between packed and raw blocks yet."]
 
     def _note_once(self, device: torch.device) -> None:
@@ -209,11 +217,13 @@ class Chooser:
             return Known(rated)
         self._figures.forget_misfits()
         try:
-            sample = Sample(view, ids, (pack,))
+            best = best_of(view, Sample(view, ids, (pack,)), pack)
         except torch.OutOfMemoryError:
             why = f"No sample was taken, as {view.device} had no memory left for it."
             return Known(EncodingChoice(None, why), rated)
-        return Known(judged(rated, best_of(view, sample, pack)), rated)
+        except (PortaKVError, RuntimeError) as error:  # such as a lack of pinned memory
+            return Known(EncodingChoice(None, f"No sample was taken: {error}"), rated)
+        return Known(judged(rated, best), rated)
 
     def _again(
         self, known: Known, rated: EncodingChoice, view: KVView, ids: npt.NDArray[np.int64]
@@ -226,11 +236,15 @@ class Chooser:
                 return
             choice = judged(rated, best_of(view, known.pending, pack))
             known.pending = None
+            known.trouble = ""
             if (choice.pack is None) != (known.choice.pack is None):
                 self._note(choice)
             known.choice = choice
         elif known.left <= 0 or self._figures.misfits(LOOK_AT) * MISFITS > LOOK_AT:
             known.left = AGAIN
             self._figures.forget_misfits()
-            with suppress(torch.OutOfMemoryError):  # the choice stays
+            try:
                 known.pending = Sample(view, ids, (pack,))
+            except (PortaKVError, RuntimeError) as error:  # the choice stays
+                known.trouble = f"The next sample was not taken: {error}"
+                self._note(replace(known.choice, why=known.trouble))

@@ -293,6 +293,11 @@ class BlockForm:
             return self
         return replace(self, encoding="", layout=_raw_layout(self.widths))
 
+    @property
+    def lossy(self) -> bool:
+        """Return True if the blocks do not keep every bit: forms that do never read them."""
+        return is_lossy(self.encoding)
+
     def packed(self, pack: Pack) -> BlockForm:
         """Return the form of the same blocks packed with parameters.
 
@@ -378,7 +383,7 @@ class BlockForm:
         None: there is none, or this form keeps every bit and ``other`` does not.
         """
         arguments.instance("other", other, BlockForm)
-        if is_lossy(other.encoding) and other.encoding != self.encoding:
+        if other.lossy and other.encoding != self.encoding:
             return None
         src = Slices()
         dst = Slices()

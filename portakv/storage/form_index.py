@@ -35,6 +35,8 @@ class FormIndex:
         self._weak = weak_keys
         self._form = form  # None: of a store with several forms
         self.chooser: Chooser | None = None  # of a store that packs where it pays
+        # Then its raw form, whose saves do not look for packed blocks.
+        self._raw_alone: FormBlocks | None = None
 
     @property
     def form(self) -> BlockForm:
@@ -268,10 +270,32 @@ class FormIndex:
             )
         return self._form
 
-    def _chosen(self, packs: bool) -> FormBlocks:
-        """Return the form that a save has chosen. Later calls look it up first."""
-        self._form = self._shared.forms[PACKED if packs else RAW]
-        return self._form
+    def _chosen(self, packs: bool, block_size: int | None) -> FormBlocks:
+        """Return the form that a save has chosen. Later calls look it up first.
+
+        ``block_size``: that of the view. Packed blocks do not serve views of other block sizes,
+        whose saves store raw blocks also next to packed ones.
+        """
+        form = self._shared.forms[PACKED if packs else RAW]
+        other_size = block_size != form.own.form.block_size
+        if self._raw_alone is not None and other_size and not packs:
+            return self._raw_alone
+        self._form = form
+        return form
+
+    def _for_view(
+        self, form: FormBlocks, block_size: int | None, encoding: tuple[object, ...]
+    ) -> FormBlocks:
+        """Return the form to load into a view of a block size and an encoding.
+
+        A store that chooses loads by its raw form, unless packed blocks serve the view.
+        """
+        if self.chooser is None or not form.own.form.encoding:
+            return form
+        rows = form.own.rows.form
+        if block_size == rows.block_size and encoding in ((), rows.encoding):
+            return form
+        return self._shared.forms[RAW]
 
     def _refuse_closed(self, kind: str) -> None:
         shared = self._shared

@@ -145,7 +145,7 @@ class FormStore(FormIndex):
         size = form.own.form.block_size
         crossing = Crossing(view, blocks, len(keys), size, store=True, options=options)
         if self.chooser is not None:
-            form = self._chosen(self.chooser.packs(view, crossing.ids))
+            form = self._chosen(self.chooser.packs(view, crossing.ids), view.block_size)
         call = Call(form, "save", keys, priority, deadline, before)
         crossing.prepare(form.own.rows)
         # A worker sees which packed blocks do not fit.
@@ -394,22 +394,22 @@ class FormStore(FormIndex):
         options = _copy_options("a load", options)
         form = self._own("load")
         keys = self._keys(keys, priority, deadline)
-        own = form.own
-        crossing = Crossing(view, blocks, len(keys), own.form.block_size, options=options)
+        crossing = Crossing(view, blocks, len(keys), form.own.form.block_size, options=options)
+        form = self._for_view(form, view.block_size, view.form.encoding)
         loan = self._loan(form, crossing, view, keys, by_layer)
         if loan is not None and None not in loan.rows:
-            transfer, layers = crossing.issue(own.rows, loan, by_layer)
+            transfer, layers = crossing.issue(form.own.rows, loan, by_layer)
             self._count_hits(form, keys)
             handle = Handle.of_issued(self.graph, len(keys), transfer, layers)
             return self._follow_issued(handle, form)
         call = Call(form, "load", keys, priority, deadline)
-        crossing.prepare(own.rows)
+        crossing.prepare(form.own.rows)
         steps = partial(self._load, call, crossing, view, by_layer, missing, loan)
         handle = self._planned(call, steps)
         if loan is not None:
             try:
                 hits = np.array([row is not None for row in loan.rows])
-                handle.add_issued(crossing.issue(own.rows, loan)[0], hits)
+                handle.add_issued(crossing.issue(form.own.rows, loan)[0], hits)
                 self._count_hits(form, [key for key, hit in zip(keys, hits, strict=True) if hit])
                 self._follow_issued(handle, form, call.barrier)
             except BaseException:  # also an interrupt: no caller has a handle

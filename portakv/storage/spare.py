@@ -86,6 +86,12 @@ class Spare:
         self.figures = packed.figures
         self._stores = _pairs(self.own, packed.own)
 
+    def alone(self, packed: Spare) -> Spare:
+        """Return this raw form without the packed form of its store, whose figures it counts in."""
+        result = Spare([self.own], self.rows)
+        result.figures = packed.figures
+        return result
+
     @property
     def parts(self) -> tuple[Part, ...]:
         """Return the parts that have blocks of the form: its own, and that of the other form."""

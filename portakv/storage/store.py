@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import partial
 from inspect import signature
 from typing import Any, get_args
@@ -180,6 +181,8 @@ class BlockStore(FormStore):
         raw = forms[RAW]
         packed = forms.get(PACKED)
         if packed is not None:
+            self._raw_alone = copy(raw)
+            self._raw_alone.spare = raw.spare.alone(packed.spare)
             raw.spare.pair(packed.spare)
         self._form = raw
         self.chooser = Chooser(

@@ -169,6 +169,12 @@ def test_rows_of_a_cpu_stay_raw_unless_a_rate_is_declared() -> None:
         assert "CPU" in choice.why
 
 
+def test_nothing_is_measured_on_a_cpu() -> None:
+    choice = choose_encoding(view_of(normal()), range(BLOCKS), packing_gbps=50.0)
+    assert choice.pack is None
+    assert "declare link_gbps" in choice.why
+
+
 def test_the_parameters_are_those_of_the_smallest_slot() -> None:
     layers = normal()
     for layer in layers:  # four exponents: codes of three bits are enough
@@ -225,8 +231,11 @@ def test_wrong_terms_are_named() -> None:
         choose_encoding(None, [0])  # type: ignore[arg-type]
     with pytest.raises(SlotError, match="blocks"):
         choose_encoding(view, [], **SLOW)
-    with pytest.raises(SlotError):
-        choose_encoding(view, [BLOCKS], **SLOW)
+    many = [*range(BLOCKS)] * 4
+    for wrong in (-1, BLOCKS):
+        for blocks in ([wrong], [*many, wrong, *many]):  # not in the sample
+            with pytest.raises(SlotError, match=f"got {wrong}"):
+                choose_encoding(view, blocks, **SLOW)
 
 
 def test_a_device_is_measured_once(

@@ -247,6 +247,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "kv": ({"kv": -1}, "kv"),
     "nan": ({"base": None, "inv_freq": [1.0, float("nan")]}, "inv_freq"),
     "words": ({"base": None, "inv_freq": "yarn"}, "inv_freq"),
+    "huge base": ({"base": 10**400}, "base to be a number"),
+    "huge": ({"base": None, "inv_freq": [10**400]}, "inv_freq to be finite"),
+    "small base": ({"base": 1e-308, "shift": 1 << 30}, "base to be such that all angles"),
+    "far": ({"base": None, "inv_freq": [1e308], "shift": 1 << 30}, "inv_freq to be such that"),
     "few": ({"base": None, "inv_freq": [1.0], "rotary_dim": 4}, "2 numbers, half of rotary_dim"),
 }
 

@@ -96,11 +96,13 @@ def test_pages_of_another_model_are_refused(tmp_path: Path, closing: ExitStack) 
 
 
 @pytest.mark.parametrize(
-    "more", [{"shared": False}, {"folder": None}, {"bucket": "memory://"}], ids=str
+    "more",
+    [{"shared": False}, {"folder": None}, {"bucket": "memory://"}, {"encoding": "pack"}],
+    ids=str,
 )
 def test_terms_that_are_refused(more: dict[str, Any], tmp_path: Path) -> None:
     terms = StoreTerms(**{"folder": str(tmp_path / "kv"), "shared": True, **ROOM, **more})
-    with pytest.raises(InvalidTerms, match="shared"):
+    with pytest.raises(InvalidTerms, match="encoding" if "encoding" in more else "shared"):
         KeptPageStore(terms, "model", [PagePool(PIECES).size])
 
 

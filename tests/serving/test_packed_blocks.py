@@ -18,8 +18,11 @@ from support.store_damage import damaged_images_believed, flip_bits, slot_files
 from portakv import KVView
 from portakv.errors import InvalidTerms
 from portakv.serving import Keeper, KeeperClient, KeeperIndex, StoreTerms
-from portakv.serving.local import GroupView, LocalIndex, forms_of
-from portakv.storage import prefix_keys
+from portakv.serving.keeper_messages import AskKeys, Follow
+from portakv.serving.keeper_store import OpenStore
+from portakv.serving.local import GroupView, LocalIndex, alike_in, forms_of
+from portakv.storage import BlockForm, BlockStore, Disk, prefix_keys
+from portakv.storage.changes import Change
 
 LAYOUT = "layer | kv block token head dim"
 LIMIT = 60.0  # seconds; nothing here takes as long
@@ -323,6 +326,59 @@ def test_an_index_learns_of_blocks_that_were_kept_raw(host: Callable[..., Any]) 
             assert save(rank, view) == ALL
             until(lambda: index.leading(KEYS) == COUNT, LIMIT)
             assert sorted(change.key for change in index.take_events()) == sorted(KEYS)
+
+
+class Published:
+    """Stands for the publisher of a keeper's changes; notes the changes and groups of each call."""
+
+    def __init__(self) -> None:
+        self.calls = list[tuple[list[tuple[bytes, str]], Sequence[str]]]()
+
+    def answer(self) -> None:
+        pass
+
+    def clear(self) -> None:
+        self.calls.clear()
+
+    def publish(self, changes: Sequence[Change], groups: Sequence[str], /) -> None:
+        self.calls.append(([(change.key, change.form) for change in changes], groups))
+
+
+def test_a_keeper_announces_lossy_blocks_to_no_engine(tmp_path: Path) -> None:
+    """A folder may have fp8 blocks, which raw and packing engines do not read."""
+    view = cache()
+    raw, packed = (
+        forms_of([GroupView(view)], "model", None, encoding=encoding)[0]
+        for encoding in (None, "pack")
+    )
+    lossy = BlockForm.of(view, "model", encoding="fp8")
+    assert lossy.raw == raw
+    folder = tmp_path / "store"
+    folder.mkdir(0o700)
+    with BlockStore(lossy, staging=1 << 20, tiers=[Disk(folder, capacity=16 << 20)]) as store:
+        assert save(store, view) == ALL
+    how = StoreTerms(str(folder), 16 << 20, 1 << 20, 4 << 20, shared=True)
+    assert alike_in(how.tiers(), [raw]) == []
+    assert alike_in(how.tiers(), [packed]) == [raw]
+    assert lossy in how.tiers()[0].forms(raw)  # control
+
+    # Also if a keeper has the lossy form itself.
+    published = Published()
+    opened = OpenStore(how, [raw, lossy], lambda: None, 10.0, published)
+    try:
+        follow = Follow("engine", (0, 0, 0), "address", 2)
+        follower = opened.feed.follow(follow, [raw.name, lossy.name])
+        assert opened.feed.followed(follower, False).alike == ((), (0,))
+        for group, keys in enumerate((set[bytes](), {*KEYS})):
+            page = opened.feed.page(AskKeys(follower.session, group, 0))
+            assert not page.more
+            ((_, listed),) = page.tiers
+            assert {listed[at : at + 32] for at in range(0, len(listed), 32)} == keys
+        changes = {change for some, _ in published.calls for change in some}
+        assert changes == {(key, lossy.name) for key in KEYS}
+        assert all(groups == [raw.name, lossy.name] for _, groups in published.calls)
+    finally:
+        opened.close(5.0)
 
 
 def test_a_keeper_misses_damaged_blocks(host: Callable[..., Any], tmp_path: Path) -> None:

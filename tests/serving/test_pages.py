@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import select
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +225,8 @@ def test_wrong_arguments_are_named(store: PageStore, tmp_path: Path) -> None:
         PageSize(10, 3).form("m")
     with pytest.raises(StoreBusy, match="another"):
         PageStore(terms_of(tmp_path / "kv"), "m", [SIZE], patience=0.0)
+    with pytest.raises(InvalidTerms, match="Expected encoding to be None"):
+        PageStore(replace(terms_of(tmp_path / "packed"), encoding="pack"), "m")
 
 
 @pytest.mark.parametrize("host", [0, 1 << 20], ids=["disk", "host"])

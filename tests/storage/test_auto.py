@@ -350,11 +350,48 @@ def test_blocks_of_another_size_and_packed_views_follow_the_view() -> None:
         assert handle.form == "raw"
 
 
+def test_views_of_other_block_sizes_load_raw_blocks_whatever_was_chosen_last() -> None:
+    """A packed block moves only whole: other views miss it, and store it raw as well."""
+    layers = normal()
+    halves = [layer.reshape(2, 2 * BLOCKS, SIZE // 2, HEADS, DIM) for layer in layers]
+
+    def load_halves(store: BlockStore) -> list[bool]:
+        """Load all keys into blocks of half the size; return which landed, with the right bytes."""
+        empty = [torch.zeros_like(half) for half in halves]
+        handle = store.load(view_of(empty), range(2 * BLOCKS), KEYS, missing="skip")
+        handle.synchronize(LIMIT)
+        at = [2 * block + part for block in handle.landed.nonzero()[0] for part in (0, 1)]
+        pairs = zip(empty, halves, strict=True)
+        assert all(
+            torch.equal(a[:, at].view(torch.int16), b[:, at].view(torch.int16)) for a, b in pairs
+        )
+        return [bool(there) for there in handle.landed]
+
+    def save_halves(store: BlockStore, many: int) -> str:
+        """Save the first keys from blocks of half the size; return the chosen form."""
+        blocks = range(2 * many)
+        handle = store.save(view_of(halves), blocks, KEYS[:many], full="wait")
+        handle.synchronize(LIMIT)
+        return handle.form
+
+    with store_of(encoding=SLOW, host=8 << 20) as store:
+        assert save_halves(store, 2) == "raw"
+        assert load_halves(store) == [True] * 2 + [False] * (BLOCKS - 2)
+        assert save(store, layers) == "packed"
+        assert load_halves(store) == [True] * 2 + [False] * (BLOCKS - 2)
+        assert right(store, layers)
+        assert save_halves(store, BLOCKS) == "raw"
+        assert load_halves(store) == [True] * BLOCKS
+        assert counted(store) == {"packed": BLOCKS - 2, "raw": BLOCKS, "overflow": 0}
+
+
 def test_wrong_encodings_are_refused() -> None:
     form = form_of(normal())
     for wrong in ("pack", "zip", Pack(), True, ""):
         with pytest.raises(InvalidTerms, match=r"encoding.*'auto'"):
             store_of(form, encoding=wrong)
+    with pytest.raises(InvalidTerms, match=r"Expected form .* got one in 'fp8/1'"):
+        store_of(form_of(normal(), encoding="fp8"))
     with pytest.raises(InvalidTerms, match="one form"):
         BlockStore({"a": form}, staging=4 << 20, host=4 << 20, encoding="auto")
     for terms in ({"pack": "pack"}, {"link_gbps": 0.0}, {"packing_gbps": "fast"}):
@@ -381,6 +418,41 @@ def test_a_device_without_memory_for_a_sample_keeps_the_choice(
         assert save(store, layers, range(2, 3)) == "raw"
         assert save(store, layers, range(3, 4)) == "packed"
         assert right(store, layers, range(4))
+
+
+def test_a_sample_that_fails_fails_no_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Sample
+
+    def failing(*_: object) -> Any:
+        raise RuntimeError("no memory could be pinned")
+
+    layers = normal()
+    monkeypatch.setattr(auto, "AGAIN", 0)
+    monkeypatch.setattr(auto, "Sample", failing)
+    with store_of(encoding=SLOW) as store:
+        assert save(store, layers, range(1)) == "raw"
+        assert "No sample was taken: no memory could be pinned" in store.explain()
+        monkeypatch.setattr(auto, "Sample", made)
+        assert save(store, layers, range(1, 2)) == "raw"
+        assert save(store, layers, range(2, 3)) == "packed"
+        monkeypatch.setattr(auto, "Sample", failing)
+        assert save(store, layers, range(3, 4)) == "packed"
+        assert "The next sample was not taken: no memory could be pinned" in store.explain()
+        monkeypatch.setattr(auto, "Sample", made)
+        assert save(store, layers, range(4, 5)) == "packed"
+        assert save(store, layers, range(5, 6)) == "packed"
+        assert "not taken" not in store.explain()
+
+
+def test_a_link_of_a_cpu_is_that_of_the_tiers(tmp_path: Path) -> None:
+    layers = normal()
+    packing = AutoEncoding(packing_gbps=50.0)
+    with store_of(encoding=packing) as store:
+        assert save(store, layers) == "raw"
+        assert "declare link_gbps" in store.explain()
+    with store_of(encoding=packing, tiers=[disk(tmp_path / "disk")]) as store:
+        assert save(store, layers) == "packed"
+        assert known_of(store).choice.link_gbps == auto.TIER_GBPS
 
 
 @pytest.mark.parametrize("encoding", ["auto", SLOW, FAST], ids=["measured", "slow", "fast"])
