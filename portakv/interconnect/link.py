@@ -47,9 +47,9 @@ LEAST_BATCH = 2
 #: slice of 32 MiB crossed on another stream: which of several ready streams the engine serves next
 #: is luck. With a memset before every third slice they came at most 1.7 ms late, 0.6 alongside
 #: matmuls, and the save took no longer. A kernel would wait for room between the model's kernels
-#: (NOTES, section 41). Three of the largest slices of `staged` exceed the limit, so that every third
-#: has a rest before it, as it was measured: another copy waits for 1.2 ms of the link. With 96 MiB
-#: it waited for 1.8 (section 51).
+#: (NOTES, section 41). Three of the largest slices of `staged` exceed the limit, so that every
+#: third has a rest before it, as it was measured: another copy waits for 1.2 ms of the link. With
+#: 96 MiB it waited for 1.8 (section 51).
 IN_A_ROW = 88 << 20
 
 #: Rows of at least this many bytes are entries of a batch rather than of a 2-D copy, if the driver

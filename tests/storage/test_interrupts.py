@@ -382,6 +382,7 @@ NOT_CALLED = {
     "Remote.ask": "runs in a helper or a worker",
     "Remote.attempt": "runs in a helper or a worker",
     "Remote.put": "runs in a worker",
+    "BlockForm.lossy": "changes nothing that is shared",
     "BlockForm.packed": "changes nothing that is shared",
     "BlockForm.json": "changes nothing that is shared",
     "BlockForm.from_json": "changes nothing that is shared",
