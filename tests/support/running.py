@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -24,6 +25,60 @@ from support import patch_points
 from support.collecting import NO_GPU, OPT_IN
 
 MANY_MODULES = 100
+#: Cases that start processes or compilers for seconds, and have a relative in the default run.
+LONG = {
+    "tests/backends/test_hip_code.py::test_amds_runtime_says_that_there_is_no_device",
+    "tests/benchmarks/test_benchmarks_command.py::test_most_suites_need_torch_and_numpy_alone",
+    "tests/cli/test_demo.py::test_the_example_is_bit_identical_and_its_control_is_not[pageable]",
+    "tests/cli/test_doctor.py::test_beside_an_accelerator[simdev]",
+    "tests/cli/test_store.py::test_the_example_finds_a_prefix_in_a_remote_store",
+    "tests/conformance/test_conform_suite_run.py::test_exit_codes",
+    "tests/host/test_pinned.py::test_a_process_that_ends",
+    "tests/host/test_pool_interrupts.py::test_an_interrupt_loses_no_block[PinnedPool]",
+    "tests/migrate/test_channel.py::test_strangers_who_take_all_descriptors_do_not_hold_up_those_who_are_served",
+    "tests/migrate/test_channel.py::test_the_interpreters_end_closes",
+    "tests/migrate/test_checksum_kernel.py::test_amds_hiprtc_compiles_the_kernel",
+    "tests/migrate/test_marks_processes.py::test_offers_and_pulls_that_end_at_any_moment[6-staging]",
+    "tests/migrate/test_models.py::test_the_example_computes_in_two_processes[cpu]",
+    "tests/migrate/test_named.py::test_an_owner_that_is_stopped_delays_no_other",
+    "tests/migrate/test_named.py::test_an_owner_that_wakes_late_is_waited_for",
+    "tests/migrate/test_named.py::test_stopped_owners_are_asked_together",
+    "tests/migrate/test_weights_staged.py::test_a_reader_that_dies_releases_the_owners_staging",
+    "tests/migrate/test_weights_staged.py::test_weights_that_another_host_shares_cross_by_tcp",
+    "tests/runtime/test_devices.py::test_a_backend_is_judged_on_its_own_kind[npu]",
+    "tests/runtime/test_devices.py::test_a_broken_package_s_own_words[immediately]",
+    "tests/runtime/test_devices.py::test_a_package_that_torch_did_not_load_serves[npu]",
+    "tests/storage/test_interrupts.py::test_an_interrupt_at_any_line_leaves_nothing[leaving]",
+    "tests/storage/test_lent.py::test_what_a_killed_process_did_not_copy_is_not_stored",
+    "tests/test_ext.py::test_a_backend_loads_neither_stores_nor_migration",
+    "tests/test_import.py::test_plugs_bring_no_engine",
+}
+#: Tables of many like cases: a fourth of them is in the default run, the others in .ci/full. Which
+#: ones follows from their names, so that no parameter is left out as a whole.
+LARGE = {
+    "tests/backends/test_every_backend.py::test_every_byte_lands",
+    "tests/backends/test_every_backend.py::test_no_state_of_torch_s_changes_a_copy",
+    "tests/copy/test_between.py::test_every_byte_of_every_shape",
+    "tests/copy/test_blocks.py::test_every_byte_lands",
+    "tests/copy/test_pitfalls.py::test_lists_of_any_length_make_and_order",
+    "tests/copy/test_properties.py::test_every_destination",
+    "tests/copy/test_terms.py::test_blocks_in_part",
+    "tests/host/test_host_ambient.py::test_small_copies",
+    "tests/host/test_memcpy.py::test_a_source_whose_elements_share_addresses",
+    "tests/host/test_memcpy_device.py::test_every_byte_lands",
+    "tests/host/test_pinned.py::test_no_memory",
+    "tests/host/test_small.py::test_values",
+    "tests/integrations/test_lmcache_ops.py::test_blocks_there_and_back",
+    "tests/integrations/test_lmcache_ops.py::test_slots_by_addresses",
+    "tests/interconnect/test_pieces.py::test_every_byte_of_any_layout",
+    "tests/interconnect/test_pieces.py::test_what_strategies_meet",
+    "tests/interconnect/test_pieces.py::test_wide_runs_stay_pieces",
+    "tests/interconnect/test_staged.py::test_every_byte",
+    "tests/interconnect/test_staged.py::test_every_copy_of_the_table",
+    "tests/interconnect/test_staged.py::test_what_is_kept_of_a_transfer_serves_no_other",
+    "tests/interconnect/test_zero_copy.py::test_every_cut",
+    "tests/storage/test_store.py::test_two_splits_of_one_axis_are_read_beside_each_other",
+}
 #: Examples of a property test in each run; .ci/full draws more.
 EXAMPLES = 60
 
@@ -135,6 +190,14 @@ def forget_answers() -> Iterator[None]:
     yield
     cuda.why_not.cache_clear()
     link.why_not.cache_clear()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark as wide what takes seconds, and all but a fourth of the cases of a large table."""
+    large = item.nodeid.partition("[")[0] in LARGE and zlib.crc32(item.nodeid.encode()) % 4
+    if (large or item.nodeid in LONG) and not item.get_closest_marker("gpu"):
+        item.add_marker(pytest.mark.full)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
