@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.ambient import STATES, State
 
 from portakv import (
     CopyPlan,
@@ -247,27 +248,22 @@ def test_pack_and_fp8_do_not_mix() -> None:
 
 
 @contextmanager
-def _default_dtype() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    yield
-    torch.set_default_dtype(before)
-
-
-@contextmanager
-def _flushing() -> Iterator[None]:
+def _flushing(device: torch.device) -> Iterator[None]:
     if not torch.set_flush_denormal(True):
         pytest.skip("this CPU cannot flush subnormal numbers")
-    yield
-    torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
-AMBIENT: dict[str, Any] = {
-    "plain": nullcontext,
-    "inference": torch.inference_mode,
-    "no device": lambda: torch.device("meta"),
-    "dtype": _default_dtype,
+AMBIENT: dict[str, State] = {
+    "plain": lambda device: nullcontext(),
     "flushing": _flushing,
+    **{
+        name: STATES[name]
+        for name in ("inference mode", "with torch.device meta", "default dtype bfloat16")
+    },
 }
 
 
@@ -282,7 +278,7 @@ def test_the_state_of_torch_changes_nothing(name: str) -> None:
     copy_blocks(wanted, decoded, [0, 1], [2, 0]).synchronize()
     image = fp8_view(3)
     target = empty_view(layers)
-    with AMBIENT[name]():
+    with AMBIENT[name](CPU):
         copy_blocks(raw_view(layers), image, [2, 0], [0, 1]).synchronize()
         copy_blocks(image, target, [0, 1], [2, 0]).synchronize()
     assert torch.equal(image.tensors, wanted.tensors)

@@ -4,13 +4,13 @@ conformance suite judges every byte of the format."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from support import simdev_cases
+from support.ambient import STATES, State
 from support.small_backends import small_backend
 
 from portakv import (
@@ -283,27 +283,17 @@ def test_another_backend_packs_and_the_reason_is_on_record(
         copy_blocks(raw_view(layers), packed_view(2), [0], [0], backend="rows-only")
 
 
-@contextmanager
-def _default_dtype() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    yield
-    torch.set_default_dtype(before)
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-AMBIENT: dict[str, Any] = {
-    "plain": nullcontext,
-    "inference": torch.inference_mode,
-    "no device": lambda: torch.device("meta"),
-    "dtype": _default_dtype,
-    "deterministic": _deterministic,
+AMBIENT: dict[str, State] = {
+    "plain": lambda device: nullcontext(),
+    **{
+        name: STATES[name]
+        for name in (
+            "inference mode",
+            "with torch.device meta",
+            "default dtype bfloat16",
+            "deterministic algorithms",
+        )
+    },
 }
 
 
@@ -312,7 +302,7 @@ def test_the_state_of_torch_changes_nothing(name: str) -> None:
     layers = numbers(3)
     image = packed_view(3)
     target = raw_view([torch.zeros_like(layer) for layer in layers])
-    with AMBIENT[name]():
+    with AMBIENT[name](CPU):
         copy_blocks(raw_view(layers), image, [2, 0], [0, 1]).synchronize()
         copy_blocks(image, target, [0, 1], [2, 0]).synchronize()
     assert same(target, layers, [2, 0], [2, 0])
