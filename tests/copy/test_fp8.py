@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.ambient import STATES, State
+from support.cache_cases import normal_layers
 
 from portakv import (
     CopyPlan,
@@ -39,13 +40,7 @@ CPU = torch.device("cpu")
 
 
 def rows_of(blocks: int, dtype: torch.dtype = torch.bfloat16, dim: int = DIM) -> list[torch.Tensor]:
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    size = (2, blocks, SIZE, HEADS, dim)
-    made = [
-        torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
-        for _ in range(LAYERS)
-    ]
-    return [layer.to(dtype) for layer in made]
+    return normal_layers((2, blocks, SIZE, HEADS, dim), LAYERS, dtype)
 
 
 def raw_view(layers: list[torch.Tensor], device: torch.device = CPU) -> KVView:

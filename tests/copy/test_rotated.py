@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.cache_cases import normal_layers
 
 from portakv import (
     Index,
@@ -33,13 +34,7 @@ SCALED = torch.tensor([0.7 / (n * n + 1) for n in range(DIM // 2)], device="cpu"
 
 
 def cache(dtype: torch.dtype = torch.bfloat16, dim: int = DIM) -> list[torch.Tensor]:
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    size = (2, BLOCKS, SIZE, HEADS, dim)
-    made = [
-        torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
-        for _ in range(LAYERS)
-    ]
-    return [layer.to(dtype) for layer in made]
+    return normal_layers((2, BLOCKS, SIZE, HEADS, dim), LAYERS, dtype)
 
 
 def zeros(layers: list[torch.Tensor], device: Any = "cpu") -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.cache_cases import normal_layers
 from support.storage_cases import key_of
 
 from portakv import Fp8, KVView, StoreError, Unsupported, copy_blocks
@@ -26,13 +27,7 @@ LIMIT = 30.0
 
 
 def cache(dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    size = (2, BLOCKS, SIZE, HEADS, DIM)
-    made = [
-        torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
-        for _ in range(LAYERS)
-    ]
-    return [layer.to(dtype) for layer in made]
+    return normal_layers((2, BLOCKS, SIZE, HEADS, DIM), LAYERS, dtype)
 
 
 def view_of(layers: list[torch.Tensor]) -> KVView:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Caches of any preset, full of noise, and their rows as the oracle finds them."""
+"""Caches of any preset, full of noise, their rows as the oracle finds them, and normal numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,3 +59,15 @@ class Cache:
 
 def shuffled(count: int, seed: int) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def normal_layers(
+    size: Sequence[int], layers: int, dtype: torch.dtype = torch.bfloat16
+) -> list[torch.Tensor]:
+    """Return layers of normal numbers on the host, the same in each call."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    made = [
+        torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
+        for _ in range(layers)
+    ]
+    return [layer.to(dtype) for layer in made]
