@@ -44,11 +44,11 @@ def issue_staged(move: Move, options: CopyOptions, submit: Submit, device: torch
     leaves = move.dst.device != device
     packed = move.src if move.src.form.encoding else move.dst
     context = Context.of(device, options.stream)
+    forced = None if options.backend in STRATEGIES else options.backend
+    stages = pack_stages(move, leaves, choose(device, forced))  # refuses what cannot be executed
     # The ids are used in slices, so that bad ones are left out first.
     checked = check_copy(move, packed.form.block_size, context, options.strict)
     move = checked.move
-    forced = None if options.backend in STRATEGIES else options.backend
-    stages = pack_stages(move, leaves, choose(device, forced))
     if not move.count:
         return nothing_packed(checked.error)
     far = move.dst if leaves else move.src

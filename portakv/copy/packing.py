@@ -74,7 +74,6 @@ def _transform(
         context = Context.of(choice.backend.device, options.stream)
         ready = prepared_pack(src.form, dst.form, *move.steps, choice)
         return issue_pack(move, ready, context, options.strict, options.detached)
-    PackPlan(src.form, dst.form, *move.steps)  # refuse now what no stage can change
     if options.detached and src.device.type != "cpu" != dst.device.type:
         raise Unsupported(
             "A detached copy that packs or unpacks between two devices",

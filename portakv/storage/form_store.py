@@ -20,7 +20,7 @@ from portakv.storage.form_index import FormIndex
 from portakv.storage.lent import Borrowed, Copier, Lending, LentQueue
 from portakv.storage.plan import (
     CACHED,
-    ISSUED,
+    LONG,
     SAVED,
     SLICE,
     Call,
@@ -148,9 +148,8 @@ class FormStore(FormIndex):
             form = self._chosen(self.chooser.packs(view, crossing.ids), view.block_size)
         call = Call(form, "save", keys, priority, deadline, before)
         crossing.prepare(form.own.rows)
-        # A worker sees which packed blocks do not fit.
-        pinned = self.rows.pinned and not form.own.form.encoding
-        source = ViewSource(view, crossing, self._down, pinned)
+        packed = bool(form.own.form.encoding)
+        source = ViewSource(view, crossing, self._down, self.rows.pinned, packed)
         return self._planned(call, partial(self._save, call, source, self._until(full)))
 
     def save_lent(
@@ -237,8 +236,8 @@ class FormStore(FormIndex):
         """Plan in steps the save of blocks that some tiers lack."""
         form = call.form
         queues = [tier_store.queue_for_write(0) for tier_store in tier_stores]
-        # Workers that neither copy nor write have no work that a small task would share.
-        nbytes = SAVED if tier_stores or not source.issues else ISSUED
+        # Without a write, a small task has no work that workers could share.
+        nbytes = LONG if source.long_tasks and not tier_stores else SAVED
         chunks = call.chunks(form.own, some, nbytes, 1, *queues)
 
         # After a gap no block evicts another one. The first blocks take the free slots only if

@@ -271,6 +271,7 @@ class Lending:
     """
 
     issues = False  # the store issues no copy
+    long_tasks = False
     ends: Sequence[Completion] = ()
     view: KVView | None = None
 

@@ -24,8 +24,8 @@ from portakv.graph.trace import COUNTED, Counts
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import image
 from portakv.storage.changes import Announced
-from portakv.storage.parts import ISSUED as ISSUED
 from portakv.storage.parts import LOADED, SMALL, Arrival, Part, Stage, TierStore, task_blocks
+from portakv.storage.parts import LONG as LONG
 from portakv.storage.parts import SAVED as SAVED
 from portakv.storage.parts import SLICE as SLICE
 from portakv.storage.parts import parts_of as parts_of

@@ -19,7 +19,8 @@ class Source(Protocol):
     """Brings the blocks of a save into rows.
 
     ``view``: the caller's, if the store reads it. ``issues``: `issue` makes the copies of chunks
-    that have rows. ``ends``: of the copies that it issued.
+    that have rows. ``long_tasks``: a copy takes the host as long for few bytes as for many.
+    ``ends``: of the copies that it issued.
     """
 
     @property
@@ -27,6 +28,9 @@ class Source(Protocol):
 
     @property
     def issues(self) -> bool: ...
+
+    @property
+    def long_tasks(self) -> bool: ...
 
     @property
     def ends(self) -> Sequence[Completion]: ...
@@ -42,12 +46,16 @@ class Source(Protocol):
 class ViewSource:
     """The view of a caller, which workers of a queue read, or copies that `issue` issues."""
 
-    def __init__(self, view: KVView, crossing: Crossing, queue: Queue, pinned: bool) -> None:
+    def __init__(
+        self, view: KVView, crossing: Crossing, queue: Queue, pinned: bool, packed: bool
+    ) -> None:
         self.view = view
         self._crossing = crossing
         self._queue = queue
-        # A worker keeps the pace, and waits where the host has to.
-        self.issues = crossing.waits_for_nothing and pinned and not queue.max_gbps
+        fast = pinned and not queue.max_gbps  # otherwise a worker keeps the pace, or waits
+        # A worker sees which packed blocks do not fit.
+        self.issues = fast and crossing.waits_for_nothing and not packed
+        self.long_tasks = self.issues or (fast and crossing.on_device and packed)
 
     @property
     def ends(self) -> Sequence[Completion]:

@@ -26,7 +26,7 @@ from portakv import (
     Unsupported,
     copy_blocks,
 )
-from portakv.storage import BlockForm, BlockStore, Disk, spare
+from portakv.storage import BlockForm, BlockStore, Disk, form_store, rows, spare
 
 NHD = "layer | kv block token head dim"
 HND = "layer | kv block head token dim"
@@ -427,3 +427,24 @@ def test_blocks_of_a_device(accelerator: torch.device) -> None:
         packed.load(empty, range(5), KEYS).synchronize(LIMIT)
     for own, layer in zip(empty.tensors, layers, strict=True):
         assert torch.equal(own.cpu()[:, :5].view(torch.int16), layer[:, PLACES].view(torch.int16))
+
+
+@pytest.mark.parametrize("on_disk", [False, True], ids=["host", "disk"])
+def test_few_copies_pack_the_blocks_of_a_save_that_no_tier_writes(
+    accelerator: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on_disk: bool
+) -> None:
+    there = KVView([layer.to(accelerator) for layer in cache()], NHD)
+    monkeypatch.setattr(form_store, "SAVED", 1)  # a block in each task
+    counts = list[int]()
+    copy = rows.Crossing.copy
+
+    def counted(self: Any, inner: Any, outer: Any, items: Any, at: Any) -> None:
+        counts.append(len(items))
+        copy(self, inner, outer, items, at)
+
+    monkeypatch.setattr(rows.Crossing, "copy", counted)
+    tiers = [Disk(tmp_path, capacity=16 << 20)] if on_disk else []
+    with BlockStore(form_of(), staging=4 << 20, host=4 << 20, tiers=tiers) as store:
+        store.save(there, PLACES, KEYS, full="wait").synchronize(LIMIT)
+        assert all(store.has_each(KEYS))
+    assert sorted(counts) == ([1, 1, 1, 1, 1] if on_disk else [5])
