@@ -92,7 +92,7 @@ class CopyOptions:
     def check_only(self, what: str, names: Collection[str]) -> None:
         """Raise `InvalidTerms` if another option than these is set; ``what`` has no use for it."""
         for name in _NAMES:
-            if name not in names and getattr(self, name) is not getattr(USUAL, name):
+            if name not in names and not _same(getattr(self, name), getattr(USUAL, name)):
                 raise InvalidTerms(
                     f"Expected options for {what} among {', '.join(names)}, got {name}. Leave "
                     f"{name} out."
@@ -106,11 +106,17 @@ USUAL = CopyOptions()
 _USUAL_VALUES = tuple(getattr(USUAL, name) for name in _NAMES)
 
 
+def _same(value: object, usual: object) -> bool:
+    """Return True if a keyword has its usual value; a text may be another object than its equal."""
+    return value is usual or (isinstance(value, str) and value == usual)
+
+
 def options_of(options: CopyOptions | None, *keywords: object) -> CopyOptions:
     """Return the options of a call that takes ``options`` or all keywords, these in the order of
     `CopyOptions`; raise as `options_from`."""
-    usual = all(map(is_, keywords, _USUAL_VALUES))
-    if usual and type(options) is CopyOptions:  # calls are in a hot path
+    # Most keywords are the usual objects themselves, and calls are in a hot path.
+    usual = all(map(is_, keywords, _USUAL_VALUES)) or all(map(_same, keywords, _USUAL_VALUES))
+    if usual and type(options) is CopyOptions:
         return options
     if options is None:  # without a look at the names
         return USUAL if usual else CopyOptions(**dict(zip(_NAMES, keywords, strict=True)))  # type: ignore[arg-type]
@@ -127,7 +133,7 @@ def options_from(options: CopyOptions | None, keywords: dict[str, Any]) -> CopyO
         raise InvalidTerms(
             f"Expected terms among {', '.join(sorted(_NAMES))}, got {name}. Leave {name} out."
         )
-    passed = {name: x for name, x in keywords.items() if x is not getattr(USUAL, name)}
+    passed = {name: x for name, x in keywords.items() if not _same(x, getattr(USUAL, name))}
     if options is None:
         return CopyOptions(**passed) if passed else USUAL
     if passed:

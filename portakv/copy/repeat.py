@@ -234,7 +234,7 @@ def repeated(move: Move, options: CopyOptions) -> Transfer | None:
     if kind is None:
         return None
     choice = choose(device, options.backend)
-    repeat: Repeat | None = repeats.get((token, kind, choice, options.terms, count))
+    repeat: Repeat | None = repeats.get((token, kind, choice, options.terms, _tokens_of(move)))
     if repeat is None or not repeat.fits(move):
         return None
     stream = options.stream
@@ -300,8 +300,7 @@ def remember(
             this_process(),
             capture_question(device),
         )
-    # By their number of tokens, since strategies may differ by it.
-    repeats[token, kind, choice, options.terms, move.count] = repeats[key]
+    repeats[token, kind, choice, options.terms, _tokens_of(move)] = repeats[key]
 
 
 def _launch_of(move: Move, settled: Settled, kind: tuple[_Part, _Part]) -> Launch | None:
@@ -360,6 +359,14 @@ def _kind(move: Move, device: torch.device) -> tuple[_Part, _Part] | None:
         else:
             return None
     return parts[0], parts[1]
+
+
+def _tokens_of(move: Move) -> int:
+    """Return the number of tokens by which copies are remembered; 0: they are alike for any.
+
+    Copies that leave a device are executed by the strategy that was picked for their number.
+    """
+    return 0 if move.src.device == move.dst.device else move.count
 
 
 def _address(view: KVView, index: Index) -> int:

@@ -73,6 +73,19 @@ def test_runs_take_options() -> None:
         copy_runs(*ends, 32, **places, options=USUAL, overlap="idle")
 
 
+def test_a_usual_value_is_one_by_its_text() -> None:
+    usual = "".join(["com", "pute"])  # another object
+    assert options_of(USUAL, *_keywords(overlap=usual)) is USUAL
+    assert options_from(USUAL, {"overlap": usual, "check": "".join(["usu", "al"])}) is USUAL
+    with pytest.raises(InvalidTerms, match="by_layer to be True or False"):
+        options_from(None, {"by_layer": 0})
+
+
+def _keywords(**set_: object) -> list[object]:
+    """Return all keywords in the order of `CopyOptions`, at their usual values if not set."""
+    return [set_.get(each.name, each.default) for each in fields(CopyOptions) if each.init]
+
+
 def test_options_and_keywords_together_are_refused() -> None:
     with pytest.raises(InvalidTerms, match="got options and by_layer, check"):
         copy_rows(view(), view(), options=USUAL, by_layer=True, check="strict")
