@@ -60,6 +60,7 @@ from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.cold_start import measure_startup
 from portakv_benchmarks.device.methods import run_all_methods
 from portakv_benchmarks.device.overhead import measure_overhead
+from portakv_benchmarks.device.whole_call import inside_steps
 from portakv_benchmarks.encodings import across, alongside, inside, transports
 from portakv_benchmarks.encodings.suite import ENCODING_PRESETS, EncodingBench
 from portakv_benchmarks.engines import models
@@ -109,6 +110,7 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
 WALL: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
     "link": whole_call.whole_call_steps,
     "pages": whole_call.page_steps,
+    "inside": inside_steps,
 }
 #: The parts of ``--plugs``, by engine. LMCache comes last: its kernels accept any layout.
 INTEGRATIONS: Mapping[str, Callable[[IntegrationBench], Iterator[Step]]] = {
@@ -210,7 +212,7 @@ _MEASURED = {
         "copies between a device and host memory by every transfer strategy, in turns with a memcpy"
     ),
     WALL_SUITE: (
-        "copies between a device and host memory by the wall clock, from the call until the host "
+        "copies to, from and inside a device by the wall clock, from the call until the host "
         "sees the end on an idle device, in turns with a memcpy"
     ),
     INTEGRATION_SUITE: (

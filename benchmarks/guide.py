@@ -169,6 +169,14 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
          "ids": lambda row: _IDS.get(row.get("ids", ""), "-"),
          "time, us": "{p50_us:,.4g}", "of memcpy": "{ratio:.2f}", "call, us": "{host_us:,.4g}"},
     ),
+    "wall_inside": (
+        "Copies inside a device",
+        "Registered caches, random slots in an `Index` that the caller keeps, and `copy_` of the "
+        "same bytes.",
+        {"shape": "{shape}", "bytes": lambda row: in_words(row["payload_bytes"]),
+         "method": "`{backend}`", "call": "`{call}`",
+         "time, us": "{p50_us:,.4g}", "of copy_": "{ratio:.2f}", "call, us": "{host_us:,.4g}"},
+    ),
     "host_interference": (
         "How a transfer slows a model down",
         "The loop runs alone, then during transfers at full speed, on the default stream or on a "

@@ -45,6 +45,7 @@ class HostPreset:
     direct: int  # the payload that it is swept with
     whole_call: tuple[int, ...]  # payloads by the wall clock
     pages: tuple[int, ...]  # the same in pages of 2 MiB
+    inside: tuple[tuple[str, int], ...]  # the same inside a device: shapes, and their tokens
     duplex: tuple[int, ...]  # payloads of each direction, for both at the same time
     pageable: tuple[int, ...]  # payloads between a device and pageable memory
     ring_slots: tuple[tuple[int, int], ...]  # of a plain pinned ring: slots, and bytes of one
@@ -86,6 +87,13 @@ HOST_PRESETS: Mapping[str, HostPreset] = {
         direct=128 * MB,
         whole_call=(2 * MB, 16 * MB, 128 * MB),
         pages=(12 * MB, 512 * MB),
+        inside=(
+            ("llama3-8b-16", 16),
+            ("llama3-8b-64", 64),
+            ("llama3-8b-chunk", 128),
+            ("llama3-8b-chunk", 1792),
+            ("deepseek-fp8-656", 4096),
+        ),
         duplex=(32 * MB, 128 * MB, 512 * MB),
         pageable=(32 * MB, 256 * MB),
         ring_slots=((2, 4 * MB), (4, 4 * MB), (3, 16 * MB), (4, 16 * MB)),
@@ -112,6 +120,7 @@ HOST_PRESETS: Mapping[str, HostPreset] = {
         direct=64 * KB,
         whole_call=(64 * KB,),
         pages=(4 * MB,),
+        inside=(("llama3-8b-chunk", 16),),
         duplex=(64 * KB,),
         pageable=(64 * KB,),
         ring_slots=((2, 16 * KB),),

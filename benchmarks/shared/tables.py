@@ -136,6 +136,12 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
          ("of memcpy", "ratio:.3f"), ("p90/p50", _spread), ("host us", "host_us:.1f"),
          ("chosen", "chosen"), _BYTES),
     ),
+    "wall_inside": (
+        "inside a device by the wall, registered caches and a kept Index, in turns with copy_ of "
+        "the same bytes",
+        (*_WHAT, ("MB", lambda row: f"{row['payload_bytes'] / 1e6:.3g}"), ("us", _time),
+         ("of copy_", "ratio:.3f"), ("p90/p50", _spread), ("host us", "host_us:.1f"), _BYTES),
+    ),
     "host_direct": ("zero_copy, by its limit on thread blocks", (*_LINK, _BYTES)),
     "host_duplex": ("both directions at the same time", (*_LINK, ("chosen", "chosen"), _BYTES)),
     "host_pageable": (

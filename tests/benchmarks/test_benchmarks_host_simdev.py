@@ -152,6 +152,9 @@ def test_copies_by_the_wall(
         assert measured == {("memcpy", None)} | {
             (method, ids) for method in expected for ids in ("kept Index", "host tensor")
         }
+    inside = [row for row in rows if row["kind"] == "wall_inside"]
+    assert {row["op"] for row in inside} == {"copy_", "gather", "scatter"}
+    assert {"copy_", "cuda" if cuda else "reference"} <= {row["backend"] for row in inside}
     assert all(("chosen" in row) == row["backend"].startswith("host") for row in rows)
     assert all(row["p50_us"] >= row["host_us"] > 0 for row in rows)
 
