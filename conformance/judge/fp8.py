@@ -56,7 +56,7 @@ class Fp8Shape:
         return int(np.ceil((self.values + 2 * self.tokens) / 16)) * 16
 
 
-def _nearest(numbers: np.ndarray, listed: np.ndarray) -> np.ndarray:
+def nearest(numbers: np.ndarray, listed: np.ndarray) -> np.ndarray:
     """Return the places of the listed numbers that are nearest, of two equally near the even
     place."""
     above = np.searchsorted(listed, numbers).clip(1, len(listed) - 1)
@@ -87,7 +87,7 @@ def fp8_slot(bits: np.ndarray, shape: Fp8Shape, dtype: torch.dtype) -> np.ndarra
         least = max(np.float32(size.max()) / np.float32(448), np.float32(2.0**-117))
         scale = int(np.searchsorted(BF16, float(least)))
         quotients = size.astype(np.float32) / np.float32(BF16[scale])
-        codes = _nearest(np.minimum(quotients.astype(np.float64), 448), E4M3)
+        codes = nearest(np.minimum(quotients.astype(np.float64), 448), E4M3)
         codes = codes + 128 * np.signbit(row)
         codes[~finite] = 127
         slot[token * shape.dim : (token + 1) * shape.dim] = codes
@@ -106,7 +106,7 @@ def fp8_values(slot: np.ndarray, shape: Fp8Shape, dtype: torch.dtype) -> np.ndar
     negative = codes > 127
     nan = codes % 128 == 127
     if dtype is torch.bfloat16:
-        bits = _nearest(np.minimum(sizes, BF16[-1]), BF16) + 0x8000 * negative
+        bits = nearest(np.minimum(sizes, BF16[-1]), BF16) + 0x8000 * negative
     else:
         kind = np.dtype(np.float16 if dtype is torch.float16 else np.float32)
         made = np.minimum(sizes, float(np.finfo(kind).max)).astype(kind)

@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.encoding_faults import failing_case
 
 from portakv.copy import fp8, fp8_rows
 from portakv.layout.fp8 import NAN_CODE, Fp8Plane
 from portakv_conformance.cases import Bench
 from portakv_conformance.cases import test_fp8 as cases
-from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.fp8 import Fp8Shape, fp8_slot, fp8_values
-from portakv_conformance.judge.judging import Judge
-from portakv_conformance.judge.subject import subject
 
 Convert = Callable[[torch.Tensor, torch.Tensor, Fp8Plane], None]
 CASES: dict[str, Callable[[Bench], None]] = {
@@ -27,19 +25,6 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "edges, encoded": lambda bench: cases.test_tokens_at_the_edges(bench, True, "float32"),
     "edges, decoded": lambda bench: cases.test_tokens_at_the_edges(bench, False, "float16"),
 }
-
-
-def failing_case() -> str:
-    """Return the first case that `reference` fails; empty if it passes them all."""
-    judged = subject("reference", "cpu")
-    bench = Bench("cpu", 5, judge=Judge(judged, Facility(torch.device("cpu")), 5))
-    for name, case in CASES.items():
-        try:
-            case(bench)
-        except AssertionError:
-            return name
-    assert not bench.judge.declined
-    return ""
 
 
 def _scale_of_the_plane(rows: torch.Tensor, slots: torch.Tensor, plane: Fp8Plane) -> None:
@@ -134,7 +119,7 @@ FAULTS: list[tuple[Any, str, Callable[..., Any]]] = [
 
 
 def test_without_a_fault_all_cases_pass() -> None:
-    assert failing_case() == ""
+    assert failing_case(CASES) == ""
 
 
 @pytest.mark.parametrize(("module", "name", "fault"), FAULTS, ids=[f[2].__name__ for f in FAULTS])
@@ -142,7 +127,7 @@ def test_every_fault_is_caught(
     monkeypatch: pytest.MonkeyPatch, module: Any, name: str, fault: Callable[..., Any]
 ) -> None:
     monkeypatch.setattr(module, name, fault)
-    assert failing_case()
+    assert failing_case(CASES)
 
 
 def test_a_slot_by_hand() -> None:
