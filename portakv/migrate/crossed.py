@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from portakv.copy.handle import Statistics
+from portakv.errors import Unsupported
+from portakv.layout.fp8 import FP8, Fp8
+from portakv.layout.packing import PACK
 from portakv.layout.packing import Pack as Pack
 from portakv.view.packed import as_pack
 
@@ -14,9 +17,17 @@ from portakv.view.packed import as_pack
 Encoding: TypeAlias = Literal["pack"] | Pack
 
 
-def pack_of(encoding: Encoding | None) -> Pack | None:
-    """Return the parameters of an encoding; None for raw rows. Raises `InvalidTerms` for another
-    value."""
+def pack_of(encoding: object) -> Pack | None:
+    """Return the parameters of an encoding; None for raw rows.
+
+    Raises `Unsupported` for ``fp8``, and `InvalidTerms` for another value.
+    """
+    if isinstance(encoding, Fp8) or encoding == FP8:
+        why = (
+            f"mapped memory is copied bit by bit, so that the way of a pull would decide whether "
+            f"rows are rounded. Pull with {PACK!r} or raw, and round by a copy into an {FP8!r} view"
+        )
+        raise Unsupported(f"A pull whose rows cross in {FP8!r}", why)
     return None if encoding is None else as_pack(encoding)
 
 

@@ -40,6 +40,8 @@ TOKENS = 64
 SHARE = "To share it, set shared to true in each engine that uses it."
 #: The value of ``by_layer`` with which graphs capture the waits of layers.
 GRAPH: Literal["graph"] = "graph"
+#: The choice of a store for each save, which an engine's store does not make.
+AUTO = "auto"
 #: The end of the name of a raw form, next to a packed one.
 RAW = " raw"
 #: The most changes of a store that wait for `LocalIndex.take_events`.
@@ -67,7 +69,7 @@ class StoreTerms:
             az://; None: no bucket. Credentials come from the environment.
         bucket_options: of `Remote`, such as the endpoint and the region; none is secret.
         encoding: "pack": blocks of bf16 rows are stored packed, without loss, and have the size of
-            the cache's blocks; None: raw.
+            the cache's blocks; None: raw. "auto" is refused, since keys depend on the encoding.
 
     Raises `InvalidTerms` for values that a term cannot have, and for no tier at all.
     """
@@ -120,6 +122,13 @@ class StoreTerms:
         """Raise `InvalidTerms` for an unknown encoding, and for one with a term that it lacks."""
         if self.encoding is None:
             return
+        if self.encoding == AUTO:
+            raise InvalidTerms(
+                f"Expected encoding to be {PACK!r} or None in an engine's store, got {AUTO!r}: "
+                f"packed blocks have the size of the engine's blocks, so that keys depend on the "
+                f"encoding, and a choice for each save comes too late. Pass {PACK!r} if "
+                f"portakv.choose_encoding says for your cache and your link that it pays."
+            )
         one_of("encoding", self.encoding, (PACK,))
         if self.by_layer:
             raise InvalidTerms(

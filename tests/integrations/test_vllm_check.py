@@ -69,6 +69,7 @@ def test_a_right_configuration_has_no_errors(tmp_path: Path) -> None:
         ({"kv_connector_module_path": None}, "Expected kv_connector_module_path"),
         ({"kv_connector_extra_config": {"foler": "x"}}, "got 'foler'"),
         ({"kv_connector_extra_config": {"encoding": "zip"}}, "Expected encoding to be 'pack'"),
+        ({"kv_connector_extra_config": {"encoding": "auto"}}, "got 'auto': packed blocks have"),
         (
             {"kv_connector_extra_config": {"encoding": "pack", "by_layer": True}},
             "Expected by_layer without an encoding",

@@ -525,6 +525,26 @@ def test_a_model_with_windows(
     assert damaged["failed_loads"] > 0 or not guard
 
 
+def test_packed_blocks_of_a_model_with_windows(hybrid: Path, tmp_path: Path, case: Named) -> None:
+    """Groups of layers have blocks of one size, and blocks before a window are gone."""
+    case("windows and full attention, packed")
+    own = in_a_child(lambda: Engine(hybrid, None, dtype="bfloat16").ask(PROMPTS))
+    store = {**terms(tmp_path / "store", 0), "encoding": "pack"}
+
+    def work() -> tuple[list[Answer], dict[str, int]]:
+        engine = Engine(hybrid, store, dtype="bfloat16")
+        answers = [engine.ask(PROMPTS)]
+        engine.forget()
+        return [*answers, engine.ask(PROMPTS)], engine.counts
+
+    answers, counts = in_a_child(work)
+    assert [each.tokens for each in answers] == [own.tokens] * 2
+    assert counts["landed_blocks"] == sum((len(each) - 1) // BLOCK for each in PROMPTS)
+    assert counts.get("failed_loads", 0) == 0
+    assert bytes_on_disk(tmp_path / "store") > 0
+    assert {form_in(path.parent).encoding for path in slot_files(tmp_path / "store")} > {""}
+
+
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
 def test_windows_slide_while_rows_are_read(
     guard: bool,

@@ -142,6 +142,27 @@ def test_one_rank_loads_what_two_have_packed(model: Path, tmp_path: Path, case: 
     assert landed == [sum(hits)]
 
 
+def test_two_stages_load_what_two_ranks_have_packed(
+    model: Path, tmp_path: Path, case: Named
+) -> None:
+    case("kill -9 of TP 2, then PP 2, packed")
+    own = in_a_child(lambda: Engine(model, None, dtype="bfloat16").ask(FIRST))
+    store = terms(tmp_path / "store", encoding="pack")
+    leave_blocks(model, store, FIRST, ranks=2, dtype="bfloat16")
+
+    def second() -> tuple[Answer, list[int]]:
+        engine = Engine(model, store, stages=2, dtype="bfloat16")
+        engine.join()
+        await_blocks(engine, FIRST)
+        return engine.ask(FIRST), engine.landed
+
+    answer, landed = in_a_child(second)
+    hits = [(len(each) - 1) // BLOCK for each in FIRST]
+    assert answer.tokens == own.tokens
+    assert answer.cached == [BLOCK * many for many in hits]
+    assert landed == [sum(hits)] * 2
+
+
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
 def test_two_stages_load_what_two_ranks_have_stored(
     guard: bool, model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.migrate_pulls import Sides, sides
 
-from portakv import Index, KVView, Pack, copy_blocks
+from portakv import Fp8, Index, KVView, Pack, copy_blocks
 from portakv.errors import (
     InvalidTerms,
     LayoutError,
@@ -413,6 +413,15 @@ def test_blocks_larger_than_a_staging_buffer_cross_raw(
 def test_another_encoding_is_refused(made: Sides, encoding: Any, text: str) -> None:
     with pytest.raises(InvalidTerms, match=text):
         pulled(made, Raw(), Raw(), BLOCKS, encoding=encoding)
+
+
+@pytest.mark.parametrize("encoding", ["fp8", Fp8()])
+def test_rounded_rows_are_refused_by_name(made: Sides, encoding: Any) -> None:
+    """Rows that are mapped would not be rounded; no byte of the reader changes."""
+    dst = Raw(fill=0.0)
+    with pytest.raises(Unsupported, match="A pull whose rows cross in 'fp8': mapped memory"):
+        pulled(made, Raw(), dst, BLOCKS, encoding=encoding)
+    assert not dst.bits(BLOCKS, 80).any()
 
 
 @pytest.mark.parametrize(

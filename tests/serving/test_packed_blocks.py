@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.held_bucket import HeldBucket, TermsWith
 from support.migrate_channels import until
 from support.store_damage import damaged_images_believed, flip_bits, slot_files
 
@@ -154,6 +155,8 @@ def test_packed_blocks_have_the_size_of_the_caches_blocks() -> None:
         forms_of([GroupView(cache())], "model", 32, encoding="pack")
     with pytest.raises(InvalidTerms, match="'zip'"):
         terms(None, "zip")
+    with pytest.raises(InvalidTerms, match="got 'auto': packed blocks have the size"):
+        terms(None, "auto")
     with pytest.raises(InvalidTerms, match="Expected by_layer without an encoding"):
         StoreTerms(encoding="pack", by_layer=True)
 
@@ -204,6 +207,25 @@ def test_flipped_bits_on_the_disk_are_misses(tmp_path: Path, believed: bool) -> 
 # --- ranks
 
 
+def in_a_bucket(bucket: HeldBucket, encoding: str | None) -> StoreTerms:
+    return TermsWith.a_bucket(bucket, host=1 << 20, staging=4 << 20, encoding=encoding)
+
+
+def test_a_bucket_has_packed_blocks_of_former_engines() -> None:
+    """Also raw ones, in place of blocks that do not fit; a raw engine reads both."""
+    view = cache()
+    bucket = HeldBucket()
+    with opened(in_a_bucket(bucket, "pack"), view) as (_, (store,)):
+        assert save(store, view) == ALL
+        assert store.form in bucket.forms(store.form.raw)
+    for encoding in ("pack", None):
+        with opened(in_a_bucket(bucket, encoding), view) as (index, (store,)):
+            assert until(lambda index=index: index.leading(KEYS) == COUNT, LIMIT)
+            target = empty()
+            assert load(store, target) == ALL
+            assert same(target, view)
+
+
 class Host:
     """A keeper, and ranks of it.
 
@@ -216,10 +238,13 @@ class Host:
         self.name = name
         self.keeper = stack.enter_context(Keeper(terms(folder), name))
 
-    def rank(self, view: KVView, first: int = 0, encoding: str | None = "pack") -> Any:
-        """Return the blocks of a rank that has the heads from a number on."""
+    def rank(
+        self, view: KVView, first: int = 0, encoding: str | None = "pack", layer: int = 0
+    ) -> Any:
+        """Return the blocks of a rank that has the heads and layers from two numbers on."""
         heads = [(first, first + view.heads, HEADS)]
-        forms = forms_of([GroupView(view)], "model", None, heads, encoding=encoding)
+        layers = (layer, layer + view.layers, LAYERS)
+        forms = forms_of([GroupView(view)], "model", None, heads, layers, encoding)
         client = KeeperClient(self.keeper.place, forms, self.name)
         self._stack.enter_context(client)
         assert client.wait(LIMIT)
@@ -261,6 +286,30 @@ def save_in_halves(at: Host, view: KVView) -> list[Any]:
         each.synchronize(LIMIT)
         assert each.landed.tolist() == ALL
     return ranks
+
+
+def test_stages_pack_their_layers_and_others_read_them(
+    host: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The plane that does not fit is in the last layer, so that both stages store its block raw."""
+    view = cache()
+    stages = [KVView([tensor], LAYOUT) for tensor in view.tensors]
+    with host(tmp_path / "store") as at:
+        ranks = [at.rank(stage, layer=layer) for layer, stage in enumerate(stages)]
+        saves = [rank.save(stage, PLACES, KEYS) for rank, stage in zip(ranks, stages, strict=True)]
+        for each in saves:
+            each.synchronize(LIMIT)
+            assert each.landed.tolist() == ALL
+        assert at.keeper.statistics()["saved_raw"] == 1
+        assert at.leading() == COUNT
+    with host(tmp_path / "store") as at:
+        for layer, stage in enumerate(stages):
+            target = KVView([torch.zeros_like(stage.tensors[0], device="cpu")], LAYOUT)
+            assert load(at.rank(target, layer=layer), target) == ALL
+            assert same(target, stage)
+        target = empty()
+        assert load(at.rank(target), target) == ALL
+        assert same(target, view)
 
 
 def test_a_block_that_one_rank_cannot_pack_is_raw_for_both(host: Callable[..., Any]) -> None:
