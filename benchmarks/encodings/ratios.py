@@ -30,7 +30,8 @@ def entropy(symbols: torch.Tensor) -> torch.Tensor:
     ones = torch.ones(symbols.shape, dtype=torch.float64, device=symbols.device)
     counts.scatter_add_(1, symbols.to(torch.int64), ones)
     shares = counts / symbols.shape[1]
-    return -(shares * shares.clamp(min=1e-300).log2()).sum(1)
+    bits: torch.Tensor = -(shares * shares.clamp(min=1e-300).log2()).sum(1)
+    return bits
 
 
 def planes_of(rows: Rows, tokens: int = TOKENS) -> torch.Tensor:

@@ -5,8 +5,8 @@
 (`test_corners`, `test_presets`, `test_indices`, `test_parts`), what callers do (`test_connector`),
 what must never happen (`test_safety`, `test_far`), what a backend claims (`test_claims`,
 `test_lies`), order, devices and graphs (`test_ordering`, `test_devices`, `test_capture`), and
-random structures (`test_drawn`, `test_metamorphic`, `test_stateful`), and rows that are packed
-(`test_encodings`).
+random structures (`test_drawn`, `test_metamorphic`, `test_stateful`), and rows that change on the
+way: packed (`test_encodings`), rounded (`test_fp8`), and keys that are rotated (`test_rope`).
 """
 
 from __future__ import annotations

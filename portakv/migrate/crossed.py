@@ -13,6 +13,8 @@ from portakv.layout.packing import PACK
 from portakv.layout.packing import Pack as Pack
 from portakv.view.packed import as_pack
 
+#: The choice of a store for each save, which a pull does not make.
+AUTO = "auto"
 #: What callers pass: the usual parameters, or others.
 Encoding: TypeAlias = Literal["pack"] | Pack
 
@@ -20,8 +22,15 @@ Encoding: TypeAlias = Literal["pack"] | Pack
 def pack_of(encoding: object) -> Pack | None:
     """Return the parameters of an encoding; None for raw rows.
 
-    Raises `Unsupported` for ``fp8``, and `InvalidTerms` for another value.
+    Raises `Unsupported` for ``fp8`` and ``auto``, and `InvalidTerms` for another value.
     """
+    if isinstance(encoding, str) and encoding == AUTO:
+        why = (
+            "the owner's rows decide whether it pays, and a reader cannot sample them. Have the "
+            "owner call choose_encoding with its view, blocks and link_gbps, and pull with the "
+            "pack of the choice, or None"
+        )
+        raise Unsupported(f"A pull with encoding={AUTO!r}", why)
     if isinstance(encoding, Fp8) or encoding == FP8:
         why = (
             f"mapped memory is copied bit by bit, so that the way of a pull would decide whether "

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.migrate_pulls import Sides, sides
 
-from portakv import Fp8, Index, KVView, Pack, copy_blocks
+from portakv import Fp8, Index, KVView, Pack, choose_encoding, copy_blocks
 from portakv.errors import (
     InvalidTerms,
     LayoutError,
@@ -415,13 +415,39 @@ def test_another_encoding_is_refused(made: Sides, encoding: Any, text: str) -> N
         pulled(made, Raw(), Raw(), BLOCKS, encoding=encoding)
 
 
-@pytest.mark.parametrize("encoding", ["fp8", Fp8()])
-def test_rounded_rows_are_refused_by_name(made: Sides, encoding: Any) -> None:
-    """Rows that are mapped would not be rounded; no byte of the reader changes."""
+@pytest.mark.parametrize(
+    ("encoding", "says"),
+    [
+        ("fp8", "A pull whose rows cross in 'fp8': mapped memory"),
+        (Fp8(), "A pull whose rows cross in 'fp8': mapped memory"),
+        ("auto", "A pull with encoding='auto': the owner's rows decide"),
+    ],
+)
+def test_encodings_of_other_calls_are_refused_by_name(
+    made: Sides, encoding: Any, says: str
+) -> None:
+    """Rows that are mapped would not be rounded, and a reader has no rows to sample. No byte of the
+    reader changes."""
     dst = Raw(fill=0.0)
-    with pytest.raises(Unsupported, match="A pull whose rows cross in 'fp8': mapped memory"):
+    with pytest.raises(Unsupported, match=says):
         pulled(made, Raw(), dst, BLOCKS, encoding=encoding)
     assert not dst.bits(BLOCKS, 80).any()
+
+
+@pytest.mark.parametrize("random_bits", [False, True])
+def test_a_pull_takes_the_choice_of_the_owner(made: Sides, random_bits: bool) -> None:
+    src = Raw()
+    if random_bits:
+        draw = torch.Generator(device="cpu").manual_seed(3)
+        for tensor in src.view.tensors:
+            bits = torch.randint(-(1 << 15), 1 << 15, tensor.shape, generator=draw, device="cpu")
+            tensor.copy_(bits.to(torch.int16).view(torch.bfloat16))
+    dst = Raw(fill=0.0)
+    choice = choose_encoding(src.view, BLOCKS, link_gbps=1.0, packing_gbps=100.0)
+    seen = pulled(made, src, dst, [6, 1, 4, 2, 9], encoding=choice.pack)
+    assert (choice.pack is None) is random_bits
+    assert seen.packed is not random_bits
+    assert torch.equal(src.bits(BLOCKS, 80), dst.bits([6, 1, 4, 2, 9], 80))
 
 
 @pytest.mark.parametrize(
