@@ -38,7 +38,8 @@ def planes_of(rows: Rows, tokens: int = TOKENS) -> torch.Tensor:
     """Return the bits of rows ``[tokens, heads, dim]`` of bf16 as planes of blocks, int16."""
     blocks = len(rows) // tokens
     made = rows[: blocks * tokens].unflatten(0, (blocks, tokens)).transpose(1, 2)
-    return made.reshape(blocks * rows.shape[1], -1).contiguous().view(torch.int16)
+    planes: torch.Tensor = made.reshape(blocks * rows.shape[1], -1).contiguous()
+    return planes.view(torch.int16)
 
 
 def exponents_of(planes: torch.Tensor) -> torch.Tensor:
