@@ -138,14 +138,14 @@ class Hasty:
         self.engine.close()
 
 
-def record_early(store: DiskStore, _: int) -> None:
+def record_early(store: Any, _: int) -> None:
     """Record blocks before all of their bytes are written."""
     store.engine = Hasty(store.engine)
 
 
 def record_backwards(store: DiskStore, ready: int) -> None:
     """Record the last block of a call first, and wait there for the kill."""
-    slots = store.parts[0][0]
+    slots: Any = store.parts[0][0]
     write = store.write
     seal = slots.seal
 
@@ -156,9 +156,9 @@ def record_backwards(store: DiskStore, ready: int) -> None:
             blocks.append(block)
             return True
 
-        slots.seal = later  # type: ignore[method-assign]
+        slots.seal = later
         landed = write(*call)
-        slots.seal = seal  # type: ignore[method-assign]
+        slots.seal = seal
         seal(*blocks.pop())
         if blocks:
             os.write(ready, b"x")
