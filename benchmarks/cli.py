@@ -170,15 +170,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ``argv`` are the words after `portakv bench`, by default those of this process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    named = [name for name in SUITES if f"--{name}" in words]
-    named.sort(key=lambda name: name == WALL_SUITE)  # next to another suite it selects parts
-    kind = named[0] if named else None
+    kind = _suite_of(words)
     parser = _parser(kind)
     args = parser.parse_args(words)
-    if kind is not None and kind in BY_WALL and args.wall:
-        if args.only is not None:
-            parser.error("Expected --wall or --only, got both. Leave one out.")
-        args.only = ",".join(BY_WALL[kind])
+    _select_by_wall(parser, kind, args)
     try:
         if os.environ.get(ENVIRONMENT):
             raise PortaKVError(
@@ -215,6 +210,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = [] if kind == INTEGRATION_SUITE else results["left_out"]
     failed = any(isinstance(line, harness.Failed) for line in lines)
     return int(failed or not all(x["verified"] for x in results["rows"] if not x.get("peer")))
+
+
+def _suite_of(words: Sequence[str]) -> str | None:
+    """Return the suite that a command names; None for copies inside a device.
+
+    Next to another suite, ``--wall`` selects parts of it.
+    """
+    named = [name for name in SUITES if f"--{name}" in words]
+    return min(named, key=lambda name: name == WALL_SUITE, default=None)
+
+
+def _select_by_wall(
+    parser: argparse.ArgumentParser, kind: str | None, args: argparse.Namespace
+) -> None:
+    """Select the parts by the wall clock if ``--wall`` requests them; end for wrong options."""
+    if kind not in BY_WALL or not args.wall:
+        return
+    if args.only is not None:
+        parser.error("Expected --wall or --only, got both. Leave one out.")
+    args.only = ",".join(BY_WALL[kind])
 
 
 _MEASURED = {

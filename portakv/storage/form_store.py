@@ -377,8 +377,7 @@ class FormStore(FormIndex):
         correct bytes. Blocks of a form with one segment are read whole, and only the device's stage
         goes by layer.
 
-        ``options``: how blocks are copied into the view, in place of ``by_layer``: also backend,
-        overlap, max_thread_blocks.
+        ``options``: in place of ``by_layer``: also backend, overlap, max_thread_blocks.
         """
         one_of("missing", missing, MISSING)
         options = options_from(options, {"by_layer": by_layer})

@@ -98,17 +98,20 @@ def key_of(owner: Owner) -> bytes:
 def never_end(owner: Any) -> None:
     """Have readers of an owner take its ended offers for offers that hold: no word of its page says
     that one has ended, and no answer."""
-    made: dict[bytes, Offer] = {}
-    enter = owner._enter
-
-    def entered(offer: Any, *more: Any) -> Offer:
-        made[offer.number] = offer
-        offer.holds = lambda: True
-        return cast(Offer, enter(offer, *more))
-
-    owner._enter = entered
-    owner._current = lambda about: made.get(about.offer)
+    owner.offers = _Unending()
     owner.words.end = lambda *_: None
+
+
+class _Unending(dict[bytes, Any]):
+    """The offers of an owner, of which none is removed or noticed to have ended."""
+
+    def __setitem__(self, number: bytes, offer: Any) -> None:
+        offer.holds = lambda: True
+        super().__setitem__(number, offer)
+
+    def pop(self, number: bytes, *_: object) -> Any:
+        """Return an offer, and go on to have it."""
+        return self.get(number)
 
 
 class Rows:
