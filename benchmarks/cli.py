@@ -225,7 +225,7 @@ def _select_by_wall(
     parser: argparse.ArgumentParser, kind: str | None, args: argparse.Namespace
 ) -> None:
     """Select the parts by the wall clock if ``--wall`` requests them; end for wrong options."""
-    if kind not in BY_WALL or not args.wall:
+    if kind is None or kind not in BY_WALL or not args.wall:
         return
     if args.only is not None:
         parser.error("Expected --wall or --only, got both. Leave one out.")

@@ -43,7 +43,7 @@ while True:
         time.sleep(seed.random() * 0.03)
         offer.revoke()
     else:
-        offer.taken(0.5)
+        offer.taken(5.0)  # no shorter than the lease: a busy machine pulls slowly
         offer.revoke()
     rows.whole.fill_(-2)
 """
