@@ -2,11 +2,11 @@
 """`portakv bench`: measure backends on real models' shapes; print tables and write JSON.
 
 ``--host`` measures copies between a device and host memory, ``--wall`` the same as a caller waits
-for them. ``--plugs`` compares engines' own
-transfers with those of PortaKV's integrations. ``--storage`` measures block stores in a folder, and
-``--migration`` measures rows and weights that cross between two processes. ``--engines`` measures
-requests of a serving engine with each place from which their rows may come. ``--encodings``
-measures copies that pack and unpack rows.
+for them; next to ``--storage`` or ``--migration`` it selects their parts that do so. ``--plugs``
+compares engines' own transfers with those of PortaKV's integrations. ``--storage`` measures block
+stores in a folder, and ``--migration`` measures rows and weights that cross between two processes.
+``--engines`` measures requests of a serving engine with each place from which their rows may come.
+``--encodings`` measures copies that pack and unpack rows.
 
 Exit codes: 0 all bytes are right; 1 bytes are wrong or a requested part failed; 2 the command line
 is wrong. Absent parts, failures of peers and parts without time left are reported only.
@@ -148,6 +148,11 @@ ENCODINGS: Mapping[str, Callable[[EncodingBench], Iterator[Step]]] = {
     "transports": transports.transport_steps,
     "alongside": alongside.alongside_steps,
 }
+#: The parts of a suite that have targets by the wall clock, which ``--wall`` measures alone.
+BY_WALL: Mapping[str, Sequence[str]] = {
+    STORAGE_SUITE: ("tier", "waits"),
+    MIGRATION_SUITE: ("wall", "weights", "staged"),
+}
 _PARTS_OF: Mapping[str, Fields] = {
     HOST_SUITE: PARTS,
     WALL_SUITE: WALL,
@@ -165,9 +170,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ``argv`` are the words after `portakv bench`, by default those of this process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    kind = next((name for name in SUITES if f"--{name}" in words), None)
+    kind = _suite_of(words)
     parser = _parser(kind)
     args = parser.parse_args(words)
+    _select_by_wall(parser, kind, args)
     try:
         if os.environ.get(ENVIRONMENT):
             raise PortaKVError(
@@ -204,6 +210,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = [] if kind == INTEGRATION_SUITE else results["left_out"]
     failed = any(isinstance(line, harness.Failed) for line in lines)
     return int(failed or not all(x["verified"] for x in results["rows"] if not x.get("peer")))
+
+
+def _suite_of(words: Sequence[str]) -> str | None:
+    """Return the suite that a command names; None for copies inside a device.
+
+    Next to another suite, ``--wall`` selects parts of it.
+    """
+    named = [name for name in SUITES if f"--{name}" in words]
+    return min(named, key=lambda name: name == WALL_SUITE, default=None)
+
+
+def _select_by_wall(
+    parser: argparse.ArgumentParser, kind: str | None, args: argparse.Namespace
+) -> None:
+    """Select the parts by the wall clock if ``--wall`` requests them; end for wrong options."""
+    if kind is None or kind not in BY_WALL or not args.wall:
+        return
+    if args.only is not None:
+        parser.error("Expected --wall or --only, got both. Leave one out.")
+    args.only = ",".join(BY_WALL[kind])
 
 
 _MEASURED = {
@@ -273,6 +299,9 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
     if kind:
         parts = ", ".join(_PARTS_OF[kind])
         add("--only", metavar="PARTS", help=f"some parts alone, separated by commas: {parts}")
+        if kind in BY_WALL:
+            timed = ", ".join(BY_WALL[kind])
+            add("--wall", action="store_true", help=f"the parts by the wall clock alone: {timed}")
     else:
         add("--backend", help="may be repeated (default: all accepted)", **several)
         add("--shape", help="may be repeated (default: the preset's)", **several)

@@ -256,8 +256,12 @@ def test_the_design_is_short_and_names_files_that_exist() -> None:
     assert len(design.split()) <= 3_000
     terms = [line for line in _section(design, "Glossary").splitlines() if line.startswith("| ")]
     assert 0 < len(terms) - len(["heading"]) <= 25
-    named = re.findall(r"`([\w/]+\.py)`", _section(design, "Files to read for a question"))
+    section = _section(design, "Files to read for a question")
+    named = re.findall(r"`([\w/]+\.py)`", section)
     assert named
+    for question, most in (("from a disk to a GPU", 7), ("a pull commit its rows", 6)):
+        (row,) = (line for line in section.splitlines() if question in line)
+        assert 0 < len(re.findall(r"`[\w/]+\.py`", row)) <= most
     missing = [file for file in named if not (ROOT / "portakv" / file).is_file()]
     assert not missing, f"docs/design.md names files that do not exist: {missing}"
 

@@ -144,7 +144,7 @@ def _loads(device: torch.device, folder: Path, stack: ExitStack) -> Iterator[Ope
         whole[:, :, into] = 0
 
         def load(_: object, store: BlockStore = store) -> None:
-            store.load(view, into, KEYS).synchronize(LIMIT)
+            store.load(view, into, KEYS).synchronize()
 
         before = _hits(store, tier)
         load(None)
@@ -174,7 +174,7 @@ def _pulls(device: torch.device, owner: Served, stack: ExitStack) -> Iterator[Op
     )
 
     def pull(_: object) -> None:
-        reader.pull(ticket, [4, 5, 6, 7], overlap="idle").synchronize(LIMIT)
+        reader.pull(ticket, [4, 5, 6, 7], overlap="idle").synchronize()
 
     pull(None)
     if not bool((target[:, :, 4:] == 1).all()):

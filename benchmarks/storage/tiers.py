@@ -32,7 +32,7 @@ from portakv.storage.remote import Remote
 from portakv.storage.rows import Rows as Memory
 from portakv_benchmarks.host.suite import MB
 from portakv_benchmarks.shared.files import FIO, FsNative, Slab, close
-from portakv_benchmarks.shared.harness import Row, Rows, Step
+from portakv_benchmarks.shared.harness import Row, Rows, Step, having, short
 from portakv_benchmarks.shared.shapes import POISON, in_words
 from portakv_benchmarks.shared.trials import Method, Sample, timed
 from portakv_benchmarks.storage.suite import StorageBench
@@ -178,7 +178,20 @@ def _tier(bench: StorageBench, size: int) -> Rows:
         methods += [peer.method(word) for peer in peers]
         rows += bench.trials.rows({**fields, "op": op}, nbytes, methods, compared_with)
     close(fresh, tier, slab, engine, *peers)
+    compare_processor_time(rows)
     return rows
+
+
+def compare_processor_time(rows: Rows) -> None:
+    """Add the processor time of the tier's rows beyond that of the engine, and relative to
+    LMCache's, in the same operation."""
+    for row in having(rows, backend="tier"):
+        times = {x["backend"]: x["cpu_us_per_mib"] for x in having(rows, op=row["op"])}
+        own = times["tier"]
+        if "engine" in times:
+            row["cpu_over_engine_us"] = short(own - times["engine"])
+        if "lmcache" in times:
+            row["cpu_of_lmcache"] = short(own / times["lmcache"])
 
 
 def remote_steps(bench: StorageBench) -> Iterator[Step]:

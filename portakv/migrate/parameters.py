@@ -225,15 +225,15 @@ def facts_of(parameters: Parameters) -> tuple[object, ...] | None:
             tuple(map(torch.Tensor.is_conj, tensors)),
             tuple(map(torch.Tensor.is_neg, tensors)),
         )
+        terms = _terms(parameters, _terms_of)
         try:
-            key = *facts, _terms(parameters, _terms_of)
-            hash(key)
+            hash(terms)  # the only part that may have no hash
         except TypeError:  # boxes or shapes that are lists
-            key = *facts, _terms(parameters, _fixed_terms_of)
-            hash(key)
+            terms = _terms(parameters, _fixed_terms_of)
+            hash(terms)
     except (TypeError, ValueError, RuntimeError, NotImplementedError):  # the checks say why
         return None
-    return key
+    return *facts, terms
 
 
 def _terms(parameters: Parameters, terms_of: Callable[[Parameter], object]) -> tuple[object, ...]:

@@ -115,7 +115,8 @@ class Reader:
         options = self._checked(options, by_layer, overlap, max_thread_blocks, max_gbps)
         if type(first) is not int or first < 0:
             first = arguments.whole("first", first)
-        arguments.flag("verify", verify)
+        if type(verify) is not bool:
+            arguments.flag("verify", verify)
         if capturing(self.device):
             raise refuse_capture("A pull", "it waits for the end of its copies; pull outside")
         self._check_open()

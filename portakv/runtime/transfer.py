@@ -276,7 +276,10 @@ class Transfer:
     @property
     def _captured(self) -> bool:
         """Return True if a launch was captured into a graph, whose replays the handle ignores."""
-        return any(completion.standing for completion in self.completions)
+        for completion in self.completions:  # noqa: SIM110 - a generator is two more calls
+            if completion.standing:
+                return True
+        return False
 
     @property
     def ordered(self) -> bool:

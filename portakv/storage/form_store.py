@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 
 from portakv.arguments import flag, invalid, one_of
-from portakv.copy.options import CopyOptions, options_from
+from portakv.copy.options import USUAL, CopyOptions, options_from
 from portakv.errors import StoreError, Unsupported
 from portakv.graph import Handle, Missing, Priority, Task
 from portakv.runtime.interrupts import abandoned
@@ -53,13 +53,6 @@ def _check_copier(copier: object) -> None:
     """Raise `InvalidTerms` for an object that is not a `Copier`."""
     if not callable(getattr(copier, "begin", None)):
         raise invalid("copier", "an object with begin(copy)", copier)
-
-
-def _copy_options(what: str, options: CopyOptions | None) -> CopyOptions:
-    """Return the options of a store's copies; workers make the copies and wait for each."""
-    options = options_from(options, {})
-    options.check_only(what, OPTIONS)
-    return options
 
 
 def _by_gaps(
@@ -141,7 +134,9 @@ class FormStore(FormIndex):
         form = self._own("save")
         keys = self._keys(keys, priority, deadline)
         before = self._predecessors(after, keys)
-        options = _copy_options("a save", options)
+        options = options_from(options, {})
+        if options is not USUAL:
+            options.check_only("a save", OPTIONS)
         size = form.own.form.block_size
         crossing = Crossing(view, blocks, len(keys), size, store=True, options=options)
         if self.chooser is not None:
@@ -382,15 +377,15 @@ class FormStore(FormIndex):
         correct bytes. Blocks of a form with one segment are read whole, and only the device's stage
         goes by layer.
 
-        ``options``: how blocks are copied into the view, in place of ``by_layer``: also backend,
-        overlap, max_thread_blocks.
+        ``options``: in place of ``by_layer``: also backend, overlap, max_thread_blocks.
         """
         one_of("missing", missing, MISSING)
         options = options_from(options, {"by_layer": by_layer})
         by_layer = options.by_layer
         if by_layer:
             options = replace(options, by_layer=False)
-        options = _copy_options("a load", options)
+        if options is not USUAL:
+            options.check_only("a load", OPTIONS)
         form = self._own("load")
         keys = self._keys(keys, priority, deadline)
         crossing = Crossing(view, blocks, len(keys), form.own.form.block_size, options=options)

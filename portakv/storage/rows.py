@@ -498,12 +498,6 @@ def _mark(key: bytes, mark: int) -> Hashable:
     return FIRST if mark in (FIRST, UNKNOWN) else (key[:-32], mark)
 
 
-def _ids(blocks: IdList) -> Any:
-    """Return ids of blocks as an array on the host."""
-    with naming("blocks", "ids of the view's blocks"):
-        return Index([] if blocks is None else blocks).host_ids()
-
-
 class Crossing:
     """Copies between rows, seen as ``inner``, and ``blocks`` of a view.
 
@@ -520,7 +514,8 @@ class Crossing:
         store: bool = False,
         options: CopyOptions = USUAL,
     ) -> None:
-        if not isinstance(view, KVView) or not view.block_size:
+        whole = view.block_size if isinstance(view, KVView) else None
+        if not whole:
             got = repr(view) if isinstance(view, KVView) else shown(view)
             raise LayoutError(
                 f"Expected view to be a paged view, got {got}. Name a block axis in its layout."
@@ -528,23 +523,29 @@ class Crossing:
         if capturing(view.device):
             why = "workers on the host move blocks; save and load outside of it"
             raise refuse_capture("A transfer of a block store", why)
-        whole = view.block_size
-        # A copy: workers read it later, when the caller may have changed the list.
-        ids = _ids(blocks).copy()
-        needed = -(-many * size // whole)
-        if len(ids) != needed:
-            raise InvalidTerms(
-                f"Expected blocks to be {needed} ids, of the view's blocks of {whole} tokens "
-                f"for {many} keys of {size}, got {len(ids)}. Pass the blocks that the keys name."
-            )
-        with naming("blocks", "ids of the view's blocks"):
-            index = Index.of(ids, whole)
+        try:
+            index = Index([] if blocks is None else blocks, whole)
+            ids = index.host_ids()
+            if not isinstance(blocks, list | tuple | range):
+                # A copy: workers read it later, when the caller may have changed the ids.
+                ids = ids.copy()
+                index = Index.of(ids, whole)
+            needed = -(-many * size // whole)
+            if len(ids) != needed:
+                raise InvalidTerms(
+                    f"Expected blocks to be {needed} ids, of the view's blocks of {whole} tokens "
+                    f"for {many} keys of {size}, got {len(ids)}. Pass the blocks that the keys "
+                    f"name."
+                )
             skips = index.check(len(ids) * whole, view.slots, "view", distinct=not store)
             if skips and store:
                 least = int(ids.min())
                 raise SlotError(
                     f"Expected ids of the view's blocks, got the negative {least}. Leave it out."
                 )
+        except (SlotError, LayoutError):
+            with naming("blocks", "ids of the view's blocks"):  # the usual call does not pay for it
+                raise
         self._size = size
         self._store = store
         self._options = options

@@ -222,3 +222,27 @@ def test_most_suites_need_torch_and_numpy_alone(tmp_path: Path) -> None:
     for code, printed in (migration, engines):
         assert code == 1
         assert "No module named 'msgspec'" in printed
+
+
+@pytest.mark.parametrize("words", [["--wall", "--storage"], ["--storage", "--wall"]])
+def test_the_parts_by_the_wall_clock_are_selected_together(
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
+    monkeypatch.delenv("PORTAKV_IO", raising=False)
+    words = [*words, "--device", "cpu", "--preset", "tiny", "--dir", str(tmp_path)]
+    assert bench.main([*words, "--seconds", "1e-9", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["suite"] == "storage"
+    assert result["asked"]["parts"] == [*bench.BY_WALL["storage"]]
+    with pytest.raises(SystemExit, match="2"):
+        bench.main([*words, "--only", "tier"])
+    assert "Expected --wall or --only, got both" in capsys.readouterr().err
+
+
+def test_parts_by_the_wall_clock_exist() -> None:
+    assert {*bench.BY_WALL["storage"]} <= {*bench.STORAGE}
+    assert {*bench.BY_WALL["migration"]} <= {*bench.MIGRATION}

@@ -26,6 +26,7 @@ from portakv_benchmarks.shared.shapes import in_bytes
 from portakv_benchmarks.shared.trials import Method, Sample, Trials
 from portakv_benchmarks.storage.stores import alongside
 from portakv_benchmarks.storage.suite import STORAGE_PRESETS, StorageBench
+from portakv_benchmarks.storage.tiers import compare_processor_time
 
 #: A program that moves nothing and says what fio would, half of it for sizes of 1 MB and more.
 FAKE = """
@@ -153,6 +154,28 @@ def test_ways_are_tried_in_turns_and_compared_by_round() -> None:
     assert "of_fio" not in rows[1]
     assert [("refused" in x, isinstance(x, Failed)) for x in left_out] == [(True, True)]
     assert [tried.count(name) for name in ("ours", "fio a", "fio b", "wrong")] == [5, 5, 5, 4]
+
+
+def test_processor_time_is_compared_with_the_engine_and_lmcache_of_the_same_operation() -> None:
+    measured = {
+        ("load", "tier"): 90.0,
+        ("load", "engine"): 6.0,
+        ("load", "lmcache"): 180.0,
+        ("first store", "tier"): 300.0,
+        ("first store", "lmcache"): 200.0,
+        ("full store", "tier"): 50.0,
+    }
+    rows: list[Row] = [
+        {"op": op, "backend": backend, "cpu_us_per_mib": us}
+        for (op, backend), us in measured.items()
+    ]
+    compare_processor_time(rows)
+    load, engine, _, first, _, full = rows
+    assert (load["cpu_over_engine_us"], load["cpu_of_lmcache"]) == (84.0, 0.5)
+    assert engine.keys() == {"op", "backend", "cpu_us_per_mib"}
+    assert first["cpu_of_lmcache"] == 1.5
+    assert "cpu_over_engine_us" not in first
+    assert full.keys() == {"op", "backend", "cpu_us_per_mib"}  # nothing was measured alongside
 
 
 @pytest.mark.parametrize("refused", [False, True])

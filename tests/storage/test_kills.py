@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from support.storage_cases import key_of
 from portakv.storage import BlockForm, Disk, image
 from portakv.storage.chains import FIRST, mark_of
 from portakv.storage.disk_store import DiskStore
+from portakv.storage.io.base import Ended, Request
 
 FORMS = [replace(LARGE, model=f"model {number}") for number in range(3)]
 ROOM = 24 * LARGE.image_bytes
@@ -33,19 +35,31 @@ def opened(folder: Path, forms: list[BlockForm], io: Any) -> list[DiskStore]:
     return cases.all_reopened(Disk(folder, capacity=ROOM, io=io), forms)
 
 
-def writer(folder: Path, forms: list[BlockForm], io: Any) -> Callable[[int], None]:
-    """Save the next blocks of chains of own forms in a child until it is killed."""
+def writer(
+    folder: Path,
+    forms: list[BlockForm],
+    io: Any,
+    spoil: Callable[[DiskStore, int], None] = lambda store, ready: None,
+    least: int = 1,
+) -> Callable[[int], None]:
+    """Save the next blocks of chains of own forms in a child until it is killed.
+
+    ``spoil`` changes a store of the child, which then breaks a promise. ``least``: blocks of a
+    call, unless the chain ends before.
+    """
 
     def work(ready: int) -> None:
         draw = random.Random(os.getpid())
         stores = opened(folder, forms, io)
+        for store in stores:
+            spoil(store, ready)
         first = max(store.generation for store in stores)
         for generation in range(first + 1, 10**6):
             chain = draw.choice(CHAINS)
             store = draw.choice(stores)
             form = store.form
             there = store.has(chain).index(False) if not all(store.has(chain)) else 0
-            keys = chain[there : there + draw.randint(1, 6)]
+            keys = chain[there : there + draw.randint(least, 6)]
             marks = [mark_of(chain[there - 1]) if there else FIRST, *map(mark_of, keys)]
             rows = cases.images(len(keys), form)
             sums = []
@@ -69,7 +83,8 @@ def check(folder: Path, form: BlockForm, io: str) -> int:
             assert there == sorted(there, reverse=True), "a block without its predecessor"
             stored += [key for key, is_there in zip(chain, there, strict=True) if is_there]
         rows = cases.images(max(len(stored), 1), form)
-        assert store.read(stored, [*rows][: len(stored)]) == [True] * len(stored)
+        landed = store.read(stored, [*rows][: len(stored)])
+        assert landed == [True] * len(stored), "a block with wrong bytes"
         assert all(cases.holds(row, form, key) for row, key in zip(rows, stored, strict=False))
         return len(stored)
     finally:
@@ -106,3 +121,66 @@ def test_kills_of_a_process_that_saves_several_forms(tmp_path: Path, io: str, ki
         total += sum(check(tmp_path, form, io) for form in FORMS)
         assert sum(path.stat().st_size for path in tmp_path.glob("*/slots")) <= ROOM
     assert total >= 2 * kills
+
+
+class Hasty:
+    """An engine that reports the end of a write after the first page of its bytes."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def run(self, requests: Sequence[Request], ended: Ended | None = None) -> list[int]:
+        begun = [each._replace(nbytes=image.HEADER) if each.write else each for each in requests]
+        results = self.engine.run(begun, ended)
+        return [each.nbytes if each.write else n for each, n in zip(requests, results, strict=True)]
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def record_early(store: Any, _: int) -> None:
+    """Record blocks before all of their bytes are written."""
+    store.engine = Hasty(store.engine)
+
+
+def record_backwards(store: DiskStore, ready: int) -> None:
+    """Record the last block of a call first, and wait there for the kill."""
+    slots: Any = store.parts[0][0]
+    write = store.write
+    seal = slots.seal
+
+    def saved(*call: Any) -> list[bool]:
+        blocks: list[Any] = []
+
+        def later(*block: Any) -> bool:
+            blocks.append(block)
+            return True
+
+        slots.seal = later
+        landed = write(*call)
+        slots.seal = seal
+        seal(*blocks.pop())
+        if blocks:
+            os.write(ready, b"x")
+            signal.pause()
+        return landed
+
+    store.write = saved  # type: ignore[method-assign, assignment]
+
+
+@pytest.mark.parametrize("io", ["ring", "threads"])
+@pytest.mark.parametrize(
+    ("spoil", "damage"),
+    [
+        (record_early, "a block with wrong bytes"),
+        (record_backwards, "a block without its predecessor"),
+    ],
+)
+def test_kills_of_a_wrong_writer_are_noticed(
+    tmp_path: Path, io: str, spoil: Callable[[DiskStore, int], None], damage: str
+) -> None:
+    """The negative control: records that come too early, or in the wrong order."""
+    work = writer(tmp_path, FORMS[:1], io, spoil, least=2)
+    cases.kill_writer(work, 0.0)
+    with pytest.raises(AssertionError, match=damage):
+        check(tmp_path, FORMS[0], io)

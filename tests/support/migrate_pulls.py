@@ -95,6 +95,25 @@ def key_of(owner: Owner) -> bytes:
         return channel.ask(owner.channel.address, Hello(owner.model), Handshake).key
 
 
+def never_end(owner: Any) -> None:
+    """Have readers of an owner take its ended offers for offers that hold: no word of its page says
+    that one has ended, and no answer."""
+    owner.offers = _Unending()
+    owner.words.end = lambda *_: None
+
+
+class _Unending(dict[bytes, Any]):
+    """The offers of an owner, of which none is removed or noticed to have ended."""
+
+    def __setitem__(self, number: bytes, offer: Any) -> None:
+        offer.holds = lambda: True
+        super().__setitem__(number, offer)
+
+    def pop(self, number: bytes, *_: object) -> Any:
+        """Return an offer, and go on to have it."""
+        return self.get(number)
+
+
 class Rows:
     """A cache of ``blocks`` blocks in shared memory, of 2 layers and 4 heads, and its shard."""
 
