@@ -43,6 +43,8 @@ from support.vllm_cpu import (
     small_model,
 )
 from support.vllm_cpu_table import Named, case_of
+from support.vllm_trace import read_trace
+from support.vllm_trace_engine import record
 
 from portakv.cli.explain_hooks import costs_in
 from portakv.serving.local import TOKENS
@@ -226,6 +228,17 @@ def test_a_step_without_work_makes_few_calls(model: Path, tmp_path: Path, case: 
     assert 0 < min(calls)
     assert max(calls) <= MOST_CALLS, calls
     print("calls in a step without work:", sorted({*calls}))
+
+
+def test_hooks_come_as_in_the_recorded_trace(model: Path, case: Named) -> None:
+    """`test_vllm_trace.py` plays the recorded trace on the connector, without an engine."""
+    case("the trace of hooks, recorded again")
+    recorded = read_trace(Path(__file__).with_name("vllm_trace.json"))
+    fresh = record(model)
+    assert fresh.about == recorded.about
+    for event, expected in zip(fresh.events, recorded.events, strict=False):
+        assert event == expected, "record the trace again, as its file says, and read the changes"
+    assert len(fresh.events) == len(recorded.events)
 
 
 def count_calls(connector: Any, hooks: Sequence[str]) -> list[int]:

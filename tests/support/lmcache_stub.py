@@ -6,12 +6,12 @@ Its adapter's base counts bytes and calls listeners as LMCache's does.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+
+from support.stand_ins import imported_with
 
 RELEASE = "0.5.6"
 BITMAP = """
@@ -160,18 +160,5 @@ def write_lmcache(folder: Path, release: str = RELEASE) -> None:
 @contextmanager
 def imported(folder: Path, module: str) -> Iterator[ModuleType]:
     """Import a module of PortaKV with the stand-in of a folder, and forget both at the end."""
-    before = _taken(module)
-    sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()
-    try:
-        yield importlib.import_module(module)
-    finally:
-        sys.path.remove(str(folder))
-        _taken(module)
-        sys.modules.update(before)
-
-
-def _taken(module: str) -> dict[str, ModuleType]:
-    """Take a module and those of LMCache from the modules that are imported, and return them."""
-    names = [name for name in sys.modules if name == module or name.split(".")[0] == "lmcache"]
-    return {name: sys.modules.pop(name) for name in names}
+    with imported_with(folder, "lmcache", [module]) as (made,):
+        yield made

@@ -453,9 +453,9 @@ class Engine:
             self._compute(request, past)
         for worker in self.workers:
             worker.after_step(plan)
-        self.take_reports()
         for request in until:
             self.advance(request)
+        self.take_reports()
         self.store.age()
 
     def schedule(self) -> tuple[Plan, dict[Request, tuple[list[int], int]]]:
@@ -504,6 +504,9 @@ class Engine:
                     break
             if new is not None:
                 until[request] = new, past
+                if request.fresh:  # it was loaded, and is scheduled as if it had waited
+                    blocks = (tuple(request.blocks),)
+                    self.ledger.allocated(request.name, request.computed, 0, blocks)
         return until
 
     def _schedule_waiting(self, until: dict[Request, tuple[list[int], int]]) -> None:

@@ -193,7 +193,7 @@ class Engine:
     ) -> None:
         from vllm import LLM
 
-        more: dict[str, Any] = {"dtype": "float32", **terms}
+        more: dict[str, Any] = {"dtype": "float32", "max_model_len": 2048, **terms}
         if ranks * stages > 1:
             fork_workers()
             more["tensor_parallel_size"] = ranks
@@ -214,7 +214,6 @@ class Engine:
             skip_tokenizer_init=True,
             enforce_eager=True,
             block_size=block_size,
-            max_model_len=2048,
             max_num_seqs=8,
             kv_cache_memory_bytes=128 << 20,
             seed=0,

@@ -82,6 +82,7 @@ class HookLedger:
         self.olds = list[Any]()
         self.gone = set[str]()
         self.known = set[str]()
+        self._taken: Any = None  # a report, until the requests that were freed are known
 
     def add(self, name: str, tokens: Sequence[int]) -> None:
         self.requests[name] = request = SimpleNamespace(
@@ -135,17 +136,19 @@ class HookLedger:
         return self.connector.build_connector_meta(output).plan
 
     def take(self, report: Report) -> None:
-        self._output(ReportMetadata(report), None)
+        self._taken = ReportMetadata(report)
 
     def freed(self, names: Iterable[str]) -> None:
-        self._output(None, {*names} or None)
-
-    def _output(self, metadata: Any, sent: set[str] | None) -> None:
-        output = SimpleNamespace(kv_connector_worker_meta=metadata, finished_sending=sent)
+        sent = {*names} or None
+        output = SimpleNamespace(kv_connector_worker_meta=self._taken, finished_sending=sent)
         self.connector.update_connector_output(output)
 
+    def end_step(self) -> None:
+        self.connector.get_kv_connector_stats()
+        assert not self.connector.take_events()
+
     def finished(self, name: str) -> bool:
-        return self.connector.request_finished(self.requests[name], [])[0]
+        return self.connector.request_finished_all_groups(self.requests[name], ([],))[0]
 
     def statistics(self) -> dict[str, int]:
         assert not self.connector.has_pending_block_frees()
@@ -173,6 +176,7 @@ class HookWorker:
         self.freed = set[str]()
         self.lacking = set[int]()
         self._steps = 0
+        self._computes = False
 
     @property
     def busy(self) -> bool:
@@ -180,13 +184,6 @@ class HookWorker:
 
     @property
     def report(self) -> Report:
-        results = self.connector.get_transfer_results(set())
-        self.freed |= results.finished_sending
-        assert results.failed_recving <= results.finished_recving
-        self.lacking |= self.connector.get_block_ids_with_load_errors()
-        metadata = self.connector.build_connector_worker_meta()
-        if metadata is not None:
-            self._said = self._said.merged(metadata.report)
         return self._said
 
     @report.setter
@@ -199,23 +196,49 @@ class HookWorker:
 
     def write(self, block: int, at: int, row: int) -> None:
         self._memory[block + 1, :, at] = row
+        self._computes = True
 
     def before_step(self, plan: Plan) -> None:
+        self.connector.handle_preemptions(PlanMetadata(plan))
         self.connector.bind_connector_metadata(PlanMetadata(plan))
-        if plan.stop:
-            self.connector.handle_preemptions(PlanMetadata(plan))
+        self._computes = False
 
     def after_step(self, plan: Plan) -> None:
+        if self._computes:
+            self.connector.wait_for_layer_load("layer")
+            self.connector.save_kv_layer("layer", self._memory, None)
         self.connector.start_load_kv(None)
-        self.connector.wait_for_layer_load("layer")
         self.connector.wait_for_save()
         if self.connector.hand.busy:
             time.sleep(STEP)  # the store's workers go on
+        self._end_step()
         self._steps += 1
         if HookStore.shared and self._steps % 2:  # else a keeper takes longer than a walk
             until = time.monotonic() + LIMIT
-            while self.busy and self.report and time.monotonic() < until:
+            while self.busy and time.monotonic() < until:
                 time.sleep(STEP)
+                self._end_step()
+
+    def _end_step(self) -> None:
+        """Note what the worker reports at the end of a step."""
+        results = self.connector.get_transfer_results(set())
+        self.freed |= results.finished_sending
+        assert results.failed_recving <= results.finished_recving
+        self.lacking |= self.connector.get_block_ids_with_load_errors()
+        self.connector.get_kv_connector_stats()
+        self.connector.get_kv_connector_kv_cache_events()
+        metadata = self.connector.build_connector_worker_meta()
+        if metadata is not None:
+            self._said = self._said.merged(metadata.report)
+        self.connector.clear_connector_metadata()
+
+
+class HookEngine(Engine):
+    """An engine that calls the hooks at the end of a step too."""
+
+    def step(self) -> None:
+        super().step()
+        self.ledger.end_step()  # type: ignore[attr-defined]
 
 
 def walk(seed: int, folder: str) -> Mapping[str, int]:
@@ -223,7 +246,7 @@ def walk(seed: int, folder: str) -> Mapping[str, int]:
     HookStore.folder = folder
     HookStore.across = seed % 2 == 0
     vllm_ranks.PATIENCE = 0.0  # the worker comes after the scheduler
-    engine = Engine(HookLedger, seed, HookStore, HookWorker)  # type: ignore[arg-type]
+    engine = HookEngine(HookLedger, seed, HookStore, HookWorker)  # type: ignore[arg-type]
     connector = engine.ledger.connector  # type: ignore[attr-defined]
     try:
         if HookStore.shared:

@@ -3,11 +3,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from support.stand_ins import imported_with
+
 BASE = "vllm/distributed/kv_transfer/kv_connector/v1/base.py"
+#: The modules of PortaKV that import vLLM, and those of the tests that import them.
+IMPORTERS = (
+    "portakv.integrations.vllm_events",
+    "portakv.integrations.vllm_metrics",
+    "portakv.integrations.vllm_connector",
+    "support.vllm_hooks",
+)
 #: The classes of vLLM's module, with what the connector uses of them.
 CLASSES = """
 import enum
@@ -49,8 +60,29 @@ class KVConnectorBase_V1:
     def _get_connector_metadata(self):
         return self._connector_metadata
 
+    def clear_connector_metadata(self):
+        self._connector_metadata = None
+
     def bind_gpu_block_pool(self, gpu_block_pool):
         return
+
+    def bind_kv_cache_manager(self, kv_cache_manager):
+        return
+
+    def set_host_xfer_buffer_ops(self, copy_operation):
+        return
+
+    def get_mem_pool_context(self):
+        return None
+
+    def get_finished_count(self):
+        return None
+
+    def get_loaded_kv_cache_group_ids(self, request):
+        return ()
+
+    def get_kv_connector_kv_cache_events(self):
+        return None
 
     def get_transfer_results(self, finished_req_ids):
         sent, received = self.get_finished(finished_req_ids)
@@ -73,6 +105,17 @@ def write_vllm(folder: Path) -> None:
     info = folder / "vllm-0.33.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.0\n")
+
+
+@contextmanager
+def imported(folder: Path) -> Iterator[tuple[ModuleType, ModuleType]]:
+    """Import the connector and `support.vllm_hooks` with the stand-in, which is written there.
+
+    All of them are forgotten at the end.
+    """
+    write_vllm(folder)
+    with imported_with(folder, "vllm", IMPORTERS) as (_, _, connector, hooks):
+        yield connector, hooks
 
 
 class FullAttentionSpec(SimpleNamespace):
