@@ -30,7 +30,7 @@ except metadata.PackageNotFoundError:
 
 from support.late_copies import read_late
 from support.serving_faults import Careless, NotHeld
-from support.store_damage import damaged_images_believed, flip_bits, slot_files
+from support.store_damage import cut_files, damaged_images_believed, flip_bits, slot_files
 from support.vllm_cpu import (
     BLOCK,
     LIMIT,
@@ -469,6 +469,36 @@ def test_rows_that_cannot_be_packed_stay_raw(
     answer, counts = in_a_child(work)
     assert answer.tokens == own[0].tokens
     assert counts["landed_blocks"] == sum((len(each) - 1) // BLOCK for each in PROMPTS)
+
+
+def test_blocks_of_a_file_that_was_cut_are_computed_anew(
+    model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
+) -> None:
+    """Those before the cut are loaded, and the others stored again."""
+    case("a cut file on the disk")
+
+    def work() -> tuple[list[Answer], list[dict[str, int]]]:
+        engine = Engine(model, terms(tmp_path / "store", 0))
+        answers = [engine.ask(PROMPTS)]
+        counts = []
+        for _ in range(2):
+            engine.forget()
+            if not counts:
+                (path,) = slot_files(tmp_path / "store")
+                image = form_in(path.parent).image_bytes
+                cut_files(tmp_path / "store", 8 * image)
+            answers.append(engine.ask(PROMPTS))
+            counts.append(engine.counts)
+        return answers, counts
+
+    answers, counts = in_a_child(work)
+    assert [each.tokens for each in answers] == [own[0].tokens] * 3
+    landed = [each["landed_blocks"] for each in counts]
+    whole = sum(HITS) // TOKENS
+    assert 0 < landed[0] <= 8 < whole
+    assert counts[0]["failed_loads"] > 0
+    assert landed[1] - landed[0] == whole
+    assert counts[1]["failed_loads"] == counts[0]["failed_loads"]
 
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])

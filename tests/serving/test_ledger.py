@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import ast
 import random
 from collections.abc import Sequence
+from importlib.resources import files
 
 import pytest
 from support.serving_faults import GivenBackAtOnce, NotHeld, NotStopped
@@ -20,6 +22,21 @@ WALKS = 10_000  # in all, in the default run
 PARTS = 20
 STEPS = 12  # of a walk, before it serves the requests that are left
 TOKENS = [*range(100, 140)]
+
+
+@pytest.mark.parametrize("module", ["ledger", "plan", "tickets"])
+def test_it_imports_no_torch_and_starts_no_thread(module: str) -> None:
+    """Nor do the modules of what it tells workers."""
+    names = set[str]()
+    text = files("portakv.serving").joinpath(f"{module}.py").read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    assert "__future__" in names
+    packages = {name.partition(".")[0] for name in names}
+    assert packages.isdisjoint({"torch", "threading", "concurrent", "asyncio", "multiprocessing"})
 
 
 @pytest.mark.parametrize("part", range(PARTS))
