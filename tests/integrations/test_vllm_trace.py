@@ -124,7 +124,8 @@ def swapped(events: list[Event], one: str, other: str) -> list[list[Event]]:
     made = list[list[Event]]()
     for first, second in pairs:
         some = [*events]
-        some[first], some[second] = some[second], some[first]
+        some[first] = events[second]
+        some[second] = events[first]
         made.append(some)
     return made
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 
 from portakv.errors import PortaKVError
 from portakv.graph import Mask
-from portakv.serving import GroupCache, Plan, Report
+from portakv.serving import Plan, Report
 from portakv.serving.hand import Blocks, Ending, Moved
 
 #: Steps after which a save has released its blocks, and after which a load or save has ended.
@@ -27,6 +26,8 @@ RELEASED = 1
 ENDED = 2
 #: What is asked at any time, and changes nothing.
 QUERIES = {"has_connector_metadata", "statistics"}
+#: What depends on the time. A trace has the call, without figures.
+FIGURES = "get_kv_connector_stats"
 #: Sides of events. What the harness does is of the side `ENGINE`.
 SCHEDULER = "scheduler"
 WORKER = "worker"
@@ -136,10 +137,18 @@ class Pace:
         lost: the place of the block that the next load loses; None: it loses none.
     """
 
-    def __init__(self, hand: Any) -> None:
+    def __init__(self, store: Any) -> None:
         self.steps = 0
         self.lost: int | None = None
-        hand._groups = [GroupCache(view, PacedBlocks(self, store)) for view, store in hand._groups]
+        open_blocks = store.open
+
+        def open_paced(*args: Any) -> list[Blocks]:
+            return [PacedBlocks(self, blocks) for blocks in open_blocks(*args)]
+
+        store.open = open_paced
+
+    def count(self, hand: Any) -> None:
+        """Count the steps of a hand, each of which ends with a call of `save`."""
         save = hand.save
 
         def count_step(plan: Plan) -> None:
@@ -236,26 +245,30 @@ class Recorder:
             if self._inside:
                 return call(connector, *args, **terms)
             role = args[1] if hook == "__init__" else connector.role
+            side = role.name.lower()
             arguments = self._arguments(hook, args)
+            if hook == FIGURES and self._paced:  # they come once a second
+                self.events.append(Event(side, hook, arguments))
+                return None
             self._inside = True
             try:
                 answer = call(connector, *args, **terms)
             finally:
                 self._inside = False
-            event = Event(role.name.lower(), hook, arguments, self._answer(hook, answer))
-            self.events.append(event)
+            self.events.append(Event(side, hook, arguments, self._answer(hook, answer)))
             if self._paced:
-                self._set_pace(hook, connector)
+                self._set_pace(hook, side, connector)
             return answer
 
         return noted
 
-    def _set_pace(self, hook: str, connector: Any) -> None:
-        """Let nothing depend on the time: how loads and saves end, and when figures come."""
-        if hook == "__init__":
-            connector._figures._due = math.inf
+    def _set_pace(self, hook: str, side: str, connector: Any) -> None:
+        """Let loads and saves end after a number of steps."""
+        if hook == "__init__" and side == WORKER:
+            self.pace = Pace(connector.store)
         elif hook.startswith("register"):
-            self.pace = Pace(connector.hand)
+            assert self.pace is not None
+            self.pace.count(connector.hand)
 
     def _arguments(self, hook: str, args: Sequence[Any]) -> list[Any]:
         """Return what is written of the arguments of a hook."""
