@@ -480,7 +480,7 @@ def test_blocks_of_a_file_that_was_cut_are_computed_anew(
     def work() -> tuple[list[Answer], list[dict[str, int]]]:
         engine = Engine(model, terms(tmp_path / "store", 0))
         answers = [engine.ask(PROMPTS)]
-        counts = []
+        counts = list[dict[str, int]]()
         for _ in range(2):
             engine.forget()
             if not counts:
