@@ -40,7 +40,7 @@ DIM = 64
 INNER = 512
 WORDS = 4096
 BLOCK = 32
-LIMIT = 100  # seconds of a child
+LIMIT = 300  # seconds of a child, also on a busy machine
 #: The environment of an engine: one process, no network, one thread of OpenMP. vLLM configures no
 #: loggers, which takes a second for the hundreds that its process has.
 ENVIRONMENT = {
