@@ -149,7 +149,9 @@ def _of_page(url: str) -> dict[Key, float]:
         if match is None:
             continue
         engine, name, labels, value = match.groups()
-        known = f"engine_{name}" if engine else name
+        known = name
+        if engine and f"engine_{name}" in METRICS:
+            known = f"engine_{name}"
         front, _, end = known.rpartition("_")
         series = ""
         if known not in METRICS and front in METRICS:

@@ -79,6 +79,9 @@ def test_walks_through_the_hooks_of_an_engine(
     counts = ast.literal_eval(done.stdout)
     assert counts["saves"] > 2 * walks
     assert counts["landed_blocks"] > least
+    # The process that has the store reports its tiers: the worker's, or the keeper's.
+    assert counts["tier_blocks/disk/save/hit"] >= counts["stored_blocks"] > 0
+    assert counts["tier_bytes/disk/save"] > 0
 
 
 def test_layers_of_graphs_wait_by_words(tmp_path: Path) -> None:
@@ -225,7 +228,9 @@ def test_a_role_that_does_not_fit_is_refused(configurations: tuple[Any, Any]) ->
     [
         ("kv_both", {"host": 1}, None, None, True),
         ("kv_both", {}, None, None, True),
+        ("kv_both", {"host": 1, "spans": True}, None, None, True),
         ("kv_both", {"hand_over": {}}, True, True, True),
+        ("kv_producer", {"spans": True}, True, False, False),
         ("kv_producer", {}, True, False, False),
         ("kv_producer", {"folder": "/a", "hand_over": {"lease": 5.0}}, True, False, True),
         ("kv_consumer", {"hand_over": {"timeout": 5.0}}, False, True, False),
@@ -235,9 +240,10 @@ def test_a_role_that_does_not_fit_is_refused(configurations: tuple[Any, Any]) ->
 def test_what_an_engine_does_by_its_role(
     role: str, extra: dict[str, Any], offers: bool | None, pulls: bool | None, stores: bool
 ) -> None:
-    handing, has_store, store = roles_of(role, extra)
+    handing, has_store, store, spans = roles_of(role, extra)
     assert has_store is stores
-    assert store == {name: value for name, value in extra.items() if name != "hand_over"}
+    assert store == {x: value for x, value in extra.items() if x not in ("hand_over", "spans")}
+    assert spans is ("spans" in extra)
     if offers is None:
         assert handing is None
     else:
@@ -248,6 +254,16 @@ def test_wrong_terms_of_a_hand_over_are_named(configurations: tuple[Any, Any]) -
     terms = configurations[0].kv_transfer_config.kv_connector_extra_config
     terms["hand_over"] = {"leese": 5}
     with pytest.raises(InvalidTerms, match=r"kv_connector_extra_config: .* got 'leese'"):
+        settings_of(*configurations)
+
+
+def test_spans_that_are_neither_on_nor_off_are_refused(configurations: tuple[Any, Any]) -> None:
+    terms = configurations[0].kv_transfer_config.kv_connector_extra_config
+    assert not settings_of(*configurations).spans
+    terms["spans"] = True
+    assert settings_of(*configurations).spans
+    terms["spans"] = "yes"
+    with pytest.raises(InvalidTerms, match=r"kv_connector_extra_config: .*spans.* got 'yes'"):
         settings_of(*configurations)
 
 
