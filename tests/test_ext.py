@@ -32,27 +32,36 @@ def imports(text: str) -> Iterator[tuple[str, str]]:
 
     Of an import by its name as a text, the text is the module.
     """
-    tree = ast.parse(text)
-    modules = dict[str, str]()  # by the names that they have in the text
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name, ""
-                first = alias.name.partition(".")[0]
-                modules[alias.asname or first] = alias.name if alias.asname else first
-        elif isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                yield "." * node.level + (node.module or ""), alias.name
-                if f"{node.module}.{alias.name}" in MAY_IMPORT:
-                    modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-        elif isinstance(node, ast.Constant) and re.fullmatch(DOTTED, str(node.value)):
-            yield str(node.value), ""
-    for node in ast.walk(tree):
+    nodes = [*ast.walk(ast.parse(text))]
+    for node in nodes:
+        yield from imported(node)
+    modules = {own: module for node in nodes for own, module in named(node)}
+    for node in nodes:
         if isinstance(node, ast.Attribute):
             name = ast.unparse(node.value)
-            module = modules.get(name, name if name in MAY_IMPORT else "")
-            if module:
+            module = modules.get(name, name)
+            if module in MAY_IMPORT:
                 yield module, node.attr
+
+
+def imported(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Yield the modules and the names that a statement imports, or a text names."""
+    if isinstance(node, ast.Import):
+        yield from ((alias.name, "") for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        module = "." * node.level + (node.module or "")
+        yield from ((module, alias.name) for alias in node.names)
+    elif isinstance(node, ast.Constant) and re.fullmatch(DOTTED, str(node.value)):
+        yield str(node.value), ""
+
+
+def named(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Yield the names that a statement binds to modules, and these."""
+    if isinstance(node, ast.Import):
+        yield from ((alias.asname or alias.name, alias.name) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        own = ((alias.asname or alias.name, alias.name) for alias in node.names)
+        yield from ((name, f"{node.module}.{alias}") for name, alias in own)
 
 
 def is_ours(module: str) -> bool:

@@ -17,8 +17,10 @@ from portakv_conformance.faults.run import CONTROL, Row, chosen
 from portakv_conformance.faults.source import tier_sha256
 from portakv_conformance.faults.trial import OUTCOMES, Outcome
 
-#: The identity of the report's form; a reader refuses another.
+#: The identity of the report's form, and of one that does not know its source; a reader refuses
+#: others.
 SCHEMA = "portakv-tier-faults/2"
+WITHOUT_SOURCE = "portakv-tier-faults/1"
 #: Outcomes that no tier may have.
 BAD: tuple[Outcome, ...] = ("wrong bytes", "hang")
 
@@ -91,6 +93,8 @@ class TierReport:
         rows."""
         values = {**self._values(), "rows": [row._asdict() for row in self.rows]}
         del values["sealed_sha256"]
+        if self.schema == WITHOUT_SOURCE:
+            del values["source_sha256"]
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -116,7 +120,7 @@ class TierReport:
         import msgspec  # a run does without it
 
         values = json.loads(text)
-        if not isinstance(values, dict) or values.get("schema") != SCHEMA:
+        if not isinstance(values, dict) or values.get("schema") not in (SCHEMA, WITHOUT_SOURCE):
             raise ValueError(f"Expected a report of schema {SCHEMA!r}, got another document.")
         try:
             rows = values.pop("rows")
@@ -136,7 +140,7 @@ def _names(row: Row) -> list[str]:
 
 def is_report(text: str) -> bool:
     """Return whether a text looks like a tier's report."""
-    return f'"{SCHEMA}"' in text
+    return any(f'"{each}"' in text for each in (SCHEMA, WITHOUT_SOURCE))
 
 
 def totals_of(rows: Iterable[Row]) -> dict[str, int]:

@@ -149,9 +149,8 @@ def _of_page(url: str) -> dict[Key, float]:
         if match is None:
             continue
         engine, name, labels, value = match.groups()
-        known = name
-        if engine and f"engine_{name}" in METRICS:
-            known = f"engine_{name}"
+        known = f"engine_{name}" if engine else name
+        known = known if known in METRICS else name  # an engine has figures of tiers, too
         front, _, end = known.rpartition("_")
         series = ""
         if known not in METRICS and front in METRICS:

@@ -100,13 +100,7 @@ class StoreTerms:
             whole("block_size", self.block_size, 1)
         if self.by_layer != GRAPH and not isinstance(self.by_layer, bool):
             raise invalid("by_layer", 'True, False or "graph"', self.by_layer, "Pass one of these.")
-        if self.shared != ATTACH and not isinstance(self.shared, bool):
-            raise invalid("shared", 'True, False or "attach"', self.shared, "Pass one of these.")
-        if self.attaches and not self.folders:
-            raise InvalidTerms(
-                'Expected a folder for shared="attach", got none: a store server is found by its '
-                "folder. Pass the folder that it serves."
-            )
+        self._check_shared()
         self._check_encoding()
         if self.bucket is not None:
             check_bucket(self.bucket, self.bucket_options)
@@ -125,6 +119,16 @@ class StoreTerms:
             raise InvalidTerms(
                 "Expected a host tier, a folder for a disk tier or a bucket, got host=0 and none "
                 "of the others. Pass one of them."
+            )
+
+    def _check_shared(self) -> None:
+        """Raise `InvalidTerms` for another value of ``shared``, and for one without its folder."""
+        if self.shared != ATTACH and not isinstance(self.shared, bool):
+            raise invalid("shared", 'True, False or "attach"', self.shared, "Pass one of these.")
+        if self.attaches and not self.folders:
+            raise InvalidTerms(
+                'Expected a folder for shared="attach", got none: a store server is found by its '
+                "folder. Pass the folder that it serves."
             )
 
     def _check_encoding(self) -> None:

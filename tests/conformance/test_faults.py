@@ -277,6 +277,9 @@ def test_a_report_expires_with_the_source_of_its_tier(
     assert main(["verify", str(file)]) == 1
     assert f"has expired: the source of {name} is another" in capsys.readouterr().out
     assert "| expired |" in report.totals_table(tmp_path, "")
+    older = replace(now, schema=report.WITHOUT_SOURCE, source_sha256="").seal()
+    assert report.flaws(older.document()) == []
+    assert "has expired" in report.expired(older)
     tier.unlink()  # a tier that is not installed here
     assert main(["verify", str(file)]) == 0
 

@@ -37,7 +37,6 @@ from portakv.integrations.vllm_handover import (
     is_wanted,
     parameters_for,
     remote_rows_of,
-    roles_of,
     share_caches,
     worker_numbers,
 )
@@ -51,7 +50,7 @@ from portakv.integrations.vllm_views import (
     views_of,
 )
 from portakv.serving import Group, Ledger
-from portakv.serving.handover_terms import HandoverTerms, RemoteRows
+from portakv.serving.handover_terms import RemoteRows
 from portakv.serving.local import GroupView, LocalIndex, StoreTerms
 from portakv.serving.no_store import NoStore
 from portakv.storage import prefix_keys
@@ -223,47 +222,10 @@ def test_a_role_that_does_not_fit_is_refused(configurations: tuple[Any, Any]) ->
         settings_of(*configurations)
 
 
-@pytest.mark.parametrize(
-    ("role", "extra", "offers", "pulls", "stores"),
-    [
-        ("kv_both", {"host": 1}, None, None, True),
-        ("kv_both", {}, None, None, True),
-        ("kv_both", {"host": 1, "spans": True}, None, None, True),
-        ("kv_both", {"hand_over": {}}, True, True, True),
-        ("kv_producer", {"spans": True}, True, False, False),
-        ("kv_producer", {}, True, False, False),
-        ("kv_producer", {"folder": "/a", "hand_over": {"lease": 5.0}}, True, False, True),
-        ("kv_consumer", {"hand_over": {"timeout": 5.0}}, False, True, False),
-        ("kv_consumer", {"host": 1}, False, True, True),
-    ],
-)
-def test_what_an_engine_does_by_its_role(
-    role: str, extra: dict[str, Any], offers: bool | None, pulls: bool | None, stores: bool
-) -> None:
-    handing, has_store, store, spans = roles_of(role, extra)
-    assert has_store is stores
-    assert store == {x: value for x, value in extra.items() if x not in ("hand_over", "spans")}
-    assert spans is ("spans" in extra)
-    if offers is None:
-        assert handing is None
-    else:
-        assert handing == (HandoverTerms.of(extra.get("hand_over", {})), offers, pulls)
-
-
 def test_wrong_terms_of_a_hand_over_are_named(configurations: tuple[Any, Any]) -> None:
     terms = configurations[0].kv_transfer_config.kv_connector_extra_config
     terms["hand_over"] = {"leese": 5}
     with pytest.raises(InvalidTerms, match=r"kv_connector_extra_config: .* got 'leese'"):
-        settings_of(*configurations)
-
-
-def test_spans_that_are_neither_on_nor_off_are_refused(configurations: tuple[Any, Any]) -> None:
-    terms = configurations[0].kv_transfer_config.kv_connector_extra_config
-    assert not settings_of(*configurations).spans
-    terms["spans"] = True
-    assert settings_of(*configurations).spans
-    terms["spans"] = "yes"
-    with pytest.raises(InvalidTerms, match=r"kv_connector_extra_config: .*spans.* got 'yes'"):
         settings_of(*configurations)
 
 
