@@ -78,7 +78,7 @@ class Settings(NamedTuple):
     @property
     def uses_keeper(self) -> bool:
         """Return whether blocks are stored by the keeper of the host."""
-        return self.stores and (self.store.shared or not self.workers.local)
+        return self.stores and (bool(self.store.shared) or not self.workers.local)
 
     @property
     def reads_rows(self) -> bool:

@@ -172,8 +172,8 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """
         if self.role == KVConnectorRole.WORKER:
             return tier_counters(self.store.statistics())
-        kept = isinstance(self.index, KeptIndex)
-        return tier_counters(self.index.statistics()) if kept else {}
+        index = self.index
+        return tier_counters(index.statistics()) if isinstance(index, KeptIndex) else {}
 
     def statistics(self) -> dict[str, float]:
         """Return the counters of this side, and what its hooks cost."""
