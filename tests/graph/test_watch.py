@@ -109,7 +109,7 @@ def test_a_dying_disk_of_a_plain_store(process: Process, watched: bool, tmp_path
 
 def broken_slots(store: BlockStore) -> float:
     samples = store.statistics()["disk_slots"]
-    return sum(each["value"] for each in samples if each["state"] == "broken")
+    return sum(float(each["value"]) for each in samples if each["state"] == "broken")
 
 
 @CONTROL
@@ -120,7 +120,7 @@ def test_leases_in_a_process_with_an_owner_alone(process: Process, watched: bool
         if not watched:
             process.forget()
         now = both.owner.now()
-        both.owner.now = lambda: now  # type: ignore[method-assign]
+        both.owner.now = lambda: now
         if end == "taken":
             taken = both.offer()
             both.pull(taken).synchronize(30)
@@ -138,7 +138,7 @@ def test_the_thread_logs_and_ends_with_its_sources(
     process: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(alarms, "LOOK", 0.01)
-    source: Source | None = Source(ILL)
+    source = Source(ILL)
     watch(source)
     assert until(lambda: process.logged() != [])
     thread = process.watch.thread
