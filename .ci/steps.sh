@@ -47,22 +47,32 @@ report() {
 }
 trap report EXIT
 
+# results_of NAME: have pytest write what .ci/compatibility.py reads, the numbers of tests of a step, if
+# STEP_RESULTS names a folder. Next to them lies the commit that ran, with -dirty after other changes.
+results_of() {
+    [[ -n ${STEP_RESULTS:-} ]] || return 0
+    mkdir -p "$STEP_RESULTS"
+    git describe --always --dirty --abbrev=12 --exclude '*' >"$STEP_RESULTS/$1.commit"
+    export PYTEST_ADDOPTS="--junitxml='$STEP_RESULTS/$1.xml' -o junit_suite_name='$1'"
+}
+
 # step NAME COMMAND...: run it in this shell, because the README's command activates .venv.
 step() {
     local began=$SECONDS
     now=$1
     shift
-    # What .ci/compatibility.py reads: the numbers of tests of each step.
-    [[ -z ${STEP_RESULTS:-} ]] || export PYTEST_ADDOPTS="--junitxml='$STEP_RESULTS/$now.xml' -o junit_suite_name='$now'"
+    results_of "$now"
     printf '\n=== %s\n' "$now"
     "$@" || exit
     timings+=("$now" $((SECONDS - began)))
 }
 
-# begin COMMAND...: run it in the background, until a later step calls `ended COMMAND...`.
+# begin COMMAND...: run it in the background, until a later step calls `ended COMMAND...`. RESULTS_OF is
+# the name of that step, if it has results.
 declare -A output process
 begin() {
     unset PYTEST_ADDOPTS # which names the results of the last step
+    [[ -z ${RESULTS_OF:-} ]] || results_of "$RESULTS_OF"
     output[$*]=$(mktemp)
     "$@" >"${output[$*]}" 2>&1 &
     process[$*]=$!

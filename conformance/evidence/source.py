@@ -65,7 +65,7 @@ def _ours(module: str, path: Path, files: dict[str, Path]) -> dict[str, Path]:
     """Add the file of a module of ``portakv.backends``, and those that it uses, to ``files``."""
     files[f"{module}.py"] = path
     package = module.rpartition(".")[0]
-    imported, texts = _named_in(path, package)
+    imported, texts = named_in(path, package)
 
     # Files in other languages, such as `hip_fake.cpp`.
     for file in path.parent.iterdir():
@@ -85,7 +85,7 @@ def _ours(module: str, path: Path, files: dict[str, Path]) -> dict[str, Path]:
     return files
 
 
-def _named_in(path: Path, package: str) -> tuple[set[str], set[str]]:
+def named_in(path: Path, package: str) -> tuple[set[str], set[str]]:
     """Return the modules and names that a file imports, and its text constants."""
     imported: set[str] = set()
     texts: set[str] = set()

@@ -16,7 +16,9 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module, metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -257,12 +259,15 @@ def run_fork(driver: Driver, trial: dict[str, Any], descriptors: list[int]) -> N
     os.dup2(log, 2)
     with socket.socket(fileno=os.dup(connection)) as channel:
         greet(channel, trial["kinds"])
-    code = 0
     try:
-        serve(Connection(connection), Served(driver, trial["model"]))
-    except (EOFError, ConnectionError):
-        code = 1
-    os._exit(code)
+        answers = Answers(Connection(connection))
+        threading.excepthook = answers.note_thread
+        serve(answers, Served(driver, trial["model"]))
+    except (EOFError, ConnectionError):  # the judging process has closed it
+        pass
+    except BaseException:  # also SystemExit of a tier: no thread is waited for
+        traceback.print_exc()
+    os._exit(1)
 
 
 def greet(channel: socket.socket, kinds: Sequence[str]) -> None:
@@ -279,17 +284,38 @@ def greet(channel: socket.socket, kinds: Sequence[str]) -> None:
         os.close(fd)
 
 
-def serve(connection: Connection, served: Served) -> None:
+class Answers:
+    """The answers to the judging process, from any thread."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, kind: str, value: object) -> None:
+        """Send an answer."""
+        with self._lock:
+            self.connection.send((kind, value))
+
+    def note_thread(self, ended: threading.ExceptHookArgs) -> None:
+        """Report a thread of the tier that ended by an error, such as an assertion: a call that
+        waits for it does not return."""
+        threading.__excepthook__(ended)  # into the log
+        if ended.exc_value is not None and not isinstance(ended.exc_value, SystemExit):
+            with suppress(OSError):
+                self.send("thread", described(ended.exc_value))
+
+
+def serve(answers: Answers, served: Served) -> None:
     """Answer calls until the connection ends."""
     while True:
-        name, args = connection.recv()
+        name, args = answers.connection.recv()
         try:
             answer = ("value", getattr(served, name)(*args))
         except NoSuchCall as error:
             answer = ("none", str(error))
         except Exception as error:  # a tier may raise anything; the judge records it
             answer = ("error", described(error))
-        connection.send(answer)
+        answers.send(*answer)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from portakv_conformance import SUITE_VERSION
 from portakv_conformance.faults import report as reports
 from portakv_conformance.faults.report import BAD, Request, TierReport
 from portakv_conformance.faults.run import Row, chosen, run_faults
+from portakv_conformance.faults.source import tier_sha256
 from portakv_conformance.faults.subject import BadRequest, Template, Unavailable
 from portakv_conformance.faults.table import FAULTS
 
@@ -204,6 +205,7 @@ def run(
         round(time.monotonic() - began, 1),
         request.command(),
         rows,
+        tier_sha256(request.tier),
     ).seal()
 
 
@@ -235,8 +237,15 @@ def replay(text: str, only: str | None) -> int:
 
 
 def verify(text: str, name: str) -> int:
-    """Print whether a report stands; return 1 with every reason if it does not."""
-    if wrong := reports.flaws(text):
+    """Print whether a report stands; return 1 with every reason if it does not.
+
+    A report of another source than the installed one has expired, and stands no more.
+    """
+    wrong = reports.flaws(text)
+    if not wrong and (late := reports.expired(TierReport.read(text))):
+        print(f"{late}\n{name} is refused: its source has changed.")
+        return 1
+    if wrong:
         print("\n".join([*wrong, f"{name} is refused: {len(wrong)} contradictions."]))
         return 1
     report = TierReport.read(text)

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from portakv_conformance.faults.run import CONTROL, Row, chosen
+from portakv_conformance.faults.source import tier_sha256
 from portakv_conformance.faults.trial import OUTCOMES, Outcome
 
-#: The identity of the report's form; a reader refuses another.
-SCHEMA = "portakv-tier-faults/1"
+#: The identity of the report's form, and of one that does not know its source; a reader refuses
+#: others.
+SCHEMA = "portakv-tier-faults/2"
+WITHOUT_SOURCE = "portakv-tier-faults/1"
 #: Outcomes that no tier may have.
 BAD: tuple[Outcome, ...] = ("wrong bytes", "hang")
 
@@ -60,7 +63,8 @@ class TierReport:
     """One run of the fault table over a tier.
 
     ``terms`` are those that held. ``rows`` has the trial without a fault first. Outcomes of a
-    complete report are of every fault of the suite that wrote it.
+    complete report are of every fault of the suite that wrote it. ``source_sha256`` is that of the
+    tier's source, see `portakv_conformance.faults.source`; empty: it had none that could be read.
     """
 
     schema: str
@@ -74,6 +78,7 @@ class TierReport:
     seconds: float
     command: str
     rows: list[Row]
+    source_sha256: str = ""
     totals: dict[str, int] = field(default_factory=dict)
     sealed_sha256: str = ""
 
@@ -88,6 +93,8 @@ class TierReport:
         rows."""
         values = {**self._values(), "rows": [row._asdict() for row in self.rows]}
         del values["sealed_sha256"]
+        if self.schema == WITHOUT_SOURCE:
+            del values["source_sha256"]
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -113,7 +120,7 @@ class TierReport:
         import msgspec  # a run does without it
 
         values = json.loads(text)
-        if not isinstance(values, dict) or values.get("schema") != SCHEMA:
+        if not isinstance(values, dict) or values.get("schema") not in (SCHEMA, WITHOUT_SOURCE):
             raise ValueError(f"Expected a report of schema {SCHEMA!r}, got another document.")
         try:
             rows = values.pop("rows")
@@ -133,7 +140,7 @@ def _names(row: Row) -> list[str]:
 
 def is_report(text: str) -> bool:
     """Return whether a text looks like a tier's report."""
-    return f'"{SCHEMA}"' in text
+    return any(f'"{each}"' in text for each in (SCHEMA, WITHOUT_SOURCE))
 
 
 def totals_of(rows: Iterable[Row]) -> dict[str, int]:
@@ -171,6 +178,18 @@ def flaws(text: str) -> list[str]:
             f"{missing} are missing or in another order."
         )
     return found
+
+
+def expired(report: TierReport) -> str:
+    """Return why a report is of another source than the installed one, as a sentence; empty if it
+    is of this one, or of a tier that is not installed here."""
+    now = tier_sha256(report.request.tier)
+    if not now or now == report.source_sha256:
+        return ""
+    return (
+        f"The report has expired: the source of {report.request.tier} is another one than that of "
+        f"its run. Run `{report.command} --report FILE`."
+    )
 
 
 def differences(old: Sequence[Row], new: Sequence[Row]) -> Iterator[str]:
@@ -235,12 +254,14 @@ def totals_table(folder: Path, link: str) -> str:
     Args:
         link: what stands before a file's name in its link.
     """
-    head = ["tier", "ran with", *OUTCOMES]
+    head = ["tier", "ran with", "on", "source", *OUTCOMES]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for file in sorted(folder.glob("*.json")):
         report = TierReport.read(file.read_text(encoding="utf-8"))
         versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
         counts = [str(report.totals[outcome]) for outcome in OUTCOMES]
         name = f"[`{report.request.tier}`]({link}{file.name})"
-        lines.append(f"| {name} | {versions} | {' | '.join(counts)} |")
+        state = "expired" if expired(report) else "the same"
+        facts = versions, report.started[:10], state
+        lines.append(f"| {name} | {' | '.join(facts)} | {' | '.join(counts)} |")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from portakv_conformance.faults.subject import (
     Died,
     Hung,
     NotInjected,
+    Raised,
     Template,
     Unavailable,
 )
@@ -76,7 +77,7 @@ def run_fault(
             reason = str(error)
         except Hung as error:
             trial.add("hang", str(error))
-        except Died as error:
+        except (Died, Raised) as error:
             trial.add("error", str(error))
         finally:
             trial.end()

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -23,6 +24,9 @@ from portakv_conformance.faults.intercept import Interceptor
 IMPORT = 300.0
 #: Seconds in which a fork has to greet.
 GREETING = 60.0
+#: Seconds that a call has left when a thread of the tier ends by an error: whoever waits for that
+#: thread waits for ever.
+BEREAVED = 10.0
 _LAST = 300
 
 
@@ -142,6 +146,7 @@ class Child:
     def __init__(self, ours: socket.socket, folder: Path, log: Path, deadline: float) -> None:
         self._log = log
         self._deadline = deadline
+        self._bereaved = ""  # why a thread of the tier has ended
         self.calls: Interceptor | None = None
         ours.settimeout(GREETING)
         with ours:
@@ -166,9 +171,7 @@ class Child:
         limit = self._deadline if deadline is None else deadline
         try:
             self._connection.send((name, args))
-            if not self._connection.poll(limit):
-                raise Hung(f"{name} did not return in {limit:g} s")
-            kind, value = self._connection.recv()
+            kind, value = self._answer(name, limit)
         except (EOFError, ConnectionError) as error:
             raise Died(f"the process ended in {name}{self._last_line()}") from error
         if kind == "error":
@@ -176,6 +179,20 @@ class Child:
         if kind == "none":
             raise NotInjected(value)
         return value
+
+    def _answer(self, name: str, limit: float) -> tuple[str, Any]:
+        """Return the answer to a call; raise `Hung` without one in ``limit`` seconds, or soon after
+        a thread of the tier has ended by an error."""
+        began = time.monotonic()
+        while True:
+            left = limit - (time.monotonic() - began)
+            if not self._connection.poll(max(0.0, left)):
+                raise Hung(f"{name} did not return in {limit:.3g} s{self._bereaved}")
+            kind, value = self._connection.recv()
+            if kind != "thread":
+                return kind, value
+            self._bereaved = f"; a thread of the tier ended: {value}"
+            limit = min(limit, time.monotonic() - began + BEREAVED)
 
     def end(self) -> None:
         """Kill the process, whatever it does."""

@@ -150,6 +150,7 @@ def _of_page(url: str) -> dict[Key, float]:
             continue
         engine, name, labels, value = match.groups()
         known = f"engine_{name}" if engine else name
+        known = known if known in METRICS else name  # an engine has figures of tiers, too
         front, _, end = known.rpartition("_")
         series = ""
         if known not in METRICS and front in METRICS:

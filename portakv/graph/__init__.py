@@ -7,6 +7,7 @@ The package uses no files, no networks and no block store.
 from typing import Any
 
 from portakv.deprecation import warn_former
+from portakv.graph.alarms import watch as watch
 from portakv.graph.graph import SLACK as SLACK
 from portakv.graph.graph import Graph
 from portakv.graph.graph import Priority as Priority

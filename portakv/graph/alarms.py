@@ -3,16 +3,27 @@
 
 A warning says what to do. It comes when the fault begins or grows, and again each hour while it
 lasts. Single faults, such as a block that cannot be read, are logged where they occur.
+
+Owners, block stores and keepers call `watch` when they open. One thread of the process looks at
+all of them.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
+from weakref import ref
 
-from portakv.graph.meter import Family, Meter, Metered, Sample, Source
+from portakv.graph.meter import Family, Meter, Metered, Sample, Source, figures_of
+from portakv.graph.trace import Figures
+from portakv.runtime.devices import this_process
+from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
 
 _logger = logging.getLogger(__name__)
@@ -23,6 +34,8 @@ AGAIN = 3600.0
 #: Seconds from which a wait is a fault.
 WAIT = 30.0
 LEASE = 60.0
+#: Seconds for which the end of the interpreter waits for a look.
+EXIT = 1.0
 
 
 class Rule(NamedTuple):
@@ -110,23 +123,28 @@ class _Seen(NamedTuple):
 class Alarms:
     """Looks at the figures of sources now and then, and logs faults that last.
 
-    Call `look` often; it does nothing before its time. One thread at a time uses it. A keeper has
-    one.
+    Call `look` often; it does nothing before its time. One thread at a time uses it. `watch` does
+    both for what this library opens; this class is for other sources.
 
     Args:
         sources, stores: as those of `Meter`.
         clock: returns seconds.
+        log: limits the lines; None: a limit for these sources alone.
+        new: the sources have just opened, so all that they count is news.
     """
 
     def __init__(
         self,
         *sources: Source | Metered,
         clock: Callable[[], float] = time.monotonic,
+        log: RateLimitedLog | None = None,
+        new: bool = False,
         **stores: Source | Metered,
     ) -> None:
         self._meter = Meter(*sources, **stores)
         self._clock = clock
-        self._log = RateLimitedLog(_logger, clock)
+        self._log = RateLimitedLog(_logger, clock) if log is None else log
+        self._new = new
         self._due = clock()
         self._seen = dict[tuple[str, str], _Seen]()  # by rule and labels
         self._counted = dict[tuple[str, str], float]()  # of counters, at the last look
@@ -159,7 +177,7 @@ class Alarms:
     def _grown(self, rule: str, sample: Sample) -> float:
         """Return how much a counter has grown since the last look."""
         key = rule, _text_of(sample)
-        before = self._counted.get(key, sample.value)
+        before = self._counted.get(key, 0.0 if self._new else sample.value)
         self._counted[key] = sample.value
         return sample.value - before
 
@@ -173,6 +191,116 @@ class Alarms:
         text = rule.text.format(value=value, **sample.labels)
         self._log.warning(f"{rule.name} {where}", "%s", text, lines=1)
         return _Seen(value, now)
+
+
+class _Weak:
+    """The figures of a source that is not kept alive; none once it is gone."""
+
+    def __init__(self, source: Source | Metered) -> None:
+        self._source = ref(source)
+
+    @property
+    def gone(self) -> bool:
+        """Return True once the source is gone."""
+        return self._source() is None
+
+    def figures(self) -> Figures:
+        """Return the figures of the source."""
+        source = self._source()
+        return {} if source is None else figures_of(source)
+
+
+class Watch:
+    """The thread that looks at what is open in a process, each `LOOK` seconds while there is any.
+
+    It reads nothing while warnings of this module are not logged. Any thread may call.
+
+    Args:
+        clock: returns seconds.
+
+    Attributes:
+        watched: the sources, each with what looks at it.
+        thread: None while there are no sources.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.process = this_process()
+        self._clock = clock
+        self._log = RateLimitedLog(_logger, clock)
+        self._lock = threading.Lock()
+        self.watched = dict[_Weak, Alarms]()
+        self._stopping = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def add(self, source: Source | Metered) -> None:
+        """Look at a source that has just opened, until it is gone."""
+        weak = _Weak(source)
+        alarms = Alarms(weak, clock=self._clock, log=self._log, new=True)
+        with self._lock:
+            self.watched[weak] = alarms
+            if self.thread is not None or self._stopping.is_set():
+                return
+            thread = threading.Thread(target=self._run, name="alarms of portakv", daemon=True)
+            with suppress(RuntimeError):  # the system gives no more threads: the next call tries
+                thread.start()
+                self.thread = thread
+                atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """Stop the thread: the interpreter ends."""
+        self._stopping.set()
+        thread = self.thread
+        if thread is not None:
+            thread.join(EXIT)
+
+    def _run(self) -> None:
+        while not self._stopping.wait(LOOK):
+            if not self.look():
+                return
+
+    def look(self) -> bool:
+        """Look at all sources whose time has come; return False if there are none, so that the thread ends."""
+        with self._lock:
+            watched = {weak: each for weak, each in self.watched.items() if not weak.gone}
+            self.watched = {**watched}
+            if not watched:
+                self.thread = None
+                return False
+        if _logger.isEnabledFor(logging.WARNING):
+            for alarms in watched.values():
+                try:
+                    alarms.look()
+                except Exception as error:  # figures of one source must not stop the others'
+                    text = "The figures of a store or an owner cannot be read, so no warning of it "
+                    text += "comes: %r. Report it with the packages whose tiers it has."
+                    self._log.warning("figures", text, error, lines=1)
+        return True
+
+
+def watch(source: Source | Metered) -> None:
+    """Warn of faults of a source that lasts, from the thread of this process.
+
+    The source is not kept alive. In a forked process, sources that were opened before the fork are
+    not watched.
+
+    Args:
+        source: has just opened; its figures may be read in any thread.
+
+    Raises `InvalidTerms` for an object without figures.
+    """
+    uninterrupted(partial(_watch_of_process().add, source))
+
+
+def _watch_of_process() -> Watch:
+    """Return the watch of this process; a forked process makes another."""
+    global here
+    if here.process.forked:
+        here = Watch()
+    return here
+
+
+#: The watch of this process.
+here = Watch()
 
 
 def _chosen(family: Family | None, labels: Mapping[str, str]) -> list[Sample]:

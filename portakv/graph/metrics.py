@@ -62,6 +62,13 @@ _GRAPH = (
     _seconds(
         "tier_seconds", "tier.time", "tier.tasks", "tier op", "seconds that tasks of a tier ran"
     ),
+    _counter(
+        "tier_wait_seconds_total",
+        "tier.wait",
+        "s",
+        "tier op",
+        "seconds that tasks of a tier waited for a worker, before they ran",
+    ),
     _gauge("queue_bytes", "queue.size", "By", "queue", "bytes that wait for a link or run on it"),
     _counter(
         "queue_ran_bytes_total", "queue.io", "By", "queue", "bytes of tasks that have run on a link"

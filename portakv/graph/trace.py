@@ -113,10 +113,12 @@ class Trace:
         self.ran: deque[Ran] = deque(maxlen=limit)
         self.notes: deque[Note] = deque(maxlen=NOTES)
         self._seconds = defaultdict[tuple[str, str], Spent](Spent)
+        self._waited = defaultdict[tuple[str, str], float](float)
 
-    def add(self, tier: str, task: Ran) -> None:
-        """Record a task that ran."""
+    def add(self, tier: str, task: Ran, waited: float = 0.0) -> None:
+        """Record a task that ran, after it had ``waited`` so many seconds for a worker."""
         self._seconds[tier, task.name].add(task.end - task.start)
+        self._waited[tier, task.name] += waited
         self.ran.append(task)
 
     def note(self, name: str, at: float, details: dict[str, Any]) -> None:
@@ -130,6 +132,8 @@ class Trace:
             series = spent.samples("tier_seconds", {"tier": tier, "op": op})
             for name, samples in series.items():
                 figures[name] += samples
+            wait: dict[str, str | float] = {"tier": tier, "op": op}
+            figures["tier_wait_seconds_total"].append({**wait, "value": self._waited[tier, op]})
         return {**figures}
 
     def events(self) -> list[Event]:

@@ -62,6 +62,7 @@ class Settings(NamedTuple):
         workers: that save and load them.
         handing: how the engine hands requests over to other ones; None: it does not.
         stores: it has a store. Else ``store`` has the usual terms, which nothing uses.
+        spans: it makes spans of loads, offers and pulls.
     """
 
     engine: str
@@ -72,11 +73,12 @@ class Settings(NamedTuple):
     workers: Workers
     handing: Handing | None = None
     stores: bool = True
+    spans: bool = False
 
     @property
     def uses_keeper(self) -> bool:
         """Return whether blocks are stored by the keeper of the host."""
-        return self.stores and (self.store.shared or not self.workers.local)
+        return self.stores and (bool(self.store.shared) or not self.workers.local)
 
     @property
     def reads_rows(self) -> bool:
@@ -155,7 +157,8 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
     )
     name = ":".join(str(name) for name in names)
     terms = name, size, tuple(groups), store, workers
-    return Settings(transfer.engine_id, *terms, handing=roles.handing, stores=roles.stores)
+    does = {"handing": roles.handing, "stores": roles.stores, "spans": roles.spans}
+    return Settings(transfer.engine_id, *terms, **does)  # type: ignore[arg-type]
 
 
 def whole_blocks(groups: Sequence[Group]) -> int:

@@ -155,6 +155,11 @@ def _who_stores(terms: StoreTerms) -> str:
         if terms.waits_in_graphs:
             return f"{one}. CUDA graphs capture the waits of layers, which needs portakv[cuda]."
         return f"{one}; vLLM uses piecewise CUDA graphs."
+    if terms.attaches:
+        return (
+            "A store server of this host serves the folder: `portakv store serve FOLDER`, whose "
+            "sizes count. Nothing is stored or loaded while none does."
+        )
     if terms.shared:
         return "Engines of this host with the same folder and shared share one store."
     return (

@@ -11,6 +11,7 @@ to a `Ledger` in the scheduler and a `Hand` in the worker, and decides nothing i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,10 @@ from portakv.integrations.vllm_metrics import (  # noqa: E402
     Figures,
     PortaKVPromMetrics,
     PortaKVStats,
+    make_spans,
+    parent_of,
     stats_of,
+    tier_counters,
 )
 
 if TYPE_CHECKING:
@@ -104,7 +108,9 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._settings = settings = settings_of(vllm_config, kv_cache_config)
         check_hooks(KVConnectorBase_V1, settings)
         self.costs = Costs(role.name.lower())
-        self._figures = Figures()
+        self.figures = Figures()
+        if settings.spans:
+            make_spans()
         if role == KVConnectorRole.SCHEDULER:
             warn_of_policy(vllm_config)
             self.index = index_of(settings)
@@ -157,7 +163,17 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @measured
     def get_kv_connector_stats(self) -> Any:
-        return stats_of(self._figures.take(self.statistics))
+        return stats_of(self.figures.take(lambda: {**self.statistics(), **self._tiers()}))
+
+    def _tiers(self) -> dict[str, float]:
+        """Return the counters of the tiers that this process has.
+
+        A store in the engine's process is the worker's, so that its scheduler counts none twice.
+        """
+        if self.role == KVConnectorRole.WORKER:
+            return tier_counters(self.store.statistics())
+        index = self.index
+        return tier_counters(index.statistics()) if isinstance(index, KeptIndex) else {}
 
     def statistics(self) -> dict[str, float]:
         """Return the counters of this side, and what its hooks cost."""
@@ -211,7 +227,8 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         computed = self._computed.pop(request.request_id, 0)
         ids = ids_of(blocks.get_block_ids())
-        self.ledger.allocated(request.request_id, computed, num_external_tokens, ids)
+        with parent_of(request) if self._settings.spans else nullcontext():
+            self.ledger.allocated(request.request_id, computed, num_external_tokens, ids)
 
     @measured
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> PlanMetadata:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from portakv.arguments import flag
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
 from portakv.serving.handover_terms import (
@@ -29,6 +30,8 @@ from portakv.serving.handover_terms import (
 ROLES = {"kv_producer": (True, False), "kv_consumer": (False, True), "kv_both": (True, True)}
 #: The term of `HandoverTerms` in ``kv_connector_extra_config``.
 TERM = "hand_over"
+#: The term there that turns spans on.
+SPANS = "spans"
 #: How a request ends whose prompt was computed.
 COMPLETE = ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")
 #: What stands for all of a prompt's images, which blocks of several sizes have in common.
@@ -58,11 +61,13 @@ class Roles(NamedTuple):
         handing: how it hands requests over; None: it does not.
         stores: it has a store.
         store: the terms of the store.
+        spans: it makes spans of loads, offers and pulls.
     """
 
     handing: Handing | None
     stores: bool
     store: Mapping[str, Any]
+    spans: bool = False
 
 
 def roles_of(role: object, extra: Mapping[str, Any]) -> Roles:
@@ -74,14 +79,14 @@ def roles_of(role: object, extra: Mapping[str, Any]) -> Roles:
 
     Raises:
         IntegrationError: another role.
-        InvalidTerms: wrong terms of the hand-over.
+        InvalidTerms: wrong terms of the hand-over, or ``spans`` that is neither true nor false.
     """
     if role not in ROLES:
         raise IntegrationError(
             f"Expected kv_role {' or '.join(map(repr, ROLES))} for PortaKVConnector, got {role!r}. "
             f"Correct it."
         )
-    store = {name: value for name, value in extra.items() if name != TERM}
+    store = {name: value for name, value in extra.items() if name not in (TERM, SPANS)}
     handing = None
     if role != "kv_both" or TERM in extra:
         try:
@@ -89,7 +94,11 @@ def roles_of(role: object, extra: Mapping[str, Any]) -> Roles:
         except InvalidTerms as error:
             raise InvalidTerms(f"kv_connector_extra_config: {error}") from None
         handing = Handing(terms, *ROLES[str(role)])
-    return Roles(handing, role == "kv_both" or bool(store), store)
+    try:
+        spans = flag(SPANS, extra.get(SPANS, False))
+    except InvalidTerms as error:
+        raise InvalidTerms(f"kv_connector_extra_config: {error}") from None
+    return Roles(handing, role == "kv_both" or bool(store), store, spans)
 
 
 def share_caches(kv_caches: Iterable[torch.Tensor]) -> None:

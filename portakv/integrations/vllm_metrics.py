@@ -6,11 +6,15 @@ A release of vLLM without these hooks has the connector without them.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
-from portakv.graph.metrics import ENGINE
+from portakv.graph import open_telemetry
+from portakv.graph.metrics import ENGINE, METRICS, Metric
+from portakv.runtime import tracing
 
 try:
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
@@ -28,6 +32,30 @@ INTERVAL = 1.0
 #: The metrics by the names under which processes of an engine report them. The values of labels
 #: come after the names, after slashes.
 COUNTERS = ENGINE
+
+
+def _of_histogram(name: str, unit: str, why: str) -> Metric:
+    """Return one of the two counters that a tier's histogram of seconds is here."""
+    return METRICS["tier_seconds"]._replace(name=name, kind="counter", unit=unit, why=why)
+
+
+#: The metrics of tiers by the names under which processes of an engine report them, each with the
+#: name of its figure.
+TIERS = {
+    "tier_blocks": ("tier_blocks_total", METRICS["tier_blocks_total"]),
+    "tier_bytes": ("tier_bytes_total", METRICS["tier_bytes_total"]),
+    "tier_wait_seconds": ("tier_wait_seconds_total", METRICS["tier_wait_seconds_total"]),
+    "tier_seconds": (
+        "tier_seconds_sum",
+        _of_histogram("tier_seconds_total", "s", METRICS["tier_seconds"].why),
+    ),
+    "tier_tasks": (
+        "tier_seconds_count",
+        _of_histogram("tier_tasks_total", "1", "tasks of a tier that ran"),
+    ),
+}
+#: All that is counted for Prometheus, by these names.
+COUNTED = COUNTERS | {name: metric for name, (_, metric) in TIERS.items()}
 
 
 class Figures:
@@ -54,15 +82,16 @@ class Figures:
         self._due = now + self._interval
         grown = dict[str, float]()
         for name, value in read().items():
-            counted = name.partition("/")[0] in COUNTERS
-            if counted and value != self._reported.get(name, 0):
-                grown[name] = value - self._reported.get(name, 0)
+            before = self._reported.get(name, 0)
+            if name.partition("/")[0] in COUNTED and value != before:
+                # A store that another process had meanwhile begins at 0 again.
+                grown[name] = value - before if value > before else value
                 self._reported[name] = value
         return grown
 
 
 class PortaKVStats(KVConnectorStats):  # type: ignore[misc]
-    """Counters by their names in `COUNTERS` and the values of their labels, which workers and the
+    """Counters by their names in `COUNTED` and the values of their labels, which workers and the
     scheduler add up."""
 
     data: dict[str, float]
@@ -78,10 +107,13 @@ class PortaKVStats(KVConnectorStats):  # type: ignore[misc]
         return self
 
     def reduce(self) -> dict[str, float]:
-        """Return the figures of vLLM's log: of a counter with labels, the sum."""
+        """Return the figures of vLLM's log: of a counter with labels, the sum. Those of tiers are
+        left out, since their sums mix hits and misses."""
         sums = dict[str, float]()
         for name, value in self.data.items():
             counter = name.partition("/")[0]
+            if counter in TIERS:
+                continue
             sums[counter] = sums.get(counter, 0) + value
         return {name: round(value, 6) for name, value in sums.items()}
 
@@ -103,7 +135,7 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._values = per_engine_labelvalues
         self._counters = dict[str, Any]()
-        for name, metric in COUNTERS.items():
+        for name, metric in COUNTED.items():
             # vLLM's client adds _total.
             shown = metric.name.removeprefix("engine_").removesuffix("_total")
             counter = self._counter_cls(
@@ -127,3 +159,32 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
 def stats_of(grown: Mapping[str, float]) -> PortaKVStats | None:
     """Return vLLM's object for counters; None if its release has none, or nothing has grown."""
     return PortaKVStats(data=dict(grown)) if SUPPORTED and grown else None
+
+
+def tier_counters(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Return the counters of tiers among the figures of a store, by their names in `TIERS` with
+    the values of their labels after slashes.
+
+    ``figures``: as those of `BlockStore.statistics`; empty: there is no store in this process.
+    """
+    counters = dict[str, float]()
+    for name, (figure, metric) in TIERS.items():
+        for sample in figures.get(figure, ()):
+            labels = [str(sample[label]) for label in metric.labels]
+            counters["/".join([name, *labels])] = float(sample["value"])
+    return counters
+
+
+def parent_of(request: Any) -> AbstractContextManager[None]:
+    """Return what spans of a request begin in: the ``traceparent`` that came with it, if any."""
+    headers = getattr(request, "trace_headers", None) or {}
+    parent = headers.get("traceparent", "")
+    return tracing.under(parent if re.match(tracing.PATTERN, parent) else "")
+
+
+def make_spans() -> None:
+    """Make spans in this process, by its provider of OpenTelemetry.
+
+    Raises `Unsupported` if opentelemetry-api is not installed.
+    """
+    open_telemetry.trace()

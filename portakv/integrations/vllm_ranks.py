@@ -126,6 +126,10 @@ class KeptIndex(KeeperIndex):
                 timeout,
             )
 
+    def statistics(self) -> Mapping[str, Sequence[Mapping[str, object]]]:
+        """Return the figures of the keeper's store; none while another process serves."""
+        return self.keeper.figures()
+
     def close(self) -> None:
         """Leave the keeper, and serve no longer."""
         super().close()
@@ -263,6 +267,11 @@ class WorkerStore:
         """
         opened = self._opened
         return opened.wait(timeout) if isinstance(opened, KeeperClient) else opened is not None
+
+    def statistics(self) -> Mapping[str, Sequence[Mapping[str, object]]]:
+        """Return the figures of this worker's own store; none without one."""
+        opened = self._opened
+        return opened.statistics() if isinstance(opened, LocalIndex) else {}
 
     def close(self) -> None:
         """End the loads and saves, and what is handed over."""

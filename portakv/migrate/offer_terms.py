@@ -8,6 +8,7 @@ from math import inf
 
 from portakv import arguments
 from portakv.errors import LayoutError, SlotError
+from portakv.graph.alarms import watch as watch
 from portakv.migrate import messages
 from portakv.migrate.figures import Figures as Figures
 from portakv.migrate.figures import owner_figures as owner_figures

@@ -7,7 +7,6 @@ sends rows through staging buffers to readers that cannot map its memory.
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
 import time
@@ -83,7 +82,7 @@ class Offer:
         readers: int,
         after: StreamFence,
     ):
-        self.number = os.urandom(16)
+        self.number = secrets.token_bytes(16)
         self.ticket = b""
         self.ids = ids
         self.tokens = tokens
@@ -344,6 +343,7 @@ class Owner:
         }
         for kind, answer in self._kinds.items():
             channel.serve(kind, answer)
+        offer_terms.watch(self)
 
     def reallocate(self, *shards: Shard) -> None:
         """Replace the views: all offers end, and readers connect again."""
@@ -358,7 +358,6 @@ class Owner:
             self.epoch = secrets.token_bytes(16)
             self.shards = shards
             self.device = device
-
             if self._exports is not None:
                 self._exports.close()
             pages = self.words, self.names.table

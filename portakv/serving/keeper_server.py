@@ -40,7 +40,7 @@ class Keeper:
     """Serves one block store to the processes of a host, or stands by.
 
     One process for each folder serves: the first one that may. The others stand by, and one of
-    them serves when that process has ended. A store is opened when the first rank joins, whose
+    them serves when that process has ended, except those whose terms have ``shared="attach"``. A store is opened when the first rank joins, whose
     blocks name its forms; ranks of other blocks are refused as long as ranks have joined.
 
     Args:
@@ -159,7 +159,9 @@ class Keeper:
                 opened.state.process_ended(process)
 
     def _serve_if_possible(self) -> None:
-        """Serve, unless another process does."""
+        """Serve, unless another process does, or the terms leave it to a store server."""
+        if self.terms.attaches:
+            return
         if not self.place.claimed and self.place.claim():
             self.place.publish(self._channel.address)
             _logger.info("This process keeps the blocks in %s.", self.place.name)

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from portakv.errors import PortaKVError
-from portakv.graph.alarms import Alarms
+from portakv.graph.alarms import watch
 from portakv.migrate.ipc import share
 from portakv.runtime.bounded import Bounded
 from portakv.serving.bucket import LookupWorkers
@@ -68,7 +68,7 @@ class OpenStore:
             pin=False,
         )
         self.state = KeeperState(wake, patience)
-        self._alarms = Alarms(self.store, self.state)
+        watch(self.state)
         self.bucket = terms.bucket is not None
         self.looked_up = deque[tuple[Follower, LookedUp]]()
         self._wake = wake
@@ -87,11 +87,7 @@ class OpenStore:
         rows_here[self.handle] = self.store.rows.tensor
 
     def changes(self) -> list[Change]:
-        """Return the changes of the store since the last call, and publish them to routers.
-
-        Logs what operators need to know, from time to time.
-        """
-        self._alarms.look()
+        """Return the changes of the store since the last call, and publish them to routers."""
         changes = self.store.listen()
         self._publish(changes)
         return changes

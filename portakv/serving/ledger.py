@@ -15,6 +15,7 @@ from secrets import token_bytes
 from typing import NamedTuple, Protocol
 
 from portakv.errors import InvalidTerms
+from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
 from portakv.serving.handover_terms import RemoteRows
 from portakv.serving.plan import Blocks, Job, Plan, PullJob, Report
@@ -150,6 +151,7 @@ class _Live:
         missing: the positions of keys that did not land, or were not stored, in any worker; of a
             pull that failed the position 0.
         held: blocks that a save reads, and that the engine may give up before.
+        began: where the span of a load begins.
     """
 
     job: Job | PullJob
@@ -158,6 +160,7 @@ class _Live:
     releases: int = 0
     missing: frozenset[int] = _NONE
     held: tuple[int, ...] = ()
+    began: tracing.Began = field(default_factory=tracing.begin)
 
 
 @dataclass
@@ -647,6 +650,8 @@ class Ledger:
                 self._keys.failed[job.keys[position]] = None
             state.limit = job.first + min(live.missing)
             state.considered = min(state.considered, state.limit)
+        counts = {"load.blocks": len(job.keys), "load.blocks_missing": len(live.missing)}
+        tracing.end("portakv load", live.began, counts)
         self._end_loading(state)
 
     def _end_loading(self, state: _Request) -> None:

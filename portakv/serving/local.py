@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from portakv.arguments import flag, invalid, items, nbytes, one_of, seconds, text, whole
+from portakv.arguments import invalid, items, nbytes, one_of, seconds, text, whole
 from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, TransferTimeout, Unsupported
 from portakv.layout.packing import PACK
 from portakv.runtime.bounded import Bounded
@@ -42,6 +42,8 @@ SHARE = "To share it, set shared to true in each engine that uses it."
 GRAPH: Literal["graph"] = "graph"
 #: The choice of a store for each save, which an engine's store does not make.
 AUTO = "auto"
+#: The value of ``shared`` of an engine that leaves serving to a store server.
+ATTACH: Literal["attach"] = "attach"
 #: The end of the name of a raw form, next to a packed one.
 RAW = " raw"
 #: The most changes of a store that wait for `LocalIndex.take_events`.
@@ -64,7 +66,8 @@ class StoreTerms:
             rows; else the request waits until all have landed. "graph": the waits are captured in
             the engine's CUDA graphs.
         shared: the blocks are stored through a keeper, so that several engines of the host have
-            one store. Each of them has this term.
+            one store. Each of them has this term. "attach": the engine never serves, not even
+            while the store server of its folder restarts; nothing is stored or loaded meanwhile.
         bucket: the address of an object store, as `Remote` takes it: s3://bucket/prefix, gs://,
             az://; None: no bucket. Credentials come from the environment.
         bucket_options: of `Remote`, such as the endpoint and the region; none is secret.
@@ -81,7 +84,7 @@ class StoreTerms:
     deadline: float = 10.0
     block_size: int | None = None
     by_layer: bool | Literal["graph"] = False
-    shared: bool = False
+    shared: bool | Literal["attach"] = False
     bucket: str | None = None
     bucket_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     encoding: str | None = None
@@ -97,7 +100,7 @@ class StoreTerms:
             whole("block_size", self.block_size, 1)
         if self.by_layer != GRAPH and not isinstance(self.by_layer, bool):
             raise invalid("by_layer", 'True, False or "graph"', self.by_layer, "Pass one of these.")
-        flag("shared", self.shared)
+        self._check_shared()
         self._check_encoding()
         if self.bucket is not None:
             check_bucket(self.bucket, self.bucket_options)
@@ -118,6 +121,16 @@ class StoreTerms:
                 "of the others. Pass one of them."
             )
 
+    def _check_shared(self) -> None:
+        """Raise `InvalidTerms` for another value of ``shared``, and for one without its folder."""
+        if self.shared != ATTACH and not isinstance(self.shared, bool):
+            raise invalid("shared", 'True, False or "attach"', self.shared, "Pass one of these.")
+        if self.attaches and not self.folders:
+            raise InvalidTerms(
+                'Expected a folder for shared="attach", got none: a store server is found by its '
+                "folder. Pass the folder that it serves."
+            )
+
     def _check_encoding(self) -> None:
         """Raise `InvalidTerms` for an unknown encoding, and for one with a term that it lacks."""
         if self.encoding is None:
@@ -135,6 +148,11 @@ class StoreTerms:
                 "Expected by_layer without an encoding, got both: each layer would wait while its "
                 "rows are unpacked. Leave one of them out."
             )
+
+    @property
+    def attaches(self) -> bool:
+        """Return whether the engine leaves serving to a store server."""
+        return self.shared == ATTACH
 
     @property
     def waits_in_graphs(self) -> bool:

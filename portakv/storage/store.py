@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from portakv.arguments import flag, instance, invalid, nbytes, one_of, seconds, text
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout
-from portakv.graph import Graph, Handle
+from portakv.graph import Graph, Handle, watch
 from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import uninterrupted
 from portakv.storage.auto import PACKED, RAW, AutoEncoding, Chooser, Encoding, forms_for, terms_of
@@ -174,6 +174,7 @@ class BlockStore(FormStore):
             self._choose(self._terms, self._stays_raw)
         elif not several:
             self._form = blocks
+        watch(self)
 
     def _choose(self, terms: AutoEncoding, why: str) -> None:
         """Choose for each save between the forms, which have one list of keys together."""

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from portakv_conformance.cli import main
-from portakv_conformance.faults import command, places, report, syscalls
+from portakv_conformance.faults import command, places, report, source, subject, syscalls
 from portakv_conformance.faults.families import Unknown, family_of, filled
 from portakv_conformance.faults.report import BAD, Request, TierReport
 from portakv_conformance.faults.run import CONTROL, Row, chosen, run_fault, run_faults
 from portakv_conformance.faults.subject import Template, Unavailable
-from portakv_conformance.faults.table import FAULTS
+from portakv_conformance.faults.table import FAULTS, Fault
 
 UNCHECKED = "portakv_conformance.faults.wrong:Unchecked"
 IN_MEMORY = "portakv_conformance.faults.wrong:InMemory"
@@ -85,6 +85,68 @@ def test_a_tier_without_checks_delivers_wrong_bytes(unchecked: Template) -> None
 def test_a_call_that_does_not_return_is_a_hang(unchecked: Template) -> None:
     (fault,) = chosen(["hang of reads"])
     assert run_fault(fault, unchecked, NBYTES, 1.0, None).outcome == "hang"
+
+
+ASSERTING = """
+import threading
+from portakv_conformance.faults.wrong import Unchecked
+
+class InThread(Unchecked):
+    def get(self, key, memory):
+        good = threading.Event()
+
+        def read():
+            Unchecked.get(self, key, memory)
+            expected = self.sums.get(key)
+            assert expected in (None, bytes(memory)), "a block is another one"
+            good.set()
+
+        threading.Thread(target=read).start()
+        good.wait()
+        return True
+
+    sums = {}
+
+    def put(self, key, memory):
+        self.sums[key] = bytes(memory)
+        return super().put(key, memory)
+"""
+
+
+@pytest.fixture
+def asserting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of tiers with assertions, which the process of a tier imports."""
+    (tmp_path / "asserting_tiers.py").write_text(ASSERTING, encoding="utf-8")
+    paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+
+
+@pytest.mark.usefixtures("asserting")
+def test_an_assertion_in_a_thread_of_a_tier_does_not_hold_up_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A call that waits for the thread is a hang, known long before the deadline."""
+    monkeypatch.setattr(subject, "BEREAVED", 0.5)
+    (fault,) = chosen(["two blocks swapped, open"])
+    with Template("asserting_tiers:InThread", None, NBYTES) as template:
+        result = run_fault(fault, template, NBYTES, 3600.0, None)
+    assert result.outcome == "hang"
+    assert any("a thread of the tier ended: AssertionError: a block is" in x for x in result.notes)
+
+
+def test_an_error_of_a_call_beside_the_loads_is_the_outcome_of_its_fault(
+    unchecked: Template,
+) -> None:
+    """It ends neither the run, nor the results of other faults."""
+
+    def call(trial: Any) -> None:
+        trial.start()
+        trial.child.call("put")  # raises in the tier's process
+
+    faults = [Fault("a call that raises", "", call), *chosen(["keys that were never stored"])]
+    rows = run_faults(unchecked, faults, NBYTES, DEADLINE)
+    assert [each.outcome for each in rows[1:]] == ["error", "right"]
+    assert "raised TypeError" in rows[1].notes[0]
 
 
 def test_a_tier_in_memory_delivers_no_wrong_bytes() -> None:
@@ -192,6 +254,46 @@ def test_a_report_stands_until_it_is_changed() -> None:
     assert report.flaws("{}") == [
         f"Expected a report of schema {report.SCHEMA!r}, got another document."
     ]
+
+
+def test_a_report_expires_with_the_source_of_its_tier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = tmp_path / "expiring"
+    package.mkdir()
+    (package / "__init__.py").write_text("", encoding="utf-8")
+    tier = package / "tier.py"
+    tier.write_text("class Tier: pass\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = "expiring.tier:Tier"
+    request = Request(name, None, (FAULTS[0].name,))
+    rows = [row(CONTROL), row(FAULTS[0].name)]
+    now = replace(made(rows), request=request, source_sha256=source.tier_sha256(name)).seal()
+    file = tmp_path / "tier.json"
+    file.write_text(now.document(), encoding="utf-8")
+    assert main(["verify", str(file)]) == 0
+    tier.write_text("class Tier: what = 1\n", encoding="utf-8")
+    assert report.flaws(file.read_text(encoding="utf-8")) == []  # it can be replayed
+    assert main(["verify", str(file)]) == 1
+    assert f"has expired: the source of {name} is another" in capsys.readouterr().out
+    assert "| expired |" in report.totals_table(tmp_path, "")
+    older = replace(now, schema=report.WITHOUT_SOURCE, source_sha256="").seal()
+    assert report.flaws(older.document()) == []
+    assert "has expired" in report.expired(older)
+    tier.unlink()  # a tier that is not installed here
+    assert main(["verify", str(file)]) == 0
+
+
+def test_the_source_of_a_tier_is_what_its_store_consists_of() -> None:
+    """Modules that the tier imports count, in turn; those that it does not import do not."""
+    names = {*source.counted("portakv.storage.disk")}
+    assert {"portakv.storage.disk_store", "portakv.storage.image", "portakv.graph.graph"} <= names
+    assert not any(name.startswith(("portakv.serving", "portakv.copy")) for name in names)
+    lmcache = {*source.counted("portakv.integrations.lmcache_l2")}
+    assert {"portakv.integrations.lmcache_l2", "portakv.serving.pages"} <= lmcache
+    assert "portakv.integrations.vllm_tier" not in lmcache
+    assert source.tier_sha256("disk") != source.tier_sha256("portakv.serving.pages:PageStore")
+    assert source.tier_sha256("another") == source.tier_sha256("nowhere:Tier") == ""
 
 
 def test_only_wrong_bytes_and_hangs_end_with_1() -> None:

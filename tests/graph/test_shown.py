@@ -60,6 +60,7 @@ def test_prometheus_reads_every_figure() -> None:
         "portakv_tier_blocks": "counter",
         "portakv_tier_bytes": "counter",
         "portakv_tier_seconds": "histogram",
+        "portakv_tier_wait_seconds": "counter",
         "portakv_queue_bytes": "gauge",
         "portakv_queue_ran_bytes": "counter",
         "portakv_queue_oldest_seconds": "gauge",
@@ -75,7 +76,7 @@ def test_several_stores_share_a_registry() -> None:
     lines = generate_latest(registry).decode().splitlines()
     types = [line for line in lines if line.startswith("# TYPE")]
     series = [line.rpartition(" ")[0] for line in lines if line[0] != "#"]
-    assert len({*types}) == len(types) == 7
+    assert len({*types}) == len(types) == 8
     assert len({*series}) == len(series)
     for store in "ab":
         assert f'portakv_tier_bytes_total{{op="read",store="{store}",tier="disk"}} 20.0' in lines

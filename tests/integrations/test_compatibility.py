@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ def results(folder: Path, *names: str, failures: int = 0) -> Path:
     for number, name in enumerate(names):
         text = SUITE.format(name=name, failures=failures)
         (folder / f"{number}.xml").write_text(text, encoding="utf-8")
+        (folder / f"{number}.commit").write_text("0123456789ab\n", encoding="utf-8")
     return folder
 
 
@@ -67,7 +70,69 @@ def test_steps_of_a_door_are_added(compatibility: Any, tmp_path: Path) -> None:
     kept = compatibility.keep(results(tmp_path, *steps, "README: tests"), {})
     row = kept["lmcache"]["0.5.6"]["device backend"]
     assert (row["passed"], row["skipped"], row["date"]) == (10, 4, "2026-11-26")
-    assert "| lmcache | 0.5.6 | device backend | 10, 4 | 2026-11-26, " in compatibility.table(kept)
+    assert row["steps"] == {"ops": "0123456789ab", "integration": "0123456789ab"}
+
+
+def row_of(table: str, *begin: str) -> list[str]:
+    """Return the other cells of the row that begins with these."""
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {' | '.join(begin)} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")][len(begin) :]
+
+
+def test_a_part_of_the_steps_is_not_the_whole(compatibility: Any, tmp_path: Path) -> None:
+    """A run that was cut off, and one that left a step out."""
+    door = "sglang", "0.5.23", "transfers of HiCache"
+    steps = [f"sglang 0.5.23: {each}" for each in compatibility.DOORS[door[0]][door[2]]]
+    kept = compatibility.keep(results(tmp_path, *steps[:2]), {})
+    ran, numbers, when = row_of(compatibility.table(kept), *door)
+    assert ran == "part, 2 of 3; not its tests of kvcacheio, simulated"
+    assert numbers == "10, 4"
+    assert when.startswith("2026-11-26, ")
+    assert when.endswith("commit 0123456789ab")
+    whole = compatibility.keep(results(tmp_path, *steps), {})
+    assert row_of(compatibility.table(whole), *door)[0] == "all 3"
+
+
+def test_steps_of_two_commits_are_named(compatibility: Any, tmp_path: Path) -> None:
+    door = "lmcache", "0.5.6", "L2 adapter"
+    steps = [f"lmcache 0.5.6: {each}" for each in compatibility.DOORS[door[0]][door[2]]]
+    folder = results(tmp_path, *steps)
+    (folder / "1.commit").write_text("ba9876543210-dirty\n", encoding="utf-8")
+    when = row_of(compatibility.table(compatibility.keep(folder, {})), *door)[2]
+    assert when.endswith("commit 0123456789ab, ba9876543210-dirty")
+
+
+def test_what_no_run_says_is_said(compatibility: Any) -> None:
+    """A release without a result, and one whose result has neither steps nor a commit."""
+    row = {"passed": 5, "skipped": 1, "date": "2026-11-26", "portakv": "0.1.0"}
+    shown = compatibility.table({"transformers": {"5.23.0": {"cache": row}}})
+    cells = "not known", "5, 1", "2026-11-26, 0.1.0, commit not known"
+    assert row_of(shown, "transformers", "5.23.0", "cache") == [*cells]
+    ran, numbers, when = row_of(shown, "transformers", "5.17.0", "cache")
+    assert ran.startswith("no result: ")
+    assert (numbers, when) == ("", "")
+
+
+def test_a_result_that_the_script_did_not_write_is_refused(
+    compatibility: Any, tmp_path: Path
+) -> None:
+    folder = results(tmp_path, "lmcache 0.5.6: ops")
+    (folder / "0.commit").unlink()
+    with pytest.raises(SystemExit, match="Expected the commit of the step"):
+        compatibility.keep(folder, {})
+
+
+def test_the_script_writes_the_commit_of_each_step(tmp_path: Path) -> None:
+    script = 'source .ci/steps.sh; trap - EXIT; step "a b: c" true; printf %s "$PYTEST_ADDOPTS"'
+    environment = {**os.environ, "STEP_RESULTS": str(tmp_path)}
+    run = ["bash", "-c", script]
+    done = subprocess.run(
+        run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"--junitxml='{tmp_path}/a b: c.xml'" in done.stdout
+    commit = (tmp_path / "a b: c.commit").read_text(encoding="utf-8")
+    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?\n", commit)
 
 
 def test_a_release_that_ran_again_replaces_its_results(compatibility: Any, tmp_path: Path) -> None:
@@ -96,7 +161,8 @@ def test_what_is_no_result_is_refused(
 def test_every_step_of_the_script_with_tests_is_listed(compatibility: Any) -> None:
     """A new door's steps must be added, or its results would end the script that keeps them."""
     text = (ROOT / ".ci" / "plugs").read_text(encoding="utf-8").replace("\\\n", " ")
-    steps = re.findall(r'step "([\w-]+) \$1: ([^"]+)" (own_tests|engine_tests|benchmark)', text)
+    kinds = "own_tests|engine_tests|benchmark|real_engine|ended real_engine"
+    steps = re.findall(rf'step "([\w-]+) \$1: ([^"]+)" ({kinds})', text)
     assert len(steps) > 10
     for engine, label, _ in steps:
         for device in ("cpu", "simdev") if "$device" in label else ("",):

@@ -10,6 +10,7 @@ import importlib
 import itertools
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -190,6 +191,10 @@ def test_figures_events_and_the_cost_of_hooks(
     stored = sum(len(each) // TOKENS for each in PROMPTS)
     assert seen["figures"]["vllm:portakv_stored_blocks"] >= stored
     assert seen["figures"]["vllm:portakv_landed_bytes"] == sum(HITS) * 4 * 2 * 4 * 64 * 4
+    series = r'vllm:portakv_tier_blocks_total\{.*op="save".*result="hit",tier="disk"\} (\S+)'
+    saved = re.search(series, seen["text"])
+    assert saved is not None
+    assert float(saved[1]) >= stored
     on_disk = [event for event in seen["events"] if getattr(event, "medium", "") == "STORAGE"]
     tokens = {token for event in on_disk for token in event.token_ids}
     assert tokens >= {token for each in PROMPTS for token in each[: len(each) // TOKENS * TOKENS]}

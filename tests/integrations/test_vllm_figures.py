@@ -3,15 +3,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from support.vllm_stub import CLASSES_OF_METRICS, METRICS
 
+from portakv.graph import Graph
+from portakv.graph.task import Task
+from portakv.integrations import vllm_metrics
 from portakv.integrations.vllm_events import Kinds, are_wanted, events_of
-from portakv.integrations.vllm_metrics import SUPPORTED, Figures, stats_of
-from portakv.serving import Described, Group, Ledger
+from portakv.integrations.vllm_metrics import SUPPORTED, Figures, parent_of, stats_of, tier_counters
+from portakv.runtime import tracing
+from portakv.serving import Described, Group, Ledger, Report
 from portakv.serving.local import LocalIndex
 from portakv.storage import prefix_keys
 from portakv.storage.changes import Change
@@ -32,6 +39,153 @@ def test_counters_are_reported_as_what_they_have_grown_by() -> None:
     assert figures.take(lambda: counts) == {"loads": 2, "steps/worker": 4}
     time[0] = 3.0
     assert figures.take(lambda: counts) == {}
+
+
+def test_counters_of_a_store_that_began_again_do_not_fall() -> None:
+    """Prometheus refuses what is below 0."""
+    time = [1.0]
+    counts = {"tier_blocks/disk/save/hit": 9.0}
+    figures = Figures(0.0, lambda: time[0])
+    assert figures.take(lambda: counts) == counts
+    assert figures.take(dict) == {}
+    counts["tier_blocks/disk/save/hit"] = 2.0
+    assert figures.take(lambda: counts) == {"tier_blocks/disk/save/hit": 2.0}
+
+
+def counters_of_a_graph() -> dict[str, float]:
+    """Return the counters of a tier in which a load of two blocks has run, and one waited."""
+    graph = Graph()
+    queue = graph.queue("disk:/nvme", 1)
+    tasks = [Task(lambda *_: None, 1, queue=queue, name="load") for _ in range(2)]
+    graph.submit(tasks)
+    assert all(task.wait(30) for task in tasks)
+    graph.count("disk", "load", "hit", 2, 20)
+    graph.count("disk", "load", "miss", 1)
+    counters = tier_counters(graph.statistics())
+    graph.close()
+    return counters
+
+
+def test_the_counters_of_tiers_are_those_of_the_store() -> None:
+    counters = counters_of_a_graph()
+    seconds = counters.pop("tier_seconds/disk/load")
+    waits = counters.pop("tier_wait_seconds/disk/load")
+    assert seconds > 0
+    assert waits > 0
+    assert counters == {
+        "tier_blocks/disk/load/hit": 2,
+        "tier_blocks/disk/load/miss": 1,
+        "tier_bytes/disk/load": 20,
+        "tier_tasks/disk/load": 2,
+    }
+    assert tier_counters({}) == {}
+
+
+class Series:
+    """A counter of Prometheus' client, with its values by their labels."""
+
+    made: dict[str, Series]
+
+    def __init__(self, name: str, documentation: str, labelnames: list[str]) -> None:
+        assert documentation.endswith(".")
+        self.labelnames = labelnames
+        self.values = dict[tuple[object, ...], float]()
+        Series.made[name] = self
+
+    def labels(self, *values: object) -> SimpleNamespace:
+        assert len(values) == len(self.labelnames)
+        self.values.setdefault(values, 0.0)
+
+        def inc(grown: float) -> None:
+            assert grown >= 0
+            self.values[values] += grown
+
+        return SimpleNamespace(inc=inc)
+
+
+@pytest.fixture
+def with_vllm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return another copy of the module of figures, next to a vLLM that has figures."""
+    name = METRICS.removesuffix(".py").replace("/", ".")
+    parts = name.split(".")
+    for count in range(1, len(parts)):
+        package = ModuleType(".".join(parts[:count]))
+        package.__path__ = []
+        monkeypatch.setitem(sys.modules, package.__name__, package)
+    module = ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(CLASSES_OF_METRICS, module.__dict__)
+    spec = importlib.util.spec_from_file_location("figures_with_vllm", vllm_metrics.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    Series.made = {}
+    return copied
+
+
+def test_prometheus_has_the_series_of_tiers(with_vllm: ModuleType) -> None:
+    counters = {**counters_of_a_graph(), "loads": 1.0}
+    stats = with_vllm.stats_of(counters)
+    assert stats.reduce() == {"loads": 1.0}  # vLLM's log
+    values = {0: ["model", "0"]}
+    shown = with_vllm.PortaKVPromMetrics(
+        None, {"counter": Series}, ["model_name", "engine"], values
+    )
+    shown.observe(stats.data)
+    shown.observe(stats.aggregate(stats).data)
+    blocks = Series.made["vllm:portakv_tier_blocks"]
+    assert blocks.labelnames == ["model_name", "engine", "tier", "op", "result"]
+    assert blocks.values["model", "0", "disk", "load", "hit"] == 6
+    for name in ("tier_bytes", "tier_seconds", "tier_tasks", "tier_wait_seconds"):
+        assert Series.made[f"vllm:portakv_{name}"].values["model", "0", "disk", "load"] > 0
+    assert Series.made["vllm:portakv_loads"].values["model", "0"] == 3
+
+
+class Spans:
+    """A tracer that keeps spans."""
+
+    def __init__(self) -> None:
+        self.spans = list[tuple[str, str, dict[str, Any]]]()
+
+    def current(self) -> str:
+        return ""
+
+    def span(
+        self, name: str, began: Any, end: int, parent: str, attributes: Any, error: Any
+    ) -> None:
+        self.spans.append((name, parent or began.traceparent, {**attributes}))
+
+
+PARENT = f"00-{1:032x}-{2:016x}-01"
+
+
+@pytest.mark.parametrize(
+    ("headers", "parent"),
+    [({"traceparent": PARENT}, PARENT), ({"traceparent": "other"}, ""), ({}, ""), (None, "")],
+)
+@pytest.mark.parametrize("on", [True, False], ids=["on", "control"])
+def test_a_load_is_a_span_below_that_of_its_request(headers: Any, parent: str, on: bool) -> None:
+    index = LocalIndex()
+    index.leading = lambda keys: len(keys)  # type: ignore[method-assign]
+    ledger = Ledger(8, [Group(8)], 1, index)
+    request = SimpleNamespace(trace_headers=headers)
+    tracer = Spans()
+    before = tracing.use(tracer if on else None)
+    try:
+        ledger.add("a", [*range(25)])
+        tokens = ledger.leading("a", 0)
+        assert tokens == 24
+        with parent_of(request):
+            ledger.allocated("a", 0, tokens, ((1, 2, 3),))
+        (job,) = ledger.plan().loads
+        report = Report()
+        report.end_load(job.number, frozenset({2}))
+        ledger.take(report)
+    finally:
+        tracing.use(before)
+    counts = {"load.blocks": 3, "load.blocks_missing": 1}
+    assert tracer.spans == ([("portakv load", parent, counts)] if on else [])
 
 
 @pytest.mark.skipif(SUPPORTED, reason="vLLM is installed")

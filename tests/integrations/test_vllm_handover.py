@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 from support.vllm_stub import write_vllm
 
+from portakv.errors import InvalidTerms
+from portakv.integrations.vllm_handover import roles_of
+from portakv.serving.handover_terms import HandoverTerms
+
 TESTS = Path(__file__).resolve().parents[1]
 
 
@@ -79,3 +83,35 @@ def test_a_preempted_prompt_that_is_to_be_handed_over_is_computed_anew(
 ) -> None:
     """Else it may end with its output in flight, and has no rows to offer."""
     assert seen["delivers"] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("role", "extra", "offers", "pulls", "stores"),
+    [
+        ("kv_both", {"host": 1}, None, None, True),
+        ("kv_both", {}, None, None, True),
+        ("kv_both", {"host": 1, "spans": True}, None, None, True),
+        ("kv_both", {"hand_over": {}}, True, True, True),
+        ("kv_producer", {"spans": True}, True, False, False),
+        ("kv_producer", {}, True, False, False),
+        ("kv_producer", {"folder": "/a", "hand_over": {"lease": 5.0}}, True, False, True),
+        ("kv_consumer", {"hand_over": {"timeout": 5.0}}, False, True, False),
+        ("kv_consumer", {"host": 1}, False, True, True),
+    ],
+)
+def test_what_an_engine_does_by_its_role(
+    role: str, extra: dict[str, Any], offers: bool | None, pulls: bool | None, stores: bool
+) -> None:
+    handing, has_store, store, spans = roles_of(role, extra)
+    assert has_store is stores
+    assert store == {x: value for x, value in extra.items() if x not in ("hand_over", "spans")}
+    assert spans is ("spans" in extra)
+    if offers is None:
+        assert handing is None
+    else:
+        assert handing == (HandoverTerms.of(extra.get("hand_over", {})), offers, pulls)
+
+
+def test_spans_that_are_neither_on_nor_off_are_refused() -> None:
+    with pytest.raises(InvalidTerms, match=r"kv_connector_extra_config: .*spans.* got 'yes'"):
+        roles_of("kv_both", {"spans": "yes"})

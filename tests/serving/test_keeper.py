@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import defaultdict
 from typing import Any
@@ -224,6 +225,7 @@ def test_rows_that_a_rank_keeps_are_shown_with_their_age(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """What operators watch: they are warned, and no longer once the rows are back."""
+    caplog.set_level(logging.WARNING, "portakv.graph.alarms")
     ranks = Ranks(WHOLE)
     alarms = Alarms(ranks.state, clock=lambda: ranks.time)
     ranks.time = 5.0

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import re
 import signal
@@ -88,6 +89,8 @@ _frozen = pytest.StashKey[int]()
 def pytest_configure(config: pytest.Config) -> None:
     """Load the profile before any test module is imported, so that decorators can read it."""
     patch_points.guard()
+    # Warnings of faults that last come whenever their thread looks, also into another test's log.
+    logging.getLogger("portakv.graph.alarms").setLevel(logging.ERROR)
     if name := os.environ.get("SIMDEV_NAME"):
         simdev.load(name)  # a child of own_process: its modules may look at the device
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from portakv.integrations import vllm_caches, vllm_connector, vllm_ranks
+from portakv.integrations import vllm_caches, vllm_connector, vllm_metrics, vllm_ranks
 from portakv.integrations.vllm_connector import PlanMetadata, PortaKVConnector, ReportMetadata
 from portakv.serving import Group, Plan, Report
 from support.serving_model import NOTHING, Engine, Holder
@@ -241,8 +241,16 @@ class HookEngine(Engine):
         self.ledger.end_step()  # type: ignore[attr-defined]
 
 
+def reported(connector: Any) -> dict[str, int]:
+    """Return the counters of tiers that a connector's next report has."""
+    connector.figures = vllm_metrics.Figures(0.0)
+    stats = connector.get_kv_connector_stats()
+    counters = {} if stats is None else stats.data
+    return {x: round(n) for x, n in counters.items() if x.startswith(("tier_blocks", "tier_bytes"))}
+
+
 def walk(seed: int, folder: str) -> Mapping[str, int]:
-    """Make one walk; return what the ledger has counted."""
+    """Make one walk; return what the ledger and the tiers have counted."""
     HookStore.folder = folder
     HookStore.across = seed % 2 == 0
     vllm_ranks.PATIENCE = 0.0  # the worker comes after the scheduler
@@ -253,11 +261,16 @@ def walk(seed: int, folder: str) -> Mapping[str, int]:
             assert all(worker.connector.store.wait(LIMIT) for worker in engine.workers)
             assert connector.index.wait(LIMIT)
         engine.run(12)
+        tiers = reported(connector)
+        for worker in engine.workers:
+            for name, count in reported(worker.connector).items():
+                assert name not in tiers  # it would be counted twice
+                tiers[name] = count
     finally:
         for worker in engine.workers:
             worker.connector.shutdown()
         connector.shutdown()
-    return engine.ledger.statistics()
+    return {**engine.ledger.statistics(), **tiers}
 
 
 def main() -> None:

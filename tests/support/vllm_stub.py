@@ -88,6 +88,19 @@ class KVConnectorBase_V1:
         sent, received = self.get_finished(finished_req_ids)
         return KVConnectorTransferResults(set(sent or ()), set(received or ()))
 """
+METRICS = "vllm/distributed/kv_transfer/kv_connector/v1/metrics.py"
+#: The classes of vLLM's module of figures, with what the connector uses of them.
+CLASSES_OF_METRICS = """
+from dataclasses import dataclass, field
+
+@dataclass
+class KVConnectorStats:
+    data: dict = field(default_factory=dict)
+
+class KVConnectorPromMetrics:
+    def __init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues):
+        self._counter_cls = metric_types["counter"]
+"""
 
 
 def write_vllm(folder: Path) -> None:
@@ -98,6 +111,7 @@ def write_vllm(folder: Path) -> None:
         if package.name:
             (folder / package / "__init__.py").write_text("")
     at.write_text(CLASSES)
+    (folder / METRICS).write_text(CLASSES_OF_METRICS)
     ranks = (
         "import os\n\n\ndef get_tensor_model_parallel_rank():\n    return int(os.environ['RANK'])\n"
     )
