@@ -25,6 +25,9 @@ _QUEUES = {"load": ("host-device", 2), "save": ("device-host", 2), "end": ("ends
 class Copying(Protocol):
     """What has rows copied for a request."""
 
+    def piece_ended(self) -> None:
+        """Note that a request has ended, under the lock of all pieces."""
+
     def copy_later(self, session: Session, piece: Piece, grants: Sequence[Grant], /) -> None:
         """Have workers copy rows."""
 
@@ -140,5 +143,7 @@ class Requests:
     def _note(self, piece: Piece) -> None:
         """Wake who waits for a request, and forget it if it has ended; under the lock."""
         if piece.ended:
-            self._open.pop(piece.number, None)
+            copying, _ = self._open.pop(piece.number, (None, piece))
+            if copying is not None:
+                copying.piece_ended()
         self.changed.notify_all()

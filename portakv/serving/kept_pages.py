@@ -7,6 +7,7 @@ several engines of a host. One of the processes serves the store; if it ends, an
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Sequence
 from secrets import token_hex
 
@@ -19,11 +20,25 @@ from portakv.runtime.finished import Finished
 from portakv.serving.keeper_blocks import KeptBlocks
 from portakv.serving.keeper_client import KeeperClient
 from portakv.serving.keeper_server import Keeper, place_of
+from portakv.serving.keeper_transfer import GRACE, KeptTransfer
 from portakv.serving.known import KeeperIndex
 from portakv.serving.local import StoreTerms
-from portakv.serving.page_sizes import check_raw
-from portakv.serving.pages import PageJob, Pages, PageSize, page_key
+from portakv.serving.page_sizes import check_raw, check_shared
+from portakv.serving.pages import SAVE, PageJob, Pages, PageSize, PageStore, Usage, page_key
+from portakv.storage.changes import Change
 from portakv.view import IdList, KVView
+
+
+def page_store(
+    terms: StoreTerms, model: str, sizes: Sequence[PageSize], identity: str = ""
+) -> PageStore | KeptPageStore:
+    """Return a store of pages by its terms: that of a keeper if they have ``shared``.
+
+    Raises as `PageStore` and `KeptPageStore` do.
+    """
+    if terms.shared:
+        return KeptPageStore(terms, model, sizes, identity)
+    return PageStore(terms, model, sizes, identity=identity)
 
 
 class KeptPageStore:
@@ -34,12 +49,16 @@ class KeptPageStore:
             process has equal terms.
         model: the name of the model.
         sizes: of the pages, equal in all processes.
+        identity: what else fixes the bytes of a page; see `PageStore`.
         patience: seconds to wait for a keeper. Without one, pages are missing until one serves.
 
     Raises:
         InvalidTerms: wrong terms, or pages that a keeper of the folder refuses, such as those of
             another model.
         StoreError: a folder that cannot be used.
+
+    Attributes:
+        ended: the jobs that have ended, unless a call names another queue.
     """
 
     def __init__(
@@ -47,17 +66,15 @@ class KeptPageStore:
         terms: StoreTerms,
         model: str,
         sizes: Sequence[PageSize],
+        identity: str = "",
         patience: float = 10.0,
     ) -> None:
         self.terms = instance("terms", terms, StoreTerms)
-        self.ended = Finished[PageJob]()  # was not started, and keeps no job
-        if not terms.shared or not terms.folders or terms.bucket is not None:
-            raise InvalidTerms(
-                "Expected terms with shared and a folder, and without a bucket, which processes "
-                "share anyway, got others. Correct them."
-            )
+        self.ended = Finished[PageJob]()
+        self.ended.start()
+        check_shared(terms)
         check_raw(terms)
-        forms = [size.form(model) for size in sizes]
+        forms = [size.form(model, identity) for size in sizes]
         engine = token_hex(16)  # its own: a save waits for no other process
         place = place_of(terms, engine)
         self._keeper = Keeper(terms, engine)
@@ -84,6 +101,44 @@ class KeptPageStore:
             )
         return self._pages[size]
 
+    def every(self) -> list[KeptPages]:
+        """Return the pages of each size."""
+        return [*self._pages.values()]
+
+    def finished(self) -> list[PageJob]:
+        """Return the jobs that have ended since the last call. There is one consumer.
+
+        Jobs that are late are cancelled in this call: a consumer that sleeps on `fileno` makes it
+        now and then, too.
+        """
+        now = time.monotonic()
+        for pages in self.every():
+            for job in pages.saves.due(now):
+                job.cancel()
+        return self.ended.take()
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable while `finished` has jobs; -1 after `close`.
+
+        Raises `HostMemoryError` without a free descriptor.
+        """
+        return self.ended.fileno()
+
+    def changes(self) -> list[Change]:
+        """Return the pages that were stored or lost since the last call, by any process.
+
+        The first call returns none. Their keys are those of `page_key`.
+        """
+        self._index.record(every=True)
+        return self._index.take_events()
+
+    def usage(self) -> Usage:
+        """Return how full the store is, by the pages that the keeper has of these sizes."""
+        counts = self._index.counts()
+        sizes = [pages.form.image_bytes for pages in self.every()]
+        used = sum(count * nbytes for count, nbytes in zip(counts, sizes, strict=False))
+        return Usage(used, self.terms.capacity)
+
     def clear(self) -> bool:
         """Return False: other processes use the pages. `portakv store wipe` removes them."""
         return False
@@ -93,10 +148,14 @@ class KeptPageStore:
         self._index.close()
         self._client.close(timeout)
         self._keeper.close(timeout)
+        self.ended.close()
 
 
 class KeptPages(Pages):
-    """The pages of one size of a `KeptPageStore`, which makes it."""
+    """The pages of one size of a `KeptPageStore`, which makes it.
+
+    ``saves`` has the loads in flight, too: `KeptPageStore.finished` cancels those that are late.
+    """
 
     def __init__(
         self,
@@ -117,7 +176,7 @@ class KeptPages(Pages):
 
     def has(self, key: bytes) -> bool:
         """Return whether a page can be loaded, as far as is known here."""
-        return bool(self.holds([key])[0])
+        return self._index.holds(self._number, (page_key(key),))[0]
 
     def lookup(self, keys: Sequence[bytes], timeout: float | None = 1.0) -> int:
         """Return the number of leading pages that can be loaded; waits for nothing."""
@@ -131,7 +190,7 @@ class KeptPages(Pages):
         *,
         after: Sequence[bytes | None] | None = None,
         priority: Priority = "background",
-        deadline: float | None = None,
+        deadline: float | None = SAVE,
         tag: Hashable = None,
         ended: Finished[PageJob] | None = None,
     ) -> PageJob:
@@ -140,8 +199,8 @@ class KeptPages(Pages):
         follows = [None if each is None else page_key(each) for each in after or [None] * len(keys)]
         names = [*map(page_key, keys)]
         places = range(view.slots) if slots is None else slots
-        job.moved_by(self._kept.save(view, places, names, after=follows, priority=priority))
-        return job
+        transfer = self._kept.save(view, places, names, after=follows, priority=priority)
+        return self._followed(job, transfer, ended, deadline)
 
     def load(
         self,
@@ -158,5 +217,21 @@ class KeptPages(Pages):
         job = PageJob("load", keys, self.size.nbytes, tag)
         places = range(view.slots) if slots is None else slots
         names = [*map(page_key, keys)]
-        job.moved_by(self._kept.load(view, places, names, priority=priority, deadline=deadline))
+        until = self._store.terms.deadline if deadline is None else deadline
+        transfer = self._kept.load(view, places, names, priority=priority, deadline=until)
+        return self._followed(job, transfer, ended, until + GRACE)
+
+    def _followed(
+        self,
+        job: PageJob,
+        transfer: KeptTransfer,
+        ended: Finished[PageJob] | None,
+        limit: float | None,
+    ) -> PageJob:
+        """Have a queue take a job at its end; it is late after so many seconds."""
+        overdue = None
+        if limit is not None:
+            overdue = self.saves
+            overdue.add(job, job.began + limit)
+        job._follow(transfer, self._store.ended if ended is None else ended, overdue)
         return job

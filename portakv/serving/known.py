@@ -87,6 +87,8 @@ class KeeperIndex:
         self._number = 0  # of the last change
         self._losses = 0
         self._events: deque[Change] | None = None
+        self._every = False  # events of all groups are kept
+        self._left: list[Known] = []  # of each group, what was known in the session before
         self._waiting: list[Changed] | None = None  # changes, while a snapshot is read
         self._lock = threading.Lock()
         self._process = this_process()
@@ -135,14 +137,23 @@ class KeeperIndex:
         tiers = groups[group].tiers
         return [key in tiers for key in keys]
 
+    def counts(self) -> list[int]:
+        """Return how many blocks of each group can be loaded; nothing without a keeper."""
+        return [len(known.tiers) for known in self._groups_here()]
+
     @property
     def losses(self) -> int:
         """Return a number that changes if a block may have been lost."""
         return self._losses + self._bucket.expired if self._followed.bucket else self._losses
 
-    def record(self) -> None:
-        """Keep changes from now on for `take_events`."""
+    def record(self, every: bool = False) -> None:
+        """Keep changes from now on for `take_events`.
+
+        ``every``: of the blocks of all groups, and the losses that were missed between two
+        sessions, of tiers without a name.
+        """
         with self._lock:
+            self._every = every
             if self._events is None:
                 self._events = deque(maxlen=EVENTS)
 
@@ -150,8 +161,8 @@ class KeeperIndex:
         """Return the changes of the keeper's store since the last call, at most the latest
         `EVENTS`.
 
-        Of a block of several groups, those of the first group. Some are missing if changes were
-        missed.
+        Of a block of several groups, those of the first group, unless `record` says otherwise. Some
+        are missing if changes were missed.
         """
         with self._lock:
             made = list(self._events or ())
@@ -202,6 +213,7 @@ class KeeperIndex:
     def _ended(self, session: Session) -> None:
         with self._lock:
             self._followed = Followed(0, (), self._followed.nbytes)
+            self._left = self._known or self._left
             self._known = []
             self._losses += 1
         self._bucket.forget()
@@ -224,10 +236,21 @@ class KeeperIndex:
             if self._followed.session != session:  # it has ended
                 return
             self._losses += 1
+            self._note_missed([known for known, _ in read])
             self._known = [known for known, _ in read]
             # Changes before a snapshot do no harm: those after them follow in order.
             self._number = min(number for _, number in read)
             self.apply(waiting)
+
+    def _note_missed(self, read: Sequence[Known]) -> None:
+        """Note the blocks that were known before a snapshot and are not in it, under the lock."""
+        before = self._known or self._left
+        self._left = []
+        if self._events is None or not self._every:
+            return
+        for old, new in zip(before, read, strict=True) if before else ():
+            missed = old.tiers.keys() - new.tiers.keys()
+            self._events += [Change(0, key, "", False, "evicted") for key in missed]
 
     def _read_group(self, address: str, session: int, group: int) -> tuple[Known, int]:
         """Return the blocks of a group, and the number of the last change before them."""
@@ -273,7 +296,8 @@ class KeeperIndex:
                 if changed.form in some:
                     known.change(changed)
             self._losses += not changed.stored
-            if self._events is not None and changed.form in forms[0]:
+            reported = forms if self._every else forms[:1]
+            if self._events is not None and any(changed.form in some for some in reported):
                 self._events.append(change_of(changed))
 
 
