@@ -65,6 +65,10 @@ class Requests:
                 self._open[piece.number] = copying, piece
         return pieces
 
+    def next_number(self) -> int:
+        """Return a number that no request of this rank has."""
+        return next(self._numbers)
+
     def find(self, number: int) -> tuple[Copying, Piece] | None:
         """Return a request that has not ended."""
         return self._open.get(number)

@@ -26,6 +26,7 @@ from portakv.serving.local import StoreTerms
 from portakv.serving.page_sizes import check_raw, check_shared
 from portakv.serving.pages import SAVE, PageJob, Pages, PageSize, PageStore, Usage, page_key
 from portakv.storage.changes import Change
+from portakv.storage.pins import Pins
 from portakv.view import IdList, KVView
 
 
@@ -220,6 +221,31 @@ class KeptPages(Pages):
         until = self._store.terms.deadline if deadline is None else deadline
         transfer = self._kept.load(view, places, names, priority=priority, deadline=until)
         return self._followed(job, transfer, ended, until + GRACE)
+
+    def pin(self, keys: Sequence[bytes]) -> Pins:
+        """Keep pages from eviction until `Pins.release`, as far as they are there.
+
+        Waits for the keeper's answer, two seconds at most, if one is known to have a page.
+        """
+        there = np.flatnonzero(self.holds(keys)).tolist()
+        pins = Pins(len(keys))
+        if there:
+            made = self._kept.pin([page_key(keys[at]) for at in there])
+            for place in np.flatnonzero(made.held).tolist():
+                pins.add(there[place], made.release)
+        return pins
+
+    def delete(self, keys: Sequence[bytes]) -> Mask:
+        """Forget pages, for all processes; return which were there, bool ``[keys]``.
+
+        Waits for the keeper's answer, two seconds at most.
+        """
+        return self._kept.delete([*map(page_key, keys)])
+
+    @property
+    def opened(self) -> object | None:
+        """Return what tells this store from one that was opened later: there is no later one."""
+        return self
 
     def _followed(
         self,
