@@ -235,7 +235,9 @@ def _cut(files: list[Path], image: int, draw: random.Random) -> None:
 def _kills(make: Callable[[str, Path], Store], name: str, folder: Path, count: int) -> Counter[str]:
     """Return how objects came that a process stored which was killed meanwhile."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([make.__module__])
+    # A module that runs as a program has another name there.
+    spec = sys.modules[make.__module__].__spec__
+    processes.set_forkserver_preload([make.__module__ if spec is None else spec.name])
     draw = random.Random(1)
     counts = Counter[str]()
     for turn in range(count):
