@@ -20,7 +20,7 @@ from typing import Any
 from portakv.errors import TransferTimeout
 from portakv.integrations import IntegrationError, check_release
 from portakv.integrations.lmcache_check import ABSTRACT, MODEL, sizes_of, terms_of
-from portakv.serving.kept_pages import page_store
+from portakv.serving.kept_page_store import page_store
 from portakv.serving.page_tasks import Buffer, Kind, PageTask, PageTasks
 
 check_release("lmcache")

@@ -27,7 +27,7 @@ from portakv.integrations import check_release
 from portakv.integrations.sglang_pools import HostPool, PoolPages
 from portakv.integrations.sglang_settings import KV, Settings, check_hooks, settings_of
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.kept_pages import KeptPageStore, page_store
+from portakv.serving.kept_page_store import KeptPageStore, page_store
 from portakv.serving.page_pool import PagePool
 from portakv.serving.pages import PageStore
 

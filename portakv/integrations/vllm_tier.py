@@ -22,7 +22,7 @@ import torch
 from portakv.integrations import check_release
 from portakv.integrations.vllm import PortaKVOffloadingSpec
 from portakv.integrations.vllm_tier_terms import TierTerms, tier_terms
-from portakv.serving.kept_pages import page_store
+from portakv.serving.kept_page_store import page_store
 from portakv.serving.page_tier import PACE, PageTier
 from portakv.serving.pages import PageJob, PageSize
 

@@ -3,31 +3,17 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from functools import partial
 from typing import Literal
 
-import numpy as np
-
 from portakv.arguments import flag, one_of, seconds
-from portakv.errors import InvalidTerms, PortaKVError, StoreError, TransferError
-from portakv.graph import SLACK, Mask, Priority
-from portakv.serving.keeper_link import ASKING, Link, Session
-from portakv.serving.keeper_messages import (
-    KEY,
-    MOST_KEYS,
-    Delete,
-    Done,
-    Lock,
-    Unlock,
-    joined_keys,
-)
+from portakv.errors import InvalidTerms, StoreError
+from portakv.graph import SLACK, Priority
+from portakv.serving.keeper_link import Link
 from portakv.serving.keeper_moving import Moving
 from portakv.serving.keeper_requests import Requests
 from portakv.serving.keeper_rows import RankForm
 from portakv.serving.keeper_transfer import KeptTransfer
 from portakv.storage.keys import check_keys, predecessors
-from portakv.storage.pins import Pins
 from portakv.storage.rows import Crossing
 from portakv.storage.tier import After, Keys
 from portakv.view import IdList, KVView
@@ -98,61 +84,6 @@ class KeptBlocks:
             seconds("deadline", deadline)
         moving = self._moving(view, blocks, len(checked), False)
         return moving.load(checked, deadline, priority, by_layer)
-
-    def pin(self, keys: Keys) -> Pins:
-        """Keep blocks from eviction until `Pins.release`, as far as the keeper has them.
-
-        Waits for the keeper's answer, two seconds at most. The end of the session, such as that of
-        the keeper, ends the pins too.
-        """
-        checked = check_keys(keys)
-        pins = Pins(len(checked))
-        for first in range(0, len(checked), MOST_KEYS):
-            some = checked[first : first + MOST_KEYS]
-            number = self._requests.next_number()
-            session = self._link.session
-            if session is None:
-                break
-            done = self._done(Lock(session.number, number, self._group, joined_keys(some)))
-            places = [first + at for at in np.flatnonzero(done).tolist()]
-            release = partial(self._unlock, session, number)
-            for place in places:
-                pins.add(place, release if place == places[0] else bool)
-            if not places:
-                release()
-        return pins
-
-    def delete(self, keys: Keys) -> Mask:
-        """Forget blocks, for all processes; return which were there, bool ``[keys]``.
-
-        Waits for the keeper's answer, two seconds at most.
-        """
-        checked = check_keys(keys)
-        gone = np.zeros(len(checked), np.bool_)
-        for first in range(0, len(checked), MOST_KEYS):
-            some = checked[first : first + MOST_KEYS]
-            session = self._link.session
-            if session is None:
-                break
-            message = Delete(session.number, self._group, joined_keys(some))
-            gone[first : first + len(some)] = self._done(message)
-        return gone
-
-    def _done(self, message: Lock | Delete) -> Mask:
-        """Return for which blocks the keeper has done a request; for none without an answer."""
-        count = len(message.keys) // KEY
-        session = None if self._requests.process.forked else self._link.session
-        if session is not None and session.number == message.session:
-            with suppress(PortaKVError):  # the session has ended, or ends now
-                answer = self._link.ask(session, message, Done, ASKING)
-                return np.frombuffer(answer.done, np.bool_).copy()
-        return np.zeros(count, np.bool_)
-
-    def _unlock(self, session: Session, number: int) -> None:
-        """Tell the keeper of the end of locks, in a worker."""
-        with suppress(TransferError):  # the client was closed, and its locks have ended
-            tell = partial(self._link.tell, session, Unlock(session.number, number))
-            self._requests.run("load", tell)
 
     def _moving(self, view: KVView, blocks: IdList, keys: int, saves: bool) -> Moving:
         """Return a transfer of blocks of a view. Raises `StoreError` in a forked process."""

@@ -23,7 +23,7 @@ from portakv.errors import PortaKVError, TransferTimeout
 from portakv.graph import Mask
 from portakv.runtime.finished import Finished
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.kept_pages import KeptPageStore
+from portakv.serving.kept_page_store import KeptPageStore
 from portakv.serving.pages import SAVE, PageJob, Pages, PageStore
 from portakv.storage.changes import Change
 from portakv.storage.pins import Pins

@@ -19,7 +19,7 @@ from portakv.errors import PortaKVError
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import MISSING, LookupWorkers
-from portakv.serving.kept_pages import KeptPageStore
+from portakv.serving.kept_page_store import KeptPageStore
 from portakv.serving.pages import SAVE, PageJob, Pages, PageStore, page_key
 
 _log = RateLimitedLog(logging.getLogger(__name__))

@@ -306,9 +306,11 @@ def test_wrong_terms_are_named(terms: dict[str, Any], says: str) -> None:
 
 
 @pytest.fixture
-def pair(module: ModuleType, tmp_path: Path) -> Iterator[tuple[Driver, Driver]]:
-    """Return two servers over one folder, which has room for few objects."""
-    terms = {"shared": True, "object_bytes": [SIZE, 2 * SIZE], "capacity": 16 * 2 * SIZE}
+def pair(
+    module: ModuleType, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[tuple[Driver, Driver]]:
+    """Return two servers over one folder."""
+    terms = {"shared": True, "object_bytes": [SIZE, 2 * SIZE], **getattr(request, "param", {})}
     one = Driver(module, tmp_path / "kv", **terms)
     other = Driver(module, tmp_path / "kv", **terms)
     yield one, other
@@ -341,6 +343,9 @@ def test_servers_share_a_folder(module: ModuleType, pair: tuple[Driver, Driver])
     assert until(loads, LIMIT)
 
 
+@pytest.mark.parametrize(
+    "pair", [{"object_bytes": SIZE, "capacity": 16 * 2 * SIZE}], indirect=True, ids=["small"]
+)
 def test_no_server_evicts_what_another_one_has_locked(pair: tuple[Driver, Driver]) -> None:
     one, other = pair
     one.store([key(0)], bytes_of(0, [SIZE]))

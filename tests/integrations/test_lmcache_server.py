@@ -102,6 +102,26 @@ def test_objects_outlive_the_host_memory_and_servers(tmp_path: Path) -> None:
         server.end(signal.SIGKILL)
 
 
+def test_two_servers_have_one_folder(tmp_path: Path) -> None:
+    """The other one has what one stored, and goes on when the one that serves it is killed."""
+    adapter = adapter_of(tmp_path / "kv", shared=True, object_bytes=NBYTES)
+    known = range(PROMPTS)
+    with serving(tmp_path, adapter) as server, serving(tmp_path, adapter) as other:
+        store(server, known)
+
+        def all_there() -> bool:
+            return fetched(other, known) == PROMPTS * OBJECTS
+
+        assert until(all_there, LIMIT)
+        server.store(PROMPTS)
+        server.end(signal.SIGKILL)
+        assert until(all_there, LIMIT)
+        store(other, range(PROMPTS, PROMPTS + 4))
+        fetched(other, [PROMPTS])
+        other.end()
+        assert "Traceback" not in other.text
+
+
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the objects of prompts."""

@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.faulty_io import VARIABLE, set_fault
 from support.migrate_channels import until
 from support.store_damage import damaged_images_believed, flip_bits, swap_images
 
 from portakv.serving import PageJob, StoreTerms
-from portakv.serving.kept_pages import KeptPageStore
+from portakv.serving.kept_page_store import KeptPageStore
 from portakv.serving.page_tier import PageTier
 from portakv.serving.pages import PageSize
 from portakv.storage.image import HEADER
@@ -207,22 +208,20 @@ def test_a_process_that_serves_and_hangs_costs_misses(tmp_path: Path, closing: E
 
 
 def test_a_job_that_the_keeper_does_not_end_is_cancelled(
-    tmp_path: Path, closing: ExitStack
+    tmp_path: Path, closing: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A save whose keeper is silent ends after its deadline, and no page of it counts."""
+    """A save whose disk hangs ends after its deadline, and no page of it counts."""
+    fault = tmp_path / "fault"
+    set_fault(fault, "write hang")
+    monkeypatch.setenv(VARIABLE, str(fault))
+    monkeypatch.setenv("PORTAKV_IO", "support.faulty_io:Faulty")
     engine = opened(tmp_path / "kv", closing)
+    closing.callback(set_fault, fault, "")
     pages = engine.store.pages(SIZE)
-    serves = engine.store._keeper._service.opened
-    assert serves is not None
-    take = serves.state.take
-    serves.state.take = list  # type: ignore[method-assign, assignment]
-    try:
-        job = pages.save([key(1)], engine.tier.view, [0], deadline=0.05)
-        assert until(lambda: engine.store.finished() == [job], LIMIT)
-        assert not job.landed.any()
-        assert time.monotonic() - job.began >= 0.05
-    finally:
-        serves.state.take = take  # type: ignore[method-assign]
+    job = pages.save([key(1)], engine.tier.view, [0], deadline=0.05)
+    assert until(lambda: engine.store.finished() == [job], LIMIT)
+    assert not job.landed.any()
+    assert time.monotonic() - job.began >= 0.05
 
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])

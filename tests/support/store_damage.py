@@ -58,12 +58,12 @@ def cut_files(folder: Path, keep: int) -> None:
 def damaged_images_believed() -> Iterator[None]:
     """Let disk tiers believe headers and payloads unseen: the negative control of damage."""
     store: Any = importlib.import_module("portakv.storage.disk_store").DiskStore
-    right = store._right
-    store._right = lambda *_: True
+    right = store.right
+    store.right = lambda *_: True
     try:
         yield
     finally:
-        store._right = right
+        store.right = right
 
 
 def _read(file: Any, at: int, count: int) -> bytes:
