@@ -346,7 +346,11 @@ def test_servers_share_a_folder(module: ModuleType, pair: tuple[Driver, Driver])
 @pytest.mark.parametrize(
     "pair", [{"object_bytes": SIZE, "capacity": 16 * 2 * SIZE}], indirect=True, ids=["small"]
 )
-def test_no_server_evicts_what_another_one_has_locked(pair: tuple[Driver, Driver]) -> None:
+@pytest.mark.parametrize("ends", ["unlock", "close"])
+def test_no_server_evicts_what_another_one_has_locked(
+    ends: str, pair: tuple[Driver, Driver]
+) -> None:
+    """Until its lock ends, or the server does."""
     one, other = pair
     one.store([key(0)], bytes_of(0, [SIZE]))
     assert until(lambda: other.lookup([key(0)]) == [True], LIMIT)
@@ -354,13 +358,16 @@ def test_no_server_evicts_what_another_one_has_locked(pair: tuple[Driver, Driver
     for number in range(1, 40):
         one.store([key(number)], bytes_of(number, [SIZE]))
     assert locked == 1
-    assert same(other.load([key(0)], [SIZE])[0], bytes_of(0, [SIZE])[0])
-    other.adapter.submit_unlock([key(0)])
+    assert same(one.load([key(0)], [SIZE])[0], bytes_of(0, [SIZE])[0])
+    if ends == "unlock":
+        other.adapter.submit_unlock([key(0)])
+    else:
+        other.adapter.close()
 
     def evicted() -> bool:
         for number in range(40, 80):
             one.store([key(number)], bytes_of(number, [SIZE]))
-        return other.load([key(0)], [SIZE]) == [None]
+        return one.load([key(0)], [SIZE]) == [None]
 
     assert until(evicted, LIMIT)
     assert until(lambda: key(0) in one.listener.deleted, LIMIT)
