@@ -63,7 +63,7 @@ class Known:
         return 1 << self._names.setdefault(tier, len(self._names))
 
 
-class _Record:
+class Record:
     """The changes that wait for `KeeperIndex.take_events`. The lock of the index guards it.
 
     Attributes:
@@ -117,7 +117,7 @@ class KeeperIndex:
         self._followed = Followed(0, (), ())
         self._number = 0  # of the last change
         self._losses = 0
-        self._record = _Record()
+        self._record = Record()
         self._waiting: list[Changed] | None = None  # changes, while a snapshot is read
         self._lock = threading.Lock()
         self._process = this_process()

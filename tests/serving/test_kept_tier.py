@@ -28,6 +28,7 @@ from support.store_damage import damaged_images_believed, flip_bits, swap_images
 
 from portakv.serving import PageJob, StoreTerms
 from portakv.serving.kept_page_store import KeptPageStore
+from portakv.serving.known import Known, Record
 from portakv.serving.page_tier import PageTier
 from portakv.serving.pages import PageSize
 from portakv.storage.image import HEADER
@@ -144,6 +145,25 @@ def test_what_one_engine_has_stored_the_other_loads(tmp_path: Path, closing: Exi
 
     assert until(evicted, LIMIT)
     assert {*lost} <= {*map(key, NAMES)}
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_losses_between_two_keepers_are_reported(every: bool) -> None:
+    """What the keeper before had, and the next one lacks, was lost meanwhile."""
+    before = Known()
+    before.add("0 disk", [key(1), key(2)])
+    after = Known()
+    after.add("0 disk", [key(2)])
+    record = Record()
+    record.kept = True
+    record.every = every
+    record.left = [before]
+    expected = [key(1)] if every else []
+    record.note_missed([], [after])
+    assert [each.key for each in record.events] == expected
+    assert not any(each.stored for each in record.events)
+    record.note_missed([], [Known()])  # of the session before that one
+    assert len(record.events) == len(expected)
 
 
 SERVER = """
