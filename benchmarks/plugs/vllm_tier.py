@@ -178,7 +178,10 @@ class FaultyStore:
         if name == "fs":
             made = Side(lambda view: FileSystemTierManager(SPEC, view, "fs", str(folder)), SMALL)
         else:
-            more = {"capacity": CHUNKS * (SMALL + HEADER) * 5 // 4, "staging": STAGING}
+            more: dict[str, Any] = {
+                "capacity": CHUNKS * (SMALL + HEADER) * 5 // 4,
+                "staging": STAGING,
+            }
             more |= {"deadline": faults.DEADLINE, "shared": name == SHARED}
             made = _ours(folder, SMALL, **more)
         self._side = made
