@@ -39,6 +39,7 @@ FAULTED = 64
 STAGING = 16 << 20
 LIMIT = 120
 OURS = "portakv"
+IMPORTS = ("lmcache.v1.distributed.l2_adapters", MODULE)
 SHARED = "portakv, shared"
 #: PortaKV's other configurations, with their terms: a host tier of as many bytes as the page cache
 #: has for the files of the others, and a folder that several servers may have.
@@ -327,7 +328,8 @@ def main() -> None:
     if args.faults:
         faults.preload(args.folder, __spec__.name)
         terms = args.stores, args.folder, args.faults, args.kinds
-        counts = {"load": os.getloadavg()[0], "faults": faults.damaged(FaultyStore, *terms)}
+        made = faults.damaged(FaultyStore, *terms, imports=IMPORTS)
+        counts = {"load": os.getloadavg()[0], "faults": made}
         print(json.dumps(counts))
         if args.json is not None:
             args.json.write_text(f"{json.dumps(counts, indent=1)}\n")

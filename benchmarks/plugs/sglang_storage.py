@@ -294,7 +294,8 @@ def run(words: list[str] | None = None) -> int:
     if args.faults:
         faults.preload(args.folder, __spec__.name)
         terms = args.stores, args.folder, args.faults, args.kinds
-        results = {"load": os.getloadavg()[0], "faults": faults.damaged(FaultyStore, *terms)}
+        made = faults.damaged(FaultyStore, *terms, imports=["portakv.integrations.sglang_hicache"])
+        results = {"load": os.getloadavg()[0], "faults": made}
         if args.json is not None:
             args.json.write_text(f"{json.dumps(results, indent=1)}\n")
         return 0
