@@ -269,6 +269,8 @@ def _kills(
 
 def _store(make: Callable[[str, Path], Store], name: str, folder: Path, seed: int, to: Any) -> None:
     store = make(name, folder)
+    store.renew(seed + (1 << 30))
+    store.save()  # other objects, so that the kill meets a store that is open
     store.renew(seed)
     to.send(None)
     store.save()
