@@ -195,7 +195,8 @@ def test_faults_of_a_disk_are_misses(tmp_path: Path, monkeypatch: pytest.MonkeyP
         set_fault(fault, "read EIO")
         assert fetched(server, first) == 0
         set_fault(fault, "")
-        assert fetched(server, others) == len(others) * OBJECTS
+        # A busy machine may take longer than the deadline.
+        assert until(lambda: fetched(server, others) == len(others) * OBJECTS, LIMIT)
         store(server, first)
 
         set_fault(fault, "write ENOSPC")
@@ -207,7 +208,7 @@ def test_faults_of_a_disk_are_misses(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
         set_fault(fault, "write hang")
         assert server.store(21)
-        assert fetched(server, first) == len(first) * OBJECTS
+        assert until(lambda: fetched(server, first) == len(first) * OBJECTS, LIMIT)
         assert right(server.fetch(21), 21)
         set_fault(fault, "")
         store(server, [21])
