@@ -15,11 +15,13 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from portakv.errors import PortaKVError
+from portakv.graph import Mask
 from portakv.serving.keeper import KeeperState
 from portakv.serving.keeper_leases import Client, Lease, SaveWork
 from portakv.serving.keeper_messages import (
@@ -34,6 +36,7 @@ from portakv.serving.keeper_messages import (
 )
 from portakv.serving.keeper_parts import cells_of, whole_form
 from portakv.storage import BlockForm
+from portakv.storage.pins import Pins
 
 LAYERS = 2
 HEADS = 4
@@ -151,8 +154,23 @@ class FakeStore:
         self.handles = list[FakeHandle]()
         self.contents = [dict[int, bytes]() for _ in range(rows)]
         self.judge: Callable[[int], None] = lambda row: None  # before a row gets another block
+        self.pinned = list[bytes]()  # a key for each pin
 
     # --- as the state machine calls it
+
+    def pin(self, keys: Sequence[bytes]) -> Pins:
+        pins = Pins(len(keys))
+        for place, key in enumerate(keys):
+            if key in self.cached:
+                self.pinned.append(key)
+                pins.add(place, partial(self.pinned.remove, key))
+        return pins
+
+    def delete(self, keys: Sequence[bytes]) -> Mask:
+        gone = np.zeros(len(keys), np.bool_)
+        for place, key in enumerate(keys):
+            gone[place] = self.cached.pop(key, None) is not None
+        return gone
 
     def save_lent(self, copier: Any, keys: Sequence[bytes], **terms: Any) -> Any:
         handle = FakeHandle(keys)
