@@ -35,8 +35,8 @@ PROMPTS = 24
 LIMIT = 60.0
 #: Without it a read trusts whatever the disk returns.
 UNGUARDED = """
-from support.store_damage import damaged_images_believed
-believed = damaged_images_believed()
+from support.store_damage import any_images_believed
+believed = any_images_believed()
 believed.__enter__()
 """
 FAULTY = "import os; os.environ['PORTAKV_IO'] = 'support.faulty_io:Faulty'"
