@@ -244,6 +244,29 @@ def test_a_job_that_the_keeper_does_not_end_is_cancelled(
     assert time.monotonic() - job.began >= 0.05
 
 
+def test_the_keeper_ends_a_load_from_a_disk_that_hangs(
+    tmp_path: Path, closing: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does so itself, although no one asks for jobs that are late, and all workers hang."""
+    fault = tmp_path / "fault"
+    set_fault(fault, "")
+    monkeypatch.setenv(VARIABLE, str(fault))
+    monkeypatch.setenv("PORTAKV_IO", "support.faulty_io:Faulty")
+    engine = opened(tmp_path / "kv", closing)
+    closing.callback(set_fault, fault, "")
+    assert all(engine.save(NAMES))
+    assert until(engine.has_all, LIMIT)
+    set_fault(fault, "read hang")
+    pages = engine.store.pages(SIZE)
+    for name in NAMES:
+        pages.load([key(name)], engine.tier.view, [name], deadline=0.3)
+    jobs = list[PageJob]()
+    while len(jobs) < len(NAMES):
+        assert select.select([engine.store.fileno()], [], [], LIMIT)[0]
+        jobs += engine.store.ended.take()
+    assert not any(job.landed.any() for job in jobs)
+
+
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
 def test_damaged_pages_are_missing(guard: bool, tmp_path: Path, closing: ExitStack) -> None:
     one = opened(tmp_path / "kv", closing)

@@ -154,17 +154,24 @@ class FakeStore:
         self.handles = list[FakeHandle]()
         self.contents = [dict[int, bytes]() for _ in range(rows)]
         self.judge: Callable[[int], None] = lambda row: None  # before a row gets another block
-        self.pinned = list[bytes]()  # a key for each pin
 
     # --- as the state machine calls it
+
+    @property
+    def pinned(self) -> list[bytes]:
+        """Return the keys of rows that are read or pinned, once for each time."""
+        return [key for key, row in self.cached.items() for _ in range(self.readers.get(row, 0))]
 
     def pin(self, keys: Sequence[bytes]) -> Pins:
         pins = Pins(len(keys))
         for place, key in enumerate(keys):
             if key in self.cached:
-                self.pinned.append(key)
-                pins.add(place, partial(self.pinned.remove, key))
+                self._read(self.cached[key], 1)
+                pins.add(place, partial(self._read, self.cached[key], -1))
         return pins
+
+    def _read(self, row: int, more: int) -> None:
+        self.readers[row] = self.readers.get(row, 0) + more
 
     def delete(self, keys: Sequence[bytes]) -> Mask:
         gone = np.zeros(len(keys), np.bool_)
