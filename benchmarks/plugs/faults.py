@@ -118,10 +118,12 @@ def damaged(
     folder: Path,
     count: int,
     kinds: Sequence[str] = KINDS,
+    imports: Sequence[str] = (),
 ) -> dict[str, dict[str, int]]:
     """Return how objects came after so many faults of each kind, by store and kind.
 
-    ``make`` is a function of a module, which other processes import.
+    ``make`` is a function of a module, which other processes import. ``imports`` are modules that
+    it uses: one process imports them for all that are killed.
     """
     results: dict[str, dict[str, int]] = {}
     for name in names:
@@ -138,7 +140,7 @@ def damaged(
         store.close()
         if KILL not in kinds:
             continue
-        killed = _kills(make, name, folder / f"{name}-killed", count)
+        killed = _kills(make, name, folder / f"{name}-killed", count, imports)
         results[f"{name}, {KILL}"] = dict(killed)
         print(name, KILL, dict(killed), flush=True)
     return results
@@ -232,10 +234,19 @@ def _cut(files: list[Path], image: int, draw: random.Random) -> None:
 # --- processes
 
 
-def _kills(make: Callable[[str, Path], Store], name: str, folder: Path, count: int) -> Counter[str]:
+def _kills(
+    make: Callable[[str, Path], Store],
+    name: str,
+    folder: Path,
+    count: int,
+    imports: Sequence[str],
+) -> Counter[str]:
     """Return how objects came that a process stored which was killed meanwhile."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([make.__module__])
+    # A module that runs as a program has another name there.
+    spec = sys.modules[make.__module__].__spec__
+    own = make.__module__ if spec is None else spec.name
+    processes.set_forkserver_preload([own, *imports])
     draw = random.Random(1)
     counts = Counter[str]()
     for turn in range(count):
@@ -258,6 +269,8 @@ def _kills(make: Callable[[str, Path], Store], name: str, folder: Path, count: i
 
 def _store(make: Callable[[str, Path], Store], name: str, folder: Path, seed: int, to: Any) -> None:
     store = make(name, folder)
+    store.renew(seed + (1 << 30))
+    store.save()  # other objects, so that the kill meets a store that is open
     store.renew(seed)
     to.send(None)
     store.save()

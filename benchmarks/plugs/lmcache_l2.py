@@ -35,12 +35,17 @@ PAGE = 4096
 #: Bytes and number of the objects of faults.
 SMALL = 64 << 10
 FAULTED = 64
+#: Bytes of its staging: a process begins sooner with less.
+STAGING = 16 << 20
 LIMIT = 120
 OURS = "portakv"
-#: PortaKV's other configuration, with its terms: a host tier of as many bytes as the page cache has
-#: for the files of the others.
+IMPORTS = ("lmcache.v1.distributed.l2_adapters", MODULE)
+SHARED = "portakv, shared"
+#: PortaKV's other configurations, with their terms: a host tier of as many bytes as the page cache
+#: has for the files of the others, and a folder that several servers may have.
 VARIANTS: dict[str, dict[str, Any]] = {
     "portakv, host": {"host": 512 << 20},
+    SHARED: {"shared": True},
 }
 #: The other adapters, with their configuration.
 OTHERS: dict[str, dict[str, Any]] = {
@@ -76,6 +81,8 @@ class Side:
             capacity = 4 * self.count * (self.nbytes + 2 * PAGE)
             params = {"folder": str(self.folder), "capacity": capacity, "staging": 512 << 20}
             params |= {**VARIANTS.get(self.name, {}), **more}
+            if params.get("shared"):
+                params["object_bytes"] = self.nbytes
             config = {"type": "plugin", "module_path": MODULE, "class_name": CLASS}
             config["adapter_params"] = params
         made = get_l2_adapter_config_class(str(config["type"]))
@@ -203,6 +210,7 @@ class FaultyStore:
             self.image = SMALL + PAGE
             more["deadline"] = faults.DEADLINE
             more["capacity"] = FAULTED * (SMALL + PAGE) * 5 // 4
+            more["staging"] = STAGING
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._side = Side(name, folder, SMALL, FAULTED, **more)
@@ -313,13 +321,18 @@ def main() -> None:
     parser.add_argument("--object", type=float, default=4.0, help="MiB of an object")
     parser.add_argument("--objects", type=int, default=32, help="objects of a task")
     parser.add_argument("--rounds", type=int, default=9)
-    faults.add_options(parser, [OURS, "fs", "fs_native"])
+    parser.add_argument("--json", type=Path)
+    faults.add_options(parser, [OURS, SHARED, "fs", "fs_native"])
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=bool(args.faults))
     if args.faults:
         faults.preload(args.folder, __spec__.name)
         terms = args.stores, args.folder, args.faults, args.kinds
-        print(json.dumps(faults.damaged(FaultyStore, *terms)))
+        made = faults.damaged(FaultyStore, *terms, imports=IMPORTS)
+        counts = {"load": os.getloadavg()[0], "faults": made}
+        print(json.dumps(counts))
+        if args.json is not None:
+            args.json.write_text(f"{json.dumps(counts, indent=1)}\n")
         return
     try:
         for row in measure(args.folder, int(args.object * 2**20), args.objects, args.rounds):

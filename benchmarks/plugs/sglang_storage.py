@@ -2,21 +2,23 @@
 """SGLang's storage backends of HiCache: its own ``file``, and PortaKV's, in turns.
 
     python -m portakv_benchmarks.plugs.sglang_storage FOLDER [--pages 256] [--rounds 5]
-        [--faults 200]
+        [--faults 200] [--json FILE]
 
 Pages of a host pool are stored and loaded in batches of 128 pages, as SGLang's controller does:
 PortaKV's in place, ``file``'s by a copy of each page. PortaKV seals and verifies each page;
 ``file`` has no checks. A cold load comes from the disk, a warm one perhaps from the page cache,
-which PortaKV does not use. With ``--faults`` stored pages are damaged, one at a time, and what each
-backend returns is compared with the right bytes.
+which PortaKV does not use. With ``--faults`` it measures no speed: it lets so many faults of each
+kind happen to the files, the disk and the process, and counts how pages came that a backend stored
+before.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import random
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -27,28 +29,30 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv_benchmarks.shared.harness import in_a_line
+from portakv_benchmarks.plugs import faults
 
 BATCH = 128  # pages, as in SGLang
 PAGE = 64  # tokens
 LAYERS = 8
 HEADS = 8
 DIM = 64
+PAGE_BYTES = 2 * PAGE * LAYERS * HEADS * DIM * 2
 MIB = 1 << 20
-FAULTY = 8  # pages, of which some are damaged
+FAULTY = 64  # pages of faults, of 32 KiB: many small ones, so that a fault meets some of them
+SMALL = 2  # tokens of such a page
 HEADER = 4096  # bytes of an image before its page
 
 
 class Pool:
     """A host pool of keys and values, page first, as SGLang lays it out."""
 
-    page_size = PAGE
     layout = "page_first"
     dtype = torch.bfloat16
-    page_bytes = 2 * PAGE * LAYERS * HEADS * DIM * 2
 
-    def __init__(self, pages: int) -> None:
-        size = (2, pages * PAGE, LAYERS, HEADS, DIM)
+    def __init__(self, pages: int, page_size: int = PAGE) -> None:
+        self.page_size = page_size
+        self.page_bytes = 2 * page_size * LAYERS * HEADS * DIM * 2
+        size = (2, pages * page_size, LAYERS, HEADS, DIM)
         self.kv_buffer = torch.zeros(size, dtype=self.dtype, device="cpu")
         self.fill(0)
 
@@ -62,13 +66,13 @@ class Pool:
 
     def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:
         """Return the addresses and sizes of keys and values of pages."""
-        firsts = indices[::PAGE].tolist()
+        firsts = indices[:: self.page_size].tolist()
         places = [self.kv_buffer[side, at].data_ptr() for at in firsts for side in range(2)]
         return places, [self.page_bytes // 2] * len(places)
 
     def get_data_page(self, index: int, flat: bool = True) -> torch.Tensor:
         """Return a copy of a page."""
-        return self.kv_buffer[:, index : index + PAGE].flatten()
+        return self.kv_buffer[:, index : index + self.page_size].flatten()
 
     def get_dummy_flat_data_page(self) -> torch.Tensor:
         """Return memory for a page, which SGLang fills with zeros."""
@@ -76,7 +80,13 @@ class Pool:
 
     def set_from_flat_data_page(self, index: int, page: torch.Tensor) -> None:
         """Write a page."""
-        self.kv_buffer[:, index : index + PAGE] = page.reshape(2, PAGE, LAYERS, HEADS, DIM)
+        size = self.page_size
+        self.kv_buffer[:, index : index + size] = page.reshape(2, size, LAYERS, HEADS, DIM)
+
+    def tokens_of(self, firsts: Sequence[int]) -> torch.Tensor:
+        """Return the indices of the tokens of pages."""
+        starts = torch.tensor([*firsts], dtype=torch.int64, device="cpu")
+        return (starts[:, None] + torch.arange(self.page_size, device="cpu")).flatten()
 
 
 class Side(NamedTuple):
@@ -104,20 +114,20 @@ def configuration(extra: dict[str, Any]) -> SimpleNamespace:
     return SimpleNamespace(**numbers, **sizes, **flags, model_name="org/model", extra_config=extra)
 
 
-def portakv_side(pool: Pool, folder: Path, nbytes: int) -> Side:
-    """Return PortaKV's backend, with pages in place."""
+def portakv_side(pool: Pool, folder: Path, nbytes: int, **more: Any) -> Side:
+    """Return PortaKV's backend, with pages in place, and room for so many bytes of them."""
     from portakv.integrations.sglang_hicache import PortaKVStorage
 
-    terms = {"folder": str(folder), "host": 0, "staging": 512 * MIB, "capacity": 4 * nbytes}
+    terms = {"folder": str(folder), "host": 0, "staging": 512 * MIB, "capacity": nbytes, **more}
     backend = PortaKVStorage(configuration({"interface_v1": 1, "portakv": terms}))
     backend.register_mem_pool_host(pool)
     backend.on_host_pools_registered()
 
     def store(keys: Sequence[str], firsts: Sequence[int]) -> bool:
-        return all(backend.batch_set_v1([*keys], tokens_of(firsts)))
+        return all(backend.batch_set_v1([*keys], pool.tokens_of(firsts)))
 
     def load(keys: Sequence[str], firsts: Sequence[int]) -> Sequence[bool]:
-        return backend.batch_get_v1([*keys], tokens_of(firsts))
+        return backend.batch_get_v1([*keys], pool.tokens_of(firsts))
 
     return Side("portakv", folder, store, load, backend.close)
 
@@ -143,12 +153,6 @@ def file_side(pool: Pool, folder: Path) -> Side:
     return Side("file", folder, store, load, lambda: None)
 
 
-def tokens_of(firsts: Sequence[int]) -> torch.Tensor:
-    """Return the indices of the tokens of pages."""
-    starts = torch.tensor([*firsts], dtype=torch.int64, device="cpu")
-    return (starts[:, None] + torch.arange(PAGE, device="cpu")).flatten()
-
-
 class Cost(NamedTuple):
     """What a turn took, for each MiB."""
 
@@ -165,7 +169,7 @@ def turn(work: Callable[[Sequence[str], Sequence[int]], Any], keys: Sequence[str
         done = work(keys[at : at + BATCH], firsts[at : at + BATCH])
         assert done is True or all(done), "a page did not come"
     seconds = time.perf_counter() - began
-    mib = len(keys) * Pool.page_bytes / MIB
+    mib = len(keys) * PAGE_BYTES / MIB
     return Cost(mib / seconds, 1000 * (time.process_time() - cpu) / mib)
 
 
@@ -202,91 +206,77 @@ def measure(pool: Pool, sides: Sequence[Side], pages: int, rounds: int) -> bool:
     return good
 
 
-def places(side: Side) -> list[tuple[Path, int]]:
-    """Return the file and the place of each stored page."""
-    if side.name == "file":
-        return [(path, 0) for path in sorted(side.folder.glob("*.bin"))]
-    size = HEADER + -(-Pool.page_bytes // HEADER) * HEADER
-    found = []
-    for path in sorted(side.folder.rglob("slots")):
-        with path.open("rb") as file:
-            for at in range(0, path.stat().st_size, size):
-                file.seek(at)
-                if any(file.read(64)):
-                    found.append((path, at + HEADER))
-    return found
+class FaultyStore:
+    """A backend over a folder with small pages, whose loads end soon, for `faults`."""
 
+    def __init__(self, name: str, folder: Path) -> None:
+        torch.set_num_threads(1)
+        self._pool = Pool(FAULTY, SMALL)
+        self._folder = folder
+        self._is_file = name == "file"
+        self.files = "*.bin" if self._is_file else "slots"
+        self.image = self._pool.page_bytes + (0 if self._is_file else HEADER)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._is_file:
+            self._side = file_side(self._pool, folder)
+        else:
+            nbytes = FAULTY * self.image * 5 // 4
+            more = {"deadline": faults.DEADLINE, "staging": 16 * MIB}
+            self._side = portakv_side(self._pool, folder, nbytes, **more)
+        self._firsts = [number * SMALL for number in range(FAULTY)]
+        self._keys = list[str]()
+        self._expected = self._pages()
+        self._before = self._pool.kv_buffer.clone()
+        self._landed: Sequence[bool] | None = None
 
-def damage(side: Side, draw: random.Random) -> Callable[[], None]:
-    """Flip a bit of a page, swap two, or cut one; return what undoes it."""
-    chosen = draw.sample(places(side), 2)
-    nbytes = Pool.page_bytes
-    before = []
-    for path, at in chosen:
-        with path.open("rb") as file:
-            file.seek(at)
-            before.append(file.read(nbytes))
-    kind = draw.choice(("flip", "swap", "cut"))
-    after = list(before)
-    if kind == "flip":
-        place = draw.randrange(nbytes)
-        bit = 1 << draw.randrange(8)
-        changed = bytes([before[0][place] ^ bit])
-        after[0] = before[0][:place] + changed + before[0][place + 1 :]
-    elif kind == "swap":
-        after.reverse()
-    else:
-        after[0] = before[0][: nbytes // 2]  # of slots: what follows is zeros
-    write(side, chosen, after)
-    return lambda: write(side, chosen, before)
+    def _pages(self) -> list[torch.Tensor]:
+        """Return copies of the bytes of the pool's pages."""
+        pool = self._pool
+        return [pool.get_data_page(first).view(torch.uint8) for first in self._firsts]
 
+    def renew(self, seed: int) -> None:
+        self._keys = [sha256(b"%d %d" % (seed, page)).hexdigest() for page in range(FAULTY)]
+        self._pool.fill(seed)
+        self._expected = self._pages()
 
-def write(side: Side, chosen: Sequence[tuple[Path, int]], pages: Sequence[bytes]) -> None:
-    """Write pages to their places; cut the file of a short one, if it has no other page."""
-    for (path, at), page in zip(chosen, pages, strict=True):
-        with path.open("r+b") as file:
-            file.seek(at)
-            if side.name == "file":
-                file.truncate(len(page))
-            file.write(page if side.name == "file" else page.ljust(Pool.page_bytes, b"\0"))
-            file.flush()
-            os.fsync(file.fileno())
+    def save(self) -> None:
+        if self._is_file:  # it removes no file itself
+            for path in self._folder.glob(self.files):
+                path.unlink()
+        self._side.store(self._keys, self._firsts)
 
+    def begin_load(self) -> None:
+        self._pool.kv_buffer.zero_()
+        self._landed = None
+        threading.Thread(target=self._load, daemon=True).start()
 
-def count_faults(pool: Pool, side: Side, faults: int) -> None:
-    """Damage stored pages, and print what the backend returned."""
-    pages = FAULTY
-    draw = random.Random(1)
-    pool.fill(7)
-    keys = [sha256(b"fault %d" % page).hexdigest() for page in range(pages)]
-    firsts = [page * PAGE for page in range(pages)]
-    side.store(keys, firsts)
-    right = [pool.get_data_page(first).view(torch.uint8).clone() for first in firsts]
-    wrong = 0
-    missing = 0
-    raised = 0
-    for _ in range(faults):
-        undo = damage(side, draw)
-        pool.kv_buffer.zero_()
+    def _load(self) -> None:
+        """Load pages, in a thread: SGLang's threads wait for theirs, too."""
+        landed: Sequence[bool] = [False] * FAULTY
         try:
-            landed = [*side.load(keys, firsts)]
-        except OSError as error:
-            raised += 1
-            landed = [False] * pages
-            if raised == 1:
-                print(f"{side.name}: raised {in_a_line(error)}", file=sys.stderr)
-        undo()
-        got = [pool.get_data_page(first).view(torch.uint8) for first in firsts]
-        same = [*map(torch.equal, got, right)]
-        wrong += any(there and not fine for there, fine in zip(landed, same, strict=True))
-        missing += not all(landed)
-        for page, first in zip(right, firsts, strict=True):
-            pool.set_from_flat_data_page(first, page.view(Pool.dtype))
-        side.store(keys, firsts)
-    print(
-        f"{side.name}: {faults} faults, {wrong} with wrong bytes, {missing} with misses, of which "
-        f"{raised} raised an error for the whole batch"
-    )
+            landed = self._side.load(self._keys, self._firsts)
+        except OSError:  # of ``file``: SGLang counts the batch as missing
+            pass
+        finally:
+            self._landed = landed
+
+    def ended(self) -> bool:
+        return self._landed is not None
+
+    def landed(self) -> list[bool]:
+        return [*(self._landed or ())]
+
+    def right(self) -> list[bool]:
+        return [*map(torch.equal, self._pages(), self._expected)]
+
+    def touched(self) -> bool:
+        now = self._pool.kv_buffer.clone()
+        changed = not torch.equal(now.view(torch.uint8), self._before.view(torch.uint8))
+        self._before = now
+        return changed
+
+    def close(self) -> None:
+        self._side.close()
 
 
 def run(words: list[str] | None = None) -> int:
@@ -295,25 +285,26 @@ def run(words: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="a new folder of a local disk")
     parser.add_argument("--pages", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--faults", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    faults.add_options(parser, ("portakv", "file"))
     args = parser.parse_args(words)
     # Teams of threads that spin for each other's work would slow the copies of ``file``.
     torch.set_num_threads(1)
-    nbytes = args.pages * args.rounds * Pool.page_bytes
-    args.folder.mkdir(mode=0o700)
-    print(f"{args.pages} pages of {Pool.page_bytes / MIB:g} MiB, batches of {BATCH}")
-    good = True
-    if args.rounds:
-        pool = Pool(args.pages)
-        sides = opened(pool, args.folder / "rounds", nbytes)
-        good = measure(pool, sides, args.pages, args.rounds)
-        for side in sides:
-            side.close()
+    args.folder.mkdir(mode=0o700, exist_ok=bool(args.faults))
     if args.faults:
-        pool = Pool(FAULTY)
-        for side in opened(pool, args.folder / "faults", 64 * Pool.page_bytes):
-            count_faults(pool, side, args.faults)
-            side.close()
+        faults.preload(args.folder, __spec__.name)
+        terms = args.stores, args.folder, args.faults, args.kinds
+        made = faults.damaged(FaultyStore, *terms, imports=["portakv.integrations.sglang_hicache"])
+        results = {"load": os.getloadavg()[0], "faults": made}
+        if args.json is not None:
+            args.json.write_text(f"{json.dumps(results, indent=1)}\n")
+        return 0
+    print(f"{args.pages} pages of {PAGE_BYTES / MIB:g} MiB, batches of {BATCH}")
+    pool = Pool(args.pages)
+    sides = opened(pool, args.folder / "rounds", 4 * args.pages * args.rounds * PAGE_BYTES)
+    good = measure(pool, sides, args.pages, args.rounds)
+    for side in sides:
+        side.close()
     print("all bytes right" if good else "WRONG BYTES")
     return 0 if good else 1
 

@@ -35,7 +35,10 @@ CHUNKS = 64
 CHUNK = 2 << 20
 #: Of the faults: many small chunks, so that a fault meets some of them.
 SMALL = 64 << 10
-FAULTED = ["portakv", "fs"]
+SHARED = "portakv, shared"
+FAULTED = ["portakv", SHARED, "fs"]
+#: Bytes of its staging: a process begins sooner with less.
+STAGING = 16 << 20
 HEADER = 4096
 #: Seconds between two looks for the end of a job, as between two steps of a scheduler. Looks cost
 #: processor time.
@@ -175,8 +178,12 @@ class FaultyStore:
         if name == "fs":
             made = Side(lambda view: FileSystemTierManager(SPEC, view, "fs", str(folder)), SMALL)
         else:
-            capacity = CHUNKS * (SMALL + HEADER) * 5 // 4
-            made = _ours(folder, SMALL, deadline=faults.DEADLINE, capacity=capacity)
+            more: dict[str, Any] = {
+                "capacity": CHUNKS * (SMALL + HEADER) * 5 // 4,
+                "staging": STAGING,
+            }
+            more |= {"deadline": faults.DEADLINE, "shared": name == SHARED}
+            made = _ours(folder, SMALL, **more)
         self._side = made
         self._results = list[Any]()
         self._before = made.memory.copy()

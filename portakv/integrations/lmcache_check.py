@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from portakv.arguments import invalid, items, whole
 from portakv.errors import InvalidTerms
 from portakv.integrations.findings import (
     Findings,
@@ -16,14 +17,17 @@ from portakv.integrations.findings import (
     unknown_keys,
 )
 from portakv.serving.local import StoreTerms
+from portakv.serving.page_sizes import PageSize, sizes_in
 
 MODULE = "portakv.integrations.lmcache_l2"
 CLASS = "PortaKVL2Adapter"
 #: The keys of LMCache's plugin adapter, and those that all of its adapters have.
 KEYS = ("type", "module_path", "class_name", "config_class_name", "adapter_params")
 COMMON_KEYS = ("affinity_tag", "shared", "eviction", "persist_enabled", "serde")
-#: The terms of the adapter, of those of a store.
-TERMS = ("folder", "capacity", "host", "staging", "deadline")
+#: The sizes of objects, which servers that share a folder name.
+OBJECTS = "object_bytes"
+#: The terms of the adapter: those of a store, and the sizes of objects.
+TERMS = ("folder", "capacity", "host", "staging", "deadline", "shared", OBJECTS)
 #: Seconds for a load, which is of all objects of a prompt.
 DEADLINE = 30.0
 #: The name under which pages lie in the folder; a key contains the name of the model.
@@ -62,7 +66,37 @@ def terms_of(params: Mapping[str, Any]) -> StoreTerms:
             )
     if not params.get("folder"):
         raise InvalidTerms("Expected a folder, got none. Name a folder of a local disk.")
-    return StoreTerms.of({"host": 0, "deadline": DEADLINE, **params})
+    own = {name: value for name, value in params.items() if name != OBJECTS}
+    terms = StoreTerms.of({"host": 0, "deadline": DEADLINE, **own})
+    if terms.shared != (OBJECTS in params):
+        raise InvalidTerms(
+            f"Expected shared and {OBJECTS} together, got one of them. Servers that share a folder "
+            f"name the bytes of their objects: pass both, or leave both out."
+        )
+    if terms.shared:
+        object_sizes(params)
+    return terms
+
+
+def sizes_of(params: Mapping[str, Any], terms: StoreTerms) -> list[PageSize]:
+    """Return the sizes with which the store of an adapter begins.
+
+    Without ``shared`` they are those in the folder, and others may follow.
+    """
+    return object_sizes(params) if terms.shared else sizes_in(terms, MODEL)
+
+
+def object_sizes(params: Mapping[str, Any]) -> list[PageSize]:
+    """Return the sizes of the objects of a shared folder, in order: all servers name the same.
+
+    Raises `InvalidTerms` for values that are not sizes.
+    """
+    given = params.get(OBJECTS)
+    some = [given] if isinstance(given, int) else items(OBJECTS, given, "bytes of objects")
+    sizes = sorted({whole(OBJECTS, each, 1) for each in some})
+    if not sizes or len(sizes) > 64:
+        raise invalid(OBJECTS, "one to 64 sizes of objects in bytes", given)
+    return [PageSize(nbytes) for nbytes in sizes]
 
 
 def findings_of(config: Mapping[str, Any]) -> Findings:
@@ -80,9 +114,16 @@ def findings_of(config: Mapping[str, Any]) -> Findings:
         )
     else:
         try:
-            check_places(terms_of(params), findings, "adapter_params")
+            terms = terms_of(params)
         except InvalidTerms as error:
             findings.errors.append(f"adapter_params: {error}")
+        else:
+            check_places(terms, findings, "adapter_params")
+            if terms.shared:
+                findings.notes.append(
+                    f"Servers of this host with the folder share it, if each has the same "
+                    f"{OBJECTS}. Objects of other sizes are not stored."
+                )
     findings.warnings += _without_use(config)
     _check_release(findings)
     return findings
@@ -98,10 +139,11 @@ def _without_use(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for each key that does not do what a user wants."""
     if config.get("persist_enabled") is False:
         yield "persist_enabled is false, and the folder keeps its objects all the same. Remove it."
-    if config.get("shared"):
+    params = config.get("adapter_params")
+    if config.get("shared") and not (isinstance(params, Mapping) and params.get("shared")):
         yield (
-            "shared is true, and the folder belongs to one server at a time. Give each server a "
-            "separate folder."
+            "shared is true, which LMCache shows in its figures, and the folder belongs to one "
+            "server at a time. Set shared in adapter_params to share it."
         )
     if config.get("eviction"):
         yield (

@@ -19,9 +19,9 @@ from typing import Any
 
 from portakv.errors import TransferTimeout
 from portakv.integrations import IntegrationError, check_release
-from portakv.integrations.lmcache_check import ABSTRACT, MODEL, terms_of
+from portakv.integrations.lmcache_check import ABSTRACT, MODEL, sizes_of, terms_of
+from portakv.serving.kept_page_store import page_store
 from portakv.serving.page_tasks import Buffer, Kind, PageTask, PageTasks
-from portakv.serving.pages import PageStore, sizes_in
 
 check_release("lmcache")
 
@@ -74,18 +74,19 @@ class PortaKVL2Adapter(L2AdapterInterface):  # type: ignore[misc]
     server counts as used space once it is found.
 
     Args:
-        config: LMCache's ``adapter_params``: folder, capacity, staging, host, deadline.
+        config: LMCache's ``adapter_params``: folder, capacity, staging, host, deadline, shared,
+            object_bytes.
         l1_memory_desc: the host memory of the server, which need not be registered.
 
     Raises:
-        InvalidTerms: wrong terms.
+        InvalidTerms: wrong terms; a shared folder whose servers have other ``object_bytes``.
         StoreError, StoreBusy: memory for no object; a folder that another process has.
     """
 
     def __init__(self, config: Mapping[str, Any], l1_memory_desc: object = None) -> None:
         terms = terms_of(config)
         super().__init__(max_capacity_bytes=terms.capacity)
-        store = PageStore(terms, MODEL, sizes_in(terms, MODEL))
+        store = page_store(terms, MODEL, sizes_of(config, terms))
         self._event_fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(3)]
         self._lock = threading.Lock()
         self._closed = False
@@ -201,7 +202,7 @@ class PortaKVL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             keys, _ = self._objects.pop(number)
         landed = task.landed.tolist()
         if task.kind == "save":
-            there = self._tasks.holds(task.keys)
+            there = self._tasks.stored(task).tolist()
             sizes = [b.nbytes * kept for b, kept in zip(task.buffers, there, strict=True)]
             self._count(keys, task.keys, sizes)
             with self._lock:

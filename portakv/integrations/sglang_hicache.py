@@ -27,7 +27,7 @@ from portakv.integrations import check_release
 from portakv.integrations.sglang_pools import HostPool, PoolPages
 from portakv.integrations.sglang_settings import KV, Settings, check_hooks, settings_of
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.kept_pages import KeptPageStore
+from portakv.serving.kept_page_store import KeptPageStore, page_store
 from portakv.serving.page_pool import PagePool
 from portakv.serving.pages import PageStore
 
@@ -109,12 +109,7 @@ class PortaKVStorage(HiCacheStorage):  # type: ignore[misc]
         if self._kv is not None:
             pools.append(self._kv)
         sizes = [*dict.fromkeys(pool.size for pool in pools)]
-        settings = self._settings
-        store: PageStore | KeptPageStore
-        if settings.store.shared:
-            store = KeptPageStore(settings.store, settings.model, sizes)
-        else:
-            store = PageStore(settings.store, settings.model, sizes)
+        store = page_store(self._settings.store, self._settings.model, sizes)
         for pool in pools:
             pool.open(store)
         self._store = store

@@ -22,8 +22,9 @@ import torch
 from portakv.integrations import check_release
 from portakv.integrations.vllm import PortaKVOffloadingSpec
 from portakv.integrations.vllm_tier_terms import TierTerms, tier_terms
+from portakv.serving.kept_page_store import page_store
 from portakv.serving.page_tier import PACE, PageTier
-from portakv.serving.pages import PageJob, PageStore
+from portakv.serving.pages import PageJob, PageSize
 
 check_release("vllm")
 
@@ -85,8 +86,8 @@ class PortaKVTier(SecondaryTierManager):  # type: ignore[misc]
         store: has the chunks.
         tier: moves them.
 
-    Raises `InvalidTerms` for wrong terms, `StoreError` and `StoreBusy` for a folder that cannot be
-    used. Later calls raise nothing, and wait for nothing.
+    Raises `InvalidTerms` for wrong terms, and for a shared folder that has chunks of another model
+    or size in use; `StoreError` and `StoreBusy` for a folder that cannot be used. Later calls raise nothing, and wait for nothing.
     """
 
     medium: ClassVar[Medium] = Medium.STORAGE
@@ -108,7 +109,7 @@ class PortaKVTier(SecondaryTierManager):  # type: ignore[misc]
         memory = np.asarray(primary_kv_view)
         size = memory.shape[1] * memory.itemsize
         name, identity = _identity(offloading_spec, chosen)
-        store = PageStore(chosen.store, name, [size], identity=identity)
+        store = page_store(chosen.store, name, [PageSize(size)], identity)
         self.tier = PageTier(
             store,
             store.pages(size),

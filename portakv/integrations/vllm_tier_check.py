@@ -110,10 +110,15 @@ def _check_tiers(tiers: Sequence[Mapping[str, Any]], findings: Findings) -> None
             continue
         check_places(terms, findings, "secondary_tiers")
         folders.update(terms.folders)
-        if terms.folders:
+        if terms.shared:
             findings.notes.append(
-                "The folder serves one engine at a time, without data parallelism. Others get one "
-                "of their own."
+                "Engines of this host with the folder share it, if each has shared and chunks of "
+                "the same model and size."
+            )
+        elif terms.folders:
+            findings.notes.append(
+                "The folder serves one engine at a time, without data parallelism. Set shared to "
+                "true in each engine to share it."
             )
     findings.errors += [
         f"Expected a separate folder for each tier, got {folder!r} twice. Change one."

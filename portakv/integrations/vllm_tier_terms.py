@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 from portakv.arguments import text
 from portakv.errors import InvalidTerms
 from portakv.serving.local import StoreTerms
+from portakv.serving.page_sizes import check_shared
 
 #: Terms of `StoreTerms` that a tier of chunks does not have, and what to do.
 OTHERS = {
     "block_size": "Leave it out.",
     "by_layer": "Leave it out.",
     "encoding": "Leave it out.",
-    "shared": "Give each engine a separate folder, or all of them one bucket.",
 }
 
 
@@ -45,4 +45,7 @@ def tier_terms(terms: Mapping[str, Any]) -> TierTerms:
             )
     left = {"host": 0, **terms}
     identity = text("identity", left.pop("identity", ""), least=0, most=1 << 10)
-    return TierTerms(StoreTerms.of(left), identity)
+    store = StoreTerms.of(left)
+    if store.shared:
+        check_shared(store)
+    return TierTerms(store, identity)

@@ -45,9 +45,11 @@ from portakv.serving.keeper_leases import (
     SaveWork,
 )
 from portakv.serving.keeper_messages import (
+    Delete,
     Grant,
     Join,
     Load,
+    Lock,
     Progress,
     Save,
     after_in,
@@ -179,6 +181,9 @@ class KeeperState:
                 return
             client.gone = True
             del self._clients[client.session]
+            for pins in client.locks.values():
+                pins.release()
+            client.locks.clear()
             client.leases.clear()  # a late report names nothing
             requests = [*client.requests.values()]
             client.requests.clear()
@@ -372,6 +377,39 @@ class KeeperState:
             else:
                 self._abandon_load(work)
             self._wake()
+
+    # --- locks
+
+    def lock(self, ask: Lock) -> bytes:
+        """Keep blocks from eviction until `unlock`; return a byte for each: 1 if it is kept.
+
+        Raises `PeerError` for a session that has ended.
+        """
+        with self._lock:
+            client = self.client(ask.session)
+            pins = self._part_of(client, ask.group).store.pin(keys_in(ask.keys))
+            before = client.locks.pop(ask.number, None)
+            if before is not None:
+                before.release()
+            client.locks[ask.number] = pins
+            return pins.held.astype(np.uint8).tobytes()
+
+    def unlock(self, session: int, number: int) -> None:
+        """End the locks of a number of a client."""
+        with self._lock:
+            client = self._clients.get(session)
+            pins = None if client is None else client.locks.pop(number, None)
+            if pins is not None:
+                pins.release()
+
+    def delete(self, ask: Delete) -> bytes:
+        """Forget blocks, locked or not; return a byte for each: 1 if it was there.
+
+        Raises `PeerError` for a session that has ended.
+        """
+        with self._lock:
+            part = self._part_of(self.client(ask.session), ask.group)
+            return part.store.delete(keys_in(ask.keys)).astype(np.uint8).tobytes()
 
     # --- what the store does
 

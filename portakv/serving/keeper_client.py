@@ -12,6 +12,7 @@ from portakv.arguments import instance, items, seconds, text
 from portakv.migrate.channel import Channel, Peer
 from portakv.serving.keeper_blocks import KeptBlocks
 from portakv.serving.keeper_link import Link, Session, Sides, this_client
+from portakv.serving.keeper_locks import KeptLocks
 from portakv.serving.keeper_messages import Join, Joined, Progress, Report
 from portakv.serving.keeper_requests import Requests
 from portakv.serving.keeper_rows import MappedRows, RankForm
@@ -36,6 +37,7 @@ class KeeperClient:
 
     Attributes:
         blocks: of each group of layers.
+        locks: of each group of layers, on its blocks.
         link: the connection to the keeper.
     """
 
@@ -61,6 +63,7 @@ class KeeperClient:
         self.blocks = [
             KeptBlocks(self._requests, self.link, number, part) for number, part in enumerate(parts)
         ]
+        self.locks = [KeptLocks(self._requests, self.link, number) for number, _ in enumerate(parts)]
         self.link.start()
 
     def __enter__(self) -> KeeperClient:

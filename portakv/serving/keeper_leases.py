@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from portakv.graph import Handle
+from portakv.graph import Handle, Mask
 from portakv.serving.keeper_messages import UNFIT
 from portakv.storage.form import BlockForm
+from portakv.storage.pins import Pins
 
 #: What the saves of all ranks of an engine have in common: engine, form, checksum of the keys.
 SaveKey: TypeAlias = tuple[str, bytes, bytes]
@@ -39,6 +40,8 @@ class LentStore(Protocol):
     def save_lent(self, *args: Any, **terms: Any) -> Handle: ...
     def load_lent(self, *args: Any, **terms: Any) -> Handle: ...
     def borrow(self, *args: Any) -> Copy | None: ...
+    def pin(self, keys: Sequence[bytes], /) -> Pins: ...
+    def delete(self, keys: Sequence[bytes], /) -> Mask: ...
 
 
 @dataclass(eq=False)
@@ -73,6 +76,7 @@ class Client:
         address: of its channel.
         requests: the loads and saves that have not ended, by the client's numbers.
         leases: the rows that it copies, by the numbers of leases.
+        locks: the blocks that it keeps from eviction, by its numbers.
         gone: the session has ended.
     """
 
@@ -83,6 +87,7 @@ class Client:
     address: str
     requests: dict[int, LoadWork | SaveWork] = field(default_factory=dict)
     leases: dict[int, Lease] = field(default_factory=dict)
+    locks: dict[int, Pins] = field(default_factory=dict)
     gone: bool = False
 
 

@@ -18,7 +18,7 @@ from portakv.migrate.messages import Handle, Message, Seconds, Small, Text
 from portakv.storage.tier import After
 
 #: The version of these messages. A client of another version is a client of no keeper.
-PROTOCOL = 4
+PROTOCOL = 5
 #: The most keys of a request, which is cut into several ones above it.
 MOST_KEYS = 1024
 #: The most changes of a message, and keys of a page of an index.
@@ -190,6 +190,40 @@ class Stop(OfSession, frozen=True):
     purpose: ClassVar[str] = "Stopping a request of the keeper at"
 
     number: Number
+
+
+class Lock(OfSession, frozen=True):
+    """Request that blocks of a group are not evicted before `Unlock` of the number, or the end of
+    the session."""
+
+    purpose: ClassVar[str] = "Locking blocks of the keeper at"
+
+    number: Number
+    group: Small
+    keys: Keys
+
+
+class Unlock(OfSession, frozen=True):
+    """One-way: the locks of a number end."""
+
+    purpose: ClassVar[str] = "Unlocking blocks of the keeper at"
+
+    number: Number
+
+
+class Delete(OfSession, frozen=True):
+    """Request that blocks of a group are forgotten, locked or not."""
+
+    purpose: ClassVar[str] = "Deleting blocks of the keeper at"
+
+    group: Small
+    keys: Keys
+
+
+class Done(OfSession, frozen=True):
+    """The answer to `Lock` and `Delete`: for which blocks that was done."""
+
+    done: Mask
 
 
 class Leave(OfSession, frozen=True):

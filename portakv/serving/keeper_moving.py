@@ -76,6 +76,7 @@ class Moving:
         self._crossing = crossing
         self._priority: Priority = "urgent"
         self._saves = False
+        self._transfer: KeptTransfer | None = None
 
     def save(
         self, keys: list[bytes], after: Sequence[bytes | None], priority: Priority
@@ -158,6 +159,7 @@ class Moving:
         pieces = self._requests.begin(self, keys, self._saves, packs)
         changed = self._requests.changed
         transfer = KeptTransfer(changed, pieces, self._part.cells, until, self._give_up)
+        self._transfer = transfer
         # A session that ended before they began has ended none of them.
         if session is None or self._link.session is not session:
             self._session = None
@@ -201,6 +203,11 @@ class Moving:
                 _log.warning(kind, "A %s of %d blocks ends: %s", kind, piece.blocks, error)
         self._requests.drop(piece)
         return ()
+
+    def piece_ended(self) -> None:
+        """See whether the transfer has ended, of which a request has."""
+        if self._transfer is not None and self._transfer.look():
+            self._transfer = None
 
     # --- copies
 

@@ -25,6 +25,9 @@ _QUEUES = {"load": ("host-device", 2), "save": ("device-host", 2), "end": ("ends
 class Copying(Protocol):
     """What has rows copied for a request."""
 
+    def piece_ended(self) -> None:
+        """Note that a request has ended, under the lock of all pieces."""
+
     def copy_later(self, session: Session, piece: Piece, grants: Sequence[Grant], /) -> None:
         """Have workers copy rows."""
 
@@ -61,6 +64,10 @@ class Requests:
                 pieces.append(piece)
                 self._open[piece.number] = copying, piece
         return pieces
+
+    def next_number(self) -> int:
+        """Return a number that no request of this rank has."""
+        return next(self._numbers)
 
     def find(self, number: int) -> tuple[Copying, Piece] | None:
         """Return a request that has not ended."""
@@ -140,5 +147,7 @@ class Requests:
     def _note(self, piece: Piece) -> None:
         """Wake who waits for a request, and forget it if it has ended; under the lock."""
         if piece.ended:
-            self._open.pop(piece.number, None)
+            copying, _ = self._open.pop(piece.number, (None, piece))
+            if copying is not None:
+                copying.piece_ended()
         self.changed.notify_all()

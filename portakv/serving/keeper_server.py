@@ -206,6 +206,7 @@ class Keeper:
         opened = self._service.opened
         if opened is None or opened.store.graph.closed.is_set():  # the interpreter ends
             return
+        opened.store.graph.sweep()  # loads end in time also if a disk holds all workers
         for handle in opened.store.finished():
             opened.state.ended(handle)
         opened.state.advance()

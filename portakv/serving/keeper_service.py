@@ -17,6 +17,8 @@ from portakv.serving.keeper_messages import (
     Alive,
     AskKeys,
     AskProtocol,
+    Delete,
+    Done,
     Follow,
     Followed,
     Join,
@@ -25,12 +27,14 @@ from portakv.serving.keeper_messages import (
     Later,
     Leave,
     Load,
+    Lock,
     LookUp,
     Progress,
     Protocol,
     Report,
     Save,
     Stop,
+    Unlock,
     keys_in,
 )
 from portakv.serving.keeper_parts import whole_form
@@ -69,6 +73,9 @@ class Service:
         channel.serve(Save, self._save)
         channel.serve(Report, self._report)
         channel.serve(Stop, self._stop)
+        channel.serve(Lock, self._lock)
+        channel.serve(Unlock, self._unlock)
+        channel.serve(Delete, self._delete)
         channel.serve(Leave, self._leave)
         channel.serve(AskKeys, self._page)
         channel.serve(LookUp, self._look_up)
@@ -121,6 +128,16 @@ class Service:
     def _stop(self, peer: Peer, stop: Stop) -> None:
         if self.opened is not None:
             self.opened.state.stop(stop.session, stop.number)
+
+    def _lock(self, peer: Peer, ask: Lock) -> Done:
+        return Done(ask.session, self._open().state.lock(ask))
+
+    def _unlock(self, peer: Peer, message: Unlock) -> None:
+        if self.opened is not None:
+            self.opened.state.unlock(message.session, message.number)
+
+    def _delete(self, peer: Peer, ask: Delete) -> Done:
+        return Done(ask.session, self._open().state.delete(ask))
 
     def _leave(self, peer: Peer, leave: Leave) -> None:
         if self.opened is not None:

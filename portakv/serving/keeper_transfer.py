@@ -108,6 +108,26 @@ class KeptTransfer:
         self._changed = changed
         self._until = until
         self._give_up = give_up
+        self._call: Callable[[], object] | None = None
+
+    def when_ended(self, call: Callable[[], object]) -> None:
+        """Have a function called once when it has ended, or now if it has.
+
+        It is called under the client's lock, in any thread: it must be quick, and wait for nothing.
+        """
+        self._call = call
+        self.look()
+
+    def look(self) -> bool:
+        """Return whether it has ended, and call the function of `when_ended` then."""
+        with self._changed:
+            if not all(piece.ended for piece in self.pieces):
+                return False
+            call = self._call
+            self._call = None
+            if call is not None:
+                call()
+            return True
 
     def done(self) -> bool:
         """Return whether it has ended; never block, never raise."""
@@ -154,6 +174,7 @@ class KeptTransfer:
                 piece.closed = True
             self._changed.notify_all()
         if left:
+            self.look()
             self._give_up(self)
         return bool(left)
 

@@ -1,113 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`KeptPageStore`: pages of an engine's host memory in the store of a host's keeper.
-
-It stands for a `PageStore` where several processes have the same pages: the ranks of an engine, or
-several engines of a host. One of the processes serves the store; if it ends, another one does.
-"""
+"""`KeptPages`: the pages of one size in the store of a host's keeper."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from secrets import token_hex
 
 import numpy as np
 
-from portakv.arguments import instance
-from portakv.errors import InvalidTerms
 from portakv.graph import Mask, Priority
 from portakv.runtime.finished import Finished
 from portakv.serving.keeper_blocks import KeptBlocks
-from portakv.serving.keeper_client import KeeperClient
-from portakv.serving.keeper_server import Keeper, place_of
+from portakv.serving.keeper_locks import KeptLocks
+from portakv.serving.keeper_transfer import GRACE, KeptTransfer
 from portakv.serving.known import KeeperIndex
-from portakv.serving.local import StoreTerms
-from portakv.serving.page_sizes import check_raw
-from portakv.serving.pages import PageJob, Pages, PageSize, page_key
+from portakv.serving.pages import SAVE, HasTerms, PageJob, Pages, PageSize, page_key
+from portakv.storage.pins import Pins
 from portakv.view import IdList, KVView
 
 
-class KeptPageStore:
-    """Pages of bytes in the host memory of an engine, in the store of a keeper.
+class KeptPages(Pages):
+    """The pages of one size of a `KeptPageStore`, which makes it.
 
-    Args:
-        terms: where pages are stored, with a folder and ``shared``, without an encoding. Each
-            process has equal terms.
-        model: the name of the model.
-        sizes: of the pages, equal in all processes.
-        patience: seconds to wait for a keeper. Without one, pages are missing until one serves.
-
-    Raises:
-        InvalidTerms: wrong terms, or pages that a keeper of the folder refuses, such as those of
-            another model.
-        StoreError: a folder that cannot be used.
+    ``saves`` has the loads in flight, too: `KeptPageStore.finished` cancels those that are late.
     """
 
     def __init__(
         self,
-        terms: StoreTerms,
-        model: str,
-        sizes: Sequence[PageSize],
-        patience: float = 10.0,
-    ) -> None:
-        self.terms = instance("terms", terms, StoreTerms)
-        self.ended = Finished[PageJob]()  # was not started, and keeps no job
-        if not terms.shared or not terms.folders or terms.bucket is not None:
-            raise InvalidTerms(
-                "Expected terms with shared and a folder, and without a bucket, which processes "
-                "share anyway, got others. Correct them."
-            )
-        check_raw(terms)
-        forms = [size.form(model) for size in sizes]
-        engine = token_hex(16)  # its own: a save waits for no other process
-        place = place_of(terms, engine)
-        self._keeper = Keeper(terms, engine)
-        self._client = KeeperClient(place, forms, engine)
-        self._index = KeeperIndex(place, engine, len(forms))
-        self._pages = dict[PageSize, KeptPages]()
-        for number, size in enumerate(sizes):
-            blocks = self._client.blocks[number]
-            self._pages[size] = KeptPages(self, size, blocks, self._index, number)
-        try:
-            if self._client.wait(patience):
-                self._index.wait(patience)
-        except BaseException:
-            self.close()
-            raise
-
-    def pages(self, nbytes: int, runs: int = 1) -> KeptPages:
-        """Return the pages of a size. Raises `InvalidTerms` for a size that the store lacks."""
-        size = PageSize(nbytes, runs)
-        if size not in self._pages:
-            raise InvalidTerms(
-                f"Expected a size of {[*self._pages]}, got {size}. Pass all sizes when the store "
-                f"is made."
-            )
-        return self._pages[size]
-
-    def clear(self) -> bool:
-        """Return False: other processes use the pages. `portakv store wipe` removes them."""
-        return False
-
-    def close(self, timeout: float = 10.0) -> None:
-        """End the jobs in flight within so many seconds, and leave the store to the others."""
-        self._index.close()
-        self._client.close(timeout)
-        self._keeper.close(timeout)
-
-
-class KeptPages(Pages):
-    """The pages of one size of a `KeptPageStore`, which makes it."""
-
-    def __init__(
-        self,
-        store: KeptPageStore,
+        store: HasTerms,
         size: PageSize,
         kept: KeptBlocks,
+        locks: KeptLocks,
         index: KeeperIndex,
         number: int,
     ) -> None:
         super().__init__(store, size, kept.form)
         self._kept = kept
+        self._locks = locks
         self._index = index
         self._number = number
 
@@ -117,7 +45,7 @@ class KeptPages(Pages):
 
     def has(self, key: bytes) -> bool:
         """Return whether a page can be loaded, as far as is known here."""
-        return bool(self.holds([key])[0])
+        return self._index.holds(self._number, (page_key(key),))[0]
 
     def lookup(self, keys: Sequence[bytes], timeout: float | None = 1.0) -> int:
         """Return the number of leading pages that can be loaded; waits for nothing."""
@@ -131,7 +59,7 @@ class KeptPages(Pages):
         *,
         after: Sequence[bytes | None] | None = None,
         priority: Priority = "background",
-        deadline: float | None = None,
+        deadline: float | None = SAVE,
         tag: Hashable = None,
         ended: Finished[PageJob] | None = None,
     ) -> PageJob:
@@ -140,8 +68,8 @@ class KeptPages(Pages):
         follows = [None if each is None else page_key(each) for each in after or [None] * len(keys)]
         names = [*map(page_key, keys)]
         places = range(view.slots) if slots is None else slots
-        job.moved_by(self._kept.save(view, places, names, after=follows, priority=priority))
-        return job
+        transfer = self._kept.save(view, places, names, after=follows, priority=priority)
+        return self._followed(job, transfer, ended, deadline)
 
     def load(
         self,
@@ -158,5 +86,46 @@ class KeptPages(Pages):
         job = PageJob("load", keys, self.size.nbytes, tag)
         places = range(view.slots) if slots is None else slots
         names = [*map(page_key, keys)]
-        job.moved_by(self._kept.load(view, places, names, priority=priority, deadline=deadline))
+        until = self._store.terms.deadline if deadline is None else deadline
+        transfer = self._kept.load(view, places, names, priority=priority, deadline=until)
+        return self._followed(job, transfer, ended, until + GRACE)
+
+    def pin(self, keys: Sequence[bytes]) -> Pins:
+        """Keep pages from eviction until `Pins.release`, as far as they are there.
+
+        Waits for the keeper's answer, two seconds at most, if one is known to have a page.
+        """
+        there = np.flatnonzero(self.holds(keys)).tolist()
+        pins = Pins(len(keys))
+        if there:
+            made = self._locks.pin([page_key(keys[at]) for at in there])
+            for place in np.flatnonzero(made.held).tolist():
+                pins.add(there[place], made.release)
+        return pins
+
+    def delete(self, keys: Sequence[bytes]) -> Mask:
+        """Forget pages, for all processes; return which were there, bool ``[keys]``.
+
+        Waits for the keeper's answer, two seconds at most.
+        """
+        return self._locks.delete([*map(page_key, keys)])
+
+    @property
+    def opened(self) -> object | None:
+        """Return what tells this store from one that was opened later: there is no later one."""
+        return self
+
+    def _followed(
+        self,
+        job: PageJob,
+        transfer: KeptTransfer,
+        ended: Finished[PageJob] | None,
+        limit: float | None,
+    ) -> PageJob:
+        """Have a queue take a job at its end; it is late after so many seconds."""
+        overdue = None
+        if limit is not None:
+            overdue = self.saves
+            overdue.add(job, job.began + limit)
+        job._follow(transfer, self._store.ended if ended is None else ended, overdue)
         return job

@@ -63,6 +63,37 @@ class Known:
         return 1 << self._names.setdefault(tier, len(self._names))
 
 
+class Record:
+    """The changes that wait for `KeeperIndex.take_events`. The lock of the index guards it.
+
+    Attributes:
+        events: the changes.
+        kept: whether changes are kept.
+        every: those of all groups, and the losses that were missed between two sessions.
+        left: of each group what was known in the session before.
+    """
+
+    def __init__(self) -> None:
+        self.events = deque[Change](maxlen=EVENTS)
+        self.kept = False
+        self.every = False
+        self.left: Sequence[Known] = ()
+
+    def note(self, changed: Changed, forms: Sequence[Sequence[int]]) -> None:
+        """Note a change, if it is of a group that counts; ``forms``: the numbers of each group."""
+        counted = forms if self.every else forms[:1]
+        if self.kept and any(changed.form in some for some in counted):
+            self.events.append(change_of(changed))
+
+    def note_missed(self, before: Sequence[Known], read: Sequence[Known]) -> None:
+        """Note the blocks that were known before a snapshot, and are not in it."""
+        pairs = [*zip(before or self.left, read, strict=False)]
+        self.left = ()
+        for old, new in pairs if self.kept and self.every else ():
+            missed = old.tiers.keys() - new.tiers.keys()
+            self.events += [Change(0, key, "", False, "evicted") for key in missed]
+
+
 class KeeperIndex:
     """What a scheduler knows of the blocks of a keeper; an `Index` of a `Ledger`.
 
@@ -86,7 +117,7 @@ class KeeperIndex:
         self._followed = Followed(0, (), ())
         self._number = 0  # of the last change
         self._losses = 0
-        self._events: deque[Change] | None = None
+        self._record = Record()
         self._waiting: list[Changed] | None = None  # changes, while a snapshot is read
         self._lock = threading.Lock()
         self._process = this_process()
@@ -135,28 +166,35 @@ class KeeperIndex:
         tiers = groups[group].tiers
         return [key in tiers for key in keys]
 
+    def counts(self) -> list[int]:
+        """Return how many blocks of each group can be loaded; nothing without a keeper."""
+        return [len(known.tiers) for known in self._groups_here()]
+
     @property
     def losses(self) -> int:
         """Return a number that changes if a block may have been lost."""
         return self._losses + self._bucket.expired if self._followed.bucket else self._losses
 
-    def record(self) -> None:
-        """Keep changes from now on for `take_events`."""
+    def record(self, every: bool = False) -> None:
+        """Keep changes from now on for `take_events`.
+
+        ``every``: of the blocks of all groups, and the losses that were missed between two
+        sessions, of tiers without a name.
+        """
         with self._lock:
-            if self._events is None:
-                self._events = deque(maxlen=EVENTS)
+            self._record.every = every
+            self._record.kept = True
 
     def take_events(self) -> list[Change]:
         """Return the changes of the keeper's store since the last call, at most the latest
         `EVENTS`.
 
-        Of a block of several groups, those of the first group. Some are missing if changes were
-        missed.
+        Of a block of several groups, those of the first group, unless `record` says otherwise. Some
+        are missing if changes were missed.
         """
         with self._lock:
-            made = list(self._events or ())
-            if self._events is not None:
-                self._events.clear()
+            made = [*self._record.events]
+            self._record.events.clear()
         return made
 
     def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
@@ -202,6 +240,7 @@ class KeeperIndex:
     def _ended(self, session: Session) -> None:
         with self._lock:
             self._followed = Followed(0, (), self._followed.nbytes)
+            self._record.left = self._known or self._record.left
             self._known = []
             self._losses += 1
         self._bucket.forget()
@@ -224,7 +263,9 @@ class KeeperIndex:
             if self._followed.session != session:  # it has ended
                 return
             self._losses += 1
-            self._known = [known for known, _ in read]
+            known = [each for each, _ in read]
+            self._record.note_missed(self._known, known)
+            self._known = known
             # Changes before a snapshot do no harm: those after them follow in order.
             self._number = min(number for _, number in read)
             self.apply(waiting)
@@ -273,8 +314,7 @@ class KeeperIndex:
                 if changed.form in some:
                     known.change(changed)
             self._losses += not changed.stored
-            if self._events is not None and changed.form in forms[0]:
-                self._events.append(change_of(changed))
+            self._record.note(changed, forms)
 
 
 def change_of(changed: Changed) -> Change:

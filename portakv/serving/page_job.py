@@ -100,11 +100,9 @@ class PageJob:
         """
         return self._handle is not None and self._handle.cancel()
 
-    def moved_by(self, transfer: KeptTransfer) -> None:
-        """Take the transfer of a keeper that moves the pages; no queue takes the job then."""
-        self._handle = transfer
-
-    def _follow(self, handle: Handle, ended: Finished[PageJob], overdue: Overdue | None) -> None:
+    def _follow(
+        self, handle: Handle | KeptTransfer, ended: Finished[PageJob], overdue: Overdue | None
+    ) -> None:
         """Add the job to a queue at the end of its handle, or when it is given up."""
         self._handle = handle
         self._ended = ended

@@ -15,7 +15,7 @@ from portakv.arguments import invalid, items, octets, whole
 from portakv.graph import Mask
 from portakv.runtime.finished import Finished
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.kept_pages import KeptPageStore
+from portakv.serving.kept_page_store import KeptPageStore
 from portakv.serving.pages import PageJob, Pages, PageSize, PageStore
 
 _log = RateLimitedLog(logging.getLogger(__name__))

@@ -13,7 +13,7 @@ from shutil import rmtree
 from typing import NamedTuple
 
 from portakv.arguments import invalid, text, whole
-from portakv.errors import StoreError
+from portakv.errors import InvalidTerms, StoreError
 from portakv.serving.local import StoreTerms
 from portakv.storage import BlockForm
 from portakv.storage.files import claim, form_in, unusable
@@ -33,6 +33,15 @@ def check_raw(terms: StoreTerms) -> None:
     if terms.encoding is not None:
         do = "Leave it out."
         raise invalid("encoding", "None, as pages are stored as they are", terms.encoding, do)
+
+
+def check_shared(terms: StoreTerms) -> None:
+    """Raise `InvalidTerms` for terms of pages that processes cannot share through a folder."""
+    if not terms.shared or not terms.folders or terms.bucket is not None:
+        raise InvalidTerms(
+            "Expected terms with shared and a folder, and without a bucket, which processes share "
+            "anyway, got others. Correct them."
+        )
 
 
 class PageSize(NamedTuple):

@@ -23,6 +23,7 @@ from portakv.errors import PortaKVError, TransferTimeout
 from portakv.graph import Mask
 from portakv.runtime.finished import Finished
 from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.serving.kept_page_store import KeptPageStore
 from portakv.serving.pages import SAVE, PageJob, Pages, PageStore
 from portakv.storage.changes import Change
 from portakv.storage.pins import Pins
@@ -169,7 +170,7 @@ class Opening:
 
     def __init__(
         self,
-        store: PageStore,
+        store: PageStore | KeptPageStore,
         sizes: set[int],
         closing: threading.Event,
         ended: Callable[[], object],
@@ -229,7 +230,7 @@ class PageTasks:
 
     def __init__(
         self,
-        store: PageStore,
+        store: PageStore | KeptPageStore,
         ended: Callable[[PageTask], object],
         lost: Callable[[list[bytes]], object],
     ) -> None:
@@ -284,6 +285,15 @@ class PageTasks:
             result |= pages.holds(keys)
         return result
 
+    def stored(self, task: PageTask) -> Mask:
+        """Return which pages of a save that has ended are stored, bool ``[keys]``.
+
+        The index of a keeper follows the end of a save, so that it does not count.
+        """
+        if isinstance(self.store, KeptPageStore):
+            return task.landed
+        return self.holds(task.keys)
+
     def lock(self, keys: Sequence[bytes]) -> npt.NDArray[np.int64]:
         """Lock the pages that can be loaded in some size; return their bytes, int64 ``[keys]``.
 
@@ -322,8 +332,8 @@ class PageTasks:
 
     def _opened(self) -> list[int | None]:
         """Return what tells the stores of all sizes apart; None for a size that is closed."""
-        opened = [pages.blocks for pages in self.store.every()]
-        return [None if blocks is None else id(blocks) for blocks in opened]
+        opened = [pages.opened for pages in self.store.every()]
+        return [None if made is None else id(made) for made in opened]
 
     def close(self, timeout: float = 10.0) -> None:
         """End the tasks within so many seconds, which are not reported, and close the store.
@@ -389,7 +399,7 @@ class PageTasks:
         if opening is None or not opening.done:
             return []
         self._opening = None
-        opened = {pages.size.nbytes for pages in self.store.every() if pages.blocks is not None}
+        opened = {pages.size.nbytes for pages in self.store.every() if pages.opened is not None}
         for nbytes in opening.sizes - opened:
             self._next_try[nbytes] = time.monotonic() + PAUSE
         return opening.changes
@@ -428,7 +438,7 @@ class PageTasks:
         every = {pages.size.nbytes: pages for pages in self.store.every()}
         sizes = {buffer.nbytes for buffer in task.buffers}
         known = {nbytes for nbytes in sizes if nbytes in every}
-        closed = {nbytes for nbytes in known if every[nbytes].blocks is None}
+        closed = {nbytes for nbytes in known if every[nbytes].opened is None}
         return closed | (sizes - known if task.kind == "save" else set())
 
     def _begin(self, task: PageTask) -> None:

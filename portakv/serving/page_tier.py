@@ -19,6 +19,7 @@ from portakv.errors import PortaKVError
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import MISSING, LookupWorkers
+from portakv.serving.kept_page_store import KeptPageStore
 from portakv.serving.pages import SAVE, PageJob, Pages, PageStore, page_key
 
 _log = RateLimitedLog(logging.getLogger(__name__))
@@ -135,7 +136,7 @@ class _Followed:
 class _Events:
     """The pages that were stored and lost; kept from the first call of `store.changes` on."""
 
-    def __init__(self, store: PageStore) -> None:
+    def __init__(self, store: PageStore | KeptPageStore) -> None:
         self._store = store
         self._stored = list[bytes]()
         self._names: Bounded[bytes, bytes] = Bounded("keys of stored pages", REMEMBERED)
@@ -241,7 +242,7 @@ class PageTier:
 
     def __init__(
         self,
-        store: PageStore,
+        store: PageStore | KeptPageStore,
         pages: Pages,
         memory: object,
         *,

@@ -315,6 +315,11 @@ class Pages:
         self.saves = Overdue()
         self._store = store
 
+    @property
+    def opened(self) -> object | None:
+        """Return what tells this store from one that was opened later; None while it is closed."""
+        return self.blocks
+
     def over(self, memory: object) -> KVView:
         """Return a view of memory of the engine, whose slots are pages.
 

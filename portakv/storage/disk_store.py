@@ -237,7 +237,7 @@ class DiskStore:
             block.spans_left -= 1
             if not block.spans_left and block.failure is None:
                 expected = block.place.header
-                block.right = self._right(rows[block.number], expected, segments)
+                block.right = self.right(rows[block.number], expected, segments)
                 if not block.right:
                     block.fail(result)
 
@@ -447,7 +447,7 @@ class DiskStore:
         if self.owns_engine:
             self.engine.close()
 
-    def _right(self, row: Row, expected: Header, segments: Sequence[int] | None) -> bool:
+    def right(self, row: Row, expected: Header, segments: Sequence[int] | None) -> bool:
         """Return True if the segments in a row, header first, have their sealed checksums."""
         if (segments is None or 0 in segments) and header(row, self.form) != expected:
             return False

@@ -288,7 +288,11 @@ def test_a_folder_of_another_server_is_refused_at_the_start(
         ({}, "Expected a folder, got none"),
         ({"foler": "kv"}, "got 'foler'. Did you mean folder?"),
         ({"folder": "kv", "bucket": "s3://b/p"}, "Expected some of folder, capacity"),
-        ({"folder": "kv", "shared": True}, "Expected some of folder, capacity"),
+        ({"folder": "kv", "shared": True}, "Expected shared and object_bytes together"),
+        ({"folder": "kv", "object_bytes": 4096}, "Expected shared and object_bytes together"),
+        ({"folder": "kv", "shared": True, "object_bytes": 0}, "object_bytes"),
+        ({"folder": "kv", "shared": True, "object_bytes": []}, "object_bytes"),
+        ({"folder": "kv", "shared": True, "object_bytes": "1M"}, "object_bytes"),
         ({"folder": "kv", "capacity": "64G"}, "Expected capacity"),
         ({"folder": 5}, "Expected folder"),
     ],
@@ -296,6 +300,97 @@ def test_a_folder_of_another_server_is_refused_at_the_start(
 def test_wrong_terms_are_named(terms: dict[str, Any], says: str) -> None:
     with pytest.raises(InvalidTerms, match=says):
         terms_of(terms)
+
+
+# --- a folder that several servers have
+
+
+@pytest.fixture
+def pair(
+    module: ModuleType, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[tuple[Driver, Driver]]:
+    """Return two servers over one folder."""
+    terms = {"shared": True, "object_bytes": [SIZE, 2 * SIZE], **getattr(request, "param", {})}
+    one = Driver(module, tmp_path / "kv", **terms)
+    other = Driver(module, tmp_path / "kv", **terms)
+    yield one, other
+    other.adapter.close()
+    one.adapter.close()
+
+
+def test_servers_share_a_folder(module: ModuleType, pair: tuple[Driver, Driver]) -> None:
+    """The other one has the objects also after the one that serves has ended."""
+    one, other = pair
+    keys = [key(1), key(2), key(3)]
+    sizes = [SIZE, 2 * SIZE, SIZE]
+    data = bytes_of(1, sizes)
+    assert one.store(keys, data).bytes_transferred() == sum(sizes)
+    assert one.listener.stored == [*zip(keys, sizes, strict=True)]
+    assert until(lambda: other.lookup([*keys, key(9)]) == [True] * 3 + [False], LIMIT)
+    for loaded, expected in zip(other.load(keys, sizes), data, strict=True):
+        assert same(loaded, expected)
+    assert other.load([key(9)], [SIZE]) == [None]
+    assert other.adapter.get_usage().total_bytes_used == sum(sizes)
+    assert other.adapter.report_status()["current_size_bytes"] >= sum(sizes)
+    assert not one.store([key(4)], bytes_of(4, [SIZE // 2])).is_successful()
+    one.adapter.close()
+
+    def loads() -> bool:
+        landed = other.load(keys, sizes)
+        pairs = zip(landed, data, strict=True)
+        return all(made is not None and same(made, expected) for made, expected in pairs)
+
+    assert until(loads, LIMIT)
+
+
+@pytest.mark.parametrize(
+    "pair", [{"object_bytes": SIZE, "capacity": 16 * 2 * SIZE}], indirect=True, ids=["small"]
+)
+@pytest.mark.parametrize("ends", ["unlock", "close"])
+def test_no_server_evicts_what_another_one_has_locked(
+    ends: str, pair: tuple[Driver, Driver]
+) -> None:
+    """Until its lock ends, or the server does."""
+    one, other = pair
+    one.store([key(0)], bytes_of(0, [SIZE]))
+    assert until(lambda: other.lookup([key(0)]) == [True], LIMIT)
+    locked = other.adapter.report_status()["locked_key_count"]
+    for number in range(1, 40):
+        one.store([key(number)], bytes_of(number, [SIZE]))
+    assert locked == 1
+    assert same(one.load([key(0)], [SIZE])[0], bytes_of(0, [SIZE])[0])
+    if ends == "unlock":
+        other.adapter.submit_unlock([key(0)])
+    else:
+        other.adapter.close()
+
+    def evicted() -> bool:
+        for number in range(40, 80):
+            one.store([key(number)], bytes_of(number, [SIZE]))
+        return one.load([key(0)], [SIZE]) == [None]
+
+    assert until(evicted, LIMIT)
+    assert until(lambda: key(0) in one.listener.deleted, LIMIT)
+
+
+def test_what_one_server_deletes_no_server_has(pair: tuple[Driver, Driver]) -> None:
+    one, other = pair
+    one.store([key(1), key(2)], bytes_of(1, [SIZE, SIZE]))
+    assert until(lambda: other.lookup([key(1), key(2)]) == [True, True], LIMIT)
+    other.adapter.submit_unlock([key(1), key(2)])
+    one.adapter.delete([key(1)])
+    assert one.listener.deleted == [key(1)]
+    assert until(lambda: key(1) in other.listener.deleted, LIMIT)
+    assert other.lookup([key(1), key(2)]) == [False, True]
+    assert other.load([key(1)], [SIZE]) == [None]
+
+
+def test_a_server_of_other_objects_is_refused(
+    module: ModuleType, pair: tuple[Driver, Driver], tmp_path: Path
+) -> None:
+    pair[0].store([key(1)], bytes_of(1, [SIZE]))
+    with pytest.raises(InvalidTerms):
+        Driver(module, tmp_path / "kv", shared=True, object_bytes=[3 * SIZE])
 
 
 # --- releases
@@ -349,6 +444,16 @@ def test_a_right_configuration_has_no_errors(tmp_path: Path) -> None:
     found = findings_of(configuration(tmp_path / "kv"))
     assert found.errors == []
     assert [each for each in found.warnings if "lmcache is not installed" not in each] == []
+
+
+def test_a_right_shared_configuration_has_a_note(tmp_path: Path) -> None:
+    params = {"folder": str(tmp_path / "kv"), "shared": True, "object_bytes": SIZE}
+    found = findings_of(
+        configuration(tmp_path, adapter_params={**params, "capacity": 1 << 20}, shared=True)
+    )
+    assert found.errors == []
+    assert "share it" in found.notes[0]
+    assert not any("shared is true" in each for each in found.warnings)
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ PROMPTS = 24
 LIMIT = 60.0
 #: Without it a read trusts whatever the disk returns.
 UNGUARDED = """
-from support.store_damage import damaged_images_believed
-believed = damaged_images_believed()
+from support.store_damage import any_images_believed
+believed = any_images_believed()
 believed.__enter__()
 """
 FAULTY = "import os; os.environ['PORTAKV_IO'] = 'support.faulty_io:Faulty'"
@@ -100,6 +100,26 @@ def test_objects_outlive_the_host_memory_and_servers(tmp_path: Path) -> None:
         assert fetched(server, known) == PROMPTS * OBJECTS
         fetched(server, range(PROMPTS, 2 * PROMPTS))
         server.end(signal.SIGKILL)
+
+
+def test_two_servers_have_one_folder(tmp_path: Path) -> None:
+    """The other one has what one stored, and goes on when the one that serves it is killed."""
+    adapter = adapter_of(tmp_path / "kv", shared=True, object_bytes=NBYTES)
+    known = range(PROMPTS)
+    with serving(tmp_path, adapter) as server, serving(tmp_path, adapter) as other:
+        store(server, known)
+
+        def all_there() -> bool:
+            return fetched(other, known) == PROMPTS * OBJECTS
+
+        assert until(all_there, LIMIT)
+        server.store(PROMPTS)
+        server.end(signal.SIGKILL)
+        assert until(all_there, LIMIT)
+        store(other, range(PROMPTS, PROMPTS + 4))
+        fetched(other, [PROMPTS])
+        other.end()
+        assert "Traceback" not in other.text
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +195,8 @@ def test_faults_of_a_disk_are_misses(tmp_path: Path, monkeypatch: pytest.MonkeyP
         set_fault(fault, "read EIO")
         assert fetched(server, first) == 0
         set_fault(fault, "")
-        assert fetched(server, others) == len(others) * OBJECTS
+        # A busy machine may take longer than the deadline.
+        assert until(lambda: fetched(server, others) == len(others) * OBJECTS, LIMIT)
         store(server, first)
 
         set_fault(fault, "write ENOSPC")
@@ -187,7 +208,7 @@ def test_faults_of_a_disk_are_misses(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
         set_fault(fault, "write hang")
         assert server.store(21)
-        assert fetched(server, first) == len(first) * OBJECTS
+        assert until(lambda: fetched(server, first) == len(first) * OBJECTS, LIMIT)
         assert right(server.fetch(21), 21)
         set_fault(fault, "")
         store(server, [21])

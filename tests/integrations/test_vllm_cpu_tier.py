@@ -14,7 +14,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,9 @@ from support.vllm_cpu import (
     import_engine,
     in_a_child,
     prompt,
+    result_of,
     small_model,
+    start_child,
 )
 from support.vllm_cpu_table import Named, case_of
 
@@ -183,6 +185,50 @@ def test_an_engine_after_a_kill_finds_the_chunks(
     assert counts["loaded"] == 3 * HIT // BLOCK
     other = in_a_child(lambda: Tiered(model, {**tier, "identity": "other kernels"}).each())
     assert other == Answer(own.tokens, [0] * 3)
+
+
+def test_two_engines_have_one_folder(model: Path, own: Answer, tmp_path: Path, case: Named) -> None:
+    case("two engines over one folder; then kill -9 of the one that serves it")
+    tier = tier_in(tmp_path / "kv", shared=True)
+    stored = tmp_path / "stored"
+
+    def serves() -> None:
+        engine = Tiered(model, tier)
+        engine.each()
+        engine.settle()
+        stored.touch()
+        while True:
+            engine.each()
+            engine.settle()
+
+    serving = start_child(serves)
+
+    def work() -> tuple[Answer, list[Answer], dict[str, int]]:
+        engine = Tiered(model, tier)
+        first = engine.each()
+        counts = dict(engine.tier.tier.counts)
+        os.kill(serving.process, signal.SIGKILL)
+        answers = list[Answer]()
+        until = time.monotonic() + LIMIT / 2
+        while not answers or answers[-1].cached != [HIT] * 3:
+            assert time.monotonic() < until, answers
+            engine.settle()
+            answers.append(engine.each())
+        return first, answers, counts
+
+    try:
+        until = time.monotonic() + LIMIT
+        while not stored.exists():
+            assert time.monotonic() < until, "the first engine does not store"
+            time.sleep(0.1)
+        first, answers, counts = in_a_child(work)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(serving.process, signal.SIGKILL)
+        result_of(serving, dies=True)
+    assert first == Answer(own.tokens, [HIT] * 3)
+    assert counts["loaded"] == 3 * HIT // BLOCK
+    assert {str(each.tokens) for each in answers} == {str(own.tokens)}
 
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])

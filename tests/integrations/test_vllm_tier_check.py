@@ -44,6 +44,9 @@ def test_a_right_configuration_has_no_errors(tmp_path: Path) -> None:
     assert found.errors == []
     assert [each for each in found.warnings if "vllm is not installed" not in each] == []
     assert "one engine at a time" in found.notes[0]
+    found = tier_findings_of(right(tmp_path, shared=True))
+    assert found.errors == []
+    assert "share it" in found.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,9 @@ def test_a_right_configuration_has_no_errors(tmp_path: Path) -> None:
         ({}, {"locality": "near"}, "Expected locality 'LOCAL' or 'REMOTE'"),
         ({}, {"capacity": "much"}, "capacity"),
         ({}, {"by_layer": True}, "got 'by_layer'"),
-        ({}, {"shared": True}, "Give each engine a separate folder"),
+        ({}, {"shared": 1}, "shared"),
+        ({}, {"shared": True, "bucket": "memory://"}, "Expected terms with shared and a folder"),
+        ({}, {"shared": True, "folder": None, "host": 1 << 20}, "Expected terms with shared"),
         ({}, {"encoding": "pack"}, "got 'encoding'"),
         ({}, {"folders": "/x"}, "got 'folders'"),
         ({}, {"folder": None}, "Expected a host tier, a folder"),

@@ -22,6 +22,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult
 
 from portakv.integrations.vllm_tier import PortaKVTier
 from portakv.runtime.finished import Finished
+from portakv.serving.pages import PageStore
 
 TIERING = "vllm.v1.kv_offload.tiering"
 TERMS: dict[str, Any] = {"staging": 64 << 20, "capacity": 256 << 20}
@@ -128,6 +129,7 @@ class Example(PortaKVTier):
 
     def get_num_chunks(self) -> int:
         """Return how many chunks are stored."""
+        assert isinstance(self.store, PageStore)
         tier = self.store.statistics()["tiers"][0]
         return sum(each["used"] for each in tier.values() if isinstance(each, dict))
 

@@ -56,6 +56,32 @@ def ended(tier: PortaKVTier) -> Any:
     return result
 
 
+def shared(folder: Path) -> None:
+    """Two engines have one folder; engines of other chunks are refused at the start."""
+    size = {"capacity": 1 << 20, "staging": 1 << 20}
+    terms: dict[str, Any] = {"folder": str(folder / "shared"), "shared": True, **size}
+    memory = np.random.default_rng(0).integers(0, 256, (CHUNKS, NBYTES), np.uint8)
+    expected = memory.copy()
+    tier = PortaKVTier(spec_of(True), memory.data, "own", enable_kv_events=True, **terms)
+    other = PortaKVTier(spec_of(False), memory.data, "own", **terms)
+    tier.submit_store(job(1, [1, 2, 3], [0, 1, 2]))
+    assert ended(tier).success
+    assert until(lambda: other.lookup(key(3), REQUEST) is LookupResult.HIT, LIMIT)
+    other.submit_load(job(2, [3, 9, 1], [5, 6, 7]))
+    assert ended(other).successful_keys == [key(3), key(1)]
+    assert (memory[[5, 7]] == expected[[2, 0]]).all()
+    assert until(lambda: (other.get_stats() or tier.get_stats()) is not None, LIMIT)
+    assert tier.store.usage().used > 3 * NBYTES
+    try:
+        PortaKVTier(spec_of(True), memory.data, "own", identity="others", **terms)
+    except InvalidTerms:
+        tier.shutdown()
+        assert until(lambda: other.lookup(key(2), REQUEST) is LookupResult.HIT, LIMIT)
+        other.shutdown()
+        return
+    raise AssertionError("chunks of another identity are stored in the same folder")
+
+
 def walk(folder: Path) -> None:
     """Store, look up, load, damage, report, and begin anew."""
     memory = np.random.default_rng(0).integers(0, 256, (CHUNKS, NBYTES), np.uint8)
@@ -135,6 +161,7 @@ def spec() -> None:
 
 if __name__ == "__main__":
     walk(Path(sys.argv[1]))
+    shared(Path(sys.argv[1]))
     refusals()
     spec()
     print("walked")

@@ -33,8 +33,10 @@ from portakv.serving.keeper import HEAD, KeeperState
 from portakv.serving.keeper_leases import Client
 from portakv.serving.keeper_messages import (
     UNFIT,
+    Delete,
     Join,
     Load,
+    Lock,
     Progress,
     Save,
     after_in,
@@ -161,6 +163,49 @@ class Ranks:
 KEYS = [bytes([n]) * 32 for n in range(1, 4)]
 LEFT = form_of((0, LAYERS), (0, HEADS // 2))
 RIGHT = form_of((0, LAYERS), (HEADS // 2, HEADS))
+
+
+@pytest.mark.parametrize("end", ["unlock", "leave", "lose", "process", "close", "once more"])
+def test_locks_end_with_their_client(end: str) -> None:
+    ranks = Ranks(WHOLE, WHOLE)
+    ranks.write(0, ranks.save(0))
+    ranks.write(1, ranks.save(1))
+    assert len(ranks.learned(0)) == 1
+    one, other = ranks.clients
+    some = joined_keys([*KEYS, bytes(32)])
+    assert ranks.state.lock(Lock(one.session, 1, 0, some)) == bytes([1, 1, 1, 0])
+    assert ranks.state.lock(Lock(other.session, 1, 0, joined_keys(KEYS[:1]))) == bytes([1])
+    assert sorted(ranks.store.pinned) == sorted([*KEYS, KEYS[0]])
+    left = [KEYS[0]]
+    if end == "unlock":
+        ranks.state.unlock(one.session, 9)
+        ranks.state.unlock(one.session, 1)
+        ranks.state.unlock(one.session, 1)
+    elif end == "leave":
+        ranks.state.leave(one.session)
+    elif end == "lose":
+        ranks.state.lose(one.session)
+    elif end == "process":
+        ranks.state.process_ended(one.process)
+    elif end == "close":
+        ranks.state.close()
+        left = []
+    else:  # the same number names other locks then
+        ranks.state.lock(Lock(one.session, 1, 0, joined_keys(KEYS[:1])))
+        left *= 2
+    assert ranks.store.pinned == left
+    if end not in ("unlock", "once more"):
+        with pytest.raises(PeerError):
+            ranks.state.lock(Lock(one.session, 2, 0, some))
+
+
+def test_what_a_client_deletes_is_gone_for_all() -> None:
+    ranks = Ranks(WHOLE)
+    ranks.write(0, ranks.save(0))
+    message = Delete(ranks.clients[0].session, 0, joined_keys([*KEYS[:2], bytes(32)]))
+    assert ranks.state.delete(message) == bytes([1, 1, 0])
+    assert [*ranks.store.cached] == KEYS[2:]
+    assert ranks.state.delete(message) == bytes(3)
 
 
 def test_a_block_is_sealed_after_all_ranks_have_reported_their_parts() -> None:

@@ -18,7 +18,7 @@ from support.migrate_channels import until
 
 from portakv.errors import InvalidTerms
 from portakv.serving import StoreTerms
-from portakv.serving.kept_pages import KeptPageStore
+from portakv.serving.kept_page_store import KeptPageStore
 from portakv.serving.page_pool import PagePool
 
 PIECES = [512, 256]

@@ -15,11 +15,13 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from portakv.errors import PortaKVError
+from portakv.graph import Mask
 from portakv.serving.keeper import KeeperState
 from portakv.serving.keeper_leases import Client, Lease, SaveWork
 from portakv.serving.keeper_messages import (
@@ -34,6 +36,7 @@ from portakv.serving.keeper_messages import (
 )
 from portakv.serving.keeper_parts import cells_of, whole_form
 from portakv.storage import BlockForm
+from portakv.storage.pins import Pins
 
 LAYERS = 2
 HEADS = 4
@@ -153,6 +156,28 @@ class FakeStore:
         self.judge: Callable[[int], None] = lambda row: None  # before a row gets another block
 
     # --- as the state machine calls it
+
+    @property
+    def pinned(self) -> list[bytes]:
+        """Return the keys of rows that are read or pinned, once for each time."""
+        return [key for key, row in self.cached.items() for _ in range(self.readers.get(row, 0))]
+
+    def pin(self, keys: Sequence[bytes]) -> Pins:
+        pins = Pins(len(keys))
+        for place, key in enumerate(keys):
+            if key in self.cached:
+                self._read(self.cached[key], 1)
+                pins.add(place, partial(self._read, self.cached[key], -1))
+        return pins
+
+    def _read(self, row: int, more: int) -> None:
+        self.readers[row] = self.readers.get(row, 0) + more
+
+    def delete(self, keys: Sequence[bytes]) -> Mask:
+        gone = np.zeros(len(keys), np.bool_)
+        for place, key in enumerate(keys):
+            gone[place] = self.cached.pop(key, None) is not None
+        return gone
 
     def save_lent(self, copier: Any, keys: Sequence[bytes], **terms: Any) -> Any:
         handle = FakeHandle(keys)
