@@ -259,7 +259,10 @@ class Watch:
                 return
 
     def look(self) -> bool:
-        """Look at all sources whose time has come; return False if there are none, so that the thread ends."""
+        """Look at all sources whose time has come.
+
+        Returns False if there are no sources, so that the thread ends.
+        """
         with self._lock:
             watched = {weak: each for weak, each in self.watched.items() if not weak.gone}
             self.watched = {**watched}

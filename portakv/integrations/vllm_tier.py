@@ -87,7 +87,8 @@ class PortaKVTier(SecondaryTierManager):  # type: ignore[misc]
         tier: moves them.
 
     Raises `InvalidTerms` for wrong terms, and for a shared folder that has chunks of another model
-    or size in use; `StoreError` and `StoreBusy` for a folder that cannot be used. Later calls raise nothing, and wait for nothing.
+    or size in use; `StoreError` and `StoreBusy` for a folder that cannot be used. Later calls raise
+    nothing, and wait for nothing.
     """
 
     medium: ClassVar[Medium] = Medium.STORAGE

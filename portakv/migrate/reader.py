@@ -108,8 +108,7 @@ class Reader:
             PeerError, OfferGone: no ticket; an owner that is gone, refuses, or was restarted.
             LayoutError: rows that cannot become this reader's; layers or heads without an owner.
             SlotError: bad blocks on either side, or too few.
-            Unsupported: memory that can neither be mapped nor sent; inside graph capture; ``fp8``
-                and ``auto`` as an encoding.
+            Unsupported: memory that is neither mapped nor sent; a graph capture; another encoding.
             PackOverflow: blocks of a packed view that did not fit into it.
         """
         options = self._checked(options, by_layer, overlap, max_thread_blocks, max_gbps)

@@ -63,7 +63,9 @@ class KeeperClient:
         self.blocks = [
             KeptBlocks(self._requests, self.link, number, part) for number, part in enumerate(parts)
         ]
-        self.locks = [KeptLocks(self._requests, self.link, number) for number, _ in enumerate(parts)]
+        self.locks = [
+            KeptLocks(self._requests, self.link, number) for number, _ in enumerate(parts)
+        ]
         self.link.start()
 
     def __enter__(self) -> KeeperClient:

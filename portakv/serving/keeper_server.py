@@ -40,8 +40,9 @@ class Keeper:
     """Serves one block store to the processes of a host, or stands by.
 
     One process for each folder serves: the first one that may. The others stand by, and one of
-    them serves when that process has ended, except those whose terms have ``shared="attach"``. A store is opened when the first rank joins, whose
-    blocks name its forms; ranks of other blocks are refused as long as ranks have joined.
+    them serves when that process has ended, except those whose terms have ``shared="attach"``. A
+    store is opened when the first rank joins, whose blocks name its forms; ranks of other blocks
+    are refused as long as ranks have joined.
 
     Args:
         terms: where blocks are stored, and how much memory the store takes.
