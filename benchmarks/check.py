@@ -145,13 +145,17 @@ def load_targets(path: Path = FILE) -> list[Bar]:
 
 
 def judge(results: Row, targets: Sequence[Bar]) -> list[Verdict]:
-    """Return a verdict for each target that concerns the device and the suite of the results."""
+    """Return a verdict for each target that concerns the device, the suite and the parts of the
+    results."""
     device = results["machine"]["device_type"]
     suite = results.get("suite")
+    parts = results.get("asked", {}).get("parts")
     return [
         _judge(bar, results["rows"])
         for bar in targets
-        if bar.device in (None, device) and bar.suite == suite
+        if bar.device in (None, device)
+        and bar.suite == suite
+        and (parts is None or bar.where.get("part") in (None, *parts))
     ]
 
 

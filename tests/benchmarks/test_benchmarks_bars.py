@@ -129,6 +129,14 @@ def test_the_verdict_names_the_worst_row(capsys: pytest.CaptureFixture[str]) -> 
     assert verdict.row == "s apart cuda gather blocks"
 
 
+def test_a_bar_of_a_part_that_was_not_requested_is_not_judged() -> None:
+    bar = check.Bar("b", {"backend": "cuda", "part": "inside"}, "ratio", at_least=0.5)
+    result = {"machine": {"device_type": "cuda"}, "rows": []}
+    assert check.judge({**result, "asked": {"parts": ["link"]}}, [bar]) == []
+    (verdict,) = check.judge({**result, "asked": {"parts": ["link", "inside"]}}, [bar])
+    assert verdict.word == "missed"
+
+
 def recorded(name: str = "h200-host") -> dict[str, Any]:
     return read(guide.RESULTS / f"{name}.json")
 
