@@ -63,6 +63,7 @@ DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "connector": (
             "connector",
             "real engine",
+            "kills in turn",
             "ranks and stages",
             "failed loads, ours",
             "its scheduler, ours",

@@ -12,6 +12,8 @@ import pytest
 from support.keeper_processes import Failed, Worker, image_bytes, nursery, prompt
 from support.migrate_channels import until
 
+from portakv.serving.keeper_messages import PROTOCOL
+
 pytestmark = pytest.mark.xdist_group("keeper")
 LIMIT = 60.0  # seconds; nothing here takes as long
 _KEEPER = """
@@ -320,7 +322,7 @@ def test_a_keeper_of_another_version_serves_nobody(host: Host) -> None:
     host.keeper(before="from portakv.serving import keeper_service as s; s.PROTOCOL = 99\n")
     rank = host.process()
     rank.do(_LINES + _RANK, folder=host.folder, terms={}, waits=False)
-    with pytest.raises(Failed, match=r"of version 4 in .*, got version 99. Run one release"):
+    with pytest.raises(Failed, match=rf"of version {PROTOCOL} in .*, got version 99. Run"):
         rank.do("rank.client.wait(LIMIT)")
     for _ in range(3):
         assert rank.do("answer = rank.load(tokens)", tokens=prompt(1, 2)) == [False] * 2
