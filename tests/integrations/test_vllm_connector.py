@@ -78,8 +78,10 @@ def test_walks_through_the_hooks_of_an_engine(
     counts = ast.literal_eval(done.stdout)
     assert counts["saves"] > 2 * walks
     assert counts["landed_blocks"] > least
-    # The process that has the store reports its tiers: the worker's, or the keeper's.
-    assert counts["tier_blocks/disk/save/hit"] >= counts["stored_blocks"] > 0
+    # The process that has the store reports its tiers: the worker's, or the keeper's, whose figures
+    # are asked for from time to time, and may be older.
+    least_seen = counts["stored_blocks"] if store == "alone" else 1
+    assert counts["tier_blocks/disk/save/hit"] >= least_seen > 0
     assert counts["tier_bytes/disk/save"] > 0
 
 
