@@ -30,6 +30,7 @@ MANY_MODULES = 100
 LONG = {
     "tests/backends/test_hip_code.py::test_amds_runtime_says_that_there_is_no_device",
     "tests/benchmarks/test_benchmarks_command.py::test_most_suites_need_torch_and_numpy_alone",
+    "tests/benchmarks/test_call_trace.py::test_the_calls_are_what_their_names_say",
     "tests/cli/test_demo.py::test_the_example_is_bit_identical_and_its_control_is_not[pageable]",
     "tests/cli/test_doctor.py::test_beside_an_accelerator[simdev]",
     "tests/cli/test_store.py::test_the_example_finds_a_prefix_in_a_remote_store",
@@ -44,6 +45,7 @@ LONG = {
     "tests/migrate/test_checksum_kernel.py::test_amds_hiprtc_compiles_the_kernel",
     "tests/migrate/test_marks_processes.py::test_an_owner_that_is_killed_before_its_rows_are_complete[whole-mapped]",
     "tests/migrate/test_marks_processes.py::test_offers_and_pulls_that_end_at_any_moment[6-staging]",
+    "tests/migrate/test_marks_processes.py::test_owners_that_are_killed_at_any_moment[6-staging]",
     "tests/migrate/test_models.py::test_the_example_computes_in_two_processes[cpu]",
     "tests/migrate/test_named.py::test_an_owner_that_is_killed_ends_the_wait_of_its_pulls_alone",
     "tests/migrate/test_named.py::test_an_owner_that_is_stopped_delays_no_other",
@@ -64,7 +66,7 @@ LONG = {
     "tests/test_ext.py::test_a_backend_loads_neither_stores_nor_migration",
     "tests/test_import.py::test_plugs_bring_no_engine",
 }
-#: Tables of many like cases: a fourth of them is in the default run, the others in .ci/full. Which
+#: Tables of many like cases: a sixth of them is in the default run, the others in .ci/full. Which
 #: ones follows from their names, so that no parameter is left out as a whole.
 LARGE = {
     "tests/backends/test_every_backend.py::test_every_byte_lands",
@@ -210,8 +212,8 @@ def forget_answers() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark as wide what takes seconds, and all but a fourth of the cases of a large table."""
-    large = item.nodeid.partition("[")[0] in LARGE and zlib.crc32(item.nodeid.encode()) % 4
+    """Mark as wide what takes seconds, and all but a sixth of the cases of a large table."""
+    large = item.nodeid.partition("[")[0] in LARGE and zlib.crc32(item.nodeid.encode()) % 6
     if (large or item.nodeid in LONG) and not item.get_closest_marker("gpu"):
         item.add_marker(pytest.mark.full)
 
