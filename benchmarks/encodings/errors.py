@@ -94,12 +94,12 @@ def table(named: dict[str, Rows]) -> list[str]:
     return lines
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str], lines_of: Callable[[dict[str, Rows]], list[str]] = table) -> None:
     """Print the table of a file's tensors, or of the examples."""
     named = examples(4096)
     if arguments:
         named = torch.load(arguments[0], map_location="cpu", weights_only=True)
-    print("\n".join(table(named)))
+    print("\n".join(lines_of(named)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from portakv.errors import Unsupported
 from portakv.layout.fp8 import Fp8
 from portakv.layout.packing import Pack
-from portakv_benchmarks.encodings.errors import examples
+from portakv_benchmarks.encodings.errors import main
 
 #: Bytes that an entropy coder codes together.
 CHUNK = 64 << 10
@@ -100,13 +100,5 @@ def table(named: dict[str, Rows]) -> list[str]:
     return lines
 
 
-def main(arguments: list[str]) -> None:
-    """Print the table of a file's tensors, or of the examples."""
-    named = examples(4096)
-    if arguments:
-        named = torch.load(arguments[0], map_location="cpu", weights_only=True)
-    print("\n".join(table(named)))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:], table)

@@ -8,14 +8,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import torch
+from support.encoding_faults import failing_case
 
 from portakv_conformance.cases import Bench
 from portakv_conformance.cases import test_encodings as cases
-from portakv_conformance.judge.device_support import Facility
-from portakv_conformance.judge.judging import Judge
 from portakv_conformance.judge.slots import SlotShape, packed_slot, unpacked_values, usual_slot
-from portakv_conformance.judge.subject import subject
 from portakv_conformance.mutants import MUTANTS, Mutant
 from portakv_conformance.mutants.base_pack import PackRows
 
@@ -30,21 +27,9 @@ CASES: dict[str, Callable[[Bench], None]] = {
 }
 
 
-def bench_of(backend: Mutant) -> Bench:
-    judged = subject(backend.target(), "cpu")
-    return Bench("cpu", 5, judge=Judge(judged, Facility(torch.device("cpu")), 5))
-
-
 def caught_by(backend: Mutant) -> str:
     """Return the first case that a backend fails; empty if it passes them all."""
-    bench = bench_of(backend)
-    for name, case in CASES.items():
-        try:
-            case(bench)
-        except AssertionError:
-            return name
-    assert not bench.judge.declined
-    return ""
+    return failing_case(CASES, backend.target())
 
 
 @pytest.mark.usefixtures("own_registry")

@@ -13,9 +13,9 @@ from portakv_conformance.judge.judging import Judge
 from portakv_conformance.judge.subject import subject
 
 
-def failing_case(cases: Mapping[str, Callable[[Bench], None]]) -> str:
-    """Return the first case that `reference` fails; empty if it passes them all."""
-    judged = subject("reference", "cpu")
+def failing_case(cases: Mapping[str, Callable[[Bench], None]], backend: str = "reference") -> str:
+    """Return the first case that a backend fails; empty if it passes them all."""
+    judged = subject(backend, "cpu")
     bench = Bench("cpu", 5, judge=Judge(judged, Facility(torch.device("cpu")), 5))
     for name, case in cases.items():
         try:
