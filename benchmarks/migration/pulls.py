@@ -15,6 +15,7 @@ import torch
 
 from portakv.migrate import Parameter, open_shared, pull_weights
 from portakv.migrate.weight_pairs import copy_pairs
+from portakv.migrate.weight_tiles import fits_tiles, tiles_of
 from portakv_benchmarks.host.suite import MB
 from portakv_benchmarks.migration.cases import BLOCKS, CASES, USUAL
 from portakv_benchmarks.migration.suite import MigrationBench
@@ -186,8 +187,13 @@ def _weights(bench: MigrationBench, name: str) -> Rows:
         return same
 
     pull = partial(pull_weights, bench.near.channel, bytes.fromhex(ticket), named)
-    methods = [
-        bench.method("copies", partial(copy_pairs, [*zip(local, parts, strict=True)]), right, True),
+    pairs = [*zip(local, parts, strict=True)]
+    methods = [bench.method("copies", partial(copy_pairs, pairs), right, True)]
+    if bench.on and all(fits_tiles(*pair) for pair in pairs):
+        tiles = tiles_of(pairs)
+        assert tiles is not None
+        methods.append(bench.method("tiles", tiles.issue, right, True))
+    methods += [
         bench.method("pull_weights", pull, right, True),
         bench.method(RAW, partial(landed.copy_, remote[-1]), raw_right, True),
     ]

@@ -12,8 +12,8 @@ import torch
 
 from portakv.errors import Unsupported
 from portakv.migrate.checksum import BoxSums, Part
-from portakv.migrate.ipc import Opener
 from portakv.migrate.parameters import Cell, part_of
+from portakv.migrate.weight_mapped import Mapped
 from portakv.migrate.weight_owner import Owner
 from portakv.migrate.weight_pairs import copy_pairs
 from portakv.migrate.weight_plan import Batch, Plan
@@ -43,9 +43,8 @@ class Copies:
         self._tensors = tensors
         self._devices = devices
         self._transport = transport
-        self._openers = dict[torch.device, Opener]()
+        self._mapped = Mapped(owners, tensors, devices)
         self._cells = list[Cell]()
-        self._sources = dict[int, torch.Tensor]()  # of whole cells whose owner's memory is mapped
         self._terms = dict[int, Terms]()  # by the number of an owner that is not mapped
         self._sums = BoxSums()
         # The ends of the batches in flight; streams that compute checksums after a batch's copy.
@@ -62,8 +61,7 @@ class Copies:
         for number, owner in enumerate(self._owners):
             cells = plan.numbers[number]
             try:
-                opened = owner.publication.sources(plan, number, self._tensors, self._openers)
-                self._sources.update(zip(cells, opened, strict=True))
+                self._mapped.open(plan, number)
             except Unsupported as error:
                 self._terms[number] = Terms(self._device(cells), self._transport, str(error))
                 owner.receiver(self._terms[number])
@@ -84,11 +82,6 @@ class Copies:
             lines.append(f"{owner.address}: {how}.")
         return lines
 
-    def _source(self, cell: Cell) -> torch.Tensor:
-        """Return the source of a cell in its owner's memory."""
-        tensor = self._tensors[cell.name]
-        return self._owners[cell.owner].publication.source(cell, tensor, self._openers)
-
     def incoming(self) -> Incoming:
         """Return the slices that owners send, a context in which `copy` may be called."""
         return Incoming(self._terms, self._owners)
@@ -97,22 +90,16 @@ class Copies:
         """Copy a batch. The copies and their checksums may be in flight afterwards."""
         pairs = list[tuple[torch.Tensor, torch.Tensor]]()
         wanted = defaultdict[int, list[Wanted]](list)
-        tensors = self._tensors
-        sources = self._sources
-        terms = self._terms
-        for number, cell, _, copied, of_cell, of_tensor in batch.pieces:
-            if not copied:
+        # With owners that send, tiles of the mapped ones would be a plan for each mixture.
+        rest = batch.pieces if self._terms else self._mapped.copy_tiles(batch)
+        for piece in rest:
+            owner = piece.cell.owner
+            if not piece.copied:
                 continue
-            (name, owner, box, _) = cell
-            tensor = tensors[name]
-            if owner in terms:
-                wanted[owner].append(Wanted(cell, tensor))
-                continue
-            if of_tensor:
-                into = tensor.detach() if tensor.requires_grad else tensor
+            if owner in self._terms:
+                wanted[owner].append(Wanted(piece.cell, self._tensors[piece.cell.name]))
             else:
-                into = part_of(tensor, box.start, box.extents)
-            pairs.append((into, sources[number] if of_cell else self._source(cell)))
+                pairs.append(self._mapped.pair(piece))
         for number, some in wanted.items():
             incoming.request(number, some)
         copy_pairs(pairs)

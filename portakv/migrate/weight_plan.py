@@ -13,6 +13,7 @@ from portakv.migrate.checksum import unit_of
 from portakv.migrate.checksum_kernel import CachedTables
 from portakv.migrate.messages import Dims
 from portakv.migrate.parameters import Box, Cell, Item
+from portakv.migrate.weight_tiles import Tiles
 
 _CELLS = 4096  # the most cells of a batch
 
@@ -28,16 +29,34 @@ class Piece(NamedTuple):
     of_tensor: bool  # it is all of the reader's tensor
 
 
+class TiledPieces(NamedTuple):
+    """Copies of pieces that lie where they lay at the first pull.
+
+    Attributes:
+        read_at: the addresses of the sources of all pieces that are copied.
+        tiles: the copies, of each device.
+        names: the reader's tensors that they write.
+        rest: the pieces that they leave out.
+    """
+
+    read_at: list[int]
+    tiles: list[Tiles]
+    names: list[str]
+    rest: list[Piece]
+
+
 @dataclass
 class Batch:
     """Pieces of about equally many bytes.
 
     ``tables``: of the kernels that compute its checksums, made by the first pull.
+    ``tiled``: copies of some of its pieces from mapped memory, made by the first pull too.
     """
 
     pieces: list[Piece]
     nbytes: int
     tables: CachedTables = field(default_factory=dict)
+    tiled: TiledPieces | None = None
 
 
 @dataclass(eq=False)  # a plan is a key of what an owner's publication caches
