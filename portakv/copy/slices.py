@@ -68,8 +68,11 @@ def in_slices(
     here = Context(device, None, captured=False)  # of the worker, whose stream is the current one
 
     def issue(piece: Slice) -> Transfer:
-        # Memory may be released while it runs.
-        transfer = launch(settle(_part(guarded, piece), choice, here), here)
+        part = _part(guarded, piece)
+        for view, index in ((part.src, part.src_index), (part.dst, part.dst_index)):
+            view.check_memory()  # it may be released while a slice runs
+            index.note_checked(part.count, view.slots)
+        transfer = launch(settle(part, choice, here, known_good=True), here)
         return awaited_asleep(transfer, device)  # the worker waits for it
 
     slices = _cut(guarded, rate, by_layer)

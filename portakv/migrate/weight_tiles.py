@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.copy import copy_rows
+from portakv.copy import CopyOptions, copy_rows
 from portakv.errors import BackendUnavailable, Unsupported
 from portakv.view.view import KVView
 
@@ -21,13 +21,16 @@ from portakv.view.view import KVView
 TILES = (64 << 10, 4 << 10, 512)
 _ALIGNED = 16  # bytes, so that kernels move whole vectors
 _LAYOUT = "block | token dim"
+# A pull is waited for, so its kernels take as much of the device as they can use.
+_OPTIONS = CopyOptions(overlap="idle")
 _Int64 = npt.NDArray[np.int64]
 
 
 class Tiles:
     """The tiles of contiguous tensors, as copies from addresses to addresses of one device.
 
-    It retains no memory. The caller keeps the tensors, and makes it again when one has moved.
+    It retains no memory. The caller keeps the tensors, and makes it again when one has moved. What
+    is read counts as a peer's memory, also if another process of the same device shares it.
 
     Args:
         runs: of each tensor the address to write, the address to read, and the bytes.
@@ -35,21 +38,23 @@ class Tiles:
     """
 
     def __init__(self, runs: Sequence[tuple[int, int, int]], device: torch.device) -> None:
-        self._copies = [
-            (_tiles(into, size, device), _tiles(src, size, device))
-            for size, into, src in cut(np.array(runs, np.int64).reshape(-1, 3))
-        ]
+        self._copies = list[tuple[KVView, KVView]]()
+        for size, into, src in cut(np.array(runs, np.int64).reshape(-1, 3)):
+            read = _tiles(src, size, device)
+            if device.type != "cpu":
+                read = read.as_peer(device)
+            self._copies.append((_tiles(into, size, device), read))
 
     def check(self) -> None:
         """Raise `BackendUnavailable` or `Unsupported` if no backend copies between addresses of
         this device; copy nothing."""
         for into, src in self._copies:
-            copy_rows(src, into, count=0)
+            copy_rows(src, into, count=0, options=_OPTIONS)
 
     def issue(self) -> None:
         """Copy all tiles on the current stream of their device."""
         for into, src in self._copies:
-            copy_rows(src, into)
+            copy_rows(src, into, options=_OPTIONS)
 
 
 def tiled_on(device: torch.device) -> bool:

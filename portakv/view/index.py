@@ -481,6 +481,11 @@ class Index:
         """Remember that a check of ids on a device passed: no id is negative or past the end."""
         self._store.remember((self.offset, count, slots, None), False)
 
+    def note_checked(self, count: int, slots: int) -> None:
+        """Remember that the host's ids passed `check`, as distinct ones, in a longer list that this
+        index is a part of: none is negative."""
+        self._store.remember((self.offset, count, slots, True), False)
+
     def is_clean(self, count: int, slots: int) -> bool:
         """Return True if ids need no guard: they are on the host, trusted, or were marked clean."""
         return (

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from support.device_cases import current, delay
+from support.device_cases import LONG, current, delay
 from support.hand_worker import LAYOUT, HandWorker, caches
 from support.serving_model import NOTHING, Draw, Engine
 
@@ -441,7 +441,7 @@ def rows_of_the_next_step(device: torch.device, idle: bool, loads: int = 1) -> t
 
             @staticmethod
             def load(*args: Any, **terms: Any) -> Any:
-                delay(current(device))
+                delay(current(device), 4 * LONG)  # longer than a busy host takes to look
                 return store.load(*args, **terms)
 
         hand = Hand([GroupCache(target, cast(FormStore, Late))])
