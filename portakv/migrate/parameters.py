@@ -107,11 +107,12 @@ class Parameter:
                 f"parts {parts}, which are multiples of unit {unit}, got {local}. Correct it, "
                 f"or give boxes."
             )
-        return cls(tensor, (*before, done, *after), boxes)
+        return cls(tensor, (*before, done, *after), (*boxes,))
 
 
 Parameters = Mapping[str, Parameter | torch.Tensor]  # by name; a plain tensor is whole
 _DEFAULTS = None, None, "", ()  # `_terms_of` a whole tensor
+_dtype_of = attrgetter("dtype")
 _kind_of = attrgetter("device", "dtype", "shape", "layout")
 
 
@@ -234,6 +235,29 @@ def facts_of(parameters: Parameters) -> tuple[object, ...] | None:
     except (TypeError, ValueError, RuntimeError, NotImplementedError):  # the checks say why
         return None
     return *facts, terms
+
+
+def is_fixed(parameters: Parameters) -> bool:
+    """Return whether nothing can change the terms of parameters, as it can those in lists."""
+    terms = [(x.shape, x.boxes, x.block) for x in parameters.values() if isinstance(x, Parameter)]
+    try:
+        hash(tuple(terms))
+    except TypeError:
+        return False
+    return True
+
+
+def forms_of(tensors: Sequence[torch.Tensor]) -> tuple[tuple[object, ...], ...]:
+    """Return all about tensors that operations in place can change and the checks depend on.
+
+    An address belongs to one device. Whether a tensor is a conjugate view is fixed for its life.
+    """
+    return (
+        tuple(map(torch.Tensor.data_ptr, tensors)),
+        tuple(map(torch.Tensor.size, tensors)),
+        tuple(map(torch.Tensor.stride, tensors)),
+        tuple(map(_dtype_of, tensors)),
+    )
 
 
 def _terms(parameters: Parameters, terms_of: Callable[[Parameter], object]) -> tuple[object, ...]:

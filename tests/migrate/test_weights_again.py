@@ -26,7 +26,7 @@ from support.weight_cases import (
     whole_of,
 )
 
-from portakv.errors import OfferGone, PeerError
+from portakv.errors import LayoutError, OfferGone, PeerError
 from portakv.graph.graph import Graph
 from portakv.migrate import Parameter, prepare_weights, publish, pull_weights
 from portakv.migrate.parameters import Box, items_of
@@ -348,3 +348,38 @@ def test_weights_of_a_device_are_pulled_again(channels: Channels) -> None:
         owner.do("tensors['3'].data = tensors['3'].data.clone()")
         with pytest.raises(PeerError, match="Expected 3 at"):
             pull_weights(between, ticket, into)
+
+
+def test_a_second_pull_into_the_same_objects_notices_each_change(channels: Channels) -> None:
+    """Of address, shape, strides or dtype in place, of a list of boxes, and of an object."""
+    source = shared(whole_of((4, 8)))
+    owner = publish(channels(), {"w": source})
+    channel = channels()
+    into = torch.zeros(4, 8, dtype=torch.int32)
+    local: dict[str, Parameter | torch.Tensor] = {"w": into}
+    for _ in range(3):
+        pull_weights(channel, owner.ticket, local)
+    changes: list[Callable[[], object]] = [
+        lambda: into.t_(),
+        lambda: into.set_(torch.zeros(2, 8, dtype=torch.int32)),
+        lambda: setattr(into, "data", torch.zeros(4, 8, dtype=torch.int16)),
+    ]
+    for change in changes:
+        change()
+        with pytest.raises(LayoutError):
+            pull_weights(channel, owner.ticket, local)
+        into.data = torch.zeros(4, 8, dtype=torch.int32)
+        for _ in range(3):
+            pull_weights(channel, owner.ticket, local)
+            assert torch.equal(into, source)
+    boxes = [Box((0, 0), (0, 0), (4, 8))]
+    listed = {"w": Parameter(into, (4, 8), boxes)}
+    for _ in range(3):
+        pull_weights(channel, owner.ticket, listed)
+    boxes[0] = Box((0, 0), (0, 0), (9, 9))
+    with pytest.raises(LayoutError):
+        pull_weights(channel, owner.ticket, listed)
+    other = torch.zeros(4, 8, dtype=torch.int32)
+    pull_weights(channel, owner.ticket, {"w": other})
+    assert torch.equal(other, source)
+    owner.close()
