@@ -44,8 +44,8 @@ class Engine:
     def __init__(self, name: str, device: torch.device, address: str) -> None:
         transport: Any = choose(device, name)
         self.transport = transport
-        self.library = transport.begin(address)
-        transport.engine = self.library
+        transport.start(address)
+        self.library = transport.engine
         self.name = name
         self.kind = "DRAM" if device.type == "cpu" else "VRAM"
         self.known = set[int]()
