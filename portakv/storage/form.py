@@ -333,8 +333,11 @@ class BlockForm:
         """Return a view of the blocks of images; copies nothing.
 
         ``rows`` is uint8 ``[n, >= image_bytes]`` on the host, its rows at multiples of 4,096 bytes.
+        Of pages, uint8 ``[n, 4096]`` without gaps, an image begins at each page that has room for
+        it, and its block has the number of that page.
         """
         arguments.instance("rows", rows, torch.Tensor)
+        rows = self._rows_of_pages(rows)
         if rows.dtype != torch.uint8 or rows.ndim != 2 or rows.shape[1] < self.image_bytes:
             expected = f"a tensor of uint8 [n, {self.image_bytes} or more]"
             raise arguments.invalid("rows", expected, rows)
@@ -350,6 +353,16 @@ class BlockForm:
         payload = rows[:, HEADER : HEADER + self.payload_bytes].view(getattr(torch, self.dtype))
         names: dict[str, Any] = {"layers": layers, "kv": self.kv, "heads": heads}
         return KVView(payload.view(shape), self.layout, block_size=size, dim=self.widths, **names)
+
+    def _rows_of_pages(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the rows that begin at each page of a tensor of pages; other tensors as they
+        are."""
+        if rows.dtype != torch.uint8 or rows.ndim != 2 or rows.shape[1] != HEADER:
+            return rows
+        count = len(rows) - self.image_bytes // HEADER + 1
+        if count < 1 or not rows.is_contiguous():
+            return rows
+        return rows.as_strided((count, self.image_bytes), (HEADER, 1))
 
     def _packed_view(self, rows: torch.Tensor, layers: int, heads: int) -> KVView:
         """Return a view of the packed blocks of images; copies nothing."""

@@ -574,7 +574,7 @@ class FormStore(FormIndex):
 
     def _prefetch(self, call: Call) -> Steps:
         """Plan a prefetch in steps, under the graph's lock."""
-        most = max(1, self.rows.host // 2)
+        most = max(1, self.rows.holds(call.form.own.form.image_bytes) // 2)
         call.located[most:] = False
         for number, blocks in enumerate(call.slices(range(len(call.request.keys))[:most])):
             if number:

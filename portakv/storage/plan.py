@@ -32,6 +32,7 @@ from portakv.storage.parts import parts_of as parts_of
 from portakv.storage.reasons import Explanation, Reasons
 from portakv.storage.request import Request
 from portakv.storage.rows import Claim, Crossing, Rows
+from portakv.storage.sized_rows import SizedRows, Want
 from portakv.storage.spare import Spare, SpareRows
 from portakv.storage.uploads import Uploads
 from portakv.view import KVView
@@ -519,7 +520,9 @@ class InFlight(Lease):
         self.sums = dict[int, Sequence[int]]()
         self.copied: Callable[[], object] | None = None
         self.reasons = Reasons()  # reasons of blocks that were not read, or not written
-        self.spare = SpareRows(call.form.spare)
+        self.spare = SpareRows(call.form.spare, part)
+        # Rows that are not cached as they are: of a segment, or of a copier that may pack.
+        self.passing = bool(apart) or (call.request.lent and self.store and self.spare.packs)
         call.explanation.sources.append(self.reasons)
         self.names = part.names(self.keys)
         if apart:
@@ -531,6 +534,9 @@ class InFlight(Lease):
     def take(self) -> list[int] | None:
         """Return rows, under the graph's lock; a save also takes rows of the host tier."""
         rows = self.calls[0][0].shared.rows
+        if isinstance(rows, SizedRows):
+            size = self.spare.most_bytes if self.passing else self.part.form.image_bytes
+            return rows.take_sized(self.count, self._want(size))
         if not (self.store and rows.host):
             return rows.take(self.count, self.store)
         return rows.take(self.count, True, self._claim(), self.calls[0][1][-1])
@@ -571,7 +577,8 @@ class InFlight(Lease):
         if whole and shared.rows.host:
             items = [self.items[row] for row in whole]
             names = self.spare.names(self.keys, whole, self.names)
-            shared.rows.keep(items, names, self._follows(whole), prefetched, claim)
+            sizes = [self.spare.image_bytes(row) for row in whole]
+            shared.rows.keep(items, names, self._follows(whole), prefetched, claim, sizes)
         call.transfer_ended()
 
     def _claim(self) -> Claim:
@@ -580,13 +587,23 @@ class InFlight(Lease):
         evict = call.form.continues(call.request.before(self.calls[0][1]), None)
         return Claim(call.request.order, call.form.apart, evict)
 
+    def _want(self, nbytes: int) -> Want:
+        """Return what rows of a size are needed for, under the graph's lock."""
+        call, at = self.calls[0]
+        prefetched = call.request.kind == "prefetch"
+        return Want(nbytes, self.store, self._claim(), at[-1], prefetched, self.passing)
+
+    def _wanted(self, nbytes: int) -> Want:
+        """Return what rows of a size are needed for, in a worker."""
+        with self.calls[0][0].shared.graph.lock:
+            return self._want(nbytes)
+
     def _follows(self, rows: Sequence[int]) -> list[int]:
         """Return the marks of the predecessors of blocks in rows."""
         call, blocks = self.calls[0]
         if self.store:
             return [call.request.follows[blocks[row]] for row in rows]
-        array = call.shared.rows.array
-        return [image.predecessor(array[self.items[row]]) for row in rows]
+        return [image.predecessor(self.spare.image(self.items, row)) for row in rows]
 
     def _is_copied_still(self) -> bool:
         """Return True if the copy of a save that was cancelled still writes the rows.
@@ -642,7 +659,8 @@ class InFlight(Lease):
         """Copy blocks of a view into the rows, and `seal` them."""
         if self.copied is None:
             lines = (self.items, self.calls[0][1])
-            mask = self.spare.copy(crossing, view, mask, lines, self.keys, self.reasons.report)
+            report = self.reasons.report
+            mask = self.spare.copy(crossing, view, mask, lines, self.keys, report, self._wanted)
         else:
             self.end_copy()
         self.seal(_, mask)
@@ -651,6 +669,8 @@ class InFlight(Lease):
     def seal(self, _: Task, mask: Mask) -> None:
         """Make images of the payloads in the rows, if a tier stores them: only tiers read
         headers."""
+        if self.passing:
+            self.spare.settle(self.items, mask, self._wanted)
         if not self.generation:
             return
         rows, keys, data = self._of(mask)
@@ -690,7 +710,7 @@ class InFlight(Lease):
         return (
             rows,
             [self.keys[i] for i in rows],
-            [self.calls[0][0].shared.rows.array[self.items[i]] for i in rows],
+            [self.spare.image(self.items, i) for i in rows],
         )
 
     def _is_cancelled(self) -> bool:

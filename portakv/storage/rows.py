@@ -9,11 +9,10 @@ view.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from math import gcd
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,177 +31,17 @@ from portakv.runtime.streams import (
     side_stream,
 )
 from portakv.runtime.transfer import Completion, Transfer
-from portakv.storage.chains import FIRST, UNKNOWN, Chains, Changed, marks_of
+from portakv.storage.host_cache import ANY as ANY
+from portakv.storage.host_cache import BEFORE, UNUSED, USED, Cache, HostIndex, New, mark_in_form
+from portakv.storage.host_cache import Claim as Claim
 from portakv.storage.host_runs import copy_long_runs, copy_rows
 from portakv.storage.loans import Loan as Loan
-from portakv.storage.loans import Loans, copy_parts
+from portakv.storage.loans import copy_parts
 from portakv.storage.row_memory import row_memory
 from portakv.view import IdList, Index, KVView
 
 FOREVER = 1e9  # seconds
-# The groups of cached rows.
-_USED = "used"
-_UNUSED = "prefetched and not used"
 _TRIED = "copies of a block store"  # the key of a view's copies that were tried before
-#: A position before all keys of a call; those that its first blocks follow have -1.
-BEFORE = -2
-
-
-class _New:
-    """Keys that got a row and are in no chain yet, of a group, with the marks that they follow."""
-
-    def __init__(self, group: Hashable) -> None:
-        self.group = group
-        self.keys = list[bytes]()
-        self.follows = list[Hashable]()
-        self.leading = set[Hashable]()  # the same marks
-
-    def add(self, key: bytes, follows: int) -> None:
-        """Add a key that follows a mark."""
-        mark = _mark(key, follows)
-        self.keys.append(key)
-        self.follows.append(mark)
-        self.leading.add(mark)
-
-
-class _Cache:
-    """The rows of the host tier, by their keys. Callers hold the lock of ``chains``."""
-
-    def __init__(self) -> None:
-        self.chains = Chains[bytes]()  # the keys that have a row, in two groups
-        self.rows = dict[bytes, int]()
-        self.unused = set[bytes]()  # keys of rows that were prefetched and not used since
-        self.pins: Counter[int] = Counter()  # by row
-        self.loans = Loans()
-        self.listeners = dict[bytes, Changed]()  # by the checksum of a form
-        self._names = dict[int, bytes]()  # keys of pinned rows
-        self._passed = set[bytes]()  # keys of loans that `next` passed over
-
-    def report(self, key: bytes, stored: bool, why: str) -> None:
-        """Report a key that gets a row, or loses it, to the listener of its form."""
-        changed = self.listeners.get(key[:-32])
-        if changed is not None:
-            changed(key[-32:], stored, why)
-
-    def let_go(self, new: _New) -> None:
-        """Let rows go in their turn that got their keys, and forget that they are new."""
-        if not new.keys:
-            return
-        marks = map(_mark, new.keys, marks_of([key[-32:] for key in new.keys]))
-        self.chains.add_all(new.keys, [*marks], new.follows, new.group)
-        new.keys.clear()
-        new.follows.clear()
-        new.leading.clear()
-
-    def pin(self, key: bytes, row: int) -> None:
-        """Retain the row of a key until `unpin`; the key is used now."""
-        self.use(key)
-        self.pins[row] += 1
-        self._names[row] = key
-        self.chains.pin(key)
-
-    def unpin(self, row: int) -> None:
-        """Release a pin of a row."""
-        self.pins[row] -= 1
-        if not self.pins[row]:
-            del self.pins[row]
-            self.chains.unpin(self._names.pop(row))
-
-    def use(self, key: bytes) -> None:
-        """Count a prefetched key as used."""
-        if key in self.unused:
-            self.unused.remove(key)
-            self.chains.move(key, _USED)
-
-    def next(self, group: Hashable | None = None) -> bytes | None:
-        """Return the key that goes next, of a group or of all; None if none can go."""
-        if self._passed:
-            self.loans.forget_ended()
-            for key in {x for x in self._passed if x not in self.loans}:
-                self._passed.remove(key)
-                if key in self.rows and self.rows[key] not in self.pins:
-                    self.chains.unpin(key)
-        following = self.chains.next(group)
-        while following is not None and following in self.loans:
-            self.loans.forget_ended()
-            if following in self.loans:
-                self._passed.add(following)
-                self.chains.pin(following)
-            following = self.chains.next(group)
-        return following
-
-    def choose(self, count: int, may_go: Callable[[bytes], bool]) -> list[bytes]:
-        """Return the keys that go next, so many, one after the other; fewer if one may not go."""
-        chosen = list[bytes]()
-        try:
-            while len(chosen) < count:
-                key = self.next()
-                if key is None or not may_go(key):
-                    break
-                self.chains.set_aside(key)
-                chosen.append(key)
-        finally:
-            for key in reversed(chosen):
-                self.chains.put_back(key)
-        return chosen
-
-    def evict(self, keys: Sequence[bytes]) -> list[int]:
-        """Take keys from their rows, in the order in which they go, and return the rows; none if a
-        load reads one of them since `next`."""
-        rows = [self.rows.pop(key) for key in keys]  # no load finds them from here on
-        if any(key in self.loans for key in keys):
-            self.rows.update(zip(keys, rows, strict=True))
-            return []
-        for key in keys:
-            self.chains.remove(key)
-            self.unused.discard(key)
-        return rows
-
-
-class Claim(NamedTuple):
-    """The cached rows that the blocks of a call may evict.
-
-    Attributes:
-        own: positions of the call's keys, by the last 32 bytes. No block evicts an earlier one.
-        apart: the forms (all bytes of a key before these) whose rows are not the call's.
-        evict: False if the blocks may evict none.
-    """
-
-    own: Mapping[bytes, int] = MappingProxyType({})
-    apart: Collection[bytes] = ()
-    evict: bool = True
-
-    def place_of(self, key: bytes) -> int:
-        """Return the position of a cached key in the call, past all if it has none."""
-        if key[:-32] in self.apart:
-            return len(self.own)
-        return self.own.get(key[-32:], len(self.own))
-
-
-#: Of rows without a call: they may evict any.
-ANY = Claim()
-
-
-class HostIndex:
-    """The keys of the host tier of one form, by its checksum; see `changes.Listed`."""
-
-    tier = "host"
-
-    def __init__(self, cache: _Cache, form: bytes) -> None:
-        self._cache = cache
-        self._form = form
-
-    def keys(self) -> list[bytes]:
-        """Return the keys that have a row."""
-        past = len(self._form)
-        with self._cache.chains.lock:  # a row that a load reads may leave for a moment
-            names = self._cache.rows.copy()
-        return [name[past:] for name in names if name[:past] == self._form]
-
-    def announce(self, changed: Changed) -> None:
-        """Report from now on each key that gets a row, or loses it."""
-        self._cache.listeners[self._form] = changed
-        self._cache.chains.changed = self._cache.report
 
 
 class Rows:
@@ -218,7 +57,10 @@ class Rows:
         array: the same, of numpy.
         pinned: False if the memory is pageable.
         evicted: rows that lost their key to another key.
+        sized: rows have the sizes of their images; see `SizedRows`.
     """
+
+    sized = False
 
     def __init__(
         self, row_bytes: int, staging: int, host: int, pin: bool = True, shared: bool = False
@@ -230,7 +72,7 @@ class Rows:
         count = self.staging + self.host
         self.tensor, self.pinned = row_memory(count, row_bytes, pin, shared)
         self.array: npt.NDArray[np.uint8] = self.tensor.numpy()
-        self._cache = _Cache()
+        self._cache = Cache()
         self._lock = self._cache.chains.lock  # no call is made while it is locked
         self._free = deque(range(count))
         self._lent: dict[int, bool] = {}  # True if it is lent to a save
@@ -245,6 +87,14 @@ class Rows:
     def memory(self) -> tuple[tuple[int, int], ...]:
         """Return the address and the bytes of the rows, for an I/O engine to register."""
         return ((self.tensor.data_ptr(), self.tensor.nbytes),)
+
+    def image(self, item: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Return the bytes of a row, uint8 ``[nbytes or more]``."""
+        return self.array[item]
+
+    def holds(self, nbytes: int) -> int:
+        """Return the number of images of so many bytes for which the host tier has rows."""
+        return self.host
 
     def take(
         self, count: int, store: bool, claim: Claim | None = None, place: int = BEFORE
@@ -286,7 +136,7 @@ class Rows:
         return len(victims) == count and self._take_from(victims)
 
     def _evict(
-        self, claim: Claim, place: int, group: Hashable | None = None, new: _New | None = None
+        self, claim: Claim, place: int, group: Hashable | None = None, new: New | None = None
     ) -> bool:
         """Evict the next row, of a group or of all, for a block at a position of a call; return
         False if it may not go.
@@ -329,12 +179,14 @@ class Rows:
         follows: Sequence[int],
         prefetched: bool = False,
         claim: Claim = ANY,
+        sizes: Sequence[int] | None = None,
     ) -> list[bool]:
         """Cache lent rows under keys that follow marks, in place of the next rows to evict.
 
         Returns which rows are cached: not one whose key has a row, or for which no row may be
         evicted. A row of a save beyond `most` evicts none. At most half of the rows of the host
-        tier are ``prefetched`` and not used yet.
+        tier are ``prefetched`` and not used yet. ``sizes``: the bytes of each image; all rows have
+        room for the largest.
         """
         with self._lock:
             if not self.host:
@@ -353,7 +205,7 @@ class Rows:
         cache = self._cache
         most = self.most
         most_unused = max(1, self.host // 2)
-        new = _New(_UNUSED if prefetched else _USED)
+        new = New(UNUSED if prefetched else USED)
         cached = [False] * len(items)
         for number, (item, key) in enumerate(zip(items, keys, strict=True)):
             if key in cache.rows:
@@ -363,7 +215,7 @@ class Rows:
             crowded = prefetched and len(cache.unused) >= most_unused
             if crowded or full:
                 place = claim.own.get(key[-32:], BEFORE)
-                if not self._evict(claim, place, _UNUSED if crowded else None, new):
+                if not self._evict(claim, place, UNUSED if crowded else None, new):
                     continue
             del self._lent[item]
             self._saved = saved
@@ -439,7 +291,7 @@ class Rows:
             cache.chains.touch(*[key for key in reversed(keys) if key in cache.rows])
             for key, mark in zip(keys, follows, strict=False):
                 if key in cache.rows:
-                    cache.chains.learn(key, _mark(key, mark))
+                    cache.chains.learn(key, mark_in_form(key, mark))
 
     def use(self, keys: Sequence[bytes]) -> None:
         """Count prefetched keys as used."""
@@ -461,10 +313,11 @@ class Rows:
         with self._lock:
             return self._cache.chains.by_use()
 
-    def by_form(self) -> Counter[bytes]:
-        """Return the number of cached rows of each form, by its checksum."""
+    def nbytes_by_form(self) -> dict[bytes, int]:
+        """Return the bytes of the cached rows of each form, by its checksum."""
         with self._lock:
-            return Counter(key[:-32] for key in self._cache.rows)
+            rows = Counter(key[:-32] for key in self._cache.rows)
+        return {form: count * self.row_bytes for form, count in rows.items()}
 
     def listed(self, form: bytes) -> HostIndex:
         """Return the index of the blocks of a form, by its checksum."""
@@ -488,14 +341,14 @@ class Rows:
         cached = len(self._cache.rows)
         return {"free": len(self._free), "lent": len(self._lent), "kept": cached}
 
+    def nbytes_by_state(self) -> dict[str, int]:
+        """Return the bytes of rows by their state."""
+        return {state: rows * self.row_bytes for state, rows in self.counts().items()}
 
-def _mark(key: bytes, mark: int) -> Hashable:
-    """Return the mark of a block among those of all forms.
-
-    A block without a predecessor begins a prompt: rows exist only in releases that note
-    predecessors.
-    """
-    return FIRST if mark in (FIRST, UNKNOWN) else (key[:-32], mark)
+    def sentence(self) -> str:
+        """Return how many rows there are, for `BlockStore.explain`."""
+        kind = "pinned" if self.pinned else "pageable"
+        return f"{self.staging} {kind} rows of staging, {self.host} of the host tier."
 
 
 class Crossing:

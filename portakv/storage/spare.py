@@ -7,8 +7,8 @@ A store that chooses between both forms for each save has blocks of both under o
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,11 @@ from portakv.graph import Graph, Mask
 from portakv.layout.packing import FLAG_AT, PACKED, PackedPlane
 from portakv.storage.encoded import EncodedFigures
 from portakv.storage.form import BlockForm
+from portakv.storage.image import Row
 from portakv.storage.parts import Part
 from portakv.storage.reasons import OVERFLOWED, Reason, Report
 from portakv.storage.rows import Crossing, Rows
+from portakv.storage.sized_rows import SizedRows, Want
 from portakv.storage.tier import Keys, TierStore
 from portakv.view import KVView
 
@@ -30,6 +32,13 @@ FLAGGED = (
     "Expected packed blocks, got one that did not fit into its slots when it was packed. Save this "
     "block from a raw view"
 )
+#: Why a store does not keep a block that does not fit, although it has the raw form.
+NO_ROOM = (
+    "Expected host memory for the raw rows of a block that does not fit into packed slots, got "
+    "none, as other transfers have it. Give the store more staging"
+)
+#: Returns what rows of so many bytes are needed for.
+Wanted: TypeAlias = Callable[[int], Want]
 
 
 def flagged(part: Part, items: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -178,25 +187,64 @@ def copy_fitting(
 
 
 class SpareRows:
-    """The rows of one save whose blocks did not fit: they hold raw images, not packed ones."""
+    """The images in the rows of one transfer: blocks of a save that did not fit have raw ones.
 
-    def __init__(self, spare: Spare) -> None:
+    ``part``: of the images of all other rows.
+    """
+
+    def __init__(self, spare: Spare, part: Part) -> None:
         self._spare = spare
+        self._part = part
         self._raw = set[int]()
+
+    @property
+    def packs(self) -> bool:
+        """Return True if a save packs blocks, and keeps raw those that do not fit."""
+        return self._spare.raw is not None
+
+    @property
+    def most_bytes(self) -> int:
+        """Return the bytes of the largest image that a row may hold."""
+        forms = self.raw_form, self._part.form
+        return max(form.image_bytes for form in forms if form is not None)
 
     def part(self, row: int) -> Part:
         """Return the part whose image a row holds."""
         raw = self._spare.raw
-        return raw if raw is not None and row in self._raw else self._spare.own
+        return raw if raw is not None and row in self._raw else self._part
+
+    def image_bytes(self, row: int) -> int:
+        """Return the bytes of the image of a row."""
+        return self.part(row).form.image_bytes
+
+    def image(self, items: Sequence[int], row: int) -> Row:
+        """Return the image of a row, whose number in the memory is ``items[row]``."""
+        return self._spare.rows.image(items[row], self.image_bytes(row))
+
+    def settle(self, items: list[int], mask: Mask, want: Wanted) -> None:
+        """Move the images of a mask into rows of the host tier of their sizes, if there are any."""
+        rows = self._spare.rows
+        if isinstance(rows, SizedRows):
+            for row in np.flatnonzero(mask).tolist():
+                rows.settle(items, row, want(self.image_bytes(row)))
+
+    def _make_room(self, items: list[int], refused: list[int], want: Wanted) -> list[int]:
+        """Give rows of the raw size to blocks that do not fit; return those that get none."""
+        rows = self._spare.rows
+        if self.raw_form is None or not isinstance(rows, SizedRows):
+            return []
+        terms = want(self.raw_form.image_bytes)
+        return [row for row in refused if not rows.replace(items, row, terms)]
 
     def copy(
         self,
         crossing: Crossing,
         view: KVView,
         mask: Mask,
-        lines: tuple[Sequence[int], Sequence[int]],
+        lines: tuple[list[int], Sequence[int]],
         keys: Keys,
         report: Report,
+        want: Wanted,
     ) -> Mask:
         """Copy blocks of a view into rows, packed if the form is, and raw those that do not fit.
 
@@ -205,6 +253,7 @@ class SpareRows:
             lines: for each place the number of its row, and the number of its block in the call.
             keys: the key of each place.
             report: gets the reason for each block that the store cannot keep raw.
+            want: returns what rows of a size are needed for.
 
         Returns the blocks that are in rows.
         """
@@ -226,6 +275,11 @@ class SpareRows:
             for row in refused.tolist():
                 report(keys[row], Reason(OVERFLOWED, why))
             return mask
+        for row in self._make_room(lines[0], refused.tolist(), want):
+            mask[row] = False
+            report(keys[row], Reason(OVERFLOWED, NO_ROOM))
+        refused = refused[mask[refused]]
+        items = np.array(lines[0])
         crossing.copy(raw.rows, view, items[refused], blocks[refused])
         self.hold_raw(refused.tolist())
         return mask
@@ -245,7 +299,8 @@ class SpareRows:
         figures = self._spare.figures
         form = self._spare.own.form
         if form.encoding:
-            image = self._spare.rows.array[items[0]] if len(items) else None
+            rows = self._spare.rows
+            image = rows.image(items[0], form.image_bytes) if len(items) else None
             figures.add_packed(form, len(items) + misfits, misfits, image)
         else:
             figures.add_raw(form, len(items))

@@ -22,6 +22,7 @@ from portakv.storage.form import BlockForm
 from portakv.storage.form_store import FormStore, Full
 from portakv.storage.plan import FormBlocks, SharedState, parts_of
 from portakv.storage.rows import Rows
+from portakv.storage.sized_rows import SizedRows
 from portakv.storage.tier import Tier, tier_figures, tiers_of
 
 #: Seconds between two looks at the loads that `BlockStore.close` waits for.
@@ -139,7 +140,12 @@ class BlockStore(FormStore):
                 f"Expected host to have room for a block of {size} bytes, as there are no tiers, "
                 f"got {host}. Give it more, or pass tiers."
             )
-        rows = Rows(size, staging // size, host // size, pin=pin, shared=shared)
+        rows: Rows
+        if host and any(each.encoding and each.raw in own for each in own):
+            sizes = {each.image_bytes for each in forms}
+            rows = SizedRows(sizes, staging, host, pin=pin, shared=shared)
+        else:
+            rows = Rows(size, staging // size, host // size, pin=pin, shared=shared)
         self._own_graph = graph is None
         super().__init__(SharedState(graph or Graph(), rows), full, weak_keys)
         self._tier_stores = self._shared.tier_stores
@@ -275,7 +281,7 @@ class BlockStore(FormStore):
         reported = self.graph.statistics()
         rows = self.rows
         tier_stores = self._tier_stores
-        staging = {x: n * rows.row_bytes for x, n in rows.counts().items()}
+        staging = rows.nbytes_by_state()
         reported["staging_bytes"] = [{"state": x, "value": n} for x, n in staging.items()]
         reported["host_evicted_total"] = [{"value": rows.evicted}]
         reported["tiers"] = [
@@ -309,12 +315,12 @@ class BlockStore(FormStore):
     def _form_statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Return the figures of each of several forms, under the graph's lock."""
         figures: dict[str, list[dict[str, Any]]] = {"host_form_bytes": []}
-        cached = self.rows.by_form()
+        cached = self.rows.nbytes_by_form()
         for name, form in self._shared.forms.items():
             for figure, samples in form.counts.statistics().items():
                 each = figures.setdefault(figure.replace("tier", "form", 1), [])
                 each += [{"form": name, **sample} for sample in samples]
-            nbytes = cached[form.own.form.digest] * self.rows.row_bytes
+            nbytes = cached.get(form.own.form.digest, 0)
             figures["host_form_bytes"].append({"form": name, "value": nbytes})
         return figures
 
@@ -339,13 +345,12 @@ class BlockStore(FormStore):
             how = f"in {many} segments" if many > 1 else "as a whole, in one segment"
             which = f" of {name}" if name else ""
             lines.append(f"Blocks{which} of {each.payload_bytes} bytes, by layer read {how}.")
-            if name and each.image_bytes <= rows.row_bytes // 2:
+            if name and not rows.sized and each.image_bytes <= rows.row_bytes // 2:
                 share = f"{each.image_bytes} of the {rows.row_bytes} bytes of a row"
                 lines.append(f"A block of {name} takes {share}. A larger block size wastes less.")
         if self.chooser is not None:
             lines += self.chooser.lines()
-        kind = "pinned" if rows.pinned else "pageable"
-        lines += [f"{rows.staging} {kind} rows of staging, {rows.host} of the host tier."]
+        lines.append(rows.sentence())
         lines += [
             f"{x.tier} {self._called(x.form)}: {note}"
             for x in self._tier_stores

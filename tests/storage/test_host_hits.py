@@ -21,8 +21,8 @@ from portakv.graph.graph import Graph
 from portakv.storage import BlockStore, loans
 from portakv.storage import form_store as storing
 from portakv.storage import rows as rows_module
+from portakv.storage.host_cache import Cache
 from portakv.storage.loans import Loan
-from portakv.storage.rows import _Cache
 
 LIMIT = 20.0  # seconds; nothing here takes as long
 FORM = small_form()
@@ -135,18 +135,18 @@ def test_a_load_between_the_choice_and_the_eviction_keeps_its_row(
     """Whoever evicts a key looks for loans after it took the key from its row."""
     with stored(host=4, blocks=4) as store:
         names = [FORM.digest + key for key in KEYS[:4]]
-        choose = _Cache.next
+        choose = Cache.next
         lent: list[Loan] = []
         asked = []
 
-        def chosen(cache: _Cache, group: Any = None) -> bytes | None:
+        def chosen(cache: Cache, group: Any = None) -> bytes | None:
             key = choose(cache, group)
             asked.append(key)
             if len(asked) == 2:  # the first question is not for an eviction
                 lent.append(store.rows.borrow(names, store))
             return key
 
-        monkeypatch.setattr(_Cache, "next", chosen)
+        monkeypatch.setattr(Cache, "next", chosen)
         with suppress(TransferError):  # there is no other tier
             store.save(SOURCE, [6], [KEYS[6]], priority="urgent").synchronize(LIMIT)
         assert asked[1] in names

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`SizedRows`: rows of host memory for a store whose forms have images of several sizes.
+
+Each image in the host tier takes its own bytes, not those of the largest one. Rows are numbered by
+their first page of 4,096 bytes, so that a view of a form begins a row at each page.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from portakv.storage.extents import Extents
+from portakv.storage.host_cache import ANY, BEFORE, UNUSED, USED, Claim, New
+from portakv.storage.image import Row
+from portakv.storage.row_memory import PAGE
+from portakv.storage.rows import Rows
+
+#: Bytes between two boundaries of registrations of pinned memory, which no row may cross.
+PIECE = 511 << 30
+#: Rows that one row may evict. If memory has no run of its size after that, it is not cached.
+MOST_EVICTED = 8
+
+
+class Want(NamedTuple):
+    """What a transfer needs rows for.
+
+    Attributes:
+        nbytes: bytes of an image, a multiple of `PAGE`.
+        store: the transfer is a save.
+        claim: the cached rows that its blocks may evict.
+        place: the position of the last block in the call.
+        prefetched: the transfer is a prefetch.
+        passing: the rows serve the transfer alone, if staging has them: their blocks are not
+            cached, or only after `settle` moved them.
+    """
+
+    nbytes: int
+    store: bool
+    claim: Claim = ANY
+    place: int = BEFORE
+    prefetched: bool = False
+    passing: bool = False
+
+
+class SizedRows(Rows):
+    """Rows of host memory of several sizes: staging buffers, and the host tier.
+
+    Two zones of one tensor have one purpose each. Rows of staging have the size of the largest
+    image; they are never cached, so that no transfer waits for the host tier. Rows of the host tier
+    have the size of their image. A transfer takes rows of the host tier first, in place of the next
+    rows to evict, since its blocks would evict them at its end. Blocks that find no row there, as
+    all rows are read or may not go, take rows of staging, and are not cached.
+
+    Attributes:
+        tensor: uint8 ``[pages, 4096]``; row i begins at page i. `BlockForm.view` takes it.
+        row_bytes: bytes of the largest image.
+        staging, host: rows of that size which staging has, and for which the host tier has bytes.
+    """
+
+    sized = True
+
+    def __init__(
+        self,
+        sizes: Collection[int],
+        staging: int,
+        host: int,
+        pin: bool = True,
+        shared: bool = False,
+    ) -> None:
+        """Make rows for images of some sizes, with so many bytes of staging and of the host
+        tier."""
+        largest = max(sizes)
+        pages = largest // PAGE
+        first = staging // largest * pages  # of the host tier
+        super().__init__(PAGE, first, host // PAGE, pin=pin, shared=shared)
+        self.row_bytes = largest
+        self.host = max(1, host // largest) if host >= min(sizes) else 0
+        past = first + host // PAGE
+        piece = PIECE // PAGE
+        uncut = [x for x in range(0, first, pages) if x // piece == (x + pages - 1) // piece]
+        self.staging = len(uncut)
+        self._free = deque(uncut)
+        cuts = [first, *range((first // piece + 1) * piece, past, piece), past]
+        self._space = Extents([*pairwise(cuts)])
+        self._first = first
+        self._past = past
+        self._pages = dict[int, int]()  # of the rows of the host tier that are lent or cached
+        self._staged = 0  # rows of staging that are lent
+        self._flat = self.array.reshape(-1)
+
+    def image(self, item: int, nbytes: int) -> Row:
+        """Return the bytes of a row, uint8 ``[nbytes]``."""
+        return self._flat[item * PAGE : item * PAGE + nbytes]
+
+    def holds(self, nbytes: int) -> int:
+        """Return the number of images of so many bytes for which the host tier has bytes."""
+        return (self._past - self._first) * PAGE // nbytes if self.host else 0
+
+    def take(
+        self, count: int, store: bool, claim: Claim | None = None, place: int = BEFORE
+    ) -> list[int] | None:
+        """Return rows for a transfer of the largest images, as `take_sized` does."""
+        return self.take_sized(count, Want(self.row_bytes, store, claim or ANY, place))
+
+    def take_sized(self, count: int, want: Want) -> list[int] | None:
+        """Return rows for a transfer, all or none.
+
+        The first rows are those of the host tier. Saves have at most `most` rows of staging
+        together.
+        """
+        with self._lock:
+            items = list[int]()
+            if self.host and not want.passing:
+                items = self._host_rows(count, want)
+            rest = self._staging_rows(count - len(items), want.store)
+            if rest is None and want.passing and self.host:
+                items = self._host_rows(count, want)
+                rest = [] if len(items) == count else None
+            if rest is None:
+                self._release(items)
+                return None
+            items += rest
+            self._lent.update(dict.fromkeys(items, want.store))
+            return items
+
+    def replace(self, items: list[int], number: int, want: Want) -> bool:
+        """Lend a row of another size in place of a lent row, whose bytes are lost; return False if
+        there is none.
+
+        ``items[number]`` becomes the new row.
+        """
+        with self._lock:
+            old = items[number]
+            if old < self._first or self._pages[old] * PAGE >= want.nbytes:
+                return True
+            new = self._other_row(want)
+            if new is None:
+                return False
+            items[number] = new
+            self._give([old])
+            return True
+
+    def settle(self, items: list[int], number: int, want: Want) -> None:
+        """Move an image of a lent row into a row of the host tier of its size, if there is one.
+
+        ``items[number]`` becomes the new row. Only the transfer of the rows may use them meanwhile.
+        """
+        old = items[number]
+        with self._lock:
+            if not self.host or self._pages.get(old, 0) * PAGE == want.nbytes:
+                return
+            made = self._host_rows(1, want)
+            self._lent.update(dict.fromkeys(made, want.store))
+        for new in made:
+            self.image(new, want.nbytes)[:] = self.image(old, want.nbytes)
+            items[number] = new
+            self.give([old])
+
+    def give(self, items: Sequence[int]) -> None:
+        """End a transfer: its rows that it did not `keep` become free."""
+        with self._lock:
+            self._give(items)
+
+    def keep(
+        self,
+        items: Sequence[int],
+        keys: Sequence[bytes],
+        follows: Sequence[int],
+        prefetched: bool = False,
+        claim: Claim = ANY,
+        sizes: Sequence[int] | None = None,
+    ) -> list[bool]:
+        """Cache lent rows of the host tier under keys that follow marks.
+
+        ``sizes``: the bytes of each image; pages of a row after it become free. None: those of the
+        largest. At most half of the host tier is ``prefetched`` and not used yet.
+
+        Returns which rows are cached: not one of staging, and not one whose key has a row.
+        """
+        cache = self._cache
+        new = New(UNUSED if prefetched else USED)
+        cached = [False] * len(items)
+        sizes = [self.row_bytes] * len(items) if sizes is None else sizes
+        with self._lock:
+            for number, (item, key) in enumerate(zip(items, keys, strict=True)):
+                if key in cache.rows or item < self._first:
+                    continue
+                if prefetched and self._crowded(sizes[number]):
+                    place = claim.own.get(key[-32:], BEFORE)
+                    if not self._evict(claim, place, UNUSED, new):
+                        continue
+                del self._lent[item]
+                self._trim(item, sizes[number] // PAGE)
+                cache.rows[key] = item
+                if prefetched:
+                    cache.unused.add(key)
+                new.add(key, follows[number])
+                cached[number] = True
+            cache.let_go(new)
+        return cached
+
+    def lacks(self, count: int) -> bool:
+        """Return True if saves may not have so many rows more, whatever is evicted."""
+        return sum(self._lent.values()) + count > self.most + self.host
+
+    def nbytes_by_form(self) -> dict[bytes, int]:
+        """Return the bytes of the cached rows of each form, by its checksum."""
+        result = Counter[bytes]()
+        with self._lock:
+            for key, item in self._cache.rows.items():
+                result[key[:-32]] += self._pages[item] * PAGE
+        return result
+
+    def nbytes_by_state(self) -> dict[str, int]:
+        """Return the bytes of rows by their state."""
+        with self._lock:
+            kept = sum(self._pages[item] for item in self._cache.rows.values()) * PAGE
+            free = len(self._free) * self.row_bytes + self._space.free * PAGE
+            lent = sum(self._pages.values()) * PAGE - kept + self._staged * self.row_bytes
+        return {"free": free, "lent": lent, "kept": kept}
+
+    def sentence(self) -> str:
+        """Return how many rows there are, for `BlockStore.explain`."""
+        kind = "pinned" if self.pinned else "pageable"
+        nbytes = (self._past - self._first) * PAGE
+        return (
+            f"{self.staging} {kind} rows of staging, and {nbytes} bytes of the host tier, in which "
+            f"each block takes the size of its form."
+        )
+
+    def _other_row(self, want: Want) -> int | None:
+        """Return a row of the host tier, or else of staging, which is lent from here on."""
+        items = self._host_rows(1, want) if self.host else []
+        if not items:
+            items = self._staging_rows(1, want.store) or []
+        self._lent.update(dict.fromkeys(items, want.store))
+        return items[0] if items else None
+
+    def _host_rows(self, count: int, want: Want) -> list[int]:
+        """Return rows of the host tier, as many as may be had."""
+        pages = want.nbytes // PAGE
+        last = want.nbytes == self.row_bytes
+        items = list[int]()
+        while len(items) < count:
+            item = self._space.take(pages, last)
+            for _ in range(MOST_EVICTED):
+                group = UNUSED if want.prefetched and self._crowded(want.nbytes) else None
+                if item is not None or not self._evict(want.claim, want.place, group):
+                    break
+                item = self._space.take(pages, last)
+            if item is None:
+                break
+            self._pages[item] = pages
+            items.append(item)
+        return items
+
+    def _staging_rows(self, count: int, store: bool) -> list[int] | None:
+        """Return rows of staging, all or none."""
+        saved = self._saved + count * store
+        staged = self._staged + count
+        if count and (staged > self.staging or (store and saved > self.most)):
+            return None
+        self._saved = saved
+        self._staged = staged
+        return [self._free.popleft() for _ in range(count)]
+
+    def _crowded(self, nbytes: int) -> bool:
+        """Return True if half of the host tier, counted in images of so many bytes, is prefetched
+        and not used."""
+        return len(self._cache.unused) >= max(1, self.holds(nbytes) // 2)
+
+    def _trim(self, item: int, pages: int) -> None:
+        """Free the pages of a row after those of its image."""
+        past = self._pages[item]
+        if past > pages:
+            self._space.give(item + pages, past - pages)
+            self._pages[item] = pages
+
+    def _give(self, items: Iterable[int]) -> None:
+        """Free lent rows."""
+        for item in items:
+            store = self._lent.pop(item, None)
+            if store is None:
+                continue
+            if item < self._first:
+                self._staged -= 1
+                self._saved -= store
+                self._free.append(item)
+            else:
+                self._release([item])
+
+    def _release(self, items: Iterable[int]) -> None:
+        """Free the pages of rows of the host tier."""
+        for item in items:
+            self._space.give(item, self._pages.pop(item))
+
+    def _take_from(self, keys: Sequence[bytes]) -> bool:
+        """Free the rows of keys; return False, and free none, if a load reads one of them."""
+        items = self._cache.evict(keys)
+        self._release(items)
+        self.evicted += len(items)
+        return bool(items)
