@@ -36,8 +36,7 @@ class Extents:
     def take(self, count: int, last: bool = False) -> int | None:
         """Return the first of so many pages; None if no extent has as many.
 
-        ``last``: take them from the end of the extent, not from its start. Runs of two sizes then
-        mix less.
+        ``last``: take them from the end of the extent, not from its start.
         """
         at = bisect_left(self._lengths, count)
         if at == len(self._lengths):

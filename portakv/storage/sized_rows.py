@@ -54,6 +54,10 @@ class SizedRows(Rows):
     rows to evict, since its blocks would evict them at its end. Blocks that find no row there, as
     all rows are read or may not go, take rows of staging, and are not cached.
 
+    Rows that lie next to each other are often evicted one after the other: a chain from its end, or
+    single blocks as they came. So a row takes the end of its hole that is farther from the row that
+    goes next, and what is left of the hole grows by that one.
+
     Attributes:
         tensor: uint8 ``[pages, 4096]``; row i begins at page i. `BlockForm.view` takes it.
         row_bytes: bytes of the largest image.
@@ -89,6 +93,8 @@ class SizedRows(Rows):
         self._past = past
         self._pages = dict[int, int]()  # of the rows of the host tier that are lent or cached
         self._staged = 0  # rows of staging that are lent
+        self._victim = range(0)  # the pages of the row that was evicted last
+        self._descends = False  # of the last two evicted rows next to each other, the second is first
         self._flat = self.array.reshape(-1)
 
     def image(self, item: int, nbytes: int) -> Row:
@@ -127,8 +133,8 @@ class SizedRows(Rows):
             return items
 
     def replace(self, items: list[int], number: int, want: Want) -> bool:
-        """Lend a row of another size in place of a lent row, whose bytes are lost; return False if
-        there is none.
+        """Lend a larger row in place of a lent row, whose bytes are lost; return False if there is
+        none, and the row has its size.
 
         ``items[number]`` becomes the new row.
         """
@@ -136,12 +142,13 @@ class SizedRows(Rows):
             old = items[number]
             if old < self._first or self._pages[old] * PAGE >= want.nbytes:
                 return True
-            new = self._other_row(want)
-            if new is None:
-                return False
-            items[number] = new
-            self._give([old])
-            return True
+            before = self._pages[old] * PAGE
+            self._give([old])  # first, as the pages next to it may be free
+            made = self._host_rows(1, want) or self._staging_rows(1, want.store) or []
+            # The pages of the row are free if there is no other one.
+            items[number] = made[0] if made else self._host_rows(1, Want(before, want.store))[0]
+            self._lent[items[number]] = want.store
+            return bool(made)
 
     def settle(self, items: list[int], number: int, want: Want) -> None:
         """Move an image of a lent row into a row of the host tier of its size, if there is one.
@@ -231,26 +238,17 @@ class SizedRows(Rows):
             f"each block takes the size of its form."
         )
 
-    def _other_row(self, want: Want) -> int | None:
-        """Return a row of the host tier, or else of staging, which is lent from here on."""
-        items = self._host_rows(1, want) if self.host else []
-        if not items:
-            items = self._staging_rows(1, want.store) or []
-        self._lent.update(dict.fromkeys(items, want.store))
-        return items[0] if items else None
-
     def _host_rows(self, count: int, want: Want) -> list[int]:
         """Return rows of the host tier, as many as may be had."""
         pages = want.nbytes // PAGE
-        last = want.nbytes == self.row_bytes
         items = list[int]()
         while len(items) < count:
-            item = self._space.take(pages, last)
+            item = self._space.take(pages, self._descends)
             for _ in range(MOST_EVICTED):
                 group = UNUSED if want.prefetched and self._crowded(want.nbytes) else None
                 if item is not None or not self._evict(want.claim, want.place, group):
                     break
-                item = self._space.take(pages, last)
+                item = self._space.take(pages, self._descends)
             if item is None:
                 break
             self._pages[item] = pages
@@ -300,6 +298,11 @@ class SizedRows(Rows):
     def _take_from(self, keys: Sequence[bytes]) -> bool:
         """Free the rows of keys; return False, and free none, if a load reads one of them."""
         items = self._cache.evict(keys)
+        for item in items:
+            past = item + self._pages[item]
+            if item == self._victim.stop or past == self._victim.start:
+                self._descends = past == self._victim.start
+            self._victim = range(item, past)
         self._release(items)
         self.evicted += len(items)
         return bool(items)
