@@ -90,7 +90,8 @@ class Rows:
 
     def image(self, item: int, nbytes: int) -> npt.NDArray[np.uint8]:
         """Return the bytes of a row, uint8 ``[nbytes or more]``."""
-        return self.array[item]
+        row: npt.NDArray[np.uint8] = self.array[item]
+        return row
 
     def holds(self, nbytes: int) -> int:
         """Return the number of images of so many bytes for which the host tier has rows."""

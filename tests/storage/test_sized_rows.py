@@ -299,7 +299,7 @@ def test_both_sizes_share_the_bytes(chained: bool) -> None:
     for numbers, nbytes in ((range(16), SMALL), (range(20, 32), LARGE), (range(40, 56), SMALL)):
         assert fill(rows, numbers, nbytes, chained=chained) == [True] * len(numbers)
         assert {*numbers}.issuperset(cached(rows, range(56)))
-        assert rows.nbytes_by_state()["free"] < nbytes + STAGING * LARGE
+        assert rows.nbytes_by_state()["free"] <= LARGE + STAGING * LARGE
 
 
 def test_a_mix_of_sizes_wastes_little() -> None:
