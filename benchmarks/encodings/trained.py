@@ -119,15 +119,13 @@ def rows_of(folder: Path, model: str, sequences: int, tokens: int) -> dict[str, 
     words = (folder / "vocab.txt").read_text(encoding="utf-8").split()
     generator = torch.Generator(device="cpu").manual_seed(0)
     decoder = Decoder(weights, shape)
-    begin = [words.index(word) for word in START]
-    letters = torch.arange(LETTERS.start, LETTERS.stop, device="cpu")
-    for position in range(tokens):
-        if position < len(begin):
-            chosen = torch.full((sequences,), begin[position], dtype=torch.int64, device="cpu")
-        else:
-            shares = logits[:, LETTERS.start : LETTERS.stop].softmax(1)
-            chosen = letters[torch.multinomial(shares, 1, generator=generator).flatten()]
-        logits = decoder.step(chosen, position)
+    for position, word in enumerate(START):
+        same = torch.full((sequences,), words.index(word), dtype=torch.int64, device="cpu")
+        logits = decoder.step(same, position)
+    for position in range(len(START), tokens):
+        shares = logits[:, LETTERS.start : LETTERS.stop].softmax(1)
+        drawn = torch.multinomial(shares, 1, generator=generator).flatten()
+        logits = decoder.step(drawn + LETTERS.start, position)
     named = dict[str, torch.Tensor]()
     for layer in range(shape.layers):
         for kind, kept in (("keys", decoder.keys), ("values", decoder.values)):
@@ -174,9 +172,7 @@ def main(arguments: list[str]) -> None:
             named = rows_of(folder, model, SEQUENCES, TOKENS)
             every |= named
             print(f"{model} of {PACKAGE} {version(PACKAGE)}, {SEQUENCES * TOKENS} tokens")
-            head = (
-                "escapes, {0} bits: mean, 99th percentile | planes that fit | raw / slot for 99.9 %"
-            )
+            head = "escapes, {} bits: mean, 99th percentile | planes that fit | raw / slot, 99.9 %"
             print(f"| | values | {' | '.join(head.format(bits) for bits in (4, 3))} |")
             print("|---|---:|" + "---|---:|---:|" * 2)
             for kind in ("keys", "values"):
