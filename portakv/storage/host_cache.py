@@ -153,6 +153,27 @@ class Claim(NamedTuple):
 ANY = Claim()
 
 
+class Want(NamedTuple):
+    """What a transfer needs rows for.
+
+    Attributes:
+        nbytes: bytes of an image, a multiple of 4,096.
+        store: the transfer is a save.
+        claim: the cached rows that its blocks may evict.
+        place: the position of the last block in the call.
+        prefetched: the transfer is a prefetch.
+        passing: the rows serve the transfer alone, if staging has them: their blocks are not
+            cached, or only after `SizedRows.settle` moved them.
+    """
+
+    nbytes: int
+    store: bool
+    claim: Claim = ANY
+    place: int = BEFORE
+    prefetched: bool = False
+    passing: bool = False
+
+
 class HostIndex:
     """The keys of the host tier of one form, by its checksum; see `changes.Listed`."""
 

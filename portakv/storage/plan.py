@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import count, repeat
 from operator import itemgetter
@@ -22,8 +21,8 @@ import numpy as np
 from portakv.graph import Graph, Handle, Lease, Mask, Missing, Priority, Queue, Task, Workers
 from portakv.graph.trace import COUNTED, Counts
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.storage import image
 from portakv.storage.changes import Announced
+from portakv.storage.late_end import end_later
 from portakv.storage.parts import LOADED, SMALL, Arrival, Part, Stage, TierStore, task_blocks
 from portakv.storage.parts import LONG as LONG
 from portakv.storage.parts import SAVED as SAVED
@@ -31,8 +30,7 @@ from portakv.storage.parts import SLICE as SLICE
 from portakv.storage.parts import parts_of as parts_of
 from portakv.storage.reasons import Explanation, Reasons
 from portakv.storage.request import Request
-from portakv.storage.rows import Claim, Crossing, Rows
-from portakv.storage.sized_rows import SizedRows, Want
+from portakv.storage.rows import Claim, Crossing, Rows, Want
 from portakv.storage.spare import Spare, SpareRows
 from portakv.storage.uploads import Uploads
 from portakv.view import KVView
@@ -534,9 +532,8 @@ class InFlight(Lease):
     def take(self) -> list[int] | None:
         """Return rows, under the graph's lock; a save also takes rows of the host tier."""
         rows = self.calls[0][0].shared.rows
-        if isinstance(rows, SizedRows):
-            size = self.spare.most_bytes if self.passing else self.part.form.image_bytes
-            return rows.take_sized(self.count, self._want(size))
+        if rows.sized:
+            return self.spare.take(self.count, self.passing, self._want)
         if not (self.store and rows.host):
             return rows.take(self.count, self.store)
         return rows.take(self.count, True, self._claim(), self.calls[0][1][-1])
@@ -588,43 +585,28 @@ class InFlight(Lease):
         return Claim(call.request.order, call.form.apart, evict)
 
     def _want(self, nbytes: int) -> Want:
-        """Return what rows of a size are needed for, under the graph's lock."""
+        """Return what rows of a size are needed for, in any thread."""
         call, at = self.calls[0]
+        with call.shared.graph.lock:
+            claim = self._claim()
         prefetched = call.request.kind == "prefetch"
-        return Want(nbytes, self.store, self._claim(), at[-1], prefetched, self.passing)
-
-    def _wanted(self, nbytes: int) -> Want:
-        """Return what rows of a size are needed for, in a worker."""
-        with self.calls[0][0].shared.graph.lock:
-            return self._want(nbytes)
+        return Want(nbytes, self.store, claim, at[-1], prefetched, self.passing)
 
     def _follows(self, rows: Sequence[int]) -> list[int]:
         """Return the marks of the predecessors of blocks in rows."""
         call, blocks = self.calls[0]
         if self.store:
             return [call.request.follows[blocks[row]] for row in rows]
-        return [image.predecessor(self.spare.image(self.items, row)) for row in rows]
+        return [self.spare.predecessor(self.items, row) for row in rows]
 
     def _is_copied_still(self) -> bool:
         """Return True if the copy of a save that was cancelled still writes the rows.
 
         A worker then waits for its end, and calls `over` once more.
         """
-        copied = self.copied
-        if copied is None:
+        if self.copied is None:
             return False
-        graph = self.calls[0][0].shared.graph
-
-        def wait(*_: object) -> None:
-            with suppress(Exception):  # of the device; the rows go back anyway
-                self.end_copy()
-
-        if graph.closed.is_set():  # no worker is left
-            wait()
-            return False
-        task = Task(wait, 1, queue=graph.queue("ends"), lease=self, name="end")
-        graph.submit([task], priority="urgent")
-        return True
+        return end_later(self.calls[0][0].shared.graph, self, self.end_copy)
 
     def _warn_dropped(self) -> None:
         """Log that tasks were dropped, because staging was full or a queue was slow."""
@@ -660,7 +642,7 @@ class InFlight(Lease):
         if self.copied is None:
             lines = (self.items, self.calls[0][1])
             report = self.reasons.report
-            mask = self.spare.copy(crossing, view, mask, lines, self.keys, report, self._wanted)
+            mask = self.spare.copy(crossing, view, mask, lines, self.keys, report, self._want)
         else:
             self.end_copy()
         self.seal(_, mask)
@@ -670,16 +652,13 @@ class InFlight(Lease):
         """Make images of the payloads in the rows, if a tier stores them: only tiers read
         headers."""
         if self.passing:
-            self.spare.settle(self.items, mask, self._wanted)
+            self.spare.settle(self.items, mask, self._want)
         if not self.generation:
             return
-        rows, keys, data = self._of(mask)
         call, blocks = self.calls[0]
-        follows = call.request.follows
-        for row, key, image_ in zip(rows, keys, data, strict=True):
-            mark = follows[blocks[row]]
-            form = self.spare.part(row).form
-            self.sums[row] = image.seal(image_, form, key, self.generation, mark)
+        for row in np.flatnonzero(mask).tolist():
+            name = self.keys[row], self.generation, call.request.follows[blocks[row]]
+            self.sums[row] = self.spare.seal(self.items, row, *name)
 
     def write(self, tier_store: TierStore, queue: Queue, _: Task, mask: Mask) -> Mask:
         """Write images to a tier."""

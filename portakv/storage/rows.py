@@ -34,6 +34,7 @@ from portakv.runtime.transfer import Completion, Transfer
 from portakv.storage.host_cache import ANY as ANY
 from portakv.storage.host_cache import BEFORE, UNUSED, USED, Cache, HostIndex, New, mark_in_form
 from portakv.storage.host_cache import Claim as Claim
+from portakv.storage.host_cache import Want as Want
 from portakv.storage.host_runs import copy_long_runs, copy_rows
 from portakv.storage.loans import Loan as Loan
 from portakv.storage.loans import copy_parts

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 from portakv.storage.extents import Extents
-from portakv.storage.host_cache import ANY, BEFORE, UNUSED, USED, Claim, New
+from portakv.storage.form import BlockForm
+from portakv.storage.host_cache import ANY, BEFORE, UNUSED, USED, Claim, New, Want
 from portakv.storage.image import Row
 from portakv.storage.row_memory import PAGE
 from portakv.storage.rows import Rows
@@ -22,27 +22,6 @@ from portakv.storage.rows import Rows
 PIECE = 511 << 30
 #: Rows that one row may evict. If memory has no run of its size after that, it is not cached.
 MOST_EVICTED = 8
-
-
-class Want(NamedTuple):
-    """What a transfer needs rows for.
-
-    Attributes:
-        nbytes: bytes of an image, a multiple of `PAGE`.
-        store: the transfer is a save.
-        claim: the cached rows that its blocks may evict.
-        place: the position of the last block in the call.
-        prefetched: the transfer is a prefetch.
-        passing: the rows serve the transfer alone, if staging has them: their blocks are not
-            cached, or only after `settle` moved them.
-    """
-
-    nbytes: int
-    store: bool
-    claim: Claim = ANY
-    place: int = BEFORE
-    prefetched: bool = False
-    passing: bool = False
 
 
 class SizedRows(Rows):
@@ -306,3 +285,23 @@ class SizedRows(Rows):
         self._release(items)
         self.evicted += len(items)
         return bool(items)
+
+
+def rows_for(
+    own: Sequence[BlockForm],
+    forms: Sequence[BlockForm],
+    staging: int,
+    host: int,
+    pin: bool = True,
+    shared: bool = False,
+) -> Rows:
+    """Return rows for a store of its own forms, with so many bytes of staging and of host tier.
+
+    They have several sizes if the store packs blocks and has their raw form too. ``forms``: all
+    forms whose images they hold, the own ones among them.
+    """
+    sizes = {form.image_bytes for form in forms}
+    if host and any(form.encoding and form.raw in own for form in own):
+        return SizedRows(sizes, staging, host, pin=pin, shared=shared)
+    size = max(sizes)
+    return Rows(size, staging // size, host // size, pin=pin, shared=shared)

@@ -17,13 +17,13 @@ import torch
 from portakv.errors import PackOverflow
 from portakv.graph import Graph, Mask
 from portakv.layout.packing import FLAG_AT, PACKED, PackedPlane
+from portakv.storage import image
 from portakv.storage.encoded import EncodedFigures
 from portakv.storage.form import BlockForm
-from portakv.storage.image import Row
 from portakv.storage.parts import Part
 from portakv.storage.reasons import OVERFLOWED, Reason, Report
-from portakv.storage.rows import Crossing, Rows
-from portakv.storage.sized_rows import SizedRows, Want
+from portakv.storage.rows import Crossing, Rows, Want
+from portakv.storage.sized_rows import SizedRows
 from portakv.storage.tier import Keys, TierStore
 from portakv.view import KVView
 
@@ -217,7 +217,28 @@ class SpareRows:
         """Return the bytes of the image of a row."""
         return self.part(row).form.image_bytes
 
-    def image(self, items: Sequence[int], row: int) -> Row:
+    def take(self, count: int, passing: bool, want: Wanted) -> list[int] | None:
+        """Return rows of a memory that has rows of several sizes; None if they are not free.
+
+        ``passing``: see `Want`; the rows have room for any image of the transfer.
+        """
+        rows = self._spare.rows
+        assert isinstance(rows, SizedRows)
+        size = self.most_bytes if passing else self._part.form.image_bytes
+        return rows.take_sized(count, want(size))
+
+    def seal(
+        self, items: Sequence[int], row: int, key: bytes, generation: int, follows: int
+    ) -> tuple[int, ...]:
+        """Make an image of the payload in a row, as `image.seal` does."""
+        form = self.part(row).form
+        return image.seal(self.image(items, row), form, key, generation, follows)
+
+    def predecessor(self, items: Sequence[int], row: int) -> int:
+        """Return the mark of the block that the image in a row follows."""
+        return image.predecessor(self.image(items, row))
+
+    def image(self, items: Sequence[int], row: int) -> image.Row:
         """Return the image of a row, whose number in the memory is ``items[row]``."""
         return self._spare.rows.image(items[row], self.image_bytes(row))
 
@@ -300,8 +321,8 @@ class SpareRows:
         form = self._spare.own.form
         if form.encoding:
             rows = self._spare.rows
-            image = rows.image(items[0], form.image_bytes) if len(items) else None
-            figures.add_packed(form, len(items) + misfits, misfits, image)
+            one = rows.image(items[0], form.image_bytes) if len(items) else None
+            figures.add_packed(form, len(items) + misfits, misfits, one)
         else:
             figures.add_raw(form, len(items))
 

@@ -21,8 +21,7 @@ from portakv.storage.changes import Change, Snapshot
 from portakv.storage.form import BlockForm
 from portakv.storage.form_store import FormStore, Full
 from portakv.storage.plan import FormBlocks, SharedState, parts_of
-from portakv.storage.rows import Rows
-from portakv.storage.sized_rows import SizedRows
+from portakv.storage.sized_rows import rows_for
 from portakv.storage.tier import Tier, tier_figures, tiers_of
 
 #: Seconds between two looks at the loads that `BlockStore.close` waits for.
@@ -140,12 +139,7 @@ class BlockStore(FormStore):
                 f"Expected host to have room for a block of {size} bytes, as there are no tiers, "
                 f"got {host}. Give it more, or pass tiers."
             )
-        rows: Rows
-        if host and any(each.encoding and each.raw in own for each in own):
-            sizes = {each.image_bytes for each in forms}
-            rows = SizedRows(sizes, staging, host, pin=pin, shared=shared)
-        else:
-            rows = Rows(size, staging // size, host // size, pin=pin, shared=shared)
+        rows = rows_for(own, forms, staging, host, pin=pin, shared=shared)
         self._own_graph = graph is None
         super().__init__(SharedState(graph or Graph(), rows), full, weak_keys)
         self._tier_stores = self._shared.tier_stores

@@ -13,7 +13,11 @@ from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 from portakv_benchmarks.encodings import trained
 from portakv_benchmarks.encodings.trained import Decoder, Shape, escapes_of, rows_of
 
-LAYERS, HEADS, WIDTH, WORDS, TOKENS = 2, 2, 32, 33, 6
+LAYERS = 2
+HEADS = 2
+WIDTH = 32
+WORDS = 33
+TOKENS = 6
 
 
 def weights_of() -> dict[str, torch.Tensor]:
@@ -55,7 +59,9 @@ def whole(weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> tuple[torch
         name = f"transformer.h.{layer}"
         made = linear(normed(hidden, f"{name}.ln_1"), f"{name}.attn.c_attn")
         parts = [x.unflatten(2, (HEADS, -1)).transpose(1, 2) for x in made.chunk(3, dim=2)]
-        mixed = scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2).flatten(2)
+        query, key, value = parts
+        mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = mixed.transpose(1, 2).flatten(2)
         hidden = hidden + linear(mixed, f"{name}.attn.c_proj")
         inner = gelu(linear(normed(hidden, f"{name}.ln_2"), f"{name}.mlp.c_fc"), approximate="tanh")
         hidden = hidden + linear(inner, f"{name}.mlp.c_proj")

@@ -22,8 +22,8 @@ from portakv import KVView, TransferError, copy_blocks
 from portakv.storage import BlockForm, BlockStore, Disk, Remote
 from portakv.storage.chains import FIRST, mark_of
 from portakv.storage.extents import Extents
-from portakv.storage.host_cache import ANY, Claim
-from portakv.storage.sized_rows import MOST_EVICTED, SizedRows, Want
+from portakv.storage.host_cache import ANY, Claim, Want
+from portakv.storage.sized_rows import MOST_EVICTED, SizedRows
 from portakv.storage.tier import Tier
 
 PAGE = 4096
@@ -369,6 +369,7 @@ LAYOUT = "layer | kv block token head dim"
 RAW = BlockForm.of(KVView(cache(1), LAYOUT), "org/model")
 PACKED = BlockForm.of(KVView(cache(1), LAYOUT), "org/model", encoding="pack")
 BOTH = {"packed": PACKED, "raw": RAW}
+STORES: dict[str, BlockForm | dict[str, BlockForm]] = {"raw": RAW, "packed": BOTH}
 KEYS = [key_of(number) for number in range(26)]
 
 
@@ -393,7 +394,7 @@ def test_the_same_bytes_hold_1_3_times_the_tokens(kind: str, tmp_path: Path) -> 
     view = KVView(layers, LAYOUT)
     nbytes = 20 * RAW.image_bytes
     held = dict[str, int]()
-    for name, form in {"raw": RAW, "packed": BOTH}.items():
+    for name, form in STORES.items():
         host = nbytes if kind == "host" else 0
         tiers = tiers_of(kind, tmp_path / name, nbytes)
         with BlockStore(form, staging=8 << 20, host=host, tiers=tiers) as store:
@@ -409,7 +410,7 @@ def test_the_same_bytes_hold_1_3_times_the_tokens(kind: str, tmp_path: Path) -> 
 def test_the_same_tokens_take_1_3_times_fewer_bytes_of_a_bucket(tmp_path: Path) -> None:
     layers = cache(4)
     written = dict[str, int]()
-    for name, form in {"raw": RAW, "packed": BOTH}.items():
+    for name, form in STORES.items():
         folder = tmp_path / name
         bucket = Remote(f"file://{folder}")
         with BlockStore(form, staging=8 << 20, tiers=[bucket]) as store:
