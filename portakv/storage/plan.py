@@ -689,7 +689,7 @@ class InFlight(Lease):
         return (
             rows,
             [self.keys[i] for i in rows],
-            [self.spare.image(self.items, i) for i in rows],
+            [self.spare.image_in(self.items, i) for i in rows],
         )
 
     def _is_cancelled(self) -> bool:

@@ -22,6 +22,8 @@ from portakv.storage.rows import Rows
 PIECE = 511 << 30
 #: Rows that one row may evict. If memory has no run of its size after that, it is not cached.
 MOST_EVICTED = 8
+#: Bytes of images in rows of staging that the end of a transfer copies: a millisecond under a lock.
+MOST_MOVED = 8 << 20
 
 
 class SizedRows(Rows):
@@ -72,6 +74,7 @@ class SizedRows(Rows):
         self._past = past
         self._pages = dict[int, int]()  # of the rows of the host tier that are lent or cached
         self._staged = 0  # rows of staging that are lent
+        self._given = set[int]()  # rows that `keep` freed, and that their transfer gives next
         self._victim = range(0)  # the pages of the row that was evicted last
         self._descends = False  # of the last two evicted rows next to each other, the second is first
         self._flat = self.array.reshape(-1)
@@ -159,34 +162,74 @@ class SizedRows(Rows):
         claim: Claim = ANY,
         sizes: Sequence[int] | None = None,
     ) -> list[bool]:
-        """Cache lent rows of the host tier under keys that follow marks.
+        """Cache lent rows under keys that follow marks.
 
         ``sizes``: the bytes of each image; pages of a row after it become free. None: those of the
         largest. At most half of the host tier is ``prefetched`` and not used yet.
 
-        Returns which rows are cached: not one of staging, and not one whose key has a row.
+        Images in rows of staging are copied into rows of the host tier, `MOST_MOVED` bytes of them,
+        or one. They evict others, or take the place of the last ones of ``items``, so that the
+        first blocks are cached. So the raw rows of a block that did not fit end no prompt whose
+        other blocks fill the tier.
+
+        Returns which rows are cached: not one whose key has a row, or for which there is no row of
+        the host tier.
         """
         cache = self._cache
         new = New(UNUSED if prefetched else USED)
         cached = [False] * len(items)
         sizes = [self.row_bytes] * len(items) if sizes is None else sizes
+        left = [*items]  # that are not cached yet
+        moved = 0
         with self._lock:
-            for number, (item, key) in enumerate(zip(items, keys, strict=True)):
-                if key in cache.rows or item < self._first:
+            for number, key in enumerate(keys):
+                if number == len(left):
+                    break
+                size = sizes[number]
+                if key in cache.rows:
                     continue
-                if prefetched and self._crowded(sizes[number]):
-                    place = claim.own.get(key[-32:], BEFORE)
+                place = claim.own.get(key[-32:], BEFORE)
+                if prefetched and self._crowded(size):
                     if not self._evict(claim, place, UNUSED, new):
                         continue
-                del self._lent[item]
-                self._trim(item, sizes[number] // PAGE)
-                cache.rows[key] = item
+                row: int | None = left[number]
+                if left[number] < self._first:
+                    moved += size
+                    if moved > max(size, MOST_MOVED):
+                        continue
+                    cache.let_go(new)
+                    row = self._moved(left, number, Want(size, False, claim, place))
+                    if row is None:
+                        continue
+                else:
+                    del self._lent[left[number]]
+                    self._trim(left[number], size // PAGE)
+                cache.rows[key] = row
                 if prefetched:
                     cache.unused.add(key)
                 new.add(key, follows[number])
                 cached[number] = True
             cache.let_go(new)
         return cached
+
+    def _moved(self, left: list[int], number: int, want: Want) -> int | None:
+        """Return a row of the host tier with the image of a row of staging; None if there is none
+        for it.
+
+        The last rows of ``left`` become free if that makes room, at most as many as one row may
+        evict.
+        """
+        made = self._host_rows(1, want)
+        most = max(number + 1, len(left) - MOST_EVICTED)
+        while not made and len(left) > most:
+            last = left.pop()
+            self._give([last])
+            self._given.add(last)
+            made = self._host_rows(1, want)
+        if not made:
+            return None
+        self.image(made[0], want.nbytes)[:] = self.image(left[number], want.nbytes)
+        return made[0]
 
     def lacks(self, count: int) -> bool:
         """Return True if saves may not have so many rows more, whatever is evicted."""
@@ -259,6 +302,9 @@ class SizedRows(Rows):
     def _give(self, items: Iterable[int]) -> None:
         """Free lent rows."""
         for item in items:
+            if item in self._given:  # by `keep`; the number may be that of another row now
+                self._given.remove(item)
+                continue
             store = self._lent.pop(item, None)
             if store is None:
                 continue

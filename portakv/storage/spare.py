@@ -232,13 +232,13 @@ class SpareRows:
     ) -> tuple[int, ...]:
         """Make an image of the payload in a row, as `image.seal` does."""
         form = self.part(row).form
-        return image.seal(self.image(items, row), form, key, generation, follows)
+        return image.seal(self.image_in(items, row), form, key, generation, follows)
 
     def predecessor(self, items: Sequence[int], row: int) -> int:
         """Return the mark of the block that the image in a row follows."""
-        return image.predecessor(self.image(items, row))
+        return image.predecessor(self.image_in(items, row))
 
-    def image(self, items: Sequence[int], row: int) -> image.Row:
+    def image_in(self, items: Sequence[int], row: int) -> image.Row:
         """Return the image of a row, whose number in the memory is ``items[row]``."""
         return self._spare.rows.image(items[row], self.image_bytes(row))
 

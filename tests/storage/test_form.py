@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from support.ambient import STATES
 from support.cache_cases import Cache, shuffled
 from support.core_cases import noise
-from support.storage_cases import payloads, small_form
+from support.storage_cases import key_of, payloads, sealed, small_form
 
 from portakv import KVView, copy_blocks
 from portakv.errors import InvalidTerms, StoreError
@@ -344,3 +344,22 @@ def test_forms_in_any_state_of_torch(state: str) -> None:
         assert form.view(rows).slots == 12
         assert len(form.segments) == 1
         assert BlockForm.from_json(form.json()) == form
+
+
+def test_images_begin_at_any_page() -> None:
+    form = small_form(layers=3, heads=2)
+    pages = form.image_bytes // 4096
+    memory = torch.zeros(3 * pages + 1, 4096, dtype=torch.uint8, device="cpu")
+    rows = memory[1:].view(3, form.image_bytes)
+    rows.copy_(sealed(form, [key_of(number) for number in range(3)]))
+    by_page = form.view(memory)
+    assert by_page.form.place == form.view(rows).form.place
+    assert by_page.slots == (2 * pages + 2) * form.block_size
+    some = [torch.zeros_like(rows) for _ in range(2)]
+    copy_blocks(by_page, form.view(some[0]), [1, 1 + 2 * pages], [0, 1]).synchronize()
+    copy_blocks(form.view(rows), form.view(some[1]), [0, 2], [0, 1]).synchronize()
+    assert torch.equal(*some)
+    with pytest.raises(InvalidTerms, match="Expected rows to be"):
+        form.view(memory[: pages - 1])
+    with pytest.raises(InvalidTerms, match="Expected rows to be"):
+        form.view(memory.repeat(1, 2)[:, :4096])
