@@ -13,6 +13,10 @@ class Extents:
     A run is taken from the shortest extent that has room for it, so that runs of one size fill the
     holes that they leave. Callers hold a lock.
 
+    Runs that lie next to each other are often evicted one after the other: a chain from its end, or
+    single blocks as they came. So a run takes the end of its extent that is farther from the run
+    that goes next, and what is left of the extent grows by that one.
+
     Args:
         pieces: the first page of each piece of memory, and the page past it. No run crosses the end
             of a piece.
@@ -28,16 +32,15 @@ class Extents:
         self._sizes = dict[int, dict[int, None]]()  # the first pages of the extents of each length
         self._lengths = list[int]()  # the lengths that extents have, in order
         self._past = frozenset(past for _, past in pieces)
+        self._evicted = range(0)  # the last pages that were evicted
+        self._descends = False  # the last evicted pages lie before those evicted before them
         for first, past in pieces:
             if first < past:
                 self._add(first, past)
                 self.free += past - first
 
-    def take(self, count: int, last: bool = False) -> int | None:
-        """Return the first of so many pages; None if no extent has as many.
-
-        ``last``: take them from the end of the extent, not from its start.
-        """
+    def take(self, count: int) -> int | None:
+        """Return the first of so many pages; None if no extent has as many."""
         at = bisect_left(self._lengths, count)
         if at == len(self._lengths):
             return None
@@ -45,7 +48,7 @@ class Extents:
         past = self._ends[first]
         self._remove(first, past)
         self.free -= count
-        if last:
+        if self._descends:
             if first < past - count:
                 self._add(first, past - count)
             return past - count
@@ -53,10 +56,15 @@ class Extents:
             self._add(first + count, past)
         return first
 
-    def give(self, first: int, count: int) -> None:
-        """Return pages, which join the free ones next to them."""
+    def give(self, first: int, count: int, evicted: bool = False) -> None:
+        """Return pages, which join the free ones next to them; ``evicted``: in the order in which
+        others go."""
         self.free += count
         past = first + count
+        if evicted:
+            if first == self._evicted.stop or past == self._evicted.start:
+                self._descends = past == self._evicted.start
+            self._evicted = range(first, past)
         if first in self._starts and first not in self._past:
             before = self._starts[first]
             self._remove(before, first)

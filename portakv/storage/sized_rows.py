@@ -35,10 +35,6 @@ class SizedRows(Rows):
     rows to evict, since its blocks would evict them at its end. Blocks that find no row there, as
     all rows are read or may not go, take rows of staging, and are not cached.
 
-    Rows that lie next to each other are often evicted one after the other: a chain from its end, or
-    single blocks as they came. So a row takes the end of its hole that is farther from the row that
-    goes next, and what is left of the hole grows by that one.
-
     Attributes:
         tensor: uint8 ``[pages, 4096]``; row i begins at page i. `BlockForm.view` takes it.
         row_bytes: bytes of the largest image.
@@ -75,8 +71,6 @@ class SizedRows(Rows):
         self._pages = dict[int, int]()  # of the rows of the host tier that are lent or cached
         self._staged = 0  # rows of staging that are lent
         self._given = set[int]()  # rows that `keep` freed, and that their transfer gives next
-        self._victim = range(0)  # the pages of the row that was evicted last
-        self._descends = False  # of the last two evicted rows next to each other, the second is first
         self._flat = self.array.reshape(-1)
 
     def image(self, item: int, nbytes: int) -> Row:
@@ -179,31 +173,19 @@ class SizedRows(Rows):
         new = New(UNUSED if prefetched else USED)
         cached = [False] * len(items)
         sizes = [self.row_bytes] * len(items) if sizes is None else sizes
-        left = [*items]  # that are not cached yet
-        moved = 0
+        left = [*items]  # the last ones may become free
+        apart = self._too_many(items, sizes)
         with self._lock:
             for number, key in enumerate(keys):
                 if number == len(left):
                     break
-                size = sizes[number]
-                if key in cache.rows:
+                if key in cache.rows or number in apart:
                     continue
                 place = claim.own.get(key[-32:], BEFORE)
-                if prefetched and self._crowded(size):
-                    if not self._evict(claim, place, UNUSED, new):
-                        continue
-                row: int | None = left[number]
-                if left[number] < self._first:
-                    moved += size
-                    if moved > max(size, MOST_MOVED):
-                        continue
-                    cache.let_go(new)
-                    row = self._moved(left, number, Want(size, False, claim, place))
-                    if row is None:
-                        continue
-                else:
-                    del self._lent[left[number]]
-                    self._trim(left[number], size // PAGE)
+                want = Want(sizes[number], False, claim, place, prefetched)
+                row = self._row_to_keep(left, number, want, new)
+                if row is None:
+                    continue
                 cache.rows[key] = row
                 if prefetched:
                     cache.unused.add(key)
@@ -211,6 +193,31 @@ class SizedRows(Rows):
                 cached[number] = True
             cache.let_go(new)
         return cached
+
+    def _too_many(self, items: Sequence[int], sizes: Sequence[int]) -> set[int]:
+        """Return the numbers of rows of staging after `MOST_MOVED` bytes of them, or one."""
+        result = set[int]()
+        moved = 0
+        for number, item in enumerate(items):
+            if item < self._first:
+                moved += sizes[number]
+                if moved > max(MOST_MOVED, sizes[number]):
+                    result.add(number)
+        return result
+
+    def _row_to_keep(self, left: list[int], number: int, want: Want, new: New) -> int | None:
+        """Return a row of the host tier with the image of a lent row, which is no longer lent; None
+        if there is none for it. ``new``: keys that got a row before."""
+        if want.prefetched and self._crowded(want.nbytes):
+            if not self._evict(want.claim, want.place, UNUSED, new):
+                return None
+        item = left[number]
+        if item < self._first:
+            self._cache.let_go(new)
+            return self._moved(left, number, want)
+        del self._lent[item]
+        self._trim(item, want.nbytes // PAGE)
+        return item
 
     def _moved(self, left: list[int], number: int, want: Want) -> int | None:
         """Return a row of the host tier with the image of a row of staging; None if there is none
@@ -265,12 +272,12 @@ class SizedRows(Rows):
         pages = want.nbytes // PAGE
         items = list[int]()
         while len(items) < count:
-            item = self._space.take(pages, self._descends)
+            item = self._space.take(pages)
             for _ in range(MOST_EVICTED):
                 group = UNUSED if want.prefetched and self._crowded(want.nbytes) else None
                 if item is not None or not self._evict(want.claim, want.place, group):
                     break
-                item = self._space.take(pages, self._descends)
+                item = self._space.take(pages)
             if item is None:
                 break
             self._pages[item] = pages
@@ -324,11 +331,7 @@ class SizedRows(Rows):
         """Free the rows of keys; return False, and free none, if a load reads one of them."""
         items = self._cache.evict(keys)
         for item in items:
-            past = item + self._pages[item]
-            if item == self._victim.stop or past == self._victim.start:
-                self._descends = past == self._victim.start
-            self._victim = range(item, past)
-        self._release(items)
+            self._space.give(item, self._pages.pop(item), evicted=True)
         self.evicted += len(items)
         return bool(items)
 

@@ -49,13 +49,13 @@ def test_runs_of_free_pages(steps: list[tuple[int, bool, int]]) -> None:
     extents = Extents(pieces)
     free = {page for first, past in pieces for page in range(first, past)}
     taken = list[range]()
-    for count, last, pick in steps:
+    for count, evicted, pick in steps:
         if taken and pick % 3 == 0:
             run = taken.pop(pick % len(taken))
-            extents.give(run.start, len(run))
+            extents.give(run.start, len(run), evicted)
             free |= {*run}
             continue
-        begin = extents.take(count, last)
+        begin = extents.take(count)
         fits = [
             page
             for first, past in pieces
@@ -78,7 +78,19 @@ def test_a_run_takes_the_hole_that_fits_it_best() -> None:
     extents.give(4, 4)
     assert extents.take(3) == 0
     assert extents.take(4) == 4
-    assert extents.take(3, last=True) == 17
+    assert extents.take(3) == 9
+
+
+@pytest.mark.parametrize("descends", [False, True])
+def test_a_run_takes_the_end_that_is_farther_from_the_run_that_goes_next(descends: bool) -> None:
+    extents = Extents([(0, 12)])
+    runs = [extents.take(3) for _ in range(4)]
+    assert runs == [0, 3, 6, 9]
+    for first in (9, 6) if descends else (0, 3):
+        extents.give(first, 3, evicted=True)
+    assert extents.take(4) == (8 if descends else 0)
+    extents.give(*((3, 3) if descends else (6, 3)))
+    assert extents.take(4) == 4
 
 
 # --- rows by a model
