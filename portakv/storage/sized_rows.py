@@ -208,9 +208,9 @@ class SizedRows(Rows):
     def _row_to_keep(self, left: list[int], number: int, want: Want, new: New) -> int | None:
         """Return a row of the host tier with the image of a lent row, which is no longer lent; None
         if there is none for it. ``new``: keys that got a row before."""
-        if want.prefetched and self._crowded(want.nbytes):
-            if not self._evict(want.claim, want.place, UNUSED, new):
-                return None
+        crowded = want.prefetched and self._crowded(want.nbytes)
+        if crowded and not self._evict(want.claim, want.place, UNUSED, new):
+            return None
         item = left[number]
         if item < self._first:
             self._cache.let_go(new)
