@@ -51,6 +51,9 @@ def copy_runs(
     are better than many: on a CPU, 64 runs of 64 sizes, all seen before, took the host 12 ms, and
     64 runs of one size 2 ms. 1,024 sizes are remembered.
 
+    Each call describes its runs anew. If the same addresses are copied again, keep two views of
+    `KVView.at` and pass them to `copy_rows`, which then repeats what it has decided.
+
     If one size is refused, nothing is moved. Sizes have no order: no run may read or write what a
     run of another size writes. The caller promises the memory as `KVView.at` says.
 
