@@ -16,7 +16,7 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from mmap import mmap
 from pathlib import Path
 from statistics import median
@@ -217,6 +217,9 @@ class FaultyStore:
     def right(self) -> list[bool]:
         side = self._side
         return [bool(each) for each in (side.memory == side.expected).all(axis=1)]
+
+    def answers(self) -> Mapping[str, int]:
+        return {}
 
     def touched(self) -> bool:
         changed = not np.array_equal(self._before, self._side.memory)
