@@ -3,9 +3,9 @@
 
     python -m portakv_benchmarks.plugs.tier_parts FOLDER [--turns 9]
 
-Each way brings the same chunks of a file into memory of pages of 4 KiB, in turns, in one thread: by
-a read alone, as vLLM's `fs` does it, and by reads with a checksum. The least of all turns counts,
-because other work on a machine only adds. It needs a disk with O_DIRECT.
+Each method brings the same chunks of a file into memory of pages of 4 KiB, in turns, in one thread: by
+a read past the page cache, as vLLM's `fs` does it, and by reads with a checksum. The least of all
+turns counts, because other work on a machine only adds. It needs a disk with O_DIRECT.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ IMAGE = HEADER + CHUNK
 #: Bytes of a piece that stays in the cache of a core between two passes.
 PIECE = 128 << 10
 HUGE = 2 << 20
-#: The way with which the others are compared.
-READ = "read from the page cache into place (fs)"
+#: The method with which the others are compared.
+READ = "read past the page cache into place"
 Rows = npt.NDArray[np.uint8]
 
 
@@ -60,39 +60,39 @@ class Parts:
         os.close(self.cached)
         os.close(self.direct)
 
-    def ways(self) -> dict[str, Callable[[], None]]:
+    def methods(self) -> dict[str, Callable[[], None]]:
         """Return what brings the chunks, and single passes over them, by name."""
         return {
             READ: self.read,
-            "read past the page cache into place": self.read_direct,
-            "the same, and a checksum": self.read_direct_and_check,
-            "read from the page cache, and a checksum": self.read_and_check,
+            "the same, and a checksum": self.read_and_check,
+            "read from the page cache into place": self.read_cached,
+            "the same from the page cache, and a checksum": self.read_cached_and_check,
             "read into staging, a checksum, all copied then": self.stage,
-            "read into staging, a checksum, copied at once": self.stage_and_copy,
+            "read into staging, a checksum, copied immediately": self.stage_and_copy,
             "read into staging, checksum and copy by pieces": self.stage_by_pieces,
             "a checksum alone": self.check,
             "a copy from staging alone": self.copy,
         }
 
     def read(self) -> None:
-        """Read as `fs` does."""
-        for number, chunk in enumerate(self.memory):
-            self._fill(self.cached, [chunk], number * IMAGE + HEADER, CHUNK)
-
-    def read_direct(self) -> None:
-        """Read into the engine's memory; a header goes elsewhere."""
+        """Read into the engine's memory, as `fs` does; a header goes elsewhere."""
         header = self.staging[0, :HEADER]
         for number, chunk in enumerate(self.memory):
             self._fill(self.direct, [header, chunk], number * IMAGE, IMAGE)
 
-    def read_direct_and_check(self) -> None:
+    def read_and_check(self) -> None:
         """Verify chunks in the engine's memory."""
         header = self.staging[0, :HEADER]
         for number, chunk in enumerate(self.memory):
             self._fill(self.direct, [header, chunk], number * IMAGE, IMAGE)
             xxhash.xxh3_64_intdigest(chunk)
 
-    def read_and_check(self) -> None:
+    def read_cached(self) -> None:
+        """Read chunks that the page cache has."""
+        for number, chunk in enumerate(self.memory):
+            self._fill(self.cached, [chunk], number * IMAGE + HEADER, CHUNK)
+
+    def read_cached_and_check(self) -> None:
         """Verify chunks that the page cache has."""
         for number, chunk in enumerate(self.memory):
             self._fill(self.cached, [chunk], number * IMAGE + HEADER, CHUNK)
@@ -144,16 +144,16 @@ class Parts:
 
 
 def measured(folder: Path, turns: int) -> dict[str, float]:
-    """Return milliseconds of processor time a MiB of each way, the least of so many turns."""
+    """Return milliseconds of processor time a MiB of each method, the least of so many turns."""
     path = folder / "chunks"
     parts = Parts(path)
-    ways = parts.ways()
-    least = dict.fromkeys(ways, float("inf"))
+    methods = parts.methods()
+    least = dict.fromkeys(methods, float("inf"))
     try:
         for _ in range(turns):
-            for name, way in ways.items():
+            for name, method in methods.items():
                 begin = time.process_time()
-                way()
+                method()
                 took = time.process_time() - begin
                 least[name] = min(least[name], 1e3 * took / (CHUNKS * CHUNK >> 20))
     finally:
@@ -163,7 +163,7 @@ def measured(folder: Path, turns: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure as the command line says, and print a line for each way."""
+    """Measure as the command line says, and print a line for each method."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="a folder on the disk to measure")
     parser.add_argument("--turns", type=int, default=9)

@@ -179,9 +179,9 @@ class FaultyStore:
 
     def answers(self) -> Mapping[str, int]:
         """Return whether the model answers with the loaded cache as with a computed one."""
-        mine = self._answer(self._loaded)
+        loaded = self._answer(self._loaded)
         own = self._answer(None)
-        return {"right answers" if torch.equal(mine, own) else "wrong answers": 1}
+        return {"right answers" if torch.equal(loaded, own) else "wrong answers": 1}
 
     def touched(self) -> bool:
         before = self._before

@@ -186,7 +186,7 @@ def _row(some: Sequence[Moved], of_fs: Sequence[Moved]) -> dict[str, Any]:
         "processor_ms_per_mib": round(1e3 * median(x.processor for x in some) / (total >> 20), 4),
         "least_processor": round(1e3 * least / (total >> 20), 4),
         "call_ms": round(1e3 * median(x.call for x in some), 4),
-        "rate_of_fs": round(median(theirs.end / own.end for own, theirs in pairs), 3),
+        "rate_of_fs": round(median(other.end / own.end for own, other in pairs), 3),
         "processor_of_fs": round(least / min(x.processor for x in of_fs), 3),
         "verified": True,
     }
@@ -197,7 +197,7 @@ def speed(folder: Path, turns: int) -> dict[str, Any]:
     rows = measured(folder, turns)
     least = tier_parts.measured(folder, turns)
     for name, value in least.items():
-        row: dict[str, Any] = {"kind": "plug_tier_part", "part": "tiers", "way": name}
+        row: dict[str, Any] = {"kind": "plug_tier_part", "part": "tiers", "method": name}
         row["processor_ms_per_mib"] = round(value, 4)
         row["of_fs"] = round(value / least[tier_parts.READ], 3)
         rows.append(row | {"verified": True})

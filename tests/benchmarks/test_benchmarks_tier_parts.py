@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways to load chunks whose processor time is compared: each brings all bytes."""
+"""The methods to load chunks whose processor time is compared: each brings all bytes."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def parts(tmp_path: Path) -> Iterator[Parts]:
     made.close()
 
 
-def test_each_way_brings_all_bytes(parts: Parts, tmp_path: Path) -> None:
+def test_each_method_brings_all_bytes(parts: Parts, tmp_path: Path) -> None:
     """A single pass brings none, or what staging has."""
     images = np.fromfile(tmp_path / "chunks", np.uint8).reshape(CHUNKS, IMAGE)
-    for name, way in parts.ways().items():
+    for name, method in parts.methods().items():
         parts.memory[:] = 0
-        way()
+        method()
         if name == "a checksum alone":
             assert not parts.memory.any()
         else:
             assert np.array_equal(parts.memory, images[:, HEADER:]), name
-    assert READ in parts.ways()
+    assert READ in parts.methods()
 
 
 def test_the_recorded_result_is_judged() -> None:
@@ -47,5 +47,5 @@ def test_the_recorded_result_is_judged() -> None:
     result = read(guide.RESULTS / "parts" / "cpu-2core-vllm-tier-speed.json")
     verdicts = [x for x in check.judge(result, check.load_targets()) if "vLLM's tier" in x.bar.name]
     assert [verdict.word for verdict in verdicts] == ["met", "accepted"]
-    alone = [row["of_fs"] for row in result["rows"] if row.get("way") == "a checksum alone"]
+    alone = [row["of_fs"] for row in result["rows"] if row.get("method") == "a checksum alone"]
     assert alone[0] > 0.5
