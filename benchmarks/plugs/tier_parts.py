@@ -3,9 +3,9 @@
 
     python -m portakv_benchmarks.plugs.tier_parts FOLDER [--turns 9]
 
-Each method brings the same chunks of a file into memory of pages of 4 KiB, in turns, in one thread: by
-a read past the page cache, as vLLM's `fs` does it, and by reads with a checksum. The least of all
-turns counts, because other work on a machine only adds. It needs a disk with O_DIRECT.
+Each method brings the same chunks of a file into memory of pages of 4 KiB, in turns, in one thread:
+by a read past the page cache, as vLLM's `fs` does it, and by reads with a checksum. The least of
+all turns counts, because other work on a machine only adds. It needs a disk with O_DIRECT.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import time
 from collections.abc import Callable
 from mmap import MADV_HUGEPAGE, mmap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
+
+from portakv.storage.image import checksum
 
 CHUNKS = 64
 CHUNK = 2 << 20
@@ -31,7 +33,6 @@ PIECE = 128 << 10
 HUGE = 2 << 20
 #: The method with which the others are compared.
 READ = "read past the page cache into place"
-Rows = npt.NDArray[np.uint8]
 
 
 class Parts:
@@ -85,7 +86,7 @@ class Parts:
         header = self.staging[0, :HEADER]
         for number, chunk in enumerate(self.memory):
             self._fill(self.direct, [header, chunk], number * IMAGE, IMAGE)
-            xxhash.xxh3_64_intdigest(chunk)
+            checksum(chunk)
 
     def read_cached(self) -> None:
         """Read chunks that the page cache has."""
@@ -96,20 +97,20 @@ class Parts:
         """Verify chunks that the page cache has."""
         for number, chunk in enumerate(self.memory):
             self._fill(self.cached, [chunk], number * IMAGE + HEADER, CHUNK)
-            xxhash.xxh3_64_intdigest(chunk)
+            checksum(chunk)
 
     def stage(self) -> None:
         """Read and verify in staging, and then copy, as PortaKV's store does."""
         for number, image in enumerate(self.staging):
             self._fill(self.direct, [image], number * IMAGE, IMAGE)
-            xxhash.xxh3_64_intdigest(image[HEADER:])
+            checksum(image[HEADER:])
         self.copy()
 
     def stage_and_copy(self) -> None:
         """Copy each chunk as soon as it is verified."""
         for number, image in enumerate(self.staging):
             self._fill(self.direct, [image], number * IMAGE, IMAGE)
-            xxhash.xxh3_64_intdigest(image[HEADER:])
+            checksum(image[HEADER:])
             self._move(number, 0, CHUNK)
 
     def stage_by_pieces(self) -> None:
@@ -118,14 +119,15 @@ class Parts:
             self._fill(self.direct, [image], number * IMAGE, IMAGE)
             state = xxhash.xxh3_64()
             for begin in range(0, CHUNK, PIECE):
-                state.update(image[HEADER + begin : HEADER + begin + PIECE])
+                piece: Any = image[HEADER + begin : HEADER + begin + PIECE]
+                state.update(piece)
                 self._move(number, begin, PIECE)
             state.intdigest()
 
     def check(self) -> None:
         """Verify chunks that no core has in its cache."""
         for chunk in self.memory:
-            xxhash.xxh3_64_intdigest(chunk)
+            checksum(chunk)
 
     def copy(self) -> None:
         """Copy all chunks."""
@@ -137,7 +139,7 @@ class Parts:
         ctypes.memmove(self.memory[number].ctypes.data + begin, source, nbytes)
 
     @staticmethod
-    def _fill(fd: int, rows: list[Rows], offset: int, nbytes: int) -> None:
+    def _fill(fd: int, rows: list[Any], offset: int, nbytes: int) -> None:
         done = os.preadv(fd, rows, offset)
         if done != nbytes:
             raise OSError(f"Expected {nbytes} bytes, got {done}. Free the disk.")

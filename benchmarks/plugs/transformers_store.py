@@ -78,7 +78,7 @@ def _believe_the_disk() -> None:
         return [each.nbytes for each in requests]
 
     Threads.carry = believe  # type: ignore[method-assign]
-    DiskStore.right = lambda *_: True  # type: ignore[method-assign, assignment]
+    DiskStore.right = lambda *_: True  # type: ignore[method-assign]
 
 
 def as_if_loaded(load: Callable[..., int]) -> Callable[..., int]:
@@ -99,7 +99,7 @@ def _believe_in_blocks() -> None:
     from portakv.serving.prefixes import Prefixes
 
     Prefixes.load = as_if_loaded(Prefixes.load)  # type: ignore[method-assign]
-    Prefixes.lookup = lambda _, keys: len(keys)  # type: ignore[method-assign]
+    Prefixes.lookup = lambda _, keys: len(keys)  # type: ignore[method-assign, assignment]
 
 
 #: What makes a store a control.

@@ -103,7 +103,8 @@ class GraphStep:
 
     def ended(self) -> bool:
         """See `Step`."""
-        return self._end.query()
+        ended: bool = self._end.query()
+        return ended
 
 
 # --- words
