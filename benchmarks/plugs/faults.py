@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from mmap import mmap
 from pathlib import Path
@@ -65,6 +65,9 @@ class Store(Protocol):
 
     def right(self) -> list[bool]:
         """Return which objects' memory has their bytes."""
+
+    def answers(self) -> Mapping[str, int]:
+        """Return how a model answered with what was loaded; nothing if the store has no model."""
 
     def touched(self) -> bool:
         """Return whether the memory has changed since the last call."""
@@ -174,15 +177,16 @@ def _one(
         counts["memory written after the end"] += over and store.touched()
     _wait(store)
     hits = max(hits, disk.mend())
-    return counts + _counted(store, hits)
+    counts["faults"] += hits > 0
+    return counts + counted(store)
 
 
-def _counted(store: Store, hits: int) -> Counter[str]:
-    """Return how objects came."""
-    counts = Counter(faults=int(hits > 0))
+def counted(store: Store) -> Counter[str]:
+    """Return how objects of a load came that has ended, and how a model answered."""
+    counts = Counter[str]()
     for there, right in zip(store.landed(), store.right(), strict=True):
         counts[("right" if right else "wrong") if there else "missed"] += 1
-    return counts
+    return counts + Counter(store.answers())
 
 
 def _wait(store: Store) -> None:
@@ -282,7 +286,7 @@ def _load(make: Callable[[str, Path], Store], name: str, folder: Path, seed: int
     store.renew(seed)
     store.begin_load()
     _wait(store)
-    to.send(_counted(store, 1))
+    to.send(counted(store) + Counter(faults=1))
     with suppress(Exception):
         store.close()
     os._exit(0)  # engines' threads may not end

@@ -21,7 +21,7 @@ import shutil
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ FAULTED = 64
 STAGING = 16 << 20
 LIMIT = 120
 OURS = "portakv"
-IMPORTS = ("lmcache.v1.distributed.l2_adapters", MODULE)
+IMPORTS = ("lmcache.v1.distributed.l2_adapters", "lmcache.v1.storage_backend", MODULE)
 SHARED = "portakv, shared"
 #: PortaKV's other configurations, with their terms: a host tier of as many bytes as the page cache
 #: has for the files of the others, and a folder that several servers may have.
@@ -255,6 +255,9 @@ class FaultyStore:
     def right(self) -> list[bool]:
         pairs = zip(self._source, self._target, strict=True)
         return [torch.equal(a.tensor, b.tensor) for a, b in pairs]
+
+    def answers(self) -> Mapping[str, int]:
+        return {}
 
     def touched(self) -> bool:
         now = self._all()

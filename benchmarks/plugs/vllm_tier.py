@@ -3,9 +3,10 @@
 
     python -m portakv_benchmarks.plugs.vllm_tier FOLDER [--json FILE] [--turns 9] [--faults 200]
 
-It needs vLLM 0.32 or newer, and no device. With ``--faults`` it measures no speed: it lets so many
-faults of each kind happen to the files, the disk and the process, and counts how chunks came that a
-load reports as loaded.
+It needs vLLM 0.32 or newer, and no device. The result has the parts of a load too, as `tier_parts`
+measures them, and `python -m benchmarks.check` judges it. With ``--faults`` it measures no speed:
+it lets so many faults of each kind happen to the files, the disk and the process, and counts how
+chunks came that a load reports as loaded.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from mmap import mmap
 from pathlib import Path
 from statistics import median
@@ -24,12 +26,15 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+import vllm
 from vllm.v1.kv_offload.base import ReqContext, ScheduleEndContext, make_offload_key
 from vllm.v1.kv_offload.tiering.base import TransferJob
 from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 
 from portakv.integrations.vllm_tier import PortaKVTier
-from portakv_benchmarks.plugs import faults
+from portakv_benchmarks.cli import describe
+from portakv_benchmarks.plugs import faults, tier_parts
 
 CHUNKS = 64
 CHUNK = 2 << 20
@@ -73,11 +78,17 @@ class Side:
 
     def __init__(self, make: Callable[[memoryview], Any], nbytes: int) -> None:
         self.memory = np.frombuffer(mmap(-1, CHUNKS * nbytes), np.uint8).reshape(CHUNKS, nbytes)
-        draw = np.random.default_rng(0)
-        self.expected = draw.integers(0, 256, (CHUNKS, nbytes), np.uint8)
-        self.keys = [make_offload_key(draw.bytes(32), 0) for _ in range(CHUNKS)]
+        self.expected = np.zeros_like(self.memory)
+        self.keys = list[Any]()
+        self.renew(0)
         self.tier = make(self.memory.data)
         self.number = 0
+
+    def renew(self, seed: int) -> None:
+        """Take other keys and other bytes."""
+        draw = np.random.default_rng(seed)
+        self.expected = draw.integers(0, 256, self.expected.shape, np.uint8)
+        self.keys = [make_offload_key(draw.bytes(32), 0) for _ in range(CHUNKS)]
 
     def begin(self, load: bool) -> tuple[float, float, float]:
         """Begin a job; return the time, the processor time, and the seconds of the call."""
@@ -136,34 +147,64 @@ def _ours(folder: Path, nbytes: int, **more: Any) -> Side:
     return Side(lambda view: PortaKVTier(SPEC, view, "portakv", **terms), nbytes)
 
 
-def measured(folder: Path, turns: int) -> dict[str, dict[str, float]]:
-    """Return what loads and lookups of both take, in turns."""
+def measured(folder: Path, turns: int) -> list[dict[str, Any]]:
+    """Return a row for each tier and operation: what loads, stores and lookups take, in turns."""
     both = sides(folder, CHUNK)
-    loads: dict[str, list[Moved]] = {name: [] for name in both}
-    lookups: dict[str, list[float]] = {name: [] for name in both}
-    for side in both.values():
-        side.move(False)
+    moves: dict[tuple[str, str], list[Moved]] = defaultdict(list)
+    lookups: dict[str, list[float]] = defaultdict(list)
     for turn in range(turns):
         for name in [*both][:: 1 if turn % 2 else -1]:
-            took, result = both[name].move(True)
-            assert result.success
-            assert np.array_equal(both[name].memory, both[name].expected), name
-            loads[name].append(took)
-            lookups[name].append(both[name].lookup())
+            side = both[name]
+            side.renew(turn)
+            for path in folder.rglob("*.bin"):  # `fs` removes no file itself
+                path.unlink()
+            for operation in ("store", "load"):
+                took, result = side.move(operation == "load")
+                assert result.success
+                assert np.array_equal(side.memory, side.expected), name
+                moves[name, operation].append(took)
+            lookups[name].append(side.lookup())
     for side in both.values():
         side.tier.shutdown()
+    rows = []
+    for (name, operation), some in moves.items():
+        row = _row(some, moves["fs", operation])
+        rows.append({"kind": "plug_tier", "part": "tiers", "backend": name, "op": operation, **row})
+        if operation == "load":
+            rows[-1]["lookup_us"] = round(1e6 * median(lookups[name]), 2)
+    return rows
+
+
+def _row(some: Sequence[Moved], of_fs: Sequence[Moved]) -> dict[str, Any]:
+    """Return the figures of moves; ratios are medians of those in the same turn."""
     total = CHUNKS * CHUNK
+    pairs = [*zip(some, of_fs, strict=True)]
+    least = min(x.processor for x in some)
     return {
-        name: {
-            "load_mb_s": total / 1e6 / median(x.end for x in loads[name]),
-            "best_load_mb_s": total / 1e6 / min(x.end for x in loads[name]),
-            "processor_ms_per_mib": 1e3 * median(x.processor for x in loads[name]) / (total >> 20),
-            "least_processor": 1e3 * min(x.processor for x in loads[name]) / (total >> 20),
-            "call_ms": 1e3 * median(x.call for x in loads[name]),
-            "lookup_us": 1e6 * median(lookups[name]),
-        }
-        for name in both
+        "mb_s": round(total / 1e6 / median(x.end for x in some), 1),
+        "best_mb_s": round(total / 1e6 / min(x.end for x in some), 1),
+        "processor_ms_per_mib": round(1e3 * median(x.processor for x in some) / (total >> 20), 4),
+        "least_processor": round(1e3 * least / (total >> 20), 4),
+        "call_ms": round(1e3 * median(x.call for x in some), 4),
+        "rate_of_fs": round(median(other.end / own.end for own, other in pairs), 3),
+        "processor_of_fs": round(least / min(x.processor for x in of_fs), 3),
+        "verified": True,
     }
+
+
+def speed(folder: Path, turns: int) -> dict[str, Any]:
+    """Return a result of tiers and of the parts of a load, as `benchmarks.check` reads it."""
+    rows = measured(folder, turns)
+    least = tier_parts.measured(folder, turns)
+    for name, value in least.items():
+        row: dict[str, Any] = {"kind": "plug_tier_part", "part": "tiers", "method": name}
+        row["processor_ms_per_mib"] = round(value, 4)
+        row["of_fs"] = round(value / least[tier_parts.READ], 3)
+        rows.append(row | {"verified": True})
+    machine = describe(torch.device("cpu")) | {"vllm": vllm.__version__}
+    result: dict[str, Any] = {"format": 2, "suite": "plugs", "name": "cpu-vllm-tier"}
+    result |= {"machine": machine, "asked": {"parts": ["tiers"], "turns": turns}}
+    return result | {"rows": rows}
 
 
 class FaultyStore:
@@ -189,10 +230,7 @@ class FaultyStore:
         self._before = made.memory.copy()
 
     def renew(self, seed: int) -> None:
-        draw = np.random.default_rng(seed)
-        side = self._side
-        side.expected = draw.integers(0, 256, side.expected.shape, np.uint8)
-        side.keys = [make_offload_key(draw.bytes(32), 0) for _ in range(CHUNKS)]
+        self._side.renew(seed)
 
     def save(self) -> None:
         if self._is_fs:  # it removes no file itself
@@ -217,6 +255,9 @@ class FaultyStore:
     def right(self) -> list[bool]:
         side = self._side
         return [bool(each) for each in (side.memory == side.expected).all(axis=1)]
+
+    def answers(self) -> Mapping[str, int]:
+        return {}
 
     def touched(self) -> bool:
         changed = not np.array_equal(self._before, self._side.memory)
@@ -246,7 +287,7 @@ def main() -> None:
         results["faults"] = faults.damaged(FaultyStore, terms.stores, at, terms.faults, terms.kinds)
     else:
         results["chunk_bytes"] = CHUNK
-        results["speed"] = measured(at, terms.turns)
+        results |= speed(at, terms.turns)
     shutil.rmtree(at)
     text = json.dumps(results, indent=1)
     print(text)

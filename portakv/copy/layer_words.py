@@ -160,11 +160,14 @@ class LayerWords:
         self._words.wait(layer)
 
     def close(self) -> None:
-        """Raise all words of the present step, whatever its loads do."""
+        """Raise all words of the present step, whatever its loads do, also before `commit`."""
+        number = self._number
         with self._changing:
             if any(self._left):
-                self._cut = self._number
-            self._words.raised[:] = self._number
+                self._cut = number
+            self._words.raised[:] = number
+        with suppress(PortaKVError):  # of a driver that ends
+            self._words.write(0, len(self._left), number, self._stream)
 
     def _write(self, layer: int) -> None:
         """Have the private stream write the word of a layer, after copies that streams order."""

@@ -29,7 +29,9 @@ from portakv.storage.changes import Change
 from portakv.storage.pins import Pins
 
 _log = RateLimitedLog(logging.getLogger(__name__))
-#: Milliseconds between two looks for tasks that are late while all workers hang.
+#: Milliseconds between two looks for tasks that are late while all workers hang: while a load is
+#: under way, whose caller waits, and else.
+SOON = 100
 LOOK = 1000
 #: Seconds between two attempts to open a store after one that failed.
 PAUSE = 5.0
@@ -244,6 +246,7 @@ class PageTasks:
         self._opening: Opening | None = None
         self._deleted = deque[bytes](maxlen=DELETED)  # while the store was closed
         self._next_try = dict[int, float]()  # of sizes for which the store could not be opened
+        self._loads = set[PageTask]()  # under way
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="portakv-pages", daemon=True)
         store.changes()  # later changes are kept
@@ -356,7 +359,7 @@ class PageTasks:
         for fd in (self.store.fileno(), self._new.fileno()):
             poller.register(fd, select.POLLIN)
         while not self._closing.is_set():
-            poller.poll(LOOK)
+            poller.poll(SOON if self._loads else LOOK)
             self._look()
 
     def _look(self) -> None:
@@ -370,6 +373,7 @@ class PageTasks:
             task.left -= 1
             if not task.left:
                 ended.append(task)
+        self._loads.difference_update(ended)
         changes = self._end_opening()
         self._delete_again()
         changes += self.store.changes()
@@ -446,6 +450,11 @@ class PageTasks:
         every = {pages.size.nbytes: pages for pages in self.store.every()}
         parts = task.parts()
         task.left = len(parts)
+        if task.kind == "load":
+            sleeps = not self._loads
+            self._loads.add(task)
+            if sleeps:  # the thread looks again soon
+                self._new.add(None)
         for nbytes, part in parts:
             try:
                 self._begin_part(task, part, every.get(nbytes))

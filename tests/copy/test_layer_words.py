@@ -215,6 +215,20 @@ def test_closing_raises_all_words_and_says_so() -> None:
     assert words.expired
 
 
+def test_closing_raises_words_of_loads_that_are_not_issued() -> None:
+    """A thread issues them, and may hang."""
+    words = Words()
+    words.begin()
+    assert words.lacking == [0, 1, 2]
+    words.close()
+    assert words.lacking == []
+    assert words.expired
+    words.commit()
+    words.step(ends(held_layers()))
+    assert words.lacking == [0, 1, 2], "a later step waits again"
+    assert not words.expired
+
+
 def test_numbers_begin_anew_after_the_last_one() -> None:
     assert not is_before(7, 7)
     assert is_before(7, 8)

@@ -272,6 +272,26 @@ def test_late_tasks_end_while_all_workers_hang(
     again.tasks.close(LIMIT)
 
 
+def test_late_loads_end_before_the_next_usual_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread of the tasks sleeps when they begin, for longer than the test takes."""
+    monkeypatch.setattr("portakv.serving.page_tasks.LOOK", int(4000 * LIMIT))
+    fault = tmp_path / "fault"
+    set_fault(fault, "")
+    monkeypatch.setenv(VARIABLE, str(fault))
+    monkeypatch.setenv("PORTAKV_IO", "support.faulty_io:Faulty")
+    scene = Scene(terms_of(tmp_path / "kv", deadline=0.1), [PageSize(4096)])
+    keys = keys_of(16)
+    scene.run("save", keys, memory(11, [4096] * 16))
+    set_fault(fault, "read hang")
+    tasks = [scene.begin("load", [key], empty([4096])) for key in keys]
+    assert until(lambda: all(task in scene.ended for task in tasks), LIMIT)
+    assert not any(task.landed.any() for task in tasks)
+    set_fault(fault, "")
+    scene.tasks.close(LIMIT)
+
+
 @dataclass(frozen=True)
 class HeldTerms(StoreTerms):
     """Terms whose store opens no folder while it is held, as if the disk hung.

@@ -150,23 +150,25 @@ class Rank:
         blocks: int = 32,
         size: int = SIZE,
         model: str = MODEL,
+        device: str | torch.device = "cpu",
     ) -> None:
         self.heads = heads
         self.size = size
         across = heads[1] - heads[0]
         shape = blocks, 2, size, across, 2
-        self.caches = [torch.zeros(shape, dtype=torch.int64) for _ in range(LAYERS)]
+        self.caches = [torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(LAYERS)]
         self.view = KVView(self.caches, LAYOUT)
         self.form = BlockForm.of(self.view, model, heads=(*heads, HEADS))
         place = Place.of_folder(folder)
-        self.client = KeeperClient(place, [self.form], engine)
+        registers = None if self.view.device.type == "cpu" else self.view.device
+        self.client = KeeperClient(place, [self.form], engine, registers)
         self.blocks = self.client.blocks[0]
 
     def fill(self, tokens: Sequence[int], ids: Sequence[int]) -> None:
         """Write the rows of tokens into blocks."""
         expected = rows_of(tokens, self.size, self.heads)
         for layer, rows in enumerate(self.caches):
-            rows[torch.tensor([*ids])] = torch.from_numpy(expected[layer])
+            rows[torch.tensor([*ids])] = torch.from_numpy(expected[layer]).to(rows.device)
 
     def save(self, tokens: Sequence[int]) -> Any:
         """Compute the rows of tokens, and begin to save them."""
