@@ -74,7 +74,7 @@ def test_every_part_measures_judges_and_draws(
     shown = capsys.readouterr().out
     rows = result["rows"]
     assert code == 0, shown
-    kinds = {"engine", "tier", "cost", "beside", "remote", "layered", "hits", "urgent"}
+    kinds = {"engine", "tier", "cost", "beside", "remote", "layered", "hits", "urgent", "served"}
     assert {row["kind"] for row in rows} == {f"storage_{kind}" for kind in kinds}
     assert all(row["verified"] for row in rows)
     assert all(row["of_fio"] > 0 for row in having(rows, slot_bytes=1 << 18, chosen=True))
