@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -92,13 +92,14 @@ class Both:
         (form,) = forms_of([GroupView(self.source)], ENGINE, None)
         self.nbytes = blocks * form.payload_bytes
         space = (blocks + more) * form.image_bytes
-        sizes = {"host": space if tier == HOST else 0, "staging": 2 * space, "capacity": 2 * space}
+        host = space if tier == HOST else 0
+        local = str(folder / "local")
+        terms = StoreTerms(folder=local, host=host, staging=2 * space, capacity=2 * space)
         with ExitStack() as ends:  # until all has begun
             self.index = LocalIndex()
-            terms = StoreTerms(folder=str(folder / "local"), **sizes)
             (self.store,) = self.index.open([GroupView(self.source)], terms, ENGINE, None)
             ends.callback(self.index.close)
-            ends.enter_context(_server_of(folder / "served", sizes))
+            ends.enter_context(_server_of(folder / "served", terms))
             place = Place.of_folder(folder / "served")
             client = ends.enter_context(KeeperClient(place, [form], ENGINE, device))
             self.copy = ends.enter_context(KeeperIndex(place, ENGINE))
@@ -156,8 +157,9 @@ class Both:
 
 
 @contextmanager
-def _server_of(folder: Path, sizes: Mapping[str, int]) -> Iterator[None]:
+def _server_of(folder: Path, terms: StoreTerms) -> Iterator[None]:
     """Run `portakv store serve` for a folder, in a process that ends with the block."""
+    sizes = {"host": terms.host, "staging": terms.staging, "capacity": terms.capacity}
     options = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
     command = [sys.executable, "-m", "portakv", "store", "serve", str(folder), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

@@ -12,9 +12,7 @@ import os
 import random
 import re
 import signal
-import sys
 import time
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -45,6 +43,7 @@ from support.vllm_cpu import (
     schedule_ahead,
     small_model,
 )
+from support.vllm_cpu_calls import HOOKS, count_calls
 from support.vllm_cpu_table import Named, case_of
 from support.vllm_trace import read_trace
 from support.vllm_trace_engine import record
@@ -61,22 +60,6 @@ WINDOW = 128
 MANY = [prompt(600, 10 + n) for n in range(8)]
 #: Their windows are blocks that MANY had for one step.
 BEGINNINGS = [each[:300] for each in MANY]
-#: The hooks that a step calls, in the scheduler and in the worker.
-HOOKS = (
-    "build_connector_meta",
-    "update_connector_output",
-    "get_kv_connector_stats",
-    "take_events",
-    "has_pending_block_frees",
-    "start_load_kv",
-    "wait_for_layer_load",
-    "save_kv_layer",
-    "wait_for_save",
-    "get_finished",
-    "get_transfer_results",
-    "get_block_ids_with_load_errors",
-    "build_connector_worker_meta",
-)
 #: The most calls of functions in the hooks of a step without work. They make 174, and 303 if both
 #: sides report their figures, which they do once in a while.
 MOST_CALLS = 320
@@ -248,34 +231,6 @@ def test_hooks_come_as_in_the_recorded_trace(model: Path, case: Named) -> None:
     for event, expected in zip(fresh.events, recorded.events, strict=False):
         assert event == expected, "record the trace again, as its file says, and read the changes"
     assert len(fresh.events) == len(recorded.events)
-
-
-def count_calls(connector: Any, hooks: Sequence[str]) -> list[int]:
-    """Return a list to which each step appends the calls of functions that its hooks make."""
-    steps = list[int]()
-    begins = "build_connector_meta" if connector.role.name == "SCHEDULER" else "start_load_kv"
-
-    def note(frame: Any, event: str, argument: Any) -> None:
-        steps[-1] += event in ("call", "c_call")
-
-    def counting(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **named: Any) -> Any:
-            if name == begins:
-                steps.append(0)
-            if not steps:
-                return hook(*args, **named)
-            sys.setprofile(note)
-            try:
-                return hook(*args, **named)
-            finally:
-                sys.setprofile(None)
-
-        return call
-
-    for name in hooks:
-        if hasattr(connector, name):
-            setattr(connector, name, counting(name, getattr(connector, name)))
-    return steps
 
 
 def has_reported(engine: Engine) -> bool:
