@@ -48,7 +48,7 @@ def test_a_process_with_a_limit_of_addresses_has_small_pages(
     def refused(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr(_pages.mmap, "mmap", refused)
+    monkeypatch.setattr(mmap, "mmap", refused)
     assert _pages.use_huge_pages(file, SIZE) == 0
     assert allocated(file) == 0
 
