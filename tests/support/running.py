@@ -205,9 +205,21 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def _freeze(config: pytest.Config) -> None:
+    _let_loggers_propagate()
     gc.collect()
     gc.freeze()
     config.stash[_frozen] = len(sys.modules)
+
+
+def _let_loggers_propagate() -> None:
+    """Have the records of all loggers reach the root, where pytest captures them.
+
+    pytest adds its handlers to each logger that does not propagate as well, and removes them, six
+    times for each test. torch has forty of them.
+    """
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.propagate = True
 
 
 @pytest.hookimpl(tryfirst=True)
