@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -25,19 +26,26 @@ AHEAD = 200  # walks of a scheduler that plans ahead
 )
 def test_any_walk_of_an_engine_with_stages(part: int) -> None:
     """No block in two hands in any stage, no end twice, and every request ends."""
+    walked(part)
+
+
+@cache
+def walked(part: int) -> Counter[str]:
+    """Return what the walks of a part counted, and how many times a request was preempted."""
+    counts = Counter[str]()
     for seed in range(part * WALKS // PARTS, (part + 1) * WALKS // PARTS):
-        StagedEngine(Ledger, seed, depth=2 + seed % 3).run(STEPS)
+        depth = 2 + seed % 3
+        engine = StagedEngine(Ledger, seed, depth=depth)
+        engine.run(STEPS)
+        counts.update(engine.ledger.counts)
+        assert engine.most == depth
+        counts["preempted"] += sum(each.preemptions for each in engine.requests.values())
+    return counts
 
 
 def test_walks_have_steps_in_flight_and_load_save_and_fail() -> None:
     """Otherwise they show nothing of these."""
-    counts = Counter[str]()
-    for seed in range(300):
-        engine = StagedEngine(Ledger, seed, depth=3)
-        engine.run(STEPS)
-        counts.update(engine.ledger.counts)
-        assert engine.most == 3
-        counts["preempted"] += sum(each.preemptions for each in engine.requests.values())
+    counts = walked(0)
     assert counts["saves"] > 1000
     assert counts["landed_blocks"] > 100
     assert counts["failed_loads"] > 10
