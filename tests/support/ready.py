@@ -224,8 +224,27 @@ def _next_request(channel: socket.socket) -> dict[str, Any] | None:
         os.dup2(descriptor, number)
     for descriptor in passed:
         os.close(descriptor)
+    _open_streams()
     request: dict[str, Any] = json.loads(message)
     return request
+
+
+def _open_streams() -> None:
+    """Open Python's streams anew: these know whether their file is a pipe."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        before = getattr(sys, name)
+        mode = "w" if number else "r"
+        by_line = name == "stderr" or os.isatty(number)
+        stream = open(  # noqa: SIM115  -- it lives as long as the process
+            number,
+            mode,
+            buffering=1 if by_line else -1,
+            encoding=before.encoding,
+            errors=before.errors,
+            closefd=False,
+        )
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
 
 
 def _report(statuses: dict[int, socket.socket]) -> None:
