@@ -58,7 +58,6 @@ LONG = {
     "tests/migrate/test_named.py::test_an_owner_that_is_stopped_delays_no_other",
     "tests/migrate/test_named.py::test_an_owner_that_wakes_late_is_waited_for",
     "tests/migrate/test_named.py::test_stopped_owners_are_asked_together",
-    "tests/migrate/test_offer_model.py::test_the_machine_finds_an_owner_with_a_bug",
     "tests/migrate/test_pull_processes.py::test_killed_at_any_moment_nothing_leaks_and_nobody_hangs[10]",
     "tests/migrate/test_pull_soak.py::test_no_stale_row_at_readers_that_are_killed[mapped-26]",
     "tests/migrate/test_weights_in_flight.py::test_the_end_of_the_process_cancels_a_pull_in_flight",
