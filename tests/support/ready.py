@@ -184,6 +184,9 @@ def fork(channel: int) -> None:
     sys.path.remove(str(_TESTS))
     inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     installed = sys.path[1 + len(inherited) :]  # after "", which is that of `-c`
+    source = str(_TESTS.parent / "src")
+    if source in inherited:  # then it is not added a second time for the installed package
+        installed.append(source)
     gc.collect()
     gc.freeze()
     request = _next_request(socket.socket(fileno=channel))
