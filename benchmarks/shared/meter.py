@@ -45,6 +45,8 @@ def compare(
     switch: Callable[[bool], object],
     calls: int = CALLS,
     turns: int = TURNS,
+    processor: Callable[[], float] = process_time,
+    clock: Callable[[], float] = perf_counter,
 ) -> dict[str, float]:
     """Return the seconds of a call without what ``switch`` turns on, and what that adds.
 
@@ -59,12 +61,12 @@ def compare(
         for on in (turn % 2 == 0, turn % 2 == 1):
             switch(on)
             call()
-            began = process_time()
-            started = perf_counter()
+            began = processor()
+            started = clock()
             for _ in range(calls):
                 call()
-            shortest[on] = min(shortest[on], (perf_counter() - started) / calls)
-            fastest[on] = min(fastest[on], (process_time() - began) / calls)
+            shortest[on] = min(shortest[on], (clock() - started) / calls)
+            fastest[on] = min(fastest[on], (processor() - began) / calls)
     switch(False)
     added = fastest[True] - fastest[False]
     return {
