@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,15 +145,20 @@ def test_a_result_that_the_script_did_not_write_is_refused(
 
 
 def test_the_script_writes_the_commit_of_each_step(tmp_path: Path) -> None:
-    script = 'source .ci/steps.sh; trap - EXIT; step "a b: c" true; printf %s "$PYTEST_ADDOPTS"'
+    """The name of a step may have an apostrophe."""
+    script = (
+        'source .ci/steps.sh; trap - EXIT; step "a b: its c\'s d" true; printf %s "$PYTEST_ADDOPTS"'
+    )
     environment = {**os.environ, "STEP_RESULTS": str(tmp_path)}
     run = ["bash", "-c", script]
     done = subprocess.run(
         run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    assert f"--junitxml='{tmp_path}/a b: c.xml'" in done.stdout
-    commit = (tmp_path / "a b: c.commit").read_text(encoding="utf-8")
+    words = shlex.split(done.stdout.splitlines()[-1])
+    name = "a b: its c's d"
+    assert words == [f"--junitxml={tmp_path}/{name}.xml", "-o", f"junit_suite_name={name}"]
+    commit = (tmp_path / f"{name}.commit").read_text(encoding="utf-8")
     assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?\n", commit)
 
 
