@@ -68,12 +68,10 @@ step() {
     timings+=("$now" $((SECONDS - began)))
 }
 
-# begin COMMAND...: run it in the background, until a later step calls `ended COMMAND...`. RESULTS_OF is
-# the name of that step, if it has results.
+# begin COMMAND...: run it in the background, until a later step calls `ended COMMAND...`.
 declare -A output process
 begin() {
     unset PYTEST_ADDOPTS # which names the results of the last step
-    [[ -z ${RESULTS_OF:-} ]] || results_of "$RESULTS_OF"
     output[$*]=$(mktemp)
     "$@" >"${output[$*]}" 2>&1 &
     process[$*]=$!

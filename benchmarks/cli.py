@@ -127,6 +127,7 @@ STORAGE: Mapping[str, Callable[[StorageBench], Iterator[Step]]] = {
     "remote": tiers.remote_steps,
     "store": stores.store_steps,
     "waits": waits.wait_steps,
+    "served": lambda bench: _needs_migration("storage.served").served_steps(bench),
 }
 #: The parts of ``--migration``, in modules that need its extra. Parts that depend on no other
 #: engine or library come first.
@@ -150,7 +151,7 @@ ENCODINGS: Mapping[str, Callable[[EncodingBench], Iterator[Step]]] = {
 }
 #: The parts of a suite that have targets by the wall clock, which ``--wall`` measures alone.
 BY_WALL: Mapping[str, Sequence[str]] = {
-    STORAGE_SUITE: ("tier", "waits"),
+    STORAGE_SUITE: ("tier", "waits", "served"),
     MIGRATION_SUITE: ("wall", "weights", "staged"),
 }
 _PARTS_OF: Mapping[str, Fields] = {

@@ -286,6 +286,15 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
         {"blocks": "{shape}", "on": "{on}", "operation": "{op}", "by": "{backend}",
          "ms": _in_ms("p50_us"), "of memcpy": _if_there("of_memcpy", ".2f")},
     ),
+    "storage_served": (
+        "A store server's clients", "Lookups of 1,000 keys in one call and loads through "
+        "`portakv store serve`, in turns with a store of the client's process that has the same "
+        "blocks.",
+        {"of": "{shape}", "operation": "{op}", "from": _if_there("tier", ""), "by": "{backend}",
+         "ms": _in_ms("p50_us"), "us a key": _if_there("us_per_key", ".3f"),
+         "time, of local": _if_there("time_of_local", ".2f"),
+         "rate, of local": _if_there("of_local", ".2f")},
+    ),
     "storage_urgent": (
         "Urgent loads alongside background loads", "",
         {"loads": lambda row: f"{row['loads']} of {row['shape']}",

@@ -7,13 +7,13 @@ import re
 import runpy
 import secrets
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import prometheus_client
 import pytest
 import torch
+from support import ready
 from support.conform_runs import python
 from support.inductor import needs_inductor
 from support.migrate_pulls import Rows, sides
@@ -137,11 +137,9 @@ def test_the_migration_page_pulls_rows_that_are_still_written() -> None:
 
 def test_the_two_processes_of_the_migration_page_hand_rows_over() -> None:
     owner, reader, *_ = migration_page()
-    command = [sys.executable, "-c"]
-    with subprocess.Popen([*command, owner], stdout=subprocess.PIPE) as offering:
-        done = subprocess.run(
-            [*command, reader], stdin=offering.stdout, capture_output=True, text=True, check=False
-        )
+    with ready.Python("-c", owner, stdout=subprocess.PIPE) as offering:
+        assert offering.stdout is not None
+        done = ready.run("-c", reader, stdin=offering.stdout)
     assert done.returncode == 0, done.stderr
     assert offering.returncode == 0
 

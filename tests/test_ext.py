@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import ready
 
 import portakv
 from portakv import ext
@@ -150,9 +149,8 @@ def test_a_backend_loads_neither_stores_nor_migration() -> None:
         "import sys; from portakv.ext import Backend, KVView, Launch; "
         "print(*(x for x in sys.modules if x.startswith(('portakv.storage', 'portakv.migrate'))))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, timeout=300
-    )
+    done = ready.run("-c", code, timeout=300)
+    done.check_returncode()
     assert done.stdout.strip() == ""
 
 

@@ -24,6 +24,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+pytestmark = pytest.mark.xdist_group("tree")  # one process reads the files
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "portakv"
 TREE = {
@@ -58,9 +59,10 @@ def own(module: Path) -> str:
     return ".".join(module.relative_to(ROOT).parts[:-1][:2])
 
 
-def imported(module: Path) -> Iterator[str]:
-    """Yield the modules of the library that a file imports, by their dotted names."""
-    return style.imported(ast.parse(module.read_text(encoding="utf-8")))
+@cache
+def imported(module: Path) -> list[str]:
+    """Return the modules of the library that a file imports, by their dotted names."""
+    return [*style.imported(ast.parse(module.read_text(encoding="utf-8")))]
 
 
 def exceptions() -> dict[tuple[str, str], int]:

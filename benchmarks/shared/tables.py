@@ -317,6 +317,12 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
         (*_WHAT, ("on", "on"), ("us", "p50_us:,.4g"), ("p90", "p90_us:,.4g"),
          ("of memcpy", "of_memcpy:.3f"), _BYTES),
     ),
+    "storage_served": (
+        "lookups and loads of a store server's client, next to a store of the process",
+        (*_WHAT, ("from", "tier"), ("us", "p50_us:,.4g"), ("p90", "p90_us:,.4g"),
+         ("us a key", "us_per_key:.3f"), ("time of local", "time_of_local:.3f"),
+         ("rate of local", "of_local:.3f"), _BYTES),
+    ),
     "storage_urgent": (
         "urgent loads alongside background loads of many small blocks",
         (*_WHAT, ("p50 alone us", "p50_alone_us:,.4g"), ("p50 us", "p50_us:,.4g"),

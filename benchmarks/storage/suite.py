@@ -36,6 +36,8 @@ class StoragePreset:
     layers: int = 32
     # Blocks of a call, and the bytes of each, of loads from the host tier to the device.
     waits: tuple[tuple[int, int], ...] = ((8, 2 * MB), (1000, 2 * MB), (3000, 640 * KB))
+    # The same of loads through a store server.
+    served: tuple[tuple[int, int], ...] = ((1, 2 * MB), (8, 2 * MB), (128, MB))
 
     @property
     def usual(self) -> int:
@@ -51,7 +53,11 @@ STORAGE_PRESETS: Mapping[str, StoragePreset] = {
     "full": StoragePreset((256 * KB, MB, 4 * MB), GB // 4, 9, 1.2, 250_000, 10_000, 40, 64, 4 * GB),
     "quick": StoragePreset((MB,), GB // 8, 3, 1.2, 50_000, 4000, 20, 16, GB),
     "tiny": StoragePreset(
-        (256 * KB,), 2 * MB, 1, 0.0, 200, 100, 2, 2, 256 * MB, 4, ((8, 256 * KB),)
+        (256 * KB,),
+        2 * MB,
+        *(1, 0.0, 200, 100, 2, 2, 256 * MB, 4),
+        ((8, 256 * KB),),
+        ((2, 256 * KB),),
     ),
 }
 

@@ -247,12 +247,15 @@ def in_time(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def read_bytes(text: str) -> int:
-    """Return a number of bytes from ``32768``, ``32K`` or ``64MiB``, or raise argparse's error."""
+def read_bytes(text: str, least: int = 1) -> int:
+    """Return a number of bytes from ``32768``, ``32K`` or ``64MiB``, or raise argparse's error.
+
+    ``least``: 1, or 0 if no bytes are a number too.
+    """
     match = re.fullmatch(r"(\d+)\s*(?:([kmg])(?:i?b)?|b?)", text.strip(), re.IGNORECASE)
-    if match and int(match[1]):
+    if match and int(match[1]) >= least:
         return int(match[1]) * _BYTES[(match[2] or "").lower()]
-    expected = "expected bytes above 0, such as 32768, 32K or 64M"
+    expected = f"expected bytes{' above 0' if least else ''}, such as 32768, 32K or 64M"
     raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
 
 

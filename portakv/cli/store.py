@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,12 +71,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", nargs="+", help="a folder of a `Disk` tier")
     parser.add_argument("--yes", action="store_true", help="wipe without confirmation")
     sizes = {
-        "host": "of host memory that cache blocks (4G)",
+        "host": "of host memory that cache blocks, 0 for none (4G)",
         "staging": "of host memory for transfers (1G)",
         "capacity": "of all folders together (64G)",
     }
     for name, what in sizes.items():
-        parser.add_argument(f"--{name}", type=read_bytes, metavar="N", help=f"serve: bytes {what}")
+        read = partial(read_bytes, least=0 if name == "host" else 1)
+        parser.add_argument(f"--{name}", type=read, metavar="N", help=f"serve: bytes {what}")
     parser.add_argument(
         "--bucket", metavar="URL", help="serve: an object store of blocks, s3://bucket/prefix"
     )

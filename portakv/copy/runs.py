@@ -46,13 +46,10 @@ def copy_runs(
 ) -> BlockTransfer:
     """Copy runs of bytes, each from one address to another.
 
-    Runs of one size are one copy, whose strategy is chosen as for every other copy. Each further
-    size or pitch is a separate copy with its own plan and, on a device, its own kernel. Few sizes
-    are better than many: on a CPU, 64 runs of 64 sizes, all seen before, took the host 12 ms, and
-    64 runs of one size 2 ms. 1,024 sizes are remembered.
-
-    Each call describes its runs anew. If the same addresses are copied again, keep two views of
-    `KVView.at` and pass them to `copy_rows`, which then repeats what it has decided.
+    Runs of one size are one copy. Each further size or pitch is a separate copy with its own plan
+    and, on a device, its own kernel. On a CPU, 64 runs of 64 sizes, all seen before, took the host
+    12 ms, and 64 runs of one size 2 ms. 1,024 sizes are remembered. Each call describes its runs
+    anew: to copy the same addresses again, keep two views of `KVView.at` for `copy_rows`.
 
     If one size is refused, nothing is moved. Sizes have no order: no run may read or write what a
     run of another size writes. The caller promises the memory as `KVView.at` says.

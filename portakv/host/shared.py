@@ -462,6 +462,8 @@ def unnamed(nbytes: int) -> mmap.mmap:
         if nbytes > _pages.available():
             raise OSError(errno.ENOMEM, "more than this process may have")
         with open(os.memfd_create(_PREFIX, flags), "r+b") as file:
+            os.ftruncate(file.fileno(), nbytes)
+            _pages.use_huge_pages(file.fileno(), nbytes)
             os.posix_fallocate(file.fileno(), 0, nbytes)
             # If it could become shorter, that would be a SIGBUS for all processes that map it.
             fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.command_line import python, registered
+from support.command_line import new_python, registered
 from support.cuda_cases import COPIES, Copy, by, chunk, gathered, pool, seed_bug
 from support.cuda_on_cpu import FLAGS, CudaOnCpu, HostDriver, why_not
 from support.each_backend import Carrier
@@ -213,4 +213,4 @@ def test_the_kernel_is_clean_under_sanitizers() -> None:
     these = "(cuda-on-cpu or direct)"
     file = str(Path(__file__).with_name("test_every_backend.py"))
     words = ["-q", "-n0", "-p", "no:cacheprovider", file, "-k", f"({some}) and {these}"]
-    assert "passed" in python("-m", "pytest", *words, **flags, **own)
+    assert "passed" in new_python("-m", "pytest", *words, **flags, **own)

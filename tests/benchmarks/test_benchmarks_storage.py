@@ -74,7 +74,7 @@ def test_every_part_measures_judges_and_draws(
     shown = capsys.readouterr().out
     rows = result["rows"]
     assert code == 0, shown
-    kinds = {"engine", "tier", "cost", "beside", "remote", "layered", "hits", "urgent"}
+    kinds = {"engine", "tier", "cost", "beside", "remote", "layered", "hits", "urgent", "served"}
     assert {row["kind"] for row in rows} == {f"storage_{kind}" for kind in kinds}
     assert all(row["verified"] for row in rows)
     assert all(row["of_fio"] > 0 for row in having(rows, slot_bytes=1 << 18, chosen=True))
@@ -86,7 +86,8 @@ def test_every_part_measures_judges_and_draws(
     assert [x for x in result["left_out"] if x not in refused and not x.startswith(known)] == []
     judged = check.judge(result, check.load_targets())
     without = {v.bar.name for v in judged if not v.rows}
-    few = ("1 MiB and more", "LMCache", "250,000", "99th")  # which a tiny run does not measure
+    # What a tiny run does not measure.
+    few = ("1 MiB and more", "16 MiB and more", "one block of 2 MiB", "LMCache", "250,000", "99th")
     assert all(any(word in name for word in few) for name in without), without
     assert "reading and writing random slots" in shown
     assert "### A disk's tier" in guide.page(tmp_path.glob("*-storage.json"))

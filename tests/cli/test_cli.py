@@ -19,6 +19,7 @@ from unittest.mock import Mock, call
 
 import pytest
 import torch
+from support import ready
 from support.command_line import Absent, Shy, registered, run, run_json
 from support.small_backends import small_backend, wipe
 
@@ -154,25 +155,23 @@ def test_unknown_names_say_where_the_trace_is(line: str, monkeypatch: pytest.Mon
 
 def test_the_help_imports_no_extra_a_picture_needs_no_unicode_and_a_reader_may_go() -> None:
     code = (
-        "import sys; from portakv.cli import main; main([]); "
+        "import sys; sys.stdout.reconfigure(encoding='ascii'); "
+        "from portakv.cli import main; main([]); "
         "more = {'rich', 'transformers', 'matplotlib', 'portakv.cli.demo', 'portakv_benchmarks'}; "
         "assert not more & set(sys.modules); main(['layouts', 'vllm-nhd']); print('end'); "
         "sys.stdout.flush(); input(); sys.exit(main(['layouts', '--json']))"
     )
-    process: Any = subprocess.Popen(
-        [sys.executable, "-c", code],
-        text=True,
-        stdin=PIPE,
-        stdout=PIPE,
-        stderr=PIPE,
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
-    )
-    with process:
-        output = "".join(takewhile("end\n".__ne__, process.stdout))
-        process.stdout.close()
-        _, err = process.communicate("\n", timeout=300)
+    with ready.Python("-c", code, stdin=PIPE, stdout=PIPE, stderr=PIPE) as process:
+        stdin: Any = process.stdin
+        stdout: Any = process.stdout
+        stderr: Any = process.stderr
+        output = b"".join(takewhile(b"end\n".__ne__, stdout)).decode()
+        stdout.close()
+        stdin.write(b"\n")
+        stdin.close()
+        err = stderr.read()
     assert "kv_caches[layer][kv, block, token, head, dim]" in output, err
-    assert (process.returncode, err) == (1, "")
+    assert (process.returncode, err) == (1, b"")
 
 
 # portakv backends

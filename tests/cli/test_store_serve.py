@@ -97,8 +97,10 @@ def test_json_says_whether_it_serves(tmp_path: Path) -> None:
 
 def test_a_bucket_is_served(tmp_path: Path) -> None:
     bucket = f"file://{tmp_path / 'bucket'}"
-    words = str(tmp_path / "store"), "--bucket", bucket, "--bucket-options", '{"workers": 2}'
+    options = "--bucket-options", '{"workers": 2}', "--host", "0"
+    words = str(tmp_path / "store"), "--bucket", bucket, *options
     server = Server(tmp_path / "out", *words)
+    assert server.says("with 0 B of host memory")
     assert server.says(f"and the bucket {bucket}")
     assert server.end(signal.SIGTERM) == 0
 
@@ -177,6 +179,8 @@ def test_wrong_words_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
         run("store", "show", str(tmp_path), str(tmp_path))
     with pytest.raises(SystemExit):
         run("store", "serve", str(tmp_path), "--host", "much")
+    with pytest.raises(SystemExit):
+        run("store", "serve", str(tmp_path), "--staging", "0")
     tmp_path.chmod(0o777)
     ran = run("store", "serve", str(tmp_path))
     assert ran.code == 1

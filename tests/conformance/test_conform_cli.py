@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,7 +19,7 @@ import support.conform_fake_worker as fake
 import torch
 from support.command_line import choose_tables, settle
 from support.conform_fake_worker import CLAIM, CORE
-from support.conform_runs import python
+from support.conform_runs import environment
 
 from portakv.cli import main as portakv
 from portakv_conformance import cli
@@ -322,7 +323,10 @@ def test_what_lies_in_the_current_folder_hides_nothing(tmp_path: Path) -> None:
     for folder in (hidden, hidden.parent):
         (folder / "__init__.py").touch()
     (hidden / "worker.py").write_text("main = lambda words: print('the folder\\'s')")
-    done = python(*worker_command()[1:], "none", "0", where=tmp_path)
+    command = [*worker_command(), "none", "0"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
+    )
     assert "The runner has gone." in done.stderr
     assert "the folder's" not in done.stdout
 

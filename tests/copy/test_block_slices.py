@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import textwrap
 import threading
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import ready
 from support.block_cases import DST, LAYERS, PATIENCE, SRC, Pair, layered, until
 from support.guarded_memory import check_sentence
 from support.small_backends import small_backend
@@ -372,14 +371,8 @@ print(time.time())
     ],
 )
 def test_the_end_of_the_interpreter(end: str, code: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM).format(end=end)],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    program = textwrap.dedent(PROGRAM).format(end=end)
+    done = ready.run("-c", program, cwd=Path(__file__).parent, timeout=120)
     assert done.returncode == code, done.stderr
     assert ("SystemError" in done.stderr) is (code == 1)
     assert "thread" not in done.stderr

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+from support import ready
 
 import portakv.graph
 from portakv.graph import Graph
@@ -30,8 +29,7 @@ queue.graph.submit([Task(work, 1, queue=queue, nbytes=1) for _ in range(999)])
 while len(queue.running) < 3:
     time.sleep(0.001)
 """
-    run = [sys.executable, "-c", script]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=60, check=False)
+    done = ready.run("-c", script, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{left}\n", "")
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from support import ready
 from support.migrate_channels import until
 from support.migrate_pulls import Rows, sides
 from support.storage_cases import key_of
@@ -213,7 +213,7 @@ wrong = [x for x in ("opentelemetry", "prometheus_client", "portakv.graph.open_t
          if x in sys.modules]
 assert not wrong, wrong
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    ready.run("-c", code, timeout=300).check_returncode()
 
 
 def test_a_channel_counts_by_event() -> None:

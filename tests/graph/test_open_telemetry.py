@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import ready
 from support.migrate_channels import until
 from support.migrate_pulls import Rows, sides
 
@@ -184,7 +184,7 @@ def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
     assert len(blocks) == 3
     file = tmp_path / "page.py"
     file.write_text("\n".join(blocks))
-    subprocess.run([sys.executable, str(file)], check=True, timeout=300)
+    ready.run(file, timeout=300).check_returncode()
 
 
 def test_without_the_package_a_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

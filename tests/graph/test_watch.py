@@ -7,8 +7,6 @@ import errno
 import gc
 import logging
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import ready
 from support.migrate_channels import until
 from support.migrate_pulls import Couple, sides
 from support.slot_cases import Faulty
@@ -207,6 +206,5 @@ for each in [*sources, graph]:
     alarms.watch(each)
 assert began.wait(60)
 """
-    run = [sys.executable, "-c", script]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=60, check=False)
+    done = ready.run("-c", script, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

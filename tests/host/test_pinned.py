@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import ready
 from support.guarded_memory import refused
 from support.pinned_runtime import FakeLibrary, absent
 from support.pool_processes import Child
@@ -500,14 +501,14 @@ def test_an_option_that_there_is_not() -> None:
 def test_a_machine_without_a_device_is_not_warned_of_pageable_memory() -> None:
     """The user could do nothing about it, and nothing is copied to a device."""
     script = """if True:
-        import torch
+        import torch, warnings
+        warnings.simplefilter("error", RuntimeWarning)
         torch.cuda.is_available = torch.accelerator.is_available = lambda: False
         from portakv.host import pinned
         assert not pinned.allocate(4096).pinned
         assert not pinned.register(bytearray(8192)).pinned
     """
-    words = [sys.executable, "-W", "error::RuntimeWarning", "-c", script]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    done = ready.run("-c", script, timeout=120)
     assert done.returncode == 0, done.stderr
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support import ready
 from support.guarded_memory import refused
 from support.pinned_runtime import absent
 from support.pool_processes import SIZE, Child, Opener, holder, unused_name
@@ -92,7 +92,8 @@ def test_a_pool_left_open_leaves_nothing(name: str, monkeypatch: pytest.MonkeyPa
 
 
 EXIT = """
-import sys
+import sys, warnings
+warnings.simplefilter("ignore")
 from portakv.host.shared import SharedPool
 name, kept = sys.argv[1], []
 pools = [SharedPool(f"{name}{nth}", 64, 1) for nth in range(8)]
@@ -106,8 +107,8 @@ for nth in range(8):
 
 
 def test_an_exit_leaves_every_pool_though_one_fails_and_others_never_opened(name: str) -> None:
-    ended = [sys.executable, "-W", "ignore", "-c", EXIT, name]
-    done = subprocess.run(ended, capture_output=True, text=True, check=True, timeout=120)
+    done = ready.run("-c", EXIT, name, timeout=120)
+    assert done.returncode == 0, done.stderr
     assert "ZeroDivisionError" in done.stderr
     assert "AttributeError" not in done.stderr
     assert [each for each in shared.names() if each.startswith(name)] == [f"{name}3"]

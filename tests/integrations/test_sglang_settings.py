@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import ready
 from support.sglang_stub import configuration, write_sglang
 
 from portakv.errors import InvalidTerms
@@ -22,13 +22,8 @@ TESTS = Path(__file__).resolve().parents[1]
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a process that finds the stand-in in a folder."""
     paths = [str(folder), str(TESTS), os.environ.get("PYTHONPATH", "")]
-    return subprocess.run(
-        [sys.executable, *words],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return ready.run(*words, env=environment, timeout=300)
 
 
 def test_a_walk_through_the_hooks(tmp_path: Path) -> None:

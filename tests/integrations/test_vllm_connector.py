@@ -6,8 +6,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import subprocess
-import sys
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import ready
 from support.vllm_stub import SlidingWindowSpec, configuration, write_vllm
 
 from portakv import copy_blocks, copy_rows
@@ -66,13 +65,16 @@ def test_walks_through_the_hooks_of_an_engine(
     """Rows of real caches; requests come, load, run, are preempted, end and are aborted."""
     write_vllm(tmp_path)
     paths = [str(tmp_path), str(TESTS), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-m", "support.vllm_hooks", str(tmp_path), "0", f"{walks}", store],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = ready.run(
+        "-m",
+        "support.vllm_hooks",
+        str(tmp_path),
+        "0",
+        f"{walks}",
+        store,
+        env=environment,
         timeout=300,
-        check=False,
     )
     assert done.returncode == 0, done.stderr
     counts = ast.literal_eval(done.stdout)
@@ -89,13 +91,9 @@ def test_layers_of_graphs_wait_by_words(tmp_path: Path) -> None:
     """No piecewise graphs then; the hooks of layers are called while graphs are captured alone."""
     write_vllm(tmp_path)
     paths = [str(tmp_path), str(TESTS), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-m", "support.vllm_graph_hooks", str(tmp_path / "store")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = ready.run(
+        "-m", "support.vllm_graph_hooks", str(tmp_path / "store"), env=environment, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {

@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import signal
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -245,16 +246,16 @@ def test_rows_that_change_in_mid_pull_are_not_used(
     )
 
     def prefill() -> dict[str, int]:
-        serving = prefill_engine(model, blocks=FEW, hand_over={"lease": 1.0})
-        if how == "lease over":  # no renewal comes through
-            offers: Any = importlib.import_module("portakv.migrate.offers")
-            offers.Lease.renew = lambda *_: None
+        leases = list_leases()
+        serving = prefill_engine(model, blocks=FEW)
         serving.add("p0", PROMPTS[0], 1, {"do_remote_decode": True})
         serving.until(lambda: "p0" in serving.params, "the prompt")
         tell(tmp_path, serving)
         serving.until((tmp_path / HALF).exists, "half of a pull")
         if how == "revoked":
             serving.engine.llm.reset_prefix_cache(reset_connector=True)
+        else:
+            end_leases(leases)
         serving.forget()
         for number, other in enumerate(OTHERS):
             serving.answer(f"other{number}", other)
@@ -276,6 +277,30 @@ def test_rows_that_change_in_mid_pull_are_not_used(
     assert pulled["pulls"] == 1
     assert pulled.get("failed_pulls", 0) == (1 if guard else 0)
     assert (tokens == own["PROMPTS"][:1]) is guard
+
+
+def list_leases() -> list[Any]:
+    """Return a list that gets the lease of each offer of this process."""
+    offers: Any = importlib.import_module("portakv.migrate.offers")
+    leases = list[Any]()
+    make = offers.Lease
+
+    def noted(*times: float) -> Any:
+        leases.append(make(*times))
+        return leases[-1]
+
+    offers.Lease = noted
+    return leases
+
+
+def end_leases(leases: Sequence[Any]) -> None:
+    """Have leases be over, whatever readers renew.
+
+    Leases of seconds would be over on a busy machine before a pull begins.
+    """
+    assert leases
+    for lease in leases:
+        lease.until = lease.latest = 0.0
 
 
 def tell(folder: Path, serving: Serving) -> None:
@@ -378,7 +403,8 @@ def test_a_decode_engine_that_is_killed_in_mid_pull(
     case("kill -9 of the decode engine in mid-pull" if guard else "leases that end", not guard)
 
     def prefill() -> dict[str, int]:
-        serving = prefill_engine(model, hand_over={"lease": 2.0 if guard else LEASE})
+        leases = list_leases()
+        serving = prefill_engine(model)
         serving.add("p0", PROMPTS[0], 1, {"do_remote_decode": True})
         serving.until(lambda: "p0" in serving.params, "the prompt")
         tell(tmp_path, serving)
@@ -388,9 +414,8 @@ def test_a_decode_engine_that_is_killed_in_mid_pull(
                 serving.step()
             assert not serving.engine.llm.reset_prefix_cache()
             return serving.engine.counts
+        end_leases(leases)
         serving.forget()
-        endpoint = serving.engine.worker_connector.store.handover.endpoint
-        serving.engine.connector.ledger.open_offers([endpoint], LEASE)
         compute_prompts(serving, tmp_path / "second", PROMPTS)
         return serving.engine.counts
 

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+from support import ready
 from support.vllm_tiering_stub import write_vllm_with_tiers
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -16,13 +15,12 @@ TESTS = Path(__file__).resolve().parents[1]
 def test_a_walk_through_the_hooks_of_a_tier(tmp_path: Path) -> None:
     write_vllm_with_tiers(tmp_path)
     paths = [str(tmp_path), str(TESTS), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "integrations" / "vllm_tier_hooks.py"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = ready.run(
+        str(TESTS / "integrations" / "vllm_tier_hooks.py"),
+        str(tmp_path),
+        env=environment,
         timeout=300,
-        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "walked\n"

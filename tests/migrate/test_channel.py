@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
+from support import ready
 from support.migrate_channels import (
     SECRET,
     Ping,
@@ -436,9 +437,9 @@ print(*(server.address for server in servers), flush=True)
 
 def test_a_process_that_is_killed_is_gone_at_once() -> None:
     """Faults 4 and 7, as far as they are the channel's; no file is left."""
-    pipe: Any = subprocess.PIPE
-    script = [sys.executable, "-c", CHILD + "sys.stdin.read()"]
-    with subprocess.Popen(script, stdin=pipe, stdout=pipe) as child:
+    pipe = subprocess.PIPE
+    script = CHILD + "sys.stdin.read()"
+    with ready.Python("-c", script, stdin=pipe, stdout=pipe) as child:
         assert child.stdout is not None
         by_unix, by_tcp = child.stdout.readline().decode().split()
         with asking() as one, asking(SECRET) as other:
@@ -518,9 +519,10 @@ def test_a_channel_asks_more_than_a_few_hundred() -> None:
 def test_strangers_who_take_all_descriptors_do_not_hold_up_those_who_are_served() -> None:
     """Fault 13. Each has one for the time of a handshake; what waits meanwhile is not served."""
     limits = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80))\n"
-    script = [sys.executable, "-c", CHILD + limits + "sys.stdin.read()"]
-    pipe: Any = subprocess.PIPE
-    with subprocess.Popen(script, stdin=pipe, stdout=pipe) as child, asking(SECRET) as asker:
+    script = CHILD + limits + "sys.stdin.read()"
+    pipe = subprocess.PIPE
+    child = ready.Python("-c", script, stdin=pipe, stdout=pipe)
+    with child, asking(SECRET) as asker:
         assert child.stdout is not None
         address = child.stdout.readline().decode().split()[1]
         asker.ask(address, Ping(), Pong)

@@ -7,8 +7,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import ready
 from support.migrate_channels import until
 from support.migrate_nursery import Nursery
 from support.migrate_pulls import LAYOUT, SMALL, Couple, Rows, Sides, left, sides
@@ -245,8 +244,8 @@ def test_the_interpreters_end_waits_for_no_pull(expose: str, terms: dict[str, An
     """Fault 31. Between slices, with everything open; no message is sent, and no library aborts."""
     text = EXIT.format(str(Path(__file__).parents[1]), expose, terms)
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"begun\n", b"")
+    done = ready.run("-c", text, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "begun\n", "")
     assert time.monotonic() - began < 40
 
 

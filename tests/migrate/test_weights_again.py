@@ -351,7 +351,7 @@ def test_weights_of_a_device_are_pulled_again(channels: Channels) -> None:
 
 
 def test_a_second_pull_into_the_same_objects_notices_each_change(channels: Channels) -> None:
-    """Of address, shape, strides or dtype in place, of a list of boxes, and of an object."""
+    """Of shape and address, strides or dtype in place, of a list of boxes, and of an object."""
     source = shared(whole_of((4, 8)))
     owner = publish(channels(), {"w": source})
     channel = channels()
@@ -361,7 +361,7 @@ def test_a_second_pull_into_the_same_objects_notices_each_change(channels: Chann
         pull_weights(channel, owner.ticket, local)
     changes: list[Callable[[], object]] = [
         lambda: into.t_(),
-        lambda: into.set_(torch.zeros(2, 8, dtype=torch.int32)),
+        lambda: setattr(into, "data", torch.zeros(2, 8, dtype=torch.int32)),
         lambda: setattr(into, "data", torch.zeros(4, 8, dtype=torch.int16)),
     ]
     for change in changes:

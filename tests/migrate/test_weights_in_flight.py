@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import ready
 from support.weight_cases import Between, Channels, make_channels, shared, whole_of
 
 from portakv.errors import (
@@ -192,8 +191,7 @@ while not into[0].item():
 def test_the_end_of_the_process_cancels_a_pull_in_flight(channels: Channels) -> None:
     """It would wait 10 s for the worker otherwise, and leave it in the middle of the pull."""
     published = publish(channels(), {"w": torch.ones(32 << 20).share_memory_()})
-    command = [sys.executable, "-c", _ENDS, published.ticket.hex()]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ended = ready.run("-c", _ENDS, published.ticket.hex(), timeout=60)
     assert ended.stdout == "TransferCancelled\n", ended.stderr
     published.close()
 

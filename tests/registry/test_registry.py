@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import ready
 from support.connector_cases import BLOCKS, DIM, HEADS, LAYERS, SIZE, caches, fresh, store
 from support.guarded_memory import filled, refused, same
 from support.small_backends import small_backend
@@ -149,9 +149,7 @@ def test_nothing_is_imported_until_asked(tmp_path: Path) -> None:
         "print([str(d) for d in portakv.registry.registry.choose('cpu').trace])\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    ran = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
-    )
+    ran = ready.run("-c", program, env=environment)
     assert ran.returncode == 0, ran.stderr
     assert "imported too early" in ran.stdout
 

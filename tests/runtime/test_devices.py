@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
+from support import ready
 
 from portakv import AdaptiveConnector, BackendUnavailable, DeviceMismatch
 from portakv.registry.registry import BUILT_IN, MADE_FOR, REGISTRY, available_device, trace
@@ -57,14 +56,7 @@ def run(code: str, packages: dict[str, str], folder: Path, *words: str) -> Any:
         (folder / name).mkdir()
         (folder / name / "__init__.py").write_text(text)
     path = os.pathsep.join([str(folder), str(HERE.parent)])
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words],
-        env={**os.environ, "PYTHONPATH": path, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = ready.run("-c", code, *words, env={**os.environ, "PYTHONPATH": path}, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import pytest
+from support import ready
 
 pytestmark = pytest.mark.xdist_group("linux")  # one process makes one child
 
@@ -104,13 +104,7 @@ VERBS = [
 
 def elsewhere(code: str, *words: str) -> subprocess.CompletedProcess[str]:
     """Run code in a process that lacks what only Linux has."""
-    return subprocess.run(
-        [sys.executable, "-c", HIDE + code, *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    return ready.run("-c", HIDE + code, *words, timeout=300)
 
 
 def test_what_is_hidden_is_missing() -> None:

@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import logging
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import ready
 from support.held_bucket import HeldBucket, TermsWith
 from support.migrate_channels import until
 
@@ -519,8 +518,7 @@ index.close()
 
 def test_what_one_engine_saved_another_one_loads_from_the_bucket_alone(tmp_path: Path) -> None:
     terms: dict[str, Any] = {**ROOM, "bucket": f"file://{tmp_path / 'bucket'}"}
-    command = [sys.executable, "-c", _ENGINE, json.dumps(terms)]
-    subprocess.run(command, check=True, timeout=120)
+    ready.run("-c", _ENGINE, json.dumps(terms), timeout=120).check_returncode()
     view = KVView([torch.zeros(8, 2, SIZE)], "layer | block page", block_size=SIZE)
     index = LocalIndex()
     (store,) = index.open([GroupView(view)], StoreTerms.of(terms), "model", SIZE)

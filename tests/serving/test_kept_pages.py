@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import textwrap
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import ready
 from support.migrate_channels import until
 
 from portakv.errors import InvalidTerms
@@ -125,7 +125,7 @@ def test_kill_9_of_the_process_that_serves(tmp_path: Path, closing: ExitStack) -
     """The other one serves then, and has what was stored."""
     tests = str(Path(__file__).parents[1])
     code = textwrap.dedent(KILLED).format(tests=tests, folder=str(tmp_path))
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+    with ready.Python("-c", code, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == b"stored\n"

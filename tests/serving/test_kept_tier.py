@@ -12,7 +12,6 @@ import random
 import select
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import ready
 from support.faulty_io import VARIABLE, set_fault
 from support.migrate_channels import until
 from support.store_damage import any_images_believed, flip_bits, swap_images
@@ -181,12 +181,10 @@ while True:
 """
 
 
-def serving(folder: Path, closing: ExitStack) -> subprocess.Popen[bytes]:
+def serving(folder: Path, closing: ExitStack) -> ready.Python:
     """Return a process that serves a folder, and saves and loads in it."""
     code = SERVER.format(tests=str(Path(__file__).parents[1]), folder=str(folder))
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE
-    )
+    process = ready.Python("-c", textwrap.dedent(code), stdout=subprocess.PIPE)
     closing.enter_context(process)
     closing.callback(process.kill)
     assert process.stdout is not None

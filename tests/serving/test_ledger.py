@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import ast
 import random
+from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 
 import pytest
@@ -39,31 +41,36 @@ def test_it_imports_no_torch_and_starts_no_thread(module: str) -> None:
     assert packages.isdisjoint({"torch", "threading", "concurrent", "asyncio", "multiprocessing"})
 
 
+@cache
+def walked(part: int) -> Counter[str]:
+    """Return what the walks of a part counted."""
+    counts = Counter[str]()
+    for seed in range(part * WALKS // PARTS, (part + 1) * WALKS // PARTS):
+        engine = Engine(Ledger, seed)
+        engine.run(STEPS)
+        counts.update(engine.ledger.counts)
+    return counts
+
+
+def test_walks_load_save_and_fail() -> None:
+    """Otherwise they show nothing of these. It stands before the walks, next to the first part."""
+    counts = walked(0)
+    assert counts["saves"] > 1000
+    assert counts["landed_blocks"] > 100
+    assert counts["failed_loads"] > 10
+    assert counts["promised"] > counts["landed_blocks"]
+
+
 @pytest.mark.parametrize("part", range(PARTS))
 def test_any_walk_of_an_engine(part: int) -> None:
     """No block in two hands, no end twice, and every request ends."""
-    for seed in range(part * WALKS // PARTS, (part + 1) * WALKS // PARTS):
-        Engine(Ledger, seed).run(STEPS)
+    walked(part)
 
 
 @pytest.mark.full
 def test_longer_walks_of_an_engine() -> None:
     for seed in range(WALKS, 2 * WALKS):
         Engine(Ledger, seed).run(5 * STEPS)
-
-
-def test_walks_load_save_and_fail() -> None:
-    """Otherwise they show nothing of these."""
-    counts = dict[str, int]()
-    for seed in range(300):
-        engine = Engine(Ledger, seed)
-        engine.run(STEPS)
-        for name, count in engine.ledger.counts.items():
-            counts[name] = counts.get(name, 0) + count
-    assert counts["saves"] > 1000
-    assert counts["landed_blocks"] > 100
-    assert counts["failed_loads"] > 10
-    assert counts["promised"] > counts["landed_blocks"]
 
 
 # --- walks find a ledger with a bug

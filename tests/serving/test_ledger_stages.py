@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ledger of an engine with stages of a pipeline: several steps are in flight."""
+"""The ledger of an engine with several steps in flight: those of the stages of a pipeline, or those
+of a scheduler that plans ahead."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
 from support.serving_faults import GivenBackAtOnce, NotHeld, NotStopped
-from support.serving_stages import StagedEngine
+from support.serving_stages import StagedEngine, StoreOfOne
 
 from portakv.serving import Group, Ledger
 
 WALKS = 2_000  # in all
 PARTS = 4
 STEPS = 24  # of a walk, before it serves the requests that are left
+AHEAD = 200  # walks of a scheduler that plans ahead
 
 
 @pytest.mark.parametrize(
@@ -23,19 +26,26 @@ STEPS = 24  # of a walk, before it serves the requests that are left
 )
 def test_any_walk_of_an_engine_with_stages(part: int) -> None:
     """No block in two hands in any stage, no end twice, and every request ends."""
+    walked(part)
+
+
+@cache
+def walked(part: int) -> Counter[str]:
+    """Return what the walks of a part counted, and how many times a request was preempted."""
+    counts = Counter[str]()
     for seed in range(part * WALKS // PARTS, (part + 1) * WALKS // PARTS):
-        StagedEngine(Ledger, seed, depth=2 + seed % 3).run(STEPS)
+        depth = 2 + seed % 3
+        engine = StagedEngine(Ledger, seed, depth=depth)
+        engine.run(STEPS)
+        counts.update(engine.ledger.counts)
+        assert engine.most == depth
+        counts["preempted"] += sum(each.preemptions for each in engine.requests.values())
+    return counts
 
 
 def test_walks_have_steps_in_flight_and_load_save_and_fail() -> None:
     """Otherwise they show nothing of these."""
-    counts = Counter[str]()
-    for seed in range(300):
-        engine = StagedEngine(Ledger, seed, depth=3)
-        engine.run(STEPS)
-        counts.update(engine.ledger.counts)
-        assert engine.most == 3
-        counts["preempted"] += sum(each.preemptions for each in engine.requests.values())
+    counts = walked(0)
     assert counts["saves"] > 1000
     assert counts["landed_blocks"] > 100
     assert counts["failed_loads"] > 10
@@ -59,6 +69,31 @@ def test_walks_find_a_ledger_with_a_bug(made: type[Ledger]) -> None:
     def walks() -> None:
         for seed in range(400):
             StagedEngine(made, seed, depth=2).run(STEPS)
+
+    with pytest.raises(AssertionError, match="a save read rows of something else"):
+        walks()
+
+
+def test_any_walk_of_an_engine_that_schedules_ahead() -> None:
+    """One worker. A step is planned before the scheduler has the report of the step before it."""
+    counts = Counter[str]()
+    for seed in range(AHEAD):
+        engine = StagedEngine(Ledger, seed, StoreOfOne, depth=2)
+        engine.run(STEPS)
+        assert engine.most == 2
+        counts.update(engine.ledger.counts)
+        counts["preempted"] += sum(each.preemptions for each in engine.requests.values())
+    assert counts["saves"] > 500
+    assert counts["landed_blocks"] > 100
+    assert counts["failed_loads"] > 10
+    assert counts["preempted"] > 50
+
+
+@pytest.mark.parametrize("made", [GivenBackAtOnce, NotStopped, NotHeld])
+def test_walks_ahead_find_a_ledger_with_a_bug(made: type[Ledger]) -> None:
+    def walks() -> None:
+        for seed in range(2 * AHEAD):
+            StagedEngine(made, seed, StoreOfOne, depth=2).run(STEPS)
 
     with pytest.raises(AssertionError, match="a save read rows of something else"):
         walks()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 import pytest
+from support import ready
 from support.held_bucket import HeldBucket, TermsWith
 from support.migrate_channels import until
 from support.page_faults import DAMAGE, FAILURES, FaultyDisk
@@ -256,7 +256,7 @@ def test_kill_9_in_the_middle_of_saves(tmp_path: Path, pool: PagePool) -> None:
     """Another process has the pages that were stored, and the others are right or missing."""
     tests = str(Path(__file__).parents[1])
     code = textwrap.dedent(KILLED).format(tests=tests, folder=str(tmp_path))
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+    with ready.Python("-c", code, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == b"stored\n"

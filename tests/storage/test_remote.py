@@ -11,7 +11,6 @@ import os
 import pickle
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -33,6 +32,7 @@ import pytest
 import torch
 from obstore.store import S3Store
 from prometheus_client import CollectorRegistry, generate_latest
+from support import ready
 from support.core_cases import noise
 from support.storage_proxy import Fault, Proxy
 
@@ -607,8 +607,7 @@ def test_a_store_is_refused_with_a_sentence_if_no_descriptor_is_left(tmp_path: P
                     print(error)
                 resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     """
-    words = [sys.executable, "-c", text, str(tmp_path / "a")]
-    ran = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    ran = ready.run("-c", text, tmp_path / "a", timeout=60)
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
     assert len(lines) == 18
@@ -830,7 +829,7 @@ def test_a_lookup_that_hangs_does_not_keep_the_process(case: Case) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         began = time.monotonic()
-        subprocess.run([sys.executable, "-c", text, url], check=True, timeout=60)
+        ready.run("-c", text, url, timeout=60).check_returncode()
     assert time.monotonic() - began < 20
 
 

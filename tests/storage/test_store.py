@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
+from support import ready
 from support.ambient import STATES
 from support.core_cases import noise
 from support.device_cases import current, delay
@@ -645,8 +645,7 @@ def test_a_process_that_ends_while_it_reads_loses_no_block(tmp_path: Path, io: s
     store.save(view, range(128), keys).synchronize(LIMIT)
     store.close()
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    run = [sys.executable, "-c", text, str(tmp_path), io]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=60, check=False, env=env)
+    done = ready.run("-c", text, tmp_path, io, env=env, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "128\n", "")
     store, *_ = many_blocks(tmp_path, io)
     assert sum(store.lookup([key]) for key in keys) == 128

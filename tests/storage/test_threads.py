@@ -9,7 +9,6 @@ import gc
 import itertools
 import os
 import resource
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import ready
 from support.storage_cases import aligned
 
 from portakv.storage.io.base import Request
@@ -210,7 +210,7 @@ def test_no_end_of_the_interpreter_waits_for_a_read_that_hangs(tmp_path: Path) -
         assert begun.wait(20)
         """
     began = time.monotonic()
-    subprocess.run([sys.executable, "-c", text, tmp_path / "a"], check=True, timeout=50)
+    ready.run("-c", text, tmp_path / "a", timeout=50).check_returncode()
     assert time.monotonic() - began < 30
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from portakv.backends.base import Backend, Decision
 from portakv.backends.reference import Reference
 from portakv.cli import main
 from portakv.registry.registry import REGISTRY, register_backend
+from support import ready
 from support.small_backends import small_backend
 
 #: vLLM flash attention to the default chunk.
@@ -53,13 +54,23 @@ def run_json(*words: str) -> Any:
 def python(*words: str, **environment: str | None) -> str:
     """Return the output of Python with these words, in a separate process where no backend is
     forced. Variables of the environment are changed (None: unset)."""
-    changed = {"PORTAKV_BACKEND": None, "TRITON_INTERPRET": None, **environment}
-    variables = {
-        name: value for name, value in {**os.environ, **changed}.items() if value is not None
-    }
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=variables)
+    done = ready.run(*words, env=_variables(environment))
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def new_python(*words: str, **environment: str) -> str:
+    """Return the same of a new Python, for variables that its loader reads."""
+    command = [sys.executable, *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=_variables(environment))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _variables(changed: Mapping[str, str | None]) -> dict[str, str]:
+    unset = {"PORTAKV_BACKEND": None, "TRITON_INTERPRET": None}
+    values = {**os.environ, **unset, **changed}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def bash(script: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:

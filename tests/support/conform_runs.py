@@ -13,6 +13,7 @@ import support.conform_fake_worker as fake
 from portakv_conformance.record import CaseRecord, RunRecord
 from portakv_conformance.run.progress import Progress
 from portakv_conformance.run.runner import Options, run
+from support import ready
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,9 +26,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def python(*words: str, where: Path = ROOT, **more: str) -> subprocess.CompletedProcess[str]:
     """Run Python in that environment and return its result."""
-    return subprocess.run(
-        [sys.executable, *words], cwd=where, env=environment(**more), capture_output=True, text=True
-    )
+    return ready.run(*words, cwd=where, env=environment(**more))
 
 
 class RecordingProgress(Progress):

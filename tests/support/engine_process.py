@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from portakv.integrations import INTEGRATIONS
+from support import ready
 
 #: Settings of torch that an engine may have changed before PortaKV's first use.
 _DEFAULTS = """
@@ -56,13 +57,7 @@ def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[s
     with TemporaryDirectory() as folder:
         script = Path(folder, "script.py")  # a file, since a spawned worker reads it again
         script.write_text(textwrap.dedent(code), encoding="utf-8")
-        return subprocess.run(
-            [sys.executable, script],
-            env=inherited | environment,
-            text=True,
-            capture_output=True,
-            timeout=560,
-        )
+        return ready.run(script, env=inherited | environment, timeout=560)
 
 
 def answer(code: str, **environment: str) -> str:

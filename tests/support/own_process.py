@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from support import ready
 
 ROOT = Path(__file__).resolve().parents[2]
 _GROUP = "PORTAKV_TESTS_GROUP"  # names the group that a child runs
@@ -82,20 +82,12 @@ def _run(
         ids = Path(folder, "ids")
         reports.touch()
         ids.write_text("\n".join(chosen), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
+        command = ["-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
         command += ["-m", session.config.getoption("-m"), f"@{ids}"]
         own = {"SIMDEV_NAME": device, _GROUP: group, _REPORTS: str(reports)}
         environment = {**os.environ, **own, **more}
         environment.pop("PYTEST_XDIST_WORKER", None)
-        done = subprocess.run(
-            command,
-            env=environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_SECONDS,
-        )
+        done = ready.run(*command, env=environment, cwd=ROOT, timeout=_SECONDS)
         reported: dict[str, list[Any]] = {"": [done.stdout[-6000:] + done.stderr[-2000:]]}
         for line in reports.read_text(encoding="utf-8").splitlines():
             report = pytest.TestReport._from_json(json.loads(line))

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from typing import Any
 
+from support import ready
+
 
 class Refused(Exception):
     """An error that the code raised there: the type's name and the sentence."""
@@ -19,8 +21,9 @@ class Peer:
 
     def __init__(self, **environment: str) -> None:
         paths = os.pathsep.join(path for path in sys.path if path)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "support.peer_process"],
+        self._process = ready.Python(
+            "-m",
+            "support.peer_process",
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": paths, **environment},
@@ -43,7 +46,8 @@ class Peer:
     def kill(self) -> None:
         """Kill the process, as the kernel does when memory runs out."""
         self._process.kill()
-        self._process.communicate()
+        with self._process:
+            pass
 
     def __enter__(self) -> Peer:
         return self

@@ -58,7 +58,6 @@ LONG = {
     "tests/migrate/test_named.py::test_an_owner_that_is_stopped_delays_no_other",
     "tests/migrate/test_named.py::test_an_owner_that_wakes_late_is_waited_for",
     "tests/migrate/test_named.py::test_stopped_owners_are_asked_together",
-    "tests/migrate/test_offer_model.py::test_the_machine_finds_an_owner_with_a_bug",
     "tests/migrate/test_pull_processes.py::test_killed_at_any_moment_nothing_leaks_and_nobody_hangs[10]",
     "tests/migrate/test_pull_soak.py::test_no_stale_row_at_readers_that_are_killed[mapped-26]",
     "tests/migrate/test_weights_in_flight.py::test_the_end_of_the_process_cancels_a_pull_in_flight",
@@ -86,8 +85,12 @@ LONG = {
 LARGE = {
     "tests/backends/test_every_backend.py::test_every_byte_lands",
     "tests/backends/test_every_backend.py::test_no_state_of_torch_s_changes_a_copy",
+    "tests/cli/test_explain.py::test_explain_takes_every_preset",
     "tests/copy/test_between.py::test_every_byte_of_every_shape",
+    "tests/copy/test_block_order.py::test_memory_that_everybody_forgets",
     "tests/copy/test_blocks.py::test_every_byte_lands",
+    "tests/copy/test_blocks.py::test_skipped_blocks",
+    "tests/copy/test_ordering.py::test_a_copy_waits_for_its_producer",
     "tests/copy/test_pitfalls.py::test_lists_of_any_length_make_and_order",
     "tests/copy/test_properties.py::test_every_destination",
     "tests/copy/test_terms.py::test_blocks_in_part",
@@ -96,6 +99,7 @@ LARGE = {
     "tests/host/test_memcpy_device.py::test_every_byte_lands",
     "tests/host/test_pinned.py::test_no_memory",
     "tests/host/test_small.py::test_values",
+    "tests/host/test_small_methods.py::test_counts_round_the_limits",
     "tests/integrations/test_lmcache_ops.py::test_blocks_there_and_back",
     "tests/integrations/test_lmcache_ops.py::test_slots_by_addresses",
     "tests/integrations/test_matrix.py::test_a_release_that_is_not_served",
@@ -107,6 +111,7 @@ LARGE = {
     "tests/interconnect/test_staged.py::test_every_copy_of_the_table",
     "tests/interconnect/test_staged.py::test_what_is_kept_of_a_transfer_serves_no_other",
     "tests/interconnect/test_zero_copy.py::test_every_cut",
+    "tests/migrate/test_described.py::test_a_view_of_a_preset_is_rebuilt_at_other_addresses",
     "tests/serving/test_keeper.py::test_walks_of_ranks_that_join_copy_stop_and_die",
     "tests/storage/test_store.py::test_two_splits_of_one_axis_are_read_beside_each_other",
 }
@@ -205,9 +210,21 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def _freeze(config: pytest.Config) -> None:
+    _let_loggers_propagate()
     gc.collect()
     gc.freeze()
     config.stash[_frozen] = len(sys.modules)
+
+
+def _let_loggers_propagate() -> None:
+    """Have the records of all loggers reach the root, where pytest captures them.
+
+    pytest adds its handlers to each logger that does not propagate as well, and removes them, six
+    times for each test. torch has forty of them.
+    """
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.propagate = True
 
 
 @pytest.hookimpl(tryfirst=True)

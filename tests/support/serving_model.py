@@ -221,6 +221,8 @@ class Request:
     handed: bool = False  # another engine has computed its prompt
     fresh: bool = False  # its blocks are not known to the ledger
     ends: int = 0
+    chain: KeyChain | None = None  # the keys of its first tokens
+    noted: int = 0  # how many of them
     _rows: list[int] = field(default_factory=list)
 
     @property
@@ -481,10 +483,16 @@ class Engine:
     def note_keys(self, request: Request, past: int) -> None:
         """Remember the rows that belong to the keys of a request's blocks."""
         size = self.draw.stored_size
+        begin = request.noted
+        end = past // size * size
+        if begin >= end:
+            return
         rows = request.rows
-        keys = KeyChain(size).extend(request.tokens[: past // size * size])
-        for at, key in enumerate(keys):
-            self.store.expected[key] = rows[at * size : (at + 1) * size]
+        request.noted = end
+        request.chain = request.chain or KeyChain(size)
+        keys = request.chain.extend(request.tokens[begin:end])
+        for first, key in zip(range(begin, end, size), keys, strict=True):
+            self.store.expected[key] = rows[first : first + size]
 
     def _schedule_running(self, gone: list[str]) -> dict[Request, tuple[list[int], int]]:
         """Give running requests tokens of this step; preempt the last ones without blocks."""

