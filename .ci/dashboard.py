@@ -21,7 +21,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from portakv.copy import count_copies
 from portakv.graph import Task
 from portakv.graph.meter import Family, Meter
 from portakv.graph.metrics import ENGINE, PREFIX
+from portakv.integrations.vllm_metrics import TIERS, tier_counters
 from portakv.migrate import (
     Channel,
     Owner,
@@ -64,6 +65,8 @@ class Work(NamedTuple):
 
     meter: Meter
     work: Callable[[int], None]
+    #: Returns the counters of tiers that an engine with this store reports.
+    tiers: Callable[[], Mapping[str, float]]
     #: Has a link be busy, and some tasks wait for it, until the event is set.
     occupy: Callable[[int, threading.Event], None]
 
@@ -136,7 +139,7 @@ def working(folder: Path) -> Iterator[Work]:
             elif waiting:
                 waiting.pop().cancel()
 
-        yield Work(meter, work, occupy)
+        yield Work(meter, work, lambda: tier_counters(store.statistics()), occupy)
 
 
 def _engine_counters() -> list[str]:
@@ -154,7 +157,7 @@ def _engine_counters() -> list[str]:
 def record(folder: Path, end: float) -> Path:
     """Return a file with the figures of `READINGS` times until ``end``, in OpenMetrics' format."""
     lines = dict[str, list[str]]()
-    with working(folder) as (meter, work, occupy):
+    with working(folder) as (meter, work, tiers, occupy):
         for turn in range(READINGS):
             work(turn)
             held = threading.Event()
@@ -167,12 +170,28 @@ def record(folder: Path, end: float) -> Path:
                 )
                 for sample in family.samples:
                     series = f"{name}_{sample.series}" if sample.series else name
-                    labels = ",".join(f"{x}={json.dumps(y)}" for x, y in sample.labels.items())
-                    own.append(f"{series}{{{labels}}} {sample.value} {at:.3f}")
+                    own.append(_line(series, sample.labels, sample.value, at))
+            for counter, value in tiers().items():
+                name, labels = _of_tier(counter)
+                own = lines.setdefault(name, [f"# TYPE {name.removesuffix('_total')} counter"])
+                own.append(_line(name, labels, value, at))
             held.set()
     path = folder / "series"
     path.write_text("\n".join([*(x for own in lines.values() for x in own), "# EOF\n"]))
     return path
+
+
+def _line(series: str, labels: Mapping[str, str], value: float, at: float) -> str:
+    """Return a line of OpenMetrics' format."""
+    texts = ",".join(f"{name}={json.dumps(text)}" for name, text in labels.items())
+    return f"{series}{{{texts}}} {value} {at:.3f}"
+
+
+def _of_tier(counter: str) -> tuple[str, dict[str, str]]:
+    """Return the name and the labels under which vLLM shows a counter of `tier_counters`."""
+    name, *texts = counter.split("/")
+    metric = TIERS[name][1]
+    return f"vllm:{PREFIX}{metric.name}", dict(zip(metric.labels, texts, strict=True))
 
 
 def _shown(family: Family) -> str:

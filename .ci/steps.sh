@@ -53,7 +53,8 @@ results_of() {
     [[ -n ${STEP_RESULTS:-} ]] || return 0
     mkdir -p "$STEP_RESULTS"
     git describe --always --dirty --abbrev=12 --exclude '*' >"$STEP_RESULTS/$1.commit"
-    export PYTEST_ADDOPTS="--junitxml='$STEP_RESULTS/$1.xml' -o junit_suite_name='$1'"
+    # In double quotes: names of steps have apostrophes.
+    export PYTEST_ADDOPTS="--junitxml=\"$STEP_RESULTS/$1.xml\" -o \"junit_suite_name=$1\""
 }
 
 # step NAME COMMAND...: run it in this shell, because the README's command activates .venv.

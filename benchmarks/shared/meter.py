@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
 from math import inf
-from time import process_time
+from time import perf_counter, process_time
 
 import torch
 
@@ -26,30 +26,56 @@ from portakv.runtime import tracing
 #: Calls of a turn, and turns. The order of the two alternates.
 CALLS = 100
 TURNS = 101
+#: The same for a pull of 128 MiB.
+LARGE_CALLS = 4
+LARGE_TURNS = 41
+#: Blocks of 64 KiB, which are 128 MiB together.
+LARGE_BLOCKS = 2048
 #: Seconds between two readings of the figures, as Prometheus makes them.
 EACH = 15.0
 LAYOUT = "layer | kv block token head dim"
 _MODEL = "a model"
+#: Blocks of a cache, and tokens of a block.
+_BLOCKS = 16
+_TOKENS = 16
 
 
-def compare(call: Callable[[], object], switch: Callable[[bool], object]) -> dict[str, float]:
+def compare(
+    call: Callable[[], object],
+    switch: Callable[[bool], object],
+    calls: int = CALLS,
+    turns: int = TURNS,
+    processor: Callable[[], float] = process_time,
+    clock: Callable[[], float] = perf_counter,
+) -> dict[str, float]:
     """Return the seconds of a call without what ``switch`` turns on, and what that adds.
 
     The seconds are the processor time of all threads of this process, of the fastest turn of each
-    kind: other work of the machine makes turns slower, and none faster.
+    kind: other work of the machine makes turns slower, and none faster. ``elapsed`` are the
+    seconds that pass until a call ends, of the fastest turn, and ``elapsed_added`` what is added to
+    these.
     """
     fastest = {False: inf, True: inf}
-    for turn in range(TURNS):
+    shortest = {False: inf, True: inf}
+    for turn in range(turns):
         for on in (turn % 2 == 0, turn % 2 == 1):
             switch(on)
             call()
-            began = process_time()
-            for _ in range(CALLS):
+            began = processor()
+            started = clock()
+            for _ in range(calls):
                 call()
-            fastest[on] = min(fastest[on], (process_time() - began) / CALLS)
+            shortest[on] = min(shortest[on], (clock() - started) / calls)
+            fastest[on] = min(fastest[on], (processor() - began) / calls)
     switch(False)
     added = fastest[True] - fastest[False]
-    return {"seconds": fastest[False], "added": added, "share": added / fastest[False]}
+    return {
+        "seconds": fastest[False],
+        "added": added,
+        "share": added / fastest[False],
+        "elapsed": shortest[False],
+        "elapsed_added": shortest[True] - shortest[False],
+    }
 
 
 def copies() -> dict[str, float]:
@@ -87,8 +113,13 @@ def scrape() -> dict[str, float]:
     return {"seconds": seconds, "share": seconds / EACH}
 
 
-def spans() -> dict[str, float]:
+def spans(blocks: int, calls: int, turns: int) -> dict[str, float]:
     """Compare an offer and its pull with and without spans, which go to a batch processor.
+
+    Args:
+        blocks: the blocks of a pull, each of 64 KiB.
+        calls: the calls of a turn.
+        turns: the turns of each kind.
 
     Raises `ImportError` without opentelemetry-sdk.
     """
@@ -105,26 +136,29 @@ def spans() -> dict[str, float]:
     provider.add_span_processor(BatchSpanProcessor(Dropped()))
     open_telemetry.trace(provider)
     tracer = tracing.use(None)
-    rows = _view()
-    target = _view()
+    rows = _view(max(blocks, _BLOCKS))
+    target = _view(max(blocks, _BLOCKS))
+    moved = range(blocks)
     with closing(Channel()) as there, closing(Channel()) as here:
         owner = Owner(there, Shard(rows), model=_MODEL)
         reader = Reader(here, Shard(target), model=_MODEL)
 
         def call() -> None:
-            offer = owner.offer([1, 2], tokens=20)
-            reader.pull(offer.ticket, [1, 2]).synchronize()
+            offer = owner.offer(moved, tokens=_TOKENS * blocks)
+            reader.pull(offer.ticket, moved).synchronize()
 
         try:
-            return compare(call, lambda on: tracing.use(tracer if on else None))
+            return compare(
+                call, lambda on: tracing.use(tracer if on else None), calls=calls, turns=turns
+            )
         finally:
             reader.close()
             owner.close()
             provider.shutdown()
 
 
-def _view() -> KVView:
-    whole = shared_empty((4, 2, 16, 16, 4, 64), torch.float16)
+def _view(blocks: int = _BLOCKS) -> KVView:
+    whole = shared_empty((4, 2, blocks, _TOKENS, 4, 64), torch.float16)
     return KVView([*whole], LAYOUT)
 
 
@@ -132,7 +166,10 @@ def main() -> None:
     """Print a JSON value: what each kind of call takes, and what the meter adds."""
     results = {"copy_rows, counted": copies(), "reading": scrape()}
     with suppress(ImportError, Unsupported):
-        results["offer and pull, with spans"] = spans()
+        results["offer and pull of 128 KiB, with spans"] = spans(2, CALLS, TURNS)
+        results["offer and pull of 128 MiB, with spans"] = spans(
+            LARGE_BLOCKS, LARGE_CALLS, LARGE_TURNS
+        )
     json.dump(results, sys.stdout, indent=1)
     print()
 

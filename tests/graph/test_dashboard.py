@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from portakv.graph.metrics import ENGINE, METRICS, Metric
+from portakv.integrations.vllm_metrics import TIERS
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "docs" / "operations" / "dashboard.json"
@@ -25,7 +26,8 @@ NAMED = re.compile(r"(vllm:)?portakv_([a-z_]+)(?:\{([^}]*)\})?")
 def metric_of(engine: str | None, name: str) -> Metric:
     """Return the metric of a name in a query."""
     if engine:
-        return next(x for x in ENGINE.values() if x.name == f"engine_{name}")
+        shown = [*ENGINE.values(), *(metric for _, metric in TIERS.values())]
+        return next(x for x in shown if x.name.removeprefix("engine_") == name)
     return METRICS[name if name in METRICS else re.sub("_(bucket|sum|count)$", "", name)]
 
 
@@ -40,6 +42,11 @@ def test_a_query_names_metrics_and_their_labels(query: str) -> None:
         assert {*re.findall(r"(\w+)[=!]~?", selected)} <= labels
         assert {label for group in groups for label in group} <= labels
         assert (metric.kind == "gauge") == ("rate(" not in query)
+
+
+def test_every_series_of_an_engines_tiers_has_a_panel() -> None:
+    found = {name for query in QUERIES for engine, name, _ in NAMED.findall(query) if engine}
+    assert {metric.name for _, metric in TIERS.values()} <= found
 
 
 def test_panels_have_places_of_their_own_and_say_what_they_show() -> None:

@@ -7,10 +7,12 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import quoteattr
 
 import pytest
 
@@ -85,12 +87,32 @@ def test_a_part_of_the_steps_is_not_the_whole(compatibility: Any, tmp_path: Path
     steps = [f"sglang 0.5.23: {each}" for each in compatibility.DOORS[door[0]][door[2]]]
     kept = compatibility.keep(results(tmp_path, *steps[:2]), {})
     ran, numbers, when = row_of(compatibility.table(kept), *door)
-    assert ran == "part, 2 of 3; not its tests of kvcacheio, simulated"
+    why = "only a checkout of SGLang's repository has these tests"
+    assert ran == f"part, 2 of 3; not its tests of kvcacheio, simulated ({why})"
     assert numbers == "10, 4"
     assert when.startswith("2026-11-26, ")
     assert when.endswith("commit 0123456789ab")
     whole = compatibility.keep(results(tmp_path, *steps), {})
     assert row_of(compatibility.table(whole), *door)[0] == "all 3"
+
+
+def test_reasons_of_skipped_tests_are_shown(compatibility: Any, tmp_path: Path) -> None:
+    """The most frequent ones first, in one line, and without what ends a cell."""
+    door = "transformers", "5.23.0", "cache"
+    folder = results(tmp_path, "transformers 5.23.0: integration")
+    reasons = ["no GPU | none", "no GPU | none", "two\nlines", "c", "d"]
+    tests = "".join(f"<testcase><skipped message={quoteattr(x)}/></testcase>" for x in reasons)
+    text = (folder / "0.xml").read_text(encoding="utf-8").replace("/></testsuites>", ">")
+    (folder / "0.xml").write_text(f"{text}{tests}</testsuite></testsuites>", encoding="utf-8")
+    numbers = row_of(compatibility.table(compatibility.keep(folder, {})), *door)[1]
+    assert numbers == "5, 2: no GPU / none; c; d; 1 other reasons"
+
+
+def test_a_step_that_no_run_has_says_why(compatibility: Any) -> None:
+    """Each reason names a step of the script, so that none outlives its step."""
+    for engine, release, step in compatibility.LEFT_OUT:
+        assert compatibility.door_of(engine, step)
+        assert not release or release in compatibility.tested(engine)
 
 
 def test_steps_of_two_commits_are_named(compatibility: Any, tmp_path: Path) -> None:
@@ -123,15 +145,20 @@ def test_a_result_that_the_script_did_not_write_is_refused(
 
 
 def test_the_script_writes_the_commit_of_each_step(tmp_path: Path) -> None:
-    script = 'source .ci/steps.sh; trap - EXIT; step "a b: c" true; printf %s "$PYTEST_ADDOPTS"'
+    """The name of a step may have an apostrophe."""
+    script = (
+        'source .ci/steps.sh; trap - EXIT; step "a b: its c\'s d" true; printf %s "$PYTEST_ADDOPTS"'
+    )
     environment = {**os.environ, "STEP_RESULTS": str(tmp_path)}
     run = ["bash", "-c", script]
     done = subprocess.run(
         run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    assert f"--junitxml='{tmp_path}/a b: c.xml'" in done.stdout
-    commit = (tmp_path / "a b: c.commit").read_text(encoding="utf-8")
+    words = shlex.split(done.stdout.splitlines()[-1])
+    name = "a b: its c's d"
+    assert words == [f"--junitxml={tmp_path}/{name}.xml", "-o", f"junit_suite_name={name}"]
+    commit = (tmp_path / f"{name}.commit").read_text(encoding="utf-8")
     assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?\n", commit)
 
 

@@ -32,7 +32,7 @@ from portakv.serving.pages import PageSize
 
 #: More objects than the server's host memory has room for.
 PROMPTS = 24
-LIMIT = 60.0
+LIMIT = 300.0
 #: Without it a read trusts whatever the disk returns.
 UNGUARDED = """
 from support.store_damage import any_images_believed

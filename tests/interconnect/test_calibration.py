@@ -36,6 +36,8 @@ from portakv_conformance import simdev
 pytestmark = pytest.mark.simdev
 
 SMALL = Grid((256, 4096), (4096, 32768), most_runs=64, repeats=1, short=0, pageable=8192)
+#: Seconds that a calibration may take, on a machine that does other work.
+PATIENCE = 600
 ONE_POINT = Grid((4096,), (4096,), repeats=3, short=0, pageable=4096)
 HERE = __name__
 FAKES = "support.host_choice_cases"
@@ -87,13 +89,13 @@ def runs_of(points: Any) -> list[tuple[int, int]]:
 
 
 def test_every_strategy_that_serves_the_device_is_measured() -> None:
-    table = calibrate(DEVICE, 60)
+    table = calibrate(DEVICE, PATIENCE)
     strategies = {strategy for strategy, _ in table.points}
     assert strategies == {"staged", "batched_memcpy", "pageable"}
     assert table.left_out == {"zero_copy": f"the CUDA driver does not serve {NAME} devices"}
     assert (table.emulated, table.whole) == (True, True)
     assert "which is emulated" in table.origin
-    assert 0 < table.took < 60
+    assert 0 < table.took < PATIENCE
     for direction in DIRECTIONS:
         for strategy in ("staged", "batched_memcpy"):
             points = table.points[strategy, direction]
@@ -101,7 +103,7 @@ def test_every_strategy_that_serves_the_device_is_measured() -> None:
         assert runs_of(table.points["pageable", direction]) == [(256, 16), (4096, 1)]
     for columns in table.points.values():
         for column in columns.values():
-            assert all(point.seconds > 0 and 0 < point.host_seconds < 60 for point in column)
+            assert all(point.seconds > 0 and 0 < point.host_seconds < PATIENCE for point in column)
     rows = calibration.by_point(table)
     assert list(rows)[:2] == [("d2h", 256, 16), ("d2h", 256, 64)]
     assert list(rows["h2d", 4096, 1]) == ["staged", "batched_memcpy", "pageable"]
@@ -123,7 +125,7 @@ class Pretending(Timer):
 
 def test_the_median_of_what_the_timer_tells_is_kept() -> None:
     timer = Pretending([3.0, 1.0, 2.0])
-    table = calibrate(DEVICE, 60, ONE_POINT, timer)
+    table = calibrate(DEVICE, PATIENCE, ONE_POINT, timer)
     assert {p.seconds for columns in table.points.values() for p in columns[4096]} == {2.0}
     assert table.timer == "pretended"
     # What `pageable` does first cannot be hidden, as it waits for the device in between.
@@ -154,7 +156,7 @@ def test_lists_are_sent_once_and_not_while_a_copy_is_timed(monkeypatch: pytest.M
         return launch_by(self, *arguments)
 
     monkeypatch.setattr(HostLaunch, "launch_by", noted)
-    calibrate(DEVICE, 60, ONE_POINT, Pretending([1e-5]))
+    calibrate(DEVICE, PATIENCE, ONE_POINT, Pretending([1e-5]))
     assert len(met) == 3 * 2
     assert not any(index.temporary for pair in met for index in pair)
 
@@ -201,7 +203,7 @@ def test_a_strategy_that_is_wrong_or_fails_is_left_out_with_all_its_points(
     fake: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replaced(monkeypatch, batched_memcpy=fake)
-    table = calibrate(DEVICE, 60)
+    table = calibrate(DEVICE, PATIENCE)
     assert why in table.left_out["batched_memcpy"]
     assert {strategy for strategy, _ in table.points} == {"staged", "pageable"}
 
@@ -210,7 +212,7 @@ def test_pending_work_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     absent = f"{FAKES}:Absent"
     replaced(monkeypatch, staged=f"{HERE}:Late", batched_memcpy=absent, pageable=absent)
     waited.reset_mock()
-    calibrate(DEVICE, 60, ONE_POINT)
+    calibrate(DEVICE, PATIENCE, ONE_POINT)
     assert waited.call_count == 2 * (1 + 2 + 3)  # each direction: proved, called, timed
 
 
@@ -313,7 +315,7 @@ def test_a_delay_that_was_too_short_is_made_longer(delays: list[int]) -> None:
 
 
 def test_calibrate_and_then_explain(folder: Path) -> None:
-    code, out, err = run("calibrate", "--device", str(DEVICE))
+    code, out, err = run("calibrate", "--device", str(DEVICE), "--seconds", str(PATIENCE))
     assert (code, err) == (0, "")
     (path,) = folder.iterdir()
     flat = " ".join(out.split())
@@ -340,7 +342,7 @@ def test_calibrate_as_json_and_no_table(folder: Path, monkeypatch: pytest.Monkey
     assert run("calibrate", "--device", str(DEVICE), "--seconds", "1e-4")[:2] == (1, "")
     absent = f"{FAKES}:Absent"
     replaced(monkeypatch, staged=absent, batched_memcpy=f"{FAKES}:Breaking", pageable=absent)
-    code, out, err = run("calibrate", "--device", str(DEVICE))
+    code, out, err = run("calibrate", "--device", str(DEVICE), "--seconds", str(PATIENCE))
     assert (code, out) == (1, "")
     assert "No strategy could be measured" in err
     assert "the compiler crashed" in err
@@ -351,6 +353,6 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(
 ) -> None:
     folder.parent.write_text("a file")
     monkeypatch.setattr(calibration, "calibrate", None)
-    code, out, err = run("calibrate", "--device", str(DEVICE))
+    code, out, err = run("calibrate", "--device", str(DEVICE), "--seconds", str(PATIENCE))
     assert (code, out) == (1, "")
     assert "Set PORTAKV_CACHE_DIR to a folder" in err

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,14 @@ def test_tokens_of_any_kind_have_the_same_keys(kind: Any) -> None:
     assert prefix_keys(kind([2**32 - 1] * 4), 4) == prefix_keys([2**32 - 1] * 4, 4)
 
 
+def available() -> list[Any]:
+    """Return the functions that make keys here: blake3 has no release for Python 3.10."""
+    return [prefix_keys, vllm_keys, *([lmcache_keys] if find_spec("blake3") else [])]
+
+
 @pytest.mark.parametrize("tokens", [[], [1, 2, 3]])
 def test_what_fills_no_block_has_no_keys(tokens: list[int]) -> None:
-    assert prefix_keys(tokens, 4) == lmcache_keys(tokens, 4) == vllm_keys(tokens, 4) == []
+    assert [keys(tokens, 4) for keys in available()] == [[]] * len(available())
 
 
 NO_TOKENS = [
@@ -63,7 +69,7 @@ NO_TOKENS = [
 
 @pytest.mark.parametrize("tokens", NO_TOKENS)
 def test_what_is_no_token_is_refused(tokens: Any) -> None:
-    for keys in (prefix_keys, lmcache_keys, vllm_keys):
+    for keys in available():
         with pytest.raises(InvalidTerms, match="whole numbers from 0 to"):
             keys(tokens, 4)
 
@@ -111,6 +117,7 @@ def test_booleans_are_no_numbers_in_vllm_s_chain() -> None:
 
 def test_lmcache_s_chain() -> None:
     """``TokenHasher(4).compute_chunk_hashes(TOKENS)`` of lmcache 0.5.6."""
+    pytest.importorskip("blake3", reason="LMCache's keys need blake3")
     assert [key.hex() for key in lmcache_keys(TOKENS, 4)] == [
         "90f5eacb797a60bcb698ac9a18415f534679b59e2bd5c0163410b0a8377ea7dd",
         "e3f0fb33d877169845b0c684e2493c158586010eeb8476fb4e9743ad56d6d93c",
