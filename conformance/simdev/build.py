@@ -8,6 +8,7 @@ import fcntl
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,11 @@ _SOURCES = [
     Path(__file__).with_name(n) for n in ("device.cpp", "operators.h", "memory.h", "jobs.h")
 ]
 _COMPILERS = ("g++", "clang++", "c++")
+#: Seconds for which a process waits for another one that builds. A compiler has 600; a builder that
+#: was stopped has its lock for ever.
+LONGEST_WAIT = 660.0
+#: Seconds between two looks at the lock.
+PAUSE = 0.05
 
 
 class SimulatedDeviceError(BackendUnavailable):
@@ -71,7 +77,7 @@ def load_library() -> None:
     ]
     key = [*(source.read_text(encoding="utf-8") for source in _SOURCES), torch.__version__]
     try:
-        with _one_builder():
+        with one_builder():
             library = cpp.built(command, [*key, sys.version])
     except cpp.CompilerError as error:
         raise SimulatedDeviceError(
@@ -83,16 +89,31 @@ def load_library() -> None:
 
 
 @contextmanager
-def _one_builder() -> Iterator[None]:
-    """Let one process build while the others wait for its result; without a folder each builds."""
+def one_builder(seconds: float = LONGEST_WAIT) -> Iterator[None]:
+    """Let one process build while the others wait for its result, at most so many seconds; after
+    that, or without a folder, each builds."""
     folder = kernel_cache.directory()
     handle = None
     with suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle = os.open(folder / "simdev.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        _wait_for(handle, seconds)
     try:
         yield
     finally:
         if handle is not None:
+            with suppress(OSError):  # also for a process that was forked meanwhile and has it too
+                fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
+
+
+def _wait_for(handle: int, seconds: float) -> None:
+    """Wait for the lock of a file, at most so many seconds."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(PAUSE)
+        else:
+            return

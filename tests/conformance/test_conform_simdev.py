@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -89,6 +92,43 @@ def test_processes_that_start_together_build_it_once(tmp_path: Path) -> None:
         ]
     assert [done.result().stdout for done in several] == ["library\n\n"] * 3
     assert (tmp_path / "log").read_text() == "built\n"
+
+
+def lock_of(folder: Path) -> int:
+    """Return a descriptor of the builders' lock file, which has no lock."""
+    return os.open(folder / "simdev.lock", os.O_RDWR | os.O_CREAT, 0o600)
+
+
+def test_a_builder_that_hangs_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PORTAKV_CACHE_DIR", str(tmp_path))
+    hanging = lock_of(tmp_path)
+    fcntl.flock(hanging, fcntl.LOCK_EX)
+    with build.one_builder(0.0):
+        pass  # it builds itself
+    os.close(hanging)
+
+
+def test_a_process_that_was_forked_meanwhile_does_not_keep_the_lock(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It has the same open file, as a copy of the descriptor has."""
+    monkeypatch.setenv("PORTAKV_CACHE_DIR", str(tmp_path))
+    other = lock_of(tmp_path)
+    path = os.path.realpath(tmp_path / "simdev.lock")
+    opened = dict[int, str]()
+    with build.one_builder():
+        for number in map(int, os.listdir("/proc/self/fd")):
+            with suppress(OSError):
+                opened[number] = os.readlink(f"/proc/self/fd/{number}")
+        inherited = [os.dup(x) for x, name in opened.items() if name == path and x != other]
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert len(inherited) == 1
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for descriptor in (*inherited, other):
+        os.close(descriptor)
 
 
 TOUCH = """
