@@ -232,7 +232,7 @@ def test_a_block_of_zero_rows_is_refused() -> None:
 
 def test_a_tensor_is_split_along_its_last_axis() -> None:
     cut = Parameter.split(torch.zeros(3, 4), -1, [8], (1, 2))
-    assert (cut.shape, cut.boxes) == ((3, 8), [Box((0, 4), (0, 0), (3, 4))])
+    assert (cut.shape, cut.boxes) == ((3, 8), (Box((0, 4), (0, 0), (3, 4)),))
 
 
 @pytest.mark.parametrize(
