@@ -279,7 +279,11 @@ def main() -> None:
     first, past = (int(each) for each in sys.argv[2:4])
     HookStore.shared = sys.argv[4] == "shared"
     counts = dict[str, int]()
-    for seed in range(first, past):
+    # When an index of another process knows a block depends on the speed of both.
+    latest = past + 32 if HookStore.shared else past
+    for seed in range(first, latest):
+        if seed >= past and counts.get("landed_blocks"):
+            break
         for name, count in walk(seed, f"{folder}/store-{seed}").items():
             counts[name] = counts.get(name, 0) + count
     print(counts)
