@@ -82,16 +82,19 @@ class Mapped:
         tiles = list[Tiles]()
         names = list[str]()
         rest = list[Piece]()
-        fitting = defaultdict[torch.device, list[Piece]](list)
+        fitting = defaultdict[torch.device, list[tuple[Piece, Pair]]](list)
         for piece in batch.pieces:
             device = self._tensors[piece.cell.name].device
-            fits = piece.copied and tiled_on(device) and fits_tiles(*self.pair(piece))
-            (fitting[device] if fits else rest).append(piece)
+            if piece.copied and tiled_on(device) and fits_tiles(*(pair := self.pair(piece))):
+                fitting[device].append((piece, pair))
+            else:
+                rest.append(piece)
         for some in fitting.values():
-            made = tiles_of([self.pair(piece) for piece in some])
+            pieces, pairs = zip(*some, strict=True)
+            made = tiles_of(pairs)
             if made is None:
-                rest += some
+                rest += pieces
             else:
                 tiles.append(made)
-                names += [piece.cell.name for piece in some]
+                names += [piece.cell.name for piece in pieces]
         return TiledPieces(read_at, tiles, names, rest)

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
-_SMALL = 16 << 20  # bytes of the largest tensor that counts as small
+#: Bytes of the smallest tensor that counts as large. Large ones go to the copy engine, which leaves
+#: the multiprocessors to the checksums: 32 of 117 MiB took 13.0 ms in tiles and 11.7 ms without.
+LARGE = 16 << 20
 _LISTED = 32  # small tensors that one call copies
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
@@ -32,7 +34,7 @@ def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
                 runs.append((into, src))
                 continue
             integers = _INTEGERS.get(into.itemsize)
-            if not one_run or integers is None or into.nbytes >= _SMALL:
+            if not one_run or integers is None or into.nbytes >= LARGE:
                 into.copy_(src)
                 continue
             key = into.device, integers

@@ -15,13 +15,11 @@ import torch
 
 from portakv.copy import CopyOptions, copy_rows
 from portakv.errors import BackendUnavailable, Unsupported
+from portakv.migrate.weight_pairs import LARGE
 from portakv.view.view import KVView
 
 #: Bytes of the tiles. A tensor is cut into as many of the first as it has, its rest into the next.
 TILES = (64 << 10, 4 << 10, 512)
-#: Bytes of the largest tensor in tiles. Larger ones go to the copy engine, which leaves the
-#: multiprocessors to the checksums: 32 of 117 MiB took 13.0 ms in tiles and 11.7 ms without.
-MOST = 16 << 20
 _ALIGNED = 16  # bytes, so that kernels move whole vectors
 _LAYOUT = "block | token dim"
 # A pull is waited for, so its kernels take as much of the device as they can use.
@@ -69,7 +67,7 @@ def fits_tiles(into: torch.Tensor, src: torch.Tensor) -> bool:
     """Return whether tiles can copy a tensor to another one of the same type and shape."""
     return (
         into.device == src.device
-        and 0 < into.nbytes < MOST
+        and 0 < into.nbytes < LARGE
         and into.is_contiguous()
         and src.is_contiguous()
         and not into.nbytes % TILES[-1]
