@@ -152,7 +152,7 @@ def test_without_a_backend_for_addresses_tensors_are_copied_as_before(
         raise Unsupported("Copying", "of this test")
 
     monkeypatch.setattr(weight_tiles, "copy_rows", refuse)
-    # A size of its own: tensors at the addresses of former ones would use the tiles of those.
+    # A separate size: tensors at the addresses of former ones would use the tiles of those.
     source = shared(values(3200, 1))
     owner = publish(channels(), {"w": source})
     into = torch.zeros(3200, dtype=torch.int32)

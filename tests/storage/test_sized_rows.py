@@ -105,7 +105,7 @@ class Lease:
 
 
 class Model(RuleBasedStateMachine):
-    """Random steps; each live row is filled with a byte of its own, and has it until it is free.
+    """Random steps; each live row is filled with a separate byte, and has it until it is free.
 
     The keys begin prompts of their own, so that they go in the order of their use.
     """

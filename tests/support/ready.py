@@ -255,8 +255,8 @@ def _report(statuses: dict[int, socket.socket]) -> None:
     for pid in list(statuses):
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
-            with statuses.pop(pid) as told, suppress(BrokenPipeError):
-                told.send(b"%d" % os.waitstatus_to_exitcode(status))
+            with statuses.pop(pid) as requester, suppress(BrokenPipeError):
+                requester.send(b"%d" % os.waitstatus_to_exitcode(status))
 
 
 def _run(request: dict[str, Any], installed: list[str]) -> None:
