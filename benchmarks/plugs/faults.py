@@ -9,6 +9,7 @@ with wrong bytes. The disk's faults need `preload`, and I/O by system calls of t
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import random
@@ -81,6 +82,14 @@ def add_options(parser: argparse.ArgumentParser, stores: Sequence[str]) -> None:
     parser.add_argument("--faults", type=int, default=0, help="of each kind, in place of speed")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--stores", nargs="+", choices=stores, default=stores)
+
+
+def show(results: Mapping[str, object], file: Path | None) -> None:
+    """Print results as JSON, and write them to a file if there is one."""
+    text = json.dumps(results, indent=1)
+    print(text)
+    if file is not None:
+        file.write_text(f"{text}\n")
 
 
 def preload(folder: Path, module: str) -> None:

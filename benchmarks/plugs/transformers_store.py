@@ -14,7 +14,6 @@ checksums, which takes each call of the disk as complete. ``hasty`` takes each b
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import threading
@@ -230,10 +229,7 @@ def main() -> None:
     results["block_bytes"] = BLOCK_BYTES
     results["faults"] = faults.damaged(FaultyStore, *terms, imports=IMPORTS)
     shutil.rmtree(args.folder)
-    text = json.dumps(results, indent=1)
-    print(text)
-    if args.json is not None:
-        args.json.write_text(f"{text}\n")
+    faults.show(results, args.json)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ chunks came that a load reports as loaded.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import shutil
@@ -289,10 +288,7 @@ def main() -> None:
         results["chunk_bytes"] = CHUNK
         results |= speed(at, terms.turns)
     shutil.rmtree(at)
-    text = json.dumps(results, indent=1)
-    print(text)
-    if terms.json is not None:
-        terms.json.write_text(f"{text}\n")
+    faults.show(results, terms.json)
 
 
 if __name__ == "__main__":
