@@ -13,6 +13,8 @@ python .ci/keep_result.py hip.json --device "AMD gfx906, gfx908, gfx90a" --note 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import re
 import shutil
 import sys
@@ -41,6 +43,24 @@ def main() -> None:
             sys.exit(str(error))
         print(f"{file} is kept as {row.evidence}: {row.backend} on {row.device}, {row.level}.")
     readme_tables.write()
+    if wrong := separated():
+        sys.exit("\n".join(wrong))
+
+
+def separated() -> list[str]:
+    """What is wrong with the kept records that name a suite's file: the file is another one now."""
+    result = []
+    for record in sorted(RESULTS.glob("*.json")):
+        suite = json.loads(record.read_text("utf-8")).get("conformance")
+        if suite is None:
+            continue
+        found = hashlib.sha256((RESULTS / suite["file"]).read_bytes()).hexdigest()
+        if found != suite["sha256"]:
+            result.append(
+                f"Expected {suite['file']} from the same run as {record.name}, got another run's. "
+                "Keep both files of one run."
+            )
+    return result
 
 
 def place(file: Path, device: str, note: str | None) -> support_matrix.SupportLevel:

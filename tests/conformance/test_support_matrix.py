@@ -5,6 +5,7 @@ what it is about, and none holds a place of the machine that made it."""
 
 from __future__ import annotations
 
+import hashlib
 import html
 import importlib
 import json
@@ -456,6 +457,18 @@ def test_results_are_kept(tmp_path: Path, keeper: Any, monkeypatch: pytest.Monke
     result = support_matrix.read(tmp_path / "support_matrix.toml")
     assert {r.place for r in result.levels} == {made.place, ("acme", "Acme XPU 900", "R6")}
     assert contradictions(result, tmp_path) == []
+
+
+def test_two_results_of_one_run_are_kept_together(tmp_path: Path, keeper: Any) -> None:
+    folder = tmp_path / RESULTS
+    suite = folder / "suite.json"
+    suite.write_text("{}")
+    about = {"file": suite.name, "sha256": hashlib.sha256(b"{}").hexdigest()}
+    (folder / "job.json").write_text(json.dumps({"conformance": about}))
+    assert keeper.separated() == []
+    suite.write_text('{"later": true}')
+    (wrong,) = keeper.separated()
+    assert wrong.startswith("Expected suite.json from the same run as job.json")
 
 
 PRINTED = """version 24.04 in /somewhere/c/bin
