@@ -51,7 +51,9 @@ UNHIDDEN = {"d2h": 128 << 20, "h2d": 128 << 20}
 #: The most bytes that a kernel of few thread blocks moves across the link while the device
 #: computes. To describe such a copy to a copy engine takes the host longer than the copy takes: an
 #: H200's host is busy for 290 - 690 us with 12 MiB that cross in 240 (benchmarks/NOTES.md, section
-#: 18).
+#: 18). So the host's time counts for it even while a model runs. A table of costs alone does not
+#: say so: it times the call while the device is held up, and on an idle device the same call took
+#: two to four times as long (section 64).
 SHORT = 16 << 20
 
 #: Bytes of the runs of a plan, before neighbours are merged, from which a copy engine moves a short
@@ -172,7 +174,8 @@ def pick(
 
     Candidates are the strategies that the terms allow and that were measured to take at most
     `EQUAL` longer than the quickest. If nothing hides the host's time, `PART` of it counts as well,
-    or `NEW_PART`: with overlap='idle', if the call is longer than the transfer, or from `LONG` on.
+    or `NEW_PART`: with overlap='idle', up to `SHORT` unless all runs are pages, if the call is
+    longer than the transfer, or from `LONG` on.
     Of these the strategy that occupies the host least wins, then the first in `ORDER`. If no
     strategy was measured, `default_rule` decides, else the first in `ORDER`. A strategy that waits
     for the device is picked only if the terms leave no other. While a model runs, a kernel of few
@@ -235,13 +238,15 @@ class _Waiting(NamedTuple):
     """The seconds that a caller waits for a copy.
 
     Attributes:
-        idle: nothing hides the host's time.
+        exposed: the host's time counts in any case.
         part: the part of the host's time that counts.
+        calls: a call takes that many times the measured seconds of the host.
         slowed: the kernel takes that many times the measured seconds.
     """
 
-    idle: bool
+    exposed: bool
     part: float
+    calls: float
     slowed: float
 
     def seconds(self, one: Alternative) -> float:
@@ -252,14 +257,17 @@ class _Waiting(NamedTuple):
         if one.strategy == "zero_copy":
             seconds *= self.slowed
         host = one.host_seconds or 0.0
-        counts = self.idle or host >= LONG or host * self.part / PART > seconds
+        counts = self.exposed or host >= LONG or host * self.calls > seconds
         return seconds + self.part * host if counts else seconds
 
 
 def _waiting(shapes: Mapping[str, Shape], direction: str, idle: bool, new_ids: bool) -> _Waiting:
     """Return how the seconds that a caller waits follow from the measured ones."""
-    slowed = ALONE_RATE / KERNEL_RATE[direction] if _of_pages(shapes) and not idle else 1.0
-    return _Waiting(idle, NEW_PART if new_ids else PART, slowed)
+    pages = _of_pages(shapes)
+    short = not pages and shapes["staged"].nbytes <= SHORT
+    slowed = ALONE_RATE / KERNEL_RATE[direction] if pages and not idle else 1.0
+    part = NEW_PART if new_ids else PART
+    return _Waiting(idle or short, part, part / PART, slowed)
 
 
 def _quickest(
@@ -273,7 +281,7 @@ def _quickest(
     if len(equal) > 1:
         text = f"within {EQUAL * 100:g} % of {text}, and keeps the host least"
     text += ", as measured"
-    if waiting.idle:
+    if waiting.exposed:
         text += ", with the host's part"
     if waiting.slowed > 1 and best.strategy != "zero_copy":
         times = f"{waiting.slowed:.1f} times as long alongside a model"

@@ -364,6 +364,14 @@ class Index:
             return self
         return self._derived(torch.from_numpy(self.host_ids()), self.offset)
 
+    def apart(self) -> Index:
+        """Return this index on the host, for a copy that goes on after its call: ids for one call
+        are copied, since their caller may change them then."""
+        if not (self.temporary and self.on_host) or self.ids is None:
+            return self.to_host()
+        array = self.host_ids().copy()
+        return self._derived(torch.from_numpy(array), self.offset, _Store(array))
+
     def host_ids(self) -> npt.NDArray[np.int64]:
         """Return the ids as a contiguous int64 array on the host; wait for a device with them."""
         store = self._store

@@ -20,7 +20,7 @@ from support.guarded_memory import check_sentence
 from support.small_backends import small_backend
 from support.threads import interrupting, run_threads
 
-from portakv import KVView, LateErrors, copy_blocks, register_backend
+from portakv import Index, KVView, LateErrors, copy_blocks, register_backend
 from portakv.copy import slices as block_slices
 from portakv.errors import SlotError, TransferCancelled, TransferError
 from portakv.registry import registry
@@ -102,6 +102,25 @@ def test_the_caller_does_not_wait(gate: Gate) -> None:
     assert threading.get_ident() not in gate.threads
     assert one.landed()
     assert one.transfer.statistics.slices == 5
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "control"])
+@pytest.mark.parametrize("form", ["int64", "int32", "array"])
+def test_the_caller_may_change_its_ids_after_the_call(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, form: str, guarded: bool
+) -> None:
+    """Without copies of the ids, later slices read what the caller has written since."""
+    if not guarded:
+        monkeypatch.setattr(Index, "apart", Index.to_host)
+    dtype = torch.int32 if form == "int32" else torch.int64
+    src, dst = (torch.tensor(ids, dtype=dtype) for ids in (SRC, DST))
+    one = Pair(layered(), layered())
+    ids = (src.numpy(), dst.numpy()) if form == "array" else (src, dst)
+    transfer = one.start(*ids, backend="gated", cancellable=True)
+    src.copy_(src.flip(0))
+    gate.open()
+    transfer.synchronize()
+    assert one.landed() == guarded
 
 
 def test_a_layer_ends_before_the_next(gate: Gate) -> None:
@@ -349,7 +368,7 @@ PROGRAM = """
 import atexit, sys, time
 atexit.register(lambda: print(time.time()))  # after the handlers of imported modules
 import torch
-from portakv import KVView, copy_blocks
+from portakv import Index, KVView, copy_blocks
 
 src, dst = (torch.zeros(64, 2, 1 << 16, dtype=torch.uint8) for _ in range(2))
 views = [KVView(x, "block token dim") for x in (src, dst)]
