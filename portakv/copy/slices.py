@@ -52,7 +52,9 @@ def in_slices(
         raise refuse_capture("A copy in slices", why)
     nothing = (layer_of(move, 0) if by_layer else move)._replace(count=0)
     settle(nothing, choice, context)  # refuse now what cannot be executed
-    guarded = move._replace(src_index=move.src_index.apart(), dst_index=move.dst_index.apart())
+    src_index = move.src_index.apart().to_host()
+    dst_index = move.dst_index.apart().to_host()
+    guarded = move._replace(src_index=src_index, dst_index=dst_index)
     if check_ids(guarded, context, strict=False):
         guarded, _ = drop_bad_ids(guarded, gcd(*guarded.steps))  # positions that are skipped
     check_memory(guarded)

@@ -154,7 +154,7 @@ def indices_of(shards: Sequence[Shard], blocks: Sequence[Ids | None]) -> list[In
         )
     try:
         return [
-            Index.of(ids, shard.view.block_size or 1)
+            Index.of(ids, shard.view.block_size or 1).apart()
             for shard, ids in zip(shards, blocks, strict=True)
         ]
     except (SlotError, LayoutError):

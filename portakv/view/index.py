@@ -365,10 +365,10 @@ class Index:
         return self._derived(torch.from_numpy(self.host_ids()), self.offset)
 
     def apart(self) -> Index:
-        """Return this index on the host, for a copy that goes on after its call: ids for one call
-        are copied, since their caller may change them then."""
+        """Return this index for a copy that goes on after its call. Temporary ids on the host are
+        copied, since their caller may change them then."""
         if not (self.temporary and self.on_host) or self.ids is None:
-            return self.to_host()
+            return self
         array = self.host_ids().copy()
         return self._derived(torch.from_numpy(array), self.offset, _Store(array))
 

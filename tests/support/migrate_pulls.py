@@ -24,6 +24,7 @@ from portakv.migrate.messages import Answer, Handshake, Hello, Sum
 from portakv.migrate.offers import Offer, Owner
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
+from support import ready
 from support.migrate_channels import until
 from support.peer_cases import ReadsPeers
 
@@ -55,6 +56,7 @@ class Sides:
 def sides() -> Iterator[Sides]:
     """Yield sides; close them afterwards, and check that they have left nothing."""
     made = Sides()
+    ready.begin()
     before = left()
     files = Counter(_open_files())
     try:

@@ -134,6 +134,11 @@ def run(
     return subprocess.CompletedProcess(process.args, code, *texts)
 
 
+def begin() -> None:
+    """Start the process that forks the others, for tests that count descriptors afterwards."""
+    _forker(os.getpid())
+
+
 class _End(NamedTuple):
     """A descriptor for the child, and whether it is closed here afterwards."""
 
