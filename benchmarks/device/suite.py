@@ -328,14 +328,14 @@ def relate(rows: Rows) -> None:
     moved = [row for row in rows if row.get("op") in ("gather", "scatter")]
     copies = harness.having(moved, kind="copy")
     for group in harness.grouped(copies, "shape", "layers", "op", "index"):
-        _relate_copies(group)
+        relate_copies(group)
     for group in harness.grouped(harness.having(moved, kind="ladder"), "op"):
         for fastest, row in product(harness.having(group, way="cuda"), group):
             row["to_cuda"] = _times(row, fastest)
 
 
-def _relate_copies(group: Rows) -> None:
-    """Relate the rows of one workload, direction and index list."""
+def relate_copies(group: Rows) -> None:
+    """Relate the rows of one workload, direction and index list; see `relate`."""
     own = [row for row in group if not row.get("peer")]
     best = harness.quickest(row for row in group if row.get("peer"))
     for row in own:

@@ -17,6 +17,7 @@ from portakv_benchmarks.device.suite import (
     accepted_backends,
     ceiling,
     connector_methods,
+    relate_copies,
 )
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.host.suite import Bench
@@ -45,9 +46,11 @@ def _measure(bench: Bench, shape: Shape) -> Rows:
     good = harness.usable(variants, shape.name, bench.left_out)
     timer = bench.busy_timer
     limits = shape.objects, bench.preset.rounds(shape.payload), bench.preset.seconds
-    return [
-        _row(shape, timer.name, x) for x in harness.measure(ceiling(work), good, timer, *limits)
-    ]
+    measured = harness.measure(ceiling(work), good, timer, *limits)
+    rows = [_row(shape, timer.name, one) for one in measured]
+    for direction in ("gather", "scatter"):
+        relate_copies(harness.having(rows, op=direction))
+    return rows
 
 
 def _row(shape: Shape, timer: str, one: harness.Measured) -> Row:

@@ -140,7 +140,8 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
         "inside a device by the wall, registered caches and a kept Index, in turns with copy_ of "
         "the same bytes",
         (*_WHAT, ("MB", lambda row: f"{row['payload_bytes'] / 1e6:.3g}"), ("us", _time),
-         ("of copy_", "ratio:.3f"), ("p90/p50", _spread), ("host us", "host_us:.1f"), _BYTES),
+         ("of copy_", "ratio:.3f"), ("x cuda", "to_cuda:.3f"), ("p90/p50", _spread),
+         ("host us", "host_us:.1f"), _BYTES),
     ),
     "host_direct": ("zero_copy, by its limit on thread blocks", (*_LINK, _BYTES)),
     "host_duplex": ("both directions at the same time", (*_LINK, ("chosen", "chosen"), _BYTES)),
