@@ -60,6 +60,17 @@ class UnitNumbers(NamedTuple):
     rest: int
 
 
+class _Placed(NamedTuple):
+    """The last request of `Index.placed`, and its result.
+
+    One value, so that no thread sees the request of one call with the result of another.
+    """
+
+    device: torch.device
+    dtypes: frozenset[torch.dtype]
+    index: Index | None  # None: the index itself
+
+
 class Index:
     """An index list. Its contents must not change after it is made: copies on both sides are
     cached.
@@ -89,7 +100,6 @@ class Index:
     # temporary: a caller's ids for one call, which are not used again.
     __slots__ = (
         "_placed",
-        "_served",
         "_store",
         "ids",
         "length",
@@ -139,8 +149,7 @@ class Index:
         self.plan_step = 0 if ids is None else step
         self.temporary = temporary
         self.trusted = trusted
-        self._served: tuple[torch.device, frozenset[torch.dtype]] | None = None
-        self._placed: Index | None = None  # the last result of `placed` for that; None: this index
+        self._placed: _Placed | None = None
 
     @classmethod
     def of(cls, index: Ids | None, step: int = 1) -> Index:
@@ -333,8 +342,7 @@ class Index:
         """
         self._store.copies.append(ids)
         if served is not None:
-            self._served = served
-            self._placed = self.reading(ids)
+            self._placed = _Placed(*served, self.reading(ids))
 
     def _copy_on(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> torch.Tensor | None:
         assert self.ids is not None
@@ -345,17 +353,16 @@ class Index:
 
     def placed(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> Index:
         """Return this index with its ids where `ids_on` puts them."""
-        served = self._served
-        if served is not None and served[0] is device and served[1] is dtypes:
-            return self._placed or self  # the same launch repeats the request
+        last = self._placed
+        if last is not None and last.device is device and last.dtypes is dtypes:
+            return last.index or self  # the same launch repeats the request
         ids = self.ids
         if ids is None:
             return self
         right = ids.device == device and ids.dtype in dtypes and ids.is_contiguous()
         placed = None if right else self._derived(self.ids_on(device, dtypes), self.offset)
         if right or self.on_host:
-            self._served = (device, dtypes)
-            self._placed = placed
+            self._placed = _Placed(device, dtypes, placed)
         return placed or self
 
     def to_host(self) -> Index:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
 from math import gcd
 from typing import Any
@@ -186,6 +187,36 @@ def test_a_copy_that_was_made_elsewhere_is_found() -> None:
     assert index.checked_copy(0, 2, 9, True) is None
     index.check(2, 9, "destination", distinct=True)
     assert index.checked_copy(0, 2, 9, True) is copy
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_copy_that_is_added_is_never_seen_in_part(
+    first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread that requests the ids while a copy is added gets ids of the dtype that it
+    requests."""
+    index = Index([4, 1, 5, 7], offset=first)
+    copy = torch.tensor([4, 1, 5, 7], dtype=torch.int32)
+    real = Index.reading
+    seen: list[Index] = []
+
+    def request() -> None:
+        seen.append(index.placed(HERE, NARROW))
+
+    def reading(self: Index, ids: torch.Tensor) -> Index:
+        made = real(self, ids)
+        thread = threading.Thread(target=request)
+        thread.start()
+        thread.join()
+        return made
+
+    monkeypatch.setattr(Index, "reading", reading)
+    index.add_copy(copy, (HERE, NARROW))
+    seen.append(index.placed(HERE, NARROW))
+    assert [each.ids is copy for each in seen] == [True, True]
+    assert [each.offset for each in seen] == [first, first]
+    index.placed(HERE, frozenset({torch.int64}))
+    assert index.placed(HERE, NARROW).ids is copy
 
 
 def test_a_token_stands_for_a_list() -> None:
