@@ -33,13 +33,18 @@ def shown(value: object) -> str:
     if not plain and isinstance(value, list | tuple) and len(value) <= 8:
         plain = all(x is None or type(x) in (str, bytes, int, float, bool) for x in value)
     if not plain:
-        name = type(value).__name__
-        article = "an" if name[:1].lower() in ("a", "e", "i", "o", "u") else "a"
-        return f"{article} {name}"
+        return kind_of(value)
     text = repr(value)
     if len(text) > _LONGEST:
         text = f"{text[:_LONGEST]}..."
     return text
+
+
+def kind_of(value: object) -> str:
+    """Return the name of a value's type with its article."""
+    name = type(value).__name__
+    article = "an" if name[:1].lower() in ("a", "e", "i", "o", "u") else "a"
+    return f"{article} {name}"
 
 
 def _is_whole(value: object) -> TypeGuard[int]:

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
 
-from portakv.connector.in_graph import Allocations, flatten
+from portakv.connector.in_graph import Allocations, first_tensor, flatten
 from portakv.copy.context import Context
 from portakv.copy.repeat import ChunkRepeats
 from portakv.copy.request import Ids, MemoryObject, Tensors, whole
@@ -168,7 +168,7 @@ class Registration:
         tensor: Any = memory_obj
         if not isinstance(memory_obj, torch.Tensor):
             tensor = getattr(memory_obj, "tensor", memory_obj)
-        probe = _first_tensor(tensor)
+        probe = first_tensor(tensor)
         bound = self._bind(self._layout, probe.itemsize)
         try:
             return KVView.through(bound, tensor)
@@ -251,23 +251,6 @@ def _joined(members: list[Job], view: KVView) -> Job:
         return Job(view, Index(), shared, total)
     filled = [(Index(offset=nth * slots), job.tokens) for nth, job in enumerate(members)]
     return Job(view, Index.joined(filled), shared, total)
-
-
-def _first_tensor(level: object) -> torch.Tensor:
-    while not isinstance(level, torch.Tensor):
-        if not isinstance(level, (list, tuple, Mapping)):
-            raise LayoutError(
-                f"Expected the memory_obj to hold a tensor, the containers that chunk_layout "
-                f"names, or an object with these as `.tensor`, got a {type(level).__name__}. "
-                f"Make a tensor of a numpy array by torch.from_numpy."
-            )
-        items = list(level.values()) if isinstance(level, Mapping) else list(level)
-        if not items:
-            raise LayoutError(
-                "Expected a memory_obj with tensors, got an empty container. Pass its tensors."
-            )
-        level = items[0]
-    return level
 
 
 def slot_range(slot_mapping: Ids | None, start: int, end: int | None) -> tuple[Index, int]:

@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from portakv.arguments import kind_of
 from portakv.errors import LayoutError, TransferError
 from portakv.view.bound import Tensors
 
@@ -115,7 +116,7 @@ def flatten(nest: object) -> tuple[list[torch.Tensor], list[int]]:
         for one in level:
             if not isinstance(one, (list, tuple, Mapping)):
                 raise LayoutError(
-                    f"Expected tensors, lists, tuples or dicts, got a {type(one).__name__}. Pass "
+                    f"Expected tensors, lists, tuples or dicts, got {kind_of(one)}. Pass "
                     f"containers of tensors."
                 )
             rows.append(list(one.values()) if isinstance(one, Mapping) else list(one))
@@ -128,6 +129,24 @@ def flatten(nest: object) -> tuple[list[torch.Tensor], list[int]]:
         levels.append(lengths[0])
         level = [item for row in rows for item in row]
     return level, levels
+
+
+def first_tensor(level: object) -> torch.Tensor:
+    """Return the first tensor of a memory object; raise `LayoutError` if it has none."""
+    while not isinstance(level, torch.Tensor):
+        if not isinstance(level, (list, tuple, Mapping)):
+            raise LayoutError(
+                f"Expected the memory_obj to hold a tensor, the containers that chunk_layout "
+                f"names, or an object with these as `.tensor`, got {kind_of(level)}. Make a tensor "
+                f"of a numpy array by torch.from_numpy."
+            )
+        items = list(level.values()) if isinstance(level, Mapping) else list(level)
+        if not items:
+            raise LayoutError(
+                "Expected a memory_obj with tensors, got an empty container. Pass its tensors."
+            )
+        level = items[0]
+    return level
 
 
 def nested(tensors: Sequence[torch.Tensor], levels: Sequence[int]) -> Tensors:

@@ -82,9 +82,9 @@ def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Ch
     devices = {src.device, dst.device}
     if devices - {own_device, torch.device("cpu")} or own_device not in devices:
         raise DeviceMismatch(
-            f"The source is on {src.device} and the destination on {dst.device}, but the copy runs "
-            f"on {own_device}; views must lie there or on the host. Make a connector "
-            f"for their device."
+            f"Expected a source and a destination on {own_device}, which runs the copy, or on the "
+            f"host, got a source on {src.device} and a destination on {dst.device}. Make a "
+            f"connector for their device."
         )
     if src.form.place == "peer":
         return reached(src, choice, terms or Terms())
@@ -94,8 +94,8 @@ def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Ch
         return across(choice, terms)
     if terms is not None and terms.max_thread_blocks is not None:
         raise Unsupported(
-            f"A copy from {src.device} to {dst.device} by {choice.name!r} with "
-            f"max_thread_blocks={terms.max_thread_blocks}",
-            "the limit is kept by strategies whose kernels read or write host memory; leave it out",
+            f"Expected no max_thread_blocks for a copy from {src.device} to {dst.device} by "
+            f"{choice.name!r}, got max_thread_blocks={terms.max_thread_blocks}",
+            "only kernels that read or write host memory keep the limit. Leave it out",
         )
     return choice

@@ -7,6 +7,7 @@ from math import inf
 from operator import index as whole_number
 from typing import Any, Protocol, TypeAlias
 
+from portakv.arguments import shown
 from portakv.errors import LayoutError, SlotError
 from portakv.plan.move import Move
 from portakv.view.index import Ids as Ids
@@ -29,9 +30,10 @@ MemoryObject: TypeAlias = "Tensors | HasTensor"
 
 def not_views(src: object, dst: object) -> LayoutError:
     """Return the error for a copy of which one side is not a view."""
-    kind = type(dst if isinstance(src, KVView) else src).__name__
+    name, value = ("dst", dst) if isinstance(src, KVView) else ("src", src)
     return LayoutError(
-        f"Expected two views, got a {kind}. Read tensors through a layout: KVView(tensors, layout)."
+        f"Expected {name} to be a view, got {shown(value)}. Read tensors through a layout: "
+        f"KVView(tensors, layout)."
     )
 
 

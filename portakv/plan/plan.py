@@ -15,6 +15,7 @@ from math import gcd, prod
 
 import numpy as np
 
+from portakv.arguments import kind_of
 from portakv.errors import LayoutError, SlotError, Unsupported
 from portakv.plan.loops import Loop, close, refine
 from portakv.plan.loops import Nest as Nest
@@ -57,8 +58,8 @@ class CopyPlan:
     ) -> None:
         if not (isinstance(src, Form) and isinstance(dst, Form)):
             raise LayoutError(
-                f"Expected two forms for a plan, such as view.form, got a {type(src).__name__} and "
-                f"a {type(dst).__name__}. Pass the forms of two views."
+                f"Expected two forms for a plan, such as view.form, got {kind_of(src)} and "
+                f"{kind_of(dst)}. Pass the forms of two views."
             )
         steps = (src_step, dst_step)
         wanted = 1 if unit is None else unit

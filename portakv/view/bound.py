@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.arguments import flag
+from portakv.arguments import flag, kind_of
 from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout.encodings import Encoding, as_encoding
 from portakv.layout.extents import declare, factor_extent, positive, solve
@@ -320,7 +320,7 @@ def _not_read(expected: str, value: object, remedy: str) -> LayoutError:
         )
     if not isinstance(value, (torch.Tensor, list, tuple, Mapping)):
         remedy = "Pass tensors, in lists, tuples or dicts."
-    return LayoutError(f"Expected {expected}, got a {type(value).__name__}. {remedy}")
+    return LayoutError(f"Expected {expected}, got {kind_of(value)}. {remedy}")
 
 
 def _by_kv(array: Grid, axes: Sequence[Factor], but: int = -1) -> Grid:
@@ -389,7 +389,7 @@ def _one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
             raise LayoutError(f"Expected strided tensors, got a {kind} one. Pass a strided copy.")
         if device.type != "meta" and tensor.numel() and not address_of(tensor):
             raise LayoutError(
-                f"Expected allocated tensors, got a {type(tensor).__name__} of shape "
+                f"Expected allocated tensors, got {kind_of(tensor)} of shape "
                 f"{tuple(tensor.shape)} that owns no memory, as inside torch.vmap or "
                 f"torch.func.grad. Pass allocated tensors, outside of function transforms."
             )

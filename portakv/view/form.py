@@ -101,7 +101,10 @@ class Part:
 
 PART_AXES = ("layer", "block", "token", "head", "dim")
 #: Why planes that coincide cannot be written, whether strides or addresses make them so.
-ALIASED = "two of its planes lie at one address, so that one would overwrite the other"
+ALIASED = (
+    "two of its planes lie at one address, so that one would overwrite the other. Pass separate "
+    "memory for each"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=True)
@@ -160,7 +163,10 @@ class Form:
     def _why_unwritable(self) -> str:
         for name, part in product(PART_AXES, self.parts):
             if any(step.stride == step.table == 0 and step.extent != 1 for step in part.axis(name)):
-                return f"its {name!r} axis has stride 0, so that several rows share one place"
+                return (
+                    f"its {name!r} axis has stride 0, so that several rows share one place. Pass "
+                    f"tensor.contiguous()"
+                )
         return ALIASED if len(set(self.planes)) < self.layers * self.kv else ""
 
     @property

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.arguments import shown
+from portakv.arguments import kind_of, shown
 from portakv.errors import SlotError
 from portakv.view.bound import address_of
 
@@ -38,8 +38,8 @@ def as_ids(ids: object) -> torch.Tensor:
         ids = _tensor_of(ids)
     if not isinstance(ids, torch.Tensor):
         raise SlotError(
-            f"Expected an index as a tensor, an array or a list of integers, got a "
-            f"{type(ids).__name__}. Convert it to one of these."
+            f"Expected an index as a tensor, an array or a list of integers, got {kind_of(ids)}. "
+            f"Convert it to one of these."
         )
     _check_tensor(ids)
     return ids
@@ -89,6 +89,11 @@ def _check_tensor(ids: torch.Tensor) -> None:
     if ids.is_nested or ids.layout is not torch.strided:
         kind = "nested" if ids.is_nested else str(ids.layout).removeprefix("torch.")
         raise SlotError(f"Expected a dense tensor as an index, got a {kind} one. Pass its slots.")
+    if ids.is_neg():
+        raise SlotError(
+            "Expected an index whose bytes are its ids, got a lazily negated tensor. Pass "
+            "tensor.resolve_neg()."
+        )
     if ids.dim() != 1:
         raise SlotError(
             f"Expected an index of one dimension, got shape {tuple(ids.shape)}. Flatten it."

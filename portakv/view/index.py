@@ -517,8 +517,8 @@ class Index:
                 slot_id = int(self.host_ids()[(at + self.offset) // self.step])
                 of = f" (of id {slot_id}, {self.step} slots each)"
             raise SlotError(
-                f"Position {at} of the {side} index is slot {int(expanded[at])}{of}, but the view "
-                f"has {slots} slots (0 to {slots - 1}); nothing was moved. Correct the index."
+                f"Expected slots below {slots}, which the view has, in the {side} index, got slot "
+                f"{int(expanded[at])}{of} at position {at}; nothing was moved. Correct the index."
             )
         values, times = np.unique(expanded[expanded >= 0], return_counts=True)
         if distinct and (times > 1).any():
@@ -526,8 +526,9 @@ class Index:
             slot = int(values[at])
             of = f" (of id {slot // self.step})" if self.step > 1 else ""
             raise SlotError(
-                f"Slot {slot}{of} occurs {int(times[at])} times in the {side} index; each may "
-                f"occur once there. Nothing was moved."
+                f"Expected each slot once in the {side} index, got slot {slot}{of}, which occurs "
+                f"{int(times[at])} times; nothing was moved. Name it once, or pass "
+                f"Index.without_repeats(), which keeps the last."
             )
 
     def __repr__(self) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from portakv.arguments import shown
 from portakv.deprecation import warn_former
 from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout.encodings import Encoding
@@ -427,8 +428,7 @@ class KVView:
     def overlaps(self, other: KVView) -> bool:
         """Return True if the two views' tensors share memory."""
         if not isinstance(other, KVView):
-            kind = type(other).__name__
-            raise LayoutError(f"Expected other to be a KVView, got a {kind}. Pass a view.")
+            raise LayoutError(f"Expected other to be a KVView, got {shown(other)}. Pass a view.")
         if self.memory_device != other.memory_device:
             return False
         dst = self.spans if self._spans is None else self._spans  # the property costs a call
@@ -446,9 +446,9 @@ class KVView:
         if why is None:
             why = self.form.unwritable
             if self.requires_grad:
-                why = "it requires grad; pass tensor.detach()"
+                why = "it requires grad. Pass tensor.detach()"
             elif self.form.place == "peer":
-                why = "it is a peer's, whose rows are read alone; let its own device read yours"
+                why = "a peer's rows are only read. Let its own device read the source"
             elif not why and self._origins is not None and len(self._origins) > 1:
                 planes = [self.origins[entry] + offset for entry, offset in self.form.planes]
                 distinct = all(len(set(each)) == len(each) for each in (planes, self.origins))
@@ -456,7 +456,9 @@ class KVView:
             if self.known:  # else the addresses may be read back later
                 self._unwritable = why
         if why:
-            raise LayoutError(f"The destination, {self.layout.text!r}, cannot be written: {why}.")
+            raise LayoutError(
+                f"Expected a destination that can be written, got {self.layout.text!r}: {why}."
+            )
 
     def strided(
         self,
@@ -506,8 +508,9 @@ class KVView:
     def replaced(self) -> LayoutError:
         """Return the error for memory of a tensor that differs from the memory that was read."""
         return LayoutError(
-            f"The memory of a tensor of {self.layout.text!r} was replaced after it was read. Make "
-            "the view again, or register the kv_caches again."
+            f"Expected the memory that a view of {self.layout.text!r} read, got a tensor whose "
+            f"memory was replaced after it was read. Make the view again, or register the "
+            f"kv_caches again."
         )
 
     def plane(self, layer: int, kv: int, dtype: torch.dtype | None = None) -> torch.Tensor:

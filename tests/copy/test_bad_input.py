@@ -149,7 +149,7 @@ CALLS: list[tuple[Any, ...]] = [
         "a chunk of numbers",
         {"options": {"chunk_layout": "layer | kv token (head dim)"}, "memory_obj": [5, 6]},
         LayoutError,
-        "got a int",
+        "got an int",
     ),
     (
         "a chunk whose elements do not divide a row",
@@ -170,10 +170,9 @@ CALLS: list[tuple[Any, ...]] = [
         _slots(
             f"{slot} of {dtype}",
             torch.tensor([0, 1, slot, 3], dtype=dtype),
-            "Position 2",
+            "at position 2",
             f"slot {slot}",
-            f"{SLOTS} slots",
-            "0 to 19",
+            f"slots below {SLOTS}",
         )
         for slot in (SLOTS, SLOTS + 1, 2**31 - 1)
         for dtype in (torch.int32, torch.int64)
@@ -308,9 +307,9 @@ COPIES: dict[type[PortaKVError], list[tuple[Any, ...]]] = {
         (lambda s: s.cache.plane(0, 2), "plane", "count from 0"),
         (lambda s: s.cache.plane("a", 0), "layer 'a'", "integers"),
         (lambda s: s.cache.plane(0, 0.5), "kv 0.5", "integers"),
-        (lambda s: s.cache.overlaps(3), "a int", "be a KVView"),
-        (lambda s: rows(None, s.cache), "Expected two views", "got a NoneType"),
-        (lambda s: blocks(s.cache, None, [0], [0]), "Expected two views", "got a NoneType"),
+        (lambda s: s.cache.overlaps(3), "got 3", "be a KVView"),
+        (lambda s: rows(None, s.cache), "Expected src to be a view, got None"),
+        (lambda s: blocks(s.cache, None, [0], [0]), "Expected dst to be a view, got None"),
         (lambda s: CopyPlan(s.cache, s.cache), "Expected two forms", "got a KVView"),
         (lambda s: rows(s.cache.slice(heads=0), s.rows, [0]), "'head'", "source"),
         (lambda s: blocks(s.cache, s.rows, [0], [0]), "dst_blocks", "`block`", "None"),

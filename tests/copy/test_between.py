@@ -295,7 +295,7 @@ def test_nobody_writes_into_a_peers_memory(two: Two) -> None:
 
 def test_bad_ids_between_devices(two: Two, route: str) -> None:
     blocks = crossing(two)
-    with refused(SlotError, "Position 8", "slot 36", watch=blocks.dst.tensors):
+    with refused(SlotError, "at position 8", "slot 36", watch=blocks.dst.tensors):
         blocks.start([5, 0, 9, 2, 3])
     for device in two:
         with pytest.raises(SlotError, match="Position 8"):

@@ -337,7 +337,7 @@ def test_terms_that_nobody_can_keep(terms: dict[str, Any], words: str) -> None:
 
 def test_limits_where_no_kernel_reads_host_memory(device: torch.device) -> None:
     blocks = inside(device)
-    with refused(Unsupported, "max_thread_blocks=4", "leave it out", watch=blocks.dst.tensors):
+    with refused(Unsupported, "max_thread_blocks=4", "Leave it out", watch=blocks.dst.tensors):
         blocks.start(max_thread_blocks=4)
     blocks.start(overlap="idle").synchronize()
     assert blocks.landed()

@@ -146,7 +146,7 @@ def test_terms_that_nobody_can_keep(terms: dict[str, Any], words: str) -> None:
 def test_limits_where_no_kernel_reads_host_memory(device: torch.device) -> None:
     src = layered(device)
     dst = block_first(device)
-    with refused(Unsupported, "max_thread_blocks=4", "leave it out", watch=dst.tensors):
+    with refused(Unsupported, "max_thread_blocks=4", "Leave it out", watch=dst.tensors):
         copy_rows(src.view, dst.view, [1], [2], max_thread_blocks=4)
 
 

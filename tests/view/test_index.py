@@ -122,6 +122,7 @@ def test_ranges_and_one_id_of_a_reversed_array() -> None:
             torch.nested.nested_tensor([torch.arange(3)] * 2),
             "dense tensor .* nested one",
         ),
+        (torch._neg_view(torch.tensor([-1])), r"got a lazily negated tensor. .*resolve_neg\(\)"),
     ],
 )
 def test_lists_that_are_no_slots(ids: Any, why: str) -> None:
@@ -277,11 +278,18 @@ def test_a_check_finds_what_the_definition_says(
         if past is None:
             times = valid.count(min(twice))
             of = f" (of id {min(twice) // index.step})" if index.step > 1 else ""
-            expected = f"Slot {min(twice)}{of} occurs {times} times in the source index; "
+            expected = (
+                f"Expected each slot once in the source index, got slot {min(twice)}{of}, which "
+                f"occurs {times} times; "
+            )
         else:
-            expected = f"Position {past} of the source index is slot {used[past]}"
+            expected = (
+                f"Expected slots below {view}, which the view has, in the source index, got slot "
+                f"{used[past]}"
+            )
             if index.step > 1:
-                expected += f" (of id {used[past] // index.step}, {index.step} slots each), but"
+                expected += f" (of id {used[past] // index.step}, {index.step} slots each)"
+            expected += f" at position {past}; "
         assert str(caught.value).startswith(expected)
 
 
@@ -295,7 +303,9 @@ def test_duplicates_among_many_are_an_error_of_destinations_only_and_of_no_paddi
     assert Index(ids).check(n, slots, "destination", distinct=True) is False
     ids[-1] = ids[1]
     assert Index(ids).check(n, slots, "source") is False
-    with pytest.raises(SlotError, match=f"Slot {apart} occurs 2 times in the destination index"):
+    with pytest.raises(
+        SlotError, match=f"destination index, got slot {apart}, which occurs 2 times"
+    ):
         Index(ids).check(n, slots, "destination", distinct=True)
     ids[: n // 2] = -1
     ids[0] = torch.iinfo(torch.int64).min
