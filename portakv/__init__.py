@@ -8,12 +8,11 @@ its reasons on record.
 from __future__ import annotations
 
 from portakv.connector.connector import AdaptiveConnector
-from portakv.copy.blocks import copy_blocks
 from portakv.copy.choose_encoding import EncodingChoice, choose_encoding
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
 from portakv.copy.rotated import rotate_blocks
-from portakv.copy.rows import copy_rows
+from portakv.copy.rows import copy_blocks, copy_rows
 from portakv.copy.runs import copy_runs
 from portakv.errors import (
     BackendUnavailable,

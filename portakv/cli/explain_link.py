@@ -16,7 +16,7 @@ from typing import NamedTuple
 from portakv.cli import migrate, sides
 from portakv.cli.console import Column, Report, print_json, print_prose, print_table
 from portakv.cli.explain_encoding import explain_encoding
-from portakv.copy.between import carrier
+from portakv.copy.between import executor_of
 from portakv.interconnect.choose import Host
 from portakv.interconnect.costs import DIRECTIONS, Table, TableError, costs_of, read, unmeasured
 from portakv.interconnect.pick import ORDER, Alternative, pick
@@ -111,7 +111,7 @@ def _host_only(args: argparse.Namespace) -> str:
 
 def between(args: argparse.Namespace, src: KVView, dst: KVView, choice: Choice) -> Choice:
     """Return the choice for rows of another device; tests whether they can be read there."""
-    return carrier(src, dst, choice, Terms(args.overlap or "compute", args.max_thread_blocks))
+    return executor_of(src, dst, choice, Terms(args.overlap or "compute", args.max_thread_blocks))
 
 
 def run(args: argparse.Namespace) -> int:

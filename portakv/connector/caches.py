@@ -13,7 +13,7 @@ import torch
 
 from portakv.connector.in_graph import Allocations, first_tensor, flatten
 from portakv.copy.context import Context
-from portakv.copy.repeat import ChunkRepeats
+from portakv.copy.repeat_chunks import ChunkRepeats
 from portakv.copy.request import Ids, MemoryObject, Tensors, whole
 from portakv.copy.settle import check_ids
 from portakv.errors import DeviceMismatch, LayoutError, SlotError
@@ -168,7 +168,7 @@ class Registration:
         tensor: Any = memory_obj
         if not isinstance(memory_obj, torch.Tensor):
             tensor = getattr(memory_obj, "tensor", memory_obj)
-        probe = first_tensor(tensor)
+        probe = tensor if isinstance(tensor, torch.Tensor) else first_tensor(tensor)
         bound = self._bind(self._layout, probe.itemsize)
         try:
             return KVView.through(bound, tensor)

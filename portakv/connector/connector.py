@@ -18,7 +18,7 @@ from portakv.connector import in_graph
 from portakv.connector.caches import Batch, Registration, check_chunk_layout
 from portakv.copy.options import Check, CopyOptions, options_from
 from portakv.copy.request import Ids, MemoryObject, Tensors
-from portakv.copy.submit import issue
+from portakv.copy.schedule import issue
 from portakv.errors import LayoutError, SlotError
 from portakv.plan.move import Move
 from portakv.registry.prepared import prepared

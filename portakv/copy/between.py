@@ -68,11 +68,11 @@ def order_after(src: KVView, made: Transfer) -> None:
         last.wait(torch.accelerator.current_stream(src.memory_device.index))
 
 
-def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Choice:
+def executor_of(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Choice:
     """Return what executes a copy on a caller's terms.
 
     That is the chosen backend if it reaches both places, else a transfer strategy. A worker keeps
-    the rate.
+    the rate. A copy asks once: whatever it is cut into has the same executor.
 
     Raises:
         DeviceMismatch: a view lies on a device that has no part in the copy.

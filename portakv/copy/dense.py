@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable
 from portakv.copy.between import common_device
 from portakv.copy.context import Context
 from portakv.copy.handle import BlockTransfer
+from portakv.copy.launch import follow_current
 from portakv.copy.options import CopyOptions
-from portakv.copy.pack_launch import check_copy, follow_current
+from portakv.copy.pack_launch import check_copy
 from portakv.plan.move import Move
 from portakv.registry import STRATEGIES
 from portakv.runtime.devices import inside

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.copy.blocks import copy_blocks
 from portakv.copy.pack_stage import stage_of, tensors_of
+from portakv.copy.rows import copy_blocks
 from portakv.layout.packing import VECTOR, Pack, PackedPlane
 from portakv.runtime.streams import ignoring_captures
 from portakv.view.view import KVView

@@ -9,10 +9,7 @@ from typing import NamedTuple
 import torch
 
 from portakv.copy.context import Context
-from portakv.copy.counting import TOGETHER as TOGETHER
-from portakv.copy.counting import Counted as Counted
-from portakv.copy.settle import Settled as Settled
-from portakv.copy.settle import settle as settle
+from portakv.copy.settle import Settled
 from portakv.plan.move import Move
 from portakv.registry.prepared import Prepared, bring_table
 from portakv.runtime import streams

@@ -13,8 +13,7 @@ import torch
 from portakv.backends.base import Capabilities
 from portakv.copy.context import Context
 from portakv.copy.detached import beside
-from portakv.copy.launch import bring_tables
-from portakv.copy.launch import follow_current as follow_current
+from portakv.copy.launch import bring_tables, follow_current
 from portakv.copy.settle import check_ids, check_memory, drop_bad_ids
 from portakv.errors import PackOverflow, PortaKVError
 from portakv.layout.packing import PACK

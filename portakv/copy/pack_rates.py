@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from portakv.copy.blocks import copy_blocks
 from portakv.copy.pack_stage import stage_of, tensors_of
+from portakv.copy.rows import copy_blocks
 from portakv.host import pinned
 from portakv.layout.packing import Pack, PackedPlane
 from portakv.runtime.bounded import Bounded

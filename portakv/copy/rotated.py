@@ -8,14 +8,14 @@ from time import perf_counter
 import torch
 
 from portakv import arguments
-from portakv.copy.blocks import block_index
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions, options_from
-from portakv.copy.request import Ids, move_of, not_views
 from portakv.copy.rotation import copy_rotated
+from portakv.copy.rows import block_index, move_of
 from portakv.copy.submit import submit
 from portakv.layout.rope import Rope
-from portakv.view import KVView
+from portakv.view.index import Ids
+from portakv.view.view import KVView
 
 #: The options that a copy with a rotation takes.
 OPTIONS = ("backend", "stream", "overlap", "max_thread_blocks", "check", "late")
@@ -55,8 +55,6 @@ def rotate_blocks(
     arguments.instance("rope", rope, Rope, "Pass Rope(shift=..., base=...).")
     options = options_from(options, {"backend": backend, "stream": stream})
     options.check_only("rotate_blocks", OPTIONS)
-    if not (isinstance(src, KVView) and isinstance(dst, KVView)):
-        raise not_views(src, dst)
     src_index = block_index(src, src_blocks, "src")
     dst_index = block_index(dst, dst_blocks, "dst")
     move = move_of(src, dst, src_index, dst_index, count)

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`copy_rows`: copy rows between two views, the one primitive."""
+"""`copy_rows` and `copy_blocks`: copy rows between two views, by their slots or by whole blocks."""
 
 from __future__ import annotations
 
 import torch
 
+from portakv.arguments import shown
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import Check, CopyOptions, options_of
-from portakv.copy.request import Ids, move_of
-from portakv.copy.submit import submit
+from portakv.copy.repeat import repeated
+from portakv.copy.request import whole
+from portakv.copy.submit import submit_new
+from portakv.errors import LayoutError, SlotError
 from portakv.interconnect.strategy import Overlap
+from portakv.plan.move import Move
 from portakv.runtime.transfer import LateErrors
-from portakv.view import KVView
+from portakv.view.index import Ids, Index
+from portakv.view.view import KVView
 
 
 def copy_rows(
@@ -52,8 +57,7 @@ def copy_rows(
         src_index, dst_index: an `Index`, or ids as a slot mapping (step 1); None: consecutive
             tokens.
         count: tokens to move; None: those that the indices cover.
-        options: how to copy, made once for many calls. None: the other keywords, which are the
-            options that `CopyOptions` describes.
+        options: how to copy, made once for many calls. None: the other keywords; see `CopyOptions`.
 
     Raises:
         LayoutError: the views cannot hold each other's rows, or the destination cannot be written.
@@ -79,4 +83,153 @@ def copy_rows(
         check,
         late,
     )
-    return submit(move_of(src, dst, src_index, dst_index, count), options)
+    move = move_of(src, dst, src_index, dst_index, count)
+    return repeated(move, options) or submit_new(move, options)
+
+
+def copy_blocks(
+    src: KVView,
+    dst: KVView,
+    src_blocks: Ids | None,
+    dst_blocks: Ids | None,
+    *,
+    count: int | None = None,
+    skip: int | tuple[int, int] = 0,
+    options: CopyOptions | None = None,
+    backend: str | None = None,
+    stream: torch.Stream | None = None,
+    by_layer: bool = False,
+    overlap: Overlap = "compute",
+    max_thread_blocks: int | None = None,
+    max_gbps: float | None = None,
+    cancellable: bool = False,
+    detached: bool = False,
+    reinterpret: bool = False,
+    check: Check = "usual",
+    late: LateErrors | None = None,
+) -> BlockTransfer:
+    """Copy whole blocks by their ids, as `copy_rows` does, whose other arguments it takes.
+
+    Block sizes may differ; the numbers of tokens may not.
+
+    Args:
+        src, dst: paged views; or chunks of consecutive tokens, if that side's blocks are None.
+        src_blocks, dst_blocks: block ids, int32 or int64; negative ids are skipped. Or an `Index`
+            of them with ``step=block_size``, which is checked once for all of its uses.
+        count: tokens to move, so that the last blocks may be moved in part. None: all.
+        skip: tokens to leave out at the beginning of both lists, or a pair of numbers.
+
+    Raises:
+        LayoutError: ids for a view that is not paged.
+        SlotError: ``skip`` that is no number of tokens, or two.
+        PortaKVError: as `copy_rows`.
+    """
+    options = options_of(
+        options,
+        backend,
+        stream,
+        by_layer,
+        overlap,
+        max_thread_blocks,
+        max_gbps,
+        cancellable,
+        detached,
+        reinterpret,
+        check,
+        late,
+    )
+    src_index = block_index(src, src_blocks, "src")
+    dst_index = block_index(dst, dst_blocks, "dst")
+    if skip or type(skip) is not int:
+        first, after = skip if isinstance(skip, tuple) and len(skip) == 2 else (skip, skip)
+        src_index = src_index.shifted(_tokens(first))
+        dst_index = dst_index.shifted(_tokens(after))
+    move = move_of(src, dst, src_index, dst_index, count)
+    return repeated(move, options) or submit_new(move, options)
+
+
+def _tokens(skip: object) -> int:
+    return whole("skip", skip, "tokens to pass over: a whole number of at least 0, or two", 0)
+
+
+def block_index(view: KVView, blocks: Ids | None, side: str) -> Index:
+    """Return the index of blocks of a view, or of consecutive tokens if ``blocks`` is None.
+
+    Raises:
+        LayoutError: another object than a view, or ids for a view that is not paged.
+        SlotError: an index with a step that is not the block size.
+    """
+    if not isinstance(view, KVView):
+        raise not_a_view(side, view)
+    if blocks is None:
+        return Index.of(None)
+    size = view.form.block_size
+    if not size:
+        raise LayoutError(
+            f"Expected {side}_blocks=None for {view.layout.text!r}, which has no `block` axis, got "
+            f"ids. Pass None for consecutive tokens."
+        )
+    if isinstance(blocks, Index):
+        if blocks.step != size:
+            raise SlotError(
+                f"Expected {side}_blocks to be an Index with a step of {size} tokens, one block of "
+                f"the view, got step {blocks.step}. Pass Index(ids, step={size}), or ids."
+            )
+        return blocks
+    return Index.of(blocks, size)
+
+
+def move_of(
+    src: KVView, dst: KVView, src_index: Ids | None, dst_index: Ids | None, count: object
+) -> Move:
+    """Return the copy that a caller requests. ``count`` None: the tokens that the indices cover.
+
+    Raises:
+        LayoutError: one side is not a view.
+        SlotError: a bad count, or sides that cover different numbers of tokens.
+    """
+    if not isinstance(src, KVView):
+        raise not_a_view("src", src)
+    if not isinstance(dst, KVView):
+        raise not_a_view("dst", dst)
+    src_of = src_index if isinstance(src_index, Index) else Index.of(src_index)
+    dst_of = dst_index if isinstance(dst_index, Index) else Index.of(dst_index)
+    if count is None:
+        tokens = _covered(src, dst, src_of, dst_of)
+    elif type(count) is int and count >= 0:  # the usual case, without a call
+        tokens = count
+    else:
+        tokens = whole("count", count, "a whole number of at least 0", 0)
+    src_of.check_length(tokens, src.slots, "source")
+    dst_of.check_length(tokens, dst.slots, "destination")
+    return Move(src, dst, src_of, dst_of, tokens)
+
+
+def _covered(src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> int:
+    """Return the tokens that both indices cover; raise `SlotError` if they differ."""
+    src_tokens = src_index.length
+    dst_tokens = dst_index.length
+    if src_tokens is None and dst_tokens is None:
+        src_tokens = src.slots - src_index.offset
+        dst_tokens = dst.slots - dst_index.offset
+    tokens = dst_tokens if src_tokens is None else src_tokens
+    assert tokens is not None
+    if dst_tokens not in (None, tokens):
+        raise SlotError(
+            f"Expected equally many tokens on both sides, got a source that covers {tokens} and a "
+            f"destination of {dst_tokens}. Make them equal, or pass count."
+        )
+    if tokens < 0:
+        raise SlotError(
+            f"Expected an index that begins before its end, got one that begins {-tokens} tokens "
+            f"after it. Lower its offset."
+        )
+    return tokens
+
+
+def not_a_view(name: str, value: object) -> LayoutError:
+    """Return the error for an argument of a copy that is not a view."""
+    return LayoutError(
+        f"Expected {name} to be a view, got {shown(value)}. Read tensors through a layout: "
+        f"KVView(tensors, layout)."
+    )

@@ -15,7 +15,8 @@ import torch
 
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions, options_from
-from portakv.copy.request import move_of, whole
+from portakv.copy.request import whole
+from portakv.copy.rows import move_of
 from portakv.copy.submit import submit
 from portakv.errors import LayoutError, PortaKVError, SlotError
 from portakv.plan.plan import Move, check_disjoint

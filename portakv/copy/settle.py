@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from math import gcd
 from typing import NamedTuple, TypeAlias
 
-from portakv.copy.between import carrier
 from portakv.copy.context import Context
 from portakv.errors import SlotError
 from portakv.plan.plan import CopyPlan, Move, check_disjoint
@@ -50,7 +49,7 @@ def settle(
     """Decide how a copy that its indices and views cover is made; move nothing.
 
     Args:
-        choice: the chosen backend, or a strategy over it.
+        choice: what executes it, as `executor_of` decides.
         known_good: the memory of the views was checked just now: it exists, and no byte is shared.
         strict: check ids on a device before anything is moved, which waits for them.
 
@@ -62,8 +61,6 @@ def settle(
     if not known_good:
         src.check_memory()
         dst.check_memory()
-    if not src.device == dst.device == choice.backend.device:
-        choice = carrier(src, dst, choice, None)
     ready = prepared(src.form, dst.form, *move.steps, None, choice)
     if move.count == 0:
         return Settled(move, ())

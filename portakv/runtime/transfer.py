@@ -378,6 +378,31 @@ class Transfer:
             )
 
 
+def end_of_launch(
+    event: torch.Event,
+    events: EventPool,
+    word: StatusWord | None,
+    retained: object,
+    carried: tuple[str, str],
+    ids: object,
+    owner: Owner | None = None,
+    host: tuple[torch.Tensor, ...] = (),
+) -> Transfer:
+    """Return the end of one launch, which ``event`` marks, for a copy that is repeated.
+
+    ``host`` and ``ids``: memory to retain until then, also if the handle is dropped. The allocator
+    knows the ids' memory by the stream on which they were brought, which may be another one.
+    """
+    words = () if word is None else ((word, 0),)
+    completion = Completion(event, (), words, None, (host, ids), events)
+    # Either returns the event, if the handle is dropped. Only a word can bring an error.
+    if host:
+        hold_memory(completion)
+    if words or not host:
+        hold(completion, owner)
+    return Transfer((completion,), retained, carried)
+
+
 def bad_slot(position: int, slot: int | None = None, slots: int | None = None) -> SlotError:
     """Return the error for a device id past the end of its view."""
     where = "" if slot is None else f", slot {slot} of a view of {slots},"

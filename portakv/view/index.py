@@ -517,7 +517,7 @@ class Index:
                 slot_id = int(self.host_ids()[(at + self.offset) // self.step])
                 of = f" (of id {slot_id}, {self.step} slots each)"
             raise SlotError(
-                f"Expected slots below {slots}, which the view has, in the {side} index, got slot "
+                f"Expected the {side} index to stay inside the view's {slots} slots, got slot "
                 f"{int(expanded[at])}{of} at position {at}; nothing was moved. Correct the index."
             )
         values, times = np.unique(expanded[expanded >= 0], return_counts=True)

@@ -456,9 +456,7 @@ class KVView:
             if self.known:  # else the addresses may be read back later
                 self._unwritable = why
         if why:
-            raise LayoutError(
-                f"Expected a destination that can be written, got {self.layout.text!r}: {why}."
-            )
+            raise LayoutError(f"Expected a writable destination, got {self.layout.text!r}: {why}.")
 
     def strided(
         self,
@@ -508,9 +506,8 @@ class KVView:
     def replaced(self) -> LayoutError:
         """Return the error for memory of a tensor that differs from the memory that was read."""
         return LayoutError(
-            f"Expected the memory that a view of {self.layout.text!r} read, got a tensor whose "
-            f"memory was replaced after it was read. Make the view again, or register the "
-            f"kv_caches again."
+            f"Expected the memory of {self.layout.text!r} to stay, got a tensor whose memory was "
+            "replaced after it was read. Make the view again, or register the kv_caches again."
         )
 
     def plane(self, layer: int, kv: int, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -261,7 +261,7 @@ def test_strict_looks_at_slots_on_a_device(device: torch.device, tokens: tuple[i
         connector.to_gpu(chunks[0], caches, slots, 0, 4)
     with refused(SlotError, "2 times", watch=[*caches, *chunks]):
         connector.batched_to_gpu(chunks, caches, slots, [1, 4], [3, 7])
-    with refused(SlotError, "below 24", watch=[*caches, *chunks]):
+    with refused(SlotError, "24 slots", watch=[*caches, *chunks]):
         connector.from_gpu(chunks[0], caches, slots + 10, 0, 3)
     for first in (0, 4):  # again: what was made before is looked at as well
         chunk = make_chunk(3, device=device)

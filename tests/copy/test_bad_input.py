@@ -172,7 +172,7 @@ CALLS: list[tuple[Any, ...]] = [
             torch.tensor([0, 1, slot, 3], dtype=dtype),
             "at position 2",
             f"slot {slot}",
-            f"slots below {SLOTS}",
+            f"{SLOTS} slots",
         )
         for slot in (SLOTS, SLOTS + 1, 2**31 - 1)
         for dtype in (torch.int32, torch.int64)
@@ -331,7 +331,7 @@ COPIES: dict[type[PortaKVError], list[tuple[Any, ...]]] = {
         (lambda s: rows(s.cache, s.rows), "covers 20", "destination of 8"),
         (lambda s: rows(s.cache, s.cache, [0, 1, 2], [3, 4]), "covers 3", "destination of 2"),
         (lambda s: rows(s.cache, s.cache, [3, 4], [9, 3]), "slot 3", "source and destination"),
-        (lambda s: s.connector.to_gpu(s.chunk, s.caches, [7, 3, 7]), "Slot 7", "2 times", "once"),
+        (lambda s: s.connector.to_gpu(s.chunk, s.caches, [7, 3, 7]), "slot 7", "2 times", "once"),
         (lambda s: blocks(s.rows, s.cache, None, [2, 2]), "2 times", "once"),
         (lambda s: s.connector.batched_to_gpu([s.chunk], s.caches, [0, 1], [0, 1], [2]),
          "1 memory objects", "2 starts", "1 ends"),

@@ -367,7 +367,7 @@ def test_lists_of_any_length_make_and_order(
 def test_a_slot_past_the_end_moves_nothing(carry: Copier, scattered: bool, slot: int) -> None:
     """Other code wrote out of bounds, or raised a device assert that poisons the context."""
     rig = Rig(3)
-    with pytest.raises(SlotError, match=f"slots below 20, .* got slot {slot} "):
+    with pytest.raises(SlotError, match=f"the view's 20 slots, got slot {slot} "):
         rig.move(carry, torch.tensor([1, slot, 2]), scattered)
     rig.expect([-1, -1, -1], scattered=scattered)
 
@@ -378,7 +378,7 @@ def test_a_slot_past_the_end_moves_nothing(carry: Copier, scattered: bool, slot:
 def test_a_block_past_the_end_moves_nothing(scattered: bool, block: int, count: int) -> None:
     """2**62 * 4 is 0 in 64 bits: a wild block must not come back as block 0."""
     rig = Rig(12)
-    message = rf"slots below 20, .* \(of id {block}, 4 slots each\) at position 4;"
+    message = rf"the view's 20 slots, .* \(of id {block}, 4 slots each\) at position 4;"
     with pytest.raises(SlotError, match=message):
         rig.move(by_backend, Index([0, block, 1], step=4), scattered, count)
     rig.expect([-1] * 12, scattered=scattered)

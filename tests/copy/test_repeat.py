@@ -21,7 +21,7 @@ from torch.cuda import _sleep
 from portakv import Index, KVView, LayoutError, SlotError, TransferError, copy_blocks, copy_rows
 from portakv.backends.base import Capabilities, Launch, MoveLaunch, Pending
 from portakv.backends.reference import Reference
-from portakv.copy import submit as submitting
+from portakv.copy import schedule
 from portakv.copy.settle import settle as really_settle
 from portakv.host import pinned
 from portakv.interconnect.link import TorchLink
@@ -536,7 +536,7 @@ def test_ids_of_the_host_are_checked_in_each_copy(guarding: None) -> None:
         assert torch.equal(other.cpu(), expected)
         assert _Lasting.calls == max(0, turn - 1)
     for bad in ([1, 24], [24, 1], [1, 1 << 40]):
-        with pytest.raises(SlotError, match="which the view has"):
+        with pytest.raises(SlotError, match="inside the view"):
             copy_blocks(src, dst, bad, [1, 2], backend="guarding")
         with pytest.raises(SlotError):
             copy_blocks(src, dst, [1, 2], bad, backend="guarding")
@@ -581,7 +581,7 @@ def test_a_strategy_is_picked_again_for_other_ids_of_the_host(
         settled.append(move.count)
         return really_settle(move, *args, **terms)
 
-    monkeypatch.setattr(submitting, "settle", settle)
+    monkeypatch.setattr(schedule, "settle", settle)
     for read, written, again in [
         ([9, 2], [0, 5], True),
         ([5, 2], [7, 0], True),
@@ -607,9 +607,9 @@ def test_a_strategy_is_picked_again_for_other_ids_of_the_host(
                 expected[:, b] = rows[:, a]
         assert torch.equal(target.cpu(), expected)
     for bad in ([1, 24], [24, 1]):
-        with pytest.raises(SlotError, match="which the view has"):
+        with pytest.raises(SlotError, match="inside the view"):
             copy_blocks(src, dst, bad, [1, 2], backend=backend)
-        with pytest.raises(SlotError, match="which the view has"):
+        with pytest.raises(SlotError, match="inside the view"):
             copy_blocks(src, dst, [1, 2], bad, backend=backend)
     with pytest.raises(SlotError, match="occurs 2 times"):
         copy_blocks(src, dst, [1, 2], [3, 3], backend=backend)

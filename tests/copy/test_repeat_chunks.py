@@ -24,7 +24,7 @@ from support.device_cases import (
 from support.guarded_memory import untouched
 
 from portakv import Index, LayoutError, SlotError, Transfer, TransferError
-from portakv.copy.repeat import ChunkRepeats
+from portakv.copy.repeat_chunks import ChunkRepeats
 
 pytestmark = pytest.mark.gpu
 

@@ -416,9 +416,9 @@ def test_another_thread_may_ask(device: torch.device, make: Make) -> None:
 @pytest.mark.parametrize(
     ("blocks", "firsts", "chunks", "messages"),
     [
-        ([[3], [13]], [0, 0], [0, 1], ("slot 13", "below 13")),
+        ([[3], [13]], [0, 0], [0, 1], ("slot 13", "13 slots")),
         ([[3], [-1]], [0, 0], [0, 1], ("-1",)),
-        ([[3], [4]], [0, 0], [0, 4], ("id 4", "below 8")),
+        ([[3], [4]], [0, 0], [0, 4], ("id 4", "8 slots")),
         ([[3], [4]], [0, 0], [0, -2], ("-2",)),
         ([[3], [4]], [0, 0], [0, 1, 2], ("3 chunks", "2 chunks of 2")),
         ([[3, 4], [4]], [1, 0], [0, 1], ("2 chunks", "3 chunks of 2")),

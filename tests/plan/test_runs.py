@@ -113,7 +113,7 @@ def table(*ids: int, offset: int = 0) -> Index:
     return Index(list(ids), 4, offset)
 
 
-PAST = r"slots below 16, .* got slot 16 \(of id 4, 4 slots each\)"
+PAST = r"the view's 16 slots, got slot 16 \(of id 4, 4 slots each\)"
 #: Source and destination index, count, part of the message; blocks of 4, a plan of whole blocks.
 REFUSED: list[tuple[Any, Any, Any, str]] = [
     (table(0, 1), table(0, 1), 6, r"multiple of the plan\'s unit 4, got 6 tokens"),

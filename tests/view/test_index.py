@@ -284,7 +284,7 @@ def test_a_check_finds_what_the_definition_says(
             )
         else:
             expected = (
-                f"Expected slots below {view}, which the view has, in the source index, got slot "
+                f"Expected the source index to stay inside the view's {view} slots, got slot "
                 f"{used[past]}"
             )
             if index.step > 1:

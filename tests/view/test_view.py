@@ -263,7 +263,7 @@ UNWRITABLE: dict[str, tuple[Any, str, str]] = {
 @pytest.mark.parametrize("name", UNWRITABLE)
 def test_what_cannot_be_written(name: str) -> None:
     tensors, layout, why = UNWRITABLE[name]
-    with pytest.raises(LayoutError, match=f"destination that can be written, got .*: .*{why}"):
+    with pytest.raises(LayoutError, match=f"writable destination, got .*: .*{why}"):
         KVView(tensors, layout).check_writable()
 
 

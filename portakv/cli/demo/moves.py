@@ -17,7 +17,7 @@ from typing import NamedTuple, cast
 import torch
 
 from portakv.connector.connector import AdaptiveConnector
-from portakv.copy.blocks import copy_blocks
+from portakv.copy.rows import copy_blocks
 from portakv.errors import Unsupported
 from portakv.host.pinned import available
 from portakv.runtime.transfer import Transfer

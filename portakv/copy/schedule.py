@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Issue a copy of one device as a whole, by layer, in slices, or detached."""
+
+from __future__ import annotations
+
+import torch
+
+from portakv.copy.between import executor_of
+from portakv.copy.context import Context
+from portakv.copy.detached import detached
+from portakv.copy.handle import BlockTransfer
+from portakv.copy.launch import launch
+from portakv.copy.layers import in_layers
+from portakv.copy.options import CopyOptions
+from portakv.copy.remember import remember
+from portakv.copy.settle import settle
+from portakv.copy.slices import in_slices
+from portakv.plan.move import Move
+from portakv.registry.registry import Choice
+
+
+def issue(
+    move: Move,
+    choice: Choice,
+    stream: torch.Stream | None,
+    options: CopyOptions,
+    began: float,
+    known_good: bool = False,
+) -> BlockTransfer:
+    """Issue a copy of one device by the schedule that its options request.
+
+    Args:
+        choice: the registry's, for the device of the copy.
+        stream: where the copy is ordered, whatever stream the options name.
+        began: when the call began, by `perf_counter`.
+        known_good: the memory of the views was checked just now: it exists, and no byte is shared.
+
+    Raises as `copy_rows`.
+    """
+    src = move.src
+    dst = move.dst
+    context = Context.of(choice.backend.device, stream)
+    executor = choice
+    inside = src.device == dst.device == context.device and src.form.place != "peer"
+    if options.terms is not None or not inside:
+        executor = executor_of(src, dst, choice, options.terms)
+    if options.sliced:
+        return in_slices(move, executor, context, options.max_gbps, options.by_layer)
+    if options.detached and context.device.type != "cpu":
+        return detached(move, executor, context, options, began)
+    if options.by_layer:
+        return in_layers(move, executor, context, options.strict, began)
+    settled = settle(move, executor, context, known_good=known_good, strict=options.strict)
+    made = launch(settled, context)
+    # A connector, whose memory is known to be good, repeats its own copies.
+    on_device = context.device.type != "cpu"
+    if options.plain and on_device and not (known_good or context.captured):
+        remember(move, choice, options, context.device, settled, made)
+    return BlockTransfer(made, move, began)
