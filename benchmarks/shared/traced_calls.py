@@ -94,7 +94,7 @@ def operations(
         stack.callback(owner.close)
         yield Operations(
             [
-                *_copies(device),
+                *copies(device),
                 *_loads(device, folder, stack),
                 *_pulls(device, owner, stack),
             ],
@@ -102,7 +102,7 @@ def operations(
         )
 
 
-def _copies(device: torch.device) -> Iterator[Operation]:
+def copies(device: torch.device) -> Iterator[Operation]:
     """Yield the calls between a cache and a chunk, and between two caches."""
     caches = [*torch.zeros(4, 2, 16, 16, 8, 128, device=device, dtype=torch.float16)]
     chunk = torch.empty((2, 4, 48, 8 * 128), dtype=torch.float16, device=device)

@@ -41,7 +41,7 @@ def remember(
     if sides is None or not made.ordered:
         return
     launch = _launch_of(move, settled, sides)
-    if launch is None or not made.completions:
+    if launch is None:
         return
     ready = settled.pieces[0][0]
     picks = _picks(launch)
@@ -69,7 +69,7 @@ def remember(
                 unowned and src.form.place != "device",
                 unowned and dst.form.place != "device",
             ),
-            events=event_pool(device),
+            events=None if device.type == "cpu" else event_pool(device),
             carried=None if picks else made.carried,
             process=this_process(),
             capturing=capture_question(device),

@@ -108,7 +108,7 @@ class Repeat(NamedTuple):
         tabled: for each side, whether its table of addresses is read.
         skips: the launch leaves out positions of negative ids.
         unowned: for each side, whether nothing knows that the launch uses its memory.
-        events: the free events of the device.
+        events: the free events of the device. None: the host executes it, until the call returns.
         carried: what executes it, and why. None: the launch picks that for each copy.
         process: the process that prepared it.
         capturing: returns whether the current stream records a graph, if the device is current.
@@ -123,7 +123,7 @@ class Repeat(NamedTuple):
     tabled: tuple[bool, bool]
     skips: bool
     unowned: tuple[bool, bool]
-    events: EventPool
+    events: EventPool | None
     carried: tuple[str, str] | None
     process: Process
     capturing: Callable[[], bool]
@@ -142,6 +142,12 @@ class Repeat(NamedTuple):
         ``skips``: ids on the host skip positions.
         """
         src, dst, src_index, dst_index, _ = move
+        events = self.events
+        if events is None:
+            pending = self.launch(*self._place(move)[0], None, None)
+            if pending is not None:  # the copies before this one had ended with their calls
+                pending.wait()
+            return Transfer((), None, self.carried or cast(Any, self.launch).carried)
         src_tabled, dst_tabled = self.tabled
         if src_tabled:
             src.follow_table(device, stream)
@@ -151,16 +157,16 @@ class Repeat(NamedTuple):
         word = acquire_word() if self.can.guards and not checked else None
         move, host = self._place(move)
         self._launch(move, stream, word)
+        carried = self.carried or cast(Any, self.launch).carried
         src_unowned, dst_unowned = self.unowned
         if src_unowned:
             host = *host, *src.retained
         if dst_unowned:
             host = *host, *dst.retained
-        event = self.events.recorded(stream)
+        event = events.recorded(stream)
         ids = move.src_index, move.dst_index
-        carried = self.carried or cast(Any, self.launch).carried
         retained = src, dst, ids
-        return end_of_launch(event, self.events, word, retained, carried, ids, host=host)
+        return end_of_launch(event, events, word, retained, carried, ids, host=host)
 
     def _launch(self, move: Move, stream: torch.Stream | None, word: StatusWord | None) -> None:
         """Launch a copy whose ids are where the launch reads them."""
@@ -300,7 +306,8 @@ def repeated(move: Move, options: CopyOptions) -> BlockTransfer | None:
     stream = options.stream
     if stream is not None and getattr(stream, "device", None) != device:
         return None
-    if repeat.capturing() if _current_device() == device.index else capturing(device):
+    current = repeat.events is None or _current_device() == device.index
+    if repeat.capturing() if current else capturing(device):
         return None
     src.check_memory()
     dst.check_memory()

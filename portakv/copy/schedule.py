@@ -53,7 +53,6 @@ def issue(
     settled = settle(move, executor, context, known_good=known_good, strict=options.strict)
     made = launch(settled, context)
     # A connector, whose memory is known to be good, repeats its own copies.
-    on_device = context.device.type != "cpu"
-    if options.plain and on_device and not (known_good or context.captured):
+    if options.plain and not (known_good or context.captured):
         remember(move, choice, options, context.device, settled, made)
     return BlockTransfer(made, move, began)

@@ -14,7 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from support import simdev_cases as simulated
+from support.command_line import registered
+from support.packed_backend import Packing
 
+import portakv
 from portakv_benchmarks.shared import call_trace, traced_calls
 from portakv_benchmarks.shared.call_trace import Recorder, Switches, Trace, figures
 
@@ -151,7 +155,7 @@ def test_the_calls_are_what_their_names_say() -> None:
     assert list(rows) == NAMES
     through = {name: {*row["functions"]} for name, row in rows.items()}
     assert "connector/connector.py" in through["from_gpu, registered"]
-    assert "copy/blocks.py" in through["copy_blocks"]
+    assert "copy/rows.py" in through["copy_blocks"]
     assert "storage/loans.py" in through["host hit"]
     assert any("backends" in file for file in through["host hit"])
     assert rows["disk hit"]["files_of_all"] > rows["disk hit"]["files"]
@@ -160,6 +164,35 @@ def test_the_calls_are_what_their_names_say() -> None:
     assert "migrate/offers.py" in through["offer and ticket"]
     assert "migrate/pull.py" in through["mapped pull"]
     assert not any("backends" in file for file in through["offer and ticket"])
+
+
+#: The most files that one repeated call may enter, and the most changes of file: on a CPU, and on
+#: the simulated device by the reference and by a backend with packed launches. A backend's files
+#: count if they belong to the library, which those of `packing` do not.
+TRIPS = {
+    ("cpu", "reference"): {"from_gpu, registered": (21, 49), "copy_blocks": (12, 24)},
+    ("simdev", "reference"): {"from_gpu, registered": (22, 56), "copy_blocks": (12, 27)},
+    ("simdev", "packing"): {"from_gpu, registered": (5, 9), "copy_blocks": (8, 14)},
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "backend"),
+    [pytest.param(*case, marks=[pytest.mark.simdev] * (case[0] == "simdev")) for case in TRIPS],
+)
+def test_a_repeated_call_enters_no_more_files(
+    place: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PORTAKV_BACKEND", backend)
+    device = CPU if place == "cpu" else simulated.DEVICE
+    recorder = Recorder(Path(portakv.__file__).parent)
+    with registered(packing=Packing):
+        for call in traced_calls.copies(device):
+            row = figures_of(call_trace.trace_call(recorder, call, 20, 9))
+            files, changes = TRIPS[place, backend][call.name]
+            entered = ", ".join(row["functions"])
+            assert row["files"] <= files, f"{call.name} enters {row['files']}: {entered}"
+            assert row["changes"] <= changes, f"{call.name} changes file {row['changes']} times"
 
 
 def test_a_pull_that_brings_other_rows_is_an_error() -> None:
