@@ -12,7 +12,7 @@ import torch
 from portakv.copy.options import USUAL, CopyOptions
 from portakv.interconnect.slices import Slice
 from portakv.plan.move import Move
-from portakv.registry import STRATEGIES, PreparedPack
+from portakv.registry import STRATEGIES, Choice, PreparedPack, choose
 from portakv.runtime.transfer import Transfer
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -24,6 +24,11 @@ Submit: TypeAlias = Callable[[Move, CopyOptions], Transfer]
 def named(options: CopyOptions) -> bool:
     """Return True if the options say how rows cross the link."""
     return options.backend in STRATEGIES or options.max_thread_blocks is not None
+
+
+def packer(options: CopyOptions, device: torch.device) -> Choice:
+    """Return the backend that packs or unpacks: a named strategy says only how rows cross."""
+    return choose(device, None if options.backend in STRATEGIES else options.backend)
 
 
 class ByCopies:

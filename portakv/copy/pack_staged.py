@@ -7,14 +7,14 @@ import torch
 
 from portakv.copy.context import Context
 from portakv.copy.detached import beside
+from portakv.copy.launch import follow_current
 from portakv.copy.options import CopyOptions
-from portakv.copy.pack_crossing import ByCopies, Submit, named
+from portakv.copy.pack_crossing import ByCopies, Submit, named, packer
 from portakv.copy.pack_launch import (
     Checked,
     OverflowReport,
     Packed,
     check_copy,
-    follow_current,
     nothing_packed,
     overflow_words,
 )
@@ -22,7 +22,6 @@ from portakv.interconnect.pack_passage import ByLink, Crosses, issue_slices
 from portakv.interconnect.pack_slices import PackStages, pack_stages
 from portakv.interconnect.slices import Sizes
 from portakv.plan.move import Move
-from portakv.registry import STRATEGIES, choose
 from portakv.runtime.devices import inside
 from portakv.runtime.transfer import Completion, Transfer, event_pool, hold
 
@@ -44,8 +43,7 @@ def issue_staged(move: Move, options: CopyOptions, submit: Submit, device: torch
     leaves = move.dst.device != device
     packed = move.src if move.src.form.encoding else move.dst
     context = Context.of(device, options.stream)
-    forced = None if options.backend in STRATEGIES else options.backend
-    stages = pack_stages(move, leaves, choose(device, forced))  # refuses what cannot be executed
+    stages = pack_stages(move, leaves, packer(options, device))  # refuses what cannot be executed
     # The ids are used in slices, so that bad ones are left out first.
     checked = check_copy(move, packed.form.block_size, context, options.strict)
     move = checked.move

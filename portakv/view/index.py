@@ -68,7 +68,7 @@ class _Placed(NamedTuple):
 
     device: torch.device
     dtypes: frozenset[torch.dtype]
-    index: Index | None  # None: the index itself
+    result: Index | None  # None: the index itself
 
 
 class Index:
@@ -355,7 +355,7 @@ class Index:
         """Return this index with its ids where `ids_on` puts them."""
         last = self._placed
         if last is not None and last.device is device and last.dtypes is dtypes:
-            return last.index or self  # the same launch repeats the request
+            return last.result or self  # the same launch repeats the request
         ids = self.ids
         if ids is None:
             return self
