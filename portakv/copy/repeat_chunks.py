@@ -75,9 +75,12 @@ class ChunkRepeats:
             repeat = self._known.get(_kind(store, chunk, address, ids))
         except RuntimeError:  # a tensor without strides or without memory
             return None
-        if repeat is None or not (address and first_id) or not repeat.fits(chunk, ids):
-            return None
-        if type(start) is not int:
+        if (
+            repeat is None
+            or type(start) is not int
+            or not (address and first_id)
+            or not repeat.fits(chunk, ids)
+        ):
             return None
         count = repeat.tokens(start, end, ids.numel())
         if not count or repeat.overlaps(address) or not self._unchanged():

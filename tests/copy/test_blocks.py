@@ -289,7 +289,7 @@ REFUSED: list[tuple[Callable[[Cache, Cache], tuple[Any, ...]], Any, list[str]]] 
     (lambda src, dst: (src.view, dst.view, torch.tensor([0.0]), [1]), SlotError, ["float"]),
     (lambda src, dst: (WIDE, src.view, [0], [1]), LayoutError, ["bytes"]),
     (lambda src, dst: (dst.view, KVView([src.tensors[0]] * LAYERS, NHD), [0], [1]), LayoutError,
-     ["share one place", "written"]),
+     ["share one place", "writable"]),
     (lambda src, dst: (src.tensors, dst.view, [0], [1]), LayoutError, ["src to be a view"]),
     (lambda src, dst: (src.view.slice(layers=0), dst.view, [0], [1]), LayoutError,
      ["'layer' extent 1"]),
