@@ -15,8 +15,8 @@ TOGETHER = 512
 class CopyCounts:
     """The copies that were issued and their bytes, by strategy and by the places of both sides.
 
-    Any thread may call. A copy is appended to ``new`` in one step, without a lock; one in
-    `TOGETHER` copies sums them up.
+    Any thread may call. A copy appends to ``new`` in one step, without a lock, and calls `sum_up`
+    once in `TOGETHER` copies.
 
     Attributes:
         new: strategy, the place of the source's rows, the destination's form, and tokens.
@@ -27,12 +27,6 @@ class CopyCounts:
         self.new = deque[tuple[str, str, Form, int]]()
         self._copies = Counter[tuple[str, str, str]]()
         self._nbytes = Counter[tuple[str, str, str]]()
-
-    def add(self, strategy: str, src: str, dst: Form, tokens: int) -> None:
-        """Count a copy; its arguments are the fields of ``new``."""
-        self.new.append((strategy, src, dst, tokens))
-        if len(self.new) >= TOGETHER:
-            self.sum_up()
 
     def sum_up(self) -> None:
         """Add what is new: most copies are alike, so `Counter` counts them first."""

@@ -10,7 +10,7 @@ from time import perf_counter
 
 import numpy as np
 
-from portakv.copy.counting import Counted
+from portakv.copy.counting import TOGETHER, Counted
 from portakv.deprecation import warn_former
 from portakv.errors import TransferError
 from portakv.plan.move import Move
@@ -103,7 +103,9 @@ class BlockTransfer(Transfer):
         self._ended: float | None = None if transfer.completions else perf_counter()
         counts = Counted.counts
         if counts is not None:
-            counts.add(transfer.carried[0], form.place, move.dst.form, move.count)
+            counts.new.append((transfer.carried[0], form.place, move.dst.form, move.count))
+            if len(counts.new) >= TOGETHER:
+                counts.sum_up()
 
     @classmethod
     def together(cls, transfers: Sequence[BlockTransfer]) -> BlockTransfer:

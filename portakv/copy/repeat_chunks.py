@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from portakv.backends.base import Again
-from portakv.copy.counting import Counted
+from portakv.copy.counting import TOGETHER, CopyCounts, Counted
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice
 from portakv.runtime.bounded import Bounded
@@ -96,7 +96,7 @@ class ChunkRepeats:
         retained = chunk, ids, self._cache
         counts = Counted.counts
         if counts is not None:
-            counts.add(repeat.carried[0], "device", self._cache.form, count)
+            _count(counts, repeat, self._cache, count)
         return end_of_launch(event, self._events, word, retained, repeat.carried, ids, self._owner)
 
     def _ids_of(
@@ -148,6 +148,13 @@ class ChunkRepeats:
         if type(slot_mapping) is Index and index.on_host:
             return index.placed(self._choice.backend.device, self._choice.can.index_dtypes)
         return index
+
+
+def _count(counts: CopyCounts, repeat: _ChunkRepeat, cache: KVView, tokens: int) -> None:
+    """Count a copy of a chunk on its device."""
+    counts.new.append((repeat.carried[0], "device", cache.form, tokens))
+    if len(counts.new) >= TOGETHER:
+        counts.sum_up()
 
 
 def _word_for(slot_mapping: object) -> StatusWord | None:
