@@ -371,6 +371,7 @@ def test_each_public_callable_has_a_right_call(name: str, tmp_path: Path) -> Non
         _end(invoke(call, terms))
 
 
+@pytest.mark.filterwarnings("ignore:The argument .* is now:DeprecationWarning")  # former names too
 @pytest.mark.parametrize(("name", "argument"), arguments(), ids=str)
 def test_a_wrong_argument_is_named(name: str, argument: str, tmp_path: Path) -> None:
     scene = Scene(tmp_path)

@@ -40,10 +40,11 @@ def run(page: str, code: list[str], names: dict[str, Any]) -> dict[str, Any]:
     return names
 
 
+INDUCTOR = [needs_inductor, pytest.mark.xdist_group("inductor")]  # one process imports it
 PAGES = [
     pytest.param(
         str(page.relative_to(ROOT)),
-        marks=[needs_inductor] if "@torch.compile" in page.read_text() else [],
+        marks=INDUCTOR if "@torch.compile" in page.read_text() else [],
     )
     for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
     if BLOCK.search(page.read_text()) and page.name != "vendors.md"

@@ -24,7 +24,7 @@ from portakv.backends._compiled_program import Program
 from portakv.backends.compiled import Compiled
 from portakv.registry import registry
 
-pytestmark = pytest.mark.xdist_group("compiled")  # one process imports inductor
+pytestmark = pytest.mark.xdist_group("inductor")  # one process imports it
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 on_each_device = pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -26,8 +27,6 @@ from portakv.runtime import nvrtc as _nvrtc
 
 DEVICE = torch.device("cuda", 0)
 ARCHITECTURES = (80, 90, 100)
-# One of them in every run.
-WIDER = [pytest.param(n, marks=[pytest.mark.full] * (n != 90)) for n in ARCHITECTURES]
 needs_nvrtc = pytest.mark.skipif(_nvrtc.missing() is not None, reason=str(_nvrtc.missing()))
 
 
@@ -115,14 +114,26 @@ def _judge_sass(code: str, vector: int) -> None:
         assert set(loads) <= {_SASS[vector], _SASS[8], _SASS[4]}, loads
 
 
-@needs_nvrtc
-@pytest.mark.parametrize("architecture", WIDER)
-def test_every_kernel_compiles_to_machine_code(architecture: int) -> None:
+def compiles(sources: Iterable[str], architecture: int) -> None:
+    """Compile kernels to programs that all differ and are cached."""
+    texts = list(sources)
     with ThreadPoolExecutor(2) as pool:
-        binaries = list(pool.map(lambda s: _nvrtc.compile_kernel(s, architecture), KERNELS))
+        binaries = list(pool.map(lambda s: _nvrtc.compile_kernel(s, architecture), texts))
     assert all(binary.startswith(b"\x7fELF") for binary in binaries)
-    assert all(_nvrtc.compiled_before(source, architecture) for source in KERNELS)
-    assert len(set(binaries)) == len(KERNELS)
+    assert all(_nvrtc.compiled_before(source, architecture) for source in texts)
+    assert len(set(binaries)) == len(texts)
+
+
+@needs_nvrtc
+def test_a_kernel_of_each_width_compiles_to_machine_code() -> None:
+    compiles((source for source, _ in chosen(False)), 90)
+
+
+@needs_nvrtc
+@pytest.mark.full
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_compiles_to_machine_code(architecture: int) -> None:
+    compiles(KERNELS, architecture)
 
 
 def chosen(tables: bool) -> list[tuple[str, RowsKernel]]:
@@ -133,8 +144,8 @@ def chosen(tables: bool) -> list[tuple[str, RowsKernel]]:
 
 @needs_nvrtc
 @pytest.mark.skipif(_tool() is None, reason="nvdisasm is not installed: pip install triton")
-@pytest.mark.parametrize("architecture", WIDER)
-@pytest.mark.parametrize("tables", [False, pytest.param(True, marks=pytest.mark.full)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("tables", [False, True])
 @pytest.mark.full
 def test_machine_code_has_the_vector_width(tables: bool, architecture: int, tmp_path: Path) -> None:
     """The machine code is disassembled, which takes longer than to compile it."""

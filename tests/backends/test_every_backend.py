@@ -63,7 +63,7 @@ INTERPRETED = [
 ]
 GPU = [pytest.mark.gpu, pytest.mark.sanitize]
 #: What compiles kernels here keeps them in its process: one of pytest's has all tests of each.
-TOGETHER = {x: [pytest.mark.xdist_group(x)] for x in ("cuda-on-cpu", "hip", "ascendc", "compiled")}
+TOGETHER = {x: [pytest.mark.xdist_group(x)] for x in ("cuda-on-cpu", "hip", "ascendc", "inductor")}
 #: Backends that skip and guard: class, the device's type, vectors of a thread, marks.
 KERNELS: dict[str, tuple[type[Backend], str, int, Any]] = {
     "cuda-on-cpu": (CudaOnCpu, "cpu", 1, TOGETHER["cuda-on-cpu"]),
@@ -72,7 +72,7 @@ KERNELS: dict[str, tuple[type[Backend], str, int, Any]] = {
     "ascendc": (AscendC, "cpu", 0, TOGETHER["ascendc"]),
     "direct, loads": (Loads, "cpu", 0, ()),
     "direct, stores": (Stores, "cpu", 0, ()),
-    "compiled": (Compiled, "cpu", 0, TOGETHER["compiled"]),
+    "compiled": (Compiled, "cpu", 0, TOGETHER["inductor"]),
     "triton interpreted": (Triton, "cpu", 0, INTERPRETED),
     "ascend kernel": (AscendKernel, "privateuseone", 0, own_process("npu", "ascend")),
     "cuda": (Cuda, "cuda", 1, GPU),

@@ -353,6 +353,7 @@ COPIES: dict[type[PortaKVError], list[tuple[Any, ...]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # it is refused
 @pytest.mark.parametrize(
     ("error", "case"),
     [

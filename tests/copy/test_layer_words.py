@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import pytest
 import torch
@@ -29,9 +30,13 @@ ERRORS = [TransferError, TransferCancelled, TransferTimeout]
 class Held:
     """Work that no stream orders, and that ends when a test says so."""
 
+    #: Those of the running test.
+    made: ClassVar[list[Held]] = []
+
     def __init__(self) -> None:
         self.ended = False
         self.error: PortaKVError | None = None
+        self.made.append(self)
 
     def done(self) -> bool:
         if self.error is not None:
@@ -40,6 +45,23 @@ class Held:
 
     def wait(self) -> None:
         raise AssertionError("nothing may block for it")
+
+
+def watching() -> set[threading.Thread]:
+    """Return the threads that look for the ends of loads."""
+    return {each for each in threading.enumerate() if each.name == "portakv-layer-words"}
+
+
+@pytest.fixture(autouse=True)
+def all_ended() -> Iterator[None]:
+    """End the work that a test leaves: a thread looks for its end all the time, until it comes."""
+    before = watching()
+    yield
+    for each in Held.made:
+        each.error = None
+        each.ended = True
+    Held.made.clear()
+    assert until(lambda: watching() <= before), "a thread still looks for ends"
 
 
 def ends(held: Sequence[Held]) -> list[Transfer]:

@@ -69,7 +69,9 @@ def test_whatever_carries_it_out_moves_the_right_bytes(
 
 
 @DOWNWARD
-@pytest.mark.parametrize("layers", [1, 2], ids=["one", "layers"])
+@pytest.mark.parametrize(
+    "layers", [pytest.param(1, id="one", marks=pytest.mark.full), pytest.param(2, id="layers")]
+)
 @pytest.mark.parametrize("side", [False, True])
 def test_pages_cross_by_a_copy_engine_for_any_ids(
     accelerator: torch.device, layers: int, side: bool, downward: bool

@@ -345,13 +345,13 @@ def test_a_form_takes_the_space_of_one_that_is_not_used(tmp_path: Path) -> None:
 
 def test_forms_that_are_used_alike_share_the_space(tmp_path: Path) -> None:
     with opened(PAIR, tiers=disk_of(tmp_path, 64)) as store:
-        for number in range(0, 400, 4):
+        for number in range(0, 200, 4):
             grow(store.of("full"), range(number, number + 4))
             grow(store.of("other"), range(number, number + 4))
-        counts = [on_disk(store.of(name), range(400)) for name in PAIR]
+        counts = [on_disk(store.of(name), range(200)) for name in PAIR]
         assert min(counts) >= 20
         # What was used last is there: forms do not take slots from each other in turns.
-        assert all(on_disk(store.of(name), range(388, 400)) == 12 for name in PAIR)
+        assert all(on_disk(store.of(name), range(188, 200)) == 12 for name in PAIR)
 
 
 def test_a_save_of_one_form_is_no_use_of_the_same_keys_of_another(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@
 Without a CUDA device the tests marked ``gpu`` are left out, and a line at the end says how many. A
 test that the command line names by its id is collected and skipped, with the reason.
 
-Every worker of pytest-xdist collects every module. In a fresh clone most of that time is the
-compilation of test modules. Half of the workers collect from the last module to the first, so each
-module is compiled by the worker that arrives first, and the other worker loads the result.
+Every worker of pytest-xdist collects every module. In a fresh clone a third of that time is the
+compilation of test modules. Each worker begins at another place of each folder, so that a module is
+compiled by the worker that comes first, and the others load the result.
 Collection makes a million objects that all stay, so nothing looks for garbage among them meanwhile.
 """
 
@@ -66,10 +66,12 @@ def pytest_pycollect_makeitem(
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """Go through a directory from its end in every second worker."""
+    """Begin in each worker at another place of a directory, and go on to its first entries."""
     report = yield
-    if isinstance(collector, pytest.Directory) and _goes_backwards(collector.config):
-        report.result.reverse()
+    if isinstance(collector, pytest.Directory):
+        entries = report.result
+        first = int(len(entries) * _share_before(collector.config))
+        entries[:] = [*entries[first:], *entries[:first]]
     return report
 
 
@@ -80,10 +82,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: item.path.parts)
 
 
-def _goes_backwards(config: pytest.Config) -> bool:
-    """Return True in the workers gw1, gw3, ..."""
-    worker: str = getattr(config, "workerinput", {}).get("workerid", "gw0")
-    return int(worker.removeprefix("gw")) % 2 == 1
+def _share_before(config: pytest.Config) -> float:
+    """Return the part of a directory that workers with smaller numbers begin with."""
+    worker: dict[str, Any] = getattr(config, "workerinput", {})
+    number = int(worker.get("workerid", "gw0").removeprefix("gw"))
+    count: int = worker.get("workercount", 1)
+    return number % count / count
 
 
 @pytest.hookimpl(trylast=True)

@@ -113,6 +113,7 @@ LARGE = {
     "tests/interconnect/test_zero_copy.py::test_every_cut",
     "tests/migrate/test_described.py::test_a_view_of_a_preset_is_rebuilt_at_other_addresses",
     "tests/serving/test_keeper.py::test_walks_of_ranks_that_join_copy_stop_and_die",
+    "tests/serving/test_ledger.py::test_any_walk_of_an_engine",
     "tests/storage/test_store.py::test_two_splits_of_one_axis_are_read_beside_each_other",
 }
 #: Examples of a property test in each run; .ci/full draws more.
@@ -124,6 +125,9 @@ _frozen = pytest.StashKey[int]()
 def pytest_configure(config: pytest.Config) -> None:
     """Load the profile before any test module is imported, so that decorators can read it."""
     patch_points.guard()
+    # It reads the constants of every module, and keeps them below the current folder otherwise: a
+    # process in another folder would read all modules again.
+    os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(config.rootpath / ".hypothesis"))
     # Warnings of faults that last come whenever their thread looks, also into another test's log.
     logging.getLogger("portakv.graph.alarms").setLevel(logging.ERROR)
     if name := os.environ.get("SIMDEV_NAME"):
@@ -197,7 +201,11 @@ def _check_simdev(used: torch.device) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Keep the collected tests out of every later collection of garbage: tests cause many."""
+    """Keep the collected tests out of every later collection of garbage: tests cause many.
+
+    What the collection of tests left is frozen as well: 20 MB are cheaper than to look for them
+    among a million objects.
+    """
     _freeze(session.config)
 
 
@@ -206,12 +214,12 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """Keep out of them what tests leave for good, such as modules and torch's compiled programs."""
     modules = len(sys.modules) > item.config.stash[_frozen] + MANY_MODULES
     if modules or (nextitem is not None and nextitem.path != item.path):
+        gc.collect()
         _freeze(item.config)
 
 
 def _freeze(config: pytest.Config) -> None:
     _let_loggers_propagate()
-    gc.collect()
     gc.freeze()
     config.stash[_frozen] = len(sys.modules)
 
