@@ -173,13 +173,12 @@ def pick(
     """Pick the strategy for a copy.
 
     Candidates are the strategies that the terms allow and that were measured to take at most
-    `EQUAL` longer than the quickest. If nothing hides the host's time, `PART` of it counts as well,
-    or `NEW_PART`: with overlap='idle', up to `SHORT` unless all runs are pages, if the call is
-    longer than the transfer, or from `LONG` on.
-    Of these the strategy that occupies the host least wins, then the first in `ORDER`. If no
-    strategy was measured, `default_rule` decides, else the first in `ORDER`. A strategy that waits
-    for the device is picked only if the terms leave no other. While a model runs, a kernel of few
-    thread blocks costs less than a host that waits, but moves pages at a part of the measured rate.
+    `EQUAL` longer than the quickest. If nothing hides the host's time, a part of it counts as well
+    (`_Waiting`). Of these the strategy that occupies the host least wins, then the first in
+    `ORDER`. If no strategy was measured, `default_rule` decides, else the first in `ORDER`. A
+    strategy that waits for the device is picked only if the terms leave no other. While a model
+    runs, a kernel of few thread blocks costs less than a host that waits, but moves pages at a part
+    of the measured rate.
 
     Args:
         shapes: the copy as each possible strategy moves it.
@@ -262,7 +261,12 @@ class _Waiting(NamedTuple):
 
 
 def _waiting(shapes: Mapping[str, Shape], direction: str, idle: bool, new_ids: bool) -> _Waiting:
-    """Return how the seconds that a caller waits follow from the measured ones."""
+    """Return how the seconds that a caller waits follow from the measured ones.
+
+    Nothing hides the host's time with overlap='idle', up to `SHORT` unless all runs are pages, if
+    the call is longer than the transfer, or from `LONG` on. Then `PART` of it counts, or
+    `NEW_PART`.
+    """
     pages = _of_pages(shapes)
     short = not pages and shapes["staged"].nbytes <= SHORT
     slowed = ALONE_RATE / KERNEL_RATE[direction] if pages and not idle else 1.0

@@ -118,24 +118,6 @@ def test_an_offer_that_is_not_found_is_not_pulled(made: Sides) -> None:
         pair.reader.pull(pair.ticket(name), INTO, timeout=0.3).synchronize(LIMIT)
 
 
-@METHODS
-@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "control"])
-def test_the_caller_may_change_its_ids_while_a_pull_waits(
-    made: Sides, monkeypatch: pytest.MonkeyPatch, expose: str, guarded: bool
-) -> None:
-    """Without a copy of the ids the rows go to the blocks that the caller has written since."""
-    if not guarded:
-        monkeypatch.setattr(Index, "apart", lambda index: index)
-    pair = Pair(made, expose)
-    name = token_bytes(16)
-    ids = torch.tensor(INTO)
-    pulled = pair.reader.pull(pair.ticket(name), ids)
-    ids.copy_(ids.flip(0))
-    pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
-    pulled.synchronize(LIMIT)
-    assert pair.right() == guarded
-
-
 def test_a_pull_waits_until_its_timeout(made: Sides) -> None:
     pair = Pair(made)
     began = monotonic()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from secrets import token_bytes
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from support.migrate_channels import SECRET, Network, until
 from support.migrate_pulls import LAYOUT, SMALL, Couple, Rows, Sides, sides
 
 from portakv import CopyOptions, Index, InvalidTerms, KVView
+from portakv.migrate import Ticket
 from portakv.migrate.channel import Channel
 from portakv.migrate.ipc import shared_empty
 from portakv.migrate.offers import Owner
@@ -282,3 +284,25 @@ def test_tickets_say_the_address_that_a_channel_was_given() -> None:
     reader.pull(offer.ticket, [2]).synchronize()
     for one in (reader, owner, asking, listening, network):
         one.close()
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "control"])
+@pytest.mark.parametrize("expose", ["mapped", "staging"])
+def test_the_caller_may_change_its_ids_while_a_pull_waits(
+    monkeypatch: pytest.MonkeyPatch, expose: str, guarded: bool
+) -> None:
+    """Without a copy of the ids the rows go to the blocks that the caller has written since."""
+    if not guarded:
+        monkeypatch.setattr(Index, "apart", lambda index: index)
+    src = Rows()
+    dst = Rows(fill=-1)
+    name = token_bytes(16)
+    ids = torch.tensor([5, 2])
+    with sides() as made:
+        owner = made.owner(src.shard, expose=expose, staging=SMALL)
+        ticket = Ticket.of(owner.channel.address, owner.epoch, name)
+        pulled = made.reader(dst.shard).pull(ticket, ids)
+        ids.copy_(ids.flip(0))
+        owner.offer([7, 3], tokens=32, name=name)
+        pulled.synchronize(30)
+    assert torch.equal(src.rows([7, 3], 32), dst.rows([5, 2], 32)) == guarded
