@@ -160,7 +160,7 @@ _PARTS_OF: Mapping[str, Fields] = {
     INTEGRATION_SUITE: INTEGRATIONS,
     STORAGE_SUITE: STORAGE,
     MIGRATION_SUITE: MIGRATION,
-    ENGINE_SUITE: dict.fromkeys([*models.MODELS, models.HANDOVER, models.FAULTS]),
+    ENGINE_SUITE: dict.fromkeys([*models.MODELS, *models.HANDOVERS]),
     ENCODING_SUITE: ENCODINGS,
 }
 
@@ -506,8 +506,8 @@ def run_engines(args: argparse.Namespace, device: torch.device) -> Row:
     steps = _needs_migration("engines.suite")
     parts: Parts[IntegrationBench]
     parts = {name: partial(steps.engine_steps, name, args.dir) for name in names}
-    parts[models.HANDOVER] = partial(steps.handover_steps, args.dir, args.out, tiny)
-    parts[models.FAULTS] = partial(steps.fault_steps, args.dir, args.out, tiny)
+    for name, steps_of in steps.HANDOVER_STEPS.items():
+        parts[name] = partial(steps_of, args.dir, args.out, tiny)
     results = _run_parts(args, ENGINE_SUITE, parts, IntegrationBench(device, args.preset))
     place = short_name(device)
     results["name"] = results["name"].replace(f"{place}-{ENGINE_SUITE}", f"{ENGINE_SUITE}-{place}")

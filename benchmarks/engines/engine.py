@@ -66,12 +66,11 @@ def make_llm(model: Model, folder: Path, transfer: Any, **terms: Any) -> Any:
         config.write_text(json.dumps(model.config))
     return LLM(
         model=str(folder),
-        load_format=FORMAT,
         skip_tokenizer_init=True,
         generation_config="vllm",
         seed=0,
         kv_transfer_config=None if transfer is None else KVTransferConfig(**transfer),
-        **{**model.terms, **terms},
+        **{"load_format": FORMAT, **model.terms, **terms},
     )
 
 

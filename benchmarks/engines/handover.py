@@ -49,21 +49,33 @@ APART = 10
 
 
 class Engines:
-    """Engines in processes of their own, each on a device.
+    """Engines in processes of their own, each on a device, or each of its ranks on one.
 
     Args:
         pair: the name of a pair.
-        folder: for the model's configuration and the logs.
+        folder: for a folder of the engines.
         note: takes a line of progress.
+        process: starts the process of an engine, as `Far` does.
+
+    Attributes:
+        folder: has the model's configuration and the logs.
     """
 
-    def __init__(self, pair: str, folder: Path, note: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        pair: str,
+        folder: Path,
+        note: Callable[..., None],
+        process: Callable[..., Far] = Far,
+    ) -> None:
         self.pair: Pair = PAIRS[pair]
         self._name = pair
-        self._folder = Path(tempfile.mkdtemp(dir=folder))
+        self.folder = Path(tempfile.mkdtemp(dir=folder))
         self._note = note
         self.sides = dict[str, Far]()
         self.token_bytes = 0.0
+        self._process = process
+        self._starting = list[str]()
         atexit.register(self.close)
 
     def begin(
@@ -76,26 +88,40 @@ class Engines:
         hand_over: Any = (),
         **terms: Any,
     ) -> None:
-        """Begin to start an engine. ``place``: of its device among those that are visible."""
+        """Begin to start an engine.
+
+        Args:
+            place: of its device among those that are visible. Other ranks have the devices after
+                that.
+            terms: of vLLM's ``LLM``, besides those of the pair's model.
+        """
         number = len(self.sides)
         port = int(os.environ.get("VLLM_PORT", PORT)) + APART * number
         more = {"VLLM_PORT": str(port), "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port + APART - 1)}
         devices = visible_devices()
+        ranks = terms.get("tensor_parallel_size", 1)
         if devices:
-            more["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
-        words = ["portakv_benchmarks.engines.handover_side", self._name, str(self._folder)]
-        log = self._folder / f"{name}.log"
-        side = Far(words, more, name, log, PATIENCE)
+            places = range(place, place + ranks)
+            more["CUDA_VISIBLE_DEVICES"] = ",".join(devices[n % len(devices)] for n in places)
+        if ranks > 1:  # a process that has used a device cannot fork the workers
+            more["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        words = ["portakv_benchmarks.engines.handover_side", self._name, str(self.folder)]
+        log = self.folder / f"{name}.log"
+        side = self._process(words, more, name, log, PATIENCE)
         self.sides[name] = side
+        self._starting.append(name)
         side.begin("start", connector, role, blocks, terms, {**PATIENT, **dict(hand_over)})
 
     def join(self) -> None:
-        """Wait until all engines have started.
+        """Wait until the engines have started that `begin` has begun to start.
 
         One with NIXL that does not start is left out. Raises `RuntimeError` for another one.
         """
         limit = STARTING if visible_devices() else STARTING_ON_CPU
-        for name, side in [*self.sides.items()]:
+        starting = self._starting
+        self._starting = []
+        for name in starting:
+            side = self.sides[name]
             try:
                 made = side.end(limit)
             except RuntimeError as error:
@@ -110,7 +136,7 @@ class Engines:
 
     def last_errors(self, name: str) -> str:
         """Return the last error in an engine's log."""
-        log = self._folder / f"{name}.log"
+        log = self.folder / f"{name}.log"
         lines = log.read_text(errors="replace").splitlines()
         errors = [line for line in lines if "Error" in line] or lines[-1:]
         return " | ".join(errors[-2:])
@@ -118,7 +144,7 @@ class Engines:
     def logged(self) -> str:
         """Return the end of all logs."""
         parts = list[str]()
-        for log in sorted(self._folder.glob("*.log")):
+        for log in sorted(self.folder.glob("*.log")):
             lines = log.read_text(errors="replace").splitlines()[-60:]
             parts += [f"--- {log.name}", *lines]
         return "\n".join(parts)
@@ -139,6 +165,15 @@ def visible_devices() -> list[str]:
     if listed:
         return listed.split(",")
     return [str(n) for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+
+
+def check_weights(single: Far) -> None:
+    """Raise `RuntimeError` if an engine's tokens do not depend on the prompt: they would judge
+    nothing."""
+    answers = [single.do("ask", 200, seed, ANSWER) for seed in (10**7, 10**7 + 1)]
+    tokens = [each["tokens"] for each in answers]
+    if tokens[0] == tokens[1] or len({*tokens[0]}) < 3:
+        raise RuntimeError(f"Expected tokens that depend on the prompt, got {tokens}.")
 
 
 class Measured:
@@ -172,7 +207,7 @@ class Measured:
             engines.begin("nixl decode", DECODE, -1, small, NIXL)
         engines.join()
         self._nixl &= {"nixl prefill", "nixl decode"} <= engines.sides.keys()
-        self._check_weights()
+        check_weights(engines["single"])
         bytes_of_longest = 8 * int(max(self.pair.lengths) * engines.token_bytes // 8)
         engines["decode"].do("take_raw", engines["prefill"].do("give_raw", bytes_of_longest))
         for length in self.pair.lengths:
@@ -184,15 +219,6 @@ class Measured:
         for side in engines.sides.values():
             side.do("collect")
         return []
-
-    def _check_weights(self) -> None:
-        """Raise `RuntimeError` if the tokens do not depend on the prompt: they would judge
-        nothing."""
-        single = self.engines["single"]
-        answers = [single.do("ask", 200, seed, ANSWER) for seed in (10**7, 10**7 + 1)]
-        tokens = [each["tokens"] for each in answers]
-        if tokens[0] == tokens[1] or len({*tokens[0]}) < 3:
-            raise RuntimeError(f"Expected tokens that depend on the prompt, got {tokens}.")
 
     def _try_nixl(self) -> None:
         """Hand a prompt over by NIXL; without success it is not measured."""

@@ -195,6 +195,7 @@ class Side:
         self._pair = PAIRS[pair]
         self._folder = folder
         self._llm: Any = None
+        self._hands_over = False
         self._handover: Any = None
         self._answers = dict[str, dict[str, Any]]()
         self._pulls = NotedPulls()
@@ -208,7 +209,9 @@ class Side:
     def start(
         self, connector: str | None, role: str, blocks: int, terms: Any, hand_over: Any
     ) -> dict[str, float]:
-        """Start the engine; return the bytes of a token's rows.
+        """Start the engine; return the bytes of a token's rows in all ranks.
+
+        Only one rank is in this process. With several ranks, pulls and leases are not known here.
 
         Args:
             connector: `OURS`, `NIXL`, or None.
@@ -233,16 +236,16 @@ class Side:
         llm = make_llm(self._pair.model, self._folder, transfer, block_size=blocks, **terms)
         self._llm = llm
         caches = llm.llm_engine.vllm_config.cache_config
-        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        flat = [each for each in worker.model_runner.kv_caches if isinstance(each, torch.Tensor)]
-        nbytes = sum(each.numel() * each.element_size() for each in flat)
-        if connector == OURS:
-            self._handover = self._worker_side().store.handover
+        ranks = llm.collective_rpc(cache_bytes)
+        self._hands_over = connector == OURS
+        if self._hands_over:
             self._count_preemptions()
+        if self._hands_over and len(ranks) == 1:
+            self._handover = self._worker_side().store.handover
             if self._handover.reader is not None:
                 self._pulls.follow(self._handover.reader)
         return {
-            "token_bytes": nbytes / caches.num_gpu_blocks / blocks,
+            "token_bytes": sum(ranks) / caches.num_gpu_blocks / blocks,
             "blocks": caches.num_gpu_blocks,
             "seconds": perf_counter() - began,
         }
@@ -396,7 +399,7 @@ class Side:
 
     def counts(self) -> dict[str, Any]:
         """Return what the ledger has counted."""
-        return self._ledger.statistics() if self._handover is not None else {}
+        return self._ledger.statistics() if self._hands_over else {}
 
     def lease(self, seconds: float) -> None:
         """Offer rows for so many seconds from now on."""
@@ -433,6 +436,12 @@ class Side:
         """Collect garbage, so that it is not collected during a measurement."""
         gc.collect()
         gc.freeze()
+
+
+def cache_bytes(worker: Any) -> int:
+    """Return the bytes of a worker's caches; vLLM calls it in each worker."""
+    caches = worker.model_runner.kv_caches
+    return sum(each.numel() * each.element_size() for each in caches if hasattr(each, "numel"))
 
 
 def _best(chances: Any) -> list[Any]:

@@ -242,9 +242,26 @@ PAIRS = {
         lengths=(),
     ),
 }
-#: The parts of the benchmark that hand requests over: in time, and with faults.
+#: Of engines with several ranks, which read their parts of the weights from a file. Sums of ranks
+#: use no memory that several devices write together.
+_IN_RANKS = {"load_format": "safetensors", "disable_custom_all_reduce": True}
+_OWN_MEMORY = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
+PAIRS |= {
+    f"ranks{size}": replace(
+        pair,
+        model=replace(
+            pair.model,
+            terms={**pair.model.terms, **_IN_RANKS},
+            environment={**pair.model.environment, **_OWN_MEMORY},
+        ),
+    )
+    for size, pair in (("", PAIRS["small"]), ("-tiny", PAIRS["small-tiny"]))
+}
+#: The parts of the benchmark that hand requests over: in time, with faults, and from two ranks.
 HANDOVER = "handover"
 FAULTS = "handover-faults"
+RANKS = "handover-ranks"
+HANDOVERS = (HANDOVER, FAULTS, RANKS)
 #: The models of a run on an accelerator, and on a CPU.
 FULL = ("8b", "8b-cross-layer", "rank", "mla", "hybrid")
 TINY = ("tiny",)

@@ -11,11 +11,13 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from portakv.errors import Unsupported
 from portakv.integrations import check_release
-from portakv_benchmarks.engines.handover import Measured, Notes
+from portakv_benchmarks.engines.handover import Engines, Measured, Notes
 from portakv_benchmarks.engines.handover_faults import Faults
 from portakv_benchmarks.engines.handover_hosts import measure
-from portakv_benchmarks.engines.models import MODELS
+from portakv_benchmarks.engines.handover_ranks import Ranks
+from portakv_benchmarks.engines.models import FAULTS, HANDOVER, MODELS, RANKS
 from portakv_benchmarks.plugs.suite import IntegrationBench
 from portakv_benchmarks.shared.harness import Rows, Step
 
@@ -69,6 +71,28 @@ def fault_steps(folder: Path, out: Path | None, tiny: bool, _: IntegrationBench)
     yield "negative control", faults.control
     yield "staging", faults.staged
     yield "engines end", faults.close
+
+
+def rank_steps(
+    folder: Path, out: Path | None, tiny: bool, bench: IntegrationBench
+) -> Iterator[Step]:
+    """Yield the steps that hand requests over from two ranks to one; see `handover_steps`.
+
+    Raises `Unsupported` for one device: each rank of an engine needs its own.
+    """
+    check_release("vllm")
+    if bench.device.type != "cpu" and bench.module.device_count() < 2:
+        raise Unsupported("Two ranks of an engine", "one device is visible")
+    note = _notes(out)
+    ranks = Ranks(Engines("ranks-tiny" if tiny else "ranks", folder, note), note, few=tiny)
+    yield "engines start", ranks.start
+    yield "two ranks to one", ranks.run
+    yield "negative control", ranks.control
+    yield "engines end", ranks.close
+
+
+#: The parts that hand requests over, by name.
+HANDOVER_STEPS = {HANDOVER: handover_steps, FAULTS: fault_steps, RANKS: rank_steps}
 
 
 def _notes(out: Path | None) -> Notes:

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from portakv_benchmarks.engines import handover_hosts
-from portakv_benchmarks.engines.handover import Notes, rows_of
+from portakv_benchmarks.engines.checkpoint import WEIGHTS, write_checkpoint
+from portakv_benchmarks.engines.handover import Engines, Notes, rows_of
 from portakv_benchmarks.engines.handover_faults import KINDS, PREEMPTED, row_of
+from portakv_benchmarks.engines.handover_ranks import Ranks
 from portakv_benchmarks.engines.handover_side import drawn_prompt
 from portakv_benchmarks.engines.judging import Verdict, compare
 from portakv_benchmarks.engines.models import PAIRS
@@ -150,3 +153,126 @@ def test_rows_by_staging_become_the_same_tokens() -> None:
 def test_rows_that_do_not_come_are_seen() -> None:
     rows = handover_hosts.measure(torch.device("cpu"), SHORT, lambda *_: 1.0)
     assert [row["verified"] for row in rows] == [False, False]
+
+
+class Side:
+    """An engine without a process, which answers as it is told."""
+
+    def __init__(self, made: Started, environment: dict[str, str], name: str) -> None:
+        self.environment = environment
+        self.waits = 0
+        self._made = made
+        self._name = name
+
+    def begin(self, *_: Any) -> None:
+        """Begin nothing."""
+
+    def end(self, _: float) -> dict[str, float]:
+        """Return what a start gives."""
+        self.waits += 1
+        return {"token_bytes": 8.0}
+
+    def do(self, call: str, *args: Any) -> Any:
+        """Return the answer to a call."""
+        if call == "pulls":
+            return [[0.0, 0.001, 0.002, 8, "mapped", None]] if self._made.pulls else []
+        length, seed, _, *params = args
+        if params and self._name != "decode":
+            self._made.prefill = self._name
+        token = 5 + seed % 7
+        wrong = self._name == "decode" and self._made.prefill == "swapped"
+        steps = ((token, -0.1, 6, -3.0), (7, -0.7, 8, -2.0), (9, -0.2, 1, -4.0))
+        made = answer(*steps, tokens=[1, 2, 3] if wrong else None)
+        return {**made, "cached": length - 1, "params": {"do_remote_prefill": True}}
+
+    def close(self) -> None:
+        """End the process."""
+
+
+class Started:
+    """The engines that have begun.
+
+    Attributes:
+        sides: by the names of their processes.
+        prefill: the name of the engine that has computed the latest prompt for another one.
+        pulls: the decode engine brings rows; else it computes prompts.
+    """
+
+    def __init__(self) -> None:
+        self.sides = dict[str, Side]()
+        self.prefill = ""
+        self.pulls = True
+
+    def __call__(self, words: Any, environment: dict[str, str], name: str, *_: Any) -> Any:
+        self.sides[name] = Side(self, environment, name)
+        return self.sides[name]
+
+
+def engines_of(started: Started, folder: Path) -> Engines:
+    return Engines("ranks-tiny", folder, Notes(None), started)
+
+
+def test_each_rank_has_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    started = Started()
+    engines = engines_of(started, tmp_path)
+    engines.begin("one", "kv_consumer", 1, 64)
+    engines.begin("two", "kv_producer", 0, 32, tensor_parallel_size=2)
+    environments = [side.environment for side in started.sides.values()]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in environments] == ["5", "4,5"]
+    assert [each.get("VLLM_WORKER_MULTIPROC_METHOD") for each in environments] == [None, "spawn"]
+
+
+def test_engines_that_have_started_are_not_awaited_again(tmp_path: Path) -> None:
+    started = Started()
+    engines = engines_of(started, tmp_path)
+    for name in ("first", "second"):
+        engines.begin(name, "kv_consumer", 0, 64)
+        engines.join()
+    assert [side.waits for side in started.sides.values()] == [1, 1]
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_two_ranks_hand_over_to_one(few: bool, tmp_path: Path) -> None:
+    started = Started()
+    ranks = Ranks(engines_of(started, tmp_path), Notes(None), few)
+    assert ranks.start() == []
+    assert ("swapped" in started.sides) is not few
+    (row,) = ranks.run()
+    assert (row["shape"], row["op"]) == ("TP 2 -> 1, blocks 32 -> 64", "guarded")
+    assert row["answers"] == row["pulled"] == (2 if few else 6)
+    assert row["wrong"] == 0
+    assert row["verified"]
+    (control,) = ranks.control()
+    assert control["wrong"] == control["answers"] == row["answers"]
+    assert control["op"] == "guard off"
+    assert control["verified"]
+    assert [*tmp_path.rglob(WEIGHTS)]
+    ranks.close()
+    assert not [*tmp_path.rglob(WEIGHTS)]
+
+
+def test_answers_without_pulled_rows_are_no_success(tmp_path: Path) -> None:
+    """A decode engine that computes each prompt proves nothing."""
+    started = Started()
+    started.pulls = False
+    ranks = Ranks(engines_of(started, tmp_path), Notes(None), few=True)
+    ranks.start()
+    (row,) = ranks.run()
+    assert row["computed"] == 2
+    assert not row["verified"]
+
+
+def test_weights_are_those_of_a_llama(tmp_path: Path) -> None:
+    """Equal in each run, as each rank reads its part of them."""
+    config = PAIRS["ranks-tiny"].model.config
+    made = list[dict[str, torch.Tensor]]()
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        write_checkpoint(config, tmp_path / name)
+        made.append(load_file(tmp_path / name / WEIGHTS))
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+    assert len(made[0]) == 3 + 9 * config["num_hidden_layers"]
+    assert made[0]["model.layers.3.self_attn.k_proj.weight"].shape == (4 * 64, 256)
+    assert json.loads((tmp_path / "first" / "config.json").read_text()) == config
