@@ -40,6 +40,9 @@ def transport_steps(bench: EncodingBench) -> Iterator[Step]:
         import_module("portakv_benchmarks.migration.moved")
     except ImportError as error:
         raise Unsupported("Pulls through staging buffers", str(error)) from None
+    if getattr(bench.module, "EMULATED", False):
+        why = "the second process does not have a device that is emulated in this one"
+        raise Unsupported("Pulls through staging buffers", why)
     yield "gloo", partial(_measure, bench, migration, "gloo")
     if bench.device.type != "cpu" and bench.module.device_count() > 1:
         yield "NCCL over sockets", partial(_measure, bench, migration, "NCCL over sockets")

@@ -270,8 +270,9 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
         "detached copies of packed and raw rows alongside a loop of compute; GB/s of raw rows",
         (("loop", "loop"), *_WHAT, ("slow-down %", "slowdown_pct:.4g"),
          ("repeats", lambda row: " ".join(f"{one:.1f}" for one in row["slowdowns_pct"])),
-         ("over memcpy", "over_memcpy:.4g"), ("GB/s", "link_gb_per_s:.4g"),
-         ("of memcpy", "link_ratio:.3f"), ("ran dry", "ran_dry:"), _BYTES),
+         ("over memcpy", "over_memcpy:.4g"), ("over raw", "over_raw:.4g"),
+         ("GB/s", "link_gb_per_s:.4g"), ("of memcpy", "link_ratio:.3f"), ("ran dry", "ran_dry:"),
+         _BYTES),
     ),
     "engine_handover": (
         "requests of a decode engine, until the first token is there; the prefill engine has "

@@ -62,8 +62,11 @@ def test_every_method_is_measured_and_every_byte_right(
         assert (row["wire_bytes"] < row["payload_bytes"]) == packed
         assert row["payload_to_wire"] == (1.306 if packed else 1)
     beside = having(rows, kind="encoding_alongside")
-    assert {(row["loop"], row["op"]) for row in beside} == {*product(LOOPS, ("d2h", "h2d"))}
+    assert {(row["loop"], row["op"]) for row in beside} == {*product(LOOPS, ("d2h", "h2d", "both"))}
     assert {row["backend"] for row in beside} == {"memcpy", "raw, detached", "pack, detached"}
+    for row in beside:
+        assert ("over_raw" in row) == (row["backend"] == "pack, detached")
+        assert row["payload_bytes"] == TINY.alongside
     shown = capsys.readouterr().out
     assert "packing and unpacking inside a device" in shown
     assert "packed and raw rows between a device and pinned host" in shown
