@@ -274,6 +274,18 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
          ("GB/s", "link_gb_per_s:.4g"), ("of memcpy", "link_ratio:.3f"), ("ran dry", "ran_dry:"),
          _BYTES),
     ),
+    "encoding_store": (
+        "saves and loads of block stores by the wall clock, in turns; GB/s of raw rows",
+        (("rows, tier", "shape"), ("call", "op"), ("store", "backend"), ("form", "form"),
+         ("us", lambda row: f"{row['p50_us']:,.5g}"), ("GB/s", "gb_per_s:.4g"),
+         ("of raw", "of_raw:.3f"), ("CPU us/MiB", "cpu_us_per_mib:,.4g"), ("rounds", "rounds:"),
+         _BYTES),
+    ),
+    "encoding_capacity": (
+        "blocks that the same bytes of a tier hold",
+        (("tier", "shape"), ("store", "backend"), ("blocks", "blocks:,.4g"),
+         ("of raw", "of_raw:.3f"), _BYTES),
+    ),
     "engine_handover": (
         "requests of a decode engine, until the first token is there; the prefill engine has "
         "computed the prompt, and ratios are medians of pairs",

@@ -14,8 +14,8 @@ from support.simdev_cases import DEVICE, NAME
 
 import portakv_benchmarks.cli as bench
 from portakv import Index, Unsupported, copy_blocks
-from portakv_benchmarks.encodings import across
-from portakv_benchmarks.encodings.suite import ENCODING_PRESETS, EncodingBench
+from portakv_benchmarks.encodings import across, stored
+from portakv_benchmarks.encodings.suite import ENCODING_PRESETS, EncodingBench, Memory
 from portakv_benchmarks.host.traffic_sources import LOOPS
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Row, having
@@ -111,3 +111,40 @@ def test_pulls_by_transports_are_measured(
     assert raw["wire_bytes"] == raw["payload_bytes"] == packed["payload_bytes"]
     assert (raw["payload_to_wire"], packed["payload_to_wire"]) == (1, 1.306)
     assert "packed and raw pulls through staging buffers" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_stores_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--encodings", "--device", "cpu", "--preset", "tiny", "--out", str(tmp_path)]
+    assert bench.main([*words, "--only", "stored"]) == 0
+    (file,) = tmp_path.glob("*.json")
+    rows: list[Row] = json.loads(file.read_text())["rows"]
+    assert all(row["verified"] for row in rows)
+    for bits, tier, op in product(stored.METHODS, (stored.HOST, stored.DISK), ("save", "load")):
+        own = having(rows, bits=bits, tier=tier, op=op)
+        assert [row["backend"] for row in own] == [*stored.METHODS[bits]]
+        assert all(row["of_raw"] > 0 for row in own if row["backend"] != stored.RAW)
+        # The CPU packs by `reference`, so that a store that chooses stays raw.
+        assert {row["backend"] for row in own if row["form"] != stored.RAW} <= {stored.PACK}
+    assert "saves and loads of block stores" in capsys.readouterr().out
+
+
+def test_what_tiers_hold_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_ = EncodingBench(torch.device("cpu"), TINY)
+    ((_, step),) = stored.held_steps(bench_)
+    rows = step()
+    assert {row["tier"] for row in rows} == {stored.HOST, stored.DISK, stored.BUCKET}
+    assert all(row["verified"] for row in rows)
+    assert {row["blocks"] for row in having(rows, backend=stored.RAW)} == {stored.TINY.held}
+    packed = having(rows, backend=stored.PACK)
+    assert all(1.1 < row["of_raw"] < 1.2 for row in packed)  # headers count in small blocks
+
+
+@pytest.mark.parametrize("method", [stored.RAW, stored.PACK])
+def test_rows_that_a_store_does_not_have_are_noticed(method: str) -> None:
+    memory = Memory(TINY.linked[0], 1 << 18, torch.device("cpu"))
+    with stored.Stored(memory, method, staging=4 << 20, host=4 << 20) as store:
+        store.save_new()
+        assert store.loaded_right()
+        memory.rows[0, 0, 3, 5, 0, 7] += 1
+        assert not store.loaded_right()
