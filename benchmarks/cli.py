@@ -61,7 +61,7 @@ from portakv_benchmarks.device.cold_start import measure_startup
 from portakv_benchmarks.device.methods import run_all_methods
 from portakv_benchmarks.device.overhead import measure_overhead
 from portakv_benchmarks.device.whole_call import inside_steps
-from portakv_benchmarks.encodings import across, alongside, inside, stored, transports
+from portakv_benchmarks.encodings import across, alongside, codecs, inside, stored, transports
 from portakv_benchmarks.encodings.suite import ENCODING_PRESETS, EncodingBench
 from portakv_benchmarks.engines import models
 from portakv_benchmarks.host import calls, grid, interference, memory, small, whole_call
@@ -150,6 +150,7 @@ ENCODINGS: Mapping[str, Callable[[EncodingBench], Iterator[Step]]] = {
     "alongside": alongside.alongside_steps,
     "stored": stored.stored_steps,
     "held": stored.held_steps,
+    "codecs": codecs.codec_steps,
 }
 #: The parts of a suite that have targets by the wall clock, which ``--wall`` measures alone.
 BY_WALL: Mapping[str, Sequence[str]] = {

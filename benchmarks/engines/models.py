@@ -45,6 +45,7 @@ class Model:
         host: bytes of host memory of each connector.
         disk: a connector with a disk and no host memory is measured, too. One shape shows what a
             disk costs, and each prompt takes several times as long as with host memory.
+        packed: a connector whose host memory has packed rows is measured, too.
     """
 
     shape: str
@@ -57,6 +58,7 @@ class Model:
     runs: int = 3
     host: int = 8 << 30
     disk: bool = False
+    packed: bool = False
 
 
 _GRAPHS = {
@@ -136,6 +138,14 @@ MODELS = {
         },
         terms={**_GPU, "num_gpu_blocks_override": 8000},
     ),
+    "8b-packed": Model(
+        "Llama-3-8B, blocks of 64 tokens",
+        _LLAMA,
+        terms={**_GPU, "block_size": 64, "num_gpu_blocks_override": 650},
+        own=False,
+        rounds=8,
+        packed=True,
+    ),
     "tiny": Model(
         "four layers, for a run without an accelerator",
         {
@@ -164,6 +174,17 @@ MODELS = {
         disk=True,
     ),
 }
+
+
+# Some CPUs have bf16 kernels of AMX, whose order of rows is not known, but not for such heads.
+MODELS["tiny-packed"] = replace(
+    MODELS["tiny"],
+    shape="four layers in bf16",
+    config={**MODELS["tiny"].config, "torch_dtype": "bfloat16", "head_dim": 48},
+    terms={**MODELS["tiny"].terms, "dtype": "bfloat16"},
+    disk=False,
+    packed=True,
+)
 
 
 @dataclass(frozen=True)
@@ -263,5 +284,5 @@ FAULTS = "handover-faults"
 RANKS = "handover-ranks"
 HANDOVERS = (HANDOVER, FAULTS, RANKS)
 #: The models of a run on an accelerator, and on a CPU.
-FULL = ("8b", "8b-cross-layer", "rank", "mla", "hybrid")
-TINY = ("tiny",)
+FULL = ("8b", "8b-cross-layer", "rank", "mla", "hybrid", "8b-packed")
+TINY = ("tiny", "tiny-packed")

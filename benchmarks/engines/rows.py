@@ -15,6 +15,7 @@ OFF = "off"
 OWN = "vllm"
 HOST = "portakv host"
 DISK = "portakv disk"
+PACKED = "portakv packed"
 #: Of the part that decodes: requests, and prompts that come in meanwhile.
 DECODING = 16
 INCOMING = 6
@@ -61,10 +62,14 @@ def rows_of_prompts(model: Model, served: AllServed, first: Mapping[str, float])
 
 
 def _ratios_of(part: str, name: str, served: AllServed, length: int) -> dict[str, float]:
-    """Return the median ratios of pairs: to vLLM's own tier, and to no connector."""
+    """Return the median ratios of pairs: to vLLM's own tier, to no connector, and of packed rows
+    to raw ones."""
     ratios = dict[str, float]()
     prompts = served[name, length]
-    for other, field in ((OWN, "of_own"), (OFF, "of_off")):
+    others = [(OWN, "of_own"), (OFF, "of_off")]
+    if name == PACKED:
+        others.append((HOST, "of_raw"))
+    for other, field in others:
         if other != name and (other, length) in served:
             pairs = zip(prompts, served[other, length], strict=True)
             ratios[field] = short(median(getattr(a, part) / getattr(b, part) for a, b in pairs))

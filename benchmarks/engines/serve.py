@@ -32,6 +32,7 @@ from portakv_benchmarks.engines.rows import (
     INCOMING,
     OFF,
     OWN,
+    PACKED,
     Served,
     rows_of_prompts,
     rows_of_steps,
@@ -55,6 +56,8 @@ def connectors_of(model: Model, folder: Path) -> dict[str, Any]:
     staging = model.host // 4
     terms: dict[str, Any] = {"host": model.host, "staging": staging}
     made: dict[str, Any] = {HOST: {**ours, "kv_connector_extra_config": terms}}
+    if model.packed:
+        made[PACKED] = {**ours, "kv_connector_extra_config": {**terms, "encoding": "pack"}}
     if model.disk:
         terms = {
             "folder": str(folder / "blocks"),
@@ -85,7 +88,7 @@ def serve(engine: Engine, ids: Sequence[int]) -> Served:
     if TurnsConnector.turn == OFF:
         return Served(cold.first, device_hit.first, hit.first, hit.cached == 0)
     right = hit.cached == device_hit.cached > 0 and hit.tokens == device_hit.tokens
-    if TurnsConnector.turn in (HOST, DISK):  # the engine counts what was promised
+    if TurnsConnector.turn in (HOST, DISK, PACKED):  # the engine counts what was promised
         right &= brought > 0
     return Served(cold.first, device_hit.first, hit.first, right)
 

@@ -235,7 +235,8 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
         "requests in a real engine, until the first token is there; ratios are medians of pairs",
         (("prompt", "shape"), ("part", "op"), ("connector", "backend"), ("ms", "p50_ms:.4g"),
          ("least", "least_ms:.4g"), ("most", "most_ms:.4g"), ("x vLLM's", "of_own:.3f"),
-         ("x off", "of_off:.3f"), ("above a device hit", "above_device_hit_ms:.4g"),
+         ("x off", "of_off:.3f"), ("x raw", "of_raw:.3f"),
+         ("above a device hit", "above_device_hit_ms:.4g"),
          ("first ms", "first_ms:.4g"), ("prompts", "rounds:"), ("tokens", "verified")),
     ),
     "engine_decode": (
@@ -280,6 +281,12 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
          ("us", lambda row: f"{row['p50_us']:,.5g}"), ("GB/s", "gb_per_s:.4g"),
          ("of raw", "of_raw:.3f"), ("CPU us/MiB", "cpu_us_per_mib:,.4g"), ("rounds", "rounds:"),
          _BYTES),
+    ),
+    "encoding_codec": (
+        "packing next to other codecs by the wall clock, in turns; GB/s of raw rows",
+        (*_WHAT, ("us", lambda row: f"{row['p50_us']:,.5g}"), ("GB/s", "gb_per_s:.4g"),
+         ("of nvCOMP", "of_nvcomp:.3f"), ("raw / coded", "payload_to_wire:.3f"),
+         ("rounds", "rounds:"), _BYTES),
     ),
     "encoding_capacity": (
         "blocks that the same bytes of a tier hold",

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import zlib
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from support.simdev_cases import DEVICE, NAME
 
 import portakv_benchmarks.cli as bench
 from portakv import Index, Unsupported, copy_blocks
-from portakv_benchmarks.encodings import across, stored
+from portakv_benchmarks.encodings import across, codecs, stored
 from portakv_benchmarks.encodings.suite import ENCODING_PRESETS, EncodingBench, Memory
 from portakv_benchmarks.host.traffic_sources import LOOPS
 from portakv_benchmarks.shared import harness
@@ -148,3 +150,66 @@ def test_rows_that_a_store_does_not_have_are_noticed(method: str) -> None:
         assert store.loaded_right()
         memory.rows[0, 0, 3, 5, 0, 7] += 1
         assert not store.loaded_right()
+
+
+class Coded:
+    """Bytes that a stand-in for nvCOMP has coded, or decoded."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.buffer_size = len(data)
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return torch.frombuffer(bytearray(self.data), dtype=torch.uint8).__dlpack__()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return torch.zeros(1, device="cpu").__dlpack_device__()
+
+
+class Codec:
+    """A codec of a stand-in for nvCOMP, which loses the last byte if it is ``lossy``."""
+
+    lossy = False
+
+    def __init__(self, algorithm: str, data_type: str, cuda_stream: int) -> None:
+        assert algorithm == "ANS"
+        assert data_type in codecs.ELEMENTS
+
+    def encode(self, rows: torch.Tensor) -> Coded:
+        return Coded(zlib.compress(rows.numpy().tobytes()))
+
+    def decode(self, coded: Coded) -> Coded:
+        data = zlib.decompress(coded.data)
+        return Coded(data[:-1] + b"\0" if self.lossy else data)
+
+
+class Lossy(Codec):
+    lossy = True
+
+
+@pytest.mark.parametrize("kind", [Codec, Lossy])
+def test_other_codecs_are_measured_and_checked(kind: type[Codec]) -> None:
+    """With a stand-in for nvCOMP, which needs a GPU."""
+    library = SimpleNamespace(Codec=kind, as_array=lambda rows: rows)
+    rows = codecs.measure(EncodingBench(torch.device("cpu"), TINY), 1 << 18, library)
+    assert {row["op"] for row in rows} == {"encode", "decode"}
+    assert {row["backend"] for row in rows} == {codecs.PACK, *codecs.ELEMENTS.values()}
+    packed = having(rows, backend=codecs.PACK)
+    assert all(row["verified"] and row["payload_to_wire"] == 1.306 for row in packed)
+    assert all(row["of_nvcomp"] > 0 for row in packed)
+    others = [row for row in rows if row not in packed]
+    assert all(row["peer"] == codecs.PEER and row["wire_bytes"] > 0 for row in others)
+    assert {row["verified"] for row in others} == {not kind.lossy}
+
+
+def test_a_release_of_nvcomp_with_another_interface_is_left_out() -> None:
+    bench_ = EncodingBench(torch.device("cpu"), TINY)
+    library = SimpleNamespace(Codec=lambda algorithm: None, as_array=lambda rows: rows)
+    rows = codecs.measure(bench_, 1 << 18, library)
+    assert {row["backend"] for row in rows} == {codecs.PACK}
+    assert len(bench_.left_out) == len(codecs.ELEMENTS)
+
+
+def test_nvcomp_needs_a_gpu() -> None:
+    with pytest.raises(Unsupported, match="nvCOMP's codecs"):
+        next(iter(codecs.codec_steps(EncodingBench(torch.device("cpu"), TINY))))

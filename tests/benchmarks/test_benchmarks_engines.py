@@ -14,6 +14,7 @@ from portakv_benchmarks.engines.rows import (
     HOST,
     OFF,
     OWN,
+    PACKED,
     Served,
     rows_of_prompts,
     rows_of_steps,
@@ -51,6 +52,16 @@ def test_ratios_are_medians_of_pairs() -> None:
     (cold,) = having(rows(), backend=OWN, op="cold")
     assert cold["first_ms"] == 160.0
     assert cold["of_off"] == 1.0
+
+
+def test_packed_rows_are_compared_with_raw_ones() -> None:
+    known = {(HOST, LONG): served(20.0, 40.0), (PACKED, LONG): served(18.0, 34.0)}
+    (packed,) = having(
+        rows_of_prompts(MODEL, known, {HOST: 1.0, PACKED: 1.0}), backend=PACKED, op="hit"
+    )
+    assert packed["of_raw"] == 0.875  # of 0.9 and 0.85
+    (raw,) = having(rows_of_prompts(MODEL, known, {HOST: 1.0, PACKED: 1.0}), backend=HOST, op="hit")
+    assert "of_raw" not in raw
 
 
 def test_steps_are_summed_up_by_run() -> None:
