@@ -172,6 +172,8 @@ def import_engine() -> None:
     replace, and collections of garbage among the objects of all modules.
     """
     os.environ.update(ENVIRONMENT)
+    # Kernels of AMX, which vLLM has for bf16 on some CPUs, order rows in a way that is not known.
+    torch.cpu._is_amx_tile_supported = lambda: False
     for name in MODULES:
         importlib.import_module(name)
     platform: Any = type(importlib.import_module("vllm.platforms").current_platform)
