@@ -2,6 +2,7 @@
 """Measure L2 adapters of LMCache in turns: its own file system adapters, and PortaKV's.
 
     python -m portakv_benchmarks.plugs.lmcache_l2 FOLDER [--object 4] [--objects 32] [--rounds 9]
+        [--json FILE]
 
 Each round stores new objects, and loads them twice: once after their files have left the page
 cache, and once more. PortaKV verifies each object that it loads. Prints medians: MB/s, milliseconds
@@ -23,6 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ import torch
 
 from portakv.integrations.lmcache_check import CLASS, MODULE
 from portakv_benchmarks.plugs import faults
+from portakv_benchmarks.plugs.tier_result import result_of
 
 PAGE = 4096
 #: Bytes and number of the objects of faults.
@@ -39,6 +42,8 @@ FAULTED = 64
 STAGING = 16 << 20
 LIMIT = 120
 OURS = "portakv"
+#: The part of results.
+PART = "l2"
 IMPORTS = ("lmcache.v1.distributed.l2_adapters", "lmcache.v1.storage_backend", MODULE)
 SHARED = "portakv, shared"
 #: PortaKV's other configurations, with their terms: a host tier of as many bytes as the page cache
@@ -287,17 +292,17 @@ def measure(folder: Path, nbytes: int, count: int, rounds: int) -> list[dict[str
                     costs[operation, side.name].append(cost)
     for side in sides:
         side.adapter.close()
-    return [*_rows(costs, nbytes * count, count)]
+    return [*rows_of(costs, nbytes * count, count)]
 
 
-def _rows(
+def rows_of(
     costs: dict[tuple[str, str], list[Cost]], nbytes: int, count: int
 ) -> Iterator[dict[str, Any]]:
     for (operation, name), some in costs.items():
         ours = costs[operation, OURS]
         wall = statistics.median(cost.wall for cost in some)
         processor = statistics.median(cost.processor for cost in some)
-        row: dict[str, Any] = {"operation": operation, "adapter": name}
+        row: dict[str, Any] = {"op": operation, "backend": name}
         if operation == "lookup":
             row["us_per_key"] = round(1e6 * wall / count, 1)
         else:
@@ -337,11 +342,18 @@ def main() -> None:
         if args.json is not None:
             args.json.write_text(f"{json.dumps(counts, indent=1)}\n")
         return
+    nbytes = int(args.object * 2**20)
     try:
-        for row in measure(args.folder, int(args.object * 2**20), args.objects, args.rounds):
-            print(json.dumps(row))
+        rows = measure(args.folder, nbytes, args.objects, args.rounds)
     finally:
         shutil.rmtree(args.folder)
+    for row in rows:
+        print(json.dumps(row))
+    if args.json is not None:
+        terms_of_run = {"object_bytes": nbytes, "objects": args.objects, "rounds": args.rounds}
+        releases = {"lmcache": version("lmcache")}
+        result = result_of("cpu-lmcache-l2", PART, rows, releases, **terms_of_run)
+        args.json.write_text(f"{json.dumps(result, indent=1)}\n")
 
 
 if __name__ == "__main__":

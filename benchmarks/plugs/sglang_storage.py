@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -30,7 +31,10 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv_benchmarks.plugs import faults
+from portakv_benchmarks.plugs.tier_result import result_of
 
+#: The part of results.
+PART = "hicache"
 BATCH = 128  # pages, as in SGLang
 PAGE = 64  # tokens
 LAYERS = 8
@@ -182,8 +186,10 @@ def forget(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(pool: Pool, sides: Sequence[Side], pages: int, rounds: int) -> bool:
-    """Print each backend's costs; return whether all bytes are right."""
+def measure(
+    pool: Pool, sides: Sequence[Side], pages: int, rounds: int
+) -> tuple[bool, list[dict[str, Any]]]:
+    """Print each backend's costs; return whether all bytes are right, and a row for each."""
     costs = dict[tuple[str, str], list[Cost]]()
     good = True
     for number in range(rounds):
@@ -198,12 +204,31 @@ def measure(pool: Pool, sides: Sequence[Side], pages: int, rounds: int) -> bool:
                 pool.kv_buffer.zero_()
                 costs.setdefault((side.name, kind), []).append(turn(side.load, keys))
                 good &= torch.equal(pool.kv_buffer.view(torch.uint8), right)
+    rows = rows_of(costs)
     print(f"{'backend':<10}{'':<12}{'MiB/s':>8}{'CPU ms/MiB':>12}   medians of {rounds} rounds")
+    for row in rows:
+        print(f"{row['backend']:<10}{row['op']:<12}{row['mib_s']:>8.0f}{row['cpu_ms']:>12.2f}")
+    return good, rows
+
+
+def rows_of(costs: Mapping[tuple[str, str], Sequence[Cost]]) -> list[dict[str, Any]]:
+    """Return a row for each backend and operation, with the median ratios of rounds to ``file``."""
+    rows = list[dict[str, Any]]()
     for (name, kind), each in costs.items():
-        rate = median(cost.mib_s for cost in each)
-        cpu = median(cost.cpu_ms for cost in each)
-        print(f"{name:<10}{kind:<12}{rate:>8.0f}{cpu:>12.2f}")
-    return good
+        own = costs["file", kind]
+        pairs = [*zip(each, own, strict=True)]
+        rows.append(
+            {
+                "backend": name,
+                "op": kind,
+                "mib_s": round(median(cost.mib_s for cost in each), 1),
+                "cpu_ms": round(median(cost.cpu_ms for cost in each), 3),
+                "rate_of_own": round(median(a.mib_s / b.mib_s for a, b in pairs), 3),
+                "processor_of_own": round(median(a.cpu_ms / b.cpu_ms for a, b in pairs), 3),
+                "rounds": len(each),
+            }
+        )
+    return rows
 
 
 class FaultyStore:
@@ -305,9 +330,14 @@ def run(words: list[str] | None = None) -> int:
     print(f"{args.pages} pages of {PAGE_BYTES / MIB:g} MiB, batches of {BATCH}")
     pool = Pool(args.pages)
     sides = opened(pool, args.folder / "rounds", 4 * args.pages * args.rounds * PAGE_BYTES)
-    good = measure(pool, sides, args.pages, args.rounds)
+    good, rows = measure(pool, sides, args.pages, args.rounds)
     for side in sides:
         side.close()
+    if args.json is not None and good:
+        asked = {"pages": args.pages, "page_bytes": PAGE_BYTES, "rounds": args.rounds}
+        releases = {"sglang": version("sglang")}
+        result = result_of("cpu-sglang-hicache", PART, rows, releases, **asked)
+        args.json.write_text(f"{json.dumps(result, indent=1)}\n")
     print("all bytes right" if good else "WRONG BYTES")
     return 0 if good else 1
 

@@ -25,15 +25,14 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import vllm
 from vllm.v1.kv_offload.base import ReqContext, ScheduleEndContext, make_offload_key
 from vllm.v1.kv_offload.tiering.base import TransferJob
 from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 
 from portakv.integrations.vllm_tier import PortaKVTier
-from portakv_benchmarks.cli import describe
 from portakv_benchmarks.plugs import faults, tier_parts
+from portakv_benchmarks.plugs.tier_result import result_of
 
 CHUNKS = 64
 CHUNK = 2 << 20
@@ -200,10 +199,7 @@ def speed(folder: Path, turns: int) -> dict[str, Any]:
         row["processor_ms_per_mib"] = round(value, 4)
         row["of_fs"] = round(value / least[tier_parts.READ], 3)
         rows.append(row | {"verified": True})
-    machine = describe(torch.device("cpu")) | {"vllm": vllm.__version__}
-    result: dict[str, Any] = {"format": 2, "suite": "plugs", "name": "cpu-vllm-tier"}
-    result |= {"machine": machine, "asked": {"parts": ["tiers"], "turns": turns}}
-    return result | {"rows": rows}
+    return result_of("cpu-vllm-tier", "tiers", rows, {"vllm": vllm.__version__}, turns=turns)
 
 
 class FaultyStore:
