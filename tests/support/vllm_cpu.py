@@ -173,7 +173,7 @@ def import_engine() -> None:
     """
     os.environ.update(ENVIRONMENT)
     # Kernels of AMX, which vLLM has for bf16 on some CPUs, order rows in a way that is not known.
-    torch.cpu._is_amx_tile_supported = lambda: False
+    vars(torch.cpu)["_is_amx_tile_supported"] = lambda: False
     for name in MODULES:
         importlib.import_module(name)
     platform: Any = type(importlib.import_module("vllm.platforms").current_platform)
