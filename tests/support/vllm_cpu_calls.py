@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Count the calls of functions that a connector's hooks make in the steps of a real engine."""
+"""Count what a connector's hooks do in the steps of a real engine: calls of functions, and pieces
+of work for other threads."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,3 +53,23 @@ def count_calls(connector: Any, hooks: Sequence[str]) -> list[int]:
         if hasattr(connector, name):
             setattr(connector, name, counting(name, getattr(connector, name)))
     return steps
+
+
+def count_help() -> list[None]:
+    """Return a list that gets an item for each piece of work for a helper thread."""
+    interrupts: Any = importlib.import_module("portakv.runtime.interrupts")
+    helped = list[None]()
+
+    def count() -> bool:
+        helped.append(None)
+        return True
+
+    interrupts.interruptible = count
+    return helped
+
+
+def publishing() -> dict[str, Any]:
+    """Return the terms of an engine that publishes events and figures."""
+    events: Any = importlib.import_module("vllm.config.kv_events")
+    publish = events.KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+    return {"kv_events_config": publish, "disable_log_stats": False}
