@@ -38,9 +38,9 @@ report() {
     local status=$?
     mkdir -p build
     {
-        printf '\n%-44s %8s\n' "CI step" "seconds"
-        ((${#timings[@]} == 0)) || printf '%-44s %8d\n' "${timings[@]}"
-        printf '%-44s %8d\n' "all" "$SECONDS"
+        printf '\n%-44s %8s %15s\n' "CI step" "seconds" "of a processor"
+        ((${#timings[@]} == 0)) || printf '%-44s %8d %15d\n' "${timings[@]}"
+        printf '%-44s %8d %15d\n' "all" "$SECONDS" "$(processor "$$")"
         ((status == 0)) || printf 'CI failed in the step "%s", status %d.\n' "$now" "$status"
         [[ -z $summary ]] || printf '%s\n' "$summary"
     } | tee "build/$(basename "$0")-times.txt"
@@ -57,15 +57,24 @@ results_of() {
     export PYTEST_ADDOPTS="--junitxml=\"$STEP_RESULTS/$1.xml\" -o \"junit_suite_name=$1\""
 }
 
+# processor SHELL: print the seconds of a processor that a shell has taken, with all processes that it has waited for.
+processor() {
+    local stat
+    stat=$(<"/proc/$1/stat")
+    read -ra stat <<<"${stat##*) }"
+    echo $(((stat[11] + stat[12] + stat[13] + stat[14]) / $(getconf CLK_TCK)))
+}
+
 # step NAME COMMAND...: run it in this shell, because the README's command activates .venv.
 step() {
-    local began=$SECONDS
+    local began=$SECONDS shell=$BASHPID used
+    used=$(processor "$shell")
     now=$1
     shift
     results_of "$now"
     printf '\n=== %s\n' "$now"
     "$@" || exit
-    timings+=("$now" $((SECONDS - began)))
+    timings+=("$now" $((SECONDS - began)) $(($(processor "$shell") - used)))
 }
 
 # begin COMMAND...: run it in the background, until a later step calls `ended COMMAND...`.

@@ -49,10 +49,13 @@ def make_model(folder: Path) -> None:
 
 def make_engine(model: str, role: str, block_size: int, hand_over: dict[str, Any]) -> LLM:
     """Return an engine that computes prompts for another one, or goes on with them."""
+    import torch
     from vllm import LLM
 
     return LLM(
         model,
+        # Rows of bfloat16 of a CPU with AMX cannot be read by token.
+        dtype="auto" if torch.accelerator.is_available() else "float32",
         block_size=block_size,
         max_model_len=2048,
         kv_cache_memory_bytes=256 << 20,

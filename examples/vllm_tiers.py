@@ -44,10 +44,13 @@ def make_model(folder: Path) -> None:
 
 def make_engine(model: str, store: Path, block_size: int, ranks: int) -> LLM:
     """Return an engine that keeps its blocks in a folder."""
+    import torch
     from vllm import LLM
 
     return LLM(
         model,
+        # Rows of bfloat16 of a CPU with AMX cannot be read by token.
+        dtype="auto" if torch.accelerator.is_available() else "float32",
         block_size=block_size,
         tensor_parallel_size=ranks,
         max_model_len=2048,

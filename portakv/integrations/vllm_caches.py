@@ -328,7 +328,9 @@ def groups_of(kv_cache_config: Any) -> list[Group]:
 
 def ids_of(blocks: Iterable[Iterable[int]] | None) -> Blocks:
     """Return the engine's blocks of each group; -1 in place of those that are gone."""
-    return tuple(tuple(-1 if x == GONE else x for x in ids) for ids in blocks or ())
+    if not blocks:
+        return ()
+    return tuple(tuple(-1 if x == GONE else x for x in ids) for ids in blocks)
 
 
 class PoolHolder:

@@ -41,6 +41,7 @@ from portakv.integrations.vllm_views import layer_numbers, view_across_layers
 from portakv.serving import Costs, GroupCache, Hand, Ledger, Plan, Report, measured
 from portakv.serving.handover_terms import Identity
 from portakv.serving.local import GRAPH, GroupView
+from portakv.serving.plan import NO_PLAN
 from portakv.serving.tickets import Endpoint
 
 check_release("vllm")
@@ -129,7 +130,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 self.index.record()
         else:
             self.store = WorkerStore(settings, vllm_config)
-            self._report = Report()
+            self._report: Report | None = None  # what `get_finished` has seen in this step
             self._failed = set[int]()
             self._incomplete = set[str]()
 
@@ -163,7 +164,11 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @measured
     def get_kv_connector_stats(self) -> Any:
-        return stats_of(self.figures.take(lambda: {**self.statistics(), **self._tiers()}))
+        return stats_of(self.figures.take(self._counters))
+
+    def _counters(self) -> dict[str, float]:
+        """Return all that is counted for Prometheus in this process."""
+        return {**self.statistics(), **self._tiers()}
 
     def _tiers(self) -> dict[str, float]:
         """Return the counters of the tiers that this process has.
@@ -248,7 +253,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             ids = ids_of(blocks)
             self.ledger.scheduled(name, computed, computed + many[name], ids, resumed)
         plan = self.ledger.plan(idle=not many and self._settings.shows_idle)
-        self.costs.step(idle=plan == Plan() and not scheduler_output.scheduled_new_reqs)
+        self.costs.step(idle=plan is NO_PLAN and not scheduler_output.scheduled_new_reqs)
         return PlanMetadata(plan)
 
     @measured
@@ -288,8 +293,10 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def take_events(self) -> Iterable[Any]:
         if not self._tells:
             return ()
-        size = self._settings.block_size
-        return events_of(self.index.take_events(), self.ledger.described, size)
+        changes = self.index.take_events()
+        if not changes:
+            return ()
+        return events_of(changes, self.ledger.described, self._settings.block_size)
 
     @measured
     def has_pending_block_frees(self) -> bool:
@@ -357,7 +364,8 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> tuple[set[str] | None, set[str] | None]:
         if self.hand.quiet:
             return None, None
-        self._report = self._report.merged(self.hand.report())
+        made = self.hand.report()
+        self._report = made if self._report is None else self._report.merged(made)
         ended = self.hand.ended()
         if self._settings.fails_by_request:
             self._incomplete |= ended.incomplete
@@ -367,8 +375,9 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         results = super().get_transfer_results(finished_req_ids)
-        results.failed_recving |= self._incomplete
-        self._incomplete = set()
+        if self._incomplete:
+            results.failed_recving |= self._incomplete
+            self._incomplete = set()
         return results
 
     @measured
@@ -380,10 +389,10 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     @measured
     def build_connector_worker_meta(self) -> ReportMetadata | None:
         report = self._report
-        self._report = Report()
-        empty = report == Report()
+        self._report = None
+        empty = report is None or report.is_empty
         self.costs.step(idle=empty and not self.hand.busy)
-        return None if empty else ReportMetadata(report)
+        return None if report is None or empty else ReportMetadata(report)
 
     def shutdown(self) -> None:
         if self.role == KVConnectorRole.WORKER:

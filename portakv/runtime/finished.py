@@ -55,6 +55,11 @@ class _Waiting(Generic[T]):
         self.written = False
         self._eventfd = dict[None, _Eventfd]()  # at most one: `setdefault` is one step
 
+    @property
+    def has_descriptor(self) -> bool:
+        """Return True if a consumer has asked for the descriptor."""
+        return bool(self._eventfd)
+
     def fileno(self) -> int:
         """Return the descriptor, which is readable if items wait already."""
         eventfd = self._eventfd.get(None)
@@ -113,6 +118,15 @@ class Finished(Generic[T]):
     def started(self) -> bool:
         """Return True if items are kept."""
         return this_process() in self._waiting
+
+    @property
+    def is_idle(self) -> bool:
+        """Return True if `take` would return nothing and change nothing.
+
+        Never with a descriptor, which may be readable although no item waits.
+        """
+        waiting = self._waiting.get(this_process())
+        return waiting is not None and not waiting.items and not waiting.has_descriptor
 
     def start(self) -> None:
         """Keep the items that are added from now on. Does nothing after `close`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
@@ -22,31 +22,29 @@ class Costs:
     Args:
         side: whose hooks they are, the scheduler's or a worker's.
         now: returns the time in seconds.
+
+    Attributes:
+        spent: the seconds of each hook in the step that runs.
     """
 
     def __init__(self, side: str = "", now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
         self._side = side
-        self._step = dict[str, float]()  # seconds of each hook since the last step
+        self.spent = defaultdict[str, float](float)
         self._steps = 0
-        self._seconds = dict[str, float]()
+        self._busy_seconds = defaultdict[str, float](float)  # in steps with work
         self._idle_steps = 0
-        self._idle_seconds = dict[str, float]()
+        self._idle_seconds = defaultdict[str, float](float)
         self._latest = deque[float](maxlen=LATEST)  # idle steps
-
-    def add(self, hook: str, seconds: float) -> None:
-        """Add the time of a call of a hook to the step that runs."""
-        self._step[hook] = self._step.get(hook, 0.0) + seconds
 
     def step(self, idle: bool) -> None:
         """End a step. ``idle``: there was nothing to load, save, stop or report in it."""
         self._steps += 1
-        _add(self._seconds, self._step)
+        _add(self._idle_seconds if idle else self._busy_seconds, self.spent)
         if idle:
             self._idle_steps += 1
-            _add(self._idle_seconds, self._step)
-            self._latest.append(sum(self._step.values()))
-        self._step.clear()
+            self._latest.append(sum(self.spent.values()))
+        self.spent.clear()
 
     def median(self) -> float:
         """Return the median of the seconds of the latest idle steps; 0.0 if there were none."""
@@ -59,15 +57,17 @@ class Costs:
         """
         side = self._side
         counts = {f"steps/{side}": self._steps, f"idle_steps/{side}": self._idle_steps}
-        seconds = {f"hook_seconds/{side}/{hook}": x for hook, x in self._seconds.items()}
+        total = self._busy_seconds.copy()
+        _add(total, self._idle_seconds)
+        seconds = {f"hook_seconds/{side}/{hook}": x for hook, x in total.items()}
         idle = {f"idle_hook_seconds/{side}/{hook}": x for hook, x in self._idle_seconds.items()}
         return {**counts, **seconds, **idle}
 
 
-def _add(totals: dict[str, float], step: Mapping[str, float]) -> None:
+def _add(totals: defaultdict[str, float], step: Mapping[str, float]) -> None:
     """Add the seconds of a step to those of all steps."""
     for hook, seconds in step.items():
-        totals[hook] = totals.get(hook, 0.0) + seconds
+        totals[hook] += seconds
 
 
 class HasCosts(Protocol):
@@ -90,10 +90,11 @@ def measured(
     @wraps(hook)
     def call(self: S, /, *args: P.args, **terms: P.kwargs) -> R:
         costs = self.costs
-        began = costs.now()
+        now = costs.now
+        began = now()
         try:
             return hook(self, *args, **terms)
         finally:
-            costs.add(name, costs.now() - began)
+            costs.spent[name] += now() - began
 
     return call

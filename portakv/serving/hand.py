@@ -246,7 +246,7 @@ class Hand:
         """
         self._await_issue()
         # Noted here too: an engine may leave out `save` in a step that computes nothing.
-        self._retained |= {*plan.retained}
+        self._retained.update(plan.retained)
         if self._handover is not None:
             self._handover.begin(plan.handovers, plan.idle)
         if not plan.loads:
@@ -308,6 +308,17 @@ class Hand:
         What a step computed after rows that did not land is wrong, and not saved.
         """
         self._await_issue()
+        wrong = self._end_waiting() if self._waiting else set()
+        if plan.saves:
+            for job in plan.saves:
+                self._saves[job.number] = _Work(job, failed=job.request in wrong)
+            self._begin_saves(
+                [self._saves[job.number] for job in plan.saves if job.request not in wrong]
+            )
+        self._retained.update(plan.retained)
+
+    def _end_waiting(self) -> set[str]:
+        """Wait for the loads that this step waits for; return the requests that lack rows."""
         wrong = set[str]()
         for work in self._waiting:
             for part in work.parts:
@@ -318,12 +329,7 @@ class Hand:
             if work.missing():
                 wrong.add(work.job.request)
         self._waiting = []
-        for job in plan.saves:
-            self._saves[job.number] = _Work(job, failed=job.request in wrong)
-        self._begin_saves(
-            [self._saves[job.number] for job in plan.saves if job.request not in wrong]
-        )
-        self._retained |= {*plan.retained}
+        return wrong
 
     def report(self) -> Report:
         """Return what has ended since the last report."""

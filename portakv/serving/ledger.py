@@ -18,7 +18,7 @@ from portakv.errors import InvalidTerms
 from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
 from portakv.serving.handover_terms import RemoteRows
-from portakv.serving.plan import Blocks, Job, Plan, PullJob, Report
+from portakv.serving.plan import NO_PLAN, Blocks, Job, NextPlan, Plan, PullJob, Report
 from portakv.serving.tickets import Endpoint, Tickets
 from portakv.storage.keys import KeyChain
 
@@ -182,16 +182,6 @@ class _Keys:
     generation: bytes = b""
 
 
-@dataclass
-class _Next:
-    """The next plan."""
-
-    loads: list[Job] = field(default_factory=list)
-    saves: list[Job] = field(default_factory=list)
-    stop: list[int] = field(default_factory=list)
-    retained: list[str] = field(default_factory=list)
-
-
 class Ledger:
     """Decides for the requests of one engine which blocks its workers load and save.
 
@@ -240,7 +230,7 @@ class Ledger:
         self._jobs = dict[int, _Live]()  # by number
         self._tickets = Tickets(now)
         self._keys = _Keys()
-        self._next = _Next()
+        self._next = NextPlan()
 
     @property
     def _windows(self) -> bool:
@@ -356,7 +346,7 @@ class Ledger:
             ids += new
         past = min(until, len(state.tokens)) // self._size
         first = state.considered
-        if self._windows:  # blocks before the window are gone
+        if past > first and self._windows:  # blocks before the window are gone
             first = max(first, computed // self._size)
         if past <= first:
             return
@@ -468,14 +458,14 @@ class Ledger:
     # --- what the workers do
 
     def plan(self, idle: bool = False) -> Plan:
-        """Return what the workers do in this step. ``idle``: the step computes nothing."""
-        made = self._next
-        self._next = _Next()
-        loads = tuple(made.loads)
-        lists = tuple(made.saves), tuple(made.stop), tuple(made.retained)
-        handovers = self._tickets.plan()
-        idle = idle and bool(loads or handovers.pulls)
-        return Plan(loads, *lists, idle=idle, handovers=handovers)
+        """Return what the workers do in this step; `NO_PLAN` if that is nothing.
+
+        ``idle``: the step computes nothing.
+        """
+        made = self._next.plan(self._tickets.plan(), idle)
+        if made is not NO_PLAN:
+            self._next = NextPlan()
+        return made
 
     def describe_blocks(self) -> None:
         """Remember from now on what the blocks of loads and saves have been made of."""

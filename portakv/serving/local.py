@@ -438,9 +438,10 @@ class LocalIndex:
         Of a block of several groups, those of the first group.
         """
         self._follow()
-        made = list(self._events or ())
-        if self._events is not None:
-            self._events.clear()
+        if not self._events:
+            return []
+        made = [*self._events]
+        self._events.clear()
         first = next(iter(self._forms()), "")
         return [each for each in made if each.form in (first, f"{first}{RAW}")]
 

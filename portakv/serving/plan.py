@@ -138,6 +138,31 @@ class Plan:
     handovers: Handovers = NO_HANDOVERS
 
 
+NO_PLAN = Plan()
+
+
+@dataclass
+class NextPlan:
+    """What the workers do in the next step, as far as is known; see `Plan`."""
+
+    loads: list[Job] = field(default_factory=list)
+    saves: list[Job] = field(default_factory=list)
+    stop: list[int] = field(default_factory=list)
+    retained: list[str] = field(default_factory=list)
+
+    def plan(self, handovers: Handovers, idle: bool) -> Plan:
+        """Return the plan of a step; `NO_PLAN` if there is nothing to do.
+
+        ``idle``: the step computes nothing.
+        """
+        some = self.loads or self.saves or self.stop or self.retained
+        if not some and handovers is NO_HANDOVERS:
+            return NO_PLAN
+        idle = idle and bool(self.loads or handovers.pulls)
+        lists = tuple(self.loads), tuple(self.saves), tuple(self.stop), tuple(self.retained)
+        return Plan(*lists, idle=idle, handovers=handovers)
+
+
 @dataclass
 class Report:
     """What one worker, or several, have seen since the last report.
@@ -157,6 +182,11 @@ class Report:
     saved: dict[int, frozenset[int]] = field(default_factory=dict)
     ends: dict[int, int] = field(default_factory=dict)
     offers: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether nothing was seen."""
+        return not (self.loaded or self.released or self.saved or self.ends or self.offers)
 
     def end_load(self, number: int, missing: frozenset[int] = frozenset()) -> None:
         """Note that a load has ended in this worker."""

@@ -95,6 +95,7 @@ class Announced:
         self._issued = deque[tuple[Handle, Task | None]]()
         self._lock = threading.Lock()  # reports come from several tiers
         self._beginning = threading.Lock()
+        self._begun = False  # changes are announced
         self._number = 0
 
     def close(self) -> None:
@@ -132,6 +133,11 @@ class Announced:
                     self._issued.append((handle, barrier))
             time.sleep(LOOK)
 
+    @property
+    def is_unchanged(self) -> bool:
+        """Return whether the consumer of changes has taken them all."""
+        return self._begun and self.changes.is_idle
+
     def listen(self, forms: Mapping[str, Sequence[Listed]]) -> Finished[Change]:
         """Return the changes of the tier stores of forms, which are kept from the first call on."""
         with self._beginning:  # two first calls
@@ -140,6 +146,7 @@ class Announced:
                 for form, tier_stores in forms.items():
                     for name, each in _named(tier_stores).items():
                         each.announce(partial(self._report, form, name))
+                self._begun = True
         return self.changes
 
     def snapshot(self, forms: Mapping[str, Sequence[Listed]], form: str) -> Snapshot:

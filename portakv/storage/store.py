@@ -255,6 +255,8 @@ class BlockStore(FormStore):
         numbers of changes, call `keys` again.
         """
         self._refuse_closed("call of listen()")
+        if self._shared.announced.is_unchanged:
+            return []  # without a helper thread: an engine calls this in each step
         return uninterrupted(lambda: self._listen().take())
 
     def listen_fd(self) -> int:

@@ -43,7 +43,16 @@ from support.vllm_cpu import (
     schedule_ahead,
     small_model,
 )
-from support.vllm_cpu_calls import HOOKS, count_calls
+from support.vllm_cpu_calls import (
+    HOOKS,
+    MOST_CALLS,
+    MOST_CALLS_WITH_FIGURES,
+    count_calls,
+    count_help,
+    figures_of,
+    has_reported,
+    publishing,
+)
 from support.vllm_cpu_table import Named, case_of
 from support.vllm_trace import read_trace
 from support.vllm_trace_engine import record
@@ -60,9 +69,6 @@ WINDOW = 128
 MANY = [prompt(600, 10 + n) for n in range(8)]
 #: Their windows are blocks that MANY had for one step.
 BEGINNINGS = [each[:300] for each in MANY]
-#: The most calls of functions in the hooks of a step without work. They make 174, and 303 if both
-#: sides report their figures, which they do once in a while.
-MOST_CALLS = 320
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -151,11 +157,8 @@ def test_figures_events_and_the_cost_of_hooks(
     model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
 ) -> None:
     def work() -> dict[str, Any]:
-        events: Any = importlib.import_module("vllm.config.kv_events")
         prometheus: Any = importlib.import_module("prometheus_client")
-        publish = events.KVEventsConfig(enable_kv_cache_events=True, publisher="null")
-        more = {"kv_events_config": publish, "disable_log_stats": False}
-        engine = Engine(model, terms(tmp_path / "store"), **more)
+        engine = Engine(model, terms(tmp_path / "store"), **publishing())
         published = list[Any]()
         engine.scheduler.kv_event_publisher.publish = published.append
         answers = [engine.ask(PROMPTS)]
@@ -202,23 +205,29 @@ def test_figures_events_and_the_cost_of_hooks(
 
 
 def test_a_step_without_work_makes_few_calls(model: Path, tmp_path: Path, case: Named) -> None:
-    """A time depends on the machine; the calls of functions in all hooks do not."""
+    """A time depends on the machine; calls do not. None waits for another thread."""
     case("calls of functions in the hooks of a step without work")
 
-    def work() -> tuple[list[int], list[int]]:
-        engine = Engine(model, terms(tmp_path / "store"))
+    def work() -> tuple[list[int], list[int], list[None]]:
+        engine = Engine(model, terms(tmp_path / "store"), **publishing())
         engine.ask([prompt(20, 800)], 4)
         connectors = (engine.connector, engine.worker_connector)
         steps = [count_calls(each, HOOKS) for each in connectors]
         # Too short for a stored block, and none ends in the middle.
         engine.ask([prompt(20, 801)], 30)
-        return [sum(each) for each in zip(*(one[5:25] for one in steps), strict=True)], steps[0]
+        for each in connectors:
+            each.get_kv_connector_stats = lambda: None  # figures are read with help
+        helped = count_help()
+        engine.ask([prompt(20, 802)], 30)
+        calls = [sum(each) for each in zip(*(one[5:25] for one in steps), strict=True)]
+        return calls, steps[0], helped
 
-    calls, scheduler = in_a_child(work)
+    calls, scheduler, helped = in_a_child(work)
     assert len(scheduler) >= 30
     assert len(calls) == 20
-    assert 0 < min(calls)
-    assert max(calls) <= MOST_CALLS, calls
+    assert 0 < sorted(calls)[len(calls) // 2] <= MOST_CALLS, calls
+    assert max(calls) <= MOST_CALLS_WITH_FIGURES, calls
+    assert not helped
     print("calls in a step without work:", sorted({*calls}))
 
 
@@ -231,19 +240,6 @@ def test_hooks_come_as_in_the_recorded_trace(model: Path, case: Named) -> None:
     for event, expected in zip(fresh.events, recorded.events, strict=False):
         assert event == expected, "record the trace again, as its file says, and read the changes"
     assert len(fresh.events) == len(recorded.events)
-
-
-def has_reported(engine: Engine) -> bool:
-    """Return whether Prometheus has the loads, and the hooks of both sides."""
-    metrics = [each for each in engine.llm.get_metrics() if each.name.startswith("vllm:portakv_")]
-    sides = {each.labels.get("side") for each in metrics if each.name.endswith("_hook_seconds")}
-    return sides == {"scheduler", "worker"} and figures_of(engine)["vllm:portakv_landed_bytes"] > 0
-
-
-def figures_of(engine: Engine) -> dict[str, float]:
-    """Return what Prometheus would read of the connector."""
-    metrics = engine.llm.get_metrics()
-    return {each.name: each.value for each in metrics if "portakv" in each.name}
 
 
 def test_a_reset_of_the_connector_forgets_what_was_stored(

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import signal
@@ -38,8 +39,10 @@ from support.vllm_cpu import (
     small_model,
     start_child,
 )
+from support.vllm_cpu_copies import KNOWN, Copies, await_known_blocks
 from support.vllm_cpu_table import Named, case_of
 
+from portakv.errors import PortaKVError
 from portakv.serving.local import TOKENS
 from portakv.storage import prefix_keys
 
@@ -407,6 +410,69 @@ def test_loads_by_layer_through_a_keeper(
     assert [each.tokens for each in answers] == [own[0].tokens] * 2
     assert [each.cached for each in answers] == [[0, 0], FIRST_HITS]
     assert landed == [sum(FIRST_HITS) // TOKENS]
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_copies_of_an_engine_share_a_folder(
+    guard: bool, model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
+) -> None:
+    """Data parallelism, with a folder as the only term. Each copy loads what the other one stored.
+
+    Without the guard, each copy opens the folder itself, and the second one does not start.
+    """
+    case("DP 2 over one folder" if guard else "one keeper for both copies", not guard)
+
+    async def serve() -> tuple[list[Answer], list[int]]:
+        copies = Copies(model, terms(tmp_path / "store"))
+        try:
+            answers = [await copies.ask(0, FIRST), await copies.ask(1, SECOND)]
+            stored = [sum(len(each) // TOKENS for each in some) for some in (FIRST, SECOND)]
+            for copy in (0, 1):
+                await copies.count(copy, "stored_blocks", stored[copy])
+            answers.append(await copies.ask(1, FIRST, name=KNOWN))
+            answers.append(await copies.ask(0, SECOND, name=KNOWN))
+            hits = [sum(each) // TOKENS for each in (SECOND_HITS, FIRST_HITS)]
+            return answers, [await copies.count(x, "landed_blocks", hits[x]) for x in (0, 1)]
+        finally:
+            copies.llm.shutdown()
+
+    def work() -> tuple[list[Answer], list[int]]:
+        await_known_blocks()
+        if not guard:
+            open_without_keeper(tmp_path / "refused")
+        return asyncio.run(serve())
+
+    if not guard:
+        with pytest.raises(AssertionError, match="Engine core initialization failed"):
+            in_a_child(work)
+        assert "StoreBusy" in (tmp_path / "refused").read_text()
+        return
+    answers, landed = in_a_child(work)
+    assert [each.tokens for each in answers] == [own[0].tokens, own[1].tokens] * 2
+    assert [each.cached for each in answers] == [[0, 0], [0, 0], FIRST_HITS, SECOND_HITS]
+    assert landed == [sum(SECOND_HITS) // TOKENS, sum(FIRST_HITS) // TOKENS]
+
+
+def open_without_keeper(path: Path) -> None:
+    """Let each engine have its store, and wait for no folder; note in a file why one does not
+    start."""
+    caches: Any = importlib.import_module("portakv.integrations.vllm_caches")
+    local: Any = importlib.import_module("portakv.serving.local")
+    workers_of = caches.workers_of
+    opens = local.LocalIndex.open
+
+    def alone(*terms: Any) -> Any:
+        return workers_of(*terms)._replace(local=True)
+
+    def note_refusal(self: Any, *terms: Any) -> Any:
+        try:
+            return opens(self, *terms, patience=0.0)
+        except PortaKVError as error:
+            note(path, repr(error))
+            raise
+
+    caches.workers_of = alone
+    local.LocalIndex.open = note_refusal
 
 
 def await_blocks(engine: Engine, prompts: list[list[int]]) -> None:

@@ -48,6 +48,20 @@ def test_the_descriptor_is_readable_while_items_wait(queue: Finished[int]) -> No
     assert readable(queue)
 
 
+def test_a_queue_is_idle_if_a_call_would_change_nothing(queue: Finished[int]) -> None:
+    assert not queue.is_idle  # nothing is kept yet
+    queue.start()
+    assert queue.is_idle
+    queue.add(1)
+    assert not queue.is_idle
+    assert queue.take() == [1]
+    assert queue.is_idle
+    assert not readable(queue)
+    assert not queue.is_idle  # `take` also reads the descriptor
+    queue.close()
+    assert not queue.is_idle
+
+
 def test_the_oldest_items_are_dropped_and_counted(queue: Finished[int]) -> None:
     queue.start()
     for item in range(6):

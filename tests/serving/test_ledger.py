@@ -17,7 +17,7 @@ from support.serving_model import Draw, Engine, Holder, Pool
 from portakv.errors import InvalidTerms
 from portakv.serving import Group, Job, Ledger, Plan, Report
 from portakv.serving.ledger import PATIENCE
-from portakv.serving.plan import Blocks
+from portakv.serving.plan import NO_PLAN, Blocks
 from portakv.storage import prefix_keys
 
 WALKS = 10_000  # in all, in the default run
@@ -213,7 +213,8 @@ def test_a_save_that_no_worker_knows_holds_nothing() -> None:
     assert blocks[0] not in pool.free
     ledger.preempted("a")
     assert blocks[0] in pool.free
-    assert ledger.plan() == Plan()
+    assert ledger.plan() is NO_PLAN
+    assert Plan() == NO_PLAN
 
 
 def test_what_is_stored_is_offered_without_the_last_token() -> None:

@@ -19,6 +19,7 @@ from support.storage_cases import FakeTier, key_of, small_form
 from portakv import KVView
 from portakv.errors import StoreError, TransferError
 from portakv.graph import Graph
+from portakv.runtime import interrupts
 from portakv.storage import BlockStore, Disk
 from portakv.storage.changes import Announced, Change, Snapshot
 
@@ -253,6 +254,27 @@ def test_a_damaged_block_is_lost(tmp_path: Path) -> None:
         (change,) = store.listen()
         assert (change.tier, change.stored, change.why) == ("disk", False, "damaged")
         assert store.listen() == []
+
+
+def test_a_call_without_changes_hands_nothing_to_a_helper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine calls this in each step, in its main thread. Control: a change needs a helper."""
+    calls = list[None]()
+
+    def count() -> bool:
+        calls.append(None)
+        return True
+
+    with opened(8) as store:
+        assert store.listen() == []
+        monkeypatch.setattr(interrupts, "interruptible", count)
+        assert store.listen() == []
+        assert calls == []
+        store.save(cache(), range(2), KEYS[:2]).synchronize(LIMIT)
+        calls.clear()
+        assert len(store.listen()) == 2
+        assert len(calls) == 1
+        assert store.listen() == []
+        assert len(calls) == 1
 
 
 def test_the_descriptor_is_readable_while_changes_wait() -> None:

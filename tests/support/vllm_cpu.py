@@ -170,10 +170,12 @@ def import_engine() -> None:
 
     Do here too what takes each engine a second or more: vLLM's search of all modules for kernels to
     replace, and collections of garbage among the objects of all modules.
+
+    Engines use the same kernels on each machine. On a CPU with AMX, vLLM would pack rows of bf16 so
+    that PortaKV cannot read them by token.
     """
     os.environ.update(ENVIRONMENT)
-    # Kernels of AMX, which vLLM has for bf16 on some CPUs, order rows in a way that is not known.
-    vars(torch.cpu)["_is_amx_tile_supported"] = lambda: False
+    vars(torch.cpu).update(_is_amx_tile_supported=lambda: False)
     for name in MODULES:
         importlib.import_module(name)
     platform: Any = type(importlib.import_module("vllm.platforms").current_platform)

