@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from time import monotonic
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +34,9 @@ _MADV_COLLAPSE = 25
 _MAP_FIXED = 0x10
 _load = cache(ctypes.CDLL)
 SLICE = 64 << 20  # bytes one thread touches at a time; whole huge pages
+#: Seconds in which shared memory gets huge pages; what is left then has small ones. A core brings
+#: 0.5 - 1.5 GiB in a second (benchmarks/NOTES.md, section 67).
+HUGE_SECONDS = 5.0
 
 # Numbers of the system call, from the kernel's tables of each architecture.
 _MBIND = {"x86_64": 237, "aarch64": 235, "riscv64": 235, "loongarch64": 235, "ppc64le": 259}
@@ -110,8 +114,9 @@ def use_huge_pages(descriptor: int, nbytes: int) -> int:
 
     Shared memory has small pages by default, into which a disk reads at two thirds of the rate.
     This call needs no setting of the machine. It brings fewer bytes than ``nbytes``, which is no
-    error, if the kernel is older than 6.1, forbids huge pages, or lacks memory without gaps. Pages
-    that it does not bring are not allocated. Raises `OSError` if there is no space.
+    error, if the kernel is older than 6.1, forbids huge pages, lacks memory without gaps, or takes
+    longer than `HUGE_SECONDS`. Pages that it does not bring are not allocated. Raises `OSError` if
+    there is no space.
     """
     size = nbytes // _HUGE * _HUGE
     # The kernel takes only mappings whose addresses are, as the file is, at whole huge pages.
@@ -124,13 +129,23 @@ def use_huge_pages(descriptor: int, nbytes: int) -> int:
         start = to_pages(address_of(reserved), _HUGE)
         if not size or not _map_at(start, size, descriptor):
             return 0
-        for at in range(0, size, SLICE):
+        last = monotonic() + HUGE_SECONDS
+
+        def bring(at: int) -> int:
+            if monotonic() > last:
+                return 0
             end = min(at + SLICE, size)
             for page in range(at, end, _HUGE):
                 os.pwrite(descriptor, b"\0", page)  # the kernel leaves out what has no page at all
-            if libc("madvise", start + at, end - at, _MADV_COLLAPSE):
-                return at
-        return size
+            refused = libc("madvise", start + at, end - at, _MADV_COLLAPSE)
+            return 0 if refused else end - at
+
+        # If the kernel refuses the first, it would refuse the others too.
+        brought = bring(0)
+        if brought and size > SLICE:
+            with ThreadPoolExecutor(_threads()) as pool:
+                brought += sum(pool.map(bring, range(SLICE, size, SLICE)))
+        return brought
 
 
 def _map_at(address: int, nbytes: int, descriptor: int) -> bool:
@@ -163,8 +178,13 @@ def touch(address: int, nbytes: int, threads: int | None = None) -> None:
     if len(edges) == 2:
         _touch_slice(address, end)
         return
-    with ThreadPoolExecutor(threads or min(16, len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(threads or _threads()) as pool:
         list(pool.map(_touch_slice, edges, edges[1:]))
+
+
+def _threads() -> int:
+    """Return one thread for each core that the process may use, at most 16."""
+    return min(16, len(os.sched_getaffinity(0)))
 
 
 def _touch_slice(start: int, end: int) -> None:
