@@ -59,11 +59,14 @@ def layouts() -> str:
 #: The columns of the table of first tokens: what answers, by connector and part of the run.
 FIRST_TOKENS = (
     ("computed again", "off", "recompute"),
-    ("loaded by vLLM's own offloading", "vllm", "hit"),
-    ("loaded by PortaKV", "portakv host", "hit"),
+    ("vLLM's own offloading", "vllm", "hit"),
+    ("PortaKV", "portakv host", "hit"),
 )
 #: The models of its rows, as the results call them.
-MODELS = ("Llama-3-8B, a tensor for each layer", "Llama-3-8B, one tensor for all layers")
+MODELS = {
+    "Llama-3-8B, a tensor for each layer": "one per layer",
+    "Llama-3-8B, one tensor for all layers": "one for all",
+}
 
 
 def first_tokens() -> str:
@@ -73,8 +76,8 @@ def first_tokens() -> str:
     by = {(row["shape"], row["backend"], row["op"]): row for row in rows}
     lengths = sorted({row["tokens"] for row in rows})
     heads = " | ".join(words for words, *_ in FIRST_TOKENS)
-    lines = [f"| prompt, cache | {heads} | PortaKV / vLLM's |", "|---|---|---|---|---|"]
-    for model in MODELS:
+    lines = [f"| tokens | tensors | {heads} | PortaKV / vLLM's |", "|---|---|---|---|---|---|"]
+    for model, cache in MODELS.items():
         for tokens in lengths:
             shape = f"{tokens} tokens, {model}"
             answers = [by[shape, connector, part] for _, connector, part in FIRST_TOKENS]
@@ -82,8 +85,7 @@ def first_tokens() -> str:
             ratio = answers[-1]["of_own"]
             if ratio < 1:
                 times[-1] = f"**{times[-1]}**"
-            cache = model.partition(", ")[2]
-            lines.append(f"| {tokens:,} tokens, {cache} | {' | '.join(times)} | {ratio:.2f} |")
+            lines.append(f"| {tokens:,} | {cache} | {' | '.join(times)} | {ratio:.2f} |")
     return "\n".join(lines)
 
 

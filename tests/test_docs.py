@@ -167,19 +167,12 @@ def test_every_page_says_its_kind(page: Path) -> None:
     )
 
 
-#: Long sentences that a page may have: a page of generated text, and pages that wait for an edit.
-LONG = {"decisions.md": 180, "pitfalls.md": 2, "vllm_prefill_decode.md": 6, "encodings.md": 8}
-#: Those of any other page. Not 0, so that a page may be edited in several steps.
-LONG_ELSEWHERE = 2
-
-
 @pytest.mark.parametrize(
     "page", [ROOT / "README.md", *EVERY_PAGE], ids=lambda page: str(page.relative_to(ROOT))
 )
 def test_sentences_are_short(page: Path) -> None:
     """`python tests/support/sentences.py --list PAGE` prints the long ones."""
-    found = long_sentences(page)
-    assert len(found) <= LONG.get(page.name, LONG_ELSEWHERE), found
+    assert long_sentences(page) == []
 
 
 def test_a_long_sentence_is_found_across_lines_and_not_in_code(tmp_path: Path) -> None:

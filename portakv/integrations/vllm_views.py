@@ -41,6 +41,9 @@ HANDED = (
     "Engines that hand requests over need it: leave hand_over out of kv_connector_extra_config and "
     "set kv_role to 'kv_both', or choose another connector for this model."
 )
+#: The instruction set of kernels for bf16 on a CPU, and what a user does then.
+AMX = "amx"
+OTHER_DTYPE = " On a CPU with AMX, --dtype float32 chooses pages that PortaKV can read."
 #: The dtypes whose rows are numbers without scales.
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -213,10 +216,11 @@ def _rows(
     if known and kernel in LATENT and all(tensor.shape in latent for tensor in tensors):
         planes = [tensor.reshape(blocks, size, wide) for tensor in tensors]
         return GroupView(KVView(planes, "layer | block token dim"), "")
+    by_amx = kernel.split()[-1:] == [AMX]
     raise IntegrationError(
         f"Expected an attention backend whose pages PortaKV can read by token, got "
         f"{' and '.join(sorted({*kernels})) or 'none'} with {first.dtype} {[*first.shape]}. "
-        f"{reason}"
+        f"{reason}{OTHER_DTYPE if by_amx else ''}"
     )
 
 

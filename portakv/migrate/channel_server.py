@@ -192,7 +192,10 @@ class Server:
                 n = self._counts["strangers"]
                 if not name and n & (n - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
                     _log.warning(
-                        "Channel(%r) rejected unknown connections, %d until now.", self.address, n
+                        "Channel(%r) rejected unknown connections, %d until now. Compare `secret` "
+                        "on both sides, or close the port to other hosts.",
+                        self.address,
+                        n,
                     )
 
     def peer(self, name: bytes, fd: int, id: bytes) -> Peer | None:

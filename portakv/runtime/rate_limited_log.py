@@ -15,6 +15,8 @@ from portakv.runtime.bounded import Bounded
 LINES = 10
 #: Seconds after which a topic may be logged again.
 SECONDS = 60.0
+#: What an operator does about a tier that is slow or hangs.
+SLOW_DEVICE = "Look at its device and mount: dmesg, iostat."
 _TOPICS = 256
 
 

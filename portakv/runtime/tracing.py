@@ -123,4 +123,5 @@ def end(
     try:
         tracer.span(name, began, ended, parent, attributes, error)
     except Exception as failure:  # a tracer's fault must not cut the end of an offer in two
-        _log.warning("span", "A span of %s could not be recorded: %r", name, failure)
+        text = "A span of %s could not be recorded: %r. Check the provider of OpenTelemetry."
+        _log.warning("span", text, name, failure)

@@ -138,7 +138,7 @@ class Keeper:
                 self._open_if_wanted()
                 self._advance()
             except Exception as error:  # the other clients must be served
-                _log.warning("step", "A keeper failed at a step, and goes on: %r", error)
+                _log.warning("step", "A keeper failed, and goes on: %r. Report it.", error)
                 self._stopped.wait(LOOK)
 
     def _wait(self) -> None:

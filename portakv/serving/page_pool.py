@@ -14,7 +14,7 @@ import numpy.typing as npt
 from portakv.arguments import invalid, items, octets, whole
 from portakv.graph import Mask
 from portakv.runtime.finished import Finished
-from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
 from portakv.serving.kept_page_store import KeptPageStore
 from portakv.serving.pages import PageJob, Pages, PageSize, PageStore
 
@@ -144,8 +144,10 @@ class PagePool:
         released = None if job.handle is None else job.handle.released
         if released is not None:  # of a save: only a tier is slow, which has copies of the pages
             released.wait()
-            _log.warning("save", "A save of pages was given up: a tier is slow, or hangs.")
+            line = "A save of pages was given up: a tier is slow, or hangs. %s"
+            _log.warning("save", line, SLOW_DEVICE)
             return job.landed
         while not job.wait(GRACE):
-            _log.warning("load", "A load of pages takes too long, and still uses its memory.")
+            line = "A load of pages takes too long, and still uses its memory. %s"
+            _log.warning("load", line, SLOW_DEVICE)
         return job.landed

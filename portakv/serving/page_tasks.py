@@ -22,7 +22,7 @@ import numpy.typing as npt
 from portakv.errors import PortaKVError, TransferTimeout
 from portakv.graph import Mask
 from portakv.runtime.finished import Finished
-from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
 from portakv.serving.kept_page_store import KeptPageStore
 from portakv.serving.pages import SAVE, PageJob, Pages, PageStore
 from portakv.storage.changes import Change
@@ -427,7 +427,8 @@ class PageTasks:
             )
         if now < waiting.until:
             return False
-        _log.warning("late", "Pages are not stored or loaded: their folder does not open.")
+        line = "Pages are not stored or loaded: their folder does not open. %s"
+        _log.warning("late", line, SLOW_DEVICE)
         parts = task.parts()
         task.left = len(parts)
         for _, part in parts:
@@ -493,4 +494,4 @@ def _report(call: Callable[[Any], object], what: object) -> None:
     try:
         call(what)
     except Exception as error:  # of the engine's own code, which may raise anything
-        _log.warning("report", "A report of pages failed: %r", error)
+        _log.warning("report", "A report of pages failed: %r. Look at the engine's log.", error)

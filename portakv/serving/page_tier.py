@@ -75,7 +75,7 @@ class _Calls:
             try:
                 call()
             except Exception as error:  # the next calls must be made
-                _log.warning("call", "A call of a tier of pages failed: %r", error)
+                _log.warning("call", "A call of a tier of pages failed: %r. Report it.", error)
 
 
 class _Jobs:

@@ -11,7 +11,7 @@ from typing import Any
 from portakv.arguments import instance, octets, text
 from portakv.errors import InvalidTerms, PortaKVError, StoreError, TransferTimeout
 from portakv.graph import Handle
-from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
 from portakv.serving.local import PATIENCE, TOKENS, GroupView, LocalIndex, StoreTerms
 from portakv.storage import BlockForm, prefix_keys
 from portakv.storage.form_store import FormStore
@@ -147,7 +147,8 @@ class Prefixes:
         except TransferTimeout:
             handle.cancel()
             released.synchronize()
-            _log.warning("slow", "A part of a prefix is not saved, as a tier is slow or hangs.")
+            line = "A part of a prefix is not saved, as a tier is slow or hangs. %s"
+            _log.warning("slow", line, SLOW_DEVICE)
         return handle
 
     def statistics(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:

@@ -295,7 +295,10 @@ class FormStore(FormIndex):
         count = sum(in_flight.count for in_flight in started)
         dropped = call.form.uploads.make_way(every, self.rows, self.graph, count)
         if dropped:
-            text = "A remote tier is slower than saves: %d blocks are not put there"
+            text = (
+                "A remote tier is slower than saves: %d blocks are not put there. Raise its "
+                "`workers`, or leave these blocks to nearer tiers."
+            )
             self._shared.log.warning("uploads", text, dropped, lines=1)
 
     def _lacking(

@@ -472,8 +472,9 @@ def test_a_latent_row(kernel: str) -> None:
 def test_pages_whose_inside_is_not_known_are_refused(
     tensor: torch.Tensor, kernels: dict[str, str]
 ) -> None:
-    with pytest.raises(IntegrationError, match="leave block_size out"):
+    with pytest.raises(IntegrationError, match="leave block_size out") as refused:
         views_of({"a": tensor}, one_group("a"), kernels)
+    assert ("--dtype float32" in str(refused.value)) == ("amx" in str(kernels))
 
 
 def test_the_kernels_of_an_engine() -> None:

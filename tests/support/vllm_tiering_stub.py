@@ -21,10 +21,10 @@ class OffloadingConnectorStats:
         self.counters = {}
 
     def set_gauge(self, name, value, labels):
-        self.gauges[name, *labels] = value
+        self.gauges[(name, *labels)] = value
 
     def increase_counter(self, name, value, labels):
-        self.counters[name, *labels] = value
+        self.counters[(name, *labels)] = value
 """,
     f"{_OFFLOAD}/base": """
 import enum
