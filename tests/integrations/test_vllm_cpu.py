@@ -483,7 +483,7 @@ def test_damaged_blocks_are_computed_anew(
         with nullcontext() if guard else damaged_images_believed():
             for turn in range(3):
                 engine.forget()
-                flip_bits(tmp_path / "store", random.Random(turn))
+                flip_bits(tmp_path / "store", random.Random(turn), 40 if guard else 400)
                 answers.append(engine.ask(PROMPTS))
         return answers, engine.counts
 
@@ -556,7 +556,7 @@ def test_a_model_with_windows(
         with nullcontext() if guard else damaged_images_believed():
             for turn in range(1, 4):
                 engine.forget()
-                flip_bits(tmp_path / "store", random.Random(turn))
+                flip_bits(tmp_path / "store", random.Random(turn), 40 if guard else 400)
                 answers.append(engine.ask(PROMPTS))
         return answers, [*counts, engine.counts]
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-LANES = 2
+LANES = 3
 #: The options of `own_tests` and `real_engine` in .ci/plugs, without wide tests.
 OPTIONS = (
     "-q",
