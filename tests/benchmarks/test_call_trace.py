@@ -168,11 +168,12 @@ def test_the_calls_are_what_their_names_say() -> None:
 
 #: The most files that one repeated call may enter, and the most changes of file: on a CPU, and on
 #: the simulated device by the reference and by a backend with packed launches. A backend's files
-#: count if they belong to the library, which those of `packing` do not.
+#: count if they belong to the library, which those of `packing` do not. On the device two changes
+#: are for the look at the oldest copy in flight, which a call makes if many are.
 TRIPS = {
     ("cpu", "reference"): {"from_gpu, registered": (21, 49), "copy_blocks": (12, 24)},
-    ("simdev", "reference"): {"from_gpu, registered": (22, 56), "copy_blocks": (12, 27)},
-    ("simdev", "packing"): {"from_gpu, registered": (5, 9), "copy_blocks": (8, 14)},
+    ("simdev", "reference"): {"from_gpu, registered": (22, 58), "copy_blocks": (12, 29)},
+    ("simdev", "packing"): {"from_gpu, registered": (5, 11), "copy_blocks": (8, 16)},
 }
 
 
@@ -190,9 +191,9 @@ def test_a_repeated_call_enters_no_more_files(
         for call in traced_calls.copies(device):
             row = figures_of(call_trace.trace_call(recorder, call, 20, 9))
             files, changes = TRIPS[place, backend][call.name]
-            entered = ", ".join(row["functions"])
+            entered = row["functions"]
             assert row["files"] <= files, f"{call.name} enters {row['files']}: {entered}"
-            assert row["changes"] <= changes, f"{call.name} changes file {row['changes']} times"
+            assert row["changes"] <= changes, f"{call.name} changes {row['changes']}: {entered}"
 
 
 def test_a_pull_that_brings_other_rows_is_an_error() -> None:
