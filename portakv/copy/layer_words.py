@@ -22,7 +22,12 @@ from portakv.runtime.stream_words import LAST, StreamWords, words_of
 from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
 from portakv.runtime.transfer import Transfer
 
-PAUSE = 2e-4  # seconds between two looks at ends that no stream orders
+#: Seconds between two looks at ends that no stream orders: the first after an end, and the most,
+#: which is reached after 50 ms without one, so that a long load does not keep a core busy
+#: (benchmarks/NOTES.md, section 65).
+PAUSE = 2e-4
+LONGEST = 2e-3
+_LONGER = 1.05
 
 
 class End(Protocol):
@@ -202,6 +207,7 @@ class LayerWords:
     def _watch(self) -> None:
         """Raise words as the ends come that no stream orders, until all have."""
         ignore_captures_elsewhere(self._device)
+        pause = PAUSE
         while True:
             with self._changing:
                 watched = [*self._watched]
@@ -213,8 +219,11 @@ class LayerWords:
                 for layer in ended:
                     self._ended(layer)
                 self._watched = [each for each in self._watched if each]
-            if not ended:
-                time.sleep(PAUSE)
+            if ended:
+                pause = PAUSE
+            else:
+                time.sleep(pause)
+                pause = min(pause * _LONGER, LONGEST)
 
     def _take_ended(self, watched: Watched) -> list[int]:
         """Remove the first layers of a load that have ended, and return their numbers."""
