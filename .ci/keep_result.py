@@ -48,16 +48,16 @@ def main() -> None:
 
 
 def separated() -> list[str]:
-    """What is wrong with the kept records that name a suite's file: the file is another one now."""
+    """Return what is wrong with kept records that name a suite's file: it is of another run."""
     result = []
     for record in sorted(RESULTS.glob("*.json")):
         suite = json.loads(record.read_text("utf-8")).get("conformance")
         if suite is None:
             continue
-        found = hashlib.sha256((RESULTS / suite["file"]).read_bytes()).hexdigest()
-        if found != suite["sha256"]:
+        file = RESULTS / suite["file"]
+        if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != suite["sha256"]:
             result.append(
-                f"Expected {suite['file']} from the same run as {record.name}, got another run's. "
+                f"Expected {suite['file']} from the same run as {record.name}, got another's. "
                 "Keep both files of one run."
             )
     return result

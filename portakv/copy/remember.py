@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Remember a copy between two views that `repeat` can repeat.
 
-A copy is remembered when its like was made twice, which never happens to views made for one call.
+A copy is remembered at the second of its kind, which views made for one call never reach.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def remember(
     if seen is None:
         repeats.seen[alike, _PICKED if picks else made.carried[0]] = Seen()
         return
-    if seen.repeat is None:
+    if seen.repeat is None or seen.repeat.process.forked:
         can = ready.can if picks else ready.claims(move)
         unowned = launch is not ready.launch
         src = move.src

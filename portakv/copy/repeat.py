@@ -268,7 +268,8 @@ class Repeats:
     @staticmethod
     def of(move: Move) -> tuple[Repeats, object]:
         """Return what the source of a copy remembers, and the token of the destination."""
-        repeats: Repeats = move.src.derived.setdefault(_REPEATS, Repeats())
+        derived = move.src.derived
+        repeats = derived.get(_REPEATS) or derived.setdefault(_REPEATS, Repeats())
         return repeats, move.dst.derived.setdefault(_TOKEN, object())
 
 

@@ -54,7 +54,7 @@ def in_slices(
     settle(nothing, choice, context)  # refuse now what cannot be executed
     src_index = move.src_index.apart().to_host()
     dst_index = move.dst_index.apart().to_host()
-    guarded = move._replace(src_index=src_index, dst_index=dst_index)
+    guarded = move = move._replace(src_index=src_index, dst_index=dst_index)
     if check_ids(guarded, context, strict=False):
         guarded, _ = drop_bad_ids(guarded, gcd(*guarded.steps))  # positions that are skipped
     check_memory(guarded)

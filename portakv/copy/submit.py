@@ -16,7 +16,7 @@ from portakv.registry.registry import choose
 
 
 def submit(move: Move, options: CopyOptions) -> BlockTransfer:
-    """Issue a copy: as one before it, else by the schedule that its options request.
+    """Repeat a known copy, or issue it by the schedule that its options request.
 
     Raises as `copy_rows`.
     """

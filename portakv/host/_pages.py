@@ -34,8 +34,8 @@ _MADV_COLLAPSE = 25
 _MAP_FIXED = 0x10
 _load = cache(ctypes.CDLL)
 SLICE = 64 << 20  # bytes one thread touches at a time; whole huge pages
-#: Seconds in which shared memory gets huge pages; what is left then has small ones. A core brings
-#: 0.5 - 1.5 GiB in a second (benchmarks/NOTES.md, section 67).
+#: Seconds in which one piece of shared memory gets huge pages; what no thread has begun then has
+#: small ones. Two cores brought 0.6 - 10 GiB in a second (benchmarks/NOTES.md, section 67).
 HUGE_SECONDS = 5.0
 
 # Numbers of the system call, from the kernel's tables of each architecture.
@@ -115,8 +115,8 @@ def use_huge_pages(descriptor: int, nbytes: int) -> int:
     Shared memory has small pages by default, into which a disk reads at two thirds of the rate.
     This call needs no setting of the machine. It brings fewer bytes than ``nbytes``, which is no
     error, if the kernel is older than 6.1, forbids huge pages, lacks memory without gaps, or takes
-    longer than `HUGE_SECONDS`. Pages that it does not bring are not allocated. Raises `OSError` if
-    there is no space.
+    longer than `HUGE_SECONDS`. Of a part that the kernel refuses, one small page for each huge page
+    may be allocated. Raises `OSError` if there is no space.
     """
     size = nbytes // _HUGE * _HUGE
     # The kernel takes only mappings whose addresses are, as the file is, at whole huge pages.
@@ -143,7 +143,7 @@ def use_huge_pages(descriptor: int, nbytes: int) -> int:
         # If the kernel refuses the first, it would refuse the others too.
         brought = bring(0)
         if brought and size > SLICE:
-            with ThreadPoolExecutor(_threads()) as pool:
+            with suppress(RuntimeError), ThreadPoolExecutor(_threads()) as pool:  # no more threads
                 brought += sum(pool.map(bring, range(SLICE, size, SLICE)))
         return brought
 

@@ -174,7 +174,7 @@ def pick(
 
     Candidates are the strategies that the terms allow and that were measured to take at most
     `EQUAL` longer than the quickest. If nothing hides the host's time, a part of it counts as well
-    (`_Waiting`). Of these the strategy that occupies the host least wins, then the first in
+    (`_waiting`). Of these the strategy that occupies the host least wins, then the first in
     `ORDER`. If no strategy was measured, `default_rule` decides, else the first in `ORDER`. A
     strategy that waits for the device is picked only if the terms leave no other. While a model
     runs, a kernel of few thread blocks costs less than a host that waits, but moves pages at a part
@@ -263,9 +263,12 @@ class _Waiting(NamedTuple):
 def _waiting(shapes: Mapping[str, Shape], direction: str, idle: bool, new_ids: bool) -> _Waiting:
     """Return how the seconds that a caller waits follow from the measured ones.
 
-    Nothing hides the host's time with overlap='idle', up to `SHORT` unless all runs are pages, if
-    the call is longer than the transfer, or from `LONG` on. Then `PART` of it counts, or
-    `NEW_PART`.
+    `PART` of the host's time counts, or `NEW_PART`, where nothing hides it:
+
+    - with overlap='idle';
+    - in copies of up to `SHORT`, unless all runs are pages;
+    - if the call is longer than the transfer;
+    - from `LONG` on.
     """
     pages = _of_pages(shapes)
     short = not pages and shapes["staged"].nbytes <= SHORT

@@ -90,8 +90,8 @@ class Reader:
         Args:
             tickets: one ticket of each owner that has a part of this reader's windows. A pull by
                 `Ticket.of` waits for its offer, of that the call itself for at most 1 ms, and a
-                pull of an offer that is not complete for its rows; do not change the lists of
-                blocks meanwhile.
+                pull of an offer that is not complete for its rows; an `Index` and ids on
+                a device must not change meanwhile. Other lists are copied.
             first: the number of tokens that are here already; both sides skip them.
             by_layer: copy one layer after the other, each with a separate end in `Pull.layers`;
                 of offers that are not complete, what their owners have written by then.

@@ -123,6 +123,17 @@ def test_the_caller_may_change_its_ids_after_the_call(
     assert one.landed() == guarded
 
 
+def test_statistics_are_of_the_ids_of_the_call(gate: Gate) -> None:
+    src, dst = (torch.tensor(ids) for ids in (SRC, DST))
+    one = Pair(layered(), layered())
+    transfer = one.start(src, dst, backend="gated", cancellable=True)
+    src.fill_(-1)
+    gate.open()
+    transfer.synchronize()
+    statistics = transfer.statistics
+    assert statistics.blocks == statistics.blocks_requested == len(SRC)
+
+
 def test_a_layer_ends_before_the_next(gate: Gate) -> None:
     one = Started(by_layer=True)
     layers = one.transfer.layers

@@ -12,8 +12,18 @@ from typing import Any
 import pytest
 import torch
 from support.command_line import registered
+from support.slot_cases import ended_well, forked
 
-from portakv import Index, KVView, LayoutError, SlotError, copy_blocks
+from portakv import (
+    Index,
+    KVView,
+    LateErrors,
+    LayoutError,
+    PortaKVError,
+    SlotError,
+    Unsupported,
+    copy_blocks,
+)
 from portakv.backends.base import Launch, MoveLaunch, Pending
 from portakv.backends.reference import Reference
 from portakv.plan.plan import CopyPlan, Move
@@ -152,3 +162,71 @@ def test_a_repeat_has_ended_with_its_call(settled: list[int]) -> None:
             assert transfer.done()
             assert bool((other[:, 2] == value).all())
     assert len(settled) == 2
+
+
+class Warm:
+    """Two views, between which a copy was remembered."""
+
+    def __init__(self) -> None:
+        self.one, self.other = (torch.zeros(SHAPE, dtype=torch.int32) for _ in "ab")
+        self.src = KVView(self.one, PAGED)
+        self.dst = KVView(self.other, PAGED)
+        for _ in range(3):
+            self.copy()
+
+    def copy(self, **options: Any) -> Any:
+        return copy_blocks(self.src, self.dst, [1, 2], [3, 4], **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"by_layer": True},
+        {"check": "strict"},
+        {"late": LateErrors()},
+        {"cancellable": True},
+        {"reinterpret": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_copy_on_other_terms_is_not_repeated(options: dict[str, Any], settled: list[int]) -> None:
+    warm = Warm()
+    warm.one.fill_(7)
+    settled.clear()
+    transfer = warm.copy(**options)
+    transfer.synchronize()
+    assert bool((warm.other[:, 3:5] == 7).all())
+    if "by_layer" in options:
+        assert len(transfer.layers) == SHAPE[0]
+    if not {"by_layer", "cancellable"} & set(options):  # these settle their parts
+        assert settled == [8]
+
+
+def test_a_repeat_looks_at_what_may_change(
+    settled: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm = Warm()
+    with pytest.raises(Unsupported):
+        warm.copy(max_thread_blocks=4)
+    with monkeypatch.context() as patched:
+        patched.setenv("PORTAKV_BACKEND", "nothing")
+        with pytest.raises(PortaKVError, match="nothing"):
+            warm.copy()
+    settled.clear()
+    warm.copy()
+    assert settled == []
+    warm.one.untyped_storage().resize_(0)
+    with pytest.raises(LayoutError, match="replaced"):
+        warm.copy()
+
+
+def test_a_forked_process_repeats_copies_of_its_own(settled: list[int]) -> None:
+    warm = Warm()
+    settled.clear()
+
+    def copies() -> None:
+        for _ in range(4):
+            warm.copy()
+        assert settled == [8]  # the parent's kind of copy is known, but its repeat is not used
+
+    assert ended_well(forked(copies))

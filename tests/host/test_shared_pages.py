@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import threading
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,73 @@ def test_a_process_with_a_limit_of_addresses_has_small_pages(
 def test_what_is_smaller_than_a_huge_page_is_left_alone(file: int) -> None:
     assert _pages.use_huge_pages(file, HUGE - 1) == 0
     assert allocated(file) == 0
+
+
+@pytest.fixture
+def collapsed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the addresses of the slices that the kernel is asked for, which it brings."""
+    asked: list[int] = []
+
+    def libc(name: str, address: int, nbytes: int, advice: int) -> int:
+        assert (name, nbytes) == ("madvise", HUGE)
+        asked.append(address)
+        return 0
+
+    monkeypatch.setattr(_pages, "SLICE", HUGE)
+    monkeypatch.setattr(_pages, "libc", libc)
+    return asked
+
+
+def test_each_slice_is_asked_for_once(file: int, collapsed: list[int]) -> None:
+    assert _pages.use_huge_pages(file, SIZE) == 3 * HUGE
+    first = min(collapsed)
+    assert sorted(collapsed) == [first, first + HUGE, first + 2 * HUGE]
+
+
+def test_a_slice_that_the_kernel_refuses_is_not_counted(
+    file: int, collapsed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brings = _pages.libc
+
+    def refuses(name: str, address: int, *rest: int) -> int:
+        brings(name, address, *rest)
+        return errno.ENOMEM if address == min(collapsed) + HUGE else 0
+
+    monkeypatch.setattr(_pages, "libc", refuses)
+    assert _pages.use_huge_pages(file, SIZE) == 2 * HUGE
+    assert len(collapsed) == 3
+
+
+@pytest.mark.parametrize("lacks", ["time", "threads"])
+def test_slices_that_are_not_begun_have_small_pages(
+    lacks: str, file: int, collapsed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    if lacks == "time":
+        monkeypatch.setattr(_pages, "HUGE_SECONDS", -1.0)
+    else:
+        monkeypatch.setattr(threading.Thread, "start", refused)
+    brought = 0 if lacks == "time" else HUGE
+    assert _pages.use_huge_pages(file, SIZE) == brought
+    assert len(collapsed) * HUGE == brought
+
+
+def test_a_lack_of_space_is_an_error_of_the_call(
+    file: int, collapsed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.pwrite
+
+    def full(descriptor: int, data: bytes, offset: int) -> int:
+        if offset:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space"):
+        _pages.use_huge_pages(file, SIZE)
+    assert len(collapsed) == 1
 
 
 @pytest.mark.parametrize("lacks", ["nothing", "huge pages"])

