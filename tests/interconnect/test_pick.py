@@ -227,7 +227,7 @@ def test_the_hosts_part_counts_where_nothing_hides_it() -> None:
     long = table({"staged": 1.2e-3}, 32768, staged=1.0e-3, batched_memcpy=1.1e-3)
     assert picked(*arguments, costs=long).strategy == "batched_memcpy"
     # A device accepts a limited number of copies beforehand: 512 MiB in 16,384 runs on an H100.
-    times = {"staged": 10.3e-3, "batched_memcpy": 9.8e-3}
+    times: dict[str, Any] = {"staged": 10.3e-3, "batched_memcpy": 9.8e-3}
     for host, strategy in ((8.5e-3, "staged"), (0.9 * LONG, "batched_memcpy")):
         many = table({"batched_memcpy": host, "staged": 1e-4}, **times)
         assert picked(512 * MIB, 16384, 64, costs=many).strategy == strategy
