@@ -47,9 +47,10 @@ def remember(
     picks = _picks(launch)
     repeats, token = Repeats.of(move)
     alike = token, sides, choice, options.terms
-    seen = repeats.seen.get((alike, _PICKED if picks else made.carried[0]))
+    kind = alike, _PICKED if picks else made.carried[0]
+    seen = repeats.seen.get(kind)
     if seen is None:
-        repeats.seen[alike, _PICKED if picks else made.carried[0]] = Seen()
+        repeats.seen[kind] = Seen()
         return
     if seen.repeat is None or seen.repeat.process.forked:
         can = ready.can if picks else ready.claims(move)

@@ -156,7 +156,7 @@ def test_rows_that_do_not_come_are_seen() -> None:
 
 
 class Side:
-    """An engine without a process, which answers as it is told."""
+    """An engine without a process, whose answers a test sets."""
 
     def __init__(self, made: Started, environment: dict[str, str], name: str) -> None:
         self.environment = environment
