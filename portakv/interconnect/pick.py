@@ -238,13 +238,11 @@ class _Waiting(NamedTuple):
 
     Attributes:
         exposed: the host's time counts in any case.
-        part: the part of the host's time that counts.
         calls: a call takes that many times the measured seconds of the host.
         slowed: the kernel takes that many times the measured seconds.
     """
 
     exposed: bool
-    part: float
     calls: float
     slowed: float
 
@@ -256,8 +254,9 @@ class _Waiting(NamedTuple):
         if one.strategy == "zero_copy":
             seconds *= self.slowed
         host = one.host_seconds or 0.0
-        counts = self.exposed or host >= LONG or host * self.calls > seconds
-        return seconds + self.part * host if counts else seconds
+        call = self.calls * host
+        counts = self.exposed or host >= LONG or call > seconds
+        return seconds + PART * call if counts else seconds
 
 
 def _waiting(shapes: Mapping[str, Shape], direction: str, idle: bool, new_ids: bool) -> _Waiting:
@@ -273,8 +272,7 @@ def _waiting(shapes: Mapping[str, Shape], direction: str, idle: bool, new_ids: b
     pages = _of_pages(shapes)
     short = not pages and shapes["staged"].nbytes <= SHORT
     slowed = ALONE_RATE / KERNEL_RATE[direction] if pages and not idle else 1.0
-    part = NEW_PART if new_ids else PART
-    return _Waiting(idle or short, part, part / PART, slowed)
+    return _Waiting(idle or short, NEW_PART / PART if new_ids else 1.0, slowed)
 
 
 def _quickest(
