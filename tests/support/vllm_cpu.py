@@ -199,6 +199,29 @@ class Answer(NamedTuple):
     cached: list[int]
 
 
+#: The terms of a small engine, in the names of vLLM.
+SMALL: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 2048,
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "max_num_seqs": 8,
+    "kv_cache_memory_bytes": 128 << 20,
+    "seed": 0,
+}
+
+
+def connector_terms(store: dict[str, Any], role: str = "kv_both") -> dict[str, Any]:
+    """Return vLLM's terms of PortaKV's connector, whose own terms are ``store``."""
+    return {
+        "kv_connector": "PortaKVConnector",
+        "kv_connector_module_path": "portakv.integrations.vllm_connector",
+        "kv_role": role,
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": store,
+    }
+
+
 class Engine:
     """A vLLM engine in this process.
 
@@ -226,32 +249,17 @@ class Engine:
     ) -> None:
         from vllm import LLM
 
-        more: dict[str, Any] = {"dtype": "float32", "max_model_len": 2048, **terms}
+        more: dict[str, Any] = {**SMALL, "block_size": block_size, **terms}
         if ranks * stages > 1:
             fork_workers()
             more["tensor_parallel_size"] = ranks
             more["pipeline_parallel_size"] = stages
             more["distributed_executor_backend"] = "mp"
         if store is not None:
-            more["kv_transfer_config"] = {
-                "kv_connector": "PortaKVConnector",
-                "kv_connector_module_path": "portakv.integrations.vllm_connector",
-                "kv_role": role,
-                "kv_load_failure_policy": "recompute",
-                "kv_connector_extra_config": store,
-            }
+            more["kv_transfer_config"] = connector_terms(store, role)
         if blocks is not None:
             more["num_gpu_blocks_override"] = blocks
-        self.llm = LLM(
-            str(model),
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            block_size=block_size,
-            max_num_seqs=8,
-            kv_cache_memory_bytes=128 << 20,
-            seed=0,
-            **more,
-        )
+        self.llm = LLM(str(model), **more)
         if stages > 1:
             self.in_workers(make_room)
 

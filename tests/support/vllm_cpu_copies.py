@@ -18,7 +18,16 @@ from typing import Any
 
 from portakv.serving.local import TOKENS
 from portakv.storage import prefix_keys
-from support.vllm_cpu import BLOCK, LIMIT, Answer, await_that, fork_workers, prompt
+from support.vllm_cpu import (
+    BLOCK,
+    LIMIT,
+    SMALL,
+    Answer,
+    await_that,
+    connector_terms,
+    fork_workers,
+    prompt,
+)
 
 #: The beginning of the names of requests whose blocks another copy has stored.
 KNOWN = "known"
@@ -61,25 +70,12 @@ class Copies:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         fork_copies()
-        transfer = KVTransferConfig(
-            kv_connector="PortaKVConnector",
-            kv_connector_module_path="portakv.integrations.vllm_connector",
-            kv_role="kv_both",
-            kv_load_failure_policy="recompute",
-            kv_connector_extra_config=store,
-        )
         terms = AsyncEngineArgs(
             model=str(model),
             data_parallel_size=2,
-            dtype="float32",
-            max_model_len=2048,
-            skip_tokenizer_init=True,
-            enforce_eager=True,
             block_size=BLOCK,
-            max_num_seqs=8,
-            kv_cache_memory_bytes=128 << 20,
-            seed=0,
-            kv_transfer_config=transfer,
+            kv_transfer_config=KVTransferConfig(**connector_terms(store)),
+            **SMALL,
         )
         self._numbers = itertools.count()
         self.llm = AsyncLLM.from_engine_args(terms)
