@@ -64,7 +64,7 @@ def remember(
             ids_device=can.home_of_ids(device),
             unit=ready.plan.unit,
             reads_pinned_ids=getattr(launch, "reads_pinned_ids", False),
-            tabled=(src.table_on(device) is not None, dst.table_on(device) is not None),
+            tabled=getattr(launch, "tables", ready.tables),
             skips=can.guards and can.skips_negative,
             unowned=(
                 unowned and src.form.place != "device",

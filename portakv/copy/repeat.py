@@ -11,30 +11,31 @@ through `settle`, which also words the error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NamedTuple, TypeAlias, cast
 
-import numpy as np
 import torch
 
 from portakv.backends.base import Again, Capabilities, Launch
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.launch import follow_current
 from portakv.copy.options import CopyOptions
-from portakv.interconnect.strategy import Terms
 from portakv.plan.move import Move
 from portakv.registry.prepared import place_for
 from portakv.registry.registry import Choice, choose
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import Process, capturing
+from portakv.runtime.pinned_ids import PinnedIds
 from portakv.runtime.transfer import (
+    Completion,
     EventPool,
     StatusWord,
     Transfer,
     acquire_word,
     end_of_launch,
+    words_of,
 )
 from portakv.view.index import Index
 
@@ -42,7 +43,6 @@ _current_device = torch.accelerator.current_device_index
 _REPEATS = "repeats"  # of a view's `Repeats`
 _TOKEN = "repeats: token"  # of what stands for a view without keeping its memory
 _KEPT = 512
-_NO_IDS = np.empty(0, np.int64)
 
 
 class SideIds(NamedTuple):
@@ -68,7 +68,7 @@ class SideIds(NamedTuple):
 Sides: TypeAlias = "tuple[SideIds | None, SideIds | None]"
 #: The facts that decide about a copy from a view, besides its number of tokens: the token of the
 #: destination, the kinds of both sides' ids, the registry's choice, and the terms.
-Alike: TypeAlias = "tuple[object, Sides, Choice, Terms | None]"
+Alike: TypeAlias = "tuple[object, Sides, Choice, object]"
 
 
 def sides_of(move: Move, device: torch.device) -> Sides | None:
@@ -144,7 +144,7 @@ class Repeat(NamedTuple):
         src, dst, src_index, dst_index, _ = move
         events = self.events
         if events is None:
-            pending = self.launch(*self._place(move)[0], None, None)
+            pending = self.launch(*self._place(move), None, None)
             if pending is not None:  # the copies before this one had ended with their calls
                 pending.wait()
             return Transfer((), None, self.carried or cast(Any, self.launch).carried)
@@ -155,8 +155,11 @@ class Repeat(NamedTuple):
             dst.follow_table(device, stream)
         checked = src_index.on_host and dst_index.on_host and not skips
         word = acquire_word() if self.can.guards and not checked else None
-        move, host = self._place(move)
-        self._launch(move, stream, word)
+        host: tuple[torch.Tensor, ...] = ()
+        listed = self._launch_listed(move, word) if stream is None else None
+        if listed is None:
+            move = self._place(move)
+            self._launch(move, stream, word)
         carried = self.carried or cast(Any, self.launch).carried
         src_unowned, dst_unowned = self.unowned
         if src_unowned:
@@ -165,8 +168,40 @@ class Repeat(NamedTuple):
             host = *host, *dst.retained
         event = events.recorded(stream)
         ids = move.src_index, move.dst_index
-        retained = src, dst, ids
-        return end_of_launch(event, events, word, retained, carried, ids, host=host)
+        completion = Completion(event, (), words_of(word), None, (host, ids), events, listed=listed)
+        unordered = bool(host) or listed is not None
+        return end_of_launch(completion, (src, dst, ids), carried, unordered)
+
+    def _launch_listed(self, move: Move, word: StatusWord | None) -> PinnedIds | None:
+        """Launch a copy with short lists of new ids, and return the memory that it reads them from.
+        None: nothing was launched, since the ids must be placed."""
+        src, dst, src_index, dst_index, count = move
+        packed = self.packed
+        new = src_index.listed + dst_index.listed
+        if packed is None or not (self.reads_pinned_ids and packed.fits_count(move)):
+            return None
+        if not 0 < new <= PinnedIds.MOST:
+            return None
+        listed = PinnedIds.acquire()
+        read_at = self._address(src.origins, src_index, packed.dtypes[0], listed)
+        written_at = self._address(dst.origins, dst_index, packed.dtypes[1], listed)
+        if read_at is None or written_at is None:
+            listed.release()
+            return None
+        packed.again(read_at, written_at, 0, count, word.address if word else 0)
+        return listed
+
+    def _address(
+        self, origins: Sequence[int], index: Index, dtype: torch.dtype | None, listed: PinnedIds
+    ) -> int | None:
+        """Return the address of one side's ids of a dtype, or its first origin if it has no ids.
+        New ids are added to the list. None: the ids have another dtype."""
+        if index.ids is None:
+            return origins[0]
+        if index.listed:
+            return listed.add(index.host_ids()) if dtype is torch.int64 else None
+        ids = index.placed(self.ids_device, self.can.index_dtypes).ids
+        return ids.data_ptr() if ids is not None and ids.dtype is dtype else None
 
     def _launch(self, move: Move, stream: torch.Stream | None, word: StatusWord | None) -> None:
         """Launch a copy whose ids are where the launch reads them."""
@@ -182,37 +217,17 @@ class Repeat(NamedTuple):
             follow_current(stream, [move])
         self.launch(*move, stream, word.tensor if word else None)
 
-    def _place(self, move: Move) -> tuple[Move, tuple[torch.Tensor, ...]]:
-        """Return the copy with its ids where the launch reads them, and host memory with ids, which
-        no allocator knows to be used.
-
-        Ids of the host for one call stay there if the launch reads them as fast in pinned memory.
-        """
+    def _place(self, move: Move) -> Move:
+        """Return the copy with its ids where the launch reads them."""
         src, dst, src_index, dst_index, tokens = move
         can = self.can
-        if not (src_index.temporary or dst_index.temporary):  # nothing is sent for one call
-            if can.index_on == "any":
-                return move, ()
-            src_index = src_index.placed(self.ids_device, can.index_dtypes)
-            dst_index = dst_index.placed(self.ids_device, can.index_dtypes)
-            return Move(src, dst, src_index, dst_index, tokens), ()
-        if not self.reads_pinned_ids:
-            return place_for(can, self.ids_device, move), ()
-        indices = (src_index, dst_index)
-        listed = [x.host_ids() if x.temporary and x.on_host else _NO_IDS for x in indices]
-        count = listed[0].size
-        past = count + listed[1].size
-        if not past:
-            return place_for(can, self.ids_device, move), ()
-        ids = torch.empty(past, dtype=torch.int64, device="cpu", pin_memory=True)
-        values = ids.numpy()
-        values[:count] = listed[0]
-        values[count:] = listed[1]
-        src_index, dst_index = (
-            index.reading(part) if part.numel() else index.placed(self.ids_device, can.index_dtypes)
-            for index, part in zip(indices, (ids[:count], ids[count:]), strict=True)
-        )
-        return Move(src, dst, src_index, dst_index, tokens), (ids,)
+        if src_index.temporary or dst_index.temporary:  # ids may have to be sent for this call
+            return place_for(can, self.ids_device, move)
+        if can.index_on == "any":
+            return move
+        src_index = src_index.placed(self.ids_device, can.index_dtypes)
+        dst_index = dst_index.placed(self.ids_device, can.index_dtypes)
+        return Move(src, dst, src_index, dst_index, tokens)
 
 
 class Packed(NamedTuple):
@@ -223,11 +238,12 @@ class Packed(NamedTuple):
 
     def fits(self, move: Move) -> bool:
         """Return True if it executes a copy whose ids are where the launch reads them."""
-        src_index = move.src_index
-        dst_index = move.dst_index
-        if src_index.offset or dst_index.offset or move.count > self.again.most:
-            return False
-        return dtypes_of(src_index, dst_index) == self.dtypes
+        return self.fits_count(move) and dtypes_of(move.src_index, move.dst_index) == self.dtypes
+
+    def fits_count(self, move: Move) -> bool:
+        """Return True if it executes a copy of so many tokens that begins with its first ids."""
+        cut = move.src_index.offset or move.dst_index.offset
+        return not cut and move.count <= self.again.most
 
 
 def dtypes_of(src_index: Index, dst_index: Index) -> tuple[torch.dtype | None, torch.dtype | None]:

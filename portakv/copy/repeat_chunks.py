@@ -20,12 +20,14 @@ from portakv.registry.registry import Choice
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capture_question, capturing
 from portakv.runtime.transfer import (
+    Completion,
     Owner,
     StatusWord,
     Transfer,
     acquire_word,
     end_of_launch,
     event_pool,
+    words_of,
 )
 from portakv.view.index import Ids, Index
 from portakv.view.view import KVView
@@ -97,7 +99,8 @@ class ChunkRepeats:
         counts = Counted.counts
         if counts is not None:
             _count(counts, repeat, self._cache, count)
-        return end_of_launch(event, self._events, word, retained, repeat.carried, ids, self._owner)
+        completion = Completion(event, (), words_of(word), None, ids, self._events)
+        return end_of_launch(completion, retained, repeat.carried, owner=self._owner)
 
     def _ids_of(
         self, index: object, store: bool, start: object, end: object

@@ -24,6 +24,7 @@ import torch
 from portakv import arguments
 from portakv.errors import PortaKVError, SlotError, TransferError, TransferTimeout
 from portakv.runtime.devices import capturing
+from portakv.runtime.pinned_ids import PinnedIds
 
 #: A weak reference to the `LateErrors` that report an error after the call returned.
 Owner: TypeAlias = "weakref.ref[Any]"
@@ -142,6 +143,7 @@ class Completion:
     reported: bool = False  # a caller received the error
     # An entry for each thread that blocks until the event: no other work may get the event then.
     blocked: list[None] = field(default_factory=list)
+    listed: PinnedIds | None = None  # ids that the launch reads, given back at the end
     late_error: Report | None = None  # returns an error of the work that has ended
 
     def ended(self) -> bool:
@@ -213,6 +215,9 @@ class Completion:
                 word.value[0] = 0
                 free_words.append(word)
             self.words = ()
+            if self.listed is not None:
+                self.listed.release()
+                self.listed = None
             late_error = self.late_error
             self.late_error = None
             if late_error is not None and self.error is None:
@@ -378,27 +383,28 @@ class Transfer:
             )
 
 
+def words_of(word: StatusWord | None) -> Sequence[tuple[StatusWord, int]]:
+    """Return the words of one launch, for its `Completion`."""
+    return () if word is None else ((word, 0),)
+
+
 def end_of_launch(
-    event: torch.Event,
-    events: EventPool,
-    word: StatusWord | None,
+    completion: Completion,
     retained: object,
     carried: tuple[str, str],
-    ids: object,
+    unordered: bool = False,
     owner: Owner | None = None,
-    host: tuple[torch.Tensor, ...] = (),
 ) -> Transfer:
-    """Return the end of one launch, which ``event`` marks, for a copy that is repeated.
+    """Return the handle of one launch, for a copy that is repeated.
 
-    ``host`` and ``ids``: memory to retain until then, also if the handle is dropped. The allocator
-    knows the ids' memory by the stream on which they were brought, which may be another one.
+    The completion retains ids also if the handle is dropped: the allocator knows their memory by
+    the stream on which they were brought, which may be another one. ``unordered``: it also retains
+    memory that no allocator orders on a stream.
     """
-    words = () if word is None else ((word, 0),)
-    completion = Completion(event, (), words, None, (host, ids), events)
     # Either returns the event, if the handle is dropped. Only a word can bring an error.
-    if host:
+    if unordered:
         hold_memory(completion)
-    if words or not host:
+    if completion.words or not unordered:
         hold(completion, owner)
     return Transfer((completion,), retained, carried)
 

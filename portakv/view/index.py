@@ -225,6 +225,11 @@ class Index:
         """Return this index from position ``tokens`` on; it shares ids and copies."""
         return self._derived(self.ids, self.offset + tokens) if tokens else self
 
+    @property
+    def listed(self) -> int:
+        """Return the number of ids on the host that are for one call; 0 for all other indices."""
+        return self.ids.numel() if self.temporary and self.on_host and self.ids is not None else 0
+
     def of_blocks(self, block_size: int) -> Index:
         """Return this index with each block as one position: its step, or ``block_size``, is 1.
 

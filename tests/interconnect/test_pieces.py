@@ -532,7 +532,7 @@ def test_drawn_plans(times: int) -> None:
 
     check()
     assert len(seen) > times * _TIMES / 4
-    assert sum(seen) > 0.9 * len(seen)
+    assert sum(seen) > (0.9 if times > 1 else 0.75) * len(seen)  # few examples vary more
 
 
 L = 16
