@@ -16,6 +16,7 @@ from portakv.plan.move import Move
 from portakv.registry.prepared import Prepared, place_for
 from portakv.registry.registry import Choice
 from portakv.runtime.devices import capture_question, this_process
+from portakv.runtime.pinned_ids import PinnedIds
 from portakv.runtime.transfer import Transfer, event_pool
 
 _PICKED = "picked for each copy"
@@ -51,6 +52,7 @@ def remember(
     seen = repeats.seen.get(kind)
     if seen is None:
         repeats.seen[kind] = Seen()
+        _reserve_lists(launch)
         return
     if seen.repeat is None or seen.repeat.process.forked:
         can = ready.can if picks else ready.claims(move)
@@ -94,6 +96,12 @@ def _launch_of(move: Move, settled: Settled, sides: Sides) -> Launch | None:
         return launch
     can = ready.claims(move)
     return launch if can.guards and can.skips_negative and not _picks(launch) else None
+
+
+def _reserve_lists(launch: Launch) -> None:
+    """Reserve memory for the ids of later copies with a first copy, which may wait."""
+    if getattr(launch, "reads_pinned_ids", False):
+        PinnedIds.reserve()
 
 
 def _picks(launch: Launch | None) -> bool:

@@ -33,6 +33,7 @@ from portakv.runtime.transfer import (
     EventPool,
     StatusWord,
     Transfer,
+    acquire_ids,
     acquire_word,
     end_of_launch,
     words_of,
@@ -182,7 +183,9 @@ class Repeat(NamedTuple):
             return None
         if not 0 < new <= PinnedIds.MOST:
             return None
-        listed = PinnedIds.acquire()
+        listed = acquire_ids()
+        if listed is None:
+            return None
         read_at = self._address(src.origins, src_index, packed.dtypes[0], listed)
         written_at = self._address(dst.origins, dst_index, packed.dtypes[1], listed)
         if read_at is None or written_at is None:

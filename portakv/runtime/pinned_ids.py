@@ -7,13 +7,14 @@ To allocate and to slice such memory by torch for each call takes the host longe
 from __future__ import annotations
 
 from collections import deque
+from threading import Lock
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-_BATCH = 64  # lists of one allocation
+_LISTS = 64  # that a process has; 256 KiB
 
 
 class PinnedIds:
@@ -26,6 +27,8 @@ class PinnedIds:
     MOST: ClassVar = 512
     #: Lists return here only after everything that may read them has ended.
     _free: ClassVar[deque[PinnedIds]] = deque()
+    _reserved: ClassVar = False
+    _reserving: ClassVar = Lock()
 
     __slots__ = ("_address", "_count", "_memory", "_values")
 
@@ -37,16 +40,22 @@ class PinnedIds:
         self._values: memoryview = memory.numpy().data
 
     @classmethod
-    def acquire(cls) -> PinnedIds:
-        """Return a list that no launch reads."""
+    def reserve(cls) -> None:
+        """Allocate all lists, once. The host may wait for the device: drivers allocate so."""
+        with cls._reserving:
+            if not cls._reserved:
+                shape = _LISTS, cls.MOST
+                memory = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=True)
+                cls._free.extend(cls(each) for each in memory.unbind())
+                cls._reserved = True
+
+    @classmethod
+    def acquire(cls) -> PinnedIds | None:
+        """Return a list that no launch reads; None: all are in use, or none was reserved."""
         try:
             return cls._free.pop()
         except IndexError:
-            shape = _BATCH, cls.MOST
-            batch = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=True)
-            lists = [cls(each) for each in batch.unbind()]
-            cls._free.extend(lists[1:])
-            return lists[0]
+            return None
 
     def add(self, ids: npt.NDArray[np.int64]) -> int:
         """Add contiguous ids, and return their address for the host and for kernels."""

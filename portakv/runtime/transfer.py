@@ -409,6 +409,15 @@ def end_of_launch(
     return Transfer((completion,), retained, carried)
 
 
+def acquire_ids() -> PinnedIds | None:
+    """Return a list for the ids of a launch, of a copy that has ended if need be; None: none."""
+    listed = PinnedIds.acquire()
+    if listed is None:
+        copies_holding_memory()
+        listed = PinnedIds.acquire()
+    return listed
+
+
 def bad_slot(position: int, slot: int | None = None, slots: int | None = None) -> SlotError:
     """Return the error for a device id past the end of its view."""
     where = "" if slot is None else f", slot {slot} of a view of {slots},"

@@ -22,6 +22,7 @@ from portakv.copy.repeat import dtypes_of
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.pinned_ids import PinnedIds
+from portakv.runtime.transfer import copies_holding_memory
 from portakv.view.addresses import RawMemory
 from portakv_conformance.simdev import delay
 
@@ -95,9 +96,11 @@ def acquired(monkeypatch: pytest.MonkeyPatch) -> list[PinnedIds]:
     taken: list[PinnedIds] = []
     acquire = PinnedIds.acquire
 
-    def noted() -> PinnedIds:
-        taken.append(acquire())
-        return taken[-1]
+    def noted() -> PinnedIds | None:
+        listed = acquire()
+        if listed is not None:
+            taken.append(listed)
+        return listed
 
     monkeypatch.setattr(PinnedIds, "acquire", noted)
     return taken
@@ -225,10 +228,45 @@ def test_copies_in_flight_have_lists_of_their_own(reading: None) -> None:
 
 @pytest.mark.simdev
 def test_control_of_lists_of_their_own(reading: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shared(PinnedIds):
+        def release(self) -> None:
+            """Stay out of the pool."""
+
     memory = torch.zeros(PinnedIds.MOST, dtype=torch.int64).pin_memory()
-    monkeypatch.setattr(PinnedIds, "acquire", lambda: PinnedIds(memory))
+    monkeypatch.setattr(PinnedIds, "acquire", lambda: Shared(memory))
     arrived, wanted = rows_of_copies_in_flight()
     assert not torch.equal(arrived, wanted)
+
+
+@pytest.mark.simdev
+def test_more_copies_in_flight_than_there_are_lists(
+    reading: None, acquired: list[PinnedIds]
+) -> None:
+    """The ids of further copies are sent to the device; the host waits for none of them."""
+    sides = two_sides()
+    views = KVView(sides[0], LAYOUT), KVView(sides[1], LAYOUT)
+    for _ in range(3):
+        copied(sides, views, [1], [3])
+    copies_holding_memory()  # of tests before this one: they give their lists back
+    acquired.clear()
+    free = []
+    while (listed := PinnedIds.acquire()) is not None:
+        free.append(listed)
+    lists = len(acquired)
+    for listed in free:
+        listed.release()
+    acquired.clear()
+    one, other = sides
+    rows = one.cpu()
+    other.zero_()
+    delay(torch.accelerator.current_stream(simulated.DEVICE), 200)
+    for turn in range(lists + 5):
+        copy_rows(*views, [turn], [turn + 1], backend="reading")
+    assert len(acquired) == lists
+    torch.accelerator.synchronize(simulated.DEVICE)
+    assert torch.equal(other[1 : lists + 6].cpu(), rows[: lists + 5])
+    copied(sides, views, [1], [3])
+    assert len(acquired) == lists + 1
 
 
 @pytest.mark.gpu
