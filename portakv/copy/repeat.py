@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from time import perf_counter
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -65,6 +66,12 @@ class SideIds(NamedTuple):
         return self.trusted or self.place == "host"
 
 
+@lru_cache(256)
+def _on_host(step: int) -> SideIds:
+    """Return the kind of ids on the host."""
+    return SideIds("host", step, False)
+
+
 #: The kinds of ids of the source and of the destination.
 Sides: TypeAlias = "tuple[SideIds | None, SideIds | None]"
 #: The facts that decide about a copy from a view, besides its number of tokens: the token of the
@@ -86,7 +93,7 @@ def sides_of(move: Move, device: torch.device) -> Sides | None:
         if ids is None:
             sides.append(None)
         elif index.on_host:
-            sides.append(SideIds("host", index.step, False))
+            sides.append(_on_host(index.step))
         elif ids.device == device and ids.is_contiguous():
             sides.append(SideIds(ids.dtype, index.step, index.trusted))
         else:

@@ -33,7 +33,7 @@ def as_ids(ids: object) -> torch.Tensor:
     """
     array = host_array(ids)
     if array is not None:
-        return torch.from_numpy(array)
+        return ids if isinstance(ids, torch.Tensor) else torch.from_numpy(array)
     if isinstance(ids, np.ndarray):
         ids = _tensor_of(ids)
     if not isinstance(ids, torch.Tensor):
@@ -46,12 +46,24 @@ def as_ids(ids: object) -> torch.Tensor:
 
 
 def host_array(ids: object) -> npt.NDArray[np.int64] | None:
-    """Return the contiguous int64 array of a list, or an array that is one already; None for all
-    else. Raise `SlotError` as `as_ids` does."""
+    """Return the contiguous int64 array of a list, or an array or the memory of a tensor that is
+    one already; None for all else. Raise `SlotError` as `as_ids` does."""
+    if type(ids) is torch.Tensor:
+        return _array_of_tensor(ids) if ids.is_cpu else None
     if isinstance(ids, np.ndarray):
         usual = ids.dtype is _INT64 and ids.strides == (8,) and ids.flags.writeable
         return ids if usual else None
     return _array_of(ids) if isinstance(ids, (list, tuple, range)) else None
+
+
+def _array_of_tensor(ids: torch.Tensor) -> npt.NDArray[np.int64] | None:
+    try:
+        array = ids.numpy()
+        memory = ids.data_ptr() or not array.size  # a function transform shows none
+    except (RuntimeError, TypeError):  # it is no plain tensor
+        return None
+    usual = memory and array.dtype is _INT64 and array.strides == (8,)
+    return array if usual else None
 
 
 def _array_of(ids: list[Any] | tuple[Any, ...] | range) -> npt.NDArray[np.int64]:
@@ -108,6 +120,16 @@ def _check_tensor(ids: torch.Tensor) -> None:
             "Expected an index with memory, got one that owns no memory, as inside torch.vmap. "
             "Call the copy outside of function transforms."
         )
+
+
+def faults(used: npt.NDArray[np.int64], most: int, distinct: bool) -> tuple[bool, bool]:
+    """Return whether a number is negative or above ``most``, and with ``distinct`` whether one
+    occurs twice. There is at least one number."""
+    if used.size <= SHORT:
+        listed = used.tolist()
+        odd = min(listed) < 0 or max(listed) > most
+        return odd, distinct and len(set(listed)) < len(listed)
+    return out_of_range(used, most), distinct and has_repeats(used)
 
 
 def out_of_range(used: npt.NDArray[np.int64], most: int) -> bool:

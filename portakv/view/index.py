@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from portakv.errors import SlotError, Unsupported
-from portakv.view.ids import ID_DTYPES, PAST_ANY_VIEW, as_ids, has_repeats, host_array, out_of_range
+from portakv.view.ids import ID_DTYPES, PAST_ANY_VIEW, as_ids, faults, has_repeats, host_array
 from portakv.view.ids import IdList as IdList
 from portakv.view.requests import request_slots
 
@@ -124,8 +124,9 @@ class Index:
                 f"got Index(step={step!r}, offset={offset!r}). Pass such numbers."
             )
         array = host_array(ids)
+        made: torch.Tensor | None
         if array is not None:
-            made: torch.Tensor | None = torch.from_numpy(array)
+            made = ids if isinstance(ids, torch.Tensor) else torch.from_numpy(array)
         else:
             made = None if ids is None else as_ids(ids)
         self._set(made, step, offset, _Store(array), False, bool(trusted))
@@ -480,9 +481,10 @@ class Index:
         used = self.host_ids()[self.offset // self.step : -(-(self.offset + count) // self.step)]
         skips = False
         if used.size:
-            odd = out_of_range(used, slots // self.step - 1)
+            odd, twice = faults(used, slots // self.step - 1, distinct)
             skips = odd and bool(used.min() < 0)
-            twice = distinct and used.size > 1 and has_repeats(used[used >= 0] if skips else used)
+            if skips and twice:  # negative ids may occur more than once
+                twice = has_repeats(used[used >= 0])
             if odd or twice:
                 self._check_slots(count, slots, side, twice)
         self._store.remember(key, skips)
