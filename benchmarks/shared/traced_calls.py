@@ -126,6 +126,11 @@ def copies(device: torch.device) -> Iterator[Operation]:
         lambda _: copy_blocks(src, dst, src_ids, dst_ids, options=options),
         finish=lambda transfer: transfer.synchronize(),
     )
+    yield Operation(
+        "copy_blocks, new ids",
+        lambda _: copy_blocks(src, dst, [3, 7, 12], [0, 1, 2], options=options),
+        finish=lambda transfer: transfer.synchronize(),
+    )
 
 
 def _loads(device: torch.device, folder: Path, stack: ExitStack) -> Iterator[Operation]:

@@ -17,6 +17,7 @@ from portakv.registry.prepared import Prepared, place_for
 from portakv.registry.registry import Choice
 from portakv.runtime.devices import capture_question, this_process
 from portakv.runtime.pinned_ids import PinnedIds
+from portakv.runtime.streams import ignoring_captures
 from portakv.runtime.transfer import Transfer, event_pool
 
 _PICKED = "picked for each copy"
@@ -52,7 +53,7 @@ def remember(
     seen = repeats.seen.get(kind)
     if seen is None:
         repeats.seen[kind] = Seen()
-        _reserve_lists(launch)
+        _reserve_lists(launch, device)
         return
     if seen.repeat is None or seen.repeat.process.forked:
         can = ready.can if picks else ready.claims(move)
@@ -98,10 +99,11 @@ def _launch_of(move: Move, settled: Settled, sides: Sides) -> Launch | None:
     return launch if can.guards and can.skips_negative and not _picks(launch) else None
 
 
-def _reserve_lists(launch: Launch) -> None:
+def _reserve_lists(launch: Launch, device: torch.device) -> None:
     """Reserve memory for the ids of later copies with a first copy, which may wait."""
     if getattr(launch, "reads_pinned_ids", False):
-        PinnedIds.reserve()
+        with ignoring_captures(device):  # of other threads
+            PinnedIds.reserve()
 
 
 def _picks(launch: Launch | None) -> bool:

@@ -11,7 +11,7 @@ through `settle`, which also words the error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from time import perf_counter
@@ -34,7 +34,7 @@ from portakv.runtime.transfer import (
     EventPool,
     StatusWord,
     Transfer,
-    acquire_ids,
+    acquire_after_ends,
     acquire_word,
     end_of_launch,
     words_of,
@@ -183,33 +183,38 @@ class Repeat(NamedTuple):
     def _launch_listed(self, move: Move, word: StatusWord | None) -> PinnedIds | None:
         """Launch a copy with short lists of new ids, and return the memory that it reads them from.
         None: nothing was launched, since the ids must be placed."""
-        src, dst, src_index, dst_index, count = move
+        _, _, src_index, dst_index, count = move
         packed = self.packed
         new = src_index.listed + dst_index.listed
         if packed is None or not (self.reads_pinned_ids and packed.fits_count(move)):
             return None
         if not 0 < new <= PinnedIds.MOST:
             return None
-        listed = acquire_ids()
+        read_at = self._address(move, 0, packed.dtypes[0])
+        written_at = self._address(move, 1, packed.dtypes[1])
+        if read_at is None or written_at is None:
+            return None
+        ids = [index.host_ids() for index in (src_index, dst_index) if index.listed]
+        listed = PinnedIds.acquire() or acquire_after_ends()
         if listed is None:
             return None
-        read_at = self._address(src.origins, src_index, packed.dtypes[0], listed)
-        written_at = self._address(dst.origins, dst_index, packed.dtypes[1], listed)
-        if read_at is None or written_at is None:
-            listed.release()
-            return None
+        listed.write(ids)
+        read_at = read_at or listed.address
+        written_at = written_at or listed.address + 8 * src_index.listed
+        # If it raises, some of its kernels may read the list, which then joins the pool no more.
         packed.again(read_at, written_at, 0, count, word.address if word else 0)
         return listed
 
-    def _address(
-        self, origins: Sequence[int], index: Index, dtype: torch.dtype | None, listed: PinnedIds
-    ) -> int | None:
+    def _address(self, move: Move, side: int, dtype: torch.dtype | None) -> int | None:
         """Return the address of one side's ids of a dtype, or its first origin if it has no ids.
-        New ids are added to the list. None: the ids have another dtype."""
+
+        0: the ids are new. None: they have another dtype.
+        """
+        index = (move.src_index, move.dst_index)[side]
         if index.ids is None:
-            return origins[0]
+            return (move.src, move.dst)[side].origins[0]
         if index.listed:
-            return listed.add(index.host_ids()) if dtype is torch.int64 else None
+            return 0 if dtype is torch.int64 else None
         ids = index.placed(self.ids_device, self.can.index_dtypes).ids
         return ids.data_ptr() if ids is not None and ids.dtype is dtype else None
 

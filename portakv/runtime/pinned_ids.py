@@ -7,6 +7,8 @@ To allocate and to slice such memory by torch for each call takes the host longe
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
 from threading import Lock
 from typing import ClassVar
 
@@ -14,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-_LISTS = 64  # that a process has; 256 KiB
+_LISTS = 64  # that a process has; 512 KiB
 
 
 class PinnedIds:
@@ -22,27 +24,30 @@ class PinnedIds:
 
     Attributes:
         MOST: the most ids of a list.
+        address: of the first id, for the host and for kernels.
     """
 
-    MOST: ClassVar = 512
+    MOST: ClassVar = 1024
     #: Lists return here only after everything that may read them has ended.
     _free: ClassVar[deque[PinnedIds]] = deque()
     _reserved: ClassVar = False
     _reserving: ClassVar = Lock()
 
-    __slots__ = ("_address", "_count", "_memory", "_values")
+    __slots__ = ("_memory", "_values", "address")
 
     def __init__(self, memory: torch.Tensor) -> None:
         self._memory = memory
-        self._address = memory.data_ptr()
-        self._count = 0
+        self.address = memory.data_ptr()
         # A memoryview, since a slice of it is written in a fifth of an array's time.
         self._values: memoryview = memory.numpy().data
 
     @classmethod
     def reserve(cls) -> None:
-        """Allocate all lists, once. The host may wait for the device: drivers allocate so."""
-        with cls._reserving:
+        """Allocate all lists, once. The host may wait for the device: drivers allocate so.
+
+        Without pinned memory there are no lists, and ids are sent.
+        """
+        with cls._reserving, suppress(RuntimeError):
             if not cls._reserved:
                 shape = _LISTS, cls.MOST
                 memory = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=True)
@@ -57,14 +62,14 @@ class PinnedIds:
         except IndexError:
             return None
 
-    def add(self, ids: npt.NDArray[np.int64]) -> int:
-        """Add contiguous ids, and return their address for the host and for kernels."""
-        first = self._count
-        self._count = past = first + ids.size
-        self._values[first:past] = ids.data
-        return self._address + 8 * first
+    def write(self, lists: Iterable[npt.NDArray[np.int64]]) -> None:
+        """Write contiguous ids, one list after the other."""
+        first = 0
+        for ids in lists:
+            past = first + ids.size
+            self._values[first:past] = ids.data
+            first = past
 
     def release(self) -> None:
         """Let another launch have the memory. Nothing reads it any more."""
-        self._count = 0
         self._free.append(self)

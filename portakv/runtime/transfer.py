@@ -401,21 +401,18 @@ def end_of_launch(
     the stream on which they were brought, which may be another one. ``unordered``: it also retains
     memory that no allocator orders on a stream.
     """
-    # Either returns the event, if the handle is dropped. Only a word can bring an error.
+    # Either returns the event and the word, if the handle is dropped.
     if unordered:
         hold_memory(completion)
-    if completion.words or not unordered:
+    else:
         hold(completion, owner)
     return Transfer((completion,), retained, carried)
 
 
-def acquire_ids() -> PinnedIds | None:
-    """Return a list for the ids of a launch, of a copy that has ended if need be; None: none."""
-    listed = PinnedIds.acquire()
-    if listed is None:
-        copies_holding_memory()
-        listed = PinnedIds.acquire()
-    return listed
+def acquire_after_ends() -> PinnedIds | None:
+    """Return a list for ids after the lists of copies that have ended were released; None: none."""
+    copies_holding_memory()
+    return PinnedIds.acquire()
 
 
 def bad_slot(position: int, slot: int | None = None, slots: int | None = None) -> SlotError:

@@ -122,16 +122,6 @@ def _check_tensor(ids: torch.Tensor) -> None:
         )
 
 
-def faults(used: npt.NDArray[np.int64], most: int, distinct: bool) -> tuple[bool, bool]:
-    """Return whether a number is negative or above ``most``, and with ``distinct`` whether one
-    occurs twice. There is at least one number."""
-    if used.size <= SHORT:
-        listed = used.tolist()
-        odd = min(listed) < 0 or max(listed) > most
-        return odd, distinct and len(set(listed)) < len(listed)
-    return out_of_range(used, most), distinct and has_repeats(used)
-
-
 def out_of_range(used: npt.NDArray[np.int64], most: int) -> bool:
     """Return True if a number is negative or above ``most``. There is at least one number."""
     if used.size <= SHORT:

@@ -17,7 +17,15 @@ import numpy.typing as npt
 import torch
 
 from portakv.errors import SlotError, Unsupported
-from portakv.view.ids import ID_DTYPES, PAST_ANY_VIEW, as_ids, faults, has_repeats, host_array
+from portakv.view.ids import (
+    ID_DTYPES,
+    PAST_ANY_VIEW,
+    SHORT,
+    as_ids,
+    has_repeats,
+    host_array,
+    out_of_range,
+)
 from portakv.view.ids import IdList as IdList
 from portakv.view.requests import request_slots
 
@@ -98,11 +106,13 @@ class Index:
 
     # plan_step: the step that a plan is made for: ``step``, or 0 without ids.
     # temporary: a caller's ids for one call, which are not used again.
+    # listed: the number of temporary ids on the host; 0 for all other indices.
     __slots__ = (
         "_placed",
         "_store",
         "ids",
         "length",
+        "listed",
         "offset",
         "on_host",
         "plan_step",
@@ -149,6 +159,7 @@ class Index:
         self.on_host = ids is None or ids.is_cpu
         self.plan_step = 0 if ids is None else step
         self.temporary = temporary
+        self.listed = ids.numel() if temporary and ids is not None and ids.is_cpu else 0
         self.trusted = trusted
         self._placed: _Placed | None = None
 
@@ -162,6 +173,8 @@ class Index:
             return _CONSECUTIVE
         made = cls(index, step)
         made.temporary = True
+        if made.ids is not None and made.on_host:
+            made.listed = made.ids.numel()
         return made
 
     @classmethod
@@ -225,11 +238,6 @@ class Index:
     def shifted(self, tokens: int) -> Index:
         """Return this index from position ``tokens`` on; it shares ids and copies."""
         return self._derived(self.ids, self.offset + tokens) if tokens else self
-
-    @property
-    def listed(self) -> int:
-        """Return the number of ids on the host that are for one call; 0 for all other indices."""
-        return self.ids.numel() if self.temporary and self.on_host and self.ids is not None else 0
 
     def of_blocks(self, block_size: int) -> Index:
         """Return this index with each block as one position: its step, or ``block_size``, is 1.
@@ -481,7 +489,7 @@ class Index:
         used = self.host_ids()[self.offset // self.step : -(-(self.offset + count) // self.step)]
         skips = False
         if used.size:
-            odd, twice = faults(used, slots // self.step - 1, distinct)
+            odd, twice = _faults(used, slots // self.step - 1, distinct)
             skips = odd and bool(used.min() < 0)
             if skips and twice:  # negative ids may occur more than once
                 twice = has_repeats(used[used >= 0])
@@ -544,3 +552,13 @@ class Index:
 
 
 _CONSECUTIVE = Index()  # the index that None stands for; without ids a copy caches nothing in it
+
+
+def _faults(used: npt.NDArray[np.int64], most: int, distinct: bool) -> tuple[bool, bool]:
+    """Return whether a number is negative or above ``most``, and with ``distinct`` whether one
+    occurs twice. There is at least one number."""
+    if used.size <= SHORT:
+        listed = used.tolist()
+        odd = min(listed) < 0 or max(listed) > most
+        return odd, distinct and len(set(listed)) < len(listed)
+    return out_of_range(used, most), distinct and has_repeats(used)

@@ -26,6 +26,7 @@ CPU = torch.device("cpu")
 NAMES = [
     "from_gpu, registered",
     "copy_blocks",
+    "copy_blocks, new ids",
     "host hit",
     "disk hit",
     "offer and ticket",
@@ -171,9 +172,21 @@ def test_the_calls_are_what_their_names_say() -> None:
 #: count if they belong to the library, which those of `packing` do not. On the device two changes
 #: are for the look at the oldest copy in flight, which a call makes if many are.
 TRIPS = {
-    ("cpu", "reference"): {"from_gpu, registered": (21, 49), "copy_blocks": (12, 24)},
-    ("simdev", "reference"): {"from_gpu, registered": (22, 58), "copy_blocks": (12, 29)},
-    ("simdev", "packing"): {"from_gpu, registered": (5, 11), "copy_blocks": (8, 16)},
+    ("cpu", "reference"): {
+        "from_gpu, registered": (21, 49),
+        "copy_blocks": (12, 24),
+        "copy_blocks, new ids": (14, 33),
+    },
+    ("simdev", "reference"): {
+        "from_gpu, registered": (22, 58),
+        "copy_blocks": (12, 29),
+        "copy_blocks, new ids": (14, 36),
+    },
+    ("simdev", "packing"): {
+        "from_gpu, registered": (5, 11),
+        "copy_blocks": (8, 16),
+        "copy_blocks, new ids": (10, 22),
+    },
 }
 
 

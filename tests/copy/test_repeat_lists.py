@@ -4,90 +4,68 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support import packed_backend
 from support import simdev_cases as simulated
 from support.command_line import registered
 from support.device_cases import DEVICE
+from support.packed_backend import Packing
 from torch.cuda import _sleep
 
-from portakv import Index, KVView, copy_blocks, copy_rows
-from portakv.backends.base import Capabilities, Launch, MoveLaunch, Pending
-from portakv.backends.reference import Reference
-from portakv.copy.repeat import dtypes_of
+from portakv import Index, KVView, SlotError, copy_blocks, copy_rows
 from portakv.host import pinned
-from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.pinned_ids import PinnedIds
-from portakv.runtime.transfer import copies_holding_memory
-from portakv.view.addresses import RawMemory
+from portakv.runtime.transfer import copies_holding_memory, free_words
 from portakv_conformance.simdev import delay
 
-TOKENS = 600
+BLOCKS = 300
+SIZE = 2  # tokens of a block
 DIM = 8
-LAYOUT = "token dim"
 
 
-Dtypes = tuple[torch.dtype | None, torch.dtype | None]
+class Sides:
+    """Two pools of the simulated device."""
+
+    def __init__(self) -> None:
+        shape = BLOCKS, SIZE, DIM
+        self.one = torch.zeros(shape, dtype=torch.int32, device=simulated.DEVICE)
+        self.other = torch.zeros_like(self.one)
+        self.src = KVView(self.one, "block token dim")
+        self.dst = KVView(self.other, "block token dim")
+
+    def fill(self) -> torch.Tensor:
+        """Fill the source with numbers, and return them."""
+        rows = torch.randint(1, 1 << 30, self.one.shape, dtype=torch.int32)
+        self.one.copy_(rows)
+        self.other.zero_()
+        return rows
+
+    def copied(self, read: Any, written: Any, **terms: Any) -> None:
+        """Copy blocks, and look at every byte."""
+        rows = self.fill()
+        expected = torch.zeros_like(rows)
+        expected[places(written, read)] = rows[places(read, written)]
+        copy_blocks(self.src, self.dst, read, written, backend="packing", **terms).synchronize()
+        assert torch.equal(self.other.cpu(), expected)
 
 
-class _Again:
-    """A packed launch that finds its ids by their addresses, when the device comes to it."""
-
-    most = 1 << 20
-    calls = 0
-
-    def __init__(self, launch: Launch, sides: tuple[KVView, KVView], dtypes: Dtypes) -> None:
-        self._launch = launch
-        self._sides = sides
-        self._dtypes = dtypes
-
-    def __call__(self, src: int, dst: int, first: int, count: int, status: int) -> None:
-        _Again.calls += 1
-        src_index = self._index(src, self._dtypes[0], count)
-        dst_index = self._index(dst, self._dtypes[1], count)
-        self._launch(*self._sides, src_index, dst_index, count, None, None)
-
-    @staticmethod
-    def _index(address: int, dtype: torch.dtype | None, count: int) -> Index:
-        if dtype is None:
-            return Index()
-        return Index(
-            RawMemory(dtype, count * dtype.itemsize).tensors([address], simulated.DEVICE)[0]
-        )
-
-
-class _Launch(MoveLaunch):
-    reads_pinned_ids = True
-
-    def __init__(self, launch: Launch) -> None:
-        self._launch = launch
-
-    def enqueue(self, move: Move, stream: torch.Stream | None, status: Any) -> Pending | None:
-        return self._launch(*move, stream, status)
-
-    def again(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> _Again:
-        return _Again(self._launch, (src, dst), dtypes_of(src_index, dst_index))
-
-
-class Reading(Reference):
-    name = "reading"
-
-    def capabilities(self) -> Capabilities:
-        return replace(super().capabilities(), index_on="device", skips_negative=True, guards=True)
-
-    def prepare(self, plan: CopyPlan) -> Launch:
-        return _Launch(super().prepare(plan))
+def places(ids: Any, others: Any) -> torch.Tensor:
+    """Return the ids of blocks as a tensor; the first blocks for no ids."""
+    if ids is None:
+        return torch.arange(len(others))
+    ids = ids.host_ids() if isinstance(ids, Index) else ids
+    return torch.as_tensor(ids).long().cpu()
 
 
 @pytest.fixture
-def reading() -> Iterator[None]:
-    _Again.calls = 0
-    with registered(reading=Reading):
-        yield
+def sides() -> Iterator[Sides]:
+    with registered(packing=Packing):
+        Packing.words.clear()
+        yield Sides()
 
 
 @pytest.fixture
@@ -106,34 +84,30 @@ def acquired(monkeypatch: pytest.MonkeyPatch) -> list[PinnedIds]:
     return taken
 
 
-def two_sides() -> tuple[torch.Tensor, torch.Tensor]:
-    one, other = (
-        torch.zeros(TOKENS, DIM, dtype=torch.int32, device=simulated.DEVICE) for _ in "ab"
-    )
-    return one, other
+def free_lists() -> list[PinnedIds]:
+    """Take all free lists out of the pool."""
+    copies_holding_memory()  # of tests before this one: they give their lists back
+    taken = []
+    while (listed := PinnedIds.acquire()) is not None:
+        taken.append(listed)
+    return taken
 
 
-def copied(
-    sides: tuple[torch.Tensor, torch.Tensor], views: tuple[KVView, KVView], read: Any, written: Any
-) -> None:
-    """Copy rows, and look at every byte."""
-    one, other = sides
-    rows = torch.randint(1, 1 << 30, one.shape, dtype=torch.int32)
-    one.copy_(rows)
-    other.zero_()
-    count = next(len(x) for x in (read, written) if x is not None)
-    expected = torch.zeros(one.shape, dtype=torch.int32)
-    places = [
-        torch.arange(count) if x is None else torch.as_tensor(x).cpu() for x in (read, written)
-    ]
-    expected[places[1].long()] = rows[places[0].long()]
-    copy_rows(views[0], views[1], read, written, backend="reading").synchronize()
-    assert torch.equal(other.cpu(), expected)
+def put_back(lists: list[PinnedIds]) -> None:
+    for listed in lists:
+        listed.release()
+
+
+def count_free() -> int:
+    lists = free_lists()
+    put_back(lists)
+    return len(lists)
 
 
 KINDS: dict[str, Callable[[list[int]], Any]] = {
     "list": lambda ids: ids,
-    "int64": lambda ids: np.array(ids),
+    "array": np.array,
+    "int64": torch.tensor,
     "int32": lambda ids: torch.tensor(ids, dtype=torch.int32),
     "strided": lambda ids: torch.tensor([*zip(ids, ids, strict=True)])[:, 0],
 }
@@ -142,131 +116,231 @@ KINDS: dict[str, Callable[[list[int]], Any]] = {
 @pytest.mark.simdev
 @pytest.mark.parametrize("without", ["", "read", "written"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_by_new_ids(kind: str, without: str, reading: None, acquired: list[PinnedIds]) -> None:
+def test_blocks_by_new_ids(
+    kind: str, without: str, sides: Sides, acquired: list[PinnedIds]
+) -> None:
     made = KINDS[kind]
-    sides = two_sides()
-    views = KVView(sides[0], LAYOUT), KVView(sides[1], LAYOUT)
     for read, written in (
         ([9, 2], [0, 5]),
         ([5, 2], [7, 0]),
-        ([1, 7, 300], [8, 3, 9]),
-        ([4], [399]),
-        (list(range(64)), list(range(64, 128))),
+        ([1, 7, 200], [8, 3, 9]),
+        ([4], [299]),
+        ([*range(64)], [*range(64, 128)]),
     ):
-        copied(
-            sides,
-            views,
+        sides.copied(
             None if without == "read" else made(read),
             None if without == "written" else made(written),
         )
     # The simulated device gets int32 ids as they are, and its packed launch reads those.
-    assert _Again.calls == 3
+    assert len(Packing.words) == 3
+    assert len(acquired) == (0 if kind == "int32" else 3)
+
+
+@pytest.mark.simdev
+def test_more_ids_than_a_list_holds(sides: Sides, acquired: list[PinnedIds]) -> None:
+    for n in range(4):
+        acquired.clear()
+        sides.copied([n], [n + 1])
+    half = PinnedIds.MOST // 2
+    many = torch.arange(half + 1) % BLOCKS  # a block may be read several times
+    rows = sides.fill()
+    into = torch.zeros(half + 1, SIZE, DIM, dtype=torch.int32, device=simulated.DEVICE)
+    dst = KVView(into, "block token dim")
+    for count, lists in ((half + 1, 0), (half, 1)):
+        for _ in range(3):
+            acquired.clear()
+            into.zero_()
+            ids = many[:count], np.arange(count)
+            copy_blocks(sides.src, dst, *ids, backend="packing").synchronize()
+            assert torch.equal(into[:count].cpu(), rows[many[:count]])
+        assert len(acquired) == lists
+
+
+@pytest.mark.simdev
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_new_ids_on_one_side_alone(where: str, sides: Sides, acquired: list[PinnedIds]) -> None:
+    device = simulated.DEVICE if where == "device" else torch.device("cpu")
+    kept = Index(torch.tensor([3, 1, 2], device=device), SIZE, trusted=True)
+    for read in ([9, 2, 8], [5, 2, 7], [6, 2, 9], [1, 3, 5]):
+        sides.copied(read, kept)
+    assert len(acquired) == 2
+    before = count_free()
+    # Packed launches read the ids of one dtype.
+    other = Index(torch.tensor([3, 1, 2], dtype=torch.int32, device=device), SIZE, trusted=True)
+    for read in ([9, 2, 8], [5, 2, 7]):
+        sides.copied(read, other)
+    assert count_free() == before
+
+
+@pytest.mark.simdev
+def test_ids_on_the_device_are_still_guarded(sides: Sides, acquired: list[PinnedIds]) -> None:
+    on_device = torch.tensor([3, 1], device=simulated.DEVICE)
+    for read in ([9, 2], [5, 2], [6, 2], [1, 3]):
+        sides.copied(read, on_device)
+        sides.copied(read, [7, 8])
+    assert [bool(word) for word in Packing.words] == [True, False, True, False]
+    assert len(acquired) == 4
+    words = len(free_words)
+    for turn in range(40):  # nobody holds a handle
+        copy_blocks(sides.src, sides.dst, [turn, 99], on_device, backend="packing")
+    torch.accelerator.synchronize(simulated.DEVICE)
+    for _ in range(40):
+        copy_blocks(sides.src, sides.dst, [1, 2], on_device, backend="packing").synchronize()
+    assert len(free_words) >= words
+
+
+@pytest.mark.simdev
+def test_parts_of_blocks_and_long_copies_are_no_packed_launches(
+    sides: Sides, acquired: list[PinnedIds], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_backend, "MOST", 100)  # of launches made from now on
+    for n in range(4):
+        sides.copied([n, 5], [n + 1, 0])
+    assert len(acquired) == 2
+    rows = sides.fill()
+    ids = [9, 4, 6], [1, 2, 3]
+    copy_blocks(sides.src, sides.dst, *ids, skip=SIZE, backend="packing").synchronize()
+    expected = torch.zeros_like(rows)
+    expected[[2, 3]] = rows[[4, 6]]
+    assert torch.equal(sides.other.cpu(), expected)
+    skipped = Index.of([2, 9, 4]).shifted(1)
+    for turn in range(4):
+        rows = sides.fill()
+        read = skipped if turn == 3 else [9, 4]
+        copy_rows(sides.src, sides.dst, read, [5, 6], count=2, backend="packing").synchronize()
+        assert torch.equal(sides.other[2, 1].cpu(), rows[4, 1])
+        assert torch.equal(sides.other[3, 0].cpu(), rows[2, 0])
     assert len(acquired) == 3
     acquired.clear()
-    # More ids than a list holds are sent to the device.
-    many = list(range(PinnedIds.MOST + 1))
-    copied(sides, views, None if without == "read" else made(many), made(many))
+    sides.copied([*range(60)], [*range(100, 160)])
+    assert not acquired
+    sides.copied([*range(20)], [*range(100, 120)])
+    assert len(acquired) == 1
+
+
+@pytest.mark.simdev
+def test_a_copy_on_another_stream_is_ordered_there(sides: Sides, acquired: list[PinnedIds]) -> None:
+    for n in range(4):
+        sides.copied([n], [n + 1])
+    acquired.clear()
+    rows = sides.fill()
+    torch.accelerator.synchronize(simulated.DEVICE)
+    stream = torch.Stream(simulated.DEVICE)
+    delay(stream, 300)
+    transfer = copy_blocks(sides.src, sides.dst, [7], [3], backend="packing", stream=stream)
+    torch.accelerator.current_stream(simulated.DEVICE).synchronize()
+    assert not transfer.done()
+    assert not sides.other.any()
+    transfer.synchronize()
+    assert torch.equal(sides.other[3].cpu(), rows[7])
     assert not acquired
 
 
 @pytest.mark.simdev
-def test_new_ids_on_one_side_and_others_on_the_device(
-    reading: None, acquired: list[PinnedIds]
-) -> None:
-    sides = two_sides()
-    views = KVView(sides[0], LAYOUT), KVView(sides[1], LAYOUT)
-    kept = torch.tensor([3, 1, 2], device=simulated.DEVICE)
-    for index in (Index(kept, trusted=True), Index([3, 1, 2])):
-        acquired.clear()
-        for read in ([9, 2, 8], [5, 2, 7], [6, 2, 9], [1, 3, 5]):
-            one, other = sides
-            one.copy_(torch.arange(one.numel(), dtype=torch.int32).view(one.shape))
-            other.zero_()
-            copy_rows(*views, read, index, backend="reading").synchronize()
-            assert torch.equal(other[[3, 1, 2]].cpu(), one[read].cpu())
-        assert len(acquired) == 2
-
-
-@pytest.mark.simdev
-def test_a_list_is_given_back_at_the_end(reading: None, acquired: list[PinnedIds]) -> None:
-    sides = two_sides()
-    views = KVView(sides[0], LAYOUT), KVView(sides[1], LAYOUT)
+def test_a_list_is_given_back_at_the_end(sides: Sides, acquired: list[PinnedIds]) -> None:
     for turn in range(20):
-        copied(sides, views, [turn, 30 + turn], [2, 1])
+        sides.copied([turn, 30 + turn], [2, 1])
     assert len(acquired) == 18
     assert len(set(acquired)) == 1
 
 
-def rows_of_copies_in_flight() -> tuple[torch.Tensor, torch.Tensor]:
+@pytest.mark.simdev
+def test_a_list_is_given_back_if_the_other_ids_cannot_be_sent(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(4):
+        sides.copied([n, 5, 6], Index([3, 1, n + 9], SIZE))
+    before = count_free()
+
+    def full(*_: object) -> Index:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "placed", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            copy_blocks(sides.src, sides.dst, [1, 2, 3], Index([7, 8, 9], SIZE), backend="packing")
+    assert count_free() == before
+    sides.copied([1, 2, 3], Index([7, 8, 9], SIZE))
+
+
+@pytest.mark.simdev
+def test_without_pinned_memory_ids_are_sent(
+    sides: Sides, acquired: list[PinnedIds], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lists = free_lists()
+    acquired.clear()
+    try:
+        for n in range(4):
+            sides.copied([n], [n + 1])
+        assert not acquired
+    finally:
+        put_back(lists)
+
+
+def rows_of_copies_in_flight(sides: Sides) -> tuple[torch.Tensor, torch.Tensor]:
     """Make six copies that begin late, whose ids the caller overwrites; return the rows that
     arrived, and those that were asked for."""
-    sides = two_sides()
-    views = KVView(sides[0], LAYOUT), KVView(sides[1], LAYOUT)
     for _ in range(3):
-        copied(sides, views, [1, 2], [3, 4])
-    one, other = sides
-    rows = one.cpu()
-    other.zero_()
-    wanted = torch.zeros(rows.shape, dtype=rows.dtype)
-    stream = torch.accelerator.current_stream(simulated.DEVICE)
-    delay(stream, 100)
+        sides.copied([1, 2], [3, 4])
+    rows = sides.fill()
+    wanted = torch.zeros_like(rows)
+    torch.accelerator.synchronize(simulated.DEVICE)
+    delay(torch.accelerator.current_stream(simulated.DEVICE), 100)
     for turn in range(6):
         read = np.array([turn, 50 + turn])
         written = np.array([100 + turn, 200 + turn])
         wanted[written] = rows[read]
-        copy_rows(*views, read, written, backend="reading")
-        read[:] = written[:] = 399
+        copy_blocks(sides.src, sides.dst, read, written, backend="packing")
+        read[:] = written[:] = BLOCKS - 1
     torch.accelerator.synchronize(simulated.DEVICE)
-    return other.cpu(), wanted
+    return sides.other.cpu(), wanted
 
 
 @pytest.mark.simdev
-def test_copies_in_flight_have_lists_of_their_own(reading: None) -> None:
-    arrived, wanted = rows_of_copies_in_flight()
+def test_copies_in_flight_have_lists_of_their_own(sides: Sides) -> None:
+    arrived, wanted = rows_of_copies_in_flight(sides)
     assert torch.equal(arrived, wanted)
 
 
 @pytest.mark.simdev
-def test_control_of_lists_of_their_own(reading: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_of_lists_of_their_own(sides: Sides, monkeypatch: pytest.MonkeyPatch) -> None:
     class Shared(PinnedIds):
         def release(self) -> None:
             """Stay out of the pool."""
 
     memory = torch.zeros(PinnedIds.MOST, dtype=torch.int64).pin_memory()
     monkeypatch.setattr(PinnedIds, "acquire", lambda: Shared(memory))
-    arrived, wanted = rows_of_copies_in_flight()
+    arrived, wanted = rows_of_copies_in_flight(sides)
     assert not torch.equal(arrived, wanted)
 
 
 @pytest.mark.simdev
 def test_more_copies_in_flight_than_there_are_lists(
-    reading: None, acquired: list[PinnedIds]
+    sides: Sides, acquired: list[PinnedIds]
 ) -> None:
-    """The ids of further copies are sent to the device; the host waits for none of them."""
-    sides = two_sides()
-    views = KVView(sides[0], LAYOUT), KVView(sides[1], LAYOUT)
+    """The ids of further copies are sent to the device."""
     for _ in range(3):
-        copied(sides, views, [1], [3])
-    copies_holding_memory()  # of tests before this one: they give their lists back
-    taken = []
-    while (listed := PinnedIds.acquire()) is not None:
-        taken.append(listed)
-    for listed in taken[:3]:
-        listed.release()
-    acquired.clear()
-    one, other = sides
-    rows = one.cpu()
-    other.zero_()
-    delay(torch.accelerator.current_stream(simulated.DEVICE), 500)
-    for turn in range(8):
-        copy_rows(*views, [turn], [turn + 1], backend="reading")
-    assert len(acquired) == 3
-    torch.accelerator.synchronize(simulated.DEVICE)
-    assert torch.equal(other[1:9].cpu(), rows[:8])
-    copied(sides, views, [1], [3])
-    assert len(acquired) == 4
-    for listed in taken[3:]:
-        listed.release()
+        sides.copied([1], [3])
+    lists = free_lists()
+    put_back(lists[:3])
+    try:
+        rows = sides.fill()
+        torch.accelerator.synchronize(simulated.DEVICE)
+        acquired.clear()
+        delay(torch.accelerator.current_stream(simulated.DEVICE), 500)
+        made = [
+            copy_blocks(sides.src, sides.dst, [turn], [turn + 1], backend="packing")
+            for turn in range(8)
+        ]
+        assert len(acquired) == 3
+        assert not made[0].done(), "the host waited for none"
+        torch.accelerator.synchronize(simulated.DEVICE)
+        assert torch.equal(sides.other[1:9].cpu(), rows[:8])
+        del made
+        sides.copied([1], [3])
+        assert len(acquired) == 4
+    finally:
+        put_back(lists[3:])
 
 
 @pytest.mark.gpu
@@ -295,3 +369,18 @@ def test_loads_and_saves_in_flight_on_a_device(store: bool, acquired: list[Pinne
     torch.accelerator.synchronize(DEVICE)
     assert torch.equal(sides[1].cpu(), wanted)
     assert len(acquired) == 32
+
+
+@pytest.mark.gpu
+def test_a_bad_id_of_the_device_beside_new_ids_of_the_host() -> None:
+    host = pinned.empty((96, 4, 2, 64), torch.int32)
+    device = torch.zeros_like(host, device=DEVICE)
+    src = KVView(host, "token kv head dim")
+    dst = KVView(device, "token kv head dim")
+    for last in (3, 4, 5):
+        ids = torch.tensor([1, last], device=DEVICE)
+        copy_rows(src, dst, [7, 8], ids, overlap="idle").synchronize()
+    bad = torch.tensor([1, 96], device=DEVICE)
+    transfer = copy_rows(src, dst, [7, 8], bad, overlap="idle")
+    with pytest.raises(SlotError, match="Position 1"):
+        transfer.synchronize()

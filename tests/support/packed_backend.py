@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 
@@ -18,12 +19,17 @@ from portakv.view.addresses import RawMemory
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
+#: The most tokens of a packed launch.
+MOST = 1 << 12
+
 
 class Packing(Reference):
     """The reference with packed launches. The ids of its copies have to be right: it guards none,
     whatever it says."""
 
     name = "packing"
+    #: The address of the status word of each packed launch.
+    words: ClassVar[list[int]] = []
 
     def capabilities(self) -> Capabilities:
         return replace(super().capabilities(), guards=True, skips_negative=True)
@@ -33,6 +39,8 @@ class Packing(Reference):
 
 
 class _Launch(MoveLaunch):
+    reads_pinned_ids = True
+
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
 
@@ -46,15 +54,16 @@ class _Launch(MoveLaunch):
 
 
 class _Again:
-    """A launch that finds its ids by their addresses."""
-
-    most = 1 << 20
+    """A launch that finds its ids by their addresses, when the device comes to it."""
 
     def __init__(self, launch: Launch, like: Move) -> None:
+        self.most = MOST
         self._launch = launch
         self._like = like
 
     def __call__(self, src: int, dst: int, first: int, count: int, status: int) -> None:
+        assert count <= self.most
+        Packing.words.append(status)
         like = self._like
         # A trace of calls ends here, as at the driver of a device.
         profile = sys.getprofile()
