@@ -16,7 +16,7 @@ import torch
 
 from portakv.migrate import Pull
 from portakv_benchmarks.host.suite import GB, HOST_PRESETS, KB, MB, Bench
-from portakv_benchmarks.migration.cases import ALL_CASES
+from portakv_benchmarks.migration.cases import ALL_CASES, Case
 from portakv_benchmarks.migration.side import Far, Side
 from portakv_benchmarks.shared.harness import Row
 from portakv_benchmarks.shared.trials import Method, Sample, Trials, timed
@@ -120,8 +120,6 @@ class MigrationBench(Bench):
         self.environment: Mapping[str, str] = {}
         self._near = list[Side]()
         self._far = list[Far]()
-        self._more = list[Far]()  # further sides that can give
-        self._giving = 1  # the number of owners of the last case
         self._settled = dict[Callable[..., object], float]()
 
     @property
@@ -139,38 +137,36 @@ class MigrationBench(Bench):
 
     @property
     def far(self) -> Far:
-        """Return the side that gives; start another process if the last one ended."""
+        """Return the first side that gives; start another process if the last one ended."""
         if not self._far or self._far[0].process.poll() is not None:
-            self._far = [self.started(self.there)]
+            self._far[:1] = [self.started(self.there)]
         return self._far[0]
 
     def started(self, device: torch.device) -> Far:
         """Return one more process."""
         return Far(device, self.environment)
 
-    @property
-    def owners(self) -> list[Far]:
-        """Return the sides that give the last case that was met."""
-        return [self.far, *self._more][: self._giving]
+    def owners(self, case: Case) -> list[Far]:
+        """Return the sides that give a case; more than one only within `several`."""
+        return [self.far, *self._far[1 : case.owners]]
 
     @contextmanager
     def several(self, most: int) -> Iterator[None]:
         """Start processes on the same device for cases of up to so many owners; end them."""
-        self._more = [self.started(self.there) for _ in range(most - 1)]
+        more = [self.started(self.there) for _ in range(most - 1)]
+        self._far = [self.far, *more]
         try:
             yield
             self.apart()  # no reader maps the memory of a process that ends
         finally:
-            for one in self._more:
+            for one in more:
                 one.close()
-            self._more = []
-            self._giving = 1
+            del self._far[1:]
 
     def meet(self, case: str, nbytes: int) -> None:
         """Let each owner give its rows of a case, and this side take them."""
         self.apart()
-        self._giving = ALL_CASES[case].owners
-        owners = self.owners
+        owners = self.owners(ALL_CASES[case])
         for number, one in enumerate(owners):
             one.begin("give", case, nbytes, number)
         raw = [one.end() for one in owners]
@@ -184,13 +180,13 @@ class MigrationBench(Bench):
             side.drop()
         if self._far:
             self.far.do("drop")
-        for one in self._more:
+        for one in self._far[1:]:
             one.do("drop")
 
     def change(self) -> None:
         """Write other bytes to move."""
         salt = next(self.salts)
-        owners = self.owners
+        owners = self.owners(self.near.case)
         for one in owners:
             one.begin("change", salt)
         self.near.expect(salt)

@@ -64,7 +64,7 @@ def _pulls(bench: MigrationBench, case: str, nbytes: int) -> Rows:
     """Return a row for pulls, for pulls by name, and for raw copies of as many bytes."""
     near = bench.near
     bench.meet(case, nbytes)
-    owners = bench.owners
+    owners = bench.owners(ALL_CASES[case])
     tickets = [one.do("offer", nbytes) for one in owners]
     name = secrets.token_bytes(16)
     by_name = [one.do("offer", nbytes, name.hex()) for one in owners]
