@@ -63,7 +63,7 @@ def _measure(bench: EncodingBench, migration: Any, transport: str) -> Rows:
     with moved.two(pair) as sides:
         terms = {"expose": "staging", "transport": "distributed"}
         dense = sides.owner.do("give", LIKE_CACHES, max(sizes), **terms)
-        sides.reader.do("take", LIKE_CACHES, max(sizes), dense, "distributed")
+        sides.reader.do("take", LIKE_CACHES, max(sizes), dense, transport="distributed")
         for nbytes in sizes:
             rows += _rows(pair, sides, transport, nbytes)
     return rows

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +28,8 @@ ARRANGED: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """The sharding of one model's rows at the owner and the reader; ``heads``: the owner's, and
-    from which to which of them the reader has."""
+    """The sharding of one model's rows at the owners and the reader; ``heads``: from which to which
+    of the model's heads the reader has, and the number of the model's heads."""
 
     owner: str = "nhd"
     reader: str = "nhd"
@@ -39,6 +39,7 @@ class Case:
     kv: int = 2
     dim: int = 128
     normal: bool = False  # values that are normally distributed, as `pack` takes them
+    owners: int = 1  # processes, each of which has an equal share of the heads
 
     @property
     def row_bytes(self) -> int:
@@ -53,6 +54,12 @@ class Case:
         """Return the bytes of these tokens."""
         return self.tokens(nbytes) * self.layers * self.kv * self.row_bytes
 
+    def owned(self, number: int) -> tuple[int, int, int]:
+        """Return the window of an owner's heads, as `Shard` takes it."""
+        whole = self.heads[2]
+        share = whole // self.owners
+        return number * share, (number + 1) * share, whole
+
 
 USUAL = "vLLM to FlexKV"
 BLOCKS = "blocks of 64 KB"
@@ -65,9 +72,16 @@ CASES: Mapping[str, Case] = {
     "16 to 64 tokens a block": Case(blocks=(16, 64)),
     BLOCKS: Case("pages", "pages"),
 }
+TWO_OWNERS = "TP 2 to 1"
+#: Rows of several owners, each with its share of the heads. The reader has all heads.
+SEVERAL: Mapping[str, Case] = {
+    TWO_OWNERS: Case(reader="flexkv", owners=2),
+    "TP 4 to 1": Case(reader="flexkv", owners=4),
+}
 #: Also those that pulls of mapped memory are not measured with.
 ALL_CASES: Mapping[str, Case] = {
     **CASES,
+    **SEVERAL,
     "values as in caches": Case(reader="flexkv", normal=True),
 }
 
@@ -80,14 +94,17 @@ def memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 class Cache:
-    """The cache of an owner, or of a reader, that holds at least so many bytes of a case; its
-    tokens lie in blocks in an order that both sides know."""
+    """The cache of an owner, or of a reader, that holds at least so many bytes of a case, or an
+    owner's share of them; its tokens lie in blocks in an order that all sides know."""
 
-    def __init__(self, case: Case, reading: bool, nbytes: int, device: torch.device) -> None:
+    def __init__(
+        self, case: Case, reading: bool, nbytes: int, device: torch.device, owner: int = 0
+    ) -> None:
         self.case = case
+        self.owner = owner
         self.size = case.blocks[reading]
-        first, past, whole = case.heads
-        heads = past - first if reading else whole
+        self.heads = case.heads if reading else case.owned(owner)
+        heads = self.heads[1] - self.heads[0]
         used = -(-case.tokens(nbytes) // self.size)
         extents = {"l": case.layers, "k": case.kv, "b": used * 5 // 4 + 1, "t": self.size}
         extents |= {"h": heads, "d": case.dim}
@@ -97,7 +114,7 @@ class Cache:
         self.memory = [memory(shape, DTYPE, device) for _ in range(count)]
         tensors = [one.transpose(2, 3) for one in self.memory] if "ht" in order else self.memory
         view = KVView(tensors[0] if "l" in order else tensors, layout, block_size=self.size)
-        self.shard = Shard(view, heads=case.heads if reading else None)
+        self.shard = Shard(view, heads=self.heads)
         random = torch.Generator().manual_seed(1 + reading)
         self.ids = torch.randperm(extents["b"], generator=random)[:used]
         self.planes = [*self._planes(tensors, order)]
@@ -117,9 +134,9 @@ class Cache:
         return self.ids[: -(-self.case.tokens(nbytes) // self.size)]
 
     def fill(self, salt: int) -> None:
-        """Write words that differ from each other, and from those of other salts."""
+        """Write words that differ from each other, and from those of other salts and owners."""
         for at, one in enumerate(self.memory):
-            fill(one.view(-1).view(torch.int64), salt * 1000 + at)
+            fill(one.view(-1).view(torch.int64), salt * 1000 + self.owner * 100 + at)
             if self.case.normal:
                 _make_normal(one)
 
@@ -134,19 +151,26 @@ class Cache:
         places = self.ids[at // self.size], at % self.size
         return places[0].to(self.device), places[1].to(self.device)
 
-    def has(self, source: Cache, nbytes: int) -> bool:
-        """Return whether this cache holds these rows of a source, and poison elsewhere.
+    def has(self, sources: Sequence[Cache], nbytes: int) -> bool:
+        """Return whether this cache holds these rows of all owners, and poison elsewhere.
 
         Overwrite the compared rows with poison.
         """
-        first, past, _ = self.case.heads
-        sources = [plane[:, :, first:past] for plane in source.planes]
-        out = source.places(nbytes)
         into = self.places(nbytes)
-        same = moved(sources, out, self.planes, into)
+        same = []
+        for source in sources:
+            first = max(self.heads[0], source.heads[0])
+            past = min(self.heads[1], source.heads[1])
+            remote = source.planes_of(first, past)
+            same.append(moved(remote, source.places(nbytes), self.planes_of(first, past), into))
         word = int.from_bytes([POISON] * 2, "big", signed=True)
         rest = [(one.view(torch.int16) == word).all() for one in self.memory]
-        return bool(torch.stack([same, *rest]).all())
+        return bool(torch.stack([*same, *rest]).all())
+
+    def planes_of(self, first: int, past: int) -> list[torch.Tensor]:
+        """Return the planes of some of the model's heads, which this cache has."""
+        start = self.heads[0]
+        return [plane[:, :, first - start : past - start] for plane in self.planes]
 
 
 def _make_normal(rows: torch.Tensor) -> None:

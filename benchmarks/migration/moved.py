@@ -117,7 +117,7 @@ def _staged(bench: MigrationBench, transport: str) -> Rows:
     rows = Rows()
     with two(bench) as sides:
         raw = sides.owner.do("give", USUAL, max(sizes), expose="staging", transport=transport)
-        sides.reader.do("take", USUAL, max(sizes), raw, transport)
+        sides.reader.do("take", USUAL, max(sizes), raw, transport=transport)
         sides.group() if transport == GROUP else sides.engine(transport)
         for nbytes in sizes:
             own = partial(sides.crossed, nbytes)

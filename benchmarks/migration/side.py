@@ -7,7 +7,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -55,9 +55,9 @@ class Resources:
     library: engines.Engine | None = None  # NIXL or Mooncake
     source: Cache | None = None  # the rows to offer
     target: Cache | None = None  # the destination of pulls
-    mirror: Cache | None = None  # the rows that a pull must bring
+    mirrors: list[Cache] | None = None  # the rows of each owner that a pull must bring
     dense: torch.Tensor | None = None  # the dense bytes to offer
-    raw: torch.Tensor | None = None  # the dense bytes of the other side
+    raw: list[torch.Tensor] | None = None  # the dense bytes of each owner
     landed: torch.Tensor | None = None  # the destination of dense bytes
 
 
@@ -83,26 +83,31 @@ class Side:
         self.made = Resources()
         self.pulled: Pull | None = None  # the last pull that was timed
 
-    def give(self, case: str, nbytes: int, **terms: Any) -> str:
-        """Prepare to offer rows of a case; return the dense bytes, as shared."""
+    def give(self, case: str, nbytes: int, number: int = 0, **terms: Any) -> str:
+        """Prepare to offer an owner's rows of a case; return as many dense bytes, as shared."""
         self.case = ALL_CASES[case]
-        source = Cache(self.case, False, nbytes, self.device)
+        source = Cache(self.case, False, nbytes, self.device, number)
         self.made.source = source
-        dense = memory((self.case.payload(nbytes),), torch.uint8, self.device)
+        nbytes_dense = self.case.payload(nbytes) // self.case.owners
+        dense = memory((nbytes_dense,), torch.uint8, self.device)
         self.made.dense = dense
         self.made.owner = Owner(self.channel, source.shard, model="bench", **terms)
         return share(dense).hex()
 
-    def take(self, case: str, nbytes: int, raw: str, transport: str | None = None) -> None:
-        """Allocate memory for rows of a case, and a mirror of the expected rows."""
+    def take(self, case: str, nbytes: int, *raw: str, transport: str | None = None) -> None:
+        """Allocate memory for rows of a case, and a mirror of the rows of each owner.
+
+        ``raw``: the dense bytes of each owner, as shared.
+        """
         self.case = ALL_CASES[case]
         target = Cache(self.case, True, nbytes, self.device)
         self.made.target = target
-        self.made.mirror = Cache(self.case, False, nbytes, self.device)
+        numbers = range(self.case.owners)
+        self.made.mirrors = [Cache(self.case, False, nbytes, self.device, n) for n in numbers]
         self.made.reader = Reader(self.channel, target.shard, model="bench", transport=transport)
-        shared = open_shared(bytes.fromhex(raw), self.device)
-        self.made.raw = shared
-        self.made.landed = torch.empty_like(shared)
+        self.made.raw = [open_shared(bytes.fromhex(one), self.device) for one in raw]
+        total = sum(one.nbytes for one in self.made.raw)
+        self.made.landed = torch.empty(total, dtype=torch.uint8, device=self.device)
         target.poison()
 
     def drop(self) -> None:
@@ -117,13 +122,15 @@ class Side:
 
     def change(self, salt: int) -> None:
         """Write other bytes to the offered rows."""
-        ready(self.made.source).fill(salt)
-        fill(ready(self.made.dense).view(torch.int64), salt)
+        source = ready(self.made.source)
+        source.fill(salt)
+        fill(ready(self.made.dense).view(torch.int64), _dense_salt(salt, source.owner))
         self.settle()
 
     def expect(self, salt: int) -> None:
         """Expect other bytes from now on."""
-        ready(self.made.mirror).fill(salt)
+        for mirror in ready(self.made.mirrors):
+            mirror.fill(salt)
         self.salt = salt
 
     def offer(self, nbytes: int, name: str = "") -> str:
@@ -148,21 +155,33 @@ class Side:
         """Begin to pull rows."""
         return self.pulling(ticket, nbytes, **terms)()
 
-    def pulling(self, ticket: str, nbytes: int, **terms: Any) -> Callable[[], Pull]:
+    def pulling(self, ticket: str | Sequence[str], nbytes: int, **terms: Any) -> Callable[[], Pull]:
         """Return the call that begins to pull rows, as a server makes it, which knows its
-        blocks."""
+        blocks.
+
+        ``ticket``: the only owner's, or a list with each owner's.
+        """
         blocks = ready(self.made.target).blocks(nbytes)
-        return partial(ready(self.made.reader).pull, bytes.fromhex(ticket), blocks, **terms)
+        packed: bytes | list[bytes]
+        if isinstance(ticket, str):
+            packed = bytes.fromhex(ticket)
+        else:
+            packed = [bytes.fromhex(one) for one in ticket]
+        return partial(ready(self.made.reader).pull, packed, blocks, **terms)
 
     def copy(self, nbytes: int) -> None:
-        """Copy as many dense bytes without PortaKV."""
-        n = self.case.payload(nbytes)
-        ready(self.made.landed)[:n].copy_(ready(self.made.raw)[:n], non_blocking=True)
+        """Copy as many dense bytes without PortaKV, from each owner as many as its rows have."""
+        raw = ready(self.made.raw)
+        n = self.case.payload(nbytes) // len(raw)
+        landed = ready(self.made.landed)
+        for number, source in enumerate(raw):
+            target = landed[number * n : (number + 1) * n]
+            target.copy_(source[:n], non_blocking=True)
 
     def rows(self, nbytes: int) -> object:
         """Return the same rows in one process."""
         case = self.case
-        mirror = ready(self.made.mirror)
+        (mirror,) = ready(self.made.mirrors)
         target = ready(self.made.target)
         src = mirror.shard.view.slice(heads=slice(*case.heads[:2]))
         ids = (Index(one.blocks(nbytes), step=one.size) for one in (mirror, target))
@@ -171,11 +190,16 @@ class Side:
     def right(self, nbytes: int, raw: bool = False) -> bool:
         """Return whether every byte of the last pull, or raw copy, is right; then erase it."""
         if not raw:
-            return ready(self.made.target).has(ready(self.made.mirror), nbytes)
-        n = self.case.payload(nbytes)
+            return ready(self.made.target).has(ready(self.made.mirrors), nbytes)
         landed = ready(self.made.landed)
-        known = fill(torch.empty_like(landed).view(torch.int64), self.salt)
-        same = torch.equal(landed[:n], known.view(torch.uint8)[:n])
+        owners = len(ready(self.made.raw))
+        n = self.case.payload(nbytes) // owners
+        same = True
+        for number in range(owners):
+            result = landed[number * n : (number + 1) * n]
+            known = torch.empty_like(result).view(torch.int64)
+            fill(known, _dense_salt(self.salt, number))
+            same = same and torch.equal(result, known.view(torch.uint8))
         landed.fill_(POISON)
         return same
 
@@ -309,6 +333,11 @@ class Side:
         """Return the milliseconds of a loop of matrix products."""
         self.products = self.products or engines.products(self.device, matmul, seconds)
         return engines.loop_ms(self.device, self.products)
+
+
+def _dense_salt(salt: int, owner: int) -> int:
+    """Return the salt of an owner's dense bytes."""
+    return salt * 1000 + owner
 
 
 class Far(far.Far):

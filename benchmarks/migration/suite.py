@@ -4,8 +4,8 @@ benchmark."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import packages_distributions, version
@@ -16,6 +16,7 @@ import torch
 
 from portakv.migrate import Pull
 from portakv_benchmarks.host.suite import GB, HOST_PRESETS, KB, MB, Bench
+from portakv_benchmarks.migration.cases import ALL_CASES, Case
 from portakv_benchmarks.migration.side import Far, Side
 from portakv_benchmarks.shared.harness import Row
 from portakv_benchmarks.shared.trials import Method, Sample, Trials, timed
@@ -99,7 +100,7 @@ MIGRATION_PRESETS: Mapping[str, MigrationPreset] = {
 
 class MigrationBench(Bench):
     """Two processes: this one, which takes, on its device, and one that gives, on a second device
-    if there is one; and the installed peers."""
+    if there is one; and the installed peers. More processes give within `several`."""
 
     def __init__(self, device: torch.device, preset: MigrationPreset) -> None:
         loops = replace(HOST_PRESETS["tiny"], matmul=preset.matmul, loop_seconds=preset.seconds)
@@ -136,35 +137,61 @@ class MigrationBench(Bench):
 
     @property
     def far(self) -> Far:
-        """Return the side that gives; start another process if the last one ended."""
+        """Return the first side that gives; start another process if the last one ended."""
         if not self._far or self._far[0].process.poll() is not None:
-            self._far = [self.started(self.there)]
+            self._far[:1] = [self.started(self.there)]
         return self._far[0]
 
     def started(self, device: torch.device) -> Far:
         """Return one more process."""
         return Far(device, self.environment)
 
+    def owners(self, case: Case) -> list[Far]:
+        """Return the sides that give a case; more than one only within `several`."""
+        return [self.far, *self._far[1 : case.owners]]
+
+    @contextmanager
+    def several(self, most: int) -> Iterator[None]:
+        """Start processes on the same device for cases of up to so many owners; end them."""
+        more = [self.started(self.there) for _ in range(most - 1)]
+        self._far = [self.far, *more]
+        try:
+            yield
+            self.apart()  # no reader maps the memory of a process that ends
+        finally:
+            for one in more:
+                one.close()
+            del self._far[1:]
+
     def meet(self, case: str, nbytes: int) -> None:
-        """Let the other one give a case and this one take it."""
+        """Let each owner give its rows of a case, and this side take them."""
         self.apart()
-        self.near.take(case, nbytes, self.far.do("give", case, nbytes))
+        owners = self.owners(ALL_CASES[case])
+        for number, one in enumerate(owners):
+            one.begin("give", case, nbytes, number)
+        raw = [one.end() for one in owners]
+        self.near.take(case, nbytes, *raw)
         self.change()
 
     def apart(self) -> None:
-        """Let both release their memory."""
+        """Let all sides release their memory."""
         self._settled.clear()
         for side in self._near:
             side.drop()
         if self._far:
             self.far.do("drop")
+        for one in self._far[1:]:
+            one.do("drop")
 
     def change(self) -> None:
         """Write other bytes to move."""
         salt = next(self.salts)
-        self.far.begin("change", salt)
+        owners = self.owners(self.near.case)
+        for one in owners:
+            one.begin("change", salt)
         self.near.expect(salt)
-        self.far.end()
+        for one in owners:
+            one.end()
 
     def forget(self) -> None:
         with suppress(RuntimeError):

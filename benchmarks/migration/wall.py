@@ -11,7 +11,7 @@ from statistics import median
 from time import perf_counter
 
 from portakv_benchmarks.host.suite import KB, MB
-from portakv_benchmarks.migration.cases import BLOCKS, CASES, USUAL
+from portakv_benchmarks.migration.cases import ALL_CASES, BLOCKS, CASES, SEVERAL, TWO_OWNERS, USUAL
 from portakv_benchmarks.migration.pulls import MAPPED, RAW
 from portakv_benchmarks.migration.suite import MigrationBench
 from portakv_benchmarks.shared.harness import Row, Rows, Step, quantile, short
@@ -19,31 +19,58 @@ from portakv_benchmarks.shared.shapes import in_words
 
 #: Bytes of the pulls whose time is mostly fixed.
 SMALL = (256 * KB, 2 * MB)
+#: Bytes from which on pulls have a target as a share of a raw copy's rate.
+LARGE = 512 * MB
+#: The arrangements that are pulled in that size too: the usual one and the slowest one.
+OF_LARGE = (USUAL, "MLA, rows of 1152 B")
 BY_NAME = "mapped, by name"
 
 
 def waiting_steps(bench: MigrationBench) -> Iterator[Step]:
-    """Yield a step for small pulls, for large ones of each arrangement, and for tickets."""
+    """Yield a step for small pulls, for large ones of each arrangement, for tickets, and for pulls
+    from several owners."""
     most = bench.sizes.large[bench.on]
     for nbytes in SMALL:
         if nbytes <= most:
             yield f"wall clock: {in_words(nbytes)}", partial(_pulls, bench, USUAL, nbytes)
     for case in CASES:
-        if case != BLOCKS:
-            yield f"wall clock: {case}, {in_words(most)}", partial(_pulls, bench, case, most)
+        if case == BLOCKS:
+            continue
+        for nbytes in _large(most) if case in OF_LARGE else [most]:
+            name = f"wall clock: {case}, {in_words(nbytes)}"
+            yield name, partial(_pulls, bench, case, nbytes)
     yield "wall clock: tickets", partial(_tickets, bench)
+    yield "wall clock: several owners", partial(_several, bench, most)
+
+
+def _large(most: int) -> list[int]:
+    """Return the sizes of large pulls, of which the last one is the most."""
+    return [LARGE, most] if LARGE < most else [most]
+
+
+def _several(bench: MigrationBench, most: int) -> Rows:
+    """Return rows for pulls from several owners, each a process with its share of the heads."""
+    rows = Rows()
+    with bench.several(max(case.owners for case in SEVERAL.values())):
+        if SMALL[-1] <= most:
+            rows += _pulls(bench, TWO_OWNERS, SMALL[-1])
+        for case in SEVERAL:
+            for nbytes in _large(most):
+                rows += _pulls(bench, case, nbytes)
+    return rows
 
 
 def _pulls(bench: MigrationBench, case: str, nbytes: int) -> Rows:
     """Return a row for pulls, for pulls by name, and for raw copies of as many bytes."""
     near = bench.near
     bench.meet(case, nbytes)
-    ticket = bench.far.do("offer", nbytes)
+    owners = bench.owners(ALL_CASES[case])
+    tickets = [one.do("offer", nbytes) for one in owners]
     name = secrets.token_bytes(16)
-    by_name = bench.far.do("offer", nbytes, name.hex())
+    by_name = [one.do("offer", nbytes, name.hex()) for one in owners]
 
-    pull = near.pulling(ticket, nbytes, overlap="idle")
-    pull_by_name = near.pulling(by_name, nbytes, overlap="idle")
+    pull = near.pulling(_only(tickets), nbytes, overlap="idle")
+    pull_by_name = near.pulling(_only(by_name), nbytes, overlap="idle")
 
     def raw() -> None:
         near.copy(nbytes)
@@ -60,7 +87,7 @@ def _pulls(bench: MigrationBench, case: str, nbytes: int) -> Rows:
         ),
         RAW: (raw, partial(near.right, nbytes, True)),
     }
-    payload = CASES[case].payload(nbytes)
+    payload = ALL_CASES[case].payload(nbytes)
     times: dict[str, list[float]] = {method: [] for method in calls}
     right = dict.fromkeys(calls, True)
     for n in range(_rounds(bench, payload)):
@@ -75,7 +102,7 @@ def _pulls(bench: MigrationBench, case: str, nbytes: int) -> Rows:
             times[method].append(perf_counter() - began)
             right[method] &= check()
     fields: Row = {"kind": "migrate_wall", "shape": case, "op": in_words(nbytes)}
-    fields |= {"across": bench.across, "payload_bytes": payload}
+    fields |= {"across": bench.across, "owners": len(owners), "payload_bytes": payload}
     rows = Rows()
     for method, seconds in times.items():
         row = {**fields, "backend": method, **_figures(seconds), "verified": right[method]}
@@ -84,6 +111,11 @@ def _pulls(bench: MigrationBench, case: str, nbytes: int) -> Rows:
             row["over_raw_us"] = short((median(seconds) - median(times[RAW])) * 1e6)
         rows.append(row)
     return rows
+
+
+def _only(tickets: list[str]) -> str | list[str]:
+    """Return the ticket of a single owner by itself, as servers pass it."""
+    return tickets[0] if len(tickets) == 1 else tickets
 
 
 def _tickets(bench: MigrationBench) -> Rows:

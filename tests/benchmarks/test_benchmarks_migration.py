@@ -14,7 +14,7 @@ import portakv_benchmarks.cli as bench
 from portakv import Index, copy_rows
 from portakv_benchmarks import check, guide
 from portakv_benchmarks.migration import pulls
-from portakv_benchmarks.migration.cases import CASES, Cache
+from portakv_benchmarks.migration.cases import ALL_CASES, CASES, SEVERAL, Cache
 from portakv_benchmarks.migration.side import Far
 from portakv_benchmarks.migration.suite import MIGRATION_PRESETS, MigrationBench
 from portakv_benchmarks.shared.harness import Failed, Row, having
@@ -88,32 +88,55 @@ def test_every_part_measures_on_devices(
     assert {"mapped", "both", "cost", "weights", "beside"} <= kinds
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
+def test_pulls_from_several_owners_are_measured_by_the_wall(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
+    rows = having(checked(tmp_path, "--only", "wall"), kind="migrate_wall")
+    methods = {"mapped", "mapped, by name", "raw copy"}
+    for name, case in SEVERAL.items():
+        several = having(rows, shape=name)
+        assert {row["backend"] for row in several} == methods
+        assert {row["owners"] for row in several} == {case.owners}
+        assert all("of_raw" in row for row in several if row["backend"] != "raw copy")
+    assert {row["owners"] for row in rows if row["shape"] not in SEVERAL} == {1}
+
+
+@pytest.mark.parametrize("name", [*CASES, *SEVERAL])
 def test_one_wrong_byte_is_seen_and_one_elsewhere(name: str) -> None:
-    case = CASES[name]
-    source, target = (Cache(case, reading, NBYTES, CPU) for reading in (False, True))
-    source.fill(1)
-    part = source.shard.view.slice(heads=slice(*case.heads[:2]))
-    ids = [Index(one.blocks(NBYTES), step=one.size) for one in (source, target)]
+    case = ALL_CASES[name]
+    sources = [Cache(case, False, NBYTES, CPU, number) for number in range(case.owners)]
+    target = Cache(case, True, NBYTES, CPU)
+    for source in sources:
+        source.fill(1)
 
     def copied() -> None:
         target.poison()
-        copy_rows(part, target.shard.view, *ids, count=case.tokens(NBYTES))
+        for source in sources:
+            first = max(source.heads[0], target.heads[0])
+            past = min(source.heads[1], target.heads[1])
+            src, dst = (
+                one.shard.view.slice(heads=slice(first - one.heads[0], past - one.heads[0]))
+                for one in (source, target)
+            )
+            ids = [Index(one.blocks(NBYTES), step=one.size) for one in (source, target)]
+            copy_rows(src, dst, *ids, count=case.tokens(NBYTES))
 
     copied()
-    assert target.has(source, NBYTES)
-    assert not target.has(source, NBYTES)  # nothing is left of it
+    assert target.has(sources, NBYTES)
+    assert not target.has(sources, NBYTES)  # nothing is left of it
     copied()
     block, at = (int(one[-1]) for one in target.places(NBYTES))
     target.planes[-1][block, at, -1, -1] ^= 1
-    assert not target.has(source, NBYTES)
+    assert not target.has(sources, NBYTES)
     copied()
     free = ({*range(target.planes[0].shape[0])} - {*target.ids.tolist()}).pop()
     target.planes[0][free, 0, 0, 0] ^= 1
-    assert not target.has(source, NBYTES)
+    assert not target.has(sources, NBYTES)
     copied()
-    source.fill(2)  # what was read before the contents changed
-    assert not target.has(source, NBYTES)
+    sources[-1].fill(2)  # what was read before the contents changed
+    assert not target.has(sources, NBYTES)
 
 
 @pytest.mark.full

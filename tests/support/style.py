@@ -177,7 +177,11 @@ def _listed(value: object) -> list[object]:
 
 
 def attributes(node: ast.ClassDef) -> set[str]:
-    """Return the attributes that a class sets in its `__init__`."""
+    """Return the attributes that a class sets in its `__init__`, and its fields."""
+    return _set_at_start(node) | _fields(node)
+
+
+def _set_at_start(node: ast.ClassDef) -> set[str]:
     starts = [x for x in node.body if isinstance(x, ast.FunctionDef) and x.name == "__init__"]
     return {
         inner.attr
@@ -186,6 +190,30 @@ def attributes(node: ast.ClassDef) -> set[str]:
         if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store)
         if isinstance(inner.value, ast.Name) and inner.value.id == "self"
     }
+
+
+def _fields(node: ast.ClassDef) -> set[str]:
+    """Return the fields of a dataclass or a `NamedTuple`, without those that it inherits."""
+    named = {_named_last(each) for each in (*node.decorator_list, *node.bases)}
+    if not named & {"dataclass", "NamedTuple"}:
+        return set()
+    return {
+        each.target.id
+        for each in node.body
+        if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+        if _named_last(each.annotation) not in ("ClassVar", "KW_ONLY")
+    }
+
+
+def _named_last(node: ast.expr) -> str:
+    """Return the last part of a dotted name, of what is called or of what has an index."""
+    if isinstance(node, ast.Call):
+        node = node.func
+    if isinstance(node, ast.Subscript):
+        node = node.value
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def parameters(function: Function) -> int:
