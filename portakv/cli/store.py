@@ -149,7 +149,8 @@ def _usable(folder: str) -> Iterator[None]:
             PermissionError: f"this user may not use {error.filename or 'it'}",
         }.get(type(error), f"{error.filename or 'it'} cannot be used: {cause_of(error)}")
         raise StoreError(
-            f"Expected block stores in {folder}, but {why}. Pass a folder of a `Disk` tier."
+            f"Expected block stores in {folder}, but {why}. Pass a folder of a `Disk` "
+            f"tier, or make it first."
         ) from error
 
 
