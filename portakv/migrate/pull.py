@@ -194,8 +194,9 @@ class Pull(Transfer):
 
     def _cancel(self) -> bool:
         """Cancel the pull, unless it has ended or failed before."""
-        self.stop(TransferCancelled(CANCELLED))
-        return self.stopped and len(self._times) == 1
+        # A thread that sees the verdict may end the pull before the next line.
+        cancelled = self.stop(TransferCancelled(CANCELLED))
+        return cancelled or (self.stopped and len(self._times) == 1)
 
     @property
     def statistics(self) -> PullStatistics:
