@@ -358,6 +358,12 @@ class Pull(Transfer):
         return self.stopped
 
     def _timed_out(self) -> TransferTimeout:
+        wanted = self.requested.wanted
+        if wanted is not None and (hung := wanted.handshakes):
+            return TransferTimeout(
+                f"The handshake of the pull timed out; no rows were committed. Increase timeout, "
+                f"or pull from another owner than {hung[0]}."
+            )
         return TransferTimeout("The pull timed out; no rows were committed. Increase timeout.")
 
     def _gone(self) -> OfferGone | None:
