@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Begin pulls that wait: for offers by name, in a worker when their offers exist, see `named`; and
-for the rows of offers that are not complete, see `followed`."""
+"""Begin pulls that wait: for owners that are not connected yet and for offers by name, in a worker
+when the offers exist, see `named`; and for the rows of offers that are not complete, see
+`followed`."""
 
 from __future__ import annotations
 
@@ -11,23 +12,23 @@ from weakref import ref
 import torch
 
 from portakv.errors import PortaKVError, TransferCancelled
-from portakv.graph.graph import Graph
-from portakv.graph.task import Task
-from portakv.migrate.connections import Connections, Sources
+from portakv.graph import Graph, Task
+from portakv.migrate.connecting import Connector
+from portakv.migrate.connections import ANY, Connections, Sources
 from portakv.migrate.followed import incomplete
 from portakv.migrate.follower import Follower
 from portakv.migrate.housekeeping import Housekeeper
 from portakv.migrate.issue import Issuer, Request
 from portakv.migrate.messages import any_named
 from portakv.migrate.named import Finder, LateLayer, Wanted
-from portakv.migrate.pull import CANCELLED, Pull, fail
+from portakv.migrate.pull import CANCELLED, Part, Pull, fail
 from portakv.runtime.streams import StreamFence, own_stream
 
 WIDTH = 4  # pulls that begin together
 
 
 class ByName:
-    """The pulls by name of one reader."""
+    """The pulls of one reader that wait for owners, offers or rows."""
 
     def __init__(
         self, graph: Graph, owners: Connections, issuer: Issuer, keeper: Housekeeper
@@ -38,7 +39,7 @@ class ByName:
         self._keeper = keeper
         self._follower = Follower(graph, issuer, keeper)
         self._begins = graph.queue("named", width=WIDTH)
-        self._connects = graph.queue("connect")
+        self._connector = Connector(graph, owners, keeper.note_connection)
         #: The pull of the last call that has asked owners itself.
         self._asked: ref[Pull] | None = None
         self._stream: torch.Stream | None = None
@@ -56,13 +57,32 @@ class ByName:
         finder = self._have_finder()
         pull = Pull((), until, self._keeper.report)
         pull.layers = self._follower.promised(request)
-        if wanted.look_up(self._owners.ticket_of):
+        wanted.look_up(self._owners.ticket_of)
+        connected = all(self._owners.knows(*owner) for owner in wanted.owners)
+        if connected and not wanted.names:
             return self._begin_here(pull, wanted, request)
-        if self._may_ask(wanted):
+        if connected and self._may_ask(wanted):
             self._asked = ref(pull)
             if finder.find_now(wanted):
                 return self._begin_here(pull, wanted, request)
         return self._waiting(pull, wanted, request)
+
+    def pull_connected(self, tickets: list[bytes], request: Request, until: float) -> Pull:
+        """Return a pull of plain tickets that begins in a worker when all of their owners are
+        connected, after the caller's stream.
+
+        The call raises the errors of its arguments. The pull ends with those of its owners and
+        rows.
+        """
+        request.check(tickets, self._issuer.shards)
+        self._have_finder()
+        pull = Pull((), until, self._keeper.report)
+        pull.layers = self._follower.promised(request)
+        return self._waiting(pull, Wanted.of(tickets), request)
+
+    def prepare(self, address: str) -> Part:
+        """Connect to the owner at an address in a worker, and return the end."""
+        return Part((), [self._connector.begin((address, ANY)).task])
 
     def _may_ask(self, wanted: Wanted) -> bool:
         """Return True if a call may ask owners itself: they are connected, and the pull of the last
@@ -138,17 +158,8 @@ class ByName:
         """Let the reader's thread ask owners for names and marks."""
         finder = self._keeper.finder
         if finder is None:
-            self._keeper.finder = finder = Finder(self._owners.channel, self._connect)
+            self._keeper.finder = finder = Finder(self._owners.channel, self._connector)
         return finder
-
-    def _connect(self, address: str) -> Task | None:
-        """Connect to an owner in a worker; return None if that was done."""
-        if self._owners.has(address):
-            return None
-        prepare = partial(self._owners.prepare, address)
-        task = Task(lambda *_: prepare(), 1, queue=self._connects, name="connect")
-        self._graph.submit([task], priority="urgent")
-        return task
 
     def _start(self, pull: Pull, task: Task, ended: bool) -> None:
         """Have a worker begin a pull, or end a pull that was stopped before it began."""

@@ -8,8 +8,8 @@ if it can, and otherwise agrees with the owner on a transport.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from math import inf
 from time import monotonic
@@ -131,6 +131,33 @@ class Source(NamedTuple):
 Sources = Sequence[Source]
 
 
+class _Turns:
+    """Turns of threads, one at a time for each address."""
+
+    def __init__(self) -> None:
+        self._taken = set[str]()
+        self._change = threading.Condition()
+
+    @contextmanager
+    def of(self, address: str, until: float) -> Iterator[None]:
+        """Have the turn of an address; raise `TransferTimeout` if another thread has it until the
+        time ``until``."""
+        wait = min(max(0.0, until - monotonic()), FOREVER)
+        with self._change:
+            if not self._change.wait_for(lambda: address not in self._taken, wait):
+                raise TransferTimeout(
+                    f"The handshake with {address} timed out after one of another call. Pull again "
+                    f"with a longer timeout."
+                )
+            self._taken.add(address)
+        try:
+            yield
+        finally:
+            with self._change:
+                self._taken.discard(address)
+                self._change.notify_all()
+
+
 class Connections:
     """The owners of one reader; see `Reader` for the arguments.
 
@@ -150,7 +177,8 @@ class Connections:
         self._transports = dict[str, Transport]()
         self._owners = dict[tuple[str, bytes], Connection]()
         self._closed = False
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # for new owners and transports, and the end
+        self._turns = _Turns()
 
     def __len__(self) -> int:
         return len(self._owners)
@@ -174,9 +202,23 @@ class Connections:
                 f"The handshake of the pull timed out; no rows were committed. Increase timeout, "
                 f"or pull from another owner: {error}"
             ) from error
-        for data, source in zip(packed, sources, strict=True):
-            if not is_signed(data, source.owner.handshake.key):
-                raise no_ticket()
+        _check_signed(packed, sources)
+        return sources
+
+    def resolve_connected(self, packed: Sequence[bytes]) -> list[Source] | None:
+        """Return what `resolve_listed` returns; None if an owner is not connected. Never blocks."""
+        sources = list[Source]()
+        connected = True
+        for data in packed:
+            ticket = Ticket.read(data)
+            owner = self._owners.get((ticket.address, ticket.epoch))
+            if owner is None:
+                connected = False  # the other tickets are checked all the same
+            else:
+                sources.append(Source.of(ticket, owner))
+        if not connected:
+            return None
+        _check_signed(packed, sources)
         return sources
 
     def of(self, ticket: Ticket, until: float = inf) -> Connection:
@@ -192,9 +234,9 @@ class Connections:
             return owner
         return uninterrupted(partial(self._connect, ticket, until))
 
-    def prepare(self, address: str) -> None:
+    def prepare(self, address: str, epoch: bytes = ANY) -> None:
         """Connect to the owner at an address, unless that was done; raise as `of`."""
-        ticket = Ticket(ANY, ANY, address, 0, (b"",), (1,), 0.0)
+        ticket = Ticket(epoch, ANY, address, 0, (b"",), (1,), 0.0)
         if self._known(ticket) is None:
             self._connect(ticket, inf)
 
@@ -223,47 +265,61 @@ class Connections:
         return next((owner for owner in owners if owner.address == ticket.address), None)
 
     def _connect(self, ticket: Ticket, until: float) -> Connection:
-        """Connect to the owner of a ticket, unless another thread has."""
-        wait = min(max(0.0, until - monotonic()), FOREVER)
-        if not self._lock.acquire(timeout=wait):
-            raise TransferTimeout(
-                f"The handshake with {ticket.address} timed out after another owner's. Pull again "
-                f"with a longer timeout."
-            )
-        try:
+        """Connect to the owner of a ticket, unless another thread has.
+
+        Only handshakes with one address wait for each other.
+        """
+        with self._turns.of(ticket.address, until):
             if (owner := self._known(ticket)) is not None:
                 return owner
             if self._closed:
-                raise PeerError("Expected a reader that is open, got one that is closed.")
+                raise _closed()
             owner = Connection(self.channel, ticket.address, self._shake_hands(ticket, until))
             for old in [x for x in [*self._owners.values()] if x.address == owner.address]:
                 self._forget(old)
-            try:
-                mapped = map_owner(owner.address, owner.handshake, self.device)
-                # The shards last: pulls read an owner that has shards, and need its events to wait
-                # for the stream that writes the rows.
-                owner.events = mapped.events
-                owner.words = mapped.words
-                owner.names = mapped.names
-                owner.shards = mapped.shards
-            except NotMapped as error:
-                owner.why_not_mapped = str(error)
+            self._map(owner)
             if owner.why_not_mapped:
-                try:
-                    self._agree(owner, ticket, until)
-                except PortaKVError as error:
-                    peer = isinstance(error, PeerError | TransferTimeout)
-                    if peer and not isinstance(error, Refused):
-                        raise
-                    why = f"{owner.why_not_mapped}; and they cannot be sent: {error}"
-                    raise Unsupported(f"Pulling rows of {ticket.address}", why) from error
-            used = {one.number for one in [*self._owners.values()]}
-            owner.number = min({*range(len(used) + 1)} - used)
-            self._owners[owner.address, owner.handshake.epoch] = owner
+                self._agree_or_raise(owner, ticket, until)
+            self._add(owner)
             owner.unwatch = self.channel.watch(ticket.address, partial(self._forget, owner))
-        finally:
-            self._lock.release()
         return owner
+
+    def _map(self, owner: Connection) -> None:
+        """Map the memory of an owner, or set why it cannot be mapped."""
+        try:
+            mapped = map_owner(owner.address, owner.handshake, self.device)
+            # The shards last: pulls read an owner that has shards, and need its events to wait
+            # for the stream that writes the rows.
+            owner.events = mapped.events
+            owner.words = mapped.words
+            owner.names = mapped.names
+            owner.shards = mapped.shards
+        except NotMapped as error:
+            owner.why_not_mapped = str(error)
+
+    def _agree_or_raise(self, owner: Connection, ticket: Ticket, until: float) -> None:
+        """Agree with an owner on a transport; raise `Unsupported` if there is none for its rows."""
+        try:
+            self._agree(owner, ticket, until)
+        except PortaKVError as error:
+            peer = isinstance(error, PeerError | TransferTimeout)
+            if peer and not isinstance(error, Refused):
+                raise
+            why = f"{owner.why_not_mapped}; and they cannot be sent: {error}"
+            raise Unsupported(f"Pulling rows of {ticket.address}", why) from error
+
+    def _add(self, owner: Connection) -> None:
+        """Let pulls use an owner, with a number that no other has; raise `PeerError` after
+        `close`."""
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                used = {one.number for one in [*self._owners.values()]}
+                owner.number = min({*range(len(used) + 1)} - used)
+                self._owners[owner.address, owner.handshake.epoch] = owner
+        if closed:
+            self._forget(owner)
+            raise _closed()
 
     def extend(self, ticket: bytes, seconds: float) -> float:
         """Renew the lease of a ticket's offer; see `Reader.extend`."""
@@ -282,7 +338,8 @@ class Connections:
 
     def _close(self) -> None:
         """Say goodbye to each owner, forget it, and close the transports."""
-        self._closed = True
+        with self._lock:  # a handshake that ends later adds nothing
+            self._closed = True
         until = monotonic() + min(FAREWELL, self.channel.timeout)
         for owner in [*self._owners.values()]:
             with suppress(PortaKVError):  # the peer may be gone
@@ -327,9 +384,13 @@ class Connections:
         except BackendUnavailable:
             device = _HOST
             transport = choose(device, name)
-        shared = self._transports.setdefault(f"{transport.name} {device}", transport)
-        if shared is not transport:
+        with self._lock:
+            shared = self._transports.setdefault(f"{transport.name} {device}", transport)
+            closed = self._closed
+        if closed or shared is not transport:
             transport.close()
+        if closed:
+            raise _closed()
         agreed = self._shake_hands(ticket, until, transport.name, device)
         same_rows = agreed.described == owner.handshake.described
         if not (same_rows and 1 <= agreed.slots <= MOST_BUFFERS):
@@ -365,6 +426,18 @@ def listed(tickets: bytes | Sequence[bytes]) -> list[bytes]:
     if not packed:
         raise arguments.invalid("tickets", "one ticket or more", tickets, "Pass Offer.ticket.")
     return packed
+
+
+def _check_signed(packed: Sequence[bytes], sources: Sources) -> None:
+    """Raise `PeerError` for a ticket without a MAC under the key of its owner."""
+    for data, source in zip(packed, sources, strict=True):
+        if not is_signed(data, source.owner.handshake.key):
+            raise no_ticket()
+
+
+def _closed() -> PeerError:
+    """Return the error of a reader that is closed."""
+    return PeerError("Expected a reader that is open, got one that is closed.")
 
 
 def _other_rows(ticket: Ticket, why: str) -> LayoutError:

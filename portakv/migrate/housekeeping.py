@@ -164,6 +164,11 @@ class Housekeeper:
         if self._thread is None:
             uninterrupted(self._begin)
 
+    def note_connection(self) -> None:
+        """Have the thread look at pulls that may wait for the end of a handshake."""
+        if self._pulls:
+            self._wakes.look()
+
     def wait(self, seconds: float) -> None:
         """Wait for the pulls in flight, and cancel those that last longer."""
         until = monotonic() + seconds

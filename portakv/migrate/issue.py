@@ -7,7 +7,7 @@ or compares checksums. A pull with a task, or of an owner without validity words
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -21,7 +21,14 @@ from portakv.graph import Graph, Task
 from portakv.migrate.checked_copy import copy_checked
 from portakv.migrate.connections import Sources
 from portakv.migrate.crossed import Crossed, Encoding, Pack, pack_of
-from portakv.migrate.plan import Step, check_packed, count_blocks, indices_of, planned
+from portakv.migrate.plan import (
+    Step,
+    check_arguments,
+    check_packed,
+    count_blocks,
+    indices_of,
+    planned,
+)
 from portakv.migrate.pull import CANCELLED, Ends, Part, Pull, known
 from portakv.migrate.shards import Shard
 from portakv.migrate.staged import Taker, verified
@@ -61,6 +68,10 @@ class Request(NamedTuple):
         pack = pack_of(encoding)
         return cls(indices_of(shards, blocks), first, options, verify, pack)
 
+    def check(self, tickets: Sequence[bytes], shards: Sequence[Shard]) -> None:
+        """Check the request for tickets whose owners are not connected; raise as `Reader.pull`."""
+        check_arguments(tickets, shards, self.indices, self.first)
+
 
 class Issuer:
     """Issues the pulls of one reader."""
@@ -72,16 +83,6 @@ class Issuer:
         self.pulls = graph.queue("pull", width=16)
         self.checks = graph.queue("verify", width=16)
         self.copies = graph.queue("copy", width=4)
-
-    def in_worker(self, work: Callable[[], object]) -> Part:
-        """Run work in a worker, and return its end."""
-
-        def run(*_: object) -> None:
-            work()
-
-        task = Task(run, 1, queue=self.copies, name="prepare")
-        self.graph.submit([task], priority="urgent")
-        return Part((), [task])
 
     def issue(self, pull: Pull, request: Request) -> tuple[list[Task], list[Part]]:
         """Issue the copies of a pull whose sources are known.

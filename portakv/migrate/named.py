@@ -6,6 +6,8 @@ offers exist by then, and each thread that has to wake costs as much as a small 
 that do not exist yet the reader's `Housekeeper` asks the owners which of the names they have
 offered, all names of one owner in one request, and starts a pull when all of its offers are there.
 The pull then has plain tickets, and goes on in a worker.
+
+A pull of plain tickets waits in the same way for handshakes with their owners.
 """
 
 from __future__ import annotations
@@ -19,14 +21,16 @@ from typing import Any, NamedTuple
 
 from portakv import arguments
 from portakv.errors import (
+    OfferGone,
     PeerError,
     PortaKVError,
     TransferError,
     TransferTimeout,
 )
-from portakv.graph.task import Task
 from portakv.migrate.channel import Channel
-from portakv.migrate.followed import Followed, Marker
+from portakv.migrate.connecting import Attempt, Connector
+from portakv.migrate.connections import ANY
+from portakv.migrate.followed import Followed, Marker, Stop
 from portakv.migrate.messages import MOST_NAMES, Answer, Find, Found, Named, Ticket
 from portakv.migrate.questions import OwnerKey, Questions
 from portakv.runtime.bounded import Bounded
@@ -41,15 +45,21 @@ LATE = 0.05
 
 @dataclass
 class Wanted:
-    """The tickets of a pull of which some are still names, and offers that are not complete.
+    """The tickets of a pull of which some are still names or of owners that are not connected, and
+    offers that are not complete.
 
-    ``start`` is called once, when no name is left: it has a worker go on, or ends a pull that has
-    failed. ``followed`` is None before that, and if all offers are complete. ``queried``: the
-    owners have had the names in a request once.
+    ``start`` is called once, when no name and no such owner is left: it has a worker go on, or ends
+    a pull that has failed. ``followed`` is None before that, and if all offers are complete.
+    ``queried``: the owners have had the names in a request once. ``owners``: those of plain tickets
+    that are not known to be connected, with a ticket of each. ``attempts``: the handshakes that the
+    pull waits for. ``since``: when the pull was called.
     """
 
     tickets: list[bytes]
     names: dict[int, Named]  # by their places among the tickets
+    owners: dict[OwnerKey, Ticket] = field(default_factory=dict)
+    attempts: dict[OwnerKey, Attempt] = field(default_factory=dict)
+    since: float = field(default_factory=monotonic)
     start: Callable[[bool], object] = bool
     started: threading.Event = field(default_factory=threading.Event)
     once: threading.Lock = field(default_factory=threading.Lock)
@@ -62,6 +72,12 @@ class Wanted:
         followed = self.followed
         return not self.started.is_set() or (followed is not None and not followed.issued.is_set())
 
+    @property
+    def handshakes(self) -> list[str]:
+        """Return the addresses of owners whose handshake is under way."""
+        attempts = [*self.attempts.items()]
+        return [address for (address, _), attempt in attempts if not attempt.task.ended]
+
     def wait(self) -> None:
         """Block the host until the pull waits for no offer and no mark."""
         self.started.wait()
@@ -69,29 +85,32 @@ class Wanted:
             self.followed.issued.wait()
 
     @classmethod
-    def of(cls, tickets: list[bytes]) -> Wanted | None:
-        """Return tickets of which some are names; None if none is."""
-        names = {at: name for at, one in enumerate(tickets) if (name := Named.read(one))}
-        if not names:
-            return None
-        for at, one in enumerate(tickets):
-            if at not in names:
-                Ticket.read(one)  # raises for what is not a ticket
-        return cls(tickets, names)
+    def of(cls, tickets: list[bytes]) -> Wanted:
+        """Return tickets of which some may be names; raise `PeerError` for other bytes."""
+        wanted = cls(tickets, {})
+        for at, data in enumerate(tickets):
+            named = Named.read(data)
+            if named is not None:
+                wanted.names[at] = named
+            else:
+                ticket = Ticket.read(data)
+                wanted.owners[ticket.address, ticket.epoch] = ticket
+        return wanted
 
-    def look_up(self, ticket_of: Callable[[Named], bytes]) -> bool:
-        """Find offers in the tables of their owners; return True if no name is left."""
+    def look_up(self, ticket_of: Callable[[Named], bytes]) -> None:
+        """Find offers in the tables of their owners."""
         for at, named in [*self.names.items()]:
             ticket = ticket_of(named)
             if ticket:
                 self.tickets[at] = ticket
                 del self.names[at]
-        return not self.names
 
     def begin(self, ended: bool = False) -> None:
         """Start the pull, which waits no more, or end it; only the first call does."""
         if self.once.acquire(blocking=False):
             self.start(ended)
+            self.start = bool  # the pull retains no task that has ended
+            self.attempts.clear()
             self.started.set()
 
     def end(self) -> None:
@@ -167,7 +186,7 @@ class _Place(NamedTuple):
 
     wanted: Wanted
     at: int
-    stop: Callable[[PortaKVError], object]
+    stop: Stop
 
     @property
     def named(self) -> Named:
@@ -181,18 +200,16 @@ class Finder:
 
     Args:
         channel: of the reader.
-        connect: connects to the owner at an address in a worker, and returns the end; None if that
-            was done.
+        connector: connects to owners, in workers.
     """
 
-    def __init__(self, channel: Channel, connect: Callable[[str], Task | None]) -> None:
+    def __init__(self, channel: Channel, connector: Connector) -> None:
         self.marker = Marker(channel)
         self._channel = channel
         # Owners that were late with an answer, with the time of the next question by a call.
         self._late: Bounded[OwnerKey, float] = Bounded("owners that were late", 1024)
         self._questions = Questions(channel, "offers by name", Found)
-        self._connect = connect
-        self._connecting = dict[str, Task]()
+        self._connector = connector
 
     def find_now(self, wanted: Wanted) -> bool:
         """Ask the owners of a pull's names, which are connected, and wait for a moment; return True
@@ -222,49 +239,65 @@ class Finder:
                         del wanted.names[at]
         return not wanted.names
 
-    def look(self, waiting: Sequence[tuple[Wanted, Callable[[PortaKVError], object]]]) -> None:
-        """Ask for the names of pulls that wait, each with a function that stops the pull, and start
-        the pulls that wait no more."""
+    def look(self, waiting: Sequence[tuple[Wanted, Stop]]) -> None:
+        """Connect to the owners of pulls that wait, each with a function that stops the pull. Ask
+        for their names, and start the pulls that wait no more."""
+        for wanted, stop in waiting:
+            for owner in [*wanted.owners]:
+                if self._connector.has(owner):
+                    del wanted.owners[owner]
+                else:
+                    self._connect(owner, wanted, stop)
+        self._ask(self._due_questions(waiting))
+        for wanted, _ in waiting:
+            if not wanted.names and not wanted.owners:
+                wanted.begin()
+
+    def _due_questions(
+        self, waiting: Sequence[tuple[Wanted, Stop]]
+    ) -> list[tuple[OwnerKey, Sequence[_Place]]]:
+        """Return the names that connected owners may get a question about now, by owner; connect to
+        the other owners."""
         wanted_names = defaultdict[OwnerKey, list[_Place]](list)
         for wanted, stop in waiting:
             for at, named in wanted.names.items():
                 wanted_names[named.address, named.epoch].append(_Place(wanted, at, stop))
         questions = list[tuple[OwnerKey, Sequence[_Place]]]()
         for owner, places in wanted_names.items():
+            anyone = owner[0], ANY  # also an owner of another epoch answers
+            if not self._connector.has(anyone):
+                for place in places:
+                    self._connect(anyone, place.wanted, place.stop)
+                continue
             if not self._questions.is_due(owner):
                 places = [place for place in places if not place.wanted.queried]
                 if not self._questions.is_due(owner, first=True):
                     continue
-            if places and self._is_connected(owner[0], places):
-                starts = range(0, len(places), MOST_NAMES)
-                questions += [(owner, places[first : first + MOST_NAMES]) for first in starts]
-        self._ask(questions)
-        for wanted, _ in waiting:
-            if not wanted.names:
-                wanted.begin()
+            starts = range(0, len(places), MOST_NAMES)
+            questions += [(owner, places[first : first + MOST_NAMES]) for first in starts]
+        return questions
 
-    def _is_connected(self, address: str, places: Sequence[_Place]) -> bool:
-        """Return whether an owner can answer; else connect to it, or stop the pulls that need it
-        if that failed."""
-        error: BaseException | None = None
-        task = self._connecting.get(address)
-        try:
-            if task is None:
-                task = self._connect(address)
-                if task is None:
-                    return True
-                self._connecting[address] = task
-            elif task.ended:
-                del self._connecting[address]
-                error = task.error
-        except PortaKVError as closed:  # the reader is
-            error = closed
-        if error is not None:
-            if not isinstance(error, PortaKVError):
-                error = TransferError(f"The handshake failed: {error!r}.")
-            for place in places:
-                place.stop(error)
-        return False
+    def _connect(self, owner: OwnerKey, wanted: Wanted, stop: Stop) -> None:
+        """Have a worker connect to an owner that a pull waits for; stop the pull if that failed."""
+        error: PortaKVError | None = None
+        attempt = wanted.attempts.get(owner)
+        if attempt is None:
+            try:
+                wanted.attempts[owner] = self._connector.begin(owner)
+            except PortaKVError as closed:  # the reader is
+                error = closed
+        elif attempt.task.ended:
+            del wanted.attempts[owner]
+            # A pull does not end with a handshake that began before it: the next look begins
+            # another. So does a pull whose owner's address has another epoch.
+            if attempt.began >= wanted.since:
+                error = attempt.error
+        if isinstance(error, OfferGone) and owner in wanted.owners:
+            # The owner answers. The worker that begins the pull gets the same answer, and the
+            # error names the offer of this pull.
+            del wanted.owners[owner]
+        elif error is not None:
+            stop(error)
 
     def _ask(self, questions: Sequence[tuple[OwnerKey, Sequence[_Place]]]) -> None:
         """Ask owners, all at a time, for the offers of names; take the answers."""

@@ -234,8 +234,26 @@ def _check_tickets(sources: Sources, shards: Sequence[Shard], first: int) -> int
     ticket = sources[0].ticket
     if len(sources) == 1 and len(ticket.ids) == len(shards) and 0 <= first < ticket.tokens:
         return ticket.tokens - first  # the usual case
-    tokens = {source.ticket.tokens for source in sources}
-    groups = {len(source.ticket.ids) for source in sources}
+    return _common_tokens([source.ticket for source in sources], shards, first)
+
+
+def check_arguments(
+    packed: Sequence[bytes], shards: Sequence[Shard], blocks: Sequence[Index], first: int
+) -> None:
+    """Check the arguments of a pull whose owners are not connected; raise as `Reader.pull` does.
+
+    Only the owners' rows say how tickets of other groups differ, so these are left to the pull.
+    """
+    tickets = [Ticket.read(data) for data in packed]
+    if all(len(ticket.ids) == len(shards) for ticket in tickets):
+        count = _common_tokens(tickets, shards, first)
+        _indices((), shards, blocks, first, count)
+
+
+def _common_tokens(tickets: Sequence[Ticket], shards: Sequence[Shard], first: int) -> int:
+    """Return the number of tokens to pull; raise `InvalidTerms` if the tickets do not match."""
+    tokens = {ticket.tokens for ticket in tickets}
+    groups = {len(ticket.ids) for ticket in tickets}
     if len(tokens) != 1:
         raise InvalidTerms(
             f"Expected tickets for the same tokens, got tickets for {sorted(tokens)}. Pull the "

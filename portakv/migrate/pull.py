@@ -194,8 +194,9 @@ class Pull(Transfer):
 
     def _cancel(self) -> bool:
         """Cancel the pull, unless it has ended or failed before."""
-        self.stop(TransferCancelled(CANCELLED))
-        return self.stopped and len(self._times) == 1
+        # A thread that sees the verdict may end the pull before the next line.
+        cancelled = self.stop(TransferCancelled(CANCELLED))
+        return cancelled or (self.stopped and len(self._times) == 1)
 
     @property
     def statistics(self) -> PullStatistics:
@@ -357,6 +358,12 @@ class Pull(Transfer):
         return self.stopped
 
     def _timed_out(self) -> TransferTimeout:
+        wanted = self.requested.wanted
+        if wanted is not None and (hung := wanted.handshakes):
+            return TransferTimeout(
+                f"The handshake of the pull timed out; no rows were committed. Increase timeout, "
+                f"or pull from another owner than {hung[0]}."
+            )
         return TransferTimeout("The pull timed out; no rows were committed. Increase timeout.")
 
     def _gone(self) -> OfferGone | None:

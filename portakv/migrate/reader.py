@@ -8,7 +8,6 @@ sends the rows through staging buffers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from operator import is_
 from time import monotonic
 
@@ -89,9 +88,9 @@ class Reader:
 
         Args:
             tickets: one ticket of each owner that has a part of this reader's windows. A pull by
-                `Ticket.of` waits for its offer, of that the call itself for at most 1 ms, and a
-                pull of an offer that is not complete for its rows; an `Index` and ids on
-                a device must not change meanwhile. Other lists are copied.
+                `Ticket.of` waits for its offer, of that the call itself for at most 1 ms. Pulls
+                wait for handshakes, and for rows that are not complete. An `Index` and ids on a
+                device must not change meanwhile. Other lists are copied.
             first: the number of tokens that are here already; both sides skip them.
             by_layer: copy one layer after the other, each with a separate end in `Pull.layers`;
                 of offers that are not complete, what their owners have written by then.
@@ -104,7 +103,7 @@ class Reader:
                 not fit follow raw. Mapped memory is copied as it is. See `PullStatistics`.
             timeout: seconds from the call, handshake included; then the pull ends without a commit.
 
-        Raises, or with a ticket by name or rows that are not complete ends with:
+        Raises, or with a name, a handshake, or rows that are not complete ends with:
             PeerError, OfferGone: no ticket; an owner that is gone, refuses, or was restarted.
             LayoutError: rows that cannot become this reader's; layers or heads without an owner.
             SlotError: bad blocks on either side, or too few.
@@ -128,8 +127,7 @@ class Reader:
         by_name = self._by_name.pull(packed, request, until)
         if by_name is not None:
             return by_name
-        sources = self._owners.resolve_listed(packed, until)
-        return self._start(Pull(sources, until, self._keeper.report), request)
+        return self._start(packed, request, until)
 
     def _checked(self, options: CopyOptions | None, *keywords: object) -> CopyOptions:
         """Return the options of a pull that takes ``options`` or `OPTIONS` as keywords.
@@ -146,9 +144,13 @@ class Reader:
         self._last_options = passed, checked
         return checked
 
-    def _start(self, pull: Pull, request: Request) -> Pull:
-        """Return a pull whose owners are connected, after its copies were issued if its offers are
-        complete."""
+    def _start(self, packed: list[bytes], request: Request, until: float) -> Pull:
+        """Return a pull of plain tickets, after its copies were issued if its owners are connected
+        and its offers are complete."""
+        sources = self._owners.resolve_connected(packed)
+        if sources is None:
+            return self._by_name.pull_connected(packed, request, until)
+        pull = Pull(sources, until, self._keeper.report)
         if self._by_name.waits(pull):
             return self._by_name.follow(pull, request)
         try:
@@ -171,12 +173,12 @@ class Reader:
     def prepare(self, address: str) -> Part:
         """Connect to the owner at an address, and map its memory, in a worker.
 
-        The first pull of that owner then needs no handshake. The result ends with the connection,
-        and raises the errors of `pull` that are about owners.
+        The first pull of that owner then waits for no handshake. The result ends with the
+        connection, and raises the errors of `pull` that are about owners.
         """
         arguments.text("address", address)
         self._check_open()
-        return self._issuer.in_worker(partial(self._owners.prepare, address))
+        return self._by_name.prepare(address)
 
     def extend(self, ticket: bytes, seconds: float) -> float:
         """Have the owner of a ticket hold its offer for ``seconds`` from now on; return the seconds

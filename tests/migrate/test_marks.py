@@ -162,6 +162,7 @@ def test_a_complete_offer_is_pulled_as_any_other(made: Sides, method: str, unit:
     offer = both.offer(progress=unit)
     both.write(unit, 0, end_of(unit))
     offer.raise_to(end_of(unit))
+    both.reader.prepare(both.owner.channel.address).synchronize(LIMIT)
     pulled = both.pull(offer, verify=True)
     # Of rows that are sent only the owner knows it, so a worker begins the pull.
     assert (pulled.requested.wanted is None) == (method == "mapped")
@@ -464,6 +465,9 @@ def test_rows_that_cannot_become_the_readers_are_refused_by_the_call(
     both = Writing(made, method)
     half = made.owner(both.src.half(0), expose=method, staging=SMALL)
     offer = half.offer(both.blocks, tokens=TOKENS, progress="layers")
+    with pytest.raises(LayoutError):  # the owner is not connected: the pull has the error
+        both.pull(offer, timeout=LIMIT).synchronize(LIMIT)
+    assert until(lambda: both.reader.statistics()["pulls"] == 0)
     with pytest.raises(LayoutError):
         both.pull(offer, timeout=LIMIT)
     assert both.reader.statistics()["pulls"] == 0

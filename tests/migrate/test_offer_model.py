@@ -206,6 +206,8 @@ class OfferMachine(RuleBasedStateMachine):
         before = [side.owner.confirmed for side in self.sides]
         requested = [side.owner.requested for side in self.sides]
         lasts = False
+        if hang and holds:  # else the copies might not have begun
+            puller.connect(pair)
         for n in hang if holds else ():
             self.sides[n].owner.go.clear()
             if not self.sides[n].terms:

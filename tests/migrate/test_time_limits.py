@@ -94,7 +94,7 @@ def test_an_owner_without_staging_buffers_is_refused(
     handshake = handshake_of(owner)
     owner.channel.serve(Hello, lambda *_: replace(handshake, slots=slots))
     with pytest.raises(PeerError, match="Expected 1 to 64 staging buffers"):
-        reader.pull(ticket, [2, 3], timeout=5.0)
+        reader.pull(ticket, [2, 3], timeout=5.0).synchronize(BOUND)
 
 
 def test_a_second_answer_that_is_not_a_welcome_is_refused(
@@ -104,7 +104,7 @@ def test_a_second_answer_that_is_not_a_welcome_is_refused(
     handshake = handshake_of(owner)
     owner.channel.serve(Hello, lambda _, hello: Answer("held") if hello.transport else handshake)
     with pytest.raises(PortaKVError):
-        reader.pull(ticket, [2, 3], timeout=5.0)
+        reader.pull(ticket, [2, 3], timeout=5.0).synchronize(BOUND)
 
 
 def test_regions_without_addresses_are_the_owner_s_error(
@@ -116,7 +116,7 @@ def test_regions_without_addresses_are_the_owner_s_error(
     regions = tuple(replace(region, nbytes=1 << 48) for region in handshake.regions)
     owner.channel.serve(Hello, lambda *_: replace(handshake, regions=regions))
     with pytest.raises(PeerError, match="Expected regions of memory"):
-        reader.pull(ticket, [2, 3], timeout=5.0)
+        reader.pull(ticket, [2, 3], timeout=5.0).synchronize(BOUND)
 
 
 def test_the_time_of_a_pull_counts_from_the_call() -> None:
@@ -130,7 +130,7 @@ def test_the_time_of_a_pull_counts_from_the_call() -> None:
         owner = Owner(here, caches(), model="m")
         reader = Reader(there, caches(), model="m")
         ticket = owner.offer([0, 1], tokens=20).ticket
-        assert lasted(lambda: reader.pull(ticket, [2, 3], timeout=0.5)) < 4.0
+        assert lasted(reader.pull(ticket, [2, 3], timeout=0.5).synchronize) < 4.0
         reader.close()
         owner.close()
 
@@ -161,7 +161,7 @@ def test_an_owner_that_stops_answering_ends_with_the_pull_s_time(
 
 
 def test_two_pulls_of_a_stopped_owner_wait_for_their_own_times() -> None:
-    """The second waits for the pairing of the first, which may last longer."""
+    """The second waits for the handshake of the first, which may last longer."""
     with (
         closing(Channel("tcp://127.0.0.1:0", secret=SECRET)) as here,
         closing(Channel(secret=SECRET, timeout=60.0)) as there,
@@ -171,16 +171,13 @@ def test_two_pulls_of_a_stopped_owner_wait_for_their_own_times() -> None:
         ticket = owner.offer([0, 1], tokens=20).ticket
         release = threading.Event()
         here.serve(Hello, lambda *_: release.wait(20) and None)  # type: ignore[arg-type]
-        thread = threading.Thread(
-            target=lasted, args=(lambda: reader.pull(ticket, [2, 3], timeout=4.0),)
-        )
-        thread.start()
+        longer = reader.pull(ticket, [2, 3], timeout=4.0)
         time.sleep(0.3)
         with pytest.raises(TransferTimeout):
-            reader.pull(ticket, [2, 3], timeout=0.3)
-        assert thread.is_alive()
+            reader.pull(ticket, [2, 3], timeout=0.3).synchronize(BOUND)
+        assert not longer.ended
         release.set()
-        thread.join()
+        lasted(longer.synchronize)
         reader.close()
         owner.close()
 

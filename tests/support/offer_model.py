@@ -242,6 +242,11 @@ class Puller:
         self.channel = Channel(timeout=PATIENCE)
         self.reader = Reader(self.channel, self.rows.shard, model=MODEL)
 
+    def connect(self, pair: list[Known]) -> None:
+        """Connect to the owners of two offers."""
+        for known in pair:
+            self.reader.prepare(known.side.channel.address).synchronize(PATIENCE)
+
     def reported(self) -> bool:
         """Return True once the owners have been sent the ends of all pulls."""
         return until(lambda: self.reader.statistics()["pulls"] == 0, PATIENCE)

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pulls from owners that are not connected yet, while other owners are stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from time import monotonic, sleep
+from typing import Any
+
+import pytest
+import torch
+from support.migrate_channels import until
+from support.migrate_nursery import Nursery
+from support.migrate_pulls import MODEL, Couple, Rows, Sides, sides
+
+from portakv.errors import (
+    InvalidTerms,
+    LayoutError,
+    PeerError,
+    SlotError,
+    TransferCancelled,
+    TransferTimeout,
+)
+from portakv.graph import Graph, Task
+from portakv.migrate import Reader, Ticket
+from portakv.migrate.connecting import WIDTH
+from portakv.migrate.issue import LONG
+from portakv.migrate.messages import Handshake, Hello
+from portakv.migrate.pull import Part
+
+LIMIT = 30
+NAME = bytes(range(16))
+#: Seconds in which a call returns and a pull of another owner lands, also on a busy machine.
+SOON = 5.0
+#: As many stopped owners as the workers that copy on the host.
+COPIERS = 4
+OWNER = """
+from support.migrate_pulls import *
+made, rows = Sides(), Rows()
+owner = made.owner(rows.shard)
+tell((owner.channel.address, [owner.offer([1, 2], tokens=32).ticket for _ in range(4)]))
+"""
+
+
+@pytest.fixture
+def made() -> Iterator[Sides]:
+    with sides() as those:
+        yield those
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as those:
+        yield those
+
+
+@contextmanager
+def stopped(nursery: Nursery, count: int) -> Iterator[list[tuple[str, list[bytes]]]]:
+    """Yield the addresses and tickets of stopped owners; they end afterwards."""
+    born = [nursery.born(OWNER) for _ in range(count)]
+    with ExitStack() as stack:
+        for pid, _ in born:
+            stack.callback(nursery.end, pid)
+            os.kill(pid, signal.SIGSTOP)
+        yield [said for _, said in born]
+
+
+def couple(made: Sides, timeout: float = LIMIT) -> Couple:
+    """Return an owner and a reader whose handshakes with stopped owners last so many seconds."""
+    both = Couple(made)
+    both.reader.channel.timeout = timeout
+    return both
+
+
+def begun(reader: Reader, owners: list[tuple[str, list[bytes]]]) -> list[Part]:
+    """Prepare for stopped owners, and return the ends when the handshakes are under way."""
+    hung = [reader.prepare(address) for address, _ in owners]
+    tasks = [task for each in hung for task in each.tasks]
+    assert until(lambda: all(task.state == "running" for task in tasks))
+    sleep(0.1)
+    return hung
+
+
+def graph_of(part: Part) -> Graph:
+    """Return the graph of a reader, by one of its tasks."""
+    graph = part.tasks[0].graph
+    assert isinstance(graph, Graph)
+    return graph
+
+
+def lasted(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the seconds of a call, and its result."""
+    began = monotonic()
+    result = call()
+    return monotonic() - began, result
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_stopped_owner_delays_no_handshake_with_another(
+    made: Sides, nursery: Nursery, count: int
+) -> None:
+    both = couple(made)
+    offer = both.offer()
+    with stopped(nursery, count) as owners:
+        hung = begun(both.reader, owners)
+        call, pulled = lasted(lambda: both.pull(offer))
+        rest, _ = lasted(lambda: pulled.synchronize(LIMIT))
+        assert not any(each.done() for each in hung)
+        assert call < SOON
+        assert rest < SOON
+        assert both.right()
+    for each in hung:
+        with pytest.raises(PeerError):
+            each.synchronize(LIMIT)
+
+
+def test_handshakes_with_stopped_owners_occupy_no_worker_that_copies(
+    made: Sides, nursery: Nursery
+) -> None:
+    blocks = 2 * LONG // Rows(1).whole.nbytes
+    src = Rows(blocks)
+    dst = Rows(blocks, fill=-1)
+    owner = made.owner(src.shard)
+    reader = made.reader(dst.shard, timeout=LIMIT)
+    reader.prepare(owner.channel.address).synchronize(LIMIT)
+    offer = owner.offer(range(blocks), tokens=16 * blocks)
+    with stopped(nursery, COPIERS) as owners:
+        hung = begun(reader, owners)
+        pulled = reader.pull(offer.ticket, range(blocks))
+        assert pulled.slices  # workers copy: it is long
+        rest, _ = lasted(lambda: pulled.synchronize(LIMIT))
+        assert not any(each.done() for each in hung)
+        assert rest < SOON
+        assert torch.equal(dst.whole, src.whole)
+
+
+def test_workers_that_copy_are_occupied_by_slow_copies_alone(made: Sides) -> None:
+    """The test above shows something: this pull waits as long as such workers are occupied."""
+    blocks = 2 * LONG // Rows(1).whole.nbytes
+    owner = made.owner(Rows(blocks).shard)
+    reader = made.reader(Rows(blocks, fill=-1).shard)
+    prepared = reader.prepare(owner.channel.address)
+    prepared.synchronize(LIMIT)
+    offer = owner.offer(range(blocks), tokens=16 * blocks)
+    released = threading.Event()
+    graph = graph_of(prepared)
+    queue = graph.queues["copy"]
+    assert queue.width == COPIERS
+    slow = [Task(lambda *_: released.wait(LIMIT), 1, queue=queue) for _ in range(COPIERS)]
+    graph.submit(slow, priority="urgent")
+    pulled = reader.pull(offer.ticket, range(blocks))
+    sleep(0.1)
+    assert not pulled.ended
+    released.set()
+    pulled.synchronize(LIMIT)
+
+
+def test_a_pull_of_a_stopped_owner_does_not_block_its_call(made: Sides, nursery: Nursery) -> None:
+    both = couple(made)
+    with stopped(nursery, 1) as [(_, tickets)]:
+        call, pulled = lasted(lambda: both.reader.pull(tickets[0], [3], timeout=0.3))
+        assert call < SOON
+        with pytest.raises(TransferTimeout, match="The handshake of the pull timed out"):
+            pulled.synchronize(LIMIT)
+        assert isinstance(pulled.error, TransferTimeout)
+        pulled = both.reader.pull(tickets[1], [3])
+        assert pulled.cancel()
+        with pytest.raises(TransferCancelled):
+            pulled.synchronize(LIMIT)
+    assert (both.dst.whole == -1).all()
+
+
+def test_a_pull_ends_with_the_error_of_its_own_handshake(made: Sides, nursery: Nursery) -> None:
+    """A handshake that began before the pull may fail before the owner goes on."""
+    both = couple(made, timeout=0.5)
+    with stopped(nursery, 1) as [(address, tickets)]:
+        began = monotonic()
+        prepared = both.reader.prepare(address)
+        pulled = both.reader.pull(tickets[0], [3])
+        with pytest.raises((PeerError, TransferTimeout)):
+            prepared.synchronize(LIMIT)
+        with pytest.raises((PeerError, TransferTimeout)):
+            pulled.synchronize(LIMIT)
+        assert monotonic() - began > 0.9
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_one_stopped_owner_occupies_one_worker(made: Sides, nursery: Nursery, named: bool) -> None:
+    """Pulls and preparations of it share a handshake. Those of a third owner begin meanwhile."""
+    both = couple(made)
+    offer = both.offer(name=NAME) if named else both.offer()
+    ticket = offer.ticket
+    if named:
+        ticket = Ticket.of(both.owner.channel.address, both.owner.epoch, NAME)
+    with stopped(nursery, 1) as [(address, tickets)]:
+        hung = [both.reader.prepare(address) for _ in range(2 * WIDTH)]
+        waiting = [both.reader.pull(each, [3]) for each in tickets]
+        call, pulled = lasted(lambda: both.reader.pull(ticket, both.into))
+        rest, _ = lasted(lambda: pulled.synchronize(LIMIT))
+        assert max(call, rest) < SOON
+        assert both.right()
+        assert len({each.tasks[0] for each in hung}) == 1
+        assert not any(each.ended for each in waiting)
+        for each in waiting:
+            each.cancel()
+
+
+def test_a_pull_goes_on_with_an_owner_that_goes_on(made: Sides, nursery: Nursery) -> None:
+    both = couple(made)
+    pid, (_, tickets) = nursery.born(OWNER)
+    os.kill(pid, signal.SIGSTOP)
+    pulled = both.reader.pull(tickets[:1], [3], by_layer=True)
+    sleep(0.1)
+    assert not pulled.ended
+    os.kill(pid, signal.SIGCONT)
+    for layer in pulled.layers:
+        layer.synchronize(LIMIT)
+    pulled.synchronize(LIMIT)
+    assert torch.equal(both.dst.rows([3], 32), Rows().rows([1, 2], 32))
+    nursery.end(pid)
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_errors_of_arguments_are_raised_by_the_call(made: Sides, connected: bool) -> None:
+    both = couple(made)
+    if connected:
+        both.reader.prepare(both.owner.channel.address).synchronize(LIMIT)
+    ticket = both.offer().ticket
+    other = both.owner.offer([1, 2], tokens=17).ticket
+    for blocks in ([1, 2, 1], [1, 2, 8], [1, 2]):
+        with pytest.raises(SlotError, match=r"\bblocks\b"):
+            both.reader.pull(ticket, blocks)
+    with pytest.raises(InvalidTerms, match="Expected first to be a token of the 75"):
+        both.reader.pull(ticket, both.into, first=75)
+    with pytest.raises(InvalidTerms, match="for the same tokens"):
+        both.reader.pull([ticket, other], both.into)
+    with pytest.raises(PeerError, match="not a ticket"):
+        both.reader.pull([ticket, b"x" * 40], both.into)
+    assert both.reader.statistics()["pulls"] == 0
+    assert both.reader.statistics()["owners"] == connected
+
+
+def test_another_model_is_an_error_of_the_pull(made: Sides) -> None:
+    """Fault 19. By the fingerprint that the caller gives."""
+    both = Couple(made)
+    offer = both.offer()
+    offer.revoke()
+    pulled = made.reader(both.dst.shard, model="another").pull(offer.ticket, both.into)
+    with pytest.raises(LayoutError, match="the owner's model is 'a model', the reader's 'another'"):
+        pulled.synchronize(LIMIT)
+    assert isinstance(pulled.error, LayoutError)
+
+
+def test_a_handshake_that_outlives_its_reader_connects_nothing(made: Sides) -> None:
+    both = couple(made)
+    address = both.owner.channel.address
+    handshake = both.reader.channel.ask(address, Hello(MODEL), Handshake)
+    answered = threading.Event()
+    requested = threading.Event()
+
+    def late(*_: object) -> Handshake:
+        requested.set()
+        answered.wait(LIMIT)
+        return handshake
+
+    both.owner.channel.serve(Hello, late)
+    prepared = both.reader.prepare(address)
+    assert requested.wait(LIMIT)
+    both.reader.close()
+    answered.set()
+    assert until(lambda: prepared.tasks[0].ended)
+    assert both.reader.statistics()["owners"] == 0
+    with pytest.raises(PeerError, match="one that is closed"):
+        prepared.synchronize(LIMIT)
