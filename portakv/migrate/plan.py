@@ -222,7 +222,7 @@ def planned(
     for cut in cuts:
         dst_index, src_indices = lists[cut.group]
         if cut.piece.ids is not None:
-            dst_index = Index(np.where(cut.piece.ids, dst_index.slots(count), -1))
+            dst_index = Index.of(np.where(cut.piece.ids, dst_index.slots(count), -1))
         source = sources[cut.piece.owner]
         src_index = src_indices[cut.piece.owner]
         steps.append(Step(source.ticket, source.owner, cut, src_index, dst_index, first, count))

@@ -379,12 +379,13 @@ class Crossing:
             why = "workers on the host move blocks; save and load outside of it"
             raise refuse_capture("A transfer of a block store", why)
         try:
-            index = Index([] if blocks is None else blocks, whole)
-            ids = index.host_ids()
+            ids = Index([] if blocks is None else blocks, whole).host_ids()
             if not isinstance(blocks, list | tuple | range):
                 # A copy: workers read it later, when the caller may have changed the ids.
                 ids = ids.copy()
-                index = Index.of(ids, whole)
+            # For this call: the ids of an index that is kept are sent by a copy that may wait for
+            # the stream.
+            index = Index.of(ids, whole)
             needed = -(-many * size // whole)
             if len(ids) != needed:
                 raise InvalidTerms(

@@ -9,6 +9,7 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.core_cases import noise
@@ -257,6 +258,29 @@ class TestsOnADevice:
             assert handle.landed.all()
             assert same(SOURCE, range(8), KVView(copies, LAYOUT), range(8))
             assert not store.rows.in_use()
+
+    @pytest.mark.parametrize("kind", [list, tuple, range, torch.tensor, np.array])
+    def test_blocks_are_ids_of_one_call(
+        self, accelerator: torch.device, monkeypatch: pytest.MonkeyPatch, kind: Any
+    ) -> None:
+        """Ids of an index that is kept are sent by a plain copy, which may wait for the stream."""
+        target = cache(50, accelerator)
+        blocks = range(8) if kind is range else kind([*range(8)])
+        kept = list[bool]()
+        copy_rows = rows_module.copy_rows  # type: ignore[attr-defined]
+
+        def noted(src: KVView, dst: KVView, rows: Any, ids: Any, **terms: Any) -> Any:
+            kept.extend(not each.temporary for each in (rows, ids))
+            return copy_rows(src, dst, rows, ids, **terms)
+
+        with warmed(accelerator) as store:
+            monkeypatch.setattr(rows_module, "copy_rows", noted)
+            store.load(target, blocks, KEYS).synchronize(LIMIT)
+            others = [key_of(50 + i) for i in range(8)]
+            with suppress(TransferError):  # there is no other tier
+                store.save(target, blocks, others).synchronize(LIMIT)
+        assert len(kept) >= 4
+        assert not any(kept)
 
     def test_a_long_copy_goes_in_parts(
         self, accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
