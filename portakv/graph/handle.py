@@ -218,8 +218,8 @@ class Handle(Transfer):
             sentences.append(str(barrier.error) if known else repr(barrier.error))
 
         if barrier.name == "save":
-            if not sentences and barrier.short:
-                sentences.append(f"{barrier.short} did not take the other blocks.")
+            if not sentences and barrier.outcome.short:
+                sentences.append(f"{barrier.outcome.short} did not take the other blocks.")
         elif not barrier.error:
             if not details:
                 sentences.append("No tier has the other blocks.")

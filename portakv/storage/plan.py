@@ -255,7 +255,7 @@ class Call:
         self.explanation = Explanation(request.keys)
         # Follows what the call waits for until its barrier does: no other call may cancel that.
         self._guard = Task(None, 0)
-        self._guard.ended = True
+        self._guard.outcome.ended = True
         self._tasks = list[tuple[int, Task]]()  # tasks with the numbers of their stages
         self._leases = list[Lease]()  # leases of pinned rows
 
@@ -420,11 +420,12 @@ class Call:
         if tasks:
             self.shared.graph.submit(tasks, priority=self.request.priority, deadline=late)
         for (end, *_), _ in self.ends[self._guarded :]:
-            if not end.ended and self._guard not in end.followers:
-                end.followers.append(self._guard)
+            followers = end.schedule.followers
+            if not end.ended and self._guard not in followers:
+                followers.append(self._guard)
         self._guarded = len(self.ends)
         if barriers:
-            self._guard.cut = True
+            self._guard.outcome.cut = True
 
     def drop(self) -> None:
         """Drop a plan that failed: no other call may wait for tasks that never start."""
@@ -438,7 +439,7 @@ class Call:
         for lease in self._leases:
             if not lease.users and lease.items:
                 shared.rows.unpin(lease.items)
-        started = [end for end, _ in self.ends if end[0].graph]
+        started = [end for end, _ in self.ends if end[0].schedule.graph]
         if started and not shared.graph.closed.is_set():  # its earlier slices
             self.barrier.after = started
             self._tasks.clear()
@@ -546,7 +547,7 @@ class InFlight(Lease):
     @property
     def wanted(self) -> bool:
         """Return True if a call that is neither cancelled nor late waits for the rows."""
-        return any(not call.barrier.cut for call, _ in self.calls)
+        return any(not call.barrier.outcome.cut for call, _ in self.calls)
 
     def over(self) -> None:
         """Return the rows, under the graph's lock, and cache rows whose blocks landed whole.
