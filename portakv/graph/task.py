@@ -311,3 +311,29 @@ class Dependency(NamedTuple):
     task: Task
     blocks: Sequence[int] | None = None
     its_blocks: Sequence[int] | None = None
+
+
+class Guard:
+    """Follows tasks that a later task will follow: nothing cancels them for lack of followers.
+
+    Attributes:
+        followed: how many tasks were passed to `follow`.
+    """
+
+    def __init__(self) -> None:
+        # It counts as ended, so that the end of a task that it follows does not start it.
+        self._task = Task(None, 0)
+        self._task.outcome.ended = True
+        self.followed = 0
+
+    def follow(self, tasks: Sequence[Task]) -> None:
+        """Follow tasks, under the graph's lock."""
+        for task in tasks:
+            followers = task.schedule.followers
+            if not task.ended and self._task not in followers:
+                followers.append(self._task)
+        self.followed += len(tasks)
+
+    def release(self) -> None:
+        """Let the tasks be cancelled from now on, unless other tasks follow them."""
+        self._task.outcome.cut = True
