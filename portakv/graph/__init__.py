@@ -15,8 +15,10 @@ from portakv.graph.graph import Queue as Queue
 from portakv.graph.handle import Handle
 from portakv.graph.handle import Missing as Missing
 from portakv.graph.prometheus import Collector
+from portakv.graph.task import Guard as Guard
 from portakv.graph.task import Lease, Task
 from portakv.graph.task import Mask as Mask
+from portakv.graph.task import Outcome as Outcome
 from portakv.graph.task import Workers as Workers
 
 __all__ = ["Collector", "Graph", "Handle", "Lease", "Task"]

@@ -91,7 +91,8 @@ class Queue(Workers):
     @property
     def oldest_wait(self) -> float:
         """Return the seconds that the oldest task has waited for a worker."""
-        since = [x[2].since for heap in self.heaps for x in heap if x[2].state == "queued"]
+        tasks = [task for heap in self.heaps for *_, task in heap]
+        since = [task.schedule.since for task in tasks if task.state == "queued"]
         return self.graph.clock() - min(since) if since else 0.0
 
     @property
@@ -102,10 +103,11 @@ class Queue(Workers):
 
     def push(self, task: Task, /) -> None:
         """Queue a task for the workers."""
-        task.state = "queued"
-        task.since = self.graph.clock()
-        kind = 1 + task.alone if task.background else 0
-        heappush(self.heaps[kind], (task.due, task.number, task))
+        schedule = task.schedule
+        task.outcome.state = "queued"
+        schedule.since = self.graph.clock()
+        kind = 1 + task.alone if schedule.background else 0
+        heappush(self.heaps[kind], (schedule.due, schedule.number, task))
         if not self.taker:
             self.change.notify()
         self.taker = False
@@ -139,7 +141,7 @@ class Queue(Workers):
                 if start > now or not heaps:
                     self.change.wait(start - now if start > now else None)
                 elif (task := heappop(min(heaps))[2]).state == "queued":  # it was not cancelled
-                    task.state = "running"
+                    task.outcome.state = "running"
                     self.running.add(task, now)
                     if self.pace.max_gbps:
                         self.pace.start(task.nbytes)
@@ -153,7 +155,7 @@ class Queue(Workers):
         task = self.next()
         while task:
             error: BaseException | None = None
-            landed: Mask | None = task.left
+            landed: Mask | None = task.outcome.left
             try:
                 landed = _moved(task)
             except BaseException as caught:  # no caller stands above this thread
@@ -163,10 +165,11 @@ class Queue(Workers):
             with graph.lock:
                 start = self.running.remove(task)
                 end = graph.clock()
-                what = task.number, task.name, task.blocks, task.nbytes, (*task.ran_before(),)
+                schedule = task.schedule
+                what = schedule.number, task.name, task.blocks, task.nbytes, (*task.ran_before(),)
                 ran = Ran(self.name, worker, start, end, *what)
-                graph.trace.add(self.tier, ran, start - task.since)
-                self.taker = not (task.background and any(self.heaps[1:]))
+                graph.trace.add(self.tier, ran, start - schedule.since)
+                self.taker = not (schedule.background and any(self.heaps[1:]))
                 graph.end(task, landed, "failed" if error else "landed", error)
                 graph.settle()
                 task = error = landed = None  # an idle worker retains nothing
@@ -177,10 +180,11 @@ def _moved(task: Task) -> Mask:
     """Run the work of a task, and return the blocks that landed."""
     if task.work is None:
         raise InvalidTerms("Expected work for a task with a queue, got None. Pass a function.")
-    landed = task.work(task, task.left.copy())
+    left = task.outcome.left
+    landed = task.work(task, left.copy())
     if landed is None:
-        return task.left
-    return task.left & np.asarray(landed, np.bool_).reshape(task.blocks)
+        return left
+    return left & np.asarray(landed, np.bool_).reshape(task.blocks)
 
 
 class Graph:
@@ -280,11 +284,11 @@ class Graph:
             by = arguments.seconds("deadline", deadline)
         new = {*tasks}
         after = {each[0] for task in tasks for each in task.after} - new
-        if any(task.graph for task in tasks):
+        if any(task.schedule.graph for task in tasks):
             raise InvalidTerms(
                 "Expected tasks that are new, got one that was submitted before. Make another."
             )
-        if not all(task.graph is self for task in after):
+        if not all(task.schedule.graph is self for task in after):
             raise InvalidTerms(
                 "Expected tasks that follow tasks of this graph, got another. Submit the followed "
                 "task first, or in the same call."
@@ -345,17 +349,17 @@ class Graph:
         if self.closed.is_set():
             raise _not_open("is closed")
         now = self.clock()
+        due = now + min(by, SLACK[priority])
+        background = priority == "background"
         try:
             for task in tasks:
-                task.background = priority == "background"
-                task.due = now + min(by, SLACK[priority])
-                self._enter(task)
+                self._enter(task, due, background)
             for task in tasks:
-                if by < np.inf and not task.followers:
+                if by < np.inf and not task.schedule.followers:
                     self.end_at(now + by, task, "late")
-                if task.background and task.queue and task.queue.slow:
+                if task.schedule.background and task.queue and task.queue.slow:
                     self.cancel(task, "dropped")
-            ready = [task for task in tasks if not task.waits and task.state == "waiting"]
+            ready = [x for x in tasks if not x.schedule.waits and x.outcome.state == "waiting"]
             self.todo += ready[::-1]  # the first task is settled first
             self.settle()
             self.sweep()
@@ -370,28 +374,32 @@ class Graph:
                 self.end(task, None, "failed", error)
         self.settle()
 
-    def _enter(self, task: Task) -> None:
+    def _enter(self, task: Task, due: float, background: bool) -> None:
         """Register a new task. Tasks of other transfers that it waits for become as urgent."""
         self.number += 1
-        task.graph = self
-        task.state = "waiting"
-        task.number = self.number
+        schedule = task.schedule
+        schedule.graph = self
+        schedule.number = self.number
+        schedule.due = due
+        schedule.background = background
+        task.outcome.state = "waiting"
         self.live.add(task)
         if task.queue:
             task.queue.queued_bytes += task.nbytes
         if task.lease:
             task.lease.users += 1
-        before = [x for x, *_ in task.after if not x.ended]
-        task.waits = len(before)
+        before = [x for x, *_ in task.after if not x.outcome.ended]
+        schedule.waits = len(before)
         for one in before:
-            one.followers.append(task)
+            one.schedule.followers.append(task)
         while before:
             one = before.pop()
-            if one.due > task.due and not one.ended and one.state != "running":
-                one.due = task.due
-                one.background = False
+            outcome = one.outcome
+            if one.schedule.due > due and not outcome.ended and outcome.state != "running":
+                one.schedule.due = due
+                one.schedule.background = False
                 before += [x for x, *_ in one.after]
-                if one.state in ("leasing", "queued"):
+                if outcome.state in ("leasing", "queued"):
                     self.place(one)
 
     def cancel(self, task: Task, state: Unrun = "cancelled") -> bool:
@@ -404,7 +412,7 @@ class Graph:
         why = {"late": ": increase the deadline", "dropped": ": staging was full or the queue slow"}
         kind = TransferCancelled if state == "cancelled" else TransferError
         error = kind(f"Some blocks had not started and are {state}{why.get(state, '')}.")
-        if task.graph is not self or self.process.forked:
+        if task.schedule.graph is not self or self.process.forked:
             return False
         return self.run(partial(self._cancel, task, state, error))
 
@@ -414,13 +422,14 @@ class Graph:
         cancelled = False
         while tasks:
             task = tasks.pop()
-            if task.cut or task.state == "running":
+            outcome = task.outcome
+            if outcome.cut or outcome.state == "running":
                 continue
-            task.cut = True
+            outcome.cut = True
             if state == "late":
-                task.error = task.error or error
+                outcome.add_error(error)
             before = [x for x, *_ in task.after if x.queue]
-            tasks += [x for x in before if all(y.cut for y in x.followers)]
+            tasks += [x for x in before if all(y.outcome.cut for y in x.schedule.followers)]
             if task.queue:
                 cancelled = True
                 self.end(task, None, state, error)
@@ -458,41 +467,45 @@ class Graph:
         """Continue the tasks whose dependencies have all ended."""
         while self.todo:
             task = self.todo.pop()
-            task.left = left = self._left(task)
+            outcome = task.outcome
+            left = self._left(task)
+            outcome.left = left
             if task.queue and left.any():
                 self.place(task)
             else:
-                if task.followers:
-                    task.trail = task.ran_before()
-                if not (task.queue or task.error or left.all()):
-                    moved = [x for x, *_ in task.after if x.queue and (x.left > x.landed).any()]
-                    task.short = moved[0].queue.name if moved else ""
+                if task.schedule.followers:
+                    task.schedule.trail = task.ran_before()
+                if not (task.queue or outcome.error or left.all()):
+                    short = [x.queue for x, *_ in task.after if x.queue and x.outcome.is_short]
+                    outcome.short = short[0].name if short else ""
                 self.end(task, left, "landed")
 
     def _left(self, task: Task) -> Mask:
         """Return the blocks that a task may move, by the tasks that it follows: bool
         ``[blocks]``."""
-        left = ~task.landed
+        outcome = task.outcome
+        left = ~outcome.landed
         try:
             eligible = task.eligible() if callable(task.eligible) else task.eligible
             if eligible is not None:
                 left[:] = eligible
         except Exception as error:  # raised by the maker's function
-            task.error = task.error or error
+            outcome.add_error(error)
             left[:] = False
             return left
         try:
             for before, blocks, its_blocks in task.after:
-                task.error = task.error or before.error
+                outcome.add_error(before.error)
+                landed = before.landed
                 if task.rescue:
-                    left &= ~before.landed
-                    task.landed = before.landed
+                    left &= ~landed
+                    outcome.landed = landed
                 elif blocks is None:
-                    left &= before.landed
+                    left &= landed
                 else:
-                    left[np.asarray(blocks, int)[~before.landed[its_blocks]]] = False
+                    left[np.asarray(blocks, int)[~landed[its_blocks]]] = False
         except (IndexError, ValueError) as error:  # not blocks of both
-            task.error = error
+            outcome.error = error
             left[:] = False
         return left
 
@@ -504,11 +517,11 @@ class Graph:
             return
         if lease.until is not None:
             self.end_at(lease.until, task, "dropped")
-        task.state = "leasing"
+        task.outcome.state = "leasing"
         waiting = self.waiting.setdefault(lease.pool, _Waiting())
         lease.tasks.append(task)
         heap = waiting.saves if lease.store else waiting.loads
-        heappush(heap, (task.due, task.number, lease))
+        heappush(heap, (task.schedule.due, task.schedule.number, lease))
         self.grant(lease.pool)
 
     def _start(self, task: Task, failure: Exception | None = None) -> None:
@@ -575,20 +588,18 @@ class Graph:
         self, task: Task, landed: Mask | None, state: str, error: BaseException | None = None
     ) -> None:
         """Record the end of a task, and release the tasks that wait for it."""
-        task.error = task.error or error
-        if landed is not None:
-            task.landed = task.landed | landed
-        task.state = state
-        task.ended = task.cut = True
+        outcome = task.outcome
+        outcome.end(state, landed, error)
         self.live.discard(task)
         if task.queue:
             task.queue.queued_bytes -= task.nbytes
             if state != "landed":
                 self.count(task.queue.tier, task.name, state, task.blocks)
         ready = list[Task]()
-        for follower in task.followers:
-            follower.waits -= 1
-            if not follower.waits and not follower.ended:
+        schedule = task.schedule
+        for follower in schedule.followers:
+            follower.schedule.waits -= 1
+            if not follower.schedule.waits and not follower.outcome.ended:
                 ready.append(follower)
         # The first is settled first: the end of a load comes after the ends of its layers.
         self.todo += ready[::-1]
@@ -596,11 +607,11 @@ class Graph:
         task.lease = None
         task.work = None
         task.after = ()
-        task.followers = []
-        if task.watched:
+        schedule.followers = []
+        if schedule.watched:
             self.wake()
-        on_end = task.on_end
-        task.on_end = None
+        on_end = outcome.on_end
+        outcome.on_end = None
         if on_end:
             on_end()
         if lease:
@@ -615,7 +626,7 @@ class Graph:
             if lease.ended:
                 lease.ended(lease)
         except Exception as error:  # raised by the maker: the items go back anyway
-            task.error = task.error or error
+            task.outcome.add_error(error)
         if not lease.users:  # `ended` began no further task of the lease
             self.give(lease)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Literal, TypeAlias, cast
+from typing import Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,39 @@ from portakv.runtime.transfer import Completion, Pending, Transfer
 
 #: How blocks that do not land are reported: the end raises, or it does not.
 Missing: TypeAlias = Literal["raise", "skip"]
+
+
+class _Allowed(NamedTuple):
+    """The blocks that may be missing at the end, and the function that explains missing blocks."""
+
+    skip: bool  # any block
+    excused: Mask | bool
+    why: Callable[[Mask], str] | None
+
+
+class _Issued:
+    """Copies of a handle that were issued, which no worker makes.
+
+    Attributes:
+        ends: the end of each copy.
+        blocks: the blocks that the copies move.
+        ordered: True once a stream waits for the copies.
+    """
+
+    __slots__ = ("blocks", "ends", "ordered")
+
+    def __init__(self, transfer: Transfer, blocks: Mask) -> None:
+        self.ends = transfer.completions
+        self.blocks = blocks
+        self.ordered = False
+
+    def are_there(self) -> bool:
+        """Return True if a reader of the blocks finds their bytes, unless a copy failed."""
+        return self.ordered or all(each.ended() for each in self.ends)
+
+    def failed(self) -> bool:
+        """Return True if a copy failed."""
+        return any(each.error is not None for each in self.ends)
 
 
 class Handle(Transfer):
@@ -43,14 +76,10 @@ class Handle(Transfer):
     """
 
     __slots__ = (
+        "_allowed",
         "_barriers",
-        "_excused",
         "_graph",
         "_issued",
-        "_issued_blocks",
-        "_ordered",
-        "_skip",
-        "_why",
         "cancelled",
         "form",
         "layers",
@@ -74,12 +103,8 @@ class Handle(Transfer):
         self.layers = [Handle(graph, layer, missing=missing, why=why) for layer in layers]
         self._graph = graph
         self._barriers = (*layers, *barriers)
-        self._skip = missing == "skip"
-        self._excused = excused
-        self._why = why
-        self._issued: Sequence[Completion] = ()
-        self._issued_blocks: Mask | None = None
-        self._ordered = False  # a stream waits for what was issued
+        self._allowed = _Allowed(missing == "skip", excused, why)
+        self._issued: _Issued | None = None
         self.cancelled = False
         self.form = ""
         self.released: Transfer | None = None
@@ -109,9 +134,8 @@ class Handle(Transfer):
 
         The handle ends after it, too.
         """
-        self._issued = transfer.completions
-        self._issued_blocks = blocks
-        self.completions = (*self._issued, *self.completions)
+        self._issued = _Issued(transfer, blocks)
+        self.completions = (*transfer.completions, *self.completions)
         self._retained = transfer
 
     def issued_ended(self) -> bool:
@@ -119,7 +143,7 @@ class Handle(Transfer):
 
         Also while another thread captures a graph.
         """
-        for completion in self._issued:
+        for completion in () if self._issued is None else self._issued.ends:
             event = completion.event
             with nullcontext() if event is None else ignoring_captures(event.device):
                 if not completion.ended():
@@ -129,7 +153,7 @@ class Handle(Transfer):
     @property
     def is_issued(self) -> bool:
         """Return whether all copies were issued: `wait` orders a stream, and blocks no host."""
-        return bool(self._issued) and not self._barriers
+        return self._issued is not None and bool(self._issued.ends) and not self._barriers
 
     @property
     def landed(self) -> Mask:
@@ -137,16 +161,18 @@ class Handle(Transfer):
 
         After `wait`, the blocks of a copy that was issued count: the stream finds their bytes.
         """
-        return self._landed(self._ordered or all(each.ended() for each in self._issued))
+        return self._landed(self._issued is not None and self._issued.are_there())
 
     def _landed(self, there: bool) -> Mask:
         """Return the blocks that workers landed, and those that were issued if they are there."""
-        issued = self._issued_blocks
-        there = there and all(each.error is None for each in self._issued)
+        landed = np.array(self._barriers[-1].landed if self._barriers else (), np.bool_)
+        issued = self._issued
+        if issued is None:
+            return landed
+        there = there and not issued.failed()
         if not self._barriers:
-            return np.zeros(0, np.bool_) if issued is None else issued & there
-        landed = np.array(self._barriers[-1].landed, np.bool_)
-        return landed if issued is None else np.where(issued, there, landed)
+            return issued.blocks & there
+        return np.where(issued.blocks, there, landed)
 
     def when_ended(self, call: Callable[[], object]) -> None:
         """Have a function called once when workers have ended their part, or now if they have.
@@ -187,7 +213,8 @@ class Handle(Transfer):
         No stream has the work of workers. Raises the same errors as `done` after that.
         """
         super().wait(stream)
-        self._ordered = True
+        if self._issued is not None:
+            self._issued.ordered = True
         if self._barriers:
             self._finish()
 
@@ -203,14 +230,15 @@ class Handle(Transfer):
                 "Wait there."
             )
         kind = TransferCancelled if isinstance(barrier.error, TransferCancelled) else TransferError
-        if not ((landed | self._excused).all() or (self._skip and kind is TransferError)):
+        allowed = self._allowed
+        if not ((landed | allowed.excused).all() or (allowed.skip and kind is TransferError)):
             counts = f"{landed.sum()} of {len(landed)} blocks landed."
             raise kind(f"{counts} {self._explain(barrier, landed)}") from barrier.error
 
     def _explain(self, barrier: Task, landed: Mask) -> str:
         """Return why blocks did not land, and how the caller may proceed."""
         sentences = []
-        details = self._why(landed) if self._why else ""
+        details = self._allowed.why(landed) if self._allowed.why else ""
         if details:
             sentences.append(f"{details}.")
         if barrier.error:
@@ -218,8 +246,8 @@ class Handle(Transfer):
             sentences.append(str(barrier.error) if known else repr(barrier.error))
 
         if barrier.name == "save":
-            if not sentences and barrier.short:
-                sentences.append(f"{barrier.short} did not take the other blocks.")
+            if not sentences and barrier.outcome.short:
+                sentences.append(f"{barrier.outcome.short} did not take the other blocks.")
         elif not barrier.error:
             if not details:
                 sentences.append("No tier has the other blocks.")

@@ -42,13 +42,13 @@ class Running:
     def add(self, task: Task, now: float) -> None:
         """Note the start of a task."""
         self._starts[task] = now
-        if task.background:
+        if task.schedule.background:
             self.background += 1
             self.alone += task.alone
 
     def remove(self, task: Task) -> float:
         """Note the end of a task, and return its start."""
-        if task.background:
+        if task.schedule.background:
             self.background -= 1
             self.alone -= task.alone
         self.ran_bytes += task.nbytes

@@ -104,6 +104,79 @@ def _check_queue(queue: object) -> None:
         raise arguments.invalid("queue", "a Queue", queue, "Take it from Graph.queue(name).")
 
 
+@dataclass(eq=False, slots=True)
+class Schedule:
+    """The place of a task among the tasks of its graph, which changes it under the graph's lock.
+
+    Attributes:
+        graph: the graph that the task was submitted to; None before.
+        number: the number of the task in the order of submission.
+        due: the time at which the task is due, by the graph's clock.
+        background: True if the task may wait for all tasks that are not of the background.
+        since: the time since which the task waits for a worker.
+        waits: how many tasks that it follows have not ended.
+        followers: the tasks that follow it, until its end.
+        watched: True if a thread sleeps until its end.
+        trail: the numbers of the tasks that ran before it, if it never ran; for the trace.
+    """
+
+    graph: Executor | None = None
+    number: int = 0
+    due: float = 0.0
+    background: bool = False
+    since: float = 0.0
+    waits: int = 0
+    followers: list[Task] = field(default_factory=list)
+    watched: bool = False
+    trail: Collection[int] = ()
+
+
+class Outcome:
+    """The state and the result of a task, which its graph changes under its lock.
+
+    Attributes:
+        state: see `Task.state`.
+        ended: True after the end.
+        cut: True if no block starts any more: the task has ended or is cancelled.
+        error: see `Task.error`.
+        left: the blocks to move, which are known before the task is queued.
+        landed: the blocks that landed.
+        short: the queue of the first task before a barrier that did not move all of its blocks,
+            without an error; else empty.
+        on_end: see `Task.on_end`.
+    """
+
+    __slots__ = ("cut", "ended", "error", "landed", "left", "on_end", "short", "state")
+
+    def __init__(self, blocks: int) -> None:
+        self.state = "new"
+        self.ended = False
+        self.cut = False
+        self.error: BaseException | None = None
+        self.landed: Mask = np.zeros(blocks, np.bool_)
+        self.left: Mask = self.landed
+        self.short = ""
+        self.on_end: Callable[[], object] | None = None
+
+    @property
+    def is_short(self) -> bool:
+        """Return True if the task did not move all blocks that it had to move."""
+        return bool((self.left > self.landed).any())
+
+    def add_error(self, error: BaseException | None) -> None:
+        """Record an error, unless an earlier one is known."""
+        self.error = self.error or error
+
+    def end(self, state: str, landed: Mask | None, error: BaseException | None) -> None:
+        """Record the end with the blocks that landed; None: no block."""
+        self.add_error(error)
+        if landed is not None:
+            self.landed = self.landed | landed
+        self.state = state
+        self.ended = True
+        self.cut = True
+
+
 @dataclass(eq=False, repr=False)
 class Task:
     """Blocking work for some blocks.
@@ -120,12 +193,10 @@ class Task:
         name: the operation, for figures and traces.
 
     Attributes:
-        state: new, waiting, leasing, queued, running; then landed (it ran, or no block was left
-            for it), failed, cancelled, late or dropped.
-        error: the first exception of the task or of a task that it follows.
         alone: a background task that keeps the interpreter rather than a device. A queue runs one
             of them at a time, as more would only make urgent work wait; set it before `submit`.
-        on_end: called once at the end, under the graph's lock; set it under that lock.
+        schedule: its place among the tasks of its graph.
+        outcome: its state and its result.
     """
 
     work: Callable[[Task, Mask], Any] | None
@@ -138,17 +209,9 @@ class Task:
     lease: Lease | None = None
     eligible: Mask | Sequence[bool] | Callable[[], Mask] | None = None
     name: str = ""
-
-    state = "new"
-    ended = False
-    cut = False
-    watched = False
-    background = False
-    alone = False
-    number = 0
-    waits = 0
-    due = 0.0
-    since = 0.0
+    alone: bool = field(default=False, init=False)
+    schedule: Schedule = field(init=False)
+    outcome: Outcome = field(init=False)
 
     def __post_init__(self) -> None:
         if self.work is not None and not callable(self.work):
@@ -162,16 +225,44 @@ class Task:
         if self.lease is not None:
             arguments.instance("lease", self.lease, Lease)
         self.after = self._dependencies()
-        self.followers = list[Task]()
-        self.graph: Executor | None = None
-        self.error: BaseException | None = None
-        self.on_end: Callable[[], object] | None = None
-        self.landed: Mask = np.zeros(self.blocks, np.bool_)  # set at the end
-        self.left: Mask = self.landed  # the blocks to move, set before the task is queued
-        # Numbers of the tasks that ran before a task that never ran, for the trace.
-        self.trail: Collection[int] = ()
-        # The queue of a barrier's first task that did not move all of its blocks, without an error.
-        self.short = ""
+        self.schedule = Schedule()
+        self.outcome = Outcome(self.blocks)
+
+    @property
+    def state(self) -> str:
+        """Return how far the task is.
+
+        It is new, waiting, leasing, queued or running; then landed (it ran, or no block was left
+        for it), failed, cancelled, late or dropped.
+        """
+        return self.outcome.state
+
+    @property
+    def ended(self) -> bool:
+        """Return True if the task has ended; unlike `done`, cancel no task that is late."""
+        return self.outcome.ended
+
+    @property
+    def error(self) -> BaseException | None:
+        """Return the first exception of the task or of a task that it follows."""
+        return self.outcome.error
+
+    @property
+    def landed(self) -> Mask:
+        """Return the blocks that landed, bool ``[blocks]``, which are known after the end."""
+        return self.outcome.landed
+
+    @property
+    def on_end(self) -> Callable[[], object] | None:
+        """Return the function that is called once at the end, under the graph's lock.
+
+        Set it under that lock.
+        """
+        return self.outcome.on_end
+
+    @on_end.setter
+    def on_end(self, call: Callable[[], object] | None) -> None:
+        self.outcome.on_end = call
 
     def _dependencies(self) -> list[Dependency]:
         """Return the checked ``after``; raise `InvalidTerms` for other objects than tasks."""
@@ -188,7 +279,8 @@ class Task:
 
     def ran_before(self) -> set[int]:
         """Return the numbers of the tasks that it follows, through tasks that never ran."""
-        return {number for x, *_ in self.after for number in x.trail or (x.number,)}
+        before = [x.schedule for x, *_ in self.after]
+        return {number for each in before for number in each.trail or (each.number,)}
 
     def done(self) -> bool:
         """Return True if the task has ended; never block."""
@@ -197,14 +289,16 @@ class Task:
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the task has ended, at most ``timeout`` seconds; return True if it has."""
         seconds = arguments.seconds("timeout", timeout, optional=True)
-        if (graph := self.graph) is None:  # it was not submitted
+        graph = self.schedule.graph
+        if graph is None:  # it was not submitted
             return False
-        if self.ended or graph.process.forked:  # a child has no thread to wait for
+        outcome = self.outcome
+        if outcome.ended or graph.process.forked:  # a child has no thread to wait for
             return True
         until = graph.clock() + seconds
-        while (now := graph.sweep()) < until and not self.ended:
+        while (now := graph.sweep()) < until and not outcome.ended:
             graph.pause(self, until, now)
-        return self.ended
+        return outcome.ended
 
 
 class Dependency(NamedTuple):
@@ -217,3 +311,29 @@ class Dependency(NamedTuple):
     task: Task
     blocks: Sequence[int] | None = None
     its_blocks: Sequence[int] | None = None
+
+
+class Guard:
+    """Follows tasks that a later task will follow: nothing cancels them for lack of followers.
+
+    Attributes:
+        followed: how many tasks were passed to `follow`.
+    """
+
+    def __init__(self) -> None:
+        # It counts as ended, so that the end of a task that it follows does not start it.
+        self._task = Task(None, 0)
+        self._task.outcome.ended = True
+        self.followed = 0
+
+    def follow(self, tasks: Sequence[Task]) -> None:
+        """Follow tasks, under the graph's lock."""
+        for task in tasks:
+            followers = task.schedule.followers
+            if not task.ended and self._task not in followers:
+                followers.append(self._task)
+        self.followed += len(tasks)
+
+    def release(self) -> None:
+        """Let the tasks be cancelled from now on, unless other tasks follow them."""
+        self._task.outcome.cut = True

@@ -33,15 +33,15 @@ class Timers:
         """Add the time at which a task ends; ``live`` are the tasks that have not ended."""
         # Most timers are of tasks that ended in time.
         if len(self._timers) > 2 * len(live) + 100:
-            self._timers = [x for x in self._timers if not x[3].ended]
+            self._timers = [x for x in self._timers if not x[3].outcome.ended]
             heapify(self._timers)
-        heappush(self._timers, (when, task.number, state, task))
+        heappush(self._timers, (when, task.schedule.number, state, task))
         if self._timers[0][3] is task:
             self.wake()
 
     def expired(self, now: float) -> bool:
         """Return True if `pop` has a task."""
-        return any(timer[0] <= now or timer[3].ended for timer in self._timers[:1])
+        return any(timer[0] <= now or timer[3].outcome.ended for timer in self._timers[:1])
 
     def pop(self, now: float) -> tuple[Task, Unrun] | None:
         """Take the next task whose time has come, or that has ended, and its state at the end."""
@@ -58,8 +58,8 @@ class Timers:
         sleeper = threading.Lock()
         sleeper.acquire()
         self._sleepers.add(sleeper)
-        task.watched = True
-        if not task.ended:  # the thread that ends it from now on wakes this thread
+        task.schedule.watched = True
+        if not task.outcome.ended:  # the thread that ends it from now on wakes this thread
             until = min(until, now + LONGEST, *(timer[0] for timer in self._timers[:1]))
             sleeper.acquire(timeout=max(0.0, until - now))
         self._sleepers.discard(sleeper)

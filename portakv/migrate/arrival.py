@@ -14,7 +14,7 @@ import numpy as np
 from portakv import arguments
 from portakv.copy.handle import BlockTransfer
 from portakv.errors import TransferCancelled
-from portakv.graph import Task
+from portakv.graph import Outcome, Task
 from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.checked_copy import copy_checked
 from portakv.migrate.crossed import Crossed as Crossed
@@ -32,9 +32,8 @@ LEAST_ON_HOST = 32 << 20
 LEAST_ON_DEVICE = 128 << 20
 
 
-#: What landed of a slice, as tasks have it.
+#: What landed of a slice that landed, as tasks have it.
 _LANDED = np.ones(1, np.bool_)
-_NOT_LANDED = np.zeros(1, np.bool_)
 
 
 class Arrival(Task):
@@ -61,8 +60,7 @@ class Arrival(Task):
         slots: Slots | None = None,
     ) -> None:
         # Not the constructor of a task: no caller passes terms of slices that need its checks.
-        self.error = None
-        self.landed = _NOT_LANDED
+        self.outcome = Outcome(1)
         self.step = step
         self.part = part
         self.whole = whole
@@ -124,13 +122,14 @@ class Arrival(Task):
     def end(self, error: BaseException | None = None) -> None:
         """End the slice, unless it has ended."""
         if not self.ended:
-            self.error = error
-            self.landed = _LANDED if error is None else _NOT_LANDED
-            self.ended = True
+            if error is None:
+                self.outcome.end("landed", _LANDED, None)
+            else:
+                self.outcome.end("failed", None, error)
             self._over.set()
 
     def wait(self, timeout: float | None = None) -> bool:
-        if self.whole.graph is None:
+        if self.whole.schedule.graph is None:
             return False  # nothing takes the slice: its task was not submitted
         until = monotonic() + arguments.seconds("timeout", timeout, optional=True)
         while not self._over.wait(min(0.05, max(0.0, until - monotonic()))):

@@ -405,7 +405,7 @@ class Pull(Transfer):
         for copy in self.copies:
             with suppress(PortaKVError):  # the owner may be gone
                 copy.synchronize()
-        if self.task is None or self.task.graph is None:  # else the task ends the pull
+        if self.task is None or self.task.schedule.graph is None:  # else the task ends the pull
             self.task = None
             self.conclude(cancelled)
 

@@ -109,9 +109,9 @@ class LentCopy:
         graph = self._queue.graph
         if not graph.process.forked:
             graph.sweep()
-        followers = [x for x in [*task.followers] if x.name != RELEASE]
+        followers = [x for x in [*task.schedule.followers] if x.name != RELEASE]
         # Some may come later, while the call is planned.
-        return bool(followers) and all(follower.cut for follower in followers)
+        return bool(followers) and all(follower.outcome.cut for follower in followers)
 
     def end(
         self,
@@ -229,7 +229,7 @@ class LentQueue(Workers):
         A copier may end a copy while it begins it, which may make other tasks ready. They begin
         one after the other, however many there are.
         """
-        task.state = "running"
+        task.outcome.state = "running"
         self._ready.append(task)
         if self._beginning:
             return
@@ -245,7 +245,7 @@ class LentQueue(Workers):
         self._begun[task] = place, self.graph.clock()
         try:
             if task.work is not None:
-                task.work(task, task.left.copy())
+                task.work(task, task.outcome.left.copy())
         except BaseException as error:  # of the copier; the tasks after it must not wait for ever
             self.finish(task, None, error)
 
@@ -255,7 +255,7 @@ class LentQueue(Workers):
             return
         graph = self.graph
         place, start = self._begun.pop(task)
-        what = task.number, task.name, task.blocks, task.nbytes, (*task.ran_before(),)
+        what = task.schedule.number, task.name, task.blocks, task.nbytes, (*task.ran_before(),)
         graph.trace.add(self.tier, Ran(self.name, place, start, graph.clock(), *what))
         graph.end(task, landed, "failed" if error else "landed", error)
         graph.settle()

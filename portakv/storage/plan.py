@@ -18,7 +18,7 @@ from weakref import WeakSet
 
 import numpy as np
 
-from portakv.graph import Graph, Handle, Lease, Mask, Missing, Priority, Queue, Task, Workers
+from portakv.graph import Graph, Guard, Handle, Lease, Mask, Missing, Priority, Queue, Task, Workers
 from portakv.graph.trace import COUNTED, Counts
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage.changes import Announced
@@ -229,8 +229,6 @@ class Call:
         in_transit: its transfers that have not ended, and 1 for its plan.
     """
 
-    _guarded = 0  # the number of ends that the guard follows
-
     def __init__(
         self,
         form: FormBlocks,
@@ -253,9 +251,7 @@ class Call:
         self.gathers = list[Ending]()
         self.in_transit = 1
         self.explanation = Explanation(request.keys)
-        # Follows what the call waits for until its barrier does: no other call may cancel that.
-        self._guard = Task(None, 0)
-        self._guard.ended = True
+        self._guard = Guard()  # of `ends`, until the barrier follows them
         self._tasks = list[tuple[int, Task]]()  # tasks with the numbers of their stages
         self._leases = list[Lease]()  # leases of pinned rows
 
@@ -419,12 +415,9 @@ class Call:
         late = self.request.deadline if barriers else None
         if tasks:
             self.shared.graph.submit(tasks, priority=self.request.priority, deadline=late)
-        for (end, *_), _ in self.ends[self._guarded :]:
-            if not end.ended and self._guard not in end.followers:
-                end.followers.append(self._guard)
-        self._guarded = len(self.ends)
+        self._guard.follow([end for (end, *_), _ in self.ends[self._guard.followed :]])
         if barriers:
-            self._guard.cut = True
+            self._guard.release()
 
     def drop(self) -> None:
         """Drop a plan that failed: no other call may wait for tasks that never start."""
@@ -438,7 +431,7 @@ class Call:
         for lease in self._leases:
             if not lease.users and lease.items:
                 shared.rows.unpin(lease.items)
-        started = [end for end, _ in self.ends if end[0].graph]
+        started = [end for end, _ in self.ends if end[0].schedule.graph]
         if started and not shared.graph.closed.is_set():  # its earlier slices
             self.barrier.after = started
             self._tasks.clear()
@@ -546,7 +539,7 @@ class InFlight(Lease):
     @property
     def wanted(self) -> bool:
         """Return True if a call that is neither cancelled nor late waits for the rows."""
-        return any(not call.barrier.cut for call, _ in self.calls)
+        return any(not call.barrier.outcome.cut for call, _ in self.calls)
 
     def over(self) -> None:
         """Return the rows, under the graph's lock, and cache rows whose blocks landed whole.

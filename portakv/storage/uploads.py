@@ -60,7 +60,7 @@ class Uploads:
         if left <= half or not rows.lacks(count):
             return 0
         waiting = [task for each in every for task in each.waiting()]
-        for task in sorted(waiting, key=lambda task: task.number, reverse=True):
+        for task in sorted(waiting, key=lambda task: task.schedule.number, reverse=True):
             if left <= half or not rows.lacks(count):
                 break
             graph.cancel(task, "dropped")

@@ -37,7 +37,7 @@ def test_background_tasks_that_run_alone_leave_the_other_workers_free(
     end = threading.Event()
 
     def work(task: Task, mask: Any) -> None:
-        going.add(task.number)
+        going.add(task.schedule.number)
         assert end.wait(WAIT)
 
     tasks = [Task(work, 1, queue=queue) for _ in range(3)]

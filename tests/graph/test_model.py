@@ -258,7 +258,7 @@ class LastFirst(Graph):
     """A graph that serves its newest task first."""
 
     def place(self, task: Task) -> None:
-        task.due = float(-task.number)
+        task.schedule.due = float(-task.schedule.number)
         super().place(task)
 
 

@@ -87,7 +87,7 @@ def begun(reader: Reader, owners: list[tuple[str, list[bytes]]]) -> list[Part]:
 
 def graph_of(part: Part) -> Graph:
     """Return the graph of a reader, by one of its tasks."""
-    graph = part.tasks[0].graph
+    graph = part.tasks[0].schedule.graph
     assert isinstance(graph, Graph)
     return graph
 

@@ -414,14 +414,14 @@ def test_a_worker_that_never_ran_is_replaced() -> None:
     followed.go_on()
     followed.go_on()  # one worker at a time
     assert len(tasks) == 1
-    tasks[0].state = "cancelled"
+    tasks[0].outcome.state = "cancelled"
     followed.go_on()
     assert len(tasks) == 2
     followed.end_turn()
     followed.go_on()
     assert len(tasks) == 3
     followed.end()
-    tasks[2].state = "cancelled"
+    tasks[2].outcome.state = "cancelled"
     followed.go_on()
     assert len(tasks) == 3
     assert followed.issued.is_set()

@@ -76,6 +76,12 @@ _DEEPER = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.Matc
 _FUNCTIONS_OF_ANY_KIND = (*_FUNCTIONS, ast.Lambda)
 _WITH_ELSE = (ast.If, ast.For, ast.While)
 _CHOICES = (ast.BoolOp, ast.IfExp)
+#: Calls that make a method or a descriptor.
+_DESCRIPTORS = {"cached_property", "classmethod", "partialmethod", "property", "staticmethod"}
+#: Methods that set attributes when an object is made.
+_STARTS = ("__init__", "__post_init__")
+#: A constant of a class, or a name that Python itself reads.
+_CONSTANT = re.compile(r"_?[A-Z][A-Z0-9_]*|__\w+__")
 #: Nodes without anything below them that counts.
 _LEAVES = (ast.Name, ast.Constant, ast.expr_context, ast.operator, ast.Pass)
 
@@ -177,12 +183,12 @@ def _listed(value: object) -> list[object]:
 
 
 def attributes(node: ast.ClassDef) -> set[str]:
-    """Return the attributes that a class sets in its `__init__`, and its fields."""
-    return _set_at_start(node) | _fields(node)
+    """Return the attributes that a class sets when an object is made, its fields and defaults."""
+    return _set_at_start(node) | _fields(node) | _defaults(node)
 
 
 def _set_at_start(node: ast.ClassDef) -> set[str]:
-    starts = [x for x in node.body if isinstance(x, ast.FunctionDef) and x.name == "__init__"]
+    starts = [x for x in node.body if isinstance(x, ast.FunctionDef) and x.name in _STARTS]
     return {
         inner.attr
         for start in starts
@@ -194,8 +200,7 @@ def _set_at_start(node: ast.ClassDef) -> set[str]:
 
 def _fields(node: ast.ClassDef) -> set[str]:
     """Return the fields of a dataclass or a `NamedTuple`, without those that it inherits."""
-    named = {_named_last(each) for each in (*node.decorator_list, *node.bases)}
-    if not named & {"dataclass", "NamedTuple"}:
+    if not _has_fields(node):
         return set()
     return {
         each.target.id
@@ -203,6 +208,29 @@ def _fields(node: ast.ClassDef) -> set[str]:
         if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
         if _named_last(each.annotation) not in ("ClassVar", "KW_ONLY")
     }
+
+
+def _defaults(node: ast.ClassDef) -> set[str]:
+    """Return the names that a dataclass assigns without an annotation: attributes with a default.
+
+    Methods, descriptors and constants are not among them.
+    """
+    if not _has_fields(node):
+        return set()
+    methods = {each.name for each in node.body if isinstance(each, _FUNCTIONS)} | _DESCRIPTORS
+    return {
+        target.id
+        for each in node.body
+        if isinstance(each, ast.Assign) and _named_last(each.value) not in methods
+        for target in each.targets
+        if isinstance(target, ast.Name) and not _CONSTANT.fullmatch(target.id)
+    }
+
+
+def _has_fields(node: ast.ClassDef) -> bool:
+    """Return True for a dataclass or a `NamedTuple`."""
+    named = {_named_last(each) for each in (*node.decorator_list, *node.bases)}
+    return bool(named & {"dataclass", "NamedTuple"})
 
 
 def _named_last(node: ast.expr) -> str:
