@@ -81,7 +81,8 @@ class _Placed(NamedTuple):
 
 class Index:
     """An index list. Its contents must not change after it is made: copies on both sides are
-    cached.
+    cached. The first copy of ids to a device may wait for the current stream there. Ids that a
+    call takes as a list, an array or a tensor never wait.
 
     Args:
         ids: int32 or int64, one dimension, on host or device, contiguous or not (a tensor, a numpy
