@@ -677,9 +677,9 @@ def test_ids_on_a_device_are_not_waited_for() -> None:
     src = paged()
     dst = by_block()
     counter = RunCounter(CopyPlan(src.form, dst.form, B, B))
-    src_index = Index(torch.tensor([1, 2, 3]), B)
+    src_index = Index(torch.tensor([1, 2, 3], dtype=torch.int32), B)
     dst_index = Index(torch.tensor([4, 5, 6]), B)
-    src_index.on_host = False  # as an index whose ids are on a device
+    src_index.on_host = False  # as an index on a device: no int64 array on the host is known
     assert counter.groups(src_index, dst_index, 3 * B) == 3
     assert src_index.known_ids() is None
     src_index.host_ids()
