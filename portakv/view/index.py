@@ -534,8 +534,8 @@ class Index:
                 of = f" (of id {slot_id}, {self.step} slots each)"
             raise SlotError(
                 f"Expected the {side} index to stay inside the view's {slots} slots, got slot "
-                f"{int(expanded[at])}{of} at position {at}; nothing was moved. Correct the index: its "
-                f"last id is {slots // self.step - 1}."
+                f"{int(expanded[at])}{of} at position {at}; nothing was moved. Correct the index: "
+                f"its last id is {slots // self.step - 1}."
             )
         values, times = np.unique(expanded[expanded >= 0], return_counts=True)
         if distinct and (times > 1).any():
