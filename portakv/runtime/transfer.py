@@ -401,10 +401,11 @@ def end_of_launch(
     the stream on which they were brought, which may be another one. ``unordered``: it also retains
     memory that no allocator orders on a stream.
     """
-    # Either returns the event and the word, if the handle is dropped.
+    # Either returns the event, if the handle is dropped. Only a word can bring an error, which
+    # `LateErrors` look for among the copies in flight.
     if unordered:
         hold_memory(completion)
-    else:
+    if completion.words or not unordered:
         hold(completion, owner)
     return Transfer((completion,), retained, carried)
 

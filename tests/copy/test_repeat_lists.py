@@ -16,7 +16,7 @@ from support.device_cases import DEVICE
 from support.packed_backend import Packing
 from torch.cuda import _sleep
 
-from portakv import Index, KVView, SlotError, copy_blocks, copy_rows
+from portakv import Index, KVView, LateErrors, SlotError, copy_blocks, copy_rows
 from portakv.host import pinned
 from portakv.runtime.pinned_ids import PinnedIds
 from portakv.runtime.transfer import copies_holding_memory, free_words
@@ -187,6 +187,22 @@ def test_ids_on_the_device_are_still_guarded(sides: Sides, acquired: list[Pinned
     for _ in range(40):
         copy_blocks(sides.src, sides.dst, [1, 2], on_device, backend="packing").synchronize()
     assert len(free_words) >= words
+
+
+@pytest.mark.simdev
+def test_an_error_of_a_copy_that_nobody_holds_is_reported(sides: Sides) -> None:
+    on_device = torch.tensor([3, 1], device=simulated.DEVICE)
+    for read in ([9, 2], [5, 2], [6, 2]):
+        sides.copied(read, on_device)
+    late = LateErrors()
+    transfer = copy_blocks(sides.src, sides.dst, [1, 2], on_device, backend="packing")
+    ((word, _),) = transfer.completions[0].words
+    assert transfer.completions[0].listed is not None
+    late.keep(transfer)
+    del transfer
+    word.value[0] = 2  # as a kernel does that finds a bad id at position 1
+    with pytest.raises(SlotError, match="Position 1"):
+        late.check()
 
 
 @pytest.mark.simdev
