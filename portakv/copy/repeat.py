@@ -30,14 +30,13 @@ from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import Process, capturing
 from portakv.runtime.pinned_ids import PinnedIds
 from portakv.runtime.transfer import (
-    Completion,
     EventPool,
     StatusWord,
     Transfer,
     acquire_after_ends,
     acquire_word,
+    completion_of,
     end_of_launch,
-    words_of,
 )
 from portakv.view.index import Index
 
@@ -176,7 +175,7 @@ class Repeat(NamedTuple):
             host = *host, *dst.retained
         event = events.recorded(stream)
         ids = move.src_index, move.dst_index
-        completion = Completion(event, (), words_of(word), None, (host, ids), events, listed=listed)
+        completion = completion_of(event, events, word, (host, ids), listed)
         unordered = bool(host) or listed is not None
         return end_of_launch(completion, (src, dst, ids), carried, unordered)
 
@@ -215,7 +214,9 @@ class Repeat(NamedTuple):
             return (move.src, move.dst)[side].origins[0]
         if index.listed:
             return 0 if dtype is torch.int64 else None
-        ids = index.placed(self.ids_device, self.can.index_dtypes).ids
+        if index.on_host:  # its copy on the device is kept with it
+            index = index.placed(self.ids_device, self.can.index_dtypes)
+        ids = index.ids
         return ids.data_ptr() if ids is not None and ids.dtype is dtype else None
 
     def _launch(self, move: Move, stream: torch.Stream | None, word: StatusWord | None) -> None:

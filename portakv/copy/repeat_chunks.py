@@ -20,14 +20,13 @@ from portakv.registry.registry import Choice
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capture_question, capturing
 from portakv.runtime.transfer import (
-    Completion,
     Owner,
     StatusWord,
     Transfer,
     acquire_word,
+    completion_of,
     end_of_launch,
     event_pool,
-    words_of,
 )
 from portakv.view.index import Ids, Index
 from portakv.view.view import KVView
@@ -99,7 +98,7 @@ class ChunkRepeats:
         counts = Counted.counts
         if counts is not None:
             _count(counts, repeat, self._cache, count)
-        completion = Completion(event, (), words_of(word), None, ids, self._events)
+        completion = completion_of(event, self._events, word, ids)
         return end_of_launch(completion, retained, repeat.carried, owner=self._owner)
 
     def _ids_of(

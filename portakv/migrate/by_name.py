@@ -51,12 +51,11 @@ class ByName:
 
         The pull ends with the errors of its owners and rows.
         """
-        wanted = Wanted.of(tickets) if any_named(tickets) else None
-        if wanted is None:
+        if not any_named(tickets):
             return None
+        wanted = Wanted.of(tickets)
         finder = self._have_finder()
-        pull = Pull((), until, self._keeper.report)
-        pull.layers = self._follower.promised(request)
+        pull = self._promised(request, until)
         wanted.look_up(self._owners.ticket_of)
         connected = all(self._owners.knows(*owner) for owner in wanted.owners)
         if connected and not wanted.names:
@@ -76,9 +75,14 @@ class ByName:
         """
         request.check(tickets, self._issuer.shards)
         self._have_finder()
+        pull = self._promised(request, until)
+        return self._waiting(pull, Wanted.of(tickets), request)
+
+    def _promised(self, request: Request, until: float) -> Pull:
+        """Return a pull without sources, with the layers that it will have."""
         pull = Pull((), until, self._keeper.report)
         pull.layers = self._follower.promised(request)
-        return self._waiting(pull, Wanted.of(tickets), request)
+        return pull
 
     def prepare(self, address: str) -> Part:
         """Connect to the owner at an address in a worker, and return the end."""

@@ -383,9 +383,16 @@ class Transfer:
             )
 
 
-def words_of(word: StatusWord | None) -> Sequence[tuple[StatusWord, int]]:
-    """Return the words of one launch, for its `Completion`."""
-    return () if word is None else ((word, 0),)
+def completion_of(
+    event: torch.Event,
+    pool: EventPool,
+    word: StatusWord | None,
+    retained: object,
+    listed: PinnedIds | None = None,
+) -> Completion:
+    """Return the completion of one launch, for `end_of_launch`; see the fields of `Completion`."""
+    words = () if word is None else ((word, 0),)
+    return Completion(event, (), words, None, retained, pool, listed=listed)
 
 
 def end_of_launch(

@@ -124,9 +124,6 @@ def _check_tensor(ids: torch.Tensor) -> None:
 
 def out_of_range(used: npt.NDArray[np.int64], most: int) -> bool:
     """Return True if a number is negative or above ``most``. There is at least one number."""
-    if used.size <= SHORT:
-        listed = used.tolist()
-        return bool(min(listed) < 0 or max(listed) > most)
     # A negative number read as unsigned is huge, so one pass shows if all are in range.
     return int(np.maximum.reduce(used.view(np.uint64))) > most
 

@@ -181,7 +181,7 @@ def test_ids_on_the_device_are_still_guarded(sides: Sides, acquired: list[Pinned
     assert [bool(word) for word in Packing.words] == [True, False, True, False]
     assert len(acquired) == 4
     words = len(free_words)
-    for turn in range(40):  # nobody holds a handle
+    for turn in range(40):  # without a handle
         copy_blocks(sides.src, sides.dst, [turn, 99], on_device, backend="packing")
     torch.accelerator.synchronize(simulated.DEVICE)
     for _ in range(40):
@@ -280,9 +280,7 @@ def test_a_list_is_given_back_if_the_other_ids_cannot_be_sent(
 
 
 @pytest.mark.simdev
-def test_without_pinned_memory_ids_are_sent(
-    sides: Sides, acquired: list[PinnedIds], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_pinned_memory_ids_are_sent(sides: Sides, acquired: list[PinnedIds]) -> None:
     lists = free_lists()
     acquired.clear()
     try:
@@ -295,7 +293,7 @@ def test_without_pinned_memory_ids_are_sent(
 
 def rows_of_copies_in_flight(sides: Sides) -> tuple[torch.Tensor, torch.Tensor]:
     """Make six copies that begin late, whose ids the caller overwrites; return the rows that
-    arrived, and those that were asked for."""
+    arrived, and those that were requested."""
     for _ in range(3):
         sides.copied([1, 2], [3, 4])
     rows = sides.fill()

@@ -16,7 +16,7 @@ from portakv.view.addresses import RawMemory
 
 
 class Pool(PinnedIds):
-    """A pool of its own."""
+    """A separate pool."""
 
     _free: ClassVar = deque[PinnedIds]()
     _reserved = False
