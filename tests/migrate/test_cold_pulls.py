@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +14,7 @@ import torch
 from support.migrate_channels import until
 from support.migrate_nursery import Nursery
 from support.migrate_pulls import MODEL, Couple, Rows, Sides, sides
+from support.stopping import go_on, stop
 
 from portakv.errors import (
     InvalidTerms,
@@ -65,7 +64,7 @@ def stopped(nursery: Nursery, count: int) -> Iterator[list[tuple[str, list[bytes
     with ExitStack() as stack:
         for pid, _ in born:
             stack.callback(nursery.end, pid)
-            os.kill(pid, signal.SIGSTOP)
+            stop(pid)
         yield [said for _, said in born]
 
 
@@ -212,11 +211,11 @@ def test_one_stopped_owner_occupies_one_worker(made: Sides, nursery: Nursery, na
 def test_a_pull_goes_on_with_an_owner_that_goes_on(made: Sides, nursery: Nursery) -> None:
     both = couple(made)
     pid, (_, tickets) = nursery.born(OWNER)
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     pulled = both.reader.pull(tickets[:1], [3], by_layer=True)
     sleep(0.1)
     assert not pulled.ended
-    os.kill(pid, signal.SIGCONT)
+    go_on(pid)
     for layer in pulled.layers:
         layer.synchronize(LIMIT)
     pulled.synchronize(LIMIT)

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import threading
 from collections.abc import Iterator
 from secrets import token_bytes
@@ -18,6 +16,7 @@ from support.device_cases import on
 from support.migrate_channels import until
 from support.migrate_nursery import Nursery
 from support.migrate_pulls import SMALL, Clock, Rows, Sides, sides
+from support.stopping import go_on, stop
 from torch.cuda import _sleep
 
 from portakv import Index
@@ -402,7 +401,7 @@ def test_an_owner_that_is_stopped_delays_no_other(made: Sides) -> None:
         pid, (address, epoch) = nursery.born(OWNER)
         stopped = pair.reader.pull(Ticket.of(address, epoch, name), INTO, timeout=2.0)
         sleep(0.1)
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         try:
             other = pair.reader.pull(pair.ticket(name), INTO)
             pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
@@ -411,7 +410,7 @@ def test_an_owner_that_is_stopped_delays_no_other(made: Sides) -> None:
             with pytest.raises((TransferTimeout, PeerError)):
                 stopped.synchronize(LIMIT)
         finally:
-            os.kill(pid, signal.SIGCONT)
+            go_on(pid)
 
 
 @pytest.mark.parametrize("by_layer", [False, True])
@@ -576,10 +575,10 @@ def test_an_owner_that_wakes_late_is_waited_for(made: Sides) -> None:
     name = token_bytes(16)
     with Nursery() as nursery:
         pid, (address, epoch) = nursery.born(OWNER)
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         pulled = pair.reader.pull(Ticket.of(address, epoch, name), INTO, timeout=2.0)
         sleep(0.4)
-        os.kill(pid, signal.SIGCONT)
+        go_on(pid)
         with pytest.raises(TransferTimeout):  # it makes no offer; nothing else failed
             pulled.synchronize(LIMIT)
 
@@ -599,7 +598,7 @@ def test_nothing_is_written_after_a_pull_was_stopped_during_its_handshake(
     pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
     with Nursery() as nursery:
         pid, (address, epoch) = nursery.born(OWNER)
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         both = [pair.ticket(name), Ticket.of(address, epoch, name)]
         pulled = pair.reader.pull(both, INTO, by_layer=True)
         sleep(0.2)
@@ -607,7 +606,7 @@ def test_nothing_is_written_after_a_pull_was_stopped_during_its_handshake(
             assert pulled.cancel()
         else:
             pair.reader.close()
-        os.kill(pid, signal.SIGCONT)
+        go_on(pid)
         with pytest.raises(TransferCancelled):
             pulled.synchronize(LIMIT)
         with pytest.raises(TransferCancelled):
@@ -629,7 +628,7 @@ def test_stopped_owners_are_asked_together(made: Sides) -> None:
         ]
         assert until(lambda: pair.reader.statistics()["owners"] == 5, 10)
         for pid, _ in born:
-            os.kill(pid, signal.SIGSTOP)
+            stop(pid)
         try:
             sleep(0.2)
             taken = list[float]()
@@ -643,7 +642,7 @@ def test_stopped_owners_are_asked_together(made: Sides) -> None:
             assert pair.right()
         finally:
             for pid, _ in born:
-                os.kill(pid, signal.SIGCONT)
+                go_on(pid)
         for pulled in stopped:
             with pytest.raises((TransferTimeout, PeerError)):
                 pulled.synchronize(LIMIT)

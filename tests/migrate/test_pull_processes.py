@@ -4,9 +4,7 @@ is gone is published, nothing hangs, and nothing is left."""
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ from support import ready
 from support.migrate_channels import until
 from support.migrate_nursery import Nursery
 from support.migrate_pulls import LAYOUT, SMALL, Couple, Rows, Sides, left, sides
+from support.stopping import go_on, stop
 
 from portakv import KVView
 from portakv.errors import OfferGone, PeerError, TransferError
@@ -158,10 +157,10 @@ def test_a_reader_that_was_stopped_finds_its_offer_gone(nursery: Nursery, made: 
     offer = both.offer(lease=2.5)
     pid, _ = nursery.born(READER, tickets=[offer.ticket], terms={"max_gbps": NEVER})
     assert until(lambda: bool(offer.begun), 30)
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     assert offer.taken(20)
     both.src.whole.fill_(9)
-    os.kill(pid, signal.SIGCONT)
+    go_on(pid)
     assert nursery.hear(pid) in ("OfferGone", "PeerError")
     nursery.end(pid)
     assert offer.state in ("expired", "lost")

@@ -24,6 +24,7 @@ import pytest
 from support import ready
 from support.faulty_io import VARIABLE, set_fault
 from support.migrate_channels import until
+from support.stopping import go_on, stop
 from support.store_damage import any_images_believed, flip_bits, swap_images
 
 from portakv.serving import PageJob, StoreTerms
@@ -215,12 +216,12 @@ def test_a_process_that_serves_and_hangs_costs_misses(tmp_path: Path, closing: E
     process = serving(tmp_path / "kv", closing)
     other = opened(tmp_path / "kv", closing, deadline=1.0)
     assert until(lambda: other.right(NAMES[:4]) == 4, LIMIT)
-    os.kill(process.pid, signal.SIGSTOP)
+    stop(process.pid)
     try:
         assert other.load(NAMES[:4]) == [False] * 4
         assert other.load(NAMES[:4]) == [False] * 4
     finally:
-        os.kill(process.pid, signal.SIGCONT)
+        go_on(process.pid)
     assert until(lambda: all(other.save(NAMES)), LIMIT)
     assert other.right(NAMES) == len(NAMES)
 

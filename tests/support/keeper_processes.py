@@ -7,14 +7,11 @@ They are forked from a nursery that has imported everything, so that one is made
 from __future__ import annotations
 
 import atexit
-import os
-import signal
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from multiprocessing.connection import Client, Listener
-from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
@@ -25,8 +22,8 @@ from portakv import KVView
 from portakv.serving.keeper_client import KeeperClient
 from portakv.serving.place import Place
 from portakv.storage import BlockForm, prefix_keys
-from support.migrate_channels import until
 from support.migrate_nursery import Nursery
+from support.stopping import go_on, stop, stopped
 
 LAYERS = 2
 HEADS = 4
@@ -94,18 +91,16 @@ class Worker:
 
     def stop(self) -> None:
         """Stop the process."""
-        os.kill(self.pid, signal.SIGSTOP)
-        assert until(lambda: self.stopped, LIMIT)
+        stop(self.pid)
 
     def go_on(self) -> None:
         """Have a stopped process go on."""
-        os.kill(self.pid, signal.SIGCONT)
+        go_on(self.pid)
 
     @property
     def stopped(self) -> bool:
         """Return whether the process is stopped."""
-        state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return state == "T"
+        return stopped(self.pid)
 
     def __enter__(self) -> Worker:
         return self

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that a test stops and lets go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from support.migrate_channels import until
+
+LIMIT = 30  # seconds
+
+
+def stop(pid: int) -> None:
+    """Stop a process, and return when each of its threads stands still.
+
+    ``SIGSTOP`` alone does not wait: on a busy machine a thread may run on and answer a message.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    assert until(lambda: stopped(pid), LIMIT)
+
+
+def go_on(pid: int) -> None:
+    """Have a stopped process go on."""
+    os.kill(pid, signal.SIGCONT)
+
+
+def stopped(pid: int) -> bool:
+    """Return whether each thread of a process is stopped."""
+    return all(_state(thread) == "T" for thread in Path(f"/proc/{pid}/task").iterdir())
+
+
+def _state(thread: Path) -> str:
+    """Return the state of a thread (proc(5), the field after the name in parentheses)."""
+    return (thread / "stat").read_text().rpartition(")")[2].split()[0]
