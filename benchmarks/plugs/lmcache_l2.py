@@ -7,6 +7,7 @@
 Each round stores new objects, and loads them twice: once after their files have left the page
 cache, and once more. PortaKV verifies each object that it loads. Prints medians: MB/s, milliseconds
 of processor time a MiB, the best of both, and the ratio of a round's times: ours by the other's.
+Files in the page cache occupy memory: `HOST` has as much, for a comparison with equal memory.
 
 With ``--faults`` it lets so many faults of each kind happen to the files, the disk and the process,
 and counts how objects came that a load reports as loaded.
@@ -46,10 +47,11 @@ OURS = "portakv"
 PART = "l2"
 IMPORTS = ("lmcache.v1.distributed.l2_adapters", "lmcache.v1.storage_backend", MODULE)
 SHARED = "portakv, shared"
+HOST = "portakv, host"
 #: PortaKV's other configurations, with their terms: a host tier of as many bytes as the page cache
 #: has for the files of the others, and a folder that several servers may have.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "portakv, host": {"host": 512 << 20},
+    HOST: {"host": 512 << 20},
     SHARED: {"shared": True},
 }
 #: The other adapters, with their configuration.
@@ -313,6 +315,10 @@ def rows_of(
             row["least_processor"] = round(1e3 * least / (nbytes / 2**20), 3)
         row["time_of_portakv"] = _ratio(ours, some, 0)
         row["processor_of_portakv"] = _ratio(ours, some, 1)
+        with_host = costs.get((operation, HOST))
+        if with_host:
+            row["time_of_portakv_host"] = _ratio(with_host, some, 0)
+            row["processor_of_portakv_host"] = _ratio(with_host, some, 1)
         yield row
 
 

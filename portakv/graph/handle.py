@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Literal, NamedTuple, TypeAlias, cast
@@ -10,6 +11,7 @@ from typing import Literal, NamedTuple, TypeAlias, cast
 import numpy as np
 import torch
 
+from portakv import arguments
 from portakv.errors import PortaKVError, TransferCancelled, TransferError
 from portakv.graph.graph import Graph
 from portakv.graph.task import Mask, Task
@@ -217,6 +219,16 @@ class Handle(Transfer):
             self._issued.ordered = True
         if self._barriers:
             self._finish()
+
+    def _await_end(self, seconds: float) -> None:
+        """Sleep until workers have ended their part, then poll for copies that were issued.
+
+        Polls alone would take the interpreter from the workers: 0.3 ms of a load of 2 MiB.
+        """
+        until = time.monotonic() + arguments.seconds("timeout", seconds, optional=True)
+        for barrier in self._barriers:
+            barrier.wait(max(0.0, until - time.monotonic()))
+        super()._await_end(max(0.0, until - time.monotonic()))
 
     def _finish(self) -> None:
         super()._finish()

@@ -151,6 +151,33 @@ def test_layers_end_one_by_one_and_are_cancelled_together(graph: Graph) -> None:
         handle.synchronize()
 
 
+class Counting:
+    """A task as a pending that counts how often it is asked for its end."""
+
+    def __init__(self, task: Any) -> None:
+        self.task = task
+        self.polls = 0
+
+    def done(self) -> bool:
+        """Return whether the task has ended."""
+        self.polls += 1
+        return bool(self.task.done())
+
+    def wait(self) -> None:
+        """Wait for the end."""
+        self.task.wait()
+
+
+def test_a_wait_with_a_limit_sleeps(graph: Graph) -> None:
+    """Polls would take the interpreter from the workers."""
+    handle = submitted(graph, lambda task, mask: time.sleep(0.2))
+    completion = handle.completions[0]
+    counting = Counting(completion.pendings[0])
+    completion.pendings = (counting,)
+    handle.synchronize(30.0)
+    assert 0 < counting.polls < 5
+
+
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_in_synchronize_leaves_the_handle_usable(graph: Graph) -> None:
     """Fault 16."""
