@@ -47,10 +47,12 @@ report() {
 }
 trap report EXIT
 
-# results_of NAME: have pytest write what .ci/compatibility.py reads, the numbers of tests of a step, if
-# STEP_RESULTS names a folder. Next to them lies the commit that ran, with -dirty after other changes.
+# results_of NAME: have pytest write what .ci/compatibility.py reads, the numbers of tests of a step of an
+# engine, if STEP_RESULTS names a folder. Next to them lies the commit that ran, with -dirty after other changes.
 results_of() {
     [[ -n ${STEP_RESULTS:-} ]] || return 0
+    unset PYTEST_ADDOPTS # which names the results of the last step
+    [[ $1 =~ \ [0-9.]+:\  ]] || return 0
     mkdir -p "$STEP_RESULTS"
     git describe --always --dirty --abbrev=12 --exclude '*' >"$STEP_RESULTS/$1.commit"
     # In double quotes: names of steps have apostrophes.
