@@ -146,8 +146,10 @@ def test_a_result_that_the_script_did_not_write_is_refused(
 
 def test_the_script_writes_the_commit_of_each_step(tmp_path: Path) -> None:
     """The name of a step may have an apostrophe."""
+    name = "a 1.0: its b's c"
     script = (
-        'source .ci/steps.sh; trap - EXIT; step "a b: its c\'s d" true; printf %s "$PYTEST_ADDOPTS"'
+        f'source .ci/steps.sh; trap - EXIT; step "{name}" true; printf %s "$PYTEST_ADDOPTS"; '
+        'step ".ci/run" true; printf %s "${PYTEST_ADDOPTS-none}"'
     )
     environment = {**os.environ, "STEP_RESULTS": str(tmp_path)}
     run = ["bash", "-c", script]
@@ -155,11 +157,13 @@ def test_the_script_writes_the_commit_of_each_step(tmp_path: Path) -> None:
         run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    words = shlex.split(done.stdout.splitlines()[-1])
-    name = "a b: its c's d"
+    *_, said, _, of_another = done.stdout.splitlines()
+    assert of_another == "none"  # the step is of no engine
+    words = shlex.split(said)
     assert words == [f"--junitxml={tmp_path}/{name}.xml", "-o", f"junit_suite_name={name}"]
     commit = (tmp_path / f"{name}.commit").read_text(encoding="utf-8")
     assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?\n", commit)
+    assert len([*tmp_path.iterdir()]) == 1
 
 
 def test_a_release_that_ran_again_replaces_its_results(compatibility: Any, tmp_path: Path) -> None:
