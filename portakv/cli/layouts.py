@@ -32,7 +32,9 @@ def run(args: argparse.Namespace) -> int:
     print_table([Column(name, whole=name in ("name", "releases")) for name in names], rows)
     print()
     print_prose(
-        f"{len(rows)} layouts. `portakv layouts NAME` prints the note and picture of a layout."
+        f"{len(rows)} layouts. Presets of the same string differ in the order of memory, which a "
+        f"view reads from the strides. `portakv layouts NAME` prints that order, the note and the "
+        f"picture of a layout."
     )
     return 0
 

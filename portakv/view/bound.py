@@ -18,12 +18,14 @@ from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout.encodings import Encoding, as_encoding
 from portakv.layout.extents import declare, factor_extent, positive, solve
 from portakv.layout.language import Factor, Layout, parse
-from portakv.layout.presets import Extent, resolve
+from portakv.layout.presets import PRESETS, Extent, resolve
 from portakv.runtime.bounded import Bounded
 from portakv.view.form import Form, build_parts, same_form, widest_vector
 from portakv.view.packed import PackedExtents
 
 _STRIDED = torch.strided
+#: Presets at most that an error about a layout names.
+FITTING = 5
 #: Tensors of these are bytes, whatever they stand for: fp8 and packed formats are kept so.
 _BYTES = frozenset({torch.uint8, torch.int8})
 
@@ -189,7 +191,11 @@ class BoundLayout:
             solve(layout, values, list(zip(layout.dims, sizes_of_each, strict=True)))
         except LayoutError as error:
             kinds = dict.fromkeys(f"shape {tuple(t.shape)}, strides {t.stride()}" for t in picks)
-            raise LayoutError(f"{error} The tensors have {'; '.join(kinds)}.") from None
+            text = f"{error} The tensors have {'; '.join(kinds)}."
+            fitting = _fitting(layout, values[0], picks)
+            if fitting:
+                text += f" Presets with such shapes: {', '.join(fitting)}."
+            raise LayoutError(text) from None
         strides = [of_kv.strides for of_kv in dims]
         itemsizes = [tensor.element_size() for tensor in picks]
         known = values[0]
@@ -467,6 +473,28 @@ def _read_dims(layout: Layout, tensor: torch.Tensor) -> _Dims:
             strides[-1] = stride
         shape[-1] *= size
     return _Dims(shape, strides)
+
+
+def _fitting(layout: Layout, known: Mapping[str, int], picks: Sequence[torch.Tensor]) -> list[str]:
+    """Return presets that fit tensors in the containers of a layout, the latest of each string.
+
+    ``known``: the extents of the containers. Layouts that fit any shape are left out.
+    """
+    outer = {f.axis: known[f.axis] for group in layout.containers for f in group.factors}
+    names = dict[str, str]()  # by the string of the layout
+    for name, preset in reversed([*PRESETS.items()]):
+        other = parse(preset.layout)
+        ranks = {len(other.dims), *(pick.dim() for pick in picks)}
+        if other.opaque or other.containers != layout.containers or len(ranks) > 1:
+            continue
+        values = [{**of_kv, **outer} for of_kv in declare(other, dict(preset.extents))]
+        try:
+            sizes = zip(*([*pick.shape] for pick in (*picks, *picks)[: len(values)]), strict=True)
+            solve(other, values, list(zip(other.dims, sizes, strict=True)))
+        except LayoutError:
+            continue
+        names.setdefault(preset.layout, name)
+    return [*names.values()][:FITTING]
 
 
 def reach(size: Sequence[int], stride: Sequence[int]) -> int:

@@ -132,6 +132,26 @@ def test_forms_of_containers_are_not_confused() -> None:
     assert [form.heads for form in declared] == [2, 4]
 
 
+@pytest.mark.parametrize(
+    ("shape", "layout", "names"),
+    [
+        ((6, 2, 4, 3, 8), "vllm-nhd", "vllm-0.23, flashinfer-hnd"),
+        ((6, 4, 8), "vllm-nhd", "vllm-mla"),
+        ((6, 4), "vllm-nhd", None),
+    ],
+)
+def test_the_error_of_a_shape_names_presets_that_fit(
+    shape: tuple[int, ...], layout: str, names: str | None
+) -> None:
+    tensors = [torch.zeros(shape) for _ in range(5)]
+    with pytest.raises(LayoutError) as caught:
+        KVView(tensors, layout)
+    _, _, named = str(caught.value).partition(" Presets with such shapes: ")
+    assert named == (f"{names}." if names else "")
+    for name in names.split(", ") if names else ():
+        assert KVView(tensors, name).layers == 5
+
+
 def test_tensors_of_one_allocation_are_a_stride() -> None:
     view = KVView([list(layer) for layer in MEMORY], "layer kv | token dim")
     assert view.addresses.tolist() == [MEMORY.data_ptr()]
