@@ -10,15 +10,18 @@ from functools import partial
 from statistics import median
 from time import perf_counter
 
-from portakv_benchmarks.host.suite import KB, MB
+from portakv_benchmarks.host.suite import MB
 from portakv_benchmarks.migration.cases import ALL_CASES, BLOCKS, CASES, SEVERAL, TWO_OWNERS, USUAL
 from portakv_benchmarks.migration.pulls import MAPPED, RAW
 from portakv_benchmarks.migration.suite import MigrationBench
 from portakv_benchmarks.shared.harness import Row, Rows, Step, quantile, short
 from portakv_benchmarks.shared.shapes import in_words
 
-#: Bytes of the pulls whose time is mostly fixed.
-SMALL = (256 * KB, 2 * MB)
+#: Bytes of a pull whose time is mostly fixed: 16 tokens of the usual arrangement, the fewest.
+SMALL = 2 * MB
+#: Rounds before the timed ones: the first pulls of a process, or of an owner, take up to twice as
+#: long.
+WARM = 20
 #: Bytes from which on pulls have a target as a share of a raw copy's rate.
 LARGE = 512 * MB
 #: The arrangements that are pulled in that size too: the usual one and the slowest one.
@@ -30,9 +33,8 @@ def waiting_steps(bench: MigrationBench) -> Iterator[Step]:
     """Yield a step for small pulls, for large ones of each arrangement, for tickets, and for pulls
     from several owners."""
     most = bench.sizes.large[bench.on]
-    for nbytes in SMALL:
-        if nbytes <= most:
-            yield f"wall clock: {in_words(nbytes)}", partial(_pulls, bench, USUAL, nbytes)
+    if most >= SMALL:
+        yield f"wall clock: {in_words(SMALL)}", partial(_pulls, bench, USUAL, SMALL)
     for case in CASES:
         if case == BLOCKS:
             continue
@@ -52,8 +54,8 @@ def _several(bench: MigrationBench, most: int) -> Rows:
     """Return rows for pulls from several owners, each a process with its share of the heads."""
     rows = Rows()
     with bench.several(max(case.owners for case in SEVERAL.values())):
-        if SMALL[-1] <= most:
-            rows += _pulls(bench, TWO_OWNERS, SMALL[-1])
+        if most >= SMALL:
+            rows += _pulls(bench, TWO_OWNERS, SMALL)
         for case in SEVERAL:
             for nbytes in _large(most):
                 rows += _pulls(bench, case, nbytes)
@@ -90,7 +92,8 @@ def _pulls(bench: MigrationBench, case: str, nbytes: int) -> Rows:
     payload = ALL_CASES[case].payload(nbytes)
     times: dict[str, list[float]] = {method: [] for method in calls}
     right = dict.fromkeys(calls, True)
-    for n in range(_rounds(bench, payload)):
+    rounds = _rounds(bench, payload)
+    for n in range(-min(WARM, rounds), rounds):
         if n % 10 == 0:
             bench.change()
         for method, (call, check) in calls.items():
@@ -99,7 +102,8 @@ def _pulls(bench: MigrationBench, case: str, nbytes: int) -> Rows:
             near.settle()
             began = perf_counter()
             call()
-            times[method].append(perf_counter() - began)
+            if n >= 0:
+                times[method].append(perf_counter() - began)
             right[method] &= check()
     fields: Row = {"kind": "migrate_wall", "shape": case, "op": in_words(nbytes)}
     fields |= {"across": bench.across, "owners": len(owners), "payload_bytes": payload}
@@ -121,7 +125,7 @@ def _only(tickets: list[str]) -> str | list[str]:
 def _tickets(bench: MigrationBench) -> Rows:
     """Return a row for the call that makes an offer and its ticket."""
     near = bench.near
-    nbytes = min(SMALL[-1], bench.sizes.large[bench.on])
+    nbytes = min(SMALL, bench.sizes.large[bench.on])
     bench.apart()
     near.give(USUAL, nbytes)
     seconds = list[float]()
@@ -140,7 +144,7 @@ def _tickets(bench: MigrationBench) -> Rows:
 
 def _rounds(bench: MigrationBench, payload: int) -> int:
     """Return how often each method is called: the smaller, the more often."""
-    return bench.sizes.calls if payload <= SMALL[-1] else bench.trials.rounds
+    return bench.sizes.calls if payload <= SMALL else bench.trials.rounds
 
 
 def _figures(seconds: list[float]) -> Row:
