@@ -36,7 +36,9 @@ class StoragePreset:
     layers: int = 32
     # Blocks of a call, and the bytes of each, of loads from the host tier to the device.
     waits: tuple[tuple[int, int], ...] = ((8, 2 * MB), (1000, 2 * MB), (3000, 640 * KB))
-    # The same of loads through a store server.
+    # Bytes of the blocks of a tier next to its engine.
+    tiered: tuple[int, ...] = (MB, 2 * MB)
+    # Blocks of a call, and the bytes of each, of loads through a store server.
     served: tuple[tuple[int, int], ...] = ((1, 2 * MB), (8, 2 * MB), (128, MB))
 
     @property
@@ -57,6 +59,7 @@ STORAGE_PRESETS: Mapping[str, StoragePreset] = {
         2 * MB,
         *(1, 0.0, 200, 100, 2, 2, 256 * MB, 4),
         ((8, 256 * KB),),
+        (256 * KB,),
         ((2, 256 * KB),),
     ),
 }

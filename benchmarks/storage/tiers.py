@@ -5,6 +5,7 @@ remote one alongside plain requests for the same bytes."""
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -153,8 +154,9 @@ def _both_directions(bench: StorageBench, size: int) -> Rows:
 
 
 def tier_steps(bench: StorageBench) -> Iterator[Step]:
-    """Yield a step for blocks of 1 MB: stores into an empty and into a full tier, and loads."""
-    yield in_words(bench.sizes.usual), partial(_tier, bench, bench.sizes.usual)
+    """Yield a step for each size of blocks: stores into an empty and a full tier, and loads."""
+    for size in bench.sizes.tiered:
+        yield in_words(size), partial(_tier, bench, size)
 
 
 def _tier(bench: StorageBench, size: int) -> Rows:
@@ -163,8 +165,9 @@ def _tier(bench: StorageBench, size: int) -> Rows:
     nbytes = amount * size
     capacity = amount * (size + image.HEADER)
     # In one of them each store comes into slots that were never written.
-    fresh = Tier(size, amount, Disk(bench.folder / "fresh", capacity=(rounds + 2) * capacity))
-    tier = Tier(size, amount, Disk(bench.folder / "tier", capacity=capacity))
+    folder = bench.folder / f"tier {size}"
+    fresh = Tier(size, amount, Disk(folder / "fresh", capacity=(rounds + 2) * capacity))
+    tier = Tier(size, amount, Disk(folder / "tier", capacity=capacity))
     slab = Slab(bench.trials, bench.folder, tier.form.image_bytes, amount)
     engine, _ = choose(slab.places)
     peers = [FsNative(x, bench.folder, size, amount) for x in [bench.lmcache] if x]
@@ -178,6 +181,7 @@ def _tier(bench: StorageBench, size: int) -> Rows:
         methods += [peer.method(word) for peer in peers]
         rows += bench.trials.rows({**fields, "op": op}, nbytes, methods, compared_with)
     close(fresh, tier, slab, engine, *peers)
+    shutil.rmtree(folder)  # the next size may need the space
     compare_processor_time(rows)
     return rows
 
