@@ -5,9 +5,12 @@ owners that are killed every other offer is pulled by its name."""
 
 from __future__ import annotations
 
+import json
+import os
 import random
 from collections import Counter
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from support.migrate_channels import until
@@ -19,12 +22,25 @@ from portakv.errors import PeerError, TransferError
 RATES = (None, 5e-3, 1e-3)  # 10^9 bytes a second: at the last one a pull takes 0.1 s
 INTO = [6, 1, 4]
 TOKENS = 75
+READERS = 4  # offers to each reader; a process that uses a device begins slowly, and takes more
+READERS_ON_DEVICES = 20
+
+
+class Where(NamedTuple):
+    """The devices of the owner and of the reader."""
+
+    owner: str
+    reader: str
+
+
+HOST = Where("cpu", "cpu")
+DEVICES = Where("cuda:1", "cuda:0")
 
 OWNER = """
 import os, random, time
 from support.migrate_pulls import *
 from portakv.migrate import Ticket
-made, rows = Sides(), Rows()
+made, rows = Sides(), Rows(device=device)
 terms = {"expose": expose, "staging": SMALL} if expose == "staging" else {}
 owner = made.owner(rows.shard, **terms)
 if silent:
@@ -49,7 +65,7 @@ while True:
 """
 READER = """
 from support.migrate_pulls import *
-made, rows = Sides(), Rows(8, 32, fill=-1)
+made, rows = Sides(), Rows(8, 32, fill=-1, device=device)
 reader = made.reader(rows.shard)
 for number, ticket, rate in offers:
     try:
@@ -63,14 +79,16 @@ tell(None)
 """
 
 
-def pull_of_a_dying_owner(expose: str, rounds: int, silent: bool = False) -> Counter[str]:
+def pull_of_a_dying_owner(
+    expose: str, rounds: int, silent: bool = False, where: Where = HOST
+) -> Counter[str]:
     """Pull from an owner in another process, which is killed now and then; count the ends."""
     seed = random.Random(5)
     ends = Counter[str]()
-    local = Rows(8, 32, fill=-1)
+    local = Rows(8, 32, fill=-1, device=where.reader)
     with sides() as made, Nursery() as nursery:
         reader = made.reader(local.shard)
-        code = {"expose": expose, "silent": silent}
+        code = {"expose": expose, "silent": silent, "device": where.owner}
         pid, message = nursery.born(OWNER, number=0, **code)
         for number in range(rounds):
             current, ticket = message
@@ -107,23 +125,27 @@ def end_all(offers: list[Any], seed: random.Random) -> None:
         offer.revoke()
 
 
-def offer_to_dying_readers(expose: str, rounds: int, silent: bool = False) -> Counter[str]:
+def offer_to_dying_readers(
+    expose: str, rounds: int, silent: bool = False, where: Where = HOST
+) -> Counter[str]:
     """Offer rows to readers in other processes, which are killed now and then; count the ends."""
     seed = random.Random(6)
     ends = Counter[str]()
     with sides() as made, Nursery() as nursery:
-        both = Couple(made, expose)
+        both = Couple(made, expose, where.owner)
         if silent:
             never_end(both.owner)
-        for start in range(0, rounds, 4):
+        each = READERS if where == HOST else READERS_ON_DEVICES
+        for start in range(0, rounds, each):
             both.src.whole.fill_(start)
-            offers = [both.offer() for _ in range(4)]
+            offers = [both.offer() for _ in range(each)]
             told = [(start, offer.ticket, seed.choice(RATES)) for offer in offers]
-            pid = nursery.do("answer = bear(run, values)", run=READER, values={"offers": told})
-            killed = start % 16 == 12
-            if killed:
-                assert until(lambda x=offers: any(o.begun or o.state != "held" for o in x), 20)
-            else:
+            values = {"offers": told, "device": where.reader}
+            pid = nursery.do("answer = bear(run, values)", run=READER, values=values)
+            killed = start // each % 4 == 3
+            if killed or where != HOST:  # a process that uses a device begins slowly
+                assert until(lambda x=offers: any(o.begun or o.state != "held" for o in x), 60)
+            if not killed:
                 end_all(offers, seed)
                 both.src.whole.fill_(-2)  # all have ended
                 while (message := nursery.hear(pid)) is not None:
@@ -137,48 +159,79 @@ def offer_to_dying_readers(expose: str, rounds: int, silent: bool = False) -> Co
 ROUNDS = pytest.mark.parametrize(
     "rounds", [26, pytest.param(2000, marks=[pytest.mark.full, pytest.mark.timeout(3600)])]
 )
+EXPOSE = pytest.mark.parametrize(
+    "expose", ["mapped", pytest.param("staging", marks=pytest.mark.full)]
+)
+#: Tests of two devices are told apart by their marks; some minutes each.
+WHERE = pytest.mark.parametrize(
+    "where",
+    [
+        HOST,
+        pytest.param(
+            DEVICES,
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.full,
+                pytest.mark.skipif("torch.cuda.device_count() < 2", reason="it takes two devices"),
+            ],
+        ),
+    ],
+    ids=["host", "devices"],
+)
 
 
+def note(what: str, where: Where, expose: str, ends: Counter[str]) -> None:
+    """Print the ends of a test, and append them to the file `SOAK_RESULTS`, a line of JSON each."""
+    line = json.dumps({"what": what, "where": where, "expose": expose, "ends": dict(ends)})
+    print(line)
+    if file := os.environ.get("SOAK_RESULTS"):
+        with Path(file).open("a", encoding="utf-8") as results:
+            results.write(f"{line}\n")
+
+
+@WHERE
 @ROUNDS
-@pytest.mark.parametrize("expose", ["mapped", pytest.param("staging", marks=pytest.mark.full)])
-def test_no_stale_row_of_an_owner_that_is_killed(expose: str, rounds: int) -> None:
-    ends = pull_of_a_dying_owner(expose, rounds)
-    print(expose, dict(ends))
+@EXPOSE
+def test_no_stale_row_of_an_owner_that_is_killed(expose: str, rounds: int, where: Where) -> None:
+    ends = pull_of_a_dying_owner(expose, rounds, where=where)
+    note("owners are killed", where, expose, ends)
     assert ends["stale"] == 0
     assert ends["right"]
     assert ends["OfferGone"]
     assert ends.total() == rounds
 
 
+@WHERE
 @ROUNDS
-@pytest.mark.parametrize("expose", ["mapped", pytest.param("staging", marks=pytest.mark.full)])
-def test_no_stale_row_at_readers_that_are_killed(expose: str, rounds: int) -> None:
-    ends = offer_to_dying_readers(expose, rounds)
-    print(expose, dict(ends))
+@EXPOSE
+def test_no_stale_row_at_readers_that_are_killed(expose: str, rounds: int, where: Where) -> None:
+    ends = offer_to_dying_readers(expose, rounds, where=where)
+    note("readers are killed", where, expose, ends)
     assert ends["stale"] == 0
     assert ends["right"]
-    assert ends["killed"]
+    assert ends["killed"] or rounds < 4 * READERS_ON_DEVICES
     assert PeerError.__name__ not in ends
 
 
-CONTROLLED = pytest.mark.parametrize(
-    "expose", ["mapped", pytest.param("staging", marks=pytest.mark.full)]
-)
-
-
-@CONTROLLED
-def test_stale_rows_are_found_if_an_owner_that_is_killed_ends_no_offer(expose: str) -> None:
+@WHERE
+@EXPOSE
+def test_stale_rows_are_found_if_an_owner_that_is_killed_ends_no_offer(
+    expose: str, where: Where
+) -> None:
     """The negative control: neither a word nor an answer says that an offer has ended."""
-    rounds = 40 if expose == "mapped" else 200
-    ends = pull_of_a_dying_owner(expose, rounds, silent=True)
-    print(ends)
+    rounds = 40 if expose == "mapped" and where == HOST else 200
+    ends = pull_of_a_dying_owner(expose, rounds, silent=True, where=where)
+    note("owners are killed, control", where, expose, ends)
     assert ends["stale"]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("expose", ["mapped", "staging"])
-def test_stale_rows_are_found_at_readers_if_the_owner_ends_no_offer(expose: str) -> None:
+@WHERE
+@EXPOSE
+def test_stale_rows_are_found_at_readers_if_the_owner_ends_no_offer(
+    expose: str, where: Where
+) -> None:
     """The negative control."""
-    ends = offer_to_dying_readers(expose, 200, silent=True)
-    print(ends)
+    ends = offer_to_dying_readers(expose, 200, silent=True, where=where)
+    note("readers are killed, control", where, expose, ends)
     assert ends["stale"]

@@ -117,11 +117,16 @@ class _Unending(dict[bytes, Any]):
 
 
 class Rows:
-    """A cache of ``blocks`` blocks in shared memory, of 2 layers and 4 heads, and its shard."""
+    """A cache of ``blocks`` blocks that can be shared, of 2 layers and 4 heads, and its shard."""
 
-    def __init__(self, blocks: int = 16, size: int = 16, fill: int | None = None) -> None:
+    def __init__(
+        self, blocks: int = 16, size: int = 16, fill: int | None = None, device: str = "cpu"
+    ) -> None:
         shape = 2, 2, blocks, size, 4, 8
-        self.whole = shared_empty(shape, torch.int16)
+        if device == "cpu":
+            self.whole = shared_empty(shape, torch.int16)
+        else:
+            self.whole = torch.empty(shape, dtype=torch.int16, device=device)
         self.size = size
         if fill is None:
             counted = torch.arange(self.whole.numel(), device="cpu").view(shape)
@@ -160,10 +165,15 @@ class Copies(ReadsPeers):
 
 
 class Couple:
-    """An owner of 16 blocks of 16 tokens and a reader of 8 of 32, and one pull between them."""
+    """An owner of 16 blocks of 16 tokens and a reader of 8 of 32, and one pull between them.
 
-    def __init__(self, made: Sides, method: str = "mapped", **options: Any) -> None:
-        self.src = Rows()
+    ``device``: of the owner.
+    """
+
+    def __init__(
+        self, made: Sides, method: str = "mapped", device: str = "cpu", **options: Any
+    ) -> None:
+        self.src = Rows(device=device)
         self.dst = Rows(8, 32, fill=-1)
         terms: dict[str, Any] = {"expose": method, "staging": SMALL} if method == "staging" else {}
         self.owner = made.owner(self.src.shard, **{**terms, **options})
