@@ -36,8 +36,6 @@ class StoragePreset:
     layers: int = 32
     # Blocks of a call, and the bytes of each, of loads from the host tier to the device.
     waits: tuple[tuple[int, int], ...] = ((8, 2 * MB), (1000, 2 * MB), (3000, 640 * KB))
-    # Bytes of the blocks of a tier next to its engine.
-    tiered: tuple[int, ...] = (MB, 2 * MB)
     # Blocks of a call, and the bytes of each, of loads through a store server.
     served: tuple[tuple[int, int], ...] = ((1, 2 * MB), (8, 2 * MB), (128, MB))
 
@@ -45,6 +43,11 @@ class StoragePreset:
     def usual(self) -> int:
         """Return the size with the most measurements: 1 MB, if requested."""
         return MB if MB in self.sizes else self.sizes[0]
+
+    @property
+    def tiered(self) -> tuple[int, int]:
+        """Return the sizes of the blocks of a tier that is measured next to its engine."""
+        return self.usual, 2 * self.usual
 
     def slots_of(self, size: int) -> int:
         """Return the number of slots of one trial, a number that fio's 8 threads share evenly."""
@@ -59,7 +62,6 @@ STORAGE_PRESETS: Mapping[str, StoragePreset] = {
         2 * MB,
         *(1, 0.0, 200, 100, 2, 2, 256 * MB, 4),
         ((8, 256 * KB),),
-        (256 * KB,),
         ((2, 256 * KB),),
     ),
 }
