@@ -20,6 +20,7 @@ import torch
 
 from portakv.arguments import kind_of
 from portakv.errors import LayoutError, TransferError
+from portakv.view import KVView
 from portakv.view.bound import Tensors
 
 P = ParamSpec("P")
@@ -135,10 +136,12 @@ def first_tensor(level: object) -> torch.Tensor:
     """Return the first tensor of a memory object; raise `LayoutError` if it has none."""
     while not isinstance(level, torch.Tensor):
         if not isinstance(level, (list, tuple, Mapping)):
+            do = "Make a tensor of a numpy array by torch.from_numpy."
+            if isinstance(level, KVView):
+                do = "Copy views by copy_rows or copy_blocks, which also pack and unpack."
             raise LayoutError(
                 f"Expected the memory_obj to hold a tensor, the containers that chunk_layout "
-                f"names, or an object with these as `.tensor`, got {kind_of(level)}. Make a tensor "
-                f"of a numpy array by torch.from_numpy."
+                f"names, or an object with these as `.tensor`, got {kind_of(level)}. {do}"
             )
         items = list(level.values()) if isinstance(level, Mapping) else list(level)
         if not items:

@@ -192,7 +192,7 @@ class BoundLayout:
         except LayoutError as error:
             kinds = dict.fromkeys(f"shape {tuple(t.shape)}, strides {t.stride()}" for t in picks)
             text = f"{error} The tensors have {'; '.join(kinds)}."
-            fitting = _fitting(layout, values[0], picks)
+            fitting = [] if self.packed else _fitting(layout, values[0], picks)
             if fitting:
                 text += f" Presets with such shapes: {', '.join(fitting)}."
             raise LayoutError(text) from None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -29,11 +29,13 @@ from portakv import (
     CopyOptions,
     Index,
     InvalidTerms,
+    KVView,
     LateErrors,
     LayoutError,
     SlotError,
     Transfer,
 )
+from portakv.connector import CHUNK_LAYOUT
 from portakv.registry import registry
 
 SLOTS = [9, 2, 17, 6]
@@ -114,6 +116,13 @@ def test_no_memory_object(connector: AdaptiveConnector, memory_obj: Any, reason:
     caches = make_caches()
     with refused(LayoutError, "memory_obj", reason, watch=caches):
         connector.to_gpu(memory_obj, caches, SLOTS)
+
+
+def test_a_view_is_copied_by_other_calls(connector: AdaptiveConnector) -> None:
+    caches = make_caches()
+    chunk = KVView(make_chunk(3), CHUNK_LAYOUT, heads=HEADS)
+    with refused(LayoutError, "memory_obj", "a KVView", "copy_rows or copy_blocks", watch=caches):
+        connector.to_gpu(cast(Any, chunk), caches, SLOTS)
 
 
 # Layouts
