@@ -68,7 +68,7 @@ class Releases(NamedTuple):
 MATRIX = {
     "lmcache": Releases("lmcache", "0.5.4", "0.6", ("0.5.4", "0.5.6")),
     "sglang": Releases("sglang", "0.5.23", "0.6", ("0.5.23",)),
-    "transformers": Releases("transformers", "5.17", "5.24", ("5.17.0", "5.23.0")),
+    "transformers": Releases("transformers", "5.17", "5.25", ("5.17.0", "5.23.0", "5.24.0")),
     "vllm": Releases("vllm", "0.26", "0.34", ("0.26.0", "0.32.0", "0.33.0")),
 }
 
