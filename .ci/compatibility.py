@@ -68,7 +68,7 @@ DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "failed loads, ours",
             "its scheduler, ours",
         ),
-        "prefill and decode": ("prefill and decode",),
+        "prefill and decode": ("prefill and decode", "its hand-overs, ours"),
         "secondary tier": ("tiers", "its tiers, ours"),
         "events for routers": ("events for routers",),
     },

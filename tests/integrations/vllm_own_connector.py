@@ -140,11 +140,16 @@ def create_mock_connector() -> Mock:
     return mock
 
 
-def pytest_configure() -> None:
-    """Put the connector in its place before a test module takes another one."""
+def write_model() -> None:
+    """Write the configuration of the model that the tests name into the current folder."""
     folder = Path(MODEL)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
+
+
+def pytest_configure() -> None:
+    """Put the connector in its place before a test module takes another one."""
+    write_model()
     vllm_ranks.PATIENCE = 0.0  # no worker will join
     registry = vars(importlib.import_module(FACTORY).KVConnectorFactory)["_registry"]
     for name in ("ExampleConnector", "NixlConnector", "SimpleCPUOffloadConnector"):
