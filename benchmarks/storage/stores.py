@@ -60,8 +60,20 @@ def _lookup(bench: StorageBench) -> Rows:
     store.save(view, range(LOOKED_UP), keys).synchronize(60)
     results: list[int] = []
     samples = [timed(lambda: results.append(store.lookup(keys))) for _ in range(50)]
+    rows = cost_row("lookup of 1,000 keys", samples, 1, {*results} == {LOOKED_UP})
+    rows += _asked(store, keys, "on a disk")
     store.close()
-    return cost_row("lookup of 1,000 keys", samples, 1, {*results} == {LOOKED_UP})
+    with BlockStore(form, host=2 * LOOKED_UP * form.image_bytes, staging=1 << 26) as store:
+        store.save(view, range(LOOKED_UP), keys).synchronize(60)
+        rows += _asked(store, keys, "in host memory")
+    return rows
+
+
+def _asked(store: BlockStore, keys: list[bytes], where: str) -> Rows:
+    """Return the cost of `BlockStore.has`."""
+    there = list[bool]()
+    samples = [timed(lambda: there.extend([store.has(key) for key in keys])) for _ in range(50)]
+    return cost_row(f"has(key), {where}", samples, len(keys), all(there))
 
 
 class Meeting:
