@@ -6,8 +6,8 @@ With ``--check`` fail where they are stale.
 The table of first tokens comes from `benchmarks/results/engines-h200.json`.
 The table of layouts comes from `portakv.layout.presets`, those of backends from
 `conformance/support_matrix.toml`, whose rows the files in `conformance/results` prove. A level
-whose backend has changed stays in the table as expired. Repeat its run and keep the report with
-`.ci/keep_result.py` to renew it.
+whose backend has changed stays in the table as expired. One whose suite got more cases since says
+how many. Repeat its run and keep the report with `.ci/keep_result.py` to renew it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from portakv.layout.presets import PRESETS
 from portakv_conformance.evidence import evidence, support_matrix
+from portakv_conformance.evidence.verify import newer_cases
 from portakv_conformance.faults import report as tier_reports
+from portakv_conformance.record import SCHEMA, JsonObject
 from portakv_conformance.report import results
+from portakv_conformance.run.runner import cases_of
 
 ROOT = Path(__file__).parent.parent
 #: Where a link of the README leads on any page that shows it.
@@ -77,7 +81,7 @@ def first_tokens() -> str:
     lengths = sorted({row["tokens"] for row in rows})
     heads = " | ".join(words for words, *_ in FIRST_TOKENS)
     lines = [f"| tokens | tensors | {heads} | PortaKV / vLLM's |", "|---|---|---|---|---|---|"]
-    for model, cache in MODELS.items():
+    for model, tensors in MODELS.items():
         for tokens in lengths:
             shape = f"{tokens} tokens, {model}"
             answers = [by[shape, connector, part] for _, connector, part in FIRST_TOKENS]
@@ -85,13 +89,28 @@ def first_tokens() -> str:
             ratio = answers[-1]["of_own"]
             if ratio < 1:
                 times[-1] = f"**{times[-1]}**"
-            lines.append(f"| {tokens:,} | {cache} | {' | '.join(times)} | {ratio:.2f} |")
+            lines.append(f"| {tokens:,} | {tensors} | {' | '.join(times)} | {ratio:.2f} |")
     return "\n".join(lines)
 
 
 def backends() -> str:
     """One row for each backend-device pair, with how far it was verified."""
-    return results.table(borne_out()).replace("](conformance/", f"]({FILES}conformance/")
+    text = results.table(borne_out(), newer=newer)
+    return text.replace("](conformance/", f"]({FILES}conformance/")
+
+
+def newer(level: support_matrix.SupportLevel) -> int:
+    """How many cases the suite got after the run that proves a level; 0 for jobs of other kinds."""
+    file = ROOT / level.evidence
+    if json.loads(file.read_text(encoding="utf-8")).get("schema") != SCHEMA:
+        return 0
+    return len(newer_cases(results.read(file), listed))
+
+
+@cache
+def listed(profile: str, device: str) -> dict[str, JsonObject]:
+    """The cases of a profile on a kind of device, which take seconds to collect."""
+    return cases_of(profile, device)
 
 
 def hardware() -> str:

@@ -234,10 +234,7 @@ def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:
     ids = {case.id for case in record.cases}
     if record.profile not in ("core", "full"):
         return
-    device = str(record.environment.get("device", "cpu"))
-    if record.environment.get("emulated") and device.partition(":")[0] != "cpu":
-        device = SIMULATED  # the simulated device may have had another name
-    listed = listing(record.profile, device)
+    listed = listing(record.profile, _listed_device(record))
     for id in sorted(ids - set(listed)):
         yield f"Case {id!r} is not in the installed suite's list for this profile and device."
     if record.verdict == "conformant":
@@ -249,6 +246,25 @@ def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:
         claimed = {name: getattr(case, name) for name in ("area", "profile", "claim", "tags")}
         if known and claimed != (known := {name: known[name] for name in claimed}):
             yield f"Case {case.id!r} is described as {claimed}, but the suite says {known}."
+
+
+def newer_cases(record: RunRecord, listing: Listing = cases_of) -> list[str]:
+    """Return the cases of the installed suite that a report does not have, but for those on two
+    devices: the suite got them after the run."""
+    if record.profile not in ("core", "full"):
+        return []
+    listed = listing(record.profile, _listed_device(record))
+    absent = {*listed} - {case.id for case in record.cases}
+    real = not record.environment.get("emulated")
+    return sorted(id for id in absent if not (real and listed[id].get("optional")))
+
+
+def _listed_device(record: RunRecord) -> str:
+    """Return the device whose cases a report has."""
+    device = str(record.environment.get("device", "cpu"))
+    if record.environment.get("emulated") and device.partition(":")[0] != "cpu":
+        return SIMULATED  # the simulated device may have had another name
+    return device
 
 
 def _absent(record: RunRecord, absent: list[str], listed: _Facts) -> Iterator[str]:

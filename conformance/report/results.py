@@ -134,11 +134,23 @@ def _with_caveats(what: str, level: SupportLevel, matrix: SupportMatrix, digest:
     return ", ".join(part for part in parts if part)
 
 
-def table(matrix: SupportMatrix, digest: Digest = digest) -> str:
-    """Return the matrix as a Markdown table: a line for each pair, its highest level first."""
+def table(
+    matrix: SupportMatrix,
+    digest: Digest = digest,
+    newer: Callable[[SupportLevel], int] = lambda _: 0,
+) -> str:
+    """Return the matrix as a Markdown table: a line for each pair, its highest level first.
+
+    ``newer``: returns how many cases the suite got after the run that proves a level.
+    """
     lines = ["| backend | device | verified | versions | date |", "|---|---|---|---|---|"]
     for (backend, device), levels in support_matrix.by_pair(matrix).items():
-        reached = "; ".join(verified(level, matrix, digest) for level in levels)
+        cells = list[str]()
+        for level in levels:
+            count = newer(level)
+            more = f", {count} newer cases not run" if count else ""
+            cells.append(f"{verified(level, matrix, digest)}{more}")
+        reached = "; ".join(cells)
         versions_text = text(levels[0].versions)
         date = levels[0].date
         lines.append(f"| `{backend}` | {text(device)} | {reached} | {versions_text} | {date} |")
