@@ -84,6 +84,35 @@ def test_what_two_ranks_write_one_reads(host: Host) -> None:
         assert rank.do("answer = rank.load(tokens)", tokens=prompt(2, 3)) == [True] * 3
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_two_engines_of_one_name_share_blocks(host: Host, killed: bool) -> None:
+    """Their ranks count as those of one engine: a block needs every part, from whichever of them.
+
+    Equal keys are equal rows, also if an engine ends in the middle.
+    """
+    host.keeper()
+    heads = [(0, 2), (2, 4)]
+    first = [host.rank(heads=each) for each in heads]
+    second = [host.rank(heads=each) for each in heads]
+    tokens = prompt(1, 5)
+    for rank in (*first, *second):
+        rank.begin("answer = rank.saved(tokens)", tokens=tokens)
+    if killed:
+        first[1].kill()
+    left = [rank for rank in (*first, *second) if not rank.dead]
+    ended = [rank.end() for rank in left]
+    assert killed or ended == [[True] * 5] * 4
+    other = host.rank(engine="another")
+    loaded = other.do("answer = rank.load(tokens)", tokens=prompt(1, 6))  # and compares the rows
+    assert not loaded[5]
+    assert save_together(second, prompt(2, 3)) == [[True] * 3] * 2
+    for rank in left:
+        assert rank.do("answer = rank.load(tokens)", tokens=prompt(2, 3)) == [True] * 3
+    assert other.do("answer = rank.load(tokens)", tokens=prompt(2, 3)) == [True] * 3
+    if not killed:
+        assert loaded == [*[True] * 5, False]
+
+
 def test_a_rank_that_comes_before_its_keeper_finds_it(host: Host) -> None:
     rank = host.rank(waits=False)
     tokens = prompt(1, 2)
