@@ -63,6 +63,7 @@ DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "connector": (
             "connector",
             "real engine",
+            "latent attention",
             "kills in turn",
             "ranks and stages",
             "failed loads, ours",

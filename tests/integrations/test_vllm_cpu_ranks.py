@@ -40,11 +40,11 @@ from support.vllm_cpu import (
     start_child,
 )
 from support.vllm_cpu_copies import KNOWN, Copies, await_known_blocks
+from support.vllm_cpu_kept import await_blocks, leave_blocks, lose_a_block
 from support.vllm_cpu_table import Named, case_of
 
 from portakv.errors import PortaKVError
 from portakv.serving.local import TOKENS
-from portakv.storage import prefix_keys
 
 MANY = [prompt(300, 10 + number) for number in range(8)]
 FIRST = [prompt(1000, 1), prompt(500, 2)]
@@ -78,27 +78,6 @@ def own(model: Path) -> tuple[Answer, Answer]:
 def terms(folder: Path, **more: Any) -> dict[str, Any]:
     sizes = {"host": 64 << 20, "staging": 64 << 20, "capacity": 1 << 30}
     return {"folder": str(folder), **sizes, **more}
-
-
-def leave_blocks(
-    model: Path,
-    store: dict[str, Any],
-    prompts: list[list[int]],
-    ranks: int = 1,
-    stages: int = 1,
-    **more: Any,
-) -> None:
-    """Run an engine that saves the blocks of prompts, and is killed."""
-
-    def killed() -> None:
-        engine = Engine(model, store, ranks=ranks, stages=stages, **more)
-        engine.join()
-        engine.ask(prompts)
-        engine.forget()  # the saves have ended
-        await_blocks(engine, prompts)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    in_a_child(killed, dies=True)
 
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
@@ -254,23 +233,6 @@ def test_blocks_that_one_of_two_ranks_lacks_are_computed(
     assert (answer.tokens == own[0].tokens) is guard
     assert counts["failed_loads"] == len(FIRST)
     assert landed == [sum(FIRST_HITS) // TOKENS, sum(FIRST_HITS) // TOKENS - len(FIRST)]
-
-
-def lose_a_block(worker: Any, reports: bool) -> None:
-    """Let the fourth block of each load not land in the second rank or stage."""
-    if worker.rank != 1:
-        return
-    kept: Any = importlib.import_module("portakv.serving.keeper_blocks")
-    load = kept.KeptBlocks.load
-
-    def load_others(self: Any, view: Any, blocks: Any, keys: Any, **terms: Any) -> Any:
-        some = [*keys]
-        some[3] = bytes(32)
-        return load(self, view, blocks, some, **terms)
-
-    kept.KeptBlocks.load = load_others
-    if not reports:
-        connector_here().get_block_ids_with_load_errors = set
 
 
 def test_one_rank_loads_what_two_have_stored(
@@ -473,15 +435,3 @@ def open_without_keeper(path: Path) -> None:
 
     caches.workers_of = alone
     local.LocalIndex.open = note_refusal
-
-
-def await_blocks(engine: Engine, prompts: list[list[int]]) -> None:
-    """Wait until an engine's index lists the blocks of prompts."""
-    index = engine.connector.index
-
-    def lists_all() -> bool:
-        return all(index.leading(keys) == len(keys) for keys in wanted)
-
-    size = engine.stored_size
-    wanted = [prefix_keys(each[: len(each) // size * size], block_size=size) for each in prompts]
-    await_that(lists_all)

