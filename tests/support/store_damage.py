@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 #: Bytes of a header, which an image begins with.
 HEADER = 4096
 
@@ -77,6 +79,25 @@ def any_images_believed() -> Iterator[None]:
         yield
     finally:
         store.right = right
+
+
+@contextmanager
+def rows_in_use_taken() -> Iterator[None]:
+    """Let saves take rows of staging that other saves still write: the negative control of staging
+    that is full."""
+    rows: Any = importlib.import_module("portakv.storage.rows").Rows
+    take = rows.take
+
+    def take_any(self: Any, count: int, store: bool, *terms: Any) -> Any:
+        items = take(self, count, store, *terms)
+        if items is None and store and len(self._lent) >= count:
+            items = [*self._lent][:count]
+        return items
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "take", take_any)
+        patch.setattr(rows, "lacks", lambda *_: False)
+        yield
 
 
 def _read(file: Any, at: int, count: int) -> bytes:

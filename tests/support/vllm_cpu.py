@@ -13,6 +13,7 @@ import gc
 import importlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -270,6 +271,13 @@ class Answer(NamedTuple):
     cached: list[int]
 
 
+class Served(NamedTuple):
+    """The tokens of a request, and the seconds until it ended."""
+
+    tokens: list[int]
+    seconds: float
+
+
 #: The terms of a small engine, in the names of vLLM.
 SMALL: dict[str, Any] = {
     "dtype": "float32",
@@ -291,6 +299,9 @@ def connector_terms(store: dict[str, Any], role: str = "kv_both") -> dict[str, A
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": store,
     }
+
+
+_numbers = itertools.count()  # of requests
 
 
 class Engine:
@@ -347,6 +358,34 @@ class Engine:
             [list(each.outputs[0].token_ids) for each in outputs],
             [each.num_cached_tokens or 0 for each in outputs],
         )
+
+    def serve(
+        self, prompts: Sequence[list[int]], tokens: int = 12, until: float = math.inf
+    ) -> list[Served]:
+        """Return the greedy tokens of prompts that are served together, and when each ended.
+
+        Raises `AssertionError` if they do not end before the time ``until``.
+        """
+        from vllm import SamplingParams
+
+        terms = SamplingParams(
+            temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False
+        )
+        inner = self.llm.llm_engine
+        names = [f"served-{next(_numbers)}" for _ in prompts]
+        for name, each in zip(names, prompts, strict=True):
+            inner.add_request(name, {"prompt_token_ids": each}, terms)
+
+        began = time.monotonic()
+        ended = dict[str, Served]()
+        while inner.has_unfinished_requests():
+            for output in inner.step():
+                if output.finished:
+                    answer = list(output.outputs[0].token_ids)
+                    seconds = time.monotonic() - began
+                    ended[output.request_id] = Served(answer, seconds)
+            assert time.monotonic() < min(until, began + LIMIT / 2), "requests do not end"
+        return [ended[name] for name in names]
 
     def forget(self) -> None:
         """Clear the engine's own prefix cache, after steps in which saves end."""
