@@ -44,6 +44,7 @@ from support.vllm_cpu import (
 )
 from support.vllm_cpu_copies import KNOWN, Copies, await_known_blocks
 from support.vllm_cpu_kept import await_blocks, leave_blocks, lose_a_block
+from support.vllm_cpu_schedules import count_preemptions
 from support.vllm_cpu_table import Named, case_of
 
 from portakv.errors import PortaKVError
@@ -374,19 +375,6 @@ def test_preempted_requests_of_stages(
     assert landed > 0
     assert preempted > 0
     assert (turns == [expected] * 2) is guard
-
-
-def count_preemptions(ledger: Any) -> list[str]:
-    """Return a list that gets the name of each request whose blocks are taken."""
-    names = list[str]()
-    preempted = ledger.preempted
-
-    def note_name(name: str) -> None:
-        names.append(name)
-        preempted(name)
-
-    ledger.preempted = note_name
-    return names
 
 
 def test_two_engines_share_a_folder(

@@ -147,7 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
         span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("range", ""))
         status = HTTPStatus.OK
         if span:
-            first, last = int(span[1]), min(int(span[2]), len(data) - 1)
+            first = int(span[1])
+            last = min(int(span[2]), len(data) - 1)
             fields["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
             data = data[first : last + 1]
             status = HTTPStatus.PARTIAL_CONTENT

