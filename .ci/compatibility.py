@@ -63,7 +63,7 @@ DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "connector": (
             "connector",
             "real engine",
-            "faults of disks and buckets",
+            "faults of disks",
             "latent attention",
             "blocks and schedules",
             "kills in turn",

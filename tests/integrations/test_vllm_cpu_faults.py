@@ -255,6 +255,7 @@ def ask_until_cached(engine: Engine, own: Tokens) -> None:
         assert time.monotonic() < until, f"no hits in the bucket: {answer.cached}"
 
 
+@pytest.mark.full
 def test_a_bucket_that_fails(model: Path, own: Tokens, case: Named) -> None:
     pytest.importorskip("obstore", reason="obstore is not installed")
     case("a bucket: 403 at the start, then a black hole, cut and wrong bodies")
@@ -292,6 +293,7 @@ def test_a_bucket_that_fails(model: Path, own: Tokens, case: Named) -> None:
     in_a_child(work)
 
 
+@pytest.mark.full
 def test_faults_of_a_bucket_that_are_not_noticed(model: Path, own: Tokens, case: Named) -> None:
     pytest.importorskip("obstore", reason="obstore is not installed")
     case("checksums and the deadline, with a bucket", control=True)

@@ -145,6 +145,7 @@ def rows(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
 def test_ranks_with_latent_rows(
     guard: bool, model: Path, own: Answer, rows: Path, tmp_path: Path, case: Named

@@ -132,6 +132,7 @@ def in_bucket(folder: Path) -> dict[str, Any]:
     return {"bucket": url, "host": 0, "staging": 64 << 20, "block_size": TOKENS}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
 def test_ranks_load_from_a_bucket(
     guard: bool,

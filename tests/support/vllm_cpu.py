@@ -379,7 +379,10 @@ class Engine:
         began = time.monotonic()
         ended = dict[str, Served]()
         while inner.has_unfinished_requests():
-            for output in inner.step():
+            outputs = inner.step()
+            if not outputs:
+                time.sleep(1e-3)  # a step without work does not wait
+            for output in outputs:
                 if output.finished:
                     answer = list(output.outputs[0].token_ids)
                     seconds = time.monotonic() - began
