@@ -63,6 +63,9 @@ DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "connector": (
             "connector",
             "real engine",
+            "faults of disks",
+            "latent attention",
+            "blocks and schedules",
             "kills in turn",
             "ranks and stages",
             "failed loads, ours",

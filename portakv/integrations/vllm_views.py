@@ -20,6 +20,8 @@ FUSED = (
 )
 #: Attention backends that keep one latent row for each token.
 LATENT = (
+    "vllm.v1.attention.backends.mla.amx_mla.AMXMLABackend",
+    "vllm.v1.attention.backends.mla.cpu_mla.CPUMLABackend",
     "vllm.v1.attention.backends.mla.cutlass_mla.CutlassMLABackend",
     "vllm.v1.attention.backends.mla.flashattn_mla.FlashAttnMLABackend",
     "vllm.v1.attention.backends.mla.flashinfer_mla.FlashInferMLABackend",

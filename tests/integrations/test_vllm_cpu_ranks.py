@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import shutil
 import signal
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from support.serving_faults import Careless
 from support.vllm_cpu import (
     BLOCK,
     LAYERS,
+    LIMIT,
     Answer,
     Engine,
     await_that,
@@ -40,15 +43,17 @@ from support.vllm_cpu import (
     start_child,
 )
 from support.vllm_cpu_copies import KNOWN, Copies, await_known_blocks
+from support.vllm_cpu_kept import await_blocks, leave_blocks, lose_a_block
+from support.vllm_cpu_schedules import count_preemptions
 from support.vllm_cpu_table import Named, case_of
 
 from portakv.errors import PortaKVError
 from portakv.serving.local import TOKENS
-from portakv.storage import prefix_keys
 
 MANY = [prompt(300, 10 + number) for number in range(8)]
 FIRST = [prompt(1000, 1), prompt(500, 2)]
 SECOND = [prompt(900, 3), prompt(300, 4)]
+FEW = 5  # tokens of an answer, where more would show no more
 FIRST_HITS = [960, 448]  # tokens of whole stored blocks before the last token
 SECOND_HITS = [896, 256]
 
@@ -80,27 +85,6 @@ def terms(folder: Path, **more: Any) -> dict[str, Any]:
     return {"folder": str(folder), **sizes, **more}
 
 
-def leave_blocks(
-    model: Path,
-    store: dict[str, Any],
-    prompts: list[list[int]],
-    ranks: int = 1,
-    stages: int = 1,
-    **more: Any,
-) -> None:
-    """Run an engine that saves the blocks of prompts, and is killed."""
-
-    def killed() -> None:
-        engine = Engine(model, store, ranks=ranks, stages=stages, **more)
-        engine.join()
-        engine.ask(prompts)
-        engine.forget()  # the saves have ended
-        await_blocks(engine, prompts)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    in_a_child(killed, dies=True)
-
-
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
 def test_two_ranks_load_what_one_has_stored(
     guard: bool, model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
@@ -124,6 +108,87 @@ def test_two_ranks_load_what_one_has_stored(
     assert (answer.tokens == own[0].tokens) is guard
     assert answer.cached == FIRST_HITS
     assert landed == [sum(FIRST_HITS) // TOKENS] * 2
+
+
+@pytest.fixture(scope="module")
+def bucket(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a bucket, with the blocks of an engine with one rank that was killed."""
+    pytest.importorskip("obstore", reason="obstore is not installed")
+    folder = tmp_path_factory.mktemp("bucket") / "store"
+
+    def killed() -> None:
+        engine = Engine(model, in_bucket(folder))
+        engine.ask(FIRST, FEW)
+        engine.forget()  # the saves have ended
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    in_a_child(killed, dies=True)
+    return folder
+
+
+def in_bucket(folder: Path) -> dict[str, Any]:
+    """Return the terms of a store that is a bucket alone."""
+    url = f"file://{folder}"
+    return {"bucket": url, "host": 0, "staging": 64 << 20, "block_size": TOKENS}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_ranks_load_from_a_bucket(
+    guard: bool,
+    model: Path,
+    own: tuple[Answer, Answer],
+    bucket: Path,
+    tmp_path: Path,
+    case: Named,
+) -> None:
+    """Without the guard, the second rank takes the heads of the first one."""
+    name = "kill -9 of TP 1, TP 2 and then TP 1, with a bucket alone"
+    case(name if guard else "heads of a rank, in a bucket", control=not guard)
+    shutil.copytree(bucket, tmp_path / "bucket")
+    store = in_bucket(tmp_path / "bucket")
+    expected = [[each[:FEW] for each in answer.tokens] for answer in own]
+
+    def second() -> None:
+        engine = Engine(model, store, ranks=2)
+        engine.join()
+        answer = ask_until_cached(engine, FIRST, FIRST_HITS)
+        assert (answer.tokens == expected[0]) is guard
+        assert all(many >= sum(FIRST_HITS) // TOKENS for many in engine.landed)
+        if guard:
+            assert engine.ask(SECOND, FEW) == Answer(expected[1], [0, 0])
+            engine.forget()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not guard:
+            ranks: Any = importlib.import_module("portakv.integrations.vllm_ranks")
+            rank_of = ranks.rank_of
+            patch.setattr(ranks, "rank_of", lambda config, _: rank_of(config, 0))
+        in_a_child(second, dies=True)
+    if not guard:
+        return
+
+    def third() -> tuple[Answer, dict[str, int]]:
+        engine = Engine(model, store)
+        return ask_until_cached(engine, SECOND, SECOND_HITS), engine.counts
+
+    answer, counts = in_a_child(third)
+    assert answer == Answer(expected[1], SECOND_HITS)
+    assert counts["landed_blocks"] >= sum(SECOND_HITS) // TOKENS
+    assert counts.get("failed_loads", 0) == 0
+
+
+def ask_until_cached(engine: Engine, prompts: list[list[int]], hits: list[int]) -> Answer:
+    """Return the answer to prompts that a bucket has. It may answer lookups late on a busy machine:
+    the engine then computes the prompts."""
+    until = time.monotonic() + LIMIT / 2
+    while True:
+        answer = engine.ask(prompts, FEW)
+        if answer.cached == hits:
+            return answer
+        assert time.monotonic() < until, f"no hits in the bucket: {answer.cached}"
+        engine.forget()
 
 
 def test_one_rank_loads_what_two_have_packed(model: Path, tmp_path: Path, case: Named) -> None:
@@ -256,23 +321,6 @@ def test_blocks_that_one_of_two_ranks_lacks_are_computed(
     assert landed == [sum(FIRST_HITS) // TOKENS, sum(FIRST_HITS) // TOKENS - len(FIRST)]
 
 
-def lose_a_block(worker: Any, reports: bool) -> None:
-    """Let the fourth block of each load not land in the second rank or stage."""
-    if worker.rank != 1:
-        return
-    kept: Any = importlib.import_module("portakv.serving.keeper_blocks")
-    load = kept.KeptBlocks.load
-
-    def load_others(self: Any, view: Any, blocks: Any, keys: Any, **terms: Any) -> Any:
-        some = [*keys]
-        some[3] = bytes(32)
-        return load(self, view, blocks, some, **terms)
-
-    kept.KeptBlocks.load = load_others
-    if not reports:
-        connector_here().get_block_ids_with_load_errors = set
-
-
 def test_one_rank_loads_what_two_have_stored(
     model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
 ) -> None:
@@ -328,19 +376,6 @@ def test_preempted_requests_of_stages(
     assert landed > 0
     assert preempted > 0
     assert (turns == [expected] * 2) is guard
-
-
-def count_preemptions(ledger: Any) -> list[str]:
-    """Return a list that gets the name of each request whose blocks are taken."""
-    names = list[str]()
-    preempted = ledger.preempted
-
-    def note_name(name: str) -> None:
-        names.append(name)
-        preempted(name)
-
-    ledger.preempted = note_name
-    return names
 
 
 def test_two_engines_share_a_folder(
@@ -473,15 +508,3 @@ def open_without_keeper(path: Path) -> None:
 
     caches.workers_of = alone
     local.LocalIndex.open = note_refusal
-
-
-def await_blocks(engine: Engine, prompts: list[list[int]]) -> None:
-    """Wait until an engine's index lists the blocks of prompts."""
-    index = engine.connector.index
-
-    def lists_all() -> bool:
-        return all(index.leading(keys) == len(keys) for keys in wanted)
-
-    size = engine.stored_size
-    wanted = [prefix_keys(each[: len(each) // size * size], block_size=size) for each in prompts]
-    await_that(lists_all)

@@ -3,7 +3,8 @@
 
 ``PORTAKV_IO=support.faulty_io:Faulty`` chooses it, and ``FAULTY_IO`` names a file. The text of the
 file is the fault of each request from then on: "read EIO", "write ENOSPC", "read hang", "write
-hang", or nothing.
+hang", or nothing. "read nothing" and "write nothing" move no byte, and report that all have moved:
+a negative control.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Faulty(Threads):
 
         for number, fails in enumerate(hit):
             if fails:
-                results[number] = -getattr(errno, what)
+                all_moved = requests[number].nbytes
+                results[number] = all_moved if what == "nothing" else -getattr(errno, what)
                 if ended is not None:
                     ended(number, results[number])
         moved = super().run([requests[number] for number in left], note)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 #: Bytes of a header, which an image begins with.
 HEADER = 4096
 
@@ -67,6 +69,15 @@ def damaged_images_believed() -> Iterator[None]:
 
 
 @contextmanager
+def damaged_objects_believed() -> Iterator[None]:
+    """Let remote tiers take each payload for whole inside: the negative control of damage."""
+    remote_store: Any = importlib.import_module("portakv.storage.remote_store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote_store, "verify", lambda *_: True)
+        yield
+
+
+@contextmanager
 def any_images_believed() -> Iterator[None]:
     """Let disk tiers believe headers too, so that an image serves for another one: the negative
     control of images that are swapped."""
@@ -77,6 +88,25 @@ def any_images_believed() -> Iterator[None]:
         yield
     finally:
         store.right = right
+
+
+@contextmanager
+def rows_in_use_taken() -> Iterator[None]:
+    """Let saves take rows of staging that other saves still write: the negative control of staging
+    that is full."""
+    rows: Any = importlib.import_module("portakv.storage.rows").Rows
+    take = rows.take
+
+    def take_any(self: Any, count: int, store: bool, *terms: Any) -> Any:
+        items = take(self, count, store, *terms)
+        if items is None and store and len(self._lent) >= count:
+            items = [*self._lent][:count]
+        return items
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "take", take_any)
+        patch.setattr(rows, "lacks", lambda *_: False)
+        yield
 
 
 def _read(file: Any, at: int, count: int) -> bytes:

