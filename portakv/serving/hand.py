@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 from portakv.copy.layer_words import LayerWords
 from portakv.errors import PortaKVError
 from portakv.graph import Mask
-from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
 from portakv.runtime.streams import StreamFence
 from portakv.serving.handover import Handover
 from portakv.serving.issuer import Issuer
@@ -136,6 +137,7 @@ class _Work:
         failed: it could not begin in all groups.
         released: nothing reads the blocks of a save any longer.
         waited: the model's stream waits for it.
+        began: when a load began.
     """
 
     job: Job
@@ -143,6 +145,7 @@ class _Work:
     failed: bool = False
     released: bool = False
     waited: bool = False
+    began: float = field(default_factory=time.monotonic)
 
     def ended(self) -> bool:
         """Return whether all groups have ended, however they did."""
@@ -341,6 +344,8 @@ class Hand:
                 missing = work.missing()
                 made.end_load(number, missing)
                 self._note_load(work.job, missing)
+                if missing:
+                    self._note_late(work, len(missing))
         for number, work in [*self._saves.items()]:
             if not work.released and all(_is_released(part.handle) for part in work.parts):
                 work.released = True
@@ -351,6 +356,12 @@ class Hand:
         if self._hands_over:
             self._report_handovers(made)
         return made
+
+    def _note_late(self, work: _Work, missing: int) -> None:
+        """Log that a load lacks blocks, if it has lasted until its deadline."""
+        if self._deadline is not None and time.monotonic() >= work.began + self._deadline:
+            text = "%d of %d blocks did not land within %g s, and are computed. %s"
+            _log.warning("late", text, missing, len(work.job.keys), self._deadline, SLOW_DEVICE)
 
     def _report_handovers(self, made: Report) -> None:
         """Note which pulls and offers have ended, for the scheduler and for the engine."""

@@ -121,7 +121,9 @@ def test_rows_of_host_memory_are_there_at_once(host: Case) -> None:
     assert model.seen == [{10 + at} for at in range(LAYERS)]
 
 
-def test_a_load_that_fails_lets_the_model_go_on(case: Case) -> None:
+def test_a_load_that_fails_lets_the_model_go_on(
+    case: Case, caplog: pytest.LogCaptureFixture
+) -> None:
     words = Words()
     hand = case.hand(words)
     case.tier.faults[KEYS[1]] = ["error"] * LAYERS
@@ -133,10 +135,13 @@ def test_a_load_that_fails_lets_the_model_go_on(case: Case) -> None:
     report, failed = ended(hand)
     assert report.loaded == {7: frozenset([1])}
     assert failed == {1}
+    assert "did not land within" not in caplog.text
 
 
-def test_a_load_past_its_deadline_lets_the_model_go_on(case: Case) -> None:
-    """The tier hangs; the load gives up, and nothing else looks at it."""
+def test_a_load_past_its_deadline_lets_the_model_go_on(
+    case: Case, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tier hangs; the load gives up, and nothing else looks at it. The log says so."""
     words = Words()
     hand = case.hand(words, deadline=0.05)
     hang = threading.Event()
@@ -151,6 +156,8 @@ def test_a_load_past_its_deadline_lets_the_model_go_on(case: Case) -> None:
     hang.set()
     assert report.loaded == {7: frozenset([0, 1])}
     assert failed == {3, 1}
+    said = "2 of 2 blocks did not land within 0.05 s, and are computed. Look at its device"
+    assert said in caplog.text
 
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])

@@ -86,9 +86,9 @@ def options_of(job: Job, folder: Path, wide: bool = False) -> list[str]:
     named = []
     if results:
         named = [f"--junitxml={results}/{job.label}.xml", "-o", f"junit_suite_name={job.label}"]
-    options = ENGINE_OPTIONS
+    options = [*ENGINE_OPTIONS]
     if job.folder is None:
-        options = (*OPTIONS, "-m", "full" if wide else "not full")
+        options = [*OPTIONS, "-m", "full" if wide else "not full"]
     return [*options, f"--basetemp={folder / 'files'}", *named, *job.arguments]
 
 
