@@ -45,6 +45,8 @@ PATH = "the bytes changed on the way here, and the object is left as it is"
 UNKNOWN = "the store has no MD5 that says whether the object is damaged or the path to it"
 UNREADABLE = "the object is compressed, and backports.zstd is not installed here"
 UNDECIDED = "there was no time to find out whether the object is damaged or the path to it"
+#: After these the next save writes the block again.
+MENDED_BY_SAVES = (OBJECT, UNKNOWN)
 
 
 class Failure(Exception):
@@ -190,7 +192,7 @@ class RemoteStore:
         return True
 
     def _note_fault(self, key: bytes, e_tag: str | None, version: str | None, side: str) -> None:
-        rewrite = side in (OBJECT, UNKNOWN)
+        rewrite = side in MENDED_BY_SAVES
         until = self._remote.now() + FAULTY
         self._faults[key] = Fault(e_tag, version, until, rewrite, side)
         self.verdicts.pop(key, None)
@@ -273,10 +275,10 @@ class RemoteStore:
             if fetched.result == "fault" and fetched.same_object(first):
                 side = self._sick_side(fetch, row, segments, fetched)
                 self._note_fault(key, fetched.e_tag, fetched.version, side)
-                text = (
-                    "%s came wrong twice: %s. It counts as missing for %g s, or until it is saved"
-                )
-                self._remote.log.warning("faults", text, self._address(key), side, FAULTY)
+                text = "%s came wrong twice: %s. It counts as missing for %g s%s"
+                # A save does not mend what the way to the bucket does to bytes.
+                saved = ", or until it is saved" if side in MENDED_BY_SAVES else ""
+                self._remote.log.warning("faults", text, self._address(key), side, FAULTY, saved)
             if fetched.result == "fault":
                 report(key, Reason(reasons.DAMAGED, f"{where}: {side}"))
         if fetched.result == "hit":
