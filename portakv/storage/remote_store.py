@@ -275,10 +275,7 @@ class RemoteStore:
             if fetched.result == "fault" and fetched.same_object(first):
                 side = self._sick_side(fetch, row, segments, fetched)
                 self._note_fault(key, fetched.e_tag, fetched.version, side)
-                text = "%s came wrong twice: %s. It counts as missing for %g s%s"
-                # A save does not mend what the way to the bucket does to bytes.
-                saved = ", or until it is saved" if side in MENDED_BY_SAVES else ""
-                self._remote.log.warning("faults", text, self._address(key), side, FAULTY, saved)
+                self._warn(key, side)
             if fetched.result == "fault":
                 report(key, Reason(reasons.DAMAGED, f"{where}: {side}"))
         if fetched.result == "hit":
@@ -295,6 +292,13 @@ class RemoteStore:
         if fetched.result == "late":
             report(key, Reason(reasons.LATE, where))
         return fetched.result
+
+    def _warn(self, key: bytes, side: str) -> None:
+        """Log that a block counts as missing, because one side changed its bytes."""
+        text = "%s came wrong twice: %s. It counts as missing for %g s%s"
+        # A save does not mend what the way to the bucket does to bytes.
+        saved = ", or until it is saved" if side in MENDED_BY_SAVES else ""
+        self._remote.log.warning("faults", text, self._address(key), side, FAULTY, saved)
 
     def _address(self, key: bytes) -> str:
         return f"{self._remote.url}/{self._path(key)}"
