@@ -367,8 +367,10 @@ def test_preempted_requests_of_stages(
             ledger.__class__ = Careless
         preempted = count_preemptions(ledger)
         turns = []
-        for _ in range(2):
+        for _ in range(2 if guard else 8):  # a block is given back early, but not in each turn
             turns.append(engine.ask(MANY, 30).tokens)
+            if not guard and turns[-1] != expected:
+                break
             if guard:
                 engine.forget()
             else:
@@ -379,7 +381,7 @@ def test_preempted_requests_of_stages(
     turns, landed, preempted = in_a_child(work)
     assert landed > 0
     assert preempted > 0
-    assert (turns == [expected] * 2) is guard
+    assert (turns == [expected] * len(turns)) is guard
 
 
 def test_two_engines_share_a_folder(
