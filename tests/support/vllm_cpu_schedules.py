@@ -13,6 +13,7 @@ from support.vllm_cpu import Engine, prompt
 
 MOST_LIVE = 12  # requests that wait or run at a time
 LONGEST_ANSWER = 24  # tokens
+SHARE = 0.2  # of requests that are aborted, at most
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,15 @@ class Walk:
     def run(self, requests: int) -> None:
         """Serve so many requests, unless one is wrong."""
         begun = 0
+        aborted = 0
         while (begun < requests or self._live) and not self.wrong:
             if begun < requests and len(self._live) < MOST_LIVE and self._draw.random() < 0.9:
                 self._begin(f"request-{begun}")
                 begun += 1
-            if self._live and self._draw.random() < 0.06:
+            # Not a share of the steps: an engine that waits for rows has many.
+            if self._live and aborted < SHARE * begun and self._draw.random() < 0.06:
                 self._abort(self._draw.choice([*self._live]))
+                aborted += 1
             for output in self._inner.step():
                 if output.finished:
                     self._end(output)
