@@ -192,7 +192,7 @@ class BoundLayout:
         except LayoutError as error:
             kinds = dict.fromkeys(f"shape {tuple(t.shape)}, strides {t.stride()}" for t in picks)
             text = f"{error} The tensors have {'; '.join(kinds)}."
-            fitting = [] if self.packed else _fitting(layout, values[0], picks)
+            fitting = [] if self.packed else _fitting(layout, values[0], [*picks])
             if fitting:
                 text += f" Presets with such shapes: {', '.join(fitting)}."
             raise LayoutError(text) from None
@@ -475,7 +475,7 @@ def _read_dims(layout: Layout, tensor: torch.Tensor) -> _Dims:
     return _Dims(shape, strides)
 
 
-def _fitting(layout: Layout, known: Mapping[str, int], picks: Sequence[torch.Tensor]) -> list[str]:
+def _fitting(layout: Layout, known: Mapping[str, int], picks: list[torch.Tensor]) -> list[str]:
     """Return presets that fit tensors in the containers of a layout, the latest of each string.
 
     ``known``: the extents of the containers. Layouts that fit any shape are left out.
@@ -488,8 +488,11 @@ def _fitting(layout: Layout, known: Mapping[str, int], picks: Sequence[torch.Ten
         if other.opaque or other.containers != layout.containers or len(ranks) > 1:
             continue
         values = [{**of_kv, **outer} for of_kv in declare(other, dict(preset.extents))]
+        if outer.get("kv", len(values)) != len(values):
+            continue
+        each = picks if "kv" in outer else picks[:1] * len(values)  # one tensor holds each kv
         try:
-            sizes = zip(*([*pick.shape] for pick in (*picks, *picks)[: len(values)]), strict=True)
+            sizes = zip(*(pick.shape for pick in each), strict=True)
             solve(other, values, list(zip(other.dims, sizes, strict=True)))
         except LayoutError:
             continue
