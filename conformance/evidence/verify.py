@@ -238,7 +238,7 @@ def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:
     for id in sorted(ids - set(listed)):
         yield f"Case {id!r} is not in the installed suite's list for this profile and device."
     if record.verdict == "conformant":
-        yield from _absent(record, sorted(set(listed) - ids), listed)
+        yield from _absent(record, listed)
     if not record.missing and record.case_list_sha256 != verdict.case_list_sha256(ids):
         yield "Its case-list hash is not that of its cases."
     for case in record.cases:
@@ -253,10 +253,16 @@ def newer_cases(record: RunRecord, listing: Listing = cases_of) -> list[str]:
     devices: the suite got them after the run."""
     if record.profile not in ("core", "full"):
         return []
-    listed = listing(record.profile, _listed_device(record))
-    absent = {*listed} - {case.id for case in record.cases}
+    return _lacking(record, listing(record.profile, _listed_device(record)))[1]
+
+
+def _lacking(record: RunRecord, listed: _Facts) -> tuple[list[str], list[str]]:
+    """Return the listed cases that a report does not have: those on two devices that a real machine
+    may leave out, and the others."""
+    absent = sorted({*listed} - {case.id for case in record.cases})
     real = not record.environment.get("emulated")
-    return sorted(id for id in absent if not (real and listed[id].get("optional")))
+    left_out = [id for id in absent if real and listed[id].get("optional")]
+    return left_out, [id for id in absent if id not in left_out]
 
 
 def _listed_device(record: RunRecord) -> str:
@@ -267,13 +273,12 @@ def _listed_device(record: RunRecord) -> str:
     return device
 
 
-def _absent(record: RunRecord, absent: list[str], listed: _Facts) -> Iterator[str]:
+def _absent(record: RunRecord, listed: _Facts) -> Iterator[str]:
     """Check that only cases on two devices are absent from a conformant report."""
-    real = not record.environment.get("emulated")
-    left_out = [id for id in absent if real and listed[id].get("optional")]
+    left_out, others = _lacking(record, listed)
     if left_out and verdict.LEFT_OUT not in record.environment:
         yield f"It does not say that {len(left_out)} cases on two devices were left out."
-    if others := [id for id in absent if id not in left_out]:
+    if others:
         count = f"{len(others)} cases of the installed suite are not in it"
         yield f"{count}, the first of them {others[0]!r}."
 
