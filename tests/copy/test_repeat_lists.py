@@ -284,10 +284,10 @@ def test_a_list_is_given_back_if_the_other_ids_cannot_be_sent(
 
 @pytest.mark.simdev
 def test_without_pinned_memory_ids_are_sent(sides: Sides, acquired: list[PinnedIds]) -> None:
-    lists = free_lists()
+    lists = list[PinnedIds]()
     try:
         for n in range(4):
-            lists += free_lists()  # another thread may have given one back
+            lists += free_lists()  # again: another thread may have given one back
             acquired.clear()
             sides.copied([n], [n + 1])
             assert not acquired

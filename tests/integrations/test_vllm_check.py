@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.command_line import run, run_json
+from support.kv_transfer import right
 from support.vllm_stub import write_vllm
 
 from portakv.errors import InvalidTerms
@@ -32,17 +33,6 @@ DEEPSEEK_V3 = {
     "qk_rope_head_dim": 64,
     "torch_dtype": "bfloat16",
 }
-
-
-def right(**terms: Any) -> dict[str, Any]:
-    """Return a configuration with which an engine starts."""
-    return {
-        "kv_connector": "PortaKVConnector",
-        "kv_connector_module_path": "portakv.integrations.vllm_connector",
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": terms,
-    }
 
 
 def test_a_right_configuration_has_no_errors(tmp_path: Path) -> None:

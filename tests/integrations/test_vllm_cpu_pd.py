@@ -34,6 +34,7 @@ from support.vllm_cpu import (
     small_model,
     start_child,
 )
+from support.vllm_cpu_schedules import count_preemptions
 from support.vllm_cpu_table import Named, case_of
 from support.vllm_pd import (
     GO_ON,
@@ -323,14 +324,7 @@ def test_prompts_of_an_engine_that_preempts(
         ledger = serving.engine.connector.ledger
         if not guard:
             ledger.__class__ = LentAndGivenBack
-        preempted = list[str]()
-        known = ledger.preempted
-
-        def note_name(name: str) -> None:
-            preempted.append(name)
-            known(name)
-
-        ledger.preempted = note_name
+        preempted = count_preemptions(ledger)
         compute_prompts(serving, tmp_path, MANY, tokens=40)
         return serving.engine.counts, len(preempted)
 

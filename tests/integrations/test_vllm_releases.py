@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
+from support.kv_transfer import right
 
 from portakv.integrations import MATRIX
 from portakv.integrations.interfaces import lacks
@@ -37,19 +37,6 @@ def release() -> str:
     pytest.skip("vLLM is not installed; see .ci/plugs")
 
 
-def config(folder: Path) -> dict[str, Any]:
-    """Return the configuration of the tutorial."""
-    folder.mkdir(mode=0o700)
-    terms = {"folder": str(folder), "capacity": 1 << 30, "host": 1 << 26, "staging": 1 << 26}
-    return {
-        "kv_connector": "PortaKVConnector",
-        "kv_connector_module_path": "portakv.integrations.vllm_connector",
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": terms,
-    }
-
-
 def test_every_tested_release_is_listed() -> None:
     assert {*MATRIX["vllm"].tested} == {*LACKING}
 
@@ -63,7 +50,10 @@ def test_a_release_lacks_the_known_hooks_alone() -> None:
 def test_doctor_accepts_the_tutorials_configuration(tmp_path: Path) -> None:
     """And names each hook that the release lacks, with what is then left out."""
     known = LACKING[release()]
-    findings = findings_of(config(tmp_path / "kv"))
+    folder = tmp_path / "kv"
+    folder.mkdir(mode=0o700)
+    sizes = {"capacity": 1 << 30, "host": 1 << 26, "staging": 1 << 26}
+    findings = findings_of(right(folder=str(folder), **sizes))
     assert findings.errors == []
     assert findings.warnings == []
     named = [note for note in findings.notes if "The installed vLLM has no" in note]

@@ -139,8 +139,8 @@ def offer_to_dying_readers(
         for start in range(0, rounds, each):
             both.src.whole.fill_(start)
             offers = [both.offer() for _ in range(each)]
-            told = [(start, offer.ticket, seed.choice(RATES)) for offer in offers]
-            values = {"offers": told, "device": where.reader}
+            listed = [(start, offer.ticket, seed.choice(RATES)) for offer in offers]
+            values = {"offers": listed, "device": where.reader}
             pid = nursery.do("answer = bear(run, values)", run=READER, values=values)
             killed = start // each % 4 == 3
             if killed or where != HOST:  # a process that uses a device begins slowly
@@ -162,7 +162,7 @@ ROUNDS = pytest.mark.parametrize(
 EXPOSE = pytest.mark.parametrize(
     "expose", ["mapped", pytest.param("staging", marks=pytest.mark.full)]
 )
-#: Tests of two devices are told apart by their marks; some minutes each.
+#: Tests of two devices have marks; they take some minutes each.
 WHERE = pytest.mark.parametrize(
     "where",
     [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that a test stops and lets go on."""
+"""Stop and continue processes of tests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def stop(pid: int) -> None:
 
 
 def go_on(pid: int) -> None:
-    """Have a stopped process go on."""
+    """Continue a stopped process."""
     os.kill(pid, signal.SIGCONT)
 
 
