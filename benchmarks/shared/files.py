@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -120,6 +121,7 @@ class FsNative:
     def __init__(self, python: str, folder: Path, nbytes: int, amount: int) -> None:
         own = folder / "lmcache"
         own.mkdir()
+        self.folder = own
         program = Path(__file__).with_name("fs_native.py")
         words = [python, str(program), str(own), str(amount), str(nbytes)]
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -148,8 +150,9 @@ class FsNative:
         return Method("lmcache", partial(self.ask, word), prepare, lambda: self.correct, "lmcache")
 
     def close(self) -> None:
-        """End its process."""
+        """End its process, and remove its files."""
         self.child.communicate(timeout=60)
+        shutil.rmtree(self.folder)
 
 
 def close(*opened: Any) -> None:
