@@ -42,13 +42,13 @@ struct Wait {
   const volatile unsigned* copied;
   const volatile unsigned* raised;
   volatile unsigned* expired;
-  unsigned long long limit;
+  long long limit;
 };
 
 static bool is_before(unsigned word, unsigned needed) { return int(needed - word) > 0; }
 
-static unsigned long long now() {
-  unsigned long long ns;
+static long long now() {
+  long long ns;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
   return ns;
 }
@@ -63,8 +63,9 @@ extern "C" __global__ void portakv_wait(Wait w) {
   const unsigned needed = *w.needed;
   if (needed == 0) return;
   if (is_missing(w, needed) && *w.expired != needed) {
-    const unsigned long long begin = now();
+    const long long begin = now();
     while (is_missing(w, needed)) {
+      // Signed: after a time slice another multiprocessor's timer may be behind `begin`.
       if (now() - begin > w.limit) {
         *w.expired = needed;
         break;

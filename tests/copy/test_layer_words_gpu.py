@@ -184,7 +184,7 @@ def test_layers_that_are_issued_while_the_replay_waits() -> None:
                 delay(stream, 200_000)
                 model.rows[layer].fill_(value)
                 end = Transfer([completion(DEVICE, stream)])
-            assert not model.end.query()
+            assert not model.end.query(), (value, layer, model.words.expired)
             model.words.issued(layer, end)
         model.words.commit()
         assert model.ends()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from support.migrate_channels import until
 from support.migrate_nursery import Nursery
 from support.migrate_pulls import Couple, Rows, never_end, sides
@@ -172,7 +173,7 @@ WHERE = pytest.mark.parametrize(
             marks=[
                 pytest.mark.gpu,
                 pytest.mark.full,
-                pytest.mark.skipif("torch.cuda.device_count() < 2", reason="it takes two devices"),
+                pytest.mark.skipif(torch.cuda.device_count() < 2, reason="it takes two devices"),
             ],
         ),
     ],

@@ -22,28 +22,42 @@ _SLEEP = 'asm volatile("nanosleep.u32 200;");'
 _HEAD = """
 #include <time.h>
 static void __threadfence_system() { __sync_synchronize(); }
-static unsigned long long nanoseconds() {
+[[maybe_unused]] static long long nanoseconds() {
   timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
-  return 1000000000ull * t.tv_sec + t.tv_nsec;
+  return 1000000000ll * t.tv_sec + t.tv_nsec;
+}
+// The timer of another multiprocessor may be behind.
+[[maybe_unused]] static long long falling() {
+  static long long at = 1000000;
+  return at -= at > 0;
 }
 """
 _ENTRY = """
-extern "C" void wait_for(unsigned* words, unsigned long long limit) {
+extern "C" void wait_for(unsigned* words, long long limit) {
   portakv_wait({words, words + 1, words + 2, words + 3, limit});
 }
 """
 
 
 class Kernel:
-    """The kernel's wait for the words needed, copied, raised and expired."""
+    """The kernel's wait for the words needed, copied, raised and expired, by a function of the
+    head as its clock."""
 
-    def __init__(self, needed: int, copied: int, raised: int, expired: int = 0) -> None:
+    def __init__(
+        self,
+        needed: int,
+        copied: int,
+        raised: int,
+        expired: int = 0,
+        clock: str = "nanoseconds",
+        text: str = TEXT,
+    ) -> None:
         self.words = np.array([needed, copied, raised, expired], Word)
-        text = _HEAD + TEXT.replace(_CLOCK, "ns = nanoseconds();").replace(_SLEEP, "")
+        text = _HEAD + text.replace(_CLOCK, f"ns = {clock}();").replace(_SLEEP, "")
         assert "asm" not in text
         run: Callable[..., None] = compiled(text, _ENTRY).wait_for
-        run.argtypes = [ctypes.c_void_p, ctypes.c_uint64]  # type: ignore[attr-defined]
+        run.argtypes = [ctypes.c_void_p, ctypes.c_int64]  # type: ignore[attr-defined]
         self._run = run
 
     def wait(self, limit: float = LIMIT) -> None:
@@ -103,6 +117,23 @@ def test_after_a_limit_the_other_waits_of_the_step_end_at_once() -> None:
     assert waiting.is_alive()
     kernel.words[1:3] = 8
     assert until(lambda: not waiting.is_alive())
+
+
+@needs_compiler
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "negative control"])
+def test_a_clock_that_falls_ends_no_wait(signed: bool) -> None:
+    """A thread block may go on, after a time slice, where the timer is behind."""
+    unsigned = "static_cast<unsigned long long>(now() - begin) > 30000000000ull"
+    text = TEXT if signed else TEXT.replace("now() - begin > w.limit", unsigned)
+    assert signed is (text == TEXT)
+    kernel = Kernel(7, 6, 6, clock="falling", text=text)
+    waiting = threading.Thread(target=kernel.wait)
+    waiting.start()
+    waiting.join(0.01)
+    assert waiting.is_alive() is signed
+    kernel.words[1:3] = 7
+    assert until(lambda: not waiting.is_alive())
+    assert kernel.expired == (0 if signed else 7)
 
 
 @pytest.mark.parametrize(
