@@ -132,7 +132,7 @@ def _in_order(form: Form, planes_outside: bool) -> tuple[str, list[int]] | None:
 
     ``planes_outside``: move planes outside of blocks at separate addresses.
     """
-    factors = sorted(_factors(form), key=lambda f: (f.table, f.stride), reverse=True)
+    factors = _outermost_first(_factors(form))
     if planes_outside:
         apart = [each for each in factors if each.name == "block" and each.table]
         rest = [each for each in factors if each not in apart]
@@ -150,6 +150,21 @@ def _in_order(form: Form, planes_outside: bool) -> tuple[str, list[int]] | None:
         shape[at:] = [each * sum(form.widths)]
         names[at:] = [f"({' '.join(names[at:])})"]
     return " ".join(names), shape
+
+
+def _outermost_first(factors: list[_Factor]) -> list[_Factor]:
+    """Return factors in their order in memory.
+
+    Blocks that begin closer to each other than a block is long, such as images of which one may
+    begin at each page, lie outside of all that they hold.
+    """
+    ordered = sorted(factors, key=lambda f: (f.table, f.stride), reverse=True)
+    for block in ordered:
+        if block.extent == _UNBOUNDED and not block.table:
+            held = [x for x in ordered if not x.table and x.stride <= block.stride]
+            if sum((x.extent - 1) * x.stride for x in held if x is not block) >= block.stride:
+                return [block, *(x for x in ordered if x is not block)]
+    return ordered
 
 
 def _factors(form: Form) -> list[_Factor]:

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense rows of images that begin at each page: their blocks overlap as far as a form can tell."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from portakv import KVView
+from portakv.interconnect.staging import DenseRows, dense_rows
+from portakv.storage.form import HEADER, BlockForm
+
+TOKENS = 16
+#: Shapes of a cache, each with its layout, and the other terms of a view.
+ARRANGED = {
+    "layer kv block token head dim": {},
+    "layer kv block head token dim": {},
+    "layer | block kv token head dim": {},
+    "layer block token dim": {"kv": 1, "heads": 1},
+}
+
+
+def form_of(
+    layout: str, layers: int, heads: int, dim: int, encoding: str | None = None
+) -> BlockForm:
+    extents = {"layer": layers, "kv": 2, "block": 2, "token": TOKENS, "head": heads, "dim": dim}
+    names = layout.replace("layer |", "").split()
+    shape = [extents[name] for name in names]
+    memory = torch.zeros(shape, dtype=torch.bfloat16)
+    whole = [memory] * layers if "|" in layout else memory
+    view = KVView(whole, layout, **ARRANGED[layout])
+    return BlockForm.of(view, "a model", encoding=encoding)
+
+
+def distance(form: BlockForm, row: int) -> int:
+    """Return the bytes from one dense block to the next, of images in rows of so many bytes."""
+    view = form.view(torch.zeros(4 * form.image_bytes // row, row, dtype=torch.uint8))
+    dense = dense_rows(view.form)
+    slots = 2 * TOKENS
+    rows = dense.view(torch.zeros(dense.nbytes(slots), dtype=torch.uint8), slots)
+    (step,) = rows.form.parts[0].block
+    return step.stride
+
+
+@pytest.mark.parametrize("layout", ARRANGED)
+@pytest.mark.parametrize("encoding", [None, "pack"])
+@settings(max_examples=10)
+@given(
+    layers=st.integers(1, 5),
+    heads=st.sampled_from([1, 2, 3, 8]),
+    dim=st.sampled_from([16, 64, 128, 512]),
+)
+def test_the_bytes_of_a_dense_block_stay_together(
+    layout: str, encoding: str | None, layers: int, heads: int, dim: int
+) -> None:
+    form = form_of(layout, layers, heads, dim, encoding)
+    assert distance(form, HEADER) == distance(form, form.image_bytes) == form.payload_bytes
+
+
+def test_layers_outside_of_blocks_stay_there() -> None:
+    """The blocks of a layer-first pool do not overlap, and a slice of it is some layers."""
+    pool = torch.zeros(4, 2, 8, TOKENS, 2, 64, dtype=torch.bfloat16)
+    form = KVView(pool, "layer kv block token head dim").form
+    assert DenseRows(form).outside == ("layer", "kv")
