@@ -81,6 +81,7 @@ class ChunkRepeats:
             or type(start) is not int
             or not (address and first_id)
             or not repeat.fits(chunk, ids)
+            or not (_holds(chunk, address, repeat.reach) and _holds(ids, first_id, ids.nbytes))
         ):
             return None
         count = repeat.tokens(start, end, ids.numel())
@@ -172,10 +173,20 @@ def _kind(store: bool, chunk: torch.Tensor, address: int, ids: torch.Tensor) -> 
     return store, chunk.shape, chunk.stride(), chunk.dtype, address & 15, ids.dtype
 
 
-class _ChunkRepeat:
-    """One kind of copy: a chunk of one form, ids of one dtype, one direction."""
+def _holds(tensor: torch.Tensor, address: int, nbytes: int) -> bool:
+    """Return whether a tensor's storage, which may have been resized, has bytes from an address
+    on."""
+    storage = tensor.untyped_storage()
+    return address + nbytes <= storage.data_ptr() + storage.nbytes()
 
-    __slots__ = ("_firsts", "_index", "_pasts", "_reach", "_slots", "again", "carried")
+
+class _ChunkRepeat:
+    """One kind of copy: a chunk of one form, ids of one dtype, one direction.
+
+    ``reach``: bytes from a chunk's address to the end of its last row.
+    """
+
+    __slots__ = ("_firsts", "_index", "_pasts", "_slots", "again", "carried", "reach")
 
     def __init__(
         self, cache: KVView, chunk: KVView, again: Again, carried: tuple[str, str]
@@ -185,7 +196,7 @@ class _ChunkRepeat:
         self._slots = min(chunk.slots, again.most)
         self._index = chunk.device.index
         ((first, past),) = chunk.spans
-        self._reach = past - first
+        self.reach = past - first
         self._firsts, self._pasts = zip(*cache.spans, strict=True)
 
     def fits(self, chunk: torch.Tensor, ids: torch.Tensor) -> bool:
@@ -212,6 +223,6 @@ class _ChunkRepeat:
 
     def overlaps(self, address: int) -> bool:
         """Return True if a chunk at this address would share memory with the caches."""
-        past = address + self._reach
+        past = address + self.reach
         at = bisect_right(self._firsts, past - 1)
         return at > 0 and self._pasts[at - 1] > address
