@@ -71,10 +71,17 @@ def token_bytes(form: Form) -> float:
     return form.token_bytes / (form.block_size if form.opaque else 1)
 
 
+def _skipped(tokens: int, indices: Sequence[Index]) -> int:
+    """Return the number of tokens that negative ids on the host skip."""
+    skipped = [index.slots(tokens) < 0 for index in indices if index.skips]
+    return int(np.count_nonzero(np.logical_or.reduce(skipped)))
+
+
 class BlockTransfer(Transfer):
     """The handle of a copy. It does not keep the views of its copy alive.
 
-    Its ``worker`` issues what is not issued yet.
+    Its ``worker`` issues what is not issued yet. ``skips``: False if no id on the host skips a
+    position.
     """
 
     __slots__ = ("_began", "_block", "_ended", "_form", "_layers", "_requested", "_worker")
@@ -86,6 +93,7 @@ class BlockTransfer(Transfer):
         began: float,
         layers: tuple[Transfer, ...] | None = None,
         worker: Worker | None = None,
+        skips: bool = True,
     ) -> None:
         self.completions = transfer.completions
         self._retained = transfer._retained
@@ -94,9 +102,10 @@ class BlockTransfer(Transfer):
         dst_index = move.dst_index
         self._form = form = move.src.form
         self._block = src_index.plan_step or dst_index.plan_step or form.block_size or 1
-        # Tokens, and the indices that may skip some of them. Dropped at the end, when they are
-        # counted.
-        self._requested: tuple[int, tuple[Index, ...]] = move.count, (src_index, dst_index)
+        # Counted now: the caller may change its ids after the call.
+        self._requested = move.count
+        if skips and (src_index.skips or dst_index.skips):
+            self._requested -= _skipped(move.count, (src_index, dst_index))
         self._began = began
         self._worker = worker
         self._layers = layers
@@ -158,7 +167,7 @@ class BlockTransfer(Transfer):
         """Return the progress so far; never block or raise."""
         worker = self._worker
         layers = self._layers or ()
-        moving = self._moving()
+        moving = self._requested
         if worker is None:
             nbytes, tokens = self._landed(moving)
             ended_at = self._ended
@@ -176,16 +185,6 @@ class BlockTransfer(Transfer):
         seconds = None if ended_at is None else ended_at - self._began
         counts = nbytes, tokens // self._block, moving // self._block
         return Statistics(*counts, *carried, seconds, pieces, self.cancelled)
-
-    def _moving(self) -> int:
-        """Return the number of tokens that no id on the host skips."""
-        tokens, indices = self._requested
-        skipped = [
-            index.slots(tokens) < 0
-            for index in indices
-            if index.ids is not None and index.on_host and index.host_ids().min(initial=0) < 0
-        ]
-        return tokens - int(np.count_nonzero(np.logical_or.reduce(skipped))) if skipped else tokens
 
     def _landed(self, moving: int) -> tuple[int, int]:
         """Return the bytes that have landed and the tokens that have landed in all layers, of what
@@ -205,10 +204,9 @@ class BlockTransfer(Transfer):
         super()._finish()
 
     def _note_end(self) -> None:
-        """Note that the end was noticed now; the first time counts. Release the indices."""
+        """Note that the end was noticed now; the first time counts."""
         if self._ended is None:
             self._ended = perf_counter()
-        self._requested = self._moving(), ()
 
 
 class _Together(BlockTransfer):

@@ -348,4 +348,4 @@ def repeated(move: Move, options: CopyOptions) -> BlockTransfer | None:
     skips |= dst_index.check(count, dst.slots, "destination", distinct=True)
     if skips and not repeat.skips:
         return None
-    return BlockTransfer(repeat.issue(move, device, stream, skips), move, began)
+    return BlockTransfer(repeat.issue(move, device, stream, skips), move, began, skips=skips)

@@ -80,8 +80,7 @@ class ChunkRepeats:
             repeat is None
             or type(start) is not int
             or not (address and first_id)
-            or not repeat.fits(chunk, ids)
-            or not (_holds(chunk, address, repeat.reach) and _holds(ids, first_id, ids.nbytes))
+            or not repeat.fits(chunk, address, ids, first_id)
         ):
             return None
         count = repeat.tokens(start, end, ids.numel())
@@ -181,12 +180,9 @@ def _holds(tensor: torch.Tensor, address: int, nbytes: int) -> bool:
 
 
 class _ChunkRepeat:
-    """One kind of copy: a chunk of one form, ids of one dtype, one direction.
+    """One kind of copy: a chunk of one form, ids of one dtype, one direction."""
 
-    ``reach``: bytes from a chunk's address to the end of its last row.
-    """
-
-    __slots__ = ("_firsts", "_index", "_pasts", "_slots", "again", "carried", "reach")
+    __slots__ = ("_firsts", "_index", "_pasts", "_reach", "_slots", "again", "carried")
 
     def __init__(
         self, cache: KVView, chunk: KVView, again: Again, carried: tuple[str, str]
@@ -196,11 +192,12 @@ class _ChunkRepeat:
         self._slots = min(chunk.slots, again.most)
         self._index = chunk.device.index
         ((first, past),) = chunk.spans
-        self.reach = past - first
+        self._reach = past - first
         self._firsts, self._pasts = zip(*cache.spans, strict=True)
 
-    def fits(self, chunk: torch.Tensor, ids: torch.Tensor) -> bool:
-        """Return True if tensors have the shapes and dtypes for which it was made."""
+    def fits(self, chunk: torch.Tensor, address: int, ids: torch.Tensor, first_id: int) -> bool:
+        """Return True if tensors at these addresses have the shapes and dtypes for which it was
+        made, and all of their memory."""
         index = self._index
         return (
             chunk.get_device() == index
@@ -209,6 +206,8 @@ class _ChunkRepeat:
             and ids.is_contiguous()
             and not chunk.requires_grad
             and not chunk.is_neg()
+            and _holds(chunk, address, self._reach)
+            and _holds(ids, first_id, ids.nbytes)
         )
 
     def tokens(self, start: int, end: object, length: int) -> int:
@@ -223,6 +222,6 @@ class _ChunkRepeat:
 
     def overlaps(self, address: int) -> bool:
         """Return True if a chunk at this address would share memory with the caches."""
-        past = address + self.reach
+        past = address + self._reach
         at = bisect_right(self._firsts, past - 1)
         return at > 0 and self._pasts[at - 1] > address

@@ -55,4 +55,5 @@ def issue(
     # A connector, whose memory is known to be good, repeats its own copies.
     if options.plain and not (known_good or context.captured):
         remember(move, choice, options, context.device, settled, made)
-    return BlockTransfer(made, move, began)
+    skips = settled.guarded or settled.move is not move
+    return BlockTransfer(made, move, began, skips=skips)

@@ -63,7 +63,7 @@ def _array_of_tensor(ids: torch.Tensor) -> npt.NDArray[np.int64] | None:
     except (RuntimeError, TypeError):  # it is no plain tensor
         return None
     usual = memory and array.dtype is _INT64 and array.strides == (8,)
-    return array if usual else None
+    return array if usual and _in_storage(ids) else None
 
 
 def _array_of(ids: list[Any] | tuple[Any, ...] | range) -> npt.NDArray[np.int64]:
@@ -120,6 +120,19 @@ def _check_tensor(ids: torch.Tensor) -> None:
             "Expected an index with memory, got one that owns no memory, as inside torch.vmap. "
             "Call the copy outside of function transforms."
         )
+    if not _in_storage(ids, ids.stride(0)):
+        raise SlotError(
+            f"Expected an index whose storage holds its {len(ids)} ids, got one whose storage was "
+            f"resized to {ids.untyped_storage().nbytes()} bytes. Make the index again."
+        )
+
+
+def _in_storage(ids: torch.Tensor, step: int = 1) -> bool:
+    """Return whether a tensor's storage, which may have been resized, holds ids that are so many
+    apart."""
+    many = ids.numel()
+    past = ids.storage_offset() + step * (many - 1) + 1
+    return not many or past * ids.itemsize <= ids.untyped_storage().nbytes()
 
 
 def out_of_range(used: npt.NDArray[np.int64], most: int) -> bool:

@@ -499,6 +499,11 @@ class Index:
         self._store.remember(key, skips)
         return skips
 
+    @property
+    def skips(self) -> bool:
+        """True if `check` found a negative id on the host."""
+        return True in self._store.checked.values()
+
     def checked_copy(
         self, first: int, count: int, slots: int, distinct: bool
     ) -> torch.Tensor | None:

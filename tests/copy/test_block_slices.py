@@ -123,10 +123,13 @@ def test_the_caller_may_change_its_ids_after_the_call(
     assert one.landed() == guarded
 
 
-def test_statistics_are_of_the_ids_of_the_call(gate: Gate) -> None:
+@pytest.mark.parametrize("terms", [{}, {"by_layer": True}, {"cancellable": True}], ids=str)
+def test_statistics_are_of_the_ids_of_the_call(terms: dict[str, Any], gate: Gate) -> None:
     src, dst = (torch.tensor(ids) for ids in (SRC, DST))
     one = Pair(layered(), layered())
-    transfer = one.start(src, dst, backend="gated", cancellable=True)
+    if not terms.get("cancellable"):
+        gate.open()
+    transfer = one.start(src, dst, backend="gated", **terms)
     src.fill_(-1)
     gate.open()
     transfer.synchronize()

@@ -30,7 +30,7 @@ class SlowForms(Remote):
         self.read += 1
         if self.silent:
             self.seconds += self.search_seconds
-            raise TimeoutError
+            raise asyncio.TimeoutError  # another one than TimeoutError in Python 3.10
         self.seconds += 1.0
         return await super()._read_small(path)
 

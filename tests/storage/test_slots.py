@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -74,9 +74,9 @@ def test_an_early_block_waits_for_the_slot_of_a_late_one(tmp_path: Path) -> None
         assert late is not None
         assert slots.take(KEYS[0]) is None
         assert slots.take(KEYS[0], {KEYS[0]: 0}) is None
-        with ThreadPoolExecutor() as pool:
+        with futures.ThreadPoolExecutor() as pool:
             early = pool.submit(slots.take, KEYS[1], own)
-            with pytest.raises(TimeoutError):
+            with pytest.raises(futures.TimeoutError):
                 early.result(0.1)
             assert slots.seal(late, KEYS[2], 1, (1,))
             assert early.result(10) == late
@@ -84,9 +84,9 @@ def test_an_early_block_waits_for_the_slot_of_a_late_one(tmp_path: Path) -> None
         slots.give(late)
         last = slots.take(KEYS[2], own)
         assert last is not None
-        with ThreadPoolExecutor() as pool:
+        with futures.ThreadPoolExecutor() as pool:
             early = pool.submit(slots.take, KEYS[1], own)
-            with pytest.raises(TimeoutError):
+            with pytest.raises(futures.TimeoutError):
                 early.result(0.1)
             slots.give(last)  # its write failed
             assert early.result(10) == last
@@ -99,7 +99,7 @@ def test_calls_that_wait_for_each_other_go_on(tmp_path: Path) -> None:
         second = slots.take(KEYS[1])
         assert first is not None
         assert second is not None
-        with ThreadPoolExecutor() as pool:
+        with futures.ThreadPoolExecutor() as pool:
             one = pool.submit(slots.take, KEYS[2], {KEYS[0]: 0, KEYS[2]: 1, KEYS[1]: 2})
             other = pool.submit(slots.take, KEYS[3], {KEYS[1]: 0, KEYS[3]: 1, KEYS[0]: 2})
             assert one.result(20) is None

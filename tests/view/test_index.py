@@ -130,6 +130,15 @@ def test_lists_that_are_no_slots(ids: Any, why: str) -> None:
         Index(ids)
 
 
+@pytest.mark.parametrize("kind", ["int64", "int32", "strided"])
+def test_ids_whose_storage_became_too_short(kind: str) -> None:
+    # A tensor that numpy has seen cannot be resized.
+    ids = torch.arange(32)[::2] if kind == "strided" else torch.arange(16).to(getattr(torch, kind))
+    ids.untyped_storage().resize_(ids.itemsize * ids.stride(0) * 15)
+    with pytest.raises(SlotError, match=r"storage holds its 16 ids, got one .* Make the index"):
+        Index(ids)
+
+
 def test_ids_inside_function_transforms() -> None:
     for transform, ids in ((torch.vmap, [[1]]), (torch.func.functionalize, [1])):
         with pytest.raises(SlotError, match=r"owns no memory, .* torch.vmap"):
