@@ -5,6 +5,7 @@ although their shapes stay."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     taken: list[bool] = []
     transfer = ChunkRepeats.transfer
 
-    def noted(self: ChunkRepeats, *args: object) -> object:
+    def noted(self: ChunkRepeats, *args: Any) -> object:
         made = transfer(self, *args)
         taken.append(made is not None)
         return made

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from portakv.storage.form import HEADER, BlockForm
 
 TOKENS = 16
 #: Shapes of a cache, each with its layout, and the other terms of a view.
-ARRANGED = {
+ARRANGED: dict[str, dict[str, Any]] = {
     "layer kv block token head dim": {},
     "layer kv block head token dim": {},
     "layer | block kv token head dim": {},
