@@ -93,7 +93,8 @@ def test_several_files_are_judged_and_a_broken_one_is_no_verdict(
 
 
 def newest_verdicts(result: dict[str, Any]) -> list[check.Verdict]:
-    """Return verdicts on a whole result, with those on newer results of parts in their place."""
+    """Return verdicts on a whole result, with those on newer results of parts in their place, and
+    on parts that the whole result lacks."""
     targets = check.load_targets()
     verdicts = {verdict.bar.name: verdict for verdict in check.judge(result, targets)}
     files = (guide.RESULTS / "parts").glob("*.json")
@@ -104,8 +105,12 @@ def newest_verdicts(result: dict[str, Any]) -> list[check.Verdict]:
             part["machine"][key] == result["machine"][key] for key in ("device", "device_type")
         )
         newer = part["machine"]["date"] > result["machine"]["date"]
-        if alike and newer and part.get("suite") == result.get("suite"):
-            verdicts |= {v.bar.name: v for v in check.judge(part, targets) if v.rows}
+        if alike and part.get("suite") == result.get("suite"):
+            judged_here = {v.bar.name: v for v in check.judge(part, targets) if v.rows}
+            for name, verdict in judged_here.items():
+                before = verdicts.get(name)
+                if newer or before is None or not before.rows:
+                    verdicts[name] = verdict
     return [*verdicts.values()]
 
 
