@@ -132,7 +132,7 @@ def _in_order(form: Form, planes_outside: bool) -> tuple[str, list[int]] | None:
 
     ``planes_outside``: move planes outside of blocks at separate addresses.
     """
-    factors = _outermost_first(_factors(form))
+    factors = _outermost_first(form)
     if planes_outside:
         apart = [each for each in factors if each.name == "block" and each.table]
         rest = [each for each in factors if each not in apart]
@@ -152,34 +152,48 @@ def _in_order(form: Form, planes_outside: bool) -> tuple[str, list[int]] | None:
     return " ".join(names), shape
 
 
-def _outermost_first(factors: list[_Factor]) -> list[_Factor]:
-    """Return factors in their order in memory.
+def _outermost_first(form: Form) -> list[_Factor]:
+    """Return the factors of a form in their order in memory.
 
     Blocks that begin closer to each other than a block is long, such as images of which one may
     begin at each page, lie outside of all that they hold.
     """
-    ordered = sorted(factors, key=lambda f: (f.table, f.stride), reverse=True)
+    ordered = sorted(_factors(form), key=lambda f: (f.table, f.stride), reverse=True)
     for block in ordered:
-        if block.extent == _UNBOUNDED and not block.table:
-            held = [x for x in ordered if not x.table and x.stride <= block.stride]
-            if sum((x.extent - 1) * x.stride for x in held if x is not block) >= block.stride:
-                return [block, *(x for x in ordered if x is not block)]
+        if block.extent == _UNBOUNDED and not block.table and _reach(form, block) > block.stride:
+            return [block, *(x for x in ordered if x is not block)]
     return ordered
+
+
+def _reach(form: Form, block: _Factor) -> int:
+    """Return the bytes that a block would cover if all that lies no further apart than blocks were
+    inside."""
+    first = min(part.offset for part in form.parts)
+    reaches = []
+    for part in form.parts:
+        apart = part.offset - first
+        held = [x for x in _inside(form, part) if not x.table and x.stride <= block.stride]
+        covered = sum((x.extent - 1) * x.stride for x in held if x.extent != _UNBOUNDED) + 1
+        reaches.append(covered + (apart if apart <= block.stride else 0))
+    return max(reaches)
 
 
 def _factors(form: Form) -> list[_Factor]:
     """Return every factor of a form's axes, by its first part."""
-    part = form.parts[0]
     steps = {(b.table - a.table, b.offset - a.offset) for a, b in pairwise(form.parts)}
     table, stride = steps.pop() if len(steps) == 1 else (0, _OUTERMOST)
+    return [_Factor(table, stride, "kv", form.kv), *_inside(form, form.parts[0])]
+
+
+def _inside(form: Form, part: Part) -> list[_Factor]:
+    """Return every factor of the axes of a part."""
     axes = ["layer", "block"] if form.paged else ["layer"]
     if form.encoding:
         axes.append("head")
     if not form.opaque:
         axes += ["token", "head"]
     factors = [each for axis in axes for each in _split(part, axis, axis)]
-    factors += _split(part, "dim", "page" if form.opaque else "dim")
-    return [_Factor(table, stride, "kv", form.kv), *factors]
+    return factors + _split(part, "dim", "page" if form.opaque else "dim")
 
 
 def _split(part: Part, axis: str, name: str) -> list[_Factor]:

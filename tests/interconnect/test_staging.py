@@ -61,8 +61,34 @@ def test_the_bytes_of_a_dense_block_stay_together(
     assert distance(form, HEADER) == distance(form, form.image_bytes) == form.payload_bytes
 
 
-def test_layers_outside_of_blocks_stay_there() -> None:
-    """The blocks of a layer-first pool do not overlap, and a slice of it is some layers."""
-    pool = torch.zeros(4, 2, 8, TOKENS, 2, 64, dtype=torch.bfloat16)
-    form = KVView(pool, "layer kv block token head dim").form
-    assert DenseRows(form).outside == ("layer", "kv")
+def test_parts_of_unequal_widths_stay_together() -> None:
+    memory = torch.zeros(3, 2, TOKENS, 576, dtype=torch.bfloat16)
+    view = KVView(memory, "layer block token (kv head dim)", kv=2, heads=1, dim=(512, 64))
+    form = BlockForm.of(view, "a model")
+    assert distance(form, HEADER) == distance(form, form.image_bytes) == form.payload_bytes
+
+
+UNEQUAL = {"kv": 2, "heads": 1, "dim": (512, 64)}
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "terms", "outside"),
+    [
+        ("layer kv block token head dim", (4, 2, 8, TOKENS, 2, 64), {}, ("layer", "kv")),
+        ("kv layer block head token dim", (2, 4, 8, 2, TOKENS, 64), {}, ("kv", "layer")),
+        ("layer block token (kv head dim)", (3, 8, TOKENS, 576), UNEQUAL, ("layer",)),
+        (
+            "layer block (kv token head dim)",
+            (3, 8, TOKENS * 576),
+            {**UNEQUAL, "block_size": TOKENS},
+            ("layer",),
+        ),
+        ("layer token (kv head dim)", (3, 8, 576), UNEQUAL, ("layer",)),
+    ],
+)
+def test_layers_outside_of_blocks_stay_there(
+    layout: str, shape: tuple[int, ...], terms: dict[str, Any], outside: tuple[str, ...]
+) -> None:
+    """These blocks do not overlap, and a slice of such a pool is some of its layers."""
+    form = KVView(torch.zeros(shape, dtype=torch.bfloat16), layout, **terms).form
+    assert DenseRows(form).outside == outside
