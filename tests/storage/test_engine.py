@@ -180,9 +180,14 @@ def test_an_end_is_told_while_others_are_under_way(
     readable, writable = os.pipe()
     real = os.preadv
     reports = list[int]()
+    begun = threading.Event()
 
     def read(fd: int, buffers: Any, at: int) -> int:  # of `threads`
-        return os.readv(fd, buffers) if fd == readable else real(fd, buffers, at)
+        if fd == readable:
+            begun.set()  # else it may be cancelled
+            return os.readv(fd, buffers)
+        begun.wait(10)
+        return real(fd, buffers, at)
 
     def ended(number: int, _: int) -> None:
         reports.append(number)
