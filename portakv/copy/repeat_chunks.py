@@ -172,13 +172,6 @@ def _kind(store: bool, chunk: torch.Tensor, address: int, ids: torch.Tensor) -> 
     return store, chunk.shape, chunk.stride(), chunk.dtype, address & 15, ids.dtype
 
 
-def _holds(tensor: torch.Tensor, address: int, nbytes: int) -> bool:
-    """Return whether a tensor's storage, which may have been resized, has bytes from an address
-    on."""
-    storage = tensor.untyped_storage()
-    return address + nbytes <= storage.data_ptr() + storage.nbytes()
-
-
 class _ChunkRepeat:
     """One kind of copy: a chunk of one form, ids of one dtype, one direction."""
 
@@ -197,8 +190,10 @@ class _ChunkRepeat:
 
     def fits(self, chunk: torch.Tensor, address: int, ids: torch.Tensor, first_id: int) -> bool:
         """Return True if tensors at these addresses have the shapes and dtypes for which it was
-        made, and all of their memory."""
+        made, and all of their memory: a storage can be resized."""
         index = self._index
+        rows = chunk.untyped_storage()
+        numbers = ids.untyped_storage()
         return (
             chunk.get_device() == index
             and ids.get_device() == index
@@ -206,8 +201,8 @@ class _ChunkRepeat:
             and ids.is_contiguous()
             and not chunk.requires_grad
             and not chunk.is_neg()
-            and _holds(chunk, address, self._reach)
-            and _holds(ids, first_id, ids.nbytes)
+            and address + self._reach <= rows.data_ptr() + rows.nbytes()
+            and first_id + ids.nbytes <= numbers.data_ptr() + numbers.nbytes()
         )
 
     def tokens(self, start: int, end: object, length: int) -> int:
