@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`.ci/release`: what it refuses, and that a file's bytes do not depend on when it was built."""
+"""`.ci/release`: what it refuses, and that a file's bytes do not depend on when it was built.
+
+And the other scripts of the workflows, without what they would install or upload.
+"""
 
 from __future__ import annotations
 
 import gzip
 import importlib
 import io
+import os
 import re
 import subprocess
 import tarfile
@@ -25,6 +29,10 @@ HOSTS = re.compile(r"(pypi|pythonhosted|conda|docker|ghcr|quay|nvcr)\.(?:org|io|
 READ = {"", ".py", ".md", ".yml", ".yaml", ".toml", ".txt", ".sh", ".cff"}
 UNDATED = "# Changelog\n\n## Unreleased: 1.2.3\n\nA line.\n"
 DATED = "# Changelog\n\n## 1.2.3, 2026-12-01\n\nA line.\n"
+
+
+#: A package index with one release of each package, for `python3 -m pip index versions PACKAGE`.
+INDEX = '#!/bin/sh\n[ "$5" = absent ] || echo "$5 (9.8.7)"\n'
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +178,69 @@ def test_two_builds_that_differ_are_refused(
     with pytest.raises(release.Refused, match=r"the same bytes twice, got other ones of a\.whl"):
         release.build_twice(tmp_path / "dist")
     assert not (tmp_path / "dist").exists()
+
+
+# .ci/nightly
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    """Write a program that stands in for another one."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text, encoding="utf-8")
+    (folder / name).chmod(0o755)
+
+
+def script(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a script, for which the programs of a folder come first."""
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **variables}
+    return subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def nightly(folder: Path, *engines: str) -> subprocess.CompletedProcess[str]:
+    """Run `.ci/nightly --list`; the newest release of each package is 9.8.7."""
+    program(folder, "python3", INDEX)
+    return script(folder, ".ci/nightly", "--list", *engines)
+
+
+def matrix(folder: Path) -> list[str]:
+    return script(folder, ".ci/plugs", "--list").stdout.split()
+
+
+def test_nightly_runs_each_part_of_the_matrix_in_the_newest_releases(tmp_path: Path) -> None:
+    parts = {re.sub(r"-[\d.]+", "-9.8.7", name) for name in matrix(tmp_path)}
+    assert {"vllmcpu-9.8.7", "vllmcpu-9.8.7-rest"} < parts
+    done = nightly(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == sorted(parts)
+
+
+def test_nightly_runs_all_parts_of_one_engine(tmp_path: Path) -> None:
+    listed = nightly(tmp_path, "vllmcpu", "lmcache").stdout.split()
+    assert listed == ["vllmcpu-9.8.7", "vllmcpu-9.8.7-rest", "lmcache-9.8.7"]
+
+
+@pytest.mark.parametrize("engine", ["pandas", "vllmcp", "0.32.0"])
+def test_nightly_refuses_an_engine_that_the_matrix_lacks(tmp_path: Path, engine: str) -> None:
+    """With no release to run, .ci/plugs would run the whole matrix."""
+    done = nightly(tmp_path, engine)
+    assert done.returncode == 2
+    assert f"Expected an engine of the matrix of .ci/plugs, got '{engine}'." in done.stderr
+
+
+def test_nightly_refuses_an_index_without_the_engine(tmp_path: Path) -> None:
+    program(tmp_path, "python3", INDEX.replace("absent", "sglang"))
+    done = script(tmp_path, ".ci/nightly", "--list", "sglang")
+    assert done.returncode == 1
+    assert "Expected a release of sglang in the package index, got none." in done.stderr
+
+
+def test_the_workflow_runs_every_engine_of_the_matrix(tmp_path: Path) -> None:
+    text = (ROOT / ".github" / "workflows" / "nightly.yml").read_text(encoding="utf-8")
+    listed = re.search(r"engine: \[(.+)\]", text)
+    assert listed
+    assert {*listed[1].split(", ")} == {name.partition("-")[0] for name in matrix(tmp_path)}
 
 
 # workflows
