@@ -268,6 +268,17 @@ def test_actions_are_named_by_a_commit(workflow: Path) -> None:
     assert wrong == []
 
 
+def test_the_nightly_workflow_keeps_the_results_of_each_script() -> None:
+    """Also if the script failed, since a row of the table says so."""
+    text = (ROOT / ".github" / "workflows" / "nightly.yml").read_text(encoding="utf-8")
+    for job in text.partition("\njobs:\n")[2].split("\n\n"):
+        folder = re.search(r"STEP_RESULTS: (\S+)", job)
+        assert folder
+        upload = job.partition("uses: actions/upload-artifact@")[2]
+        assert "if: always()" in upload
+        assert f"path: {folder[1]}/\n" in upload
+
+
 def test_no_file_names_the_host_of_a_registry() -> None:
     """A user's index may be another one."""
     listed = subprocess.run(
