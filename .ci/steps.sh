@@ -9,6 +9,8 @@ export PIP_COMPILE=no
 unset PYTHONDONTWRITEBYTECODE
 export NO_MKDOCS_2_WARNING=1 # an advertisement, not a warning of this build
 unset PORTAKV_BACKEND PYTHONPATH # test neither a forced backend nor another tree
+# Steps change folders, and .ci/full works in a clone.
+[[ -z ${STEP_RESULTS:-} ]] || STEP_RESULTS=$(realpath -m "$STEP_RESULTS")
 timings=() now= summary=
 
 # in_a_clone COMMAND...: run it in a copy of this tree. The copy's folder is called `portakv`, as a
@@ -48,15 +50,19 @@ report() {
 trap report EXIT
 
 # results_of NAME: have pytest write what .ci/compatibility.py reads, the numbers of tests of a step of an
-# engine, if STEP_RESULTS names a folder. Next to them lies the commit that ran, with -dirty after other changes.
+# engine, if STEP_RESULTS names a folder. Next to them lies the commit that ran, with -dirty after other changes,
+# and the date. No name has a colon: the host of the repository keeps no such files of a workflow.
 results_of() {
     [[ -n ${STEP_RESULTS:-} ]] || return 0
     unset PYTEST_ADDOPTS # which names the results of the last step
     [[ $1 =~ \ [0-9.]+:\  ]] || return 0
     mkdir -p "$STEP_RESULTS"
-    git describe --always --dirty --abbrev=12 --exclude '*' >"$STEP_RESULTS/$1.commit"
+    local file=$STEP_RESULTS/${1//:/} commit
+    rm -f "$file.xml" # of an earlier run
+    commit=$(git describe --always --dirty --abbrev=12 --exclude '*')
+    printf '%s %s\n' "$commit" "$(date -u +%F)" >"$file.commit"
     # In double quotes: names of steps have apostrophes.
-    export PYTEST_ADDOPTS="--junitxml=\"$STEP_RESULTS/$1.xml\" -o \"junit_suite_name=$1\""
+    export PYTEST_ADDOPTS="--junitxml=\"$file.xml\" -o \"junit_suite_name=$1\""
 }
 
 # processor SHELL: print the seconds of a processor that a shell has taken, with all processes that it has waited for.

@@ -168,7 +168,9 @@ def test_every_page_says_its_kind(page: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *EVERY_PAGE], ids=lambda page: str(page.relative_to(ROOT))
+    "page",
+    [*sorted(ROOT.glob("*.md")), *EVERY_PAGE],
+    ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_sentences_are_short(page: Path) -> None:
     """`python tests/support/sentences.py --list PAGE` prints the long ones."""

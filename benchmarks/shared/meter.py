@@ -2,7 +2,9 @@
 """Measure what the meter costs: the time of calls with it and without it, in turns.
 
 Run ``python -m portakv_benchmarks.shared.meter``. It needs no accelerator and no package but the
-base installation and `migrate`; with opentelemetry-sdk installed it measures spans as well.
+base installation and `migrate`; with opentelemetry-sdk installed it measures spans as well. Each
+share has a verdict: the target, 1 %, is met, its miss is accepted with a reason, or it is missed.
+Measure on an idle machine.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from math import inf
 from time import perf_counter, process_time
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +37,33 @@ LARGE_BLOCKS = 2048
 #: Seconds between two readings of the figures, as Prometheus makes them.
 EACH = 15.0
 LAYOUT = "layer | kv block token head dim"
+_COPIES = "copy_rows, counted"
+_SHORT_PULL = "offer and pull of 128 KiB, with spans"
+_LONG_PULL = "offer and pull of 128 MiB, with spans"
+#: The most that the meter may add to a call, as a share of the call.
+TARGET = 0.01
+
+
+class Accepted(NamedTuple):
+    """A known miss of the target: the share that a call may reach, and why."""
+
+    share: float
+    reason: str
+
+
+#: docs/operations.md describes these misses.
+ACCEPTED = {
+    _COPIES: Accepted(
+        0.018,
+        "0.17 us of 24.9 us on one CPU (0.7 %), at most 0.3 us in any run; the shortest call "
+        "on an H200 takes 16.6 us (NOTES, section 57)",
+    ),
+    _SHORT_PULL: Accepted(
+        0.2,
+        "43 us of 252 us: a span of OpenTelemetry's SDK takes 15.2 us of a processor; spans are "
+        "off by default, and pulls from 4.3 ms on meet the target",
+    ),
+}
 _MODEL = "a model"
 #: Blocks of a cache, and tokens of a block.
 _BLOCKS = 16
@@ -162,15 +192,27 @@ def _view(blocks: int = _BLOCKS) -> KVView:
     return KVView([*whole], LAYOUT)
 
 
+def verdict(name: str, share: float) -> str:
+    """Return whether what the meter adds meets the target, with the reason of an accepted miss."""
+    if share <= TARGET:
+        return "met"
+    accepted = ACCEPTED.get(name)
+    if accepted is not None and share <= accepted.share:
+        return f"accepted: {accepted.reason}"
+    return "missed"
+
+
 def main() -> None:
-    """Print a JSON value: what each kind of call takes, and what the meter adds."""
-    results = {"copy_rows, counted": copies(), "reading": scrape()}
+    """Print a JSON value: what each kind of call takes, what the meter adds, and the verdicts."""
+    results = {_COPIES: copies(), "reading": scrape()}
     with suppress(ImportError, Unsupported):
-        results["offer and pull of 128 KiB, with spans"] = spans(2, CALLS, TURNS)
-        results["offer and pull of 128 MiB, with spans"] = spans(
-            LARGE_BLOCKS, LARGE_CALLS, LARGE_TURNS
-        )
-    json.dump(results, sys.stdout, indent=1)
+        results[_SHORT_PULL] = spans(2, CALLS, TURNS)
+        results[_LONG_PULL] = spans(LARGE_BLOCKS, LARGE_CALLS, LARGE_TURNS)
+    shown = {
+        name: {**result, "target": verdict(name, result["share"])}
+        for name, result in results.items()
+    }
+    json.dump(shown, sys.stdout, indent=1)
     print()
 
 

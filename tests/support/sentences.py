@@ -95,7 +95,7 @@ def main(names: list[str]) -> None:
     listed = "--list" in names
     pages = [Path(name).resolve() for name in names if name != "--list"]
     total = 0
-    for page in pages or [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+    for page in pages or [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]:
         results = long_sentences(page)
         total += len(results)
         name = page.relative_to(ROOT)

@@ -85,7 +85,8 @@ def options_of(job: Job, folder: Path, wide: bool = False) -> list[str]:
     results = os.environ.get("STEP_RESULTS")
     named = []
     if results:
-        named = [f"--junitxml={results}/{job.label}.xml", "-o", f"junit_suite_name={job.label}"]
+        file = f"{results}/{job.label.replace(':', '')}.xml"  # as `results_of` of .ci/steps.sh
+        named = [f"--junitxml={file}", "-o", f"junit_suite_name={job.label}"]
     options = [*ENGINE_OPTIONS]
     if job.folder is None:
         options = [*OPTIONS, "-m", "full" if wide else "not full"]
