@@ -72,10 +72,11 @@ def verify(words: list[str]) -> int:
     """Check a report and print the result; return 1 with every reason if the report is invalid."""
     parser = _parser(
         "verify",
-        "Checks that a report is complete and unchanged since its run: its schema and "
-        "checksum, its list of cases against the installed suite, and that totals, verdict and "
-        "level follow from the cases. For the record of another job it checks the fields that this "
-        "kind of job requires. Judges nothing again, and needs no device.",
+        "Checks that a report is unchanged since its run: its schema and checksum, its list of "
+        "cases against the installed suite, and that totals, verdict and level follow from the "
+        "cases. Says whether the report is incomplete, or a part of a tier's faults. For the "
+        "record of another job it checks the fields that this kind of job requires. Judges "
+        "nothing again, and needs no device.",
     )
     parser.add_argument(
         "report",
@@ -193,7 +194,7 @@ _SEEDS = 1 << 31
 _EPILOG = """\
 other verbs:
   portakv conform diff OLD NEW        compare two reports
-  portakv conform verify REPORT       check that a report is complete and unchanged
+  portakv conform verify REPORT       check that a report is unchanged
   portakv conform replay FILE [NAME]  judge a saved example again
   portakv conform --list              print the ids of the cases
   portakv conform --mutants           score the suite on backends with seeded bugs
