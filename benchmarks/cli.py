@@ -43,6 +43,7 @@ from portakv.errors import PortaKVError
 from portakv.interconnect.costs import costs_of
 from portakv.registry.registry import ENVIRONMENT
 from portakv.runtime.devices import device_name, usable_device, usual_device
+from portakv.runtime.linux import require_linux
 from portakv_benchmarks.check import (
     ENCODING_SUITE,
     ENGINE_SUITE,
@@ -179,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     _select_by_wall(parser, kind, args)
     try:
+        require_linux("`portakv bench`")
         if os.environ.get(ENVIRONMENT):
             raise PortaKVError(
                 f"Expected {ENVIRONMENT} to be unset, got {os.environ[ENVIRONMENT]!r}, which "

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from portakv.cli.console import installing
 from portakv.cli.sides import read_above_zero
-from portakv.errors import PortaKVError
+from portakv.errors import PortaKVError, Unsupported
 from portakv.registry.registry import ENVIRONMENT, MADE_FOR
+from portakv.runtime.linux import require_linux
 from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.evidence.verify import check_report
 from portakv_conformance.faults.command import compare as compare_tiers
@@ -72,10 +73,11 @@ def verify(words: list[str]) -> int:
     """Check a report and print the result; return 1 with every reason if the report is invalid."""
     parser = _parser(
         "verify",
-        "Checks that a report is complete and unchanged since its run: its schema and "
-        "checksum, its list of cases against the installed suite, and that totals, verdict and "
-        "level follow from the cases. For the record of another job it checks the fields that this "
-        "kind of job requires. Judges nothing again, and needs no device.",
+        "Checks that a report is unchanged since its run: its schema and checksum, its list of "
+        "cases against the installed suite, and that totals, verdict and level follow from the "
+        "cases. Says whether the report is incomplete, or a part of a tier's faults. For the "
+        "record of another job it checks the fields that this kind of job requires. Judges "
+        "nothing again, and needs no device.",
     )
     parser.add_argument(
         "report",
@@ -193,7 +195,7 @@ _SEEDS = 1 << 31
 _EPILOG = """\
 other verbs:
   portakv conform diff OLD NEW        compare two reports
-  portakv conform verify REPORT       check that a report is complete and unchanged
+  portakv conform verify REPORT       check that a report is unchanged
   portakv conform replay FILE [NAME]  judge a saved example again
   portakv conform --list              print the ids of the cases
   portakv conform --mutants           score the suite on backends with seeded bugs
@@ -246,9 +248,7 @@ def _conform(words: list[str]) -> int:
 
         return score([word for word in words if word != "--mutants"])
     if "--contract" in words:  # a tier, a transport or an I/O engine, not a backend
-        from portakv_conformance.contract.command import main as run_contract
-
-        return run_contract([word for word in words if word != "--contract"])
+        return _contract([word for word in words if word != "--contract"])
     if "--tier" in words:  # the fault table of a storage tier
         from portakv_conformance.faults.command import main as run_tier
 
@@ -280,6 +280,17 @@ def _conform(words: list[str]) -> int:
         broken = problems(record.waivers, record.cases, record.suite, whole=False)
         right = not (broken or any(case.status in WRONG for case in record.cases))
     return CONFORMANT if right else FAILURES
+
+
+def _contract(words: list[str]) -> int:
+    """Run the contract suite of a tier, a transport or an I/O engine."""
+    try:
+        require_linux("`portakv conform --contract`")
+    except Unsupported as error:  # before an import that would name migration
+        raise BadRequest(str(error)) from error
+    from portakv_conformance.contract.command import main as run_contract
+
+    return run_contract(words)
 
 
 def _list(words: list[str]) -> int:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names that other packages may build on: backends, tiers, I/O engines and transports.
 
-A name of this module keeps its meaning within a minor release, and warns for one minor release
-before it goes. Names of other modules may change at any time, except those of `portakv` itself.
+A name is public if it is in `portakv.__all__` or `portakv.ext`, or if `docs/api.md` lists it with
+its module. A public name keeps its meaning within a minor release. Before a public name or argument
+goes, it warns for one minor release and names its replacement. The interfaces of tiers, I/O engines
+and transports are provisional: they and their contract suites may change in 0.2.0 without that
+warning. All other names are private, and may change at any time.
 
 Each name is loaded at its first use. The names of transports need the extra `migrate`.
 """

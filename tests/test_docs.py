@@ -19,6 +19,7 @@ from support.inductor import needs_inductor
 from support.migrate_pulls import Rows, sides
 from support.sentences import LIMIT, long_sentences
 
+from portakv.graph.alarms import RULES, Rule
 from portakv.migrate import Ticket
 from portakv.registry import registry
 from portakv_conformance.contract.command import implementation, outcomes_of
@@ -314,14 +315,25 @@ def _missing(messages: list[str]) -> list[str]:
     return missing
 
 
-def test_the_messages_of_the_troubleshooting_page_are_those_of_the_library() -> None:
+def _messages_of_troubleshooting() -> list[str]:
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     tables = page.partition("\n## Installing")[2]
-    messages = [
+    return [
         line.removeprefix("| `").partition("` | ")[0]
         for line in tables.splitlines()
         if line.startswith("| `")
     ]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_the_troubleshooting_page_has_each_warning_of_operators(rule: Rule) -> None:
+    text = re.sub(r"\{[^}]*\}", "...", rule.text)
+    (message,) = (each for each in _messages_of_troubleshooting() if text.startswith(each))
+    assert len(message) > 30
+
+
+def test_the_messages_of_the_troubleshooting_page_are_those_of_the_library() -> None:
+    messages = _messages_of_troubleshooting()
     assert len(messages) > 50
     assert _missing(messages) == []
     assert _missing(["Expected a folder of gold, got ..."]) == [

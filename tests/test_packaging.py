@@ -7,12 +7,19 @@ import email
 import email.message
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 import venv
 import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +65,33 @@ BASE_VERBS = [
     ("conform reference", 2, "portakv[conformance]"),
     ("bench", 1, "portakv: `portakv bench` needs a clone of PortaKV"),
 ]
-#: Likewise, with the packages that the extras bring.
+#: One case of the suite, and one fault of the table: each verb runs, and the test stays short.
+CASE = "'cases/test_core.py::test_rows_move[gather-int32-1]'"
+FAULT = "'two blocks swapped, open'"
+#: Likewise, with the packages that the extras bring, in lists whose lines depend on each other. A
+#: server runs until the last line of its list has ended, and ends with its code at SIGTERM. {page}
+#: is the address of an engine's metrics.
 EXTRA_VERBS = [
-    ("demo --device cpu", 0, "logits    bit-identical"),
-    ("demo --store {folder} --device cpu", 0, "the same"),
-    ("store check {folder}", 0, ""),
-    ("migrate --demo --device cpu", 0, ""),
-    ("warmup --arch 90 --shape encoder-cache", 0, "Compiled"),
-    ("conform --contract tier disk", 0, ""),
-    ("bench", 1, "portakv: `portakv bench` needs a clone of PortaKV"),
+    [("demo --device cpu", 0, "logits    bit-identical")],
+    [
+        ("demo --store {folder} --device cpu", 0, "the same"),
+        ("store check {folder}", 0, ""),
+    ],
+    [
+        (f"conform --tier disk --only {FAULT} --report {{folder}}/tier.json", 0, "1 miss"),
+        ("conform --tier --replay {folder}/tier.json", 0, "replayed part, 1 of"),
+    ],
+    [
+        ("store serve {folder}/served --host 16777216 --staging 4194304", 0, "This process serves"),
+        ("top {folder}/served --count 1 --seconds 0.05", 0, "/served: "),
+    ],
+    [("migrate --demo --device cpu", 0, "")],
+    [(f"conform reference --device cpu --profile core --only {CASE}", 0, ": 1 passed")],
+    [("conform --contract tier disk", 0, "")],
+    [("warmup --arch 90 --shape encoder-cache", 0, "Compiled")],
+    [("doctor --kv-transfer-config '{{}}'", 1, "vLLM would not start")],
+    [("explain --hooks {page}", 0, "build_connector_meta")],
+    [("bench", 1, "portakv: `portakv bench` needs a clone of PortaKV")],
 ]
 PIN = re.compile(r"[a-z0-9][a-z0-9._-]*==[0-9][0-9a-z.]*( ; python_full_version .+)?")
 
@@ -167,7 +192,7 @@ def run(*command: str | Path, cwd: Path = Path("/"), path: str = "", code: int =
     Its output joins the failure if the exit code is another than ``code``. ``path`` becomes
     PYTHONPATH.
     """
-    around = {x: y for x, y in os.environ.items() if x not in ("PYTHONPATH", "PORTAKV_BACKEND")}
+    around = without_clone()
     if path:
         around["PYTHONPATH"] = path
     done = subprocess.run(
@@ -182,6 +207,11 @@ def run(*command: str | Path, cwd: Path = Path("/"), path: str = "", code: int =
     )
     assert done.returncode == code, f"{command} ended with {done.returncode}:\n{done.stdout}"
     return done.stdout
+
+
+def without_clone() -> dict[str, str]:
+    """Return the environment without what leads to the clone or forces a backend."""
+    return {x: y for x, y in os.environ.items() if x not in ("PYTHONPATH", "PORTAKV_BACKEND")}
 
 
 def metadata(wheel: Path, name: str) -> email.message.Message:
@@ -256,7 +286,7 @@ def test_each_verb_without_any_extra(
 def test_each_verb_with_its_extra(clean: Path, tmp_path: Path) -> None:
     """The extras' packages are those of this environment; PortaKV is the wheel's.
 
-    The lines depend on each other: a folder is filled before it is checked.
+    Two lists of lines run together, since each command imports torch for most of its time.
     """
     packages = sysconfig.get_path("purelib")  # without its .pth files, and so without the clone
     where = "import portakv; print(portakv.__file__)"
@@ -264,11 +294,69 @@ def test_each_verb_with_its_extra(clean: Path, tmp_path: Path) -> None:
     assert Path(found).is_relative_to(clean.parent)
     # NVRTC's loader searches the environment of the interpreter, which is the wheel's.
     libraries = ":".join(map(str, Path(packages, "nvidia").glob("*/lib")))
-    for line, code, words in EXTRA_VERBS:
-        command = ["env", f"LD_LIBRARY_PATH={libraries}", str(clean / "portakv")]
-        command += line.format(folder=tmp_path).split()
-        output = run(*command, path=packages, code=code)
-        assert words in output, line
+    start = ["env", f"LD_LIBRARY_PATH={libraries}", str(clean / "portakv")]
+    (tmp_path / "served").mkdir(mode=0o700)
+
+    def run_lines(lines: list[tuple[str, int, str]]) -> None:
+        with ExitStack() as stack:
+            for line, code, words in lines:
+                command = [*start, *shlex.split(line.format(folder=tmp_path, page=page))]
+                if line.startswith("store serve "):
+                    stack.enter_context(server(command, packages, code, words))
+                    continue
+                output = run(*command, path=packages, code=code)
+                assert words in output, line
+
+    with metrics_page(tmp_path / "page") as page, ThreadPoolExecutor(2) as pool:
+        for ended in [pool.submit(run_lines, lines) for lines in EXTRA_VERBS]:
+            ended.result()
+
+
+@contextmanager
+def server(command: list[str], path: str, code: int, words: str) -> Iterator[None]:
+    """Run a command that serves, from the line that has its words until SIGTERM ends it."""
+    around = {**without_clone(), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    output = subprocess.PIPE
+    with subprocess.Popen(command, cwd="/", env=around, stdout=output, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert words in process.stdout.readline()
+            yield
+        finally:
+            process.terminate()
+        assert process.wait(60) == code
+
+
+@contextmanager
+def metrics_page(folder: Path) -> Iterator[str]:
+    """Serve the metrics of an engine whose connector ran a step; yield the address."""
+    folder.mkdir()
+    side = 'engine="0",side="scheduler"'
+    lines = [
+        f"vllm:portakv_steps_total{{{side}}} 1.0",
+        f'vllm:portakv_hook_seconds_total{{{side},hook="build_connector_meta"}} 0.001',
+    ]
+    (folder / "metrics").write_text("\n".join(lines) + "\n")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+        thread.join()
+
+
+def name_of(line: str) -> str:
+    """Return the verb of a line, and its action or first option."""
+    return " ".join(word for word in line.split()[:2] if not word.startswith("{"))
+
+
+def test_each_verb_that_needs_an_extra_runs_with_it() -> None:
+    refusals = ("portakv[", "cuda-bindings")
+    refused = {name_of(line) for line, _, words in BASE_VERBS if words.startswith(refusals)}
+    assert len(refused) > 5
+    run_with_extras = {name_of(line) for lines in EXTRA_VERBS for line, *_ in lines}
+    assert refused - run_with_extras == set()
 
 
 def test_the_lines_name_every_verb() -> None:

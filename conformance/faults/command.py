@@ -239,6 +239,7 @@ def replay(text: str, only: str | None) -> int:
 def verify(text: str, name: str) -> int:
     """Print whether a report stands; return 1 with every reason if it does not.
 
+    A report of some faults stands as a part, as a backend's incomplete report does.
     A report of another source than the installed one has expired, and stands no more.
     """
     wrong = reports.flaws(text)

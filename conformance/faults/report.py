@@ -15,6 +15,7 @@ from typing import Any
 
 from portakv_conformance.faults.run import CONTROL, Row, chosen
 from portakv_conformance.faults.source import tier_sha256
+from portakv_conformance.faults.table import FAULTS
 from portakv_conformance.faults.trial import OUTCOMES, Outcome
 
 #: The identity of the report's form, and of one that does not know its source; a reader refuses
@@ -152,6 +153,16 @@ def totals_of(rows: Iterable[Row]) -> dict[str, int]:
     return totals
 
 
+def part(report: TierReport) -> str:
+    """Return how many faults a report has, such as ``part, 4 of 103 faults``; empty if it has each
+    fault of the installed suite."""
+    names = {fault.name for fault in FAULTS}
+    present = names & {row.fault for row in report.rows}
+    if present == names:
+        return ""
+    return f"part, {len(present)} of {len(names)} faults"
+
+
 def flaws(text: str) -> list[str]:
     """Return why a report cannot be relied on, a sentence each; none if it can."""
     try:
@@ -221,9 +232,10 @@ def table(report: TierReport) -> str:
 
 
 def sentence(report: TierReport) -> str:
-    """Return the totals in a line."""
+    """Return the totals in a line, which begins with the number of faults."""
     counts = ", ".join(f"{count} {name}" for name, count in report.totals.items())
-    return f"{sum(report.totals.values())} faults: {counts}"
+    faults = part(report) or f"{sum(report.totals.values())} faults"
+    return f"{faults}: {counts}"
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -249,7 +261,7 @@ def _filesystem(folder: Path) -> str:
 
 
 def totals_table(folder: Path, link: str) -> str:
-    """Return a Markdown table of the reports in a folder, a row each.
+    """Return a Markdown table of the reports in a folder, a row each; a part is named as one.
 
     Args:
         link: what stands before a file's name in its link.
@@ -261,6 +273,8 @@ def totals_table(folder: Path, link: str) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
         counts = [str(report.totals[outcome]) for outcome in OUTCOMES]
         name = f"[`{report.request.tier}`]({link}{file.name})"
+        if part(report):
+            name += f" ({part(report)})"
         state = "expired" if expired(report) else "the same"
         facts = versions, report.started[:10], state
         lines.append(f"| {name} | {' | '.join(facts)} | {' | '.join(counts)} |")

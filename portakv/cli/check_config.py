@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from portakv.cli.console import print_json, print_prose
 from portakv.errors import InvalidTerms
 from portakv.integrations import lmcache_check
-from portakv.integrations.findings import Findings
+from portakv.integrations.findings import Findings, gib
 from portakv.integrations.sglang_check import hicache_findings_of
 from portakv.integrations.vllm_check import findings_of
 from portakv.integrations.vllm_tier_check import CONNECTOR, tier_findings_of
@@ -33,9 +35,20 @@ class Check(NamedTuple):
 
 
 def _vllm(config: Mapping[str, Any], sizes: Sizes | None) -> Findings:
-    if config.get("kv_connector") == CONNECTOR:
-        return tier_findings_of(config)
-    return findings_of(config, sizes)
+    if config.get("kv_connector") != CONNECTOR:
+        return findings_of(config, sizes)
+    findings = tier_findings_of(config)
+    findings.errors += _too_little_memory(config.get("kv_connector_extra_config"))
+    return findings
+
+
+def _too_little_memory(extra: object) -> Iterator[str]:
+    """Yield a sentence if vLLM's own host tier takes more memory than this machine has."""
+    nbytes = extra.get("cpu_bytes_to_use") if isinstance(extra, Mapping) else None
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if isinstance(nbytes, int | float) and nbytes > memory:
+        size = gib(int(nbytes))
+        yield f"cpu_bytes_to_use is {size}, and this machine has {gib(memory)}. Give less."
 
 
 CHECKS = {
@@ -45,8 +58,26 @@ CHECKS = {
 }
 
 
+#: The sentence of `findings.short_of` about memory.
+_MEMORY = re.compile(r"host and staging take .+, and this machine has ")
+
+
+def _memory_as_errors(findings: Findings) -> Findings:
+    """Return findings in which too little memory is an error.
+
+    The checks of the engines list it as a warning next to a folder's space. A disk fills later, and
+    an engine takes its memory when it starts.
+    """
+    short = [each for each in findings.warnings if _MEMORY.match(each)]
+    others = [each for each in findings.warnings if each not in short]
+    return Findings([*findings.errors, *short], others, findings.notes)
+
+
 def check_config(option: str, config: str, model: str | None, as_json: bool) -> int:
-    """Print what is wrong with a configuration; return 1 if the engine would not start with it.
+    """Print what is wrong with a configuration; return 1 if it has an error.
+
+    With warnings alone return 0, since a configuration may be for another machine. The last line
+    then does not say that the engine starts.
 
     Args:
         option: one of `CHECKS`.
@@ -58,10 +89,11 @@ def check_config(option: str, config: str, model: str | None, as_json: bool) -> 
     """
     engine, find = CHECKS[option]
     sizes = None if model is None else _sizes(model)
-    findings = find(_object(option, config.removeprefix("@")), sizes)
+    findings = _memory_as_errors(find(_object(option, config.removeprefix("@")), sizes))
+    code = 1 if findings.errors else 0
     if as_json:
         print_json(vars(findings))
-        return 1 if findings.errors else 0
+        return code
     for kind, sentences in (
         ("error", findings.errors),
         ("warning", findings.warnings),
@@ -69,11 +101,17 @@ def check_config(option: str, config: str, model: str | None, as_json: bool) -> 
     ):
         for sentence in sentences:
             print_prose(f"{kind}: {sentence}")
+    print(_answer(engine, findings))
+    return code
+
+
+def _answer(engine: str, findings: Findings) -> str:
+    """Return the last line: whether the engine starts, as far as this machine shows it."""
     if findings.errors:
-        print(f"{engine} would not start with this configuration, or not use PortaKV.")
-        return 1
-    print(f"{engine} starts with this configuration, and uses PortaKV.")
-    return 0
+        return f"{engine} would not start with this configuration, or not use PortaKV."
+    if findings.warnings:
+        return "No error was found in this configuration. See the warnings above."
+    return f"{engine} starts with this configuration, and uses PortaKV."
 
 
 def _sizes(model: str) -> Sizes:

@@ -15,6 +15,7 @@ from portakv.arguments import invalid
 from portakv.cli.console import installing, print_json, print_prose
 from portakv.cli.sides import in_bytes
 from portakv.errors import PeerError, StoreError
+from portakv.runtime.linux import require_linux
 
 if TYPE_CHECKING:
     from portakv.serving.keeper_server import Keeper
@@ -182,7 +183,9 @@ def _until_a_signal() -> Iterator[threading.Event]:
 
 
 def check_installed(command: str) -> None:
-    """Raise `StoreError` if a package that a command needs of `portakv.serving` is missing."""
+    """Raise `StoreError` if a package that a command needs of `portakv.serving` is missing, and
+    `Unsupported` on another system than Linux."""
+    require_linux(f"`{command}`")
     for name in ("msgspec", "zmq", "xxhash"):
         try:
             importlib.import_module(name)

@@ -256,6 +256,30 @@ def test_a_report_stands_until_it_is_changed() -> None:
     ]
 
 
+def test_a_part_of_the_table_is_named_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It stands with the exit code of a backend's incomplete report, and is never a whole one."""
+    names = [fault.name for fault in FAULTS]
+    part = f"part, 2 of {len(names)} faults"
+    some = made([row(CONTROL), *map(row, names[:2])], tuple(names[:2]))
+    whole = made([row(CONTROL), *map(row, names)])
+    named = made([row(CONTROL), *map(row, names)], tuple(names))  # each fault by its name
+    assert report.part(some) == part
+    assert report.part(whole) == report.part(named) == ""
+    assert report.sentence(some).startswith(f"{part}: ")
+    assert report.sentence(whole).startswith(f"{len(names)} faults: ")
+    for name, each in {"some": some, "whole": whole}.items():
+        now = replace(each, source_sha256=source.tier_sha256("disk")).seal()
+        (tmp_path / f"{name}.json").write_text(now.document(), encoding="utf-8")
+    assert main(["verify", str(tmp_path / "some.json")]) == 0
+    assert part in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "whole.json")]) == 0
+    assert "part, " not in capsys.readouterr().out
+    rows = report.totals_table(tmp_path, "").splitlines()[2:]
+    assert [part in each for each in rows] == [True, False]
+
+
 def test_a_report_expires_with_the_source_of_its_tier(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -312,7 +336,9 @@ def test_the_command_writes_a_report_that_replays(
     assert main(words) == 1
     assert "2 of 8 blocks wrong" in capsys.readouterr().out
     assert main(["verify", str(file)]) == 0
-    assert "stands" in capsys.readouterr().out
+    assert (
+        f"stands: {UNCHECKED}, part, 1 of {len(FAULTS)} faults: 1 wrong" in capsys.readouterr().out
+    )
     text = file.read_text()
     made_report = TierReport.read(text)
     rows = [made_report.rows[0], made_report.rows[1]._replace(outcome="right")]
@@ -371,4 +397,5 @@ RESULTS = sorted((Path(command.__file__).parents[1] / "tiers").glob("*.json"))
 def test_each_committed_report_stands_without_wrong_bytes(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     assert report.flaws(text) == []
+    assert report.part(TierReport.read(text)) == ""
     assert TierReport.read(text).totals["wrong bytes"] == 0

@@ -4,20 +4,27 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.command_line import run, run_json
 from support.kv_transfer import right
+from support.vllm_stub import BASE as STUB
 from support.vllm_stub import write_vllm
 
 from portakv.errors import InvalidTerms
 from portakv.integrations.interfaces import lacks
 from portakv.integrations.vllm_check import BASE, HOOKS, findings_of
+from portakv.integrations.vllm_tier_check import MODULE as TIER_MODULE
+from portakv.integrations.vllm_tier_check import SPEC
 from portakv.serving.sizing import STEP, STEPS, Sizes, sizes_of
 
+#: The last line of a check that has warnings and no errors.
+NO_ERROR = "No error was found in this configuration. See the warnings above."
 #: The configurations of real models, as far as they decide what a row takes.
 LLAMA_8B = {
     "num_hidden_layers": 32,
@@ -226,11 +233,112 @@ def test_hooks_that_a_release_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert any("without figures for Prometheus" in each for each in found.notes)
 
 
+def write_whole_vllm(folder: Path) -> None:
+    """Write the stand-in of vLLM with each hook that the connector needs."""
+    write_vllm(folder)
+    names = [hook.rpartition(".")[2] for hook in HOOKS if "KVConnectorBase_V1." in hook]
+    methods = "".join(f"    def {name}(self):\n        return None\n\n" for name in names)
+    head = "class KVConnectorBase_V1:\n"
+    classes = folder / STUB
+    classes.write_text(classes.read_text().replace(head, head + methods))
+
+
+def last_line(out: str) -> str:
+    return out.splitlines()[-1]
+
+
+def test_doctor_says_that_an_engine_starts_only_if_nothing_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_whole_vllm(tmp_path / "engine")
+    monkeypatch.syspath_prepend(str(tmp_path / "engine"))
+    terms = {"folder": str(tmp_path / "kv"), "capacity": 1 << 20, "host": 1 << 20}
+    ran = run("doctor", "--kv-transfer-config", json.dumps(right(staging=1 << 20, **terms)))
+    assert ran.code == 0
+    assert "warning:" not in ran.out
+    assert last_line(ran.out) == "vLLM starts with this configuration, and uses PortaKV."
+
+    no_folder = json.dumps(right(host=1 << 20, staging=1 << 20))
+    warned = run("doctor", "--kv-transfer-config", no_folder)
+    assert warned.code == 0
+    assert "warning: There is no folder" in warned.out
+    assert last_line(warned.out) == NO_ERROR
+
+
+def test_doctor_does_not_say_that_a_missing_or_old_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = {"folder": str(tmp_path / "kv"), "capacity": 1 << 20, "host": 1 << 20}
+    config = json.dumps(right(staging=1 << 20, **terms))
+    if find_spec("vllm") is None:
+        ran = run("doctor", "--kv-transfer-config", config)
+        assert ran.code == 0
+        assert "vllm is not installed" in " ".join(ran.out.split())
+        assert last_line(ran.out) == NO_ERROR
+    write_whole_vllm(tmp_path / "engine")
+    metadata = tmp_path / "engine/vllm-0.33.0.dist-info/METADATA"
+    metadata.write_text(metadata.read_text().replace("0.33.0", "0.9.0"))
+    monkeypatch.syspath_prepend(str(tmp_path / "engine"))
+    old = run("doctor", "--kv-transfer-config", config)
+    assert old.code == 0
+    assert "vllm 0.9.0 is installed" in " ".join(old.out.split())
+    assert last_line(old.out) == NO_ERROR
+
+
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+TIERS = {
+    "kv_connector": "OffloadingConnector",
+    "kv_role": "kv_both",
+    "kv_load_failure_policy": "recompute",
+    "kv_connector_extra_config": {
+        "spec_name": SPEC,
+        "spec_module_path": TIER_MODULE,
+        "cpu_bytes_to_use": 2 * MEMORY,
+        "secondary_tiers": [],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (right(host=2 * MEMORY), "error: host and staging take"),
+        (TIERS, "error: cpu_bytes_to_use is"),
+    ],
+    ids=["a store", "vLLM's tier"],
+)
+def test_more_memory_than_the_machine_has_is_an_error(config: Any, says: str) -> None:
+    text = json.dumps(config)
+    ran = run("doctor", "--kv-transfer-config", text)
+    assert ran.code == 1
+    assert says in ran.out
+    assert "and this machine has" in " ".join(ran.out.split())
+    assert last_line(ran.out).startswith("vLLM would not start with this configuration")
+    as_json = run("doctor", "--kv-transfer-config", text, "--json")
+    assert as_json.code == 1
+    found = json.loads(as_json.out)
+    assert any("this machine has" in each for each in found["errors"])
+    assert not any("this machine has" in each for each in found["warnings"])
+
+
+PAGES = Path(__file__).resolve().parents[2] / "docs"
+
+
+@pytest.mark.parametrize("page", ["plugs/index.md", "deploy.md"])
+def test_the_pages_quote_what_doctor_prints(page: str) -> None:
+    """Both pages have the last line of a check in which nothing is wrong."""
+    text = " ".join((PAGES / page).read_text(encoding="utf-8").split())
+    assert "vLLM starts with this configuration, and uses PortaKV." in text
+    if page == "plugs/index.md":
+        assert NO_ERROR in text
+        assert "vLLM would not start with this configuration, or not use PortaKV." in text
+
+
 def test_doctor_checks_a_text_and_a_file(tmp_path: Path) -> None:
     text = json.dumps(right(folder=str(tmp_path / "kv"), capacity=1 << 30, host=1 << 20))
     said = run("doctor", "--kv-transfer-config", text)
     assert said.code == 0
-    assert "uses PortaKV" in said.out
+    assert "error:" not in said.out
     wrong = run("doctor", "--kv-transfer-config", '{"kv_role": "both"}')
     assert wrong.code == 1
     assert "got 'both'" in wrong.out

@@ -13,6 +13,8 @@ import subprocess
 import pytest
 from support import ready
 
+from portakv.cli import VERBS as COMMANDS
+
 pytestmark = pytest.mark.xdist_group("linux")  # one process makes one child
 
 #: Runs before PortaKV is imported. torch itself may need Linux's files, so it is imported first.
@@ -89,17 +91,37 @@ REFUSED = {
     "migration": "import portakv.migrate",
     "serving": "import portakv.serving",
 }
+NEEDS = "it needs Linux, and this system is darwin"
 VERBS = [
     ("layouts vllm-nhd", 0, "vllm-nhd"),
     ("explain vllm-nhd flexkv-blockfirst", 0, "reference"),
+    ("explain --host", 0, "zero_copy"),
+    ("explain --hooks http://127.0.0.1:1", 1, f"`portakv explain --hooks`: {NEEDS}"),
+    ("explain --peer", 1, f"migration between processes: {NEEDS}"),
+    ("explain --storage /tmp", 1, NEEDS),
     ("backends", 0, "reference"),
     ("doctor", 0, "extra"),
+    ("doctor --kv-transfer-config {}", 1, f"`portakv doctor --kv-transfer-config`: {NEEDS}"),
+    ("doctor --l2-adapter {}", 1, f"`portakv doctor --l2-adapter`: {NEEDS}"),
+    ("doctor --hicache-config {}", 1, f"`portakv doctor --hicache-config`: {NEEDS}"),
     ("conform --list", 0, "test_"),
-    ("conform --tier a:B", 2, "it needs Linux, and this system is darwin"),
-    ("explain --storage /tmp", 1, "it needs Linux, and this system is darwin"),
-    ("store show /tmp", 1, "it needs Linux, and this system is darwin"),
-    ("migrate --demo --device cpu", 1, "it needs Linux, and this system is darwin"),
+    ("conform --tier a:B", 2, f"`portakv conform --tier`: {NEEDS}"),
+    ("conform --contract io threads", 2, f"`portakv conform --contract`: {NEEDS}"),
+    ("store show /tmp", 1, f"`portakv store`: {NEEDS}"),
+    ("store serve /tmp", 1, f"`portakv store`: {NEEDS}"),
+    ("top /tmp", 1, f"`portakv top`: {NEEDS}"),
+    ("top http://127.0.0.1:1/metrics", 1, "Expected a metrics page"),
+    ("migrate --demo --device cpu", 1, f"migration between processes: {NEEDS}"),
+    ("demo --store /tmp", 1, f"`portakv demo --store`: {NEEDS}"),
+    ("warmup --arch 90 --shape none-of-them", 1, "Expected a shape of a model"),
+    ("calibrate --device cpu", 1, "Expected an accelerator"),
+    ("bench", 1, f"`portakv bench`: {NEEDS}"),
+    ("bench --storage --dir /tmp", 1, f"`portakv bench`: {NEEDS}"),
 ]
+
+
+def test_the_lines_have_each_verb() -> None:
+    assert {line.split()[0] for line, *_ in VERBS} == {*COMMANDS}
 
 
 def elsewhere(code: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -150,4 +172,11 @@ def test_each_verb_runs_or_says_that_it_needs_linux(
     line: str, code: int, words: str, answers: dict[str, tuple[str, str]]
 ) -> None:
     (failed, printed) = answers[line]
-    assert (failed, words in printed) == (f"exit {code}", True), printed
+    assert (failed, words in " ".join(printed.split())) == (f"exit {code}", True), printed
+
+
+@pytest.mark.slow
+def test_the_demo_runs_on_any_system() -> None:
+    done = elsewhere(COMMAND.format(words=["demo", "--device", "cpu"]))
+    assert done.returncode == 0, done.stderr
+    assert "bit-identical" in done.stdout

@@ -26,6 +26,7 @@ from portakv.cli.console import Report, installing, print_json
 from portakv.errors import InvalidTerms, PortaKVError, StoreError
 from portakv.layout.packing import Pack
 from portakv.runtime.devices import usual_device
+from portakv.runtime.linux import require_linux
 from portakv.view.packed import as_pack
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ def run_store_demo(
     Raises:
         StoreError: transformers or a package of the store is missing, or a process failed.
         InvalidTerms: the folder is a URL, or another encoding.
+        Unsupported: the system is not Linux.
     """
+    require_linux("`portakv demo --store`")
     pack = as_pack(encoding or None)
     if "://" in folder:
         raise InvalidTerms(
