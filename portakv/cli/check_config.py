@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from portakv.cli.console import print_json, print_prose
 from portakv.errors import InvalidTerms
 from portakv.integrations import lmcache_check
-from portakv.integrations.findings import Findings, gib
+from portakv.integrations.findings import Findings
 from portakv.integrations.sglang_check import hicache_findings_of
 from portakv.integrations.vllm_check import findings_of
 from portakv.integrations.vllm_tier_check import CONNECTOR, tier_findings_of
@@ -35,20 +33,9 @@ class Check(NamedTuple):
 
 
 def _vllm(config: Mapping[str, Any], sizes: Sizes | None) -> Findings:
-    if config.get("kv_connector") != CONNECTOR:
-        return findings_of(config, sizes)
-    findings = tier_findings_of(config)
-    findings.errors += _too_little_memory(config.get("kv_connector_extra_config"))
-    return findings
-
-
-def _too_little_memory(extra: object) -> Iterator[str]:
-    """Yield a sentence if vLLM's own host tier takes more memory than this machine has."""
-    nbytes = extra.get("cpu_bytes_to_use") if isinstance(extra, Mapping) else None
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if isinstance(nbytes, int | float) and nbytes > memory:
-        size = gib(int(nbytes))
-        yield f"cpu_bytes_to_use is {size}, and this machine has {gib(memory)}. Give less."
+    if config.get("kv_connector") == CONNECTOR:
+        return tier_findings_of(config)
+    return findings_of(config, sizes)
 
 
 CHECKS = {
@@ -56,21 +43,6 @@ CHECKS = {
     "--l2-adapter": Check("LMCache's server", lambda config, _: lmcache_check.findings_of(config)),
     "--hicache-config": Check("SGLang", lambda config, _: hicache_findings_of(config)),
 }
-
-
-#: The sentence of `findings.short_of` about memory.
-_MEMORY = re.compile(r"host and staging take .+, and this machine has ")
-
-
-def _memory_as_errors(findings: Findings) -> Findings:
-    """Return findings in which too little memory is an error.
-
-    The checks of the engines list it as a warning next to a folder's space. A disk fills later, and
-    an engine takes its memory when it starts.
-    """
-    short = [each for each in findings.warnings if _MEMORY.match(each)]
-    others = [each for each in findings.warnings if each not in short]
-    return Findings([*findings.errors, *short], others, findings.notes)
 
 
 def check_config(option: str, config: str, model: str | None, as_json: bool) -> int:
@@ -89,7 +61,7 @@ def check_config(option: str, config: str, model: str | None, as_json: bool) -> 
     """
     engine, find = CHECKS[option]
     sizes = None if model is None else _sizes(model)
-    findings = _memory_as_errors(find(_object(option, config.removeprefix("@")), sizes))
+    findings = find(_object(option, config.removeprefix("@")), sizes)
     code = 1 if findings.errors else 0
     if as_json:
         print_json(vars(findings))

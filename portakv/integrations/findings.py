@@ -83,18 +83,26 @@ def check_places(terms: StoreTerms, findings: Findings, where: str) -> None:
 
     ``where``: the key of the configuration that has the terms, for errors.
     """
+    check_memory(terms.host + terms.staging, findings, "host and staging")
     findings.warnings += short_of(terms)
     check_bucket(terms, findings, where)
 
 
-def short_of(terms: StoreTerms) -> Iterator[str]:
-    """Yield a sentence for memory or space that this machine does not have."""
+def check_memory(nbytes: float, findings: Findings, what: str) -> None:
+    """Check that this machine has so much memory, which an engine takes when it starts.
+
+    ``what``: the keys that give it, for the error.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if terms.host + terms.staging > memory:
-        yield (
-            f"host and staging take {gib(terms.host + terms.staging)}, and this machine has "
-            f"{gib(memory)}. Give less."
+    if nbytes > memory:
+        findings.errors.append(
+            f"An engine would take {gib(int(nbytes))} of host memory by {what}, and this machine "
+            f"has {gib(memory)}. Give less."
         )
+
+
+def short_of(terms: StoreTerms) -> Iterator[str]:
+    """Yield a sentence for folders that are missing, and for space that this machine lacks."""
     if not terms.folders and terms.bucket is None:
         yield (
             "There is no folder: blocks are in host memory alone, and end with the engine. Name a "

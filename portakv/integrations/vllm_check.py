@@ -10,6 +10,7 @@ from portakv.errors import InvalidTerms
 from portakv.integrations.findings import (
     Findings,
     check_bucket,
+    check_memory,
     check_release,
     gib,
     other_values,
@@ -113,6 +114,7 @@ def _check_terms(role: object, extra: Any, sizes: Sizes | None, findings: Findin
     except InvalidTerms as error:
         findings.errors.append(f"kv_connector_extra_config: {error}")
         return
+    check_memory(terms.host + terms.staging, findings, "host and staging")
     findings.warnings += short_of(terms)
     if terms.shared and not terms.folders:
         findings.warnings.append(

@@ -8,7 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from portakv.errors import InvalidTerms
-from portakv.integrations.findings import Findings, check_places, check_release, unknown_keys
+from portakv.integrations.findings import (
+    Findings,
+    check_memory,
+    check_places,
+    check_release,
+    unknown_keys,
+)
 from portakv.integrations.vllm_check import KEYS as VLLM_KEYS
 from portakv.integrations.vllm_check import OWNER
 from portakv.integrations.vllm_tier_terms import tier_terms
@@ -57,6 +63,9 @@ def tier_findings_of(config: Mapping[str, Any]) -> Findings:
         )
         return findings
     findings.errors += _wrong_spec(extra)
+    nbytes = extra.get("cpu_bytes_to_use")
+    if isinstance(nbytes, int | float):
+        check_memory(nbytes, findings, "cpu_bytes_to_use")
     tiers = extra.get("secondary_tiers", [])
     if not isinstance(tiers, Sequence) or not all(isinstance(each, Mapping) for each in tiers):
         findings.errors.append(

@@ -134,7 +134,6 @@ def test_a_folder_that_others_may_write_is_an_error(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"kv_load_failure_policy": "fail"}, "Set it to 'recompute'"),
-        ({"kv_connector_extra_config": {"host": 1 << 60}}, "this machine has"),
         ({"kv_connector_extra_config": {}}, "There is no folder"),
         ({"kv_connector_extra_config": {"folder": "kv", "capacity": 1 << 60}}, "the file system"),
     ],
@@ -302,8 +301,8 @@ TIERS = {
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (right(host=2 * MEMORY), "error: host and staging take"),
-        (TIERS, "error: cpu_bytes_to_use is"),
+        (right(host=2 * MEMORY), "of host memory by host and staging, and this machine has"),
+        (TIERS, "of host memory by cpu_bytes_to_use, and this machine has"),
     ],
     ids=["a store", "vLLM's tier"],
 )
@@ -311,8 +310,7 @@ def test_more_memory_than_the_machine_has_is_an_error(config: Any, says: str) ->
     text = json.dumps(config)
     ran = run("doctor", "--kv-transfer-config", text)
     assert ran.code == 1
-    assert says in ran.out
-    assert "and this machine has" in " ".join(ran.out.split())
+    assert says in " ".join(ran.out.split())
     assert last_line(ran.out).startswith("vLLM would not start with this configuration")
     as_json = run("doctor", "--kv-transfer-config", text, "--json")
     assert as_json.code == 1
