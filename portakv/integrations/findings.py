@@ -7,6 +7,7 @@ import difflib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ from portakv.integrations.interfaces import lacks
 from portakv.serving.bucket import bucket_of
 from portakv.serving.local import StoreTerms
 
+#: The most memory of a container, by cgroups of both versions.
+LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 #: A check of a bucket tries once.
 ONE_TRY = {"retry_config": {"max_retries": 0}}
 
@@ -84,16 +90,25 @@ def check_places(terms: StoreTerms, findings: Findings, where: str) -> None:
     ``where``: the key of the configuration that has the terms, for errors.
     """
     check_memory(terms.host + terms.staging, findings, "host and staging")
+    check_space(terms, findings, where)
+
+
+def check_space(terms: StoreTerms, findings: Findings, where: str) -> None:
+    """Check as `check_places` does, but no memory."""
     findings.warnings += short_of(terms)
     check_bucket(terms, findings, where)
 
 
 def check_memory(nbytes: float, findings: Findings, what: str) -> None:
-    """Check that this machine has so much memory, which an engine takes when it starts.
+    """Check that this machine, or this container, has so much memory, which an engine takes when
+    it starts.
 
     ``what``: the keys that give it, for the error.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in LIMITS:
+        with suppress(OSError, ValueError):  # no such cgroup, or its limit is "max"
+            memory = min(memory, int(limit.read_text()))
     if nbytes > memory:
         findings.errors.append(
             f"An engine would take {gib(int(nbytes))} of host memory by {what}, and this machine "
@@ -102,7 +117,8 @@ def check_memory(nbytes: float, findings: Findings, what: str) -> None:
 
 
 def short_of(terms: StoreTerms) -> Iterator[str]:
-    """Yield a sentence for folders that are missing, and for space that this machine lacks."""
+    """Yield a sentence for terms without a folder, for a folder that this user may not write, and
+    for space that this machine lacks."""
     if not terms.folders and terms.bucket is None:
         yield (
             "There is no folder: blocks are in host memory alone, and end with the engine. Name a "

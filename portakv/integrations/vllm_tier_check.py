@@ -5,14 +5,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from math import inf
 from typing import Any
 
 from portakv.errors import InvalidTerms
 from portakv.integrations.findings import (
     Findings,
     check_memory,
-    check_places,
     check_release,
+    check_space,
     unknown_keys,
 )
 from portakv.integrations.vllm_check import KEYS as VLLM_KEYS
@@ -62,10 +63,8 @@ def tier_findings_of(config: Mapping[str, Any]) -> Findings:
             f"Expected an object for kv_connector_extra_config, got {extra!r}. Correct it."
         )
         return findings
-    findings.errors += _wrong_spec(extra)
-    nbytes = extra.get("cpu_bytes_to_use")
-    if isinstance(nbytes, int | float):
-        check_memory(nbytes, findings, "cpu_bytes_to_use")
+    wrong = [*_wrong_spec(extra)]
+    findings.errors += wrong
     tiers = extra.get("secondary_tiers", [])
     if not isinstance(tiers, Sequence) or not all(isinstance(each, Mapping) for each in tiers):
         findings.errors.append(
@@ -77,7 +76,10 @@ def tier_findings_of(config: Mapping[str, Any]) -> Findings:
         findings.errors.append(
             f"Expected a tier of the type {TIER!r} in secondary_tiers, got none. Add one."
         )
-    _check_tiers(own, findings)
+    taken = _check_tiers(own, findings)
+    if not wrong:
+        taken += extra["cpu_bytes_to_use"]
+    check_memory(taken, findings, "cpu_bytes_to_use and the host and staging of tiers")
     _check_release(findings)
     return findings
 
@@ -91,16 +93,18 @@ def _wrong_spec(extra: Mapping[str, Any]) -> Iterator[str]:
         got = extra.get("spec_module_path")
         yield f"Expected spec_module_path {MODULE!r}, got {got!r}. Correct it."
     nbytes = extra.get("cpu_bytes_to_use")
-    if not isinstance(nbytes, int | float) or isinstance(nbytes, bool) or nbytes <= 0:
+    number = isinstance(nbytes, int | float) and not isinstance(nbytes, bool)
+    if not number or not 0 < nbytes < inf:
         yield (
             f"Expected cpu_bytes_to_use as the bytes of vLLM's host memory, got {nbytes!r}. Give "
             f"it some."
         )
 
 
-def _check_tiers(tiers: Sequence[Mapping[str, Any]], findings: Findings) -> None:
-    """Check the terms of PortaKV's tiers."""
+def _check_tiers(tiers: Sequence[Mapping[str, Any]], findings: Findings) -> float:
+    """Check the terms of PortaKV's tiers; return the bytes of memory that they take together."""
     folders = Counter[str]()
+    taken = 0.0
     for tier in tiers:
         if tier.get("module_path") != MODULE:
             findings.errors.append(
@@ -117,7 +121,8 @@ def _check_tiers(tiers: Sequence[Mapping[str, Any]], findings: Findings) -> None
         except InvalidTerms as error:
             findings.errors.append(f"secondary_tiers: {error}")
             continue
-        check_places(terms, findings, "secondary_tiers")
+        taken += terms.host + terms.staging
+        check_space(terms, findings, "secondary_tiers")
         folders.update(terms.folders)
         if terms.shared:
             findings.notes.append(
@@ -134,6 +139,7 @@ def _check_tiers(tiers: Sequence[Mapping[str, Any]], findings: Findings) -> None
         for folder, count in folders.items()
         if count > 1
     ]
+    return taken
 
 
 def _check_release(findings: Findings) -> None:

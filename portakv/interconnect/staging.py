@@ -37,6 +37,7 @@ DETACHED_RING = 4
 #: 4 and 16 MiB, plain copies did best through 3 of 16 on an H200.
 BUFFERS = 3
 
+_PAGE = 4096  # bytes, at multiples of which images of stored blocks begin
 _APART = 256  # bytes: buffers begin at multiples, so that vectors are as wide as they can be
 STREAMS = 8  # the most streams with cached staging
 _VIEWS = 64  # cached for each staging
@@ -172,10 +173,20 @@ def _reach(form: Form, block: _Factor) -> int:
     reaches = []
     for part in form.parts:
         apart = part.offset - first
-        held = [x for x in _inside(form, part) if not x.table and x.stride <= block.stride]
+        held = [x for x in _inside(form, part) if not x.table and _lies_in(x, block)]
         covered = sum((x.extent - 1) * x.stride for x in held if x.extent != _UNBOUNDED) + 1
-        reaches.append(covered + (apart if apart <= block.stride else 0))
+        inside = apart < block.stride or apart == block.stride <= _PAGE
+        reaches.append(covered + (apart if inside else 0))
     return max(reaches)
+
+
+def _lies_in(factor: _Factor, block: _Factor) -> bool:
+    """Return whether a factor may lie inside of blocks, by the strides of both.
+
+    They are equal in a pool of one block too, whose layers lie outside. Images begin at pages, and
+    it does not matter where blocks of a page lie.
+    """
+    return factor.stride < block.stride or factor.stride == block.stride <= _PAGE
 
 
 def _factors(form: Form) -> list[_Factor]:

@@ -301,8 +301,11 @@ TIERS = {
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (right(host=2 * MEMORY), "of host memory by host and staging, and this machine has"),
-        (TIERS, "of host memory by cpu_bytes_to_use, and this machine has"),
+        (right(host=2 * MEMORY), "by host and staging, and this machine has"),
+        (
+            TIERS,
+            "by cpu_bytes_to_use and the host and staging of tiers, and",
+        ),
     ],
     ids=["a store", "vLLM's tier"],
 )

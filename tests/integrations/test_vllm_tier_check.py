@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from support.command_line import run
 
 from portakv.errors import InvalidTerms
+from portakv.integrations import findings
 from portakv.integrations.vllm_tier_check import tier_findings_of
 from portakv.integrations.vllm_tier_terms import tier_terms
 
@@ -95,6 +97,36 @@ def test_tiers_of_one_folder_and_other_roles_are_named(tmp_path: Path) -> None:
         "Expected a separate folder for each tier",
     ]
     assert "recompute" in found.warnings[0]
+
+
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_tiers_and_vllms_memory_are_added_up(tmp_path: Path) -> None:
+    share = 2 * MEMORY // 3
+    alone = right(tmp_path, {"cpu_bytes_to_use": share})
+    assert tier_findings_of(alone).errors == []
+    together = right(tmp_path, {"cpu_bytes_to_use": share}, host=share)
+    (error,) = tier_findings_of(together).errors
+    assert "by cpu_bytes_to_use and the host and staging of tiers, and this machine has" in error
+
+
+def test_a_container_has_less_memory_than_its_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(findings, "LIMITS", (tmp_path / "missing", limit))
+    limit.write_text("max\n")
+    assert tier_findings_of(right(tmp_path)).errors == []
+    limit.write_text(f"{1 << 29}\n")
+    (error,) = tier_findings_of(right(tmp_path)).errors
+    assert "this machine has 512 MiB" in error
+
+
+@pytest.mark.parametrize("nbytes", [float("inf"), float("nan"), True, 0])
+def test_a_size_that_is_none_is_an_error(nbytes: float, tmp_path: Path) -> None:
+    (error,) = tier_findings_of(right(tmp_path, {"cpu_bytes_to_use": nbytes})).errors
+    assert "Expected cpu_bytes_to_use as the bytes" in error
 
 
 def test_the_doctor_checks_tiers(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ UNEQUAL = {"kv": 2, "heads": 1, "dim": (512, 64)}
             ("layer",),
         ),
         ("layer token (kv head dim)", (3, 8, 576), UNEQUAL, ("layer",)),
+        ("layer kv block token head dim", (4, 2, 1, TOKENS, 2, 128), {}, ("layer", "kv")),
+        ("layer block token (kv head dim)", (3, 1, TOKENS, 576), UNEQUAL, ("layer",)),
     ],
 )
 def test_layers_outside_of_blocks_stay_there(
