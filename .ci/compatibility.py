@@ -145,17 +145,18 @@ def keep(folder: Path, kept: Results) -> Results:
         step = STEP.fullmatch(began.stem)
         if step is None:  # a step of another script
             continue
+        # Also without a door: a run that ended in its first step replaces the run before.
+        doors = added.setdefault(step["engine"], {}).setdefault(step["release"], {})
         results = began.with_suffix(".xml")
         if not results.exists() and step["label"] not in labels_of(step["engine"]):
             continue  # a step without tests
         door = door_of(step["engine"], step["label"])
         if door is None:
             continue
-        doors = added.setdefault(step["engine"], {}).setdefault(step["release"], {})
         row = doors.setdefault(door, empty_row())
         commit, date = began.read_text(encoding="utf-8").split()
         row["date"] = max(row["date"], date)
-        if results.exists():
+        if results.exists() and has_tests(results):
             row["steps"][step["label"]] = commit
             add(row, step["label"], results)
         else:
@@ -176,7 +177,7 @@ def empty_row() -> Results:
     """Return the result of a door before its first step.
 
     ``failed`` has the number of failed tests of each step with any. ``cut_off`` names the steps
-    that began and left no results: their process was killed, or did not load the tests.
+    that began and ran no test: their process was killed, or did not load the tests.
     """
     row: Results = {"passed": 0, "skipped": 0, "reasons": {}, "steps": {}}
     row["failed"] = {}
@@ -184,6 +185,12 @@ def empty_row() -> Results:
     row["date"] = ""
     row["portakv"] = portakv.__version__
     return row
+
+
+def has_tests(results: Path) -> bool:
+    """Return whether pytest ran a test of a step."""
+    (suite,) = ElementTree.parse(results).getroot().iter("testsuite")
+    return int(suite.attrib["tests"]) > 0
 
 
 def add(row: Results, label: str, results: Path) -> None:
@@ -215,7 +222,8 @@ def table(kept: Results) -> str:
                 if steps:
                     of_release = kept.get(engine, {}).get(release, {})
                     left_out = {step: why_left_out(engine, release, step) for step in steps}
-                    result = cells_of(of_release.get(door), left_out, bool(of_release))
+                    ran_before = release in kept.get(engine, {})
+                    result = cells_of(of_release.get(door), left_out, ran_before)
                     cells = engine, release, door, *result
                     rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -258,10 +266,10 @@ def cells_of(row: Results | None, steps: Mapping[str, str], ran_before: bool) ->
     Args:
         row: the result; None: there is none.
         steps: those that .ci/plugs has, each with why it may be left out.
-        ran_before: the release has results of other doors.
+        ran_before: a run of the release was kept.
     """
     if row is None and ran_before:
-        return Cells("no result: the last run of this release ended before", "", "")
+        return Cells("no result in the last run of this release that was kept", "", "")
     if row is None:
         return Cells("no result: this release was not run since results are kept", "", "")
     numbers = f"{failed(row)}{row['passed']}, {skipped(row)}"
@@ -269,7 +277,7 @@ def cells_of(row: Results | None, steps: Mapping[str, str], ran_before: bool) ->
     ran = row.get("steps")
     if ran is None:
         return Cells("not known", numbers, f"{when}, commit not known")
-    whys = {**steps, **dict.fromkeys(row.get("cut_off", ()), "it began, and left no results")}
+    whys = {**steps, **dict.fromkeys(row.get("cut_off", ()), "it began, and ran no test")}
     left_out = [f"{step} ({why})" if why else step for step, why in whys.items() if step not in ran]
     count = f"{len(steps) - len(left_out)} of {len(steps)}"
     part = f"part, {count}; not {', '.join(left_out)}" if left_out else f"all {len(steps)}"

