@@ -93,8 +93,7 @@ def _wrong_spec(extra: Mapping[str, Any]) -> Iterator[str]:
         got = extra.get("spec_module_path")
         yield f"Expected spec_module_path {MODULE!r}, got {got!r}. Correct it."
     nbytes = extra.get("cpu_bytes_to_use")
-    number = isinstance(nbytes, int | float) and not isinstance(nbytes, bool)
-    if not number or not 0 < nbytes < inf:
+    if not isinstance(nbytes, int | float) or isinstance(nbytes, bool) or not 0 < nbytes < inf:
         yield (
             f"Expected cpu_bytes_to_use as the bytes of vLLM's host memory, got {nbytes!r}. Give "
             f"it some."
