@@ -47,6 +47,8 @@ BUCKET = "bucket"
 PAUSE = 0.3
 #: How many times as many blocks are saved as a tier holds.
 OVER = 2
+#: Blocks that are saved together there.
+FEW = 10
 #: Layers of these blocks, at most: with 256 KiB the header of an image counts.
 FEW_LAYERS = 4
 
@@ -136,6 +138,16 @@ class Stored:
         handle = self.of_form.save(view, self.blocks, self.keys)
         handle.synchronize(LIMIT)
         self.chosen = handle.form
+
+    def save_in_order(self) -> None:
+        """Save all blocks a few at a time, until one has no room: workers that save many at the
+        same time may store later blocks first."""
+        view = self.memory.case.view(self.memory.rows)
+        for first in range(0, len(self.blocks), FEW):
+            some = slice(first, first + FEW)
+            after = self.keys[first - 1] if first else None
+            handle = self.of_form.save(view, self.blocks[some], self.keys[some], after=after)
+            handle.synchronize(LIMIT)
 
     def save_new(self) -> None:
         """Save all blocks under new keys."""
@@ -263,10 +275,8 @@ def _blocks_held(memory: Memory, method: str, tier: str, nbytes: int) -> tuple[f
             terms["tiers"] = [Remote(f"file://{folder}")]
         with Stored(memory, method, **terms) as stored:
             stored.name_blocks()
-            view = memory.case.view(memory.rows)
-            handle = stored.of_form.save(view, stored.blocks, stored.keys)
             with suppress(TransferError):  # blocks without room
-                handle.synchronize(LIMIT)
+                stored.save_in_order()
             present = stored.of_form.lookup(stored.keys)
             view = memory.case.view(memory.written)
             memory.poison()
