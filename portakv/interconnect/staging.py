@@ -173,20 +173,19 @@ def _reach(form: Form, block: _Factor) -> int:
     reaches = []
     for part in form.parts:
         apart = part.offset - first
-        held = [x for x in _inside(form, part) if not x.table and _lies_in(x, block)]
+        held = [x for x in _inside(form, part) if not x.table and _lies_in(x.stride, block)]
         covered = sum((x.extent - 1) * x.stride for x in held if x.extent != _UNBOUNDED) + 1
-        inside = apart < block.stride or apart == block.stride <= _PAGE
-        reaches.append(covered + (apart if inside else 0))
+        reaches.append(covered + (apart if _lies_in(apart, block) else 0))
     return max(reaches)
 
 
-def _lies_in(factor: _Factor, block: _Factor) -> bool:
-    """Return whether a factor may lie inside of blocks, by the strides of both.
+def _lies_in(distance: int, block: _Factor) -> bool:
+    """Return whether what is so many bytes apart may lie inside of blocks.
 
-    They are equal in a pool of one block too, whose layers lie outside. Images begin at pages, and
-    it does not matter where blocks of a page lie.
+    In a pool of one block, layers are as far apart as blocks, and lie outside. Images begin at
+    pages, and it does not matter where blocks of a page lie.
     """
-    return factor.stride < block.stride or factor.stride == block.stride <= _PAGE
+    return distance < block.stride or distance == block.stride <= _PAGE
 
 
 def _factors(form: Form) -> list[_Factor]:
