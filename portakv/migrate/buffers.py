@@ -23,11 +23,15 @@ if TYPE_CHECKING:
 
 
 class StagingBuffer:
-    """A staging buffer of a reader, and the last transfers into it and from it."""
+    """A staging buffer of a reader, and the last transfers into it and from it.
 
-    def __init__(self, memory: torch.Tensor) -> None:
+    ``rows``: the device of the reader's rows.
+    """
+
+    def __init__(self, memory: torch.Tensor, rows: torch.device) -> None:
         self.memory = memory
         self.chunks = Chunks(memory)
+        self._rows = rows
         self.moving: Moving | None = None
         self.lane: Lane | None = None  # of the last transfer into it
         #: The copy that follows the bytes; None if their pull ended before.
@@ -39,20 +43,21 @@ class StagingBuffer:
         """Order the current stream after the last use of the buffer; let it grow to ``nbytes``.
 
         Its memory has at most ``most`` bytes. ``wait`` waits until a function of seconds returns
-        True: no stream orders a buffer of another lane, or of a pull that ended early.
+        True: no stream orders a buffer of another lane, or of a pull that ended early. The host
+        waits for a copy from host memory, since transports write that in no stream's order.
         """
         copy = self.copy
         grows = nbytes > self.memory.nbytes
         if self.moving is not None and (copy is None or grows or self.lane is not lane):
             wait(self.moving.free.wait)
         if copy is not None:
-            if grows:
+            if grows or self.memory.device.type == "cpu":
                 has_ended(copy, wait=True)
             else:
                 copy.wait()
             self.copy = None
         if grows:
-            self.memory = staging(nbytes, self.memory.device, most)
+            self.memory = staging(nbytes, self.memory.device, most, self._rows)
             self.chunks = Chunks(self.memory)
 
 
@@ -98,12 +103,18 @@ class Staging:
     """The transport for an owner, and the staging buffers that it fills.
 
     It belongs to one agreement with the owner. `release` ends it before the next handshake.
+
+    Args:
+        device: of the buffers.
+        rows: the device of the reader's rows.
+        count: the number of buffers.
     """
 
     def __init__(
         self,
         transport: Transport,
         device: torch.device,
+        rows: torch.device,
         count: int,
         channel: Channel,
         address: str,
@@ -122,7 +133,8 @@ class Staging:
         self.tag = 0  # of the last slice that was requested
         #: What takes slices of this owner now; see `staged.Taker`.
         self.takers = set[Takes]()
-        self.buffers = FreeBuffers([StagingBuffer(staging(0, device)) for _ in range(count)])
+        empty = (StagingBuffer(staging(0, device), rows) for _ in range(count))
+        self.buffers = FreeBuffers(empty)
 
     def lane(self) -> Lane:
         """Return the lane to the owner; raise `PeerError` after `release`."""

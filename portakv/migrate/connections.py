@@ -400,7 +400,9 @@ class Connections:
                 f"owner."
             )
         owner.handshake = agreed
-        owner.staged = Staging(shared, device, agreed.slots, owner.channel, owner.address)
+        owner.staged = Staging(
+            shared, device, self.device, agreed.slots, owner.channel, owner.address
+        )
 
     def _forget(self, owner: Connection) -> None:
         """Release an owner. Pulls that still read it retain its memory until they end."""

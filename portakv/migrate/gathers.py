@@ -205,6 +205,7 @@ class Gathers:
         most_bytes: int | None = None,
     ) -> None:
         check_transport(transport, device)
+        self._rows = device
         self._most_bytes = most_bytes  # of all buffers of all readers
         self._channel = channel
         self.buffer_bytes = staging_bytes // BUFFERS // 4096 * 4096
@@ -348,11 +349,11 @@ class Gathers:
     def _new_buffer(self, peer: Peer, number: int, needs: int, transport: Transport) -> None:
         """Allocate a buffer, or all buffers of a reader if the transport learns them only once."""
         if transport.knows_once:
-            whole = staging(BUFFERS * self.buffer_bytes, transport.device)
+            whole = staging(BUFFERS * self.buffer_bytes, transport.device, rows=self._rows)
             dirty = [whole]  # the library can reach all of it after the first buffer
             parts = dict(enumerate(whole.view(BUFFERS, -1)))
         else:
-            memory = staging(needs, transport.device, self.buffer_bytes)
+            memory = staging(needs, transport.device, self.buffer_bytes, self._rows)
             dirty = [memory]
             parts = {number: memory}
 
@@ -473,7 +474,7 @@ class Gathers:
         if not on_host:
             device = buffer.memory.device
             buffer.memory.record_stream(torch.accelerator.current_stream(device.index))
-            bring_ids(rows.ids, rows.view.device)  # once: all parts of the offer share them
+        bring_ids(rows.ids, rows.view.device)  # once: all parts of the offer share them
 
         buffer.clean()
         if slots is None:

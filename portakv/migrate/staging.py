@@ -7,6 +7,7 @@ each token the heads. A packed chunk has blocks in place of tokens, and a slot f
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from portakv.errors import LayoutError, PackOverflow, PortaKVError
 from portakv.layout.packing import Pack, PackedPlane, parameters_of
 from portakv.registry.prepared import ASYNCHRONOUS
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.streams import ignoring_captures
 from portakv.view import Index, KVView
 
 _PARTS = 64  # slices of a view that the view retains
@@ -45,14 +47,21 @@ def staged_bytes(nbytes: int, most: int) -> int:
     return min(most, 1 << (nbytes - 1).bit_length())
 
 
-def staging(nbytes: int, device: torch.device, most: int = 0) -> torch.Tensor:
+def staging(
+    nbytes: int, device: torch.device, most: int = 0, rows: torch.device | None = None
+) -> torch.Tensor:
     """Return memory for a chunk, uint8 ``[nbytes]``, whatever the caller's settings.
 
     With ``most``, the memory also serves later chunks: its size is the next power of two, at most
-    ``most``.
+    ``most``. ``rows``: the device of the rows that cross in it. For rows of an accelerator, memory
+    on the host is pinned where that is possible: pageable memory takes one more copy by the host.
     """
     nbytes = staged_bytes(nbytes, most) if most else nbytes
     with torch.inference_mode(False):
+        if nbytes and rows is not None and rows.type != "cpu" and device.type == "cpu":
+            # The driver's allocation would end captures of other threads.
+            with suppress(RuntimeError), ignoring_captures(rows):
+                return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=True)
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 

@@ -4,13 +4,19 @@ still reads."""
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 from support.migrate_pulls import LAYOUT, SMALL, sides
 
-from portakv import KVView
+from portakv import KVView, copy_rows
 from portakv.errors import LayoutError
+from portakv.migrate import buffers
+from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.shards import Shard
+from portakv.migrate.staging import staging
+from portakv.migrate.transports.base import Lane
 from portakv_conformance import simdev
 
 SHAPE = 2, 2, 16, 16, 4, 8
@@ -70,6 +76,67 @@ def test_rows_that_the_reader_still_reads_are_written_behind_that(
         assert (read[:, :, 1:].cpu() == 3).all()
         assert (local[:, :, [1, 5]].cpu() == 7).all()
         assert (local[:, :, [2, 3, 4, *range(6, 16)]].cpu() == 3).all()
+
+
+def test_staging_on_the_host_is_pinned_for_rows_of_a_device(accelerator: torch.device) -> None:
+    host = torch.device("cpu")
+    assert staging(5, host, 1 << 12, accelerator).is_pinned()
+    assert not staging(5, host, 1 << 12, host).is_pinned()
+    assert staging(5, accelerator, 1 << 12, accelerator).device == accelerator
+
+
+def rows_that_come_while_the_device_is_busy(device: torch.device) -> bool:
+    """Return True if a device that is held up gets the rows of each slice by staging buffers of the
+    host, which are fewer than the slices."""
+    shape = 2, 2, 64, 16, 4, 8
+    remote = torch.arange(shape[0] * shape[1] * shape[2] * 512, dtype=torch.int32, device="cpu")
+    remote = remote.view(shape)
+    local = torch.zeros(shape, dtype=torch.int32, device=device)
+    blocks = [*range(shape[2])]
+    with sides() as made:
+        owner = made.owner(shard(remote), expose="staging", staging=SMALL)
+        reader = made.reader(shard(local))
+        reader.pull(owner.offer([0], tokens=16).ticket, [0]).synchronize(60)
+        offer = owner.offer(blocks, tokens=16 * len(blocks))
+        delay(device)
+        reader.pull(offer.ticket, blocks).synchronize(60)
+    return torch.equal(local.cpu(), remote)
+
+
+def test_a_staging_buffer_of_the_host_is_filled_after_its_last_copy(
+    accelerator: torch.device,
+) -> None:
+    assert rows_that_come_while_the_device_is_busy(accelerator)
+
+
+def rows_of_a_buffer_that_is_filled_again(device: torch.device) -> torch.Tensor:
+    """Return rows that a busy device copies from a staging buffer of the host, which gets other
+    bytes as soon as it may."""
+    buffer = StagingBuffer(staging(4096, torch.device("cpu"), rows=device), device)
+    buffer.memory.fill_(1)
+    shape = 1, 2, 4, 16, 4, 8
+    rows = torch.zeros(shape, dtype=torch.uint8, device=device)
+    src = KVView([*buffer.memory.view(shape)], LAYOUT)
+    dst = KVView([*rows], LAYOUT)
+    copy_rows(src, dst).synchronize()
+    delay(device)
+    buffer.copy = copy_rows(src, dst)
+    buffer.prepare(cast(Lane, None), 4096, 4096, lambda _: None)
+    buffer.memory.fill_(2)
+    torch.accelerator.current_stream(device.index).synchronize()
+    return rows.cpu()
+
+
+def test_a_staging_buffer_is_free_after_its_last_copy(accelerator: torch.device) -> None:
+    assert (rows_of_a_buffer_that_is_filled_again(accelerator) == 1).all()
+
+
+def test_the_copy_is_what_a_staging_buffer_waits_for(
+    accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control."""
+    monkeypatch.setattr(buffers, "has_ended", lambda copy, wait: True)
+    assert (rows_of_a_buffer_that_is_filled_again(accelerator) == 2).any()
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ import json
 import os
 import random
 from collections import Counter
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from support.migrate_channels import until
 from support.migrate_nursery import Nursery
-from support.migrate_pulls import Couple, Rows, never_end, sides
+from support.migrate_pulls import Couple, Rows, Sides, never_end, sides
 
 from portakv.errors import PeerError, TransferError
 
@@ -32,6 +33,11 @@ class Where(NamedTuple):
 
     owner: str
     reader: str
+
+    def sides(self, expose: str) -> AbstractContextManager[Sides]:
+        """Return the sides of this process for this test."""
+        on_devices = self.owner != "cpu"
+        return sides([*self] if on_devices else [], nccl=on_devices and expose == "staging")
 
 
 HOST = Where("cpu", "cpu")
@@ -87,7 +93,7 @@ def pull_of_a_dying_owner(
     seed = random.Random(5)
     ends = Counter[str]()
     local = Rows(8, 32, fill=-1, device=where.reader)
-    with sides() as made, Nursery() as nursery:
+    with where.sides(expose) as made, Nursery() as nursery:
         reader = made.reader(local.shard)
         code = {"expose": expose, "silent": silent, "device": where.owner}
         pid, message = nursery.born(OWNER, number=0, **code)
@@ -132,7 +138,7 @@ def offer_to_dying_readers(
     """Offer rows to readers in other processes, which are killed now and then; count the ends."""
     seed = random.Random(6)
     ends = Counter[str]()
-    with sides() as made, Nursery() as nursery:
+    with where.sides(expose) as made, Nursery() as nursery:
         both = Couple(made, expose, where.owner)
         if silent:
             never_end(both.owner)

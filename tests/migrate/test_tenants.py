@@ -79,13 +79,13 @@ def recycled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[t
     remote: dict[str, list[torch.Tensor]] = {"A": [], "B": []}
     turn = ["A"]
 
-    def allocate(nbytes: int, device: torch.device, most: int = 0) -> torch.Tensor:
+    def allocate(nbytes: int, device: torch.device, most: int = 0, rows: Any = None) -> Any:
         size = min(most, 1 << (nbytes - 1).bit_length()) if most else nbytes
         buffer = torch.full((size,), SECRET, dtype=torch.uint8, device=device)
         Table.buffers[buffer.data_ptr()] = buffer
         return buffer
 
-    def receive(nbytes: int, device: torch.device, most: int = 0) -> torch.Tensor:
+    def receive(nbytes: int, device: torch.device, most: int = 0, rows: Any = None) -> Any:
         size = min(most, 1 << (nbytes - 1).bit_length()) if most else nbytes
         buffer = torch.zeros(size, dtype=torch.uint8, device=device)
         remote[turn[0]].append(buffer)
