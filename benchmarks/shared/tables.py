@@ -279,8 +279,8 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
         "saves and loads of block stores by the wall clock, in turns; GB/s of raw rows",
         (("rows, tier", "shape"), ("call", "op"), ("store", "backend"), ("form", "form"),
          ("us", lambda row: f"{row['p50_us']:,.5g}"), ("GB/s", "gb_per_s:.4g"),
-         ("of raw", "of_raw:.3f"), ("CPU us/MiB", "cpu_us_per_mib:,.4g"), ("rounds", "rounds:"),
-         _BYTES),
+         ("of raw", "of_raw:.3f"), ("of raws", "of_raws:.3f"),
+         ("CPU us/MiB", "cpu_us_per_mib:,.4g"), ("rounds", "rounds:"), _BYTES),
     ),
     "encoding_codec": (
         "packing next to other codecs by the wall clock, in turns; GB/s of raw rows",

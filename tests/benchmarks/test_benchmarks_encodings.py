@@ -126,6 +126,9 @@ def test_stores_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         own = having(rows, bits=bits, tier=tier, op=op)
         assert [row["backend"] for row in own] == [*stored.METHODS[bits]]
         assert all(row["of_raw"] > 0 for row in own if row["backend"] != stored.RAW)
+        assert [row["backend"] for row in own if "of_raws" in row] == (
+            [stored.AUTO] if bits == stored.RANDOM else []
+        )
         # The CPU packs by `reference`, so that a store that chooses stays raw.
         assert {row["backend"] for row in own if row["form"] != stored.RAW} <= {stored.PACK}
     assert "saves and loads of block stores" in capsys.readouterr().out
