@@ -102,6 +102,7 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
     "calls": calls.call_steps,
     "small": small.small_steps,
     "interference": interference.interference_steps,
+    "short": interference.short_steps,
     "waiting": interference.waiting_steps,
     "pageable": memory.pageable_steps,
     "pinning": memory.pinning_steps,

@@ -185,6 +185,13 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
         {"loop": "{loop}", "stream": "{stream}", **_METHOD, "moved": "{shape}",
          "slow-down, %": "{slowdown_pct:.1f}", "link, GB/s": "{link_gb_per_s:.1f}"},
     ),
+    "host_interference_short": (
+        "How short transfers slow a model down",
+        "The same loops during transfers of 12 MiB that follow each other, which a kernel of few "
+        "thread blocks makes. `staged` and `batched_memcpy` use copy engines.",
+        {"loop": "{loop}", "stream": "{stream}", **_METHOD, "moved": "{shape}",
+         "slow-down, %": "{slowdown_pct:.1f}", "link, GB/s": "{link_gb_per_s:.1f}"},
+    ),
     "host_waiting": (
         "How long a copy of another stream waits",
         "A pinned copy on another stream, in the direction of continuous transfers, until the host "

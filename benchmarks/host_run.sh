@@ -51,6 +51,7 @@ merge() {
 measure 140 grid
 measure 95 direct,duplex,calls,small,waiting
 measure 190 interference
+measure 60 short
 measure 70 pageable,pinning
 if ((${#peers[@]})); then measure 60 peers "${peers[@]/#/--peer=}"; fi
 merge || status=1

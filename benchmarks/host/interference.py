@@ -39,6 +39,9 @@ _OTHERS = 2
 _ON_OWN = 3
 #: Seconds after which a loop alongside traffic is given up: it would never begin.
 HELD_UP = 15.0
+#: Kinds of rows: of large transfers, and of short ones.
+KIND = "host_interference"
+SHORT = "host_interference_short"
 _JUDGED = (MEMCPY, suite.CHOSEN, HOST_DETACHED.name)
 
 #: Makes the traffic of a direction.
@@ -67,8 +70,16 @@ def interference_steps(bench: Bench) -> Iterator[Step]:
         yield _place(*case), partial(_measure, bench, *case, make, most)
 
 
+def short_steps(bench: Bench) -> Iterator[Step]:
+    """Yield the same steps alongside short transfers that follow each other, by what PortaKV
+    chooses for them and by two strategies of copy engines."""
+    for direction, loop in product(DIRECTIONS, LOOPS):
+        case = loop, traffic_sources.DEFAULT, direction
+        yield f"short transfers {_place(*case)}", partial(_measure_short, bench, *case)
+
+
 def peer_steps(bench: Bench) -> Iterator[Step]:
-    """Yield the same steps for plain memcpy and peers; no step without peers."""
+    """Yield the steps of `interference_steps` for plain memcpy and peers; no step without peers."""
     for direction, loop in product(DIRECTIONS if bench.peers else (), LOOPS):
         case = loop, traffic_sources.DEFAULT, direction
         yield f"peers {_place(*case)}", partial(_measure, bench, *case, _peers, _OTHERS)
@@ -85,11 +96,19 @@ def _measure(
     return [row for row in rows if make is not _peers or "peer" in row]
 
 
+def _measure_short(bench: Bench, loop: str, where: str, direction: str) -> Rows:
+    meeting = Meeting(bench, loop, where, direction, "short transfers ", SHORT)
+    return meeting.rows(_short, min(_ON_OWN, bench.preset.repeats))
+
+
 class Meeting:
     """A loop on a stream, and what moves in one direction on another one meanwhile."""
 
-    def __init__(self, bench: Bench, loop: str, where: str, direction: str, what: str = "") -> None:
+    def __init__(
+        self, bench: Bench, loop: str, where: str, direction: str, what: str = "", kind: str = KIND
+    ) -> None:
         self._bench = bench
+        self._kind = kind
         self._direction = direction
         self._labels = {"loop": loop, "stream": where}
         self._methods = Methods(bench, what + _place(loop, where, direction))
@@ -182,7 +201,7 @@ class Meeting:
     def _row(self, met: Met) -> Row:
         slow = [100 * (t / a - 1) for t, a in zip(met.times, met.alone, strict=True)]
         return {
-            "kind": "host_interference",
+            "kind": self._kind,
             **self._labels,
             **met.traffic.labels,
             "payload_bytes": met.traffic.payload,
@@ -210,6 +229,15 @@ def _chosen(bench: Bench, direction: str, *more: Method) -> Iterator[Traffic]:
     yield traffic_sources.memcpys(bench, direction)
     for run, method in product(traffic_sources.RUNS, bench.serving((HOST_DETACHED, HOST, *more))):
         yield traffic_sources.transfers(bench, method, direction, run)
+
+
+def _short(bench: Bench, direction: str) -> Iterator[Traffic]:
+    """Yield plain memcpy, what PortaKV chooses, and what it does by copy engines."""
+    run = traffic_sources.BLOCK_RUN
+    nbytes = max(run, bench.preset.alongside * 3 // 32 // run * run)  # 12 MiB of 128
+    yield traffic_sources.memcpys(bench, direction, nbytes)
+    for method in bench.serving((HOST, suite.STAGED, suite.BATCHED_MEMCPY)):
+        yield traffic_sources.transfers(bench, method, direction, run, nbytes)
 
 
 def _peers(bench: Bench, direction: str) -> Iterator[Traffic]:

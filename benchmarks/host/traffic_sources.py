@@ -137,28 +137,34 @@ class Methods:
         self._bench.left_out.append(f"{self._place}, {line}")
 
 
-def sides_of(bench: Bench, run: int) -> Sides:
-    """Return a chunk of the host with rows of ``run`` bytes, or blocks of so many in a plane."""
-    case = case_of(scene(run), bench.preset.alongside)
-    assert case is not None, f"{bench.preset.alongside} bytes are not whole runs of {run}"
+def sides_of(bench: Bench, run: int, nbytes: int = 0) -> Sides:
+    """Return a chunk of the host with rows of ``run`` bytes, or blocks of so many in a plane.
+
+    ``nbytes``: in all; 0: as many as a large transfer alongside a model has.
+    """
+    nbytes = nbytes or bench.preset.alongside
+    case = case_of(scene(run), nbytes)
+    assert case is not None, f"{nbytes} bytes are not whole runs of {run}"
     return bench.sides(case)
 
 
-def memcpys(bench: Bench, direction: str) -> Traffic:
-    """Return plain memcpys of as many bytes.
+def memcpys(bench: Bench, direction: str, nbytes: int = 0) -> Traffic:
+    """Return plain memcpys of as many bytes; see `sides_of`.
 
     The call fills the source of everything that moves in this direction.
     """
-    dense = sides_of(bench, RUNS[0])
+    dense = sides_of(bench, RUNS[0], nbytes)
     dense.fill(direction)
     return Traffic(suite.by_memcpy(dense, direction), dense.case.payload, shape="dense")
 
 
-def transfers(bench: Bench, method: Method, direction: str, run: int | None = None) -> Traffic:
-    """Return the traffic of a strategy, with rows of ``run`` bytes or what suits the strategy."""
-    sides = sides_of(
-        bench, run or (BLOCK_RUN if method.engine == BATCHED_MEMCPY.engine else RUNS[0])
-    )
+def transfers(
+    bench: Bench, method: Method, direction: str, run: int | None = None, nbytes: int = 0
+) -> Traffic:
+    """Return the traffic of a strategy, with rows of ``run`` bytes or what suits the strategy; see
+    `sides_of`."""
+    run = run or (BLOCK_RUN if method.engine == BATCHED_MEMCPY.engine else RUNS[0])
+    sides = sides_of(bench, run, nbytes)
     traffic = moved(sides, suite.by_engine(method, sides, direction), method)
     if "max_thread_blocks" in method.terms:
         traffic.labels["thread_blocks"] = method.terms["max_thread_blocks"]

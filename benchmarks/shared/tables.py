@@ -159,6 +159,15 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
          ("over memcpy", "over_memcpy:.4g"), ("GB/s", "link_gb_per_s:.4g"),
          ("of memcpy", "link_ratio:.3f"), ("ran dry", "ran_dry:"), ("chosen", "chosen"), _BYTES),
     ),
+    "host_interference_short": (
+        "alongside a loop of compute, short transfers that follow each other: its slow-down, and "
+        "the link's bandwidth meanwhile",
+        (("loop", "loop"), ("stream", "stream"), *_WHAT, ("blocks", "thread_blocks:"),
+         ("slow-down %", "slowdown_pct:.4g"),
+         ("repeats", lambda row: " ".join(f"{one:.1f}" for one in row["slowdowns_pct"])),
+         ("over memcpy", "over_memcpy:.4g"), ("GB/s", "link_gb_per_s:.4g"),
+         ("of memcpy", "link_ratio:.3f"), ("ran dry", "ran_dry:"), ("chosen", "chosen"), _BYTES),
+    ),
     "host_waiting": (
         "a copy of another stream, in the direction of transfers that follow each other, from its "
         "call, or from the end of the kernel for which it waits, until the host sees its end; "

@@ -54,6 +54,7 @@ KINDS = {
     "host_call",
     "host_small",
     "host_interference",
+    "host_interference_short",
     "host_waiting",
     "host_pageable",
     "host_pinning",
