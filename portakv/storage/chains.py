@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import compress, count
 from operator import add
@@ -104,6 +104,7 @@ class Chains(Generic[Key]):
 
     def __init__(self, lock: threading.Lock | None = None) -> None:
         self.lock = lock or threading.Lock()
+        self.written = threading.Condition(self.lock)  # for tiers: notified when a write ends
         self._blocks = _Columns[Key]()
         self._by_key = dict[Key, int]()
         self._by_mark = dict[Mark, int]()
@@ -111,6 +112,7 @@ class Chains(Generic[Key]):
         self._successors = dict[Mark, int]()
         # By group: (priority, number) of all blocks that may go, and of some blocks that may not.
         self._queues = dict[Hashable, list[tuple[int, int]]]()
+        self._last_call: object = None  # see `_use_in_order`
         self.changed: Callable[[Key, bool, str], object] = unheard
 
     def __contains__(self, key: object) -> bool:
@@ -132,6 +134,7 @@ class Chains(Generic[Key]):
     ) -> None:
         """Add blocks in their order, as `add` does, in one pass."""
         blocks = self._blocks
+        self._last_call = None
         lacking = len(keys) - len(blocks.unused)
         if lacking > 0:
             blocks.extend(lacking)
@@ -200,6 +203,7 @@ class Chains(Generic[Key]):
 
     def touch(self, *keys: Key) -> None:
         """Make stored blocks the most recently used ones, the last key last."""
+        self._last_call = None
         by_key = self._by_key
         priorities = self._blocks.priorities
         for key in keys:
@@ -268,6 +272,36 @@ class Chains(Generic[Key]):
         """Return the block that goes next, of a group or of all; None if none can go."""
         number = self._next(group)
         return None if number is None else self._blocks.keys[number]
+
+    def next_for(self, key: Key, call: Mapping[Key, int], group: Hashable) -> Key | None:
+        """Return the block of a group that goes next for a block of a call; None if none can go.
+
+        ``call``: the positions of its blocks. They go after all other blocks, the last one of all
+        groups first, and none goes for a later one.
+        """
+        victim = self.next(group)
+        if victim is None or victim not in call:
+            return victim
+        # Writes that run together add the blocks in any order.
+        self._use_in_order(call)
+        victim = self.next(group)
+        if victim is None or victim not in call:
+            return victim
+        return victim if call[victim] > call[key] and victim == self.next() else None
+
+    def has_other(self, call: Mapping[Key, int]) -> bool:
+        """Return True if the block that goes next is none of a call."""
+        victim = self.next()
+        return victim is not None and victim not in call
+
+    def _use_in_order(self, call: Mapping[Key, int]) -> None:
+        """Make the stored blocks of a call the most recently used ones, the first one last.
+
+        Costs O(1) if no block was added or used since the same was done.
+        """
+        if self._last_call is not call:
+            self.touch(*[key for key in reversed([*call]) if key in self._by_key])
+            self._last_call = call
 
     def _next(self, group: Hashable | None) -> int | None:
         """Return the number of the block that goes next; None if none can go."""

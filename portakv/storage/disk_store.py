@@ -361,12 +361,15 @@ class DiskStore:
         """Return the folders to try for a slot in order, the queue's first, and which may evict a
         block.
 
-        A folder with free slots comes before a folder that has to evict.
+        A folder with free slots comes before a folder that has to evict. Of several folders each
+        has two turns to evict: a block of the same call goes only in the folder that has the last
+        one, which may change between the turns.
         """
         first = next(slots for slots, each in self.parts if each is queue)
         folders = [first, *(slots for slots, _ in self.parts if slots is not first)]
         free = [(slots, False) for slots in folders] if len(folders) > 1 else []
-        return [*free, *((slots, evict) for slots in folders)]
+        evicting = [(slots, evict) for slots in folders]
+        return [*free, *evicting, *(evicting if len(folders) > 1 else [])]
 
     def _take(
         self,

@@ -121,7 +121,10 @@ class FormStore(FormIndex):
 
         Tiers evict no block before its successors. A tier without space for all blocks stores the
         first ones. The others do not land, and neither do blocks that are evicted before the save
-        ends.
+        ends. A full disk may keep a later block in place of an earlier one in four cases: a load
+        reads the later block, another save writes at the same time, a write fails, or no write ends
+        for two seconds. In a store that packs, packed blocks of a save do not go for its raw
+        blocks, nor raw blocks for packed ones.
 
         The view's blocks are read until the end of `Handle.released`, which comes first: then their
         rows are in staging, or are not saved, and the caller may write the blocks again. ``full``:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from portakv.storage.chains import UNKNOWN
@@ -27,16 +28,16 @@ class Occupancy:
         free: slots without a block.
         pins: the number of pins of each pinned slot.
         writes: the blocks that are being written, by slot.
-        written: notified when a write ends.
+        written: notified when a write ends in any folder of the form.
         broken: the number of faulty slots, which are not used again.
         evicted: the number of evicted blocks.
     """
 
-    def __init__(self, lock: threading.Lock) -> None:
+    def __init__(self, written: threading.Condition) -> None:
         self.free = deque[int]()
         self.pins: Counter[int] = Counter()
         self.writes = dict[int, Write]()
-        self.written = threading.Condition(lock)
+        self.written = written
         self.broken = 0
         self.evicted = 0
 
@@ -51,3 +52,8 @@ class Occupancy:
     def past_used(self) -> int:
         """Return the number of the slot after the last slot that is pinned or being written."""
         return max((slot + 1 for slot in (*self.pins, *self.writes)), default=0)
+
+    def writes_after(self, key: bytes, call: Mapping[bytes, int]) -> bool:
+        """Return True if blocks are being written that come after one in its call."""
+        place = call.get(key, len(call))
+        return any(call.get(write.key, place) > place for write in self.writes.values())

@@ -119,7 +119,7 @@ class Slots:
         self._space = Space(folder.parent) if space is None else space
         self._fits = False  # whether the other forms leave the room that the bound promises
         self.index = dict[bytes, int]()
-        self._occupancy = Occupancy(self.chains.lock)
+        self._occupancy = Occupancy(self.chains.written)
         self.siblings: Sequence[Slots] = ()  # of all folders of the form, once they are open
         _watch_forks()
         _opened.add(self)
@@ -413,12 +413,11 @@ class Slots:
 
         The predecessor stays until the slot is sealed or given back. Returns None if no slot is
         free, none can be allocated and none may be evicted, or if the table cannot be written. No
-        slot may be evicted without ``evict``, if the next block to evict is earlier in ``own``, the
-        blocks of the call, or if all blocks have pins or successors.
+        slot may be evicted without ``evict``, or if all blocks have pins or successors.
 
-        Waits while a later block of ``own`` is being written, because it may be evicted then. Stops
-        waiting if no write ends for `_PATIENCE` seconds: calls that name the same keys in other
-        orders would wait for each other.
+        Blocks of ``own``, the call, go after all others: the last one first, and none for a later
+        one. So this waits for the writes of later blocks, in all folders. It stops when no write
+        ends for `_PATIENCE` seconds, as calls in other orders would wait for each other.
         """
         with self.chains.lock:
             if self.fd < 0:
@@ -429,13 +428,13 @@ class Slots:
             looks = not evict or self._looks_for_space()
             if not self._occupancy.free and looks:
                 self._grow()
-            while (
-                not self._occupancy.free and evict and not self._free_a_slot(key, own or {}, looks)
-            ):
-                if not self._later_are_written(key, own or {}):
+            own = own or {}
+            patient = True
+            while evict and not self._occupancy.free:
+                waits = patient and self._waits(key, own)
+                if self._free_a_slot(key, own, looks, waits) or not waits:
                     break
-                if not self._occupancy.written.wait(_PATIENCE):
-                    break
+                patient = self._occupancy.written.wait(_PATIENCE)
             if not self._occupancy.free:
                 return None
             slot: int = self._occupancy.free.popleft()
@@ -560,12 +559,12 @@ class Slots:
         """
         return len(self._space.writers) < 2 or self._occupancy.evicted % _LOOKS == 0
 
-    def _free_a_slot(self, key: bytes, own: Mapping[bytes, int], looked: bool) -> bool:
+    def _free_a_slot(self, key: bytes, own: Mapping[bytes, int], looked: bool, waits: bool) -> bool:
         """Evict a block, or take slots of another form with an older block; return True if a slot
         is free. ``looked``: growth has found no space."""
         if looked and self._take_over():
             return True
-        if self._evict(key, own):
+        if self._evict(key, own, waits):
             return True
         if not looked:
             self._grow()
@@ -577,21 +576,23 @@ class Slots:
             self._grow()
         return bool(self._occupancy.free)
 
-    def _evict(self, key: bytes, own: Mapping[bytes, int]) -> bool:
-        """Evict a block for another one, unless it is earlier in the call; return True if one
-        went."""
-        victim = self.chains.next(self.folder)
-        if victim is None or (victim in own and own[victim] <= own[key]):
+    def _evict(self, key: bytes, own: Mapping[bytes, int], waits: bool) -> bool:
+        """Evict a block for another one; return True if one went. While that ``waits`` for later
+        blocks, no block of its call goes."""
+        if waits and self.chains.next(self.folder) in own:
+            return False
+        victim = self.chains.next_for(key, own, self.folder)
+        if victim is None:
             return False
         self._forget(victim)
         self._occupancy.evicted += 1
         return True
 
-    def _later_are_written(self, key: bytes, own: Mapping[bytes, int]) -> bool:
-        """Return True if blocks are being written that come after one in its call."""
-        return key in own and any(
-            own.get(write.key, -1) > own[key] for write in self._occupancy.writes.values()
-        )
+    def _waits(self, key: bytes, own: Mapping[bytes, int]) -> bool:
+        """Return True if only blocks of its call may go for a block, and later ones are written."""
+        if self.chains.has_other(own):
+            return False
+        return any(x._occupancy.writes_after(key, own) for x in self.siblings or [self])
 
     def _end_write(self, slot: int) -> None:
         """Note that a slot is not being written any more."""

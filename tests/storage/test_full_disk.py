@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A save into a full disk keeps its first blocks, in whatever order its writes end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+from support import slot_cases as cases
+from support.slot_cases import FORM, KEYS, Faulty, Tally
+
+from portakv.storage.chains import FIRST, UNKNOWN, Chains, mark_of
+from portakv.storage.disk_store import DiskStore
+from portakv.storage.slots import Slots
+
+LIMIT = 20.0  # seconds; nothing here takes as long
+CALL = {key: place for place, key in enumerate(KEYS[:8])}
+OTHER = KEYS[20:30]  # blocks of another call
+
+
+class Unordered(Chains[bytes]):
+    """A negative control: the block used least recently goes, wherever it stands in its call."""
+
+    def _use_in_order(self, call: Mapping[bytes, int]) -> None:
+        pass
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Any]:
+    """Return a function that opens folders of so many slots each, as the folders of one form."""
+    with ExitStack() as stack:
+
+        def make(
+            *counts: int, chains: Chains[bytes] | None = None, kind: type[Slots] = Slots
+        ) -> list[Slots]:
+            chains = chains or Chains[bytes]()
+            made = list[Slots]()
+            for number, count in enumerate(counts):
+                folder = tmp_path / str(number) / FORM.name
+                capacity = count * FORM.image_bytes
+                made.append(kind(folder, FORM, capacity, Faulty(), chains=chains))
+                stack.callback(made[-1].close)
+            for each in made:
+                each.fit(made)
+            return made
+
+        yield make
+
+
+def put(slots: Slots, *keys: bytes, follows: int = FIRST) -> None:
+    """Seal blocks one after the other, in slots that are free."""
+    for key in keys:
+        slot = slots.take(key, None, follows, evict=False)
+        assert slot is not None
+        assert slots.seal(slot, key, 1, (1,))
+
+
+@pytest.mark.parametrize("kind", [Chains, Unordered], ids=["chains", "negative control"])
+def test_the_last_block_goes_for_an_early_one(opened: Any, kind: type[Chains[bytes]]) -> None:
+    """The next block by use is an earlier one of the call, and later ones are sealed."""
+    (slots,) = opened(4, chains=kind())
+    put(slots, KEYS[0], KEYS[6], KEYS[7], KEYS[5])
+    last = slots.index[KEYS[7]]
+    if kind is Unordered:
+        assert slots.take(KEYS[1], CALL) is None
+        return
+    assert slots.take(KEYS[1], CALL) == last
+    assert {*slots.index} == {KEYS[0], KEYS[5], KEYS[6]}
+    assert slots.take(KEYS[2], CALL) is not None
+    assert slots.take(KEYS[3], CALL) is not None
+    assert {*slots.index} == {KEYS[0]}
+    assert slots.take(KEYS[4], {**CALL}) is None  # another object of the same call
+    assert slots.take(KEYS[4], CALL) is None
+    assert slots.evicted == 3
+
+
+def test_blocks_of_other_calls_go_before_blocks_of_the_call(opened: Any) -> None:
+    """Although they were used later."""
+    (slots,) = opened(3)
+    put(slots, KEYS[0], KEYS[7], OTHER[0])
+    other = slots.index[OTHER[0]]
+    assert slots.take(KEYS[1], CALL) == other
+    assert {*slots.index} == {KEYS[0], KEYS[7]}
+
+
+def test_a_block_that_is_read_or_has_a_successor_stays(opened: Any) -> None:
+    (slots,) = opened(4)
+    put(slots, KEYS[0], KEYS[7], KEYS[5])
+    put(slots, KEYS[6], follows=mark_of(KEYS[5]))
+    (place,) = slots.pin([KEYS[7]])
+    assert place is not None
+    assert slots.take(KEYS[1], CALL) is not None
+    assert {*slots.index} == {KEYS[0], KEYS[5], KEYS[7]}
+    assert slots.take(KEYS[2], CALL) is not None
+    assert slots.take(KEYS[3], CALL) is None
+    slots.unpin(place)
+    assert slots.take(KEYS[3], CALL) == place.slot
+
+
+def test_a_block_that_another_call_has_evicted_is_no_hindrance(opened: Any) -> None:
+    (slots,) = opened(3)
+    put(slots, KEYS[7], KEYS[0], KEYS[6])
+    assert slots.take(OTHER[0], {OTHER[0]: 0}) is not None
+    assert {*slots.index} == {KEYS[0], KEYS[6]}
+    assert slots.take(KEYS[1], CALL) is not None
+    assert {*slots.index} == {KEYS[0]}
+
+
+def test_no_sealed_block_goes_while_a_later_one_is_written(opened: Any) -> None:
+    """The one that is written may be the last one."""
+    (slots,) = opened(3)
+    put(slots, KEYS[6], KEYS[0])  # in the order of use the late one is next
+    late = slots.take(KEYS[7], CALL)
+    assert late is not None
+    with ThreadPoolExecutor() as pool:
+        early = pool.submit(slots.take, KEYS[1], CALL)
+        with pytest.raises(TimeoutError):
+            early.result(0.1)
+        assert slots.seal(late, KEYS[7], 1, (1,))
+        assert early.result(LIMIT) == late
+    assert {*slots.index} == {KEYS[0], KEYS[6]}
+
+
+def test_a_write_that_does_not_end(opened: Any) -> None:
+    """After two seconds the last sealed block goes in place of the one that is written."""
+    (slots,) = opened(3)
+    put(slots, KEYS[0], KEYS[6])
+    assert slots.take(KEYS[7], CALL) is not None
+    assert slots.take(KEYS[1], CALL) is not None
+    assert {*slots.index} == {KEYS[0]}
+
+
+def test_of_several_folders_the_one_with_the_last_block_evicts_it(opened: Any) -> None:
+    first, second = opened(2, 3)
+    put(first, KEYS[0], KEYS[6])
+    put(second, KEYS[5], KEYS[7], OTHER[0])
+    assert first.take(KEYS[1], CALL) is None  # the block of another call goes before
+    assert second.take(KEYS[1], CALL) is not None
+    assert OTHER[0] not in second.index
+    assert first.take(KEYS[2], CALL) is None
+    assert second.take(KEYS[2], CALL) is not None
+    assert KEYS[7] not in second.index
+    assert second.take(KEYS[3], CALL) is None
+    assert first.take(KEYS[3], CALL) is not None
+    assert {*first.index, *second.index} == {KEYS[0], KEYS[5]}
+
+
+def test_a_block_waits_for_later_ones_in_other_folders(opened: Any) -> None:
+    first, second = opened(1, 1)
+    put(first, KEYS[0])
+    late = second.take(KEYS[7], CALL)
+    with ThreadPoolExecutor() as pool:
+        early = pool.submit(first.take, KEYS[1], CALL)
+        with pytest.raises(TimeoutError):
+            early.result(0.1)
+        assert second.seal(late, KEYS[7], 1, (1,))
+        assert early.result(LIMIT) is None
+    assert second.take(KEYS[1], CALL) == late
+
+
+class Held(Slots):
+    """Slots that take none for one block before the test lets them."""
+
+    began: Event
+    go_on: Event
+
+    def take(
+        self,
+        key: bytes,
+        own: Mapping[bytes, int] | None = None,
+        follows: int = UNKNOWN,
+        evict: bool = True,
+    ) -> int | None:
+        if key == KEYS[1]:
+            self.began.set()
+            assert self.go_on.wait(LIMIT)
+        return super().take(key, own, follows, evict)
+
+
+@pytest.mark.parametrize("folders", [1, 2])
+def test_a_write_whose_later_blocks_are_sealed_first(opened: Any, folders: int) -> None:
+    """The write of an early block has noted the use of its call, and finds the disk full."""
+    Held.began = Event()
+    Held.go_on = Event()
+    parts = opened(*[4 // folders] * folders, kind=Held)
+    graph: Any = Tally()
+    queues = [graph.queue(f"disk:{slots.folder}") for slots in parts]
+    store = DiskStore(graph, FORM, [*zip(parts, queues, strict=True)], Faulty(), True, [])
+    assert write(store, KEYS[0]) == [True]
+    with ThreadPoolExecutor() as pool:
+        early = pool.submit(write, store, KEYS[1])
+        assert Held.began.wait(LIMIT)
+        assert write(store, *KEYS[5:8]) == [True] * 3
+        Held.go_on.set()
+        assert early.result(LIMIT) == [True]
+    assert [key for key in CALL if store.has([key])[0]] == [*KEYS[:2], *KEYS[5:7]]
+    assert write(store, *KEYS[2:5]) == [True, True, False]
+    assert store.has([*CALL]) == [True] * 4 + [False] * 4
+
+
+def write(store: DiskStore, *keys: bytes) -> list[bool]:
+    """Write blocks of the call as one of its tasks does."""
+    rows = cases.images(len(keys), FORM)
+    sums = [cases.fill(row, FORM, key, 1) for row, key in zip(rows, keys, strict=True)]
+    queue = store.queue_for_write(rows.nbytes)
+    return store.write(queue, keys, [*rows], [1] * len(keys), sums, CALL)
