@@ -75,7 +75,7 @@ class Sampled(NamedTuple):
 
 def choose_encoding(
     view: KVView,
-    blocks: Ids,
+    blocks: Ids | None,
     *,
     pack: Pack | None = None,
     link_gbps: float | None = None,
@@ -89,7 +89,8 @@ def choose_encoding(
 
     Args:
         view: a paged view.
-        blocks: numbers of blocks, of which a few at equal distances are counted.
+        blocks: numbers of blocks, of which a few at equal distances are counted; an `Index` has
+            them in blocks of the view. None: all blocks.
         pack: the parameters to judge. None: those with the smallest slot for the blocks.
         link_gbps: 10^9 bytes a second of the link that the rows cross. None: that of the link
             between the device and the host, measured; rows of a CPU stay raw.
@@ -103,11 +104,7 @@ def choose_encoding(
     instance("view", view, KVView, "Make one of the tensors and their layout.")
     if view.block_size is None:
         raise InvalidTerms("Expected view to be a paged view, got a chunk. Name a block axis.")
-    index = blocks if isinstance(blocks, Index) else Index.of(blocks, view.block_size)
-    ids = index.host_ids()
-    if not len(ids):
-        raise SlotError("Expected blocks to be numbers of blocks, got none. Pass at least one.")
-    _check_blocks(ids, view)
+    ids = _numbers_of(blocks, view, view.block_size)
     why = stays_raw(view, pack, packing_gbps)
     if why:
         return EncodingChoice(None, why)
@@ -117,11 +114,29 @@ def choose_encoding(
     return judged(rated, best_of(view, Sample(view, ids, packs_of(pack)), pack))
 
 
-def _check_blocks(ids: npt.NDArray[np.int64], view: KVView) -> None:
-    """Raise `SlotError` for numbers of blocks that a view lacks, whether or not a sample has
-    them."""
-    assert view.block_size is not None
-    blocks = view.slots // view.block_size
+def _numbers_of(blocks: Ids | None, view: KVView, size: int) -> npt.NDArray[np.int64]:
+    """Return numbers of blocks of ``size`` tokens; None is all blocks of a view.
+
+    Raises `SlotError` for none, for an index of other blocks, and for numbers that the view lacks,
+    whether or not a sample has them.
+    """
+    index = Index.of(blocks, size)
+    count = view.slots // size
+    whole = index.ids is None
+    if index.offset or not (whole or index.step == size):
+        raise SlotError(
+            f"Expected blocks to be an index of blocks of {size} tokens, got {index!r}. Pass "
+            f"Index(numbers, {size}), or the numbers alone."
+        )
+    ids = np.arange(count) if whole else index.host_ids()
+    if not len(ids):
+        raise SlotError("Expected blocks to be numbers of blocks, got none. Pass at least one.")
+    _check_blocks(ids, count)
+    return ids
+
+
+def _check_blocks(ids: npt.NDArray[np.int64], blocks: int) -> None:
+    """Raise `SlotError` for numbers that are not those of so many blocks."""
     for wrong in ids[(ids < 0) | (ids >= blocks)][:1]:
         raise SlotError(
             f"Expected blocks to be numbers from 0 to {blocks - 1}, which the view has, got "

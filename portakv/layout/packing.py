@@ -49,7 +49,7 @@ COUNTS_AT = 18
 VECTOR = 8
 PACKED = 0
 OVERFLOW = 1
-_TEXT = re.compile(rf"{PACK}/{FORMAT}:(?P<bits>\d)(:(?P<slot>\d{{1,9}}))?")
+_TEXT = re.compile(rf"{PACK}/{FORMAT}:(?P<bits>[0-9])(:(?P<slot>[0-9]{{1,9}}))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Pack:
         Raises:
             InvalidTerms: another text, or one of another format.
         """
-        found = _TEXT.fullmatch(text)
+        found = _TEXT.fullmatch(text) if isinstance(text, str) else None
         if found is None:
             raise InvalidTerms(
                 f"Expected encoding to be a text such as {cls().text!r}, got {text!r}. Use the "
@@ -101,13 +101,14 @@ class Pack:
         return cls(int(found["bits"]), int(found["slot"]) if found["slot"] else None)
 
     def plane(self, values: int) -> PackedPlane:
-        """Return the geometry of planes of so many values.
+        """Return the geometry of planes of so many values, a multiple of 64 from 256 to 49,152.
 
         Raises:
             Unsupported: the format has no planes of so many values.
             InvalidTerms: a slot without space for one escape.
         """
-        if values % VALUES_STEP or not LEAST_VALUES <= values <= MOST_VALUES:
+        whole = type(values) is int and values % VALUES_STEP == 0
+        if not (whole and LEAST_VALUES <= values <= MOST_VALUES):
             raise Unsupported(
                 f"The encoding {PACK!r} for planes of {values} values",
                 f"block_size x dim must be a multiple of {VALUES_STEP} from {LEAST_VALUES} to "
@@ -130,7 +131,8 @@ class PackedPlane:
     """The places of everything in the slot of a plane, in bytes; made by `Pack.plane`.
 
     Attributes:
-        values: bf16 values of a plane, tokens of a block x width of a head.
+        values: bf16 values of a plane, tokens of a block x width of a head: a multiple of 64 from
+            256 to 49,152.
         code_bits: bits of a code.
         slot_bytes: bytes of a slot.
     """

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from portakv import (
+    Index,
     InvalidTerms,
     KVView,
     Pack,
@@ -217,6 +218,12 @@ def test_planes_of_two_widths_have_the_usual_slots() -> None:
     assert choice.pack.slot_bytes is None
 
 
+@pytest.mark.parametrize("blocks", [None, Index(), Index.of([*range(BLOCKS)], SIZE)])
+def test_all_blocks_are_judged(blocks: Any) -> None:
+    view = view_of(normal())
+    assert choose_encoding(view, blocks, **SLOW) == choose_encoding(view, range(BLOCKS), **SLOW)
+
+
 def test_wrong_terms_are_named() -> None:
     view = view_of(normal())
     terms: Any
@@ -231,6 +238,9 @@ def test_wrong_terms_are_named() -> None:
         choose_encoding(None, [0])  # type: ignore[arg-type]
     with pytest.raises(SlotError, match="blocks"):
         choose_encoding(view, [], **SLOW)
+    for index in (Index.of([0], 2 * SIZE), Index.of([0, 1], 1), Index(offset=1)):
+        with pytest.raises(SlotError, match=f"index of blocks of {SIZE} tokens"):
+            choose_encoding(view, index, **SLOW)
     many = [*range(BLOCKS)] * 4
     for wrong in (-1, BLOCKS):
         for blocks in ([wrong], [*many, wrong, *many]):  # not in the sample

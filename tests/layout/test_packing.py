@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from portakv import InvalidTerms, Pack, Unsupported
@@ -53,6 +55,18 @@ def test_a_slot_of_another_size() -> None:
 def test_planes_of_other_sizes_are_unsupported(values: int) -> None:
     with pytest.raises(Unsupported, match=f"planes of {values} values"):
         Pack().plane(values)
+
+
+@pytest.mark.parametrize("values", ["256", None, 256.0])
+def test_numbers_of_values_are_integers(values: Any) -> None:
+    with pytest.raises(Unsupported, match=f"planes of {values} values"):
+        Pack().plane(values)
+
+
+@pytest.mark.parametrize("text", [None, 4, "pack/1:٤", "pack/2:4", "pack/1:4 "])
+def test_other_texts_are_refused(text: Any) -> None:
+    with pytest.raises(InvalidTerms, match="Expected encoding to be a text such as 'pack/1:4'"):
+        Pack.of_text(text)
 
 
 @pytest.mark.parametrize(
