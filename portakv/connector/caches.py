@@ -15,7 +15,7 @@ from portakv.connector.in_graph import Allocations, first_tensor, flatten
 from portakv.copy.context import Context
 from portakv.copy.repeat_chunks import ChunkRepeats
 from portakv.copy.request import Ids, MemoryObject, Tensors, whole
-from portakv.copy.settle import check_ids
+from portakv.copy.settle import Passed, check_rows
 from portakv.errors import DeviceMismatch, LayoutError, SlotError
 from portakv.layout.language import parse
 from portakv.layout.presets import resolve
@@ -146,7 +146,9 @@ class Registration:
             )
         return Job(chunk, WHOLE, index, count)
 
-    def batch_moves(self, store: bool, batch: Batch, strict: bool) -> list[Move]:
+    def batch_moves(
+        self, store: bool, batch: Batch, context: Context, strict: bool
+    ) -> list[tuple[Move, Passed]]:
         """Return the copies of a batch, one for each set of chunks of equal shape and strides.
 
         All of them are checked first, so that nothing moves if one is bad.
@@ -157,8 +159,7 @@ class Registration:
         if store:
             _check_apart([job.chunk for job in jobs])
         moves = [self.move(store, job) for job in self._sets(jobs)]
-        _check_batch(moves, Context.of(self.view.device, None), strict)
-        return moves
+        return _check_batch(moves, context, strict)
 
     def chunk(self, memory_obj: MemoryObject) -> KVView:
         """Return the view of one memory object, a tensor or an object with ``.tensor``.
@@ -275,13 +276,11 @@ def slot_range(slot_mapping: Ids | None, start: int, end: int | None) -> tuple[I
     return (index.shifted(start) if start else index), stop - start
 
 
-def _check_batch(moves: list[Move], context: Context, strict: bool) -> None:
+def _check_batch(moves: list[Move], context: Context, strict: bool) -> list[tuple[Move, Passed]]:
     """Reject the whole batch before its first launch if one of its copies is bad."""
-    for move in moves:
-        move.dst.check_writable()
-        check_ids(move, context, strict)
+    checked = [(move, check_rows(move, context, strict)) for move in moves]
     if len(moves) < 2:
-        return
+        return checked
     # Sets of one batch share the cache; destinations must be distinct across them as well.
     ids = [(move.dst_index, move.count) for move in moves if move.dst_index.ids is not None]
     if strict:
@@ -289,6 +288,7 @@ def _check_batch(moves: list[Move], context: Context, strict: bool) -> None:
     if len(ids) == len(moves) and all(index.on_host for index, _ in ids):
         total = sum(count for _, count in ids)
         Index.joined(ids).check(total, moves[0].dst.slots, "destination", distinct=True)
+    return checked
 
 
 def _check_apart(chunks: list[KVView]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from time import perf_counter
 
 from portakv.copy.between import common_device, current, order_after, seen_by_reader
+from portakv.copy.context import Context
 from portakv.copy.encoded import copy_encoded
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
@@ -40,7 +41,8 @@ def submit_new(move: Move, options: CopyOptions) -> BlockTransfer:
         transfer = _from_peer(move, options, began)
     else:
         choice = choose(common_device(src, dst), options.backend)
-        transfer = issue(move, choice, options.stream, options, began)
+        context = Context.of(choice.backend.device, options.stream)
+        transfer = issue(move, choice, context, options, began)
     if late is not None:
         late.keep(transfer)
     return transfer
@@ -49,10 +51,11 @@ def submit_new(move: Move, options: CopyOptions) -> BlockTransfer:
 def _from_peer(move: Move, options: CopyOptions, began: float) -> BlockTransfer:
     """Issue a copy of another device's rows, which the destination's device reads."""
     device = move.dst.device
-    seen = move._replace(src=seen_by_reader(move.src, device, options.stream))
+    context = Context.of(device, options.stream)
+    seen = move._replace(src=seen_by_reader(move.src, context))
     with current(device):
         made = repeated(seen, options) or issue(
-            seen, choose(device, options.backend), options.stream, options, began
+            seen, choose(device, options.backend), context, options, began
         )
     if not (options.detached or options.sliced):
         order_after(move.src, made)
