@@ -18,6 +18,7 @@ from portakv.copy.pack_launch import (
     nothing_packed,
     overflow_words,
 )
+from portakv.copy.settle import Passed
 from portakv.interconnect.pack_passage import ByLink, Crosses, issue_slices
 from portakv.interconnect.pack_slices import PackStages, pack_stages
 from portakv.interconnect.slices import Sizes
@@ -33,19 +34,23 @@ SMALLEST = 16 << 20
 WHOLE = 32 << 20
 
 
-def issue_staged(move: Move, options: CopyOptions, submit: Submit, device: torch.device) -> Packed:
-    """Issue a copy that packs or unpacks on ``device``, of which one side is elsewhere.
+def issue_staged(
+    move: Move, options: CopyOptions, submit: Submit, context: Context, passed: Passed | None
+) -> Packed:
+    """Issue a copy that packs or unpacks on the context's device, of which one side is elsewhere.
 
-    ``submit`` issues the plain copy of a slice, unless the slice crosses by the link itself.
+    ``passed``: as for `check_copy`. ``submit`` issues the plain copy of a slice, unless the slice
+    crosses by the link itself.
 
     Raises as `copy_packed` does.
     """
+    device = context.device
     leaves = move.dst.device != device
     packed = move.src if move.src.form.encoding else move.dst
-    context = Context.of(device, options.stream)
     stages = pack_stages(move, leaves, packer(options, device))  # refuses what cannot be executed
     # The ids are used in slices, so that bad ones are left out first.
-    checked = check_copy(move, packed.form.block_size, context, options.strict)
+    unit = packed.form.block_size
+    checked = check_copy(move, unit, context, options.strict, passed=passed)
     move = checked.move
     if not move.count:
         return nothing_packed(checked.error)

@@ -20,6 +20,7 @@ from portakv.copy.options import CopyOptions
 from portakv.copy.pack_launch import Packed, issue_pack, join_layers
 from portakv.copy.pack_staged import issue_staged
 from portakv.copy.packed_slots import check_whole, slots_of
+from portakv.copy.settle import Passed, check
 from portakv.errors import Unsupported
 from portakv.layout.packing import PACK
 from portakv.plan.packing import Move, PackPlan
@@ -46,12 +47,17 @@ def copy_packed(
     _refuse_options(options)
     packed = move.src.form if move.src.form.encoding else move.dst.form
     check_whole(move, packed.block_size)
+    context = Context.of(_device_of(move), options.stream)
     if not options.by_layer:
-        return BlockTransfer(_transform(move, options, submit).transfer, move, began)
+        return BlockTransfer(_transform(move, options, submit, context).transfer, move, began)
     PackPlan(move.src.form, move.dst.form, *move.steps)  # a layer of each side may not tell
-    layers = [_transform(move.layer(at), options, submit) for at in range(move.src.layers)]
+    passed = check(move, context, options.strict)
+    layers = [
+        _transform(move.layer(at), options, submit, context, passed)
+        for at in range(move.src.layers)
+    ]
     ends = tuple(layer.transfer for layer in layers)
-    return BlockTransfer(join_layers(layers, _device_of(move)), move, began, ends)
+    return BlockTransfer(join_layers(layers, context.device), move, began, ends)
 
 
 def _device_of(move: Move) -> torch.device:
@@ -64,22 +70,28 @@ def _device_of(move: Move) -> torch.device:
 
 
 def _transform(
-    move: Move, options: CopyOptions, submit: Callable[[Move, CopyOptions], BlockTransfer]
+    move: Move,
+    options: CopyOptions,
+    submit: Callable[[Move, CopyOptions], BlockTransfer],
+    context: Context,
+    passed: Passed | None = None,
 ) -> Packed:
-    """Pack or unpack on the device of both sides, or on the one that is an accelerator."""
+    """Pack or unpack on the device of both sides, or on the one that is an accelerator.
+
+    ``passed``: the checks that the copy passed as a layer; None: check it.
+    """
     src = move.src
     dst = move.dst
     if src.device == dst.device and src.form.place != "peer":
         choice = choose(src.device, options.backend)
-        context = Context.of(choice.backend.device, options.stream)
         ready = prepared_pack(src.form, dst.form, *move.steps, choice)
-        return issue_pack(move, ready, context, options.strict, options.detached)
+        return issue_pack(move, ready, context, options, passed)
     if options.detached and src.device.type != "cpu" != dst.device.type:
         raise Unsupported(
             "A detached copy that packs or unpacks between two devices",
             "a stream of the source's device waits for it; leave detached out",
         )
-    return issue_staged(move, options, submit, _device_of(move))
+    return issue_staged(move, options, submit, context, passed)
 
 
 def _refuse_options(options: CopyOptions) -> None:

@@ -27,13 +27,24 @@ from support.block_cases import (
 from support.command_line import registered
 from support.small_backends import small_backend
 
-from portakv import AdaptiveConnector, CopyOptions, Index, KVView, LayoutError, SlotError
+from portakv import (
+    AdaptiveConnector,
+    CopyOptions,
+    Index,
+    KVView,
+    LayoutError,
+    Pack,
+    SlotError,
+    copy_blocks,
+)
 from portakv.copy import slices
 from portakv.copy.context import Context
 from portakv.copy.settle import drop_bad_ids
 from portakv.plan.plan import check_disjoint
 from portakv.runtime.transfer import Transfer
 
+CACHE = "layer | kv block token head dim"
+CHUNK = "kv layer token (head dim)"
 PLACES = [
     pytest.param(torch.device("cpu"), id="cpu"),
     pytest.param(simdev_cases.DEVICE, id="simdev", marks=pytest.mark.simdev),
@@ -55,17 +66,14 @@ ONCE = Counter(
 class Checks:
     """Counts the checks of one call, and apart those of the threads that go on with its work.
 
-    ``pair``: its views are the source and the destination; all other views are parts. None: there
-    are other views alone.
+    All views except ``src`` and ``dst`` are parts.
     """
 
-    def __init__(self, pair: Pair | None = None) -> None:
+    def __init__(self, src: KVView | None = None, dst: KVView | None = None) -> None:
         self.of_call = Counter[str]()
         self.of_workers = Counter[str]()
         self._thread = threading.get_ident()
-        self._names: dict[int, str] = {}
-        if pair is not None:
-            self._names = {id(pair.src.view): "source", id(pair.dst.view): "destination"}
+        self._names = {id(src): "source", id(dst): "destination"}
         self._checks: dict[Any, Callable[[dict[str, Any]], str]] = {
             KVView.check_memory.__code__: lambda args: f"memory of {self._name(args)}",
             KVView.check_writable.__code__: lambda args: f"writable {self._name(args)}",
@@ -108,7 +116,7 @@ def test_a_call_checks_everything_once(
 ) -> None:
     pair = Pair(layered(device), block_first(device))
     lists = made(device, SRC, ids), made(device, DST, ids)
-    with Checks(pair) as checks:
+    with Checks(pair.src.view, pair.dst.view) as checks:
         transfer = pair.start(*lists, **METHODS[method])
         transfer.synchronize()
     assert pair.landed()
@@ -131,7 +139,7 @@ def test_bad_ids_of_a_device_are_read_once_for_all_layers(detached: bool, check:
     src_ids = [5, -1, 7, 2, 3]
     pair = Pair(layered(device), block_first(device), src_ids, DST)
     lists = made(device, src_ids, "device"), made(device, DST, "device")
-    with Checks(pair) as checks:
+    with Checks(pair.src.view, pair.dst.view) as checks:
         transfer = pair.start(*lists, by_layer=True, detached=detached, check=check)
         transfer.synchronize()
     assert pair.landed()
@@ -186,11 +194,22 @@ def test_memory_that_is_released_between_two_slices_is_noticed(
     assert issued == 2
 
 
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("unpack", [False, True], ids=["pack", "unpack"])
+def test_packed_layers_are_checked_once(unpack: bool, device: torch.device) -> None:
+    tensors = [torch.ones(2, BLOCKS, SIZE, 2, 64, dtype=torch.bfloat16) for _ in range(LAYERS)]
+    raw = KVView([layer.to(device) for layer in tensors], CACHE)
+    slot = Pack().plane(SIZE * 64).slot_bytes
+    slots = torch.zeros(BLOCKS, LAYERS, 2, 2, slot, dtype=torch.uint8, device=device)
+    packed = KVView(slots, "block layer kv head page", block_size=SIZE, dim=64, encoding="pack")
+    copy_blocks(raw, packed, SRC, DST).synchronize()
+    views = (packed, raw) if unpack else (raw, packed)
+    with Checks(*views) as checks:
+        copy_blocks(*views, DST if unpack else SRC, SRC, by_layer=True).synchronize()
+    assert checks.of_call == ONCE
+
+
 # Connectors
-
-
-CACHE = "layer | kv block token head dim"
-CHUNK = "kv layer token (head dim)"
 
 
 def chunk_of(tokens: int, device: torch.device) -> torch.Tensor:
