@@ -433,6 +433,9 @@ class KVView:
             return False
         dst = self.spans if self._spans is None else self._spans  # the property costs a call
         src = other.spans if other._spans is None else other._spans
+        # Most views of many ranges lie in two buffers, which their outer ends tell apart.
+        if not dst or not src or dst[-1][1] <= src[0][0] or src[-1][1] <= dst[0][0]:
+            return False
         few, many = (dst, src) if len(dst) < len(src) else (src, dst)
         for first, past in few:
             at = bisect_left(many, (past,))
