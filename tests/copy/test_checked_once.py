@@ -29,6 +29,7 @@ from support.small_backends import small_backend
 
 from portakv import (
     AdaptiveConnector,
+    BlockTransfer,
     CopyOptions,
     Index,
     KVView,
@@ -245,6 +246,39 @@ def test_a_connector_checks_everything_once(
     assert checks.of_call == Counter(
         ["context", "writable a part", "ids of source", "ids of destination"]
     )
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("ids", ["host", "device"])
+@pytest.mark.parametrize("options", [{"by_layer": True}, {"cancellable": True}], ids=str)
+def test_padding_of_a_connector_is_left_out(
+    options: dict[str, Any], ids: str, device: torch.device
+) -> None:
+    cache = layered(device)
+    connector = AdaptiveConnector(device, None, CACHE, CHUNK, options=CopyOptions(**options))
+    connector.register_kv_caches(cache.tensors)
+    slots = [3, -1, 17, 8]
+    chunk = chunk_of(len(slots), device)
+    transfer = connector.from_gpu(chunk, slot_mapping=made(device, slots, ids))
+    transfer.synchronize()
+    rows = chunk.cpu().view(torch.int16).transpose(0, 1)
+    expected = cache.rows()[:, :, slots]
+    expected[:, :, 1] = 0
+    assert torch.equal(rows, expected)
+    assert isinstance(transfer, BlockTransfer)
+    if ids == "host" or "cancellable" in options:
+        assert transfer.statistics.blocks_requested == len(slots) - 1
+
+
+@pytest.mark.parametrize("device", PLACES)
+def test_slices_of_a_connector_refuse_bad_ids_of_a_device(device: torch.device) -> None:
+    cache = layered(device)
+    connector = AdaptiveConnector(device, None, CACHE, CHUNK, options=CopyOptions(cancellable=True))
+    connector.register_kv_caches(cache.tensors)
+    chunk = chunk_of(2, device)
+    with pytest.raises(SlotError, match="inside the view"):
+        connector.from_gpu(chunk, slot_mapping=made(device, [3, BLOCKS * SIZE], "device"))
+    assert not chunk.any()
 
 
 @pytest.mark.parametrize("device", PLACES)
