@@ -43,6 +43,13 @@ class Job(NamedTuple):
     tokens: int
 
 
+class CheckedMove(NamedTuple):
+    """A copy, and the checks that it passed."""
+
+    move: Move
+    passed: Passed
+
+
 class Batch(NamedTuple):
     """Memory objects and, for each, the range of the slot mapping that belongs to it."""
 
@@ -126,6 +133,11 @@ class Registration:
             return Move(self.view, chunk, cache_index, chunk_index, tokens)
         return Move(chunk, self.view, chunk_index, cache_index, tokens)
 
+    def checked(self, store: bool, job: Job, context: Context, strict: bool) -> CheckedMove:
+        """Return the copy between the caches and a chunk, once its ids are checked."""
+        move = self.move(store, job)
+        return CheckedMove(move, check_rows(move, context, strict))
+
     def job(self, memory_obj: MemoryObject, slots: Ids | None, start: int, end: int | None) -> Job:
         """Return one memory object with its range of the slot mapping, after checks.
 
@@ -148,7 +160,7 @@ class Registration:
 
     def batch_moves(
         self, store: bool, batch: Batch, context: Context, strict: bool
-    ) -> list[tuple[Move, Passed]]:
+    ) -> list[CheckedMove]:
         """Return the copies of a batch, one for each set of chunks of equal shape and strides.
 
         All of them are checked first, so that nothing moves if one is bad.
@@ -158,8 +170,9 @@ class Registration:
         jobs = [job for job in jobs if job.tokens]
         if store:
             _check_apart([job.chunk for job in jobs])
-        moves = [self.move(store, job) for job in self._sets(jobs)]
-        return _check_batch(moves, context, strict)
+        moves = [self.checked(store, job, context, strict) for job in self._sets(jobs)]
+        _check_apart_in_caches([each.move for each in moves], strict)
+        return moves
 
     def chunk(self, memory_obj: MemoryObject) -> KVView:
         """Return the view of one memory object, a tensor or an object with ``.tensor``.
@@ -276,11 +289,10 @@ def slot_range(slot_mapping: Ids | None, start: int, end: int | None) -> tuple[I
     return (index.shifted(start) if start else index), stop - start
 
 
-def _check_batch(moves: list[Move], context: Context, strict: bool) -> list[tuple[Move, Passed]]:
-    """Reject the whole batch before its first launch if one of its copies is bad."""
-    checked = [(move, check_rows(move, context, strict)) for move in moves]
+def _check_apart_in_caches(moves: list[Move], strict: bool) -> None:
+    """Reject copies of one batch that write one slot twice, before the first is launched."""
     if len(moves) < 2:
-        return checked
+        return
     # Sets of one batch share the cache; destinations must be distinct across them as well.
     ids = [(move.dst_index, move.count) for move in moves if move.dst_index.ids is not None]
     if strict:
@@ -288,7 +300,6 @@ def _check_batch(moves: list[Move], context: Context, strict: bool) -> list[tupl
     if len(ids) == len(moves) and all(index.on_host for index, _ in ids):
         total = sum(count for _, count in ids)
         Index.joined(ids).check(total, moves[0].dst.slots, "destination", distinct=True)
-    return checked
 
 
 def _check_apart(chunks: list[KVView]) -> None:

@@ -15,14 +15,12 @@ import torch
 from torch.compiler import is_compiling
 
 from portakv.connector import in_graph
-from portakv.connector.caches import Batch, Registration, check_chunk_layout
+from portakv.connector.caches import Batch, CheckedMove, Registration, check_chunk_layout
 from portakv.copy.context import Context
 from portakv.copy.options import Check, CopyOptions, options_from
 from portakv.copy.request import Ids, MemoryObject, Tensors
 from portakv.copy.schedule import issue
-from portakv.copy.settle import Passed, check_rows
 from portakv.errors import LayoutError, SlotError
-from portakv.plan.move import Move
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import choose
 from portakv.runtime.transfer import LateErrors, Transfer
@@ -247,9 +245,9 @@ class AdaptiveConnector:
                 return transfer
         caches.check_memory()
         job = caches.job(memory_obj, slot_mapping, start, end)
-        move = caches.move(store, job)
         context = Context.of(self.device, stream)
-        transfer = self._submit(move, context, check_rows(move, context, self._options.strict))
+        checked = caches.checked(store, job, context, self._options.strict)
+        transfer = self._submit(checked, context)
         if self._usual and not self._options.strict:  # a repeat looks at no ids
             caches.repeats.remember(store, job.chunk, slot_mapping)
         return self._keep(transfer)
@@ -264,14 +262,13 @@ class AdaptiveConnector:
         stream = self._options.stream if stream is None else stream
         context = Context.of(self.device, stream)
         moves = caches.batch_moves(store, batch, context, self._options.strict)
-        transfers = [self._submit(move, context, passed) for move, passed in moves]
-        return self._keep(Transfer.join(transfers))
+        return self._keep(Transfer.join([self._submit(move, context) for move in moves]))
 
-    def _submit(self, move: Move, context: Context, passed: Passed) -> Transfer:
+    def _submit(self, checked: CheckedMove, context: Context) -> Transfer:
         """Issue a copy of checked caches."""
         began = perf_counter()
         options = self._options
-        transfer = issue(move, self._choice, context, options, began, passed)
+        transfer = issue(checked.move, self._choice, context, options, began, checked.passed)
         if options.late is not None:
             options.late.keep(transfer)
         return transfer

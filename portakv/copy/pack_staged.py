@@ -14,11 +14,10 @@ from portakv.copy.pack_launch import (
     Checked,
     OverflowReport,
     Packed,
-    check_copy,
     nothing_packed,
     overflow_words,
+    without_bad_ids,
 )
-from portakv.copy.settle import Passed
 from portakv.interconnect.pack_passage import ByLink, Crosses, issue_slices
 from portakv.interconnect.pack_slices import PackStages, pack_stages
 from portakv.interconnect.slices import Sizes
@@ -35,12 +34,13 @@ WHOLE = 32 << 20
 
 
 def issue_staged(
-    move: Move, options: CopyOptions, submit: Submit, context: Context, passed: Passed | None
+    move: Move, options: CopyOptions, submit: Submit, context: Context, skips: bool
 ) -> Packed:
-    """Issue a copy that packs or unpacks on the context's device, of which one side is elsewhere.
+    """Issue a checked copy that packs or unpacks on the context's device, of which one side is
+    elsewhere.
 
-    ``passed``: as for `check_copy`. ``submit`` issues the plain copy of a slice, unless the slice
-    crosses by the link itself.
+    ``skips``: ids on the host skip positions. ``submit`` issues the plain copy of a slice, unless
+    the slice crosses by the link itself.
 
     Raises as `copy_packed` does.
     """
@@ -49,8 +49,7 @@ def issue_staged(
     packed = move.src if move.src.form.encoding else move.dst
     stages = pack_stages(move, leaves, packer(options, device))  # refuses what cannot be executed
     # The ids are used in slices, so that bad ones are left out first.
-    unit = packed.form.block_size
-    checked = check_copy(move, unit, context, options.strict, passed=passed)
+    checked = without_bad_ids(move, packed.form.block_size, skips)
     move = checked.move
     if not move.count:
         return nothing_packed(checked.error)

@@ -42,7 +42,7 @@ def issue(
     if options.terms is not None or not inside:
         executor = executor_of(src, dst, choice, options.terms)
     if options.sliced:
-        return in_slices(move, executor, context, options, passed)
+        return in_slices(move, executor, context, options.max_gbps, options.by_layer, passed)
     if options.detached and context.device.type != "cpu":
         return detached(move, executor, context, options, began, passed)
     if options.by_layer:

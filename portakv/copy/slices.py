@@ -14,7 +14,6 @@ import torch
 from portakv.copy.context import Context
 from portakv.copy.handle import BlockTransfer, token_bytes
 from portakv.copy.launch import follow_current, launch
-from portakv.copy.options import CopyOptions
 from portakv.copy.settle import (
     Passed,
     check_ids,
@@ -44,11 +43,16 @@ _PASSED = Passed(skips=False)
 
 
 def in_slices(
-    move: Move, choice: Choice, context: Context, options: CopyOptions, passed: Passed | None = None
+    move: Move,
+    choice: Choice,
+    context: Context,
+    rate: float | None,
+    by_layer: bool,
+    passed: Passed | None = None,
 ) -> BlockTransfer:
-    """Start a transfer in slices, at the rate of its options.
+    """Start a transfer in slices, at most ``rate`` 10^9 bytes a second.
 
-    By layer no slice has rows of two layers. ``passed``: as for `settle`.
+    With ``by_layer`` no slice has rows of two layers. ``passed``: as for `settle`.
 
     Raises:
         SlotError: bad ids, also on a device, which are read first.
@@ -60,21 +64,11 @@ def in_slices(
     if captured:
         why = "the host issues them while the copy runs; leave out cancellable and max_gbps"
         raise refuse_capture("A copy in slices", why)
-    by_layer = options.by_layer
     if passed is None:
         check_views(move)
     nothing = (layer_of(move, 0) if by_layer else move)._replace(count=0)
     settle(nothing, choice, context, passed=_PASSED)  # refuse now what cannot be executed
-    ids_seen = move.ids_on_host
-    src_index = move.src_index.apart().to_host()
-    dst_index = move.dst_index.apart().to_host()
-    guarded = move = move._replace(src_index=src_index, dst_index=dst_index)
-    if passed is not None and (ids_seen or options.strict):
-        skips = passed.skips
-    else:  # ids of a device have just been read
-        skips = check_ids(move, context, strict=False)
-    if skips:
-        guarded, _ = drop_bad_ids(guarded, gcd(*guarded.steps))  # positions that are skipped
+    move, guarded = _read(move, context, passed)
     if passed is None:
         check_disjoint(guarded)
     if not guarded.count:
@@ -96,7 +90,6 @@ def in_slices(
         transfer = launch(settle(part, choice, here, passed=_PASSED), here)
         return awaited_asleep(transfer, device)  # the worker waits for it
 
-    rate = options.max_gbps
     slices = _cut(guarded, rate, by_layer)
     limit = None if rate is None else RateLimit(rate)
     worker = Worker(slices, issue, partial(_inside, guarded, choice, stream), limit)
@@ -107,6 +100,22 @@ def in_slices(
     transfer = BlockTransfer(Transfer((end,)), move, began, layers, worker)
     worker.start()
     return transfer
+
+
+def _read(move: Move, context: Context, passed: Passed | None) -> tuple[Move, Move]:
+    """Return a copy with private ids on the host, and the same without positions that are skipped.
+
+    Raises `SlotError` for bad ids. Ids of a device are read, so they are checked in any case.
+    """
+    read = move._replace(
+        src_index=move.src_index.apart().to_host(),
+        dst_index=move.dst_index.apart().to_host(),
+    )
+    if passed is not None and move.ids_on_host:
+        skips = passed.skips
+    else:
+        skips = check_ids(read, context, strict=False)
+    return read, drop_bad_ids(read, gcd(*read.steps))[0] if skips else read
 
 
 def _cut(move: Move, rate: float | None, by_layer: bool) -> list[Slice]:

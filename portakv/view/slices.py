@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -138,6 +138,16 @@ def cover(spans: Spans, ranges: Sequence[tuple[int, int]]) -> bool:
         if first < past:
             return False
     return True
+
+
+def overlap(one: Spans, other: Spans) -> bool:
+    """Return True if a span of one view and a span of another share a byte."""
+    few, many = (one, other) if len(one) < len(other) else (other, one)
+    for first, past in few:
+        at = bisect_left(many, (past,))
+        if at and many[at - 1][1] > first:
+            return True
+    return False
 
 
 def storage_edges(owners: Sequence[torch.Tensor]) -> npt.NDArray[np.int64]:

@@ -7,7 +7,6 @@ Addresses come from ``data_ptr()`` and strides, never from contiguity, the numbe
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from operator import index, methodcaller
@@ -28,7 +27,7 @@ from portakv.view.addresses import RawMemory, RawRows, read_addresses
 from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
 from portakv.view.bound import Tensors as Tensors
 from portakv.view.form import ALIASED, locate, same_form
-from portakv.view.slices import cover, slice_form, slice_range, spans_within, storage_edges
+from portakv.view.slices import cover, overlap, slice_form, slice_range, spans_within, storage_edges
 
 T = TypeVar("T")
 
@@ -431,17 +430,12 @@ class KVView:
             raise LayoutError(f"Expected other to be a KVView, got {shown(other)}. Pass a view.")
         if self.memory_device != other.memory_device:
             return False
-        dst = self.spans if self._spans is None else self._spans  # the property costs a call
-        src = other.spans if other._spans is None else other._spans
-        # Most views of many ranges lie in two buffers, which their outer ends tell apart.
-        if not dst or not src or dst[-1][1] <= src[0][0] or src[-1][1] <= dst[0][0]:
+        own = self.spans if self._spans is None else self._spans  # the property costs a call
+        others = other.spans if other._spans is None else other._spans
+        # Most views of many spans lie in two buffers, which their outer ends tell apart.
+        if not own or not others or own[-1][1] <= others[0][0] or others[-1][1] <= own[0][0]:
             return False
-        few, many = (dst, src) if len(dst) < len(src) else (src, dst)
-        for first, past in few:
-            at = bisect_left(many, (past,))
-            if at and many[at - 1][1] > first:
-                return True
-        return False
+        return overlap(own, others)
 
     def check_writable(self) -> None:
         """Raise `LayoutError` if this view cannot be a destination."""

@@ -214,9 +214,9 @@ def test_packed_layers_are_checked_once(unpack: bool, device: torch.device) -> N
 def test_runs_of_several_sizes_are_checked_once() -> None:
     """All sizes are checked before the first is copied."""
     src, dst = (torch.zeros(1024, dtype=torch.uint8) for _ in "ab")
-    ends = [[x.data_ptr(), x.data_ptr() + 512] for x in (src, dst)]
+    sources, destinations = ([x.data_ptr(), x.data_ptr() + 512] for x in (src, dst))
     with Checks() as checks:
-        copy_runs(*ends, [64, 96], src_device="cpu", dst_device="cpu")
+        copy_runs(sources, destinations, [64, 96], src_device="cpu", dst_device="cpu")
     expected = {"memory of a part": 4, "writable a part": 2, "disjoint": 2}
     assert {name: checks.of_call[name] for name in expected} == expected
 

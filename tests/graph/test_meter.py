@@ -150,8 +150,10 @@ def test_runs_of_several_sizes_are_as_many_copies(counted: CopyCounts) -> None:
     """All sizes are checked before the first is copied. The checks are no copies."""
     rows = torch.zeros(1024, dtype=torch.uint8)
     first = rows.data_ptr()
-    ends = [first, first + 128], [first + 512, first + 768]
-    copy_runs(*ends, [64, 96], src_device="cpu", dst_device="cpu").synchronize()
+    sources = [first, first + 128]
+    destinations = [first + 512, first + 768]
+    ends: dict[str, Any] = {"src_device": "cpu", "dst_device": "cpu"}
+    copy_runs(sources, destinations, [64, 96], **ends).synchronize()
     (copies,) = counted.figures()["copies_total"]
     assert copies["value"] == 2
 
