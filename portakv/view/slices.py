@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -140,14 +140,12 @@ def cover(spans: Spans, ranges: Sequence[tuple[int, int]]) -> bool:
     return True
 
 
-def overlap(one: Spans, other: Spans) -> bool:
-    """Return True if a span of one view and a span of another share a byte."""
-    few, many = (one, other) if len(one) < len(other) else (other, one)
-    for first, past in few:
-        at = bisect_left(many, (past,))
-        if at and many[at - 1][1] > first:
-            return True
-    return False
+def regions(owners: Sequence[torch.Tensor]) -> tuple[tuple[torch.UntypedStorage, int, int], ...]:
+    """Return each storage of some tensors once, with its address and its bytes."""
+    storages = [owner.untyped_storage() for owner in owners]
+    # Owners may share a storage, for which torch makes an object for each of them.
+    distinct = {storage._cdata: storage for storage in storages}
+    return tuple((each, each.data_ptr(), each.nbytes()) for each in distinct.values())
 
 
 def storage_edges(owners: Sequence[torch.Tensor]) -> npt.NDArray[np.int64]:
