@@ -213,8 +213,9 @@ def check_rows(move: Move, context: Context, strict: bool) -> Passed:
 
     Raises as `settle`.
     """
+    skips = bool(move.count) and check_ids(move, context, strict)
     move.dst.check_writable()
-    return Passed(bool(move.count) and check_ids(move, context, strict))
+    return Passed(skips)
 
 
 def check_memory(move: Move) -> None:
