@@ -15,7 +15,7 @@ from portakv.connector.in_graph import Allocations, first_tensor, flatten
 from portakv.copy.context import Context
 from portakv.copy.repeat_chunks import ChunkRepeats
 from portakv.copy.request import Ids, MemoryObject, Tensors, whole
-from portakv.copy.settle import check_ids
+from portakv.copy.settle import Passed, check_rows
 from portakv.errors import DeviceMismatch, LayoutError, SlotError
 from portakv.layout.language import parse
 from portakv.layout.presets import resolve
@@ -41,6 +41,13 @@ class Job(NamedTuple):
     chunk_index: Index
     cache_index: Index
     tokens: int
+
+
+class CheckedMove(NamedTuple):
+    """A copy, and the checks that it passed."""
+
+    move: Move
+    passed: Passed
 
 
 class Batch(NamedTuple):
@@ -126,6 +133,11 @@ class Registration:
             return Move(self.view, chunk, cache_index, chunk_index, tokens)
         return Move(chunk, self.view, chunk_index, cache_index, tokens)
 
+    def checked(self, store: bool, job: Job, context: Context, strict: bool) -> CheckedMove:
+        """Return the copy between the caches and a chunk, once its ids are checked."""
+        move = self.move(store, job)
+        return CheckedMove(move, check_rows(move, context, strict))
+
     def job(self, memory_obj: MemoryObject, slots: Ids | None, start: int, end: int | None) -> Job:
         """Return one memory object with its range of the slot mapping, after checks.
 
@@ -146,7 +158,9 @@ class Registration:
             )
         return Job(chunk, WHOLE, index, count)
 
-    def batch_moves(self, store: bool, batch: Batch, strict: bool) -> list[Move]:
+    def batch_moves(
+        self, store: bool, batch: Batch, context: Context, strict: bool
+    ) -> list[CheckedMove]:
         """Return the copies of a batch, one for each set of chunks of equal shape and strides.
 
         All of them are checked first, so that nothing moves if one is bad.
@@ -156,8 +170,8 @@ class Registration:
         jobs = [job for job in jobs if job.tokens]
         if store:
             _check_apart([job.chunk for job in jobs])
-        moves = [self.move(store, job) for job in self._sets(jobs)]
-        _check_batch(moves, Context.of(self.view.device, None), strict)
+        moves = [self.checked(store, job, context, strict) for job in self._sets(jobs)]
+        _check_apart_in_caches([each.move for each in moves], strict)
         return moves
 
     def chunk(self, memory_obj: MemoryObject) -> KVView:
@@ -275,11 +289,8 @@ def slot_range(slot_mapping: Ids | None, start: int, end: int | None) -> tuple[I
     return (index.shifted(start) if start else index), stop - start
 
 
-def _check_batch(moves: list[Move], context: Context, strict: bool) -> None:
-    """Reject the whole batch before its first launch if one of its copies is bad."""
-    for move in moves:
-        move.dst.check_writable()
-        check_ids(move, context, strict)
+def _check_apart_in_caches(moves: list[Move], strict: bool) -> None:
+    """Reject copies of one batch that write one slot twice, before the first is launched."""
     if len(moves) < 2:
         return
     # Sets of one batch share the cache; destinations must be distinct across them as well.

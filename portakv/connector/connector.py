@@ -15,12 +15,12 @@ import torch
 from torch.compiler import is_compiling
 
 from portakv.connector import in_graph
-from portakv.connector.caches import Batch, Registration, check_chunk_layout
+from portakv.connector.caches import Batch, CheckedMove, Registration, check_chunk_layout
+from portakv.copy.context import Context
 from portakv.copy.options import Check, CopyOptions, options_from
 from portakv.copy.request import Ids, MemoryObject, Tensors
 from portakv.copy.schedule import issue
 from portakv.errors import LayoutError, SlotError
-from portakv.plan.move import Move
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import choose
 from portakv.runtime.transfer import LateErrors, Transfer
@@ -202,6 +202,8 @@ class AdaptiveConnector:
         Raises the error of an earlier transfer that the caller has not seen.
         """
         self._late.check(self.device)
+        if self._options.late is not None:
+            self._options.late.check(self.device)
         if kv_caches is None:
             return self._require()
         if isinstance(kv_caches, Registration):
@@ -243,7 +245,9 @@ class AdaptiveConnector:
                 return transfer
         caches.check_memory()
         job = caches.job(memory_obj, slot_mapping, start, end)
-        transfer = self._submit(caches.move(store, job), stream)
+        context = Context.of(self.device, stream)
+        checked = caches.checked(store, job, context, self._options.strict)
+        transfer = self._submit(checked, context)
         if self._usual and not self._options.strict:  # a repeat looks at no ids
             caches.repeats.remember(store, job.chunk, slot_mapping)
         return self._keep(transfer)
@@ -256,16 +260,15 @@ class AdaptiveConnector:
         caches = self._caches(kv_caches)
         caches.check_memory()
         stream = self._options.stream if stream is None else stream
-        moves = caches.batch_moves(store, batch, self._options.strict)
-        return self._keep(Transfer.join([self._submit(move, stream) for move in moves]))
+        context = Context.of(self.device, stream)
+        moves = caches.batch_moves(store, batch, context, self._options.strict)
+        return self._keep(Transfer.join([self._submit(move, context) for move in moves]))
 
-    def _submit(self, move: Move, stream: torch.Stream | None) -> Transfer:
+    def _submit(self, checked: CheckedMove, context: Context) -> Transfer:
         """Issue a copy of checked caches."""
         began = perf_counter()
         options = self._options
-        if options.late is not None:
-            options.late.check(self.device)
-        transfer = issue(move, self._choice, stream, options, began, known_good=True)
+        transfer = issue(checked.move, self._choice, context, options, began, checked.passed)
         if options.late is not None:
             options.late.keep(transfer)
         return transfer

@@ -7,13 +7,13 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from portakv.copy.context import Context
 from portakv.errors import DeviceMismatch, Unsupported
 from portakv.interconnect.choose import across
 from portakv.interconnect.peer import reached
 from portakv.interconnect.strategy import Strategy, Terms
 from portakv.registry.registry import Choice
 from portakv.runtime.devices import capturing, inside, refuse_capture
-from portakv.runtime.streams import check_stream
 from portakv.runtime.transfer import Transfer
 from portakv.view.view import KVView
 
@@ -37,19 +37,19 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     return inside(device if apart else None)
 
 
-def seen_by_reader(src: KVView, reader: torch.device, stream: torch.Stream | None) -> KVView:
-    """Return rows of another device, to be read on ``stream`` (None: the reader's current stream).
+def seen_by_reader(src: KVView, context: Context) -> KVView:
+    """Return rows of another device, to be read on the context's device and stream.
 
     The stream waits for the present work of the current stream of the rows' device.
 
     Raises:
-        DeviceMismatch: devices of two types, or a stream of neither device.
+        DeviceMismatch: devices of two types.
         Unsupported: in graph capture.
     """
+    reader, stream, captured = context
     peer = src.as_peer(reader)
     owner = src.memory_device
-    check_stream(stream, reader)
-    if capturing(reader) or capturing(owner):
+    if captured or capturing(owner):
         why = (
             f"a graph would have to hold the streams of {owner} and {reader}; make the copy outside"
         )

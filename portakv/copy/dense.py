@@ -16,7 +16,8 @@ from portakv.copy.context import Context
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.launch import follow_current
 from portakv.copy.options import CopyOptions
-from portakv.copy.pack_launch import check_copy
+from portakv.copy.pack_launch import without_bad_ids
+from portakv.copy.settle import check
 from portakv.plan.move import Move
 from portakv.registry import STRATEGIES
 from portakv.runtime.devices import inside
@@ -58,7 +59,7 @@ class DenseCopy:
         context = Context.of(self.device, options.stream)
         context.check_not_captured(f"{what} goes through temporary memory")
         # The ids are used in slices, so that bad ones are left out first.
-        checked = check_copy(move, unit, context, options.strict)
+        checked = without_bad_ids(move, unit, check(move, context, options.strict).skips)
         self.move = checked.move
         self._error = checked.error
 

@@ -10,7 +10,7 @@ from portakv.copy.handle import BlockTransfer
 from portakv.copy.launch import follow_current, launch
 from portakv.copy.layers import in_layers
 from portakv.copy.options import CopyOptions
-from portakv.copy.settle import settle
+from portakv.copy.settle import Passed, settle
 from portakv.plan.move import Move
 from portakv.registry.registry import Choice
 from portakv.runtime.devices import capturing, inside, refuse_capture
@@ -18,20 +18,26 @@ from portakv.runtime.streams import side_stream
 
 
 def detached(
-    move: Move, choice: Choice, context: Context, options: CopyOptions, began: float
+    move: Move,
+    choice: Choice,
+    context: Context,
+    options: CopyOptions,
+    began: float,
+    passed: Passed | None = None,
 ) -> BlockTransfer:
     """Issue a copy that begins after the current stream, or after the given one, which does not
     wait for its end.
 
     Raises:
         Unsupported: while a graph is captured.
+        PortaKVError: as `settle`, whose ``passed`` it takes.
     """
     side = beside(move, context)
     with inside(context.stream):
         aside = context._replace(stream=side)
         if options.by_layer:
-            return in_layers(move, choice, aside, options.strict, began)
-        settled = settle(move, choice, aside, strict=options.strict)
+            return in_layers(move, choice, aside, options.strict, began, passed)
+        settled = settle(move, choice, aside, passed=passed, strict=options.strict)
         return BlockTransfer(launch(settled, aside), move, began)
 
 

@@ -111,7 +111,7 @@ class BlockTransfer(Transfer):
         self._layers = layers
         self._ended: float | None = None if transfer.completions else perf_counter()
         counts = Counted.counts
-        if counts is not None:
+        if counts is not None and move.count:
             counts.new.append((transfer.carried[0], form.place, move.dst.form, move.count))
             if len(counts.new) >= TOGETHER:
                 counts.sum_up()

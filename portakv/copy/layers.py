@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from portakv.copy.context import Context
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.launch import launch
-from portakv.copy.settle import check_memory, layer_of, settle
+from portakv.copy.settle import Passed, check, layer_of, settle
 from portakv.plan.move import Move
 from portakv.registry.registry import Choice
 from portakv.runtime.transfer import Transfer
@@ -31,14 +31,26 @@ def calling_for_layers(call: Callable[[int, Transfer], None]) -> Iterator[None]:
 
 
 def in_layers(
-    move: Move, choice: Choice, context: Context, strict: bool, began: float
+    move: Move,
+    choice: Choice,
+    context: Context,
+    strict: bool,
+    began: float,
+    passed: Passed | None = None,
 ) -> BlockTransfer:
     """Issue one layer after another; arguments and errors are those of `settle`."""
-    check_memory(move)
+    if passed is None:
+        passed = check(move, context, strict)
     call = getattr(_calls, "call", None)
     layers = []
+    used = move
     for i in range(move.src.layers):
-        settled = settle(layer_of(move, i), choice, context, known_good=True, strict=strict)
+        settled = settle(layer_of(used, i), choice, context, passed=passed)
+        if settled.move.count < used.count:
+            # Bad ids were left out, which the other layers have as well. They are read once.
+            _, _, src_index, dst_index, count = settled.move
+            used = Move(move.src, move.dst, src_index, dst_index, count)
+            passed = Passed(False, settled.error)
         layers.append(launch(settled, context))
         if call is not None:
             call(i, layers[-1])

@@ -14,7 +14,7 @@ from portakv.backends.base import Capabilities
 from portakv.copy.context import Context
 from portakv.copy.detached import beside
 from portakv.copy.launch import bring_tables, follow_current
-from portakv.copy.settle import check_ids, check_memory, drop_bad_ids
+from portakv.copy.settle import drop_bad_ids
 from portakv.errors import PackOverflow, PortaKVError
 from portakv.layout.packing import PACK
 from portakv.plan.move import Move
@@ -46,19 +46,13 @@ class Checked(NamedTuple):
     guarded: bool
 
 
-def check_copy(
-    move: Move, unit: int, context: Context, strict: bool, can: Capabilities | None = None
-) -> Checked:
-    """Check the memory and the ids of a copy in blocks of ``unit`` tokens.
+def without_bad_ids(move: Move, unit: int, skips: bool, can: Capabilities | None = None) -> Checked:
+    """Leave bad ids out of a checked copy in blocks of ``unit`` tokens.
 
-    ``can``: the capabilities of the backend that reads the ids. None: bad ids are left out, which
-    waits for ids on a device once.
-
-    Raises as `settle`, and `Unsupported` inside graph capture.
+    ``skips``: ids on the host skip positions. ``can``: the capabilities of the backend that reads
+    the ids, which may skip bad ids itself. None: it does not. Waits at most once for ids on a
+    device.
     """
-    context.check_not_captured(f"{PACK!r} reports blocks that do not fit to the host")
-    check_memory(move)
-    skips = check_ids(move, context, strict)
     clean = move.src_index.is_clean(move.count, move.src.slots)
     clean = clean and move.dst_index.is_clean(move.count, move.dst.slots)
     if clean and not skips:
@@ -84,11 +78,11 @@ class Packed(NamedTuple):
 
 
 def issue_pack(
-    move: Move, ready: PreparedPack, context: Context, strict: bool, detached: bool = False
+    move: Move, ready: PreparedPack, context: Context, skips: bool, detached: bool = False
 ) -> Packed:
-    """Check a copy on one device and launch it on the context's stream, or ``detached`` after that
-    stream's work."""
-    checked = check_copy(move, ready.plan.unit, context, strict, ready.can)
+    """Launch a checked copy on one device, on the context's stream, or ``detached`` after that
+    stream's work. ``skips``: ids on the host skip positions."""
+    checked = without_bad_ids(move, ready.plan.unit, skips, ready.can)
     if not checked.move.count:
         return nothing_packed(checked.error)
     if not detached or context.device.type == "cpu":

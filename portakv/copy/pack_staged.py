@@ -14,9 +14,9 @@ from portakv.copy.pack_launch import (
     Checked,
     OverflowReport,
     Packed,
-    check_copy,
     nothing_packed,
     overflow_words,
+    without_bad_ids,
 )
 from portakv.interconnect.pack_passage import ByLink, Crosses, issue_slices
 from portakv.interconnect.pack_slices import PackStages, pack_stages
@@ -33,19 +33,23 @@ SMALLEST = 16 << 20
 WHOLE = 32 << 20
 
 
-def issue_staged(move: Move, options: CopyOptions, submit: Submit, device: torch.device) -> Packed:
-    """Issue a copy that packs or unpacks on ``device``, of which one side is elsewhere.
+def issue_staged(
+    move: Move, options: CopyOptions, submit: Submit, context: Context, skips: bool
+) -> Packed:
+    """Issue a checked copy that packs or unpacks on the context's device, of which one side is
+    elsewhere.
 
-    ``submit`` issues the plain copy of a slice, unless the slice crosses by the link itself.
+    ``skips``: ids on the host skip positions. ``submit`` issues the plain copy of a slice, unless
+    the slice crosses by the link itself.
 
     Raises as `copy_packed` does.
     """
+    device = context.device
     leaves = move.dst.device != device
     packed = move.src if move.src.form.encoding else move.dst
-    context = Context.of(device, options.stream)
     stages = pack_stages(move, leaves, packer(options, device))  # refuses what cannot be executed
     # The ids are used in slices, so that bad ones are left out first.
-    checked = check_copy(move, packed.form.block_size, context, options.strict)
+    checked = without_bad_ids(move, packed.form.block_size, skips)
     move = checked.move
     if not move.count:
         return nothing_packed(checked.error)

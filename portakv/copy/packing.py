@@ -20,6 +20,7 @@ from portakv.copy.options import CopyOptions
 from portakv.copy.pack_launch import Packed, issue_pack, join_layers
 from portakv.copy.pack_staged import issue_staged
 from portakv.copy.packed_slots import check_whole, slots_of
+from portakv.copy.settle import check
 from portakv.errors import Unsupported
 from portakv.layout.packing import PACK
 from portakv.plan.packing import Move, PackPlan
@@ -46,12 +47,19 @@ def copy_packed(
     _refuse_options(options)
     packed = move.src.form if move.src.form.encoding else move.dst.form
     check_whole(move, packed.block_size)
+    if options.by_layer:
+        PackPlan(move.src.form, move.dst.form, *move.steps)  # a layer of each side may not tell
+    context = Context.of(_device_of(move), options.stream)
+    context.check_not_captured(f"{PACK!r} reports blocks that do not fit to the host")
+    skips = check(move, context, options.strict).skips
     if not options.by_layer:
-        return BlockTransfer(_transform(move, options, submit).transfer, move, began)
-    PackPlan(move.src.form, move.dst.form, *move.steps)  # a layer of each side may not tell
-    layers = [_transform(move.layer(at), options, submit) for at in range(move.src.layers)]
+        whole = _transform(move, options, submit, context, skips)
+        return BlockTransfer(whole.transfer, move, began)
+    layers = [
+        _transform(move.layer(at), options, submit, context, skips) for at in range(move.src.layers)
+    ]
     ends = tuple(layer.transfer for layer in layers)
-    return BlockTransfer(join_layers(layers, _device_of(move)), move, began, ends)
+    return BlockTransfer(join_layers(layers, context.device), move, began, ends)
 
 
 def _device_of(move: Move) -> torch.device:
@@ -64,22 +72,28 @@ def _device_of(move: Move) -> torch.device:
 
 
 def _transform(
-    move: Move, options: CopyOptions, submit: Callable[[Move, CopyOptions], BlockTransfer]
+    move: Move,
+    options: CopyOptions,
+    submit: Callable[[Move, CopyOptions], BlockTransfer],
+    context: Context,
+    skips: bool,
 ) -> Packed:
-    """Pack or unpack on the device of both sides, or on the one that is an accelerator."""
+    """Pack or unpack on the device of both sides, or on the one that is an accelerator.
+
+    ``skips``: ids on the host skip positions.
+    """
     src = move.src
     dst = move.dst
     if src.device == dst.device and src.form.place != "peer":
         choice = choose(src.device, options.backend)
-        context = Context.of(choice.backend.device, options.stream)
         ready = prepared_pack(src.form, dst.form, *move.steps, choice)
-        return issue_pack(move, ready, context, options.strict, options.detached)
+        return issue_pack(move, ready, context, skips, options.detached)
     if options.detached and src.device.type != "cpu" != dst.device.type:
         raise Unsupported(
             "A detached copy that packs or unpacks between two devices",
             "a stream of the source's device waits for it; leave detached out",
         )
-    return issue_staged(move, options, submit, _device_of(move))
+    return issue_staged(move, options, submit, context, skips)
 
 
 def _refuse_options(options: CopyOptions) -> None:

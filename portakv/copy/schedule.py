@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from portakv.copy.between import executor_of
 from portakv.copy.context import Context
 from portakv.copy.detached import detached
@@ -13,7 +11,7 @@ from portakv.copy.launch import launch
 from portakv.copy.layers import in_layers
 from portakv.copy.options import CopyOptions
 from portakv.copy.remember import remember
-from portakv.copy.settle import settle
+from portakv.copy.settle import Passed, settle
 from portakv.copy.slices import in_slices
 from portakv.plan.move import Move
 from portakv.registry.registry import Choice
@@ -22,38 +20,36 @@ from portakv.registry.registry import Choice
 def issue(
     move: Move,
     choice: Choice,
-    stream: torch.Stream | None,
+    context: Context,
     options: CopyOptions,
     began: float,
-    known_good: bool = False,
+    passed: Passed | None = None,
 ) -> BlockTransfer:
     """Issue a copy of one device by the schedule that its options request.
 
     Args:
         choice: the registry's, for the device of the copy.
-        stream: where the copy is ordered, whatever stream the options name.
+        context: of that device, with the stream of the copy, whatever stream the options name.
         began: when the call began, by `perf_counter`.
-        known_good: the memory of the views was checked just now: it exists, and no byte is shared.
+        passed: the checks that a connector made; it also repeats its own copies. None: check it.
 
     Raises as `copy_rows`.
     """
     src = move.src
     dst = move.dst
-    context = Context.of(choice.backend.device, stream)
     executor = choice
     inside = src.device == dst.device == context.device and src.form.place != "peer"
     if options.terms is not None or not inside:
         executor = executor_of(src, dst, choice, options.terms)
     if options.sliced:
-        return in_slices(move, executor, context, options.max_gbps, options.by_layer)
+        return in_slices(move, executor, context, options.max_gbps, options.by_layer, passed)
     if options.detached and context.device.type != "cpu":
-        return detached(move, executor, context, options, began)
+        return detached(move, executor, context, options, began, passed)
     if options.by_layer:
-        return in_layers(move, executor, context, options.strict, began)
-    settled = settle(move, executor, context, known_good=known_good, strict=options.strict)
+        return in_layers(move, executor, context, options.strict, began, passed)
+    settled = settle(move, executor, context, passed=passed, strict=options.strict)
     made = launch(settled, context)
-    # A connector, whose memory is known to be good, repeats its own copies.
-    if options.plain and not (known_good or context.captured):
+    if options.plain and passed is None and not context.captured:
         remember(move, choice, options, context.device, settled, made)
     skips = settled.guarded or settled.move is not move
     return BlockTransfer(made, move, began, skips=skips)

@@ -20,6 +20,18 @@ UNCHECKED = "its ids have to be checked before they are used"  # inside graph ca
 Piece: TypeAlias = tuple[Prepared, int, int]
 
 
+class Passed(NamedTuple):
+    """The checks of memory and ids that a copy passed. Each part of the copy passes them, too.
+
+    Attributes:
+        skips: ids on the host skip positions.
+        error: the error of ids that were left out of the copy.
+    """
+
+    skips: bool
+    error: SlotError | None = None
+
+
 class Settled(NamedTuple):
     """A copy with all decisions about it.
 
@@ -43,29 +55,27 @@ def settle(
     choice: Choice,
     context: Context,
     *,
-    known_good: bool = False,
+    passed: Passed | None = None,
     strict: bool = False,
 ) -> Settled:
     """Decide how a copy that its indices and views cover is made; move nothing.
 
     Args:
         choice: what executes it, as `executor_of` decides.
-        known_good: the memory of the views was checked just now: it exists, and no byte is shared.
+        passed: the checks that the copy passed just now, alone or as a part. None: check it.
         strict: check ids on a device before anything is moved, which waits for them.
 
     Raises as `copy_rows`.
     """
     src = move.src
     dst = move.dst
-    dst.check_writable()
-    if not known_good:
-        src.check_memory()
-        dst.check_memory()
+    if passed is None:
+        check_views(move)
     ready = prepared(src.form, dst.form, *move.steps, None, choice)
+    error = None if passed is None else passed.error
     if move.count == 0:
-        return Settled(move, ())
-    skips = check_ids(move, context, strict)
-    error = None
+        return Settled(move, (), error)
+    skips = check_ids(move, context, strict) if passed is None else passed.skips
     pieces = _pieces(ready, move, choice)
     src_index = move.src_index
     dst_index = move.dst_index
@@ -76,11 +86,12 @@ def settle(
     if guarded and not _take(pieces, move, clean):
         guarded = False
         context.check_not_captured(UNCHECKED)
-        move, error = drop_bad_ids(move, max(ready.plan.unit for ready, _, _ in pieces))
+        move, found = drop_bad_ids(move, max(ready.plan.unit for ready, _, _ in pieces))
+        error = error or found
         if move.count == 0:
             return Settled(move, (), error)
         pieces = _pieces(prepared(src.form, dst.form, *move.steps, None, choice), move, choice)
-    if not known_good:
+    if passed is None:
         check_disjoint(move)
     if context.captured:
         _check_capture(pieces, move, context)
@@ -166,6 +177,8 @@ def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
 
     src_index, dst_index = (Index(number[usable], step=unit) for number in numbers)
     usable_tokens = usable.numel() * unit
+    src_index.mark_clean(usable_tokens, move.src.slots)
+    dst_index.mark_clean(usable_tokens, move.dst.slots)
     return Move(move.src, move.dst, src_index, dst_index, usable_tokens), error
 
 
@@ -185,9 +198,34 @@ def layer_of(move: Move, layer: int) -> Move:
     return move.layer(layer)
 
 
+def check(move: Move, context: Context, strict: bool) -> Passed:
+    """Check the memory and the ids of a copy whose parts are settled one by one.
+
+    Raises as `settle`.
+    """
+    check_memory(move)
+    return Passed(bool(move.count) and check_ids(move, context, strict))
+
+
+def check_rows(move: Move, context: Context, strict: bool) -> Passed:
+    """Check the destination and the ids of a copy between views whose memory exists and is not
+    shared, which the caller knows.
+
+    Raises as `settle`.
+    """
+    skips = bool(move.count) and check_ids(move, context, strict)
+    move.dst.check_writable()
+    return Passed(skips)
+
+
 def check_memory(move: Move) -> None:
     """Raise if memory was replaced or cannot be written, or if a row is both read and written."""
+    check_views(move)
+    check_disjoint(move)
+
+
+def check_views(move: Move) -> None:
+    """Raise if memory was replaced, or cannot be written."""
     move.dst.check_writable()
     move.src.check_memory()
     move.dst.check_memory()
-    check_disjoint(move)

@@ -14,9 +14,16 @@ import torch
 from portakv.copy.context import Context
 from portakv.copy.handle import BlockTransfer, token_bytes
 from portakv.copy.launch import follow_current, launch
-from portakv.copy.settle import check_ids, check_memory, drop_bad_ids, layer_of, settle
+from portakv.copy.settle import (
+    Passed,
+    check_ids,
+    check_views,
+    drop_bad_ids,
+    layer_of,
+    settle,
+)
 from portakv.interconnect.strategy import Strategy
-from portakv.plan.move import Move
+from portakv.plan.plan import Move, check_disjoint
 from portakv.registry.prepared import bring
 from portakv.registry.registry import Choice
 from portakv.runtime.devices import inside, refuse_capture
@@ -31,14 +38,21 @@ SLICE = 16 << 20
 #: Seconds of a slice at the requested rate. It crosses as fast as the link, and
 #: the pause after it makes the rate.
 BEAT = 0.002
+#: The checks that each slice passes: those of the whole copy, whose skipped positions are left out.
+_PASSED = Passed(skips=False)
 
 
 def in_slices(
-    move: Move, choice: Choice, context: Context, rate: float | None, by_layer: bool
+    move: Move,
+    choice: Choice,
+    context: Context,
+    rate: float | None,
+    by_layer: bool,
+    passed: Passed | None = None,
 ) -> BlockTransfer:
     """Start a transfer in slices, at most ``rate`` 10^9 bytes a second.
 
-    With ``by_layer`` no slice has rows of two layers.
+    With ``by_layer`` no slice has rows of two layers. ``passed``: as for `settle`.
 
     Raises:
         SlotError: bad ids, also on a device, which are read first.
@@ -50,14 +64,13 @@ def in_slices(
     if captured:
         why = "the host issues them while the copy runs; leave out cancellable and max_gbps"
         raise refuse_capture("A copy in slices", why)
+    if passed is None:
+        check_views(move)
     nothing = (layer_of(move, 0) if by_layer else move)._replace(count=0)
-    settle(nothing, choice, context)  # refuse now what cannot be executed
-    src_index = move.src_index.apart().to_host()
-    dst_index = move.dst_index.apart().to_host()
-    guarded = move = move._replace(src_index=src_index, dst_index=dst_index)
-    if check_ids(guarded, context, strict=False):
-        guarded, _ = drop_bad_ids(guarded, gcd(*guarded.steps))  # positions that are skipped
-    check_memory(guarded)
+    settle(nothing, choice, context, passed=_PASSED)  # refuse now what cannot be executed
+    move, guarded = _read(move, context, passed)
+    if passed is None:
+        check_disjoint(guarded)
     if not guarded.count:
         none = (Transfer(),) * move.src.layers if by_layer else None
         return BlockTransfer(Transfer(), move, began, none)
@@ -72,9 +85,9 @@ def in_slices(
     def issue(piece: Slice) -> Transfer:
         part = _part(guarded, piece)
         for view, index in ((part.src, part.src_index), (part.dst, part.dst_index)):
-            view.check_memory()  # it may be released while a slice runs
+            view.check_memory()  # it may be released after the call, while a slice runs
             index.note_checked(part.count, view.slots)
-        transfer = launch(settle(part, choice, here, known_good=True), here)
+        transfer = launch(settle(part, choice, here, passed=_PASSED), here)
         return awaited_asleep(transfer, device)  # the worker waits for it
 
     slices = _cut(guarded, rate, by_layer)
@@ -87,6 +100,22 @@ def in_slices(
     transfer = BlockTransfer(Transfer((end,)), move, began, layers, worker)
     worker.start()
     return transfer
+
+
+def _read(move: Move, context: Context, passed: Passed | None) -> tuple[Move, Move]:
+    """Return a copy with private ids on the host, and the same without positions that are skipped.
+
+    Raises `SlotError` for bad ids. Ids of a device are read, so they are checked in any case.
+    """
+    read = move._replace(
+        src_index=move.src_index.apart().to_host(),
+        dst_index=move.dst_index.apart().to_host(),
+    )
+    if passed is not None and move.ids_on_host:
+        skips = passed.skips
+    else:
+        skips = check_ids(read, context, strict=False)
+    return read, drop_bad_ids(read, gcd(*read.steps))[0] if skips else read
 
 
 def _cut(move: Move, rate: float | None, by_layer: bool) -> list[Slice]:

@@ -6,11 +6,13 @@ from __future__ import annotations
 from time import perf_counter
 
 from portakv.copy.between import common_device, current, order_after, seen_by_reader
+from portakv.copy.context import Context
 from portakv.copy.encoded import copy_encoded
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
 from portakv.copy.repeat import repeated
 from portakv.copy.schedule import issue
+from portakv.copy.settle import Passed
 from portakv.plan.move import Move
 from portakv.registry.registry import choose
 
@@ -23,8 +25,11 @@ def submit(move: Move, options: CopyOptions) -> BlockTransfer:
     return repeated(move, options) or submit_new(move, options)
 
 
-def submit_new(move: Move, options: CopyOptions) -> BlockTransfer:
-    """Issue a copy that `repeated` does not know, by the schedule that its options request."""
+def submit_new(move: Move, options: CopyOptions, passed: Passed | None = None) -> BlockTransfer:
+    """Issue a copy that `repeated` does not know, by the schedule that its options request.
+
+    ``passed``: the checks that a copy of plain rows passed just now. None: check it.
+    """
     began = perf_counter()
     src = move.src
     dst = move.dst
@@ -37,22 +42,26 @@ def submit_new(move: Move, options: CopyOptions) -> BlockTransfer:
     if src.form.encoding or dst.form.encoding:
         transfer = copy_encoded(move, options, began, submit)
     elif src.device != dst.device and src.device.type != "cpu" != dst.device.type:
-        transfer = _from_peer(move, options, began)
+        transfer = _from_peer(move, options, began, passed)
     else:
         choice = choose(common_device(src, dst), options.backend)
-        transfer = issue(move, choice, options.stream, options, began)
+        context = Context.of(choice.backend.device, options.stream)
+        transfer = issue(move, choice, context, options, began, passed)
     if late is not None:
         late.keep(transfer)
     return transfer
 
 
-def _from_peer(move: Move, options: CopyOptions, began: float) -> BlockTransfer:
+def _from_peer(
+    move: Move, options: CopyOptions, began: float, passed: Passed | None
+) -> BlockTransfer:
     """Issue a copy of another device's rows, which the destination's device reads."""
     device = move.dst.device
-    seen = move._replace(src=seen_by_reader(move.src, device, options.stream))
+    context = Context.of(device, options.stream)
+    seen = move._replace(src=seen_by_reader(move.src, context))
     with current(device):
         made = repeated(seen, options) or issue(
-            seen, choose(device, options.backend), options.stream, options, began
+            seen, choose(device, options.backend), context, options, began, passed
         )
     if not (options.detached or options.sliced):
         order_after(move.src, made)

@@ -442,12 +442,13 @@ def _all_pinned(addresses: Sequence[int] | npt.NDArray[np.int64]) -> bool:
 
         while remaining.size:
             first = int(remaining[0])
+            if not is_pinned(first):  # the usual case, before pages are listed
+                return False
             allocation = _cuda_driver.range_of(first)
             if allocation is None:
                 one_per_page = {each >> 12: each for each in remaining.tolist()}
+                del one_per_page[first >> 12]
                 return all(map(is_pinned, one_per_page.values()))
-            if not is_pinned(first):
-                return False
             start, end = allocation
             remaining = remaining[(remaining < start) | (remaining >= end)]
     return True

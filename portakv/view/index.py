@@ -392,7 +392,9 @@ class Index:
         if not (self.temporary and self.on_host) or self.ids is None:
             return self
         array = self.host_ids().copy()
-        return self._derived(torch.from_numpy(array), self.offset, _Store(array))
+        store = _Store(array)
+        store.checked.update(self._store.checked)
+        return self._derived(torch.from_numpy(array), self.offset, store)
 
     def host_ids(self) -> npt.NDArray[np.int64]:
         """Return the ids as a contiguous int64 array on the host; wait for a device with them."""

@@ -140,6 +140,14 @@ def cover(spans: Spans, ranges: Sequence[tuple[int, int]]) -> bool:
     return True
 
 
+def regions(owners: Sequence[torch.Tensor]) -> tuple[tuple[torch.UntypedStorage, int, int], ...]:
+    """Return each storage of some tensors once, with its address and its bytes."""
+    storages = [owner.untyped_storage() for owner in owners]
+    # Owners may share a storage, for which torch makes an object for each of them.
+    distinct = {storage._cdata: storage for storage in storages}
+    return tuple((each, each.data_ptr(), each.nbytes()) for each in distinct.values())
+
+
 def storage_edges(owners: Sequence[torch.Tensor]) -> npt.NDArray[np.int64]:
     """Return the first byte of the storage of each tensor, and then the byte past each."""
     storages = [owner.untyped_storage() for owner in owners]

@@ -28,7 +28,7 @@ from portakv.view.addresses import RawMemory, RawRows, read_addresses
 from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
 from portakv.view.bound import Tensors as Tensors
 from portakv.view.form import ALIASED, locate, same_form
-from portakv.view.slices import cover, slice_form, slice_range, spans_within, storage_edges
+from portakv.view.slices import cover, regions, slice_form, slice_range, spans_within, storage_edges
 
 T = TypeVar("T")
 
@@ -434,6 +434,9 @@ class KVView:
         dst = self.spans if self._spans is None else self._spans  # the property costs a call
         src = other.spans if other._spans is None else other._spans
         few, many = (dst, src) if len(dst) < len(src) else (src, dst)
+        # Most views of many spans lie in two buffers, which their outer ends tell apart.
+        if not few or few[-1][1] <= many[0][0] or many[-1][1] <= few[0][0]:
+            return False
         for first, past in few:
             at = bisect_left(many, (past,))
             if at and many[at - 1][1] > first:
@@ -493,10 +496,7 @@ class KVView:
 
     def _check_storages(self) -> None:
         """Raise `LayoutError` unless the storages of the tensors cover the spans of the view."""
-        storages = [owner.untyped_storage() for owner in self.owners]
-        # Owners may share a storage, for which torch makes an object for each of them.
-        distinct = {storage._cdata: storage for storage in storages}
-        checked = tuple((s, s.data_ptr(), s.nbytes()) for s in distinct.values())
+        checked = regions(self.owners)
         ranges = sorted((start, start + nbytes) for _, start, nbytes in checked)
         if not cover(self.spans, ranges):
             raise self.replaced()

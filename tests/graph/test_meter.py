@@ -19,7 +19,7 @@ from support.migrate_pulls import Rows, sides
 from support.storage_cases import key_of
 
 from portakv import InvalidTerms, KVView
-from portakv.copy import copy_rows, count_copies
+from portakv.copy import copy_rows, copy_runs, count_copies
 from portakv.copy.counting import TOGETHER, CopyCounts, Counted
 from portakv.graph import Graph
 from portakv.graph.meter import Meter, figures_of
@@ -144,6 +144,18 @@ def test_copies_are_counted_from_the_first_question_on() -> None:
     copy_rows(src.view, dst.view, count=4).synchronize()
     assert counts.figures() == figures
     assert Counted.counts is None
+
+
+def test_runs_of_several_sizes_are_as_many_copies(counted: CopyCounts) -> None:
+    """All sizes are checked before the first is copied. The checks are no copies."""
+    rows = torch.zeros(1024, dtype=torch.uint8)
+    first = rows.data_ptr()
+    sources = [first, first + 128]
+    destinations = [first + 512, first + 768]
+    ends: dict[str, Any] = {"src_device": "cpu", "dst_device": "cpu"}
+    copy_runs(sources, destinations, [64, 96], **ends).synchronize()
+    (copies,) = counted.figures()["copies_total"]
+    assert copies["value"] == 2
 
 
 def test_a_copy_costs_one_append(counted: CopyCounts) -> None:

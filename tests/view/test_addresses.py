@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -324,6 +325,22 @@ def test_torch_is_asked_of_one_address_in_each_page(monkeypatch: pytest.MonkeyPa
         assert view.form.place == place
         assert pages == [5, 7, last]
         pages.clear()
+
+
+def test_no_driver_is_asked_for_the_range_of_pageable_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queried: list[object] = []
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: False)
+    sys.setprofile(lambda frame, event, called: queried.append(frame.f_code))
+    try:
+        view = KVView.at(
+            [4096, 8192], "block | token dim", shape=(1, 64), dtype=torch.uint8, device="cpu"
+        )
+    finally:
+        sys.setprofile(None)
+    assert view.form.place == "pageable"
+    assert cuda.range_of.__code__ not in queried
 
 
 @pytest.mark.parametrize("size", [4, 12, 16])

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import re
+import sys
+from bisect import bisect_left
 from collections.abc import Callable
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -356,3 +359,25 @@ def test_views_of_one_memory_overlap_where_their_ranges_do() -> None:
     inside = KVView(memory[50:52], "token dim")
     assert both.overlaps(inside)
     assert inside.overlaps(both)
+
+
+def test_two_buffers_are_compared_as_a_whole() -> None:
+    """A list of runs between two buffers is not compared run by run, unless they are mixed."""
+    memory = noise(300, 8)
+    lower, upper, mixed, empty = (
+        KVView([memory[row : row + 2] for row in rows], "layer | token dim")
+        for rows in (range(0, 100, 4), range(100, 200, 4), range(2, 200, 4), [300])
+    )
+    searched: list[object] = []
+    sys.setprofile(lambda frame, event, called: searched.append(called))
+    try:
+        answers = [one.overlaps(other) for one, other in permutations((lower, upper, empty), 2)]
+        whole = bisect_left in searched
+        answers.append(lower.overlaps(mixed))
+    finally:
+        sys.setprofile(None)
+    assert answers == [False] * 7
+    assert not whole
+    assert bisect_left in searched
+    assert lower.overlaps(KVView(memory[97:98], "token dim"))
+    assert upper.overlaps(KVView(memory[99:101], "token dim"))
