@@ -9,10 +9,12 @@ So every layout, backend and transfer strategy works on both sides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from portakv.copy.between import common_device
 from portakv.copy.context import Context
+from portakv.copy.dense_overflow import end_of_packed, is_packed, wait_for_end
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.launch import follow_current
 from portakv.copy.options import CopyOptions
@@ -25,8 +27,24 @@ from portakv.runtime.transfer import Completion, Transfer
 
 #: Issue a plain copy under options.
 Submit = Callable[[Move, CopyOptions], BlockTransfer]
-#: Issue a copy in slices; yield the two plain copies of each.
-Slices = Callable[[Move], Iterable[tuple[Transfer, Transfer]]]
+
+
+class DenseSlice(NamedTuple):
+    """The plain copies of a slice.
+
+    Attributes:
+        first: the position at which the slice starts.
+        fetched: brings its rows to dense memory.
+        left: take them to the destination; several or none if blocks are left out.
+    """
+
+    first: int
+    fetched: Transfer
+    left: Sequence[Transfer]
+
+
+#: Issue a copy in slices; yield the plain copies of each.
+Slices = Callable[[Move], Iterable[DenseSlice]]
 
 
 class DenseCopy:
@@ -55,6 +73,7 @@ class DenseCopy:
         self.device = move.dst.device if both else common_device(move.src, move.dst)
         self._options = options
         self._submit = submit
+        self._unit = unit
         self._what = what
         context = Context.of(self.device, options.stream)
         context.check_not_captured(f"{what} goes through temporary memory")
@@ -66,20 +85,23 @@ class DenseCopy:
     def issue(self, slices: Slices) -> Transfer:
         """Issue all slices; return their plain copies as one transfer."""
         stream = self._options.stream
-        made: list[Transfer] = []
+        listed: list[DenseSlice] = []
+        ends: list[Transfer] = []
         if self.move.count:
             follow_current(stream, [self.move])
             # Dense memory belongs to the stream that changes it.
             with inside(self.device if stream is None else stream):
-                for fetched, left in slices(self.move):
-                    made += fetched, left
+                listed = [*slices(self.move)]
+                ends = self._ends(listed)
+        made = [copy for each in listed for copy in (each.fetched, *each.left)]
         reported = Transfer(() if self._error is None else (Completion(error=self._error),))
         joined = Transfer.join([*made, reported])
+        completions = [end for each in [*ends, reported] for end in each.completions]
         carried = dict.fromkeys(one.carried for one in made[:2])
         how = " and ".join(dict.fromkeys(name for name, _ in carried)) or joined.carried[0]
         reasons = [f"{name}: {reason}" for name, reason in carried]
         reasons.append(f"{self._what} by operations of torch on {self.device}")
-        return Transfer(joined.completions, (joined,), (how, "; ".join(reasons)))
+        return Transfer(completions, (joined,), (how, "; ".join(reasons)))
 
     def copy(self, move: Move) -> Transfer:
         """Copy rows or slots to or from dense memory, on the current stream."""
@@ -96,5 +118,25 @@ class DenseCopy:
         )
         transfer = self._submit(move, plain)
         if not transfer.ordered:  # no stream orders the use of the dense memory
-            transfer.synchronize()
+            wait_for_end(transfer)
         return transfer
+
+    def _ends(self, slices: Sequence[DenseSlice]) -> list[Transfer]:
+        """Return the transfers that end with the slices, on the current stream.
+
+        A plain copy that packs or unpacks numbers blocks by their places in dense memory. One
+        error for all slices, with the caller's numbers, stands for the errors of such copies.
+        """
+        fetched = [each.fetched for each in slices]
+        left = [copy for each in slices for copy in each.left]
+        unpacks = is_packed(self.move.src.form)
+        packs = is_packed(self.move.dst.form)
+        if not (unpacks or packs):
+            return [*fetched, *left]
+
+        plain = left if unpacks else fetched
+        packed = fetched if unpacks else left
+        first_blocks = [each.first // self._unit for each in slices]
+        copies = [*zip(first_blocks, packed, strict=True)]
+        end = end_of_packed(self.move, self._unit, copies, self.device, self._options.stream)
+        return [end, *plain]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from portakv.copy.dense import DenseCopy, Submit
+from portakv.copy.dense import DenseCopy, DenseSlice, Submit
 from portakv.copy.fp8_rows import decode_rows, encode_rows
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
@@ -64,7 +64,7 @@ def _converted(move: Move, options: CopyOptions, submit: Submit) -> Transfer:
     dense = DenseCopy(move, options, submit, unit, repr(FP8))
     convert = encode_rows if encodes else decode_rows
 
-    def slices(move: Move) -> Iterator[tuple[Transfer, Transfer]]:
+    def slices(move: Move) -> Iterator[DenseSlice]:
         values = sum(plane.values for plane in encoded.encoding)
         most = SLICE // (encoded.layers * encoded.heads * values)
         blocks = max(1, min(most, move.count // unit))
@@ -77,7 +77,8 @@ def _converted(move: Move, options: CopyOptions, submit: Submit) -> Transfer:
             pairs = zip(encoded.encoding, near.tensors, far.tensors, strict=True)
             for plane, source, target in pairs:
                 convert(source[chosen].flatten(0, 2), target[chosen].flatten(0, 2), plane)
-            yield fetched, dense.copy(Move(far, part.dst, Index(), part.dst_index, part.count))
+            left = dense.copy(Move(far, part.dst, Index(), part.dst_index, part.count))
+            yield DenseSlice(first, fetched, [left])
 
     return dense.issue(slices)
 

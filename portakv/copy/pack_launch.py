@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from portakv.backends.base import Capabilities
@@ -172,12 +173,19 @@ class OverflowReport:
     @classmethod
     def of(cls, move: Move, unit: int, overflow: torch.Tensor, packs: bool) -> OverflowReport:
         """Order the copies of the words, and of ids that only the device has, to the host."""
+        report = cls.of_blocks(move, unit, overflow.device, packs)
+        return replace(report, words=(_to_host(overflow),))
+
+    @classmethod
+    def of_blocks(cls, move: Move, unit: int, device: torch.device, packs: bool) -> OverflowReport:
+        """Return a report without words, for `error_of`; order the copies of ids that only the
+        device has to the host."""
         count = move.count
         src, dst = (
-            _to_host(index.units(count, unit, _home(index, overflow.device)))
+            _to_host(index.units(count, unit, _home(index, device)))
             for index in (move.src_index, move.dst_index)
         )
-        return cls((_to_host(overflow),), src, dst, packs)
+        return cls((), src, dst, packs)
 
     @classmethod
     def of_layers(cls, layers: Sequence[OverflowReport]) -> OverflowReport:
@@ -187,7 +195,10 @@ class OverflowReport:
 
     def __call__(self) -> PackOverflow | None:
         """Return the error that names the blocks; None if all of them fit."""
-        bad = np.logical_or.reduce([each.numpy() != 0 for each in self.words])
+        return self.error_of(np.logical_or.reduce([each.numpy() != 0 for each in self.words]))
+
+    def error_of(self, bad: npt.NDArray[np.bool_]) -> PackOverflow | None:
+        """Return the error that names the blocks of a mask; None if it has none."""
         at = np.flatnonzero(bad)
         if not at.size:
             return None

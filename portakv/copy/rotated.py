@@ -38,6 +38,9 @@ def rotate_blocks(
     Keys are rotated in float32, and rounded to their number type. All other rows, and values of a
     head from ``rope.rotary_dim`` on, are copied bit by bit unless a side has a lossy encoding.
 
+    The transfer raises `PackOverflow` as that of `copy_blocks`. The call waits until a packed
+    source is unpacked, and writes no row of a block with a flagged slot.
+
     Args:
         src, dst, src_blocks, dst_blocks, count: as for `copy_blocks`. One side may be encoded.
         rope: the shift, and the rotary positions of the model.

@@ -6,12 +6,13 @@ Either plain copy may unpack or pack, so that rotated rows come from and go to e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import gcd
 
 import torch
 
-from portakv.copy.dense import DenseCopy, Submit
+from portakv.copy.dense import DenseCopy, DenseSlice, Submit
+from portakv.copy.dense_overflow import is_packed, unfit_blocks
 from portakv.copy.options import CopyOptions
 from portakv.copy.packed_slots import check_whole
 from portakv.errors import LayoutError, Unsupported
@@ -35,7 +36,9 @@ def copy_rotated(move: Move, rope: Rope, options: CopyOptions, submit: Submit) -
     unit = sizes[0] if sizes else gcd(move.count, *filter(None, move.steps))
     dense = DenseCopy(move, options, submit, unit, "the rotation of keys")
 
-    def slices(move: Move) -> Iterator[tuple[Transfer, Transfer]]:
+    unpacks = is_packed(move.src.form)
+
+    def slices(move: Move) -> Iterator[DenseSlice]:
         step = max(1, *sizes, *move.steps)
         most = SLICE // (raw.layers * raw.heads * max(raw.widths) * step)
         tokens = min(move.count, max(1, most) * step)
@@ -47,8 +50,12 @@ def copy_rotated(move: Move, rope: Rope, options: CopyOptions, submit: Submit) -
             dims = [tensor.shape[3] for tensor in rows]
             stage = KVView(rows, "kv | layer head token dim", kv=len(rows), dim=dims)
             fetched = dense.copy(Move(part.src, stage, part.src_index, Index(), part.count))
+            # Dense memory holds no rows of a flagged block, so that no part of it may be copied.
+            unfit = unfit_blocks(fetched) if unpacks else []
             rotate_keys(rows[rope.kv], cosines, sines, rope.style)
-            yield fetched, dense.copy(Move(stage, part.dst, Index(), part.dst_index, part.count))
+            whole = Move(stage, part.dst, Index(), part.dst_index, part.count)
+            left = [dense.copy(some) for some in _without(whole, unfit, unit)]
+            yield DenseSlice(first, fetched, left)
 
     return dense.issue(slices)
 
@@ -75,6 +82,15 @@ def rotate_keys(keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, 
     turned = one * cosines - other * sines
     second.copy_(other * cosines + one * sines)
     first.copy_(turned)
+
+
+def _without(move: Move, blocks: Sequence[int], unit: int) -> Iterator[Move]:
+    """Yield the parts of a copy between some blocks of ``unit`` tokens, by their sorted places."""
+    start = 0
+    for block in [*blocks, move.count // unit]:
+        if block > start:
+            yield move.part(start * unit, (block - start) * unit)
+        start = block + 1
 
 
 def _raw_form(move: Move) -> Form:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from time import monotonic
@@ -13,7 +14,7 @@ import numpy as np
 
 from portakv import arguments
 from portakv.copy.handle import BlockTransfer
-from portakv.errors import TransferCancelled
+from portakv.errors import PackOverflow, TransferCancelled
 from portakv.graph import Outcome, Task
 from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.checked_copy import copy_checked
@@ -45,10 +46,12 @@ class Arrival(Task):
         slots: how the slice is packed there; None: it crosses raw.
         again: the slices that bring its blocks that did not fit, raw.
         whole_slice: the slice of which this one brings such blocks.
+        unfit: the positions in the step of its blocks that hold no rows anywhere.
     """
 
     again: Sequence[Arrival] = ()
     whole_slice: Arrival | None = None
+    unfit: Sequence[int] = ()
     _left = 0  # of `again`, the slices that have not ended
 
     def __init__(
@@ -90,13 +93,15 @@ class Arrival(Task):
     def end_with(self, copy: BlockTransfer) -> int:
         """End the slice by its copy, which has ended; return the number of blocks that did not fit.
 
-        The slice then ends with the slices that bring them raw, which are in `again`. Raises
-        `PackOverflow` if no raw rows of them exist.
+        The slice then ends with the slices that bring them raw, which are in `again`. If no raw
+        rows of them exist, `end_unfit` ends the slice.
         """
         unfit = unfit_blocks(copy) if copy.completions else []
         if unfit and self.slots is not None:
             if self.step.cut.packed:
-                raise flagged(self.step, self.part.first, unfit, self.slots.unit)
+                before = self.part.first // self.slots.unit
+                self.unfit = [before + at for at in unfit]
+                return 0
             self.again = [*self._raw_slices(unfit, self.slots.unit)]
             self._left = len(self.again)
             return len(unfit)
@@ -140,6 +145,25 @@ class Arrival(Task):
             if monotonic() >= until:
                 return False
         return True
+
+
+def end_unfit(taken: Sequence[Arrival], errors: list[PackOverflow]) -> None:
+    """End the slices with blocks that hold no rows, after a task has taken all of its slices.
+
+    ``errors`` first gets an error for each step, which names such blocks of all of its slices. The
+    error of a slice names those of its layers.
+    """
+    spoilt = [each for each in taken if each.unfit]
+    steps = {id(each.step): each.step for each in spoilt}
+    of_step = defaultdict[int, set[int]](set)
+    of_layers = defaultdict[tuple[int, range], set[int]](set)
+    for each in spoilt:
+        of_step[id(each.step)].update(each.unfit)
+        of_layers[id(each.step), each.part.layers].update(each.unfit)
+
+    errors += [flagged(step, sorted(of_step[number])) for number, step in steps.items()]
+    for each in spoilt:
+        each.end(flagged(each.step, sorted(of_layers[id(each.step), each.part.layers])))
 
 
 class InFlight(NamedTuple):

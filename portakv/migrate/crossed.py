@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from portakv.copy.handle import Statistics
-from portakv.errors import Unsupported
+from portakv.errors import PackOverflow, PortaKVError, Unsupported
 from portakv.layout.fp8 import FP8, Fp8
 from portakv.layout.packing import PACK
 from portakv.layout.packing import Pack as Pack
@@ -38,6 +39,36 @@ def pack_of(encoding: object) -> Pack | None:
         )
         raise Unsupported(f"A pull whose rows cross in {FP8!r}", why)
     return None if encoding is None else as_pack(encoding)
+
+
+def joined_error(errors: Sequence[PortaKVError]) -> PortaKVError | None:
+    """Return the error of a pull whose parts have these errors; None if there are none.
+
+    Blocks that did not fit are named together, each once. Another error comes before them.
+    """
+    overflows = list[PackOverflow]()
+    for error in errors:
+        if not isinstance(error, PackOverflow):
+            return error
+        overflows.append(error)
+    if not overflows:
+        return None
+
+    first = overflows[0]
+    pairs = dict.fromkeys(
+        pair for error in overflows for pair in zip(error.src_blocks, error.dst_blocks, strict=True)
+    )
+    if len(pairs) == len(first.src_blocks):
+        return first
+    src = tuple([pair[0] for pair in pairs])
+    dst = tuple([pair[1] for pair in pairs])
+    shown = ", ".join(map(str, src[:8])) + (", ..." if len(src) > 8 else "")
+    return PackOverflow(
+        f"Expected blocks that fit into slots of {PACK!r}, got {len(src)} that do not, blocks "
+        f"{shown} of the owners. Pull these blocks from a raw view into a raw view.",
+        src,
+        dst,
+    )
 
 
 @dataclass

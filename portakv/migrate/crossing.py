@@ -140,13 +140,13 @@ def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
             first = at + 1
 
 
-def flagged(step: Step, first: int, positions: Sequence[int], size: int) -> PackOverflow:
-    """Return the error of packed blocks that hold no rows, by their positions in a slice that
-    starts at token ``first`` of a step."""
+def flagged(step: Step, positions: Sequence[int]) -> PackOverflow:
+    """Return the error of packed blocks of a step that hold no rows, by their sorted positions."""
+    size = step.page
     count = (positions[-1] + 1) * size
     numbers = []
     for index in (step.src_index, step.dst_index):
-        slots = index.to_host().shifted(first).slots(count, size)
+        slots = index.to_host().slots(count, size)
         numbers.append(tuple([int(slots[at]) // size for at in positions]))
     shown = ", ".join(map(str, numbers[0][:8])) + (", ..." if len(positions) > 8 else "")
     return PackOverflow(

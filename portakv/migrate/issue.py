@@ -16,7 +16,7 @@ import torch
 
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
-from portakv.errors import TransferCancelled
+from portakv.errors import PackOverflow, TransferCancelled
 from portakv.graph import Graph, Task
 from portakv.migrate.checked_copy import copy_checked
 from portakv.migrate.connections import Sources
@@ -321,6 +321,8 @@ def _copy_layers(step: Step, layers: range, pull: Pull, options: CopyOptions, *_
             dst = step.cut.dst.slice(layers=window)
             indices = step.src_index, step.dst_index
             copy_checked(src, dst, *indices, step.tokens, options).synchronize()
+    except PackOverflow:  # the rows of the other tasks are moved
+        raise
     except BaseException as error:
         pull.stop(known(error) or TransferCancelled(CANCELLED))  # no mark is waited for
         raise

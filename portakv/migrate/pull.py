@@ -20,6 +20,7 @@ import torch
 from portakv.copy.handle import BlockTransfer
 from portakv.errors import (
     OfferGone,
+    PackOverflow,
     PeerError,
     PortaKVError,
     TransferCancelled,
@@ -28,7 +29,7 @@ from portakv.errors import (
 )
 from portakv.graph import Graph, Task
 from portakv.migrate.connections import Source, Sources
-from portakv.migrate.crossed import Crossed, PullStatistics
+from portakv.migrate.crossed import Crossed, PullStatistics, joined_error
 from portakv.migrate.crossed import Encoding as Encoding
 from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
 from portakv.migrate.named import LateLayer, Wanted, forked_error
@@ -76,6 +77,9 @@ class Requested:
     crossed: list[Crossed] = field(default_factory=list)
     #: The caller requested an encoding.
     encoded: bool = False
+    #: The errors of blocks that did not fit into packed slots. They do not stop the pull: all other
+    #: blocks are moved, and one error then names these.
+    unfit: list[PackOverflow] = field(default_factory=list)
 
 
 class Part(Transfer):
@@ -277,7 +281,7 @@ class Pull(Transfer):
             self.conclude(known(error))
             return True
         errors = [end.error for copy in copies for end in copy.completions if end.error]
-        self.conclude(errors[0] if errors else self._gone())
+        self.conclude(joined_error(errors) or self._gone())
         return True
 
     def block(self) -> None:
@@ -333,12 +337,15 @@ class Pull(Transfer):
             copy.cancel()
 
     def stop_after_failure(self) -> None:
-        """Stop the pull if one of its copies has failed; a task stops it itself."""
+        """Stop the pull if one of its copies has failed; a task stops it itself.
+
+        Blocks that do not fit into packed slots stop nothing: all other blocks are moved.
+        """
         for copy in self.copies:
             failure: PortaKVError | None = None
             try:
                 for end in copy.completions:
-                    if end.ended():
+                    if end.ended() and not isinstance(end.error, PackOverflow):
                         failure = failure or end.error
             except Exception as caught:  # torch raises errors of many kinds
                 failure = known(caught)
@@ -421,7 +428,10 @@ class Pull(Transfer):
         # thread then wakes once, and not at the end of each slice.
         for one in reversed(endings):
             self._await(one)
-        for check in () if self.over else checks:
+        unfit = self.requested.unfit
+        for one in endings:
+            unfit += [error for error in _errors(one) if isinstance(error, PackOverflow)]
+        for check in () if self.over or unfit else checks:
             graph.submit([check], priority="urgent")
             self._await(check)
         self.confirm(self.remote)
@@ -437,7 +447,7 @@ class Pull(Transfer):
 
         All bytes have left the owner's memory before.
         """
-        return None if self.stopped else self._answers([source], Check)
+        return None if self.stopped or self.requested.unfit else self._answers([source], Check)
 
     def confirm(
         self, sources: Sequence[Source], answers: Sequence[Answer | PortaKVError] | None = None
@@ -445,10 +455,11 @@ class Pull(Transfer):
         """End the pull: commit it if the owners of these sources answer that their offers held.
 
         ``answers``: of `ask`; None: ask them now.
-        A pull that was stopped is not committed, whatever they answer.
+        A pull that was stopped, or that has blocks that did not fit, is not committed, whatever
+        they answer.
         """
-        error: PortaKVError | None = None
-        if not self.stopped:
+        error = joined_error(self.requested.unfit)
+        if not (self.stopped or error):
             if answers is None:
                 answers = self._answers(sources, Check)
             for source, answer in zip(sources, answers, strict=True):
@@ -474,6 +485,8 @@ class Pull(Transfer):
             try:
                 if _over(one, seconds):
                     return
+            except PackOverflow:  # all other blocks are moved
+                return
             except BaseException as error:  # also an interrupt; the other copies are waited for
                 self.stop(known(error) or TransferCancelled(CANCELLED))
                 return
@@ -520,6 +533,12 @@ def _over(one: Ending, seconds: float) -> bool:
         one.synchronize(seconds)
         return True
     return False
+
+
+def _errors(one: Ending) -> list[BaseException]:
+    """Return the errors of a task or a copy that has ended."""
+    errors = [one.error] if isinstance(one, Task) else [end.error for end in one.completions]
+    return [error for error in errors if error is not None]
 
 
 def known(error: BaseException | None) -> PortaKVError | None:

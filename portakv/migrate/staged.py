@@ -28,7 +28,7 @@ from portakv.errors import (
     TransferTimeout,
 )
 from portakv.graph import Graph, Task
-from portakv.migrate.arrival import Arrival, Crossed, InFlight, Scattered, arrivals
+from portakv.migrate.arrival import Arrival, Crossed, InFlight, Scattered, arrivals, end_unfit
 from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.checksum import MODULUS, checksum_of
 from portakv.migrate.connections import Source
@@ -103,6 +103,7 @@ class Taker:
                 self._take_each(self.arrivals)
                 if self._crossed.packed:
                     self._settle(wait=True)  # only then it is known which blocks did not fit
+                    end_unfit(self.arrivals, self._pull.requested.unfit)
                     self._take_each([x for each in self.arrivals for x in each.again])
                 if self.commits:
                     for scattered in self._scattered:

@@ -32,7 +32,8 @@ Owner: TypeAlias = "weakref.ref[Any]"
 #: Return the error of work that has ended, or None; never blocks.
 Report: TypeAlias = Callable[[], PortaKVError | None]
 
-_settling = threading.Lock()  # protects the words and events of every completion
+# Protects the words and events of every completion. A late error may settle other completions.
+_settling = threading.RLock()
 
 
 class Pending(Protocol):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from time import sleep
 from typing import Any, cast
 
 import pytest
@@ -546,13 +547,121 @@ def test_ranks_read_slots_of_their_heads(made: Sides, method: str) -> None:
 
 
 @METHODS
-def test_a_block_that_holds_no_rows_is_named(made: Sides, method: str) -> None:
+@pytest.mark.parametrize("staging", [1 << 15, 1 << 20], ids=["slices", "whole"])
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_blocks_that_hold_no_rows_are_named_and_all_others_are_moved(
+    made: Sides, method: str, staging: int, by_layer: bool
+) -> None:
+    """Each once and in the order of the request, in whatever slice or layer they are."""
     raw = Raw()
-    raw.spoil(3, 0)
-    with pytest.raises(PackOverflow, match="that did not fit") as caught:
-        pulled(made, Packed().of(raw), Raw(fill=0.0), [6, 1, 4, 2, 9], method=method)
-    assert caught.value.src_blocks == (3, 0)
-    assert caught.value.dst_blocks == (1, 2)
+    raw.spoil(7, 0)
+    noise(raw.whole[0, 1, 0, :, 1])
+    noise(raw.whole[0, 1, 5, :, 3])
+    dst = Raw(fill=0.0)
+    terms: dict[str, Any] = {"method": method, "staging": staging, "by_layer": by_layer}
+    with pytest.raises(PackOverflow, match=r"that (did not fit|do not)") as caught:
+        pulled(made, Packed().of(raw), dst, [6, 1, 4, 2, 9], **terms)
+    named = [*zip(caught.value.src_blocks, caught.value.dst_blocks, strict=True)]
+    assert named == [(7, 6), (0, 2), (5, 9)]
+    wanted = raw.whole.clone()
+    for layer, kv, block, head in ((1, 0, 7, 2), (1, 0, 0, 2), (0, 1, 0, 1), (0, 1, 5, 3)):
+        wanted[layer, kv, block, :, head] = 0
+    moved = dst.whole[:, :, [6, 1, 4, 2, 9]]
+    assert torch.equal(moved.view(torch.int16), wanted[:, :, BLOCKS].view(torch.int16))
+    assert not dst.whole[:, :, [0, 3, 5, 7, 8, 10, 11]].any()
+
+
+@METHODS
+def test_a_layer_names_its_own_blocks_that_hold_no_rows(made: Sides, method: str) -> None:
+    raw = Raw()
+    raw.spoil(7, 0)
+    dst = Raw(fill=0.0)
+    owner = made.owner(Shard(Packed().of(raw).view), expose=method, staging=1 << 15)
+    reader = made.reader(Shard(dst.view))
+    pull = reader.pull(owner.offer(BLOCKS, tokens=80).ticket, [6, 1, 4, 2, 9], by_layer=True)
+    pull.layers[0].synchronize(LIMIT)
+    with pytest.raises(PackOverflow) as caught:
+        pull.layers[1].synchronize(LIMIT)
+    assert (caught.value.src_blocks, caught.value.dst_blocks) == ((7, 0), (6, 2))
+    with pytest.raises(PackOverflow) as caught:
+        pull.synchronize(LIMIT)
+    assert (caught.value.src_blocks, caught.value.dst_blocks) == ((7, 0), (6, 2))
+
+
+@METHODS
+def test_blocks_of_all_owners_that_hold_no_rows_are_named(made: Sides, method: str) -> None:
+    """The rows of the other owner are moved all the same."""
+    halves = [Raw(heads=2) for _ in range(2)]
+    noise(halves[0].whole[1, 0, 7, :, 1])
+    noise(halves[1].whole[0, 1, 3, :, 0])
+    owners = [
+        made.owner(
+            Shard(Packed(heads=2).of(half).view, heads=window), expose=method, staging=1 << 15
+        )
+        for half, window in zip(halves, [(0, 2, 4), (2, 4, 4)], strict=True)
+    ]
+    dst = Raw(fill=0.0)
+    tickets = [owner.offer(BLOCKS, tokens=80).ticket for owner in owners]
+    pull = made.reader(Shard(dst.view)).pull(tickets, [6, 1, 4, 2, 9])
+    with pytest.raises(PackOverflow, match="got 2 that") as caught:
+        pull.synchronize(LIMIT)
+    named = zip(caught.value.src_blocks, caught.value.dst_blocks, strict=True)
+    assert sorted(named) == [(3, 1), (7, 6)]
+    wanted = torch.cat([half.whole for half in halves], dim=4)[:, :, BLOCKS].clone()
+    wanted[1, 0, 0, :, 1] = 0
+    wanted[0, 1, 1, :, 2] = 0
+    moved = dst.whole[:, :, [6, 1, 4, 2, 9]]
+    assert torch.equal(moved.view(torch.int16), wanted.view(torch.int16))
+
+
+@METHODS
+def test_a_pull_with_a_mark_names_blocks_of_all_parts(made: Sides, method: str) -> None:
+    raw = Raw()
+    raw.spoil(7, 5)
+    dst = Raw(fill=0.0)
+    owner = made.owner(Shard(Packed().of(raw).view), expose=method)
+    reader = made.reader(Shard(dst.view))
+    offer = owner.offer(BLOCKS, tokens=80, progress="tokens")
+    pull = reader.pull(offer.ticket, BLOCKS, by_layer=True)
+    offer.raise_to(21)
+    sleep(0.2)  # the first part has ended by then
+    offer.raise_to(80)
+    with pytest.raises(PackOverflow) as caught:
+        pull.synchronize(LIMIT)
+    assert (sorted(caught.value.src_blocks), sorted(caught.value.dst_blocks)) == ([5, 7], [5, 7])
+    assert torch.equal(raw.bits([3, 11, 0], 48), dst.bits([3, 11, 0], 48))
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_tasks_that_copy_mapped_layers_move_all_other_blocks(made: Sides, by_layer: bool) -> None:
+    """More rows than the call copies itself."""
+    every = list(range(80))
+    raw = Raw(80)
+    raw.spoil(70, 3)
+    noise(raw.whole[0, 1, 5, :, 0])
+    dst = Raw(80, fill=0.0)
+    terms: dict[str, Any] = {"blocks": every, "tokens": 80 * SIZE, "by_layer": by_layer}
+    with pytest.raises(PackOverflow, match="got 3 that") as caught:
+        pulled(made, Packed(80).of(raw), dst, every, method="mapped", **terms)
+    assert sorted(caught.value.src_blocks) == sorted(caught.value.dst_blocks) == [3, 5, 70]
+    wanted = raw.whole.clone()
+    wanted[1, 0, [3, 70], :, 2] = 0
+    wanted[0, 1, 5, :, 0] = 0
+    assert torch.equal(dst.whole.view(torch.int16), wanted.view(torch.int16))
+
+
+@METHODS
+def test_nothing_is_committed_if_a_block_holds_no_rows(made: Sides, method: str) -> None:
+    raw = Raw()
+    raw.spoil(7)
+    owner = made.owner(Shard(Packed().of(raw).view), expose=method, staging=1 << 15)
+    reader = made.reader(Shard(Raw(fill=0.0).view))
+    offer = owner.offer(BLOCKS, tokens=80)
+    pull = reader.pull(offer.ticket, BLOCKS)
+    with pytest.raises(PackOverflow):
+        pull.synchronize(LIMIT)
+    assert not pull.published
+    assert offer.state == "held"
 
 
 REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
