@@ -75,6 +75,22 @@ class Batch(NamedTuple):
             )
         return cls(objects, slot_mapping, firsts, pasts)
 
+    def with_ids_on_host(self, context: Context) -> Batch:
+        """Return the batch of a transfer in slices, with its slots on the host.
+
+        Each copy in slices reads the slots of a device. The batch reads them once, for all of its
+        copies, so that its checks see them before the first copy starts.
+
+        Raises `Unsupported` inside graph capture.
+        """
+        if self.slot_mapping is None or not self.memory_objs:
+            return self
+        index = Index.of(self.slot_mapping)
+        if index.on_host:
+            return self
+        context.check_may_slice()
+        return self._replace(slot_mapping=index.to_host())
+
 
 class Registration:
     """The caches that a connector retains, and the views of memory objects that fit them.
@@ -122,9 +138,15 @@ class Registration:
             return False
 
     def check_memory(self) -> None:
-        """Raise `LayoutError` if the memory of a cache was freed, resized or replaced."""
-        if not self.allocations.unchanged():
+        """Raise `LayoutError` if the memory of a cache was freed or replaced, or became too
+        small."""
+        if self.allocations.unchanged():
+            return
+        if not self.allocations.in_place():
             raise self.view.replaced()
+        # Only the size of a storage differs: it may still contain all rows of the caches.
+        self.view.check_memory()
+        self.allocations.read_sizes()
 
     def move(self, store: bool, job: Job) -> Move:
         """Return the copy between the caches and a chunk."""
@@ -171,7 +193,8 @@ class Registration:
         if store:
             _check_apart([job.chunk for job in jobs])
         moves = [self.checked(store, job, context, strict) for job in self._sets(jobs)]
-        _check_apart_in_caches([each.move for each in moves], strict)
+        if not store:
+            _check_apart_in_caches([each.move for each in moves], strict)
         return moves
 
     def chunk(self, memory_obj: MemoryObject) -> KVView:
@@ -290,7 +313,7 @@ def slot_range(slot_mapping: Ids | None, start: int, end: int | None) -> tuple[I
 
 
 def _check_apart_in_caches(moves: list[Move], strict: bool) -> None:
-    """Reject copies of one batch that write one slot twice, before the first is launched."""
+    """Reject loads of one batch that write one slot twice, before the first is launched."""
     if len(moves) < 2:
         return
     # Sets of one batch share the cache; destinations must be distinct across them as well.

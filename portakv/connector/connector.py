@@ -261,6 +261,8 @@ class AdaptiveConnector:
         caches.check_memory()
         stream = self._options.stream if stream is None else stream
         context = Context.of(self.device, stream)
+        if self._options.sliced:
+            batch = batch.with_ids_on_host(context)
         moves = caches.batch_moves(store, batch, context, self._options.strict)
         return self._keep(Transfer.join([self._submit(move, context) for move in moves]))
 

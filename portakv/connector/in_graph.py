@@ -22,6 +22,9 @@ from portakv.arguments import kind_of
 from portakv.errors import LayoutError, TransferError
 from portakv.view import KVView
 from portakv.view.bound import Tensors
+from portakv.view.slices import regions
+
+_data_ptr = torch.Tensor.data_ptr  # found once, as every repeated transfer uses it
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -63,10 +66,25 @@ class Allocations:
         for leaf in self.leaves:
             number = numbers[leaf.untyped_storage().data_ptr()]
             self._places.append((number, leaf.data_ptr() - self._addresses[number]))
+        self._storages = [storage for storage, _, _ in regions(self.leaves)]
+        # The length of an untyped storage is its bytes. `len` costs less than `nbytes`.
+        self._sizes = [*map(len, self._storages)]
+
+    def read_sizes(self) -> None:
+        """Note the present sizes of the storages, with which `unchanged` compares later ones."""
+        self._sizes = [*map(len, self._storages)]
+
+    def in_place(self) -> bool:
+        """Return True if each tensor lies at its address."""
+        return [*map(_data_ptr, self.leaves)] == self._leaf_addresses
 
     def unchanged(self) -> bool:
         """Return True if no tensor was freed, resized or moved to other memory."""
-        return [*map(torch.Tensor.data_ptr, self.leaves)] == self._leaf_addresses
+        # A storage can shrink without a move. Each repeated transfer passes here, so this method
+        # calls no other one.
+        return [*map(_data_ptr, self.leaves)] == self._leaf_addresses and [
+            *map(len, self._storages)
+        ] == self._sizes
 
     def are(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Return True if these are the allocations themselves, not a compiler's copies."""

@@ -31,6 +31,12 @@ class Context(NamedTuple):
             check_stream(stream, device)
         return cls(device, stream, device.type != "cpu" and capturing(device))
 
+    def check_may_slice(self) -> None:
+        """Raise `Unsupported` inside graph capture, before ids of a copy in slices are read."""
+        if self.captured:
+            why = "the host issues them while the copy runs; leave out cancellable and max_gbps"
+            raise refuse_capture("A copy in slices", why)
+
     def check_not_captured(self, why: str) -> None:
         """Raise `Unsupported` inside graph capture, before anything is enqueued."""
         if self.captured:

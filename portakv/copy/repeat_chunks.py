@@ -40,7 +40,7 @@ class ChunkRepeats:
 
     Attributes:
         cache: the registered caches.
-        unchanged: returns True if each of their tensors still lies at its address.
+        unchanged: returns True if each of their tensors still has its address and memory.
         owner: the connector, which reports errors later.
     """
 

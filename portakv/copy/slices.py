@@ -26,7 +26,7 @@ from portakv.interconnect.strategy import Strategy
 from portakv.plan.plan import Move, check_disjoint
 from portakv.registry.prepared import bring
 from portakv.registry.registry import Choice
-from portakv.runtime.devices import inside, refuse_capture
+from portakv.runtime.devices import inside
 from portakv.runtime.streams import awaited_asleep, ignore_captures_elsewhere, own_stream
 from portakv.runtime.transfer import Transfer
 from portakv.runtime.worker import WINDOW, RateLimit, Slice, SliceCompletion, Worker
@@ -59,11 +59,9 @@ def in_slices(
         Unsupported: inside graph capture.
         PortaKVError: as `settle`.
     """
-    device, stream, captured = context
+    device, stream, _ = context
     began = time.perf_counter()
-    if captured:
-        why = "the host issues them while the copy runs; leave out cancellable and max_gbps"
-        raise refuse_capture("A copy in slices", why)
+    context.check_may_slice()
     if passed is None:
         check_views(move)
     nothing = (layer_of(move, 0) if by_layer else move)._replace(count=0)

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -34,8 +37,11 @@ from portakv import (
     LayoutError,
     SlotError,
     Transfer,
+    Unsupported,
 )
 from portakv.connector import CHUNK_LAYOUT
+from portakv.connector.caches import Batch
+from portakv.copy.context import Context
 from portakv.registry import registry
 
 SLOTS = [9, 2, 17, 6]
@@ -279,6 +285,94 @@ def test_strict_looks_at_slots_on_a_device(device: torch.device, tokens: tuple[i
     connector.to_gpu(chunks[0], None, slots, 1, 4).synchronize()
     with refused(SlotError, "occurs 2 times", watch=caches):
         connector.to_gpu(chunks[0], None, slots, 0, 4)
+
+
+@contextmanager
+def nothing_lands(*levels: Any) -> Iterator[None]:
+    """Check that no storage changes inside, nor soon after it by a thread that goes on."""
+    with untouched(*levels):
+        yield
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("tokens", [(4, 4), (4, 6)], ids=["one set", "two sets"])
+@pytest.mark.parametrize("ids", ["host", "device", "index"])
+@pytest.mark.parametrize("options", [{"cancellable": True}, {"max_gbps": 100.0}], ids=str)
+def test_a_batch_in_slices_is_checked_before_its_first_copy(
+    options: dict[str, Any], ids: str, tokens: tuple[int, int], accelerator: torch.device
+) -> None:
+    connector = AdaptiveConnector(accelerator, options=CopyOptions(**options))
+    caches = make_caches(device=accelerator)
+    chunks = [make_chunk(n, device=accelerator) for n in tokens]
+    starts = [0, tokens[0]]
+    ends = [tokens[0], sum(tokens)]
+
+    def slots(second: list[int]) -> Any:
+        listed = [0, 1, 2, 3, *second[: tokens[1]]]
+        if ids == "host":
+            return listed
+        placed = torch.tensor(listed, device=accelerator)
+        return Index(placed, trusted=True) if ids == "index" else placed
+
+    past = slots([4, 5, 6, 999, 8, 9])
+    twice = slots([3, 5, 6, 7, 8, 9])
+    right = slots([4, -1, 6, 7, 8, 9])
+    for move in (connector.batched_from_gpu, connector.batched_to_gpu):
+        with nothing_lands(caches, chunks), refused(SlotError, "24 slots", "nothing was moved"):
+            move(chunks, caches, past, starts, ends)
+    with nothing_lands(caches, chunks), refused(SlotError, "occurs 2 times", "destination"):
+        connector.batched_to_gpu(chunks, caches, twice, starts, ends)
+
+    # A source may occur twice, and negative ids are skipped.
+    connector.batched_from_gpu(chunks, caches, twice, starts, ends).synchronize()
+    wanted = [3, 5, 6, 7, 8, 9][: tokens[1]]
+    assert same(chunks[1].cpu(), rows(caches, wanted).cpu())
+    kept = rows(caches, [5]).cpu()
+    connector.batched_to_gpu(chunks, caches, right, starts, ends).synchronize()
+    assert same(rows(caches, [4]).cpu(), chunks[1][:, :, :1].cpu())
+    assert same(rows(caches, [5]).cpu(), kept)
+
+
+def test_a_batch_in_slices_reads_slots_of_a_device_once(
+    accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connector = AdaptiveConnector(accelerator, options=CopyOptions(cancellable=True))
+    caches = make_caches(device=accelerator)
+    chunks = [make_chunk(n, device=accelerator) for n in (4, 6, 2)]
+    slots = torch.tensor(MANY[:12], device=accelerator)
+    reads = []
+    to_host = torch.Tensor.cpu
+
+    def noted(tensor: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        if tensor.dtype == torch.int64 and tensor.device == accelerator:
+            reads.append(tensor)
+        return to_host(tensor, *arguments)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", noted)
+    transfer = connector.batched_from_gpu(chunks, caches, slots, [0, 4, 10], [4, 10, 12])
+    transfer.synchronize()
+    assert len(reads) == 1
+    for chunk, (start, end) in zip(chunks, [(0, 4), (4, 10), (10, 12)], strict=True):
+        assert same(chunk.cpu(), rows(caches, MANY[start:end]).cpu())
+
+
+def test_a_batch_in_slices_reads_no_slots_inside_graph_capture(accelerator: torch.device) -> None:
+    chunks = [make_chunk(4), make_chunk(6)]
+    batch = Batch.of(chunks, torch.arange(10, device=accelerator), [0, 4], [4, 10])
+    captured = Context(accelerator, None, captured=True)
+    with refused(Unsupported, "A copy in slices", "graph capture", "cancellable"):
+        batch.with_ids_on_host(captured)
+    on_host = batch._replace(slot_mapping=MANY)
+    assert on_host.with_ids_on_host(captured) is on_host
+
+
+def test_chunks_of_two_shapes_that_a_batch_fills_in_part(connector: AdaptiveConnector) -> None:
+    """Positions in chunks of one shape occur in chunks of another shape, too."""
+    caches = make_caches()
+    chunks = [make_chunk(n) for n in (4, 4, 6, 6)]
+    connector.batched_from_gpu(chunks, caches, MANY, [0, 2, 4, 6], [2, 4, 6, 8])
+    for nth, chunk in enumerate(chunks):
+        assert same(chunk[:, :, :2], rows(caches, MANY[2 * nth : 2 * nth + 2]))
 
 
 @pytest.mark.parametrize(

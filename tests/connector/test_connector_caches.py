@@ -189,6 +189,62 @@ def test_caches_given_other_memory_are_noticed(
             move(chunk, None, slots)
 
 
+def resized_in_place(tensor: torch.Tensor, nbytes: int) -> bool:
+    """Make the storage of a tensor smaller; return True if the tensor has its address again."""
+    storage = tensor.untyped_storage()
+    address = tensor.data_ptr()
+    for nth in range(40):
+        storage.resize_(0)
+        storage.resize_(nbytes - nth % 2 * 64)
+        if tensor.data_ptr() == address:
+            return True
+    return False
+
+
+def shrunk(
+    device: str, share: float, use: Callable[[AdaptiveConnector], None]
+) -> tuple[AdaptiveConnector, list[torch.Tensor]]:
+    """Return a connector and its caches, the first half of their storages. After ``use``, one
+    storage shrank, at its address, to ``share`` of what the cache needs."""
+    for attempt in range(200):
+        shape = (4, (5000, 20000, 1000)[attempt % 3], SIZE, HEADS, DIM)
+        caches = [torch.zeros(shape, dtype=torch.float16, device=device)[:2] for _ in range(LAYERS)]
+        connector = AdaptiveConnector(device)
+        connector.register_kv_caches(caches)
+        use(connector)
+        if resized_in_place(caches[1], int(caches[1].nbytes * share)):
+            return connector, caches
+    pytest.skip("the allocator gives no storage its former address")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("call", ["one", "batch"])
+@pytest.mark.parametrize("share", [0.5, 1.5])
+def test_a_cache_whose_storage_shrank_at_its_address(share: float, call: str, device: str) -> None:
+    slots = torch.tensor([1, 2], device=device)
+    chunk = make_chunk(2, device=device)
+
+    def load(connector: AdaptiveConnector) -> None:
+        if call == "one":
+            connector.to_gpu(chunk, None, slots).synchronize()
+        else:
+            connector.batched_to_gpu([chunk], None, slots, [0], [2]).synchronize()
+
+    def load_twice(connector: AdaptiveConnector) -> None:
+        load(connector)
+        load(connector)  # a CUDA device repeats the first one
+
+    connector, caches = shrunk(device, share, load_twice)
+    slots += 2
+    if share < 1:
+        with refused(LayoutError, "replaced", "register", watch=[chunk, caches[0], caches[2]]):
+            load(connector)
+        return
+    wanted = scattered(caches, chunk, [3, 4])  # the storage still contains the cache
+    load_twice(connector)
+    assert all(map(same, caches, wanted))
+
+
 def test_a_connector_shows_what_it_is() -> None:
     connector = AdaptiveConnector("cpu")
     assert "backend='reference'" in repr(connector)
