@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from portakv.runtime.devices import capturing, refuse_capture
+from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import check_stream
 
 
@@ -30,6 +30,14 @@ class Context(NamedTuple):
         if stream is not None:
             check_stream(stream, device)
         return cls(device, stream, device.type != "cpu" and capturing(device))
+
+    def check_no_graph(self, why: str) -> None:
+        """Raise as `check_not_captured`, also if the given stream records a graph."""
+        captured = self.captured
+        if self.stream is not None and not captured:
+            with inside(self.stream):
+                captured = capturing(self.device)
+        self._replace(captured=captured).check_not_captured(why)
 
     def check_not_captured(self, why: str) -> None:
         """Raise `Unsupported` inside graph capture, before anything is enqueued."""
