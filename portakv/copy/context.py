@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from portakv.runtime.devices import capturing, refuse_capture
+from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import check_stream
 
 
@@ -36,6 +36,14 @@ class Context(NamedTuple):
         if self.captured:
             why = "the host issues them while the copy runs; leave out cancellable and max_gbps"
             raise refuse_capture("A copy in slices", why)
+
+    def check_no_graph(self, why: str) -> None:
+        """Raise as `check_not_captured`, also if the given stream records a graph."""
+        captured = self.captured
+        if self.stream is not None and not captured:
+            with inside(self.stream):
+                captured = capturing(self.device)
+        self._replace(captured=captured).check_not_captured(why)
 
     def check_not_captured(self, why: str) -> None:
         """Raise `Unsupported` inside graph capture, before anything is enqueued."""

@@ -15,18 +15,15 @@ from typing import NamedTuple
 from portakv.copy.between import common_device
 from portakv.copy.context import Context
 from portakv.copy.dense_overflow import end_of_packed, is_packed, wait_for_end
-from portakv.copy.handle import BlockTransfer
+from portakv.copy.handle import Submit
 from portakv.copy.launch import follow_current
 from portakv.copy.options import CopyOptions
 from portakv.copy.pack_launch import without_bad_ids
-from portakv.copy.settle import check
+from portakv.copy.settle import Passed, check, note_clean
 from portakv.plan.move import Move
 from portakv.registry import STRATEGIES
 from portakv.runtime.devices import inside
 from portakv.runtime.transfer import Completion, Transfer
-
-#: Issue a plain copy under options.
-Submit = Callable[[Move, CopyOptions], BlockTransfer]
 
 
 class DenseSlice(NamedTuple):
@@ -44,7 +41,7 @@ class DenseSlice(NamedTuple):
 
 
 #: Issue a copy in slices; yield the plain copies of each.
-Slices = Callable[[Move], Iterable[DenseSlice]]
+Slices = Callable[[], Iterable[DenseSlice]]
 
 
 class DenseCopy:
@@ -76,23 +73,26 @@ class DenseCopy:
         self._unit = unit
         self._what = what
         context = Context.of(self.device, options.stream)
-        context.check_not_captured(f"{what} goes through temporary memory")
+        context.check_no_graph(f"{what} goes through temporary memory")
         # The ids are used in slices, so that bad ones are left out first.
-        checked = without_bad_ids(move, unit, check(move, context, options.strict).skips)
+        checked = without_bad_ids(move, unit, check(move, context, options.strict))
         self.move = checked.move
         self._error = checked.error
+        # Plain copies are parts of this copy, on the stream that is current when they are issued.
+        self._passed = Passed(False, context=context._replace(stream=None))
 
-    def issue(self, slices: Slices) -> Transfer:
-        """Issue all slices; return their plain copies as one transfer."""
+    def issue(self, slices: Slices, move: Move) -> Transfer:
+        """Issue all slices of the copy, or of a layer; return their plain copies as one
+        transfer."""
         stream = self._options.stream
         listed: list[DenseSlice] = []
         ends: list[Transfer] = []
-        if self.move.count:
-            follow_current(stream, [self.move])
+        if move.count:
+            follow_current(stream, [move])
             # Dense memory belongs to the stream that changes it.
             with inside(self.device if stream is None else stream):
-                listed = [*slices(self.move)]
-                ends = self._ends(listed)
+                listed = [*slices()]
+                ends = self._ends(listed, move)
         made = [copy for each in listed for copy in (each.fetched, *each.left)]
         reported = Transfer(() if self._error is None else (Completion(error=self._error),))
         joined = Transfer.join([*made, reported])
@@ -116,12 +116,13 @@ class DenseCopy:
             overlap=options.overlap if crosses else "compute",
             max_thread_blocks=options.max_thread_blocks if crosses else None,
         )
-        transfer = self._submit(move, plain)
+        note_clean(move)
+        transfer = self._submit(move, plain, self._passed)
         if not transfer.ordered:  # no stream orders the use of the dense memory
             wait_for_end(transfer)
         return transfer
 
-    def _ends(self, slices: Sequence[DenseSlice]) -> list[Transfer]:
+    def _ends(self, slices: Sequence[DenseSlice], move: Move) -> list[Transfer]:
         """Return the transfers that end with the slices, on the current stream.
 
         A plain copy that packs or unpacks numbers blocks by their places in dense memory. One
@@ -129,8 +130,8 @@ class DenseCopy:
         """
         fetched = [each.fetched for each in slices]
         left = [copy for each in slices for copy in each.left]
-        unpacks = is_packed(self.move.src.form)
-        packs = is_packed(self.move.dst.form)
+        unpacks = is_packed(move.src.form)
+        packs = is_packed(move.dst.form)
         if not (unpacks or packs):
             return [*fetched, *left]
 
@@ -138,5 +139,5 @@ class DenseCopy:
         packed = fetched if unpacks else left
         first_blocks = [each.first // self._unit for each in slices]
         copies = [*zip(first_blocks, packed, strict=True)]
-        end = end_of_packed(self.move, self._unit, copies, self.device, self._options.stream)
+        end = end_of_packed(move, self._unit, copies, self.device, self._options.stream)
         return [end, *plain]

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import torch
 
-from portakv.copy.dense import DenseCopy, DenseSlice, Submit
+from portakv.copy.dense import DenseCopy, DenseSlice
 from portakv.copy.fp8_rows import decode_rows, encode_rows
-from portakv.copy.handle import BlockTransfer
+from portakv.copy.handle import BlockTransfer, Submit
 from portakv.copy.options import CopyOptions
 from portakv.copy.packed_slots import check_whole
 from portakv.errors import Unsupported
@@ -49,22 +49,23 @@ def copy_fp8(move: Move, options: CopyOptions, began: float, submit: Submit) -> 
     raw, encoded = (dst, src) if src.encoding else (src, dst)
     check_whole(move, encoded.block_size)
     check_sides(raw, encoded, "decode" if src.encoding else "encode")
+    # All layers are checked before the first is written.
+    dense = DenseCopy(move, options, submit, encoded.block_size, repr(FP8))
     if not options.by_layer:
-        return BlockTransfer(_converted(move, options, submit), move, began)
-    layers = [_converted(move.layer(at), options, submit) for at in range(move.src.layers)]
+        return BlockTransfer(_converted(dense, dense.move), move, began)
+    layers = [_converted(dense, dense.move.layer(at)) for at in range(move.src.layers)]
     return BlockTransfer(Transfer.join(layers), move, began, tuple(layers))
 
 
-def _converted(move: Move, options: CopyOptions, submit: Submit) -> Transfer:
-    """Issue a copy that encodes or decodes on one device."""
+def _converted(dense: DenseCopy, move: Move) -> Transfer:
+    """Issue a checked copy, or a layer of it, that encodes or decodes on one device."""
     encodes = not move.src.form.encoding
     raw = move.src.form if encodes else move.dst.form
     encoded = move.dst.form if encodes else move.src.form
     unit = encoded.block_size
-    dense = DenseCopy(move, options, submit, unit, repr(FP8))
     convert = encode_rows if encodes else decode_rows
 
-    def slices(move: Move) -> Iterator[DenseSlice]:
+    def slices() -> Iterator[DenseSlice]:
         values = sum(plane.values for plane in encoded.encoding)
         most = SLICE // (encoded.layers * encoded.heads * values)
         blocks = max(1, min(most, move.count // unit))
@@ -80,7 +81,7 @@ def _converted(move: Move, options: CopyOptions, submit: Submit) -> Transfer:
             left = dense.copy(Move(far, part.dst, Index(), part.dst_index, part.count))
             yield DenseSlice(first, fetched, [left])
 
-    return dense.issue(slices)
+    return dense.issue(slices, move)
 
 
 def _dense_blocks(form: Form, raw: Form, unit: int, blocks: int, device: torch.device) -> KVView:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from portakv.copy.context import Context
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.launch import launch
-from portakv.copy.settle import Passed, check, layer_of, settle
+from portakv.copy.settle import Passed, check, layer_of, settle, without_left_out
 from portakv.plan.move import Move
 from portakv.registry.registry import Choice
 from portakv.runtime.transfer import Transfer
@@ -46,11 +46,7 @@ def in_layers(
     used = move
     for i in range(move.src.layers):
         settled = settle(layer_of(used, i), choice, context, passed=passed)
-        if settled.move.count < used.count:
-            # Bad ids were left out, which the other layers have as well. They are read once.
-            _, _, src_index, dst_index, count = settled.move
-            used = Move(move.src, move.dst, src_index, dst_index, count)
-            passed = Passed(False, settled.error)
+        used, passed = without_left_out(used, passed, settled.move, settled.error)
         layers.append(launch(settled, context))
         if call is not None:
             call(i, layers[-1])

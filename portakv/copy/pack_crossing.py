@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeAlias
 
 import torch
 
+from portakv.copy.context import Context
+from portakv.copy.handle import Submit as Submit
 from portakv.copy.options import USUAL, CopyOptions
+from portakv.copy.settle import Passed, note_clean
 from portakv.interconnect.slices import Slice
 from portakv.plan.move import Move
 from portakv.registry import STRATEGIES, Choice, PreparedPack, choose
-from portakv.runtime.transfer import Transfer
 from portakv.view.index import Index
 from portakv.view.view import KVView
-
-#: Issue a plain copy under options.
-Submit: TypeAlias = Callable[[Move, CopyOptions], Transfer]
 
 
 def named(options: CopyOptions) -> bool:
@@ -32,19 +29,26 @@ def packer(options: CopyOptions, device: torch.device) -> Choice:
 
 
 class ByCopies:
-    """Slices cross by plain copies, for which the usual rules choose a strategy.
+    """Slices of a checked copy cross by plain copies, for which the usual rules choose a strategy.
 
     Args:
-        far: the side that is elsewhere, with its index.
+        far: the side that is elsewhere, with its index, which has no bad ids.
         leaves: slices leave the device.
         submit: issues a copy.
         options: of the whole copy.
+        device: it packs or unpacks.
     """
 
     pieces = False
 
     def __init__(
-        self, far: KVView, far_index: Index, leaves: bool, submit: Submit, options: CopyOptions
+        self,
+        far: KVView,
+        far_index: Index,
+        leaves: bool,
+        submit: Submit,
+        options: CopyOptions,
+        device: torch.device,
     ) -> None:
         self.carried = list[tuple[str, str]]()
         self._tokens = 1
@@ -56,6 +60,7 @@ class ByCopies:
             self._index = far_index.of_blocks(self._tokens)
         self._leaves = leaves
         self._submit = submit
+        self._device = device
         self._options = replace(
             USUAL,
             backend=options.backend if options.backend in STRATEGIES else None,
@@ -77,7 +82,9 @@ class ByCopies:
             move = Move(dense, self._far, Index(), far_index, count)
         if self._options.stream is not stream:
             self._options = replace(self._options, stream=stream)
-        transfer = self._submit(move, self._options)
+        note_clean(move)
+        passed = Passed(False, context=Context(self._device, stream, captured=False))
+        transfer = self._submit(move, self._options, passed)
         if not transfer.ordered:  # no stream orders the use of its memory
             transfer.synchronize()
         if transfer.carried not in self.carried:

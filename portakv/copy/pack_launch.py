@@ -15,8 +15,9 @@ from portakv.backends.base import Capabilities
 from portakv.copy.context import Context
 from portakv.copy.detached import beside
 from portakv.copy.launch import bring_tables, follow_current
+from portakv.copy.settle import Passed as Passed
 from portakv.copy.settle import drop_bad_ids
-from portakv.errors import PackOverflow, PortaKVError
+from portakv.errors import PackOverflow, SlotError
 from portakv.layout.packing import PACK
 from portakv.plan.move import Move
 from portakv.registry.prepared import PreparedPack
@@ -43,49 +44,52 @@ class Checked(NamedTuple):
     """
 
     move: Move
-    error: PortaKVError | None
+    error: SlotError | None
     guarded: bool
 
 
-def without_bad_ids(move: Move, unit: int, skips: bool, can: Capabilities | None = None) -> Checked:
+def without_bad_ids(
+    move: Move, unit: int, passed: Passed, can: Capabilities | None = None
+) -> Checked:
     """Leave bad ids out of a checked copy in blocks of ``unit`` tokens.
 
-    ``skips``: ids on the host skip positions. ``can``: the capabilities of the backend that reads
-    the ids, which may skip bad ids itself. None: it does not. Waits at most once for ids on a
-    device.
+    ``passed``: its checks. ``can``: the capabilities of the backend that reads the ids, which may
+    skip bad ids itself. None: it does not. Waits at most once for ids on a device.
     """
     clean = move.src_index.is_clean(move.count, move.src.slots)
     clean = clean and move.dst_index.is_clean(move.count, move.dst.slots)
-    if clean and not skips:
-        return Checked(move, None, False)
+    if clean and not passed.skips:
+        return Checked(move, passed.error, False)
     if can is not None and can.skips_negative and (clean or can.guards):
-        return Checked(move, None, True)
+        return Checked(move, passed.error, True)
     moved, error = drop_bad_ids(move, unit)
-    return Checked(moved, error, False)
+    return Checked(moved, passed.error or error, False)
 
 
 class Packed(NamedTuple):
     """A copy that packs or unpacks and was issued.
 
     Attributes:
+        checked: the copy without bad ids.
         transfer: its end.
         report: returns its blocks that do not fit; None if nothing was launched.
         stream: the stream of its end; None: the current stream.
     """
 
+    checked: Checked
     transfer: Transfer
     report: OverflowReport | None
     stream: torch.Stream | None
 
 
 def issue_pack(
-    move: Move, ready: PreparedPack, context: Context, skips: bool, detached: bool = False
+    move: Move, ready: PreparedPack, context: Context, passed: Passed, detached: bool = False
 ) -> Packed:
     """Launch a checked copy on one device, on the context's stream, or ``detached`` after that
-    stream's work. ``skips``: ids on the host skip positions."""
-    checked = without_bad_ids(move, ready.plan.unit, skips, ready.can)
+    stream's work. ``passed``: its checks."""
+    checked = without_bad_ids(move, ready.plan.unit, passed, ready.can)
     if not checked.move.count:
-        return nothing_packed(checked.error)
+        return nothing_packed(checked)
     if not detached or context.device.type == "cpu":
         return _launch(checked, ready, context)
     side = beside(checked.move, context)
@@ -95,7 +99,8 @@ def issue_pack(
 
 def _launch(checked: Checked, ready: PreparedPack, context: Context) -> Packed:
     """Launch a copy that is checked, on the context's stream."""
-    move, error, guarded = checked
+    move = checked.move
+    guarded = checked.guarded
     device, stream, _ = context
     on_device = device.type != "cpu"
     placed = ready.place_both(move)
@@ -112,28 +117,29 @@ def _launch(checked: Checked, ready: PreparedPack, context: Context) -> Packed:
         report = OverflowReport.of(move, ready.plan.unit, overflow, ready.plan.packs)
     pendings: list[Pending] = [] if pending is None else [pending]
     if not (on_device or pendings):
-        error = error or report()
+        error = checked.error or report()
         completions = () if error is None else (Completion(error=error),)
-        return Packed(Transfer(completions, None, ready.carried), report, stream)
+        return Packed(checked, Transfer(completions, None, ready.carried), report, stream)
     pool = event_pool(device) if on_device else None
     completion = Completion(
         event=None if pool is None else pool.recorded(stream),
         pendings=pendings,
         words=() if word is None else [(word, 0)],
-        error=error,
+        error=checked.error,
         late_error=report,
         retained=(move.src, move.dst, placed, overflow),
         pool=pool,
     )
     hold(completion)
     retained = (move.src, move.dst, placed)
-    return Packed(Transfer((completion,), retained, ready.carried), report, stream)
+    return Packed(checked, Transfer((completion,), retained, ready.carried), report, stream)
 
 
-def nothing_packed(error: PortaKVError | None) -> Packed:
+def nothing_packed(checked: Checked) -> Packed:
     """Return a copy of which nothing is left, because of bad ids or because it is empty."""
+    error = checked.error
     completions = () if error is None else (Completion(error=error),)
-    return Packed(Transfer(completions), None, None)
+    return Packed(checked, Transfer(completions), None, None)
 
 
 def overflow_words(move: Move, unit: int, device: torch.device) -> torch.Tensor:

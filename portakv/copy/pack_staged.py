@@ -14,6 +14,7 @@ from portakv.copy.pack_launch import (
     Checked,
     OverflowReport,
     Packed,
+    Passed,
     nothing_packed,
     overflow_words,
     without_bad_ids,
@@ -34,13 +35,13 @@ WHOLE = 32 << 20
 
 
 def issue_staged(
-    move: Move, options: CopyOptions, submit: Submit, context: Context, skips: bool
+    move: Move, options: CopyOptions, submit: Submit, context: Context, passed: Passed
 ) -> Packed:
     """Issue a checked copy that packs or unpacks on the context's device, of which one side is
     elsewhere.
 
-    ``skips``: ids on the host skip positions. ``submit`` issues the plain copy of a slice, unless
-    the slice crosses by the link itself.
+    ``passed``: its checks. ``submit`` issues the plain copy of a slice, unless the slice crosses by
+    the link itself.
 
     Raises as `copy_packed` does.
     """
@@ -49,17 +50,17 @@ def issue_staged(
     packed = move.src if move.src.form.encoding else move.dst
     stages = pack_stages(move, leaves, packer(options, device))  # refuses what cannot be executed
     # The ids are used in slices, so that bad ones are left out first.
-    checked = without_bad_ids(move, packed.form.block_size, skips)
+    checked = without_bad_ids(move, packed.form.block_size, passed)
     move = checked.move
     if not move.count:
-        return nothing_packed(checked.error)
+        return nothing_packed(checked)
     far = move.dst if leaves else move.src
     cross: Crosses
     if far.form.place == "pinned" and not named(options):
         cross = ByLink(far, leaves, device)
     else:
         far_index = move.dst_index if leaves else move.src_index
-        cross = ByCopies(far, far_index, leaves, submit, options)
+        cross = ByCopies(far, far_index, leaves, submit, options, device)
     return _issue(checked, stages, cross, context, options.detached)
 
 
@@ -93,7 +94,8 @@ def _issue(
     completions = [completion]
     if checked.error is not None:
         completions.append(Completion(error=checked.error))
-    return Packed(Transfer(completions, move, _carried(stages, cross)), report, work)
+    transfer = Transfer(completions, move, _carried(stages, cross))
+    return Packed(checked, transfer, report, work)
 
 
 def _carried(stages: PackStages, cross: Crosses) -> tuple[str, str]:

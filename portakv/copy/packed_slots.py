@@ -23,10 +23,17 @@ def slots_of(move: Move) -> Move:
             "packed blocks are copied as they are; unpack them to a raw view and pack them again",
         )
     size = src.block_size
-    indices = (move.src_index, move.dst_index)
     check_whole(move, size)
+    indices = (move.src_index, move.dst_index)
     src_index, dst_index = (each.of_blocks(size) for each in indices)
-    return Move(move.src.as_slots(), move.dst.as_slots(), src_index, dst_index, move.count // size)
+    rows = Move(move.src.as_slots(), move.dst.as_slots(), src_index, dst_index, move.count // size)
+
+    # Ids on a device that passed a check are not read again.
+    sides = ((move.src, rows.src, src_index), (move.dst, rows.dst, dst_index))
+    for index, (view, slots, made) in zip(indices, sides, strict=True):
+        if not index.on_host and index.is_clean(move.count, view.slots):
+            made.mark_clean(rows.count, slots.slots)
+    return rows
 
 
 def check_whole(move: Move, size: int) -> None:

@@ -8,19 +8,18 @@ packed sides slots are rows of bytes, which any copy moves (see `packed_slots`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from portakv.copy.between import common_device
 from portakv.copy.context import Context
-from portakv.copy.handle import BlockTransfer
+from portakv.copy.handle import BlockTransfer, Submit
 from portakv.copy.options import CopyOptions
 from portakv.copy.pack_launch import Packed, issue_pack, join_layers
 from portakv.copy.pack_staged import issue_staged
 from portakv.copy.packed_slots import check_whole, slots_of
-from portakv.copy.settle import check
+from portakv.copy.settle import Passed, check, without_left_out
 from portakv.errors import Unsupported
 from portakv.layout.packing import PACK
 from portakv.plan.packing import Move, PackPlan
@@ -31,11 +30,13 @@ def copy_packed(
     move: Move,
     options: CopyOptions,
     began: float,
-    submit: Callable[[Move, CopyOptions], BlockTransfer],
+    submit: Submit,
+    passed: Passed | None = None,
 ) -> BlockTransfer:
     """Issue a copy of which a side is packed: as slots if both are, else packing or unpacking.
 
-    ``submit`` issues copies of rows.
+    ``submit`` issues copies of rows. ``passed``: the checks that the copy passed just now, as a
+    part. None: check it.
 
     Raises:
         Unsupported: rows that the encoding does not take, a part of a block, or an option that no
@@ -43,21 +44,27 @@ def copy_packed(
         PortaKVError: as `copy_rows`.
     """
     if move.src.form.encoding and move.dst.form.encoding:
-        return submit(slots_of(move), replace(options, reinterpret=False, late=None))
+        return submit(slots_of(move), replace(options, reinterpret=False, late=None), passed)
     _refuse_options(options)
     packed = move.src.form if move.src.form.encoding else move.dst.form
     check_whole(move, packed.block_size)
     if options.by_layer:
         PackPlan(move.src.form, move.dst.form, *move.steps)  # a layer of each side may not tell
-    context = Context.of(_device_of(move), options.stream)
-    context.check_not_captured(f"{PACK!r} reports blocks that do not fit to the host")
-    skips = check(move, context, options.strict).skips
+    context = None if passed is None else passed.context
+    if context is None:
+        context = Context.of(_device_of(move), options.stream)
+    context.check_no_graph(f"{PACK!r} reports blocks that do not fit to the host")
+    if passed is None:
+        passed = check(move, context, options.strict)
     if not options.by_layer:
-        whole = _transform(move, options, submit, context, skips)
+        whole = _transform(move, options, submit, context, passed)
         return BlockTransfer(whole.transfer, move, began)
-    layers = [
-        _transform(move.layer(at), options, submit, context, skips) for at in range(move.src.layers)
-    ]
+    layers: list[Packed] = []
+    used = move
+    for at in range(move.src.layers):
+        layer = _transform(used.layer(at), options, submit, context, passed)
+        used, passed = without_left_out(used, passed, layer.checked.move, layer.checked.error)
+        layers.append(layer)
     ends = tuple(layer.transfer for layer in layers)
     return BlockTransfer(join_layers(layers, context.device), move, began, ends)
 
@@ -74,26 +81,26 @@ def _device_of(move: Move) -> torch.device:
 def _transform(
     move: Move,
     options: CopyOptions,
-    submit: Callable[[Move, CopyOptions], BlockTransfer],
+    submit: Submit,
     context: Context,
-    skips: bool,
+    passed: Passed,
 ) -> Packed:
     """Pack or unpack on the device of both sides, or on the one that is an accelerator.
 
-    ``skips``: ids on the host skip positions.
+    ``passed``: the checks of the copy.
     """
     src = move.src
     dst = move.dst
     if src.device == dst.device and src.form.place != "peer":
         choice = choose(src.device, options.backend)
         ready = prepared_pack(src.form, dst.form, *move.steps, choice)
-        return issue_pack(move, ready, context, skips, options.detached)
+        return issue_pack(move, ready, context, passed, options.detached)
     if options.detached and src.device.type != "cpu" != dst.device.type:
         raise Unsupported(
             "A detached copy that packs or unpacks between two devices",
             "a stream of the source's device waits for it; leave detached out",
         )
-    return issue_staged(move, options, submit, context, skips)
+    return issue_staged(move, options, submit, context, passed)
 
 
 def _refuse_options(options: CopyOptions) -> None:

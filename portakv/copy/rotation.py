@@ -11,8 +11,9 @@ from math import gcd
 
 import torch
 
-from portakv.copy.dense import DenseCopy, DenseSlice, Submit
+from portakv.copy.dense import DenseCopy, DenseSlice
 from portakv.copy.dense_overflow import is_packed, unfit_blocks
+from portakv.copy.handle import Submit
 from portakv.copy.options import CopyOptions
 from portakv.copy.packed_slots import check_whole
 from portakv.errors import LayoutError, Unsupported
@@ -38,7 +39,8 @@ def copy_rotated(move: Move, rope: Rope, options: CopyOptions, submit: Submit) -
 
     unpacks = is_packed(move.src.form)
 
-    def slices(move: Move) -> Iterator[DenseSlice]:
+    def slices() -> Iterator[DenseSlice]:
+        move = dense.move
         step = max(1, *sizes, *move.steps)
         most = SLICE // (raw.layers * raw.heads * max(raw.widths) * step)
         tokens = min(move.count, max(1, most) * step)
@@ -57,7 +59,7 @@ def copy_rotated(move: Move, rope: Rope, options: CopyOptions, submit: Submit) -
             left = [dense.copy(some) for some in _without(whole, unfit, unit)]
             yield DenseSlice(first, fetched, left)
 
-    return dense.issue(slices)
+    return dense.issue(slices, dense.move)
 
 
 def rotate_keys(keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, style: str) -> None:

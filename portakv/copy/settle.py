@@ -26,10 +26,12 @@ class Passed(NamedTuple):
     Attributes:
         skips: ids on the host skip positions.
         error: the error of ids that were left out of the copy.
+        context: the surroundings of a plain copy that is a part. None: its call determines them.
     """
 
     skips: bool
     error: SlotError | None = None
+    context: Context | None = None
 
 
 class Settled(NamedTuple):
@@ -180,6 +182,30 @@ def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
     src_index.mark_clean(usable_tokens, move.src.slots)
     dst_index.mark_clean(usable_tokens, move.dst.slots)
     return Move(move.src, move.dst, src_index, dst_index, usable_tokens), error
+
+
+def without_left_out(
+    move: Move, passed: Passed, done: Move, error: SlotError | None
+) -> tuple[Move, Passed]:
+    """Return a copy and its checks without the positions that one of its layers left out.
+
+    All layers have the same bad ids, which are read once.
+
+    Args:
+        done: the layer, without its bad ids.
+        error: the error of ids that were left out.
+    """
+    if done.count == move.count:
+        return move, passed
+    rest = Move(move.src, move.dst, done.src_index, done.dst_index, done.count)
+    return rest, passed._replace(skips=False, error=error)
+
+
+def note_clean(part: Move) -> None:
+    """Remember that ids on a device are those of a part of a copy without bad ids."""
+    for index, view in ((part.src_index, part.src), (part.dst_index, part.dst)):
+        if not index.on_host:
+            index.mark_clean(part.count, view.slots)
 
 
 def _check_capture(pieces: Sequence[Piece], move: Move, context: Context) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from time import perf_counter
 
+import torch
+
 from portakv.copy.between import common_device, current, order_after, seen_by_reader
 from portakv.copy.context import Context
 from portakv.copy.encoded import copy_encoded
@@ -17,18 +19,22 @@ from portakv.plan.move import Move
 from portakv.registry.registry import choose
 
 
-def submit(move: Move, options: CopyOptions) -> BlockTransfer:
+def submit(move: Move, options: CopyOptions, passed: Passed | None = None) -> BlockTransfer:
     """Repeat a known copy, or issue it by the schedule that its options request.
+
+    ``passed``: as for `submit_new`; such a copy is not repeated, since that would check it again.
 
     Raises as `copy_rows`.
     """
+    if passed is not None:
+        return submit_new(move, options, passed)
     return repeated(move, options) or submit_new(move, options)
 
 
 def submit_new(move: Move, options: CopyOptions, passed: Passed | None = None) -> BlockTransfer:
     """Issue a copy that `repeated` does not know, by the schedule that its options request.
 
-    ``passed``: the checks that a copy of plain rows passed just now. None: check it.
+    ``passed``: the checks that the copy passed just now, alone or as a part. None: check it.
     """
     began = perf_counter()
     src = move.src
@@ -40,16 +46,22 @@ def submit_new(move: Move, options: CopyOptions, passed: Passed | None = None) -
         src = src.as_bytes()
         move = move._replace(src=src)
     if src.form.encoding or dst.form.encoding:
-        transfer = copy_encoded(move, options, began, submit)
+        transfer = copy_encoded(move, options, began, submit, passed)
     elif src.device != dst.device and src.device.type != "cpu" != dst.device.type:
         transfer = _from_peer(move, options, began, passed)
     else:
         choice = choose(common_device(src, dst), options.backend)
-        context = Context.of(choice.backend.device, options.stream)
+        context = _context(choice.backend.device, options, passed)
         transfer = issue(move, choice, context, options, began, passed)
     if late is not None:
         late.keep(transfer)
     return transfer
+
+
+def _context(device: torch.device, options: CopyOptions, passed: Passed | None) -> Context:
+    """Return the surroundings of a copy that a device executes."""
+    known = None if passed is None else passed.context
+    return Context.of(device, options.stream) if known is None else known
 
 
 def _from_peer(
@@ -57,12 +69,13 @@ def _from_peer(
 ) -> BlockTransfer:
     """Issue a copy of another device's rows, which the destination's device reads."""
     device = move.dst.device
-    context = Context.of(device, options.stream)
+    context = _context(device, options, passed)
     seen = move._replace(src=seen_by_reader(move.src, context))
     with current(device):
-        made = repeated(seen, options) or issue(
-            seen, choose(device, options.backend), context, options, began, passed
-        )
+        made = repeated(seen, options) if passed is None else None
+        if made is None:
+            choice = choose(device, options.backend)
+            made = issue(seen, choice, context, options, began, passed)
     if not (options.detached or options.sliced):
         order_after(move.src, made)
     return made

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -31,15 +32,19 @@ from portakv import (
     AdaptiveConnector,
     BlockTransfer,
     CopyOptions,
+    Fp8,
     Index,
     KVView,
     LayoutError,
     Pack,
+    Rope,
     SlotError,
+    Unsupported,
     copy_blocks,
     copy_runs,
+    rotate_blocks,
 )
-from portakv.copy import slices
+from portakv.copy import context, fp8, pack_staged, slices
 from portakv.copy.context import Context
 from portakv.copy.settle import drop_bad_ids
 from portakv.plan.plan import check_disjoint
@@ -196,18 +201,218 @@ def test_memory_that_is_released_between_two_slices_is_noticed(
     assert issued == 2
 
 
-@pytest.mark.parametrize("device", PLACES)
-@pytest.mark.parametrize("unpack", [False, True], ids=["pack", "unpack"])
-def test_packed_layers_are_checked_once(unpack: bool, device: torch.device) -> None:
-    tensors = [torch.ones(2, BLOCKS, SIZE, 2, 64, dtype=torch.bfloat16) for _ in range(LAYERS)]
-    raw = KVView([layer.to(device) for layer in tensors], CACHE)
+# Encoded rows
+
+
+def raw_blocks(device: torch.device) -> KVView:
+    shape = (2, BLOCKS, SIZE, 2, 64)
+    layers = [torch.randn(shape, device="cpu").bfloat16() for _ in range(LAYERS)]
+    return KVView([layer.to(device) for layer in layers], CACHE)
+
+
+def encoded_blocks(encoding: str, device: torch.device, pin: bool = False) -> KVView:
+    """Return slots of zeros, each layer a separate allocation."""
     slot = Pack().plane(SIZE * 64).slot_bytes
-    slots = torch.zeros(BLOCKS, LAYERS, 2, 2, slot, dtype=torch.uint8, device=device)
-    packed = KVView(slots, "block layer kv head page", block_size=SIZE, dim=64, encoding="pack")
+    if encoding == "fp8":
+        slot = Fp8().plane(SIZE, 64).slot_bytes
+    shape = (BLOCKS, 2, 2, slot)
+    layers = [torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(LAYERS)]
+    if pin:
+        layers = [layer.pin_memory() for layer in layers]
+    image = "layer | block kv head page"
+    return KVView(layers, image, block_size=SIZE, dim=64, encoding=encoding)
+
+
+def bytes_of(view: KVView) -> torch.Tensor:
+    """Return a copy of all layers on the host."""
+    return torch.stack([layer.cpu().view(torch.uint8) for layer in view.tensors]).clone()
+
+
+@dataclass
+class Sides:
+    """A raw and an encoded side: on one device, or with a link between them.
+
+    Attributes:
+        raw, encoded: blocks `SRC` of the raw side were encoded as blocks `DST`.
+        unpack: the encoded side is the source.
+    """
+
+    raw: KVView
+    encoded: KVView
+    unpack: bool
+
+    @property
+    def views(self) -> tuple[KVView, KVView]:
+        """Return the source and the destination."""
+        return (self.encoded, self.raw) if self.unpack else (self.raw, self.encoded)
+
+    @property
+    def ids(self) -> tuple[list[int], list[int]]:
+        """Return the blocks of the source and of the destination."""
+        return (DST, SRC) if self.unpack else (SRC, DST)
+
+    def wanted(self, blocks: list[tuple[int, int]]) -> torch.Tensor:
+        """Return the destination after a copy of some blocks, alone, of separate views."""
+        copy_blocks(*self.views, *map(list, zip(*blocks, strict=True))).synchronize()
+        result = bytes_of(self.views[1])
+        for layer in self.views[1].tensors:
+            layer.zero_()
+        return result
+
+
+def pinned_side(sides: Sides) -> bool:
+    """Return True if a side lies in pinned memory."""
+    return any(view.form.place == "pinned" for view in sides.views)
+
+
+CPU = torch.device("cpu")
+DEVICE = simdev_cases.DEVICE
+#: The places of the raw and the encoded side, and whether the host's memory is pinned.
+BOTH = [
+    pytest.param((CPU, CPU, False), id="cpu"),
+    pytest.param((DEVICE, DEVICE, False), id="simdev", marks=pytest.mark.simdev),
+    pytest.param((DEVICE, CPU, False), id="encoded on host", marks=pytest.mark.simdev),
+    pytest.param((DEVICE, CPU, True), id="encoded in pinned memory", marks=pytest.mark.simdev),
+    pytest.param((CPU, DEVICE, False), id="raw on host", marks=pytest.mark.simdev),
+]
+
+
+@pytest.fixture(params=[False, True], ids=["encode", "decode"])
+def unpack(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture(params=["pack", "fp8"])
+def encoding(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=BOTH)
+def sides(
+    request: pytest.FixtureRequest,
+    encoding: str,
+    unpack: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Sides:
+    """Return both sides of a copy that moves one block in each slice."""
+    here, there, pin = request.param
+    monkeypatch.setattr(fp8, "SLICE", 1)
+    monkeypatch.setattr(pack_staged, "SLICE", 1)
+    made = Sides(raw_blocks(here), encoded_blocks(encoding, there, pin), unpack)
+    if unpack:
+        copy_blocks(made.raw, made.encoded, SRC, DST).synchronize()
+        for layer in made.raw.tensors:
+            layer.zero_()
+    return made
+
+
+@pytest.mark.parametrize("options", [{}, {"by_layer": True}, {"check": "strict"}], ids=str)
+@pytest.mark.parametrize("ids", ["host", "device"])
+def test_encoded_rows_are_checked_once(sides: Sides, options: dict[str, Any], ids: str) -> None:
+    src, dst = sides.views
+    device = next((view.device for view in sides.views if view.device.type != "cpu"), CPU)
+    wanted = sides.wanted(list(zip(*sides.ids, strict=True)))
+    lists = [made(device, each, ids) for each in sides.ids]
+    with Checks(src, dst) as checks:
+        copy_blocks(src, dst, *lists, **options).synchronize()
+    assert torch.equal(bytes_of(dst), wanted)
+    counts = checks.of_call
+    if src.device != dst.device:
+        # The host checks the memory of each copy that it makes itself, and the ids of each slice
+        # that it expands to runs.
+        again = ("memory", "ids") if pinned_side(sides) else ("memory",)
+        for check in [check for check in counts if check.startswith(again)]:
+            counts[check] = 1
+        del counts["memory of a part"]
+    expected = ONCE.copy()
+    if ids == "device" and device.type != "cpu":
+        expected["bad ids"] = 1
+    assert counts == expected
+
+
+@pytest.mark.simdev
+@pytest.mark.parametrize("sides", BOTH[1:], indirect=True)
+@pytest.mark.parametrize("all_bad", [False, True], ids=["some", "all"])
+def test_bad_ids_of_encoded_rows_are_read_once(sides: Sides, all_bad: bool) -> None:
+    """Each layer reports them, and moves all other blocks."""
+    src, dst = sides.views
+    src_ids, dst_ids = ([*each] for each in sides.ids)
+    src_ids[1] = 99
+    dst_ids[2] = -1
+    wanted = sides.wanted([(src_ids[nth], dst_ids[nth]) for nth in (0, 3, 4)])
+    if all_bad:
+        src_ids = [99] * len(src_ids)
+        wanted.zero_()
+    lists = [made(DEVICE, each, "device") for each in (src_ids, dst_ids)]
+    with Checks(src, dst) as checks:
+        transfer = copy_blocks(src, dst, *lists, by_layer=True)
+        for end in (*transfer.layers, transfer):
+            with pytest.raises(SlotError, match="past the end"):
+                end.synchronize()
+    assert len(transfer.layers) == LAYERS
+    assert checks.of_call["bad ids"] == 1
+    assert torch.equal(bytes_of(dst), wanted)
+
+
+@pytest.mark.parametrize("ids", ["host", "device"])
+def test_padding_of_encoded_rows_is_left_out_of_all_layers(sides: Sides, ids: str) -> None:
+    src, dst = sides.views
+    device = next((view.device for view in sides.views if view.device.type != "cpu"), CPU)
+    src_ids, dst_ids = ([*each] for each in sides.ids)
+    wanted = sides.wanted([(src_ids[nth], dst_ids[nth]) for nth in (0, 2, 3)])
+    src_ids[1] = dst_ids[4] = -1
+    lists = [made(device, each, ids) for each in (src_ids, dst_ids)]
+    copy_blocks(src, dst, *lists, by_layer=True).synchronize()
+    assert torch.equal(bytes_of(dst), wanted)
+
+
+@pytest.mark.parametrize("sides", [*BOTH[:3], BOTH[4]], indirect=True)
+def test_replaced_memory_of_a_later_layer_is_noticed_before_a_row_is_written(sides: Sides) -> None:
+    src, dst = sides.views
+    src.tensors[-1].untyped_storage().resize_(0)
+    with pytest.raises(LayoutError, match="replaced"):
+        copy_blocks(src, dst, *sides.ids, by_layer=True)
+    assert not any(layer.any() for layer in dst.tensors)
+
+
+def test_shared_memory_of_a_later_layer_is_noticed_before_a_row_is_written(encoding: str) -> None:
+    raw = raw_blocks(CPU)
+    image = encoded_blocks(encoding, CPU)
+    first, *_, last = image.tensors
+    memory = torch.zeros(max(raw.tensors[-1].nbytes, last.nbytes), dtype=torch.uint8, device="cpu")
+    shared = memory[: raw.tensors[-1].nbytes].view(torch.bfloat16).view(raw.tensors[-1].shape)
+    src = KVView([*raw.tensors[:-1], shared], CACHE)
+    slots = [*image.tensors[:-1], memory[: last.nbytes].view(last.shape)]
+    how: dict[str, Any] = {"block_size": SIZE, "dim": 64, "encoding": encoding}
+    dst = KVView(slots, image.layout.text, **how)
+    with pytest.raises(SlotError, match="separate memory"):
+        copy_blocks(src, dst, SRC, DST, by_layer=True)
+    assert not first.any()
+
+
+@pytest.mark.simdev
+@pytest.mark.parametrize("sides", BOTH[1:3], indirect=True)
+def test_encoded_rows_are_refused_if_the_given_stream_records_a_graph(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of a copy do not ask again."""
+    stream = torch.Stream(device=DEVICE)
+    monkeypatch.setattr(context, "capturing", lambda device: simdev_cases.current() == stream)
+    with pytest.raises(Unsupported, match="inside graph capture"):
+        copy_blocks(*sides.views, *sides.ids, stream=stream)
+    assert not any(layer.any() for layer in sides.views[1].tensors)
+
+
+@pytest.mark.parametrize("packs", [True, False], ids=["packs", "unpacks"])
+@pytest.mark.parametrize("device", PLACES)
+def test_a_rotation_of_packed_rows_is_checked_once(device: torch.device, packs: bool) -> None:
+    raw = raw_blocks(device)
+    packed = encoded_blocks("pack", device)
     copy_blocks(raw, packed, SRC, DST).synchronize()
-    views = (packed, raw) if unpack else (raw, packed)
+    views = (raw, packed) if packs else (packed, raw)
+    ids = (SRC, DST) if packs else (DST, SRC)
     with Checks(*views) as checks:
-        copy_blocks(*views, DST if unpack else SRC, SRC, by_layer=True).synchronize()
+        rotate_blocks(*views, *ids, Rope(shift=3, base=10000.0)).synchronize()
     assert checks.of_call == ONCE
 
 
