@@ -38,7 +38,9 @@ class Model:
                 self.seen[layer].copy_(self.rows[layer])
         assert not self.words.is_captured
         self.end: torch.cuda.Event = torch.cuda.Event()
-        self.rows[0].fill_(0)  # no kernel is loaded while a replay waits
+        # No kernel is loaded while a replay waits: that may wait for the replay.
+        delay(torch.cuda.current_stream(DEVICE), 1)
+        self.rows[0].fill_(0)
         settle(DEVICE)
 
     def replay(self) -> None:
@@ -178,13 +180,15 @@ def test_layers_that_are_issued_while_the_replay_waits() -> None:
     stream = torch.cuda.Stream(DEVICE)
     for value in range(1, 11):
         model.words.begin()
+        began = time.monotonic()
         model.replay()
         for layer in range(LAYERS):
             with torch.cuda.stream(stream):
                 delay(stream, 200_000)
                 model.rows[layer].fill_(value)
                 end = Transfer([completion(DEVICE, stream)])
-            assert not model.end.query(), (value, layer, model.words.expired)
+            seconds = time.monotonic() - began
+            assert not model.end.query(), (value, layer, model.words.expired, seconds)
             model.words.issued(layer, end)
         model.words.commit()
         assert model.ends()

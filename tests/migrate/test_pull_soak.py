@@ -124,10 +124,10 @@ def pull_of_a_dying_owner(
     return ends
 
 
-def end_all(offers: list[Any], seed: random.Random) -> None:
-    """Revoke some offers at any moment, and wait for the ends of the others."""
+def end_all(offers: list[Any], seed: random.Random, revokes_all: bool = False) -> None:
+    """Revoke some offers at any moment, or all of them, and wait for the ends of the others."""
     for offer in offers:
-        revoked = seed.random() < 0.5
+        revoked = revokes_all or seed.random() < 0.5
         offer.taken(seed.random() * 0.05 if revoked else 20)
         offer.revoke()
 
@@ -153,7 +153,7 @@ def offer_to_dying_readers(
             if killed or where != HOST:  # a process that uses a device begins slowly
                 assert until(lambda x=offers: any(o.begun or o.state != "held" for o in x), 60)
             if not killed:
-                end_all(offers, seed)
+                end_all(offers, seed, revokes_all=silent)
                 both.src.whole.fill_(-2)  # all have ended
                 while (message := nursery.hear(pid)) is not None:
                     ends[message[1]] += 1
