@@ -59,9 +59,10 @@ class TransferError(PortaKVError, RuntimeError):
 class PackOverflow(TransferError):
     """Blocks do not fit into packed slots, or packed slots hold the flag of such blocks.
 
-    Copy these blocks raw. All other blocks were moved, but a pull does not commit them. The error
-    names the blocks of all layers, slices and owners. The handle of one layer of a copy by layer
-    names the blocks that do not fit in that layer.
+    Copy these blocks raw. All other blocks were moved. A pull does not commit them: it asks no
+    owner whether its offer held, and verifies no rows. The error names the blocks of all layers,
+    slices and owners. The handle of one layer of a copy by layer names the blocks that do not fit
+    in that layer.
 
     Attributes:
         src_blocks, dst_blocks: the numbers of these blocks in the source and in the destination.

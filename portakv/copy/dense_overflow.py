@@ -87,7 +87,7 @@ class _Overflow:
         """Return the error that names the blocks of all slices; None if all of them fit."""
         bad = np.zeros(self.blocks, np.bool_)
         for first, copy in self.copies:
-            wait_for_end(copy)
+            wait_for_end(copy)  # it has ended: this reads its words
             for completion in copy.completions:
                 error = completion.error
                 if isinstance(error, PackOverflow):

@@ -89,10 +89,13 @@ def rotate_keys(keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, 
 def _without(move: Move, blocks: Sequence[int], unit: int) -> Iterator[Move]:
     """Yield the parts of a copy between some blocks of ``unit`` tokens, by their sorted places."""
     start = 0
-    for block in [*blocks, move.count // unit]:
-        if block > start:
-            yield move.part(start * unit, (block - start) * unit)
-        start = block + 1
+    for block in blocks:
+        past = block * unit
+        if past > start:
+            yield move.part(start, past - start)
+        start = past + unit
+    if move.count > start:
+        yield move.part(start, move.count - start)
 
 
 def _raw_form(move: Move) -> Form:

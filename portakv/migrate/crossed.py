@@ -51,15 +51,12 @@ def joined_error(errors: Sequence[PortaKVError]) -> PortaKVError | None:
         if not isinstance(error, PackOverflow):
             return error
         overflows.append(error)
-    if not overflows:
-        return None
+    if len(overflows) < 2:
+        return overflows[0] if overflows else None
 
-    first = overflows[0]
     pairs = dict.fromkeys(
         pair for error in overflows for pair in zip(error.src_blocks, error.dst_blocks, strict=True)
     )
-    if len(pairs) == len(first.src_blocks):
-        return first
     src = tuple([pair[0] for pair in pairs])
     dst = tuple([pair[1] for pair in pairs])
     shown = ", ".join(map(str, src[:8])) + (", ..." if len(src) > 8 else "")

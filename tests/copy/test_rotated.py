@@ -302,3 +302,34 @@ def test_slices_cross_a_link(accelerator: torch.device, monkeypatch: pytest.Monk
         for made in (one, other.cpu()):
             assert torch.allclose(made.float(), wanted.float(), atol=0.02, rtol=0.008)
             assert torch.equal(made[1], wanted[1])
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 16, 40, 1000])
+def test_slots_without_ids_are_rotated_in_slices(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slice need not be as long as the whole copy divides into."""
+    layers = cache()
+    whole = zeros(layers)
+    rope = Rope(shift=5, base=10000.0)
+    rotate_blocks(KVView(layers, NHD), KVView(whole, NHD), None, None, rope).synchronize()
+    monkeypatch.setattr(rotation, "SLICE", tokens * LAYERS * HEADS * DIM * 2)
+    sliced = zeros(layers)
+    rotate_blocks(KVView(layers, NHD), KVView(sliced, NHD), None, None, rope).synchronize()
+    for mine, other, source in zip(sliced, whole, layers, strict=True):
+        assert torch.equal(mine, other)
+        assert torch.equal(mine[1], source[1])
+
+
+def test_what_padding_leaves_of_a_block_is_rotated() -> None:
+    layers = cache()
+    written = zeros(layers)
+    index = Index([-1, 1, 2, 3], SIZE, SIZE // 2)
+    rope = Rope(shift=5, base=10000.0)
+    copy = rotate_blocks(KVView(layers, NHD), KVView(written, NHD), index, None, rope, count=32)
+    copy.synchronize()
+    for mine, source in zip(written, layers, strict=True):
+        flat = mine[1].flatten(0, 1)
+        assert torch.equal(flat[8:32], source[1].flatten(0, 1)[16:40])
+        assert not flat[:8].any()
+        assert not flat[32:].any()
