@@ -51,12 +51,14 @@ def joined_error(errors: Sequence[PortaKVError]) -> PortaKVError | None:
         if not isinstance(error, PackOverflow):
             return error
         overflows.append(error)
-    if len(overflows) < 2:
-        return overflows[0] if overflows else None
+    if not overflows:
+        return None
 
-    pairs = dict.fromkeys(
-        pair for error in overflows for pair in zip(error.src_blocks, error.dst_blocks, strict=True)
-    )
+    first = overflows[0]
+    each = [zip(error.src_blocks, error.dst_blocks, strict=True) for error in overflows]
+    pairs = dict.fromkeys(pair for named in each for pair in named)
+    if pairs.keys() == {*zip(first.src_blocks, first.dst_blocks, strict=True)}:
+        return first
     src = tuple([pair[0] for pair in pairs])
     dst = tuple([pair[1] for pair in pairs])
     shown = ", ".join(map(str, src[:8])) + (", ..." if len(src) > 8 else "")
