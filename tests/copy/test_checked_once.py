@@ -306,7 +306,15 @@ def sides(
     return made
 
 
-@pytest.mark.parametrize("options", [{}, {"by_layer": True}, {"check": "strict"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"by_layer": True},
+        pytest.param({}, marks=pytest.mark.full),
+        pytest.param({"check": "strict"}, marks=pytest.mark.full),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("ids", ["host", "device"])
 def test_encoded_rows_are_checked_once(sides: Sides, options: dict[str, Any], ids: str) -> None:
     src, dst = sides.views
@@ -332,7 +340,9 @@ def test_encoded_rows_are_checked_once(sides: Sides, options: dict[str, Any], id
 
 @pytest.mark.simdev
 @pytest.mark.parametrize("sides", BOTH[1:], indirect=True)
-@pytest.mark.parametrize("all_bad", [False, True], ids=["some", "all"])
+@pytest.mark.parametrize(
+    "all_bad", [False, pytest.param(True, marks=pytest.mark.full)], ids=["some", "all"]
+)
 def test_bad_ids_of_encoded_rows_are_read_once(sides: Sides, all_bad: bool) -> None:
     """Each layer reports them, and moves all other blocks."""
     src, dst = sides.views
@@ -354,7 +364,7 @@ def test_bad_ids_of_encoded_rows_are_read_once(sides: Sides, all_bad: bool) -> N
     assert torch.equal(bytes_of(dst), wanted)
 
 
-@pytest.mark.parametrize("ids", ["host", "device"])
+@pytest.mark.parametrize("ids", ["host", pytest.param("device", marks=pytest.mark.full)])
 def test_padding_of_encoded_rows_is_left_out_of_all_layers(sides: Sides, ids: str) -> None:
     src, dst = sides.views
     device = next((view.device for view in sides.views if view.device.type != "cpu"), CPU)
