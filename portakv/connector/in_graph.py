@@ -67,11 +67,11 @@ class Allocations:
             number = numbers[leaf.untyped_storage().data_ptr()]
             self._places.append((number, leaf.data_ptr() - self._addresses[number]))
         self._storages = [storage for storage, _, _ in regions(self.leaves)]
-        # The length of an untyped storage is its bytes. `len` costs less than `nbytes`.
-        self._sizes = [*map(len, self._storages)]
+        self.read_sizes()
 
     def read_sizes(self) -> None:
         """Note the present sizes of the storages, with which `unchanged` compares later ones."""
+        # The length of an untyped storage is its bytes. `len` costs less than `nbytes`.
         self._sizes = [*map(len, self._storages)]
 
     def in_place(self) -> bool:

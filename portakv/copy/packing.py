@@ -19,7 +19,7 @@ from portakv.copy.options import CopyOptions
 from portakv.copy.pack_launch import Packed, issue_pack, join_layers
 from portakv.copy.pack_staged import issue_staged
 from portakv.copy.packed_slots import check_whole, slots_of
-from portakv.copy.settle import Passed, check, without_left_out
+from portakv.copy.settle import Passed, check, context_of, without_left_out
 from portakv.errors import Unsupported
 from portakv.layout.packing import PACK
 from portakv.plan.packing import Move, PackPlan
@@ -50,9 +50,7 @@ def copy_packed(
     check_whole(move, packed.block_size)
     if options.by_layer:
         PackPlan(move.src.form, move.dst.form, *move.steps)  # a layer of each side may not tell
-    context = None if passed is None else passed.context
-    if context is None:
-        context = Context.of(_device_of(move), options.stream)
+    context = context_of(passed, _device_of(move), options.stream)
     context.check_no_graph(f"{PACK!r} reports blocks that do not fit to the host")
     if passed is None:
         passed = check(move, context, options.strict)

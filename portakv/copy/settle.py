@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from math import gcd
 from typing import NamedTuple, TypeAlias
 
+import torch
+
 from portakv.copy.context import Context
 from portakv.errors import SlotError
 from portakv.plan.plan import CopyPlan, Move, check_disjoint
@@ -32,6 +34,15 @@ class Passed(NamedTuple):
     skips: bool
     error: SlotError | None = None
     context: Context | None = None
+
+
+def context_of(passed: Passed | None, device: torch.device, stream: torch.Stream | None) -> Context:
+    """Return the surroundings that a part of a copy was given, or else those of its call.
+
+    Raises as `Context.of`.
+    """
+    known = None if passed is None else passed.context
+    return Context.of(device, stream) if known is None else known
 
 
 class Settled(NamedTuple):

@@ -5,16 +5,13 @@ from __future__ import annotations
 
 from time import perf_counter
 
-import torch
-
 from portakv.copy.between import common_device, current, order_after, seen_by_reader
-from portakv.copy.context import Context
 from portakv.copy.encoded import copy_encoded
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
 from portakv.copy.repeat import repeated
 from portakv.copy.schedule import issue
-from portakv.copy.settle import Passed
+from portakv.copy.settle import Passed, context_of
 from portakv.plan.move import Move
 from portakv.registry.registry import choose
 
@@ -51,17 +48,11 @@ def submit_new(move: Move, options: CopyOptions, passed: Passed | None = None) -
         transfer = _from_peer(move, options, began, passed)
     else:
         choice = choose(common_device(src, dst), options.backend)
-        context = _context(choice.backend.device, options, passed)
+        context = context_of(passed, choice.backend.device, options.stream)
         transfer = issue(move, choice, context, options, began, passed)
     if late is not None:
         late.keep(transfer)
     return transfer
-
-
-def _context(device: torch.device, options: CopyOptions, passed: Passed | None) -> Context:
-    """Return the surroundings of a copy that a device executes."""
-    known = None if passed is None else passed.context
-    return Context.of(device, options.stream) if known is None else known
 
 
 def _from_peer(
@@ -69,7 +60,7 @@ def _from_peer(
 ) -> BlockTransfer:
     """Issue a copy of another device's rows, which the destination's device reads."""
     device = move.dst.device
-    context = _context(device, options, passed)
+    context = context_of(passed, device, options.stream)
     seen = move._replace(src=seen_by_reader(move.src, context))
     with current(device):
         made = repeated(seen, options) if passed is None else None
