@@ -41,15 +41,14 @@ GROWTH = 4
 #: in one batch and 0.94 in two calls; seven reached 0.99 and 0.94.
 LEAST_BATCH = 2
 
-#: The most bytes that cross on one stream without a rest: a memset of one word on that stream. A
-#: copy engine stays with a stream until the stream waits for another engine. On an H200, 8 bytes of
-#: a stream that waited for a model came up to 37 ms late while 2 GiB were saved, though every third
-#: slice of 32 MiB crossed on another stream: which of several ready streams the engine serves next
-#: is luck. With a memset before every third slice they came at most 1.7 ms late, 0.6 alongside
-#: matmuls, and the save took no longer. A kernel would wait for room between the model's kernels
-#: (NOTES, section 41). Three of the largest slices of `staged` exceed the limit, so that every
-#: third has a rest before it, as it was measured: another copy waits for 1.2 ms of the link. With
-#: 96 MiB it waited for 1.8 (section 51).
+#: The most bytes that cross on one stream without a rest: a wait of that stream for a word that
+#: already has its value. A copy engine stays with a stream until the stream waits for something
+#: else. On an H200, 8 bytes of another stream waited for all of 0.3 s of detached copies; with such
+#: a wait before every third slice of 32 MiB they came 0.6 ms late, at most 1.3. It costs copies
+#: alongside matmuls 0.5 % of the link. A memset of a word cost 9 %, since a model's kernels delay
+#: it, and a kernel would wait for room between them (NOTES, sections 41 and 73). Three of the
+#: largest slices of `staged` exceed the limit, so that every third has a rest before it, as it was
+#: measured: another copy waits for 1.2 ms of the link. With 96 MiB it waited for 1.8 (section 51).
 IN_A_ROW = 88 << 20
 
 #: Rows of at least this many bytes are entries of a batch rather than of a 2-D copy, if the driver
@@ -59,7 +58,9 @@ IN_A_ROW = 88 << 20
 FOLD_BELOW = 8 << 10
 
 _NULL_STREAMS = (0, 1)  # the legacy default stream, by both of its handles
-_WORD = 4  # bytes of the word that a rest sets
+_WORD = 4  # bytes of the word that a rest waits for
+_EVERY_CONTEXT = 1  # CU_MEMHOSTALLOC_PORTABLE
+_AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
 # CUmemcpyAttributes: access in the order of the stream; two locations, which only memory that can
@@ -200,9 +201,10 @@ class Copies:
         self._plain = _cuda_driver.function(library, "cuMemcpyAsync", word, word, size, word)
         self._rows = _cuda_driver.Copy2D(library)
         address = ctypes.POINTER(word)
-        self._allocate = _cuda_driver.function(library, "cuMemAlloc_v2", address, size)
         number = ctypes.c_uint
-        self._set = _cuda_driver.function(library, "cuMemsetD32Async", word, number, size, word)
+        self._allocate = _cuda_driver.function(library, "cuMemHostAlloc", address, size, number)
+        waits = (word, word, number, number)
+        self._wait = _cuda_driver.function(library, "cuStreamWaitValue32_v2", *waits)
         many = (word, word, word, size, word, word, size)
         # CUDA 13 dropped an argument of 12.8: the position of the failed copy.
         self._batch: Callable[..., int] | None = None
@@ -237,30 +239,31 @@ class Copies:
         return [_Share(pieces.where(~batched)), _Share(plain, _Lists(plain))]
 
     def word(self) -> int | None:
-        """Return the address of a word of the current device, for `rest`; None: the device is full.
+        """Return the address of a word that holds 0, for `rest`; None: no memory can be pinned.
 
-        Torch's allocator would return memory that work in progress may still read.
+        It is never freed.
 
         Raises:
             TransferError: the driver returned any other error.
         """
         address = ctypes.c_uint64()
-        error = self._allocate(ctypes.byref(address), _WORD)
+        error = self._allocate(ctypes.byref(address), _WORD, _EVERY_CONTEXT)
         if error == _OUT_OF_MEMORY:
             return None
         if error:
             raise self._refused(error, "the allocation of a word")
+        ctypes.c_uint32.from_address(address.value).value = 0
         return address.value
 
     def rest(self, word: int, stream: int) -> None:
         """Let copies of other streams in between two copies on the stream of that handle.
 
         Raises:
-            TransferError: the driver rejects the memset of the word.
+            TransferError: the driver rejects the wait for the word.
         """
-        error = self._set(word, 0, 1, stream)
+        error = self._wait(stream, word, 0, _AT_LEAST)
         if error:
-            raise self._refused(error, "a memset of a word")
+            raise self._refused(error, "a wait for a word")
 
     def copy_range(
         self,
@@ -339,7 +342,7 @@ class CudaLink:
         self.device = device
         self._copies = Copies(_cuda_driver.library())
         self._adopted = threading.local()
-        self._word: int | None = None  # of the device, for rests; allocated before the first rest
+        self._word: int | None = None  # for rests; allocated before the first one
         # By the handle of a stream: the bytes that crossed since its last rest.
         self._in_a_row: Bounded[int, int] = Bounded("bytes in a row on streams of a link", 256)
         self.fold_below = self._copies.fold_below
@@ -389,7 +392,7 @@ class CudaLink:
         self._in_a_row[handle] = crossed + nbytes
 
     def _rest(self, handle: int) -> None:
-        """Let copies of other streams in between; do nothing while the device is full."""
+        """Let copies of other streams in between; do nothing while no memory can be pinned."""
         if self._word is None:  # two threads may allocate one each, and use either
             # Of other threads: no copy by a link is issued inside a capture.
             with ignoring_captures(self.device):

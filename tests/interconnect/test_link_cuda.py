@@ -249,7 +249,7 @@ def test_others_get_in_between_copies_in_a_row(
         rest = nth > 0 and nth % every == 0
         for handle in (5, 6):
             cuda.copy(plain(1, width=128), handle)
-            assert cuda.library.calls == [Call("m", 1, handle)] * rest + [Call("p", 1, handle)]
+            assert cuda.library.calls == [Call("w", 1, handle)] * rest + [Call("p", 1, handle)]
             assert cuda.log == []
 
 
@@ -278,16 +278,16 @@ def test_a_rest_is_on_the_stream_that_copies_for_the_default_stream(
     monkeypatch.setattr(link, "IN_A_ROW", 240)
     cuda.copy(plain(60), 0)
     stream = 77 if cuda.library.batches else 0
-    assert cuda.library.calls.count(Call("m", 1, stream)) == 1
+    assert cuda.library.calls.count(Call("w", 1, stream)) == 1
     assert {call.stream for call in cuda.library.calls} == {stream}
 
 
 def test_short_copies_have_no_rest(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "IN_A_ROW", 480)
-    for expected in ([], [], [Call("m", 1, 5)]):
+    for expected in ([], [], [Call("w", 1, 5)]):
         for handle in range(2, 50):
             cuda.copy(plain(30), handle)
-            rests = [call for call in cuda.library.calls if call.kind == "m"]
+            rests = [call for call in cuda.library.calls if call.kind == "w"]
             assert rests == [call._replace(stream=handle) for call in expected]
 
 
@@ -308,7 +308,7 @@ def test_a_long_list_crosses_with_rests(
     assert set(cuda.copy(plain(60), 5)) == {5}
     rows = [0]
     for call in cuda.library.calls:
-        if call.kind == "m":
+        if call.kind == "w":
             rows.append(0)
         else:
             rows[-1] += 8 * call.copies
@@ -324,7 +324,7 @@ def test_a_range_between_rests_is_one_call(cuda: Crossing, monkeypatch: pytest.M
     monkeypatch.setattr(link, "FIRST_DESCRIPTORS", 5)
     cuda.copy(plain(2), 5)
     cuda.copy(plain(30), 5)
-    rest = Call("m", 1, 5)
+    rest = Call("w", 1, 5)
     if cuda.library.batches:
         first, second, third, last = (Call("b", copies, 5) for copies in (5, 7, 12, 6))
         assert cuda.library.calls == [rest, first, second, rest, third, rest, last]
@@ -335,15 +335,15 @@ def test_a_range_between_rests_is_one_call(cuda: Crossing, monkeypatch: pytest.M
 
 def test_a_large_copy_is_cut(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "IN_A_ROW", 96)
-    rest = Call("m", 1, 5)
+    rest = Call("w", 1, 5)
     part = Call("p", 1, 5)
     cuda.copy(plain(1, width=200), 5)
     assert cuda.library.calls == [part, rest, part, rest, part]
     cuda.copy(rows(1), 6)  # nine rows of 16 bytes
-    assert cuda.library.calls == [Call("r", 6, 6), Call("m", 1, 6), Call("r", 3, 6)]
+    assert cuda.library.calls == [Call("r", 6, 6), Call("w", 1, 6), Call("r", 3, 6)]
 
 
-def test_what_a_full_device_has_no_word_for(
+def test_rests_begin_once_memory_can_be_pinned(
     cuda: Crossing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Copies go on, and have rests as soon as there is memory."""
@@ -353,7 +353,7 @@ def test_what_a_full_device_has_no_word_for(
     assert {call.kind for call in cuda.library.calls} <= {"b", "p"}
     cuda.library.set_device()
     cuda.copy(plain(30), 5)
-    assert Call("m", 1, 5) in cuda.library.calls
+    assert Call("w", 1, 5) in cuda.library.calls
 
 
 def test_the_word_is_allocated_while_another_thread_captures(
@@ -361,9 +361,9 @@ def test_the_word_is_allocated_while_another_thread_captures(
 ) -> None:
     monkeypatch.setattr(link, "IN_A_ROW", 96)
     cuda.library.set_device(another_captures=True)
-    assert cuda.library.library.cuMemAlloc_v2(ctypes.byref(ctypes.c_uint64()), 4) == 900
+    assert cuda.library.library.cuMemHostAlloc(ctypes.byref(ctypes.c_uint64()), 4, 1) == 900
     cuda.copy(plain(30), 5)
-    assert Call("m", 1, 5) in cuda.library.calls
+    assert Call("w", 1, 5) in cuda.library.calls
 
 
 def test_a_rest_that_the_driver_refuses(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +371,7 @@ def test_a_rest_that_the_driver_refuses(cuda: Crossing, monkeypatch: pytest.Monk
     cuda.copy(plain(12), 5)
     cuda.library.forget(refuse_at=0)
     monkeypatch.setattr(cuda.library, "forget", lambda: None)
-    with refused(TransferError, "a memset of a word", "CUDA_ERROR_INVALID_VALUE", "Check"):
+    with refused(TransferError, "a wait for a word", "CUDA_ERROR_INVALID_VALUE", "Check"):
         cuda.copy(plain(12), 5)
     assert cuda.library.calls == []
 

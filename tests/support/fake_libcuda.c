@@ -37,7 +37,7 @@ enum { INVALID_VALUE = 1, OUT_OF_MEMORY = 2, CAPTURE_UNSUPPORTED = 900 };
 enum { MOST_CALLS = 4096, MAX_PITCH = 0x7fffffff };
 
 typedef struct {
-    char kind; // p: plain, r: rows, b: batch, m: memset of words
+    char kind; // p: plain, r: rows, b: batch, w: wait for a word
     uint64_t count, stream;
 } Call;
 
@@ -100,30 +100,30 @@ int cuThreadExchangeStreamCaptureMode(int *mode) {
     return 0;
 }
 
-// Words of the device that are allocated one by one.
+// Words of pinned memory that are allocated one by one.
 static uint32_t words[MOST_CALLS];
 static int allocated, full, another_captures;
 
-// Whether the device has no room, and whether another thread captures a graph.
+// Whether no memory can be pinned, and whether another thread captures a graph.
 void fake_device(int no_room, int captures) {
     full = no_room;
     another_captures = captures;
 }
 
-int cuMemAlloc_v2(uint64_t *address, size_t size) {
+int cuMemHostAlloc(uint64_t *address, size_t size, unsigned flags) {
     if (another_captures && capture_mode == 0) return CAPTURE_UNSUPPORTED;
     if (full || allocated == MOST_CALLS) return OUT_OF_MEMORY;
-    if (size != sizeof(uint32_t)) return INVALID_VALUE;
+    if (size != sizeof(uint32_t) || flags != 1) return INVALID_VALUE;
+    words[allocated] = 0x80000000; // what was there before
     *address = (uint64_t)&words[allocated++];
     return 0;
 }
 
-// Sets one word that was allocated here, and no other memory.
-int cuMemsetD32Async(uint64_t dst, unsigned value, size_t count, uint64_t stream) {
+// Waits for a word that was allocated here, and for no other memory; refuses a wait without an end.
+int cuStreamWaitValue32_v2(uint64_t stream, uint64_t address, uint32_t value, unsigned flags) {
     uint64_t first = (uint64_t)words, past = (uint64_t)(words + allocated);
-    if (dst < first || dst >= past || (dst - first) % sizeof(uint32_t)) return INVALID_VALUE;
-    if (count != 1 || noted('m', count, stream)) return INVALID_VALUE;
-    *(uint32_t *)dst = value;
+    if (address < first || address >= past || (address - first) % sizeof(uint32_t)) return INVALID_VALUE;
+    if (flags || (int32_t)(*(uint32_t *)address - value) < 0 || noted('w', 1, stream)) return INVALID_VALUE;
     return 0;
 }
 

@@ -15,8 +15,8 @@ SOURCE = Path(__file__).with_name("fake_libcuda.c")
 
 
 class Call(NamedTuple):
-    """A call: ``p`` (plain), ``h`` (host to device), ``r`` (rows), ``b`` (batch) or ``m`` (memset),
-    its copies, rows or words, and its stream."""
+    """A call: ``p`` (plain), ``h`` (host to device), ``r`` (rows), ``b`` (batch) or ``w`` (wait for
+    a word), its copies, rows or words, and its stream."""
 
     kind: str
     copies: int
@@ -76,7 +76,7 @@ class FakeLibrary:
         self.library.fake_forget(refuse_at)
 
     def set_device(self, *, full: bool = False, another_captures: bool = False) -> None:
-        """Let the device have no room, or another thread capture a graph."""
+        """Let no memory be pinned, or another thread capture a graph."""
         self.library.fake_device(full, another_captures)
 
     @property
