@@ -124,7 +124,8 @@ _STORE = (
         "encoding.payload",
         "By",
         "form",
-        "bytes of raw rows of blocks that saves brought to the host, of a form that is packed",
+        "bytes of raw rows of blocks that saves brought to the host, of a packed form or a store "
+        "that chooses",
     ),
     _counter(
         "encoding_wire_bytes_total",

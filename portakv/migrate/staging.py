@@ -7,7 +7,7 @@ each token the heads. A packed chunk has blocks in place of tokens, and a slot f
 
 from __future__ import annotations
 
-from contextlib import suppress
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,9 @@ from portakv.view import Index, KVView
 _PARTS = 64  # slices of a view that the view retains
 _CHUNKS = 8  # forms of chunks that a staging buffer retains
 _INT64 = frozenset([torch.int64])
+_log = logging.getLogger(__name__)
+#: Devices for whose rows a warning was logged, as no memory could be pinned.
+_pageable: Bounded[torch.device, bool] = Bounded("devices without pinned staging", 64)
 _ALIGNED = 256  # bytes; the rows of each kv start at a multiple
 
 
@@ -60,9 +63,23 @@ def staging(
     with torch.inference_mode(False):
         if nbytes and rows is not None and rows.type != "cpu" and device.type == "cpu":
             # The driver's allocation would end captures of other threads.
-            with suppress(RuntimeError), ignoring_captures(rows):
-                return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=True)
+            try:
+                with ignoring_captures(rows):
+                    return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=True)
+            except RuntimeError as error:
+                _report_pageable(rows, str(error))
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def _report_pageable(rows: torch.device, why: str) -> None:
+    """Log once for each device why its staging buffers on the host are pageable."""
+
+    def report() -> bool:
+        text = "Staging buffers on the host for %s are pageable, so transfers take longer: %s"
+        _log.warning(text, rows, why.partition("\n")[0])
+        return True
+
+    _pageable.get_or_make(rows, report)
 
 
 def part_of(view: KVView, layers: slice, heads: slice | None = None) -> KVView:

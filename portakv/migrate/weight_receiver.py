@@ -123,7 +123,7 @@ class Receiver:
             self.buffer_bytes = _checked(answer, request, owner.address)
             self.lane = self.transport.lane(owner.address, lane_channel(owner.channel, self.id))
             self.lane.meet(stop=self._stopping(owner))
-            self.buffers = _buffers(self.buffer_bytes, device)
+            self.buffers = _buffers(self.buffer_bytes, device, terms.device)
         except BaseException:  # also an interrupt: no caller has the lane
             self.release()
             raise
@@ -188,11 +188,14 @@ def _checked(answer: Connected, request: Connect, address: str) -> int:
     return answer.buffer_bytes
 
 
-def _buffers(nbytes: int, device: torch.device) -> list[torch.Tensor]:
-    """Return the staging buffers of a lane, uint8 ``[nbytes]`` each, for any stream of a device."""
+def _buffers(nbytes: int, device: torch.device, tensors: torch.device) -> list[torch.Tensor]:
+    """Return the staging buffers of a lane on a device, uint8 ``[nbytes]`` each, for any stream.
+
+    ``tensors``: the device of the reader's tensors.
+    """
     # In inference mode, buffers would be views without a common base, which transports register.
     with torch.inference_mode(False), StreamFence(device).inside():
-        memory = staging(BUFFERS * nbytes, device)
+        memory = staging(BUFFERS * nbytes, device, rows=tensors)
         if device.type != "cpu":  # the work of earlier users of the memory
             torch.accelerator.current_stream(device.index).synchronize()
         return [*memory.view(BUFFERS, -1)]

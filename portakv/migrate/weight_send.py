@@ -79,7 +79,7 @@ class Lane:
         self.why_broken = ""  # why a slice that was requested could not be sent
         device = transport.device
         with torch.inference_mode(False), StreamFence(device).inside():
-            self.memory = staging(BUFFERS * nbytes, device)
+            self.memory = staging(BUFFERS * nbytes, device, rows=_on_device(tensors))
             self.buffers = [_Buffer(part) for part in self.memory.view(BUFFERS, -1)]
             #: What the worker's streams follow: the work of the memory's earlier users.
             self.fences = [StreamFence(each) for each in {device, *tensors}]
@@ -101,6 +101,11 @@ class Lane:
         """End the slices in flight, and release the transport's lane."""
         self.unwatch()
         self.key.end()
+
+
+def _on_device(tensors: Devices) -> torch.device | None:
+    """Return a device of tensors that are not on the host; None if all are there."""
+    return min((each for each in tensors if each.type != "cpu"), key=str, default=None)
 
 
 def _buffer_bytes(total: int, most: int, device: torch.device) -> int:

@@ -268,6 +268,20 @@ class Chains(Generic[Key]):
         blocks.clear(number)
         self.changed(key, False, why)
 
+    def remove_next(
+        self, goes: Callable[[Key], bool], group: Hashable | None = None, why: str = EVICTED
+    ) -> None:
+        """Forget the blocks that go next, of a group or of all, one after the other, until
+        ``goes(key)`` returns False for one, which stays."""
+        number = self._next(group)
+        while number is not None:
+            key = self._blocks.keys[number]
+            assert key is not None  # a queue has an entry of it
+            if not goes(key):
+                return
+            self.remove(key, why)
+            number = self._next(group)
+
     def next(self, group: Hashable | None = None) -> Key | None:
         """Return the block that goes next, of a group or of all; None if none can go."""
         number = self._next(group)
@@ -307,6 +321,8 @@ class Chains(Generic[Key]):
         """Return the number of the block that goes next; None if none can go."""
         if group is not None:
             return self._top(group)
+        if len(self._queues) == 1:
+            return self._top(next(iter(self._queues)))
         tops = [self._top(each) for each, queue in self._queues.items() if queue]
         there = [top for top in tops if top is not None]
         if len(there) < 2:

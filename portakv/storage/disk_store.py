@@ -10,15 +10,16 @@ import errno
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from portakv.graph.graph import Graph, Queue
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import reasons
-from portakv.storage.chains import Changed
+from portakv.storage.chains import Changed, mark_of
 from portakv.storage.files import cause_of
 from portakv.storage.form import HEADER, BlockForm
 from portakv.storage.image import Header, Row, header, predecessor, verify
@@ -32,6 +33,23 @@ TURN = 3e-4
 PAUSE = 5e-5
 
 _warnings = RateLimitedLog(logging.getLogger(__name__))
+
+
+@dataclass
+class _Left:
+    """The blocks of a write that have no slot yet.
+
+    Attributes:
+        numbers: of the blocks, in their order.
+        tries: the folders to try for a slot, and which may evict a block.
+        own: positions of the call's keys.
+        gone: marks of blocks that found no slot, and of those that follow them.
+    """
+
+    numbers: deque[int]
+    tries: Sequence[tuple[Slots, bool]]
+    own: Mapping[bytes, int] | None
+    gone: set[int] = field(default_factory=set)
 
 
 class _Turn:
@@ -332,29 +350,29 @@ class DiskStore:
         new = [i for i, there in enumerate(landed) if not there]
         size = self.form.image_bytes
 
-        tries = self._tries(queue, evict)
-        taken = list[_Taken]()
-        results = list[int]()
-        try:
-            for i in new:
-                place = self._take(tries, keys[i], rows[i], own, report)
-                if place is not None:
-                    taken.append(_Taken(i, *place))
-            requests = [
-                Request(slots.fd, slot * size, rows[i].ctypes.data, size, True)
-                for i, slots, slot in taken
-            ]
-            results = self.engine.run(requests)
-        finally:  # the first block first, so that a kill leaves no block without its predecessor
-            for each, result in zip(taken, results or [0] * len(taken), strict=True):
-                i = each.number
-                known = keys[i], generations[i], checksums[i]
-                landed[i] = self._seal(each, result, *known, report)
+        left = _Left(deque(new), self._tries(queue, evict), own)
+        taken = 0
+        while left.numbers:
+            taken_now = list[_Taken]()
+            results = list[int]()
+            try:
+                self._take_some(taken_now, left, keys, rows, report)
+                requests = [
+                    Request(slots.fd, slot * size, rows[i].ctypes.data, size, True)
+                    for i, slots, slot in taken_now
+                ]
+                results = self.engine.run(requests)
+            finally:  # the first block first, so a kill leaves no block without its predecessor
+                for each, result in zip(taken_now, results or [0] * len(taken_now), strict=True):
+                    i = each.number
+                    known = keys[i], generations[i], checksums[i]
+                    landed[i] = self._seal(each, result, *known, report)
+            taken += len(taken_now)
         self.touch([keys[i] for i in new])  # a prefix outlives its suffix
         hits = sum(landed[i] for i in new)
         self.graph.count(self.tier, "save", "hit", hits, hits * size)
-        self.graph.count(self.tier, "save", "fault", len(taken) - hits)
-        self.graph.count(self.tier, "save", "dropped", len(new) - len(taken))
+        self.graph.count(self.tier, "save", "fault", taken - hits)
+        self.graph.count(self.tier, "save", "dropped", len(new) - taken)
         return landed
 
     def _tries(self, queue: Queue, evict: bool) -> list[tuple[Slots, bool]]:
@@ -371,32 +389,61 @@ class DiskStore:
         evicting = [(slots, evict) for slots in folders]
         return [*free, *evicting, *(evicting if len(folders) > 1 else [])]
 
-    def _take(
+    def _take_some(
         self,
-        tries: Sequence[tuple[Slots, bool]],
-        key: bytes,
-        row: Row,
-        own: Mapping[bytes, int] | None,
+        taken: list[_Taken],
+        left: _Left,
+        keys: Sequence[bytes],
+        rows: Sequence[Row],
         report: Report,
-    ) -> tuple[Slots, int] | None:
-        """Take a slot for a block in the first folder with space; None, with a report, if no folder
-        has."""
-        mark = predecessor(row)
+    ) -> None:
+        """Take slots for the first blocks that are left; leave out blocks for which no folder has
+        one.
+
+        In one folder, ends before a block that has to wait for other writes while slots are taken:
+        writes that wait for each other would not end. In several, sealed blocks would go before
+        their successors have slots. A block after a gap evicts none.
+        """
+        several = len(self.parts) > 1
+        while left.numbers:
+            number = left.numbers[0]
+            key = keys[number]
+            follows = predecessor(rows[number])
+            waits = several or not taken
+            place = self._take(left, key, follows, waits)
+            if isinstance(place, Reason):
+                if not waits:
+                    return
+                left.gone.add(mark_of(key))
+                report(key, place)
+                _warnings.warning(f"dropped {place.where}", "Block %s: %s", key.hex(), place.where)
+            else:
+                if follows in left.gone:
+                    left.gone.add(mark_of(key))
+                taken.append(_Taken(number, *place))
+            left.numbers.popleft()
+
+    def _take(
+        self, left: _Left, key: bytes, follows: int, waits: bool
+    ) -> tuple[Slots, int] | Reason:
+        """Take a slot for a block in the first folder with space; return the reason if none has.
+        ``waits``: for other writes, after which a folder may have."""
+        tries = left.tries
         reason = Reason(
             reasons.DROPPED, f"{tries[0][0].folder.parent}: no slot is free or may be evicted"
         )
         for slots, evicts in tries:
             try:
-                slot = slots.take(key, own, mark, evicts)
+                slot = slots.take(
+                    key, left.own, follows, evicts and follows not in left.gone, waits
+                )
             except OSError as error:  # the folder cannot be listed, as without a free descriptor
                 where = f"{slots.folder.parent}: {cause_of(error)}"
                 reason = Reason(reasons.UNREACHABLE, where)
                 continue
             if slot is not None:
                 return slots, slot
-        report(key, reason)
-        _warnings.warning(f"dropped {reason.where}", "Block %s: %s", key.hex(), reason.where)
-        return None
+        return reason
 
     def _seal(
         self,

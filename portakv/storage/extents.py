@@ -39,22 +39,52 @@ class Extents:
                 self._add(first, past)
                 self.free += past - first
 
-    def take(self, count: int) -> int | None:
-        """Return the first of so many pages; None if no extent has as many."""
-        at = bisect_left(self._lengths, count)
-        if at == len(self._lengths):
-            return None
-        first = next(iter(self._sizes[self._lengths[at]]))
-        past = self._ends[first]
-        self._remove(first, past)
-        self.free -= count
-        if self._descends:
-            if first < past - count:
-                self._add(first, past - count)
-            return past - count
-        if first + count < past:
-            self._add(first + count, past)
-        return first
+    def take(self, count: int, most: int) -> list[int]:
+        """Return the first pages of at most ``most`` runs of so many pages; fewer if no extent has
+        room for more.
+
+        What is left of the shortest extent with room is the shortest one again. So all runs of an
+        extent are taken together.
+        """
+        runs = list[int]()
+        while len(runs) < most:
+            at = bisect_left(self._lengths, count)
+            if at == len(self._lengths):
+                break
+            length = self._lengths[at]
+            first = next(iter(self._sizes[length]))
+            past = first + length
+            pages = count * min(length // count, most - len(runs))
+            self._remove(first, past)
+            if self._descends:
+                runs += range(past - count, past - pages - 1, -count)
+                past -= pages
+            else:
+                runs += range(first, first + pages, count)
+                first += pages
+            if first < past:
+                self._add(first, past)
+            self.free -= pages
+        return runs
+
+    def pass_on(self, first: int, count: int) -> bool:
+        """Return True if pages that were evicted can be taken again as they are; return False, and
+        do nothing, if free pages lie next to them.
+
+        No extent has so many pages. So `give` and `take` would return the same pages.
+        """
+        past = first + count
+        if first in self._starts or past in self._ends:
+            return False
+        self._note_evicted(first, past)
+        return True
+
+    def _note_evicted(self, first: int, past: int) -> None:
+        """Note the last pages that were evicted, and the direction in which they go."""
+        before = self._evicted
+        if first == before.stop or past == before.start:
+            self._descends = past == before.start
+        self._evicted = range(first, past)
 
     def give(self, first: int, count: int, evicted: bool = False) -> None:
         """Return pages, which join the free ones next to them; ``evicted``: in the order in which
@@ -62,9 +92,7 @@ class Extents:
         self.free += count
         past = first + count
         if evicted:
-            if first == self._evicted.stop or past == self._evicted.start:
-                self._descends = past == self._evicted.start
-            self._evicted = range(first, past)
+            self._note_evicted(first, past)
         if first in self._starts and first not in self._past:
             before = self._starts[first]
             self._remove(before, first)

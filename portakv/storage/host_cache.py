@@ -116,6 +116,39 @@ class Cache:
                 self.chains.put_back(key)
         return chosen
 
+    def evict_next(
+        self, goes: Callable[[bytes], bool], group: Hashable | None, evicted: Callable[[int], bool]
+    ) -> None:
+        """Take the keys that go next, of a group or of all, from their rows, one after the other.
+
+        Ends before a key for which ``goes(key)`` returns False, or that a load reads since `next`;
+        and after a row for which ``evicted(row)`` returns False.
+        """
+        rows = self.rows
+        unused = self.unused
+        loans = self.loans
+        more = True
+
+        def leaves(key: bytes) -> bool:
+            nonlocal more
+            if not more or not goes(key):
+                return False
+            row = rows.pop(key)  # no load finds it from here on
+            if key in loans:
+                rows[key] = row
+                return False
+            unused.discard(key)
+            more = evicted(row)
+            return True
+
+        while more:
+            count = len(rows)
+            if self.next(group) is None:  # passes over the keys of loans
+                return
+            self.chains.remove_next(leaves, group)
+            if len(rows) == count:
+                return
+
     def evict(self, keys: Sequence[bytes]) -> list[int]:
         """Take keys from their rows, in the order in which they go, and return the rows; none if a
         load reads one of them since `next`."""

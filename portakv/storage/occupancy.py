@@ -53,7 +53,10 @@ class Occupancy:
         """Return the number of the slot after the last slot that is pinned or being written."""
         return max((slot + 1 for slot in (*self.pins, *self.writes)), default=0)
 
-    def writes_after(self, key: bytes, call: Mapping[bytes, int]) -> bool:
-        """Return True if blocks are being written that come after one in its call."""
-        place = call.get(key, len(call))
-        return any(call.get(write.key, place) > place for write in self.writes.values())
+    def writes_after(self, key: bytes, call: Mapping[bytes, int], others: bool) -> bool:
+        """Return True if blocks are being written that come after one in its call; with ``others``,
+        also if these belong to other calls."""
+        past = len(call)
+        place = call.get(key, past)
+        other = past if others else -1
+        return any(call.get(write.key, other) > place for write in self.writes.values())

@@ -268,21 +268,54 @@ class SizedRows(Rows):
         )
 
     def _host_rows(self, count: int, want: Want) -> list[int]:
-        """Return rows of the host tier, as many as may be had."""
+        """Return rows of the host tier, as many as may be had, in the order of their addresses.
+
+        All are taken in one pass. They are those that rows taken one after the other would be, and
+        the same keys are evicted. Their order leaves a copy fewer runs.
+        """
         pages = want.nbytes // PAGE
-        items = list[int]()
-        while len(items) < count:
-            item = self._space.take(pages)
-            for _ in range(MOST_EVICTED):
-                group = UNUSED if want.prefetched and self._crowded(want.nbytes) else None
-                if item is not None or not self._evict(want.claim, want.place, group):
-                    break
-                item = self._space.take(pages)
-            if item is None:
-                break
-            self._pages[item] = pages
-            items.append(item)
+        items = self._space.take(pages, count)
+        if len(items) < count and want.claim.evict:
+            self._evict_for(items, count, want)
+        self._pages.update(dict.fromkeys(items, pages))
+        items.sort()
         return items
+
+    def _evict_for(self, items: list[int], count: int, want: Want) -> None:
+        """Add rows of the host tier to rows that were taken, up to ``count``, in place of the next
+        rows to evict. No extent has a run of their size.
+
+        A row evicts at most `MOST_EVICTED` others.
+        """
+        pages = want.nbytes // PAGE
+        space = self._space
+        place = want.place
+        place_of = want.claim.place_of
+        left = MOST_EVICTED
+
+        def goes(key: bytes) -> bool:
+            return place_of(key) > place
+
+        def evicted(item: int) -> bool:
+            """Take runs once a row is free; return True if another row may go."""
+            nonlocal left
+            self.evicted += 1
+            past = self._pages.pop(item)
+            if past == pages and space.pass_on(item, pages):
+                items.append(item)
+                left = MOST_EVICTED
+            else:
+                space.give(item, past, evicted=True)
+                runs = space.take(pages, count - len(items))
+                items.extend(runs)
+                left = MOST_EVICTED if runs else left - 1
+            return len(items) < count and left > 0 and not want.prefetched
+
+        before = -1
+        while len(items) < count and left > 0 and self.evicted != before:
+            before = self.evicted
+            crowded = want.prefetched and self._crowded(want.nbytes)
+            self._cache.evict_next(goes, UNUSED if crowded else None, evicted)
 
     def _staging_rows(self, count: int, store: bool) -> list[int] | None:
         """Return rows of staging, all or none."""

@@ -252,9 +252,7 @@ class Slots:
 
     def _try_direct(self) -> None:
         """Have the I/O go past the page cache, if the device takes images at multiples of a page.
-
-        A file without slots does not show that.
-        """
+        A file without slots does not show that."""
         try:
             set_flags(self.fd, os.O_DIRECT)
             os.preadv(self.fd, [mmap.mmap(-1, PAGE)], PAGE)
@@ -408,16 +406,17 @@ class Slots:
         own: Mapping[bytes, int] | None = None,
         follows: int = UNKNOWN,
         evict: bool = True,
+        waits: bool = True,
     ) -> int | None:
         """Return a slot with an empty record for a block that follows a mark.
 
-        The predecessor stays until the slot is sealed or given back. Returns None if no slot is
-        free, none can be allocated and none may be evicted, or if the table cannot be written. No
-        slot may be evicted without ``evict``, or if all blocks have pins or successors.
+        The predecessor stays until the slot is sealed or given back. Returns None if none is free
+        or can be allocated, and none may be evicted, or if the table cannot be written. None may be
+        evicted without ``evict``, or if all blocks have pins or successors.
 
         Blocks of ``own``, the call, go after all others: the last one first, and none for a later
-        one. So this waits for the writes of later blocks, in all folders. It stops when no write
-        ends for `_PATIENCE` seconds, as calls in other orders would wait for each other.
+        one. So this ``waits`` for the writes of later blocks, in all folders, and in one folder for
+        those of other calls, until none ends for `_PATIENCE` seconds. Who waits has no other slot.
         """
         with self.chains.lock:
             if self.fd < 0:
@@ -431,8 +430,8 @@ class Slots:
             own = own or {}
             patient = True
             while evict and not self._occupancy.free:
-                waits = patient and self._waits(key, own)
-                if self._free_a_slot(key, own, looks, waits) or not waits:
+                has_to = patient and self._waits(key, own)
+                if self._free_a_slot(key, own, looks, has_to) or not (has_to and waits):
                     break
                 patient = self._occupancy.written.wait(_PATIENCE)
             if not self._occupancy.free:
@@ -560,8 +559,8 @@ class Slots:
         return len(self._space.writers) < 2 or self._occupancy.evicted % _LOOKS == 0
 
     def _free_a_slot(self, key: bytes, own: Mapping[bytes, int], looked: bool, waits: bool) -> bool:
-        """Evict a block, or take slots of another form with an older block; return True if a slot
-        is free. ``looked``: growth has found no space."""
+        """Evict a block, or take slots of another form; return True if a slot is free. ``looked``:
+        growth has found no space."""
         if looked and self._take_over():
             return True
         if self._evict(key, own, waits):
@@ -577,8 +576,7 @@ class Slots:
         return bool(self._occupancy.free)
 
     def _evict(self, key: bytes, own: Mapping[bytes, int], waits: bool) -> bool:
-        """Evict a block for another one; return True if one went. While that ``waits`` for later
-        blocks, no block of its call goes."""
+        """Evict a block; return True if one went. No block of the call while that ``waits``."""
         if waits and self.chains.next(self.folder) in own:
             return False
         victim = self.chains.next_for(key, own, self.folder)
@@ -589,10 +587,12 @@ class Slots:
         return True
 
     def _waits(self, key: bytes, own: Mapping[bytes, int]) -> bool:
-        """Return True if only blocks of its call may go for a block, and later ones are written."""
+        """Return True if no block of another call may go for a block, until a write ends."""
         if self.chains.has_other(own):
             return False
-        return any(x._occupancy.writes_after(key, own) for x in self.siblings or [self])
+        folders = self.siblings or [self]
+        alone = len(folders) == 1  # else another folder may have a slot
+        return any(x._occupancy.writes_after(key, own, others=alone) for x in folders)
 
     def _end_write(self, slot: int) -> None:
         """Note that a slot is not being written any more."""

@@ -4,7 +4,7 @@ still reads."""
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -83,6 +83,28 @@ def test_staging_on_the_host_is_pinned_for_rows_of_a_device(accelerator: torch.d
     assert staging(5, host, 1 << 12, accelerator).is_pinned()
     assert not staging(5, host, 1 << 12, host).is_pinned()
     assert staging(5, accelerator, 1 << 12, accelerator).device == accelerator
+
+
+def test_memory_that_cannot_be_pinned_is_reported_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For each device; `meta` stands for one."""
+    empty = torch.empty
+
+    def fails(*args: Any, pin_memory: bool = False, **terms: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nSearch for the error.")
+        return empty(*args, **terms)
+
+    monkeypatch.setattr(torch, "empty", fails)
+    host = torch.device("cpu")
+    for number in (1, 1, 2):
+        assert staging(5, host, rows=torch.device("meta", number)).nbytes == 5
+    text = "Staging buffers on the host for meta:%d are pageable, so transfers take longer: %s"
+    why = "CUDA error: out of memory"
+    assert [record.getMessage() for record in caplog.records] == [
+        text % (number, why) for number in (1, 2)
+    ]
 
 
 def rows_that_come_while_the_device_is_busy(device: torch.device) -> bool:

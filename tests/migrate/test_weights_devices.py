@@ -19,8 +19,15 @@ from support.weight_cases import AtSlice, Channels, make_channels
 from torch.cuda import _sleep
 
 from portakv.errors import PeerError, TransferCancelled, TransferError
-from portakv.migrate import prepare_weights, publish, pull_weights, weight_send
+from portakv.migrate import (
+    prepare_weights,
+    publish,
+    pull_weights,
+    weight_receiver,
+    weight_send,
+)
 from portakv.migrate.channel import Channel
+from portakv.migrate.staging import staging
 from portakv.migrate.transports import TRANSPORTS
 from portakv.migrate.weight_lanes import pack
 from portakv.runtime.devices import inside
@@ -65,8 +72,21 @@ def change(remote: Tensors, salt: int) -> None:
 
 @pytest.mark.parametrize("kinds", ["device to host", "host to device", "device to device"])
 def test_host_staging_serves_two_kinds_of_device_and_one_device(
-    accelerator: torch.device, channels: Channels, kinds: str
+    accelerator: torch.device,
+    channels: Channels,
+    monkeypatch: pytest.MonkeyPatch,
+    kinds: str,
 ) -> None:
+    """Buffers on the host are pinned for tensors of a device."""
+    pinned = dict[str, bool]()
+    for side in (weight_send, weight_receiver):
+
+        def made(*args: Any, name: str = side.__name__, **terms: Any) -> torch.Tensor:
+            memory = staging(*args, **terms)
+            pinned[name] = memory.is_pinned()
+            return memory
+
+        monkeypatch.setattr(side, "staging", made)
     cpu = torch.device("cpu")
     there = cpu if kinds.startswith("host") else accelerator
     here = cpu if kinds.endswith("host") else accelerator
@@ -80,6 +100,10 @@ def test_host_staging_serves_two_kinds_of_device_and_one_device(
             change(remote, turn)
         pull_weights(channel, owner.ticket, local)
         assert equal(local, remote)
+    assert pinned == {
+        weight_send.__name__: there != cpu,
+        weight_receiver.__name__: here != cpu,
+    }
     owner.close()
 
 

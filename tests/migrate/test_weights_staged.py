@@ -364,7 +364,7 @@ def test_no_bytes_of_other_users_of_the_memory_are_sent(
     the reader's buffers have them."""
     taken = list[torch.Tensor]()
 
-    def used(nbytes: int, device: torch.device) -> torch.Tensor:
+    def used(nbytes: int, device: torch.device, **_: object) -> torch.Tensor:
         taken.append(torch.full((nbytes,), 0x5A, dtype=torch.uint8, device=device))
         return taken[-1]
 

@@ -14,6 +14,7 @@ import pytest
 from support import slot_cases as cases
 from support.slot_cases import FORM, KEYS, Faulty, Tally
 
+from portakv.storage import image
 from portakv.storage.chains import FIRST, UNKNOWN, Chains, mark_of
 from portakv.storage.disk_store import DiskStore
 from portakv.storage.slots import Slots
@@ -163,6 +164,67 @@ def test_a_block_waits_for_later_ones_in_other_folders(opened: Any) -> None:
     assert second.take(KEYS[1], CALL) == late
 
 
+@pytest.mark.parametrize("waits", [True, False], ids=["waits", "negative control"])
+def test_a_block_waits_for_writes_of_other_calls(opened: Any, waits: bool) -> None:
+    """All that is stored leads to blocks that are being written. A first block that found no slot
+    then would make all others useless."""
+    (slots,) = opened(3)
+    put(slots, OTHER[0])
+    late = [slots.take(key, None, mark_of(OTHER[0])) for key in OTHER[1:3]]
+    if not waits:
+        assert slots.take(KEYS[0], CALL, FIRST, True, False) is None
+        return
+    with ThreadPoolExecutor() as pool:
+        early = pool.submit(slots.take, KEYS[0], CALL)
+        with pytest.raises(TimeoutError):
+            early.result(0.1)
+        assert slots.seal(late[0], OTHER[1], 1, (1,))
+        assert early.result(LIMIT) == late[0]
+    assert {*slots.index} == {OTHER[0]}
+
+
+def test_slots_are_sealed_before_a_write_waits(opened: Any) -> None:
+    """Another call may wait for them."""
+    (slots,) = opened(2)
+    store = store_of([slots])
+    late = slots.take(OTHER[0])
+    with ThreadPoolExecutor() as pool:
+        written = pool.submit(write, store, *KEYS[:2])
+        while not store.has(KEYS[:1])[0]:
+            assert not written.done()
+        assert slots.seal(late, OTHER[0], 1, (1,))
+        assert written.result(LIMIT) == [True, True]
+    assert {*slots.index} == {*KEYS[:2]}
+
+
+class Refuses(Slots):
+    """Slots that take none for one block, as they were full at that moment."""
+
+    def take(
+        self,
+        key: bytes,
+        own: Mapping[bytes, int] | None = None,
+        follows: int = UNKNOWN,
+        evict: bool = True,
+        waits: bool = True,
+    ) -> int | None:
+        if key == KEYS[1]:
+            return None
+        return super().take(key, own, follows, evict, waits)
+
+
+@pytest.mark.parametrize("chained", [True, False], ids=["chained", "negative control"])
+def test_a_block_after_a_gap_evicts_none(opened: Any, chained: bool) -> None:
+    (slots,) = opened(4, kind=Refuses)
+    put(slots, *OTHER[:2])
+    landed = write(store_of([slots]), *KEYS[:6], chained=chained)
+    if chained:
+        assert landed == [True, False, True, False, False, False], "a free slot is taken"
+        assert {*slots.index} == {*OTHER[:2], KEYS[0], KEYS[2]}
+    else:
+        assert landed == [True, False, True, True, True, False]
+
+
 class Held(Slots):
     """Slots that take none for one block before the test lets them."""
 
@@ -175,11 +237,12 @@ class Held(Slots):
         own: Mapping[bytes, int] | None = None,
         follows: int = UNKNOWN,
         evict: bool = True,
+        waits: bool = True,
     ) -> int | None:
         if key == KEYS[1]:
             self.began.set()
             assert self.go_on.wait(LIMIT)
-        return super().take(key, own, follows, evict)
+        return super().take(key, own, follows, evict, waits)
 
 
 @pytest.mark.parametrize("folders", [1, 2])
@@ -188,9 +251,7 @@ def test_a_write_whose_later_blocks_are_sealed_first(opened: Any, folders: int) 
     Held.began = Event()
     Held.go_on = Event()
     parts = opened(*[4 // folders] * folders, kind=Held)
-    graph: Any = Tally()
-    queues = [graph.queue(f"disk:{slots.folder}") for slots in parts]
-    store = DiskStore(graph, FORM, [*zip(parts, queues, strict=True)], Faulty(), True, [])
+    store = store_of(parts)
     assert write(store, KEYS[0]) == [True]
     with ThreadPoolExecutor() as pool:
         early = pool.submit(write, store, KEYS[1])
@@ -203,9 +264,19 @@ def test_a_write_whose_later_blocks_are_sealed_first(opened: Any, folders: int) 
     assert store.has([*CALL]) == [True] * 4 + [False] * 4
 
 
-def write(store: DiskStore, *keys: bytes) -> list[bool]:
-    """Write blocks of the call as one of its tasks does."""
+def store_of(parts: list[Slots]) -> DiskStore:
+    graph: Any = Tally()
+    queues = [graph.queue(f"disk:{slots.folder}") for slots in parts]
+    return DiskStore(graph, FORM, [*zip(parts, queues, strict=True)], Faulty(), True, [])
+
+
+def write(store: DiskStore, *keys: bytes, chained: bool = False) -> list[bool]:
+    """Write blocks of the call as one of its tasks does; chained ones follow each other."""
     rows = cases.images(len(keys), FORM)
-    sums = [cases.fill(row, FORM, key, 1) for row, key in zip(rows, keys, strict=True)]
+    follows = [FIRST, *(mark_of(key) if chained else FIRST for key in keys[:-1])]
+    sums = [
+        image.seal(row, FORM, key, 1, mark)
+        for row, key, mark in zip(rows, keys, follows, strict=True)
+    ]
     queue = store.queue_for_write(rows.nbytes)
     return store.write(queue, keys, [*rows], [1] * len(keys), sums, CALL)

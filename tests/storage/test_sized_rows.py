@@ -41,56 +41,63 @@ def rows_of(host: int = HOST, kind: type[SizedRows] = SizedRows) -> SizedRows:
 # --- free pages
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.booleans(), st.integers(0, 99)), max_size=60))
+steps_of_pages = st.tuples(st.integers(1, 9), st.integers(1, 3), st.booleans(), st.integers(0, 99))
+
+
+@given(st.lists(steps_of_pages, max_size=60))
 @settings(max_examples=60)
-def test_runs_of_free_pages(steps: list[tuple[int, bool, int]]) -> None:
-    """A set of pages is the model: runs lie in free pages of one piece, and are found if any do."""
+def test_runs_of_free_pages(steps: list[tuple[int, int, bool, int]]) -> None:
+    """A set of pages is the model: runs lie in free pages of one piece, and are found if any do.
+    Runs that are taken together are those that are taken one after the other."""
     pieces = [(10, 40), (40, 53), (60, 60)]
+    other = Extents(pieces)
     extents = Extents(pieces)
     free = {page for first, past in pieces for page in range(first, past)}
     taken = list[range]()
-    for count, evicted, pick in steps:
+    for count, most, evicted, pick in steps:
         if taken and pick % 3 == 0:
             run = taken.pop(pick % len(taken))
-            extents.give(run.start, len(run), evicted)
+            for each in (extents, other):
+                each.give(run.start, len(run), evicted)
             free |= {*run}
             continue
-        begin = extents.take(count)
-        fits = [
-            page
-            for first, past in pieces
-            for page in range(first, past - count + 1)
-            if free.issuperset(range(page, page + count))
-        ]
-        assert (begin is None) == (not fits)
-        if begin is not None:
-            assert begin in fits
-            taken.append(range(begin, begin + count))
-            free -= {*taken[-1]}
-        assert extents.free == len(free)
+        together = extents.take(count, most)
+        for begin in [*together, None][:most]:
+            fits = [
+                page
+                for first, past in pieces
+                for page in range(first, past - count + 1)
+                if free.issuperset(range(page, page + count))
+            ]
+            assert other.take(count, 1) == [begin] * (begin is not None)
+            assert (begin is None) == (not fits)
+            if begin is not None:
+                assert begin in fits
+                taken.append(range(begin, begin + count))
+                free -= {*taken[-1]}
+        assert extents.free == other.free == len(free)
 
 
 def test_a_run_takes_the_hole_that_fits_it_best() -> None:
     extents = Extents([(0, 20)])
-    first = [extents.take(count) for count in (3, 1, 4, 1)]
-    assert first == [0, 3, 4, 8]
+    first = [extents.take(count, 1) for count in (3, 1, 4, 1)]
+    assert first == [[0], [3], [4], [8]]
     extents.give(0, 3)
     extents.give(4, 4)
-    assert extents.take(3) == 0
-    assert extents.take(4) == 4
-    assert extents.take(3) == 9
+    assert extents.take(3, 1) == [0]
+    assert extents.take(4, 1) == [4]
+    assert extents.take(3, 1) == [9]
 
 
 @pytest.mark.parametrize("descends", [False, True])
 def test_a_run_takes_the_end_that_is_farther_from_the_run_that_goes_next(descends: bool) -> None:
     extents = Extents([(0, 12)])
-    runs = [extents.take(3) for _ in range(4)]
-    assert runs == [0, 3, 6, 9]
+    assert extents.take(3, 4) == [0, 3, 6, 9]
     for first in (9, 6) if descends else (0, 3):
         extents.give(first, 3, evicted=True)
-    assert extents.take(4) == (8 if descends else 0)
+    assert extents.take(4, 1) == [8 if descends else 0]
     extents.give(*((3, 3) if descends else (6, 3)))
-    assert extents.take(4) == 4
+    assert extents.take(4, 1) == [4]
 
 
 # --- rows by a model
