@@ -344,14 +344,12 @@ def test_another_encoding_is_refused(made: Sides, encoding: Any, text: str) -> N
     [
         ("fp8", "A pull whose rows cross in 'fp8': mapped memory"),
         (Fp8(), "A pull whose rows cross in 'fp8': mapped memory"),
-        ("auto", "A pull with encoding='auto': the owner's rows decide"),
     ],
 )
 def test_encodings_of_other_calls_are_refused_by_name(
     made: Sides, encoding: Any, says: str
 ) -> None:
-    """Rows that are mapped would not be rounded, and a reader has no rows to sample. No byte of the
-    reader changes."""
+    """Rows that are mapped would not be rounded. No byte of the reader changes."""
     dst = Raw(fill=0.0)
     with pytest.raises(Unsupported, match=says):
         pulled(made, Raw(), dst, BLOCKS, encoding=encoding)
