@@ -31,8 +31,9 @@ from portakv.view import KVView
 
 #: Raw bytes of requested rows after which another sample is taken, as in a block store.
 AGAIN = 8 << 30
-#: The most windows of shards whose samples are kept.
-MOST_KEPT = 64
+#: The most windows of shards whose samples are kept: those of readers that pull layer by layer are
+#: single layers.
+MOST_KEPT = 1024
 _BUSY = Answer("busy", seconds=1e-3)
 
 
