@@ -250,6 +250,7 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     ),
     "Reader.prepare": lambda s: (s.reader().prepare, {"address": s.owner().channel.address}),
     "Reader.explain": lambda s: (s.reader().explain, {"tickets": s.offer().ticket}),
+    "Reader.trace": lambda s: (s.reader().trace, {"path": s.folder / "trace.json"}),
     "publish": lambda s: (publish, {"channel": s.channel(), "parameters": {"a": s.weights()}}),
     "Published": lambda s: (Published, {"channel": s.channel(), "parameters": {"a": s.weights()}}),
     "share_model": lambda s: (share_model, {"module": s.module()}),

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure pulls through staging buffers, packed and raw in turns, between two processes.
+"""Measure pulls through staging buffers, packed, raw and as the owner chooses, in turns, between
+two processes.
 
 The transports are slower than packing: gloo through host buffers on one device, and between two
 devices NCCL over sockets.
@@ -28,7 +29,8 @@ LIKE_CACHES = "values as in caches"
 #: Keep NCCL away from NVLink and shared memory.
 SOCKETS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
 RAW = "raw"
-METHODS = (RAW, "pack")
+#: The raw pulls measure the transport, whose rate the owner chooses by.
+METHODS = (RAW, "pack", "auto")
 #: Payload on a CPU, where packing has no target.
 LITTLE = 256 * KB
 
@@ -70,7 +72,7 @@ def _measure(bench: EncodingBench, migration: Any, transport: str) -> Rows:
 
 
 def _rows(pair: MigrationBench, sides: Two, transport: str, nbytes: int) -> Rows:
-    """Return a row for raw pulls and one for packed ones, of so many bytes."""
+    """Return a row for the pulls of each method, of so many bytes."""
     ticket = sides.owner.do("offer", nbytes)
     wire = dict[str, int]()
 

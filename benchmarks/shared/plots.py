@@ -10,7 +10,7 @@ Write SVG files next to the result. They need matplotlib (`pip install '.[bench]
 * ``h200-storage.json``: rates, and loads while stores run;
 * ``h200-x2.json``: pulls against raw copies;
 * ``engines-h200.json``: what a request waits for, with each connector;
-* ``h200-encodings.json``: raw rows that a link moves in a second, packed and as they are.
+* ``h200-encodings.json``: payload over wire, which is the rate of raw rows of that of a memcpy.
 """
 
 from __future__ import annotations
@@ -408,28 +408,41 @@ def first_tokens(rows: list[Row], device: str) -> Figure:
 
 
 def payload_over_link(rows: list[Row], device: str) -> Figure | None:
-    """Draw the rate of raw rows over a link by payload, as they are and packed."""
+    """Draw payload over wire by size: the rate of raw rows, packed and as they are, of that of a
+    memcpy over the same link. Thin lines are raw bytes / bytes of slots, which the link allows."""
     if len({row["payload_bytes"] for row in rows}) < 2:
         return None
     cases = grouped(having(rows, backend="pack"), "shape")
     plain = cases[0][0]["shape"] if cases else ""
-    figure = Figure(figsize=(9.5, 4.0))
+    figure = Figure(figsize=(9.5, 4.2))
+    panels = figure.subplots(1, 3, sharex=True, sharey=True)
     words = {**_WORDS, "both": "both at the same time"}
-    for (op, title), axes in zip(words.items(), figure.subplots(1, 3, sharey=False), strict=True):
+    for (op, title), axes in zip(words.items(), panels, strict=True):
         own = having(rows, op=op)
-        for name, style in (("memcpy", "--"), ("raw", ":")):
-            selected = having(own, backend=name, shape=plain)
-            _line(axes, selected, "gb_per_s", label=name, color="black", linestyle=style)
-        for case, mark in zip(cases, "os^xdv+*", strict=False):
-            shape = case[0]["shape"]
-            packed = having(own, backend="pack", shape=shape)
-            _line(axes, packed, "gb_per_s", label=f"pack, {shape}", marker=mark, markersize=4)
+        axes.axhline(1.0, color=INK, linestyle="--", linewidth=1.2, label="memcpy")
+        selected = having(own, backend="raw", shape=plain)
+        _line(axes, selected, "ratio", label="raw rows", color=INK, linestyle=":", marker=".")
+        for at, (case, mark) in enumerate(zip(cases, "os^xdv+*", strict=False)):
+            packed = having(own, backend="pack", shape=case[0]["shape"])
+            label = f"pack, {case[0]['shape']}"
+            style: Fields = {"color": f"C{at}", "marker": mark, "markersize": 4}
+            _line(axes, packed, "ratio", label=label, **style)
+            axes.axhline(case[0]["payload_to_wire"], color=f"C{at}", linewidth=0.6, alpha=0.6)
         _sizes_below(axes)
-        axes.set_ylim(bottom=0)
         axes.set_title(title, fontsize=9)
-    figure.axes[0].set_ylabel("GB/s of raw rows")
-    figure.axes[0].legend(fontsize=7, frameon=False, loc="lower right")
-    figure.suptitle(f"Rows over the link, packed and as they are · {device}", fontsize=10)
+    figure.axes[0].set_ylabel("payload rate / memcpy's rate")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        ncols=3,
+        fontsize=7,
+        frameon=False,
+        loc="lower center",
+        bbox_to_anchor=(0.5, -0.07),
+    )
+    title = "Payload over wire by size, thin lines: raw bytes / bytes of slots"
+    figure.suptitle(f"{title} · {device}", fontsize=10)
     figure.tight_layout()
     return figure
 

@@ -90,6 +90,21 @@ class Arrival(Task):
         """Return the encoding that the owner's messages name; empty: raw rows."""
         return "" if self.slots is None else self.slots.pack.text
 
+    @property
+    def packed_blocks(self) -> int:
+        """Return the number of blocks that cross in slots; 0 for a raw slice."""
+        return 0 if self.slots is None else self.part.tokens // self.slots.unit
+
+    def cross_in(self, slots: Slots | None) -> None:
+        """Have the slice, which was not requested yet, cross in other slots, or raw."""
+        view = self.step.cut.dst.as_bytes()
+        extents = len(self.part.layers), self.part.tokens, view.heads
+        self.slots = slots
+        if slots is None:
+            self.staged_bytes = rows_bytes(view, *extents)
+        else:
+            self.staged_bytes = slots.nbytes(view, *extents)
+
     def end_with(self, copy: BlockTransfer) -> int:
         """End the slice by its copy, which has ended; return the number of blocks that did not fit.
 

@@ -13,6 +13,7 @@ import torch
 
 from portakv.copy.handle import BlockTransfer
 from portakv.errors import PeerError
+from portakv.migrate.pull_history import PullHistory
 from portakv.migrate.staging import Chunks, has_ended, staging
 from portakv.migrate.transport_channel import TransportChannel
 from portakv.migrate.transports.base import Lane, Moving, Transport
@@ -133,6 +134,7 @@ class Staging:
         self.tag = 0  # of the last slice that was requested
         #: What takes slices of this owner now; see `staged.Taker`.
         self.takers = set[Takes]()
+        self.history = PullHistory()
         empty = (StagingBuffer(staging(0, device), rows) for _ in range(count))
         self.buffers = FreeBuffers(empty)
 

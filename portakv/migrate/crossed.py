@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf
 from typing import Literal, TypeAlias
 
+from portakv.copy.choose_encoding import EncodingChoice
 from portakv.copy.handle import Statistics
 from portakv.errors import PackOverflow, PortaKVError, Unsupported
 from portakv.layout.fp8 import FP8, Fp8
@@ -14,24 +16,20 @@ from portakv.layout.packing import PACK
 from portakv.layout.packing import Pack as Pack
 from portakv.view.packed import as_pack
 
-#: The choice of a store for each save, which a pull does not make.
+#: The owner of the rows chooses.
 AUTO = "auto"
-#: What callers pass: the usual parameters, or others.
-Encoding: TypeAlias = Literal["pack"] | Pack
+#: What callers pass: the usual parameters, the owner's choice, or other parameters.
+Encoding: TypeAlias = Literal["pack", "auto"] | Pack
 
 
 def pack_of(encoding: object) -> Pack | None:
-    """Return the parameters of an encoding; None for raw rows.
+    """Return the parameters of an encoding, for ``auto`` the usual ones until the owner has chosen;
+    None for raw rows.
 
-    Raises `Unsupported` for ``fp8`` and ``auto``, and `InvalidTerms` for another value.
+    Raises `Unsupported` for ``fp8``, and `InvalidTerms` for another value.
     """
-    if isinstance(encoding, str) and encoding == AUTO:
-        why = (
-            "the owner's rows decide whether it pays, and a reader cannot sample them. Have the "
-            "owner call choose_encoding with its view, blocks and link_gbps, and pull with the "
-            "pack of the choice, or None"
-        )
-        raise Unsupported(f"A pull with encoding={AUTO!r}", why)
+    if is_auto(encoding):
+        return Pack()
     if isinstance(encoding, Fp8) or encoding == FP8:
         why = (
             f"mapped memory is copied bit by bit, so that the way of a pull would decide whether "
@@ -39,6 +37,11 @@ def pack_of(encoding: object) -> Pack | None:
         )
         raise Unsupported(f"A pull whose rows cross in {FP8!r}", why)
     return None if encoding is None else as_pack(encoding)
+
+
+def is_auto(encoding: object) -> bool:
+    """Return True if the owner chooses the encoding."""
+    return isinstance(encoding, str) and encoding == AUTO
 
 
 def joined_error(errors: Sequence[PortaKVError]) -> PortaKVError | None:
@@ -76,17 +79,23 @@ class Crossed:
 
     Attributes:
         pack: how the caller wants them packed; None: as they are.
+        auto: the owner chooses whether and how they are packed.
+        most_gbps: the rate that the caller allows, in 10^9 bytes a second.
         nbytes: bytes in staging buffers.
         packed: some slices were packed.
         blocks_raw: blocks of packed slices that did not fit, once for each slice.
         why: why rows that were to be packed crossed raw, as a clause.
+        choices: the owner's choices.
     """
 
     pack: Pack | None = None
+    auto: bool = False
+    most_gbps: float = inf
     nbytes: int = 0
     packed: bool = False
     blocks_raw: int = 0
     why: str = ""
+    choices: list[EncodingChoice] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +110,13 @@ class PullStatistics(Statistics):
             for each slice of a pull that had them.
         raw_because: why rows crossed raw although an encoding was requested, as a clause; empty if
             none did for another reason than ``blocks_raw``.
+        choices: with ``encoding="auto"``, the choices with their figures, one for each owner that
+            sends rows that could be packed, and each group of its layers. Parts of a pull that
+            follows a mark have a choice each.
     """
 
     wire_nbytes: int = 0
     packed: bool = False
     blocks_raw: int = 0
     raw_because: str = ""
+    choices: tuple[EncodingChoice, ...] = ()

@@ -112,6 +112,9 @@ class PullCounts:
             if done.packed:
                 attributes["pull.wire_size"] = done.wire_nbytes
                 attributes["pull.blocks_raw"] = done.blocks_raw
+            for choice in done.choices[:1]:
+                attributes["pull.encoding"] = "raw" if choice.pack is None else choice.pack.text
+                attributes["pull.encoding_why"] = choice.why
             tracing.end("portakv pull", began, attributes, pull.error, traceparent, pull.age)
 
     def figures(self) -> Figures:

@@ -23,11 +23,22 @@ from portakv.copy.rows import copy_rows
 from portakv.errors import LayoutError, PeerError, TransferError, Unsupported
 from portakv.graph import Graph, Task
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.checksum import Later, checksum_of
-from portakv.migrate.messages import Answer, Gather, Hello, Message, Part, Stop, Stopped, Sum
+from portakv.migrate.late_answers import LateAnswers
+from portakv.migrate.messages import (
+    Answer,
+    Choose,
+    Gather,
+    Hello,
+    Message,
+    Part,
+    Stop,
+    Stopped,
+    Sum,
+)
 from portakv.migrate.shards import Shard, slices, within
 from portakv.migrate.staging import (
     Chunks,
+    Rows,
     Slots,
     bring_ids,
     has_ended,
@@ -41,7 +52,7 @@ from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports import renamed as renamed
 from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.streams import StreamFence as StreamFence
-from portakv.view import Index, KVView
+from portakv.view import Index
 
 _log = logging.getLogger(__name__)
 #: Block ids of a shard, int32, and the tokens of a block.
@@ -50,13 +61,6 @@ BUFFERS = 4  # for each reader: one is filled, two are on the wire, one is empti
 MOMENT = 1e-3  # seconds for which the worker waits for a buffer if it has nothing else to do
 #: Requests of a reader that are not sent yet. A reader has at most one for each of its buffers.
 MOST_WAITING = 16
-
-
-class Rows(NamedTuple):
-    """Rows of a view of bytes."""
-
-    view: KVView
-    ids: Index
 
 
 class Offered(NamedTuple):
@@ -114,8 +118,16 @@ class Offered(NamedTuple):
 
     def rows(self, part: Part, slots: Slots | None = None) -> Rows:
         """Return the rows of a part, as bytes if they are sent raw."""
+        return self._rows(part, as_bytes=slots is None)
+
+    def rows_to_sample(self, part: Part) -> Rows:
+        """Return the rows of a part, with their types."""
+        return self._rows(part, as_bytes=False)
+
+    def _rows(self, part: Part, as_bytes: bool) -> Rows:
+        """Return the rows of a part."""
         shard = self.shards[part.group]
-        view = shard.view if slots else shard.view.as_bytes()
+        view = shard.view.as_bytes() if as_bytes else shard.view
         window = part_of(view, **slices(part.box, shard.group.box))
         return Rows(window, self.indices()[part.group].shifted(part.first))
 
@@ -217,7 +229,7 @@ class Gathers:
         self._graph = Graph()
         # One worker: readers take turns, after as many parts as they have buffers.
         self._queue = self._graph.queue("gather")
-        self._sums = Later[int]("checksums of rows", self._queue)
+        self._late = LateAnswers(self._queue)
 
     @property
     def buffers(self) -> int:
@@ -314,8 +326,25 @@ class Gathers:
 
         The caller has called `Offered.check` of the part.
         """
-        total = self._sums.answer(request, partial(self._sum, request.part, offered))
-        return Answer("busy", seconds=1e-3) if total is None else Answer("done", digest=total)
+        return self._late.sum(request, partial(offered.rows, request.part), offered.after)
+
+    def choose(self, request: Choose, offered: Offered) -> Answer:
+        """Choose how rows cross; the reader repeats its request until the worker has a sample.
+
+        The caller has called `Offered.check` of the part. Raises as `LateAnswers.choose`.
+        """
+        part = request.part
+        view = offered.shards[part.group].view
+        rows = partial(offered.rows_to_sample, part)
+        return self._late.choose(request, view, rows, offered.after)
+
+    def answer(self, peer: Peer, request: Gather | Sum | Choose, offered: Offered) -> Answer:
+        """Answer a request for rows by `send`, `sum` or `choose`."""
+        if isinstance(request, Sum):
+            return self.sum(request, offered)
+        if isinstance(request, Choose):
+            return self.choose(request, offered)
+        return self.send(peer, request, offered)
 
     def _reserve(self, peer: Peer, transport: Transport, parts: int, needs: int) -> int:
         """Return the number of buffers that parts may cross in: as many as the total has room for.
@@ -422,11 +451,6 @@ class Gathers:
     def _others_wait(self) -> bool:
         """Return True if the worker has more to do than its present task."""
         return len(self._graph.live) > 1
-
-    def _sum(self, part: Part, offered: Offered) -> int:
-        with torch.inference_mode(False), offered.after.inside():
-            view, ids = offered.rows(part)
-            return checksum_of(view, ids, part)
 
     def _bring(self, peer: Peer, line: Line, filling: Filling) -> None:
         """Fill a buffer with a part and send it.

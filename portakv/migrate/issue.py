@@ -7,20 +7,22 @@ or compares checksums. A pull with a task, or of an owner without validity words
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from math import inf
 from typing import NamedTuple
 
 import torch
 
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
-from portakv.errors import PackOverflow, TransferCancelled
+from portakv.errors import InvalidTerms, PackOverflow, TransferCancelled, TransferError
 from portakv.graph import Graph, Task
 from portakv.migrate.checked_copy import copy_checked
 from portakv.migrate.connections import Sources
-from portakv.migrate.crossed import Crossed, Encoding, Pack, pack_of
+from portakv.migrate.crossed import Crossed, Encoding, Pack, is_auto, pack_of
 from portakv.migrate.plan import (
     Step,
     check_arguments,
@@ -46,6 +48,7 @@ class Request(NamedTuple):
         options: of the copies.
         verify: compare checksums before the commit.
         pack: how rows are packed that owners send; None: they cross as they are.
+        auto: the owners choose whether and how they pack.
     """
 
     indices: list[Index]
@@ -53,6 +56,7 @@ class Request(NamedTuple):
     options: CopyOptions
     verify: bool
     pack: Pack | None = None
+    auto: bool = False
 
     @classmethod
     def of(
@@ -66,7 +70,8 @@ class Request(NamedTuple):
     ) -> Request:
         """Return a request for lists of blocks, one for each shard; raise as `Reader.pull`."""
         pack = pack_of(encoding)
-        return cls(indices_of(shards, blocks), first, options, verify, pack)
+        indices = indices_of(shards, blocks)
+        return cls(indices, first, options, verify, pack, is_auto(encoding))
 
     def check(self, tickets: Sequence[bytes], shards: Sequence[Shard]) -> None:
         """Check the request for tickets whose owners are not connected; raise as `Reader.pull`."""
@@ -95,6 +100,20 @@ class Issuer:
         issuing.count_blocks()  # what no copy needs comes after the copies
         tasks += issuing.end(alone=True)
         return tasks, issuing.layers()
+
+    def write_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write the trace of the reader; see `Reader.trace`."""
+        if not isinstance(path, str | os.PathLike) or not str(path):
+            raise InvalidTerms(
+                f"Expected path to be a path of a file, got {path!r}. Pass a text or a path."
+            )
+        try:
+            self.graph.trace.write(path)
+        except (OSError, ValueError) as error:
+            raise TransferError(
+                f"Expected path to be a file that can be written, got {path}: {error}. Pass "
+                f"another path."
+            ) from error
 
     def late_events(self, sources: Sources) -> list[torch.Event]:
         """Return the events of offers that have not been reached.
@@ -139,7 +158,7 @@ class Issuing:
 
         for step in self.plan:
             if step.cut.packed:
-                check_packed(step, request.verify)
+                check_packed(step, request.verify, request.auto)
         requested = pull.requested
         requested.encoded = request.pack is not None
         requested.nbytes = sum([step.nbytes for step in self.plan])
@@ -185,9 +204,11 @@ class Issuing:
     def _take(self, some: Sequence[Step]) -> Task:
         """Return the task that takes the rows of an offer from the owner that sends them, at their
         share of the rate."""
-        crossed = Crossed(self._request.pack)
+        request = self._request
+        rate = self._rate(some)
+        crossed = Crossed(request.pack, request.auto, inf if rate is None else rate)
         self._pull.requested.crossed.append(crossed)
-        taker = Taker(self._issuer.graph, some, self._pull, self._rate(some), crossed)
+        taker = Taker(self._issuer.graph, some, self._pull, rate, crossed)
         self._takers.append(taker)
         for each in taker.arrivals:
             self._slices += self._ending(each.step, [(each.part.layers, each)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from hashlib import blake2b
 from hmac import compare_digest
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -32,6 +32,7 @@ MOST_PARTS = 64  # of one request for rows
 Handle = Annotated[bytes, Meta(max_length=4096)]  # made by `ipc`, for `ipc` alone
 Key = Annotated[bytes, Meta(max_length=64)]  # of a MAC
 Seconds = Annotated[float, Meta(ge=0, le=1e6)]
+Figure = Annotated[float, Meta(ge=0, le=1e9)]  # of a choice: a rate, a ratio, a share
 MOST_ID_BYTES = 4 << 20
 MOST_REGIONS = 1024  # the most regions of an owner, its proof included
 Ids = Annotated[bytes, Meta(max_length=MOST_ID_BYTES)]  # int32, little-endian, contiguous
@@ -245,6 +246,30 @@ class Sum(About, frozen=True):
 
     part: Part
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Return the part, as `Gather.parts`."""
+        return (self.part,)
+
+
+class Choose(About, frozen=True):
+    """Request the choice of an encoding for rows, by a sample of them. Also counts as `Begin`.
+
+    ``link_gbps``: 10^9 bytes of raw rows a second that cross by the transport. ``again``: many
+    blocks did not fit, so an earlier sample does not hold.
+    """
+
+    purpose: ClassVar[str] = "Choosing an encoding with the owner at"
+
+    part: Part
+    link_gbps: Annotated[float, Meta(gt=0, le=1e6)]
+    again: bool = False
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Return the part, as `Gather.parts`."""
+        return (self.part,)
+
 
 class Find(Message, frozen=True):
     """Request the tickets of offers by their names."""
@@ -317,6 +342,23 @@ class Answer(Message, frozen=True):
     why: Text = ""
     seconds: Seconds = 0.0
     digest: int = 0
+
+
+class Chosen(Answer, frozen=True, omit_defaults=True):
+    """Answer `Choose` with the reason in ``why``, and the figures of `EncodingChoice`.
+
+    ``encoding``: the parameters of slots, as `Pack.text` writes them; empty: the rows cross raw.
+    """
+
+    encoding: Name = ""
+    packing_gbps: Figure | None = None
+    ratio: Figure | None = None
+    escapes: Figure | None = None
+    fits: Figure | None = None
+
+
+#: The requests about the rows of an offer.
+ForRows: TypeAlias = Gather | Sum | Choose
 
 
 class Ticket(About, frozen=True, omit_defaults=True):

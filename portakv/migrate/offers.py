@@ -334,6 +334,7 @@ class Owner:
             messages.Close: self._close,
             messages.Gather: self._gather,
             messages.Sum: self._gather,
+            messages.Choose: self._gather,
             messages.Stop: self._stop,
             messages.Find: self._find,
             messages.RenewNamed: self._renew_named,
@@ -670,7 +671,7 @@ class Owner:
     def _bye(self, peer: Peer, _: messages.Bye) -> None:
         self._gathers.forget(peer)
 
-    def _gather(self, peer: Peer, request: messages.Gather | messages.Sum) -> messages.Answer:
+    def _gather(self, peer: Peer, request: messages.ForRows) -> messages.Answer:
         with self.change:
             offer = self._current(request)
             if offer is None:
@@ -680,14 +681,11 @@ class Owner:
                 return SPOILT
             terms = offer.tokens, offer.after, offer.spoilt, offer.holds
             rows = Offered(self.shards, lambda: offer.indices, *terms)
-            parts = (request.part,) if isinstance(request, messages.Sum) else request.parts
-            for part in parts:
+            for part in request.parts:
                 rows.check(part)
-            if not all(self._is_complete(offer, part) for part in parts):
+            if not all(self._is_complete(offer, part) for part in request.parts):
                 return messages.Answer("refused", PAST)
-            if isinstance(request, messages.Sum):
-                return self._gathers.sum(request, rows)
-            return self._gathers.send(peer, request, rows)
+            return self._gathers.answer(peer, request, rows)
 
     def _is_complete(self, offer: Offer, part: messages.Part) -> bool:
         """Return True if rows do not reach past the mark of their offer."""

@@ -167,15 +167,18 @@ def _named() -> AbstractContextManager[None]:
     return naming("blocks", "lists of ids of the views' blocks")
 
 
-def check_packed(step: Step, verify: bool) -> None:
+def check_packed(step: Step, verify: bool, auto: bool = False) -> None:
     """Raise `Unsupported` if a step with a packed side is not one of whole blocks, or cannot be
-    verified."""
+    verified, or if its owner was to choose an encoding (``auto``)."""
     local = step.cut.dst.form
     described = step.owner.handshake.described[step.cut.group]
     remote = described.group
     what = f"Pulling packed blocks of {step.owner.address}"
     size = step.page
     raw_size = 0
+    if auto:
+        why = "a side is packed already, so that nothing is left to choose. Leave encoding out"
+        raise Unsupported("A pull with encoding='auto'", why)
     if not (local.encoding and remote.encoding):
         if verify:
             why = "checksums of packed and of raw blocks differ; leave verify out"

@@ -230,6 +230,7 @@ class Pull(Transfer):
             packed=any(each.packed for each in crossed),
             blocks_raw=sum([each.blocks_raw for each in crossed]),
             raw_because=reasons[0] if reasons else "",
+            choices=tuple([choice for each in crossed for choice in [*each.choices]]),
         )
 
     @property

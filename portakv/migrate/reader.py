@@ -7,6 +7,7 @@ sends the rows through staging buffers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from operator import is_
 from time import monotonic
@@ -100,7 +101,8 @@ class Reader:
             options: these four options, made once for many pulls, in place of them.
             verify: compare checksums of all bytes with the owners' before the commit.
             encoding: "pack" or a `Pack`: owners that send rows pack blocks of bf16; those that do
-                not fit follow raw. Mapped memory is copied as it is. See `PullStatistics`.
+                not fit follow raw. "auto": each such owner chooses, by a sample and by the rate of
+                earlier pulls or ``max_gbps``. Mapped memory is never packed. See `PullStatistics`.
             timeout: seconds from the call, handshake included; then the pull ends without a commit.
 
         Raises, or with a name, a handshake, or rows that are not complete ends with:
@@ -201,6 +203,16 @@ class Reader:
                 how += f"{owner.why_not_mapped} ({transport.why})"
             lines.append(f"{owner.address}, {ticket.tokens} tokens: {how}.")
         return "\n".join(lines)
+
+    def trace(self, path: str | os.PathLike[str]) -> None:
+        """Write the last tasks of the reader, and its last choices of an encoding, for Perfetto or
+        Chrome.
+
+        Raises:
+            InvalidTerms: not a path.
+            TransferError: the file cannot be written.
+        """
+        self._issuer.write_trace(path)
 
     def finished(self) -> list[Pull]:
         """Return the pulls that have ended since the last call, in the order of their ends.

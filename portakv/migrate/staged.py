@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Take rows from owners through staging buffers, and verify rows by checksums.
+"""Take rows from owners through staging buffers.
 
 A `Taker` requests all rows of one offer together. The owner sends them in slices. While one slice
 crosses, the owner fills the buffer of the next, and the reader empties the buffer of the one
@@ -12,27 +12,25 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from itertools import groupby
 from math import inf
 from time import monotonic, sleep
 
 import torch
-from msgspec.structs import replace
 
 from portakv.errors import (
     PeerError,
     PortaKVError,
     TransferCancelled,
-    TransferError,
     TransferTimeout,
 )
 from portakv.graph import Graph, Task
 from portakv.migrate.arrival import Arrival, Crossed, InFlight, Scattered, arrivals, end_unfit
+from portakv.migrate.asking import PATIENCE, ask, leave_to_owner
+from portakv.migrate.asking import verified as verified
 from portakv.migrate.buffers import StagingBuffer
-from portakv.migrate.checksum import MODULUS, checksum_of
 from portakv.migrate.connections import Source
-from portakv.migrate.messages import Answer, Gather, Stop, Stopped, Sum
+from portakv.migrate.messages import Answer, Gather, Stop, Stopped
 from portakv.migrate.plan import Step
 from portakv.migrate.pull import CANCELLED, Pull, known
 from portakv.migrate.transports.base import Lane
@@ -43,7 +41,6 @@ from portakv.runtime.worker import RateLimit
 #: rate.
 BATCH = 16
 MOST_PACED = 8
-PATIENCE = 30.0  # seconds for which a busy owner gets the request again, and a buffer is waited for
 LOOK = 0.05  # seconds between two looks at the pulls that need a lane
 STOPPING = 0.5  # seconds for the answer of an owner that is to stop, and for its last slices
 
@@ -70,6 +67,7 @@ class Taker:
         crossed: Crossed,
     ) -> None:
         first = steps[0]
+        self._graph = graph
         self._crossed = crossed
         self._source = Source(first.ticket, first.owner)
         self._stage = first.owner.staging
@@ -78,7 +76,6 @@ class Taker:
             pull.after = StreamFence(first.cut.dst.device)
         self._after = pull.after
         self._rate = RateLimit(max_gbps or inf)
-        self._batch = MOST_PACED if max_gbps else BATCH
         queue = graph.queue(f"take:{first.owner.number}", width=first.owner.handshake.slots)
         self.task = Task(self._run, 1, queue=queue, name="take")
         self.arrivals = arrivals(steps, max_gbps, self.task, crossed)
@@ -100,6 +97,10 @@ class Taker:
         self._stage.takers.add(self)
         try:
             with torch.inference_mode(False), self._after.inside():
+                if self._crossed.auto:
+                    leave_to_owner(self.arrivals, self._pull, self._crossed)
+                    self._note_choices()
+                start = self._stage.history.begin()
                 self._take_each(self.arrivals)
                 if self._crossed.packed:
                     self._settle(wait=True)  # only then it is known which blocks did not fit
@@ -111,6 +112,8 @@ class Taker:
                     # The answer is read here: other requests to the owner wait for it.
                     self._answers = self._pull.ask(self._source)
                 self._settle(wait=True)
+                if start is not None and self._crossed.most_gbps == inf:
+                    self._stage.history.end(start)
         except BaseException as caught:
             error = caught
             # The others of the pull need not go on, and no mark is waited for.
@@ -120,13 +123,20 @@ class Taker:
             self._stage.takers.discard(self)
             self._release(error)
 
+    def _note_choices(self) -> None:
+        """Note the owner's choices of an encoding in the trace of the reader."""
+        graph = self._graph
+        for choice in self._crossed.choices:
+            graph.trace.note("encoding", graph.clock(), choice.figures())
+
     def _take_each(self, some: Sequence[Arrival]) -> None:
         """Take slices by requests for some of them, and issue their copies."""
         for encoding, alike in groupby(some, lambda each: each.encoding):
             listed = [*alike]
             self._crossed.packed |= bool(encoding)
-            for start in range(0, len(listed), self._batch):
-                self._take(listed[start : start + self._batch])
+            batch = BATCH if self._crossed.most_gbps == inf else MOST_PACED
+            for start in range(0, len(listed), batch):
+                self._take(listed[start : start + batch])
         while self._in_flight:
             self._scatter()
 
@@ -216,8 +226,10 @@ class Taker:
             self._await(moving.wait)
             if not scattered.has_ended(wait):
                 return
+            unfit = arrival.end_with(copy)
             self._crossed.nbytes += arrival.staged_bytes
-            self._crossed.blocks_raw += arrival.end_with(copy)
+            self._crossed.blocks_raw += unfit
+            self._stage.history.count(arrival.staged_bytes, arrival.packed_blocks, unfit)
             self._scattered.popleft()
 
     def _release(self, error: BaseException | None) -> None:
@@ -325,60 +337,3 @@ class Taker:
         until = monotonic() + PATIENCE
         while not ended(0.05):
             self._check(until)
-
-
-def verified(step: Step, pull: Pull, *_: object) -> None:
-    """Compare the rows that a step copied with the owner's rows, by checksums."""
-    whole = step.owner_part(range(step.cut.dst.layers), 0, step.tokens)
-    source = Source(step.ticket, step.owner)
-    local = 0
-    remote = 0
-    for start, end in step.runs():
-        part = replace(whole, first=whole.first + start, count=end - start)
-        dst_index = step.dst_index.shifted(start)
-        local += checksum_of(step.cut.dst, dst_index, part)
-        request = Sum(step.ticket.epoch, step.ticket.offer, part)
-        remote += ask(source, request, pull, inf).digest
-    if (local - remote) % MODULUS:
-        raise TransferError(
-            f"Expected the bytes of the rows of {step.owner.address}, got others (checksums "
-            f"{local:x} and {remote:x}); no rows were committed. Pull again, or by another "
-            f"transport."
-        )
-
-
-def ask(
-    source: Source,
-    request: Gather | Sum,
-    pull: Pull,
-    patience: float = PATIENCE,
-    by: Callable[..., Answer] | None = None,
-) -> Answer:
-    """Return an owner's answer to a request for rows; ask again while the owner is busy.
-
-    ``by``: `Channel.ask` of the owner's channel, or of the channel of an agreement with it.
-    """
-    until = monotonic() + patience
-    owner = source.owner
-    asks = by or owner.channel.ask
-    while not pull.over:
-        answer = _once(partial(asks, owner.address, request, Answer), pull)
-        if answer.state == "done":
-            return answer
-        if answer.state == "gone":
-            raise source.ticket.gone(answer.why)
-        if answer.state != "busy" or monotonic() > until:
-            raise PeerError(f"{owner.address} sent no rows: {answer.why or 'it is busy.'}")
-        pause = answer.seconds if answer.seconds > 0 else 1e-3
-        sleep(min(pause, 0.05))  # at most this long, because the pull may end meanwhile
-    raise TransferCancelled(CANCELLED)
-
-
-def _once(asks: Callable[..., Answer], pull: Pull) -> Answer:
-    """Return an owner's answer; raise `TransferCancelled` if the pull has ended meanwhile."""
-    try:
-        return asks(stop=lambda: pull.over)
-    except TransferTimeout:
-        if pull.over:
-            raise TransferCancelled(CANCELLED) from None
-        raise

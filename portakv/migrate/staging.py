@@ -108,6 +108,13 @@ def bring_ids(index: Index, device: torch.device) -> None:
         index.add_copy(to_device(index.host_ids(), device, torch.int64))
 
 
+class Rows(NamedTuple):
+    """Rows of a view."""
+
+    view: KVView
+    ids: Index
+
+
 class Slots(NamedTuple):
     """Packed rows in staging buffers: a slot for each block of ``unit`` tokens, layer, kv and
     head."""

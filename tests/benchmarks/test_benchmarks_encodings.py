@@ -111,6 +111,9 @@ def test_pulls_by_transports_are_measured(
     assert packed["verified"]
     assert packed["of_raw"] > 0
     assert raw["wire_bytes"] == raw["payload_bytes"] == packed["payload_bytes"]
+    (chosen,) = having(rows, backend="auto")
+    assert chosen["verified"]
+    assert chosen["wire_bytes"] == raw["wire_bytes"]  # rows of a CPU stay raw
     assert (raw["payload_to_wire"], packed["payload_to_wire"]) == (1, 1.306)
     assert "packed and raw pulls through staging buffers" in capsys.readouterr().out
 

@@ -137,6 +137,25 @@ def test_a_span_says_what_crossed_packed(spans: Any) -> None:
     size = pull.attributes["portakv.pull.size"]
     assert pull.attributes["portakv.pull.wire_size"] == pulled.statistics.wire_nbytes < size
     assert pull.attributes["portakv.pull.blocks_raw"] == 0
+    assert "portakv.pull.encoding" not in pull.attributes
+
+
+def test_a_span_says_what_the_owner_chose(spans: Any) -> None:
+    """Rows of a CPU stay raw."""
+    _, exporter = spans
+    shape = 2, 2, 4, 16, 4, 16
+    src, dst = (torch.ones(shape, dtype=torch.bfloat16, device="cpu") for _ in range(2))
+    with sides() as made:
+        owner = made.owner(Rows.shard_of(src), expose="staging")
+        reader = made.reader(Rows.shard_of(dst))
+        ticket = owner.offer([1, 2], tokens=32).ticket
+        pulled = reader.pull(ticket, [3, 0], encoding="auto", max_gbps=0.5)
+        pulled.synchronize(LIMIT)
+        assert until(lambda: finished(exporter, "portakv pull"), LIMIT)
+    (pull,) = finished(exporter, "portakv pull")
+    assert pull.attributes["portakv.pull.encoding"] == "raw"
+    assert pull.attributes["portakv.pull.encoding_why"].startswith("The rows are on the CPU")
+    assert "portakv.pull.wire_size" not in pull.attributes
 
 
 def test_a_pull_that_fails_says_so_in_its_span(spans: Any) -> None:

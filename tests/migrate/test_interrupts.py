@@ -336,6 +336,7 @@ NOT_CALLED = {
     "Owner.figures": "reads `Owner.statistics`",
     "Published.figures": "reads `Published.statistics`",
     "Reader.figures": "reads counters",
+    "Reader.trace": "reads the trace",
     "Pull.age": "reads the clock",
     "Pull.ask": "runs in a worker",
     "Pull.concluded": "runs in the reader's thread",

@@ -15,6 +15,8 @@ from portakv.migrate import messages
 from portakv.migrate.messages import (
     Answer,
     Begin,
+    Choose,
+    Chosen,
     Close,
     Described,
     Gather,
@@ -70,6 +72,8 @@ def changed(message: Message, **fields: Any) -> bytes:
         Hello("llama", "cpu", "distributed"),
         Gather(OWNER, OFFER, (PART, PART), "distributed", 7),
         Sum(OWNER, OFFER, PART),
+        Choose(OWNER, OFFER, PART, 2.5, True),
+        Chosen("done", "Packing pays.", encoding="pack/1:4", ratio=1.3),
         Stop(7, 2),
         Stopped(2),
         Close(OWNER, OFFER, True),
@@ -78,6 +82,21 @@ def changed(message: Message, **fields: Any) -> bytes:
 )
 def test_what_is_sent_arrives(message: Message) -> None:
     assert decode(encode(message), type=type(message)) == message
+
+
+@pytest.mark.parametrize(
+    ("message", "digest"),
+    [
+        (Gather(OWNER, OFFER, (PART, PART), "distributed", 7), "685444a3cf487a41"),
+        (Gather(OWNER, OFFER, (PART,), "distributed", 7, "pack/1:4"), "d3ee691293667cb6"),
+        (Sum(OWNER, OFFER, PART), "4a093ee5098cee45"),
+        (Answer("busy", "no slot", 0.5, 3), "e82b3b1b5bb2bd77"),
+    ],
+)
+def test_pulls_without_a_choice_keep_the_bytes_of_earlier_releases(
+    message: Message, digest: str
+) -> None:
+    assert blake2b(encode(message), digest_size=8).hexdigest() == digest
 
 
 def test_every_message_has_its_own_tag() -> None:
@@ -109,6 +128,8 @@ def test_every_message_has_its_own_tag() -> None:
         (Gather(OWNER, OFFER, (PART,), "distributed", 7), {"parts": [[0, [0, 4], [1, 2], 16]]}),
         (Gather(OWNER, OFFER, (PART,), "distributed", 7), {"parts": [[0, [0, 4], [1, 2], -1, 24]]}),
         (Gather(OWNER, OFFER, (PART,), "distributed", 7), {"parts": plain_parts(65)}),
+        (Choose(OWNER, OFFER, PART, 2.5), {"link_gbps": 0.0}),
+        (Chosen("done"), {"ratio": -1.0}),
         (Stop(7, 2), {"parts": -1}),
         (Answer("held"), {"state": "perhaps"}),
         (Answer("held"), {"why": "x" * 2000}),

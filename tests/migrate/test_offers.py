@@ -46,6 +46,7 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
+from portakv.migrate.asking import ask
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.exports import EVENTS
 from portakv.migrate.gathers import BUFFERS
@@ -64,7 +65,6 @@ from portakv.migrate.offers import Owner
 from portakv.migrate.pull import Pull
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
-from portakv.migrate.staged import ask
 
 SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes a tenth of a second
 NEVER = 1e-9  # 10^9 bytes a second: a pull of 75 tokens takes hours
