@@ -12,6 +12,7 @@ import torch
 
 from portakv.cli.console import Column, Report, print_json, print_prose, print_table
 from portakv.cli.sides import Side, extents_of, make_sides
+from portakv.errors import InvalidTerms
 from portakv.layout.packing import PACK, Pack, PackedPlane
 from portakv.layout.presets import resolve
 from portakv.plan.packing import PackPlan
@@ -19,7 +20,7 @@ from portakv.registry.prepared import prepared_pack
 from portakv.registry.registry import choose
 from portakv.runtime.devices import usable_device, usual_device
 from portakv.view.example import example_tensors
-from portakv.view.packed import PackedExtents, as_pack
+from portakv.view.packed import PackedExtents
 from portakv.view.view import KVView
 
 
@@ -29,8 +30,7 @@ def explain_encoding(args: argparse.Namespace) -> int:
     Raises the errors that the copy would raise.
     """
     device = usual_device() if args.device is None else usable_device(args.device)
-    pack = as_pack(args.encoding) if args.encoding == PACK else Pack.of_text(args.encoding)
-    assert pack is not None
+    pack = _pack_of(args.encoding)
     extents = replace(extents_of(args), dtype=args.dtype or torch.bfloat16)
     raw, _ = make_sides((args.src, args.src), extents, device, (None, None), True)
     packed = _packed_view(args.dst, raw.view, pack)
@@ -58,6 +58,23 @@ def explain_encoding(args: argparse.Namespace) -> int:
     else:
         _print(report)
     return 0
+
+
+def _pack_of(text: str) -> Pack:
+    """Return the parameters that ``--encoding`` requests.
+
+    Raises:
+        InvalidTerms: another encoding.
+    """
+    if text == PACK:
+        return Pack()
+    try:
+        return Pack.of_text(text)
+    except InvalidTerms:
+        raise InvalidTerms(
+            f"Expected --encoding to be {PACK!r}, or a text such as {Pack().text!r}, got {text!r}. "
+            f"Of the encodings, only {PACK!r} has a plan to explain."
+        ) from None
 
 
 _STAYS_RAW = (

@@ -343,7 +343,8 @@ def test_explain_an_encoding_as_json() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--encoding", "zip"], "Expected encoding to be a text such as 'pack/1:4'"),
+        (["--encoding", "zip"], "Expected --encoding to be 'pack', or a text such as 'pack/1:4'"),
+        (["--encoding", "fp8"], "only 'pack' has a plan"),
         (["--encoding", "pack", "--dtype", "float16"], "of float16"),
         (["--encoding", "pack", "--dim", "3"], "planes of 48 values"),
     ],
