@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from itertools import count
 from typing import Any
 from urllib.request import Request, urlopen
@@ -21,7 +22,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 import torch
 
-from portakv import KVView
+from portakv import KVView, Unsupported
 from portakv.graph.graph import Graph, Queue
 from portakv.graph.task import Task
 from portakv.storage import image
@@ -206,6 +207,8 @@ def remote_steps(bench: StorageBench) -> Iterator[Step]:
 def _remote(bench: StorageBench) -> Rows:
     import obstore
 
+    if find_spec("moto") is None:
+        raise Unsupported("A bucket to measure", "moto is not installed; pip install moto[server]")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
