@@ -142,7 +142,7 @@ def _choice_of(step: Step, pull: Pull, most_gbps: float) -> EncodingChoice:
         except PortaKVError as error:  # also the format of a later release
             return EncodingChoice(None, f"The owner chose {answer.encoding!r}: {error}", link)
     figures = answer.packing_gbps, answer.ratio, answer.escapes, answer.fits
-    return EncodingChoice(pack, answer.why, link, *figures)
+    return EncodingChoice(pack, answer.why or "The owner gave no reason.", link, *figures)
 
 
 def _checked(text: str, step: Step) -> Pack:

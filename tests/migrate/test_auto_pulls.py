@@ -494,6 +494,14 @@ def test_a_choice_that_the_reader_does_not_know_leads_to_raw_rows(
     assert seen.raw_because.startswith(f"the owner chose {text!r}: ")
 
 
+def test_raw_rows_have_a_reason_if_their_owner_gives_none(
+    made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LateAnswers, "choose", lambda *_: Chosen("done"))
+    seen = Both(made, Raw(), Raw(fill=0.0)).figures(SLOW)
+    assert (seen.packed, seen.raw_because) == (False, "the owner gave no reason")
+
+
 def test_an_owner_that_takes_no_sample_sends_raw_rows(
     made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
