@@ -62,6 +62,7 @@ _WORD = 4  # bytes of the word that a rest waits for
 _EVERY_CONTEXT = 1  # CU_MEMHOSTALLOC_PORTABLE
 _AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+_NOT_SUPPORTED = 801  # CUDA_ERROR_NOT_SUPPORTED
 
 # CUmemcpyAttributes: access in the order of the stream; two locations, which only memory that can
 # migrate has; and "prefer to overlap with compute".
@@ -255,15 +256,20 @@ class Copies:
         ctypes.c_uint32.from_address(address.value).value = 0
         return address.value
 
-    def rest(self, word: int, stream: int) -> None:
+    def rest(self, word: int, stream: int) -> bool:
         """Let copies of other streams in between two copies on the stream of that handle.
+
+        Returns False if the device has no such wait.
 
         Raises:
             TransferError: the driver rejects the wait for the word.
         """
         error = self._wait(stream, word, 0, _AT_LEAST)
+        if error == _NOT_SUPPORTED:
+            return False
         if error:
             raise self._refused(error, "a wait for a word")
+        return True
 
     def copy_range(
         self,
@@ -343,6 +349,7 @@ class CudaLink:
         self._copies = Copies(_cuda_driver.library())
         self._adopted = threading.local()
         self._word: int | None = None  # for rests; allocated before the first one
+        self._rests = True  # until the driver reports that the device has no such wait
         # By the handle of a stream: the bytes that crossed since its last rest.
         self._in_a_row: Bounded[int, int] = Bounded("bytes in a row on streams of a link", 256)
         self.fold_below = self._copies.fold_below
@@ -392,13 +399,16 @@ class CudaLink:
         self._in_a_row[handle] = crossed + nbytes
 
     def _rest(self, handle: int) -> None:
-        """Let copies of other streams in between; do nothing while no memory can be pinned."""
+        """Let copies of other streams in between; do nothing while no memory can be pinned, or if
+        the device has no wait for a word."""
+        if not self._rests:
+            return
         if self._word is None:  # two threads may allocate one each, and use either
             # Of other threads: no copy by a link is issued inside a capture.
             with ignoring_captures(self.device):
                 self._word = self._copies.word()
         if self._word is not None:
-            self._copies.rest(self._word, handle)
+            self._rests = self._copies.rest(self._word, handle)
 
     @cached_property
     def _other_stream(self) -> torch.Stream:

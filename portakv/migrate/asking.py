@@ -54,7 +54,7 @@ def ask(
         if answer.state == "gone":
             raise source.ticket.gone(answer.why)
         if answer.state != "busy" or monotonic() > until:
-            raise PeerError(f"{owner.address} sent no rows: {answer.why or 'it is busy.'}")
+            raise Refused(f"{owner.address} sent no rows: {answer.why or 'it is busy.'}")
         pause = answer.seconds if answer.seconds > 0 else 1e-3
         sleep(min(pause, 0.05))  # at most this long, because the pull may end meanwhile
     raise TransferCancelled(CANCELLED)
@@ -123,13 +123,14 @@ def _choice_of(step: Step, pull: Pull, most_gbps: float) -> EncodingChoice:
     link = min(history.gbps, most_gbps)
     if link == inf:
         name = step.owner.staging.transport.name
-        return EncodingChoice(None, f"No pull has measured the rate of {name} yet.")
+        return EncodingChoice(None, f"No recent pull has measured the rate of {name}.")
 
     part = step.owner_part(range(step.cut.dst.layers), 0, step.tokens)
-    terms = part, link, history.needs_sample()
+    terms = part, link, history.needs_sample(step.window)
+    request = Choose(step.ticket.epoch, step.ticket.offer, *terms)
     try:
-        answer = ask(source, Choose(step.ticket.epoch, step.ticket.offer, *terms), pull)
-    except Refused as error:  # also by an owner of a release that does not know the request
+        answer = ask(source, request, pull, PATIENCE)
+    except Refused as error:  # it stays busy, or is of a release that does not know the request
         return EncodingChoice(None, f"The owner made no choice: {error}", link)
     if not isinstance(answer, Chosen):
         return EncodingChoice(None, "The owner made no choice: its answer has none.", link)
@@ -141,7 +142,7 @@ def _choice_of(step: Step, pull: Pull, most_gbps: float) -> EncodingChoice:
         except PortaKVError as error:  # also the format of a later release
             return EncodingChoice(None, f"The owner chose {answer.encoding!r}: {error}", link)
     figures = answer.packing_gbps, answer.ratio, answer.escapes, answer.fits
-    return EncodingChoice(pack, answer.why, link, *figures)
+    return EncodingChoice(pack, answer.why or "The owner gave no reason.", link, *figures)
 
 
 def _checked(text: str, step: Step) -> Pack:

@@ -99,6 +99,10 @@ class Takes(Protocol):
     def over(self) -> bool:
         """Return True if the pull waits for no slice any more."""
 
+    @property
+    def measures(self) -> bool:
+        """Return True if the slices cross raw, and as fast as the transport takes them."""
+
 
 class Staging:
     """The transport for an owner, and the staging buffers that it fills.

@@ -39,7 +39,7 @@ _BUSY = Answer("busy", seconds=1e-3)
 
 @dataclass
 class Kept:
-    """What decides how rows of a window of a shard cross.
+    """The facts by which rows of a window of a shard cross packed or raw.
 
     Attributes:
         why: why they stay raw whatever the rate of the transport, as a sentence; empty if not.
@@ -103,7 +103,7 @@ class LateAnswers:
         if kept is not None and kept.left > 0 and not request.again:
             choice = kept.choice(view, request.link_gbps)
         if kept is None or choice is None:
-            kept = self._looks.answer(request, partial(_look, request, rows, after))
+            kept = self._looks.answer(request, partial(_look, request, view, rows, after))
             if kept is None:
                 return _BUSY
             self._kept[key] = kept
@@ -138,10 +138,13 @@ def _sum(request: Sum, rows: Callable[[], Rows], after: StreamFence) -> int:
         return checksum_of(view, ids, request.part)
 
 
-def _look(request: Choose, rows: Callable[[], Rows], after: StreamFence) -> Kept:
-    """Measure the rate of packing, and take a sample if the rates do not decide already."""
+def _look(request: Choose, view: KVView, rows: Callable[[], Rows], after: StreamFence) -> Kept:
+    """Measure the rate of packing, and take a sample if the rates do not decide already.
+
+    The rate is that of the whole view: another measurement for each window of it would hold up the
+    worker, which sends the rows of all pulls.
+    """
     with torch.inference_mode(False), after.inside():
-        view, ids = rows()
         why = stays_raw(view, None, None)
         if why:
             return Kept(why)
@@ -151,13 +154,14 @@ def _look(request: Choose, rows: Callable[[], Rows], after: StreamFence) -> Kept
         if rated.pack is None:
             return Kept(packing_gbps=rated.packing_gbps)
 
-        unit = view.form.block_size
+        window, ids = rows()
+        unit = window.form.block_size
         slots = ids.slots(request.part.count, every=unit)
         blocks = slots[slots >= 0] // unit
         if not len(blocks):
             raise TransferError("No sample was taken: the owner has none of the blocks.")
         try:
-            sampled = best_of(view, Sample(view, blocks, packs_of(None)), None)
+            sampled = best_of(window, Sample(window, blocks, packs_of(None)), None)
         except (PortaKVError, RuntimeError) as error:  # such as a lack of memory
             raise TransferError(f"No sample was taken: {error}") from error
         return Kept(packing_gbps=rated.packing_gbps, sampled=sampled)

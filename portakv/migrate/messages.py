@@ -262,7 +262,7 @@ class Choose(About, frozen=True):
     purpose: ClassVar[str] = "Choosing an encoding with the owner at"
 
     part: Part
-    link_gbps: Annotated[float, Meta(gt=0, le=1e6)]
+    link_gbps: Annotated[float, Meta(gt=0, le=1e9)]
     again: bool = False
 
     @property

@@ -17,7 +17,7 @@ from portakv.copy.handle import token_bytes
 from portakv.errors import InvalidTerms, LayoutError, PeerError, SlotError, Unsupported
 from portakv.layout.packing import PACKED_DTYPE
 from portakv.migrate.connections import Connection, Sources
-from portakv.migrate.messages import Part, Ticket
+from portakv.migrate.messages import Box, Part, Ticket
 from portakv.migrate.shards import Piece, Shard, pieces, slices
 from portakv.migrate.staging import page_of, rows_bytes
 from portakv.view import Index, KVView
@@ -83,6 +83,11 @@ class Step(NamedTuple):
     def nbytes(self) -> float:
         """Return the bytes of the step if no position is skipped."""
         return self.tokens * self.cut.token_bytes
+
+    @property
+    def window(self) -> tuple[int, Box]:
+        """Return the group of the rows, and their layers and heads on the axes of the model."""
+        return self.cut.group, self.cut.piece.box
 
     def part(self, layers: range, first: int, tokens: int) -> Step:
         """Return the step for some layers and tokens, counted from the step's first ones."""

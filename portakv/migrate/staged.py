@@ -112,7 +112,8 @@ class Taker:
                     # The answer is read here: other requests to the owner wait for it.
                     self._answers = self._pull.ask(self._source)
                 self._settle(wait=True)
-                if start is not None and self._crossed.most_gbps == inf:
+                takers = [*self._stage.takers]  # of all pulls, since they share the transport
+                if start is not None and all(taker.measures for taker in takers):
                     self._stage.history.end(start)
         except BaseException as caught:
             error = caught
@@ -139,6 +140,11 @@ class Taker:
                 self._take(listed[start : start + batch])
         while self._in_flight:
             self._scatter()
+
+    @property
+    def measures(self) -> bool:
+        """Return True if the slices cross raw, and as fast as the transport takes them."""
+        return self._crossed.most_gbps == inf and not self._crossed.packed
 
     @property
     def over(self) -> bool:
@@ -227,10 +233,19 @@ class Taker:
             if not scattered.has_ended(wait):
                 return
             unfit = arrival.end_with(copy)
-            self._crossed.nbytes += arrival.staged_bytes
-            self._crossed.blocks_raw += unfit
-            self._stage.history.count(arrival.staged_bytes, arrival.packed_blocks, unfit)
+            self._count(arrival, unfit)
             self._scattered.popleft()
+
+    def _count(self, arrival: Arrival, unfit: int) -> None:
+        """Count a slice that has ended, and its blocks that did not fit."""
+        nbytes = arrival.staged_bytes
+        history = self._stage.history
+        self._crossed.nbytes += nbytes
+        self._crossed.blocks_raw += unfit
+        if arrival.slots is None:
+            history.count(nbytes, limited=self._crossed.most_gbps < inf)
+        else:
+            history.count_packed(nbytes, arrival.step.window, arrival.packed_blocks, unfit)
 
     def _release(self, error: BaseException | None) -> None:
         """Wait for the copies in flight, return the buffers, and end the slices."""

@@ -356,6 +356,18 @@ def test_rests_begin_once_memory_can_be_pinned(
     assert Call("w", 1, 5) in cuda.library.calls
 
 
+def test_copies_cross_on_a_device_without_waits(
+    cuda: Crossing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "IN_A_ROW", 96)
+    cuda.library.set_device(no_waits=True)
+    for _ in range(2):
+        cuda.copy(plain(30), 5)
+        assert {call.kind for call in cuda.library.calls} <= {"b", "p"}
+        assert sum(call.copies for call in cuda.library.calls) == 30
+    cuda.library.set_device()
+
+
 def test_the_word_is_allocated_while_another_thread_captures(
     cuda: Crossing, monkeypatch: pytest.MonkeyPatch
 ) -> None:

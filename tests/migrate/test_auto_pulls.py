@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from support.migrate_channels import until
 from support.migrate_pulls import MODEL, Sides, sides
 from support.packed_pulls import (
     BLOCKS,
@@ -32,7 +33,7 @@ from portakv.errors import InvalidTerms, LayoutError, TransferError, Unsupported
 from portakv.migrate import Channel, Owner, Reader, Shard
 from portakv.migrate.crossed import PullStatistics
 from portakv.migrate.late_answers import Kept, LateAnswers
-from portakv.migrate.messages import Choose, Chosen, Part
+from portakv.migrate.messages import Answer, Choose, Chosen, Part
 from portakv.migrate.pull import Pull
 from portakv.migrate.pull_history import PullHistory
 
@@ -42,6 +43,7 @@ PACKING = 100.0
 #: A transport that is slower than that, and one that is not.
 SLOW = 0.5
 FAST = 1000.0
+WINDOW = (0, ((0, LAYERS), (0, 4)))
 
 
 @pytest.fixture
@@ -100,10 +102,10 @@ def randomize(raw: Raw) -> Raw:
 
 def known(history: PullHistory, gbps: float) -> None:
     """Have a history contain the rate of an earlier pull."""
-    history.count(1, 0, 0)
+    history.count(1)
     start = history.begin()
     assert start is not None
-    history.count(int(1e9 * gbps), 0, 0)
+    history.count(int(1e9 * gbps))
     history.end(start._replace(at=start.at - 1.0))
 
 
@@ -161,7 +163,7 @@ def test_rows_cross_raw_until_a_rate_is_known(
     for _ in range(2):
         seen = both.figures()
         assert not seen.packed
-        assert seen.raw_because == "no pull has measured the rate of distributed yet"
+        assert seen.raw_because == "no recent pull has measured the rate of distributed"
         assert not samples
     seen = both.figures()
     (choice,) = seen.choices
@@ -246,6 +248,37 @@ def test_rows_that_are_still_written(
     assert len(samples) == LAYERS
 
 
+def test_the_rate_of_packing_is_measured_for_whole_shards(
+    made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of a pull that follows a mark have other windows in each pull."""
+    monkeypatch.setattr(PullHistory, "gbps", property(lambda _: SLOW))
+    measured = list[int]()
+
+    def rated(view: KVView, pack: Pack | None, link: float, packing: float | None) -> object:
+        if packing is None:
+            measured.append(view.layers)
+        return rated_choice(view, pack, link, PACKING)
+
+    monkeypatch.setattr("portakv.migrate.late_answers.rated_choice", rated)
+    both = Both(made, Raw(), Raw(fill=0.0))
+    offer = both.owner.offer(BLOCKS, tokens=80, progress="layers")
+    pull = both.reader.pull(offer.ticket, INTO, by_layer=True, encoding="auto")
+    for mark in range(1, LAYERS + 1):
+        offer.raise_to(mark)
+        pull.layers[mark - 1].synchronize(LIMIT)
+    pull.synchronize(LIMIT)
+    assert measured == [LAYERS] * LAYERS
+
+
+def test_a_limit_that_no_transport_reaches_gets_raw_rows(
+    made: Sides, samples: list[Sample]
+) -> None:
+    seen = Both(made, Raw(), Raw(fill=0.0)).figures(9e8)
+    assert not seen.packed
+    assert seen.raw_because.startswith("packing does not pay: ")
+
+
 def test_ranks_have_a_choice_each(made: Sides, samples: list[Sample]) -> None:
     """One owner's heads are random bits."""
     windows = [(0, 2, 4), (2, 4, 4)]
@@ -313,6 +346,33 @@ def test_another_sample_follows_blocks_that_do_not_fit(
     assert len(samples) == 2
 
 
+def test_each_window_has_misfits_of_its_own(
+    made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of the second shard alone do not fit any more, so it gets another sample."""
+    monkeypatch.setattr("portakv.migrate.pull_history.LOOK_AT", 5)
+    first = Raw()
+    second = Raw()
+    into = [Raw(fill=0.0), Raw(fill=0.0)]
+    owner = made.owner(Shard(first.view), Shard(second.view), expose="staging")
+    reader = made.reader(*[Shard(raw.view) for raw in into])
+
+    def packs() -> list[bool]:
+        ticket = owner.offer(BLOCKS, BLOCKS, tokens=80).ticket
+        pull = reader.pull(ticket, INTO, INTO, encoding="auto", max_gbps=SLOW)
+        pull.synchronize(LIMIT)
+        for src, dst in zip((first, second), into, strict=True):
+            assert torch.equal(src.bits(BLOCKS, 80), dst.bits(INTO, 80))
+        return [choice.pack is not None for choice in pull.statistics.choices]
+
+    assert packs() == [True, True]
+    assert len(samples) == 2
+    randomize(second)
+    assert packs() == [True, True]
+    assert packs() == [True, False]
+    assert len(samples) == 3
+
+
 def test_other_memory_of_an_owner_gets_another_sample(made: Sides, samples: list[Sample]) -> None:
     both = Both(made, Raw(), Raw(fill=0.0))
     assert both.figures(SLOW).packed
@@ -351,23 +411,45 @@ def test_a_history_forgets_a_rate_after_many_packed_bytes(
     monkeypatch.setattr("portakv.migrate.pull_history.AGAIN", 1000)
     history = PullHistory()
     known(history, 3.0)
-    history.count(999, 1, 0)
+    history.count_packed(999, WINDOW, 1, 0)
     assert history.gbps < inf
-    history.count(1, 1, 0)
+    history.count_packed(1, WINDOW, 1, 0)
     assert history.gbps == inf
     known(history, 3.0)
     assert history.gbps < inf
 
 
-def test_a_pull_next_to_packed_slices_measures_nothing() -> None:
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_pull_next_to_other_slices_measures_nothing(limited: bool) -> None:
+    """Packed slices, and those of a pull with a limited rate."""
     history = PullHistory()
     assert history.begin() is None
-    history.count(1, 0, 0)
+    history.count(1)
     start = history.begin()
     assert start is not None
-    history.count(100, 1, 0)
+    history.count(100 << 20)
+    if limited:
+        history.count(100, limited=True)
+    else:
+        history.count_packed(100, WINDOW, 1, 0)
     history.end(start._replace(at=start.at - 1.0))
     assert history.gbps == inf
+
+
+def test_a_pull_next_to_a_limited_pull_measures_nothing(
+    made: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for slices of the limited pull, so its own rate says little of the transport."""
+    monkeypatch.setattr("portakv.migrate.pull_history.LEAST_NBYTES", 1)
+    monkeypatch.setattr("portakv.migrate.pull_history.LEAST_SECONDS", 0.0)
+    both = Both(made, Raw(), Raw(fill=0.0))
+    both.pull(encoding=None)
+    ticket = both.owner.offer(BLOCKS, tokens=80).ticket
+    limited = both.reader.pull(ticket, INTO, max_gbps=2e-4)
+    assert until(lambda: limited.statistics.wire_nbytes > 0, LIMIT)
+    both.pull(encoding=None)
+    limited.synchronize(LIMIT)
+    assert both.figures().raw_because.startswith("no recent pull has measured the rate")
 
 
 # --- the protocol
@@ -412,6 +494,14 @@ def test_a_choice_that_the_reader_does_not_know_leads_to_raw_rows(
     assert seen.raw_because.startswith(f"the owner chose {text!r}: ")
 
 
+def test_raw_rows_have_a_reason_if_their_owner_gives_none(
+    made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LateAnswers, "choose", lambda *_: Chosen("done"))
+    seen = Both(made, Raw(), Raw(fill=0.0)).figures(SLOW)
+    assert (seen.packed, seen.raw_because) == (False, "the owner gave no reason")
+
+
 def test_an_owner_that_takes_no_sample_sends_raw_rows(
     made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,6 +515,17 @@ def test_an_owner_that_takes_no_sample_sends_raw_rows(
     assert "No sample was taken: no memory" in seen.raw_because
     monkeypatch.setattr("portakv.migrate.late_answers.Sample", Sample)
     assert both.figures(SLOW).packed
+
+
+def test_an_owner_that_stays_busy_sends_raw_rows(
+    made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("portakv.migrate.asking.PATIENCE", 0.1)
+    monkeypatch.setattr(LateAnswers, "choose", lambda *_: Answer("busy", seconds=1e-3))
+    seen = Both(made, Raw(), Raw(fill=0.0)).figures(SLOW)
+    assert not seen.packed
+    assert seen.raw_because.startswith("the owner made no choice: ")
+    assert "it is busy" in seen.raw_because
 
 
 @pytest.mark.parametrize(("first", "count"), [(3, 16), (16, 15)])

@@ -33,7 +33,7 @@ typedef struct {
     unsigned int flags;
 } CUmemcpyAttributes;
 
-enum { INVALID_VALUE = 1, OUT_OF_MEMORY = 2, CAPTURE_UNSUPPORTED = 900 };
+enum { INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900 };
 enum { MOST_CALLS = 4096, MAX_PITCH = 0x7fffffff };
 
 typedef struct {
@@ -102,12 +102,14 @@ int cuThreadExchangeStreamCaptureMode(int *mode) {
 
 // Words of pinned memory that are allocated one by one.
 static uint32_t words[MOST_CALLS];
-static int allocated, full, another_captures;
+static int allocated, full, another_captures, without_waits;
 
-// Whether no memory can be pinned, and whether another thread captures a graph.
-void fake_device(int no_room, int captures) {
+// Whether no memory can be pinned, whether another thread captures a graph, and whether the device
+// has no wait for a word.
+void fake_device(int no_room, int captures, int no_waits) {
     full = no_room;
     another_captures = captures;
+    without_waits = no_waits;
 }
 
 int cuMemHostAlloc(uint64_t *address, size_t size, unsigned flags) {
@@ -121,6 +123,7 @@ int cuMemHostAlloc(uint64_t *address, size_t size, unsigned flags) {
 
 // Waits for a word that was allocated here, and for no other memory; refuses a wait without an end.
 int cuStreamWaitValue32_v2(uint64_t stream, uint64_t address, uint32_t value, unsigned flags) {
+    if (without_waits) return NOT_SUPPORTED;
     uint64_t first = (uint64_t)words, past = (uint64_t)(words + allocated);
     if (address < first || address >= past || (address - first) % sizeof(uint32_t)) return INVALID_VALUE;
     if (flags || (int32_t)(*(uint32_t *)address - value) < 0 || noted('w', 1, stream)) return INVALID_VALUE;

@@ -75,9 +75,12 @@ class FakeLibrary:
         """Forget the calls so far; the one of that number will be refused."""
         self.library.fake_forget(refuse_at)
 
-    def set_device(self, *, full: bool = False, another_captures: bool = False) -> None:
-        """Let no memory be pinned, or another thread capture a graph."""
-        self.library.fake_device(full, another_captures)
+    def set_device(
+        self, *, full: bool = False, another_captures: bool = False, no_waits: bool = False
+    ) -> None:
+        """Let no memory be pinned, another thread capture a graph, or the device have no wait for
+        a word."""
+        self.library.fake_device(full, another_captures, no_waits)
 
     @property
     def calls(self) -> list[Call]:
