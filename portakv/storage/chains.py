@@ -304,7 +304,7 @@ class Chains(Generic[Key]):
         return victim if call[victim] > call[key] and victim == self.next() else None
 
     def has_other(self, call: Mapping[Key, int]) -> bool:
-        """Return True if the block that goes next is none of a call."""
+        """Return True if the block that goes next, in the order of use, is none of a call."""
         victim = self.next()
         return victim is not None and victim not in call
 

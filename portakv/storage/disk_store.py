@@ -40,16 +40,16 @@ class _Left:
     """The blocks of a write that have no slot yet.
 
     Attributes:
-        numbers: of the blocks, in their order.
+        numbers: the numbers of these blocks among the keys of the write, in their order.
         tries: the folders to try for a slot, and which may evict a block.
         own: positions of the call's keys.
-        gone: marks of blocks that found no slot, and of those that follow them.
+        gaps: marks of blocks of the write that are not stored, and of blocks after them.
     """
 
     numbers: deque[int]
     tries: Sequence[tuple[Slots, bool]]
     own: Mapping[bytes, int] | None
-    gone: set[int] = field(default_factory=set)
+    gaps: set[int] = field(default_factory=set)
 
 
 class _Turn:
@@ -367,6 +367,8 @@ class DiskStore:
                     i = each.number
                     known = keys[i], generations[i], checksums[i]
                     landed[i] = self._seal(each, result, *known, report)
+                    if not landed[i] or (left.gaps and predecessor(rows[i]) in left.gaps):
+                        left.gaps.add(mark_of(keys[i]))
             taken += len(taken_now)
         self.touch([keys[i] for i in new])  # a prefix outlives its suffix
         hits = sum(landed[i] for i in new)
@@ -414,12 +416,12 @@ class DiskStore:
             if isinstance(place, Reason):
                 if not waits:
                     return
-                left.gone.add(mark_of(key))
+                left.gaps.add(mark_of(key))
                 report(key, place)
                 _warnings.warning(f"dropped {place.where}", "Block %s: %s", key.hex(), place.where)
             else:
-                if follows in left.gone:
-                    left.gone.add(mark_of(key))
+                if follows in left.gaps:
+                    left.gaps.add(mark_of(key))
                 taken.append(_Taken(number, *place))
             left.numbers.popleft()
 
@@ -435,7 +437,7 @@ class DiskStore:
         for slots, evicts in tries:
             try:
                 slot = slots.take(
-                    key, left.own, follows, evicts and follows not in left.gone, waits
+                    key, left.own, follows, evicts and follows not in left.gaps, waits
                 )
             except OSError as error:  # the folder cannot be listed, as without a free descriptor
                 where = f"{slots.folder.parent}: {cause_of(error)}"

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from portakv.storage.chains import UNKNOWN
+
+#: Seconds in which a write of several ends, or blocks wait for none of them any more.
+PATIENCE = 2.0
 
 
 class Write(NamedTuple):
@@ -28,6 +31,7 @@ class Occupancy:
         free: slots without a block.
         pins: the number of pins of each pinned slot.
         writes: the blocks that are being written, by slot.
+        late: slots of writes for which no block waits any more.
         written: notified when a write ends in any folder of the form.
         broken: the number of faulty slots, which are not used again.
         evicted: the number of evicted blocks.
@@ -37,6 +41,7 @@ class Occupancy:
         self.free = deque[int]()
         self.pins: Counter[int] = Counter()
         self.writes = dict[int, Write]()
+        self.late = set[int]()
         self.written = written
         self.broken = 0
         self.evicted = 0
@@ -54,9 +59,22 @@ class Occupancy:
         return max((slot + 1 for slot in (*self.pins, *self.writes)), default=0)
 
     def writes_after(self, key: bytes, call: Mapping[bytes, int], others: bool) -> bool:
-        """Return True if blocks are being written that come after one in its call; with ``others``,
-        also if these belong to other calls."""
+        """Return True if blocks are being written, and are not late, that come after a block in its
+        call; with ``others``, also if these belong to other calls."""
         past = len(call)
         place = call.get(key, past)
         other = past if others else -1
-        return any(call.get(write.key, other) > place for write in self.writes.values())
+        writes = self.writes.items()
+        return any(call.get(x.key, other) > place for slot, x in writes if slot not in self.late)
+
+    def wait(self, folders: Sequence[Occupancy]) -> None:
+        """Wait for the end of a write, under the lock. If none ends in time, all writes of the
+        folders are late: else each of the next blocks would wait as long."""
+        if not self.written.wait(PATIENCE):
+            for each in folders:
+                each.late.update(each.writes)
+
+    def end_write(self, slot: int) -> Write:
+        """Note that a slot is not being written any more, and return its write."""
+        self.late.discard(slot)
+        return self.writes.pop(slot, NO_WRITE)

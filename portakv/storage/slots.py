@@ -68,7 +68,6 @@ PAGE = 4096
 BATCH = 256
 _LEAST_GROWTH = 1 << 20  # bytes of the first slots
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_PATIENCE = 2.0  # seconds
 _LOOKS = 16  # blocks
 Track = Callable[[Sequence[int], str], Iterable[int]]
 
@@ -252,7 +251,9 @@ class Slots:
 
     def _try_direct(self) -> None:
         """Have the I/O go past the page cache, if the device takes images at multiples of a page.
-        A file without slots does not show that."""
+
+        A file without slots does not show that.
+        """
         try:
             set_flags(self.fd, os.O_DIRECT)
             os.preadv(self.fd, [mmap.mmap(-1, PAGE)], PAGE)
@@ -410,13 +411,14 @@ class Slots:
     ) -> int | None:
         """Return a slot with an empty record for a block that follows a mark.
 
-        The predecessor stays until the slot is sealed or given back. Returns None if none is free
-        or can be allocated, and none may be evicted, or if the table cannot be written. None may be
+        The predecessor stays until the slot is sealed or given back. Returns None if no slot is
+        free, can be allocated or may be evicted, or if the table cannot be written. No slot may be
         evicted without ``evict``, or if all blocks have pins or successors.
 
         Blocks of ``own``, the call, go after all others: the last one first, and none for a later
-        one. So this ``waits`` for the writes of later blocks, in all folders, and in one folder for
-        those of other calls, until none ends for `_PATIENCE` seconds. Who waits has no other slot.
+        one. So this ``waits`` for writes of later blocks, in all folders, until none ends for
+        `PATIENCE` seconds. One folder also waits for writes of other calls. The caller then has no
+        other slot, as writes that wait for each other would not end.
         """
         with self.chains.lock:
             if self.fd < 0:
@@ -428,12 +430,11 @@ class Slots:
             if not self._occupancy.free and looks:
                 self._grow()
             own = own or {}
-            patient = True
             while evict and not self._occupancy.free:
-                has_to = patient and self._waits(key, own)
+                has_to = self._waits(key, own)
                 if self._free_a_slot(key, own, looks, has_to) or not (has_to and waits):
                     break
-                patient = self._occupancy.written.wait(_PATIENCE)
+                self._occupancy.wait([x._occupancy for x in self.siblings or [self]])
             if not self._occupancy.free:
                 return None
             slot: int = self._occupancy.free.popleft()
@@ -576,7 +577,7 @@ class Slots:
         return bool(self._occupancy.free)
 
     def _evict(self, key: bytes, own: Mapping[bytes, int], waits: bool) -> bool:
-        """Evict a block; return True if one went. No block of the call while that ``waits``."""
+        """Evict a block; return True if one went. No block of the call goes if that ``waits``."""
         if waits and self.chains.next(self.folder) in own:
             return False
         victim = self.chains.next_for(key, own, self.folder)
@@ -587,16 +588,15 @@ class Slots:
         return True
 
     def _waits(self, key: bytes, own: Mapping[bytes, int]) -> bool:
-        """Return True if no block of another call may go for a block, until a write ends."""
+        """Return True if a block waits for a write, since no block of another call goes next."""
         if self.chains.has_other(own):
             return False
-        folders = self.siblings or [self]
-        alone = len(folders) == 1  # else another folder may have a slot
-        return any(x._occupancy.writes_after(key, own, others=alone) for x in folders)
+        alone = len(self.siblings) < 2  # else another folder may have a slot
+        return any(x._occupancy.writes_after(key, own, alone) for x in self.siblings or [self])
 
     def _end_write(self, slot: int) -> None:
         """Note that a slot is not being written any more."""
-        write = self._occupancy.writes.pop(slot, NO_WRITE)
+        write = self._occupancy.end_write(slot)
         self.chains.unexpect(write.follows)
         self._occupancy.written.notify_all()
 

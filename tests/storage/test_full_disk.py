@@ -3,20 +3,25 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
+from time import monotonic
 from typing import Any
 
 import pytest
 from support import slot_cases as cases
+from support.migrate_channels import until
 from support.slot_cases import FORM, KEYS, Faulty, Tally
 
 from portakv.storage import image
 from portakv.storage.chains import FIRST, UNKNOWN, Chains, mark_of
 from portakv.storage.disk_store import DiskStore
+from portakv.storage.io.base import Engine
+from portakv.storage.occupancy import PATIENCE
 from portakv.storage.slots import Slots
 
 LIMIT = 20.0  # seconds; nothing here takes as long
@@ -197,6 +202,32 @@ def test_slots_are_sealed_before_a_write_waits(opened: Any) -> None:
     assert {*slots.index} == {*KEYS[:2]}
 
 
+class WaitsForEach(Slots):
+    """A negative control: each block waits as long for writes that do not end."""
+
+    def take(self, key: bytes, *terms: Any) -> int | None:
+        self._occupancy.late.clear()
+        return super().take(key, *terms)
+
+
+@pytest.mark.parametrize("kind", [Slots, WaitsForEach], ids=["once", "negative control"])
+def test_blocks_wait_once_for_writes_that_do_not_end(opened: Any, kind: type[Slots]) -> None:
+    """The first blocks of several prompts, of which none follows another one."""
+    (slots,) = opened(1, kind=kind)
+    late = slots.take(OTHER[0])
+    began = monotonic()
+    assert write(store_of([slots]), *KEYS[:3]) == [False] * 3
+    assert (monotonic() - began < 2 * PATIENCE) == (kind is Slots)
+    assert slots.seal(late, OTHER[0], 1, (1,))
+    with ThreadPoolExecutor() as pool:  # the next write in the slot is waited for again
+        assert slots.take(OTHER[1]) == late
+        early = pool.submit(slots.take, KEYS[0], CALL)
+        with pytest.raises(TimeoutError):
+            early.result(0.1)
+        slots.give(late)
+        assert early.result(LIMIT) == late
+
+
 class Refuses(Slots):
     """Slots that take none for one block, as they were full at that moment."""
 
@@ -223,6 +254,24 @@ def test_a_block_after_a_gap_evicts_none(opened: Any, chained: bool) -> None:
         assert {*slots.index} == {*OTHER[:2], KEYS[0], KEYS[2]}
     else:
         assert landed == [True, False, True, True, True, False]
+
+
+@pytest.mark.parametrize("chained", [True, False], ids=["chained", "negative control"])
+def test_a_block_after_a_block_that_could_not_be_written_evicts_none(
+    opened: Any, chained: bool
+) -> None:
+    """The first write fills the free slots, and the second one has to wait."""
+    (slots,) = opened(3)
+    late = slots.take(OTHER[0])
+    faults = iter([-errno.ENOSPC])
+    store = store_of([slots], Faulty(lambda _: next(faults, None)))
+    with ThreadPoolExecutor() as pool:
+        written = pool.submit(write, store, *KEYS[:4], chained=chained)
+        assert until(lambda: store.has(KEYS[2:3])[0], LIMIT)
+        assert slots.seal(late, OTHER[0], 1, (1,))
+        landed = written.result(LIMIT)
+    assert landed == [False, True, True, not chained]
+    assert (OTHER[0] in slots.index) == chained
 
 
 class Held(Slots):
@@ -264,10 +313,10 @@ def test_a_write_whose_later_blocks_are_sealed_first(opened: Any, folders: int) 
     assert store.has([*CALL]) == [True] * 4 + [False] * 4
 
 
-def store_of(parts: list[Slots]) -> DiskStore:
+def store_of(parts: list[Slots], engine: Engine | None = None) -> DiskStore:
     graph: Any = Tally()
     queues = [graph.queue(f"disk:{slots.folder}") for slots in parts]
-    return DiskStore(graph, FORM, [*zip(parts, queues, strict=True)], Faulty(), True, [])
+    return DiskStore(graph, FORM, [*zip(parts, queues, strict=True)], engine or Faulty(), True, [])
 
 
 def write(store: DiskStore, *keys: bytes, chained: bool = False) -> list[bool]:

@@ -73,7 +73,7 @@ def test_an_early_block_waits_for_the_slot_of_a_late_one(tmp_path: Path) -> None
         late = slots.take(KEYS[2], own)
         assert late is not None
         assert slots.take(KEYS[0]) is None
-        assert slots.take(KEYS[0], {KEYS[0]: 0}) is None
+        assert slots.take(KEYS[0], {KEYS[0]: 0}, waits=False) is None
         with futures.ThreadPoolExecutor() as pool:
             early = pool.submit(slots.take, KEYS[1], own)
             with pytest.raises(futures.TimeoutError):
