@@ -15,6 +15,7 @@ from itertools import product
 from time import perf_counter
 
 from portakv.plan.plan import CopyPlan
+from portakv.runtime.transfer import Transfer
 from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, LAYER_FIRST, Case, Scene, Sides
 from portakv_benchmarks.host.suite import BATCHED_MEMCPY, HOST, STAGED, ZERO_COPY, Bench, Method
 from portakv_benchmarks.shared import harness
@@ -32,6 +33,14 @@ _ROUND = 5
 # of the host's blocks
 IDS = ("kept Index", "host tensor")
 ORDERS = ("random", "consecutive")
+
+
+def moved(method: Method, sides: Sides, direction: str, ids: str) -> Transfer:
+    """Copy a case once by a method, with ids of one kind of `IDS`.
+
+    New ids may have another strategy than those that were used before.
+    """
+    return method.move(sides, direction, ids=None if ids == IDS[0] else sides.fresh_ids())
 
 
 def call_steps(bench: Bench) -> Iterator[Step]:
@@ -84,7 +93,7 @@ def _row(
     right = sides.right(direction)
     idle, times = _times(call, calls)
     bench.module.synchronize()
-    chosen = method.taken(method.move(sides, direction))
+    chosen = method.taken(moved(method, sides, direction, ids))
     bench.module.synchronize()
     middle = quantile(times, 0.5)
     case = sides.case

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from portakv_benchmarks.host import suite
-from portakv_benchmarks.host.calls import IDS
+from portakv_benchmarks.host.calls import IDS, moved
 from portakv_benchmarks.host.cases import BLOCK_FIRST, CHUNK, DIRECTIONS, Case, Sides, cases, scene
 from portakv_benchmarks.host.interference import by_peer
 from portakv_benchmarks.host.suite import KB, Bench, Method
@@ -68,7 +68,8 @@ def _measure(bench: Bench, case: Case, methods: Sequence[Method], kind: str) -> 
                 **one.row(case.payload),
                 "timer": bench.busy_timer.name,
             }
-            rows.append({**row, **_chosen(sides, direction, row["backend"])})
+            ids = row.get("ids", IDS[0])
+            rows.append({**row, **chosen_with(sides, direction, row["backend"], ids)})
     return rows
 
 
@@ -76,8 +77,7 @@ def _variant(method: Method, sides: Sides, direction: str, ids: str) -> Variant:
     """Return a method as a variant whose ids are kept, or new in each call."""
 
     def call() -> object:
-        fresh = None if ids == IDS[0] else sides.fresh_ids()
-        return method.move(sides, direction, ids=fresh)
+        return moved(method, sides, direction, ids)
 
     return suite.by_call(sides, direction, method.name, method.engine, call, ids=ids)
 
@@ -88,11 +88,15 @@ def _by_peer(peer: LMCache, sides: Sides, direction: str) -> Variant:
     return suite.by_call(sides, direction, peer.name, peer.name, call, ids=IDS[0], peer=peer.name)
 
 
-def _chosen(sides: Sides, direction: str, name: str) -> dict[str, str]:
-    """Return the fields of a row on the strategy that was chosen, if its method chooses one."""
+def chosen_with(sides: Sides, direction: str, name: str, ids: str) -> dict[str, str]:
+    """Return the fields of a row on the strategy that was chosen, if its method chooses one.
+
+    New ids may have another strategy than kept ones, so one more copy with ids of the row's kind
+    says which.
+    """
     method = next((each for each in PAGE_METHODS if each.name == name), None)
     if method is None or method.engine != suite.CHOSEN:
         return {}
-    transfer = method.move(sides, direction)
+    transfer = moved(method, sides, direction, ids)
     transfer.synchronize()
     return method.taken(transfer)

@@ -133,7 +133,10 @@ class Registration:
         strides."""
         try:
             leaves, levels = flatten(kv_caches)
-            return levels == self.allocations.levels and _facts(leaves) == self._facts
+            if levels != self.allocations.levels or _facts(leaves) != self._facts:
+                return False
+            # The registered tensors are plain. Lazy ones at their addresses are other objects.
+            return self.allocations.holds(leaves) or not _any_lazy(leaves)
         except (AttributeError, LayoutError, RuntimeError):  # the layout says what they lack
             return False
 
@@ -354,3 +357,8 @@ def _check_caches(kv_caches: Tensors, bound: BoundLayout) -> None:
 
 def _facts(leaves: Sequence[torch.Tensor]) -> list[tuple[object, ...]]:
     return [(leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves]
+
+
+def _any_lazy(leaves: Sequence[torch.Tensor]) -> bool:
+    """Return True if a tensor is lazily conjugated or negated: its bytes are not its values."""
+    return any(leaf.is_conj() or leaf.is_neg() for leaf in leaves)

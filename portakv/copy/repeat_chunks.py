@@ -201,6 +201,7 @@ class _ChunkRepeat:
             and ids.is_contiguous()
             and not chunk.requires_grad
             and not chunk.is_neg()
+            and not chunk.is_conj()
             and address + self._reach <= rows.data_ptr() + rows.nbytes()
             and first_id + ids.nbytes <= numbers.data_ptr() + numbers.nbytes()
         )

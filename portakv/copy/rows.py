@@ -142,14 +142,23 @@ def copy_blocks(
     dst_index = block_index(dst, dst_blocks, "dst")
     if skip or type(skip) is not int:
         first, after = skip if isinstance(skip, tuple) and len(skip) == 2 else (skip, skip)
-        src_index = src_index.shifted(_tokens(first))
-        dst_index = dst_index.shifted(_tokens(after))
+        src_index = _after(src, src_index, first, "source")
+        dst_index = _after(dst, dst_index, after, "destination")
     move = move_of(src, dst, src_index, dst_index, count)
     return repeated(move, options) or submit_new(move, options)
 
 
-def _tokens(skip: object) -> int:
-    return whole("skip", skip, "tokens to pass over: a whole number of at least 0, or two", 0)
+def _after(view: KVView, index: Index, skip: object, side: str) -> Index:
+    """Return the index of one side after the tokens to leave out; raise `SlotError` if it has not
+    that many."""
+    tokens = whole("skip", skip, "tokens to pass over: a whole number of at least 0, or two", 0)
+    length = view.slots - index.offset if index.length is None else index.length
+    if tokens > max(length, 0):
+        raise SlotError(
+            f"Expected skip to be at most {length}, the tokens of the {side}, got {tokens}. Pass a "
+            f"smaller number."
+        )
+    return index.shifted(tokens)
 
 
 def block_index(view: KVView, blocks: Ids | None, side: str) -> Index:

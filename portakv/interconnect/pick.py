@@ -37,6 +37,11 @@ PART = 0.25
 #: the host for known lists; to describe pieces for new ones takes twice as long: on an H200 128 MiB
 #: by `staged` occupy the host for 0.8 and 1.6 ms (benchmarks/NOTES.md, section 26).
 NEW_PART = 2 * PART
+#: The same part for copies of up to `SHORT` on an idle device. One call issues such a copy, and
+#: nothing of it overlaps. Up to 16 MiB all parts from `PART` to this one choose alike in five
+#: recorded grids of known ids; 12 MiB of new ids in pages of 2 MiB were given to a call of 342 us
+#: where the kernel's took 146, and ended 42 % later (benchmarks/NOTES.md, section 73).
+SHORT_PART = 1.0
 #: Seconds of the host from which a model that runs ahead of its device does not hide a call: a
 #: device accepts some thousands of copies beforehand, and then waits for the host. On an H100 runs
 #: of 32 KiB by `batched_memcpy`, behind a delay, reached 0.988, 0.943 and 0.80 of a memcpy with
@@ -238,11 +243,13 @@ class _Waiting(NamedTuple):
 
     Attributes:
         exposed: the host's time counts in any case.
+        part: the part of the host's time that counts.
         calls: a call takes that many times the measured seconds of the host.
         slowed: the kernel takes that many times the measured seconds.
     """
 
     exposed: bool
+    part: float
     calls: float
     slowed: float
 
@@ -256,7 +263,7 @@ class _Waiting(NamedTuple):
         host = one.host_seconds or 0.0
         call = self.calls * host
         counts = self.exposed or host >= LONG or call > seconds
-        return seconds + PART * call if counts else seconds
+        return seconds + self.part * call if counts else seconds
 
 
 def _waiting(shapes: Mapping[str, Shape], direction: str, idle: bool, new_ids: bool) -> _Waiting:
@@ -268,11 +275,15 @@ def _waiting(shapes: Mapping[str, Shape], direction: str, idle: bool, new_ids: b
     - in copies of up to `SHORT`, unless all runs are pages;
     - if the call is longer than the transfer;
     - from `LONG` on.
+
+    All of it counts in copies of up to `SHORT` with overlap='idle'.
     """
     pages = _of_pages(shapes)
-    short = not pages and shapes["staged"].nbytes <= SHORT
+    short = shapes["staged"].nbytes <= SHORT
+    part = SHORT_PART if idle and short else PART
     slowed = ALONE_RATE / KERNEL_RATE[direction] if pages and not idle else 1.0
-    return _Waiting(idle or short, NEW_PART / PART if new_ids else 1.0, slowed)
+    exposed = idle or (short and not pages)
+    return _Waiting(exposed, part, NEW_PART / PART if new_ids else 1.0, slowed)
 
 
 def _quickest(

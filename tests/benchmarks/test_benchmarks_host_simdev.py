@@ -21,9 +21,11 @@ from support.simdev_cases import DEVICE, NAME
 import portakv_benchmarks.cli as bench
 from portakv_benchmarks.cli import PARTS
 from portakv_benchmarks.host import grid, interference, merge, traffic_sources
-from portakv_benchmarks.host.cases import DIRECTIONS, Sides, cases, scene
+from portakv_benchmarks.host.calls import IDS
+from portakv_benchmarks.host.cases import DIRECTIONS, Arguments, BothIds, Sides, cases, scene
 from portakv_benchmarks.host.suite import HOST, HOST_PRESETS, KB, MB, STAGED, Bench
 from portakv_benchmarks.host.traffic_sources import LOOPS, Traffic
+from portakv_benchmarks.host.whole_call import chosen_with
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Row, Rows, Variant
 from portakv_benchmarks.shared.peers import PeerMissing
@@ -158,6 +160,31 @@ def test_copies_by_the_wall(
     assert {"copy_", "cuda" if cuda else "reference"} <= {row["backend"] for row in inside}
     assert all(("chosen" in row) == row["backend"].startswith("host") for row in rows)
     assert all(row["p50_us"] >= row["host_us"] > 0 for row in rows)
+
+
+class NotedSides(Sides):
+    """Sides that record whether each copy gets new ids."""
+
+    seen: list[bool]
+
+    def arguments(self, direction: str, ids: BothIds | None = None) -> Arguments:
+        self.seen.append(ids is not None)
+        return super().arguments(direction, ids)
+
+
+@pytest.mark.simdev
+def test_the_strategy_of_a_row_is_that_of_its_ids() -> None:
+    """New ids may have another strategy than kept ones."""
+    bench_ = Bench(DEVICE, TINY)
+    case, *_ = cases([scene(256)], TINY.whole_call)
+    NotedSides.seen = []
+    sides = NotedSides(case, bench_.region(case.payload))
+    sides.settle()
+    for nth, ids in enumerate(IDS):
+        NotedSides.seen.clear()
+        assert chosen_with(sides, "h2d", HOST.name, ids)["chosen"]
+        assert NotedSides.seen == [bool(nth)]
+    assert chosen_with(sides, "h2d", STAGED.name, IDS[0]) == {}
 
 
 @pytest.mark.simdev

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from support import simdev_cases as simulated
+from support.command_line import registered as registered_backend
 from support.connector_cases import (
     BLOCKS,
     DIM,
@@ -23,6 +25,7 @@ from support.connector_cases import (
     scattered,
 )
 from support.guarded_memory import filled, refused, same, untouched
+from support.packed_backend import Packing
 from support.threads import run_threads
 
 from portakv import AdaptiveConnector, LayoutError
@@ -187,6 +190,57 @@ def test_caches_given_other_memory_are_noticed(
     for move in (connector.from_gpu, connector.to_gpu):
         with refused(LayoutError, "replaced", "register", watch=[chunk]):
             move(chunk, None, slots)
+
+
+def conjugated(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the conjugates of complex numbers, by the same bytes."""
+    return tensor.conj()
+
+
+def negated(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the imaginary parts of complex numbers with the other sign, by the same bytes."""
+    return tensor.conj().imag
+
+
+@pytest.mark.parametrize(
+    ("plain", "lazy"), [(torch.clone, conjugated), (torch.imag, negated)], ids=["conj", "neg"]
+)
+def test_lazy_caches_at_the_registered_addresses_are_refused(
+    plain: Callable[..., torch.Tensor], lazy: Callable[..., torch.Tensor], device: torch.device
+) -> None:
+    """Their bytes are not their values. A view refuses them, also next to registered ones."""
+    numbers = [torch.zeros(2, 4, 4, 2, 8, dtype=torch.complex64, device=device) for _ in range(2)]
+    caches = numbers if plain is torch.clone else [plain(each) for each in numbers]
+    chunk = torch.zeros(2, 2, 2, 16, dtype=caches[0].dtype, device=device)
+    connector = AdaptiveConnector(device)
+    slots = torch.tensor([1, 2], device=device)
+    for _ in range(2):
+        connector.from_gpu(chunk, caches, slots).synchronize()
+    for move in (connector.from_gpu, connector.to_gpu):
+        with refused(LayoutError, "conjugated or negated", watch=[chunk]):
+            move(chunk, [lazy(each) for each in numbers], slots)
+
+
+@pytest.mark.simdev
+@pytest.mark.parametrize("lazy", [conjugated, negated], ids=["conj", "neg"])
+@pytest.mark.parametrize("store", [True, False])
+def test_a_repeat_refuses_a_lazy_chunk(lazy: Callable[..., torch.Tensor], store: bool) -> None:
+    numbers = torch.zeros(2, 5, 8, dtype=torch.complex64).to(simulated.DEVICE)
+    chunk = numbers if lazy is conjugated else numbers.imag
+    caches = [torch.zeros(6, 4, 2, 4, dtype=chunk.dtype).to(simulated.DEVICE) for _ in range(2)]
+    slots = torch.tensor([9, 2, 17, 6, 0]).to(simulated.DEVICE)
+    with registered_backend(packing=Packing):
+        connector = AdaptiveConnector(
+            simulated.DEVICE, "packing", "layer | block token head dim", "layer token (head dim)"
+        )
+        connector.register_kv_caches(caches)
+        move = connector.from_gpu if store else connector.to_gpu
+        for _ in range(2):
+            Packing.words.clear()
+            move(chunk, None, slots).synchronize()
+        assert len(Packing.words) == 1, "the second copy was not repeated"
+        with refused(LayoutError, "conjugated or negated", watch=[*caches, chunk]):
+            move(lazy(numbers), None, slots)
 
 
 def resized_in_place(tensor: torch.Tensor, nbytes: int) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError, fields
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -110,6 +111,8 @@ def test_a_number_is_not_a_flag() -> None:
     """0 equals False, so only the identity of a value says that it is the default."""
     with pytest.raises(InvalidTerms, match="Expected by_layer to be True or False, got 0"):
         copy_rows(view(), view(), by_layer=0)  # type: ignore[arg-type]
+    with pytest.raises(InvalidTerms, match="True or False, got a bool of numpy"):
+        CopyOptions(by_layer=np.False_)  # type: ignore[arg-type]
 
 
 def test_the_usual_options_are_shared_and_frozen() -> None:

@@ -120,6 +120,20 @@ def test_what_is_no_number_of_tokens_to_skip(skip: Any) -> None:
         copy_blocks(src.view, dst.view, [1], [2], skip=skip)
 
 
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize(("skip", "side"), [(99, "source"), ((99, 0), "source"), ((0, 99), "dest")])
+def test_more_tokens_to_skip_than_a_side_has(skip: Any, side: str, listed: bool) -> None:
+    """The error names the argument, not the index that a caller never made."""
+    src = layered()
+    dst = layered()
+    ids = ([1], [2]) if listed else (None, None)
+    most = SIZE if listed else src.view.slots
+    with refused(SlotError, f"Expected skip to be at most {most}", side, watch=dst.tensors):
+        copy_blocks(src.view, dst.view, *ids, skip=skip)
+    nothing = copy_blocks(src.view, dst.view, *ids, skip=most)
+    assert nothing.statistics.nbytes == 0
+
+
 def test_more_than_the_lists_hold() -> None:
     src = layered()
     dst = layered()
