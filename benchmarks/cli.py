@@ -420,8 +420,8 @@ def run_host(kind: str, parts: Parts[Bench], args: argparse.Namespace, device: t
     if device.type == "cpu":
         raise PortaKVError(
             "Expected an accelerator, whose copies to and from the host are measured, got the CPU. "
-            "Name another --device, or run it on a machine with one. `portakv bench --device cpu` "
-            "measures copies on the CPU."
+            "Name another --device, or run it on a machine with one. `portakv bench --device cpu "
+            "--preset quick` measures copies on the CPU."
         )
     peers = [load_peer(name) for name in getattr(args, "peer", None) or ()]
     return _run_parts(args, kind, parts, Bench(device, HOST_PRESETS[args.preset], peers))

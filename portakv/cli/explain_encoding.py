@@ -73,7 +73,8 @@ def _pack_of(text: str) -> Pack:
     except InvalidTerms:
         raise InvalidTerms(
             f"Expected --encoding to be {PACK!r}, or a text such as {Pack().text!r}, got {text!r}. "
-            f"Of the encodings, only {PACK!r} has a plan to explain."
+            f"Leave out --encoding for others: rows of 'fp8' are converted by operations of torch "
+            f"between two plain copies, and have no plan."
         ) from None
 
 

@@ -58,7 +58,7 @@ of this host find it by the first folder."""
 
 #: Files of a store, also of former versions, in the order of removal: the locked file is last.
 _FILES = ("form.json", "form.json.lock", "order", "table", "slots")
-_TEXTS = ("form", "model", "dtype")
+_TEXTS = ("form", "model", "dtype", "encoding")
 _NUMBERS = ("layers", "heads", "block_size", "used", "slots", "bytes", "failed")
 _COLUMNS = (*_TEXTS, *_NUMBERS)
 Item = TypeVar("Item")
@@ -203,7 +203,9 @@ def _report_of(act: Callable[[Path], Report], store: Path) -> Report:
 
 
 def _print(reports: Sequence[Report]) -> None:
-    names = [name for name in _COLUMNS if any(name in report for report in reports)]
+    # Of raw forms the encoding is empty.
+    told = {name for report in reports for name, value in report.items() if value not in (None, "")}
+    names = [name for name in _COLUMNS if name in told]
     columns = [
         Column(name.replace("_", " "), whole=name != "model", right=name in _NUMBERS)
         for name in names
@@ -223,6 +225,8 @@ def _cell(name: str, value: Any) -> str:
         return "-"
     if name == "form":
         return str(value)[:8]
+    if name == "encoding":
+        return str(value) or "raw"
     if name == "bytes":
         return in_bytes(value)
     if name in ("layers", "heads"):
@@ -281,6 +285,7 @@ def _checked(store: Path) -> Report:
     return {
         "form": store.name,
         "model": form.model,
+        "encoding": form.encoding,
         "slots": count,
         "used": len(keys),
         "bytes": _bytes(store),

@@ -237,7 +237,10 @@ def _check_axes(text: str, first: Mapping[str, int]) -> None:
         return
     for axis in ("token", "head", "dim"):
         if axis in first:
-            why = f"`page` is a block's opaque content and cannot go together with {axis!r}."
+            why = (
+                f"`page` is a block's opaque content and cannot go together with {axis!r}, except "
+                f"in a layout of encoded blocks, which encoding (--encoding) declares."
+            )
             fail(text, first[axis], why)
     if "block" not in first:
         fail(text, first["page"], "`page` is a block's content; the layout must name `block`.")

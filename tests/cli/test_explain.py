@@ -344,7 +344,7 @@ def test_explain_an_encoding_as_json() -> None:
     ("words", "expected"),
     [
         (["--encoding", "zip"], "Expected --encoding to be 'pack', or a text such as 'pack/1:4'"),
-        (["--encoding", "fp8"], "only 'pack' has a plan"),
+        (["--encoding", "fp8"], "rows of 'fp8' are converted by operations of torch"),
         (["--encoding", "pack", "--dtype", "float16"], "of float16"),
         (["--encoding", "pack", "--dim", "3"], "planes of 48 values"),
     ],

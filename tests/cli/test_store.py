@@ -84,6 +84,19 @@ def test_show_tells_each_form_in_the_folder(folder: Path) -> None:
     assert "open in" not in output
 
 
+@pytest.mark.parametrize("action", ["show", "check"])
+def test_forms_that_are_packed_say_so(
+    folder: Path, action: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without such a form there is no column for it."""
+    monkeypatch.setenv("COLUMNS", "120")
+    assert "encoding" not in run("store", action, str(folder)).out
+    fill(folder, dataclasses.replace(OTHER, dtype="bfloat16", encoding="pack/1:4"), 1)
+    lines = run("store", action, str(folder)).out.splitlines()
+    column = lines[0].split().index("encoding")
+    assert {line.split()[column] for line in lines[2:]} == {"raw", "pack/1:4"}
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_show_says_what_a_form_is(
     tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch
