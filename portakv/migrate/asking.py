@@ -103,8 +103,8 @@ def leave_to_owner(arrivals: list[Arrival], pull: Pull, crossed: Crossed) -> Non
     for step in steps.values():
         choice = _choice_of(step, pull, crossed.most_gbps)
         crossed.choices.append(choice)
-        if choice.pack is None:
-            crossed.why = crossed.why or _clause(choice.why)
+        if choice.pack is None:  # it concerns more rows than a reason for parts of blocks
+            crossed.why = _clause(choice.why)
         for each in arrivals:
             if each.step is step and each.slots is not None:
                 unit = each.slots.unit

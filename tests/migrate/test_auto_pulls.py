@@ -223,6 +223,20 @@ def test_layers_and_parts_of_blocks(made: Sides, samples: list[Sample], staging:
     assert pull.statistics.raw_because == f"a part of a block of {SIZE} tokens cannot be packed"
 
 
+def test_the_choice_is_the_reason_also_if_parts_cannot_be_packed(
+    made: Sides, samples: list[Sample]
+) -> None:
+    src = Raw()
+    dst = Raw(fill=0.0)
+    owner = made.owner(Shard(src.view), expose="staging")
+    reader = made.reader(Shard(dst.view))
+    ticket = owner.offer(BLOCKS, tokens=75).ticket
+    pull = reader.pull(ticket, range(len(BLOCKS)), first=21, encoding="auto", max_gbps=FAST)
+    pull.synchronize(LIMIT)
+    assert not pull.statistics.packed
+    assert pull.statistics.raw_because.startswith("packing does not pay: ")
+
+
 def test_random_bits_in_slices(made: Sides, samples: list[Sample]) -> None:
     """Slices that were made for slots cross raw."""
     both = Both(made, randomize(Raw()), Raw(fill=0.0), staging=1 << 15)
