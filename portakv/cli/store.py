@@ -203,9 +203,9 @@ def _report_of(act: Callable[[Path], Report], store: Path) -> Report:
 
 
 def _print(reports: Sequence[Report]) -> None:
-    # Of raw forms the encoding is empty.
-    told = {name for report in reports for name, value in report.items() if value not in (None, "")}
-    names = [name for name in _COLUMNS if name in told]
+    # The encoding of raw forms is empty.
+    filled = {name for one in reports for name, value in one.items() if value not in (None, "")}
+    names = [name for name in _COLUMNS if name in filled]
     columns = [
         Column(name.replace("_", " "), whole=name != "model", right=name in _NUMBERS)
         for name in names

@@ -149,11 +149,11 @@ def copy_blocks(
 
 
 def _after(view: KVView, index: Index, skip: object, side: str) -> Index:
-    """Return the index of one side after the tokens to leave out; raise `SlotError` if it has not
-    that many."""
+    """Return the index of one side after the tokens to leave out; raise `SlotError` if the side has
+    fewer."""
     tokens = whole("skip", skip, "tokens to pass over: a whole number of at least 0, or two", 0)
-    length = view.slots - index.offset if index.length is None else index.length
-    if tokens > max(length, 0):
+    length = max(view.slots - index.offset if index.length is None else index.length, 0)
+    if tokens > length:
         raise SlotError(
             f"Expected skip to be at most {length}, the tokens of the {side}, got {tokens}. Pass a "
             f"smaller number."

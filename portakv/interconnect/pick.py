@@ -37,7 +37,7 @@ PART = 0.25
 #: the host for known lists; to describe pieces for new ones takes twice as long: on an H200 128 MiB
 #: by `staged` occupy the host for 0.8 and 1.6 ms (benchmarks/NOTES.md, section 26).
 NEW_PART = 2 * PART
-#: The same part for copies of up to `SHORT` on an idle device. One call issues such a copy, and
+#: The same part for copies of up to `SHORT` with overlap='idle'. One call issues such a copy, and
 #: nothing of it overlaps. Up to 16 MiB all parts from `PART` to this one choose alike in five
 #: recorded grids of known ids; 12 MiB of new ids in pages of 2 MiB were given to a call of 342 us
 #: where the kernel's took 146, and ended 42 % later (benchmarks/NOTES.md, section 73).

@@ -134,6 +134,14 @@ def test_more_tokens_to_skip_than_a_side_has(skip: Any, side: str, listed: bool)
     assert nothing.statistics.nbytes == 0
 
 
+def test_tokens_to_skip_of_an_index_that_begins_after_its_end() -> None:
+    src = layered()
+    dst = layered()
+    index = Index([1], step=SIZE).shifted(2 * SIZE)
+    with refused(SlotError, "Expected skip to be at most 0", watch=dst.tensors):
+        copy_blocks(src.view, dst.view, index, index, skip=1)
+
+
 def test_more_than_the_lists_hold() -> None:
     src = layered()
     dst = layered()
