@@ -199,6 +199,7 @@ class _ChunkRepeat:
             and ids.get_device() == index
             and ids.dim() == 1
             and ids.is_contiguous()
+            and not ids.is_neg()
             and not chunk.requires_grad
             and not chunk.is_neg()
             and not chunk.is_conj()

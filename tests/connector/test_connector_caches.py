@@ -28,7 +28,7 @@ from support.guarded_memory import filled, refused, same, untouched
 from support.packed_backend import Packing
 from support.threads import run_threads
 
-from portakv import AdaptiveConnector, LayoutError
+from portakv import AdaptiveConnector, LayoutError, SlotError
 
 
 @pytest.fixture
@@ -241,6 +241,25 @@ def test_a_repeat_refuses_a_lazy_chunk(lazy: Callable[..., torch.Tensor], store:
         assert len(Packing.words) == 1, "the second copy was not repeated"
         with refused(LayoutError, "conjugated or negated", watch=[*caches, chunk]):
             move(lazy(numbers), None, slots)
+
+
+@pytest.mark.simdev
+def test_a_repeat_refuses_lazily_negated_ids() -> None:
+    """The bytes of these ids are negative, which would skip their rows."""
+    chunk = torch.zeros(2, 2, 8).to(simulated.DEVICE)
+    caches = [torch.zeros(6, 4, 2, 4).to(simulated.DEVICE) for _ in range(2)]
+    slots = torch.tensor([9, 2]).to(simulated.DEVICE)
+    with registered_backend(packing=Packing):
+        connector = AdaptiveConnector(
+            simulated.DEVICE, "packing", "layer | block token head dim", "layer token (head dim)"
+        )
+        connector.register_kv_caches(caches)
+        for _ in range(2):
+            Packing.words.clear()
+            connector.from_gpu(chunk, None, slots).synchronize()
+        assert len(Packing.words) == 1, "the second copy was not repeated"
+        with refused(SlotError, "lazily negated", watch=[*caches, chunk]):
+            connector.from_gpu(chunk, None, torch._neg_view(-slots))
 
 
 def resized_in_place(tensor: torch.Tensor, nbytes: int) -> bool:
