@@ -365,7 +365,7 @@ def test_the_guide_tells_the_rule() -> None:
         f"runs of less than {NARROW >> 10} KiB",
         f"{PART:.0%} of the host's time counts as well",
         f"that no copy has used before it is {NEW_PART:.0%}",
-        f"Copies of up to {SHORT >> 20} MiB on an idle device wait for {SHORT_PART:.0%} of it",
+        f'With `overlap="idle"` {SHORT_PART:.0%} counts in copies of up to {SHORT >> 20} MiB,',
         f"from {LONG * 1e3:.0f} ms on, as a device accepts",
         f'with `overlap="idle"` of up to {UNHIDDEN["d2h"] >> 20} MiB,',
         f"runs of {WIDE >> 10} KiB or more",
