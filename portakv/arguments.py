@@ -43,7 +43,7 @@ def shown(value: object) -> str:
 def kind_of(value: object) -> str:
     """Return the name of a value's type with its article."""
     name = type(value).__name__
-    if name == "bool" and type(value) is not bool:
+    if type(value).__module__ == "numpy" and name in ("bool", "bool_"):  # by numpy's release
         name = "bool of numpy"  # it is not True or False, which read alike
     article = "an" if name[:1].lower() in ("a", "e", "i", "o", "u") else "a"
     return f"{article} {name}"

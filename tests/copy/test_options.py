@@ -113,6 +113,9 @@ def test_a_number_is_not_a_flag() -> None:
         copy_rows(view(), view(), by_layer=0)  # type: ignore[arg-type]
     with pytest.raises(InvalidTerms, match="True or False, got a bool of numpy"):
         CopyOptions(by_layer=np.False_)  # type: ignore[arg-type]
+    of_numpy_1 = type("bool_", (), {"__module__": "numpy"})()
+    with pytest.raises(InvalidTerms, match="True or False, got a bool of numpy"):
+        CopyOptions(by_layer=of_numpy_1)
 
 
 def test_the_usual_options_are_shared_and_frozen() -> None:
