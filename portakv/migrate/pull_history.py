@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from math import inf
-from statistics import median
 from time import perf_counter
 from typing import NamedTuple, TypeAlias
 
@@ -19,7 +18,8 @@ AGAIN = 8 << 30
 #: A smaller or a shorter pull measures no rate: requests have a larger share of its time.
 LEAST_NBYTES = 16 << 20
 LEAST_SECONDS = 5e-3
-#: The rate is the median of so many measured pulls.
+#: The rate is the highest of so many measured pulls: all that disturbs a pull, such as work that
+#: was queued before it, makes the transport seem slower. If it seems too fast, rows cross raw.
 RATES = 5
 #: Of so many blocks that crossed packed, more than one in `MISFITS` did not fit: sample again.
 LOOK_AT = 64
@@ -66,7 +66,7 @@ class PullHistory:
         """Return the rate of raw rows, in 10^9 bytes a second; infinite if it is not known."""
         if self._packed_nbytes - self._measured_at >= AGAIN or not self._rates:
             return inf
-        return median([*self._rates])
+        return max([*self._rates])
 
     def count(self, nbytes: int, limited: bool = False) -> None:
         """Count a raw slice of so many bytes that has crossed; ``limited``: its pull has a limited

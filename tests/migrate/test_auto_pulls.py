@@ -408,15 +408,16 @@ def test_a_slower_link_of_another_reader_gets_a_sample(made: Sides, samples: lis
 # --- the rate of a transport
 
 
-def test_a_history_has_the_median_of_the_last_rates() -> None:
+def test_a_history_has_the_highest_of_the_last_rates() -> None:
+    """Waits for other work make the transport seem slower, and nothing makes it seem faster."""
     history = PullHistory()
     assert history.gbps == inf
-    for gbps in (3.0, 1.0, 2.0):
+    for gbps in (1.0, 3.0, 1.0, 1.0):
         known(history, gbps)
-    assert history.gbps == pytest.approx(2.0, rel=0.05)
+    assert history.gbps == pytest.approx(3.0, rel=0.05)
     for _ in range(5):
-        known(history, 40.0)
-    assert history.gbps == pytest.approx(40.0, rel=0.05)
+        known(history, 2.0)
+    assert history.gbps == pytest.approx(2.0, rel=0.05)
 
 
 def test_a_history_forgets_a_rate_after_many_packed_bytes(

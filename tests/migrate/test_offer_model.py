@@ -253,9 +253,12 @@ class OfferMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.in_flight is not None)
     @rule()
     def cancel(self) -> None:
-        """Cancel the pull whose offers are not confirmed yet."""
+        """Cancel the pull whose offers are not confirmed yet.
+
+        A pull that was cancelled before may have ended since.
+        """
         assert self.in_flight is not None
-        assert self.in_flight.pulled.cancel()
+        assert self.in_flight.pulled.cancel() or self.cancelled
         self.cancelled = True
 
     @precondition(lambda self: self.in_flight is not None)
