@@ -176,7 +176,8 @@ class Reader:
         """Connect to the owner at an address, and map its memory, in a worker.
 
         The first pull of that owner then waits for no handshake. The result ends with the
-        connection, and raises the errors of `pull` that are about owners.
+        connection, and raises the errors of `pull` that are about owners. An owner that took the
+        place of another on one channel counts as connected, and its first pull connects to it.
         """
         arguments.text("address", address)
         self._check_open()

@@ -243,9 +243,11 @@ class Puller:
         self.reader = Reader(self.channel, self.rows.shard, model=MODEL)
 
     def connect(self, pair: list[Known]) -> None:
-        """Connect to the owners of two offers."""
-        for known in pair:
-            self.reader.prepare(known.side.channel.address).synchronize(PATIENCE)
+        """Connect to the owners of two offers.
+
+        One may have replaced another at its address, which `Reader.prepare` takes for connected.
+        """
+        self.reader.explain([known.offer.ticket for known in pair])
 
     def reported(self) -> bool:
         """Return True once the owners have been sent the ends of all pulls."""
