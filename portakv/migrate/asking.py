@@ -24,7 +24,7 @@ from portakv.layout.packing import Pack
 from portakv.migrate.arrival import Arrival, Crossed
 from portakv.migrate.checksum import MODULUS, checksum_of
 from portakv.migrate.connections import Source
-from portakv.migrate.messages import Answer, Choose, Chosen, Gather, Refused, Sum
+from portakv.migrate.messages import Answer, Choose, Chosen, ForRows, Refused, Sum
 from portakv.migrate.plan import Step
 from portakv.migrate.pull import CANCELLED, Pull
 from portakv.migrate.staging import Slots
@@ -34,7 +34,7 @@ PATIENCE = 30.0  # seconds for which a busy owner gets the request again
 
 def ask(
     source: Source,
-    request: Gather | Sum | Choose,
+    request: ForRows,
     pull: Pull,
     patience: float = PATIENCE,
     by: Callable[..., Answer] | None = None,
@@ -129,7 +129,7 @@ def _choice_of(step: Step, pull: Pull, most_gbps: float) -> EncodingChoice:
     terms = part, link, history.needs_sample(step.window)
     request = Choose(step.ticket.epoch, step.ticket.offer, *terms)
     try:
-        answer = ask(source, request, pull, PATIENCE)
+        answer = ask(source, request, pull)
     except Refused as error:  # it stays busy, or is of a release that does not know the request
         return EncodingChoice(None, f"The owner made no choice: {error}", link)
     if not isinstance(answer, Chosen):

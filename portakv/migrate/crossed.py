@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from portakv.copy.choose_encoding import EncodingChoice
 from portakv.copy.handle import Statistics
-from portakv.errors import InvalidTerms, PackOverflow, PortaKVError, Unsupported
+from portakv.errors import PackOverflow, PortaKVError, Unsupported
 from portakv.layout.fp8 import FP8, Fp8
 from portakv.layout.packing import PACK
 from portakv.layout.packing import Pack as Pack
@@ -36,12 +36,7 @@ def pack_of(encoding: object) -> Pack | None:
             f"rows are rounded. Pull with {PACK!r} or raw, and round by a copy into an {FP8!r} view"
         )
         raise Unsupported(f"A pull whose rows cross in {FP8!r}", why)
-    if encoding is None or encoding == PACK or isinstance(encoding, Pack):
-        return as_pack(encoding)
-    raise InvalidTerms(
-        f"Expected encoding to be {PACK!r}, {AUTO!r}, a Pack or None, got {encoding!r}. Pass one "
-        f"of these."
-    )
+    return as_pack(encoding, AUTO)
 
 
 def is_auto(encoding: object) -> bool:

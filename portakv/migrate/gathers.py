@@ -27,6 +27,7 @@ from portakv.migrate.late_answers import LateAnswers
 from portakv.migrate.messages import (
     Answer,
     Choose,
+    ForRows,
     Gather,
     Hello,
     Message,
@@ -338,7 +339,7 @@ class Gathers:
         rows = partial(offered.rows_to_sample, part)
         return self._late.choose(request, view, rows, offered.after)
 
-    def answer(self, peer: Peer, request: Gather | Sum | Choose, offered: Offered) -> Answer:
+    def answer(self, peer: Peer, request: ForRows, offered: Offered) -> Answer:
         """Answer a request for rows by `send`, `sum` or `choose`."""
         if isinstance(request, Sum):
             return self.sum(request, offered)

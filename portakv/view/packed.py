@@ -16,8 +16,10 @@ from portakv.view.form import Form, Step
 _PAGE = re.compile(r"\bpage\b")
 
 
-def as_pack(encoding: object) -> Pack | None:
+def as_pack(encoding: object, *others: str) -> Pack | None:
     """Return the parameters of the lossless encoding; None for raw rows.
+
+    ``others``: what the caller of this function takes besides, for the error.
 
     Raises:
         InvalidTerms: neither ``pack`` nor a `Pack`.
@@ -26,8 +28,9 @@ def as_pack(encoding: object) -> Pack | None:
         return encoding
     if encoding == PACK:
         return Pack()
+    texts = ", ".join(map(repr, (PACK, *others)))
     raise InvalidTerms(
-        f"Expected encoding to be {PACK!r}, a Pack or None, got {encoding!r}. Pass one of these."
+        f"Expected encoding to be {texts}, a Pack or None, got {encoding!r}. Pass one of these."
     )
 
 

@@ -123,17 +123,23 @@ def test_a_pull_continues_the_trace_of_its_ticket(spans: Any) -> None:
     assert offer.attributes["portakv.offer.state"] == "taken"
 
 
-def test_a_span_says_what_crossed_packed(spans: Any) -> None:
-    _, exporter = spans
+def pull_of(exporter: Any, **terms: Any) -> tuple[Any, Any]:
+    """Return a pull of rows that could be packed, and its span."""
     shape = 2, 2, 4, 16, 4, 16
     src, dst = (torch.ones(shape, dtype=torch.bfloat16, device="cpu") for _ in range(2))
     with sides() as made:
         owner = made.owner(Rows.shard_of(src), expose="staging")
         reader = made.reader(Rows.shard_of(dst))
-        pulled = reader.pull(owner.offer([1, 2], tokens=32).ticket, [3, 0], encoding="pack")
+        pulled = reader.pull(owner.offer([1, 2], tokens=32).ticket, [3, 0], **terms)
         pulled.synchronize(LIMIT)
         assert until(lambda: finished(exporter, "portakv pull"), LIMIT)
-    (pull,) = finished(exporter, "portakv pull")
+    (span,) = finished(exporter, "portakv pull")
+    return pulled, span
+
+
+def test_a_span_says_what_crossed_packed(spans: Any) -> None:
+    _, exporter = spans
+    pulled, pull = pull_of(exporter, encoding="pack")
     size = pull.attributes["portakv.pull.size"]
     assert pull.attributes["portakv.pull.wire_size"] == pulled.statistics.wire_nbytes < size
     assert pull.attributes["portakv.pull.blocks_raw"] == 0
@@ -143,16 +149,7 @@ def test_a_span_says_what_crossed_packed(spans: Any) -> None:
 def test_a_span_says_what_the_owner_chose(spans: Any) -> None:
     """Rows of a CPU stay raw."""
     _, exporter = spans
-    shape = 2, 2, 4, 16, 4, 16
-    src, dst = (torch.ones(shape, dtype=torch.bfloat16, device="cpu") for _ in range(2))
-    with sides() as made:
-        owner = made.owner(Rows.shard_of(src), expose="staging")
-        reader = made.reader(Rows.shard_of(dst))
-        ticket = owner.offer([1, 2], tokens=32).ticket
-        pulled = reader.pull(ticket, [3, 0], encoding="auto", max_gbps=0.5)
-        pulled.synchronize(LIMIT)
-        assert until(lambda: finished(exporter, "portakv pull"), LIMIT)
-    (pull,) = finished(exporter, "portakv pull")
+    _, pull = pull_of(exporter, encoding="auto", max_gbps=0.5)
     assert pull.attributes["portakv.pull.encoding"] == "raw"
     assert pull.attributes["portakv.pull.encoding_why"].startswith("The rows are on the CPU")
     assert "portakv.pull.wire_size" not in pull.attributes

@@ -244,18 +244,24 @@ def test_random_bits_in_slices(made: Sides, samples: list[Sample]) -> None:
     assert (seen.packed, seen.wire_nbytes) == (False, 5 * RAW_BYTES)
 
 
-def test_rows_that_are_still_written(
-    made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each part has its own choice, by a sample of complete layers alone."""
-    monkeypatch.setattr(PullHistory, "gbps", property(lambda _: SLOW))
-    both = Both(made, Raw(), Raw(fill=0.0))
+def layer_by_layer(both: Both) -> Pull:
+    """Return a pull that followed its owner's marks, and has ended."""
     offer = both.owner.offer(BLOCKS, tokens=80, progress="layers")
     pull = both.reader.pull(offer.ticket, INTO, by_layer=True, encoding="auto")
     for mark in range(1, LAYERS + 1):
         offer.raise_to(mark)
         pull.layers[mark - 1].synchronize(LIMIT)
     pull.synchronize(LIMIT)
+    return pull
+
+
+def test_rows_that_are_still_written(
+    made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part has its own choice, by a sample of complete layers alone."""
+    monkeypatch.setattr(PullHistory, "gbps", property(lambda _: SLOW))
+    both = Both(made, Raw(), Raw(fill=0.0))
+    pull = layer_by_layer(both)
     assert torch.equal(both.src.bits(BLOCKS, 80), both.dst.bits(INTO, 80))
     assert pull.statistics.packed
     assert [choice.pack is None for choice in pull.statistics.choices] == [False] * LAYERS
@@ -275,13 +281,7 @@ def test_the_rate_of_packing_is_measured_for_whole_shards(
         return rated_choice(view, pack, link, PACKING)
 
     monkeypatch.setattr("portakv.migrate.late_answers.rated_choice", rated)
-    both = Both(made, Raw(), Raw(fill=0.0))
-    offer = both.owner.offer(BLOCKS, tokens=80, progress="layers")
-    pull = both.reader.pull(offer.ticket, INTO, by_layer=True, encoding="auto")
-    for mark in range(1, LAYERS + 1):
-        offer.raise_to(mark)
-        pull.layers[mark - 1].synchronize(LIMIT)
-    pull.synchronize(LIMIT)
+    layer_by_layer(Both(made, Raw(), Raw(fill=0.0)))
     assert measured == [LAYERS] * LAYERS
 
 

@@ -18,7 +18,7 @@ from support.migrate_channels import until
 from support.slot_cases import FORM, KEYS, Faulty, Tally
 
 from portakv.storage import image
-from portakv.storage.chains import FIRST, UNKNOWN, Chains, mark_of
+from portakv.storage.chains import FIRST, Chains, mark_of
 from portakv.storage.disk_store import DiskStore
 from portakv.storage.io.base import Engine
 from portakv.storage.occupancy import PATIENCE
@@ -231,17 +231,8 @@ def test_blocks_wait_once_for_writes_that_do_not_end(opened: Any, kind: type[Slo
 class Refuses(Slots):
     """Slots that take none for one block, as they were full at that moment."""
 
-    def take(
-        self,
-        key: bytes,
-        own: Mapping[bytes, int] | None = None,
-        follows: int = UNKNOWN,
-        evict: bool = True,
-        waits: bool = True,
-    ) -> int | None:
-        if key == KEYS[1]:
-            return None
-        return super().take(key, own, follows, evict, waits)
+    def take(self, key: bytes, *terms: Any, **named: Any) -> int | None:
+        return None if key == KEYS[1] else super().take(key, *terms, **named)
 
 
 @pytest.mark.parametrize("chained", [True, False], ids=["chained", "negative control"])
@@ -280,18 +271,11 @@ class Held(Slots):
     began: Event
     go_on: Event
 
-    def take(
-        self,
-        key: bytes,
-        own: Mapping[bytes, int] | None = None,
-        follows: int = UNKNOWN,
-        evict: bool = True,
-        waits: bool = True,
-    ) -> int | None:
+    def take(self, key: bytes, *terms: Any, **named: Any) -> int | None:
         if key == KEYS[1]:
             self.began.set()
             assert self.go_on.wait(LIMIT)
-        return super().take(key, own, follows, evict, waits)
+        return super().take(key, *terms, **named)
 
 
 @pytest.mark.parametrize("folders", [1, 2])
