@@ -232,12 +232,19 @@ __device__ __forceinline__ void fetch_ahead(
         + (i64)(in % Run) * Bytes);
 }
 
-template <int Bytes, unsigned Run, unsigned Each, class Inner, class Outer, class Src, class Dst>
+// Lanes: places for the vectors of one unit in one plane. As many as it has vectors; or more, and then
+// each vector takes the place that it has in an aligned line of the destination, of `Line` bytes, so
+// that no two warps write to one line of a row. A sector of 32 B that is written in two parts may be
+// read first: a scatter of rows of 656 B reached 0.80 of a plain copy, and 0.84 with more lanes
+// (benchmarks/NOTES.md, section 75).
+template <
+    int Bytes, unsigned Run, unsigned Lanes, unsigned Line, unsigned Each, class Inner, class Outer,
+    class Src, class Dst>
 __device__ __forceinline__ void copy_rows(const CopyOf<Src, Dst>& copy) {
     constexpr unsigned row = Inner::product * Run;  // vectors of one unit in one plane
     typedef typename Vector<Bytes>::type V;
     const unsigned plane = blockIdx.y;
-    const unsigned all = copy.units * row;
+    const unsigned all = copy.units * Lanes;
     V vectors[Each];
     char* targets[Each];
     PORTAKV_UNROLL
@@ -245,12 +252,21 @@ __device__ __forceinline__ void copy_rows(const CopyOf<Src, Dst>& copy) {
         targets[nth] = 0;
         const unsigned at = (blockIdx.x * Each + nth) * blockDim.x + threadIdx.x;
         if (at >= all) continue;
-        fetch_ahead<Bytes, Run, Inner, Outer>(copy, at, plane, all);
-        const unsigned in = at % row;
+        const unsigned unit = at / Lanes;
+        unsigned in = at % Lanes;
+        if (in < row) {
+            const unsigned nth_vector = Lanes > row ? unit * row + in : at;
+            fetch_ahead<Bytes, Run, Inner, Outer>(copy, nth_vector, plane, copy.units * row);
+        }
         char *src, *dst;
         if (!both_addresses<Outer, Inner>(
-                copy, copy.start + at / row, plane, in / Run, in == 0, src, dst))
+                copy, copy.start + unit, plane, Lanes > row ? 0 : in / Run, in == 0, src, dst))
             continue;
+        if constexpr (Lanes > row) {  // only of units that are one run
+            in -= (unsigned)((u64)dst % Line) / Bytes;
+            // True before the first vector, too, where the number wrapped around.
+            if (in >= row) continue;
+        }
         const i64 byte = (i64)(in % Run) * Bytes;
 #if defined(__CUDA_ARCH__)
         // Addresses come from integers; told that they are global, the compiler takes the direct

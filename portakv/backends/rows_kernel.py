@@ -46,6 +46,8 @@ TABLES_AT = REQUEST.size + 2 * _SIDE_BYTES
 # Vectors of one launch are counted in 32 bits; a larger copy is split.
 MAX_VECTORS = 2**31
 MAX_NUMBERS = 2**32  # of units in a view: the kernel counts them in 32 bits
+# Bytes of lines that lanes may be aligned with, down to a sector of device memory.
+LINES = (128, 64, 32)
 
 
 #: Packs a repeated launch; see `RowsKernel.packer`.
@@ -104,6 +106,7 @@ class RowsKernel:
 
     Attributes:
         row: vectors of one unit in one plane.
+        lanes: places of threads for them, at least as many; ``native/cuda/rows.cuh`` says why.
         planes: blocks along y.
         most_units: the most units of one launch.
 
@@ -143,10 +146,25 @@ class RowsKernel:
                 f"{MAX_PLANES} planes; use backend 'reference'",
             )
         self.src, self.dst = (SideWords(nest, plan, x, outer, inner) for x in ("src", "dst"))
+        self._nest = nest
+        self.lanes, self._line = self._lanes(inner)
         self._dst_table_at = TABLES_AT + 8 * max(1, self.src.entries)
         self._unit_bytes = self.row * self.planes * self.vector
-        self.most_units = max(1, (MAX_VECTORS - 1) // self.row)
-        self._nest = nest
+        self.most_units = max(1, (MAX_VECTORS - 1) // self.lanes)
+
+    def _lanes(self, inner: Sequence[Loop]) -> tuple[int, int]:
+        """Return the lanes of a unit, and the bytes of the lines that they are aligned with.
+
+        Only rows at ids of the destination that end inside a sector take more lanes than vectors,
+        and at most a quarter more.
+        """
+        if not inner and self.dst.ids and self._nest.run % LINES[-1]:
+            for line in LINES:
+                each = max(1, line // self.vector)
+                lanes = -(-(self.row + each - 1) // each) * each
+                if 4 * lanes <= 5 * self.row:
+                    return lanes, line
+        return self.row, LINES[-1]
 
     @property
     def run(self) -> int:
@@ -188,7 +206,8 @@ class RowsKernel:
     def entry(self, each: int, name: str) -> str:
         """Return the definition of one entry, which follows the types of its shape."""
         run = self.run // self.vector
-        call = f"copy_rows<{self.vector}, {run}, {each}, Inner, Outer, Src, Dst>"
+        sizes = self.vector, run, self.lanes, self._line, each
+        call = f"copy_rows<{', '.join(map(str, sizes))}, Inner, Outer, Src, Dst>"
         argument = "const PORTAKV_CONSTANT Argument copy"
         return f'extern "C" __global__ void {name}({argument}) {{ {call}(copy); }}\n'
 
@@ -208,7 +227,7 @@ class RowsKernel:
 
     def grid(self, units: int, each: int) -> tuple[int, int]:
         """Return the blocks along x and y of a launch of so many units."""
-        return -(-units * self.row // (self.threads * each)), self.planes
+        return -(-units * self.lanes // (self.threads * each)), self.planes
 
     def pack(self, buffer: bytearray, move: Move, status: int, ahead: int) -> None:
         """Pack a request's addresses and counts into the argument; `pack_span` completes it."""

@@ -171,6 +171,12 @@ COPIES: dict[str, Callable[[], Copy]] = {
     "gather of 656 B rows": lambda: gathered(656),
     **{f"gather of {width} B rows": partial(gathered, width) for width in (48, 40, 12, 6, 3)},
     **{f"scatter to {width} B rows": partial(scattered, width) for width in (48, 40, 12, 6, 3)},
+    # Rows that end inside a sector: their lanes are aligned with lines of 128, 64 and 32 B.
+    **{f"scatter to {width} B rows": partial(scattered, width) for width in (656, 272, 144, 132)},
+    "scatter to 656 B rows that begin inside a line": lambda: scattered(656, shift=48),
+    "scatter of 656 B rows to slots": lambda: Copy(
+        by(rows(656, 16)[0], SLOTS[::-1]), by(rows(656, 80)[0], SLOTS), 7
+    ),
     "rows at an odd address": lambda: gathered(64, shift=1),
     "rows to an odd address": lambda: scattered(64, shift=2),
     "one plane": lambda: Copy(
