@@ -233,13 +233,12 @@ __device__ __forceinline__ void fetch_ahead(
 }
 
 // Lanes: places for the vectors of one unit in one plane. As many as it has vectors; or more, and then
-// each vector takes the place that it has in an aligned line of the destination, of `Line` bytes, so
-// that no two warps write to one line of a row. A sector of 32 B that is written in two parts may be
-// read first: a scatter of rows of 656 B reached 0.80 of a plain copy, and 0.84 with more lanes
-// (benchmarks/NOTES.md, section 75).
+// each vector takes the place that it has in a sector of the destination, so that no two warps write
+// parts of one sector of a row. Such a sector may be read before it is written: a scatter of rows of
+// 656 B reached 0.80 of a plain copy, and 0.84 with one more lane (benchmarks/NOTES.md, section 75).
 template <
-    int Bytes, unsigned Run, unsigned Lanes, unsigned Line, unsigned Each, class Inner, class Outer,
-    class Src, class Dst>
+    int Bytes, unsigned Run, unsigned Lanes, unsigned Each, class Inner, class Outer, class Src,
+    class Dst>
 __device__ __forceinline__ void copy_rows(const CopyOf<Src, Dst>& copy) {
     constexpr unsigned row = Inner::product * Run;  // vectors of one unit in one plane
     typedef typename Vector<Bytes>::type V;
@@ -263,7 +262,7 @@ __device__ __forceinline__ void copy_rows(const CopyOf<Src, Dst>& copy) {
                 copy, copy.start + unit, plane, Lanes > row ? 0 : in / Run, in == 0, src, dst))
             continue;
         if constexpr (Lanes > row) {  // only of units that are one run
-            in -= (unsigned)((u64)dst % Line) / Bytes;
+            in -= (unsigned)((u64)dst % 32) / Bytes;
             // True before the first vector, too, where the number wrapped around.
             if (in >= row) continue;
         }

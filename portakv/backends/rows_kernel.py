@@ -46,8 +46,7 @@ TABLES_AT = REQUEST.size + 2 * _SIDE_BYTES
 # Vectors of one launch are counted in 32 bits; a larger copy is split.
 MAX_VECTORS = 2**31
 MAX_NUMBERS = 2**32  # of units in a view: the kernel counts them in 32 bits
-# Bytes of lines that lanes may be aligned with, down to a sector of device memory.
-LINES = (128, 64, 32)
+SECTOR = 32  # bytes of device memory that are written together
 
 
 #: Packs a repeated launch; see `RowsKernel.packer`.
@@ -147,24 +146,22 @@ class RowsKernel:
             )
         self.src, self.dst = (SideWords(nest, plan, x, outer, inner) for x in ("src", "dst"))
         self._nest = nest
-        self.lanes, self._line = self._lanes(inner)
+        self.lanes = self._lanes(inner)
         self._dst_table_at = TABLES_AT + 8 * max(1, self.src.entries)
         self._unit_bytes = self.row * self.planes * self.vector
         self.most_units = max(1, (MAX_VECTORS - 1) // self.lanes)
 
-    def _lanes(self, inner: Sequence[Loop]) -> tuple[int, int]:
-        """Return the lanes of a unit, and the bytes of the lines that they are aligned with.
+    def _lanes(self, inner: Sequence[Loop]) -> int:
+        """Return the lanes of a unit.
 
         Only rows at ids of the destination that end inside a sector take more lanes than vectors,
         and at most a quarter more.
         """
-        if not inner and self.dst.ids and self._nest.run % LINES[-1]:
-            for line in LINES:
-                each = max(1, line // self.vector)
-                lanes = -(-(self.row + each - 1) // each) * each
-                if 4 * lanes <= 5 * self.row:
-                    return lanes, line
-        return self.row, LINES[-1]
+        if inner or not self.dst.ids or self._nest.run % SECTOR == 0:
+            return self.row
+        each = SECTOR // self.vector
+        lanes = -(-(self.row + each - 1) // each) * each
+        return lanes if 4 * lanes <= 5 * self.row else self.row
 
     @property
     def run(self) -> int:
@@ -206,8 +203,7 @@ class RowsKernel:
     def entry(self, each: int, name: str) -> str:
         """Return the definition of one entry, which follows the types of its shape."""
         run = self.run // self.vector
-        sizes = self.vector, run, self.lanes, self._line, each
-        call = f"copy_rows<{', '.join(map(str, sizes))}, Inner, Outer, Src, Dst>"
+        call = f"copy_rows<{self.vector}, {run}, {self.lanes}, {each}, Inner, Outer, Src, Dst>"
         argument = "const PORTAKV_CONSTANT Argument copy"
         return f'extern "C" __global__ void {name}({argument}) {{ {call}(copy); }}\n'
 

@@ -152,7 +152,7 @@ def test_a_view_of_more_units_than_are_counted(monkeypatch: pytest.MonkeyPatch) 
 
 # The table of copies can fail
 
-ENDS_INSIDE = "scatter to 656 B rows"  # inside a sector: a kernel whose lanes follow lines
+ENDS_INSIDE = "scatter to 656 B rows"  # inside a sector, as its lanes follow
 # What a bug replaces, by what, and a copy that shows it without leaving the memory around its rows.
 BUGS = {
     "ids are always int64": ("request.wide ?", "true ?", "gather int32"),
@@ -166,8 +166,12 @@ BUGS = {
     "one table for both sides": ("copy.dst_table, to", "copy.src_table, to", "pool to pool"),
     "units run backwards": ("+ at % Shape::per_id", "+ 1 - at % 2", "several units of an id"),
     "inner loops run across": ("(at / below) * stride", "(at % First) * stride", "NZ blocks"),
-    "a row's place in its line counts twice": ("in -= (unsigned)", "in += (unsigned)", ENDS_INSIDE),
-    "a row's place in a longer line": ("dst % Line", "dst % (4 * Line)", ENDS_INSIDE),
+    "a row's place in its sector counts twice": (
+        "in -= (unsigned)",
+        "in += (unsigned)",
+        ENDS_INSIDE,
+    ),
+    "a row's place in a line": ("dst % 32", "dst % 128", ENDS_INSIDE),
     "the last vector is left out": ("if (at >= all)", "if (at + 1 >= all)", "blocks"),
     "every other plane": ("plane = blockIdx.y;", "plane = blockIdx.y / 2 * 2;", "scatter"),
     "a prefetch of another place": ("+ (i64)(in % Run) * Bytes);", "+ (1 << 20));", "gather"),

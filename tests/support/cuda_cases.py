@@ -171,9 +171,9 @@ COPIES: dict[str, Callable[[], Copy]] = {
     "gather of 656 B rows": lambda: gathered(656),
     **{f"gather of {width} B rows": partial(gathered, width) for width in (48, 40, 12, 6, 3)},
     **{f"scatter to {width} B rows": partial(scattered, width) for width in (48, 40, 12, 6, 3)},
-    # Rows that end inside a sector: their lanes are aligned with lines of 128, 64 and 32 B.
+    # Rows that end inside a sector, which their lanes follow.
     **{f"scatter to {width} B rows": partial(scattered, width) for width in (656, 272, 144, 132)},
-    "scatter to 656 B rows that begin inside a line": lambda: scattered(656, shift=48),
+    "scatter to 656 B rows that begin inside a sector": lambda: scattered(656, shift=48),
     "scatter of 656 B rows to slots": lambda: Copy(
         by(rows(656, 16)[0], SLOTS[::-1]), by(rows(656, 80)[0], SLOTS), 7
     ),
