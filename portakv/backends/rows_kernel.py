@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from importlib.resources import files
 from itertools import chain
 from math import prod
@@ -105,7 +106,6 @@ class RowsKernel:
 
     Attributes:
         row: vectors of one unit in one plane.
-        lanes: places of threads for them, at least as many; ``native/cuda/rows.cuh`` says why.
         planes: blocks along y.
         most_units: the most units of one launch.
 
@@ -146,18 +146,18 @@ class RowsKernel:
             )
         self.src, self.dst = (SideWords(nest, plan, x, outer, inner) for x in ("src", "dst"))
         self._nest = nest
-        self.lanes = self._lanes(inner)
         self._dst_table_at = TABLES_AT + 8 * max(1, self.src.entries)
         self._unit_bytes = self.row * self.planes * self.vector
         self.most_units = max(1, (MAX_VECTORS - 1) // self.lanes)
 
-    def _lanes(self, inner: Sequence[Loop]) -> int:
-        """Return the lanes of a unit.
+    @cached_property
+    def lanes(self) -> int:
+        """The places of threads for the vectors of one unit in one plane.
 
-        Only rows at ids of the destination that end inside a sector take more lanes than vectors,
-        and at most a quarter more.
+        ``native/cuda/rows.cuh`` says why some units have more of them than vectors: rows at ids of
+        the destination that end inside a sector, if a quarter more suffices.
         """
-        if inner or not self.dst.ids or self._nest.run % SECTOR == 0:
+        if self.inner or not self.dst.ids or self.run % SECTOR == 0:
             return self.row
         each = SECTOR // self.vector
         lanes = -(-(self.row + each - 1) // each) * each
