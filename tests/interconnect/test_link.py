@@ -252,6 +252,35 @@ def test_a_stream_of_torchs_general_kind_rests_too() -> None:
     assert holds(empty, numbers)
 
 
+@pytest.mark.gpu
+@TO_DEVICE
+@pytest.mark.parametrize("which", range(3), ids=["current", "default", "own"])
+def test_any_stream_rests(which: int, to_device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the legacy default stream, which takes no batches."""
+    monkeypatch.setattr(link, "IN_A_ROW", ROOM)
+    ends = Link(CUDA, to_device)
+    pieces = to_2d_copies(runs_of([0], [0], ROOM))
+    stream = streams_of(CUDA)[which]
+    handle = _cuda_driver.raw(stream, 0)
+    rests = []
+    real = link.Copies.rest
+
+    def rest(copies: link.Copies, word: int, of: int) -> bool:
+        served = real(copies, word, of)
+        rests.append((of, served))
+        return served
+
+    monkeypatch.setattr(link.Copies, "rest", rest)
+    for _ in range(4):
+        delay(stream or current(CUDA))
+        ends.copy(pieces, stream)
+        ends.judge(pieces)
+        ends.dst.zero_()
+        torch.cuda.synchronize()
+    assert len(rests) >= 3, "a stream rests before each copy but the first"
+    assert set(rests) == {(handle, True)}
+
+
 #: Clock cycles of a model's step: 3 ms, of the 17 ms that a transfer takes.
 STEP = 6_000_000
 
