@@ -3,7 +3,8 @@
 
 ``native/cuda/check_hip.sh`` runs it, and ``check_dtk.sh`` with Hygon's own tools. Each kernel is
 the text of a real plan; its machine code is read for the loads and stores of its vector, for local
-memory and for the width of a wave.
+memory and for the width of a wave. Kernels that pack use local memory to count; no kernel may have
+private memory (scratch).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from itertools import groupby
@@ -26,7 +27,10 @@ import torch
 
 from portakv import CopyPlan, KVView
 from portakv.backends.hip import Hip
+from portakv.backends.pack_kernel import PACKS, UNPACKS, VECTOR, PackKernel
 from portakv.backends.rows_kernel import NAMES, RowsKernel
+from portakv.layout.packing import Pack
+from portakv.plan.packing import PackPlan
 from portakv.runtime.hip import FLAGS
 from portakv_conformance.evidence.source import source_sha256
 
@@ -53,6 +57,7 @@ _STORES = {
 _IDS = {*_LOADS[8], *_LOADS[4]}  # what loads ids and addresses
 # The status word, which lies in host memory, is read and then replaced if it is higher.
 _STATUS = {"flat_load_dwordx2", "flat_atomic_cmpswap_x2", "global_atomic_cmpswap_x2"}
+_ROUNDS = 8  # vectors of a thread in kernels that pack planes of whole segments
 
 
 @dataclass
@@ -71,8 +76,14 @@ class Code:
     wrong: list[str] = field(default_factory=list)
 
 
-def kernels() -> Iterator[tuple[str, RowsKernel]]:
-    """Yield kernels of real plans: every vector, with and without tables, ids on either side."""
+def kernels() -> Iterator[tuple[str, RowsKernel | PackKernel]]:
+    """Yield kernels of real plans: every vector, with and without tables, ids on either side; and
+    those that pack and unpack, by one warp and by several, with codes of both widths."""
+    yield from _row_kernels()
+    yield from _pack_kernels()
+
+
+def _row_kernels() -> Iterator[tuple[str, RowsKernel]]:
     for width, vector in ((4096, 16), (40, 8), (12, 4), (6, 2), (3, 1)):
         caches = KVView([_bytes(5, 4, width) for _ in range(2)], "layer | block token dim")
         rows = KVView(_bytes(2, 7, width), "layer token dim")
@@ -89,6 +100,28 @@ def kernels() -> Iterator[tuple[str, RowsKernel]]:
     yield _of("one allocation to memory objects", joined, in_list, 1, 0, 16)
 
 
+def _pack_kernels() -> Iterator[tuple[str, PackKernel]]:
+    for tokens, bits in ((16, 4), (16, 3), (64, 4)):
+        values = tokens * 128
+        rows = [torch.zeros(2, 3, tokens, 2, 128, dtype=torch.bfloat16) for _ in range(2)]
+        raw = KVView(rows, _NHD)
+        slots = _bytes(3, 2, 2, 2, Pack(bits).plane(values).slot_bytes)
+        packed = KVView(
+            slots,
+            "block layer kv head page",
+            layers=2,
+            kv=2,
+            heads=2,
+            dim=128,
+            block_size=tokens,
+            encoding=Pack(bits),
+        )
+        for verb, src, dst in (("pack", raw, packed), ("unpack", packed, raw)):
+            plan = PackPlan(src.form, dst.form, tokens, tokens)
+            assert len(plan.nests) == 1, f"{verb}: {plan}"
+            yield f"{verb} {values} values, {bits} bits", PackKernel(plan.nests[0], plan)
+
+
 def _bytes(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.uint8)
 
@@ -101,10 +134,11 @@ def _of(
     return name, RowsKernel(plan.nests[0], plan)
 
 
-def read_code(code: Code, disassembly: str, notes: str) -> Code:
+def read_code(code: Code, disassembly: str, notes: str, names: Mapping[int, str] = NAMES) -> Code:
     """Judge the machine code of a kernel, by its disassembly (``llvm-objdump -d``) and its code
-    object's metadata (``llvm-readelf --notes``); ``code`` is completed and returned."""
-    for each, name in NAMES.items():
+    object's metadata (``llvm-readelf --notes``); ``code`` is completed and returned. ``names``: of
+    its entries, by the vectors that one thread moves."""
+    for each, name in names.items():
         _, label, rest = disassembly.partition(f"<{name}>:\n")
         body = rest.partition("\n\n")[0]
         pattern = r"\b(?:global|flat|ds|scratch|buffer)_(?:load|store|read|write|atomic)\w*"
@@ -112,14 +146,15 @@ def read_code(code: Code, disassembly: str, notes: str) -> Code:
         if not label:
             code.wrong.append(f"{name} is not in the code")
         else:
-            code.wrong += _judge(name, code.accesses[name], code.vector, each)
+            judge = _judge_packing if name in (PACKS, UNPACKS) else _judge
+            code.wrong += judge(name, code.accesses[name], code.vector, each)
     metadata: dict[str, list[int]] = {}
     for key, number in re.findall(r"\.(\w+):\s*(\d+)", notes):
         metadata.setdefault(key, []).append(int(number))
     code.lds = sum(metadata.get("group_segment_fixed_size", ()))
     code.scratch = sum(metadata.get("private_segment_fixed_size", ()))
     code.wave = min(metadata.get("wavefront_size", ()), default=0)
-    if code.lds or code.scratch:
+    if code.scratch or (code.lds and PACKS not in names.values()):
         code.wrong.append(f"{code.lds} B of LDS and {code.scratch} B of scratch are used, not none")
     if code.wave != 64:
         code.wrong.append(f"a wave has {code.wave} lanes, not 64")
@@ -136,6 +171,16 @@ def _judge(name: str, counts: dict[str, int], vector: int, each: int) -> Iterato
         yield f"{name} has {', '.join(others)}"
 
 
+def _judge_packing(name: str, counts: dict[str, int], vector: int, _: int) -> Iterator[str]:
+    wide = _LOADS[vector] if name == PACKS else _STORES[vector]
+    found = sum(counts.get(word, 0) for word in wide)
+    if found != _ROUNDS:
+        yield f"{name} has {found} times {wide[0]}, not {_ROUNDS}"
+    local = ("global_", "ds_")
+    if others := sorted(x for x in counts if not x.startswith(local) and x not in _STATUS):
+        yield f"{name} has {', '.join(others)}"
+
+
 def _build(tools: Sequence[str], folder: Path, targets: Sequence[str]) -> list[Code]:
     (hipcc, objdump, readelf) = tools
     codes = []
@@ -143,7 +188,7 @@ def _build(tools: Sequence[str], folder: Path, targets: Sequence[str]) -> list[C
         text = folder / f"kernel{number}.hip"
         text.write_text(f"#include <hip/hip_runtime.h>\n{kernel.source}")
         for target in targets:
-            code = Code(name, target, kernel.vector)
+            code = Code(name, target, VECTOR if isinstance(kernel, PackKernel) else kernel.vector)
             built = folder / f"kernel{number}.{target}.o"
             command = [hipcc, "-x", "hip", *FLAGS, f"--offload-arch={target}", "--cuda-device-only"]
             done = _run([*command, "--no-gpu-bundle-output", "-c", str(text), "-o", str(built)])
@@ -151,7 +196,8 @@ def _build(tools: Sequence[str], folder: Path, targets: Sequence[str]) -> list[C
                 code.wrong.append(f"hipcc refused it:\n{done.stderr.strip()}")
             else:
                 disassembly = _run([objdump, "-d", f"--mcpu={target}", str(built)]).stdout
-                read_code(code, disassembly, _run([readelf, "--notes", str(built)]).stdout)
+                metadata = _run([readelf, "--notes", str(built)]).stdout
+                read_code(code, disassembly, metadata, kernel.names)
             codes.append(code)
     return codes
 
@@ -167,7 +213,7 @@ def _print(codes: list[Code], targets: Sequence[str]) -> None:
     for name, row in groupby(codes, key=lambda code: code.kernel):
         first, *others = row
         words = "".join(f"{'WRONG' if code.wrong else 'right':>12}" for code in (first, *others))
-        shown = first.accesses.get(NAMES[1], {})
+        shown = next(iter(first.accesses.values()), {})
         vector = first.vector
         wide = [word for word in (*_LOADS[vector], *_STORES[vector]) if word in shown]
         print(f"{name:36}{vector:>5} B  {words}   {', '.join(wide)}")

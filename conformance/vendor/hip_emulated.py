@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import zlib
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from portakv_conformance.vendor import cpp
 
 EMULATED = True
 ARCHITECTURE = "gfx906"
-#: What makes a kernel's text a C++ program.
+#: What makes a kernel's text a C++ program, and what one whose lanes exchange values also needs.
 SHIM = Path(__file__).with_name("kernel_on_cpu.h")
+WARPS = SHIM.with_name("warps_on_cpu.h")
 _SOURCE = SHIM.with_name("hip_fake.cpp")
 _FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
 
@@ -44,11 +46,12 @@ def built() -> bytes:
     result = compiler()
     if result is None:
         raise DriverMissing("the fake HIP driver needs g++ (Debian: apt install g++), or set CXX")
-    sources = [_SOURCE.read_text(), SHIM.read_text()]
+    sources = [_SOURCE.read_text(), SHIM.read_text(), WARPS.read_text()]
     # The last part of its version: kernels are kept on disk by it, apart from those of any real HIP
     # and from those of other sources than these.
     patch = zlib.crc32("".join(sources).encode()) % 100_000
-    named = [f"-DPORTAKV_FAKE_PATCH={patch}", f'-DPORTAKV_SHIM="{SHIM}"']
+    shims = [f'-DPORTAKV_SHIM="{SHIM}"', f'-DPORTAKV_WARPS="{WARPS}"']
+    named = [f"-DPORTAKV_FAKE_PATCH={patch}", *shims]
     command = [result, *_FLAGS, *named, f'-DPORTAKV_CXX="{result}"', str(_SOURCE), "-ldl"]
     try:
         return cpp.built(command, sources)
@@ -106,4 +109,5 @@ class HipEmulated(Hip):
         return cls._probe_driver(device)
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(places_on(self.device), skips_negative=True, guards=True)
+        own = super().capabilities()
+        return replace(own, places=places_on(self.device), capturable=False)

@@ -4,8 +4,8 @@
 // every block. What the real functions refuse, these refuse too. EMULATED: it proves addresses,
 // arguments and error paths, and nothing about a device.
 //
-// PORTAKV_SHIM is the path of kernel_on_cpu.h, PORTAKV_CXX the compiler, PORTAKV_FAKE_PATCH a
-// number that changes with both sources. The functions named hip_fake_* are for tests.
+// PORTAKV_SHIM is the path of kernel_on_cpu.h, PORTAKV_WARPS that of warps_on_cpu.h, PORTAKV_CXX the
+// compiler, PORTAKV_FAKE_PATCH a number that changes with the sources. The functions named hip_fake_* are for tests.
 #include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,14 +23,17 @@
 namespace {
 
 // Of hip_runtime_api.h and hiprtc.h; beside them only what these functions return.
-enum { SUCCESS = 0, INVALID_VALUE = 1, NO_DEVICE = 100, INVALID_IMAGE = 200, NOT_FOUND = 500 };
+enum {
+    SUCCESS = 0, INVALID_VALUE = 1, NO_DEVICE = 100, INVALID_IMAGE = 200, NOT_FOUND = 500,
+    LAUNCH_FAILURE = 719
+};
 enum {
     RTC_INVALID_INPUT = 3, RTC_INVALID_PROGRAM = 4, RTC_INVALID_OPTION = 5, RTC_COMPILATION = 6
 };
 const std::map<int, const char*> names = {
     {SUCCESS, "hipSuccess"}, {INVALID_VALUE, "hipErrorInvalidValue"},
     {NO_DEVICE, "hipErrorNoDevice"}, {INVALID_IMAGE, "hipErrorInvalidImage"},
-    {NOT_FOUND, "hipErrorNotFound"}, {719, "hipErrorLaunchFailure"}};
+    {NOT_FOUND, "hipErrorNotFound"}, {LAUNCH_FAILURE, "hipErrorLaunchFailure"}};
 const std::map<int, const char*> rtc_names = {
     {SUCCESS, "HIPRTC_SUCCESS"}, {RTC_INVALID_INPUT, "HIPRTC_ERROR_INVALID_INPUT"},
     {RTC_INVALID_PROGRAM, "HIPRTC_ERROR_INVALID_PROGRAM"},
@@ -38,11 +41,11 @@ const std::map<int, const char*> rtc_names = {
     {RTC_COMPILATION, "HIPRTC_ERROR_COMPILATION"}};
 
 const char magic[] = "portakv-hip-fake";  // stands before the library in a "code object"
-const char header[] = "extern \"C\" void fake_run_";
+const char header[] = "extern \"C\" int fake_run_";
 
 struct Program { std::string text, log, code; };
 struct Launched { unsigned grid[3], block[3], shared; void* stream; };
-typedef void (*Run)(const void* argument, unsigned blocks, unsigned planes, unsigned threads);
+typedef int (*Run)(const void* argument, unsigned blocks, unsigned planes, unsigned threads);
 struct Function { Run run; unsigned bytes; };
 
 std::mutex lock;
@@ -80,21 +83,29 @@ std::string content(const std::string& path) {
     return all.str();
 }
 
+// Whether the lanes of a kernel's warps exchange values.
+bool has_warps(const std::string& text) { return text.find("__shared__") != std::string::npos; }
+
 // Behind a text: for each of its kernels, which have one argument, a function that runs it, and
 // that argument's size.
 std::string runners(const std::string& text) {
-    const std::string opening = "__global__ void ";
+    const std::string opening = "__global__ void ", bounds = "PORTAKV_BOUNDS(";
     std::string found;
     for (size_t at = text.find(opening); at != std::string::npos; at = text.find(opening, at)) {
         at += opening.size();
+        if (text.compare(at, bounds.size(), bounds) == 0) at = text.find(')', at) + 2;
         const size_t bracket = text.find('(', at), end = text.find(')', at);
         if (bracket > end || end == std::string::npos) break;
         std::istringstream said(text.substr(bracket + 1, end - bracket - 1));  // const Type name
         std::string name = text.substr(at, bracket - at), type, word, next;
         for (; said >> next; word = next) type = word;
+        const std::string run = has_warps(text)
+            ? "    return planes != 1 || run_warps<" + type + ">("
+                + name + ", argument, blocks, threads, false);\n}\n"
+            : "    run_grid<" + type + ">("
+                + name + ", argument, blocks, planes, threads);\n    return 0;\n}\n";
         found += header + name
-            + "(const void* argument, unsigned blocks, unsigned planes, unsigned threads) {\n"
-            + "    run_grid<" + type + ">(" + name + ", argument, blocks, planes, threads);\n}\n"
+            + "(const void* argument, unsigned blocks, unsigned planes, unsigned threads) {\n" + run
             + "extern \"C\" unsigned fake_bytes_" + name + "() { return sizeof(" + type + "); }\n";
     }
     return found;
@@ -106,7 +117,9 @@ int build(Program& program) {
         std::ofstream file(stem + ".cpp");
         // The text takes the words that are for AMD's compiler; g++ has one address space.
         file << "#include \"" PORTAKV_SHIM "\"\n#define __HIPCC_RTC__ 1\n#define __AMDGCN__ 1\n"
-             << "#define address_space(number)\n#line 1 \"portakv_rows.hip\"\n"
+             << "#define address_space(number)\n"
+             << (has_warps(program.text) ? "#include \"" PORTAKV_WARPS "\"\n" : "")
+             << "#line 1 \"portakv_rows.hip\"\n"
              << program.text << runners(program.text);
     }
     const std::string command =
@@ -216,8 +229,8 @@ int hipModuleLaunchKernel(
     const Function* called = static_cast<Function*>(function);
     std::vector<uint64_t> argument(called->bytes / 8 + 1);
     memcpy(argument.data(), arguments[0], called->bytes);
-    called->run(argument.data(), gx, gy, bx);
-    return SUCCESS;
+    // Threads of a warp or a block that wait in different places never end on a device.
+    return called->run(argument.data(), gx, gy, bx) ? LAUNCH_FAILURE : SUCCESS;
 }
 
 // hipRTC

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The encoding `pack` for CUDA: copy planes of bf16 values into slots, and slots into planes.
+// The encoding `pack`: copy planes of bf16 values into slots, and slots into planes.
 //
 // A plane holds the values of one block, layer, half and head, token after token. Its slot holds,
 // in this order: sign and mantissa of each value (a byte), a code for each exponent (`Bits` bits),
@@ -11,12 +11,15 @@
 // A larger plane is one thread block. Unpacking has no barrier: the head has the number of escapes
 // before each segment.
 //
-// The address of a raw value is found as `rows.cuh` finds it. Warps have 32 threads: NVIDIA only.
+// The address of a raw value is found as `rows.cuh` finds it. A warp has 32 threads. On AMD's devices
+// it is a wave of 32, or one half of a wave of 64, and the other half may be at another place.
 
 #include "rows.cuh"
 
 #if defined(__CUDACC__)
 #define PORTAKV_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#elif defined(__HIPCC__) || defined(__HIPCC_RTC__)  // the second number is of something else there
+#define PORTAKV_BOUNDS(threads, blocks) __launch_bounds__(threads)
 #else
 #define PORTAKV_BOUNDS(threads, blocks)
 #endif
@@ -28,7 +31,6 @@ typedef unsigned int u32;
 typedef unsigned char u8;
 typedef unsigned short u16;
 
-constexpr u32 ALL = 0xffffffffu;
 constexpr u32 SEGMENT = 2048;     // values of a warp
 constexpr u32 EACH = 8;           // values of a vector of 16 bytes
 constexpr u32 ROUNDS = SEGMENT / EACH / 32;
@@ -103,11 +105,52 @@ __device__ __forceinline__ void forget(u32& value) {
 #endif
 }
 
+// What the lanes of a warp exchange. All of them call each of these functions at the same place.
+#if defined(__AMDGCN__)
+__device__ __forceinline__ void sync_warp() {
+    // A wave goes in step; the compiler must not keep what other lanes read or write.
+    __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront");
+    __builtin_amdgcn_wave_barrier();
+}
+__device__ __forceinline__ u32 ballot(bool bit) {
+    return (u32)(__ballot(bit) >> (__lane_id() & 32));
+}
+__device__ __forceinline__ bool any_of(bool bit) { return ballot(bit) != 0; }
+__device__ __forceinline__ u32 of_lane(u32 value, u32 lane) { return __shfl(value, lane, 32); }
+__device__ __forceinline__ u32 of_lane_below(u32 value, u32 by) {
+    return __shfl_up(value, by, 32);
+}
+__device__ __forceinline__ u32 sum_of(u32 value) {
+    for (u32 step = 16; step; step /= 2) value += __shfl_xor(value, step, 32);
+    return value;
+}
+__device__ __forceinline__ u32 max_of(u32 value) {
+    for (u32 step = 16; step; step /= 2) {
+        const u32 other = __shfl_xor(value, step, 32);
+        value = other > value ? other : value;
+    }
+    return value;
+}
+#else
+constexpr u32 ALL = 0xffffffffu;
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+__device__ __forceinline__ u32 ballot(bool bit) { return __ballot_sync(ALL, bit); }
+__device__ __forceinline__ bool any_of(bool bit) { return __any_sync(ALL, bit); }
+__device__ __forceinline__ u32 of_lane(u32 value, u32 lane) {
+    return __shfl_sync(ALL, value, lane);
+}
+__device__ __forceinline__ u32 of_lane_below(u32 value, u32 by) {
+    return __shfl_up_sync(ALL, value, by);
+}
+__device__ __forceinline__ u32 sum_of(u32 value) { return __reduce_add_sync(ALL, value); }
+__device__ __forceinline__ u32 max_of(u32 value) { return __reduce_max_sync(ALL, value); }
+#endif
+
 // Sum over the lanes below, in each field of a word: no field may overflow into the next.
 __device__ __forceinline__ u32 sum_to(u32 value, u32 lane) {
     PORTAKV_UNROLL
     for (u32 step = 1; step < 32; step *= 2) {
-        const u32 below = __shfl_up_sync(ALL, value, step);
+        const u32 below = of_lane_below(value, step);
         if (lane >= step) value += below;
     }
     return value;
@@ -117,17 +160,15 @@ template <class V> __device__ __forceinline__ V load(const char* from) {
 #if defined(__CUDA_ARCH__)
     __builtin_assume(__isGlobal(from));
 #endif
-    return *(const V*)from;
+    return *(const PORTAKV_GLOBAL V*)from;
 }
 
 template <class V> __device__ __forceinline__ void store(char* to, V value) {
 #if defined(__CUDA_ARCH__)
     __builtin_assume(__isGlobal(to));
 #endif
-    *(V*)to = value;
+    *(PORTAKV_GLOBAL V*)to = value;
 }
-
-struct alignas(8) Pair { u32 part[2]; };
 
 // --- values ---------------------------------------------------------------------------------------
 
@@ -150,15 +191,15 @@ __device__ __forceinline__ void join(u32 rest, u32 exponents, u32& x, u32& y) {
 __device__ __forceinline__ u32 look_up(const Wide& table, u32 nibbles) {
     const u32 which = nibbles & 0x7777u;
     const u32 upper = nibbles & 0x8888u;
-    const u32 low = choose(table.part[0], table.part[1], which);
-    const u32 high = choose(table.part[2], table.part[3], which);
+    const u32 low = choose(table[0], table[1], which);
+    const u32 high = choose(table[2], table[3], which);
     // 255 where bit 3 of a nibble is set: nibble 9 repeats the sign of byte 1.
     return merge(choose(0x00008000u, 0, upper | upper >> 3), high, low);
 }
 
 // Four codes in the nibbles of the low half -> four exponents.
 template <int Bits> __device__ __forceinline__ u32 exponents_of(const Wide& table, u32 codes) {
-    if constexpr (Bits == 3) return choose(table.part[0], table.part[1], codes & 0xffffu);
+    if constexpr (Bits == 3) return choose(table[0], table[1], codes & 0xffffu);
     else return look_up(table, codes);
 }
 
@@ -224,7 +265,7 @@ template <class F> struct Shared {
 };
 
 template <class F> __device__ __forceinline__ void sync_plane() {
-    if constexpr (F::warps == 1) __syncwarp();
+    if constexpr (F::warps == 1) sync_warp();
     else __syncthreads();
 }
 
@@ -239,12 +280,12 @@ template <class F> __device__ __forceinline__ void make_table(Shared<F>& shared,
         const u32 exponent = nth * 32 + lane;
         const u32 count = shared.counts[exponent];
         keys[nth] = count ? count << 8 | exponent : 0;
-        const u32 present = __ballot_sync(ALL, count != 0);
+        const u32 present = ballot(count != 0);
         const u32 place = found + __popc(present & ((1u << lane) - 1));
         if (count && place < 32) shared.ranked[place] = keys[nth];
         found += __popc(present);
     }
-    __syncwarp();
+    sync_warp();
     if (found <= 32) {
         // A key for each lane: its code is the number of greater keys.
         const u32 key = lane < found ? shared.ranked[lane] : 0;
@@ -260,7 +301,7 @@ template <class F> __device__ __forceinline__ void make_table(Shared<F>& shared,
         u32 best = 0;
         PORTAKV_UNROLL
         for (u32 nth = 0; nth < 8; ++nth) best = keys[nth] > best ? keys[nth] : best;
-        best = __reduce_max_sync(ALL, best);
+        best = max_of(best);
         PORTAKV_UNROLL
         for (u32 nth = 0; nth < 8; ++nth) {
             if (keys[nth] != best) continue;
@@ -337,8 +378,8 @@ __device__ __forceinline__ void store_codes(char* slot, u32 codes, u32 at, u32 l
         // 24 bits of each lane become 24 words: word w begins in the bits of lane 4 w / 3.
         const u32 bits = narrow(codes);
         const u32 from = lane * 4 / 3;
-        const u32 low = __shfl_sync(ALL, bits, from & 31);
-        const u32 high = __shfl_sync(ALL, bits, (from + 1) & 31);
+        const u32 low = of_lane(bits, from & 31);
+        const u32 high = of_lane(bits, (from + 1) & 31);
         const u32 skipped = lane * 4 % 3 * 8;
         const u32 word = low >> skipped | high << (24 - skipped);
         const u32 byte = (at - lane) * 3 + lane * 4;
@@ -365,7 +406,7 @@ struct Ranks {
                 if (word * 3 + nth < ROUNDS)
                     own |= __popc(escapes_in<Bits>(codes[word * 3 + nth])) << 10 * nth;
             fields[word] = sum_to(own, lane);
-            totals[word] = __shfl_sync(ALL, fields[word], 31);
+            totals[word] = of_lane(fields[word], 31);
         }
     }
     static __device__ __forceinline__ u32 field(u32 word, u32 round) {
@@ -387,7 +428,7 @@ struct Ranks {
 template <class F> __device__ __forceinline__ void clear_slot(char* slot, u32 thread) {
     constexpr u32 threads = F::warps * 32;
     Pair none;
-    none.part[0] = none.part[1] = 0;
+    none[0] = none[1] = 0;
     for (u32 at = thread * 8; at < F::slot; at += threads * 8) store<Pair>(slot + at, none);
 }
 
@@ -423,7 +464,7 @@ __device__ __forceinline__ void pack_planes(const PackOf<typename R::shape, Slot
     for (u32 round = 0; round < ROUNDS; ++round) {
         const u32 at = first + round * 32;
         if (F::values % SEGMENT && at >= F::vectors) {
-            for (u32 part = 0; part < 4; ++part) vectors[round].part[part] = 0;
+            for (u32 part = 0; part < 4; ++part) vectors[round][part] = 0;
             continue;
         }
         vectors[round] = load<Wide>(raw_vector<F, R>(source, copy.src, at));
@@ -434,10 +475,13 @@ __device__ __forceinline__ void pack_planes(const PackOf<typename R::shape, Slot
     PORTAKV_UNROLL
     for (u32 round = 0; round < ROUNDS; ++round) {
         const u32 at = first + round * 32;
-        const Wide& vector = vectors[round];
+        const Wide vector = vectors[round];
+        u32 low, high;
+        split(vector[0], vector[1], low, exponents[round][0]);
+        split(vector[2], vector[3], high, exponents[round][1]);
         Pair rest;
-        split(vector.part[0], vector.part[1], rest.part[0], exponents[round][0]);
-        split(vector.part[2], vector.part[3], rest.part[1], exponents[round][1]);
+        rest[0] = low;
+        rest[1] = high;
         if (F::values % SEGMENT == 0 || at < F::vectors) store<Pair>(slot + at * 8, rest);
     }
     u32 codes[ROUNDS];
@@ -449,7 +493,7 @@ __device__ __forceinline__ void pack_planes(const PackOf<typename R::shape, Slot
         store_codes<F>(slot, codes[round], first + round * 32, lane);
         found += __popc(escapes_in<F::bits>(codes[round]));
     }
-    found = __reduce_add_sync(ALL, found);
+    found = sum_of(found);
 
     // Escapes before this segment, before segment `lane`, and in all.
     u32 start = 0, running = 0, total = found;
@@ -519,10 +563,10 @@ template <class F> __device__ __forceinline__ Wide load_table(const char* slot) 
         const Pair low = load<Pair>(slot + F::head_at);
         const Pair high = load<Pair>(slot + F::head_at + 8);
         Wide table;
-        table.part[0] = low.part[0];
-        table.part[1] = low.part[1];
-        table.part[2] = high.part[0];
-        table.part[3] = high.part[1];
+        table[0] = low[0];
+        table[1] = low[1];
+        table[2] = high[0];
+        table[3] = high[1];
         return table;
     }
 }
@@ -540,8 +584,8 @@ __device__ __forceinline__ void take_escapes(
         const u32 bytes = load<u8>(slot + F::escapes_at + place) * 0x01010101u;
         // No index that the compiler does not know: that would cost the registers.
         const u32 byte = 255u << (bit * 2 & 31);
-        if (bit < 16) exponents[0] = merge(byte, bytes, exponents[0]);
-        else exponents[1] = merge(byte, bytes, exponents[1]);
+        exponents[0] = merge(bit < 16 ? byte : 0, bytes, exponents[0]);
+        exponents[1] = merge(bit < 16 ? 0 : byte, bytes, exponents[1]);
     }
 }
 
@@ -570,12 +614,12 @@ __device__ __forceinline__ void unpack_planes(const PackOf<Slots, typename R::sh
     PORTAKV_UNROLL
     for (u32 round = 0; round < ROUNDS; ++round) {
         const u32 at = first + round * 32;
-        codes[round] = rests[round].part[0] = rests[round].part[1] = 0;
+        codes[round] = rests[round][0] = rests[round][1] = 0;
         if (F::values % SEGMENT && at >= F::vectors) continue;
         codes[round] = load_codes<F>(slot, at);
         rests[round] = load<Pair>(slot + at * 8);
     }
-    if (table.part[3] >> 24) {
+    if (table[3] >> 24) {
         if (warp == 0 && lane == 0 && argument.overflow) argument.overflow[plane.unit] = 1;
         return;
     }
@@ -585,7 +629,7 @@ __device__ __forceinline__ void unpack_planes(const PackOf<Slots, typename R::sh
         if constexpr (F::bits == 3) codes[round] = widen(codes[round]);
         found |= escapes_in<F::bits>(codes[round]);
     }
-    const bool escapes = F::cap && __any_sync(ALL, found != 0);
+    const bool escapes = F::cap && any_of(found != 0);
     Ranks ranks;
     if (escapes) ranks.find<F::bits>(codes, start, lane);
     PORTAKV_UNROLL
@@ -598,9 +642,14 @@ __device__ __forceinline__ void unpack_planes(const PackOf<Slots, typename R::sh
             take_escapes<F>(slot, escapes_in<F::bits>(codes[round]), ranks, round, exponents);
         const u32 at = first + round * 32;
         if (F::values % SEGMENT && at >= F::vectors) continue;
+        u32 x, y, z, w;
+        join(rests[round][0], exponents[0], x, y);
+        join(rests[round][1], exponents[1], z, w);
         Wide vector;
-        join(rests[round].part[0], exponents[0], vector.part[0], vector.part[1]);
-        join(rests[round].part[1], exponents[1], vector.part[2], vector.part[3]);
+        vector[0] = x;
+        vector[1] = y;
+        vector[2] = z;
+        vector[3] = w;
         store<Wide>(raw_vector<F, R>(target, copy.dst, at), vector);
     }
 }

@@ -37,11 +37,18 @@ namespace portakv {
 typedef long long i64;
 typedef unsigned long long u64;
 
-// 16 bytes as one access; the others are plain integers.
+// Words that are one access, of 16 bytes and of 8; the other vectors are plain integers.
 #if defined(__AMDGCN__)
 typedef unsigned int Wide __attribute__((vector_size(16)));
+typedef unsigned int Pair __attribute__((vector_size(8)));
 #else
-struct alignas(16) Wide { unsigned int part[4]; };
+template <int Words> struct alignas(4 * Words) WordsOf {
+    unsigned int part[Words];
+    __device__ __forceinline__ unsigned int& operator[](int at) { return part[at]; }
+    __device__ __forceinline__ unsigned int operator[](int at) const { return part[at]; }
+};
+typedef WordsOf<4> Wide;
+typedef WordsOf<2> Pair;
 #endif
 template <int Bytes> struct Vector;
 template <> struct Vector<16> { typedef Wide type; };

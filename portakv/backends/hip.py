@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hip`: the row kernel of ``native/cuda``, compiled by hipRTC, launched through HIP's modules.
+"""`hip`: the kernels of ``native/cuda``, compiled by hipRTC, launched through HIP's modules.
 
 For AMD devices and Hygon's DCUs, which torch also calls ``cuda``; ``torch.version.hip``
-distinguishes them. The kernel does not depend on the width of a warp, so that waves of 64 lanes
-serve as well. It was compiled for gfx906, gfx908 and gfx90a and run on a CPU (docs/hardware.md); it
-has not yet run on such a device.
+distinguishes them. The row kernel does not depend on the width of a warp, and for the kernels that
+pack a wave of 64 lanes is two warps. They were compiled for gfx906, gfx908 and gfx90a and run on a
+CPU (docs/hardware.md); they have not yet run on such a device.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import ctypes
 import torch
 
 from portakv.backends.base import Decision
+from portakv.backends.pack_launch import PackingRowsBackend
 from portakv.backends.rows_kernel import Tuning
-from portakv.backends.rows_launch import RowsBackend
 from portakv.runtime import hip as _hip_driver
 from portakv.runtime.hip import Card, Driver, DriverMissing
 
 
-class Hip(RowsBackend):
-    """The kernel of ``native/cuda`` on devices of AMD and Hygon."""
+class Hip(PackingRowsBackend):
+    """The kernels of ``native/cuda`` on devices of AMD and Hygon."""
 
     name = "hip"
     threads = 256  # four waves of 64

@@ -1,18 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launch the kernels of `pack_kernel` through a device's driver."""
+"""Load and launch the kernels of `pack_kernel` on any device, through its driver."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from portakv.backends.pack_kernel import PackKernel
-from portakv.backends.rows_launch import RowsDriver
+from portakv.backends.base import Capabilities, Decision, PackLaunch
+from portakv.backends.pack_kernel import PackKernel, refusal
+from portakv.backends.rows_launch import RowsBackend, RowsDriver
+from portakv.layout.packing import PACK
 from portakv.plan.move import Move
+from portakv.plan.packing import PackPlan
 from portakv.runtime.cuda import ArgumentLists
 from portakv.view.index import Index
 from portakv.view.view import KVView
+
+
+class PackingRowsBackend(RowsBackend):
+    """A backend that also packs and unpacks rows of its own device, by the kernels of
+    `pack_kernel`."""
+
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities(), encodings=frozenset({PACK}))
+
+    def check_pack(self, plan: PackPlan) -> Decision:
+        decision = super().check_pack(plan)
+        whys = (refusal(nest) for nest in plan.nests)
+        why = next((why for why in whys if why is not None), None)
+        if plan.src.place == "peer":
+            why = "it packs rows of its own device only"
+        if decision.accepted and why is not None:
+            return Decision(self.name, False, why)
+        return decision
+
+    def prepare_pack(self, plan: PackPlan) -> PackLaunch:
+        kernels = [PackKernel(nest, plan) for nest in plan.nests]
+        functions = [entries[1] for entries in self._kernels.functions(kernels)]
+        return KernelPackLaunch(kernels, functions, self._driver)
 
 
 class KernelPackLaunch:

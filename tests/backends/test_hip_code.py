@@ -13,6 +13,8 @@ import pytest
 from support.command_line import bash, python
 
 from portakv.backends import rows_kernel
+from portakv.backends.pack_kernel import PackKernel
+from portakv.backends.rows_kernel import RowsKernel
 from portakv_conformance.evidence import evidence
 from portakv_conformance.vendor import hip_code
 from portakv_conformance.vendor.hip_code import Code, kernels, read_code
@@ -52,13 +54,19 @@ for name, kernel in kernels():
             path.write_bytes(code)
             found[f"{name} for {target}"] = str(path)
 try:
-    broken = kernel.source.replace("Argument copy)", "Argument nothing)")
+    broken = kernel.source.replace("Argument argument)", "Argument nothing)")
     _hip_driver.compile_kernel(driver, broken, "gfx906")
 except RuntimeError as error:
     found["log"] = str(error)
 print(json.dumps(found))
 """
-CHOSEN = ["gather rows of 4096 B", "scatter rows of 3 B", "one allocation to memory objects"]
+CHOSEN = {
+    "gather rows of 4096 B": "portakv_rows",
+    "scatter rows of 3 B": "portakv_rows",
+    "one allocation to memory objects": "portakv_rows",
+    "pack 2048 values, 4 bits": "portakv_pack",
+    "unpack 8192 values, 4 bits": "portakv_unpack",
+}
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +100,13 @@ def test_amds_hiprtc_compiles_the_kernel(name: str, target: str, compiled: dict[
     machine = int.from_bytes(code[18:20], "little")
     assert (code[:4], machine) == (b"\x7fELF", 224)  # EM_AMDGPU
     assert code[48] == TARGETS[target]
-    assert b"portakv_rows\0" in code
+    assert f"{CHOSEN[name]}\0".encode() in code
 
 
 @needs_runtime
 def test_a_compile_error_carries_the_log_of_hiprtc(compiled: dict[str, str]) -> None:
     assert compiled["log"].startswith("hipRTC refused the kernel for gfx906:\n")
-    assert "use of undeclared identifier 'copy'" in compiled["log"]
+    assert "use of undeclared identifier 'argument'" in compiled["log"]
 
 
 # hipcc, and the machine code
@@ -259,11 +267,39 @@ def test_code_that_is_wrong(old: str, new: str, why: str) -> None:
     assert any(why in error for error in wrong(RIGHT.replace(old, new), NOTES.replace(old, new)))
 
 
+PACK_RIGHT = "<portakv_pack>:\n" + 8 * "\tglobal_load_dwordx4 v[2:5], v[0:1], off\n"
+PACK_RIGHT += "\tds_add_u32 v1, v2\n\tglobal_store_byte v[0:1], v2, off\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("global_load_dwordx4", "global_load_dwordx2", "0 times global_load_dwordx4, not 8"),
+        ("global_store_byte", "flat_store_byte", "portakv_pack has flat_store_byte"),
+        ("<portakv_pack>", "<another>", "portakv_pack is not in the code"),
+        (": 0\n.wave", ": 12\n.wave", "12 B of scratch"),
+    ],
+)
+def test_code_that_packs_and_is_wrong(old: str, new: str, why: str) -> None:
+    def wrong(disassembly: str, notes: str) -> list[str]:
+        code = Code("a kernel", "gfx906", 16)
+        return read_code(code, disassembly, notes, {1: "portakv_pack"}).wrong
+
+    notes = NOTES.replace("group_segment_fixed_size: 0", "group_segment_fixed_size: 5760", 1)
+    assert wrong(PACK_RIGHT, notes) == []
+    assert any(
+        why in error for error in wrong(PACK_RIGHT.replace(old, new), notes.replace(old, new))
+    )
+
+
 def test_the_kernels_have_every_vector_and_table() -> None:
-    all_kernels = [kernel for _, kernel in kernels()]
+    all_kernels = [kernel for _, kernel in kernels() if isinstance(kernel, RowsKernel)]
     assert {kernel.vector for kernel in all_kernels} == {16, 8, 4, 2, 1}
     for sides in ([k.src for k in all_kernels], [k.dst for k in all_kernels]):
         assert {side.kind for side in sides} >= {"NONE", "PLANES"}
         assert {side.ids for side in sides} == {False, True}
     assert "UNITS" in {kernel.dst.kind for kernel in all_kernels}
     assert {kernel.unit for kernel in all_kernels} == {1, 4}
+    packing = [kernel for _, kernel in kernels() if isinstance(kernel, PackKernel)]
+    assert {kernel.name for kernel in packing} == {"portakv_pack", "portakv_unpack"}
+    assert {kernel.threads for kernel in packing} == {128}  # four planes, or four warps of one

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of `cuda` that pack and unpack, byte for byte: on the host, where g++ compiles them,
-and on a GPU. What they refuse."""
+"""The kernels of `cuda` and `hip` that pack and unpack, byte for byte: on the host, where g++
+compiles them, and on a GPU. What they refuse."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,13 @@ from support.command_line import registered
 from support.cuda_on_cpu import why_not
 from support.pack_on_cpu import HostPackDriver, PackOnCpu, Rows, by_block
 
-from portakv import Index, KVView
+from portakv import Index, KVView, TransferError
 from portakv.backends.base import Backend
 from portakv.backends.cuda import Cuda
 from portakv.plan.packing import PackPlan
+from portakv.runtime.hip import Card, Driver
 from portakv_conformance.judge.slots import usual_slot
+from portakv_conformance.vendor.hip_emulated import HipEmulated, HostCard, compiler
 
 CPU = torch.device("cpu")
 HND = "layer | kv block head token dim"
@@ -252,17 +254,17 @@ PACK_MUTANTS = {
     "an overflow keeps the codes": ("clear_slot<F>(slot, warp", "if (0) clear_slot<F>(slot, warp"),
     "no word for an overflow": ("if (argument.overflow) argument.overflow[plane.unit] = 1;", ""),
     "two words of codes change places": (
-        "const u32 low = __shfl_sync(ALL, bits, from & 31);",
-        ("const u32 low = __shfl_sync(ALL, bits, (from ^ 1) & 31);"),
+        "const u32 low = of_lane(bits, from & 31);",
+        "const u32 low = of_lane(bits, (from ^ 1) & 31);",
     ),
 }
 UNPACK_MUTANTS = {
     "no count across segments": ("if (warp) start = load", "if (warp > 1) start = load"),
     "half a table": (
-        "const u32 high = choose(table.part[2], table.part[3], which);",
+        "const u32 high = choose(table[2], table[3], which);",
         "const u32 high = low;",
     ),
-    "the flag is ignored": ("if (table.part[3] >> 24) {", "if (false) {"),
+    "the flag is ignored": ("if (table[3] >> 24) {", "if (false) {"),
     "escapes begin one too late": (
         "field(fields[round / 3], round) - __popc(mask);",
         "field(fields[round / 3], round) - __popc(mask) / 2;",
@@ -287,6 +289,70 @@ UNPACK_MUTANTS = {
 def test_every_mutant_is_caught(faults: Callable[[Case], str], text: tuple[str, str]) -> None:
     rows = (FEW[0], FEW[2])
     assert any(faults(Case("cpu", each, _altered(*text))) for each in rows)
+
+
+needs_hip = [
+    pytest.mark.skipif(compiler() is None, reason="the fake HIP driver needs g++"),
+    pytest.mark.xdist_group("hip"),
+]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        *(pytest.param(rows, marks=needs_hip, id=_name(rows)) for rows in FEW),
+        *(pytest.param(x, marks=[*needs_hip, pytest.mark.full], id=_name(x)) for x in WIDER),
+    ],
+)
+def test_every_byte_in_the_words_for_amd(rows: Rows) -> None:
+    case = Case("cpu", rows, HipEmulated(CPU))
+    assert not _pack_faults(case)
+    assert not _unpack_faults(case)
+
+
+#: Errors in the words for AMD's compiler alone, as a text and its replacement.
+AMD_MUTANTS = {
+    "lanes do not wait for each other": ("__builtin_amdgcn_wave_barrier();", ""),
+    "the other half of a wave votes": (
+        "(u32)(__ballot(bit) >> (__lane_id() & 32))",
+        "(u32)(__ballot(bit) >> (~__lane_id() & 32))",
+    ),
+    "half of the lanes are added": (
+        "step = 16; step; step /= 2) value",
+        "step = 8; step; step /= 2) value",
+    ),
+    "the last lane for any": ("return __shfl(value, lane, 32);", "return __shfl(value, 31, 32);"),
+    "one lane below for any": ("__shfl_up(value, by, 32)", "__shfl_up(value, 1, 32)"),
+    "the larger of half of the lanes": (
+        "step = 16; step; step /= 2) {",
+        "step = 8; step; step /= 2) {",
+    ),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mutant", [pytest.param(x, marks=needs_hip) for x in AMD_MUTANTS])
+def test_every_mutant_of_the_words_for_amd_is_caught(mutant: str) -> None:
+    right, wrong = AMD_MUTANTS[mutant]
+
+    class Altered(HostCard):
+        def load(self, source: str, names: Iterable[str]) -> dict[str, object]:
+            assert source.count(right) == 1
+            return super().load(source.replace(right, wrong), names)
+
+    class AlteredHip(HipEmulated):
+        @staticmethod
+        def find_card(device: torch.device, driver: Driver) -> Card:
+            return Altered(device, driver)
+
+    def is_caught(find: Callable[[Case], str], rows: Rows) -> bool:
+        try:
+            return bool(find(Case("cpu", rows, AlteredHip(CPU))))
+        except TransferError:  # threads wait in different places
+            return True
+
+    finds = (_pack_faults, _unpack_faults)
+    assert any(is_caught(find, rows) for rows in (FEW[0], FEW[2]) for find in finds)
 
 
 def _plan(raw: KVView, packs: bool = True) -> PackPlan:

@@ -64,7 +64,7 @@ VENDOR = "portakv_conformance.vendor"
     # What any kernel is given counts here, and the text of the CUDA kernel does not.
     ("portakv.backends.compiled", "portakv.backends.strided.py portakv.backends._sides.py"),
     ("portakv.backends.triton", "portakv.backends._triton_rows.py portakv.backends._sides.py"),
-    ("portakv.backends.hip", "portakv.runtime.hip.py portakv_native.cuda/rows.cuh"),
+    ("portakv.backends.hip", "portakv.runtime.hip.py portakv_native.cuda/pack.cuh"),
     ("portakv.backends.ascend", "portakv_native.ascend/rows.h"),
     ("portakv.backends.reference", "portakv.backends.reference.py portakv.backends.strided.py"),
     # What emulates: a change ends every level that it carried.
@@ -74,7 +74,7 @@ VENDOR = "portakv_conformance.vendor"
     (f"{VENDOR}.ascend_device",
      f"{VENDOR}.ascend_ops.py {VENDOR}.cann_stub.py {VENDOR}/cann_stub.c"),
     (f"{VENDOR}.hip_emulated",
-     f"{VENDOR}.cpp.py {VENDOR}/hip_fake.cpp {VENDOR}/kernel_on_cpu.h"),
+     f"{VENDOR}.cpp.py {VENDOR}/hip_fake.cpp {VENDOR}/warps_on_cpu.h"),
     (f"{VENDOR}.ascendc_emulated",
      "portakv_native.ascend/emulation/machine.h portakv_native.ascend/rows.h"),
 ])  # fmt: skip

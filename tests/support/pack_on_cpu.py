@@ -8,7 +8,6 @@ import ctypes
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,10 @@ from portakv.backends.rows_launch import RowsBackend
 from portakv.layout.packing import Pack
 from portakv_conformance.draw.planes import EDGES, at_edge, every_pattern, usual
 from portakv_conformance.judge.slots import SlotShape, packed_slot, usual_slot
+from portakv_conformance.vendor.hip_emulated import WARPS
 from support.cuda_on_cpu import HOST_PLACES, HostDriver, compiled, why_not
 
-_HEAD = f'#include "{Path(__file__).with_name("warps_on_cpu.h")}"\n'
+_HEAD = f'#include "{WARPS}"\n'
 _ENTRIES = """
 extern "C" int run_kernel(
     const void* argument, unsigned blocks, unsigned threads, int backwards) {{

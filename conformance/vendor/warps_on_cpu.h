@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Warps whose lanes exchange values: each thread has a stack. A thread stops where its warp or its
-// block meets, and continues after all threads of the warp or block have come there. The
-// conformance suite's kernel_on_cpu.h stands first.
+// block meets, and continues after all threads of the warp or block have come there. kernel_on_cpu.h
+// stands first. In AMD's words (`__AMDGCN__`) a warp is one half of a wave of 64 lanes, and the other
+// half may be at another place.
 //
 // Lanes of a warp run one after the other between two meetings, in an order that `run_warps` takes:
 // code that relies on lanes being in step gives other bytes for another order.
@@ -10,8 +11,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 
 #define __shared__ static
+#define __launch_bounds__(...)
 static constexpr unsigned MOST_THREADS = 1024;
 static constexpr unsigned STACK = 1 << 16;
 static ucontext_t scheduler, contexts[MOST_THREADS];
@@ -71,6 +74,28 @@ static inline unsigned __ballot_sync(unsigned, bool bit) {
     const unsigned* all = exchange(value, "shfl_up");
     return all[own >= step ? own - step : own];
 }
+#if defined(__AMDGCN__)
+// What the other half of a wave answers is of no use: all ones here.
+[[maybe_unused]] static inline unsigned __lane_id() { return threadIdx.x % 64; }
+[[maybe_unused]] static inline unsigned long long __ballot(bool bit) {
+    const unsigned upper = threadIdx.x & 32;
+    const unsigned long long others = 0xffffffffULL << (32 - upper);
+    return others | (unsigned long long)__ballot_sync(0, bit) << upper;
+}
+[[maybe_unused]] static inline unsigned __shfl(unsigned value, unsigned lane, int) {
+    return exchange(value, "shfl")[lane % 32];
+}
+[[maybe_unused]] static inline unsigned __shfl_up(unsigned value, unsigned by, int) {
+    return __shfl_up_sync(0, value, by);
+}
+[[maybe_unused]] static inline unsigned __shfl_xor(unsigned value, unsigned mask, int) {
+    const unsigned own = threadIdx.x % 32;
+    return exchange(value, "shfl_xor")[(own ^ mask) % 32];
+}
+// Lanes here do not go in step: they meet where the compiler must keep the order.
+[[maybe_unused]] static inline void __builtin_amdgcn_wave_barrier() { exchange(0, "barrier"); }
+[[maybe_unused]] static inline void __builtin_amdgcn_fence(int, const char*) {}
+#endif
 [[maybe_unused]] static inline int __popc(unsigned word) { return __builtin_popcount(word); }
 [[maybe_unused]] static inline int __ffs(unsigned word) { return __builtin_ffs((int)word); }
 [[maybe_unused]] static inline unsigned atomicAdd(unsigned* word, unsigned value) {
@@ -101,6 +126,8 @@ template <class Argument>
 static int run_warps(
     void (*kernel)(Argument), const void* argument, unsigned blocks, unsigned threads,
     bool backwards) {
+    static std::mutex one_launch;  // the stacks and all shared memory are static
+    const std::lock_guard<std::mutex> held(one_launch);
     Warps<Argument>::kernel = kernel;
     Warps<Argument>::argument = static_cast<const Argument*>(argument);
     blockDim = {threads, 1, 1};
