@@ -125,7 +125,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--encoding",
         choices=("pack",),
-        help="with --store: store the blocks of a bf16 model packed",
+        help="with --store: store the blocks of a bf16 model packed, without loss",
     )
     demo.add_argument("--json", action="store_true", help="print one JSON value")
     demo.set_defaults(run=_demo, misunderstood=demo.error)

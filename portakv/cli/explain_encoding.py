@@ -68,14 +68,13 @@ def _pack_of(text: str) -> Pack:
     """
     if text == PACK:
         return Pack()
-    try:
+    if text.startswith(f"{PACK}/"):
         return Pack.of_text(text)
-    except InvalidTerms:
-        raise InvalidTerms(
-            f"Expected --encoding to be {PACK!r}, or a text such as {Pack().text!r}, got {text!r}. "
-            f"Leave out --encoding for others: rows of 'fp8' are converted by operations of torch "
-            f"between two plain copies, and have no plan."
-        ) from None
+    raise InvalidTerms(
+        f"Expected --encoding to be {PACK!r}, or a text such as {Pack().text!r}, got {text!r}. "
+        f"Leave out --encoding for others: rows of 'fp8' are converted by operations of torch "
+        f"between two plain copies, and have no plan."
+    )
 
 
 _STAYS_RAW = (

@@ -46,7 +46,8 @@ def ask(
     until = monotonic() + patience
     owner = source.owner
     asks = by or owner.channel.ask
-    kind: Any = Answer | Chosen if isinstance(request, Choose) else Answer
+    chooses = isinstance(request, Choose)
+    kind: Any = Answer | Chosen if chooses else Answer
     while not pull.over:
         answer = _once(partial(asks, owner.address, request, kind), pull)
         if answer.state == "done":
@@ -54,7 +55,8 @@ def ask(
         if answer.state == "gone":
             raise source.ticket.gone(answer.why)
         if answer.state != "busy" or monotonic() > until:
-            raise Refused(f"{owner.address} sent no rows: {answer.why or 'it is busy.'}")
+            left_out = "chose no encoding" if chooses else "sent no rows"
+            raise Refused(f"{owner.address} {left_out}: {answer.why or 'it is busy.'}")
         pause = answer.seconds if answer.seconds > 0 else 1e-3
         sleep(min(pause, 0.05))  # at most this long, because the pull may end meanwhile
     raise TransferCancelled(CANCELLED)

@@ -344,6 +344,7 @@ def test_explain_an_encoding_as_json() -> None:
     ("words", "expected"),
     [
         (["--encoding", "zip"], "Expected --encoding to be 'pack', or a text such as 'pack/1:4'"),
+        (["--encoding", "pack/1:7"], "Expected code_bits to be 3 or 4, got 7"),
         (["--encoding", "fp8"], "rows of 'fp8' are converted by operations of torch"),
         (["--encoding", "pack", "--dtype", "float16"], "of float16"),
         (["--encoding", "pack", "--dim", "3"], "planes of 48 values"),

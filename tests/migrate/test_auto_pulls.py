@@ -540,7 +540,7 @@ def test_an_owner_that_stays_busy_sends_raw_rows(
     seen = Both(made, Raw(), Raw(fill=0.0)).figures(SLOW)
     assert not seen.packed
     assert seen.raw_because.startswith("the owner made no choice: ")
-    assert "it is busy" in seen.raw_because
+    assert "chose no encoding: it is busy" in seen.raw_because
 
 
 @pytest.mark.parametrize(("first", "count"), [(3, 16), (16, 15)])
