@@ -28,6 +28,7 @@ PROMPTS = 2
 ANSWER = 12  # tokens
 LEASE = 600.0  # seconds; the decode engines of this example start later
 LIMIT = 120  # seconds
+COUNTED = 10  # seconds after an answer in which its pull has been counted
 
 
 def make_model(folder: Path) -> None:
@@ -125,7 +126,11 @@ def decode(llm: LLM, folder: Path, number: int) -> None:
     began = time.monotonic()
     tokens, _ = answer(llm, prompt_of(number), ANSWER, json.loads(file.read_text()))
     seconds = round(time.monotonic() - began, 2)
-    while not counter(llm, "pulled_tokens") + counter(llm, "failed_pulls"):  # once a second
+    # They change once a second, in the engine's steps. A ticket that is refused changes none.
+    until = time.monotonic() + COUNTED
+    while not counter(llm, "pulled_tokens") + counter(llm, "failed_pulls"):
+        if time.monotonic() > until:
+            break
         answer(llm, [5, 6, 7], 2)
     pulled = int(counter(llm, "pulled_tokens"))
     print(json.dumps({"tokens": tokens, "pulled": pulled, "seconds": seconds}), flush=True)

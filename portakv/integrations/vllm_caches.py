@@ -147,13 +147,14 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
             f"what another one lacks. Leave by_layer out of kv_connector_extra_config."
         )
     model = config.model_config
+    folder = os.path.abspath(model.model) if os.path.isdir(model.model) else model.model
     names = (
-        model.model,
+        folder,
         model.revision,
         model.quantization,
         config.cache_config.cache_dtype,
         _checksum_of(model),
-        _checksum_of_weights(str(model.model)),
+        _checksum_of_weights(str(folder)),
     )
     name = ":".join(str(name) for name in names)
     terms = name, size, tuple(groups), store, workers

@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from portakv.errors import InvalidTerms
+import torch
+
+from portakv.errors import BackendUnavailable, InvalidTerms
 from portakv.integrations.findings import (
     Findings,
     check_bucket,
@@ -75,7 +77,8 @@ def findings_of(config: Mapping[str, Any], sizes: Sizes | None = None) -> Findin
     if not findings.errors and config.get("kv_load_failure_policy", "fail") != "recompute":
         findings.warnings.append(
             "kv_load_failure_policy is not 'recompute': a stored block that is damaged, or was "
-            "evicted meanwhile, ends its request with an error. Set it to 'recompute'."
+            "evicted meanwhile, and a pull that fails end their request with an error. Set it to "
+            "'recompute'."
         )
     role = config.get("kv_role")
     _check_terms(role, config.get("kv_connector_extra_config") or {}, sizes, findings)
@@ -105,7 +108,9 @@ def _check_terms(role: object, extra: Any, sizes: Sizes | None, findings: Findin
         findings.errors.append(str(error))
         return
     if roles.handing is not None:
-        _check_handing(roles.handing, findings)
+        _check_handing(roles.handing, sizes, findings)
+    else:
+        findings.notes.append("No requests are handed over: there is no hand_over.")
     if not roles.stores:
         findings.notes.append("The engine has no store: no term names a folder, host or bucket.")
         return
@@ -129,13 +134,22 @@ def _check_terms(role: object, extra: Any, sizes: Sizes | None, findings: Findin
         _check_sizes(terms, sizes, findings)
 
 
-def _check_handing(handing: Handing, findings: Findings) -> None:
-    """Read the secret of engines that hand requests over, and say who reaches them."""
+def _check_handing(handing: Handing, sizes: Sizes | None, findings: Findings) -> None:
+    """Read the secret of engines that hand requests over, look for their transport, and say who
+    reaches them."""
+    from portakv.migrate.transports import check_transport
+
     terms = handing.terms
     try:
         terms.secret()
-    except InvalidTerms as error:
+        check_transport(terms.transport, torch.device("cpu"))
+    except (InvalidTerms, BackendUnavailable) as error:
         findings.errors.append(f"kv_connector_extra_config: hand_over: {error}")
+    if sizes is not None and sizes.windows:
+        findings.errors.append(
+            "Expected a model whose layers all keep all tokens for hand_over, got one with windows "
+            "or other kinds of layers. Leave hand_over out."
+        )
     does = {
         (True, False): "offers the rows of prompts that it computes",
         (False, True): "pulls the rows of prompts that other engines have computed",

@@ -59,7 +59,12 @@ class HandoverTerms:
     transport: str | None = None
 
     def __post_init__(self) -> None:
-        check_address(self.address, self.secret_file is not None)
+        check_address(self.address, secret=True)
+        if self.address is not None and self.secret_file is None:
+            raise InvalidTerms(
+                f"Expected secret_file with {self.address}, got none. Name a file with a secret, "
+                f"as TCP connections are always encrypted."
+            )
         if self.secret_file is not None:
             text("secret_file", self.secret_file)
         number("lease", self.lease, 1e-9, MOST_LEASE, "a number of seconds above 0, at most 10^6")

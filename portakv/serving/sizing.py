@@ -23,10 +23,12 @@ class Sizes(NamedTuple):
     Attributes:
         token: of one token in all layers.
         staging: that saves and loads do not wait for, with steps of `STEP` tokens.
+        windows: some layers keep only a window of the tokens.
     """
 
     token: int
     staging: int
+    windows: bool = False
 
     def tokens(self, nbytes: int) -> int:
         """Return how many tokens fit into some bytes."""
@@ -61,7 +63,16 @@ def sizes_of(config: Mapping[str, Any], dtype: str = "", ranks: int = 1) -> Size
         dim = _number(config, "head_dim", _number(config, "hidden_size", 0) // heads)
         wide = 2 * dim * max(1, kv_heads // ranks)
     token = layers * wide * ITEM_BYTES[name]
-    return Sizes(token, STEPS * STEP * token)
+    return Sizes(token, STEPS * STEP * token, _has_windows(config))
+
+
+def _has_windows(config: Mapping[str, Any]) -> bool:
+    """Return whether some layers of a model keep only a window of the tokens."""
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list):
+        return any(kind != "full_attention" for kind in kinds)
+    used = config.get("use_sliding_window", True) is not False
+    return used and bool(config.get("sliding_window"))
 
 
 def _number(config: Mapping[str, Any], name: str, default: int | None = None) -> int:

@@ -59,6 +59,10 @@ def test_a_right_configuration_has_no_errors(tmp_path: Path) -> None:
             "in hand_over, got 'leese'",
         ),
         (
+            {"kv_connector_extra_config": {"hand_over": {"transport": "rdma"}}},
+            "hand_over: Expected transport to be",
+        ),
+        (
             {"kv_connector_extra_config": {"hand_over": {"secret_file": "/nowhere"}}},
             "hand_over: Expected secret_file to be a file, got '/nowhere'",
         ),
@@ -92,6 +96,31 @@ def test_what_is_handed_over_is_noted(role: str, terms: dict[str, Any], notes: l
     assert found.errors == []
     for note in notes:
         assert any(note in each for each in found.notes)
+
+
+def test_a_store_alone_hands_nothing_over() -> None:
+    note = "No requests are handed over: there is no hand_over."
+    assert note in findings_of(right()).notes
+    assert note not in findings_of(right(hand_over={})).notes
+
+
+@pytest.mark.parametrize(
+    ("model", "windows"),
+    [
+        (LLAMA_8B, False),
+        ({**LLAMA_8B, "sliding_window": 4096}, True),
+        ({**LLAMA_8B, "sliding_window": None}, False),
+        ({**LLAMA_8B, "sliding_window": 4096, "use_sliding_window": False}, False),
+        ({**LLAMA_8B, "layer_types": ["full_attention", "sliding_attention"]}, True),
+        ({**LLAMA_8B, "layer_types": ["linear_attention", "full_attention"]}, True),
+        ({**LLAMA_8B, "sliding_window": 4096, "layer_types": ["full_attention"]}, False),
+    ],
+)
+def test_models_whose_requests_are_not_handed_over(model: dict[str, Any], windows: bool) -> None:
+    sizes = sizes_of(model)
+    found = findings_of(right(hand_over={}), sizes)
+    assert any("all keep all tokens for hand_over" in each for each in found.errors) == windows
+    assert not any("hand_over" in each for each in findings_of(right(), sizes).errors)
 
 
 def test_a_lease_that_ends_before_a_pull_is_warned_of() -> None:

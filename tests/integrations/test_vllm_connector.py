@@ -131,6 +131,22 @@ def test_what_a_configuration_says(configurations: tuple[Any, Any], tmp_path: Pa
     assert not settings.fails_by_request
 
 
+def test_a_folder_of_a_model_has_one_name(
+    configurations: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two engines that name it by other paths serve one model."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = set()
+    for path in ("weights", "./weights", str(folder)):
+        configurations[0].model_config.model = path
+        names.add(settings_of(*configurations).model)
+    assert len(names) == 1
+    configurations[0].model_config.model = "other"
+    assert settings_of(*configurations).model.startswith("other:")
+
+
 def test_kinds_of_layers_that_are_not_served_are_named(configurations: tuple[Any, Any]) -> None:
     class MambaSpec(SimpleNamespace):
         pass
