@@ -5,7 +5,8 @@
 // arguments and error paths, and nothing about a device.
 //
 // PORTAKV_SHIM is the path of kernel_on_cpu.h, PORTAKV_WARPS that of warps_on_cpu.h, PORTAKV_CXX the
-// compiler, PORTAKV_FAKE_PATCH a number that changes with the sources. The functions named hip_fake_* are for tests.
+// compiler, and PORTAKV_FAKE_PATCH a number that changes with the sources. The functions named
+// hip_fake_* are for tests.
 #include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
@@ -83,7 +84,7 @@ std::string content(const std::string& path) {
     return all.str();
 }
 
-// Whether the lanes of a kernel's warps exchange values.
+// Return whether the lanes of a kernel's warps exchange values.
 bool has_warps(const std::string& text) { return text.find("__shared__") != std::string::npos; }
 
 // Behind a text: for each of its kernels, which have one argument, a function that runs it, and
@@ -229,7 +230,8 @@ int hipModuleLaunchKernel(
     const Function* called = static_cast<Function*>(function);
     std::vector<uint64_t> argument(called->bytes / 8 + 1);
     memcpy(argument.data(), arguments[0], called->bytes);
-    // Threads of a warp or a block that wait in different places never end on a device.
+    // Threads of a block that wait at different barriers never end on a device. Lanes of a warp that
+    // exchange values at different places get wrong ones.
     return called->run(argument.data(), gx, gy, bx) ? LAUNCH_FAILURE : SUCCESS;
 }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Warps whose lanes exchange values: each thread has a stack. A thread stops where its warp or its
 // block meets, and continues after all threads of the warp or block have come there. kernel_on_cpu.h
-// stands first. In AMD's words (`__AMDGCN__`) a warp is one half of a wave of 64 lanes, and the other
-// half may be at another place.
+// stands first. With `__AMDGCN__` a warp is one half of a wave of 64 lanes, whose other half may have
+// taken another branch.
 //
 // Lanes of a warp run one after the other between two meetings, in an order that `run_warps` takes:
 // code that relies on lanes being in step gives other bytes for another order.
@@ -75,22 +75,28 @@ static inline unsigned __ballot_sync(unsigned, bool bit) {
     return all[own >= step ? own - step : own];
 }
 #if defined(__AMDGCN__)
-// What the other half of a wave answers is of no use: all ones here.
+// What the other half of a wave answers is of no use: all ones here, also for a shuffle of a width
+// by which a lane reads from there.
 [[maybe_unused]] static inline unsigned __lane_id() { return threadIdx.x % 64; }
 [[maybe_unused]] static inline unsigned long long __ballot(bool bit) {
     const unsigned upper = threadIdx.x & 32;
     const unsigned long long others = 0xffffffffULL << (32 - upper);
     return others | (unsigned long long)__ballot_sync(0, bit) << upper;
 }
-[[maybe_unused]] static inline unsigned __shfl(unsigned value, unsigned lane, int) {
-    return exchange(value, "shfl")[lane % 32];
+static inline unsigned of_wave(unsigned value, unsigned lane, const char* place) {
+    const unsigned* all = exchange(value, place);
+    return lane / 32 == __lane_id() / 32 ? all[lane % 32] : 0xffffffffU;
 }
-[[maybe_unused]] static inline unsigned __shfl_up(unsigned value, unsigned by, int) {
-    return __shfl_up_sync(0, value, by);
+[[maybe_unused]] static inline unsigned __shfl(unsigned value, unsigned lane, unsigned width) {
+    return of_wave(value, __lane_id() / width * width + lane % width, "shfl");
 }
-[[maybe_unused]] static inline unsigned __shfl_xor(unsigned value, unsigned mask, int) {
-    const unsigned own = threadIdx.x % 32;
-    return exchange(value, "shfl_xor")[(own ^ mask) % 32];
+[[maybe_unused]] static inline unsigned __shfl_up(unsigned value, unsigned by, unsigned width) {
+    const unsigned own = __lane_id();
+    return of_wave(value, own % width >= by ? own - by : own, "shfl_up");
+}
+[[maybe_unused]] static inline unsigned __shfl_xor(unsigned value, unsigned mask, unsigned width) {
+    const unsigned own = __lane_id(), other = own ^ mask;
+    return of_wave(value, other / width == own / width ? other : own, "shfl_xor");
 }
 // Lanes here do not go in step: they meet where the compiler must keep the order.
 [[maybe_unused]] static inline void __builtin_amdgcn_wave_barrier() { exchange(0, "barrier"); }

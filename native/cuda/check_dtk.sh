@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Build the row kernel of `hip` for Hygon's newer DCUs, which only Hygon's DTK supports, and test the
+# Build the kernels of `hip` for Hygon's newer DCUs, which only Hygon's DTK supports, and test the
 # backend if there is a card.
 #
 #   bash native/cuda/check_dtk.sh [target ...]      default: gfx928 gfx936

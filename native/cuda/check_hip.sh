@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Build the row kernel of `hip` for AMD targets, and print the loads and stores of its machine code.
+# Build the kernels of `hip` for AMD targets, and print the loads and stores of its machine code.
 # The kernel is not run: this script needs hipcc, but no device.
 #
 #   bash native/cuda/check_hip.sh [--report FILE] [target ...]      default: gfx906 gfx908 gfx90a

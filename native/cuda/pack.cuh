@@ -12,13 +12,13 @@
 // before each segment.
 //
 // The address of a raw value is found as `rows.cuh` finds it. A warp has 32 threads. On AMD's devices
-// it is a wave of 32, or one half of a wave of 64, and the other half may be at another place.
+// it is a wave of 32, or one half of a wave of 64, whose other half may have taken another branch.
 
 #include "rows.cuh"
 
 #if defined(__CUDACC__)
 #define PORTAKV_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
-#elif defined(__HIPCC__) || defined(__HIPCC_RTC__)  // the second number is of something else there
+#elif defined(__HIPCC__) || defined(__HIPCC_RTC__)  // HIP's second number: the least waves of a SIMD
 #define PORTAKV_BOUNDS(threads, blocks) __launch_bounds__(threads)
 #else
 #define PORTAKV_BOUNDS(threads, blocks)

@@ -239,10 +239,11 @@ __device__ __forceinline__ void fetch_ahead(
         + (i64)(in % Run) * Bytes);
 }
 
-// Lanes: places for the vectors of one unit in one plane. As many as it has vectors; or more, and then
-// each vector takes the place that it has in a sector of the destination, so that no two warps write
-// parts of one sector of a row. Such a sector may be read before it is written: a scatter of rows of
-// 656 B reached 0.80 of a plain copy, and 0.84 with one more lane (benchmarks/NOTES.md, section 75).
+// A unit in one plane has `Lanes` places for its vectors. If there are more places than vectors, each
+// vector takes the place that it has in a sector of the destination (32 B), so that no two warps
+// write parts of one sector of a row. Memory reads such a sector before it writes it: a scatter of
+// rows of 656 B reached 0.80 of a plain copy, and 0.84 with one more lane (benchmarks/NOTES.md,
+// section 75).
 template <
     int Bytes, unsigned Run, unsigned Lanes, unsigned Each, class Inner, class Outer, class Src,
     class Dst>
@@ -262,11 +263,12 @@ __device__ __forceinline__ void copy_rows(const CopyOf<Src, Dst>& copy) {
         unsigned in = at % Lanes;
         if (in < row) {
             const unsigned nth_vector = Lanes > row ? unit * row + in : at;
-            fetch_ahead<Bytes, Run, Inner, Outer>(copy, nth_vector, plane, copy.units * row);
+            const unsigned vectors_of_plane = Lanes > row ? copy.units * row : all;
+            fetch_ahead<Bytes, Run, Inner, Outer>(copy, nth_vector, plane, vectors_of_plane);
         }
         char *src, *dst;
         if (!both_addresses<Outer, Inner>(
-                copy, copy.start + unit, plane, Lanes > row ? 0 : in / Run, in == 0, src, dst))
+                copy, copy.start + unit, plane, in / Run, in == 0, src, dst))
             continue;
         if constexpr (Lanes > row) {  // only of units that are one run
             in -= (unsigned)((u64)dst % 32) / Bytes;

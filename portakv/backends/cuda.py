@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cuda`: the hand-written row kernel, compiled by NVRTC, launched by the driver API."""
+"""`cuda`: the hand-written kernels, compiled by NVRTC, launched by the driver API."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from portakv.runtime import nvrtc as _nvrtc
 
 
 class Cuda(PackingRowsBackend):
-    """The CUDA kernel of ``native/cuda`` on NVIDIA devices."""
+    """The kernels of ``native/cuda`` on NVIDIA devices."""
 
     name = "cuda"
 

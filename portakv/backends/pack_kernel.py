@@ -33,8 +33,8 @@ PACKS = "portakv_pack"
 UNPACKS = "portakv_unpack"
 #: Bytes of a vector of 8 values, the only access to raw rows.
 VECTOR = 16
-#: Planes of one launch; a larger copy is split.
-MAX_PLANES = 2**31 - 1
+#: Threads of one launch, of which HIP takes fewer than 2^32; a larger copy is split.
+MAX_THREADS = 2**32 - 1024
 #: Planes of a thread block, if a warp takes a plane.
 _PLANES = 4
 #: Threads of a multiprocessor for which it has 64 registers each.
@@ -156,7 +156,8 @@ class PackKernel:
 
     def spans(self, units: int) -> list[tuple[int, int]]:
         """Return (first unit, units) of each launch."""
-        most = max(1, MAX_PLANES // self.planes)
+        of_plane = self.threads // self._planes
+        most = max(1, MAX_THREADS // of_plane // self.planes)
         return [(start, min(most, units - start)) for start in range(0, units, most)]
 
     def pack_span(self, buffer: bytearray, start: int, units: int) -> None:

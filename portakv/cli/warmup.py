@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv warmup`: compile the kernels of `cuda` and `hip` before a transfer needs them."""
+"""`portakv warmup`: compile the row kernels of `cuda` and `hip` before a transfer needs them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from portakv.runtime import kernel_cache as _kernel_cache
 from portakv.runtime import nvrtc as _nvrtc
 from portakv.view.view import KVView
 
-HELP = "compile the kernels of cuda or hip into their cache, for any architecture"
+HELP = "compile the row kernels of cuda or hip into their cache, for any architecture"
 DESCRIPTION = """\
-Compiles the kernels of the `cuda` or the `hip` backend and stores them in their
-cache (PORTAKV_CACHE_DIR, else portakv in the user's cache folder). The first
-transfer then compiles nothing. The command needs no GPU: with --arch it compiles
+Compiles the row kernels of the `cuda` or the `hip` backend and stores them in
+their cache (PORTAKV_CACHE_DIR, else portakv in the user's cache folder). The
+first transfer of raw rows then compiles nothing. The command needs no GPU: with --arch it compiles
 for another machine that has the same release of the compiler. For each shape or
 pair of layouts it compiles the kernels of gather and scatter, by slots and by
 blocks, for layers in separate allocations and in one. Kernels for other extents

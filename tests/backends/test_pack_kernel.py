@@ -5,6 +5,7 @@ compiles them, and on a GPU. What they refuse."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from support.pack_on_cpu import HostPackDriver, PackOnCpu, Rows, by_block
 from portakv import Index, KVView, TransferError
 from portakv.backends.base import Backend
 from portakv.backends.cuda import Cuda
+from portakv.backends.pack_kernel import PackKernel
 from portakv.plan.packing import PackPlan
 from portakv.runtime.hip import Card, Driver
 from portakv_conformance.judge.slots import usual_slot
@@ -304,13 +306,13 @@ needs_hip = [
         *(pytest.param(x, marks=[*needs_hip, pytest.mark.full], id=_name(x)) for x in WIDER),
     ],
 )
-def test_every_byte_in_the_words_for_amd(rows: Rows) -> None:
+def test_every_byte_of_the_text_for_amd(rows: Rows) -> None:
     case = Case("cpu", rows, HipEmulated(CPU))
     assert not _pack_faults(case)
     assert not _unpack_faults(case)
 
 
-#: Errors in the words for AMD's compiler alone, as a text and its replacement.
+#: Errors in what is for AMD's compiler alone, as a text and its replacement.
 AMD_MUTANTS = {
     "lanes do not wait for each other": ("__builtin_amdgcn_wave_barrier();", ""),
     "the other half of a wave votes": (
@@ -322,6 +324,14 @@ AMD_MUTANTS = {
         "step = 8; step; step /= 2) value",
     ),
     "the last lane for any": ("return __shfl(value, lane, 32);", "return __shfl(value, 31, 32);"),
+    "a lane of the whole wave": (
+        "return __shfl(value, lane, 32);",
+        "return __shfl(value, lane, 64);",
+    ),
+    "sums of both halves": (
+        "value += __shfl_xor(value, step, 32);",
+        "value += __shfl_xor(value, 2 * step, 64);",
+    ),
     "one lane below for any": ("__shfl_up(value, by, 32)", "__shfl_up(value, 1, 32)"),
     "the larger of half of the lanes": (
         "step = 16; step; step /= 2) {",
@@ -332,7 +342,7 @@ AMD_MUTANTS = {
 
 @pytest.mark.full
 @pytest.mark.parametrize("mutant", [pytest.param(x, marks=needs_hip) for x in AMD_MUTANTS])
-def test_every_mutant_of_the_words_for_amd_is_caught(mutant: str) -> None:
+def test_every_mutant_of_the_text_for_amd_is_caught(mutant: str) -> None:
     right, wrong = AMD_MUTANTS[mutant]
 
     class Altered(HostCard):
@@ -353,6 +363,18 @@ def test_every_mutant_of_the_words_for_amd_is_caught(mutant: str) -> None:
 
     finds = (_pack_faults, _unpack_faults)
     assert any(is_caught(find, rows) for rows in (FEW[0], FEW[2]) for find in finds)
+
+
+@pytest.mark.parametrize("rows", [Rows(16, 128), Rows(384, 128, heads=1)], ids=_name)
+def test_no_launch_has_more_threads_than_hip_takes(rows: Rows) -> None:
+    """Fewer than 2^32; ids that are skipped count, too."""
+    plan = _plan(rows.raw_view(rows.tensors(rows.values(0), CPU)))
+    kernel = PackKernel(plan.nests[0], plan)
+    spans = kernel.spans(3_000_000_000)
+    assert sum(units for _, units in spans) == 3_000_000_000
+    assert all(first + units == after for (first, units), (after, _) in pairwise(spans))
+    assert all(kernel.grid(units) * kernel.threads < 2**32 for _, units in spans)
+    assert kernel.grid(spans[0][1] + 2) * kernel.threads > 2**32 - 2**20  # no more than needed
 
 
 def _plan(raw: KVView, packs: bool = True) -> PackPlan:
