@@ -262,23 +262,17 @@ def test_any_stream_rests(which: int, to_device: bool, monkeypatch: pytest.Monke
     pieces = to_2d_copies(runs_of([0], [0], ROOM))
     stream = streams_of(CUDA)[which]
     handle = _cuda_driver.raw(stream, 0)
-    rests = []
-    real = link.Copies.rest
-
-    def rest(copies: link.Copies, word: int, of: int) -> bool:
-        served = real(copies, word, of)
-        rests.append((of, served))
-        return served
-
-    monkeypatch.setattr(link.Copies, "rest", rest)
+    made = link_of(CUDA)
+    assert isinstance(made, CudaLink)
     for _ in range(4):
         delay(stream or current(CUDA))
         ends.copy(pieces, stream)
         ends.judge(pieces)
         ends.dst.zero_()
         torch.cuda.synchronize()
-    assert len(rests) >= 3, "a stream rests before each copy but the first"
-    assert set(rests) == {(handle, True)}
+        assert made._in_a_row.get(handle) == ROOM, "no rest since the copy before"
+    assert made._word is not None
+    assert made._rests, "the driver has no wait for a word"
 
 
 #: Clock cycles of a model's step: 3 ms, of the 17 ms that a transfer takes.
