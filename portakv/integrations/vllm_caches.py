@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -153,7 +154,7 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
         model.revision,
         model.quantization,
         config.cache_config.cache_dtype,
-        _checksum_of(model),
+        _checksum_of(model, folder),
         _checksum_of_weights(str(folder)),
     )
     name = ":".join(str(name) for name in names)
@@ -283,11 +284,15 @@ def check_hooks(base: type, settings: Settings) -> None:
         )
 
 
-def _checksum_of(model: Any) -> str:
-    """Return a checksum of a model's configuration, with what the user has overridden."""
+def _checksum_of(model: Any, name: str) -> str:
+    """Return a checksum of a model's configuration, with what the user has overridden.
+
+    The configuration repeats the path that the user gave; ``name`` stands for it.
+    """
     config = getattr(model, "hf_config", None)
     text = config.to_json_string(use_diff=False) if config is not None else ""
-    return sha256(text.encode()).hexdigest()[:16]
+    path, absolute = (f'"_name_or_path": {json.dumps(str(each))}' for each in (model.model, name))
+    return sha256(text.replace(path, absolute).encode()).hexdigest()[:16]
 
 
 def warn_of_policy(config: Any) -> None:

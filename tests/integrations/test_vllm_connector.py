@@ -141,6 +141,10 @@ def test_a_folder_of_a_model_has_one_name(
     names = set()
     for path in ("weights", "./weights", str(folder)):
         configurations[0].model_config.model = path
+        text = json.dumps({"_name_or_path": path, "layers": 2}, indent=2)
+        configurations[0].model_config.hf_config = SimpleNamespace(
+            to_json_string=lambda use_diff, text=text: text
+        )
         names.add(settings_of(*configurations).model)
     assert len(names) == 1
     configurations[0].model_config.model = "other"
