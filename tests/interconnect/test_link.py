@@ -256,8 +256,7 @@ def test_a_stream_of_torchs_general_kind_rests_too() -> None:
 @TO_DEVICE
 @pytest.mark.parametrize("which", range(3), ids=["current", "default", "own"])
 def test_any_stream_rests(which: int, to_device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also the legacy default stream, which takes no batches: the driver takes the wait there, or the
-    copy raises."""
+    """Also the legacy default stream. A copy raises if the driver rejects the wait."""
     monkeypatch.setattr(link, "IN_A_ROW", ROOM)
     ends = Link(CUDA, to_device)
     pieces = to_2d_copies(runs_of([0], [0], ROOM))
