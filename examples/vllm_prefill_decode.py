@@ -128,9 +128,9 @@ def decode(llm: LLM, folder: Path, number: int) -> None:
     seconds = round(time.monotonic() - began, 2)
     # They change once a second, in the engine's steps. A ticket that is refused changes none.
     until = time.monotonic() + COUNTED
-    while not counter(llm, "pulled_tokens") + counter(llm, "failed_pulls"):
-        if time.monotonic() > until:
-            break
+    while time.monotonic() < until and not (
+        counter(llm, "pulled_tokens") + counter(llm, "failed_pulls")
+    ):
         answer(llm, [5, 6, 7], 2)
     pulled = int(counter(llm, "pulled_tokens"))
     print(json.dumps({"tokens": tokens, "pulled": pulled, "seconds": seconds}), flush=True)

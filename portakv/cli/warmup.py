@@ -28,11 +28,11 @@ HELP = "compile the row kernels of cuda or hip into their cache, for any archite
 DESCRIPTION = """\
 Compiles the row kernels of the `cuda` or the `hip` backend and stores them in
 their cache (PORTAKV_CACHE_DIR, else portakv in the user's cache folder). The
-first transfer of raw rows then compiles nothing. The command needs no GPU: with --arch it compiles
-for another machine that has the same release of the compiler. For each shape or
-pair of layouts it compiles the kernels of gather and scatter, by slots and by
-blocks, for layers in separate allocations and in one. Kernels for other extents
-of an engine are compiled when the engine registers its caches."""
+first transfer of raw rows then compiles nothing. The command needs no GPU: with
+--arch it compiles for another machine that has the same release of the compiler.
+For each shape or pair of layouts it compiles the kernels of gather and scatter,
+by slots and by blocks, for layers in separate allocations and in one. Kernels for
+other extents of an engine are compiled when the engine registers its caches."""
 
 #: A compute capability times ten, or AMD's name of an architecture.
 Architecture = int | str
