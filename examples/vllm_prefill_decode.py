@@ -17,6 +17,7 @@ import argparse
 import json
 import random
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,7 @@ def counter(llm: LLM, name: str) -> float:
 
 
 def prefill(llm: LLM, folder: Path) -> None:
-    """Compute prompts for the decode engine, then go on until this engine is killed."""
+    """Compute prompts for the decode engine, then go on until this engine is killed or Ctrl-C."""
     for number in range(PROMPTS):
         own, _ = answer(llm, prompt_of(number), ANSWER)
         print(json.dumps({"tokens": own}), flush=True)
@@ -109,9 +110,11 @@ def prefill(llm: LLM, folder: Path) -> None:
         part.write_text(json.dumps(params))
         part.rename(folder / f"{number}.json")
     until = time.monotonic() + LEASE
-    while time.monotonic() < until:  # an engine offers rows, and gets its blocks back, in its steps
-        answer(llm, [5, 6, 7], 2)
-        time.sleep(0.05)
+    with suppress(KeyboardInterrupt):
+        # An engine offers rows, and gets its blocks back, in its steps.
+        while time.monotonic() < until:
+            answer(llm, [5, 6, 7], 2)
+            time.sleep(0.05)
 
 
 def decode(llm: LLM, folder: Path, number: int) -> None:
