@@ -14,6 +14,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from portakv.arguments import invalid
+from portakv.errors import PortaKVError
+
 #: Samples by the name of a figure: labels, and a "value".
 Figures: TypeAlias = dict[str, list[dict[str, str | float]]]
 #: One entry of Chrome's trace format.
@@ -161,7 +164,20 @@ class Trace:
             events.append({**place, "ph": "i", "s": "g", "name": note.name, "args": note.details})
         return events
 
-    def write(self, path: str | PathLike[str]) -> None:
-        """Write the events into a file for ui.perfetto.dev."""
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump({"traceEvents": self.events()}, file)
+    def write(self, path: str | PathLike[str], failure: type[PortaKVError]) -> None:
+        """Write the events into a file for ui.perfetto.dev.
+
+        Raises:
+            InvalidTerms: not a path.
+            failure: the file cannot be written.
+        """
+        if not isinstance(path, str | PathLike) or not str(path):
+            raise invalid("path", "a path of a file", path, "Pass a text or a path.")
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump({"traceEvents": self.events()}, file)
+        except (OSError, ValueError) as error:
+            raise failure(
+                f"Expected path to be a file that can be written, got {path}: {error}. Pass "
+                f"another path."
+            ) from error

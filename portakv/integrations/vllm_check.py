@@ -11,16 +11,15 @@ import torch
 from portakv.errors import BackendUnavailable, InvalidTerms
 from portakv.integrations.findings import (
     Findings,
-    check_bucket,
-    check_memory,
+    check_places,
     check_release,
     gib,
     other_values,
-    short_of,
     unknown_keys,
 )
 from portakv.integrations.interfaces import lacks
 from portakv.integrations.vllm_handover import ROLES, Handing, roles_of
+from portakv.migrate.transports import check_transport
 from portakv.serving.local import TOKENS, StoreTerms
 from portakv.serving.sizing import Sizes
 
@@ -119,14 +118,12 @@ def _check_terms(role: object, extra: Any, sizes: Sizes | None, findings: Findin
     except InvalidTerms as error:
         findings.errors.append(f"kv_connector_extra_config: {error}")
         return
-    check_memory(terms.host + terms.staging, findings, "host and staging")
-    findings.warnings += short_of(terms)
+    check_places(terms, findings, "kv_connector_extra_config")
     if terms.shared and not terms.folders:
         findings.warnings.append(
             "shared is true, and there is no folder by which other engines would find the store. "
             "Name a folder."
         )
-    check_bucket(terms, findings, "kv_connector_extra_config")
     findings.notes.append(_who_stores(terms))
     if terms.encoding is not None:
         findings.notes.append(_packed_blocks(terms))
@@ -137,8 +134,6 @@ def _check_terms(role: object, extra: Any, sizes: Sizes | None, findings: Findin
 def _check_handing(handing: Handing, sizes: Sizes | None, findings: Findings) -> None:
     """Read the secret of engines that hand requests over, look for their transport, and say who
     reaches them."""
-    from portakv.migrate.transports import check_transport
-
     terms = handing.terms
     try:
         terms.secret()

@@ -18,7 +18,7 @@ import torch
 
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
-from portakv.errors import InvalidTerms, PackOverflow, TransferCancelled, TransferError
+from portakv.errors import PackOverflow, TransferCancelled, TransferError
 from portakv.graph import Graph, Task
 from portakv.migrate.checked_copy import copy_checked
 from portakv.migrate.connections import Sources
@@ -103,17 +103,7 @@ class Issuer:
 
     def write_trace(self, path: str | os.PathLike[str]) -> None:
         """Write the trace of the reader; see `Reader.trace`."""
-        if not isinstance(path, str | os.PathLike) or not str(path):
-            raise InvalidTerms(
-                f"Expected path to be a path of a file, got {path!r}. Pass a text or a path."
-            )
-        try:
-            self.graph.trace.write(path)
-        except (OSError, ValueError) as error:
-            raise TransferError(
-                f"Expected path to be a file that can be written, got {path}: {error}. Pass "
-                f"another path."
-            ) from error
+        self.graph.trace.write(path, TransferError)
 
     def late_events(self, sources: Sources) -> list[torch.Event]:
         """Return the events of offers that have not been reached.

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from portakv.copy.choose_encoding import (
+    SAMPLE_AGAIN,
     EncodingChoice,
     Sampled,
     best_of,
@@ -29,8 +30,6 @@ from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import StreamFence
 from portakv.view import KVView
 
-#: Raw bytes of requested rows after which another sample is taken, as in a block store.
-AGAIN = 8 << 30
 #: The most windows of shards whose samples are kept: those of readers that pull layer by layer are
 #: single layers.
 MOST_KEPT = 1024
@@ -107,7 +106,7 @@ class LateAnswers:
             if kept is None:
                 return _BUSY
             self._kept[key] = kept
-            kept.left = AGAIN
+            kept.left = SAMPLE_AGAIN
             choice = kept.choice(view, request.link_gbps)
             assert choice is not None  # `_look` has looked at what this request needs
 

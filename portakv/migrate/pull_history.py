@@ -10,6 +10,7 @@ from math import inf
 from time import perf_counter
 from typing import NamedTuple, TypeAlias
 
+from portakv.copy.choose_encoding import is_out_of_date
 from portakv.migrate.messages import Box
 from portakv.runtime.bounded import Bounded
 
@@ -21,9 +22,6 @@ LEAST_SECONDS = 5e-3
 #: The rate is the highest of so many measured pulls: all that disturbs a pull, such as work that
 #: was queued before it, makes the transport seem slower. If it seems too fast, rows cross raw.
 RATES = 5
-#: Of so many blocks that crossed packed, more than one in `MISFITS` did not fit: sample again.
-LOOK_AT = 64
-MISFITS = 8
 #: The most windows whose misfits are counted, as many as owners keep samples of.
 MOST_KEPT = 1024
 
@@ -110,7 +108,7 @@ class PullHistory:
     def needs_sample(self, window: Window) -> bool:
         """Return True, once, if too many of the latest packed blocks of a window did not fit."""
         packed = self._packed.get(window)
-        if packed is None or packed.blocks < LOOK_AT:
-            return False
-        self._packed.pop(window, None)
-        return packed.misfits * MISFITS > packed.blocks
+        answer = None if packed is None else is_out_of_date(packed.blocks, packed.misfits)
+        if answer is not None:
+            self._packed.pop(window, None)
+        return bool(answer)

@@ -23,7 +23,7 @@ class Sizes(NamedTuple):
     Attributes:
         token: of one token in all layers.
         staging: that saves and loads do not wait for, with steps of `STEP` tokens.
-        windows: some layers keep only a window of the tokens.
+        windows: some layers keep a window of the tokens, or no rows of tokens.
     """
 
     token: int
@@ -67,7 +67,7 @@ def sizes_of(config: Mapping[str, Any], dtype: str = "", ranks: int = 1) -> Size
 
 
 def _has_windows(config: Mapping[str, Any]) -> bool:
-    """Return whether some layers of a model keep only a window of the tokens."""
+    """Return whether some layers of a model do not keep the rows of all tokens."""
     kinds = config.get("layer_types")
     if isinstance(kinds, list):
         return any(kind != "full_attention" for kind in kinds)

@@ -3,7 +3,8 @@
 for each save.
 
 A choice is made by `portakv.copy.choose_encoding`, and remembered for each device. A new sample is
-taken after `AGAIN` bytes of saves, or if many blocks did not fit. Only the first one is waited for.
+taken after `SAMPLE_AGAIN` bytes of saves, or if many blocks did not fit. Only the first one is
+waited for.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from portakv.arguments import invalid
 from portakv.copy.choose_encoding import (
+    SAMPLE_AGAIN,
     EncodingChoice,
     best_of,
     check_terms,
@@ -33,12 +35,6 @@ from portakv.storage.encoded import EncodedFigures
 from portakv.storage.form import BlockForm
 from portakv.view import KVView
 
-#: Raw bytes of saves after which another sample is taken. They cross a link of 55 GB/s in 156 ms,
-#: next to which a sample of a few MiB is short (not measured on a GPU).
-AGAIN = 8 << 30
-#: Of so many blocks that were to be packed, more than one in `MISFITS` did not fit: sample again.
-LOOK_AT = 64
-MISFITS = 8
 #: The most of a disk or an object store that is believed, unless its rate is declared: a drive with
 #: four lanes of PCIe 4.0.
 TIER_GBPS = 7.0
@@ -121,7 +117,7 @@ class Known:
     def __init__(self, choice: EncodingChoice, rated: EncodingChoice | None = None) -> None:
         self.choice = choice
         self.rated = rated
-        self.left = AGAIN
+        self.left = SAMPLE_AGAIN
         self.pending: Sample | None = None
         self.trouble = ""
 
@@ -240,8 +236,8 @@ class Chooser:
             if (choice.pack is None) != (known.choice.pack is None):
                 self._note(choice)
             known.choice = choice
-        elif known.left <= 0 or self._figures.misfits(LOOK_AT) * MISFITS > LOOK_AT:
-            known.left = AGAIN
+        elif known.left <= 0 or self._figures.sample_is_out_of_date():
+            known.left = SAMPLE_AGAIN
             self._figures.forget_misfits()
             try:
                 known.pending = Sample(view, ids, (pack,))

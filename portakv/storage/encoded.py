@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from portakv.copy.choose_encoding import is_out_of_date
 from portakv.graph.trace import Figures
 from portakv.layout.packing import FLAG_AT, PACKED, TOTAL_AT, PackedPlane
 from portakv.storage.form import HEADER, BlockForm
@@ -51,14 +52,13 @@ class EncodedFigures:
             self._packed_of_late += blocks
             self._misfits_of_late += misfits
 
-    def misfits(self, of: int) -> float:
-        """Return how many of ``of`` blocks did not fit of late; 0 before as many were packed."""
+    def sample_is_out_of_date(self) -> bool:
+        """Return whether too many blocks did not fit since `forget_misfits`."""
         with self._lock:
-            many = self._packed_of_late
-            return self._misfits_of_late * of / many if many >= of else 0.0
+            return bool(is_out_of_date(self._packed_of_late, self._misfits_of_late))
 
     def forget_misfits(self) -> None:
-        """Begin to count anew what `misfits` returns."""
+        """Begin to count anew for `sample_is_out_of_date`."""
         with self._lock:
             self._packed_of_late = 0
             self._misfits_of_late = 0

@@ -321,16 +321,13 @@ class BlockStore(FormStore):
         return figures
 
     def trace(self, path: str | os.PathLike[str]) -> None:
-        """Write the last tasks of the graph, for Perfetto or Chrome."""
-        if not isinstance(path, str | os.PathLike) or not str(path):
-            raise invalid("path", "a path of a file", path)
-        try:
-            self.graph.trace.write(path)
-        except (OSError, ValueError) as error:
-            raise StoreError(
-                f"Expected path to be a file that can be written, got {path}: {error}. "
-                f"Pass another."
-            ) from error
+        """Write the last tasks of the graph, for Perfetto or Chrome.
+
+        Raises:
+            InvalidTerms: not a path.
+            StoreError: the file cannot be written.
+        """
+        self.graph.trace.write(path, StoreError)
 
     def explain(self) -> str:
         """Return how blocks are stored and moved, a line each."""

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from portakv.errors import Unsupported
+from portakv.errors import TransferError, Unsupported
 from portakv.graph.graph import Graph
 from portakv.graph.prometheus import Collector
 from portakv.graph.task import Task
@@ -97,7 +97,7 @@ def test_figures_can_be_written_as_json() -> None:
 
 def test_a_trace_has_the_form_that_perfetto_opens(tmp_path: Path) -> None:
     """Each event has what its phase needs, and a flow leads from a task's end to the next one."""
-    ran().trace.write(tmp_path / "trace.json")
+    ran().trace.write(tmp_path / "trace.json", TransferError)
     events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
     needs = {"M": {"args"}, "X": {"ts", "dur"}, "s": {"ts", "id"}, "f": {"ts", "id", "bp"}}
     for event in events:

@@ -339,7 +339,7 @@ def test_a_sample_is_kept(made: Sides, samples: list[Sample]) -> None:
 def test_another_sample_follows_many_bytes(
     made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("portakv.migrate.late_answers.AGAIN", RAW_BYTES)
+    monkeypatch.setattr("portakv.migrate.late_answers.SAMPLE_AGAIN", RAW_BYTES)
     both = Both(made, Raw(), Raw(fill=0.0))
     both.figures(SLOW)
     randomize(both.src)
@@ -351,7 +351,7 @@ def test_another_sample_follows_many_bytes(
 def test_another_sample_follows_blocks_that_do_not_fit(
     made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("portakv.migrate.pull_history.LOOK_AT", 5)
+    monkeypatch.setattr("portakv.copy.choose_encoding.LOOK_AT", 5)
     both = Both(made, Raw(), Raw(fill=0.0))
     both.figures(SLOW)
     randomize(both.src)
@@ -364,7 +364,7 @@ def test_each_window_has_misfits_of_its_own(
     made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of the second shard alone do not fit any more, so it gets another sample."""
-    monkeypatch.setattr("portakv.migrate.pull_history.LOOK_AT", 5)
+    monkeypatch.setattr("portakv.copy.choose_encoding.LOOK_AT", 5)
     first = Raw()
     second = Raw()
     into = [Raw(fill=0.0), Raw(fill=0.0)]

@@ -226,7 +226,7 @@ def test_a_choice_is_remembered_and_made_again_after_many_bytes(
             assert save(store, normal(), range(block, block + 1)) == "packed"
         assert samples.taken == 1
         # Control: with a lower limit the next saves take samples, of which the second one counts.
-        monkeypatch.setattr(auto, "AGAIN", 0)
+        monkeypatch.setattr(auto, "SAMPLE_AGAIN", 0)
         known_of(store).left = 0
         noise = random_bits()
         assert save(store, noise, range(4, 5)) == "packed"
@@ -240,7 +240,7 @@ def test_many_blocks_that_do_not_fit_are_a_reason_to_look_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     samples = Samples(monkeypatch)
-    monkeypatch.setattr(auto, "LOOK_AT", 2)
+    monkeypatch.setattr("portakv.copy.choose_encoding.LOOK_AT", 2)
     noise = random_bits()
     with store_of(encoding=SLOW) as store:
         assert save(store, normal(), range(2)) == "packed"
@@ -408,7 +408,7 @@ def test_a_device_without_memory_for_a_sample_keeps_the_choice(
         raise torch.OutOfMemoryError("full")
 
     layers = normal()
-    monkeypatch.setattr(auto, "AGAIN", 0)
+    monkeypatch.setattr(auto, "SAMPLE_AGAIN", 0)
     monkeypatch.setattr(auto, "Sample", full)
     with store_of(encoding=SLOW) as store:
         assert save(store, layers, range(1)) == "raw"
@@ -427,7 +427,7 @@ def test_a_sample_that_fails_fails_no_save(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("no memory could be pinned")
 
     layers = normal()
-    monkeypatch.setattr(auto, "AGAIN", 0)
+    monkeypatch.setattr(auto, "SAMPLE_AGAIN", 0)
     monkeypatch.setattr(auto, "Sample", failing)
     with store_of(encoding=SLOW) as store:
         assert save(store, layers, range(1)) == "raw"
