@@ -219,7 +219,7 @@ class Worker:
             self.progress.error = self.progress.error or error
 
     def _keep_rate(self, piece: Slice) -> None:
-        """Wait until the slice may start, or until the transfer is cancelled."""
+        """Wait until the slice may start, until the transfer is cancelled, or a slice failed."""
         limit = self._limit
         if limit is None:
             return
@@ -228,8 +228,11 @@ class Worker:
             # Land first: a caller that waits for a layer must not wait for the pause as well.
             while self._in_flight:
                 self._land()
+            progress = self.progress
             with self._change:
-                self._change.wait_for(lambda: self.progress.cancelled, limit.left(start))
+                self._change.wait_for(
+                    lambda: progress.cancelled or progress.error is not None, limit.left(start)
+                )
 
     def _land(self) -> None:
         """Wait for the oldest slice."""

@@ -335,6 +335,23 @@ def test_few_are_in_flight_and_none_is_issued_behind_one_that_fails_when_it_land
     assert statistics.blocks == 0, "blocks count up to the first that did not land"
 
 
+def test_a_slice_that_fails_when_it_lands_ends_the_pause_of_a_rate(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next slice would start in minutes, and never does."""
+
+    def wait() -> None:
+        raise RuntimeError("a sticky error")
+
+    late = SimpleNamespace(done=lambda: False, wait=wait)
+    monkeypatch.setattr(type(registry.choose("cpu", "gated").backend), "pending", late)
+    one = Started(max_gbps=1e-9)
+    gate.open()
+    with pytest.raises(TransferError, match="0 of 5 slices had landed, with RuntimeError: a stick"):
+        one.transfer.synchronize(timeout=PATIENCE)
+    assert one.transfer.statistics.slices == 1
+
+
 def test_a_thread_that_cannot_start(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
