@@ -35,12 +35,7 @@ def issue(
 
     Raises as `copy_rows`.
     """
-    src = move.src
-    dst = move.dst
-    executor = choice
-    inside = src.device == dst.device == context.device and src.form.place != "peer"
-    if options.terms is not None or not inside:
-        executor = executor_of(src, dst, choice, options.terms)
+    executor = _executor_of(move, choice, context, options)
     if options.sliced:
         return in_slices(move, executor, context, options.max_gbps, options.by_layer, passed)
     if options.detached and context.device.type != "cpu":
@@ -53,3 +48,19 @@ def issue(
         remember(move, choice, options, context.device, settled, made)
     skips = settled.guarded or settled.move is not move
     return BlockTransfer(made, move, began, skips=skips)
+
+
+def check_executable(move: Move, choice: Choice, context: Context, options: CopyOptions) -> None:
+    """Raise what `issue` raises for a copy that nothing here executes; move nothing."""
+    nothing = move._replace(count=0)
+    settle(nothing, _executor_of(move, choice, context, options), context, passed=Passed(False))
+
+
+def _executor_of(move: Move, choice: Choice, context: Context, options: CopyOptions) -> Choice:
+    """Return what executes a copy; raise as `executor_of`."""
+    src = move.src
+    dst = move.dst
+    inside = src.device == dst.device == context.device and src.form.place != "peer"
+    if options.terms is None and inside:
+        return choice
+    return executor_of(src, dst, choice, options.terms)

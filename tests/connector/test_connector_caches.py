@@ -28,7 +28,7 @@ from support.guarded_memory import filled, refused, same, untouched
 from support.packed_backend import Packing
 from support.threads import run_threads
 
-from portakv import AdaptiveConnector, LayoutError, SlotError
+from portakv import AdaptiveConnector, DeviceMismatch, LayoutError, SlotError
 
 
 @pytest.fixture
@@ -260,6 +260,24 @@ def test_a_repeat_refuses_lazily_negated_ids() -> None:
         assert len(Packing.words) == 1, "the second copy was not repeated"
         with refused(SlotError, "lazily negated", watch=[*caches, chunk]):
             connector.from_gpu(chunk, None, torch._neg_view(-slots))
+
+
+@pytest.mark.simdev
+@pytest.mark.parametrize("home", ["cpu", simulated.DEVICE], ids=str)
+@pytest.mark.parametrize("store", [True, False])
+def test_a_batch_with_a_chunk_of_another_device_moves_nothing(
+    home: str | torch.device, store: bool
+) -> None:
+    away = simulated.DEVICE if home == "cpu" else torch.device(simulated.DEVICE.type, 1)
+    caches = [torch.zeros(6, 4, 2, 4).to(home) for _ in range(2)]
+    chunks = [torch.ones(2, 4, 8), torch.ones(2, 4, 8).to(away)]
+    connector = AdaptiveConnector(
+        home, None, "layer | block token head dim", "layer token (head dim)"
+    )
+    connector.register_kv_caches(caches)
+    move = connector.batched_from_gpu if store else connector.batched_to_gpu
+    with refused(DeviceMismatch, str(away), watch=[*caches, *chunks]):
+        move(chunks, None, list(range(8)), [0, 4], [4, 8])
 
 
 def resized_in_place(tensor: torch.Tensor, nbytes: int) -> bool:
