@@ -102,6 +102,8 @@ class Network:
         self.cut = threading.Event()
         self.eat = 0
         self._open = list[socket.socket]()
+        self._lock = threading.Lock()
+        self._closed = False
         self.quiet = threading.Event()  # until the handshake is over answers pass
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -110,7 +112,11 @@ class Network:
             while True:
                 here = self._listening.accept()[0]
                 there = socket.create_connection(self._to)
-                self._open += here, there
+                with self._lock:
+                    self._open += here, there
+                    if self._closed:  # while the connection was made
+                        self._end()
+                        return
                 for pair in ((here, there, False), (there, here, True)):
                     threading.Thread(target=self._forward, args=pair, daemon=True).start()
 
@@ -127,5 +133,13 @@ class Network:
                 one.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._end()
+
+    def _end(self) -> None:
+        """Close all sockets. A thread that reads one returns only once it was shut down."""
         for one in (self._listening, *self._open):
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
             one.close()
