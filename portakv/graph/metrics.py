@@ -132,7 +132,7 @@ _STORE = (
         "encoding.wire",
         "By",
         "form",
-        "bytes that crossed to the host for them, packed or raw",
+        "bytes that crossed to the host for them, and for blocks that did not land",
     ),
     _counter(
         "encoding_blocks_total",

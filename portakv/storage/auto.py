@@ -109,14 +109,21 @@ class Known:
     Attributes:
         choice: the present choice.
         rated: the choice by the rates; None: no sample changes the choice.
-        left: raw bytes of saves until the next sample.
+        rates_missing: the rates could not be measured, and are measured again.
+        left: raw bytes of saves until the next sample, or the next rates.
         pending: a sample whose result has not been looked at.
         trouble: the reason why the latest sample was not taken, as a sentence; empty if it was.
     """
 
-    def __init__(self, choice: EncodingChoice, rated: EncodingChoice | None = None) -> None:
+    def __init__(
+        self,
+        choice: EncodingChoice,
+        rated: EncodingChoice | None = None,
+        rates_missing: bool = False,
+    ) -> None:
         self.choice = choice
         self.rated = rated
+        self.rates_missing = rates_missing
         self.left = SAMPLE_AGAIN
         self.pending: Sample | None = None
         self.trouble = ""
@@ -171,7 +178,7 @@ class Chooser:
             return False
         with self._lock:
             known = self.known.get(view.device)
-            if known is None:
+            if known is None or (known.rates_missing and known.left <= 0):
                 known = self.known[view.device] = self._begin(view, ids)
                 self._note(known.choice)
             elif known.rated is not None:
@@ -210,7 +217,7 @@ class Chooser:
             return Known(EncodingChoice(None, why))
         rated = rated_choice(view, pack, terms.link_gbps, terms.packing_gbps, self._most)
         if rated.pack is None:
-            return Known(rated)
+            return Known(rated, rates_missing=rated.packing_gbps is None)
         self._figures.forget_misfits()
         try:
             best = best_of(view, Sample(view, ids, (pack,)), pack)

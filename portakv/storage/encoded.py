@@ -35,21 +35,27 @@ class EncodedFigures:
             self._wire += nbytes
             self._blocks["raw"] += blocks
 
-    def add_packed(self, form: BlockForm, blocks: int, misfits: int, image: Any = None) -> None:
-        """Count blocks that were packed, of which some did not fit and were brought raw.
+    def add_packed(
+        self, form: BlockForm, fits: int, misfits: int, followed: int, image: Any = None
+    ) -> None:
+        """Count blocks whose slots crossed.
 
-        ``image``: the row of one that fits, uint8 ``[row_bytes]``, whose escapes count.
+        Args:
+            fits: those that fit.
+            misfits: those that did not.
+            followed: the ``misfits`` that were brought raw after that; the others did not land.
+            image: the row of one that fits, uint8 ``[row_bytes]``, whose escapes count.
         """
         escapes, values = (0, 0) if image is None else _escapes(form, image)
         raw = form.raw.payload_bytes
         with self._lock:
-            self._payload += blocks * raw
-            self._wire += blocks * form.payload_bytes + misfits * raw
-            self._blocks["packed"] += blocks - misfits
-            self._blocks["overflow"] += misfits
+            self._payload += (fits + followed) * raw
+            self._wire += (fits + misfits) * form.payload_bytes + followed * raw
+            self._blocks["packed"] += fits
+            self._blocks["overflow"] += followed
             self._escapes += escapes
             self._values += values
-            self._packed_of_late += blocks
+            self._packed_of_late += fits + misfits
             self._misfits_of_late += misfits
 
     def sample_is_out_of_date(self) -> bool:

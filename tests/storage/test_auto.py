@@ -14,9 +14,19 @@ import torch
 from support.migrate_channels import until
 from support.storage_cases import key_of
 
-from portakv import EncodingChoice, InvalidTerms, KVView, Pack, TransferError, Unsupported
+from portakv import (
+    EncodingChoice,
+    InvalidTerms,
+    KVView,
+    Pack,
+    PackOverflow,
+    TransferError,
+    Unsupported,
+    copy_blocks,
+)
 from portakv.backends.pack_planes import pack_planes
 from portakv.copy.exponents import Sample
+from portakv.copy.pack_rates import Rates
 from portakv.storage import AutoEncoding, BlockForm, BlockStore, Disk, auto
 
 NHD = "layer | kv block token head dim"
@@ -383,6 +393,71 @@ def test_views_of_other_block_sizes_load_raw_blocks_whatever_was_chosen_last() -
         assert save_halves(store, BLOCKS) == "raw"
         assert load_halves(store) == [True] * BLOCKS
         assert counted(store) == {"packed": BLOCKS - 2, "raw": BLOCKS, "overflow": 0}
+
+
+def test_blocks_that_do_not_land_are_no_payload() -> None:
+    """A store of the packed form alone has no place for a block that does not fit: its slots have
+    crossed, and its raw rows have not."""
+    layers = normal()
+    layers[1][1, 3] = random_bits()[1][1, 3]
+    form = form_of(layers, encoding="pack")
+    with store_of(form, encoding=None) as store:
+        handle = store.save(view_of(layers), range(BLOCKS), KEYS[:BLOCKS], full="wait")
+        with pytest.raises(TransferError, match="not packed"):
+            handle.synchronize(LIMIT)
+        assert sum(handle.landed) == BLOCKS - 1
+        assert counted(store) == {"packed": BLOCKS - 1, "raw": 0, "overflow": 0}
+        assert figure(store, "payload_bytes_total") == (BLOCKS - 1) * form.raw.payload_bytes
+        assert figure(store, "wire_bytes_total") == BLOCKS * form.payload_bytes
+
+
+def test_slots_with_a_flag_are_no_payload() -> None:
+    """Slots of a packed view are copied as they are: nothing follows raw."""
+    layers = normal()
+    layers[1][1, 3] = random_bits()[1][1, 3]
+    form = form_of(layers, encoding="pack")
+    slots = torch.zeros(BLOCKS, LAYERS, 2, HEADS, PLANE.slot_bytes, dtype=torch.uint8)
+    packed = KVView(slots, "block layer kv head page", block_size=SIZE, dim=DIM, encoding="pack")
+    with pytest.raises(PackOverflow):
+        copy_blocks(view_of(layers), packed, range(BLOCKS), range(BLOCKS)).synchronize()
+    with store_of({"packed": form, "raw": form.raw}, encoding=None) as store:
+        handle = store.of("packed").save(packed, range(BLOCKS), KEYS[:BLOCKS], full="wait")
+        with pytest.raises(TransferError, match="not packed"):
+            handle.synchronize(LIMIT)
+        figures = {each["form"]: each["value"] for each in bytes_of(store, "payload")}
+        assert figures["packed"] == (BLOCKS - 1) * form.raw.payload_bytes
+        figures = {each["form"]: each["value"] for each in bytes_of(store, "wire")}
+        assert figures["packed"] == BLOCKS * form.payload_bytes
+
+
+def bytes_of(store: BlockStore, which: str) -> Any:
+    """Return the samples of a figure, one for each form."""
+    return store.statistics()[f"encoding_{which}_bytes_total"]
+
+
+def test_rates_that_could_not_be_measured_are_measured_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers: list[Rates | Exception] = [RuntimeError("no memory"), Rates(1.0, 20.0)]
+
+    def rates_of(*_: Any) -> Rates:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("portakv.copy.choose_encoding.rates_of", rates_of)
+    monkeypatch.setattr(auto, "stays_raw", lambda *_: "")  # as on a device that packs
+    layers = normal()
+    with store_of(encoding=AutoEncoding(link_gbps=1.0)) as store:
+        assert save(store, layers, range(1)) == "raw"
+        assert "could not be measured: no memory" in store.explain()
+        assert save(store, layers, range(1, 2)) == "raw"
+        assert len(answers) == 1
+        known_of(store).left = 0
+        assert save(store, layers, range(2, 3)) == "packed"
+        assert save(store, layers, range(3, 4)) == "packed"
+        assert right(store, layers, range(4))
 
 
 def test_wrong_encodings_are_refused() -> None:
