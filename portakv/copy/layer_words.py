@@ -55,8 +55,8 @@ class LayerWords:
 
     A layer counts as there when all loads of its step have ended in it, whatever their end: landed,
     failed, late, cancelled, or cut off from an owner that died. Who reads the rows asks the loads
-    what landed. A wait also ends after ``limit`` seconds; `expired` says so, and no row of that
-    step counts.
+    what landed. A wait also ends after ``limit`` seconds; `expired` says so after `end_waits`, and
+    no row of that step counts.
 
     Args:
         device: where the model computes; the host's threads block in `wait`.
@@ -163,6 +163,12 @@ class LayerWords:
         While a graph is captured, it gets the wait, for the loads of each step that replays it.
         """
         self._words.wait(layer)
+
+    def end_waits(self) -> None:
+        """Block until the waits on the current stream have ended, after which `expired` is final
+        for their step."""
+        if self._stream is not None:
+            torch.accelerator.current_stream(self._device.index).synchronize()
 
     def close(self) -> None:
         """Raise all words of the present step, whatever its loads do, also before `commit`."""

@@ -323,11 +323,17 @@ class Hand:
     def _end_waiting(self) -> set[str]:
         """Wait for the loads that this step waits for; return the requests that lack rows."""
         wrong = set[str]()
+        expired = False
+        if self._words is not None:
+            # A device that waits may reach the limit long after the step was launched, and the
+            # engine has to learn it before it uses the step's tokens.
+            self._words.end_waits()
+            expired = self._words.expired
         for work in self._waiting:
             for part in work.parts:
                 _wait(part.handle)
             work.waited = True
-            if self._words is not None and self._words.expired:
+            if expired:
                 work.failed = True  # its rows came after the model had gone on
             if work.missing():
                 wrong.add(work.job.request)

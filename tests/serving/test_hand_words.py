@@ -176,6 +176,48 @@ def test_rows_after_a_wait_that_ended_by_its_limit_do_not_count(case: Case, guar
     assert (failed == {3, 1}) is guard
 
 
+class Launched(Words):
+    """Words of a device: a wait is launched, and ends when the device gets to it.
+
+    ``guard``: whoever asks whether a wait has expired lets the device get there before.
+    """
+
+    def __init__(self, guard: bool) -> None:
+        super().__init__(1e-3)
+        self.guard = guard
+        self.launched = list[int]()
+
+    def wait(self, layer: int) -> None:
+        self.launched.append(layer)
+
+    def end_waits(self) -> None:
+        if self.guard:
+            self.run()
+
+    def run(self) -> None:
+        """Run the waits, which reach their limit."""
+        if self.launched:
+            self.host.expired = self._number
+            self.launched.clear()
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_a_wait_that_reaches_its_limit_after_the_launch_is_reported(
+    host: Case, guard: bool
+) -> None:
+    """The rows are there by then, but a device whose copies hang may have gone on without them."""
+    words = Launched(guard)
+    hand = host.hand(words)
+    hand.load(LOAD)
+    for layer in range(LAYERS):
+        hand.layer(layer)
+    report, failed = ended(hand)
+    words.run()
+    assert words.expired
+    assert (report.loaded == {7: frozenset([0, 1])}) is guard
+    assert (failed == {3, 1}) is guard
+
+
 def test_steps_without_loads_wait_for_nothing(case: Case) -> None:
     """Also after a step whose words nothing raised."""
     words = Lazy()

@@ -5,6 +5,7 @@ forms."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def form_of(layers: list[torch.Tensor], **more: Any) -> BlockForm:
     return BlockForm.of(view_of(layers), "org/model", **more)
 
 
-def store_of(form: BlockForm | None = None, **terms: Any) -> BlockStore:
+def store_of(form: BlockForm | Mapping[str, BlockForm] | None = None, **terms: Any) -> BlockStore:
     form = form_of(normal()) if form is None else form
     return BlockStore(form, **{"staging": 4 << 20, "host": 4 << 20, "encoding": "auto", **terms})
 
