@@ -19,7 +19,7 @@ from portakv.runtime.bounded import Bounded
 from portakv.serving import Group, check_group
 from portakv.serving.local import TOKENS, StoreTerms
 from portakv.serving.plan import Blocks
-from portakv.serving.weights import checksum_of_weights
+from portakv.serving.weights import checksum_if_here
 
 _log = logging.getLogger(__name__)
 #: The kinds of KV groups that the connector serves.
@@ -155,7 +155,7 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
         model.quantization,
         config.cache_config.cache_dtype,
         _checksum_of(model, folder),
-        _checksum_of_weights(str(folder)),
+        checksum_if_here(str(folder)),
     )
     name = ":".join(str(name) for name in names)
     terms = name, size, tuple(groups), store, workers
@@ -394,7 +394,10 @@ def salt_of(request: Any) -> bytes:
         parts += adapter.lora_name, path, _checksum_of_adapter(path)
     if not any(parts):
         return b""
-    return sha256(b"\0".join(part.encode() for part in parts)).digest()
+    texts = [part.encode() for part in parts]
+    if any(b"\0" in text for text in texts):  # which could pass for several parts
+        texts = [sha256(text).digest() for text in texts]
+    return sha256(b"\0".join(texts)).digest()
 
 
 def _checksum_of_adapter(folder: str) -> str:
@@ -408,15 +411,7 @@ def _checksum_of_adapter(folder: str) -> str:
     except OSError:
         return ""
     state = (folder, *sorted((each.st_ino, each.st_size, each.st_mtime_ns) for each in files))
-    return _adapters.get_or_make(state, lambda: _checksum_of_weights(folder))
-
-
-def _checksum_of_weights(folder: str) -> str:
-    """Return a checksum of the weights in a folder; empty if there are none to read here."""
-    try:
-        return checksum_of_weights(folder)
-    except OSError:
-        return ""
+    return _adapters.get_or_make(state, lambda: checksum_if_here(folder))
 
 
 _adapters: Bounded[tuple[object, ...], str] = Bounded("checksums of adapters", 256)

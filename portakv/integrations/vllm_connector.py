@@ -201,7 +201,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             handing = self._settings.handing
             remote = None
             if handing is not None and handing.pulls:
-                remote = remote_rows_of(request, self._identity_of(request))
+                remote = remote_rows_of(request, self._identity_of)
             terms = salt_of(request), extra, request, remote
             self.ledger.add(request.request_id, tokens, *terms)
 

@@ -9,11 +9,14 @@ A line of ``secondary_tiers`` in ``kv_connector_extra_config`` chooses it, next 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from hashlib import blake2b
 from operator import itemgetter
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,6 +28,7 @@ from portakv.integrations.vllm_tier_terms import TierTerms, tier_terms
 from portakv.serving.kept_page_store import page_store
 from portakv.serving.page_tier import PACE, PageTier
 from portakv.serving.pages import PageJob, PageSize
+from portakv.serving.weights import checksum_if_here
 
 check_release("vllm")
 
@@ -227,20 +231,29 @@ def _result_of(job: PageJob) -> JobResult:
 def _identity(spec: Any, terms: TierTerms) -> tuple[str, str]:
     """Return the name of the model, and what else fixes the bytes of a chunk.
 
-    It is all that vLLM's own tier of files distinguishes, and the layout of the caches: vLLM's keys
-    name tokens alone.
+    It is all that vLLM's own tier of files distinguishes, the layout of the caches, and the weights
+    and the configuration of a model in a folder: vLLM's keys name tokens alone.
     """
+    model = spec.config.model.name
+    weights = checksum_if_here(model)
+    if weights:
+        model = os.path.abspath(model)
     mapper = FileMapper.from_offloading_spec(
         "", spec, blocks_per_file=spec.blocks_per_chunk, parallel_agnostic=True
     )
     facts: dict[str, Any] = {
         **mapper.get_run_config(),
+        "model_name": model,
         "rank": mapper.rank,
         "layout": getattr(spec.config, "kv_cache_layout", None),
         "device": current_platform.device_type,
     }
     if current_platform.device_type == "cpu":  # its kernels lay pages out by instruction set
         facts["cpu"] = torch.backends.cpu.get_cpu_capability()
+    if weights:
+        facts["weights"] = weights
+        with suppress(OSError):  # a folder without the file
+            facts["config"] = Path(model, "config.json").read_text(encoding="utf-8")
     text = json.dumps(facts, sort_keys=True, default=str)
     digest = blake2b(text.encode(), digest_size=16).hexdigest()
-    return spec.config.model.name, f"vllm {digest} {terms.identity}".rstrip()
+    return model, f"vllm {digest} {terms.identity}".rstrip()

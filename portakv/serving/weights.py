@@ -44,6 +44,15 @@ def checksum_of_weights(folder: str | os.PathLike[str]) -> str:
     return checksum.hexdigest()
 
 
+def checksum_if_here(model: str) -> str:
+    """Return `checksum_of_weights` of a model's folder; empty if the name of the model is no
+    folder, or its files cannot be read here."""
+    try:
+        return checksum_of_weights(model)
+    except OSError:
+        return ""
+
+
 @torch.no_grad()
 def checksum_of_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """Return a checksum in hex of the weights of a loaded model.

@@ -343,9 +343,17 @@ def test_what_a_proxy_passes_on() -> None:
     assert params["do_remote_prefill"] is True
     assert params["do_remote_decode"] is False
     carried = json.loads(json.dumps(params))
-    assert remote_rows_of(ended("WAITING", 0, **carried), identity) == rows
-    assert remote_rows_of(ended("WAITING", 0), identity) is None
-    assert remote_rows_of(ended("WAITING", 0, do_remote_decode=True), identity) is None
+    asked = list[Any]()
+
+    def identity_asked(request: Any) -> Any:
+        asked.append(request)
+        return identity
+
+    assert remote_rows_of(ended("WAITING", 0, **carried), identity_asked) == rows
+    assert len(asked) == 1
+    assert remote_rows_of(ended("WAITING", 0), identity_asked) is None
+    assert remote_rows_of(ended("WAITING", 0, do_remote_decode=True), identity_asked) is None
+    assert len(asked) == 1, "the prompts of other requests are not read"
 
 
 def test_wrong_terms_are_refused_by_name(configurations: tuple[Any, Any], tmp_path: Path) -> None:
@@ -533,6 +541,15 @@ def test_salts_and_adapters_keep_blocks_apart() -> None:
     assert len({plain, salted, adapted}) == 3
 
 
+def test_a_salt_cannot_pass_for_an_adapter() -> None:
+    """The parts of a salt are text, in which a request may write what separates them."""
+    adapter = SimpleNamespace(lora_name="name", lora_path="path")
+    adapted = salt_of(request(cache_salt="t", lora_request=adapter))
+    assert salt_of(request(cache_salt="t\0name\0path\0")) != adapted
+    other = SimpleNamespace(lora_name="name\0path", lora_path="")
+    assert salt_of(request(cache_salt="t", lora_request=other)) != adapted
+
+
 @pytest.mark.parametrize(
     "terms",
     [{"prompt_embeds": torch.zeros(1)}, {"mm_features": [object()]}, {"resumable": True}],
@@ -549,7 +566,7 @@ def test_rows_of_another_adapter_are_not_pulled(
     """Nor those of an adapter that was trained further, or of the model without one."""
     weights = tmp_path / "adapter.safetensors"
 
-    def adapted(name: str | None, content: bytes, **params: Any) -> Any:
+    def adapted(name: str | None, content: bytes, **params: Any) -> tuple[Any, Any]:
         weights.write_bytes(content)
         lora = name and SimpleNamespace(lora_name=name, lora_path=str(tmp_path))
         terms = {"prompt_token_ids": [1, 2, 3], "request_id": "a", "kv_transfer_params": params}
@@ -557,12 +574,17 @@ def test_rows_of_another_adapter_are_not_pulled(
         return made, identity_of(made, "model", salt_of(made), ())
 
     rows = RemoteRows((b"ticket",), 3, 30.0)
+
+    def pulled(name: str | None, content: bytes) -> RemoteRows | None:
+        made, identity = adapted(name, content, **params)
+        return remote_rows_of(made, lambda _: identity)
+
     asked, identity = adapted("a", b"one")
     params = parameters_for(asked, rows, identity, "engine", 1)
-    assert remote_rows_of(*adapted("a", b"one", **params)) == rows
+    assert pulled("a", b"one") == rows
     assert not caplog.records
     for other in (("b", b"one"), ("a", b"two"), (None, b"one")):
-        assert remote_rows_of(*adapted(*other, **params)) is None
+        assert pulled(*other) is None
     assert "Expected a ticket for the same" in caplog.text
 
 

@@ -6,6 +6,7 @@ python vllm_tier_hooks.py FOLDER
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +81,36 @@ def shared(folder: Path) -> None:
         other.shutdown()
         return
     raise AssertionError("chunks of another identity are stored in the same folder")
+
+
+def weights(folder: Path) -> None:
+    """Chunks of other weights, or of another configuration, in the same folder are not found."""
+    model = folder / "model"
+    model.mkdir()
+    files = {"model.safetensors": bytes(100), "config.json": b"{}"}
+    for name, content in files.items():
+        (model / name).write_bytes(content)
+    terms: dict[str, Any] = {"folder": str(folder / "of"), "capacity": 1 << 20, "staging": 1 << 20}
+    memory = np.zeros((CHUNKS, NBYTES), np.uint8)
+
+    def found(name: str) -> bool:
+        """Return whether an engine of a model finds the chunk."""
+        tier = PortaKVTier(spec_of(model=name), memory.data, "own", **terms)
+        answer = tier.lookup(key(1), REQUEST)
+        tier.shutdown()
+        return bool(answer is LookupResult.HIT)
+
+    tier = PortaKVTier(spec_of(model=str(model)), memory.data, "own", **terms)
+    tier.submit_store(job(1, [1], [0]))
+    assert ended(tier).success
+    tier.shutdown()
+    assert found(str(model))
+    assert found(os.path.relpath(model))
+    for name, content in files.items():
+        (model / name).write_bytes(content + b" ")
+        assert not found(str(model)), f"{name} was replaced"
+        (model / name).write_bytes(content)
+    assert found(str(model))
 
 
 def walk(folder: Path) -> None:
@@ -162,6 +193,7 @@ def spec() -> None:
 if __name__ == "__main__":
     walk(Path(sys.argv[1]))
     shared(Path(sys.argv[1]))
+    weights(Path(sys.argv[1]))
     refusals()
     spec()
     print("walked")

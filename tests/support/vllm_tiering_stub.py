@@ -125,10 +125,10 @@ def write_vllm_with_tiers(folder: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.0\n")
 
 
-def spec_of(events: bool = False, layout: str = "NHD") -> Any:
+def spec_of(events: bool = False, layout: str = "NHD", model: str = "model") -> Any:
     """Return what a tier reads of vLLM's spec."""
     return SimpleNamespace(
         blocks_per_chunk=1,
         kv_events_config=SimpleNamespace(enable_kv_cache_events=events),
-        config=SimpleNamespace(model=SimpleNamespace(name="model"), kv_cache_layout=layout),
+        config=SimpleNamespace(model=SimpleNamespace(name=model), kv_cache_layout=layout),
     )
