@@ -20,7 +20,7 @@ ELEMENTS = 16
 
 
 def checksum_of_weights(folder: str | os.PathLike[str]) -> str:
-    """Return a checksum in hex of the weights in a folder; empty if it has none.
+    """Return a checksum in hex of the weights in a folder, or in one file; empty if there are none.
 
     It depends on the names and sizes of the files of weights, and on samples of their bytes, so
     that two copies of a model are equal, on any host, and a model that was trained further is
@@ -28,7 +28,9 @@ def checksum_of_weights(folder: str | os.PathLike[str]) -> str:
 
     Raises `OSError` if a file cannot be read.
     """
-    files = sorted(path for path in Path(folder).glob("*") if path.suffix in ENDINGS)
+    place = Path(folder)
+    found = [place] if place.is_file() else place.glob("*")
+    files = sorted(path for path in found if path.suffix in ENDINGS)
     if not files:
         return ""
     checksum = blake2b(digest_size=8)
@@ -45,8 +47,8 @@ def checksum_of_weights(folder: str | os.PathLike[str]) -> str:
 
 
 def checksum_if_here(model: str) -> str:
-    """Return `checksum_of_weights` of a model's folder; empty if the name of the model is no
-    folder, or its files cannot be read here."""
+    """Return `checksum_of_weights` of a model's folder or file; empty if its name is neither, or if
+    they cannot be read here."""
     try:
         return checksum_of_weights(model)
     except OSError:

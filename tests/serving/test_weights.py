@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from portakv.serving.weights import SAMPLE, checksum_of_tensors, checksum_of_weights
+from portakv.serving.weights import (
+    SAMPLE,
+    checksum_if_here,
+    checksum_of_tensors,
+    checksum_of_weights,
+)
 
 
 def written(folder: Path, name: str, content: bytes) -> Path:
@@ -35,6 +40,17 @@ def test_other_weights_are_told_apart(tmp_path: Path, size: int, place: int) -> 
     content[place] ^= 1
     written(folder, "model.safetensors", bytes(content))
     assert checksum_of_weights(folder) != before
+
+
+def test_a_model_in_one_file(tmp_path: Path) -> None:
+    """As a ``.gguf`` file has it; a file of another kind has no weights."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(bytes(3 * SAMPLE))
+    before = checksum_if_here(str(file))
+    assert before == checksum_of_weights(tmp_path) != ""
+    file.write_bytes(bytes(3 * SAMPLE - 1) + b"1")
+    assert checksum_if_here(str(file)) not in (before, "")
+    assert checksum_if_here("org/name") == checksum_if_here(__file__) == ""
 
 
 def test_names_and_sizes_count(tmp_path: Path) -> None:
