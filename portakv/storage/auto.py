@@ -218,7 +218,7 @@ class Chooser:
         rated = rated_choice(view, pack, terms.link_gbps, terms.packing_gbps, self._most)
         if rated.pack is None:
             return Known(rated, rates_missing=rated.packing_gbps is None)
-        self._figures.forget_misfits()
+        self._figures.forget_misfits(view.device)
         try:
             best = best_of(view, Sample(view, ids, (pack,)), pack)
         except torch.OutOfMemoryError:
@@ -243,9 +243,9 @@ class Chooser:
             if (choice.pack is None) != (known.choice.pack is None):
                 self._note(choice)
             known.choice = choice
-        elif known.left <= 0 or self._figures.sample_is_out_of_date():
+        elif known.left <= 0 or self._figures.sample_is_out_of_date(view.device):
             known.left = SAMPLE_AGAIN
-            self._figures.forget_misfits()
+            self._figures.forget_misfits(view.device)
             try:
                 known.pending = Sample(view, ids, (pack,))
             except (PortaKVError, RuntimeError) as error:  # the choice stays

@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import numpy as np
+import torch
 
 from portakv.copy.choose_encoding import is_out_of_date
 from portakv.graph.trace import Figures
@@ -24,8 +25,7 @@ class EncodedFigures:
         self._blocks = {"packed": 0, "raw": 0, "overflow": 0}
         self._escapes = 0
         self._values = 0  # of the planes whose escapes were counted
-        self._packed_of_late = 0
-        self._misfits_of_late = 0
+        self._of_late: dict[torch.device, tuple[int, int]] = {}  # packed blocks, and misfits
 
     def add_raw(self, form: BlockForm, blocks: int) -> None:
         """Count blocks that were not to be packed, of a form of either encoding."""
@@ -36,11 +36,18 @@ class EncodedFigures:
             self._blocks["raw"] += blocks
 
     def add_packed(
-        self, form: BlockForm, fits: int, misfits: int, followed: int, image: Any = None
+        self,
+        device: torch.device,
+        form: BlockForm,
+        fits: int,
+        misfits: int,
+        followed: int,
+        image: Any = None,
     ) -> None:
         """Count blocks whose slots crossed.
 
         Args:
+            device: where they came from.
             fits: those that fit.
             misfits: those that did not.
             followed: the ``misfits`` that were brought raw after that; the others did not land.
@@ -55,19 +62,18 @@ class EncodedFigures:
             self._blocks["overflow"] += followed
             self._escapes += escapes
             self._values += values
-            self._packed_of_late += fits + misfits
-            self._misfits_of_late += misfits
+            packed, unfit = self._of_late.get(device, (0, 0))
+            self._of_late[device] = packed + fits + misfits, unfit + misfits
 
-    def sample_is_out_of_date(self) -> bool:
-        """Return whether too many blocks did not fit since `forget_misfits`."""
+    def sample_is_out_of_date(self, device: torch.device) -> bool:
+        """Return whether too many blocks of a device did not fit since `forget_misfits`."""
         with self._lock:
-            return bool(is_out_of_date(self._packed_of_late, self._misfits_of_late))
+            return bool(is_out_of_date(*self._of_late.get(device, (0, 0))))
 
-    def forget_misfits(self) -> None:
-        """Begin to count anew for `sample_is_out_of_date`."""
+    def forget_misfits(self, device: torch.device) -> None:
+        """Begin to count a device's blocks anew for `sample_is_out_of_date`."""
         with self._lock:
-            self._packed_of_late = 0
-            self._misfits_of_late = 0
+            self._of_late.pop(device, None)
 
     def statistics(self, form: str) -> Figures:
         """Return the figures, in the form of `Graph.statistics`."""

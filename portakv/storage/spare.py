@@ -287,13 +287,13 @@ class SpareRows:
             if view.form.encoding:
                 self._leave_out_flagged(mask, items, keys, report)
             kept = np.flatnonzero(mask)
-            self._count(items[kept], len(rows) - len(kept), 0)
+            self._count(view.device, items[kept], len(rows) - len(kept), 0)
             return mask
         fits = items[rows[~unfit]]
         misfits = len(refused)
         raw = self._spare.raw
         if raw is None:
-            self._count(fits, misfits, 0)
+            self._count(view.device, fits, misfits, 0)
             mask[refused] = False
             for row in refused.tolist():
                 report(keys[row], Reason(OVERFLOWED, why))
@@ -302,7 +302,7 @@ class SpareRows:
             mask[row] = False
             report(keys[row], Reason(OVERFLOWED, NO_ROOM))
         refused = refused[mask[refused]]
-        self._count(fits, misfits, len(refused))
+        self._count(view.device, fits, misfits, len(refused))
         items = np.array(lines[0])
         crossing.copy(raw.rows, view, items[refused], blocks[refused])
         self.hold_raw(refused.tolist())
@@ -318,15 +318,15 @@ class SpareRows:
         """Note that rows hold raw images, of blocks that do not fit."""
         self._raw.update(rows)
 
-    def _count(self, items: Any, misfits: int, followed: int) -> None:
-        """Count blocks of the form itself in rows ``items``, those that did not fit, and how many
-        of these follow raw."""
+    def _count(self, device: torch.device, items: Any, misfits: int, followed: int) -> None:
+        """Count blocks of the form itself that came from a device into rows ``items``, those that
+        did not fit, and how many of these follow raw."""
         figures = self._spare.figures
         form = self._spare.own.form
         if form.encoding:
             rows = self._spare.rows
             one = rows.image(items[0], form.image_bytes) if len(items) else None
-            figures.add_packed(form, len(items), misfits, followed, one)
+            figures.add_packed(device, form, len(items), misfits, followed, one)
         else:
             figures.add_raw(form, len(items))
 

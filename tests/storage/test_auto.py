@@ -29,6 +29,7 @@ from portakv.backends.pack_planes import pack_planes
 from portakv.copy.exponents import Sample
 from portakv.copy.pack_rates import Rates
 from portakv.storage import AutoEncoding, BlockForm, BlockStore, Disk, auto
+from portakv.storage.encoded import EncodedFigures
 
 NHD = "layer | kv block token head dim"
 LAYERS = 2
@@ -434,6 +435,18 @@ def test_slots_with_a_flag_are_no_payload() -> None:
 def bytes_of(store: BlockStore, which: str) -> Any:
     """Return the samples of a figure, one for each form."""
     return store.statistics()[f"encoding_{which}_bytes_total"]
+
+
+def test_misfits_of_one_device_say_nothing_of_another() -> None:
+    figures = EncodedFigures()
+    here = torch.device("cpu")
+    other = torch.device("cuda", 1)
+    figures.add_packed(here, form_of(normal(), encoding="pack"), 0, 64, 64)
+    figures.forget_misfits(other)
+    assert figures.sample_is_out_of_date(here)
+    assert not figures.sample_is_out_of_date(other)
+    figures.forget_misfits(here)
+    assert not figures.sample_is_out_of_date(here)
 
 
 def test_rates_that_could_not_be_measured_are_measured_again(
