@@ -76,10 +76,16 @@ def sides(devices: Sequence[str] = (), nccl: bool = False) -> Iterator[Sides]:
             statistics = one.statistics()
             assert statistics["held"] == statistics["slots"] == 0
     made.made.clear()
-    gc.collect()
+
+    def nothing_is_left() -> bool:
+        # Each time: what a thread of a transport held in a cycle until now is freed by this alone.
+        gc.collect()
+        return left(nccl) <= before
+
     # A pair that is made with one who is killed meanwhile ends with the transport's own timeout.
+    there = nothing_is_left()
     leaks = left(nccl), before, _named(), Counter(_open_files()) - files
-    assert until(lambda: left(nccl) <= before, 90), leaks
+    assert there or until(nothing_is_left, 90), leaks
 
 
 def left(nccl: bool = False) -> tuple[int, int]:
