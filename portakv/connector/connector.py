@@ -19,7 +19,7 @@ from portakv.connector.caches import Batch, CheckedMove, Registration, check_chu
 from portakv.copy.context import Context
 from portakv.copy.options import Check, CopyOptions, options_from
 from portakv.copy.request import Ids, MemoryObject, Tensors
-from portakv.copy.schedule import check_executable, issue
+from portakv.copy.schedule import check_issue, issue
 from portakv.errors import LayoutError, SlotError
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import choose
@@ -265,7 +265,7 @@ class AdaptiveConnector:
             batch = batch.with_ids_on_host(context)
         moves = caches.batch_moves(store, batch, context, self._options.strict)
         for each in moves[1:]:  # the first one refuses itself
-            check_executable(each.move, self._choice, context, self._options)
+            check_issue(each.move, self._choice, context, self._options)
         return self._keep(Transfer.join([self._submit(move, context) for move in moves]))
 
     def _submit(self, checked: CheckedMove, context: Context) -> Transfer:

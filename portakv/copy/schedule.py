@@ -11,7 +11,7 @@ from portakv.copy.launch import launch
 from portakv.copy.layers import in_layers
 from portakv.copy.options import CopyOptions
 from portakv.copy.remember import remember
-from portakv.copy.settle import Passed, settle
+from portakv.copy.settle import Passed, check_executable, settle
 from portakv.copy.slices import in_slices
 from portakv.plan.move import Move
 from portakv.registry.registry import Choice
@@ -50,10 +50,9 @@ def issue(
     return BlockTransfer(made, move, began, skips=skips)
 
 
-def check_executable(move: Move, choice: Choice, context: Context, options: CopyOptions) -> None:
+def check_issue(move: Move, choice: Choice, context: Context, options: CopyOptions) -> None:
     """Raise what `issue` raises for a copy that nothing here executes; move nothing."""
-    nothing = move._replace(count=0)
-    settle(nothing, _executor_of(move, choice, context, options), context, passed=Passed(False))
+    check_executable(move, _executor_of(move, choice, context, options), context)
 
 
 def _executor_of(move: Move, choice: Choice, context: Context, options: CopyOptions) -> Choice:

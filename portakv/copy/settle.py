@@ -111,6 +111,11 @@ def settle(
     return Settled(move, pieces, error, guarded, ready)
 
 
+def check_executable(move: Move, choice: Choice, context: Context) -> None:
+    """Raise what `settle` raises for a copy that its choice does not execute; move nothing."""
+    settle(move._replace(count=0), choice, context, passed=Passed(skips=False))
+
+
 def _pieces(ready: Prepared, move: Move, choice: Choice) -> list[Piece]:
     """Return the body of a copy in the largest units, and its head and tail by token."""
     pieces = []

@@ -16,6 +16,7 @@ from portakv.copy.handle import BlockTransfer, token_bytes
 from portakv.copy.launch import follow_current, launch
 from portakv.copy.settle import (
     Passed,
+    check_executable,
     check_ids,
     check_views,
     drop_bad_ids,
@@ -64,8 +65,7 @@ def in_slices(
     context.check_may_slice()
     if passed is None:
         check_views(move)
-    nothing = (layer_of(move, 0) if by_layer else move)._replace(count=0)
-    settle(nothing, choice, context, passed=_PASSED)  # refuse now what cannot be executed
+    check_executable(layer_of(move, 0) if by_layer else move, choice, context)
     move, guarded = _read(move, context, passed)
     if passed is None:
         check_disjoint(guarded)

@@ -144,16 +144,16 @@ def identity_of(request: Any, model: str, salt: bytes, extra: Iterable[bytes]) -
     return Identity.of(model, request.prompt_token_ids, salt, extra)
 
 
-def remote_rows_of(request: Any, identity_of: Callable[[Any], Identity]) -> RemoteRows | None:
+def remote_rows_of(request: Any, identify: Callable[[Any], Identity]) -> RemoteRows | None:
     """Return the rows of a request that another engine has; None: it has none of them.
 
-    The log has a line if the request carries other ones. ``identity_of`` is called only if the
+    The log has a line if the request carries other ones. ``identify`` is called only if the
     request carries any: it reads the whole prompt.
     """
     params = getattr(request, "kv_transfer_params", None) or {}
     if not params.get("do_remote_prefill"):
         return None
-    return rows_in(params, identity_of(request), len(request.prompt_token_ids))
+    return rows_in(params, identify(request), len(request.prompt_token_ids))
 
 
 def is_wanted(request: Any) -> bool:

@@ -79,6 +79,11 @@ class Progress:
     #: Since this time, by `time.perf_counter`, no slice is in flight and none will be issued.
     ended_at: float | None = None
 
+    @property
+    def is_stopped(self) -> bool:
+        """Return whether no further slice is to be issued."""
+        return self.cancelled or self.error is not None
+
 
 class Worker:
     """Issue slices in order from a separate thread, as fast as they land or the limit allows.
@@ -205,7 +210,7 @@ class Worker:
                 self._land()
             self._keep_rate(piece)
             with self._change:
-                if progress.cancelled or progress.error is not None:
+                if progress.is_stopped:
                     return
                 progress.issued += 1
             transfer = self._issue(piece)
@@ -228,11 +233,8 @@ class Worker:
             # Land first: a caller that waits for a layer must not wait for the pause as well.
             while self._in_flight:
                 self._land()
-            progress = self.progress
             with self._change:
-                self._change.wait_for(
-                    lambda: progress.cancelled or progress.error is not None, limit.left(start)
-                )
+                self._change.wait_for(lambda: self.progress.is_stopped, limit.left(start))
 
     def _land(self) -> None:
         """Wait for the oldest slice."""

@@ -83,9 +83,8 @@ def sides(devices: Sequence[str] = (), nccl: bool = False) -> Iterator[Sides]:
         return left(nccl) <= before
 
     # A pair that is made with one who is killed meanwhile ends with the transport's own timeout.
-    there = nothing_is_left()
-    leaks = left(nccl), before, _named(), Counter(_open_files()) - files
-    assert there or until(nothing_is_left, 90), leaks
+    ended = until(nothing_is_left, 90)
+    assert ended, (left(nccl), before, _named(), Counter(_open_files()) - files)
 
 
 def left(nccl: bool = False) -> tuple[int, int]:
