@@ -149,6 +149,8 @@ def test_controls_of_these_faults(tmp_path: Path) -> None:
     rows = damaged(tmp_path, UNCHECKED)
     for kind in (*faults.FILES, "EIO"):
         assert rows[kind]["wrong"] > 0, kind
+    full = rows["ENOSPC"]
+    assert full["missed"] > full["wrong"] + full["right"]
     assert sum(row["wrong answers"] for row in rows.values()) > 0
     rows = damaged(tmp_path, HASTY)
     for kind in faults.CALLS:
