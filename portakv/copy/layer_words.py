@@ -17,6 +17,7 @@ from typing import Protocol, TypeAlias
 import torch
 
 from portakv.errors import PortaKVError
+from portakv.runtime import late_release
 from portakv.runtime.devices import capturing
 from portakv.runtime.stream_words import LAST, StreamWords, words_of
 from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
@@ -52,6 +53,10 @@ class LayerWords:
     calls `rest`, or nothing. All calls are those of the model's thread, except `close`; another
     thread may issue the loads, and call `follow`, `issued` and `commit`, if it has done so before
     the next step.
+
+    From `begin` to `end_waits`, `rest` or `close` this library unregisters no host memory and
+    unmaps none of other processes: that would wait for the device. So do ``torch.cuda.empty_cache``
+    and the first launch of a kernel, which others must not call meanwhile.
 
     A layer counts as there when all loads of its step have ended in it, whatever their end: landed,
     failed, late, cancelled, or cut off from an owner that died. Who reads the rows asks the loads
@@ -100,6 +105,7 @@ class LayerWords:
         raised for rows of an earlier step.
         """
         number = self._number % LAST + 1
+        late_release.hold(self)
         self._words.need(number)  # first: after an error of the driver nothing is to be closed
         with self._changing:
             self._number = number
@@ -156,6 +162,7 @@ class LayerWords:
         if not self._resting:
             self._resting = True
             self._words.need(0)
+            late_release.free(self)
 
     def wait(self, layer: int) -> None:
         """Have the current stream wait for a layer; on the host, block.
@@ -169,6 +176,7 @@ class LayerWords:
         for their step."""
         if self._stream is not None:
             torch.accelerator.current_stream(self._device.index).synchronize()
+        late_release.free(self)
 
     def close(self) -> None:
         """Raise all words of the present step, whatever its loads do, also before `commit`."""
@@ -179,6 +187,7 @@ class LayerWords:
             self._words.raised[:] = number
         with suppress(PortaKVError):  # of a driver that ends
             self._words.write(0, len(self._left), number, self._stream)
+        late_release.free(self)
 
     def _write(self, layer: int) -> None:
         """Have the private stream write the word of a layer, after copies that streams order."""

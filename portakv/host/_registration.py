@@ -36,6 +36,7 @@ import torch
 
 from portakv.errors import DeviceMismatch, HostMemoryError
 from portakv.host._pages import PAGE, to_pages, whole
+from portakv.runtime import late_release
 from portakv.runtime.devices import capture_question, this_process
 
 #: One registration over 512 GiB fails (vLLM #51081); whole GiB, so that no huge page is cut.
@@ -148,6 +149,12 @@ def capturing() -> bool:
     """Return True while a CUDA device captures a graph, which waiting or unregistering would
     break."""
     return torch.cuda.is_initialized() and capture_question(torch.device("cuda"))()
+
+
+def _may_not_wait() -> bool:
+    """Return True while this process must not wait for its devices: one captures a graph, or may
+    wait for this process."""
+    return late_release.is_held() or capturing()
 
 
 @dataclass(frozen=True)
@@ -276,9 +283,10 @@ class Registration:
     def undo(self, owner: object = None) -> None:
         """Unregister, after all devices stop, and drop the claim. Calling it again does nothing.
 
-        If a graph's capture forbids it now, it is postponed, and the owner is retained until then.
+        If a graph's capture forbids it now, or a device may wait for this process, it is postponed,
+        and the owner is retained until then.
         """
-        if self.registered and capturing():
+        if self.registered and _may_not_wait():
             _postponed.append((self, owner))
             return
         self._unregister()
@@ -340,8 +348,8 @@ def boundaries() -> tuple[int, ...]:
 
 
 def settle() -> None:
-    """Unregister what had to wait for the end of a capture."""
-    while _postponed and not capturing():
+    """Unregister what was postponed, unless that still has to wait."""
+    while _postponed and not _may_not_wait():
         with suppress(IndexError):  # another thread was faster
             registration, _owner = _postponed.pop()
             registration.undo()  # before the owner gives the memory back

@@ -290,6 +290,7 @@ class Connections:
             mapped = map_owner(owner.address, owner.handshake, self.device)
             # The shards last: pulls read an owner that has shards, and need its events to wait
             # for the stream that writes the rows.
+            mapped.live_with(owner)
             owner.events = mapped.events
             owner.words = mapped.words
             owner.names = mapped.names

@@ -168,6 +168,8 @@ class Follower:
             # Rows that this reader does not need may still be written: the offer holds until then.
             if not (parts.issued and followed.complete):
                 followed.end_turn()
+                if self._keeper.closing:  # its thread may have ended before
+                    followed.go_on()
                 return
             final = issuing.end()
             if final:

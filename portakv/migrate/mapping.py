@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
+from weakref import finalize
 
 import torch
 
@@ -17,6 +19,9 @@ from portakv.migrate.shards import Shard
 from portakv.migrate.words import Place as Place
 from portakv.migrate.words import WordsOfOwner as WordsOfOwner
 from portakv.migrate.words import open_words
+from portakv.runtime.devices import inside
+from portakv.runtime.late_release import release
+from portakv.runtime.streams import own_stream
 
 
 class NotMapped(Exception):
@@ -24,12 +29,21 @@ class NotMapped(Exception):
 
 
 class Mapped(NamedTuple):
-    """The memory of an owner."""
+    """The memory of an owner.
+
+    ``regions``: the same memory as bytes, whose last reference unmaps it.
+    """
 
     shards: list[Shard]
     events: list[torch.Event]
     words: WordsOfOwner | None  # None if only the owner can say whether an offer holds
     names: NamesOfOwner | None  # None if only the owner can say which offer has a name
+    regions: list[torch.Tensor]
+
+    def live_with(self, owner: object) -> None:
+        """Retain the memory as long as an object lives, and until no step may wait for this
+        process."""
+        finalize(owner, release, self.regions).atexit = False
 
 
 def map_owner(address: str, handshake: Handshake, device: torch.device) -> Mapped:
@@ -42,11 +56,13 @@ def map_owner(address: str, handshake: Handshake, device: torch.device) -> Mappe
     if missing := [region.why for region in handshake.regions if not region.handle]:
         raise NotMapped(f"the owner does not share it: {missing[0]}")
     try:
-        *flat, proof = [
-            ipc.open_shared(x.handle, "cpu" if x.device.startswith("cpu ") else device)
-            for x in handshake.regions
-        ]
-        read = (proof ^ 0).cpu()  # a kernel reads it, as kernels read rows
+        with _apart(device):
+            regions = [
+                ipc.open_shared(x.handle, "cpu" if x.device.startswith("cpu ") else device)
+                for x in handshake.regions
+            ]
+            *flat, proof = regions
+            read = (proof ^ 0).cpu()  # a kernel reads it, as kernels read rows
         if not torch.equal(read, ipc.proof_of(handshake.epoch)):
             raise NotMapped("the mapped memory does not show the bytes of its owner")
         shards = [rebuild(one, flat) for one in handshake.described]
@@ -58,7 +74,14 @@ def map_owner(address: str, handshake: Handshake, device: torch.device) -> Mappe
     except PortaKVError as error:
         raise NotMapped(str(error)) from error
     words = open_words(handshake.words)
-    return Mapped(shards, events, words, open_names(handshake.names, handshake.key))
+    names = open_names(handshake.names, handshake.key)
+    return Mapped(shards, events, words, names, regions)
+
+
+def _apart(device: torch.device) -> AbstractContextManager[object]:
+    """Make a private stream current: this thread's may wait for the rows of a pull that waits for
+    this connection."""
+    return nullcontext() if device.type == "cpu" else inside(own_stream(device))
 
 
 def _check(address: str, handshake: Handshake) -> None:

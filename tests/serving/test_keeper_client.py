@@ -433,7 +433,8 @@ def load_on_a_busy_stream(
     saved.synchronize(LIMIT)
     assert saved.landed.all()
     target = caches(device=device)
-    blocks.load(target, range(10), KEYS[:10]).synchronize(LIMIT)  # builds what the copy needs
+    # Builds what the copy needs, for which the call would wait.
+    blocks.load(target, range(10), KEYS[:10], by_layer=by_layer).synchronize(LIMIT)
     for tensor in target.tensors:
         tensor.zero_()
     torch.accelerator.synchronize(device)

@@ -7,6 +7,7 @@ On a GPU the step is the replay of a graph. Elsewhere a thread makes the same wa
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -32,6 +33,7 @@ from support.migrate_pulls import Rows, Sides, sides
 from portakv.copy.layer_words import LayerWords
 from portakv.errors import PeerError, PortaKVError
 from portakv.migrate import Reader
+from portakv.runtime import late_release
 from portakv.runtime.transfer import Transfer
 from portakv.serving import GroupCache, Hand, Job, Plan, keeper_moving
 from portakv.serving.hand import Ended
@@ -161,11 +163,13 @@ class Model:
         self,
         device: torch.device,
         layers: list[torch.Tensor],
-        control: Callable[[type[LayerWords]], type[LayerWords]] | None,
+        control: Callable[[type[LayerWords]], type[LayerWords]] | None = None,
+        limit: float = 2 * LIMIT,
     ) -> None:
+        gc.collect()  # what other tests left may wait for the device when it is freed
         base = LayerWords if device.type in ("cpu", "cuda") else ByHost
         kind = base if control is None else control(base)
-        self.words: Any = kind(device, LAYERS, 2 * LIMIT)
+        self.words: Any = kind(device, LAYERS, limit)
         made = GraphStep if device.type == "cuda" else ThreadStep
         self.step: Step = made(self.words, layers)
 
@@ -194,9 +198,9 @@ tell([whole.ticket, part.ticket])
 
 
 @pytest.fixture
-def made() -> Iterator[Sides]:
+def made(device: torch.device) -> Iterator[Sides]:
     nursery()  # its pipes are no leak of a test
-    with sides() as those:
+    with sides([str(device)]) as those:
         yield those
 
 
@@ -262,6 +266,67 @@ def test_the_owner_of_an_offer(made: Sides, device: torch.device, method: str, g
         model.words.over = True
     assert torch.equal(seen(0), expected[0])
     assert bool((seen(1) == UNTOUCHED).all())
+
+
+# --- an owner that is killed while the step waits for another one
+
+SERVING = """
+from support.mark_cases import *
+both = Writing(Sides(), device=device)
+both.write("layers", 0, LAYERS)
+whole = both.offer()
+part = both.offer(progress="layers")
+part.raise_to(1)
+answer = [whole.ticket, part.ticket]
+"""
+
+
+@GUARD
+def test_another_owner(
+    made: Sides,
+    processes: ExitStack,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    guard: bool,
+) -> None:
+    """Its memory is unmapped after the step. Without the guard that waits for the step, which then
+    ends by its limit, since no thread of the process runs meanwhile."""
+    if device.type != "cuda" and not guard:
+        pytest.skip("only CUDA waits for a device when it unmaps memory")
+    if not guard:
+        monkeypatch.setattr(late_release, "is_held", lambda: False)
+    rows = torch.full((2, 2, 8, 32, 4, 8), UNTOUCHED, dtype=torch.int16, device=device)
+    reader = made.reader(Rows.shard_of(rows))
+    model = Model(device, [*rows], limit=LIMIT if guard else 5.0)
+    workers = [processes.enter_context(Worker(nursery())) for _ in range(2)]
+    where = str(device) if device.type == "cuda" else "cpu"
+    tickets = [worker.do(SERVING, device=where) for worker in workers]
+    for whole, part in tickets:  # connects, and builds what copies need
+        pull = reader.pull(whole, INTO, timeout=LIMIT)
+        pull.synchronize()
+        pull = reader.pull(part, INTO, by_layer=True, timeout=LIMIT)
+        pull.layers[0].synchronize(LIMIT)
+        pull.cancel()
+        assert until(lambda pull=pull: pull.ended, LIMIT)
+    assert until(lambda: not reader.statistics()["pulls"], LIMIT)
+    del pull
+
+    rows.fill_(UNTOUCHED)
+    model.words.begin()
+    pull = reader.pull(tickets[1][1], INTO, by_layer=True, timeout=LIMIT)
+    model.words.follow(pull.layers)
+    model.words.commit()
+    model.step.begin()
+    pull.layers[0].synchronize(LIMIT)
+    workers[0].kill()
+    assert until(lambda: reader.statistics()["owners"] == 1, LIMIT)
+    gc.collect()
+    workers[1].do("part.raise_to(2)")
+    model.finish()
+    model.words.end_waits()
+    assert model.words.expired == (not guard)
+    pull.synchronize(LIMIT)
+    model.words.close()
 
 
 # --- a keeper that is killed
