@@ -34,6 +34,13 @@ class Case:
     layers: int = 32
     kv: int = 2
     heads: int = 8
+    consecutive: bool = False  # the blocks, on both sides; else they are in random order
+
+    def block_order(self, blocks: int, seed: int) -> torch.Tensor:
+        """Return the ids of so many blocks, in the order in which they are moved."""
+        if self.consecutive:
+            return torch.arange(blocks, device="cpu")
+        return torch.randperm(blocks, generator=torch.Generator().manual_seed(seed), device="cpu")
 
     @property
     def plane(self) -> PackedPlane:
@@ -108,10 +115,14 @@ CASES = (
     Case("8,192 values, HND", 64, 128, HND),
     Case("MLA, 36,864 values", 64, 576, LATENT, layers=61, kv=1, heads=1),
 )
+DENSE = (
+    Case("2,048 values, dense", 16, 128, NHD, consecutive=True),
+    Case("8,192 values, HND, dense", 64, 128, HND, consecutive=True),
+)
 #: For tests: few planes of a block.
 TINY = (
     Case("2,048 values", 16, 128, NHD, layers=2, heads=2),
-    Case("MLA, 1,024 values, 3 bits", 16, 64, LATENT, 3, layers=2, kv=1, heads=1),
+    Case("MLA, 1,024 values, 3 bits", 16, 64, LATENT, 3, layers=2, kv=1, heads=1, consecutive=True),
 )
 
 
@@ -137,8 +148,8 @@ ENCODING_PRESETS: Mapping[str, EncodingPreset] = {
         across=(16 * MB, 32 * MB, 64 * MB, 128 * MB, 256 * MB, 1024 * MB),
         both=(128 * MB, 512 * MB),
         sent=(128 * MB, 512 * MB),
-        cases=CASES,
-        linked=CASES[:4],
+        cases=(*CASES, *DENSE),
+        linked=(*CASES[:4], DENSE[0]),
         rounds=9,
         seconds=1.0,
         alongside=256 * MB,
@@ -191,12 +202,11 @@ class Memory:
         self.rows = torch.empty(case.extents(self.blocks), dtype=torch.bfloat16, device=device)
         self.written = torch.empty_like(self.rows)
         _fill(self.rows, case)
-        order = torch.Generator().manual_seed(_SEED)
-        self.order = torch.randperm(self.blocks, generator=order)
+        self.order = case.block_order(self.blocks, _SEED)
         self.placed = self.order.to(device)
 
     def index(self, blocks: int) -> Index:
-        """Return the ids of so many random blocks."""
+        """Return the ids of so many blocks."""
         return Index(self.order[:blocks], step=self.case.tokens)
 
     def read(self, blocks: int) -> torch.Tensor:
