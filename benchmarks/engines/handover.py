@@ -221,9 +221,10 @@ class Measured:
         return []
 
     def _try_nixl(self) -> None:
-        """Hand a prompt over by NIXL; without success it is not measured."""
+        """Hand a prompt of each length over by NIXL; without success it is not measured."""
         try:
-            self._handed("nixl prefill", "nixl decode", self.pair.alike)
+            for length in self.pair.lengths:
+                self._handed("nixl prefill", "nixl decode", length)
         except RuntimeError as error:
             self._note(f"NIXL is left out: {error}")
             self._nixl = False
@@ -237,10 +238,10 @@ class Measured:
         }
         if length == self.pair.alike:
             ways["handed over alike"] = partial(self._handed, "prefill", "decode alike", length)
-            if self._nixl:
-                ways["handed over by nixl"] = partial(
-                    self._handed, "nixl prefill", "nixl decode", length
-                )
+        if self._nixl:
+            ways["handed over by nixl"] = partial(
+                self._handed, "nixl prefill", "nixl decode", length
+            )
         made = defaultdict[str, list[Row]](list)
         for turn in range(self.pair.rounds):
             for way in list(ways) if turn % 2 else reversed(list(ways)):
