@@ -102,6 +102,16 @@ class Bar:
         kind = str(self.where.get("kind", ""))
         return next((name for name, begin in SUITES.items() if kind.startswith(begin)), None)
 
+    def concerns(self, parts: Sequence[str]) -> bool:
+        """Return True if the target is about one of the parts of a suite, or about all of them."""
+        if "part" not in self.where:
+            return True
+        conditions = _conditions(self.where["part"])
+        return any(
+            all(CONDITIONS[name](part, limit) for name, limit in conditions.items())
+            for part in parts
+        )
+
     def __str__(self) -> str:
         return f">= {self.at_least:g}" if self.at_most is None else f"<= {self.at_most:g}"
 
@@ -117,9 +127,7 @@ class Bar:
         return {self.figure, *self.where} <= row.keys() and all(
             CONDITIONS[name](row[field], limit)
             for field, expected in self.where.items()
-            for name, limit in (
-                expected if isinstance(expected, Mapping) else {"is": expected}
-            ).items()
+            for name, limit in _conditions(expected).items()
         )
 
     def worst(self, rows: Sequence[Row]) -> Row:
@@ -155,7 +163,7 @@ def judge(results: Row, targets: Sequence[Bar]) -> list[Verdict]:
         for bar in targets
         if bar.device in (None, device)
         and bar.suite == suite
-        and (parts is None or bar.where.get("part") in (None, *parts))
+        and (parts is None or bar.concerns(parts))
     ]
 
 

@@ -159,6 +159,18 @@ def test_a_bar_of_a_part_that_was_not_requested_is_not_judged() -> None:
     assert verdict.word == "missed"
 
 
+def test_a_bar_of_several_parts_is_judged_if_one_was_requested() -> None:
+    where = {"backend": "cuda", "part": {"any_of": ["inside", "link"]}}
+    bar = check.Bar("b", where, "ratio", at_least=0.5)
+    result: dict[str, Any] = {
+        "machine": {"device_type": "cuda"},
+        "rows": [{"backend": "cuda", "part": "link", "ratio": 0.4, "verified": True}],
+    }
+    assert check.judge({**result, "asked": {"parts": ["pages"]}}, [bar]) == []
+    (verdict,) = check.judge({**result, "asked": {"parts": ["link"]}}, [bar])
+    assert verdict.word == "missed"
+
+
 def recorded(name: str = "h200-host") -> dict[str, Any]:
     return read(guide.RESULTS / f"{name}.json")
 
