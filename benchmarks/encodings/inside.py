@@ -2,8 +2,8 @@
 """Measure packing and unpacking inside a device, in turns with a plain gather, scatter and `copy_`
 of the same rows.
 
-`pack` and `unpack` are the prepared launch alone; the whole calls, which also clear and read the
-words for blocks that do not fit, have rows of their own.
+`pack` and `unpack` are the prepared launch alone; the whole calls, which also check, and report the
+blocks that do not fit, have rows of their own.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class _Sized:
         self._target = case.view(memory.written)
         self._chunk = case.dense_view(self._dense)
         self._packed = case.slots(blocks, slots)
-        self._overflow = torch.zeros(blocks, dtype=torch.int32, device=bench.device)
+        overflow = torch.zeros(blocks, dtype=torch.int32)
+        self._overflow = overflow if bench.device.type == "cpu" else overflow.pin_memory()
 
     def measure(self) -> Rows:
         """Return a row for each method."""
@@ -168,4 +169,4 @@ class _Sized:
         choice = choose(self._bench.device, None)
         ready = prepared_pack(src.form, dst.form, *move.steps, choice)
         placed = ready.place_both(move)
-        return lambda i: ready.launch(*placed, None, None, self._overflow)
+        return lambda i: ready.enqueue(placed, None, None, self._overflow)

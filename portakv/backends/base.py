@@ -119,7 +119,9 @@ class PackLaunch(Protocol):
     """A prepared copy that packs or unpacks rows; as `Launch`, with one more argument.
 
     ``count`` is a multiple of the plan's unit, which is one block. ``overflow`` is an int32 tensor
-    on the backend's device with a word for each block of this call, all 0. The launch writes 1
+    on the backend's device with a word for each block of this call, all 0. If the launch has an
+    attribute ``overflow_on_host`` that is true, it is on the host, as ``status`` is, and a kernel
+    may write it at any time before its end. The launch writes 1
     there for each block that has a plane whose escapes do not fit (pack), or a slot with the flag
     of such a plane (unpack). It goes on with all other planes: the slot of a plane that overflows
     holds the flag only, and the rows of a flagged slot are not written.

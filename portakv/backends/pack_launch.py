@@ -45,11 +45,15 @@ class PackingRowsBackend(RowsBackend):
 class KernelPackLaunch:
     """The launch of a plan that packs or unpacks; see `base.PackLaunch`.
 
+    Words for blocks that do not fit may also be on the device.
+
     Args:
         kernels: one for each nest.
         functions: the entry of each kernel, loaded.
         driver: of the device that the kernels are loaded on.
     """
+
+    overflow_on_host = True
 
     def __init__(
         self, kernels: Sequence[PackKernel], functions: Sequence[object], driver: RowsDriver
@@ -89,11 +93,14 @@ class KernelPackLaunch:
         driver = self._driver
         units = move.count // self._unit
         word = 0 if status is None else driver.word(status.data_ptr())
+        words = overflow.data_ptr()
+        if overflow.is_cpu:
+            words = driver.word(words)
         arguments = self._arguments
         for at, (kernel, function) in enumerate(self._parts):
             buffer = arguments.buffers[at]
             address = arguments.addresses[at]
-            kernel.pack(buffer, move, word, overflow.data_ptr())
+            kernel.pack(buffer, move, word, words)
             for start, span in kernel.spans(units):
                 kernel.pack_span(buffer, start, span)
                 blocks = kernel.grid(span)

@@ -113,8 +113,8 @@ def _launch(checked: Checked, ready: PreparedPack, context: Context) -> Packed:
     with inside(device if stream is None else stream):
         overflow = overflow_words(move, ready.plan.unit, device)
         status = None if word is None else word.tensor
-        pending = ready.launch(*placed, stream, status, overflow)
-        report = OverflowReport.of(move, ready.plan.unit, overflow, ready.plan.packs)
+        pending = ready.enqueue(placed, stream, status, overflow)
+        report = OverflowReport.of(move, ready.plan.unit, overflow, device, ready.plan.packs)
     pendings: list[Pending] = [] if pending is None else [pending]
     if not (on_device or pendings):
         error = checked.error or report()
@@ -143,8 +143,13 @@ def nothing_packed(checked: Checked) -> Packed:
 
 
 def overflow_words(move: Move, unit: int, device: torch.device) -> torch.Tensor:
-    """Return a cleared word for each block of a copy, int32 ``[blocks]``, on the current stream."""
-    return torch.zeros(move.count // unit, dtype=torch.int32, device=device)
+    """Return a cleared word for each block of a copy, int32 ``[blocks]``, on the host, where a
+    device can write it.
+
+    The completion of the copy has to retain it.
+    """
+    words = torch.zeros(move.count // unit, dtype=torch.int32, device="cpu")
+    return words if device.type == "cpu" else words.pin_memory()
 
 
 def join_layers(layers: Sequence[Packed], device: torch.device) -> Transfer:
@@ -177,10 +182,12 @@ class OverflowReport:
     packs: bool
 
     @classmethod
-    def of(cls, move: Move, unit: int, overflow: torch.Tensor, packs: bool) -> OverflowReport:
-        """Order the copies of the words, and of ids that only the device has, to the host."""
-        report = cls.of_blocks(move, unit, overflow.device, packs)
-        return replace(report, words=(_to_host(overflow),))
+    def of(
+        cls, move: Move, unit: int, words: torch.Tensor, device: torch.device, packs: bool
+    ) -> OverflowReport:
+        """Return a report of words; order the copies of ids that only the device has to the
+        host."""
+        return replace(cls.of_blocks(move, unit, device, packs), words=(words,))
 
     @classmethod
     def of_blocks(cls, move: Move, unit: int, device: torch.device, packs: bool) -> OverflowReport:

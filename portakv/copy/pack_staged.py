@@ -85,7 +85,7 @@ def _issue(
         sizes = Sizes(min(WHOLE, SLICE), min(SMALLEST, SLICE), SLICE)
         issue_slices(move, stages, cross, sizes, (current, work), words)
     with inside(work):
-        report = OverflowReport.of(move, unit, words, not move.src.form.encoding)
+        report = OverflowReport.of(move, unit, words, device, not move.src.form.encoding)
     pool = event_pool(device)
     completion = Completion(
         event=pool.recorded(work), late_error=report, retained=(move, words), pool=pool

@@ -99,7 +99,7 @@ def issue_slices(
     def transform(nth: int, ready: PreparedPack, part: Move, stream: torch.Stream) -> None:
         first = slices[nth].cut.start // unit
         own = words[first : first + part.count // unit]
-        finish(ready.launch(*part, stream, None, own))
+        finish(ready.enqueue(part, stream, None, own))
 
     passage: Passage[Any] = Passage(stages.downward, buffers, work, slices, transform, cross)
     try:

@@ -31,6 +31,7 @@ from portakv.plan.plan import CopyPlan, Move
 from portakv.registry import registry
 from portakv.registry.registry import Choice
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import inside
 from portakv.runtime.transfer import Pending, event_pool
 from portakv.view.form import Form
 from portakv.view.index import Index
@@ -124,7 +125,11 @@ def place_for(can: Capabilities, device: torch.device, move: Move) -> Move:
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedPack:
     """A plan that packs or unpacks, the launch that executes it, and the capabilities of its
-    backend. The attributes are those of `Prepared`."""
+    backend. The other attributes are those of `Prepared`.
+
+    Attributes:
+        overflow_on_host: the launch writes overflow words of the host.
+    """
 
     plan: PackPlan
     launch: PackLaunch
@@ -133,6 +138,7 @@ class PreparedPack:
     ids_device: torch.device
     tables: tuple[bool, bool]
     carried: tuple[str, str]
+    overflow_on_host: bool
 
     def claims(self, move: Move) -> Capabilities:
         """Return the capabilities for this copy."""
@@ -145,6 +151,30 @@ class PreparedPack:
     def place_both(self, move: Move) -> Move:
         """Return a copy with the ids of both sides placed as `Prepared.place` places them."""
         return place_for(self.can, self.ids_device, move)
+
+    def enqueue(
+        self,
+        move: Move,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+        overflow: torch.Tensor,
+    ) -> Pending | None:
+        """Launch a copy whose ids are placed.
+
+        Args:
+            stream, status: as for `PackLaunch`.
+            overflow: the same, but on the host, and pinned if the backend's device is another one.
+                Kernels write there only for blocks that do not fit, so no word is cleared on the
+                device or copied.
+        """
+        device = self.choice.backend.device
+        if self.overflow_on_host or device.type == "cpu":
+            return self.launch(*move, stream, status, overflow)
+        with inside(device if stream is None else stream):
+            words = torch.zeros(overflow.shape, dtype=overflow.dtype, device=device)
+            pending = self.launch(*move, stream, status, words)
+            overflow.copy_(words, non_blocking=True)
+        return pending
 
 
 _prepared: Bounded[tuple[Form, Form, int, int, int | None, Choice], Prepared]
@@ -191,7 +221,9 @@ def prepared_pack(
     tables = getattr(launch, "tables", _looked_up(plan))
     rejected = used.trace[:-1]
     why = "; ".join([used.trace[-1].reason, *(f"{x.name}: {x.reason}" for x in rejected)])
-    ready = PreparedPack(plan, launch, used, used.can, ids_device, tables, (used.name, why))
+    on_host = getattr(launch, "overflow_on_host", False)
+    by = used.name, why
+    ready = PreparedPack(plan, launch, used, used.can, ids_device, tables, by, on_host)
     return _packs.setdefault(key, ready)
 
 

@@ -103,13 +103,14 @@ class Case:
             Index() if ids is None else Index(torch.tensor(ids, device=self.device), step=size)
             for ids in (src_ids, dst_ids)
         )
-        status = torch.zeros(1, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        overflow = torch.zeros(len(self.ids), dtype=torch.int32, device=self.device)
+        pinned = self.device.type == "cuda"
+        status = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
+        overflow = torch.zeros(len(self.ids), dtype=torch.int32, pin_memory=pinned)
         count = len(self.ids) * size
         launch(src, dst, src_index, dst_index, count, None, status, overflow)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return int(status), overflow.cpu().numpy()
+        return int(status), overflow.numpy()
 
     def pack(self) -> tuple[np.ndarray, int, np.ndarray]:
         """Return the slots by position, and the words."""
