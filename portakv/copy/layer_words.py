@@ -105,8 +105,8 @@ class LayerWords:
         raised for rows of an earlier step.
         """
         number = self._number % LAST + 1
-        late_release.hold(self)
         self._words.need(number)  # first: after an error of the driver nothing is to be closed
+        late_release.hold(self)
         with self._changing:
             self._number = number
             for layer in range(len(self._left)):

@@ -151,12 +151,6 @@ def capturing() -> bool:
     return torch.cuda.is_initialized() and capture_question(torch.device("cuda"))()
 
 
-def _may_not_wait() -> bool:
-    """Return True while this process must not wait for its devices: one captures a graph, or may
-    wait for this process."""
-    return late_release.is_held() or capturing()
-
-
 @dataclass(frozen=True)
 class Options:
     """The options of a registration, as `pinned.allocate` describes; raises `HostMemoryError` as it
@@ -283,10 +277,13 @@ class Registration:
     def undo(self, owner: object = None) -> None:
         """Unregister, after all devices stop, and drop the claim. Calling it again does nothing.
 
-        If a graph's capture forbids it now, or a device may wait for this process, it is postponed,
+        If a device may wait for this process, or a graph's capture forbids it now, it is postponed,
         and the owner is retained until then.
         """
-        if self.registered and _may_not_wait():
+        if self.registered and late_release.is_held():
+            late_release.release(partial(self.undo, owner))
+            return
+        if self.registered and capturing():
             _postponed.append((self, owner))
             return
         self._unregister()
@@ -348,8 +345,8 @@ def boundaries() -> tuple[int, ...]:
 
 
 def settle() -> None:
-    """Unregister what was postponed, unless that still has to wait."""
-    while _postponed and not _may_not_wait():
+    """Unregister what had to wait for the end of a capture."""
+    while _postponed and not capturing():
         with suppress(IndexError):  # another thread was faster
             registration, _owner = _postponed.pop()
             registration.undo()  # before the owner gives the memory back

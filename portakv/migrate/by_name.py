@@ -138,7 +138,7 @@ class ByName:
         def run(*_: object) -> None:
             self._begin(pull, wanted, request, after)
 
-        pull.task = task = Task(run, 1, queue=self._begins, name="begin")
+        pull.task = wanted.task = task = Task(run, 1, queue=self._begins, name="begin")
         wanted.start = partial(self._start, pull, task)
         try:
             self._keeper.add(pull)  # wakes its thread
@@ -185,7 +185,7 @@ class ByName:
                 pull.sources = sources
                 if incomplete(sources):
                     self._follower.follow(pull, wanted, request, after)
-                    self._keeper.wake()
+                    self._follower.wake_for(wanted)
                     return
                 tasks, layers = self._issuer.issue(pull, request)
             if tasks:

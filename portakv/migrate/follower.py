@@ -107,14 +107,19 @@ class Follower:
         self.follow(pull, wanted, request, StreamFence(self._issuer.device))
         try:
             self._keeper.add(pull)
-            self._keeper.wake()
-            if self._keeper.closing and wanted.followed:  # its thread may have ended before
-                wanted.followed.go_on()
+            self.wake_for(wanted)
             return pull
         except BaseException:  # an interrupt: the caller gets no handle of rows that come later
             pull.cancel()
             self._keeper.wake()
             raise
+
+    def wake_for(self, wanted: Wanted) -> None:
+        """Have the reader's thread look at marks, or a worker end the pull if the reader closes:
+        that thread may have ended before."""
+        self._keeper.wake()
+        if self._keeper.closing and wanted.followed is not None:
+            wanted.followed.go_on()
 
     def promised(self, request: Request) -> list[LateLayer]:
         """Return the ends of the layers of a pull whose copies do not exist yet."""
@@ -168,7 +173,7 @@ class Follower:
             # Rows that this reader does not need may still be written: the offer holds until then.
             if not (parts.issued and followed.complete):
                 followed.end_turn()
-                if self._keeper.closing:  # its thread may have ended before
+                if self._keeper.closing:
                     followed.go_on()
                 return
             final = issuing.end()

@@ -174,8 +174,12 @@ class Housekeeper:
         until = monotonic() + seconds
         for pull in self.pulls:
             wanted = pull.requested.wanted
-            if wanted is not None and wanted.waits:
-                pull.cancel()
+            if wanted is not None:
+                task = wanted.task
+                if task is not None and wanted.started.is_set() and not pull.concluded:
+                    task.wait(max(0.0, until - monotonic()))  # then it is known what it waits for
+                if wanted.waits:
+                    pull.cancel()
             try:
                 pull.synchronize(max(0.0, until - monotonic()))
             except TransferTimeout:

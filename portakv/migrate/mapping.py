@@ -43,7 +43,7 @@ class Mapped(NamedTuple):
     def live_with(self, owner: object) -> None:
         """Retain the memory as long as an object lives, and until no step may wait for this
         process."""
-        finalize(owner, release, self.regions).atexit = False
+        finalize(owner, release, self.regions.clear).atexit = False
 
 
 def map_owner(address: str, handshake: Handshake, device: torch.device) -> Mapped:

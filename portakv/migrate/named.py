@@ -27,6 +27,7 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
+from portakv.graph.task import Task
 from portakv.migrate.channel import Channel
 from portakv.migrate.connecting import Attempt, Connector
 from portakv.migrate.connections import ANY
@@ -52,7 +53,8 @@ class Wanted:
     a pull that has failed. ``followed`` is None before that, and if all offers are complete.
     ``queried``: the owners have had the names in a request once. ``owners``: those of plain tickets
     that are not known to be connected, with a ticket of each. ``attempts``: the handshakes that the
-    pull waits for. ``since``: when the pull was called.
+    pull waits for. ``since``: when the pull was called. ``task``: begins the pull in a worker, once
+    it is started; None: the caller did.
     """
 
     tickets: list[bytes]
@@ -65,6 +67,7 @@ class Wanted:
     once: threading.Lock = field(default_factory=threading.Lock)
     followed: Followed | None = None
     queried: bool = False
+    task: Task | None = None
 
     @property
     def waits(self) -> bool:

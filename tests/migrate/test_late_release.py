@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,24 @@ def test_words_that_are_dropped_hold_nothing() -> None:
     assert not late_release.is_held()
 
 
+def test_a_step_that_begins_while_memory_is_unmapped() -> None:
+    """The next memory waits for the end of that step."""
+    words = [LayerWords(CPU, 1) for _ in range(2)]
+    words[0].begin()
+    released = list[int]()
+
+    def first() -> None:
+        released.append(1)
+        words[1].begin()
+
+    late_release.release(first)
+    late_release.release(partial(released.append, 2))
+    words[0].end_waits()
+    assert released == [1]
+    words[1].end_waits()
+    assert released == [1, 2]
+
+
 def test_two_steps_at_a_time() -> None:
     words = [LayerWords(CPU, 1) for _ in range(2)]
     for each in words:
@@ -87,8 +106,6 @@ def test_registered_memory_that_is_dropped() -> None:
     words = LayerWords(CPU, 1)
     words.begin()
     registration.undo()
-    _registration.settle()
     assert not registration.undone
     words.end_waits()
-    _registration.settle()
     assert registration.undone

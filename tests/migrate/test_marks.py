@@ -44,7 +44,7 @@ from portakv.host.shared import SharedPool
 from portakv.migrate import Shard, Ticket, messages
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Source
-from portakv.migrate.followed import Followed
+from portakv.migrate.followed import Followed, incomplete
 from portakv.migrate.ipc import shared_empty
 from portakv.migrate.issue import Issuer
 from portakv.migrate.pull import Pull
@@ -628,3 +628,32 @@ def test_a_copy_that_fails_stops_a_pull_that_waits_for_marks(end: str) -> None:
     pull.copies = [cast(Any, SimpleNamespace(completions=[completion], cancel=bool))]
     pull.stop_after_failure()
     assert pull.stopped == (end != "landed")
+
+
+@pytest.mark.slow
+def test_a_reader_that_closes_while_a_worker_begins_a_pull(
+    made: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker finds out last that rows are not complete, when no thread looks at marks."""
+    entered = threading.Event()
+    may = threading.Event()
+
+    def late(sources: Any) -> bool:
+        if threading.current_thread() is not threading.main_thread():
+            entered.set()
+            may.wait(LIMIT)
+        return incomplete(sources)
+
+    monkeypatch.setattr("portakv.migrate.by_name.incomplete", late)
+    both = Writing(made)
+    offer = both.offer(progress="layers")
+    pulled = both.pull(offer, by_layer=True)
+    assert entered.wait(LIMIT)
+    both.reader.close()
+    may.set()
+    with pytest.raises(TransferCancelled):
+        pulled.synchronize(LIMIT)
+    for layer in pulled.layers:
+        with pytest.raises(TransferCancelled):
+            layer.synchronize(LIMIT)
+    assert not both.poisoned()
