@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from portakv.integrations.findings import (
     other_values,
     unknown_keys,
 )
-from portakv.serving.local import StoreTerms
+from portakv.serving.local import StoreTerms, check_names
 from portakv.serving.page_sizes import PageSize, sizes_in
 
 MODULE = "portakv.integrations.lmcache_l2"
@@ -56,14 +55,7 @@ def terms_of(params: Mapping[str, Any]) -> StoreTerms:
 
     Raises `InvalidTerms` for a name that is not a term, and without a folder.
     """
-    for name in params:
-        if name not in TERMS:
-            near = difflib.get_close_matches(str(name), TERMS, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise InvalidTerms(
-                f"Expected some of {', '.join(TERMS)}, got {name!r}.{hint} Correct it, or leave it "
-                f"out."
-            )
+    check_names(params, TERMS)
     if not params.get("folder"):
         raise InvalidTerms("Expected a folder, got none. Name a folder of a local disk.")
     own = {name: value for name, value in params.items() if name != OBJECTS}

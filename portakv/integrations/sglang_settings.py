@@ -12,11 +12,13 @@ from typing import Any
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
 from portakv.integrations.interfaces import lacks
-from portakv.serving.local import StoreTerms
+from portakv.serving.local import StoreTerms, check_names, term_names
 from portakv.serving.weights import checksum_of_weights
 
 #: The key of ``--hicache-storage-backend-extra-config`` that has the terms of the store.
 EXTRA = "portakv"
+#: Terms of `StoreTerms` that SGLang has no use for.
+OTHERS = ("by_layer", "block_size", "encoding")
 #: SGLang's names of pools: of keys and values, and of those whose pages each rank has for itself.
 KV = "kv"
 SHARDED = ("mamba", "draft", "draft_indexer", "draft_swa")
@@ -88,16 +90,17 @@ def terms_of(extra: Mapping[str, Any] | None) -> StoreTerms:
             f"Expected {EXTRA!r} in --hicache-storage-backend-extra-config to be an object with "
             f"terms, such as a folder, got {terms!r}. Add it."
         )
+    for name in OTHERS:
+        if terms.get(name):
+            raise IntegrationError(
+                f"Expected terms without {name}, which SGLang has no use for, got "
+                f"{name}={terms[name]!r}. Leave it out."
+            )
     try:
+        check_names([name for name in terms if name not in OTHERS], term_names(OTHERS))
         made = StoreTerms.of(terms)
     except InvalidTerms as error:
         raise InvalidTerms(f"{EXTRA} in the extra configuration: {error}") from None
-    for name in ("by_layer", "block_size", "encoding"):
-        if getattr(made, name):
-            raise IntegrationError(
-                f"Expected terms without {name}, which SGLang has no use for, got "
-                f"{name}={getattr(made, name)!r}. Leave it out."
-            )
     if made.shared and (made.bucket is not None or not made.folders):
         raise IntegrationError(
             "Expected shared with a folder and without a bucket, which processes share anyway, got "

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from portakv.arguments import text
 from portakv.errors import InvalidTerms
-from portakv.serving.local import StoreTerms
+from portakv.serving.local import StoreTerms, check_names, term_names
 from portakv.serving.page_sizes import check_shared
 
 #: Terms of `StoreTerms` that a tier of chunks does not have, and what to do.
@@ -17,6 +17,8 @@ OTHERS = {
     "by_layer": "Leave it out.",
     "encoding": "Leave it out.",
 }
+#: The term that names what else fixes the bytes of chunks.
+IDENTITY = "identity"
 
 
 class TierTerms(NamedTuple):
@@ -43,8 +45,9 @@ def tier_terms(terms: Mapping[str, Any]) -> TierTerms:
             raise InvalidTerms(
                 f"Expected the terms of a tier of whole chunks, got {name!r}. {advice}"
             )
+    check_names(terms, [*term_names(OTHERS), IDENTITY])
     left = {"host": 0, **terms}
-    identity = text("identity", left.pop("identity", ""), least=0, most=1 << 10)
+    identity = text(IDENTITY, left.pop(IDENTITY, ""), least=0, most=1 << 10)
     store = StoreTerms.of(left)
     if store.shared:
         check_shared(store)

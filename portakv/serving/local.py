@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import stat
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -174,13 +175,7 @@ class StoreTerms:
 
         Raises `InvalidTerms` for a name that is not a term.
         """
-        names = [each.name for each in fields(cls)]
-        unknown = [name for name in terms if name not in names]
-        if unknown:
-            raise InvalidTerms(
-                f"Expected some of {', '.join(names)}, got {unknown[0]!r}. Correct it, or leave it "
-                f"out."
-            )
+        check_names(terms, term_names())
         return cls(**terms)  # type: ignore[arg-type]
 
     def tiers(self) -> list[Tier]:
@@ -195,6 +190,23 @@ class StoreTerms:
         if self.bucket is not None:
             tiers.append(bucket_of(self.bucket, self.bucket_options))
         return tiers
+
+
+def term_names(without: Container[str] = ()) -> list[str]:
+    """Return the names of the terms of a store, without those that a door has no use for."""
+    return [each.name for each in fields(StoreTerms) if each.name not in without]
+
+
+def check_names(terms: Iterable[str], names: Sequence[str]) -> None:
+    """Raise `InvalidTerms` for a term of a configuration that is none of the names."""
+    for name in terms:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise InvalidTerms(
+                f"Expected some of {', '.join(names)}, got {name!r}.{hint} Correct it, or leave it "
+                f"out."
+            )
 
 
 class GroupView(NamedTuple):

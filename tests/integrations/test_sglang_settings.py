@@ -81,7 +81,11 @@ def test_ranks_with_the_same_pages() -> None:
 WRONG: dict[str, tuple[Any, str]] = {
     "no terms": (None, "'portakv'"),
     "a text": ("/nvme0/kv", "'portakv'"),
-    "an unknown term": ({"floder": "/nvme0/kv"}, "'floder'"),
+    "an unknown term": (
+        {"floder": "/nvme0/kv"},
+        r"some of folder, capacity, host, staging, deadline, shared, bucket, bucket_options, got "
+        r"'floder'. Did you mean folder\?",
+    ),
     "no tier": ({"host": 0}, "host tier"),
     "a wrong value": ({"folder": "/nvme0/kv", "capacity": -1}, "capacity"),
 }

@@ -145,3 +145,8 @@ def test_terms_of_a_tier() -> None:
     assert terms.identity == "fp8 scales of 2026"
     with pytest.raises(InvalidTerms, match="identity"):
         tier_terms({"folder": "/nvme/kv", "identity": 1})
+    with pytest.raises(
+        InvalidTerms, match=r"identity, got 'idenity'. Did you mean identity\?"
+    ) as e:
+        tier_terms({"folder": "/nvme/kv", "idenity": "x"})
+    assert "by_layer" not in str(e.value)  # which a tier refuses
