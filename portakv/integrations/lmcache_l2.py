@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from itertools import compress
@@ -21,6 +20,7 @@ from portakv.errors import TransferTimeout
 from portakv.integrations import IntegrationError, check_release
 from portakv.integrations.lmcache_check import ABSTRACT, MODEL, sizes_of, terms_of
 from portakv.serving.kept_page_store import page_store
+from portakv.serving.page_counts import Counted, Lookups
 from portakv.serving.page_tasks import Buffer, Kind, PageTask, PageTasks
 
 check_release("lmcache")
@@ -41,8 +41,6 @@ if further := sorted(L2AdapterInterface.__abstractmethods__ - {*ABSTRACT}):
     )
 
 logger = init_logger(__name__)
-#: The most lookups whose answers wait to be fetched; the locks of older ones end.
-UNFETCHED = 4096
 
 
 def key_of(key: Any) -> bytes:
@@ -92,10 +90,10 @@ class PortaKVL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         self._closed = False
         self._next = 0
         self._stores = dict[int, L2StoreResult]()
-        self._lookups = OrderedDict[int, tuple[Bitmap, Sequence[bytes]]]()
+        self._lookups = Lookups[Bitmap]()
         self._loads = dict[int, Bitmap]()
         self._objects = dict[int, tuple[Sequence[Any], Sequence[Any]]]()  # of tasks in flight
-        self._counted = dict[bytes, tuple[Any, int]]()  # objects with their bytes, by name
+        self._counted = Counted[Any]()
         self._tasks = PageTasks(store, self._ended, self._lost)
         logger.info("PortaKV stores objects in %s", ", ".join(terms.folders))
 
@@ -126,20 +124,14 @@ class PortaKVL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         for number in sizes.nonzero()[0].tolist():
             found.set(number)
         self._count(keys, names, sizes.tolist())
-        unfetched: Sequence[bytes] = ()
         with self._lock:
             task = self._new_id()
-            self._lookups[task] = found, [*compress(names, sizes)]
-            if len(self._lookups) > UNFETCHED:
-                _, (_, unfetched) = self._lookups.popitem(last=False)
-        self._tasks.unlock(unfetched)
+        self._tasks.unlock(self._lookups.add(task, found, [*compress(names, sizes)]))
         self._signal(1)
         return task
 
     def query_lookup_and_lock_result(self, task_id: int) -> Bitmap | None:
-        with self._lock:
-            found, _ = self._lookups.pop(task_id, (None, ()))
-        return found
+        return self._lookups.fetch(task_id)
 
     def submit_unlock(self, keys: list[Any]) -> None:
         self._tasks.unlock(map(key_of, keys))
@@ -154,7 +146,10 @@ class PortaKVL2Adapter(L2AdapterInterface):  # type: ignore[misc]
     def delete(self, keys: list[Any]) -> None:
         names = [key_of(key) for key in keys]
         gone = self._tasks.delete(names)
-        self._uncount([*compress(names, gone)], [*compress(keys, gone)])
+        counted = self._counted.remove(compress(names, gone))
+        if counted:  # an object that was never found counts as 0 bytes
+            sizes = [0 if each is None else each[1] for each in counted]
+            self._notify_keys_deleted([*compress(keys, gone)], sizes)
 
     def report_status(self) -> dict[str, Any]:
         usage = self._tasks.store.usage()
@@ -219,31 +214,16 @@ class PortaKVL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         self._signal(2)
 
     def _lost(self, names: Sequence[bytes]) -> None:
-        """Tell LMCache of objects that the store has evicted, or that were damaged."""
-        with self._lock:
-            known = [(name, self._counted[name][0]) for name in names if name in self._counted]
-        self._uncount([name for name, _ in known], [key for _, key in known])
+        """Tell LMCache of objects that were evicted or damaged."""
+        lost = [each for each in self._counted.remove(names) if each is not None]
+        if lost:
+            self._notify_keys_deleted([key for key, _ in lost], [nbytes for _, nbytes in lost])
 
     def _count(self, keys: Sequence[Any], names: Sequence[bytes], sizes: Sequence[int]) -> None:
-        """Count objects, those of size 0 excepted, that are not counted yet."""
-        new = list[Any]()
-        new_sizes = list[int]()
-        with self._lock:
-            for key, name, nbytes in zip(keys, names, sizes, strict=True):
-                if nbytes and name not in self._counted:
-                    self._counted[name] = key, nbytes
-                    new.append(key)
-                    new_sizes.append(nbytes)
+        """Tell LMCache of objects that it does not count yet."""
+        new, new_sizes = self._counted.add(keys, names, sizes)
         if new:
             self._notify_keys_stored(new, new_sizes)
-
-    def _uncount(self, names: Sequence[bytes], keys: Sequence[Any]) -> None:
-        """Tell LMCache of objects that are gone. One that was never found counts as 0 bytes."""
-        if not names:
-            return
-        with self._lock:
-            sizes = [self._counted.pop(name, (None, 0))[1] for name in names]
-        self._notify_keys_deleted([*keys], sizes)
 
     def _new_id(self) -> int:
         """Return the number of a task, under the lock."""

@@ -302,17 +302,11 @@ class PortaKVStorage(HiCacheStorage):  # type: ignore[misc]
     def _able(self, transfer: Any, names: list[bytes]) -> Mask:
         """Return for each number of leading pages, less one, whether a pool can restore it."""
         pages = self._pool(transfer.name).pages
-        count = len(names)
-        able = np.zeros(count, np.bool_)
         if transfer.hit_policy == PoolHitPolicy.ALL_PAGES:
-            able[: pages.lookup(names)] = True
-        elif transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES:
-            trailing = max(1, len(transfer.keys or ()))
-            pages.lookup(names[-trailing:])  # a bucket is asked about the last pages
-            missing = np.cumsum(np.r_[0, ~pages.holds(names)])
-            first = np.maximum(0, np.arange(1, count + 1) - trailing)
-            able = missing[1:] == missing[first]
-        return able
+            return pages.restorable(names)
+        if transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES:
+            return pages.restorable(names, max(1, len(transfer.keys or ())))
+        return np.zeros(len(names), np.bool_)
 
     def _cleared(self) -> bool:
         store = self._store

@@ -82,6 +82,21 @@ class PagePool:
             return np.zeros(len(keys), np.bool_)
         return pages.holds(self._names(keys))
 
+    def restorable(self, keys: Sequence[bytes], trailing: int | None = None) -> Mask:
+        """Return for each number of leading pages, less one, whether it can be restored, bool
+        ``[keys]``.
+
+        ``trailing``: the number of last pages that this needs; None: all of them.
+        """
+        count = len(keys)
+        if trailing is None:
+            return np.arange(count) < self.lookup(keys)
+        self.lookup(keys[-trailing:])  # a bucket is asked about the last pages
+        missing = np.cumsum(np.r_[0, ~self.holds(keys)])
+        first = np.maximum(0, np.arange(1, count + 1) - trailing)
+        able: Mask = missing[1:] == missing[first]
+        return able
+
     def save(
         self, keys: Sequence[bytes], addresses: npt.ArrayLike, after: bytes | None = None
     ) -> Mask:

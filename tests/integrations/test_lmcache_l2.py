@@ -22,6 +22,7 @@ from portakv.errors import InvalidTerms, StoreBusy
 from portakv.integrations import IntegrationError
 from portakv.integrations.lmcache_check import ABSTRACT, findings_of, terms_of
 from portakv.serving import pages
+from portakv.serving.page_counts import UNFETCHED
 
 LIMIT = 60.0
 MODULE = "portakv.integrations.lmcache_l2"
@@ -240,7 +241,7 @@ def test_lookups_that_nobody_fetches_hold_nothing_for_ever(
 ) -> None:
     driver.store([key(1)], bytes_of(1, [SIZE]))
     driver.adapter.submit_lookup_and_lock_task([key(1), key(2)], {})
-    for _ in range(module.UNFETCHED - 1):
+    for _ in range(UNFETCHED - 1):
         driver.adapter.submit_lookup_and_lock_task([key(2)], {})
     assert driver.adapter.report_status()["locked_key_count"] == 1
     driver.adapter.submit_lookup_and_lock_task([key(2)], {})

@@ -105,6 +105,18 @@ def test_pieces_of_any_lengths(pool: PagePool, store: PageStore) -> None:
     assert pool.load([], np.zeros((0, 3))).tolist() == []
 
 
+def test_what_can_be_restored(pool: PagePool, store: PageStore) -> None:
+    """Pages 0, 1, 3 and 4 are there: all pages, or the last two, of each number of leading ones."""
+    there = [KEYS[number] for number in (0, 1, 3, 4)]
+    assert pool.save(there, Memory(1).addresses[[0, 1, 3, 4]]).all()
+    keys = KEYS[:6]
+    assert pool.restorable(keys).tolist() == [True, True, False, False, False, False]
+    assert pool.restorable(keys, 1).tolist() == [True, True, False, True, True, False]
+    assert pool.restorable(keys, 2).tolist() == [True, True, False, False, True, False]
+    assert pool.restorable(keys, 9).tolist() == [True, True, False, False, False, False]
+    assert pool.restorable([], 2).tolist() == []
+
+
 def test_pieces_that_lie_one_after_the_other(pool: PagePool, store: PageStore) -> None:
     """What one has in pieces another one reads as a whole."""
     source = Memory(1)
