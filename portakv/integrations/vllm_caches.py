@@ -147,6 +147,12 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
             f"Expected one worker for by_layer, got {workers.size}: a worker does not know in time "
             f"what another one lacks. Leave by_layer out of kv_connector_extra_config."
         )
+    if store.by_layer and schedules_ahead(config):
+        raise IntegrationError(
+            "Expected --no-async-scheduling for by_layer, got asynchronous scheduling: there vLLM "
+            "cannot compute the blocks anew of a load that fails in its step. Add it, or leave "
+            "by_layer out of kv_connector_extra_config."
+        )
     model = config.model_config
     folder = os.path.abspath(model.model) if os.path.isdir(model.model) else model.model
     names = (
@@ -161,6 +167,11 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
     terms = name, size, tuple(groups), store, workers
     does = {"handing": roles.handing, "stores": roles.stores, "spans": roles.spans}
     return Settings(transfer.engine_id, *terms, **does)  # type: ignore[arg-type]
+
+
+def schedules_ahead(config: Any) -> bool:
+    """Return whether an engine schedules a step before the one before it has ended."""
+    return bool(getattr(getattr(config, "scheduler_config", None), "async_scheduling", False))
 
 
 def whole_blocks(groups: Sequence[Group]) -> int:
@@ -364,6 +375,12 @@ def is_served(request: Any) -> bool:
     resumable = getattr(request, "resumable", False)
     named = all(getattr(each, "identifier", None) for each in request.mm_features or ())
     return embeds is None and named and not resumable
+
+
+def needs_all_tokens(request: Any) -> bool:
+    """Return whether an engine has to compute every token of a prompt, such as for
+    ``prompt_logprobs``. Releases up to 0.26 leave it to connectors to offer nothing then."""
+    return bool(getattr(request, "skip_reading_prefix_cache", False))
 
 
 def extra_of(request: Any, block_size: int) -> dict[int, bytes]:

