@@ -120,10 +120,9 @@ class KeptIndex(KeeperIndex):
         """Wait until a rank has joined, at most so many seconds. Without one, log a line."""
         if not self.wait(timeout):
             _log.warning(
-                "No worker has joined the store of PortaKV in %s after %.0f s. Until one does, "
-                "nothing is stored or loaded.",
+                "No worker has joined the store of PortaKV in %s yet. Until one does, nothing is "
+                "stored or loaded.",
                 self.keeper.place.name,
-                timeout,
             )
 
     def statistics(self) -> Mapping[str, Sequence[Mapping[str, object]]]:

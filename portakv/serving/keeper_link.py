@@ -50,6 +50,14 @@ class Session(NamedTuple):
     data: Any
 
 
+class Known(NamedTuple):
+    """The last keeper that was asked: its address, and whether it has the version of this
+    process."""
+
+    address: str
+    alike: bool
+
+
 class Sides(NamedTuple):
     """What the user of a link does.
 
@@ -91,7 +99,7 @@ class Link:
         self._channel = channel
         self._sides = sides
         self._before = 0  # the number of the last session
-        self._known = ""  # the address of a keeper of this version
+        self._known = Known("", True)
         self._changed = threading.Condition()
         self._refusal = ""  # what the keeper says about the blocks of this process
         self._logged = ""  # the last line in the log
@@ -110,11 +118,13 @@ class Link:
     def wait(self, timeout: float) -> bool:
         """Wait for a session, at most so many seconds; return whether there is one.
 
-        Raises `InvalidTerms` with the sentence of a keeper that refuses the blocks of this
-        process.
+        Returns at once if the keeper is of another version, which a later one may not be. Raises
+        `InvalidTerms` with the sentence of a keeper that refuses the blocks of this process.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self.session is not None or self._refusal, timeout)
+            self._changed.wait_for(
+                lambda: self.session is not None or self._refusal or not self._known.alike, timeout
+            )
             if self.session is None and self._refusal:
                 raise InvalidTerms(self._refusal)
             return self.session is not None
@@ -224,17 +234,19 @@ class Link:
 
     def _speaks_to(self, address: str) -> bool:
         """Return whether a keeper has the version of this process."""
-        if address == self._known:
+        if self._known == (address, True):
             return True
         version = self._channel.ask(address, AskProtocol(PROTOCOL), Protocol, PATIENT).version
-        if version == PROTOCOL:
-            self._known = address
-            return True
-        self._refuse(
-            f"Expected a keeper of version {PROTOCOL} in {self._place.name}, got version "
-            f"{version}. Run one release of PortaKV on a host."
-        )
-        return False
+        alike = version == PROTOCOL
+        with self._changed:
+            self._known = Known(address, alike)
+            self._changed.notify_all()
+        if not alike:
+            self._say(
+                f"Nothing is stored or loaded: expected a keeper of version {PROTOCOL} in "
+                f"{self._place.name}, got version {version}. Run one release of PortaKV on a host."
+            )
+        return alike
 
     def _begin(self, address: str, answer: Any) -> float:
         """Begin a session; return the seconds until the next step."""

