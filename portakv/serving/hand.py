@@ -31,6 +31,9 @@ _log = RateLimitedLog(logging.getLogger(__name__))
 #: request that comes meanwhile would wait as well. A step computes 8,192 tokens of an 8B model in
 #: 250.
 ORDERED = 4 << 30
+#: Seconds for which a step waits for saves of several requests of which one is preempted.
+MOMENT = 0.5
+PAUSE = 1e-3
 
 
 class Ending(Protocol):
@@ -225,7 +228,11 @@ class Hand:
         return self._handover is not None and self._handover.busy
 
     def stop(self, plan: Plan) -> None:
-        """Wait until the saves that a plan stops read no block any longer; drop what they can."""
+        """Wait until the saves that a plan stops read no block any longer; drop what they can.
+
+        Saves of other requests that began in the same call go on, unless they take longer than
+        `MOMENT`.
+        """
         if not plan.stop:
             return
         self._await_issue()
@@ -237,8 +244,11 @@ class Hand:
             if id(handle) not in shared:
                 handle.cancel()
         for handle in handles:
-            if handle.released is not None:
-                handle.released.wait()
+            released = handle.released
+            if released is not None:
+                if id(handle) in shared and not _ends_soon(released):
+                    handle.cancel()  # such as with a keeper that hangs
+                released.wait()
 
     def load(self, plan: Plan) -> None:
         """Begin the loads of a plan, ordered after the current stream's work.
@@ -516,6 +526,16 @@ def _is_done(transfer: Ending) -> bool:
         return transfer.done()
     except PortaKVError:
         return True
+
+
+def _ends_soon(copies: Ending) -> bool:
+    """Return whether copies end within `MOMENT`."""
+    until = time.monotonic() + MOMENT
+    while not copies.done():
+        if time.monotonic() > until:
+            return False
+        time.sleep(PAUSE)
+    return True
 
 
 def _wait(transfer: Ending) -> None:
