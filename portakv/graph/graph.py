@@ -27,7 +27,7 @@ from portakv.graph.task import Lease, Mask, Pool, Task, Workers, check_pool
 from portakv.graph.timers import Timers, Unrun
 from portakv.graph.trace import COUNTED, Counts, Figures, Ran, Trace
 from portakv.runtime.devices import this_process
-from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.interrupts import Condition, uninterrupted
 from portakv.runtime.worker import EXIT_SECONDS
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class Queue(Workers):
         self.stall = stall_seconds
         self.pace = Pace(max_gbps, graph.clock)
         self.tier = name.partition(":")[0]
-        self.change = threading.Condition(graph.lock)
+        self.change = Condition(graph.lock)
         self.queued_bytes = 0
         self.threads = list[threading.Thread]()  # of the workers
         # True while a worker that ended a task takes the next: to wake another costs more than a

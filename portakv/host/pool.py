@@ -23,6 +23,7 @@ from portakv.errors import HostMemoryError, PoolExhausted
 from portakv.host import _pages, _registration, pinned
 from portakv.host._runs import Runs
 from portakv.runtime.devices import this_process
+from portakv.runtime.interrupts import Condition
 
 __all__ = ["Block", "Leak", "PinnedPool", "PoolExhausted"]
 
@@ -136,7 +137,7 @@ class Pool:
         self._process = this_process()
         self._pid = os.getpid()
         self._closed = False
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._handles: WeakValueDictionary[int, Block] = WeakValueDictionary()
         self._pause = 0.002  # seconds between two looks at changes that do not notify
         # The callers that wait, in their order, by `id`; interrupted callers vanish by themselves.

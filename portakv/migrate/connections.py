@@ -49,7 +49,7 @@ from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports import renamed as renamed
 from portakv.migrate.transports.base import Transport
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.interrupts import Condition, uninterrupted
 
 _HOST = torch.device("cpu")
 FAREWELL = 0.5  # seconds for the last message to all owners
@@ -136,7 +136,7 @@ class _Turns:
 
     def __init__(self) -> None:
         self._taken = set[str]()
-        self._change = threading.Condition()
+        self._change = Condition()
 
     @contextmanager
     def of(self, address: str, until: float) -> Iterator[None]:

@@ -29,7 +29,7 @@ from portakv.migrate.marks import PAST, Progress, Raises, Unit, mark_event, prog
 from portakv.migrate.names import EndedOffers, Names
 from portakv.migrate.shards import Shard, device_of
 from portakv.runtime.finished import Finished
-from portakv.runtime.interrupts import abandoned, uninterrupted
+from portakv.runtime.interrupts import Condition, abandoned, uninterrupted
 
 LOOK = 0.1  # seconds between two checks of a call that waits for the end of an offer
 UNKNOWN = messages.Answer("gone", messages.REASONS["gone"])
@@ -304,7 +304,7 @@ class Owner:
         arguments.one_of("expose", expose, get_args(Expose))
         self.channel = channel
         self.model = model
-        self.change = threading.Condition(threading.RLock())
+        self.change = Condition(threading.RLock())
         self.counts = Counter[str]()
         self._key = secrets.token_bytes(32)  # signs tickets, also those of later epochs
         self._expose = expose

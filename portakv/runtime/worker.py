@@ -21,6 +21,7 @@ import torch
 
 from portakv.errors import PortaKVError, TransferCancelled, TransferError
 from portakv.runtime.devices import this_process
+from portakv.runtime.interrupts import Condition
 from portakv.runtime.transfer import NOTHING, Completion, Transfer, failed
 
 #: Slices in flight: the first crosses the link, the second waits, and the third is being issued.
@@ -112,7 +113,7 @@ class Worker:
         self._inside = inside
         # In a forked child the thread does not exist, and its lock may never be released.
         self._process = this_process()
-        self._change = threading.Condition()
+        self._change = Condition()
         self._in_flight: deque[Transfer] = deque()
         self._thread = threading.Thread(target=self._run, name="portakv worker", daemon=True)
 

@@ -15,6 +15,7 @@ from portakv.errors import InvalidTerms, PeerError, PortaKVError, TransferError
 from portakv.host.shared import process_space, started
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Message, Refused
+from portakv.runtime.interrupts import Condition
 from portakv.serving.keeper_messages import (
     PROTOCOL,
     Alive,
@@ -100,7 +101,7 @@ class Link:
         self._sides = sides
         self._before = 0  # the number of the last session
         self._known = Known("", True)
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._refusal = ""  # what the keeper says about the blocks of this process
         self._logged = ""  # the last line in the log
         self._wake = threading.Event()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Literal, Protocol, TypeAlias
@@ -12,6 +11,7 @@ import numpy as np
 
 from portakv.graph import Graph, Mask, Priority, Task
 from portakv.runtime.devices import this_process
+from portakv.runtime.interrupts import Condition
 from portakv.serving.keeper_link import Session
 from portakv.serving.keeper_messages import MOST_KEYS, Grant, Progress, ids_in
 from portakv.serving.keeper_transfer import Piece
@@ -43,7 +43,7 @@ class Requests:
 
     def __init__(self) -> None:
         self.process = this_process()
-        self.changed = threading.Condition()
+        self.changed = Condition()
         self.graph = Graph()
         self._numbers = count(1)
         self._open = dict[int, tuple[Copying, Piece]]()  # by number

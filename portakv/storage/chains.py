@@ -12,6 +12,7 @@ from itertools import compress, count
 from operator import add
 from typing import Generic, TypeAlias, TypeVar
 
+from portakv.runtime.interrupts import Condition
 from portakv.storage.image import checksum, checksums
 from portakv.storage.reasons import EVICTED
 
@@ -104,7 +105,7 @@ class Chains(Generic[Key]):
 
     def __init__(self, lock: threading.Lock | None = None) -> None:
         self.lock = lock or threading.Lock()
-        self.written = threading.Condition(self.lock)  # for tiers: notified when a write ends
+        self.written = Condition(self.lock)  # for tiers: notified when a write ends
         self._blocks = _Columns[Key]()
         self._by_key = dict[Key, int]()
         self._by_mark = dict[Mark, int]()

@@ -11,6 +11,7 @@ import pytest
 from support.migrate_channels import until
 
 from portakv.graph import Graph, Task
+from portakv.runtime.interrupts import Condition
 
 WAIT = 30.0  # seconds; nothing here takes as long
 WIDTH = 4  # workers; three of them run tasks of the background
@@ -59,7 +60,7 @@ def test_background_tasks_that_run_alone_leave_the_other_workers_free(
     assert len(going) == 3
 
 
-class Counted(threading.Condition):
+class Counted(Condition):
     """Counts the threads that sleep, less those that were woken; none wakes at a time."""
 
     asleep = 0

@@ -13,10 +13,11 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from support import ready
 from support.interrupts import LIMIT, settles
 
 from portakv.runtime import interrupts
-from portakv.runtime.interrupts import abandoned, alongside, uninterrupted
+from portakv.runtime.interrupts import Condition, abandoned, alongside, uninterrupted
 
 LINES = 40  # of the module, at most, that a caller runs
 
@@ -136,6 +137,61 @@ def test_uninterrupted_work_runs_here_if_the_system_gives_no_thread(
     monkeypatch.setattr(threading.Thread, "start", refuse)
     # A forked process has no helper yet.
     assert in_child(lambda: uninterrupted(threading.get_ident) == threading.get_ident())
+
+
+_HAMMER = """
+import random, signal, sys, threading, time
+from portakv.runtime.interrupts import Condition
+change = {"ours": Condition, "python's": threading.Condition}[sys.argv[1]](threading.RLock())
+armed = False
+def interrupt(*_):
+    if armed:
+        raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, interrupt)
+random.seed(1)
+came = locked = 0
+end = time.monotonic() + 20
+while came < 2000 and time.monotonic() < end:
+    try:
+        armed = True
+        signal.setitimer(signal.ITIMER_REAL, 1e-5 + 2e-4 * random.random())
+        while True:
+            with change:
+                pass
+    except KeyboardInterrupt:
+        armed = False
+        came += 1
+    if change._is_owned():
+        locked += 1
+        change.release()
+assert came > 100, came
+print(locked)
+"""
+
+
+@pytest.mark.parametrize("whose", ["ours", "python's"])
+def test_an_interrupt_leaves_no_condition_locked(whose: str) -> None:
+    """Python's own is the negative control."""
+    done = ready.run("-c", _HAMMER, whose)
+    assert done.returncode == 0, done.stderr
+    assert (int(done.stdout) == 0) is (whose == "ours")
+
+
+def test_a_condition_wakes_who_waits() -> None:
+    change = Condition()
+    seen = list[bool]()
+
+    def wait() -> None:
+        with change:
+            seen.append(change.wait(LIMIT))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    while thread.is_alive():
+        with change:
+            change.notify_all()
+        thread.join(1e-3)
+    assert seen == [True]
 
 
 def test_work_alongside_runs_while_its_caller_goes_on() -> None:

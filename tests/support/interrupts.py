@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dis
 import gc
 import os
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Late
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
@@ -79,13 +81,33 @@ class Lines:
         return self._line
 
     def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if event == "line":
+        if event == "line" and frame.f_lasti not in _ends_of_with(frame.f_code):
             at = self._files[frame.f_code.co_filename], frame.f_lineno
             self.hits[at] += 1
             if self._at == (*at, self.hits[at]):
                 self.raised = True
                 raise KeyboardInterrupt
         return self._line
+
+
+@cache
+def _ends_of_with(code: CodeType) -> frozenset[int]:
+    """Return where a ``with`` statement begins to call ``__exit__``, which it found when it began.
+
+    Python looks at signals after a call and inside a function, so none comes between the last call
+    of the body and that one.
+    """
+    listed = [each for each in dis.get_instructions(code) if each.opname != "CACHE"]
+    none = [each.opname == "LOAD_CONST" and each.argval is None for each in listed]
+    ends = set[int]()
+    for number, each in enumerate(listed):
+        first = number + (each.opname in ("SWAP", "POP_BLOCK", "ROT_TWO"))
+        first += listed[first].opname == "ROT_TWO" if first < len(listed) else 0
+        three = listed[first : first + 3]
+        same = all(none[first + nth] or one.opname == "DUP_TOP" for nth, one in enumerate(three))
+        if len(three) == 3 and none[first] and same:
+            ends.add(each.offset)
+    return frozenset(ends)
 
 
 def _finalizes(frame: FrameType) -> bool:
