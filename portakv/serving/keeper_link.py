@@ -244,8 +244,8 @@ class Link:
             self._changed.notify_all()
         if not alike:
             self._say(
-                f"Nothing is stored or loaded: expected a keeper of version {PROTOCOL} in "
-                f"{self._place.name}, got version {version}. Run one release of PortaKV on a host."
+                f"Expected a keeper of version {PROTOCOL} in {self._place.name}, got version "
+                f"{version}: nothing is stored or loaded. Run one release of PortaKV on a host."
             )
         return alike
 

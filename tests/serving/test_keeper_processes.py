@@ -359,7 +359,7 @@ def test_a_keeper_of_another_version_serves_nobody(host: Host) -> None:
     for _ in range(3):
         assert rank.do("answer = rank.load(tokens)", tokens=prompt(1, 2)) == [False] * 2
     (said,) = [line for line in rank.do("answer = lines") if "version" in line]
-    assert re.search(rf"of version {PROTOCOL} in .*, got version 99\. Run", said)
+    assert re.search(rf"of version {PROTOCOL} in .*, got version 99: nothing", said)
 
 
 def test_a_scheduler_starts_beside_a_keeper_of_another_version(
