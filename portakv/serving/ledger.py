@@ -152,6 +152,7 @@ class _Live:
             pull that failed the position 0.
         held: blocks that a save reads, and that the engine may give up before.
         began: where the span of a load begins.
+        loads: it is a load.
     """
 
     job: Job | PullJob
@@ -161,6 +162,7 @@ class _Live:
     missing: frozenset[int] = _NONE
     held: tuple[int, ...] = ()
     began: tracing.Began = field(default_factory=tracing.begin)
+    loads: bool = False
 
 
 @dataclass
@@ -322,6 +324,7 @@ class Ledger:
         keys = state.keys(past)
         state.considered = past
         state.load = self._job(state, first, past, keys, computed)
+        self._jobs[state.load.number].loads = True
         self._next.loads.append(state.load)
         self.counts["loads"] += 1
         self.counts["promised"] += tokens
@@ -616,7 +619,7 @@ class Ledger:
         del self._jobs[number]
         if isinstance(live.job, PullJob):
             self._end_pull(live.job, live)
-        elif live.request.load is live.job:
+        elif live.loads:
             self._end_load(live.job, live)
         else:
             self._end_save(live.job, live)
@@ -642,7 +645,8 @@ class Ledger:
             state.considered = min(state.considered, state.limit)
         counts = {"load.blocks": len(job.keys), "load.blocks_missing": len(live.missing)}
         tracing.end("portakv load", live.began, counts)
-        self._end_loading(state)
+        if state.load is job:  # not a later load of a request that was preempted
+            self._end_loading(state)
 
     def _end_loading(self, state: _Request) -> None:
         """Note that the engine has the blocks of a request again."""

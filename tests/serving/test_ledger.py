@@ -456,6 +456,26 @@ def test_a_request_that_ends_during_its_load_announces_no_blocks() -> None:
     assert not ledger.retains
 
 
+def test_an_earlier_load_of_a_preempted_request_ends_as_a_load() -> None:
+    keys = prefix_keys(TOKENS, 8)
+    ledger = Ledger(8, [Group(8)], 1, Known(keys))
+    ledger.add("a", TOKENS)
+    loads = list[Job]()
+    for _ in range(2):
+        ledger.leading("a", 0)
+        ledger.allocated("a", 0, 16, ((1, 2),))
+        loads += ledger.plan().loads
+        ledger.preempted("a")
+    stored = ledger.statistics().get("stored_blocks")
+    for load in loads:
+        report = Report()
+        report.end_load(load.number, frozenset([1]) if load is loads[0] else frozenset())
+        ledger.take(report)
+    counts = ledger.statistics()
+    assert counts.get("stored_blocks") == stored
+    assert (counts["landed_blocks"], counts["failed_loads"]) == (3, 1)
+
+
 def test_reports_of_workers_add_up() -> None:
     one = Report()
     one.end_load(1, frozenset([0]))
