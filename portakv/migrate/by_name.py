@@ -198,3 +198,5 @@ class ByName:
                 self._keeper.wake()
         except BaseException as error:
             fail(pull, error)
+        finally:
+            wanted.task = None

@@ -374,7 +374,7 @@ def test_a_scheduler_starts_beside_a_keeper_of_another_version(
     assert isinstance(index, KeptIndex)
     try:
         assert index.leading([b"k" * 32]) == 0
-        assert sum("got version 99" in line for line in caplog.messages) == 1
+        assert any("got version 99" in line for line in caplog.messages)
     finally:
         index.close()
 
