@@ -22,6 +22,7 @@ from portakv.layout.packing import PACK
 from portakv.plan.move import Move
 from portakv.registry.prepared import PreparedPack
 from portakv.runtime.devices import inside
+from portakv.runtime.streams import completion as completion_of
 from portakv.runtime.transfer import (
     Completion,
     Pending,
@@ -110,8 +111,28 @@ def _launch(checked: Checked, ready: PreparedPack, context: Context) -> Packed:
     word: StatusWord | None = None
     if on_device and (guarded or (ready.can.guards and not move.ids_on_host)):
         word = acquire_word()
+    overflow = overflow_words(move, ready.plan.unit, device)
+    try:
+        return _enqueue(checked, ready, context, placed, word, overflow)
+    except BaseException:  # also an interrupt; kernels that run may write the words
+        if on_device:
+            completion_of(device, stream, placed, overflow)
+        raise
+
+
+def _enqueue(
+    checked: Checked,
+    ready: PreparedPack,
+    context: Context,
+    placed: Move,
+    word: StatusWord | None,
+    overflow: torch.Tensor,
+) -> Packed:
+    """Launch a copy whose ids are placed, and return its end."""
+    move = checked.move
+    device, stream, _ = context
+    on_device = device.type != "cpu"
     with inside(device if stream is None else stream):
-        overflow = overflow_words(move, ready.plan.unit, device)
         status = None if word is None else word.tensor
         pending = ready.enqueue(placed, stream, status, overflow)
         report = OverflowReport.of(move, ready.plan.unit, overflow, device, ready.plan.packs)

@@ -280,7 +280,7 @@ class Registration:
         If a device may wait for this process, or a graph's capture forbids it now, it is postponed,
         and the owner is retained until then.
         """
-        if self.registered and late_release.is_held():
+        if self.registered and not self._process.forked and late_release.is_held():
             late_release.release(partial(self.undo, owner))
             return
         if self.registered and capturing():
@@ -348,8 +348,8 @@ def settle() -> None:
     """Unregister what had to wait for the end of a capture."""
     while _postponed and not capturing():
         with suppress(IndexError):  # another thread was faster
-            registration, _owner = _postponed.pop()
-            registration.undo()  # before the owner gives the memory back
+            registration, owner = _postponed.pop()
+            registration.undo(owner)  # before the owner gives the memory back
 
 
 @cache

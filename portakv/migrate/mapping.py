@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from traceback import clear_frames
 from typing import NamedTuple
 from weakref import finalize
 
@@ -53,14 +54,24 @@ def map_owner(address: str, handshake: Handshake, device: torch.device) -> Mappe
     describes.
     """
     _check(address, handshake)  # checks the description before any memory is mapped
+    regions: list[torch.Tensor] = []
+    try:
+        return _mapped(handshake, device, regions)
+    except BaseException as error:
+        clear_frames(error.__traceback__)  # which refer to the memory
+        release(regions.clear)
+        raise
+
+
+def _mapped(handshake: Handshake, device: torch.device, regions: list[torch.Tensor]) -> Mapped:
+    """Map an owner's memory, and add each region as soon as it is mapped."""
     if missing := [region.why for region in handshake.regions if not region.handle]:
         raise NotMapped(f"the owner does not share it: {missing[0]}")
     try:
         with _apart(device):
-            regions = [
-                ipc.open_shared(x.handle, "cpu" if x.device.startswith("cpu ") else device)
-                for x in handshake.regions
-            ]
+            for x in handshake.regions:
+                place = "cpu" if x.device.startswith("cpu ") else device
+                regions.append(ipc.open_shared(x.handle, place))
             *flat, proof = regions
             read = (proof ^ 0).cpu()  # a kernel reads it, as kernels read rows
         if not torch.equal(read, ipc.proof_of(handshake.epoch)):

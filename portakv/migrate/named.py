@@ -113,7 +113,8 @@ class Wanted:
         if self.once.acquire(blocking=False):
             self.start(ended)
             self.start = bool  # the pull retains no task that has ended
-            if self.task is not None and self.task.schedule.graph is None:
+            task = self.task
+            if task is not None and task.schedule.graph is None:
                 self.task = None  # it was not submitted
             self.attempts.clear()
             self.started.set()

@@ -84,7 +84,8 @@ class Condition(threading.Condition):
 
     Python's own has methods in Python, and an interrupt may come at the first line of ``__exit__``,
     before the lock is released: 4 of 10 did, of a loop that does nothing else (Python 3.10 - 3.13).
-    Here ``with`` finds the methods of the lock, which are not in Python.
+    Here ``with`` finds the methods of the lock, which are not in Python. An `ExitStack` takes no
+    such condition.
     """
 
     __enter__ = property(lambda self: self._lock.__enter__)

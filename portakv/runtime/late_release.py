@@ -9,29 +9,32 @@ unregister host memory waits for the device, too.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from weakref import WeakSet
 
 # The garbage collector calls `release` at any place, so nothing here has a lock.
-_holders: WeakSet[object] = WeakSet()
+_holders = dict[int, weakref.ref[object]]()
 _waiting: deque[Callable[[], object]] = deque()
 
 
 def is_held() -> bool:
     """Return True while releases have to wait."""
-    return bool(_holders)
+    return any(holder() is not None for holder in [*_holders.values()])
 
 
 def hold(holder: object) -> None:
-    """Have releases wait from now on: work that waits for this process may be under way."""
-    _holders.add(holder)
+    """Have releases wait from now on: work that waits for this process may be under way.
+
+    Ends with `free`, or with the life of the holder.
+    """
+    _holders[id(holder)] = weakref.ref(holder, _run)
 
 
 def free(holder: object) -> None:
     """End a `hold`; after the last one, make the releases that waited."""
-    _holders.discard(holder)
+    _holders.pop(id(holder), None)
     _run()
 
 
@@ -41,7 +44,7 @@ def release(act: Callable[[], object]) -> None:
     _run()
 
 
-def _run() -> None:
+def _run(_: object = None) -> None:
     with suppress(IndexError):
         while not is_held():  # each time: another thread may begin to hold
             _waiting.popleft()()

@@ -531,7 +531,7 @@ def _is_done(transfer: Ending) -> bool:
 def _ends_soon(copies: Ending) -> bool:
     """Return whether copies end within `MOMENT`."""
     until = time.monotonic() + MOMENT
-    while not copies.done():
+    while not _is_done(copies):
         if time.monotonic() > until:
             return False
         time.sleep(PAUSE)

@@ -217,6 +217,8 @@ class Link:
         except PortaKVError as error:
             self._refuse(str(error))
             return REFUSED
+        if address != self._known.address:
+            self._known = Known("", True)  # the keeper of another version has ended
         if not address or not self._sides.ready():
             return ABSENT
         try:

@@ -631,7 +631,8 @@ class Ledger:
             self.counts["failed_pulls"] += 1
         else:
             self.counts["pulled_tokens"] += job.tokens - job.first
-        self._end_loading(live.request)
+        if live.request.load is job:
+            self._end_loading(live.request)
 
     def _end_load(self, job: Job, live: _Live) -> None:
         """Offer no block again that did not land, until it was saved anew."""

@@ -14,7 +14,9 @@ from support.migrate_pulls import Couple, Sides, sides
 
 from portakv.copy.layer_words import LayerWords
 from portakv.host import _registration
+from portakv.migrate import ipc
 from portakv.runtime import late_release
+from portakv.runtime.devices import this_process
 
 CPU = torch.device("cpu")
 
@@ -44,6 +46,23 @@ def test_memory_of_an_owner_that_is_gone(made: Sides, end: str) -> None:
     assert mappings() < held <= before
 
 
+def test_memory_that_is_not_what_its_owner_says(
+    made: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that finds this out has mapped it."""
+    known = ipc.proof
+    monkeypatch.setattr("portakv.migrate.ipc.proof", lambda _, device: known(bytes(16), device))
+    both = Couple(made)
+    offer = both.offer()
+    before = mappings()
+    words = LayerWords(CPU, 1)
+    words.begin()
+    both.pull(offer).synchronize(20)  # by staging
+    held = mappings()
+    words.end_waits()
+    assert before <= mappings() < held
+
+
 def test_memory_of_an_owner_without_a_step(made: Sides) -> None:
     both = Couple(made)
     both.pull(both.offer()).synchronize(20)
@@ -56,9 +75,13 @@ def test_words_that_are_dropped_hold_nothing() -> None:
     words = LayerWords(CPU, 1)
     words.begin()
     assert late_release.is_held()
+    released = list[int]()
+    late_release.release(partial(released.append, 1))
+    assert not released
     del words
     gc.collect()
     assert not late_release.is_held()
+    assert released == [1]
 
 
 def test_a_step_that_begins_while_memory_is_unmapped() -> None:
@@ -96,6 +119,7 @@ class Registered(_registration.Registration):
         self.registered = [1]
         self.pieces = []
         self.undone = False
+        self._process = this_process()
 
     def _unregister(self) -> None:
         self.undone = True

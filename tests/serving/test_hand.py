@@ -187,6 +187,7 @@ class Counting:
         self.calls = list[tuple[list[bytes], Any]]()
         self.cancelled = 0
         self.ended = False
+        self.fails = False
         self._store = store
 
     def save(self, view: KVView, blocks: Any, keys: Any, *, after: Any = None) -> Any:
@@ -194,11 +195,16 @@ class Counting:
         made = self._store.save(view, blocks, keys, after=after)
         made.synchronize(LIMIT)
         return SimpleNamespace(
-            released=SimpleNamespace(done=lambda: self.ended, wait=self.end),
+            released=SimpleNamespace(done=self.done, wait=self.end),
             cancel=self.cancel,
             done=lambda: self.ended,
             landed=made.landed,
         )
+
+    def done(self) -> bool:
+        if self.fails:
+            raise StoreError("The copy failed.")
+        return self.ended
 
     def end(self) -> None:
         self.ended = True
@@ -302,6 +308,17 @@ def test_a_stopped_save_cancels_others_of_its_call_only_if_it_hangs(
     before = counting.cancelled
     hand.stop(Plan(stop=(1, 2)))
     assert counting.cancelled > before
+
+
+def test_a_save_that_fails_while_it_is_stopped_raises_nothing(store: BlockStore) -> None:
+    _, view = caches(12, 8)
+    counting = Counting(store)
+    counting.fails = True
+    hand = Hand([GroupCache(view, counting)])  # type: ignore[arg-type]
+    keys = prefix_keys(range(16), 8)
+    jobs = [Job(number, "a", (keys[number],), 0, None, ((number + 1,),)) for number in range(2)]
+    hand.save(Plan(saves=tuple(jobs)))
+    hand.stop(Plan(stop=(1,)))
 
 
 def test_saves_that_begin_inside_a_block_of_the_engine_are_calls_of_their_own(
