@@ -22,7 +22,6 @@ from portakv.layout.packing import PACK
 from portakv.plan.move import Move
 from portakv.registry.prepared import PreparedPack
 from portakv.runtime.devices import inside
-from portakv.runtime.streams import completion as completion_of
 from portakv.runtime.transfer import (
     Completion,
     Pending,
@@ -116,7 +115,8 @@ def _launch(checked: Checked, ready: PreparedPack, context: Context) -> Packed:
         return _enqueue(checked, ready, context, placed, word, overflow)
     except BaseException:  # also an interrupt; kernels that run may write the words
         if on_device:
-            completion_of(device, stream, placed, overflow)
+            pool = event_pool(device)
+            hold(Completion(pool.recorded(stream), retained=(placed, overflow), pool=pool))
         raise
 
 
