@@ -273,7 +273,11 @@ class WorkerStore:
         return opened.statistics() if isinstance(opened, LocalIndex) else {}
 
     def close(self) -> None:
-        """End the loads and saves, and what is handed over."""
+        """End the waits of graphs, the loads and saves, and what is handed over."""
+        words = self.graphs.words
+        self.graphs.words = None
+        if words is not None:
+            words.close()
         handover = self.handover
         self.handover = None
         if handover is not None:

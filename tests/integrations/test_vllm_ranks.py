@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.vllm_stub import configuration
 
+from portakv.copy.layer_words import LayerWords
 from portakv.errors import InvalidTerms, StoreBusy
 from portakv.integrations import IntegrationError
 from portakv.integrations.vllm_caches import Settings, settings_of
@@ -24,6 +25,7 @@ from portakv.integrations.vllm_ranks import (
     stage_of,
 )
 from portakv.integrations.vllm_views import FUSED, LATENT
+from portakv.runtime import late_release
 from portakv.serving import Keeper, keeper_server
 from portakv.serving.local import GroupView, LocalIndex
 from portakv.storage import prefix_keys
@@ -540,3 +542,13 @@ def test_an_engine_that_hands_nothing_over(configurations: tuple[Any, Any]) -> N
     store = WorkerStore(settings_of(*configurations), configurations[0])
     store.hand_over({"layer": rows(2)}, configurations[1], 0, {"layer": 0})
     assert store.handover is None
+
+
+def test_a_worker_that_closes_ends_the_waits_of_graphs(configurations: tuple[Any, Any]) -> None:
+    store = WorkerStore(settings_of(*configurations), configurations[0])
+    store.graphs.words = words = LayerWords(torch.device("cpu"), 1)
+    words.begin()
+    store.close()
+    words.wait(0)  # without a word it would take a minute
+    assert words.expired
+    assert not late_release.is_held()
