@@ -110,14 +110,15 @@ def _launch(checked: Checked, ready: PreparedPack, context: Context) -> Packed:
     word: StatusWord | None = None
     if on_device and (guarded or (ready.can.guards and not move.ids_on_host)):
         word = acquire_word()
-    overflow = overflow_words(move, ready.plan.unit, device)
-    try:
-        return _enqueue(checked, ready, context, placed, word, overflow)
-    except BaseException:  # also an interrupt; kernels that run may write the words
-        if on_device:
-            pool = event_pool(device)
-            hold(Completion(pool.recorded(stream), retained=(placed, overflow), pool=pool))
-        raise
+    with inside(device if stream is None else stream):
+        overflow = overflow_words(move, ready.plan.unit, device)
+        try:
+            return _enqueue(checked, ready, context, placed, word, overflow)
+        except BaseException:  # also an interrupt; kernels that run may write the words
+            if on_device:
+                pool = event_pool(device)
+                hold(Completion(pool.recorded(stream), retained=(placed, overflow), pool=pool))
+            raise
 
 
 def _enqueue(
@@ -128,14 +129,13 @@ def _enqueue(
     word: StatusWord | None,
     overflow: torch.Tensor,
 ) -> Packed:
-    """Launch a copy whose ids are placed, and return its end."""
+    """Launch a copy whose ids are placed, on the current stream, and return its end."""
     move = checked.move
     device, stream, _ = context
     on_device = device.type != "cpu"
-    with inside(device if stream is None else stream):
-        status = None if word is None else word.tensor
-        pending = ready.enqueue(placed, stream, status, overflow)
-        report = OverflowReport.of(move, ready.plan.unit, overflow, device, ready.plan.packs)
+    status = None if word is None else word.tensor
+    pending = ready.enqueue(placed, stream, status, overflow)
+    report = OverflowReport.of(move, ready.plan.unit, overflow, device, ready.plan.packs)
     pendings: list[Pending] = [] if pending is None else [pending]
     if not (on_device or pendings):
         error = checked.error or report()
