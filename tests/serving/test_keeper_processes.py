@@ -151,7 +151,8 @@ def test_blocks_of_another_model_are_refused_in_one_sentence(host: Host) -> None
     assert other.do("answer = rank.load(tokens)", tokens=prompt(1, 2)) == [False] * 2
     first.kill()
     assert other.do(_WAIT)
-    assert other.do("answer = rank.saved(tokens)") == [True] * 2
+    # On a busy machine the keeper may lose the rank, which joins again.
+    assert until(lambda: other.do("answer = rank.saved(tokens)") == [True] * 2, 30)
 
 
 def test_a_rank_that_is_killed_in_a_save_ends_the_save(host: Host) -> None:
