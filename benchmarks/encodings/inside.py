@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from portakv import Index, KVView, copy_blocks
+from portakv.copy.pack_launch import overflow_words
 from portakv.plan.plan import Move
 from portakv.registry import choose, prepared_pack
 from portakv_benchmarks.encodings.suite import Case, EncodingBench, Memory, poison
@@ -77,8 +78,6 @@ class _Sized:
         self._target = case.view(memory.written)
         self._chunk = case.dense_view(self._dense)
         self._packed = case.slots(blocks, slots)
-        overflow = torch.zeros(blocks, dtype=torch.int32)
-        self._overflow = overflow if bench.device.type == "cpu" else overflow.pin_memory()
 
     def measure(self) -> Rows:
         """Return a row for each method."""
@@ -169,4 +168,5 @@ class _Sized:
         choice = choose(self._bench.device, None)
         ready = prepared_pack(src.form, dst.form, *move.steps, choice)
         placed = ready.place_both(move)
-        return lambda i: ready.enqueue(placed, None, None, self._overflow)
+        overflow = overflow_words(move, ready.plan.unit, self._bench.device)
+        return lambda i: ready.enqueue(placed, None, None, overflow)

@@ -52,7 +52,7 @@ class Session(NamedTuple):
 
 
 class Known(NamedTuple):
-    """The last keeper that was asked: its address, and whether it has the version of this
+    """The last keeper that answered: its address, and whether it has the version of this
     process."""
 
     address: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine was told of the pages of a store, and lookups whose answers it has not fetched."""
+"""The pages of a store that an engine counts, and lookups whose answers it has not fetched."""
 
 from __future__ import annotations
 

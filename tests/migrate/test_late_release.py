@@ -113,7 +113,7 @@ def test_two_steps_at_a_time() -> None:
 
 
 class Registered(_registration.Registration):
-    """A registration of no memory; ``undone``: the driver was asked to end it."""
+    """A registration of no memory; ``undone``: the driver has ended it."""
 
     def __init__(self) -> None:
         self.registered = [1]

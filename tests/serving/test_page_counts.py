@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine was told of pages, and lookups that it does not fetch."""
+"""The pages that an engine counts, and lookups that it does not fetch."""
 
 from __future__ import annotations
 
