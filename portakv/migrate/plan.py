@@ -298,17 +298,33 @@ def _indices(
                 raise
 
         src_indices = []
+        known = dict[tuple[bytes, int], Index]()
         for ticket, owner, _ in sources:
-            numbers = np.frombuffer(ticket.ids[group], "<i4").astype(np.int64)
-            index = Index.of(numbers, ticket.steps[group])
-            if first:
-                index = index.shifted(first)
+            index = _offered(ticket, group, first, known)
             slots = owner.shards[group].view.slots if owner.shards else _ANY
             index.check_length(count, slots, "offered")
             skips |= index.check(count, slots, "offered")
             src_indices.append(index)
         lists.append((dst_index, src_indices))
     return lists, skips
+
+
+def _offered(
+    ticket: Ticket, group: int, first: int, known: dict[tuple[bytes, int], Index]
+) -> Index:
+    """Return the index of an owner's rows in a group, from a token on.
+
+    Ranks of one engine name the same blocks: they have one index, which is ``known``.
+    """
+    ids = ticket.ids[group]
+    step = ticket.steps[group]
+    index = known.get((ids, step))
+    if index is None:
+        index = Index.of(np.frombuffer(ids, "<i4").astype(np.int64), step)
+        if first:
+            index = index.shifted(first)
+        known[ids, step] = index
+    return index
 
 
 def _check_number_of_blocks(index: Index, first: int, count: int) -> None:

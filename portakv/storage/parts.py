@@ -26,6 +26,8 @@ LOADED = 32 << 20
 #: Bytes of a long task of a save, which no tier stores. Each task takes the host some 0.1 ms if its
 #: copy was issued. One that packs takes 0.85 ms; 16 MiB of raw rows cross at 23 GB/s, 128 at 52.
 LONG = 128 << 20
+#: Bytes of a task whose copy is issued by itself, before the next task takes rows.
+APART = 64 << 20
 #: Bytes up to which tasks share no work of a call.
 SHARED = 1 << 20
 #: Blocks of a task at most: the end of a task takes the graph's lock for 4 us a block, and urgent

@@ -10,6 +10,7 @@ from typing import Protocol
 from portakv.graph import Task
 from portakv.graph.graph import Queue
 from portakv.runtime.transfer import Completion
+from portakv.storage.parts import APART
 from portakv.storage.plan import Call, InFlight
 from portakv.storage.rows import Crossing
 from portakv.view import KVView
@@ -63,12 +64,24 @@ class ViewSource:
         return self._crossing.ends
 
     def issue(self, call: Call, started: Sequence[InFlight]) -> None:
-        """Issue one copy for the chunks of a save from a device for which staging has room."""
-        crossing = self._crossing
-        shared = call.shared
+        """Issue copies for the chunks of a save from a device for which staging has room.
+
+        A long chunk has a separate copy, so that the link is busy while rows for the next one are
+        evicted. All others have one copy together.
+        """
         if not self.issues:
             return
-        granted = [in_flight for in_flight in started if shared.graph.take(in_flight)]
+        payload = call.form.own.form.payload_bytes
+        if all(in_flight.count * payload >= APART for in_flight in started[:-1]):
+            for in_flight in started:
+                self._issue(call, [in_flight])
+        else:
+            self._issue(call, started)
+
+    def _issue(self, call: Call, started: Sequence[InFlight]) -> None:
+        """Issue one copy for chunks for which staging has room."""
+        crossing = self._crossing
+        granted = [in_flight for in_flight in started if call.shared.graph.take(in_flight)]
         if granted:
             items = [item for in_flight in granted for item in in_flight.items]
             blocks = [block for in_flight in granted for block in in_flight.calls[0][1]]

@@ -20,10 +20,11 @@ from support.migrate_channels import SECRET, Network, until
 from support.migrate_pulls import LAYOUT, SMALL, Couple, Rows, Sides, sides
 
 from portakv import CopyOptions, Index, InvalidTerms, KVView
-from portakv.migrate import Ticket
+from portakv.migrate import Ticket, issue
 from portakv.migrate.channel import Channel
 from portakv.migrate.ipc import shared_empty
 from portakv.migrate.offers import Owner
+from portakv.migrate.plan import Planned, planned
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
 
@@ -240,6 +241,34 @@ def test_tokens_that_are_dealt_out_in_turns_come_from_all_owners() -> None:
         ]
         made.reader(local.shard).pull(tickets, [2, 1], verify=True).synchronize(60)
         assert torch.equal(local.rows([2, 1], 60), remote.rows([0, 1, 2, 3], 60))
+
+
+@pytest.mark.parametrize(("other", "same"), [([0, 1], True), ([1, 0], False)])
+def test_ids_that_owners_have_in_common_are_one_index(
+    other: list[int], same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that they are checked once, and the second copy finds them where the first put them."""
+    plans = list[Planned]()
+
+    def noted(*rest: Any) -> Planned:
+        plans.append(planned(*rest))
+        return plans[-1]
+
+    monkeypatch.setattr(issue, "planned", noted)
+    with sides() as made:
+        remote = [Rows(), Rows()]
+        local = torch.zeros(4, 2, 8, 32, 4, 8, dtype=torch.int16)
+        owners = [made.owner(Shard(x.view, (2 * n, 2 * n + 2, 4))) for n, x in enumerate(remote)]
+        offered = [[0, 1], other]
+        tickets = [
+            owner.offer(ids, tokens=32).ticket for owner, ids in zip(owners, offered, strict=True)
+        ]
+        reader = made.reader(Shard(KVView([*local], LAYOUT)))
+        reader.pull(tickets, [3]).synchronize(60)
+        one, two = plans[-1].steps
+        assert (one.src_index is two.src_index) is same
+        for n, ids in enumerate(offered):
+            assert torch.equal(local[2 * n : 2 * n + 2, :, 3], remote[n].rows(ids, 32))
 
 
 @pytest.mark.parametrize("swapped", [False, True])

@@ -18,7 +18,8 @@ from support.storage_cases import FakeTier, key_of, small_form
 from portakv import KVView
 from portakv.errors import InvalidTerms, TransferCancelled, TransferError, TransferTimeout
 from portakv.graph import Task
-from portakv.storage import BlockStore
+from portakv.storage import BlockStore, form_store, sources
+from portakv.storage.rows import Crossing
 
 LIMIT = 20.0  # seconds; nothing here takes as long
 FORM = small_form()
@@ -411,4 +412,29 @@ def test_blocks_beyond_staging_wait_for_workers(accelerator: torch.device, tier:
         tier.hold.set()
         saved.released.synchronize(LIMIT)
         saved.synchronize(LIMIT)
+        assert same(stored(store), cache(), range(8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("apart", [1, 1 << 30])
+def test_a_long_chunk_is_copied_before_the_next_one_takes_rows(
+    apart: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control has one copy for all chunks, after all rows are taken."""
+    monkeypatch.setattr(form_store, "LONG", 2 * FORM.image_bytes)
+    monkeypatch.setattr(sources, "APART", apart)
+    lent = list[int]()  # rows when a copy begins
+    device = torch.device("cuda", 0)
+    room = 16 * FORM.image_bytes
+    with BlockStore(FORM, staging=room, host=8 * FORM.image_bytes) as store:
+        store.save(cache(70, device), range(8), OTHERS, full="wait").synchronize(LIMIT)
+        begin = Crossing.begin
+
+        def noted(self: Crossing, *rest: Any) -> None:
+            lent.append(store.rows.counts()["lent"])
+            begin(self, *rest)
+
+        monkeypatch.setattr(Crossing, "begin", noted)
+        store.save(cache(0, device), range(8), KEYS, full="wait").synchronize(LIMIT)
+        assert lent == ([2, 4, 6, 8] if apart == 1 else [8])
         assert same(stored(store), cache(), range(8))
