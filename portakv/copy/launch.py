@@ -113,14 +113,16 @@ def _enqueue(
     return pendings, status, carried
 
 
-def bring_tables(move: Move, tables: tuple[bool, bool], device: torch.device) -> None:
+def bring_tables(
+    move: Move, tables: tuple[bool, bool], device: torch.device, captured: bool = False
+) -> None:
     """Have the tables of addresses on the device that backends read there.
 
-    ``tables``: for each side, whether its table is read.
+    ``tables``: for each side, whether its table is read. ``captured``: as for `bring_table`.
     """
     for view, read in zip((move.src, move.dst), tables, strict=True):
         if read and view.device == device:
-            bring_table(view, device)
+            bring_table(view, device, captured=captured)
 
 
 def follow_current(stream: torch.Stream | None, moves: Sequence[Move]) -> None:

@@ -101,11 +101,11 @@ def _launch(checked: Checked, ready: PreparedPack, context: Context) -> Packed:
     """Launch a copy that is checked, on the context's stream."""
     move = checked.move
     guarded = checked.guarded
-    device, stream, _ = context
+    device, stream, captured = context
     on_device = device.type != "cpu"
     placed = ready.place_both(move)
     if on_device:
-        bring_tables(move, ready.tables, device)
+        bring_tables(move, ready.tables, device, captured)
         follow_current(stream, [placed])
     word: StatusWord | None = None
     if on_device and (guarded or (ready.can.guards and not move.ids_on_host)):

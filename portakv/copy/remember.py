@@ -56,7 +56,7 @@ def remember(
         _reserve_lists(launch, device)
         return
     if seen.repeat is None or seen.repeat.process.forked:
-        can = ready.can if picks else ready.claims(move)
+        can = ready.can if picks else ready.claims(move, captured=False)
         unowned = launch is not ready.launch
         src = move.src
         dst = move.dst
@@ -95,7 +95,7 @@ def _launch_of(move: Move, settled: Settled, sides: Sides) -> Launch | None:
     launch = ready.repeatable(move)
     if all(side is None or side.checked for side in sides):
         return launch
-    can = ready.claims(move)
+    can = ready.claims(move, captured=False)
     return launch if can.guards and can.skips_negative and not _picks(launch) else None
 
 

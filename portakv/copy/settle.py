@@ -96,7 +96,7 @@ def settle(
         dst_index.on_host or dst_index.is_clean(move.count, dst.slots)
     )
     guarded = skips or not clean
-    if guarded and not _take(pieces, move, clean):
+    if guarded and not _take(pieces, move, clean, context.captured):
         guarded = False
         context.check_not_captured(UNCHECKED)
         move, found = drop_bad_ids(move, max(ready.plan.unit for ready, _, _ in pieces))
@@ -127,10 +127,10 @@ def _pieces(ready: Prepared, move: Move, choice: Choice) -> list[Piece]:
     return pieces
 
 
-def _take(pieces: list[Piece], move: Move, clean: bool) -> bool:
+def _take(pieces: list[Piece], move: Move, clean: bool, captured: bool) -> bool:
     """Return whether the backends of a copy accept negative ids, and ids that are not clean."""
     for ready, first, tokens in pieces:
-        can = ready.claims(move.part(first, tokens))
+        can = ready.claims(move.part(first, tokens), captured)
         if not can.skips_negative or not (clean or can.guards):
             return False
     return True

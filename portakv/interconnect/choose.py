@@ -32,7 +32,7 @@ from portakv.interconnect.strategy import (
 from portakv.plan.plan import CopyPlan, Move
 from portakv.registry import REGISTRY, Choice, bring, prepare_by
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import capturing, inside
+from portakv.runtime.devices import inside
 from portakv.view import Index, KVView
 
 _log = logging.getLogger(__name__)
@@ -242,10 +242,10 @@ class HostLaunch(StrategyLaunch):
         repeat = getattr(self._launches.get(self._last.carried[0]), "again", None)
         return None if repeat is None else repeat(src, dst, src_index, dst_index)
 
-    def claims(self, move: Move) -> Capabilities:
+    def claims(self, move: Move, captured: bool) -> Capabilities:
         """Return the capabilities of the strategy that a transfer takes; raise as the function
         `pick` does."""
-        if capturing(self.device):  # nothing can be prepared now, and that must disable no strategy
+        if captured:  # nothing can be prepared now, and that must disable no strategy
             return self._host.capabilities()
         return self.strategies[self._pick_prepared(move).strategy].capabilities()
 

@@ -236,17 +236,18 @@ class _ZeroCopyLaunch(StrategyLaunch):
         if self._process.forked:
             raise refuse_fork("CUDA")
         host = move.dst if self.downward else move.src
+        captured = capturing(self.device)
         if self._pinned:
             check_reach(host, self.device)
         for view, read in zip((move.src, move.dst), self._rows.tables, strict=True):
             if read:  # each thread would read a table in host memory over the link
-                bring_table(view, self.device, stream)
+                bring_table(view, self.device, stream, captured)
         try:
             self._rows.enqueue(move, stream, status)
         finally:
             # No allocator knows of these kernels, so the host's memory is retained until they end.
             # A graph's memory belongs to its owner.
-            if self._pinned and host.retained and not capturing(self.device):
+            if self._pinned and host.retained and not captured:
                 streams.completion(self.device, stream, *host.retained)
 
     def again(

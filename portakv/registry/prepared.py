@@ -71,11 +71,12 @@ class Prepared:
         """
         return getattr(self.launch, "carried", None) or self._backend
 
-    def claims(self, move: Move) -> Capabilities:
+    def claims(self, move: Move, captured: bool) -> Capabilities:
         """Return the capabilities for this copy: those of the strategy, if one is picked for each
-        copy."""
-        claims: Callable[[Move], Capabilities] | None = getattr(self.launch, "claims", None)
-        return self.can if claims is None else claims(move)
+        copy. ``captured``: inside graph capture."""
+        claims: Callable[[Move, bool], Capabilities] | None
+        claims = getattr(self.launch, "claims", None)
+        return self.can if claims is None else claims(move, captured)
 
     def place(self, index: Index) -> Index:
         """Return an index with its ids on the device, and in a dtype, that the backend reads."""
@@ -140,7 +141,7 @@ class PreparedPack:
     carried: tuple[str, str]
     overflow_on_host: bool
 
-    def claims(self, move: Move) -> Capabilities:
+    def claims(self, move: Move, captured: bool) -> Capabilities:
         """Return the capabilities for this copy."""
         return self.can
 
@@ -349,10 +350,13 @@ def bring(indices: Sequence[Index], device: torch.device, dtypes: frozenset[torc
         index.add_copy(part, served)
 
 
-def bring_table(view: KVView, device: torch.device, stream: torch.Stream | None = None) -> None:
+def bring_table(
+    view: KVView, device: torch.device, stream: torch.Stream | None = None, captured: bool = False
+) -> None:
     """Send a view's table of addresses to a device, ordered before the work on ``stream``.
 
-    ``stream`` is None for the current stream. The table is sent once. The host does not wait if the
+    ``stream`` is None for the current stream. ``captured``: a graph is being captured, in which
+    nothing waits for the table. The table is sent once. The host does not wait if the
     type of the device is in `ASYNCHRONOUS`.
 
     Raises:
@@ -365,7 +369,8 @@ def bring_table(view: KVView, device: torch.device, stream: torch.Stream | None 
 
         sent = to_device(view.addresses_for(device), device, torch.int64, stream=stream)
         view.keep_table(sent, None if view.temporary else event_pool(device).recorded(stream))
-    view.follow_table(device, stream)
+    if not captured:
+        view.follow_table(device, stream)
 
 
 _PLAIN = "bytes lie where strides say"
@@ -405,7 +410,7 @@ class _CheckedLaunch:
         view.derived[_PLAIN] = True
 
     @property
-    def claims(self) -> Callable[[Move], Capabilities] | None:
+    def claims(self) -> Callable[[Move, bool], Capabilities] | None:
         """Return the function that returns the capabilities for a copy.
 
         None unless strategies are picked for each copy.

@@ -409,10 +409,8 @@ class KVView:
     def follow_table(self, device: torch.device, stream: torch.Stream | None = None) -> None:
         """Order ``stream`` (None: the current one) after the creation of the table on a device.
 
-        Retains the table for the stream. Inside graph capture nothing waits for work outside.
+        Retains the table for the stream. No graph may be captured, which waits for no work outside.
         """
-        if capturing(device):
-            return
         used = stream or torch.accelerator.current_stream(device.index)
         _, made = self.derived.get((_TABLE, device), (None, None))
         if made is not None:
@@ -672,7 +670,7 @@ class KVView:
             if device != _HOST:
                 view.keep_table(view.table, event_pool(device).recorded(None))
             view = self.derived.setdefault(key, view)
-        if device != _HOST:
+        if device != _HOST and not captured:
             view.follow_table(device)
         return view
 

@@ -270,7 +270,7 @@ def test_a_strategy_that_would_wait_for_ids_is_left_out_if_the_terms_leave_anoth
         assert launch.pick(unknown).strategy == expected, (
             "no kernel holds a detached copy's stream up"
         )
-        claims = launch.claims(unknown)
+        claims = launch.claims(unknown, captured=False)
         assert (claims.guards, claims.skips_negative) == (expected == "zero_copy",) * 2
         # Staging needs the ids of the host's rows alone.
         assert launch.pick(move._replace(src_index=ids, dst_index=host_ids)).strategy == known
@@ -281,8 +281,7 @@ def test_a_strategy_that_would_wait_for_ids_is_left_out_if_the_terms_leave_anoth
             result = launch.pick(move._replace(src_index=there, dst_index=host_ids)).strategy
             assert result == (known if trusted else expected)
     assert "does not wait" in launch.pick(unknown).why
-    monkeypatch.setattr(chosen, "capturing", lambda device: True)
-    assert not launch.claims(unknown).guards, "inside a capture nothing is prepared"
+    assert not launch.claims(unknown, captured=True).guards, "inside a capture nothing is prepared"
     # Nor can the host cut a copy between addresses that it does not know.
     blind(move.dst)
     assert launch.pick(move).strategy == "zero_copy"
@@ -294,7 +293,7 @@ def test_ids_that_are_read_back_once_a_strategy_was_asked_keep_one_that_guards_t
     launch.strategies["staged"].reads = "host"
     launch.strategies["batched_memcpy"].reads = "both"
     ids = OnDevice([2 * n for n in range(30)], SIZE)
-    assert launch.claims(move._replace(src_index=ids, dst_index=ids)).guards
+    assert launch.claims(move._replace(src_index=ids, dst_index=ids), captured=False).guards
     launch(*move, None, None)
     launch(*move, None, torch.zeros(1, dtype=torch.int64))
     assert launched() == ["staged", "zero_copy"]

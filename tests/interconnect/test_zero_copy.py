@@ -397,12 +397,12 @@ def test_a_table_in_a_capture(accelerator: torch.device, monkeypatch: pytest.Mon
     with monkeypatch.context() as inside:
         inside.setattr(view_of, "capturing", lambda device: True)
         with refused(Unsupported, "make the same call once before the capture"):
-            bring_table(view, accelerator)
+            bring_table(view, accelerator, captured=True)
     bring_table(view, accelerator)
     there = view.table_on(accelerator)
     monkeypatch.setattr(view_of, "capturing", lambda device: True)
     monkeypatch.setattr(torch.accelerator, "current_stream", None)
-    bring_table(view, accelerator)
+    bring_table(view, accelerator, captured=True)
     assert view.table_on(accelerator) is there
 
 

@@ -101,7 +101,9 @@ class Loads(Stores):
     sides = ("pinned", "device")
 
 
-def _bring_table(view: KVView, target: torch.device, stream: torch.Stream | None) -> None:
+def _bring_table(
+    view: KVView, target: torch.device, stream: torch.Stream | None, captured: bool
+) -> None:
     """Stand for a copy that waits for a stream: there is none."""
     assert view.table.device == target
 
