@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure packing and unpacking inside a device next to nvCOMP's ANS, in turns by the wall clock,
-if nvCOMP's Python package is installed.
+"""Measure encodings inside a device next to other codecs, in turns by the wall clock: `pack` and
+`fp8`, the cast of LMCache's fp8 serde, and nvCOMP's ANS if its Python package is installed.
 
-nvCOMP codes a buffer, and only then knows its size. It takes a dense buffer; packing takes blocks
-of a layout in random order.
+nvCOMP codes a buffer, and only then knows its size. Both others take a dense buffer; `pack` and
+`fp8` take blocks of a layout in random order.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv import Index, copy_blocks
-from portakv.errors import Unsupported
+from portakv import Fp8, Index, KVView, copy_blocks
 from portakv_benchmarks.encodings.suite import EncodingBench, Memory
 from portakv_benchmarks.shared.harness import FAILURES, Row, Rows, Step, in_a_line, short
 from portakv_benchmarks.shared.trials import Method, Trials, timed
 
 PACK = "pack"
+FP8 = "fp8"
+CAST = "LMCache's fp8 serde"
+#: How far a value of e4m3 is from what it stands for, relative to it and to the largest value.
+ROUNDED = (2**-4, 2**-8)
 #: nvCOMP's names of element types, and those of the rows.
 ELEMENTS = {"|u1": "nvcomp ANS, bytes", "<f2": "nvcomp ANS, 16-bit floats"}
 PEER = "nvcomp"
@@ -49,14 +52,16 @@ class Coded(NamedTuple):
 def codec_steps(bench: EncodingBench) -> Iterator[Step]:
     """Yield a step for each payload.
 
-    Raises `Unsupported` without nvCOMP's package, or on another device than CUDA's.
+    Leaves out nvCOMP without its package, or on another device than CUDA's.
     """
+    library = None
     if bench.device.type != "cuda":
-        raise Unsupported("nvCOMP's codecs", f"the device is {bench.device}, not one of CUDA")
-    try:
-        library = import_module("nvidia.nvcomp")
-    except ImportError as error:
-        raise Unsupported("nvCOMP's codecs", str(error)) from None
+        bench.left_out.append(f"nvCOMP's codecs: the device is {bench.device}, not one of CUDA")
+    else:
+        try:
+            library = import_module("nvidia.nvcomp")
+        except ImportError as error:
+            bench.left_out.append(f"nvCOMP's codecs: {in_a_line(error)}")
     for payload in bench.sizes.inside[:2]:
         yield f"codecs: {payload} bytes", partial(measure, bench, payload, library)
 
@@ -65,12 +70,12 @@ def measure(bench: EncodingBench, payload: int, library: Any) -> Rows:
     """Return a row for each codec and direction.
 
     Args:
-        library: nvCOMP's module.
+        library: nvCOMP's module; None: it is left out.
     """
     memory = Memory(bench.sizes.cases[0], payload, bench.device)
     nbytes = memory.rows.numel() * memory.rows.element_size()
-    coded = [_packed(memory)]
-    for element, name in ELEMENTS.items():
+    coded = [_packed(memory), rounded(memory), cast(memory)]
+    for element, name in ELEMENTS.items() if library is not None else ():
         try:
             coded.append(_by_nvcomp(memory, library, element))
         except (*FAILURES, TypeError) as error:  # of another release
@@ -129,6 +134,59 @@ def _packed(memory: Memory) -> Coded:
         return same
 
     return Coded(PACK, encode, decode, lambda: memory.blocks * slots, right)
+
+
+def rounded(memory: Memory) -> Coded:
+    """Return blocks in random order, rounded into slots of consecutive blocks."""
+    case = memory.case
+    slot = Fp8().plane(case.tokens, case.dim).slot_bytes
+    extents = (memory.blocks, case.layers, case.kv, case.heads, slot)
+    image = torch.empty(extents, dtype=torch.uint8, device=memory.rows.device)
+    sizes: dict[str, Any] = {"kv": case.kv, "block_size": case.tokens, "dim": case.dim}
+    view = KVView(image, "block layer kv head page", encoding=FP8, **sizes)
+    ids = memory.index(memory.blocks)
+    places = Index(torch.arange(memory.blocks), step=case.tokens)
+
+    def encode() -> None:
+        copy_blocks(case.view(memory.rows), view, ids, places).synchronize()
+
+    def decode() -> None:
+        copy_blocks(view, case.view(memory.written), places, ids).synchronize()
+
+    return Coded(FP8, encode, decode, lambda: image.numel(), partial(near, memory))
+
+
+def cast(memory: Memory) -> Coded:
+    """Return all rows as one buffer of e4m3, by the operations of LMCache's serde (0.5.3)."""
+    rows = memory.rows
+    coded = torch.empty(rows.numel(), dtype=torch.uint8, device=rows.device)
+
+    def encode() -> None:
+        coded.copy_(rows.to(torch.float8_e4m3fn).contiguous().view(torch.uint8).flatten())
+
+    def decode() -> None:
+        values = coded.view(torch.float8_e4m3fn).reshape(rows.shape)
+        memory.written.copy_(values.to(rows.dtype))
+
+    def right() -> bool:
+        expected = rows.to(torch.float8_e4m3fn).to(rows.dtype)
+        same = torch.equal(memory.written.view(torch.int16), expected.view(torch.int16))
+        memory.poison()
+        return same
+
+    return Coded(CAST, encode, decode, lambda: coded.numel(), right)
+
+
+def near(memory: Memory) -> bool:
+    """Return True if the written rows are those that were read, but for their rounding."""
+    right = True
+    relative, absolute = ROUNDED
+    for read, written in zip(memory.rows, memory.written, strict=True):
+        exact = read.float()
+        most = exact.abs() * relative + exact.abs().amax(-1, keepdim=True) * absolute
+        right &= bool(((written.float() - exact).abs() <= most).all())
+    memory.poison()
+    return right
 
 
 def _by_nvcomp(memory: Memory, library: Any, element: str) -> Coded:

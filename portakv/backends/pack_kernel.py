@@ -39,6 +39,8 @@ MAX_THREADS = 2**32 - 1024
 _PLANES = 4
 #: Threads of a multiprocessor for which it has 64 registers each.
 _THREADS = 1024
+#: Directions (True: packs) and thread blocks for which the compiler plans registers by itself.
+_BY_COMPILER = frozenset({(False, 128), (False, 160), (False, 576), (True, 160)})
 
 
 def refusal(nest: PackNest) -> str | None:
@@ -116,7 +118,9 @@ class PackKernel:
         inner = extents([step.extent for step in self._steps])
         function = "pack_planes" if self._packs else "unpack_planes"
         threads = self.threads
-        blocks = max(1, round(_THREADS / threads))
+        # 0: the compiler plans its registers for no number of thread blocks.
+        by_compiler = (self._packs, threads) in _BY_COMPILER
+        blocks = 0 if by_compiler else max(1, round(_THREADS / threads))
         return "\n".join(
             [
                 kernel_text("cuda/pack.cuh"),

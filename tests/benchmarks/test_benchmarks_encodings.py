@@ -199,11 +199,14 @@ def test_other_codecs_are_measured_and_checked(kind: type[Codec]) -> None:
     library = SimpleNamespace(Codec=kind, as_array=lambda rows: rows)
     rows = codecs.measure(EncodingBench(torch.device("cpu"), TINY), 1 << 18, library)
     assert {row["op"] for row in rows} == {"encode", "decode"}
-    assert {row["backend"] for row in rows} == {codecs.PACK, *codecs.ELEMENTS.values()}
+    own = {codecs.PACK, codecs.FP8, codecs.CAST}
+    assert {row["backend"] for row in rows} == {*own, *codecs.ELEMENTS.values()}
     packed = having(rows, backend=codecs.PACK)
+    rounded = [row for row in rows if row["backend"] in own - {codecs.PACK}]
+    assert all(row["verified"] and 1.96 < row["payload_to_wire"] <= 2 for row in rounded)
     assert all(row["verified"] and row["payload_to_wire"] == 1.306 for row in packed)
     assert all(row["of_nvcomp"] > 0 for row in packed)
-    others = [row for row in rows if row not in packed]
+    others = [row for row in rows if row["backend"] not in own]
     assert all(row["peer"] == codecs.PEER and row["wire_bytes"] > 0 for row in others)
     assert {row["verified"] for row in others} == {not kind.lossy}
 
@@ -212,10 +215,26 @@ def test_a_release_of_nvcomp_with_another_interface_is_left_out() -> None:
     bench_ = EncodingBench(torch.device("cpu"), TINY)
     library = SimpleNamespace(Codec=lambda algorithm: None, as_array=lambda rows: rows)
     rows = codecs.measure(bench_, 1 << 18, library)
-    assert {row["backend"] for row in rows} == {codecs.PACK}
+    assert {row["backend"] for row in rows} == {codecs.PACK, codecs.FP8, codecs.CAST}
     assert len(bench_.left_out) == len(codecs.ELEMENTS)
 
 
 def test_nvcomp_needs_a_gpu() -> None:
-    with pytest.raises(Unsupported, match="nvCOMP's codecs"):
-        next(iter(codecs.codec_steps(EncodingBench(torch.device("cpu"), TINY))))
+    bench_ = EncodingBench(torch.device("cpu"), TINY)
+    next(iter(codecs.codec_steps(bench_)))
+    assert bench_.left_out == ["nvCOMP's codecs: the device is cpu, not one of CUDA"]
+
+
+@pytest.mark.parametrize(("codec", "right"), [("rounded", True), ("cast", True), ("none", False)])
+def test_rows_that_are_rounded_are_judged(codec: str, right: bool) -> None:
+    """The control writes zeros: their error is larger than that of a rounded value."""
+    memory = Memory(TINY.cases[0], 1 << 18, torch.device("cpu"))
+    if right:
+        coded = getattr(codecs, codec)(memory)
+        coded.encode()
+        coded.decode()
+        assert coded.right()
+        assert not coded.right()  # the rows are poisoned
+    else:
+        memory.written.zero_()
+        assert not codecs.near(memory)
