@@ -541,6 +541,7 @@ def _run_parts(args: argparse.Namespace, kind: str, known: Parts[AnyBench], benc
     steps = (step for part in parts for step in _steps_of(part, known[part], bench))
     rows = carry_out(steps, device, args.seconds, bench.left_out)
     bench.forget()
+    timer = bench.busy_timer if kind == WALL_SUITE else bench.timer
     absent = [f"{engine}: {why}" for engine, why in bench.absent.items()]
     name = f"{short_name(device)}-{bench.named or kind}"
     return {
@@ -552,7 +553,7 @@ def _run_parts(args: argparse.Namespace, kind: str, known: Parts[AnyBench], benc
             "preset": args.preset,
             "parts": parts,
             "peers": bench.releases,
-            "timer": bench.timer.name,
+            "timer": timer.name,
             "calibrated": costs_of(device).measured,
         },
         # Some steps leave out the same for the same reason.

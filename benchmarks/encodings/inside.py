@@ -18,12 +18,15 @@ from portakv.copy.pack_launch import overflow_words
 from portakv.plan.plan import Move
 from portakv.registry import choose, prepared_pack
 from portakv_benchmarks.encodings.suite import Case, EncodingBench, Memory, poison
+from portakv_benchmarks.host.suite import MB
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Call, Rows, Step, Variant, short
 from portakv_benchmarks.shared.shapes import in_words
 
 #: The plain method for each method that packs or unpacks, and their direction.
 PLAIN = {"pack": "gather", "pack, call": "gather", "unpack": "scatter", "unpack, call": "scatter"}
+#: The payload on a CPU, where packing has no target.
+ON_CPU = 8 * MB
 
 
 def inside_steps(bench: EncodingBench) -> Iterator[Step]:
@@ -33,13 +36,16 @@ def inside_steps(bench: EncodingBench) -> Iterator[Step]:
 
 
 def _measure(bench: EncodingBench, case: Case) -> Rows:
-    largest = max(bench.sizes.inside)
+    payloads = bench.sizes.inside
+    if bench.device.type == "cpu":
+        payloads = (min(ON_CPU, payloads[0]),)
+    largest = max(payloads)
     memory = Memory(case, largest, bench.device)
     dense = torch.empty(largest, dtype=torch.uint8, device=bench.device)
     packed = memory.blocks * case.planes * case.plane.slot_bytes
     slots = torch.empty(packed, dtype=torch.uint8, device=bench.device)
     rows: Rows = []
-    for payload in bench.sizes.inside:
+    for payload in payloads:
         blocks = payload // case.block_bytes
         if blocks:
             rows += _Sized(bench, memory, dense, slots, blocks).measure()

@@ -435,7 +435,7 @@ def payload_over_link(rows: list[Row], device: str) -> Figure | None:
     figure.legend(
         handles,
         labels,
-        ncols=3,
+        ncols=4,
         fontsize=7,
         frameon=False,
         loc="lower center",

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv explain SRC DST --encoding pack`: the rate, the backend that packs, and what stays
-raw."""
+"""`portakv explain SRC DST --encoding pack`: the rate, the backend that packs, its kernels, and
+what stays raw."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
+from portakv.backends.pack_kernel import PackKernel, refusal
 from portakv.cli.console import Column, Report, print_json, print_prose, print_table
 from portakv.cli.sides import Side, extents_of, make_sides
 from portakv.errors import InvalidTerms
 from portakv.layout.packing import PACK, Pack, PackedPlane
 from portakv.layout.presets import resolve
 from portakv.plan.packing import PackPlan
-from portakv.registry.prepared import prepared_pack
-from portakv.registry.registry import choose
+from portakv.registry import choose, prepared_pack
 from portakv.runtime.devices import usable_device, usual_device
 from portakv.view.example import example_tensors
 from portakv.view.packed import PackedExtents
@@ -25,15 +25,17 @@ from portakv.view.view import KVView
 
 
 def explain_encoding(args: argparse.Namespace) -> int:
-    """Print how rows of the first layout are packed into an image of the second one.
+    """Print how rows of one layout are packed into an image of the other one.
 
-    Raises the errors that the copy would raise.
+    The image is the second layout, or the first one if that alone has pages. Raises the errors that
+    the copy would raise.
     """
     device = usual_device() if args.device is None else usable_device(args.device)
     pack = _pack_of(args.encoding)
     extents = replace(extents_of(args), dtype=args.dtype or torch.bfloat16)
-    raw, _ = make_sides((args.src, args.src), extents, device, (None, None), True)
-    packed = _packed_view(args.dst, raw.view, pack)
+    rows, image = _rows_and_image(args.src, args.dst)
+    raw, _ = make_sides((rows, rows), extents, device, (None, None), True)
+    packed = _packed_view(image, raw.view, pack)
     choice = choose(device, args.backend)
     ways = [
         _way("packs", raw, packed, choice, True),
@@ -84,6 +86,17 @@ _STAYS_RAW = (
 )
 
 
+def _rows_and_image(src: str, dst: str) -> tuple[str, str]:
+    """Return the layout of raw rows, and that of the image; raise `InvalidTerms` for two images."""
+    pages = ["page" in resolve(text)[0].split() for text in (src, dst)]
+    if all(pages):
+        raise InvalidTerms(
+            f"Expected a layout of raw rows and one of packed blocks, got {src!r} and {dst!r}, "
+            f"which both have pages. Pass one of raw rows; packed blocks are copied as they are."
+        )
+    return (dst, src) if pages[0] else (src, dst)
+
+
 def _packed_view(text: str, raw: KVView, pack: Pack) -> KVView:
     """Return an example view of packed blocks with the extents of a raw view."""
     size = raw.block_size or 1
@@ -117,10 +130,13 @@ def _way(verb: str, raw: Side, packed: KVView, choice: Any, packs: bool) -> Repo
     step = size if raw.view.block_size else 0
     steps = (step, size) if packs else (size, step)
     ready = prepared_pack(*forms, *steps, choice)
+    plan = PackPlan(*forms, *steps)
+    kernels = [PackKernel(nest, plan) for nest in plan.nests if refusal(nest) is None]
     return {
         "does": verb,
-        "plan": str(PackPlan(*forms, *steps)),
+        "plan": str(plan),
         "backend": ready.choice.name,
+        "kernels": [{"name": each.name, "threads": each.threads} for each in kernels],
         "answers": [
             {"backend": x.name, "accepted": x.accepted, "reason": x.reason}
             for x in ready.choice.trace
@@ -167,5 +183,9 @@ def _print(report: Report) -> None:
         for x in way["answers"]
     ]
     print_table(columns, answers, f"On {report['device']}")
+    kernels = [kernel for way in report["ways"] for kernel in way["kernels"]]
+    if kernels:
+        names = [f"{x['name']} with thread blocks of {x['threads']}" for x in kernels]
+        print(f"\nKernels of cuda and hip: {', '.join(dict.fromkeys(names))}.")
     print()
     print_prose(report["stays_raw"])

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 from portakv.connector import in_graph
 from portakv.connector.caches import Batch, CheckedMove, Registration, check_chunk_layout
 from portakv.copy.context import Context
-from portakv.copy.options import Check, CopyOptions, options_from
+from portakv.copy.options import Check, CopyOptions, options_from, refuse_options
 from portakv.copy.request import Ids, MemoryObject, Tensors
 from portakv.copy.schedule import check_issue, issue
 from portakv.errors import LayoutError, SlotError
@@ -70,6 +70,7 @@ class AdaptiveConnector:
     ) -> None:
         keywords = {"backend": backend, "reinterpret": reinterpret, "check": check}
         options = options_from(options, keywords)
+        refuse_options(extents)
         self._choice = choose(device, options.backend)
         self.device = self._choice.backend.device
         self._bound = bind_layout(kv_layout, reinterpret=options.reinterpret, **extents)

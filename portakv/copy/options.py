@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from operator import is_
@@ -25,6 +25,9 @@ CHECKS: tuple[str, ...] = get_args(Check)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyOptions:
     """The options of a copy. Make them once and pass them to many copies.
+
+    A call takes either options or single keywords, and refuses both. It cannot see a keyword that
+    has its usual value, such as ``detached=False`` next to options that detach: the options hold.
 
     Attributes:
         backend: the name of the backend or strategy that must execute it, which the copy looks up.
@@ -121,6 +124,16 @@ def options_of(options: CopyOptions | None, *keywords: object) -> CopyOptions:
     if options is None:  # without a look at the names
         return USUAL if usual else CopyOptions(**dict(zip(_NAMES, keywords, strict=True)))  # type: ignore[arg-type]
     return options_from(options, {} if usual else dict(zip(_NAMES, keywords, strict=True)))
+
+
+def refuse_options(extents: Iterable[str]) -> None:
+    """Raise `InvalidTerms` if the name of an extent is that of an option."""
+    for name in extents:
+        if name in _NAMES:
+            raise InvalidTerms(
+                f"Expected {name} in options, got it as a keyword. Pass "
+                f"options=CopyOptions({name}=...)."
+            )
 
 
 def options_from(options: CopyOptions | None, keywords: dict[str, Any]) -> CopyOptions:

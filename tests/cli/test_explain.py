@@ -324,9 +324,22 @@ def test_explain_an_encoding() -> None:
     assert "2048 values  4096 B  3136 B  1.306" in out
     assert "A block has 65536 B raw and 50176 B packed." in out
     assert "PackOverflow" in out
+    assert "portakv_pack with thread blocks of 128, portakv_unpack with" in out
     assert [x.split()[:3] for x in out.splitlines() if x.split()[:1] == ["unpacks"]] == [
         ["unpacks", "reference", "chosen"]
     ]
+
+
+def test_explain_unpacking_from_an_image() -> None:
+    words = ["vllm-nhd", "block layer kv head page"]
+    terms = ["--encoding", "pack", "--device", "cpu", "--layers", "2"]
+    packs = run_json("explain", *words, *terms)
+    unpacks = run_json("explain", *reversed(words), *terms)
+    assert unpacks["ways"] == packs["ways"]
+    assert unpacks["source"] == words[1]
+    code, out, err = run("explain", words[1], words[1], *terms)
+    assert (code, out) == (1, "")
+    assert "which both have pages" in err
 
 
 def test_explain_an_encoding_as_json() -> None:

@@ -415,3 +415,9 @@ def test_a_connector_takes_options_or_keywords() -> None:
     chunk = make_chunk(4)
     half.from_gpu(chunk.view(torch.int16), caches, SLOTS).synchronize()
     assert same(chunk, rows(caches, SLOTS))
+
+
+@pytest.mark.parametrize("name", ["overlap", "max_gbps", "detached", "stream"])
+def test_an_option_that_is_passed_like_an_extent_is_named(name: str) -> None:
+    with refused(InvalidTerms, f"Pass options=CopyOptions({name}=...)"):
+        AdaptiveConnector("cpu", **{name: None})
