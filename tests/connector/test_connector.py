@@ -419,5 +419,6 @@ def test_a_connector_takes_options_or_keywords() -> None:
 
 @pytest.mark.parametrize("name", ["overlap", "max_gbps", "detached", "stream"])
 def test_an_option_that_is_passed_like_an_extent_is_named(name: str) -> None:
+    terms: dict[str, Any] = {name: None}
     with refused(InvalidTerms, f"Pass options=CopyOptions({name}=...)"):
-        AdaptiveConnector("cpu", **{name: None})
+        AdaptiveConnector("cpu", **terms)
