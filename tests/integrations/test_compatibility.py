@@ -303,7 +303,7 @@ def test_what_is_no_result_is_refused(
 def test_every_step_of_the_script_with_tests_is_listed(compatibility: Any) -> None:
     """A new door's steps must be added, or its results would end the script that keeps them."""
     text = (ROOT / ".ci" / "plugs").read_text(encoding="utf-8").replace("\\\n", " ")
-    kinds = "own_tests|engine_tests|benchmark|real_engine"
+    kinds = "own_tests|engine_tests|benchmark"
     steps = re.findall(rf'step "([\w-]+) \$1: ([^"]+)" (?:{kinds})\b', text)
     parts = re.findall(r'"([\w-]+) \$1: ([^"]+)" +(?:tests/|"--in )', text)  # of one step
     assert len(steps) > 10

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 LANES = 4
-#: The options of `own_tests` and `real_engine` in .ci/plugs.
+#: The options of `own_tests` in .ci/plugs.
 OPTIONS = (
     "-q",
     "-o",
