@@ -13,6 +13,7 @@ The other caches are computed here by their formulas:
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 
@@ -96,9 +97,12 @@ def table(named: dict[str, Rows]) -> list[str]:
 
 def main(arguments: list[str], lines_of: Callable[[dict[str, Rows]], list[str]] = table) -> None:
     """Print the table of a file's tensors, or of the examples."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("file", nargs="?", help="a dict of tensors of rows, by torch.save")
+    file = parser.parse_args(arguments).file
     named = examples(4096)
-    if arguments:
-        named = torch.load(arguments[0], map_location="cpu", weights_only=True)
+    if file is not None:
+        named = torch.load(file, map_location="cpu", weights_only=True)
     print("\n".join(lines_of(named)))
 
 

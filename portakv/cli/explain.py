@@ -49,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     blocks = "blocks of a paged side (default: for --tokens); with --host, runs (default: 1)"
     add_extents(parser.add_argument_group("extents"), blocks)
     group = parser.add_argument_group("indices")
-    packed = "SRC_LAYOUT holds bf16 rows and DST_LAYOUT packed slots: pack, or pack/1:3 (3 bits)"
+    packed = "one layout holds bf16 rows, the other packed slots: pack, or pack/1:3 (3 bits)"
     parser.add_argument("--encoding", metavar="NAME", help=packed)
     group.add_argument(
         "--index",

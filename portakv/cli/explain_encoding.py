@@ -41,6 +41,8 @@ def explain_encoding(args: argparse.Namespace) -> int:
         _way("packs", raw, packed, choice, True),
         _way("unpacks", raw, packed, choice, False),
     ]
+    if image == args.src:  # the requested direction comes first
+        ways.reverse()
     planes = packed.form.encoding
     report: Report = {
         "source": args.src,
@@ -74,8 +76,8 @@ def _pack_of(text: str) -> Pack:
         return Pack.of_text(text)
     raise InvalidTerms(
         f"Expected --encoding to be {PACK!r}, or a text such as {Pack().text!r}, got {text!r}. "
-        f"Leave out --encoding for others: rows of 'fp8' are converted by operations of torch "
-        f"between two plain copies, and have no plan."
+        f"Pass one of these; there is no plan of 'fp8', which operations of torch convert between "
+        f"two plain copies."
     )
 
 

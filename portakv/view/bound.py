@@ -105,6 +105,8 @@ class BoundLayout:
         )
         known = self._known.get(key)
         if known is None:
+            if self.packed is not None:
+                self.packed.check(tensors)
             facts = self._read_all(tensors)
             (form, _, _, spans), slots, device, _ = facts
             self._known[key] = form, slots, device, spans[0][1] - spans[0][0] if spans else 0

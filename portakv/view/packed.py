@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from portakv.errors import InvalidTerms, LayoutError, Unsupported
 from portakv.layout.encodings import Encoding, Plane, plane_of
 from portakv.layout.packing import PACK, Pack
@@ -83,6 +85,19 @@ class PackedExtents:
         dim: Extent = slots if isinstance(dims, tuple) else slots[0]
         rest = {**extents, "block_size": 1, "dim": dim}
         return cls(before + rows + text[found.end() :], rest, size, planes)
+
+    def check(self, memory: torch.Tensor) -> None:
+        """Raise `LayoutError` if one tensor cannot hold slots, in words of slots."""
+        sizes = {plane.slot_bytes for plane in self.planes}
+        last = memory.shape[-1] if memory.dim() else 0
+        alone = self.text.endswith("(token dim)")  # the slot is the last axis
+        if memory.dtype == torch.uint8 and (last in sizes or not alone):
+            return
+        slots = " or ".join(map(str, sorted(sizes)))
+        raise LayoutError(
+            f"Expected tensors of torch.uint8 whose last axis is a slot of {slots} bytes, got "
+            f"{last} of {memory.dtype}. Make slots as large as plane(...).slot_bytes says."
+        )
 
     def form(self, rows: Form, layout: str) -> Form:
         """Return the form of packed blocks, from the form of their slots as rows.

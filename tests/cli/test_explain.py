@@ -335,7 +335,8 @@ def test_explain_unpacking_from_an_image() -> None:
     terms = ["--encoding", "pack", "--device", "cpu", "--layers", "2"]
     packs = run_json("explain", *words, *terms)
     unpacks = run_json("explain", *reversed(words), *terms)
-    assert unpacks["ways"] == packs["ways"]
+    assert unpacks["ways"] == [*reversed(packs["ways"])]
+    assert run("explain", *reversed(words), *terms)[1].index("unpack (pack)") > 0
     assert unpacks["source"] == words[1]
     code, out, err = run("explain", words[1], words[1], *terms)
     assert (code, out) == (1, "")
@@ -358,7 +359,7 @@ def test_explain_an_encoding_as_json() -> None:
     [
         (["--encoding", "zip"], "Expected --encoding to be 'pack', or a text such as 'pack/1:4'"),
         (["--encoding", "pack/1:7"], "Expected code_bits to be 3 or 4, got 7"),
-        (["--encoding", "fp8"], "rows of 'fp8' are converted by operations of torch"),
+        (["--encoding", "fp8"], "no plan of 'fp8', which operations of torch convert"),
         (["--encoding", "pack", "--dtype", "float16"], "of float16"),
         (["--encoding", "pack", "--dim", "3"], "planes of 48 values"),
     ],

@@ -77,7 +77,7 @@ def test_slices_are_slices_of_slots() -> None:
         ({"block_size": None}, "Expected block_size for the packed view", LayoutError),
         ({"dim": None}, "Expected dim for the packed view", LayoutError),
         ({"block_size": 3}, "planes of 48 values", Unsupported),
-        ({"dim": 128}, "extent 3136", LayoutError),
+        ({"dim": 128}, "slot of 3136 bytes, got 448", LayoutError),
         ({"layout": "block layer kv head dim"}, "to name `block`, and `page`", LayoutError),
         ({"layout": "layer kv head page"}, "to name `block`, and `page`", LayoutError),
         ({"tensors": image(5, 3, 2, 4).view(torch.bfloat16)}, "224|tensors of uint8", LayoutError),
