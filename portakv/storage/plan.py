@@ -456,10 +456,12 @@ class Call:
         missing: Missing = "raise",
         eligible: Callable[[], Mask] | None = None,
         follow: bool = True,
+        soon: bool = False,
     ) -> Handle:
         """Start a call with one barrier at its end and, by layer, one barrier for each layer.
 
-        ``follow``: announce the handle at its end.
+        ``follow``: announce the handle at its end. ``soon``: the copies of a save have no slack of
+        the background.
         """
         blocks = self.located if eligible is None else eligible
         self.transfer_ended()
@@ -474,7 +476,10 @@ class Call:
             released = Task(None, many, after=self.gathers, name=RELEASE)
         else:
             self.explanation.located = self.located
-        self.submit(*barriers, *([released] if released else []), self.barrier)
+        apart = [released] if released and soon and self.request.priority == "background" else []
+        self.submit(*barriers, *([released] if released and not apart else []), self.barrier)
+        if apart:  # the tasks that it follows become as urgent as it is
+            self.shared.graph.submit(apart, priority="normal", deadline=self.request.deadline)
         self.shared.barriers.add(self.barrier)
         why = self.explanation.sentence
         graph = self.shared.graph

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -297,6 +298,35 @@ def test_wrong_terms_are_refused(tier: FakeTier) -> None:
     full: Any = "never"
     with opened(tier) as store, pytest.raises(InvalidTerms, match="full"):
         store.save(cache(), [1], KEYS[:1], full=full)
+
+
+@pytest.mark.parametrize("full", ["drop", "wait"])
+def test_a_save_in_the_background_is_released_before_later_saves(
+    full: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control may wait for staging, and its copies wait for all normal ones for two seconds."""
+    order = list[int]()  # the first block of each copy
+    go = threading.Event()
+    copy = Crossing.copy
+
+    def noted(self: Crossing, inner: Any, outer: Any, items: Any, at: Any) -> None:
+        assert go.wait(LIMIT)
+        order.append(int(self.ids[0]))
+        copy(self, inner, outer, items, at)
+
+    with BlockStore(FORM, staging=32 * FORM.image_bytes, host=8 * FORM.image_bytes) as store:
+        view = cache()
+        store.save(view, [11], [key_of(99)]).synchronize(LIMIT)
+        monkeypatch.setattr(Crossing, "copy", noted)
+        saves = [store.save(view, [n], [key_of(n)], priority="normal") for n in range(3)]
+        saves.append(store.save(view, [7], [key_of(7)], full=full))
+        time.sleep(0.2)
+        saves += [store.save(view, [n], [key_of(n)], priority="normal") for n in (4, 5, 6)]
+        go.set()
+        for saved in saves:
+            saved.synchronize(LIMIT)
+    # Two workers copy, so that neighbours may change places.
+    assert order.index(7) < order.index(6) if full == "drop" else order.index(7) > order.index(4)
 
 
 # --- on a device: the copy is issued in the caller's thread
