@@ -114,26 +114,15 @@ def _method(bench: EncodingBench, coded: Coded, op: str) -> Method:
 def _packed(memory: Memory) -> Coded:
     """Return blocks in random order, packed into slots of consecutive blocks."""
     case = memory.case
-    device = memory.rows.device
-    slots = case.planes * case.plane.slot_bytes
-    view = case.slots(
-        memory.blocks, torch.empty(memory.blocks * slots, dtype=torch.uint8).to(device)
-    )
-    ids = memory.index(memory.blocks)
-    places = Index(torch.arange(memory.blocks), step=case.tokens)
-
-    def encode() -> None:
-        copy_blocks(case.view(memory.rows), view, ids, places).synchronize()
-
-    def decode() -> None:
-        copy_blocks(view, case.view(memory.written), places, ids).synchronize()
+    nbytes = memory.blocks * case.planes * case.plane.slot_bytes
+    image = torch.empty(nbytes, dtype=torch.uint8, device=memory.rows.device)
 
     def right() -> bool:
         same = memory.right(memory.blocks)
         memory.poison()
         return same
 
-    return Coded(PACK, encode, decode, lambda: memory.blocks * slots, right)
+    return _by_blocks(PACK, memory, case.slots(memory.blocks, image), nbytes, right)
 
 
 def rounded(memory: Memory) -> Coded:
@@ -144,16 +133,24 @@ def rounded(memory: Memory) -> Coded:
     image = torch.empty(extents, dtype=torch.uint8, device=memory.rows.device)
     sizes: dict[str, Any] = {"kv": case.kv, "block_size": case.tokens, "dim": case.dim}
     view = KVView(image, "block layer kv head page", encoding=FP8, **sizes)
+    return _by_blocks(FP8, memory, view, image.numel(), partial(near, memory))
+
+
+def _by_blocks(
+    name: str, memory: Memory, image: KVView, nbytes: int, right: Callable[[], bool]
+) -> Coded:
+    """Return the copies of blocks into an image of consecutive blocks, and back."""
+    case = memory.case
     ids = memory.index(memory.blocks)
-    places = Index(torch.arange(memory.blocks), step=case.tokens)
+    places = Index(torch.arange(memory.blocks, device="cpu"), step=case.tokens)
 
     def encode() -> None:
-        copy_blocks(case.view(memory.rows), view, ids, places).synchronize()
+        copy_blocks(case.view(memory.rows), image, ids, places).synchronize()
 
     def decode() -> None:
-        copy_blocks(view, case.view(memory.written), places, ids).synchronize()
+        copy_blocks(image, case.view(memory.written), places, ids).synchronize()
 
-    return Coded(FP8, encode, decode, lambda: image.numel(), partial(near, memory))
+    return Coded(name, encode, decode, lambda: nbytes, right)
 
 
 def cast(memory: Memory) -> Coded:
