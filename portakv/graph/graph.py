@@ -380,6 +380,8 @@ class Graph:
         schedule = task.schedule
         schedule.graph = self
         schedule.number = self.number
+        if schedule.soon:
+            due = min(due, self.clock() + SLACK["normal"])
         schedule.due = due
         schedule.background = background
         task.outcome.state = "waiting"

@@ -113,6 +113,8 @@ class Schedule:
         number: the number of the task in the order of submission.
         due: the time at which the task is due, by the graph's clock.
         background: True if the task may wait for all tasks that are not of the background.
+        soon: a background task that is due as a normal one is, since a caller waits for it; set it
+            before `submit`.
         since: the time since which the task waits for a worker.
         waits: how many tasks that it follows have not ended.
         followers: the tasks that follow it, until its end.
@@ -124,6 +126,7 @@ class Schedule:
     number: int = 0
     due: float = 0.0
     background: bool = False
+    soon: bool = False
     since: float = 0.0
     waits: int = 0
     followers: list[Task] = field(default_factory=list)

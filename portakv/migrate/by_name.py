@@ -39,7 +39,7 @@ class ByName:
         self._keeper = keeper
         self._follower = Follower(graph, issuer, keeper)
         self._begins = graph.queue("named", width=WIDTH)
-        self._connector = Connector(graph, owners, issuer.device, keeper.note_connection)
+        self._connector = Connector(graph, owners, keeper.note_connection)
         #: The pull of the last call that has asked owners itself.
         self._asked: ref[Pull] | None = None
         self._stream: torch.Stream | None = None

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
-
-import torch
 
 from portakv.errors import PortaKVError, TransferError
 from portakv.graph import Graph, Task
 from portakv.migrate.connections import ANY, Connections
 from portakv.migrate.questions import OwnerKey
-from portakv.registry.registry import choose
 
 #: Handshakes together. Each owner that is stopped occupies a worker until its handshake times out.
 WIDTH = 16
@@ -46,19 +42,11 @@ class Connector:
     """Makes the handshakes of one reader, one for each owner at a time. Any thread may call it.
 
     Args:
-        device: of the reader, whose backend is chosen after a handshake.
         on_end: called at the end of each handshake; it must be quick and take no lock.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        owners: Connections,
-        device: torch.device,
-        on_end: Callable[[], object],
-    ) -> None:
+    def __init__(self, graph: Graph, owners: Connections, on_end: Callable[[], object]) -> None:
         self._graph = graph
-        self._device = device
         self._owners = owners
         self._on_end = on_end
         self._queue = graph.queue("connect", width=WIDTH)
@@ -85,7 +73,7 @@ class Connector:
             attempt = self._attempts.get((address, epoch))
             if attempt is not None and not attempt.task.ended:
                 return attempt
-            connect = partial(self._connect, address, epoch)
+            connect = partial(self._owners.prepare, address, epoch)
             task = Task(lambda *_: connect(), 1, queue=self._queue, name="connect")
             task.on_end = self._on_end
             attempt = Attempt(task, monotonic())
@@ -94,13 +82,3 @@ class Connector:
             under_way = {k: v for k, v in self._attempts.items() if not v.task.ended}
             self._attempts = {**under_way, (address, epoch): attempt}
             return attempt
-
-    def _connect(self, address: str, epoch: bytes) -> None:
-        """Make a handshake, and choose the backend that copies the rows.
-
-        The first choice of a process imports backends, which takes 20 - 30 ms. No caller of a pull
-        has to wait for that.
-        """
-        self._owners.prepare(address, epoch)
-        with suppress(PortaKVError):  # the pull raises it
-            choose(self._device)

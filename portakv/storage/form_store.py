@@ -219,8 +219,7 @@ class FormStore(FormIndex):
         for tier_stores, some in groups.items():
             for alike in _by_gaps(call, tier_stores, some):
                 yield from self._save_in(call, source, until, tier_stores, alike)
-        soon = until is not None  # nothing waits for staging
-        handle = call.handle(source.view, eligible=partial(call.form.stored, keys), soon=soon)
+        handle = call.handle(source.view, eligible=partial(call.form.stored, keys))
         handle.add_copies(source.ends)
         return handle
 

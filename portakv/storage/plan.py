@@ -401,6 +401,7 @@ class Call:
         """Plan the task of a save that brings blocks of the view into rows, and seals them."""
         at = in_flight.calls[0][1]
         task = self.task(at, partial(in_flight.gather, crossing, view), queue, in_flight, ())
+        task.schedule.soon = in_flight.until is not None  # it waits for no staging either
         in_flight.ends[None] = task
         in_flight.last = [task]
         if in_flight.copied is None:
@@ -456,12 +457,10 @@ class Call:
         missing: Missing = "raise",
         eligible: Callable[[], Mask] | None = None,
         follow: bool = True,
-        soon: bool = False,
     ) -> Handle:
         """Start a call with one barrier at its end and, by layer, one barrier for each layer.
 
-        ``follow``: announce the handle at its end. ``soon``: the copies of a save have no slack of
-        the background.
+        ``follow``: announce the handle at its end.
         """
         blocks = self.located if eligible is None else eligible
         self.transfer_ended()
@@ -476,10 +475,7 @@ class Call:
             released = Task(None, many, after=self.gathers, name=RELEASE)
         else:
             self.explanation.located = self.located
-        apart = [released] if released and soon and self.request.priority == "background" else []
-        self.submit(*barriers, *([released] if released and not apart else []), self.barrier)
-        if apart:  # the tasks that it follows become as urgent as it is
-            self.shared.graph.submit(apart, priority="normal", deadline=self.request.deadline)
+        self.submit(*barriers, *([released] if released else []), self.barrier)
         self.shared.barriers.add(self.barrier)
         why = self.explanation.sentence
         graph = self.shared.graph

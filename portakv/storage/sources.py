@@ -66,8 +66,8 @@ class ViewSource:
     def issue(self, call: Call, started: Sequence[InFlight]) -> None:
         """Issue copies for the chunks of a save from a device for which staging has room.
 
-        A long chunk has a separate copy, so that the link is busy while rows for the next one are
-        evicted. All others have one copy together.
+        If all chunks but the last are long, each has a separate copy, so that the link is busy
+        while rows for the next one are evicted. Otherwise all have one copy together.
         """
         if not self.issues:
             return

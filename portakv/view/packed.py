@@ -91,7 +91,7 @@ class PackedExtents:
         sizes = {plane.slot_bytes for plane in self.planes}
         last = memory.shape[-1] if memory.dim() else 0
         alone = self.text.endswith("(token dim)")  # the slot is the last axis
-        if memory.dtype == torch.uint8 and (last in sizes or not alone):
+        if memory.dtype.itemsize == 1 and (last in sizes or not alone):
             return
         slots = " or ".join(map(str, sorted(sizes)))
         raise LayoutError(

@@ -329,6 +329,30 @@ def test_a_save_in_the_background_is_released_before_later_saves(
     assert order.index(7) < order.index(6) if full == "drop" else order.index(7) > order.index(4)
 
 
+def test_an_urgent_save_waits_for_no_saves_in_the_background(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are due earlier, and one worker is left for others."""
+    order = list[int]()  # the first block of each copy
+    copy = Crossing.copy
+
+    def slow(self: Crossing, inner: Any, outer: Any, items: Any, at: Any) -> None:
+        order.append(int(self.ids[0]))
+        time.sleep(0.05)
+        copy(self, inner, outer, items, at)
+
+    with BlockStore(FORM, staging=64 * FORM.image_bytes, host=8 * FORM.image_bytes) as store:
+        view = cache()
+        store.save(view, [11], [key_of(99)]).synchronize(LIMIT)
+        monkeypatch.setattr(Crossing, "copy", slow)
+        saves = [store.save(view, [n], [key_of(n)]) for n in range(10)]
+        time.sleep(0.12)  # they are due by now
+        urgent = store.save(view, [10], [key_of(10)], priority="urgent")
+        for saved in (urgent, *saves):
+            saved.synchronize(LIMIT)
+    assert order.index(10) < 9
+
+
 # --- on a device: the copy is issued in the caller's thread
 
 
