@@ -27,7 +27,7 @@ class CopyOptions:
     """The options of a copy. Make them once and pass them to many copies.
 
     A call takes either options or single keywords, and refuses both. It cannot see a keyword that
-    has its usual value, such as ``detached=False`` next to options that detach: the options hold.
+    has its usual value, such as ``detached=False`` next to options that detach: the options apply.
 
     Attributes:
         backend: the name of the backend or strategy that must execute it, which the copy looks up.

@@ -105,8 +105,6 @@ class BoundLayout:
         )
         known = self._known.get(key)
         if known is None:
-            if self.packed is not None:
-                self.packed.check(tensors)
             facts = self._read_all(tensors)
             (form, _, _, spans), slots, device, _ = facts
             self._known[key] = form, slots, device, spans[0][1] - spans[0][0] if spans else 0
@@ -132,6 +130,8 @@ class BoundLayout:
         key = place, *sizes, *lie
         known = self._forms.get(key)
         if known is None:
+            if self.packed is not None:
+                self.packed.check(flat)
             values, factors, grid = self._contained(sizes)
             picks = _pick_per_kv(factors, flat, grid, len(values))
             entries, walks = _tabulate(factors, grid, len(values), begins, bases)

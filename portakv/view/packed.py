@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,18 +86,18 @@ class PackedExtents:
         rest = {**extents, "block_size": 1, "dim": dim}
         return cls(before + rows + text[found.end() :], rest, size, planes)
 
-    def check(self, memory: torch.Tensor) -> None:
-        """Raise `LayoutError` if one tensor cannot hold slots, in words of slots."""
+    def check(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Raise `LayoutError` if a tensor cannot hold slots, in words of slots."""
         sizes = {plane.slot_bytes for plane in self.planes}
-        last = memory.shape[-1] if memory.dim() else 0
         alone = self.text.endswith("(token dim)")  # the slot is the last axis
-        if memory.dtype.itemsize == 1 and (last in sizes or not alone):
-            return
-        slots = " or ".join(map(str, sorted(sizes)))
-        raise LayoutError(
-            f"Expected tensors of torch.uint8 whose last axis is a slot of {slots} bytes, got "
-            f"{last} of {memory.dtype}. Make slots as large as plane(...).slot_bytes says."
-        )
+        for memory in tensors:
+            last = memory.shape[-1] if memory.dim() else 0
+            if memory.dtype.itemsize != 1 or (alone and last not in sizes):
+                slots = " or ".join(map(str, sorted(sizes)))
+                raise LayoutError(
+                    f"Expected tensors of torch.uint8 whose last axis is a slot of {slots} bytes, "
+                    f"got {last} of {memory.dtype}. Make slots of plane(...).slot_bytes bytes."
+                )
 
     def form(self, rows: Form, layout: str) -> Form:
         """Return the form of packed blocks, from the form of their slots as rows.

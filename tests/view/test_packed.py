@@ -89,6 +89,18 @@ def test_wrong_packed_views(arguments: dict[str, Any], expected: str, error: typ
         packed(**supplied)
 
 
+@pytest.mark.parametrize("wrong", [torch.zeros(5, 2, 4, 448, dtype=torch.uint8), torch.zeros(5, 2)])
+def test_each_tensor_of_a_list_has_to_hold_slots(wrong: torch.Tensor) -> None:
+    with pytest.raises(LayoutError, match="a slot of 3136 bytes, got "):
+        KVView(
+            [wrong] * 3,
+            "layer | block kv head page",
+            block_size=16,
+            dim=128,
+            encoding="pack",
+        )
+
+
 def test_a_slot_has_contiguous_bytes() -> None:
     spread = torch.zeros((5, 3, 2, 4, SLOT, 2), dtype=torch.uint8, device="cpu")[..., 0]
     with pytest.raises(Unsupported, match="bytes of a slot must be contiguous"):
