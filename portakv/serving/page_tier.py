@@ -52,22 +52,37 @@ class _Calls:
 
     def __init__(self) -> None:
         self._queue = SimpleQueue[Callable[[], object] | None]()
+        self._lock = threading.Lock()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="portakv tier", daemon=True)
         self._thread.start()
 
-    def add(self, call: Callable[[], object]) -> None:
-        """Have a call made."""
-        self._queue.put(call)
+    @property
+    def closed(self) -> bool:
+        """Return whether no more calls are added."""
+        return self._closed
+
+    def add(self, call: Callable[[], object]) -> bool:
+        """Have a call made; return False after `close`."""
+        with self._lock:
+            if not self._closed:
+                self._queue.put(call)
+            return not self._closed
 
     def wait(self) -> None:
         """Wait until the calls that were added have been made."""
         made = threading.Event()
-        self.add(made.set)
-        made.wait()
+        if self.add(made.set):
+            made.wait()
+        else:
+            self._thread.join()
 
     def close(self, timeout: float) -> None:
-        """Make the calls that were added, at most for so many seconds, and end the thread."""
-        self._queue.put(None)
+        """Make the calls that were added, and end the thread; wait at most so many seconds."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._queue.put(None)
         self._thread.join(timeout)
 
     def _run(self) -> None:
@@ -109,6 +124,10 @@ class _Jobs:
         """Return the jobs that have begun."""
         with self._lock:
             return [job for job in self._open.values() if job is not None]
+
+    def all_ended(self) -> list[PageJob]:
+        """Return the jobs that have ended, in the order in which they were added."""
+        return [job for job in self.all_begun() if job.done()]
 
 
 class _Followed:
@@ -232,6 +251,8 @@ class PageTier:
         reports: keep `events`.
         now: returns the time in seconds.
 
+    Jobs that come after `close` end without a page.
+
     Raises `InvalidTerms` for other memory.
 
     Attributes:
@@ -307,22 +328,31 @@ class PageTier:
     def _submit(self, refused: PageJob, call: Callable[[], PageJob]) -> None:
         """Have the thread begin a job. ``refused`` ends in its place if the store refuses it."""
         self._jobs.add(refused.tag)
-        self._calls.add(partial(self._begin, refused, call))
+        if not self._calls.add(partial(self._begin, refused, call)):
+            self._refuse(refused, "Expected a tier that is open, got one that was closed.")
 
     def _begin(self, refused: PageJob, call: Callable[[], PageJob]) -> None:
         """Begin a job, in the thread."""
         try:
             job = call()
         except Exception as error:  # class 4: the engine waits for the end of each job
-            text = "A %s of %d pages of an engine is refused: %s"
-            _log.warning("refused", text, refused.kind, len(refused.keys), error)
-            self._store.ended.add(refused)
+            self._refuse(refused, error)
             return
         self._jobs.begun(job)
 
+    def _refuse(self, refused: PageJob, why: object) -> None:
+        """End a job without a page."""
+        text = "A %s of %d pages of an engine is refused: %s"
+        _log.warning("refused", text, refused.kind, len(refused.keys), why)
+        self._jobs.begun(refused)
+        self._store.ended.add(refused)
+
     def ended(self) -> list[PageJob]:
         """Return the jobs that have ended since the last call."""
-        jobs = [job for job in self._store.finished() if self._jobs.remove(job)]
+        finished = self._store.finished()
+        if self._calls.closed:  # the queue of a store that was closed takes no jobs
+            finished += self._jobs.all_ended()
+        jobs = [job for job in finished if self._jobs.remove(job)]
         for job in jobs:
             self._note(job)
         return jobs
@@ -370,7 +400,7 @@ class PageTier:
         return TierEvents([], []) if self._events is None else self._events.take(self.pages.has)
 
     def close(self, timeout: float = 10.0) -> None:
-        """Close the store, as `PageStore.close` does."""
+        """Close the store, as `PageStore.close` does. `ended` then reports the jobs in flight."""
         self._calls.close(timeout)
         self._store.close(timeout)
 

@@ -155,6 +155,14 @@ def walk(folder: Path) -> None:
     tier.shutdown()
     tier.shutdown()
 
+    tier.submit_load(job(5, [1], [5]))
+    tier.submit_store(job(6, [7, 8], [6, 7]))
+    tier.drain_jobs()
+    results = [*tier.get_finished_jobs()]
+    assert [each.job_id for each in results] == [5, 6]
+    assert not any(each.success or each.successful_keys for each in results)
+    assert not tier.has_pending_work()
+
     cases: list[tuple[Any, dict[str, Any], Any]] = [
         (spec_of(), {}, LookupResult.HIT),
         (spec_of(layout="HND"), {}, LookupResult.MISS),

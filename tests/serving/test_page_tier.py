@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -207,6 +208,63 @@ def test_an_error_of_any_kind_ends_its_job(scene: Scene) -> None:
     assert not job.landed.any()
     assert not tier.busy
     tier.close()
+
+
+def test_jobs_after_the_close_end_without_a_page(scene: Scene) -> None:
+    """The engine waits for the end of each job, and may drain them."""
+    scene.save([1])
+    scene.tier.close()
+    scene.memory[:] = 7
+    scene.tier.load(10, [key(1)], [0])
+    scene.tier.save(11, [key(2)], [1], "r")
+    scene.tier.touch([key(1)])
+    scene.tier.step()
+    assert scene.tier.busy
+    drained = threading.Thread(target=scene.tier.drain, daemon=True)
+    drained.start()
+    drained.join(LIMIT)
+    assert not drained.is_alive()
+    jobs = scene.tier.ended()
+    assert [job.tag for job in jobs] == [10, 11]
+    assert not any(job.landed.any() for job in jobs)
+    assert scene.tier.ended() == []
+    assert not scene.tier.busy
+    assert (scene.memory == 7).all()
+
+
+def test_jobs_that_the_close_ends_are_reported_after_it(scene: Scene) -> None:
+    """The close drops the store's queue of ends."""
+    scene.memory[:] = 1
+    for number in range(8):
+        scene.tier.save(number, [key(number)], [number], "r")
+    scene.tier.close()
+    assert {job.tag for job in scene.tier.ended()} == {*range(8)}
+    assert scene.tier.ended() == []
+    assert not scene.tier.busy
+
+
+def test_a_job_whose_begin_outlives_the_close_is_reported_after_its_begin(scene: Scene) -> None:
+    """Until then the memory of the job may be written."""
+    pages = scene.store.pages(SIZE)
+    real = pages.load
+    goes_on = threading.Event()
+
+    def slow(*args: Any, **terms: Any) -> PageJob:
+        assert goes_on.wait(LIMIT)
+        return real(*args, **terms)
+
+    pages.load = slow  # type: ignore[method-assign]
+    scene.tier.load(1, [key(1)], [0])
+    scene.tier.load(2, [key(2)], [1])
+    scene.tier.close(timeout=0.1)
+    assert scene.tier.ended() == []
+    assert scene.tier.busy
+    goes_on.set()
+    scene.tier.drain()
+    jobs = scene.tier.ended()
+    assert [job.tag for job in jobs] == [1, 2]
+    assert not any(job.landed.any() for job in jobs)
+    assert not scene.tier.busy
 
 
 def test_drained_jobs_are_reported_once(scene: Scene) -> None:
