@@ -90,7 +90,7 @@ class PortaKVL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         self._closed = False
         self._next = 0
         self._stores = dict[int, L2StoreResult]()
-        self._lookups = Lookups[Bitmap]()
+        self._lookups = Lookups[Bitmap](Bitmap)
         self._loads = dict[int, Bitmap]()
         self._objects = dict[int, tuple[Sequence[Any], Sequence[Any]]]()  # of tasks in flight
         self._counted = Counted[Any]()
@@ -126,7 +126,7 @@ class PortaKVL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         self._count(keys, names, sizes.tolist())
         with self._lock:
             task = self._new_id()
-        self._tasks.unlock(self._lookups.add(task, found, [*compress(names, sizes)]))
+        self._tasks.unlock(self._lookups.add(task, found, len(keys), [*compress(names, sizes)]))
         self._signal(1)
         return task
 

@@ -236,16 +236,20 @@ def test_locked_objects_stay_until_each_lock_has_ended(module: ModuleType, tmp_p
     driver.adapter.close()
 
 
-def test_lookups_that_nobody_fetches_hold_nothing_for_ever(
-    module: ModuleType, driver: Driver
-) -> None:
+@pytest.mark.parametrize("later", [UNFETCHED, UNFETCHED - 1], ids=["too many", "control"])
+def test_a_lookup_that_too_many_others_follow_finds_nothing(later: int, driver: Driver) -> None:
+    """It has an end, and locks nothing any more; others keep their answers."""
     driver.store([key(1)], bytes_of(1, [SIZE]))
-    driver.adapter.submit_lookup_and_lock_task([key(1), key(2)], {})
-    for _ in range(UNFETCHED - 1):
-        driver.adapter.submit_lookup_and_lock_task([key(2)], {})
-    assert driver.adapter.report_status()["locked_key_count"] == 1
-    driver.adapter.submit_lookup_and_lock_task([key(2)], {})
-    assert driver.adapter.report_status()["locked_key_count"] == 0
+    adapter = driver.adapter
+    first = adapter.submit_lookup_and_lock_task([key(1), key(2)], {})
+    tasks = [adapter.submit_lookup_and_lock_task([key(2)], {}) for _ in range(later)]
+    is_late = later == UNFETCHED
+    assert adapter.report_status()["locked_key_count"] == (0 if is_late else 1)
+    found = adapter.query_lookup_and_lock_result(first)
+    assert len(found) == 2
+    assert [found.test(number) for number in range(2)] == [not is_late, False]
+    assert adapter.query_lookup_and_lock_result(first) is None
+    assert all(adapter.query_lookup_and_lock_result(task) is not None for task in tasks)
 
 
 def test_a_store_that_fails_is_reported(module: ModuleType, tmp_path: Path) -> None:
