@@ -117,8 +117,11 @@ class KeptIndex(KeeperIndex):
             raise
 
     def await_ranks(self, timeout: float) -> None:
-        """Wait until a rank has joined, at most so many seconds. Without one, log a line."""
-        if not self.wait(timeout):
+        """Wait until a rank has joined, or was refused, at most so many seconds.
+
+        Without one, the log has a line. A rank that was refused may join later.
+        """
+        if not self.answered(timeout):
             _log.warning(
                 "No worker has joined the store of PortaKV in %s yet. Until one does, nothing is "
                 "stored or loaded.",
@@ -138,10 +141,10 @@ class KeptIndex(KeeperIndex):
 def index_of(settings: Settings) -> LocalIndex | KeptIndex | NoStore:
     """Return the index of an engine's scheduler.
 
-    With a keeper it waits until a worker has joined. vLLM makes its workers before the scheduler.
+    With a keeper it waits until a worker has joined, or was refused. vLLM makes its workers before
+    the scheduler.
 
-    Raises `StoreError` for a folder that cannot be used, and `InvalidTerms` if the keeper refuses
-    the engine.
+    Raises `StoreError` for a folder that cannot be used.
     """
     if not settings.stores:
         return NoStore()

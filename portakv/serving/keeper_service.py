@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
-from portakv.errors import PeerError, PortaKVError, StoreError
+from portakv.errors import InvalidTerms, PeerError, PortaKVError, StoreError
 from portakv.graph.meter import Metered
 from portakv.host.shared import process_space, started
 from portakv.migrate.channel import Channel, Peer
+from portakv.runtime.bounded import Bounded
 from portakv.serving.keeper_messages import (
     PROTOCOL,
     Alive,
@@ -42,6 +44,11 @@ from portakv.serving.keeper_store import OpenStore
 from portakv.serving.watched import answer
 from portakv.storage.form import BlockForm
 
+#: Seconds for which the refusal of a rank counts for its engine. The rank tries again before.
+REFUSED = 5.0
+#: The most engines whose ranks have been refused.
+ENGINES = 256
+
 
 class Service:
     """Answers the messages of clients, in the thread of a channel.
@@ -64,6 +71,8 @@ class Service:
         self.opened: OpenStore | None = None
         self.wanted: Sequence[BlockForm] = ()
         self.refusal: tuple[Sequence[BlockForm], PortaKVError] | None = None
+        # Why the last rank of an engine was refused, and until when that counts.
+        self._refused: Bounded[str, tuple[str, float]] = Bounded("refused engines", ENGINES)
         self._wake = wake
         channel.serve(AskProtocol, lambda *_: Protocol(PROTOCOL))
         channel.serve(Join, self._join)
@@ -82,7 +91,17 @@ class Service:
         answer(channel, figures)
 
     def _join(self, peer: Peer, ask: Join) -> Joined | Later:
-        """Begin a session of a rank, or have the store opened for it."""
+        """Begin a session of a rank, or have the store opened for it; note a refusal."""
+        try:
+            answer = self._begin(peer, ask)
+        except PortaKVError as error:
+            self._refused[ask.engine] = str(error), time.monotonic() + REFUSED
+            raise
+        if isinstance(answer, Joined):
+            self._refused.pop(ask.engine, None)
+        return answer
+
+    def _begin(self, peer: Peer, ask: Join) -> Joined | Later:
         forms = [whole_form(BlockForm.from_json(text)) for text in ask.forms]
         opened = self.opened
         if opened is None or not (opened.has(forms) or opened.state.clients()):
@@ -100,10 +119,16 @@ class Service:
         return Joined(client.session, opened.handle)
 
     def _follow(self, peer: Peer, ask: Follow) -> Followed | Later:
-        """Begin a session of a process that follows the index."""
+        """Begin a session of a process that follows the index.
+
+        Raises `InvalidTerms` with the sentence for the ranks of its engine if they were refused.
+        """
         opened = self.opened
         forms = opened.forms_of(ask.engine) if opened is not None else []
         if opened is None or not forms:
+            why, until = self._refused.get(ask.engine, ("", 0.0))
+            if time.monotonic() < until:
+                raise InvalidTerms(why)
             return Later()
         follower = opened.feed.follow(ask, forms)
         peer.on_gone(partial(self._gone, follower.session))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 from portakv.arguments import instance, seconds, text, whole
+from portakv.errors import InvalidTerms
 from portakv.migrate.channel import Channel, Peer
 from portakv.runtime.devices import this_process
 from portakv.serving.bucket import KeptBucket
@@ -208,9 +209,21 @@ class KeeperIndex:
     def wait(self, timeout: float = 10.0) -> bool:
         """Wait for a keeper, at most so many seconds; return whether its index is here.
 
-        Raises `InvalidTerms` with the sentence of a keeper that has another number of groups.
+        Raises `InvalidTerms` with the sentence of a keeper that has another number of groups, or
+        that refuses the ranks of the engine.
         """
         return self._link.wait(seconds("timeout", timeout))
+
+    def answered(self, timeout: float = 10.0) -> bool:
+        """Wait as `wait` does; return whether the index is here, or a keeper has refused it.
+
+        The log has the sentence of a refusal. The keeper may have the index later.
+        """
+        limit = seconds("timeout", timeout)
+        try:
+            return self._link.wait(limit)
+        except InvalidTerms:
+            return True
 
     def close(self) -> None:
         """Leave the keeper."""

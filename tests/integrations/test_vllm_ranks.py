@@ -474,6 +474,30 @@ def test_a_shared_engine_with_the_folder_of_one_that_is_not(
     alone.close()
 
 
+def test_an_engine_whose_worker_is_refused_starts_at_once(
+    configurations: tuple[Any, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another engine serves the folder with blocks of another size."""
+    extra_terms(configurations)["shared"] = True
+    settings, first = worker_of(configurations, 2, 2, 1)
+    first.open([view_of(configurations, settings, rows(2))], 0)
+    serving = index_of(settings)
+    assert isinstance(serving, KeptIndex)
+    other = configuration(str(tmp_path / "store"), "other", BLOCKS, SIZE)
+    extra_terms(other)["shared"] = True
+    settings, second = worker_of(other, 4, 4, 1)
+    second.open([view_of(other, settings, rows(4))], 0)
+    index = index_of(settings)
+    assert isinstance(index, KeptIndex)
+    assert index.leading([bytes(32)]) == 0
+    assert not any("No worker has joined" in line for line in caplog.messages)
+    assert any("Nothing is stored or loaded" in line for line in caplog.messages)
+    with pytest.raises(InvalidTerms):
+        second.wait(LIMIT)
+    for each in (second, index, first, serving):
+        each.close()
+
+
 def test_a_busy_folder_names_the_term_that_shares_it(tmp_path: Path) -> None:
     settings = []
     indices = []

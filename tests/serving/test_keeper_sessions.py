@@ -8,6 +8,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -20,10 +21,10 @@ from portakv.errors import (
     PeerError,
     PortaKVError,
 )
-from portakv.serving import KeeperIndex, Place
+from portakv.serving import KeeperClient, KeeperIndex, Place
 from portakv.serving.keeper_requests import Requests
 from portakv.serving.keeper_rows import MappedRows
-from portakv.storage import BlockStore
+from portakv.storage import BlockForm, BlockStore
 
 
 @pytest.fixture
@@ -157,3 +158,56 @@ def test_an_interrupted_load_keeps_no_rows(
     loaded.synchronize(LIMIT)
     assert loaded.landed.all()
     assert same(target, view, 8)
+
+
+@pytest.mark.parametrize("first", ["index", "rank"])
+def test_an_index_of_ranks_that_are_refused_waits_no_longer(
+    first: str, host: Callable[..., Host]
+) -> None:
+    """It has the sentence of its ranks. Both join once the ranks that disagree have left."""
+    at = host(caches())
+    serving = at.join(caches())
+    other = BlockForm.of(caches(dim=16), "model")
+    place = at.keeper.place
+    with ExitStack() as stack:
+        if first == "index":
+            index = stack.enter_context(KeeperIndex(place, "other"))
+        client = stack.enter_context(KeeperClient(place, [other], "other"))
+        with pytest.raises(InvalidTerms) as refused:
+            client.wait(LIMIT)
+        if first == "rank":
+            index = stack.enter_context(KeeperIndex(place, "other"))
+        with pytest.raises(InvalidTerms) as known:
+            index.wait(LIMIT)
+        assert str(known.value) == str(refused.value)
+        assert "Expected blocks with widths=(8, 8)" in str(refused.value)
+        serving.close()
+        assert until(lambda: joined(client) and joined(index), LIMIT)
+
+
+def test_an_index_of_ranks_that_agree_waits_for_one(host: Callable[..., Host]) -> None:
+    """Control: another rank of the engine, or a rank of another engine, was refused."""
+    at = host(caches())
+    at.join(caches())
+    place = at.keeper.place
+    wrong = BlockForm.of(caches(dim=16), "model")
+    with ExitStack() as stack:
+        for engine in (at.engine, "other"):
+            client = stack.enter_context(KeeperClient(place, [wrong], engine))
+            with pytest.raises(InvalidTerms):
+                client.wait(LIMIT)
+        with KeeperIndex(place, at.engine) as index:
+            assert index.wait(LIMIT)
+        with KeeperIndex(place, "third") as index:
+            assert not index.wait(0.5)  # its ranks may join later
+            with KeeperClient(place, [at.form], "third") as client:
+                assert client.wait(LIMIT)
+                assert index.wait(LIMIT)
+
+
+def joined(side: KeeperClient | KeeperIndex) -> bool:
+    """Return whether a keeper serves a process, which it may have refused before."""
+    try:
+        return side.wait(0)
+    except InvalidTerms:
+        return False
