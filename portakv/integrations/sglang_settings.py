@@ -12,7 +12,7 @@ from typing import Any
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
 from portakv.integrations.interfaces import lacks
-from portakv.serving.local import StoreTerms, check_names, term_names
+from portakv.serving.local import StoreTerms
 from portakv.serving.weights import checksum_of_weights
 
 #: The key of ``--hicache-storage-backend-extra-config`` that has the terms of the store.
@@ -96,9 +96,9 @@ def terms_of(extra: Mapping[str, Any] | None) -> StoreTerms:
                 f"Expected terms without {name}, which SGLang has no use for, got "
                 f"{name}={terms[name]!r}. Leave it out."
             )
+    used = {name: value for name, value in terms.items() if name not in OTHERS}
     try:
-        check_names([name for name in terms if name not in OTHERS], term_names(OTHERS))
-        made = StoreTerms.of(terms)
+        made = StoreTerms.of(used, without=OTHERS)
     except InvalidTerms as error:
         raise InvalidTerms(f"{EXTRA} in the extra configuration: {error}") from None
     if made.shared and (made.bucket is not None or not made.folders):

@@ -170,12 +170,14 @@ class StoreTerms:
         return (*items("folder", self.folder, "folders"),)
 
     @classmethod
-    def of(cls, terms: Mapping[str, object]) -> StoreTerms:
+    def of(cls, terms: Mapping[str, object], without: Container[str] = ()) -> StoreTerms:
         """Return terms as a configuration file has them.
 
-        Raises `InvalidTerms` for a name that is not a term.
+        ``without``: names of terms that an integration has no use for.
+
+        Raises `InvalidTerms` for a name that is not a term, or is one of these.
         """
-        check_names(terms, term_names())
+        check_names(terms, term_names(without))
         return cls(**terms)  # type: ignore[arg-type]
 
     def tiers(self) -> list[Tier]:

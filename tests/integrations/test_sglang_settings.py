@@ -14,7 +14,7 @@ from support.sglang_stub import configuration, write_sglang
 
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
-from portakv.integrations.sglang_settings import KV, settings_of, terms_of
+from portakv.integrations.sglang_settings import KV, OTHERS, settings_of, terms_of
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -97,6 +97,14 @@ def test_wrong_terms(terms: Any, message: str) -> None:
         terms_of({"portakv": terms})
     with pytest.raises(InvalidTerms, match=message):
         settings_of(configuration(terms))
+
+
+@pytest.mark.parametrize("empty", [None, False, 0, ""], ids=repr)
+@pytest.mark.parametrize("name", OTHERS)
+def test_terms_without_a_use_may_be_empty(name: str, empty: object) -> None:
+    """A configuration that other engines share may have them."""
+    terms = {"folder": "/nvme0/kv", "host": 0}
+    assert terms_of({"portakv": {**terms, name: empty}}) == terms_of({"portakv": terms})
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

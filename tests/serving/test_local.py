@@ -33,6 +33,12 @@ def test_wrong_terms_are_refused(terms: dict[str, Any], says: str) -> None:
         StoreTerms.of(terms)
 
 
+def test_terms_that_an_integration_has_no_use_for_are_refused() -> None:
+    assert StoreTerms.of({"host": 1 << 20, "by_layer": True}).by_layer
+    with pytest.raises(InvalidTerms, match=r"bucket_options, encoding, got 'by_layer'"):
+        StoreTerms.of({"host": 1 << 20, "by_layer": True}, without=("by_layer", "block_size"))
+
+
 def test_a_folder_that_others_may_write_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     StoreTerms.of({"folder": str(folder)})
