@@ -103,7 +103,7 @@ class Link:
         self._known = Known("", True)
         self._changed = Condition()
         self._refusal = ""  # what the keeper says about the blocks of this process
-        self._logged = ""  # the last line in the log
+        self._logged = ""  # the last line in the log since the last session
         self._wake = threading.Event()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="portakv keeper link", daemon=True)
@@ -195,7 +195,7 @@ class Link:
             now = time.monotonic()
             if self.session is not None:
                 since = now
-            elif now > since + LONELY:
+            elif now > since + LONELY and not self._logged:  # the log has no reason yet
                 self._say(f"No keeper serves {self._place.name}: nothing is stored or loaded.")
             self._wake.wait(pause)
             self._wake.clear()

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from portakv.errors import (
     PeerError,
     PortaKVError,
 )
-from portakv.serving import KeeperClient, KeeperIndex, Place
+from portakv.serving import KeeperClient, KeeperIndex, Place, keeper_link
 from portakv.serving.keeper_requests import Requests
 from portakv.serving.keeper_rows import MappedRows
 from portakv.storage import BlockForm, BlockStore
@@ -203,6 +204,36 @@ def test_an_index_of_ranks_that_agree_waits_for_one(host: Callable[..., Host]) -
             with KeeperClient(place, [at.form], "third") as client:
                 assert client.wait(LIMIT)
                 assert index.wait(LIMIT)
+
+
+@pytest.mark.parametrize("refused", [True, False], ids=["refused", "no keeper"])
+def test_a_process_without_a_keeper_logs_one_line(
+    refused: bool,
+    host: Callable[..., Host],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A refused process tries again, and is refused again, for as long as others are served."""
+    monkeypatch.setattr(keeper_link, "REFUSED", 0.01)
+    monkeypatch.setattr(keeper_link, "ABSENT", 0.01)
+    at = host(caches())
+    at.join(caches())
+    place = at.keeper.place if refused else Place.of_folder(tmp_path)
+    tries = list[str]()
+    address = Place.address
+
+    def counted(place: Place) -> str:
+        tries.append(place.name)
+        return address(place)
+
+    monkeypatch.setattr(Place, "address", counted)
+    caplog.clear()
+    monkeypatch.setattr(keeper_link, "LONELY", 0.0)
+    with KeeperClient(place, [BlockForm.of(caches(dim=16), "model")], "other"):
+        assert until(lambda: tries.count(place.name) > 20, LIMIT)
+    (line,) = [each for each in caplog.messages if place.name in each]
+    assert ("Expected blocks" in line) == refused
 
 
 def joined(side: KeeperClient | KeeperIndex) -> bool:
