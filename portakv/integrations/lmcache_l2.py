@@ -12,9 +12,13 @@ import ctypes
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from hashlib import blake2b
 from itertools import compress
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from portakv.errors import TransferTimeout
 from portakv.integrations import IntegrationError, check_release
@@ -119,15 +123,9 @@ class PortaKVL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         self, keys: list[Any], group_layout_descs: Mapping[int, Any]
     ) -> int:
         names = [key_of(key) for key in keys]
-        sizes = self._tasks.lock(names)
-        found = Bitmap(len(keys))
-        for number in sizes.nonzero()[0].tolist():
-            found.set(number)
-        self._count(keys, names, sizes.tolist())
         with self._lock:
             task = self._new_id()
-        self._tasks.unlock(self._lookups.add(task, found, len(keys), [*compress(names, sizes)]))
-        self._signal(1)
+        self._tasks.lock_later(names, partial(self._looked_up, task, keys, names))
         return task
 
     def query_lookup_and_lock_result(self, task_id: int) -> Bitmap | None:
@@ -189,6 +187,20 @@ class PortaKVL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             self._objects[task] = keys, objects
         self._tasks.begin(kind, names, buffers, task)
         return task
+
+    def _looked_up(
+        self, task: int, keys: Sequence[Any], names: Sequence[bytes], sizes: npt.NDArray[np.int64]
+    ) -> None:
+        """Answer LMCache for a lookup, whose objects are locked."""
+        found = Bitmap(len(keys))
+        for number in sizes.nonzero()[0].tolist():
+            found.set(number)
+        try:
+            self._count(keys, names, sizes.tolist())
+        finally:  # a listener of LMCache may raise
+            late = self._lookups.add(task, found, len(keys), [*compress(names, sizes)])
+            self._tasks.unlock(late)
+            self._signal(1)
 
     def _ended(self, task: PageTask) -> None:
         """Answer LMCache for a task that has ended."""

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from itertools import compress
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -23,6 +24,7 @@ from portakv.errors import PortaKVError, TransferTimeout
 from portakv.graph import Mask
 from portakv.runtime.finished import Finished
 from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
+from portakv.serving.calls import Calls
 from portakv.serving.kept_page_store import KeptPageStore
 from portakv.serving.pages import SAVE, PageJob, Pages, PageStore
 from portakv.storage.changes import Change
@@ -98,11 +100,15 @@ class PageTask:
 
 
 class _Locks:
-    """The locks of pages, which add up. A batch of pins ends with the last lock of its pages."""
+    """The locks of pages, which add up. A batch of pins ends with the last lock of its pages.
 
-    def __init__(self) -> None:
+    ``waits``: a lock waits for a keeper, which may take two seconds, so that a thread makes it.
+    """
+
+    def __init__(self, waits: bool) -> None:
         self._lock = threading.Lock()
         self._by_key = dict[bytes, list[_Batch]]()
+        self._calls = Calls("portakv-pages-lock") if waits else None
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -114,6 +120,16 @@ class _Locks:
             for key in keys:
                 self._by_key.setdefault(key, []).append(batch)
                 batch.left += 1
+
+    def call(self, lock: Callable[[], object]) -> None:
+        """Make a call that locks pages: here, or in the thread."""
+        if self._calls is None or not self._calls.add(lock):
+            lock()
+
+    def close(self, timeout: float) -> None:
+        """End the thread after its calls; wait at most so many seconds."""
+        if self._calls is not None:
+            self._calls.close(timeout)
 
     def end(self, keys: Iterable[bytes]) -> None:
         """End a lock of each key; ignore keys without one."""
@@ -239,7 +255,7 @@ class PageTasks:
         self.store = store
         self._ended = ended
         self._lost = lost
-        self._locks = _Locks()
+        self._locks = _Locks(isinstance(store, KeptPageStore))
         self._new = Finished[PageTask | None]()  # tasks of sizes to be opened, by the thread
         self._new.start()
         self._waiting = list[_Waiting]()  # of the thread
@@ -313,6 +329,22 @@ class PageTasks:
             left = [*compress(left, ~pins.held)]
         return result
 
+    def lock_later(
+        self, keys: Sequence[bytes], locked: Callable[[npt.NDArray[np.int64]], object]
+    ) -> None:
+        """Lock pages, and call with what `lock` returns: within this call, or in a thread if the
+        store is that of a keeper."""
+        self._locks.call(partial(self._lock_then, keys, locked))
+
+    def _lock_then(
+        self, keys: Sequence[bytes], locked: Callable[[npt.NDArray[np.int64]], object]
+    ) -> None:
+        sizes = np.zeros(len(keys), np.int64)
+        try:
+            sizes = self.lock(keys)
+        finally:  # the engine waits for the call
+            locked(sizes)
+
     def unlock(self, keys: Iterable[bytes]) -> None:
         """End a lock of each page; ignore pages that are not locked."""
         self._locks.end(keys)
@@ -350,6 +382,7 @@ class PageTasks:
             self.store.close(timeout)
         finally:
             self._new.close()
+            self._locks.close(timeout)
 
     # --- the thread
 

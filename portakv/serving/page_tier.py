@@ -12,13 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import partial
-from queue import SimpleQueue
 from typing import NamedTuple
 
 from portakv.errors import PortaKVError
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import MISSING, LookupWorkers
+from portakv.serving.calls import Calls
 from portakv.serving.kept_page_store import KeptPageStore
 from portakv.serving.pages import SAVE, PageJob, Pages, PageStore, page_key
 
@@ -45,52 +45,6 @@ class TierEvents(NamedTuple):
 
     stored: list[bytes]
     lost: list[bytes]
-
-
-class _Calls:
-    """Makes calls in their order, in a thread."""
-
-    def __init__(self) -> None:
-        self._queue = SimpleQueue[Callable[[], object] | None]()
-        self._lock = threading.Lock()
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="portakv tier", daemon=True)
-        self._thread.start()
-
-    @property
-    def closed(self) -> bool:
-        """Return whether no more calls are added."""
-        return self._closed
-
-    def add(self, call: Callable[[], object]) -> bool:
-        """Have a call made; return False after `close`."""
-        with self._lock:
-            if not self._closed:
-                self._queue.put(call)
-            return not self._closed
-
-    def wait(self) -> None:
-        """Wait until the calls that were added have been made."""
-        made = threading.Event()
-        if self.add(made.set):
-            made.wait()
-        else:
-            self._thread.join()
-
-    def close(self, timeout: float) -> None:
-        """Make the calls that were added, and end the thread; wait at most so many seconds."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._queue.put(None)
-        self._thread.join(timeout)
-
-    def _run(self) -> None:
-        while (call := self._queue.get()) is not None:
-            try:
-                call()
-            except Exception as error:  # the next calls must be made
-                _log.warning("call", "A call of a tier of pages failed: %r. Report it.", error)
 
 
 class _Jobs:
@@ -282,7 +236,7 @@ class PageTier:
         self._touched = dict[bytes, float]()  # with the time of their first use since `step`
         self._lookups = None if store.terms.bucket is None else _Lookups(pages, now)
         self._events = _Events(store) if reports else None
-        self._calls = _Calls()
+        self._calls = Calls("portakv tier")
 
     @property
     def reports(self) -> bool:

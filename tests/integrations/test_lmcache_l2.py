@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,9 @@ from portakv.errors import InvalidTerms, StoreBusy
 from portakv.integrations import IntegrationError
 from portakv.integrations.lmcache_check import ABSTRACT, findings_of, terms_of
 from portakv.serving import pages
+from portakv.serving.kept_pages import KeptPages
 from portakv.serving.page_counts import UNFETCHED
+from portakv.storage.pins import Pins
 
 LIMIT = 60.0
 MODULE = "portakv.integrations.lmcache_l2"
@@ -396,6 +399,52 @@ def test_a_server_of_other_objects_is_refused(
     pair[0].store([key(1)], bytes_of(1, [SIZE]))
     with pytest.raises(InvalidTerms):
         Driver(module, tmp_path / "kv", shared=True, object_bytes=[3 * SIZE])
+
+
+@pytest.mark.parametrize("hangs", [True, False], ids=["hangs", "control"])
+def test_no_call_waits_for_the_lookup_of_a_server_that_hangs(
+    hangs: bool, pair: tuple[Driver, Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is slow and answers is waited for by the lookup alone."""
+    one, other = pair
+    one.store([key(1)], bytes_of(1, [SIZE]))
+    assert until(lambda: other.lookup([key(1)]) == [True], LIMIT)
+    adapter = other.adapter
+    goes_on = threading.Event()
+    pin = KeptPages.pin
+
+    def slow(pages_of_size: KeptPages, keys: Sequence[bytes]) -> Pins:
+        assert goes_on.wait(LIMIT)
+        return pin(pages_of_size, keys)
+
+    monkeypatch.setattr(KeptPages, "pin", slow)
+    if not hangs:
+        goes_on.set()
+    tasks = [adapter.submit_lookup_and_lock_task([key(1), key(2)], {}) for _ in range(2)]
+    if hangs:
+        assert [adapter.query_lookup_and_lock_result(task) for task in tasks] == [None, None]
+        assert same(other.load([key(1)], [SIZE])[0], bytes_of(1, [SIZE])[0])
+        goes_on.set()
+    for task in tasks:
+        found = list[Any]()
+
+        def answered(task: int = task, found: list[Any] = found) -> bool:
+            found.append(adapter.query_lookup_and_lock_result(task))
+            return found[-1] is not None
+
+        assert until(answered, LIMIT)
+        assert [found[-1].test(number) for number in range(2)] == [True, False]
+
+
+def test_a_close_ends_lookups_that_wait(pair: tuple[Driver, Driver]) -> None:
+    one, other = pair
+    one.store([key(1)], bytes_of(1, [SIZE]))
+    assert until(lambda: other.lookup([key(1)]) == [True], LIMIT)
+    adapter = other.adapter
+    tasks = [adapter.submit_lookup_and_lock_task([key(1)], {}) for _ in range(64)]
+    adapter.close()
+    tasks.append(adapter.submit_lookup_and_lock_task([key(1)], {}))
+    assert all(adapter.query_lookup_and_lock_result(task) is not None for task in tasks)
 
 
 # --- releases
