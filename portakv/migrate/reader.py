@@ -178,6 +178,10 @@ class Reader:
         The first pull of that owner then waits for no handshake. The result ends with the
         connection, and raises the errors of `pull` that are about owners. An owner that took the
         place of another on one channel counts as connected, and its first pull connects to it.
+
+        The first copy of a process on a device also imports and chooses a backend, in the caller's
+        thread: the first pull then takes 25 ms longer on a CPU. Make another copy on the reader's
+        device beforehand, such as `copy_blocks` of one block, if the first pull must be quick.
         """
         arguments.text("address", address)
         self._check_open()
