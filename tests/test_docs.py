@@ -257,6 +257,8 @@ def test_the_design_is_short_and_names_files_that_exist() -> None:
     for question, most in (("from a disk to a GPU", 7), ("a pull commit its rows", 6)):
         (row,) = (line for line in section.splitlines() if question in line)
         assert 0 < len(re.findall(r"`[\w/]+\.py`", row)) <= most
+        if question == "from a disk to a GPU":
+            assert "`storage/io/" in row, "the list has no file that reads the disk"
     missing = [file for file in named if not (ROOT / "portakv" / file).is_file()]
     assert not missing, f"docs/design.md names files that do not exist: {missing}"
 

@@ -125,6 +125,7 @@ class Pool:
     release: Callable[..., None]
     _find: Callable[[], Sized]  # the blocks that are free
     _most: Callable[[int], int]  # the most blocks of so many bytes that it can ever have
+    _largest: Callable[[], int]  # the bytes of the largest block that it can ever have
     # So many blocks of so many bytes for an owner, perhaps by growing; or why it cannot grow.
     _take: Callable[[int, int, str, bool], list[Block] | HostMemoryError | None]
     _out_to: Callable[[], Sequence[object]]  # a line for each owner of blocks
@@ -292,6 +293,13 @@ class Pool:
         if count <= 1 and size == self.block_bytes:
             return
         most = self._most(size)
+        if count and not most:
+            raise PoolExhausted(
+                f"Expected blocks of at most {self._largest()} bytes in {self._name}, which has "
+                f"at most {self.limit * self._stride} bytes ({self.bytes_free} free now, "
+                f"{self.largest_free} of them together), got a request for {size}. Request smaller "
+                f"blocks, or make a pool of more or larger blocks."
+            )
         if count > most:
             raise PoolExhausted(
                 f"Expected at most {most} blocks of {size} bytes in {self._name}, got a request "
@@ -480,6 +488,12 @@ class PinnedPool(Pool):
         """Return how many neighbouring blocks a block of so many bytes takes."""
         more = nbytes - self.block_bytes
         return 1 if more <= 0 else 1 - -more // self._stride
+
+    def _largest(self) -> int:
+        firsts = [first for first, _ in self._segments]
+        present = max(b - a for a, b in pairwise([*firsts, self.blocks]))
+        later = min(self.limit - self.blocks, self._most_together())
+        return (max(present, later) - 1) * self._stride + self.block_bytes
 
     def _most(self, nbytes: int) -> int:
         units = self._units(nbytes)

@@ -217,6 +217,9 @@ class SharedPool(Pool):
 
     # --- the table of blocks
 
+    def _largest(self) -> int:
+        return self.block_bytes
+
     def _most(self, nbytes: int) -> int:
         if nbytes != self.block_bytes:
             raise HostMemoryError(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import threading
@@ -231,7 +232,7 @@ class Client:
 
     def _see(self, link: _Link) -> None:
         """Process an event of a connection, in the channel's thread."""
-        event = event_of(link.monitor)[0]
+        event, value = event_of(link.monitor)
         if event == "HANDSHAKE_SUCCEEDED":
             link.up = True
         elif event == "DISCONNECTED" and link.up:
@@ -243,9 +244,9 @@ class Client:
         elif event == "CLOSED":
             link.why = link.why or "no channel listens there"
         elif event.startswith("HANDSHAKE_FAILED"):
-            link.why = (
-                "no handshake: the secret differs, the process is stopped, or it is not a channel"
-            )
+            link.why = "no handshake: the secret differs, or it is not a channel"
+            if value == errno.EAGAIN:  # nothing came in `HANDSHAKE` milliseconds
+                link.why = "no handshake: the process is stopped or busy, or it is not a channel"
         elif event == "MONITOR_STOPPED":
             self._loop.forget(link.monitor)
             link.monitor.close(0)

@@ -11,6 +11,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from socket import SHUT_RDWR, socket
 from typing import Any, TypeVar, Union
 
@@ -30,6 +31,24 @@ T = TypeVar("T")
 #: The most connections that a channel serves, and the most bytes of all cached answers.
 PEERS = 1024
 KEPT = 32 << 20
+#: Warnings of connections that ended without a valid message. ZeroMQ reports no reason for peers
+#: that gave up and for processes that are not channels, and not always for peers without a secret.
+OTHER_SECRET = (
+    "Channel(%r) rejected connections with another secret or none, %d until now. Compare `secret` "
+    "on both sides, or close the port to other hosts."
+)
+NO_MESSAGE = (
+    "Channel(%r) got no message from unknown connections, %d until now. If this process was "
+    "stopped or busy for seconds, peers gave up meanwhile. Otherwise pass `secret` on both sides, "
+    "and close the port to other hosts."
+)
+#: The events of connections that the channel's thread processes.
+_EVENTS = (
+    zmq.EVENT_ACCEPTED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
 
 
 class _Rejection(Exception):
@@ -109,6 +128,31 @@ class _Answers:
             self._last[link] = number, b""
 
 
+class _Strangers:
+    """Count the connections that end without a valid message, and warn of them by their cause."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        self._counts = counts
+        self._other_secrets = 0  # failed handshakes whose connections have not ended yet
+        self._ended = Counter[str]()  # connections by their warning
+
+    def fail(self) -> None:
+        """Note that the secret of a connection differs; ZeroMQ ends the connection afterwards."""
+        self._other_secrets += 1
+
+    def end(self, address: str) -> None:
+        """Count the end of a connection."""
+        self._counts["strangers"] += 1
+        warning = NO_MESSAGE
+        if self._other_secrets:
+            self._other_secrets -= 1
+            warning = OTHER_SECRET
+        self._ended[warning] += 1
+        n = self._ended[warning]
+        if n & (n - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
+            _log.warning(warning, address, n)
+
+
 class Server:
     """The connections of others to a channel, whose thread answers them after `listen`.
 
@@ -136,14 +180,15 @@ class Server:
         self._last = _Answers()
         self._path = -1
         self.later = deque[Callable[[], object]]()
-        # ZeroMQ asks the channel's thread for the permission of each connection.
-        self._zap: zmq.Socket[bytes] = sockets.context.socket(zmq.REP)
+        self._strangers = _Strangers(counts)
         self._router = sockets.server(self.address)
-        self._seen = self._router.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        self._seen = self._router.get_monitor_socket(_EVENTS)
 
     def listen(self, address: str | None, loop: Loop) -> None:
         """Listen, and have the loop answer what comes."""
-        self._zap.bind("inproc://zeromq.zap.01")
+        # ZeroMQ asks the channel's thread for the permission of each connection.
+        zap: zmq.Socket[bytes] = self._sockets.context.socket(zmq.REP)
+        zap.bind("inproc://zeromq.zap.01")
         # Only this user may enter, and the path is short: a socket's path has at most 107 letters.
         with tempfile.TemporaryDirectory(prefix="channel-", dir="/dev/shm") as folder:
             self._router.bind(address or f"ipc://{folder}/socket")
@@ -156,7 +201,7 @@ class Server:
                 self.address = f"ipc:///proc/{os.getpid()}/fd/{self._path}"
         loop.watch(self._router, self._take)
         loop.watch(self._seen, self._see)
-        loop.watch(self._zap, self._admit)
+        loop.watch(zap, partial(self._admit, zap))
 
     def statistics(self) -> dict[str, int]:
         """Return the connections now, and the bytes of cached answers."""
@@ -170,12 +215,12 @@ class Server:
         if self._path >= 0:
             os.close(self._path)
 
-    def _admit(self) -> None:
+    def _admit(self, zap: zmq.Socket[bytes]) -> None:
         """Accept a connection that has the secret's keys, and reject any other."""
-        requests = self._zap.recv_multipart()
+        requests = zap.recv_multipart()
         key = z85.decode(self._sockets.keys[0])
         well = b"200" if requests[5:] == [b"CURVE", key] else b"400"
-        self._zap.send_multipart([b"1.0", requests[1], well, b"", b"", b""])
+        zap.send_multipart([b"1.0", requests[1], well, b"", b"", b""])
 
     def _see(self) -> None:
         """Process all events of connections to this channel."""
@@ -187,16 +232,12 @@ class Server:
                 name = self._fds.pop(value, b"")
                 if peer := self._peers.pop(name, None):
                     peer.end()
-                # A connection without a name never sent a valid message.
-                self._counts["gone" if name else "strangers"] += 1
-                n = self._counts["strangers"]
-                if not name and n & (n - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
-                    _log.warning(
-                        "Channel(%r) rejected unknown connections, %d until now. Compare `secret` "
-                        "on both sides, or close the port to other hosts.",
-                        self.address,
-                        n,
-                    )
+                if name:
+                    self._counts["gone"] += 1
+                else:  # it never sent a valid message
+                    self._strangers.end(self.address)
+            else:  # a failed handshake
+                self._strangers.fail()
 
     def peer(self, name: bytes, fd: int, id: bytes) -> Peer | None:
         """Return the peer of a first message; None if the connection is over, or one too many."""

@@ -322,13 +322,15 @@ class Connections:
             self._forget(owner)
             raise _closed()
 
-    def extend(self, ticket: bytes, seconds: float) -> float:
-        """Renew the lease of a ticket's offer; see `Reader.extend`."""
+    def extend(self, ticket: bytes, seconds: float, until: float) -> float:
+        """Renew the lease of a ticket's offer by the time ``until``; see `Reader.extend`."""
         if not isinstance(ticket, bytes):
             raise arguments.invalid("ticket", "bytes", ticket, "Pass Offer.ticket.")
-        ((parsed, owner, _),) = self.resolve(ticket)
+        parsed = Ticket.read(ticket)
+        owner = self.of(parsed, until)
+        _check_signed([ticket], [Source.of(parsed, owner)])
         renewal = Renew(parsed.epoch, parsed.offer, seconds)
-        answer = self.channel.ask(owner.address, renewal, Answer)
+        answer = self.channel.ask(owner.address, renewal, Answer, until - monotonic())
         if answer.state != "held":
             raise parsed.gone(answer.why)
         return answer.seconds

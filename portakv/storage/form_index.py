@@ -111,7 +111,10 @@ class FormIndex:
         rows = self._shared.rows
         cover = 0
         for part in form.parts:
-            if rows.has(part.name(key)) or any(x.known([key])[0] for x in part.tier_stores):
+            there = rows.has(part.name(key))
+            for tier_store in part.tier_stores:  # a generator takes a quarter of this call's time
+                there = there or tier_store.known([key])[0]
+            if there:
                 cover |= part.cells
                 if cover == form.own.cells:
                     return True

@@ -69,7 +69,7 @@ class Part:
 
     def name(self, key: bytes) -> bytes:
         """Return the name of this part of a block among the rows."""
-        return self.names((key,))[0]
+        return self.form.digest + key
 
     def names(self, keys: Sequence[bytes]) -> list[bytes]:
         """Return the name of this part of each block among the rows."""

@@ -161,9 +161,12 @@ def test_a_pool_grows_for_blocks_of_any_size_in_pieces() -> None:
     with PinnedPool(SIZE, 2, limit=10, grow=2) as pool:
         large = pool.acquire("a", nbytes=5000)
         assert pool.blocks == 7, "no free block lies in two pieces"
-        for count, size, most in ((1, 6000, 0), (5, 2000, 4), (1, 1 << 60, 0)):
-            with refused(PoolExhausted, f"at most {most} blocks of {size} bytes", str(count)):
-                pool.acquire_many(count, nbytes=size, wait=True)  # not: a wait without an end
+        with refused(PoolExhausted, "at most 4 blocks of 2000 bytes", "a request for 5"):
+            pool.acquire_many(5, nbytes=2000, wait=True)  # not: a wait without an end
+        for size in (6000, 1 << 60):
+            limits = "at most 10240 bytes", "2048 free now, 2024 of them together"
+            with refused(PoolExhausted, *limits, f"a request for {size}."):
+                pool.acquire(nbytes=size, wait=True)
         others = pool.acquire_many(2, nbytes=2000)
         assert (pool.blocks, pool.free) == (9, 0)
         for block in (large, *others):
@@ -184,8 +187,9 @@ def test_a_pool_grows_for_several_blocks_near_the_largest_size() -> None:
     with PinnedPool(page, 1, limit=8, grow=1, largest=5 * page) as pool:
         with pytest.raises(PoolExhausted, match="at most 1 blocks"):
             pool.acquire_many(2, nbytes=4 * page, wait=True, timeout=5.0)
-        with pytest.raises(PoolExhausted, match="at most 0 blocks"):
+        with pytest.raises(PoolExhausted, match=f"blocks of at most {5 * page} bytes"):
             pool.acquire(nbytes=6 * page, wait=True, timeout=5.0)
+        pool.acquire(nbytes=5 * page).release()
 
 
 def test_no_larger_block_lies_in_two_registrations(monkeypatch: pytest.MonkeyPatch) -> None:

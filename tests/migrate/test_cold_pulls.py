@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from time import monotonic, sleep
 from typing import Any
@@ -22,6 +23,7 @@ from portakv.errors import (
     PeerError,
     SlotError,
     TransferCancelled,
+    TransferError,
     TransferTimeout,
 )
 from portakv.graph import Graph, Task
@@ -55,6 +57,13 @@ def made() -> Iterator[Sides]:
 def nursery() -> Iterator[Nursery]:
     with Nursery() as those:
         yield those
+
+
+def error_of(reader: Reader, ticket: bytes, timeout: float) -> Exception:
+    """Return the error of a renewal that fails."""
+    with pytest.raises(TransferError) as caught:
+        reader.extend(ticket, 5.0, timeout=timeout)
+    return caught.value
 
 
 @contextmanager
@@ -171,6 +180,45 @@ def test_a_pull_of_a_stopped_owner_does_not_block_its_call(made: Sides, nursery:
         with pytest.raises(TransferCancelled):
             pulled.synchronize(LIMIT)
     assert (both.dst.whole == -1).all()
+
+
+def test_a_renewal_with_a_stopped_owner_ends_by_its_timeout(made: Sides, nursery: Nursery) -> None:
+    """Also after the handshake of another thread, and if the owner is connected."""
+    both = couple(made)
+    with stopped(nursery, 1) as [(address, tickets)]:
+        begun(both.reader, [(address, tickets)])
+        call, error = lasted(lambda: error_of(both.reader, tickets[0], timeout=0.3))
+        assert isinstance(error, TransferTimeout)
+        assert call < SOON
+
+    both = couple(made)
+    with stopped(nursery, 1) as [(_, tickets)]:
+        call, error = lasted(lambda: error_of(both.reader, tickets[0], timeout=0.3))
+        assert isinstance(error, PeerError)
+        assert call < SOON
+
+    pid, (_, tickets) = nursery.born(OWNER)
+    assert both.reader.extend(tickets[0], 20.0) > 19
+    stop(pid)
+    call, error = lasted(lambda: error_of(both.reader, tickets[0], timeout=0.3))
+    assert isinstance(error, TransferTimeout)
+    assert "the connection stands" in str(error)
+    assert call < SOON
+    nursery.end(pid)
+
+
+def test_a_renewal_waits_for_an_owner_that_goes_on(made: Sides, nursery: Nursery) -> None:
+    """The test above shows something: without a timeout the call waits as long as the owner."""
+    both = couple(made)
+    pid, (_, tickets) = nursery.born(OWNER)
+    stop(pid)
+    with ThreadPoolExecutor(1) as pool:
+        renewed = pool.submit(both.reader.extend, tickets[0], 20.0)
+        sleep(0.5)
+        assert not renewed.done()
+        go_on(pid)
+        assert renewed.result(LIMIT) > 19
+    nursery.end(pid)
 
 
 def test_a_pull_ends_with_the_error_of_its_own_handshake(made: Sides, nursery: Nursery) -> None:

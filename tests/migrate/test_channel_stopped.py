@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that was stopped is not mistaken for a process with another secret."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import closing
+from typing import Any
+
+import pytest
+from support.migrate_channels import SECRET, Ping, Pong
+from support.stopping import go_on, stop
+
+from portakv.errors import PeerError
+from portakv.migrate.channel import Channel
+
+TCP = "tcp://127.0.0.1:0"
+SERVER = """
+import logging, sys
+from portakv.migrate.channel import Channel
+logging.basicConfig()
+channel = Channel(sys.argv[1] or None, secret=bytes.fromhex(sys.argv[2]) or None)
+print(channel.address, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("address", [TCP, ""], ids=["tcp", "unix"])
+def test_no_side_blames_the_secret_of_a_process_that_was_stopped(address: str) -> None:
+    """`test_strangers_get_no_answer` shows that a wrong secret is blamed."""
+    secret = SECRET if address else b""
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-c", SERVER, address, secret.hex()]
+    with (
+        subprocess.Popen(command, text=True, **pipes) as server,
+        closing(Channel(secret=secret or None, timeout=20.0)) as asker,
+    ):
+        assert server.stdout is not None
+        assert server.stderr is not None
+        try:
+            there = server.stdout.readline().strip()
+            stop(server.pid)
+            with pytest.raises(PeerError, match="the process is stopped") as caught:
+                asker.ask(there, Ping(), Pong)
+            assert "secret" not in str(caught.value)
+            go_on(server.pid)
+            assert "If this process was stopped" in server.stderr.readline()
+        finally:
+            server.kill()
