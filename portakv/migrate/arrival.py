@@ -26,8 +26,10 @@ from portakv.migrate.staging import Chunks, Slots, has_ended, part_of, rows_byte
 from portakv.migrate.transports.base import Lane, Moving
 
 PACED = 0.1  # seconds of a slice at a limited rate: a larger slice would be a burst
-#: The slices of a pull that is large enough: one is filled while another crosses.
-SLICES = 8
+#: The slices of a pull that is large enough: one is filled while another crosses. On devices each
+#: slice costs the host 0.5 ms, more than the wire of 128 MiB (notes of the benchmarks, section 79).
+SLICES_ON_HOST = 8
+SLICES_ON_DEVICE = 4
 #: The bytes below which slices are not made smaller: each has its cost on both sides.
 LEAST_ON_HOST = 32 << 20
 LEAST_ON_DEVICE = 128 << 20
@@ -221,7 +223,8 @@ def arrivals(
         crossed.why = crossed.why or why
     nbytes = sum(step.nbytes for step in steps)
     on_host = steps[0].cut.dst.device.type == "cpu"
-    most = max(LEAST_ON_HOST if on_host else LEAST_ON_DEVICE, -(-int(nbytes) // SLICES))
+    slices = SLICES_ON_HOST if on_host else SLICES_ON_DEVICE
+    most = max(LEAST_ON_HOST if on_host else LEAST_ON_DEVICE, -(-int(nbytes) // slices))
     if max_gbps is not None:
         most = min(most, int(PACED * 1e9 * max_gbps))
     made = [arrival for part in parts for arrival in _arrivals_of(part, most, whole)]
