@@ -249,7 +249,8 @@ class AdaptiveConnector:
         context = Context.of(self.device, stream)
         checked = caches.checked(store, job, context, self._options.strict)
         transfer = self._submit(checked, context)
-        if self._usual and not self._options.strict:  # a repeat looks at no ids
+        # A repeat looks at no ids, and no graph records one.
+        if self._usual and not (self._options.strict or context.captured):
             caches.repeats.remember(store, job.chunk, slot_mapping)
         return self._keep(transfer)
 

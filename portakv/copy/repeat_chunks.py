@@ -18,7 +18,7 @@ from portakv.copy.counting import TOGETHER, CopyCounts, Counted
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import capture_question, capturing
+from portakv.runtime.devices import capture_question
 from portakv.runtime.transfer import (
     Owner,
     StatusWord,
@@ -116,8 +116,8 @@ class ChunkRepeats:
         return index.checked_copy(start, count, self._cache.slots, not store)
 
     def remember(self, store: bool, chunk: KVView, slot_mapping: Ids | None) -> None:
-        """Remember a copy that was just made, if it can be repeated."""
-        if not self._repeatable or capturing(self._choice.backend.device):
+        """Remember a copy that was just made outside of graph capture, if it can be repeated."""
+        if not self._repeatable:
             return
         tensor = chunk.tensors
         index = self._index_on_device(slot_mapping)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from portakv import BlockTransfer, KVView
+from portakv import BlockTransfer, KVView, PortaKVError
 from portakv.runtime.devices import inside
 
 
@@ -92,10 +92,15 @@ class Lane:
                     tensor.record_stream(self.stream)
 
     def finished(self) -> Iterator[tuple[int, Job]]:
-        """Remove and yield the oldest jobs that have ended."""
+        """Remove and yield the oldest jobs that have ended. Raises the error of a failed job, which
+        is removed too."""
         for number, job in list(self.jobs.items()):
-            if not job.done():
-                return
+            try:
+                if not job.done():
+                    return
+            except PortaKVError:
+                del self.jobs[number]
+                raise
             yield number, self.jobs.pop(number)
 
     def _event(self) -> torch.Event | None:

@@ -68,8 +68,8 @@ PAGE = 1 << 20
 #: The time of a copy of pages that a caller sees while a model runs: seconds of the call by
 #: strategy, and bytes of a second. The seconds are those of 12 MiB in pages of 2 MiB with new ids
 #: in each call: by the wall on an idle H200, less the bytes at `ENGINE_RATE` and at `ALONE_RATE`
-#: (benchmarks/NOTES.md, section 37). The call of `batched_memcpy` became shorter after that, so
-#: its seconds are an upper bound. The rates are those of an H100, alongside a matmul (section 30).
+#: (benchmarks/NOTES.md, section 37). Five later runs have 143 - 422 us and 65 - 184, and the same
+#: choice. The rates are those of an H100, alongside a matmul (section 30).
 CALL = {"batched_memcpy": 134e-6, "zero_copy": 83e-6}
 ENGINE_RATE = 51e9
 KERNEL_RATE = {"d2h": 23e9, "h2d": 27e9}

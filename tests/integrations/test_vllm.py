@@ -524,6 +524,26 @@ def test_shutdown_waits_for_all_jobs_if_one_failed(accelerator: torch.device, ma
     assert torch.equal(gone[0].flatten(), caches.before[0][3])
 
 
+def test_a_job_that_failed_is_an_error_once_and_the_others_are_reported(
+    accelerator: torch.device, make: Make
+) -> None:
+    worker = make(Caches(accelerator, [64], [[0]]))
+    worker.submit_store(1, device_spec([[2]], [0]), host_spec([0]))
+    worker.submit_load(2, host_spec([0]), device_spec([[3]], [0]))
+    worker.submit_load(3, host_spec([0]), device_spec([[4]], [0]))
+    worker.wait({1, 2, 3})
+
+    def fail() -> bool:
+        raise TransferError("Job 2 failed.")
+
+    jobs: Any = worker._load.jobs
+    jobs[2] = jobs[2]._replace(transfer=SimpleNamespace(done=fail))
+    with pytest.raises(TransferError, match="Job 2 failed"):
+        worker.get_finished()
+    assert [each.job_id for each in worker.get_finished()] == [1, 3]
+    assert worker.get_finished() == []
+
+
 def test_results_may_be_asked_for_during_shutdown(make: Make) -> None:
     """Another thread may request them; each job ends in one of the threads."""
     before = sys.getswitchinterval()
