@@ -79,8 +79,9 @@ class ByName:
         return self._waiting(pull, Wanted.of(tickets), request)
 
     def _promised(self, request: Request, until: float) -> Pull:
-        """Return a pull without sources, with the layers that it will have."""
+        """Return a pull that has not begun, with the layers that it will have."""
         pull = Pull((), until, self._keeper.report)
+        pull.begun = False  # the next call looks at it
         pull.layers = self._follower.promised(request)
         return pull
 
@@ -103,8 +104,11 @@ class ByName:
             pull.sources = self._owners.resolve_listed(wanted.tickets, pull.until)
             with torch.inference_mode(False), self.apart(pull.sources):
                 if self.waits(pull):
-                    return self._follower.begin(pull, request)
+                    self._follower.begin(pull, request)
+                    pull.begun = True
+                    return pull
                 tasks, pull.layers = self._issuer.issue(pull, request)
+            pull.begun = True
             self._keeper.add(pull)
             added = True
             if tasks:
@@ -140,6 +144,7 @@ class ByName:
 
         pull.task = wanted.task = task = Task(run, 1, queue=self._begins, name="begin")
         wanted.start = partial(self._start, pull, task)
+        pull.begun = True
         try:
             self._keeper.add(pull)  # wakes its thread
             if self._keeper.closing:  # its thread may have ended before

@@ -155,6 +155,7 @@ class Client:
             )
         pause = LOOK
         try:
+            self._check(link, until, what, stop)  # it may have ended before this thread got it
             link.requests += answer
             number = link.requests * answer
             data = HEAD.pack(VERSION, self.id, link.number, number) + body

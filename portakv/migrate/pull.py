@@ -145,6 +145,9 @@ class Pull(Transfer):
             then, but must not pass on a result before the whole pull has ended.
     """
 
+    #: All copies exist, or a task that makes them. Another thread may have the pull before.
+    begun = True
+
     def __init__(self, sources: Sources, until: float, wake: Callable[[], None]) -> None:
         super().__init__([Completion(pendings=(_End(self),))])
         self.sources = sources
@@ -265,6 +268,8 @@ class Pull(Transfer):
         """
         if len(self._times) > 1 or self._process.forked:
             return True
+        if not self.begun:
+            return False
         task = self.task
         if task is not None:
             # A task that ran has ended the pull. One that never ran left that to others.

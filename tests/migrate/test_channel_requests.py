@@ -78,3 +78,21 @@ def test_a_question_for_a_moment_ends_after_it(monkeypatch: pytest.MonkeyPatch, 
             assert isinstance(asked.exception(20), (TransferTimeout, PeerError))
             release.set()
             assert isinstance(asker.ask(server.address, Ping(), Pong, 20.0), Pong)
+
+
+def test_a_request_behind_one_that_lost_its_connection_is_an_error_of_the_peer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first requester closes the connection while the second one waits for it."""
+    monkeypatch.setattr("portakv.migrate.channel_client.LOOK", 60_000)
+    with server_and_asker(None) as (server, asker):
+        asked = threading.Event()
+        assert asker.ask(server.address, Ping(b"up"), Pong).data == b"up"
+        server.channel.serve(Ping, lambda *_: asked.set())
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(asker.ask, server.address, Ping(), Pong, 1.0)
+            assert asked.wait(LIMIT)
+            second = pool.submit(asker.ask, server.address, Ping(), Pong, LIMIT)
+            server.channel.close()
+            assert isinstance(first.exception(LIMIT), PeerError)
+            assert isinstance(second.exception(LIMIT), PeerError)
