@@ -23,7 +23,7 @@ from portakv import BlockTransfer, CopyOptions, InvalidTerms, LayoutError, copy_
 from portakv.host import pinned
 from portakv.integrations import IntegrationError, check_release
 from portakv.integrations.vllm_canonical import Share
-from portakv.integrations.vllm_lanes import Job, Lane
+from portakv.integrations.vllm_lanes import Lane
 from portakv.integrations.vllm_moves import (
     BlockSpec,
     CacheRef,
@@ -195,7 +195,6 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         self.blocks_per_chunk = blocks_per_chunk
         self._region = region
         self._terms = dict(terms or {})
-        self._paced = self._terms.get("max_gbps") is not None
         self._adopted: pinned.Adopted | None = None
         pages = [each.tensor.view(torch.int8) for each in kv_caches.tensors]
         for page in pages:
@@ -215,7 +214,7 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         self._together = sharing(kv_caches.group_data_refs)
         device = pages[0].device
         self._store, self._load, self._expedited = (
-            Lane(device, paced=self._paced) for _ in range(3)
+            Lane(device, paced=self._terms.get("max_gbps") is not None) for _ in range(3)
         )
         self._lanes = self._store, self._load, self._expedited
         # A thread issues the slices of a paced copy, on a stream that the options name.
@@ -223,7 +222,6 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
             each: CopyOptions(stream=each.stream if each.paced else None, **self._terms)
             for each in self._lanes
         }
-        self._ended = list[tuple[int, Job]]()  # jobs that no caller got yet
         self._taking = threading.Lock()
         for part in itertools.chain(*self._groups):
             self._warm_up(part)
@@ -256,11 +254,9 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         that have ended.
         """
         with self._taking:
-            for lane in self._lanes:
-                self._ended.extend(lane.finished())
-            ended = self._ended
-            self._ended = []
-        return [TransferResult(number, True, job.nbytes, job.seconds()) for number, job in ended]
+            ended = [(lane, number) for lane in self._lanes for number in lane.ended()]
+            jobs = [(number, lane.jobs.pop(number)) for lane, number in ended]
+        return [TransferResult(number, True, job.nbytes, job.seconds()) for number, job in jobs]
 
     def wait(self, job_ids: set[int]) -> None:
         """Block the host until these jobs have ended. Unknown jobs count as ended."""
@@ -283,7 +279,6 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
             with self._taking:  # another thread may be collecting results
                 for lane in self._lanes:
                     lane.jobs.clear()
-                self._ended = []
             self._groups = []  # its views hold the region's memory
             if self._adopted is not None:
                 self._adopted.close()
@@ -314,7 +309,7 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         page = sum(part.device.widths) * part.device.layers
         most = min(part.device.slots, part.host.slots)
         # Many bytes would take a copy of limited rate long.
-        many = 1 if self._paced else 1 + WARM_UP // page
+        many = 1 if self._store.paced else 1 + WARM_UP // page
         for lane in self._lanes:
             lane.use(part.device)
         for count in sorted({min(most, 1), min(most, many)}):

@@ -91,9 +91,11 @@ class Lane:
                 if tensor.device == self.device:
                     tensor.record_stream(self.stream)
 
-    def finished(self) -> Iterator[tuple[int, Job]]:
-        """Remove and yield the oldest jobs that have ended. Raises the error of a failed job, which
-        is removed too."""
+    def ended(self) -> Iterator[int]:
+        """Yield the numbers of the oldest jobs that have ended.
+
+        Raises the error of a job that failed, and removes that job.
+        """
         for number, job in list(self.jobs.items()):
             try:
                 if not job.done():
@@ -101,7 +103,7 @@ class Lane:
             except PortaKVError:
                 del self.jobs[number]
                 raise
-            yield number, self.jobs.pop(number)
+            yield number
 
     def _event(self) -> torch.Event | None:
         """Return a timing event that the stream records now, or None if there can be none."""

@@ -210,7 +210,9 @@ class Client:
                 return self._links.get(address) or self._new_link(address)
         except FileNotFoundError:
             why = "no channel listens there any more, its process has ended"
-            raise PeerError(f"Expected an address of a channel, got {address!r}: {why}.") from None
+            raise PeerError(
+                f"Expected an address of a channel, got {address!r}: {why}. Get the address anew."
+            ) from None
         except (OSError, zmq.ZMQError) as error:
             raise PeerError(
                 f"Expected an address of a channel, got {address!r}: {error}."
@@ -245,7 +247,8 @@ class Client:
         elif event == "CLOSED":
             link.why = link.why or "no channel listens there"
         elif event.startswith("HANDSHAKE_FAILED"):
-            link.why = "no handshake: the secret differs, or it is not a channel"
+            secret = "the secret differs, " if self._sockets.keys else ""
+            link.why = f"no handshake: {secret}the process has just ended, or it is not a channel"
             if value == errno.EAGAIN:  # nothing came in `HANDSHAKE` milliseconds
                 link.why = "no handshake: the process is stopped or busy, or it is not a channel"
         elif event == "MONITOR_STOPPED":

@@ -273,7 +273,7 @@ class Connections:
             if (owner := self._known(ticket)) is not None:
                 return owner
             if self._closed:
-                raise _closed()
+                raise closed_reader()
             owner = Connection(self.channel, ticket.address, self._shake_hands(ticket, until))
             for old in [x for x in [*self._owners.values()] if x.address == owner.address]:
                 self._forget(old)
@@ -320,7 +320,7 @@ class Connections:
                 self._owners[owner.address, owner.handshake.epoch] = owner
         if closed:
             self._forget(owner)
-            raise _closed()
+            raise closed_reader()
 
     def extend(self, ticket: bytes, seconds: float, until: float) -> float:
         """Renew the lease of a ticket's offer by the time ``until``; see `Reader.extend`."""
@@ -393,7 +393,7 @@ class Connections:
         if closed or shared is not transport:
             transport.close()
         if closed:
-            raise _closed()
+            raise closed_reader()
         agreed = self._shake_hands(ticket, until, transport.name, device)
         same_rows = agreed.described == owner.handshake.described
         if not (same_rows and 1 <= agreed.slots <= MOST_BUFFERS):
@@ -440,9 +440,9 @@ def _check_signed(packed: Sequence[bytes], sources: Sources) -> None:
             raise no_ticket()
 
 
-def _closed() -> PeerError:
+def closed_reader() -> PeerError:
     """Return the error of a reader that is closed."""
-    return PeerError("Expected a reader that is open, got one that is closed.")
+    return PeerError("Expected a reader that is open, got one that is closed. Make another.")
 
 
 def _other_rows(ticket: Ticket, why: str) -> LayoutError:

@@ -268,8 +268,10 @@ class Pull(Transfer):
         """
         if len(self._times) > 1 or self._process.forked:
             return True
-        if not self.begun:
-            return False
+        return self.begun and self._look_at_parts()
+
+    def _look_at_parts(self) -> bool:
+        """Return True if the pull has ended by its task or its copies; commit it if these have."""
         task = self.task
         if task is not None:
             # A task that ran has ended the pull. One that never ran left that to others.

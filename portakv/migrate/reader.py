@@ -17,7 +17,7 @@ from portakv.copy.options import USUAL, CopyOptions, Overlap, options_from
 from portakv.graph.graph import Graph
 from portakv.migrate.by_name import ByName
 from portakv.migrate.channel import Channel
-from portakv.migrate.connections import Connections, listed, renamed
+from portakv.migrate.connections import Connections, closed_reader, listed, renamed
 from portakv.migrate.housekeeping import Housekeeper
 from portakv.migrate.issue import Issuer, Request
 from portakv.migrate.pull import Encoding, Part, Pull
@@ -168,9 +168,11 @@ class Reader:
             raise
 
     def _check_open(self) -> None:
-        """Raise `TransferError` after `close`, and in a forked process."""
-        if self._closed or self.channel.forked:
-            self._graph.submit(())  # raises the error of a graph that is closed or forked
+        """Raise `PeerError` after `close`, and `TransferError` in a forked process."""
+        if self._closed:
+            raise closed_reader()
+        if self.channel.forked:
+            self._graph.submit(())  # raises the error of a graph that was forked
 
     def prepare(self, address: str) -> Part:
         """Connect to the owner at an address, and map its memory, in a worker.
@@ -195,7 +197,10 @@ class Reader:
         the timeout of the channel. The call waits so long only if the owner's process is stopped or
         busy, or its host does not answer: a process that has ended is detected in 0.1 s.
 
+        A ticket by name has no lease yet. A pull of it renews the lease of the offer that it finds.
+
         Raises:
+            InvalidTerms: a ticket by name.
             OfferGone: the offer has ended.
             TransferTimeout: the owner is connected, and did not answer in time.
             PeerError, LayoutError, Unsupported: no connection to the owner, as for `pull`.
@@ -208,7 +213,11 @@ class Reader:
         return self._owners.extend(ticket, seconds, monotonic() + limit)
 
     def explain(self, tickets: bytes | Sequence[bytes]) -> str:
-        """Return a line for each ticket: how its rows would be copied, and why."""
+        """Return a line for each ticket: how its rows would be copied, and why.
+
+        Raises as `pull` about owners and about a reader that is closed.
+        """
+        self._check_open()
         lines = list[str]()
         for ticket, owner, _ in self._owners.resolve(tickets):
             how = "one launch for each piece reads the rows in the owner's memory"

@@ -21,7 +21,8 @@ class Ticket:
         Args:
             address: of the owner's channel (`Channel.address`).
             epoch: the owner's `Owner.epoch`, which changes when its memory does.
-            name: 16 to 64 bytes, used for one offer.
+            name: 16 to 64 bytes, used for one offer. A name that is used again after the end of
+                its offer brings the rows of the next one.
 
         Raises `InvalidTerms` for other values.
         """

@@ -34,10 +34,12 @@ from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from portakv import (
     BackendUnavailable,
+    BlockTransfer,
     InvalidTerms,
     LayoutError,
     SlotError,
     TransferError,
+    copy_rows,
     integrations,
 )
 from portakv.integrations import IntegrationError
@@ -525,19 +527,21 @@ def test_shutdown_waits_for_all_jobs_if_one_failed(accelerator: torch.device, ma
 
 
 def test_a_job_that_failed_is_an_error_once_and_the_others_are_reported(
-    accelerator: torch.device, make: Make
+    accelerator: torch.device, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = make(Caches(accelerator, [64], [[0]]))
     worker.submit_store(1, device_spec([[2]], [0]), host_spec([0]))
-    worker.submit_load(2, host_spec([0]), device_spec([[3]], [0]))
+
+    def fail(*sides: Any, **terms: Any) -> BlockTransfer:
+        failed = copy_rows(*sides, **terms)
+        failed.completions[0].error = TransferError("Job 2 failed.")
+        return failed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("portakv.integrations.vllm.copy_rows", fail)
+        worker.submit_load(2, host_spec([0]), device_spec([[3]], [0]))
     worker.submit_load(3, host_spec([0]), device_spec([[4]], [0]))
-    worker.wait({1, 2, 3})
-
-    def fail() -> bool:
-        raise TransferError("Job 2 failed.")
-
-    jobs: Any = worker._load.jobs
-    jobs[2] = jobs[2]._replace(transfer=SimpleNamespace(done=fail))
+    settle(accelerator)
     with pytest.raises(TransferError, match="Job 2 failed"):
         worker.get_finished()
     assert [each.job_id for each in worker.get_finished()] == [1, 3]

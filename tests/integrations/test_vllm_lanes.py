@@ -36,10 +36,8 @@ def test_jobs_of_the_host_end_in_order() -> None:
         lane.submit(number, lambda: copy_rows(src, dst, range(BLOCKS), range(BLOCKS)))
     for job in lane.jobs.values():
         job.transfer.synchronize()
-    ended = [*lane.finished()]
-    assert [number for number, _ in ended] == [7, 3]
-    assert all(job.seconds() == job.transfer.statistics.seconds for _, job in ended)
-    assert not lane.jobs
+    assert [*lane.ended()] == [7, 3]
+    assert all(job.seconds() == job.transfer.statistics.seconds for job in lane.jobs.values())
 
 
 def test_a_job_has_not_ended_before_its_time_is_known() -> None:
@@ -55,11 +53,12 @@ def test_a_job_has_not_ended_before_its_time_is_known() -> None:
     begin.elapsed_time.return_value = 11.0
     lane.jobs[1] = Job(transfer, begin, end)
 
-    assert [*lane.finished()] == []
+    assert [*lane.ended()] == []
     assert [*lane.jobs] == [1]
 
     end.query.return_value = True
-    ((number, job),) = lane.finished()
+    (number,) = lane.ended()
+    job = lane.jobs.pop(number)
     assert number == 1
     assert job.seconds() == 0.011
 
@@ -81,7 +80,8 @@ def test_the_wait_for_the_model_is_no_time_of_a_copy(paced: bool) -> None:
     _sleep(200_000_000)  # 0.1 s or more
     lane.submit(1, copy)
     lane.jobs[1].synchronize()
-    ((_, job),) = lane.finished()
+    (number,) = lane.ended()
+    job = lane.jobs.pop(number)
     assert torch.equal(dst.tensors[0].view(-1), src.tensors[0].cpu().view(-1))
     seconds = job.seconds()
     by_host = job.transfer.statistics.seconds
