@@ -230,8 +230,8 @@ class Hand:
     def stop(self, plan: Plan) -> None:
         """Wait until the saves that a plan stops read no block any longer; drop what they can.
 
-        Saves of other requests that began in the same call go on, unless they take longer than
-        `MOMENT`.
+        Saves of other requests that began in the same calls go on, unless some of them have not
+        released their blocks after `MOMENT`.
         """
         if not plan.stop:
             return
@@ -243,10 +243,11 @@ class Hand:
         for handle in handles:
             if id(handle) not in shared:
                 handle.cancel()
+        until = time.monotonic() + MOMENT
         for handle in handles:
             released = handle.released
             if released is not None:
-                if id(handle) in shared and not _ends_soon(released):
+                if id(handle) in shared and not _ends_by(until, released):
                     handle.cancel()  # such as with a keeper that hangs
                 released.wait()
 
@@ -528,9 +529,8 @@ def _is_done(transfer: Ending) -> bool:
         return True
 
 
-def _ends_soon(copies: Ending) -> bool:
-    """Return whether copies end within `MOMENT`."""
-    until = time.monotonic() + MOMENT
+def _ends_by(until: float, copies: Ending) -> bool:
+    """Return whether copies end by a time of `time.monotonic`."""
     while not _is_done(copies):
         if time.monotonic() > until:
             return False

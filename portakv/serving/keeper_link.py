@@ -217,8 +217,8 @@ class Link:
         except PortaKVError as error:
             self._refuse(str(error))
             return REFUSED
-        if address != self._known.address:
-            self._known = Known("", True)  # the keeper of another version has ended
+        if not address or address != self._known.address:
+            self._forget_keeper()
         if not address or not self._sides.ready():
             return ABSENT
         try:
@@ -234,6 +234,14 @@ class Link:
         if isinstance(answer, Later):
             return BUSY
         return self._begin(address, answer)
+
+    def _forget_keeper(self) -> None:
+        """Forget why the last keeper did not serve this process; another one may."""
+        with self._changed:
+            if self._refusal or not self._known.alike:
+                self._logged = ""
+            self._known = Known("", True)
+            self._refusal = ""
 
     def _speaks_to(self, address: str) -> bool:
         """Return whether a keeper has the version of this process."""

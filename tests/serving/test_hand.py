@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from threading import Timer
+from time import monotonic
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -308,6 +309,47 @@ def test_a_stopped_save_cancels_others_of_its_call_only_if_it_hangs(
     before = counting.cancelled
     hand.stop(Plan(stop=(1, 2)))
     assert counting.cancelled > before
+
+
+class Hanging:
+    """A save that releases its blocks only once it is cancelled."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self.released = SimpleNamespace(done=self.done, wait=self.wait)
+
+    def done(self) -> bool:
+        return self.cancelled
+
+    def wait(self) -> None:
+        assert self.cancelled
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def test_saves_that_hang_are_waited_for_together(store: BlockStore) -> None:
+    """One moment for each of them would be ten seconds."""
+    _, view = caches(12, 8)
+    made = list[Hanging]()
+
+    def save(*_: object, **terms: object) -> Hanging:
+        made.append(Hanging())
+        return made[-1]
+
+    hand = Hand([GroupCache(view, SimpleNamespace(form=store.form, save=save))])
+    keys = prefix_keys(range(16), 8)
+    for step in range(0, 40, 2):
+        jobs = (
+            Job(step, "a", (keys[0],), 0, None, ((1,),)),
+            Job(step + 1, "b", (keys[1],), 0, None, ((2,),)),
+        )
+        hand.save(Plan(saves=jobs))
+    began = monotonic()
+    hand.stop(Plan(stop=tuple(range(0, 40, 2))))
+    assert monotonic() - began < 5
+    assert len(made) == 20
+    assert all(each.cancelled for each in made)
 
 
 def test_a_save_that_fails_while_it_is_stopped_raises_nothing(store: BlockStore) -> None:

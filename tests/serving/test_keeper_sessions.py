@@ -236,6 +236,25 @@ def test_a_process_without_a_keeper_logs_one_line(
     assert ("Expected blocks" in line) == refused
 
 
+def test_a_refusal_ends_with_its_keeper(
+    host: Callable[..., Host],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The process waits for another one, and the log says that there is none."""
+    at = host(caches())
+    serving = at.join(caches())
+    place = at.keeper.place
+    with KeeperClient(place, [BlockForm.of(caches(dim=16), "model")], "other") as client:
+        with pytest.raises(InvalidTerms):
+            client.wait(LIMIT)
+        monkeypatch.setattr(keeper_link, "LONELY", 0.0)
+        serving.close()
+        at.keeper.close()
+        assert until(lambda: any("No keeper serves" in each for each in caplog.messages), LIMIT)
+        assert not client.wait(0)
+
+
 def joined(side: KeeperClient | KeeperIndex) -> bool:
     """Return whether a keeper serves a process, which it may have refused before."""
     try:
