@@ -174,6 +174,8 @@ def _who_stores(terms: StoreTerms) -> str:
             "A store server of this host serves the folder: `portakv store serve FOLDER`, whose "
             "sizes count. Nothing is stored or loaded while none does."
         )
+    if terms.shared and not terms.folders:
+        return "The ranks of this engine share one store. Other engines share it by a folder alone."
     if terms.shared:
         return "Engines of this host with the same folder and shared share one store."
     return (

@@ -91,9 +91,7 @@ class StoreTerms:
     encoding: str | None = None
 
     def __post_init__(self) -> None:
-        for folder in self.folders:
-            text("folder", folder)
-            check_private(folder)
+        self._check_folders()
         for name in ("capacity", "host", "staging"):
             nbytes(name, getattr(self, name))
         seconds("deadline", self.deadline, above=True)
@@ -121,6 +119,14 @@ class StoreTerms:
                 "Expected a host tier, a folder for a disk tier or a bucket, got host=0 and none "
                 "of the others. Pass one of them."
             )
+
+    def _check_folders(self) -> None:
+        """Raise `InvalidTerms` for a folder that cannot be one, or that is there twice."""
+        for folder in self.folders:
+            text("folder", folder)
+            check_private(folder)
+        if len({os.path.realpath(folder) for folder in self.folders}) < len(self.folders):
+            raise invalid("folder", "different folders", self.folder, "Pass each once.")
 
     def _check_shared(self) -> None:
         """Raise `InvalidTerms` for another value of ``shared``, and for one without its folder."""

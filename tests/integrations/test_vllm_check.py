@@ -151,6 +151,15 @@ def test_who_shares_a_store_is_noted(terms: dict[str, Any], says: str, tmp_path:
 def test_a_shared_store_without_a_folder_is_warned_of() -> None:
     found = findings_of(right(shared=True))
     assert any("shared is true, and there is no folder" in each for each in found.warnings)
+    assert any("The ranks of this engine share one store" in each for each in found.notes)
+
+
+def test_a_folder_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / "kv"
+    folder.mkdir(0o700)
+    (tmp_path / "same").symlink_to(folder)
+    found = findings_of(right(folder=[str(folder), str(tmp_path / "same")]))
+    assert any("Expected folder to be different folders" in each for each in found.errors)
 
 
 def test_a_folder_that_others_may_write_is_an_error(tmp_path: Path) -> None:
