@@ -144,7 +144,8 @@ def index_of(settings: Settings) -> LocalIndex | KeptIndex | NoStore:
     With a keeper it waits until a worker has joined, or was refused. vLLM makes its workers before
     the scheduler.
 
-    Raises `StoreError` for a folder that cannot be used.
+    Raises `StoreError` for a folder that cannot be used, and `InvalidTerms` for the keeper of an
+    engine with another number of groups.
     """
     if not settings.stores:
         return NoStore()

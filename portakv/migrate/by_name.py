@@ -62,7 +62,12 @@ class ByName:
             return self._begin_here(pull, wanted, request)
         if connected and self._may_ask(wanted):
             self._asked = ref(pull)
-            if finder.find_now(wanted):
+            try:
+                found = finder.find_now(wanted)
+            except BaseException:  # an interrupt: the next call does not wait for this pull
+                self._asked = None
+                raise
+            if found:
                 return self._begin_here(pull, wanted, request)
         return self._waiting(pull, wanted, request)
 

@@ -148,14 +148,9 @@ class Client:
         by = None
         if len(body) > LIMIT:
             raise PeerError(f"{what} has {len(body)} bytes; a message has at most {LIMIT}.")
-        link = self.link(address)
-        if not link.lock.acquire(timeout=max(0.0, until - monotonic())):
-            raise TransferTimeout(
-                f"{what} was not sent: an earlier request still waits for its answer."
-            )
+        link = self._acquire(address, until, what)
         pause = LOOK
         try:
-            self._check(link, until, what, stop)  # it may have ended before this thread got it
             link.requests += answer
             number = link.requests * answer
             data = HEAD.pack(VERSION, self.id, link.number, number) + body
@@ -180,6 +175,21 @@ class Client:
         finally:
             if pause < LOOK and not link.socket.closed:
                 link.socket.rcvtimeo = LOOK
+            link.lock.release()
+
+    def _acquire(self, address: str, until: float, what: str) -> _Link:
+        """Return the link to an address, with its lock, for one request.
+
+        A link that an earlier request closed, such as one with less time, is replaced.
+        """
+        while True:
+            link = self.link(address)
+            if not link.lock.acquire(timeout=max(0.0, until - monotonic())):
+                raise TransferTimeout(
+                    f"{what} was not sent: an earlier request still waits for its answer."
+                )
+            if not link.socket.closed:
+                return link
             link.lock.release()
 
     def _check(self, link: _Link, until: float, what: str, stop: Callable[[], bool]) -> None:

@@ -202,7 +202,8 @@ class Reader:
         Raises:
             InvalidTerms: a ticket by name.
             OfferGone: the offer has ended.
-            TransferTimeout: the owner is connected, and did not answer in time.
+            TransferTimeout: no answer in time, of the owner or in another thread's handshake with
+                it.
             PeerError, LayoutError, Unsupported: no connection to the owner, as for `pull`.
         """
         seconds = arguments.number("seconds", seconds, 0.0, 1e6, "seconds, at most 10^6")

@@ -102,7 +102,9 @@ class Link:
         self._before = 0  # the number of the last session
         self._known = Known("", True)
         self._changed = Condition()
-        self._refusal = ""  # what the keeper says about the blocks of this process
+        self._refusal = ""  # why a session could not begin
+        #: The keeper refused the session itself, or that of the ranks of this engine.
+        self.refused = False
         self._logged = ""  # the last line in the log since the last session
         self._wake = threading.Event()
         self._stopped = False
@@ -227,7 +229,7 @@ class Link:
             kind: Any = self._sides.kind | Later
             answer = self._channel.ask(address, self._sides.hello(self._before), kind, PATIENT)
         except Refused as error:
-            self._refuse(sentence_of(error))
+            self._refuse(sentence_of(error), by_keeper=True)
             return REFUSED
         except TransferError:
             return ABSENT
@@ -242,6 +244,7 @@ class Link:
                 self._logged = ""
             self._known = Known("", True)
             self._refusal = ""
+            self.refused = False
 
     def _speaks_to(self, address: str) -> bool:
         """Return whether a keeper has the version of this process."""
@@ -272,6 +275,7 @@ class Link:
         with self._changed:
             self.session = session
             self._refusal = ""
+            self.refused = False
             self._changed.notify_all()
         self._logged = ""
         _log.info("The keeper of %s serves this process.", self._place.name)
@@ -287,9 +291,10 @@ class Link:
         if session is not None and session.number == number:
             self.lose(session, "Its connection ended.")
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str, by_keeper: bool = False) -> None:
         """Note why there is no session, and log it once."""
         with self._changed:
+            self.refused = by_keeper
             self._refusal = why
             self._changed.notify_all()
         self._say(f"Nothing is stored or loaded through the keeper of {self._place.name}: {why}")

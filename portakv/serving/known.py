@@ -215,14 +215,17 @@ class KeeperIndex:
         return self._link.wait(seconds("timeout", timeout))
 
     def answered(self, timeout: float = 10.0) -> bool:
-        """Wait as `wait` does; return whether the index is here, or a keeper has refused it.
+        """Wait as `wait` does; return whether the index is here, or a keeper has refused the ranks.
 
-        The log has the sentence of a refusal. The keeper may have the index later.
+        The log has the sentence of a refusal. The keeper may take the ranks later. Raises as `wait`
+        for another reason.
         """
         limit = seconds("timeout", timeout)
         try:
             return self._link.wait(limit)
         except InvalidTerms:
+            if not self._link.refused:
+                raise
             return True
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ Answer = TypeVar("Answer")
 #: The most lookups whose answers wait to be fetched. The locks of older ones end, and their answers
 #: find nothing: so many of these wait.
 UNFETCHED = 4096
-EMPTY = 1 << 20
+EMPTY = 1 << 16
 
 
 class Counted(Generic[Key]):

@@ -255,7 +255,6 @@ class PageTasks:
         self.store = store
         self._ended = ended
         self._lost = lost
-        self._locks = _Locks(isinstance(store, KeptPageStore))
         self._new = Finished[PageTask | None]()  # tasks of sizes to be opened, by the thread
         self._new.start()
         self._waiting = list[_Waiting]()  # of the thread
@@ -266,6 +265,7 @@ class PageTasks:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="portakv-pages", daemon=True)
         store.changes()  # later changes are kept
+        self._locks = _Locks(isinstance(store, KeptPageStore))
         self._thread.start()
 
     @property
@@ -371,7 +371,8 @@ class PageTasks:
         return [None if made is None else id(made) for made in opened]
 
     def close(self, timeout: float = 10.0) -> None:
-        """End the tasks within so many seconds, which are not reported, and close the store.
+        """End the tasks, which are not reported, close the store, and end its locks, each within so
+        many seconds.
 
         Raises `TransferTimeout` as `BlockStore.close` does.
         """

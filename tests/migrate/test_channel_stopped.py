@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
 
 import pytest
-from support.migrate_channels import SECRET, Ping, Pong
+from support.migrate_channels import SECRET, Ping, Pong, until
 from support.stopping import go_on, stop
 
 from portakv.errors import PeerError
@@ -46,5 +47,28 @@ def test_no_side_blames_the_secret_of_a_process_that_was_stopped(address: str) -
             assert "secret" not in str(caught.value)
             go_on(server.pid)
             assert "If this process was stopped" in server.stderr.readline()
+        finally:
+            server.kill()
+
+
+def test_a_request_behind_a_short_one_has_its_own_time() -> None:
+    """Before a connection stands, the short request closes it, and the next one makes another."""
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    command = [sys.executable, "-c", SERVER, "", ""]
+    with (
+        subprocess.Popen(command, text=True, **pipes) as server,
+        closing(Channel(timeout=20.0)) as asker,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        assert server.stdout is not None
+        try:
+            there = server.stdout.readline().strip()
+            stop(server.pid)
+            short = pool.submit(asker.ask, there, Ping(), Pong, 0.5)
+            assert until(lambda: short.running(), 20)
+            long = pool.submit(asker.ask, there, Ping(), Pong, 20.0)
+            assert isinstance(short.exception(20), PeerError)
+            go_on(server.pid)
+            assert "was rejected" in str(long.exception(20))  # by the process that goes on
         finally:
             server.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from secrets import token_bytes
 from typing import Any
 
@@ -105,9 +106,29 @@ def test_rows_are_there_after_pulls_of_several_threads(made: Sides, terms: dict[
             if not torch.equal(src.rows([block], TOKENS), dst.rows([block], TOKENS)):
                 wrong.append(block)
 
-    threads = [threading.Thread(target=work, args=(block,)) for block in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(THREADS) as pool:
+        assert [*pool.map(work, range(THREADS))] == [None] * THREADS
     assert not wrong
+
+
+def test_a_call_asks_after_one_that_was_interrupted(
+    made: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pull never begins, and no later one waits for it."""
+    reader, owner = connected(made, Rows(), Rows(fill=-1))
+    find_now = Finder.find_now
+    asked = list[Any]()
+
+    def interrupted(self: Finder, wanted: Any) -> bool:
+        asked.append(wanted)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return find_now(self, wanted)
+
+    monkeypatch.setattr(Finder, "find_now", interrupted)
+    ticket = Ticket.of(owner.channel.address, owner.epoch, token_bytes(16))
+    with pytest.raises(KeyboardInterrupt) as kept:
+        reader.pull(ticket, [0], timeout=LIMIT)
+    reader.pull(ticket, [0], timeout=LIMIT).cancel()
+    assert len(asked) == 2
+    del kept

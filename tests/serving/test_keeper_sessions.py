@@ -229,9 +229,12 @@ def test_a_process_without_a_keeper_logs_one_line(
 
     monkeypatch.setattr(Place, "address", counted)
     caplog.clear()
-    monkeypatch.setattr(keeper_link, "LONELY", 0.0)
     with KeeperClient(place, [BlockForm.of(caches(dim=16), "model")], "other"):
-        assert until(lambda: tries.count(place.name) > 20, LIMIT)
+        if refused:  # on a busy machine the keeper may answer later than others try
+            assert until(lambda: any(place.name in each for each in caplog.messages), LIMIT)
+        monkeypatch.setattr(keeper_link, "LONELY", 0.0)
+        past = tries.count(place.name) + 20
+        assert until(lambda: tries.count(place.name) > past, LIMIT)
     (line,) = [each for each in caplog.messages if place.name in each]
     assert ("Expected blocks" in line) == refused
 
