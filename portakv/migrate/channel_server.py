@@ -39,8 +39,8 @@ OTHER_SECRET = (
 )
 NO_MESSAGE = (
     "Channel(%r) got no message from unknown connections, %d until now. If this process was "
-    "stopped or busy for seconds, peers gave up meanwhile. Otherwise processes connect that have no "
-    "`secret` or are no channels."
+    "stopped or busy for seconds, peers gave up meanwhile. Otherwise processes connect that have "
+    "no `secret` or are no channels."
 )
 #: The events of connections that the channel's thread processes.
 _EVENTS = (

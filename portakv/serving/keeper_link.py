@@ -59,6 +59,16 @@ class Known(NamedTuple):
     alike: bool
 
 
+class Refusal(NamedTuple):
+    """Why a session could not begin; empty: it could, or no one refused it."""
+
+    why: str
+    by_keeper: bool
+
+
+NONE = Refusal("", False)
+
+
 class Sides(NamedTuple):
     """What the user of a link does.
 
@@ -102,9 +112,7 @@ class Link:
         self._before = 0  # the number of the last session
         self._known = Known("", True)
         self._changed = Condition()
-        self._refusal = ""  # why a session could not begin
-        #: The keeper refused the session itself, or that of the ranks of this engine.
-        self.refused = False
+        self._refusal = NONE
         self._logged = ""  # the last line in the log since the last session
         self._wake = threading.Event()
         self._stopped = False
@@ -126,11 +134,16 @@ class Link:
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: self.session is not None or self._refusal or not self._known.alike, timeout
+                lambda: self.session or self._refusal.why or not self._known.alike, timeout
             )
-            if self.session is None and self._refusal:
-                raise InvalidTerms(self._refusal)
+            if self.session is None and self._refusal.why:
+                raise InvalidTerms(self._refusal.why)
             return self.session is not None
+
+    @property
+    def refused(self) -> bool:
+        """Return whether a keeper refused the session, or that of the ranks of this engine."""
+        return self._refusal.by_keeper
 
     def ask(self, session: Session, message: Message, kind: type[T], timeout: float = PATIENT) -> T:
         """Return the answer of the keeper. Raises `PeerError` and the like without one.
@@ -240,11 +253,10 @@ class Link:
     def _forget_keeper(self) -> None:
         """Forget why the last keeper did not serve this process; another one may."""
         with self._changed:
-            if self._refusal or not self._known.alike:
+            if self._refusal.why or not self._known.alike:
                 self._logged = ""
             self._known = Known("", True)
-            self._refusal = ""
-            self.refused = False
+            self._refusal = NONE
 
     def _speaks_to(self, address: str) -> bool:
         """Return whether a keeper has the version of this process."""
@@ -274,8 +286,7 @@ class Link:
             return REFUSED
         with self._changed:
             self.session = session
-            self._refusal = ""
-            self.refused = False
+            self._refusal = NONE
             self._changed.notify_all()
         self._logged = ""
         _log.info("The keeper of %s serves this process.", self._place.name)
@@ -294,8 +305,7 @@ class Link:
     def _refuse(self, why: str, by_keeper: bool = False) -> None:
         """Note why there is no session, and log it once."""
         with self._changed:
-            self.refused = by_keeper
-            self._refusal = why
+            self._refusal = Refusal(why, by_keeper)
             self._changed.notify_all()
         self._say(f"Nothing is stored or loaded through the keeper of {self._place.name}: {why}")
 
