@@ -89,13 +89,15 @@ def check_places(terms: StoreTerms, findings: Findings, where: str) -> None:
 
     ``where``: the key of the configuration that has the terms, for errors.
     """
-    check_memory(terms.host + terms.staging, findings, "host and staging")
+    if not terms.attaches:  # the sizes of the store server count
+        check_memory(terms.host + terms.staging, findings, "host and staging")
     check_space(terms, findings, where)
 
 
 def check_space(terms: StoreTerms, findings: Findings, where: str) -> None:
     """Check as `check_places` does, but no memory."""
     findings.warnings += short_of(terms)
+    findings.notes += new_folders(terms)
     check_bucket(terms, findings, where)
 
 
@@ -126,17 +128,35 @@ def short_of(terms: StoreTerms) -> Iterator[str]:
         )
     share = terms.capacity // max(1, len(terms.folders))
     for folder in terms.folders:
-        existing = Path(folder)
-        while not existing.exists():
-            existing = existing.parent
+        existing = _existing(folder)
         if not os.access(existing, os.W_OK | os.X_OK):
             yield f"The user who runs this may not write {existing}. Pass another folder."
-        space = shutil.disk_usage(existing).total
-        if share > space:
+        usage = shutil.disk_usage(existing)
+        taken = sum([512 * x.stat().st_blocks for x in Path(folder).glob("*") if x.is_file()])
+        if share > usage.free + taken and not terms.attaches:
             yield (
                 f"capacity is {gib(share)}, and the file system of {existing} has "
-                f"{gib(space)}. Give less."
+                f"{gib(usage.free)} free, {gib(usage.total)} in all. Give less."
             )
+
+
+def new_folders(terms: StoreTerms) -> Iterator[str]:
+    """Yield a sentence for each folder that an engine will make."""
+    for folder in terms.folders:
+        existing = _existing(folder)
+        if existing != Path(folder):
+            yield (
+                f"{folder} does not exist: an engine makes it on the file system of {existing}. "
+                f"If that is not its disk, mount the disk first."
+            )
+
+
+def _existing(folder: str) -> Path:
+    """Return a folder, or else the nearest one above it that exists."""
+    existing = Path(folder)
+    while not existing.exists():
+        existing = existing.parent
+    return existing
 
 
 def check_bucket(terms: StoreTerms, findings: Findings, where: str) -> None:

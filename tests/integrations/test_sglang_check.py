@@ -36,6 +36,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_right_configuration(tmp_path: Path) -> None:
+    (tmp_path / "kv").mkdir(0o700)
     findings = hicache_findings_of(right(tmp_path))
     assert (findings.errors, findings.warnings) == ([], [])
     assert len(findings.notes) == 1

@@ -154,6 +154,24 @@ def test_a_shared_store_without_a_folder_is_warned_of() -> None:
     assert any("The ranks of this engine share one store" in each for each in found.notes)
 
 
+def test_the_sizes_of_a_server_are_not_those_of_the_engine(tmp_path: Path) -> None:
+    large = {"folder": str(tmp_path), "host": 1 << 50, "capacity": 1 << 50}
+    tmp_path.chmod(0o700)
+    found = findings_of(right(**large, shared="attach"))
+    assert found.errors == []
+    assert not any("capacity" in each for each in found.warnings)
+    assert any("of host memory" in each for each in findings_of(right(**large)).errors)  # control
+
+
+def test_a_folder_that_does_not_exist_is_noted(tmp_path: Path) -> None:
+    """A disk that is not mounted looks like one."""
+    found = findings_of(right(folder=str(tmp_path / "disk/kv")))
+    assert any("an engine makes it on the file system of" in each for each in found.notes)
+    tmp_path.chmod(0o700)
+    found = findings_of(right(folder=str(tmp_path)))
+    assert not any("does not exist" in each for each in found.notes)
+
+
 def test_a_folder_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
     folder = tmp_path / "kv"
     folder.mkdir(0o700)

@@ -42,6 +42,7 @@ def right(at: Path, extra: dict[str, Any] | None = None, **tier: Any) -> dict[st
 
 
 def test_a_right_configuration_has_no_errors(tmp_path: Path) -> None:
+    (tmp_path / "kv").mkdir(0o700)
     found = tier_findings_of(right(tmp_path))
     assert found.errors == []
     assert [each for each in found.warnings if "vllm is not installed" not in each] == []
