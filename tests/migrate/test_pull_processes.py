@@ -20,6 +20,7 @@ from support.stopping import go_on, stop
 
 from portakv import KVView
 from portakv.errors import OfferGone, PeerError, TransferError
+from portakv.migrate.connecting import WIDTH
 from portakv.migrate.shards import Shard
 
 SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes a tenth of a second
@@ -214,8 +215,10 @@ def test_killed_at_any_moment_nothing_leaks_and_nobody_hangs(
             assert until(lambda: reader.channel.statistics()["links"] <= 1)
             before = left()
     now = before or left()
-    # Workers begin when they are needed first.
-    assert until(lambda: left() <= (now[0] + 8, now[1] + 2), 40), (left(), now)
+    # Workers begin when they are needed first: as many more as connect, and some that pull. One
+    # connection has four files. Fifty owners that leave a thread or a file would exceed both.
+    threads = now[0] + WIDTH + 4
+    assert until(lambda: left()[0] <= threads and left()[1] <= now[1] + 4, 40), (left(), now)
     assert (local.whole[:, :, [0, 2, 3, 5, 7]] == -1).all()
 
 
