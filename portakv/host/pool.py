@@ -489,9 +489,13 @@ class PinnedPool(Pool):
         more = nbytes - self.block_bytes
         return 1 if more <= 0 else 1 - -more // self._stride
 
-    def _largest(self) -> int:
+    def _segment_blocks(self) -> list[int]:
+        """Return the number of blocks of each segment."""
         firsts = [first for first, _ in self._segments]
-        present = max(b - a for a, b in pairwise([*firsts, self.blocks]))
+        return [past - first for first, past in pairwise([*firsts, self.blocks])]
+
+    def _largest(self) -> int:
+        present = max(self._segment_blocks())
         later = min(self.limit - self.blocks, self._most_together())
         return (max(present, later) - 1) * self._stride + self.block_bytes
 
@@ -499,8 +503,7 @@ class PinnedPool(Pool):
         units = self._units(nbytes)
         if units == 1:
             return self.limit
-        firsts = [first for first, _ in self._segments]
-        present = sum((b - a) // units for a, b in pairwise([*firsts, self.blocks]))
+        present = sum(blocks // units for blocks in self._segment_blocks())
         later = 0
         if units <= self._most_together():
             later = (self.limit - self.blocks) // units

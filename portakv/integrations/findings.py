@@ -131,9 +131,11 @@ def short_of(terms: StoreTerms) -> Iterator[str]:
         existing = _existing(folder)
         if not os.access(existing, os.W_OK | os.X_OK):
             yield f"The user who runs this may not write {existing}. Pass another folder."
+        if terms.attaches:  # the capacity of the store server counts
+            continue
         usage = shutil.disk_usage(existing)
         taken = sum([512 * x.stat().st_blocks for x in Path(folder).glob("*") if x.is_file()])
-        if share > usage.free + taken and not terms.attaches:
+        if share > usage.free + taken:
             yield (
                 f"capacity is {gib(share)}, and the file system of {existing} has "
                 f"{gib(usage.free)} free, {gib(usage.total)} in all. Give less."

@@ -232,12 +232,13 @@ def test_jobs_after_the_close_end_without_a_page(scene: Scene) -> None:
     assert (scene.memory == 7).all()
 
 
-def test_jobs_that_the_close_ends_are_reported_after_it(scene: Scene) -> None:
+@pytest.mark.parametrize("end", [PageTier.drain, PageTier.close], ids=["drain", "close"])
+def test_jobs_are_reported_once_after(end: Callable[[PageTier], None], scene: Scene) -> None:
     """The close drops the store's queue of ends."""
     scene.memory[:] = 1
     for number in range(8):
         scene.tier.save(number, [key(number)], [number], "r")
-    scene.tier.close()
+    end(scene.tier)
     assert {job.tag for job in scene.tier.ended()} == {*range(8)}
     assert scene.tier.ended() == []
     assert not scene.tier.busy
@@ -264,16 +265,6 @@ def test_a_job_whose_begin_outlives_the_close_is_reported_after_its_begin(scene:
     jobs = scene.tier.ended()
     assert [job.tag for job in jobs] == [1, 2]
     assert not any(job.landed.any() for job in jobs)
-    assert not scene.tier.busy
-
-
-def test_drained_jobs_are_reported_once(scene: Scene) -> None:
-    scene.memory[:] = 1
-    for number in range(8):
-        scene.tier.save(number, [key(number)], [number], "r")
-    scene.tier.drain()
-    assert {job.tag for job in scene.tier.ended()} == {*range(8)}
-    assert scene.tier.ended() == []
     assert not scene.tier.busy
 
 
