@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -66,22 +66,32 @@ FIRST_TOKENS = (
     ("vLLM's own offloading", "vllm", "hit"),
     ("PortaKV", "portakv host", "hit"),
 )
-#: The models of its rows, as the results call them.
+#: The models of its rows, as the results call them, each with vLLM's setting for it. The first is
+#: vLLM's default.
 MODELS = {
-    "Llama-3-8B, a tensor for each layer": "one per layer",
-    "Llama-3-8B, one tensor for all layers": "one for all",
+    "Llama-3-8B, a tensor for each layer": "default: a tensor for each layer",
+    "Llama-3-8B, one tensor for all layers": "`VLLM_USE_V2_MODEL_RUNNER=0`: one tensor for all",
 }
 
 
-def first_tokens() -> str:
+def first_tokens_by_default() -> str:
+    """The rows of vLLM's default, for the README."""
+    return first_tokens(list(MODELS)[:1])
+
+
+def first_tokens(models: Iterable[str] = MODELS) -> str:
     """One row for each known prompt: ms until its first token, by where its rows come from."""
     recorded = json.loads((ROOT / ENGINES).read_text(encoding="utf-8"))["rows"]
     rows = [row for row in recorded if row["kind"] == "engine_prompt" and row["verified"]]
     by = {(row["shape"], row["backend"], row["op"]): row for row in rows}
     lengths = sorted({row["tokens"] for row in rows})
     heads = " | ".join(words for words, *_ in FIRST_TOKENS)
-    lines = [f"| tokens | tensors | {heads} | PortaKV / vLLM's |", "|---|---|---|---|---|---|"]
-    for model, tensors in MODELS.items():
+    settings = [MODELS[model] for model in models]
+    several = len(settings) > 1  # else a column would say the same in each row
+    column = " vLLM's memory of the KV cache |" if several else ""
+    lines = [f"| tokens of the prompt |{column} {heads} | PortaKV / vLLM's |"]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    for model, setting in zip(models, settings, strict=True):
         for tokens in lengths:
             shape = f"{tokens} tokens, {model}"
             answers = [by[shape, connector, part] for _, connector, part in FIRST_TOKENS]
@@ -89,7 +99,8 @@ def first_tokens() -> str:
             ratio = answers[-1]["of_own"]
             if ratio < 1:
                 times[-1] = f"**{times[-1]}**"
-            lines.append(f"| {tokens:,} | {tensors} | {' | '.join(times)} | {ratio:.2f} |")
+            said = f" {setting} |" if several else ""
+            lines.append(f"| {tokens:,} |{said} {' | '.join(times)} | {ratio:.2f} |")
     return "\n".join(lines)
 
 
@@ -152,7 +163,7 @@ def borne_out() -> support_matrix.SupportMatrix:
 
 #: The tables of each page, by the name in its mark.
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
-    README: {"backends": backends, "first-token": first_tokens},
+    README: {"backends": backends, "first-token": first_tokens_by_default},
     ROOT / "docs" / "index.md": {"first-token": first_tokens},
     ROOT / "docs" / "layouts.md": {"layouts": layouts},
     ROOT / "docs" / "hardware.md": {"hardware": hardware},
