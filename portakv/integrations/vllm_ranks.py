@@ -19,6 +19,7 @@ from portakv.serving import Blocks, Keeper, KeeperClient, KeeperIndex, place_of
 from portakv.serving.handover import Handover
 from portakv.serving.local import GroupView, LocalIndex, forms_of
 from portakv.serving.no_store import NoBlocks, NoStore
+from portakv.serving.rehearsal import rehearse
 from portakv.serving.start import warm_up
 from portakv.storage.form import Range
 
@@ -236,7 +237,8 @@ class WorkerStore:
         number: int,
         layers: Mapping[str, int],
     ) -> None:
-        """Open `handover` for this worker's caches, if the engine hands requests over.
+        """Open `handover` for this worker's caches, if the engine hands requests over, and make a
+        first hand-over within this process.
 
         Args:
             number: the rank of the worker in tensor parallelism.
@@ -261,6 +263,7 @@ class WorkerStore:
             address=handing.terms.address_of(place),
             leads=worker == 0,
         )
+        rehearse(self.handover)
 
     def wait(self, timeout: float) -> bool:
         """Wait until blocks can be saved and loaded, at most so many seconds; return whether they
