@@ -116,7 +116,7 @@ class First:
             "queued_ms": 1e3 * (pull.began - answer["began"]),
             "pull_ms": 1e3 * pull.seconds,
             "seen_ms": 1e3 * pull.seen,
-            "right": pull.error is None and answer["cached"] >= self._length - 1,
+            "right": pull.error is None and pull.nbytes > 0,
             "news": decode.do("news"),
         }
 

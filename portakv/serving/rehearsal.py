@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from secrets import token_bytes
@@ -22,7 +23,7 @@ from msgspec import structs
 
 from portakv.copy import copy_rows
 from portakv.copy.options import Overlap
-from portakv.errors import PortaKVError, TransferTimeout
+from portakv.errors import PortaKVError, TransferTimeout, Unsupported
 from portakv.layout.language import Factor, Layout
 from portakv.migrate import Shard, Ticket, shared_empty
 from portakv.migrate.described import Regions, describe, rebuild
@@ -201,8 +202,11 @@ def _read_all_forms(handover: Handover) -> None:
             for src, overlap in product(sources, OVERLAPS):
                 src_index = Index.of([*range(-(-tokens // size))], size)
                 dst_index = Index.of([*range(-(-tokens // own))], own)
-                copied = copy_rows(src, view, src_index, dst_index, count=tokens, overlap=overlap)
-                copied.synchronize()
+                with suppress(Unsupported):  # nothing here reads memory of another device
+                    copied = copy_rows(
+                        src, view, src_index, dst_index, count=tokens, overlap=overlap
+                    )
+                    copied.synchronize()
 
 
 def _copy(src: Sequence[Shard], dst: Sequence[Shard], tokens: int) -> Sequence[Shard]:
