@@ -86,6 +86,17 @@ def test_a_preempted_prompt_that_is_to_be_handed_over_is_computed_anew(
     assert seen["delivers"] == [True, False]
 
 
+def test_lines_have_the_form_of_the_engines_own(seen: dict[str, Any]) -> None:
+    """Each once, from INFO on; one says at the start where blocks are stored."""
+    lines = seen["log"].splitlines()
+    assert [line for line in lines if not line.startswith("vLLM ")] == []
+    starts = [line for line in lines if "PortaKV stores" in line]
+    assert starts == [
+        "vLLM INFO portakv.serving.local: PortaKV stores blocks of 64 tokens in 1 MiB of host "
+        "memory, with 1 MiB of staging. 0 are there. This process serves them."
+    ]
+
+
 @pytest.mark.parametrize(
     ("role", "extra", "offers", "pulls", "stores"),
     [

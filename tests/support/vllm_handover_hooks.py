@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 import time
@@ -22,6 +23,8 @@ from portakv.integrations.vllm_connector import PortaKVConnector
 from support.vllm_stub import configuration
 
 LIMIT = 60.0  # seconds; nothing here takes as long
+#: What lines of the engine begin with. vLLM configures no logger but its own.
+FORMAT = "vLLM %(levelname)s %(name)s: %(message)s"
 BLOCKS = 10
 PROMPT = [*range(100, 140)]
 Role: Any = vllm_connector.KVConnectorRole  # type: ignore[attr-defined]
@@ -150,6 +153,12 @@ def request_of(name: str, params: dict[str, Any] | None) -> Any:
 
 def main() -> None:
     """Hand a prompt over, use its ticket again, and a ticket of another prompt."""
+    engine = logging.getLogger("vllm")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(FORMAT))
+    engine.addHandler(handler)
+    engine.setLevel(logging.INFO)
+    engine.propagate = False
     firsts = Firsts()
     prefill = Side("kv_producer", 16)
     decode = Side("kv_consumer", 8, hand_over={"timeout": 50.0})
@@ -198,7 +207,8 @@ def main() -> None:
             }
         )
     )
-    for side in (decode, prefill):
+    stores = Side("kv_both", 16, host=1 << 20, staging=1 << 20)
+    for side in (decode, prefill, stores):
         side.worker.shutdown()
 
 
