@@ -40,6 +40,20 @@ def shown(value: object) -> str:
     return text
 
 
+def size_text(nbytes: float, digits: int = 3) -> str:
+    """Return a number of bytes as a text: ``64 KiB``, ``1.5 GiB``, ``32 TiB``."""
+    size = float(nbytes)
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB"):
+        if size < 1024:
+            break
+        size /= 1024
+        unit = larger
+    if size >= 10**digits - 0.5:  # as many digits would need an exponent
+        return f"{size:.0f} {unit}"
+    return f"{size:.{digits}g} {unit}"
+
+
 def kind_of(value: object) -> str:
     """Return the name of a value's type with its article."""
     name = type(value).__name__

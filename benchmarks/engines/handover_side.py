@@ -12,6 +12,7 @@ import importlib
 import itertools
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from portakv.backends.rows_launch import LoadedKernels
 from portakv.errors import PortaKVError
 from portakv.migrate import Pull, open_shared, share
 from portakv_benchmarks.engines.models import PAIRS
@@ -188,6 +190,36 @@ def _settle() -> None:
         torch.cuda.synchronize()
 
 
+class Seen:
+    """What a process makes once: modules, threads, and kernels that its driver loads."""
+
+    def __init__(self) -> None:
+        self._modules = set[str]()
+        self._threads = set[str]()
+        self._kernels = list[str]()
+        load = LoadedKernels._load
+
+        def noted(kernels: LoadedKernels, kernel: Any) -> Any:
+            self._kernels.append(type(kernel).__name__)
+            return load(kernels, kernel)
+
+        LoadedKernels._load = noted  # type: ignore[method-assign]
+
+    def note(self) -> None:
+        """Take what is here now as known."""
+        self._modules = {*sys.modules}
+        self._threads = {thread.name for thread in threading.enumerate()}
+        self._kernels.clear()
+
+    def news(self) -> dict[str, list[str]]:
+        """Return what is new since the last call."""
+        modules = sorted({*sys.modules} - self._modules)
+        threads = sorted({thread.name for thread in threading.enumerate()} - self._threads)
+        made = {"modules": modules, "threads": threads, "kernels": [*self._kernels]}
+        self.note()
+        return made
+
+
 class Side:
     """An engine that is driven step by step."""
 
@@ -203,11 +235,12 @@ class Side:
         self._numbers = itertools.count()
         self._guards = dict[str, Any]()
         self._preempted = 0
+        self._seen = Seen()
 
     # --- the engine
 
     def start(
-        self, connector: str | None, role: str, blocks: int, terms: Any, hand_over: Any
+        self, connector: str | None, role: str, blocks: int, terms: Any, extra: Any
     ) -> dict[str, float]:
         """Start the engine; return the bytes of a token's rows in all ranks.
 
@@ -217,7 +250,7 @@ class Side:
             connector: `OURS`, `NIXL`, or None.
             blocks: tokens of a block.
             terms: of vLLM's ``LLM``, besides those of the pair's model.
-            hand_over: the terms of the hand-over.
+            extra: the terms of the connector, such as ``hand_over``.
         """
         from portakv_benchmarks.engines.engine import make_llm  # which imports vLLM
 
@@ -226,7 +259,7 @@ class Side:
             transfer |= {
                 "kv_connector": "PortaKVConnector",
                 "kv_connector_module_path": "portakv.integrations.vllm_connector",
-                "kv_connector_extra_config": {"hand_over": hand_over},
+                "kv_connector_extra_config": extra,
             }
         elif connector == NIXL:
             transfer |= {"kv_connector": "NixlConnector", **self._nixl_device()}
@@ -242,8 +275,9 @@ class Side:
             self._count_preemptions()
         if self._hands_over and len(ranks) == 1:
             self._handover = self._worker_side().store.handover
-            if self._handover.reader is not None:
+            if self._handover is not None and self._handover.reader is not None:
                 self._pulls.follow(self._handover.reader)
+        self._seen.note()
         return {
             "token_bytes": sum(ranks) / caches.num_gpu_blocks / blocks,
             "blocks": caches.num_gpu_blocks,
@@ -368,6 +402,21 @@ class Side:
             if number > 1000:
                 raise RuntimeError(f"Expected blocks to be freed, got {self.counts()}.")
             self.ask(20, 10**6 + number, 2)
+
+    def settle(self) -> None:
+        """Serve short prompts until all loads and saves have ended: a save ends after the engine
+        has its blocks back, and an engine without requests makes no step."""
+        for number in itertools.count(1):
+            self.ask(20, 2 * 10**6 + number, 2)
+            if not self._ledger.statistics()["jobs"]:
+                return
+            if number > 1000:
+                raise RuntimeError(f"Expected saves to end, got {self.counts()}.")
+
+    def news(self) -> dict[str, list[str]]:
+        """Return what this process has made for the first time since the last call, or since the
+        start of the engine; see `Seen`."""
+        return self._seen.news()
 
     # --- the hand-over
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+from portakv.arguments import size_text
 from portakv.errors import DeviceMismatch, PortaKVError
 from portakv.layout.language import Layout, parse
 from portakv.layout.presets import resolve
@@ -230,12 +231,7 @@ def check_cache(what: str) -> None:
 
 def in_bytes(number: int) -> str:
     """Return bytes as text: ``64 KiB``, ``1.5 GiB``."""
-    size = float(number)
-    units = ["B", "KiB", "MiB", "GiB"]
-    while size >= 1024 and len(units) > 1:
-        size = size / 1024
-        units = units[1:]
-    return f"{size:.4g} {units[0]}"
+    return size_text(number, digits=4)
 
 
 def in_time(seconds: float) -> str:

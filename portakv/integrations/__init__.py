@@ -7,6 +7,7 @@ chooses it.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +31,7 @@ __all__ = [
     "Integration",
     "IntegrationError",
     "check_release",
+    "log_through",
     "untested",
     "why_not",
 ]
@@ -225,6 +227,23 @@ def _judge(integration: str) -> _Verdict:
         warning=f"{package} {version} is installed. It {fit}; the {name} was tested with {tested}. "
         f"If something fails, install a tested release."
     )
+
+
+def log_through(engine: logging.Logger) -> None:
+    """Give PortaKV's lines the handlers and the level of an engine's logger.
+
+    An engine may configure its own logger alone. Lines of PortaKV then have no time and no process,
+    and those below a warning are lost. Nothing changes if the lines have a handler already: that of
+    the logger ``portakv``, or of the root.
+    """
+    own = logging.getLogger("portakv")
+    if own.hasHandlers() or not engine.handlers:
+        return
+    for handler in engine.handlers:
+        own.addHandler(handler)
+    own.propagate = engine.propagate  # the handlers of a later root would repeat the lines
+    if own.level == logging.NOTSET:
+        own.setLevel(engine.getEffectiveLevel())
 
 
 def installed(package: str) -> tuple[str, str] | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from portakv.arguments import size_text
 from portakv.errors import PortaKVError
 from portakv.integrations import why_not
 from portakv.integrations.interfaces import lacks
@@ -183,7 +184,4 @@ def check_bucket(terms: StoreTerms, findings: Findings, where: str) -> None:
 
 def gib(nbytes: int) -> str:
     """Return a number of bytes as a text."""
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20)):
-        if nbytes >= size:
-            return f"{nbytes / size:.3g} {unit}"
-    return f"{nbytes} bytes"
+    return size_text(nbytes) if nbytes >= 1 << 20 else f"{nbytes} bytes"

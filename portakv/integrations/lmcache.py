@@ -20,7 +20,13 @@ import torch
 
 from portakv import KVView
 from portakv.host import pinned
-from portakv.integrations import INTEGRATIONS, check_release, lmcache_host, lmcache_ops
+from portakv.integrations import (
+    INTEGRATIONS,
+    check_release,
+    lmcache_host,
+    lmcache_ops,
+    log_through,
+)
 
 #: A class of LMCache, which is untyped here.
 _Class: TypeAlias = type[Any]
@@ -151,6 +157,7 @@ def _ops(base: _Class, device_type: str) -> _Class:
             # LMCache may need a vendor's package here, which PortaKV's ops do not use.
             with suppress(ImportError):
                 super().ensure_native()
+            log_through(importlib.import_module("lmcache.logging").init_logger(__name__))
             self.__dict__.pop(BYPASS, None)  # the daemon then calls the ops one by one
             for module, names in OPS.items():
                 for name in names:

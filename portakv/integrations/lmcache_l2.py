@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from portakv.errors import TransferTimeout
-from portakv.integrations import IntegrationError, check_release
+from portakv.integrations import IntegrationError, check_release, log_through
 from portakv.integrations.lmcache_check import ABSTRACT, MODEL, sizes_of, terms_of
 from portakv.serving.kept_page_store import page_store
 from portakv.serving.page_counts import Counted, Lookups
@@ -86,6 +86,7 @@ class PortaKVL2Adapter(L2AdapterInterface):  # type: ignore[misc]
     """
 
     def __init__(self, config: Mapping[str, Any], l1_memory_desc: object = None) -> None:
+        log_through(logger)
         terms = terms_of(config)
         super().__init__(max_capacity_bytes=terms.capacity)
         store = page_store(terms, MODEL, sizes_of(config, terms))
@@ -99,7 +100,6 @@ class PortaKVL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         self._objects = dict[int, tuple[Sequence[Any], Sequence[Any]]]()  # of tasks in flight
         self._counted = Counted[Any]()
         self._tasks = PageTasks(store, self._ended, self._lost)
-        logger.info("PortaKV stores objects in %s", ", ".join(terms.folders))
 
     def get_store_event_fd(self) -> int:
         return self._event_fds[0]

@@ -10,6 +10,7 @@ accounting) is unchanged.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ import torch
 
 from portakv import BlockTransfer, CopyOptions, InvalidTerms, LayoutError, copy_rows
 from portakv.host import pinned
-from portakv.integrations import IntegrationError, check_release
+from portakv.integrations import IntegrationError, check_release, log_through
 from portakv.integrations.vllm_canonical import Share
 from portakv.integrations.vllm_lanes import Lane
 from portakv.integrations.vllm_moves import (
@@ -85,6 +86,7 @@ class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        log_through(logging.getLogger("vllm"))
         if getattr(config, "canonical_layout", False) and not self._serves_canonical:
             raise IntegrationError(
                 "Expected no canonical_layout for PortaKVOffloadingSpec, got True. "

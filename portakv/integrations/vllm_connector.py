@@ -10,6 +10,7 @@ to a `Ledger` in the scheduler and a `Hand` in the worker, and decides nothing i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from portakv.integrations import check_release
+from portakv.integrations import check_release, log_through
 from portakv.integrations.vllm_caches import (
     PoolHolder,
     check_hooks,
@@ -107,6 +108,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        log_through(logging.getLogger("vllm"))
         self._settings = settings = settings_of(vllm_config, kv_cache_config)
         check_hooks(KVConnectorBase_V1, settings)
         self.costs = Costs(role.name.lower())

@@ -17,8 +17,9 @@ from portakv.integrations.vllm_views import BY_HEAD, HANDED, kernels_of, views_o
 from portakv.migrate import Shard
 from portakv.serving import Blocks, Keeper, KeeperClient, KeeperIndex, place_of
 from portakv.serving.handover import Handover
-from portakv.serving.local import GroupView, LocalIndex, forms_of
+from portakv.serving.local import GroupView, LocalIndex, forms_of, found_in, log_start
 from portakv.serving.no_store import NoBlocks, NoStore
+from portakv.serving.rehearsal import rehearse
 from portakv.serving.start import warm_up
 from portakv.storage.form import Range
 
@@ -116,17 +117,20 @@ class KeptIndex(KeeperIndex):
             self.keeper.close()
             raise
 
-    def await_ranks(self, timeout: float) -> None:
-        """Wait until a rank has joined, or was refused, at most so many seconds.
+    def await_ranks(self, timeout: float) -> bool:
+        """Wait until a rank has joined, or was refused, at most so many seconds; return whether
+        one has joined.
 
         Without one, the log has a line. A rank that was refused may join later.
         """
-        if not self.answered(timeout):
-            _log.warning(
-                "No worker has joined the store of PortaKV in %s yet. Until one does, nothing is "
-                "stored or loaded.",
-                self.keeper.place.name,
-            )
+        if self.answered(timeout):
+            return not self.is_refused
+        _log.warning(
+            "No worker has joined the store of PortaKV in %s yet. Until one does, nothing is "
+            "stored or loaded.",
+            self.keeper.place.name,
+        )
+        return False
 
     def statistics(self) -> Mapping[str, Sequence[Mapping[str, object]]]:
         """Return the figures of the keeper's store; none while another process serves."""
@@ -150,14 +154,25 @@ def index_of(settings: Settings) -> LocalIndex | KeptIndex | NoStore:
     if not settings.stores:
         return NoStore()
     if not settings.uses_keeper:
-        return LocalIndex.of(settings.engine)
-    index = KeptIndex(settings)
+        index = LocalIndex.of(settings.engine)
+        found = found_in(index.statistics(), len(settings.groups))
+        _log_start(settings, found, "This process")
+        return index
+    kept = KeptIndex(settings)
     try:
-        index.await_ranks(PATIENCE)
+        joined = kept.await_ranks(PATIENCE)
     except BaseException:
-        index.close()
+        kept.close()
         raise
-    return index
+    if joined:
+        server = "This process" if kept.keeper.serves else "Another process of this host"
+        _log_start(settings, max(kept.counts(), default=0), server)
+    return kept
+
+
+def _log_start(settings: Settings, found: int, server: str) -> None:
+    """Log where an engine stores its blocks; see `log_start`."""
+    log_start(settings.store, f"blocks of {settings.block_size} tokens", found, server)
 
 
 class WorkerStore:
@@ -236,7 +251,8 @@ class WorkerStore:
         number: int,
         layers: Mapping[str, int],
     ) -> None:
-        """Open `handover` for this worker's caches, if the engine hands requests over.
+        """Open `handover` for this worker's caches, if the engine hands requests over, and make a
+        first hand-over within this process.
 
         Args:
             number: the rank of the worker in tensor parallelism.
@@ -261,6 +277,7 @@ class WorkerStore:
             address=handing.terms.address_of(place),
             leads=worker == 0,
         )
+        rehearse(self.handover)
 
     def wait(self, timeout: float) -> bool:
         """Wait until blocks can be saved and loaded, at most so many seconds; return whether they

@@ -9,6 +9,7 @@ A line of ``secondary_tiers`` in ``kv_connector_extra_config`` chooses it, next 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -22,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from portakv.integrations import check_release
+from portakv.integrations import check_release, log_through
 from portakv.integrations.vllm import PortaKVOffloadingSpec
 from portakv.integrations.vllm_tier_terms import TierTerms, tier_terms
 from portakv.serving.kept_page_store import page_store
@@ -108,6 +109,7 @@ class PortaKVTier(SecondaryTierManager):  # type: ignore[misc]
         **terms: Any,
     ) -> None:
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        log_through(logging.getLogger("vllm"))
         chosen = tier_terms(terms)
         self.locality = None if locality is None else Locality(locality)
         publishes = offloading_spec.kv_events_config.enable_kv_cache_events

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -19,6 +20,8 @@ from portakv.migrate.words import Words as Words
 
 #: What readers on this host may map: whole allocations, or nothing
 Expose: TypeAlias = Literal["mapped", "staging"]
+#: The exports of this process's devices: torch opens device memory of other processes only.
+_exports: WeakValueDictionary[tuple[bytes, torch.device], Exports] = WeakValueDictionary()
 EVENTS = 64  # recorded after offers' rows, in turn: so many offers have separate events
 
 
@@ -92,11 +95,23 @@ class Exports:
                 self.allocations.append(names.export(files))
                 self.names = self.allocations[-1].handle
         self.event_handles = tuple(ipc.export_event(event) for event in self.events)
+        if self.allocations and device.type != "cpu":
+            _exports[epoch, device] = self
+
+    def flat(self) -> list[torch.Tensor]:
+        """Return the regions as this process has them; empty after `close`."""
+        held = [each.tensor for each in self.allocations[: len(self.regions)]]
+        return [tensor for tensor in held if tensor is not None]
 
     def close(self) -> None:
         """Release the allocations: no process opens them from now on."""
         for export in self.allocations:
             export.close()
+
+
+def exports_here(epoch: bytes, device: torch.device) -> Exports | None:
+    """Return the exports of an epoch if they are this process's, and lie on this device."""
+    return _exports.get((epoch, device))
 
 
 def _events(device: torch.device) -> list[torch.Event]:

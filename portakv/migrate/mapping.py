@@ -13,6 +13,7 @@ import torch
 from portakv.errors import PeerError, PortaKVError
 from portakv.migrate import ipc
 from portakv.migrate.described import rebuild, reserve
+from portakv.migrate.exports import exports_here
 from portakv.migrate.messages import Handshake
 from portakv.migrate.name_table import NamesOfOwner as NamesOfOwner
 from portakv.migrate.name_table import open_names
@@ -68,8 +69,11 @@ def _mapped(handshake: Handshake, device: torch.device, regions: list[torch.Tens
     if missing := [region.why for region in handshake.regions if not region.handle]:
         raise NotMapped(f"the owner does not share it: {missing[0]}")
     try:
+        here = exports_here(handshake.epoch, device)
         with _apart(device):
-            for x in handshake.regions:
+            if here is not None:
+                regions += here.flat()
+            for x in handshake.regions[len(regions) :]:
                 place = "cpu" if x.device.startswith("cpu ") else device
                 regions.append(ipc.open_shared(x.handle, place))
             *flat, proof = regions
@@ -81,7 +85,10 @@ def _mapped(handshake: Handshake, device: torch.device, regions: list[torch.Tens
         if remote != ipc.where(device) and not remote.startswith("cpu "):
             # torch reports another device's memory as this device's: mark the views.
             shards = [Shard(x.view.as_peer(device), x.group.layers, x.group.heads) for x in shards]
-        events = [ipc.open_event(one, device) for one in handshake.events]
+        if here is not None:
+            events = [*here.events]
+        else:
+            events = [ipc.open_event(one, device) for one in handshake.events]
     except PortaKVError as error:
         raise NotMapped(str(error)) from error
     words = open_words(handshake.words)

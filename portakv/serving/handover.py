@@ -69,6 +69,7 @@ class Handover:
         leads: this worker sends other engines renewals and releases; one of each engine does.
 
     Attributes:
+        shards, model, terms: as they were passed.
         owner: of the offers; None: this engine offers nothing.
         reader: of the pulls; None: this engine pulls nothing.
         pulling: the pulls that have not ended, or were not reported.
@@ -90,7 +91,9 @@ class Handover:
         address: str | None = None,
         leads: bool = True,
     ) -> None:
-        self._terms = terms
+        self.shards = shards
+        self.model = model
+        self.terms = terms
         self._leads = leads
         self._channel = Channel(address, secret=terms.secret())
         self._graph = Graph()
@@ -226,8 +229,8 @@ class Handover:
                 *job.blocks,
                 first=job.first,
                 overlap=overlap,
-                max_gbps=self._terms.max_gbps,
-                timeout=self._terms.timeout,
+                max_gbps=self.terms.max_gbps,
+                timeout=self.terms.timeout,
             )
         except PortaKVError as error:
             _log_failed_pull(error)

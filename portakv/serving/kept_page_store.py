@@ -18,7 +18,7 @@ from portakv.serving.keeper_client import KeeperClient
 from portakv.serving.keeper_server import Keeper, place_of
 from portakv.serving.kept_pages import KeptPages
 from portakv.serving.known import KeeperIndex
-from portakv.serving.local import StoreTerms
+from portakv.serving.local import StoreTerms, log_start
 from portakv.serving.page_sizes import check_raw, check_shared
 from portakv.serving.pages import PageJob, PageSize, PageStore, Usage
 from portakv.storage.changes import Change
@@ -29,11 +29,18 @@ def page_store(
 ) -> PageStore | KeptPageStore:
     """Return a store of pages by its terms: that of a keeper if they have ``shared``.
 
-    Raises as `PageStore` and `KeptPageStore` do.
+    The log has a line about it. Raises as `PageStore` and `KeptPageStore` do.
     """
+    store: PageStore | KeptPageStore
+    server = "This process"
     if terms.shared:
-        return KeptPageStore(terms, model, sizes, identity)
-    return PageStore(terms, model, sizes, identity=identity)
+        store = KeptPageStore(terms, model, sizes, identity)
+        if not store.serves:
+            server = "Another process of this host"
+    else:
+        store = PageStore(terms, model, sizes, identity=identity)
+    log_start(terms, "pages", store.count(), server)
+    return store
 
 
 class KeptPageStore:
@@ -127,6 +134,15 @@ class KeptPageStore:
         """
         self._index.record(every=True)
         return self._index.take_events()
+
+    @property
+    def serves(self) -> bool:
+        """Return whether this process serves the store; others may."""
+        return self._keeper.serves
+
+    def count(self) -> int:
+        """Return the pages that the keeper has of these sizes."""
+        return sum(self._index.counts())
 
     def usage(self) -> Usage:
         """Return how full the store is, by the pages that the keeper has of these sizes."""

@@ -228,6 +228,11 @@ class KeeperIndex:
                 raise
             return True
 
+    @property
+    def is_refused(self) -> bool:
+        """Return whether a keeper has refused the ranks of the engine."""
+        return bool(self._link.refused)
+
     def close(self) -> None:
         """Leave the keeper."""
         if not self._process.forked:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from portakv.arguments import invalid, items, nbytes, one_of, seconds, text, whole
+from portakv.arguments import invalid, items, nbytes, one_of, seconds, size_text, text, whole
 from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, TransferTimeout, Unsupported
 from portakv.layout.packing import PACK
 from portakv.runtime.bounded import Bounded
@@ -28,7 +28,8 @@ from portakv.storage.form_store import FormStore
 from portakv.storage.tier import Tier
 from portakv.view import KVView
 
-_log = RateLimitedLog(logging.getLogger(__name__))
+_logger = logging.getLogger(__name__)
+_log = RateLimitedLog(_logger)
 #: Seconds to wait for a folder that another process has, and between two attempts.
 PATIENCE = 10.0
 PAUSE = 0.1
@@ -215,6 +216,39 @@ def check_names(terms: Iterable[str], names: Sequence[str]) -> None:
                 f"Expected some of {', '.join(names)}, got {name!r}.{hint} Correct it, or leave it "
                 f"out."
             )
+
+
+def log_start(terms: StoreTerms, what: str, found: int | None, server: str) -> None:
+    """Log where an engine stores its blocks, as one line.
+
+    Args:
+        what: is stored, such as "blocks of 64 tokens".
+        found: blocks that the store has already; None: not known yet.
+        server: the process that has the store.
+    """
+    places = list[str]()
+    if terms.folders:
+        disk = f"{', '.join(terms.folders)} of {size_text(terms.capacity)}"
+        places.append(f"the disk tier in {disk}")
+    if terms.bucket is not None:
+        places.append(f"the bucket {terms.bucket}")
+    if terms.host:
+        places.append(f"{size_text(terms.host)} of host memory")
+    there = "" if found is None else f" {found} are there."
+    _logger.info(
+        "PortaKV stores %s in %s, with %s of staging.%s %s serves them.",
+        what,
+        " and ".join(places),
+        size_text(terms.staging),
+        there,
+        server,
+    )
+
+
+def found_in(statistics: Mapping[str, Sequence[Mapping[str, Any]]], parts: int) -> int:
+    """Return how many blocks of ``parts`` parts the disk of a store has."""
+    slots = statistics.get("disk_slots", ())
+    return int(sum(each["value"] for each in slots if each["state"] == "used")) // parts
 
 
 class GroupView(NamedTuple):

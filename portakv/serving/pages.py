@@ -21,7 +21,7 @@ from portakv.arguments import instance, invalid, items, octets, seconds, text, w
 from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, StoreError, TransferTimeout
 from portakv.graph import Handle, Mask, Priority
 from portakv.runtime.finished import Finished
-from portakv.serving.local import PATIENCE, PAUSE, SHARE, StoreTerms
+from portakv.serving.local import PATIENCE, PAUSE, SHARE, StoreTerms, found_in
 from portakv.serving.page_job import Overdue
 from portakv.serving.page_job import PageJob as PageJob
 from portakv.serving.page_sizes import PageSize as PageSize
@@ -193,6 +193,10 @@ class PageStore:
             return [] if store is None else store.listen()
         except PortaKVError:  # it was closed
             return []
+
+    def count(self) -> int | None:
+        """Return the pages that the disk has; None while the store is not open."""
+        return None if self._store is None else found_in(self.statistics(), 1)
 
     def usage(self) -> Usage:
         """Return how full the store is."""

@@ -39,6 +39,14 @@ def test_rows_of_a_prompt_cross_to_other_blocks(seen: dict[str, Any]) -> None:
     assert seen["decode"]["pulled_tokens"] == 40
 
 
+def test_a_first_hand_over_makes_nothing_that_the_start_has_not_made(seen: dict[str, Any]) -> None:
+    """No module is imported, and no kind of thread begins: the start has rehearsed it."""
+    at_start = {*seen["at_start"]}
+    assert {"portakv.backends.reference", "portakv connect"} <= at_start
+    assert {*seen["later"]} - at_start == set()
+    assert seen["blank"] == [False, False]
+
+
 def test_blocks_are_retained_until_the_rows_are_released(seen: dict[str, Any]) -> None:
     assert seen["retained"] is True
     assert seen["sent"] == [[], ["p"]]
@@ -76,6 +84,17 @@ def test_a_preempted_prompt_that_is_to_be_handed_over_is_computed_anew(
 ) -> None:
     """Else it may end with its output in flight, and has no rows to offer."""
     assert seen["delivers"] == [True, False]
+
+
+def test_lines_have_the_form_of_the_engines_own(seen: dict[str, Any]) -> None:
+    """Each once, from INFO on; one says at the start where blocks are stored."""
+    lines = seen["log"].splitlines()
+    assert [line for line in lines if not line.startswith("vLLM ")] == []
+    starts = [line for line in lines if "PortaKV stores" in line]
+    assert starts == [
+        "vLLM INFO portakv.serving.local: PortaKV stores blocks of 64 tokens in 1 MiB of host "
+        "memory, with 1 MiB of staging. 0 are there. This process serves them."
+    ]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import torch
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, StoreBusy
-from portakv.serving.local import GroupView, LocalIndex, StoreTerms
+from portakv.serving.kept_page_store import page_store
+from portakv.serving.local import GroupView, LocalIndex, StoreTerms, found_in, log_start
+from portakv.serving.pages import PageSize
 from portakv.storage import BlockForm, prefix_keys
 
 LIMIT = 20.0  # seconds; nothing here takes as long
@@ -124,3 +128,65 @@ def test_a_number_changes_with_a_loss_alone() -> None:
     assert index.take_events() == []
     index.close()
     assert index.losses == index.losses
+
+
+@pytest.mark.parametrize(
+    ("terms", "found", "says"),
+    [
+        (
+            {"host": 3 << 30},
+            0,
+            "PortaKV stores pages in 3 GiB of host memory, with 1 GiB of staging. 0 are there. X.",
+        ),
+        (
+            {"host": 0, "folder": ["/a", "/b"], "capacity": 32 << 40, "staging": 1 << 20},
+            7,
+            "PortaKV stores pages in the disk tier in /a, /b of 32 TiB, with 1 MiB of staging. "
+            "7 are there. X.",
+        ),
+        (
+            {"bucket": "s3://b/p"},
+            None,
+            "PortaKV stores pages in the bucket s3://b/p and 4 GiB of host memory, with 1 GiB of "
+            "staging. X.",
+        ),
+    ],
+)
+def test_the_start_of_an_engine_is_one_line(
+    caplog: pytest.LogCaptureFixture, terms: dict[str, Any], found: int | None, says: str
+) -> None:
+    with caplog.at_level(logging.INFO, "portakv"):
+        log_start(StoreTerms.of(terms), "pages", found, "X")
+    assert [record.getMessage() for record in caplog.records] == [
+        says.replace(" X.", " X serves them.")
+    ]
+
+
+def test_the_blocks_of_a_folder_are_counted(tmp_path: Path) -> None:
+    """By what the next process finds in it."""
+    view = KVView([torch.zeros(8, 4, 2, 8, device="cpu")], "layer | block token head dim")
+    terms = StoreTerms(str(tmp_path / "store"), 1 << 20, host=0, staging=1 << 20)
+    keys = prefix_keys(range(12), 4)
+    for expected in (0, 3):
+        index = LocalIndex()
+        (store,) = index.open([GroupView(view)], terms, "model", None)
+        assert found_in(index.statistics(), 1) == expected
+        store.save(view, [0, 1, 2], keys).synchronize()
+        index.close()
+    assert found_in({}, 1) == 0
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_store_of_pages_says_who_serves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, shared: bool
+) -> None:
+    folder = str(tmp_path / "store")
+    terms = StoreTerms(folder, 1 << 20, host=0, staging=1 << 20, shared=shared)
+    with ExitStack() as stack, caplog.at_level(logging.INFO, "portakv"):
+        for _ in range(1 + shared):
+            stack.callback(page_store(terms, "model", [PageSize(4096)]).close)
+    lines = [record.getMessage() for record in caplog.records if "stores" in record.getMessage()]
+    servers = ["This process", "Another process of this host"][: 1 + shared]
+    assert [line.partition("there. ")[2] for line in lines] == [
+        f"{server} serves them." for server in servers
+    ]

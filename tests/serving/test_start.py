@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import ready
 from support.hand_worker import caches
 
 from portakv.errors import StoreError
@@ -66,3 +68,67 @@ def test_a_store_that_cannot_be_opened_is_a_line_in_the_log(
     with caplog.at_level(logging.WARNING):
         start.warm_up(view, BlockForm.of(view, "model"))
     assert "will be slow: Expected memory, got none." in caplog.text
+
+
+FIRST = """
+import sys, threading, torch
+from portakv import KVView
+from portakv.serving import Group, GroupCache, Hand, Ledger, Plan
+from portakv.serving.local import GroupView, LocalIndex, StoreTerms
+from portakv.serving.start import warm_up
+tensors = [torch.ones(32, 16, 2, 8, device="cpu") for _ in range(3)]
+view = KVView(tensors, "layer | block token head dim")
+index = LocalIndex.of("engine")
+folder = sys.argv[1]
+terms = StoreTerms(folder, 1 << 20, host=0, staging=1 << 20) if folder else StoreTerms(host=1 << 20)
+parts = index.open([GroupView(view)], terms, "model", 32)
+if sys.argv[2] == "warm":
+    warm_up(view, parts[0].form)
+hand = Hand([GroupCache(view, parts[0])])
+ledger = Ledger(32, (Group(16),), 1, index)
+before = {*sys.modules}
+tokens = [*range(96)]
+
+
+def step(plan):
+    hand.stop(plan)
+    hand.load(plan)
+    hand.save(plan)
+    ledger.take(hand.report())
+    hand.ended()
+
+
+def end():
+    while ledger.statistics()["jobs"]:
+        step(ledger.plan())
+
+
+ledger.add("a", tokens)
+assert ledger.leading("a", 0) == 0
+ledger.scheduled("a", 0, 96, (tuple(range(6)),), True)
+step(ledger.plan())
+end()
+ledger.finished("a")
+ledger.add("b", [*tokens, 1])
+assert ledger.leading("b", 0) == 96
+ledger.allocated("b", 0, 96, (tuple(range(8, 15)),))
+step(ledger.plan())
+end()
+assert ledger.statistics()["landed_blocks"] == 3
+print(*sorted({*sys.modules} - before))
+index.close()
+"""
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+@pytest.mark.parametrize("start", ["warm", "cold"])
+def test_a_first_save_and_load_import_nothing(tmp_path: Path, tier: str, start: str) -> None:
+    """All backends of a device are asked and checked when the engine starts."""
+    folder = str(tmp_path / "store") if tier == "disk" else ""
+    done = ready.run("-c", FIRST, folder, start)
+    assert done.returncode == 0, done.stderr
+    imported = done.stdout.split()
+    if start == "warm":
+        assert imported == []
+    else:
+        assert "portakv.backends.reference" in imported

@@ -8,6 +8,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
+import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -20,6 +23,8 @@ from portakv.integrations.vllm_connector import PortaKVConnector
 from support.vllm_stub import configuration
 
 LIMIT = 60.0  # seconds; nothing here takes as long
+#: What lines of the engine begin with. vLLM configures no logger but its own.
+FORMAT = "vLLM %(levelname)s %(name)s: %(message)s"
 BLOCKS = 10
 PROMPT = [*range(100, 140)]
 Role: Any = vllm_connector.KVConnectorRole  # type: ignore[attr-defined]
@@ -109,6 +114,28 @@ class Side:
         return tokens, later
 
 
+class Firsts:
+    """What a process makes for the first time: modules that it imports, threads that it starts."""
+
+    def __init__(self) -> None:
+        self._modules = {*sys.modules}
+        self._threads = list[str]()
+        start = threading.Thread.start
+
+        def noted(thread: threading.Thread) -> None:
+            self._threads.append(thread.name)
+            start(thread)
+
+        threading.Thread.start = noted  # type: ignore[method-assign]
+
+    def take(self) -> list[str]:
+        """Return what is new since the last call."""
+        made = [*sorted({*sys.modules} - self._modules), *self._threads]
+        self._modules = {*sys.modules}
+        self._threads.clear()
+        return made
+
+
 def request_of(name: str, params: dict[str, Any] | None) -> Any:
     """Return a request of the prompt."""
     return SimpleNamespace(
@@ -126,10 +153,19 @@ def request_of(name: str, params: dict[str, Any] | None) -> Any:
 
 def main() -> None:
     """Hand a prompt over, use its ticket again, and a ticket of another prompt."""
+    engine = logging.getLogger("vllm")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(FORMAT))
+    engine.addHandler(handler)
+    engine.setLevel(logging.INFO)
+    engine.propagate = False
+    firsts = Firsts()
     prefill = Side("kv_producer", 16)
     decode = Side("kv_consumer", 8, hand_over={"timeout": 50.0})
     source = [3, 7, 2]
     rows = torch.arange(3 * 16 * 2, dtype=torch.float32, device="cpu").view(3, 1, 16, 2)
+    blank = [bool(side.memory.any()) for side in (prefill, decode)]
+    at_start = firsts.take()
     prefill.memory[source] = rows
 
     request = request_of("p", {"do_remote_decode": True})
@@ -144,6 +180,7 @@ def main() -> None:
     prefill_sent = [*prefill.sent]
     decode.step()  # the rows are released
     prefill.until(lambda: prefill.sent)
+    later = firsts.take()
     failed = [*decode.invalid]
     decode.pull("again", [6, 7, 8, 9, 1], passed)
 
@@ -155,6 +192,9 @@ def main() -> None:
             {
                 "retained": retained,
                 "keys": sorted(passed),
+                "at_start": at_start,
+                "later": later,
+                "blank": blank,
                 "offered": offered,
                 "right": right,
                 "sent": [prefill_sent, sorted(prefill.sent)],
@@ -167,7 +207,8 @@ def main() -> None:
             }
         )
     )
-    for side in (decode, prefill):
+    stores = Side("kv_both", 16, host=1 << 20, staging=1 << 20)
+    for side in (decode, prefill, stores):
         side.worker.shutdown()
 
 

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A hand-over before an engine's first step, so that its first real one stalls no request.
+
+The other side of a rehearsal is a second `Handover` of this process, over a few blocks of scratch
+memory. So the rehearsal needs no other engine, and passes through the same channels, threads,
+modules and kernels as a real hand-over. What only the real peer has is left: its handshake, and the
+mapping of its memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import product
+from secrets import token_bytes
+from typing import NamedTuple, TypeVar
+
+import torch
+from msgspec import structs
+
+from portakv.copy import copy_rows
+from portakv.copy.options import Overlap
+from portakv.errors import PortaKVError, TransferTimeout, Unsupported
+from portakv.layout.language import Factor, Layout
+from portakv.migrate import Shard, Ticket, shared_empty
+from portakv.migrate.described import Regions, describe, rebuild
+from portakv.migrate.issue import LONG
+from portakv.migrate.messages import Described, EndNamed, Kind
+from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.serving.handover import Handover
+from portakv.serving.handover_terms import HandoverTerms
+from portakv.serving.plan import Handovers, OfferJob, PullJob
+from portakv.serving.tickets import NAME
+from portakv.view import Index, KVView
+from portakv.view.bound import reach
+
+_log = RateLimitedLog(logging.getLogger(__name__))
+Result = TypeVar("Result")
+#: Tokens of a block that another engine may have: those that vLLM chooses by itself.
+SIZES = (16, 32, 64, 128)
+#: How a pull shares the device: with a model, and alone.
+OVERLAPS: tuple[Overlap, ...] = ("compute", "idle")
+#: Seconds for a rehearsal, and between two looks at it.
+PATIENCE = 30.0
+PAUSE = 5e-4
+#: Bytes between the starts of two scratch tensors: more than the widest vector of a kernel.
+APART = 256
+
+
+def rehearse(handover: Handover) -> None:
+    """Hand rows of a worker's caches over to scratch memory, and pull them back.
+
+    The caches keep their bytes. A failure is no error of the engine: the log has a line, and the
+    first hand-over takes longer.
+
+    Args:
+        handover: of a worker whose caches nothing uses yet.
+    """
+    try:
+        _read_all_forms(handover)
+        for expose in _exposures(handover.terms):
+            _hand_over_and_back(handover, expose)
+    except (PortaKVError, RuntimeError) as error:  # also without memory of the device
+        _log.warning("rehearse", "The first hand-over of an engine will be slow: %s", error)
+
+
+def _exposures(terms: HandoverTerms) -> list[str]:
+    """Return how the rows of other engines may come: engines of other hosts map no memory."""
+    if terms.address is None:
+        return [terms.expose]
+    return list(dict.fromkeys([terms.expose, "staging"]))
+
+
+class _Side(NamedTuple):
+    """One side of a rehearsal, and the blocks that it uses, which are its first ones."""
+
+    handover: Handover
+    shards: Sequence[Shard]
+
+    def blocks(self, tokens: int) -> tuple[tuple[int, ...], ...]:
+        """Return the blocks of each shard for so many tokens."""
+        sizes = [shard.view.block_size or 1 for shard in self.shards]
+        return tuple(tuple(range(-(-tokens // size))) for size in sizes)
+
+
+def _hand_over_and_back(handover: Handover, expose: str) -> None:
+    """Hand the rows of the first blocks over to scratch memory, and pull them from there."""
+    own = handover.shards
+    counts = [*_counts(own)]
+    scratch = [_scratch_like(shard, shard.view.block_size or 1, max(counts)) for shard in own]
+    terms = handover.terms
+    address = None
+    if terms.address is not None:
+        address = f"{terms.address.rpartition(':')[0]}:0"
+    peer = Handover(
+        scratch,
+        handover.model,
+        replace(terms, expose=expose),
+        offers=handover.reader is not None,
+        pulls=handover.owner is not None,
+        address=address,
+    )
+    here = _Side(handover, own)
+    there = _Side(peer, scratch)
+    try:
+        for tokens in counts:
+            _copy(own, scratch, tokens)
+            for idle in (False, True):
+                if handover.owner is not None:
+                    _hand_over(here, there, tokens, idle)
+                if handover.reader is not None:
+                    _hand_over(there, here, tokens, idle)
+    finally:
+        peer.close()
+        _end_all(handover)
+
+
+def _counts(shards: Sequence[Shard]) -> Iterator[int]:
+    """Yield how many tokens are handed over: more than one block, and more bytes than the caller of
+    a pull copies itself on the host. The last block of each is not full."""
+    slots = min(shard.view.slots for shard in shards)
+    size = max(shard.view.block_size or 1 for shard in shards)
+    yield min(slots, size + 1)
+    of_token = min(_token_bytes(shard.view) for shard in shards)
+    long = LONG // of_token + 2
+    if size + 1 < long <= slots:
+        yield long
+
+
+def _token_bytes(view: KVView) -> int:
+    return max(1, view.layers * view.heads * sum(view.widths))
+
+
+def _hand_over(src: _Side, dst: _Side, tokens: int, idle: bool) -> None:
+    """Offer rows of the first blocks of one side, pull them into those of the other side, and end
+    the offer, by the calls that a worker makes in its steps.
+
+    ``idle``: of an engine that does nothing else.
+    """
+    owner = src.handover.owner
+    assert owner is not None
+    endpoint = src.handover.endpoint
+    assert endpoint is not None
+    name = token_bytes(NAME)
+    ticket = Ticket.of(endpoint.address, endpoint.epoch, name)
+    offer = OfferJob("rehearsal", name, tokens, src.blocks(tokens), PATIENCE)
+    src.handover.begin(Handovers(offers=(offer,)))
+    pull = PullJob(0, "rehearsal", (ticket,), 0, tokens, dst.blocks(tokens))
+    dst.handover.begin(Handovers(pulls=(pull,)), idle)
+    landed = _await(dst.handover.ended_pulls, "the end of a pull")
+    dst.handover.tell((ticket,), EndNamed)
+    _await(src.handover.ended_offers, "the end of an offer")
+    if not all(ended for _, ended in landed):
+        raise TransferTimeout("Expected the rows of a rehearsal, got none. See the lines above.")
+
+
+def _end_all(handover: Handover) -> None:
+    """End what a rehearsal that has failed has left, so that the engine sees nothing of it."""
+    if handover.owner is not None and handover.lending:
+        handover.owner.revoke_all()
+
+    def ended() -> bool:
+        handover.ended_pulls()
+        handover.ended_offers()
+        return not handover.busy
+
+    _await(ended, "the ends of offers and pulls")
+
+
+def _await(happened: Callable[[], Result], what: str) -> Result:
+    """Return the first result that is not empty; raise `TransferTimeout` after `PATIENCE`."""
+    until = time.monotonic() + PATIENCE
+    while not (result := happened()):
+        if time.monotonic() > until:
+            raise TransferTimeout(f"Expected {what} within {PATIENCE:g} s, got none.")
+        time.sleep(PAUSE)
+    return result
+
+
+def _read_all_forms(handover: Handover) -> None:
+    """Copy rows as pulls of mapped memory do: a kernel is built for each size of the other engine's
+    blocks, and another one reads memory of another device while a model runs."""
+    if handover.reader is None:
+        return
+    for shard in handover.shards:
+        view = shard.view
+        own = view.block_size
+        if own is None or view.layout.opaque:
+            continue
+        others = SIZES if _alone(view.layout, "token") is not None else ()
+        for size in dict.fromkeys([own, *others]):
+            tokens = max(own, size) + 1  # a block of either size is whole, and another one is not
+            if tokens > view.slots:
+                continue
+            (scratch,) = _copy([shard], [_scratch_like(shard, size, tokens)], tokens)
+            sources = [scratch.view]
+            if view.device.type != "cpu":
+                sources.append(scratch.view.as_peer(view.device))
+            for src, overlap in product(sources, OVERLAPS):
+                src_index = Index.of([*range(-(-tokens // size))], size)
+                dst_index = Index.of([*range(-(-tokens // own))], own)
+                with suppress(Unsupported):  # nothing here reads memory of another device
+                    copied = copy_rows(
+                        src, view, src_index, dst_index, count=tokens, overlap=overlap
+                    )
+                    copied.synchronize()
+
+
+def _copy(src: Sequence[Shard], dst: Sequence[Shard], tokens: int) -> Sequence[Shard]:
+    """Copy the rows of the first tokens, and return the destination."""
+    for one, other in zip(src, dst, strict=True):
+        copy_rows(one.view, other.view, count=tokens).synchronize()
+    return dst
+
+
+def _scratch_like(shard: Shard, size: int, tokens: int) -> Shard:
+    """Return a shard of the same rows over new memory, with blocks of ``size`` tokens for so many
+    tokens. With the shard's own size a block has the same strides."""
+    described = describe(shard, Regions())
+    layout = shard.view.layout
+    blocks = -(-tokens // size)
+    kinds = tuple(
+        _resized(kind, layout, shard.view.block_size or size, size, blocks)
+        for kind in described.kinds
+    )
+    places = list[tuple[int, int, int]]()
+    nbytes = 0
+    for _, _, kind in described.places:
+        places.append((0, nbytes, kind))
+        nbytes += -(-_reach(kinds[kind]) // APART) * APART
+    device = shard.view.device
+    if device.type == "cpu":
+        region = shared_empty(nbytes, torch.uint8)
+    else:
+        region = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    block_size = size if described.block_size else 0
+    changed: Described = structs.replace(
+        described, kinds=kinds, places=tuple(places), block_size=block_size
+    )
+    return rebuild(changed, [region])
+
+
+def _reach(kind: Kind) -> int:
+    """Return the bytes from the first element of a tensor to past the last one."""
+    name, shape, strides = kind
+    dtype: torch.dtype = getattr(torch, name)
+    return reach(shape, strides) * dtype.itemsize
+
+
+def _resized(kind: Kind, layout: Layout, own: int, size: int, blocks: int) -> Kind:
+    """Return the kind of a tensor with other blocks: their size and their number."""
+    name, shape, strides = kind
+    extents = [*shape]
+    at = _alone(layout, "block")
+    if at is None:
+        # One dimension has all slots.
+        (at,) = [n for n, group in enumerate(layout.dims) if Factor("block") in group.factors]
+        extents[at] = blocks * size
+    else:
+        extents[at] = blocks
+    if size == own:
+        return name, tuple(extents), strides
+    token = _alone(layout, "token")
+    if token is not None:
+        extents[token] = size
+    order = sorted(range(len(extents)), key=lambda n: -strides[n])
+    dense = [0] * len(extents)
+    step = 1
+    for n in reversed(order):
+        dense[n] = step
+        step *= extents[n]
+    return name, tuple(extents), tuple(dense)
+
+
+def _alone(layout: Layout, axis: str) -> int | None:
+    """Return the dimension of a tensor that is this axis alone; None if there is none."""
+    for number, group in enumerate(layout.dims):
+        if group.factors == (Factor(axis),):
+            return number
+    return None

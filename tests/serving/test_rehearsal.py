@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A hand-over before an engine's first step: the caches keep their bytes, and nothing is left."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from portakv import KVView, copy_rows
+from portakv.migrate import Shard, shared_empty
+from portakv.serving import rehearsal
+from portakv.serving.handover import Handover
+from portakv.serving.handover_terms import HandoverTerms
+from portakv.serving.rehearsal import rehearse
+
+LAYERS = 3
+HEADS = 2
+DIM = 8
+BLOCKS = 40
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as made:
+        yield made
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    """Return shared memory with different numbers."""
+    memory = shared_empty(shape, torch.int32)
+    memory.copy_(torch.arange(memory.numel(), dtype=torch.int32, device="cpu").view(shape))
+    return memory
+
+
+def keys_by_dim(size: int) -> tuple[torch.Tensor, Shard]:
+    """Return a cache whose keys lie as [dim, token] in a block, as vLLM's on a CPU do."""
+    memory = drawn(LAYERS, BLOCKS, HEADS, 2, size * DIM)
+    pairs = [
+        [
+            layer[:, :, 0].view(BLOCKS, HEADS, DIM, size).transpose(2, 3),
+            layer[:, :, 1].view(BLOCKS, HEADS, size, DIM),
+        ]
+        for layer in memory
+    ]
+    return memory, Shard(KVView(pairs, "layer kv | block head token dim"))
+
+
+def fused(size: int) -> tuple[torch.Tensor, Shard]:
+    """Return one of two ranks' heads, whose keys and values lie side by side."""
+    memory = drawn(LAYERS, BLOCKS, HEADS, size, 2 * DIM)
+    view = KVView([*memory], "layer | block head token (kv dim)", kv=2, dim=(DIM, DIM))
+    return memory, Shard(view, heads=(0, HEADS, 2 * HEADS))
+
+
+def latent(size: int) -> tuple[torch.Tensor, Shard]:
+    """Return the rows of one of two stages of a model with MLA."""
+    memory = drawn(LAYERS, BLOCKS, size, DIM)
+    view = KVView([*memory], "layer | block token dim")
+    return memory, Shard(view, layers=(0, LAYERS, 2 * LAYERS))
+
+
+def slots(size: int) -> tuple[torch.Tensor, Shard]:
+    """Return a cache whose blocks and tokens are one dimension."""
+    memory = drawn(2, LAYERS, BLOCKS * size, HEADS, DIM)
+    view = KVView([[*kv] for kv in memory], "kv layer | (block token) head dim", block_size=size)
+    return memory, Shard(view)
+
+
+CACHES = {"keys by dim": keys_by_dim, "fused": fused, "latent": latent, "slots": slots}
+ROLES = {
+    "offers": {"offers": True, "pulls": False},
+    "pulls": {"offers": False, "pulls": True},
+    "both": {"offers": True, "pulls": True},
+}
+
+
+def check_quiet(handover: Handover) -> None:
+    """Check that an engine sees nothing of a rehearsal."""
+    assert not handover.busy
+    assert handover.ended_pulls() == []
+    assert handover.ended_offers() == []
+    assert handover.lending == set()
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("size", [16, 48])
+@pytest.mark.parametrize("cache", CACHES)
+def test_the_caches_keep_their_bytes(
+    stack: ExitStack, caplog: pytest.LogCaptureFixture, cache: str, size: int, role: str
+) -> None:
+    """Rows are handed over in both directions of the engine's role, and nothing is left."""
+    memory, shard = CACHES[cache](size)
+    before = memory.clone()
+    handover = Handover([shard], "m", HandoverTerms(), **ROLES[role])
+    stack.callback(handover.close)
+    with caplog.at_level(logging.WARNING):
+        rehearse(handover)
+    assert caplog.text == ""
+    assert torch.equal(memory, before)
+    check_quiet(handover)
+    if handover.owner is not None:
+        assert handover.owner.counts["taken"] == handover.owner.counts["offered"] > 0
+    if handover.reader is not None:
+        ends = handover.reader.statistics()
+        assert ends["committed"] > 0
+        assert ends["failed"] == ends["pulls"] == 0
+
+
+def test_the_caches_of_a_device_keep_their_bytes(
+    stack: ExitStack, caplog: pytest.LogCaptureFixture, accelerator: torch.device
+) -> None:
+    """Also where this process's own memory is read as another device's."""
+    drawn_there = [layer.to(accelerator) for layer in drawn(LAYERS, BLOCKS, 16, HEADS, DIM)]
+    before = [layer.clone() for layer in drawn_there]
+    shard = Shard(KVView(drawn_there, "layer | block token head dim"))
+    handover = Handover([shard], "m", HandoverTerms())
+    stack.callback(handover.close)
+    with caplog.at_level(logging.WARNING):
+        rehearse(handover)
+    assert "The first hand-over" not in caplog.text
+    assert all(map(torch.equal, drawn_there, before))
+    check_quiet(handover)
+    if accelerator.type == "cuda":
+        assert handover.reader is not None
+        assert [x["strategy"] for x in handover.reader.figures()["pull_bytes_total"]] == ["mapped"]
+
+
+@pytest.mark.parametrize("size", [16, 48])
+def test_rows_come_from_blocks_of_all_sizes(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """A kernel is built for two sizes: the engine's, and that of the other engine."""
+    copied = set[tuple[int | None, int | None, str]]()
+
+    def noted(src: KVView, dst: KVView, *ids: Any, **terms: Any) -> Any:
+        if ids:
+            copied.add((src.block_size, dst.block_size, terms["overlap"]))
+        return copy_rows(src, dst, *ids, **terms)
+
+    monkeypatch.setattr(rehearsal, "copy_rows", noted)
+    memory, shard = fused(size)
+    before = memory.clone()
+    handover = Handover([shard], "m", HandoverTerms(), offers=False)
+    stack.callback(handover.close)
+    rehearse(handover)
+    sizes = {16, 32, 64, 128, size}
+    assert copied == {(other, size, how) for other in sizes for how in ("compute", "idle")}
+    assert torch.equal(memory, before)
+
+
+def test_an_engine_with_an_address_also_sends_rows(stack: ExitStack, tmp_path: Path) -> None:
+    """Engines of other hosts map no memory; rows cross encrypted, on a port of its own."""
+    secret = tmp_path / "secret"
+    secret.write_text("f" * 64)
+    secret.chmod(0o600)
+    terms = HandoverTerms(address="tcp://127.0.0.1:0", secret_file=str(secret))
+    memory, shard = fused(16)
+    before = memory.clone()
+    handover = Handover([shard], "m", terms, address=terms.address)
+    stack.callback(handover.close)
+    rehearse(handover)
+    assert torch.equal(memory, before)
+    check_quiet(handover)
+    assert handover.reader is not None
+    crossed = {sample["strategy"] for sample in handover.reader.figures()["pull_bytes_total"]}
+    assert "mapped" in crossed
+    assert len(crossed) == 2
+
+
+def test_a_rehearsal_that_fails_is_a_line_in_the_log(
+    stack: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory, shard = fused(16)
+    before = memory.clone()
+    handover = Handover([shard], "m", HandoverTerms(), pulls=False)
+    stack.callback(handover.close)
+    assert handover.owner is not None
+    handover.owner.close()
+    with caplog.at_level(logging.WARNING):
+        rehearse(handover)
+    assert "The first hand-over of an engine will be slow: " in caplog.text
+    assert torch.equal(memory, before)
+    check_quiet(handover)
