@@ -278,6 +278,7 @@ class WorkerStore:
             leads=worker == 0,
         )
         rehearse(self.handover)
+        self.handover.meet()
 
     def wait(self, timeout: float) -> bool:
         """Wait until blocks can be saved and loaded, at most so many seconds; return whether they

@@ -10,10 +10,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from threading import Event
 from typing import NamedTuple
 
 from portakv.copy.options import Overlap
-from portakv.errors import PortaKVError
+from portakv.errors import PeerError, PortaKVError, TransferTimeout
 from portakv.graph import Graph, Task
 from portakv.migrate import Channel, Owner, Pull, Reader, Shard, Ticket
 from portakv.migrate.messages import (
@@ -41,6 +42,8 @@ LOOK = 0.02
 SENDING = 1.0
 #: Messages to engines that are sent together.
 WIDTH = 4
+#: Seconds between two attempts to connect to an engine that does not listen yet.
+AGAIN = 1.0
 #: Seconds without a message to an engine that did not take one, so that it delays no other.
 GONE = 2.0
 
@@ -101,6 +104,7 @@ class Handover:
         self.pulling = list[_Pulling]()
         self._ends = Counter[str]()
         self._looked = 0.0
+        self._closing = Event()
         self._gone: Bounded[str, float] = Bounded("engines that take no message", 1024)
         self.owner: Owner | None = None
         self.reader: Reader | None = None
@@ -182,8 +186,41 @@ class Handover:
         self._ends.clear()
         return ended
 
+    def meet(self) -> None:
+        """Connect to the workers in ``terms.peers`` as soon as each listens, in a worker.
+
+        A first pull of one of them then waits for no handshake, and maps no memory. The log has a
+        line about a worker whose rows this engine can never take.
+        """
+        if self.reader is None or not self.terms.peers:
+            return
+        queue = self._graph.queue("peers", width=1)
+        self._graph.submit([Task(self._meet_all, 1, queue=queue, name="peers")])
+
+    def _meet_all(self, *_: object) -> None:
+        """Connect to all workers; until each has answered, ask again."""
+        assert self.reader is not None
+        left = list(self.terms.peers)
+        while left:
+            absent = list[str]()
+            try:
+                attempts = [(peer, self.reader.prepare(peer)) for peer in left]
+            except PortaKVError:
+                return  # the reader is closed
+            for peer, attempt in attempts:
+                try:
+                    attempt.synchronize()
+                except (PeerError, TransferTimeout):
+                    absent.append(peer)
+                except PortaKVError as error:
+                    _log.warning("peer", "No rows of %s will be taken: %s", peer, error)
+            left = absent
+            if self._closing.wait(AGAIN if left else 0.0):
+                return
+
     def close(self) -> None:
         """End all offers and pulls."""
+        self._closing.set()
         for each in (self.reader, self.owner):
             if each is not None:
                 each.close()

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from portakv.arguments import number, one_of, rate, seconds, text, whole
 from portakv.errors import InvalidTerms
-from portakv.migrate.address import check_address, too_short
+from portakv.migrate.address import NUMERIC, check_address, too_short
 from portakv.runtime.rate_limited_log import RateLimitedLog
 
 _log = RateLimitedLog(logging.getLogger(__name__))
@@ -46,6 +46,8 @@ class HandoverTerms:
         max_gbps: the most 10^9 bytes in a second that each request takes; None: no limit.
         expose: "mapped": engines of this host map this engine's caches; "staging": they get copies.
         transport: for rows that are not mapped; None: the first that runs.
+        peers: the addresses of workers of prefill engines, to which a decode engine connects when
+            it starts, and not in its first hand-over.
 
     Raises `InvalidTerms` for values that a term cannot have.
     """
@@ -57,6 +59,7 @@ class HandoverTerms:
     max_gbps: float | None = None
     expose: Literal["mapped", "staging"] = "mapped"
     transport: str | None = None
+    peers: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_address(self.address, secret=True)
@@ -74,6 +77,27 @@ class HandoverTerms:
         one_of("expose", self.expose, ("mapped", "staging"))
         if self.transport is not None:
             text("transport", self.transport)
+        self._check_peers()
+
+    def _check_peers(self) -> None:
+        """Raise `InvalidTerms` unless ``peers`` are addresses at which workers may listen."""
+        if isinstance(self.peers, str) or not isinstance(self.peers, Sequence):
+            raise InvalidTerms(
+                f"Expected peers to be a list of addresses, got {self.peers!r}. Pass one such as "
+                f"['tcp://10.0.0.1:5600']."
+            )
+        for peer in self.peers:
+            check_address(text("peers", peer), secret=True)
+            if peer.endswith(":0") or NUMERIC.fullmatch(peer) is None:
+                raise InvalidTerms(
+                    f"Expected each of peers to be a numeric address with a port, got {peer!r}. "
+                    f"Pass one such as 'tcp://10.0.0.1:5600'."
+                )
+        if self.peers and self.secret_file is None:
+            raise InvalidTerms(
+                "Expected secret_file with peers, got none. Name the file with the secret of these "
+                "engines, as TCP connections are always encrypted."
+            )
 
     @classmethod
     def of(cls, terms: object) -> HandoverTerms:

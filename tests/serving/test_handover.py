@@ -18,6 +18,7 @@ from support.migrate_channels import until
 from support.migrate_pulls import Clock
 
 from portakv import KVView
+from portakv.errors import InvalidTerms
 from portakv.migrate import Shard, Ticket, messages, shared_empty
 from portakv.serving import GroupCache, Hand, Plan, Report
 from portakv.serving.handover import Handover
@@ -450,3 +451,49 @@ def test_an_engine_that_hangs_delays_no_message_to_another(
     dst.step(Handovers(renewals=tuple(Renewal((other,), LEASE) for other in others)))
     dst.step(Handovers(released=(src.ticket(name),)))
     assert until(lambda: bool(src.step().freed), 4.0)
+
+
+def terms_of(tmp_path: Path, address: str = "tcp://127.0.0.1:0", **terms: Any) -> HandoverTerms:
+    """Return terms of an engine that listens at an address."""
+    secret = tmp_path / "secret"
+    if not secret.exists():
+        secret.write_text("of both sides, 16 bytes or more")
+        secret.chmod(0o600)
+    return HandoverTerms(address=address, secret_file=str(secret), **terms)
+
+
+def test_a_decode_engine_connects_to_its_peers_before_the_first_pull(
+    sides: ExitStack, tmp_path: Path
+) -> None:
+    """Also to one that does not listen yet, and not to one whose rows it can never take."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        free = listener.getsockname()[1]
+    late = f"tcp://127.0.0.1:{free}"
+    src = made(sides, 8, 16, handing=terms_of(tmp_path), pulls=False)
+    other = made(sides, 8, 16, handing=terms_of(tmp_path), model="x")
+    ends = [side.handover.endpoint for side in (src, other)]
+    peers = [end.address for end in ends if end is not None]
+    handing = terms_of(tmp_path, peers=[*peers, late])
+    dst = made(sides, 8, 16, handing=handing, offers=False)
+    reader = dst.handover.reader
+    assert reader is not None
+    assert reader.statistics()["owners"] == 0
+    dst.handover.meet()
+    assert until(lambda: reader.statistics()["owners"] == 1, LIMIT)
+    made(sides, 8, 16, handing=terms_of(tmp_path, late), pulls=False)
+    assert until(lambda: reader.statistics()["owners"] == 2, LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("terms", "why"),
+    [
+        ({"peers": "tcp://10.0.0.1:5600"}, "list of addresses, got 'tcp"),
+        ({"peers": ["tcp://10.0.0.1:0"]}, "numeric address with a port, got 'tcp://10.0.0.1:0'"),
+        ({"peers": ["tcp://eth0:5600"]}, "numeric address with a port, got 'tcp://eth0:5600'"),
+        ({"peers": [5600]}, "Expected peers to be"),
+        ({"peers": ["tcp://10.0.0.1:5600"]}, "Expected secret_file with peers"),
+    ],
+)
+def test_peers_are_addresses(terms: dict[str, Any], why: str) -> None:
+    with pytest.raises(InvalidTerms, match=why):
+        HandoverTerms.of(terms)
