@@ -284,7 +284,7 @@ ENGINE = {
         "engine.computed",
         "{token}",
         "",
-        "tokens of prompts that the engine has computed: neither its cache nor the store had them",
+        "tokens that a request had to compute: neither the engine's cache nor the store had them",
     ),
     "loads": _counter("engine_loads_total", "engine.loads", "{load}", "", "loads of requests"),
     "failed_loads": _counter(

@@ -109,7 +109,6 @@ class _Request:
         forgotten: its keys name blocks that must not be stored any more.
         queried: when an index was first queried that has yet to answer.
         answered: the latest answer of the index.
-        prompt: the tokens of the prompt.
     """
 
     name: str
@@ -129,7 +128,6 @@ class _Request:
     ended: bool = False
     forgotten: bool = False
     about: object = None
-    prompt: int = 0
 
     def keys(self, count: int) -> list[bytes]:
         """Return the keys of the first so many stored blocks, whose tokens are there."""
@@ -270,7 +268,6 @@ class Ledger:
         chain = KeyChain(self._size, self._keys.generation + salt)
         blocks = [list[int]() for _ in self._groups]
         state = _Request(request, tokens, chain, extra or {}, blocks, about=about, remote=remote)
-        state.prompt = len(tokens)
         self._requests[request] = state
         if remote is not None:
             self._tickets.expect(request, remote)
@@ -332,6 +329,10 @@ class Ledger:
         self.counts["loads"] += 1
         self.counts["promised"] += tokens
 
+    def note_computed(self, tokens: int) -> None:
+        """Count tokens that the scheduler has found nowhere, so that the engine computes them."""
+        self.counts["computed"] += tokens
+
     def scheduled(
         self, request: str, computed: int, until: int, blocks: Blocks = (), replaced: bool = False
     ) -> None:
@@ -344,11 +345,7 @@ class Ledger:
             replaced: these are all its blocks.
         """
         state = self._requests.get(request)
-        if state is None:
-            return
-        if computed < state.prompt:
-            self.counts["computed"] += min(until, state.prompt) - computed
-        if state.forgotten:
+        if state is None or state.forgotten:
             return
         for ids, new in zip(state.blocks, blocks, strict=False):
             if replaced:

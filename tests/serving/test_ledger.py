@@ -176,28 +176,6 @@ def test_a_waiting_request_is_not_looked_up_again() -> None:
     assert ledger.leading("a", 8) == 0
 
 
-def test_tokens_that_were_found_nowhere_are_counted() -> None:
-    """Those of prompts alone, and again those that a preempted request computes again."""
-    keys = prefix_keys(TOKENS[:40], 8)
-    ledger = Ledger(8, [Group(4)], 1, Known(keys[:2]))
-    tokens = [*TOKENS[:40]]
-    ledger.add("a", tokens)
-    assert ledger.leading("a", 8) == 8
-    ledger.allocated("a", 8, 8, ((*range(10),),))
-    ledger.scheduled("a", 16, 30, ((*range(10),),), replaced=True)
-    assert ledger.statistics()["computed"] == 14
-    tokens += [1, 2]
-    ledger.scheduled("a", 30, 40)
-    for generated in range(40, 42):
-        ledger.scheduled("a", generated, generated + 1)
-    assert ledger.statistics()["computed"] == 24
-    ledger.preempted("a")
-    ledger.scheduled("a", 24, 42, ((*range(20),),), replaced=True)
-    assert ledger.statistics()["computed"] == 40
-    ledger.scheduled("unknown", 0, 10)
-    assert ledger.statistics()["computed"] == 40
-
-
 def test_blocks_of_a_window_are_held_while_a_save_reads_them() -> None:
     held = list[int]()
 
