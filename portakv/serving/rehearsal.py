@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from secrets import token_bytes
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 from portakv.copy import copy_rows
 from portakv.copy.options import Overlap
@@ -33,6 +33,7 @@ from portakv.view import Index, KVView
 
 _log = RateLimitedLog(logging.getLogger(__name__))
 Result = TypeVar("Result")
+Expose: TypeAlias = Literal["mapped", "staging"]
 #: Tokens of a block that another engine may have: those that vLLM chooses by itself.
 SIZES = (16, 32, 64, 128)
 #: How a pull shares the device: with a model, and alone.
@@ -59,11 +60,11 @@ def rehearse(handover: Handover) -> None:
         _log.warning("rehearse", "The first hand-over of an engine will be slow: %s", error)
 
 
-def _exposures(terms: HandoverTerms) -> list[str]:
+def _exposures(terms: HandoverTerms) -> list[Expose]:
     """Return how the rows of other engines may come: engines of other hosts map no memory."""
-    if terms.address is None:
+    if terms.address is None or terms.expose == "staging":
         return [terms.expose]
-    return list(dict.fromkeys([terms.expose, "staging"]))
+    return [terms.expose, "staging"]
 
 
 def _shards_of(handover: Handover) -> Sequence[Shard]:
@@ -85,7 +86,7 @@ class _Side(NamedTuple):
         return tuple(tuple(range(-(-tokens // size))) for size in sizes)
 
 
-def _hand_over_and_back(handover: Handover, expose: str) -> None:
+def _hand_over_and_back(handover: Handover, expose: Expose) -> None:
     """Hand the rows of the first blocks over to scratch memory, and pull them from there."""
     own = _shards_of(handover)
     counts = [*_counts(own)]

@@ -120,13 +120,14 @@ class Firsts:
     def __init__(self) -> None:
         self._modules = {*sys.modules}
         self._threads = list[str]()
-        start = threading.Thread.start
+        kind: Any = threading.Thread
+        start = kind.start
 
         def noted(thread: threading.Thread) -> None:
             self._threads.append(thread.name)
             start(thread)
 
-        threading.Thread.start = noted  # type: ignore[method-assign]
+        kind.start = noted
 
     def take(self) -> list[str]:
         """Return what is new since the last call."""

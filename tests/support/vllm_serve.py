@@ -21,7 +21,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -166,9 +165,11 @@ class Serve(Running):
         """Wait until the server answers."""
 
         def answers() -> bool:
-            with suppress(OSError, urllib.error.URLError):
-                return urllib.request.urlopen(f"{self.url}/health", timeout=10).status == 200
-            return False
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=10).close()
+            except OSError:  # it does not listen yet
+                return False
+            return True
 
         self.until(answers, "an answer of the server")
 
