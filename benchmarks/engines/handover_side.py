@@ -197,13 +197,14 @@ class Seen:
         self._modules = set[str]()
         self._threads = set[str]()
         self._kernels = list[str]()
-        load = LoadedKernels._load
+        made: Any = LoadedKernels
+        load = made._load
 
-        def noted(kernels: LoadedKernels, kernel: Any) -> Any:
+        def noted(kernels: Any, kernel: Any) -> Any:
             self._kernels.append(type(kernel).__name__)
             return load(kernels, kernel)
 
-        LoadedKernels._load = noted  # type: ignore[method-assign]
+        made._load = noted
 
     def note(self) -> None:
         """Take what is here now as known."""

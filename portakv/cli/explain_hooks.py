@@ -14,7 +14,7 @@ from urllib.request import urlopen
 from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.cli.sides import in_time
 from portakv.errors import InvalidTerms, PortaKVError
-from portakv.serving.costs import LIMIT
+from portakv.serving.costs import BOUNDS, LIMIT
 
 #: Seconds to wait for the engine's answer, and its bytes at most.
 PATIENCE = 10.0
@@ -58,19 +58,22 @@ def print_hooks(url: str, as_json: bool) -> int:
     does not answer, or whose engine has no connector of PortaKV.
     """
     url = _metrics_of(url)
-    steps, costs = costs_in(_read(url))
+    text = _read(url)
+    steps, costs = costs_in(text)
     if not costs:
         raise PortaKVError(
             f"Expected an engine with PortaKVConnector at {url}, got metrics without its counters. "
             f"They come with the first step of the engine: send it a request, or start it with "
             f"--kv-transfer-config."
         )
+    medians = medians_in(text)
     idle = sum(cost.idle or 0.0 for cost in costs)
     measured = any(cost.idle is not None for cost in costs)
     if as_json:
         hooks = [cost._asdict() for cost in costs]
         seconds = idle if measured else None
-        print_json({"url": url, "limit": LIMIT, "idle": seconds, "steps": steps, "hooks": hooks})
+        about = {"url": url, "limit": LIMIT, "idle": seconds, "idle_medians": medians}
+        print_json({**about, "steps": steps, "hooks": hooks})
         return 0
     columns = [Column("hook", whole=True), Column("side")]
     columns += [Column("a step without work", right=True), Column("a step", right=True)]
@@ -84,7 +87,16 @@ def print_hooks(url: str, as_json: bool) -> int:
         verdict = "within" if idle <= LIMIT else "more than"
         limit = in_time(LIMIT)
         print_prose(f"A step without work costs {total}, {verdict} the limit of {limit}.")
-    print_prose("Means since the engine has started: of its scheduler, and of a worker.")
+    print_prose(
+        "Means since the engine has started: of its scheduler, and of a worker. They include the "
+        "time in which other processes had the core, so a busy machine has longer ones."
+    )
+    if medians:
+        parts = " and ".join(f"{in_time(x)} ({side})" for side, x in medians.items())
+        print_prose(
+            f"The median of steps without work is about {parts}, estimated from counts of steps "
+            f"within some times."
+        )
     return 0
 
 
@@ -125,6 +137,36 @@ def _samples(text: str) -> Iterator[_Sample]:
         found = SAMPLE.match(line)
         if found:
             yield _Sample(found[1], dict(LABEL.findall(found[2] or "")), float(found[3]))
+
+
+def medians_in(text: str) -> dict[str, float]:
+    """Return an estimate of the median seconds of steps without work, by side: of all engines of a
+    server, on a line between the ends of the bucket that has the median.
+
+    A side whose median is longer than the longest bucket has the end of that one.
+    """
+    within = dict[str, dict[float, float]]()
+    steps = dict[str, float]()
+    for name, labels, value in _samples(text):
+        side = labels.get("side", "")
+        if name == "idle_steps_within" and "seconds" in labels:
+            of_side = within.setdefault(side, {})
+            bound = float(labels["seconds"])
+            of_side[bound] = of_side.get(bound, 0.0) + value
+        elif name == "idle_steps":
+            steps[side] = steps.get(side, 0.0) + value
+    medians = dict[str, float]()
+    for side, counts in sorted(within.items()):
+        half = steps.get(side, 0.0) / 2
+        before = 0.0
+        for bound, many in sorted(counts.items()):
+            medians[side] = bound
+            if many >= half > before:
+                start = max((each for each in BOUNDS if each < bound), default=0.0)
+                medians[side] = start + (bound - start) * (half - before) / (many - before)
+                break
+            before = many
+    return medians
 
 
 def costs_in(text: str) -> tuple[dict[str, dict[str, float]], list[HookCost]]:

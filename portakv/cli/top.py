@@ -295,7 +295,13 @@ def _others(grown: _Grown) -> list[Row]:
     for folder, many in grown.levels(["folder", "state"], "disk_slots").items():
         if folder.endswith(" broken") and many:
             rows.append(Row("disk", folder.removesuffix(" broken"), note=f"{many:g} broken slots"))
-    for what in ("promised_tokens", "landed_blocks", "stored_blocks", "failed_loads"):
+    for what in (
+        "promised_tokens",
+        "computed_tokens",
+        "landed_blocks",
+        "stored_blocks",
+        "failed_loads",
+    ):
         for name, each in grown.by([], f"engine_{what}_total").items():
             rows.append(Row("engine", f"{name} {what.replace('_', ' ')}".strip(), each=each))
     return rows

@@ -279,6 +279,13 @@ ENGINE = {
         "",
         "tokens that the scheduler was offered from the store",
     ),
+    "computed": _counter(
+        "engine_computed_tokens_total",
+        "engine.computed",
+        "{token}",
+        "",
+        "tokens that a request had to compute: neither the engine's cache nor the store had them",
+    ),
     "loads": _counter("engine_loads_total", "engine.loads", "{load}", "", "loads of requests"),
     "failed_loads": _counter(
         "engine_failed_loads_total",
@@ -377,6 +384,13 @@ ENGINE = {
         "{step}",
         "side",
         "steps without work for the connector",
+    ),
+    "idle_steps_within": _counter(
+        "engine_idle_steps_within_total",
+        "engine.idle_steps_within",
+        "{step}",
+        "side seconds",
+        "steps without work whose hooks took at most so many seconds together",
     ),
     "idle_hook_seconds": _counter(
         "engine_idle_hook_seconds_total",

@@ -17,7 +17,7 @@ from portakv.integrations import IntegrationError
 from portakv.integrations.vllm_handover import Handing, check_groups, roles_of
 from portakv.runtime.bounded import Bounded
 from portakv.serving import Group, check_group
-from portakv.serving.local import TOKENS, StoreTerms
+from portakv.serving.local import TOKENS, TOKENS_ON_CPU, StoreTerms
 from portakv.serving.plan import Blocks
 from portakv.serving.weights import checksum_if_here
 
@@ -135,7 +135,7 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
         check_stages(config, groups)
     try:
         store = StoreTerms.of(roles.store)
-        size = store.block_size or whole_blocks(groups)
+        size = store.block_size or whole_blocks(groups, _least_tokens(config, store, workers))
         if store.encoding is not None:
             size = packed_block(store, groups)
         for group in groups:
@@ -174,9 +174,19 @@ def schedules_ahead(config: Any) -> bool:
     return bool(getattr(getattr(config, "scheduler_config", None), "async_scheduling", False))
 
 
-def whole_blocks(groups: Sequence[Group]) -> int:
-    """Return the tokens of a stored block that whole blocks of all groups fill: at least `TOKENS`,
-    unless that is more than the window of a group.
+def _least_tokens(config: Any, store: StoreTerms, workers: Workers) -> int:
+    """Return the tokens that a stored block has at least, unless ``block_size`` says otherwise.
+
+    Engines that share a store have one number, whatever their own blocks are.
+    """
+    device = getattr(getattr(config, "device_config", None), "device_type", "")
+    alone = workers.local and not store.shared
+    return TOKENS_ON_CPU if device == "cpu" and alone else TOKENS
+
+
+def whole_blocks(groups: Sequence[Group], tokens: int | None = None) -> int:
+    """Return the tokens of a stored block that whole blocks of all groups fill: at least
+    ``tokens``, unless that is more than the window of a group. None: `TOKENS`.
 
     Raises `InvalidTerms` if only very large blocks would do.
     """
@@ -188,7 +198,7 @@ def whole_blocks(groups: Sequence[Group]) -> int:
             f"tokens, got none: whole blocks of all groups have {least}. Pass a multiple or a "
             f"divisor of each."
         )
-    size = least * -(-TOKENS // least)
+    size = least * -(-(tokens or TOKENS) // least)
     windows = [group.window for group in groups if group.window is not None]
     return size if size <= min(windows, default=size) else least
 

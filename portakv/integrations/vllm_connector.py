@@ -235,7 +235,12 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @measured
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        computed = self._computed.pop(request.request_id, 0)
+        computed = self._computed.pop(request.request_id, None)
+        if computed is None:  # its load has ended, and it was looked up before that
+            computed = 0
+        else:
+            found = computed + num_external_tokens
+            self.ledger.note_computed(len(request.all_token_ids) - found)
         ids = ids_of(blocks.get_block_ids())
         with parent_of(request) if self._settings.spans else nullcontext():
             self.ledger.allocated(request.request_id, computed, num_external_tokens, ids)

@@ -107,12 +107,13 @@ class PortaKVStats(KVConnectorStats):  # type: ignore[misc]
         return self
 
     def reduce(self) -> dict[str, float]:
-        """Return the figures of vLLM's log: of a counter with labels, the sum. Those of tiers are
-        left out, since their sums mix hits and misses."""
+        """Return the figures of vLLM's log: of a counter with labels, the sum. Those whose sums
+        mean nothing are left out: of tiers, which mix hits and misses, and of steps by their time.
+        """
         sums = dict[str, float]()
         for name, value in self.data.items():
             counter = name.partition("/")[0]
-            if counter in TIERS:
+            if counter in TIERS or counter == "idle_steps_within":
                 continue
             sums[counter] = sums.get(counter, 0) + value
         return {name: round(value, 6) for name, value in sums.items()}

@@ -19,8 +19,7 @@ from portakv.serving import Blocks, Keeper, KeeperClient, KeeperIndex, place_of
 from portakv.serving.handover import Handover
 from portakv.serving.local import GroupView, LocalIndex, forms_of, found_in, log_start
 from portakv.serving.no_store import NoBlocks, NoStore
-from portakv.serving.rehearsal import rehearse
-from portakv.serving.start import warm_up
+from portakv.serving.start import rehearse, warm_up
 from portakv.storage.form import Range
 
 _log = logging.getLogger(__name__)

@@ -18,12 +18,16 @@ import msgspec
 import torch
 
 from portakv.errors import LayoutError, PortaKVError
+from portakv.layout.language import Factor, Layout
 from portakv.layout.packing import Pack
+from portakv.migrate.ipc import shared_empty
 from portakv.migrate.messages import Described, Kind
 from portakv.migrate.shards import Shard
 from portakv.view import KVView
 from portakv.view.bound import reach
 
+#: Bytes between the starts of two scratch tensors: more than the widest vector of a kernel.
+APART = 256
 _NORESERVE = 0x4000  # Linux; not every Python's mmap has a name for it
 
 
@@ -172,3 +176,75 @@ def reserve(nbytes: int) -> torch.Tensor:
     if libc.mprotect(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.numel()), 0):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return tensor[:nbytes]
+
+
+def can_resize(shard: Shard) -> bool:
+    """Return whether `scratch_like` can make blocks of another size."""
+    return _alone(shard.view.layout, "token") is not None
+
+
+def scratch_like(shard: Shard, size: int, tokens: int) -> Shard:
+    """Return a shard of the same rows over new memory, with blocks of ``size`` tokens for so many
+    tokens. With the shard's own size a block has the same strides."""
+    described = describe(shard, Regions())
+    layout = shard.view.layout
+    blocks = -(-tokens // size)
+    kinds = tuple(
+        _resized(kind, layout, shard.view.block_size or size, size, blocks)
+        for kind in described.kinds
+    )
+    places = list[tuple[int, int, int]]()
+    nbytes = 0
+    for _, _, kind in described.places:
+        places.append((0, nbytes, kind))
+        nbytes += -(-_reach(kinds[kind]) // APART) * APART
+    device = shard.view.device
+    if device.type == "cpu":
+        region = shared_empty(nbytes, torch.uint8)
+    else:
+        region = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    block_size = size if described.block_size else 0
+    changed: Described = msgspec.structs.replace(
+        described, kinds=kinds, places=tuple(places), block_size=block_size
+    )
+    return rebuild(changed, [region])
+
+
+def _reach(kind: Kind) -> int:
+    """Return the bytes from the first element of a tensor to past the last one."""
+    name, shape, strides = kind
+    dtype: torch.dtype = getattr(torch, name)
+    return reach(shape, strides) * dtype.itemsize
+
+
+def _resized(kind: Kind, layout: Layout, own: int, size: int, blocks: int) -> Kind:
+    """Return the kind of a tensor with other blocks: their size and their number."""
+    name, shape, strides = kind
+    extents = [*shape]
+    at = _alone(layout, "block")
+    if at is None:
+        # One dimension has all slots.
+        (at,) = [n for n, group in enumerate(layout.dims) if Factor("block") in group.factors]
+        extents[at] = blocks * size
+    else:
+        extents[at] = blocks
+    if size == own:
+        return name, tuple(extents), strides
+    token = _alone(layout, "token")
+    if token is not None:
+        extents[token] = size
+    order = sorted(range(len(extents)), key=lambda n: -strides[n])
+    dense = [0] * len(extents)
+    step = 1
+    for n in reversed(order):
+        dense[n] = step
+        step *= extents[n]
+    return name, tuple(extents), tuple(dense)
+
+
+def _alone(layout: Layout, axis: str) -> int | None:
+    """Return the dimension of a tensor that is this axis alone; None if there is none."""
+    for number, group in enumerate(layout.dims):
+        if group.factors == (Factor(axis),):
+            return number
+    return None

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import statistics
 import time
+from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from functools import wraps
+from itertools import accumulate
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 #: The idle steps that a median is of.
 LATEST = 512
 #: Seconds that the hooks of both sides may take together in a step without work.
 LIMIT = 2e-4
+#: The upper ends of the seconds by which idle steps are counted, for an estimate of their median.
+BOUNDS = (5e-6, 1e-5, 2e-5, 3e-5, 5e-5, 7.5e-5, 1e-4, 1.5e-4, 2e-4, 5e-4, 1e-3, 1e-2)
 
 
 class Costs:
@@ -36,6 +40,7 @@ class Costs:
         self._idle_steps = 0
         self._idle_seconds = defaultdict[str, float](float)
         self._latest = deque[float](maxlen=LATEST)  # idle steps
+        self._within = [0] * (len(BOUNDS) + 1)  # idle steps by `BOUNDS`, and longer ones
 
     def step(self, idle: bool) -> None:
         """End a step. ``idle``: there was nothing to load, save, stop or report in it."""
@@ -43,7 +48,9 @@ class Costs:
         _add(self._idle_seconds if idle else self._busy_seconds, self.spent)
         if idle:
             self._idle_steps += 1
-            self._latest.append(sum(self.spent.values()))
+            seconds = sum(self.spent.values())
+            self._latest.append(seconds)
+            self._within[bisect_left(BOUNDS, seconds)] += 1
         self.spent.clear()
 
     def median(self) -> float:
@@ -53,15 +60,19 @@ class Costs:
     def statistics(self) -> dict[str, float]:
         """Return counts of steps and the seconds of each hook: in all steps, and in idle ones.
 
-        A name has the side after a slash, and then the hook.
+        A name has the side after a slash, and then the hook, or the most seconds of the steps.
         """
         side = self._side
         counts = {f"steps/{side}": self._steps, f"idle_steps/{side}": self._idle_steps}
         total = self._busy_seconds.copy()
         _add(total, self._idle_seconds)
         seconds = {f"hook_seconds/{side}/{hook}": x for hook, x in total.items()}
+        within = dict[str, int]()
+        for bound, many in zip(BOUNDS, accumulate(self._within), strict=False):
+            if many:
+                within[f"idle_steps_within/{side}/{bound:g}"] = many
         idle = {f"idle_hook_seconds/{side}/{hook}": x for hook, x in self._idle_seconds.items()}
-        return {**counts, **seconds, **idle}
+        return {**counts, **within, **seconds, **idle}
 
 
 def _add(totals: defaultdict[str, float], step: Mapping[str, float]) -> None:

@@ -72,7 +72,7 @@ class Handover:
         leads: this worker sends other engines renewals and releases; one of each engine does.
 
     Attributes:
-        shards, model, terms: as they were passed.
+        model, terms: as they were passed.
         owner: of the offers; None: this engine offers nothing.
         reader: of the pulls; None: this engine pulls nothing.
         pulling: the pulls that have not ended, or were not reported.
@@ -94,7 +94,6 @@ class Handover:
         address: str | None = None,
         leads: bool = True,
     ) -> None:
-        self.shards = shards
         self.model = model
         self.terms = terms
         self._leads = leads

@@ -329,6 +329,10 @@ class Ledger:
         self.counts["loads"] += 1
         self.counts["promised"] += tokens
 
+    def note_computed(self, tokens: int) -> None:
+        """Count tokens that the scheduler has found nowhere, so that the engine computes them."""
+        self.counts["computed"] += tokens
+
     def scheduled(
         self, request: str, computed: int, until: int, blocks: Blocks = (), replaced: bool = False
     ) -> None:

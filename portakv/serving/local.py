@@ -38,6 +38,11 @@ PAUSE = 0.1
 #: blocks of 64 tokens in place of 16 took half of what stores add to a new prompt of 16,391 tokens,
 #: and hits of 4,103 tokens came 5 % sooner (benchmarks/NOTES.md, section 44).
 TOKENS = 64
+#: The same for an engine on a CPU that has the store itself. There it costs more to compute the
+#: tokens after the last stored block than to store and load more blocks: with blocks of 32, a hit
+#: of 800 tokens took 7.7 ms of processor with stored blocks of 32, and 14.0 with those of 64, whose
+#: last 32 tokens are computed. A save took as long with either.
+TOKENS_ON_CPU = 1
 #: What lets several engines use a folder, for errors about one that is busy.
 SHARE = "To share it, set shared to true in each engine that uses it."
 #: The value of ``by_layer`` with which graphs capture the waits of layers.
@@ -63,7 +68,8 @@ class StoreTerms:
         staging: bytes of pinned memory for transfers.
         deadline: seconds after which a load gives up what has not landed.
         block_size: the tokens of a stored block, whose rows are then read by head and token; None:
-            whole pages of the engine's blocks, as they are, of at least 64 tokens together.
+            whole pages of the engine's blocks, as they are: of at least 64 tokens together, and on
+            a CPU one block.
         by_layer: a request computes in the step that begins its load, and each layer waits for its
             rows; else the request waits until all have landed. "graph": the waits are captured in
             the engine's CUDA graphs.

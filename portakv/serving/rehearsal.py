@@ -16,29 +16,24 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from secrets import token_bytes
-from typing import NamedTuple, TypeVar
-
-import torch
-from msgspec import structs
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 from portakv.copy import copy_rows
 from portakv.copy.options import Overlap
 from portakv.errors import PortaKVError, TransferTimeout, Unsupported
-from portakv.layout.language import Factor, Layout
-from portakv.migrate import Shard, Ticket, shared_empty
-from portakv.migrate.described import Regions, describe, rebuild
+from portakv.migrate import Shard, Ticket
+from portakv.migrate.described import can_resize, scratch_like
 from portakv.migrate.issue import LONG
-from portakv.migrate.messages import Described, EndNamed, Kind
+from portakv.migrate.messages import EndNamed
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.handover import Handover
 from portakv.serving.handover_terms import HandoverTerms
 from portakv.serving.plan import Handovers, OfferJob, PullJob
-from portakv.serving.tickets import NAME
 from portakv.view import Index, KVView
-from portakv.view.bound import reach
 
 _log = RateLimitedLog(logging.getLogger(__name__))
 Result = TypeVar("Result")
+Expose: TypeAlias = Literal["mapped", "staging"]
 #: Tokens of a block that another engine may have: those that vLLM chooses by itself.
 SIZES = (16, 32, 64, 128)
 #: How a pull shares the device: with a model, and alone.
@@ -46,8 +41,6 @@ OVERLAPS: tuple[Overlap, ...] = ("compute", "idle")
 #: Seconds for a rehearsal, and between two looks at it.
 PATIENCE = 30.0
 PAUSE = 5e-4
-#: Bytes between the starts of two scratch tensors: more than the widest vector of a kernel.
-APART = 256
 
 
 def rehearse(handover: Handover) -> None:
@@ -67,11 +60,18 @@ def rehearse(handover: Handover) -> None:
         _log.warning("rehearse", "The first hand-over of an engine will be slow: %s", error)
 
 
-def _exposures(terms: HandoverTerms) -> list[str]:
+def _exposures(terms: HandoverTerms) -> list[Expose]:
     """Return how the rows of other engines may come: engines of other hosts map no memory."""
-    if terms.address is None:
+    if terms.address is None or terms.expose == "staging":
         return [terms.expose]
-    return list(dict.fromkeys([terms.expose, "staging"]))
+    return [terms.expose, "staging"]
+
+
+def _shards_of(handover: Handover) -> Sequence[Shard]:
+    """Return the caches of a worker."""
+    side = handover.reader or handover.owner
+    assert side is not None
+    return side.shards
 
 
 class _Side(NamedTuple):
@@ -86,11 +86,11 @@ class _Side(NamedTuple):
         return tuple(tuple(range(-(-tokens // size))) for size in sizes)
 
 
-def _hand_over_and_back(handover: Handover, expose: str) -> None:
+def _hand_over_and_back(handover: Handover, expose: Expose) -> None:
     """Hand the rows of the first blocks over to scratch memory, and pull them from there."""
-    own = handover.shards
+    own = _shards_of(handover)
     counts = [*_counts(own)]
-    scratch = [_scratch_like(shard, shard.view.block_size or 1, max(counts)) for shard in own]
+    scratch = [scratch_like(shard, shard.view.block_size or 1, max(counts)) for shard in own]
     terms = handover.terms
     address = None
     if terms.address is not None:
@@ -144,7 +144,7 @@ def _hand_over(src: _Side, dst: _Side, tokens: int, idle: bool) -> None:
     assert owner is not None
     endpoint = src.handover.endpoint
     assert endpoint is not None
-    name = token_bytes(NAME)
+    name = token_bytes(32)
     ticket = Ticket.of(endpoint.address, endpoint.epoch, name)
     offer = OfferJob("rehearsal", name, tokens, src.blocks(tokens), PATIENCE)
     src.handover.begin(Handovers(offers=(offer,)))
@@ -185,28 +185,30 @@ def _read_all_forms(handover: Handover) -> None:
     blocks, and another one reads memory of another device while a model runs."""
     if handover.reader is None:
         return
-    for shard in handover.shards:
-        view = shard.view
-        own = view.block_size
-        if own is None or view.layout.opaque:
+    for shard in handover.reader.shards:
+        own = shard.view.block_size
+        if own is None or shard.view.layout.opaque:
             continue
-        others = SIZES if _alone(view.layout, "token") is not None else ()
+        others = SIZES if can_resize(shard) else ()
         for size in dict.fromkeys([own, *others]):
             tokens = max(own, size) + 1  # a block of either size is whole, and another one is not
-            if tokens > view.slots:
-                continue
-            (scratch,) = _copy([shard], [_scratch_like(shard, size, tokens)], tokens)
-            sources = [scratch.view]
-            if view.device.type != "cpu":
-                sources.append(scratch.view.as_peer(view.device))
-            for src, overlap in product(sources, OVERLAPS):
-                src_index = Index.of([*range(-(-tokens // size))], size)
-                dst_index = Index.of([*range(-(-tokens // own))], own)
-                with suppress(Unsupported):  # nothing here reads memory of another device
-                    copied = copy_rows(
-                        src, view, src_index, dst_index, count=tokens, overlap=overlap
-                    )
-                    copied.synchronize()
+            if tokens <= shard.view.slots:
+                _read_from(shard, own, size, tokens)
+
+
+def _read_from(shard: Shard, own: int, size: int, tokens: int) -> None:
+    """Copy rows to scratch memory, and back as a pull from blocks of ``size`` tokens does."""
+    view = shard.view
+    (scratch,) = _copy([shard], [scratch_like(shard, size, tokens)], tokens)
+    src_index = Index.of([*range(-(-tokens // size))], size)
+    dst_index = Index.of([*range(-(-tokens // own))], own)
+    sources = [scratch.view]
+    if view.device.type != "cpu":
+        sources.append(scratch.view.as_peer(view.device))
+    for src, overlap in product(sources, OVERLAPS):
+        with suppress(Unsupported):  # nothing here reads memory of another device
+            copied = copy_rows(src, view, src_index, dst_index, count=tokens, overlap=overlap)
+            copied.synchronize()
 
 
 def _copy(src: Sequence[Shard], dst: Sequence[Shard], tokens: int) -> Sequence[Shard]:
@@ -214,70 +216,3 @@ def _copy(src: Sequence[Shard], dst: Sequence[Shard], tokens: int) -> Sequence[S
     for one, other in zip(src, dst, strict=True):
         copy_rows(one.view, other.view, count=tokens).synchronize()
     return dst
-
-
-def _scratch_like(shard: Shard, size: int, tokens: int) -> Shard:
-    """Return a shard of the same rows over new memory, with blocks of ``size`` tokens for so many
-    tokens. With the shard's own size a block has the same strides."""
-    described = describe(shard, Regions())
-    layout = shard.view.layout
-    blocks = -(-tokens // size)
-    kinds = tuple(
-        _resized(kind, layout, shard.view.block_size or size, size, blocks)
-        for kind in described.kinds
-    )
-    places = list[tuple[int, int, int]]()
-    nbytes = 0
-    for _, _, kind in described.places:
-        places.append((0, nbytes, kind))
-        nbytes += -(-_reach(kinds[kind]) // APART) * APART
-    device = shard.view.device
-    if device.type == "cpu":
-        region = shared_empty(nbytes, torch.uint8)
-    else:
-        region = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    block_size = size if described.block_size else 0
-    changed: Described = structs.replace(
-        described, kinds=kinds, places=tuple(places), block_size=block_size
-    )
-    return rebuild(changed, [region])
-
-
-def _reach(kind: Kind) -> int:
-    """Return the bytes from the first element of a tensor to past the last one."""
-    name, shape, strides = kind
-    dtype: torch.dtype = getattr(torch, name)
-    return reach(shape, strides) * dtype.itemsize
-
-
-def _resized(kind: Kind, layout: Layout, own: int, size: int, blocks: int) -> Kind:
-    """Return the kind of a tensor with other blocks: their size and their number."""
-    name, shape, strides = kind
-    extents = [*shape]
-    at = _alone(layout, "block")
-    if at is None:
-        # One dimension has all slots.
-        (at,) = [n for n, group in enumerate(layout.dims) if Factor("block") in group.factors]
-        extents[at] = blocks * size
-    else:
-        extents[at] = blocks
-    if size == own:
-        return name, tuple(extents), strides
-    token = _alone(layout, "token")
-    if token is not None:
-        extents[token] = size
-    order = sorted(range(len(extents)), key=lambda n: -strides[n])
-    dense = [0] * len(extents)
-    step = 1
-    for n in reversed(order):
-        dense[n] = step
-        step *= extents[n]
-    return name, tuple(extents), tuple(dense)
-
-
-def _alone(layout: Layout, axis: str) -> int | None:
-    """Return the dimension of a tensor that is this axis alone; None if there is none."""
-    for number, group in enumerate(layout.dims):
-        if group.factors == (Factor(axis),):
-            return number
-    return None

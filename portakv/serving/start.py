@@ -9,6 +9,7 @@ from secrets import token_bytes
 
 from portakv.errors import PortaKVError
 from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.serving.rehearsal import rehearse as rehearse
 from portakv.storage import BlockForm, BlockStore
 from portakv.view import KVView
 

@@ -16,6 +16,7 @@ from support.guarded_memory import check_sentence
 from portakv.cli.doctor import CHOICES, EXTRAS
 from portakv.errors import InvalidTerms
 from portakv.integrations import INTEGRATIONS, MATRIX
+from portakv.integrations.findings import gib
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -325,3 +326,18 @@ def test_an_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert next(x for x in report if x["extra"] == "bench")["missing"] == ["matplotlib"]
     out = " ".join(run("doctor").out.split())
     assert "portakv[bench" in out
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (1, "1 bytes"),
+        (1 << 20, "1 MiB"),
+        (1023 << 30, "1023 GiB"),
+        (12_345_678, "11.8 MiB"),
+        (32800 << 30, "32 TiB"),
+        (4000 << 50, "4000 PiB"),
+    ],
+)
+def test_sizes_are_written_without_exponents(nbytes: int, text: str) -> None:
+    assert gib(nbytes) == text

@@ -20,6 +20,10 @@ vllm:portakv_steps_total{engine="0",model_name="a",side="worker"} 400.0
 vllm:portakv_steps_created{engine="0",model_name="a",side="worker"} 1.7e+09
 vllm:portakv_idle_steps_total{engine="0",model_name="a",side="scheduler"} 200.0
 vllm:portakv_idle_steps_total{engine="0",model_name="a",side="worker"} IDLE
+vllm:portakv_idle_steps_within_total{engine="0",seconds="5e-05",side="scheduler"} 50.0
+vllm:portakv_idle_steps_within_total{engine="0",seconds="7.5e-05",side="scheduler"} 150.0
+vllm:portakv_idle_steps_within_total{engine="1",seconds="7.5e-05",side="scheduler"} 0.0
+vllm:portakv_idle_steps_within_total{engine="0",seconds="0.01",side="worker"} 20.0
 vllm:portakv_hook_seconds_total{engine="0",hook="build_connector_meta",side="scheduler"} 0.03
 vllm:portakv_hook_seconds_total{engine="1",hook="build_connector_meta",side="scheduler"} 0.01
 vllm:portakv_hook_seconds_total{engine="0",hook="start_load_kv",side="worker"} 4e-03
@@ -82,13 +86,20 @@ def test_what_hooks_cost(server: Server) -> None:
         {"hook": "start_load_kv", "side": "worker", "idle": 1e-5, "mean": 1e-5},
     ]
     assert report["idle"] == pytest.approx(5e-5)
+    # The worker's median is past the last bound.
+    assert report["idle_medians"] == pytest.approx({"scheduler": 6.25e-5, "worker": 0.01})
 
     code, out, err = run("explain", "--hooks", f"{address(server)}/metrics")
     assert (code, err) == (0, "")
     rows = [line.split() for line in out.splitlines()]
     assert ["build_connector_meta", "scheduler", "40", "us", "100", "us"] in rows
     assert ["all", "50", "us", "110", "us"] in rows
-    assert "A step without work costs 50 us, within the limit of 200 us." in out
+    text = " ".join(out.split())
+    assert "A step without work costs 50 us, within the limit of 200 us." in text
+    assert "so a busy machine has longer ones." in text
+    assert (
+        "The median of steps without work is about 62.5 us (scheduler) and 10 ms (worker)" in text
+    )
 
 
 def test_a_cost_above_the_limit_is_named(server: Server) -> None:

@@ -90,6 +90,14 @@ def test_what_stands_still_does_not_move() -> None:
     assert [row.moves for row in rows] == [False, False]
 
 
+def test_an_engine_that_computes_everything_moves() -> None:
+    """Tokens that were found nowhere stand next to those that were."""
+    name = "engine_computed_tokens_total"
+    rows = rows_of(reading(0.0, {(name,): 1000}), reading(2.0, {(name,): 3000}))
+    assert rows == [Row("engine", "computed tokens", each=1000)]
+    assert rows[0].moves
+
+
 def test_stores_have_names() -> None:
     store = "store", "a"
     rows = rows_of(

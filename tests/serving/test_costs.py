@@ -17,7 +17,7 @@ class Hooks:
 
     @measured
     def works(self, more: float = 0) -> float:
-        self.time += 1 + more
+        self.time = round(self.time + 1 + more, 6)
         return self.time
 
     @measured
@@ -43,3 +43,21 @@ def test_hooks_are_counted_by_step() -> None:
         "idle_steps/worker": 1,
         "idle_hook_seconds/worker/works": 1,
     }
+
+
+def test_idle_steps_are_counted_by_their_time() -> None:
+    """Each bound has the steps of all smaller ones, as Prometheus's histograms have."""
+    hooks = Hooks()
+    for seconds in (4e-5, 2e-5, 2e-4, 1.1e-2):
+        hooks.works(more=seconds - 1)
+        hooks.costs.step(idle=True)
+    hooks.works(more=1e-5 - 1)
+    hooks.costs.step(idle=False)
+    within = {
+        name.rpartition("/")[2]: many
+        for name, many in hooks.costs.statistics().items()
+        if name.startswith("idle_steps_within/worker/")
+    }
+    three = dict.fromkeys(("0.0002", "0.0005", "0.001", "0.01"), 3)
+    two = dict.fromkeys(("5e-05", "7.5e-05", "0.0001", "0.00015"), 2)
+    assert within == {"2e-05": 1, "3e-05": 1, **two, **three}

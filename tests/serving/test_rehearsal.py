@@ -73,7 +73,7 @@ def slots(size: int) -> tuple[torch.Tensor, Shard]:
 
 
 CACHES = {"keys by dim": keys_by_dim, "fused": fused, "latent": latent, "slots": slots}
-ROLES = {
+ROLES: dict[str, dict[str, Any]] = {
     "offers": {"offers": True, "pulls": False},
     "pulls": {"offers": False, "pulls": True},
     "both": {"offers": True, "pulls": True},

@@ -341,6 +341,9 @@ class Engine:
             more["kv_transfer_config"] = connector_terms(store, role)
         if blocks is not None:
             more["num_gpu_blocks_override"] = blocks
+        # As on an accelerator: a stored block is several of the engine's.
+        caches = vars(importlib.import_module("portakv.integrations.vllm_caches"))
+        caches["TOKENS_ON_CPU"] = caches["TOKENS"]
         self.llm = LLM(str(model), **more)
         if stages > 1:
             self.in_workers(make_room)

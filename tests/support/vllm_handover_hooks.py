@@ -120,13 +120,14 @@ class Firsts:
     def __init__(self) -> None:
         self._modules = {*sys.modules}
         self._threads = list[str]()
-        start = threading.Thread.start
+        kind: Any = threading.Thread
+        start = kind.start
 
         def noted(thread: threading.Thread) -> None:
             self._threads.append(thread.name)
             start(thread)
 
-        threading.Thread.start = noted  # type: ignore[method-assign]
+        kind.start = noted
 
     def take(self) -> list[str]:
         """Return what is new since the last call."""
@@ -151,14 +152,19 @@ def request_of(name: str, params: dict[str, Any] | None) -> Any:
     )
 
 
-def main() -> None:
-    """Hand a prompt over, use its ticket again, and a ticket of another prompt."""
+def log_as_vllm() -> None:
+    """Configure the logger of vLLM alone, as vLLM does."""
     engine = logging.getLogger("vllm")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(FORMAT))
     engine.addHandler(handler)
     engine.setLevel(logging.INFO)
     engine.propagate = False
+
+
+def main() -> None:
+    """Hand a prompt over, use its ticket again, and a ticket of another prompt."""
+    log_as_vllm()
     firsts = Firsts()
     prefill = Side("kv_producer", 16)
     decode = Side("kv_consumer", 8, hand_over={"timeout": 50.0})
@@ -187,11 +193,18 @@ def main() -> None:
     wrong = {**passed, "portakv": {**passed["portakv"], "prompt": "another"}}
     other = decode.pull("wrong", into, wrong)
     ended = prefill.scheduler.request_finished_all_groups(request_of("q", None), (source,))
+    stores = Side("kv_both", 16, host=1 << 20, staging=1 << 20)
+    stores.pull("computed", [1, 2, 3], {})
+    # vLLM calls the hook again without a lookup when a load has ended.
+    taken = SimpleNamespace(get_block_ids=lambda: ([1, 2, 3],))
+    stores.scheduler.update_state_after_alloc(request_of("computed", {}), taken, 0)
+    computed = stores.scheduler.ledger.statistics()["computed"]
     print(
         json.dumps(
             {
                 "retained": retained,
                 "keys": sorted(passed),
+                "computed": computed,
                 "at_start": at_start,
                 "later": later,
                 "blank": blank,
@@ -207,7 +220,6 @@ def main() -> None:
             }
         )
     )
-    stores = Side("kv_both", 16, host=1 << 20, staging=1 << 20)
     for side in (decode, prefill, stores):
         side.worker.shutdown()
 
