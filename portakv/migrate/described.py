@@ -19,7 +19,7 @@ import torch
 
 from portakv.errors import LayoutError, PortaKVError
 from portakv.layout.packing import Pack
-from portakv.migrate.messages import Described, Kind
+from portakv.migrate.messages import Described, Kind, decoder_of
 from portakv.migrate.shards import Shard
 from portakv.view import KVView
 from portakv.view.bound import reach
@@ -77,7 +77,7 @@ def describe(shard: Shard, regions: Regions) -> Described:
         view.block_size or 0,
     )
     try:
-        msgspec.msgpack.decode(msgspec.msgpack.encode(described), type=Described)
+        decoder_of(Described).decode(msgspec.msgpack.encode(described))
         seen = rebuild(described, regions.flat()).view
         why = "" if (seen.form, seen.origins) == (view.form, view.origins) else f"they are {seen}"
     except (LayoutError, msgspec.ValidationError) as error:

@@ -31,7 +31,17 @@ from msgspec import Meta, structs
 from portakv.arguments import instance, invalid, whole
 from portakv.errors import PeerError, Unsupported
 from portakv.host.shared import process_space, started, unnamed
-from portakv.migrate.messages import Bytes, Handle, Kind, Message, Name, Text, sealed, unsealed
+from portakv.migrate.messages import (
+    Bytes,
+    Handle,
+    Kind,
+    Message,
+    Name,
+    Text,
+    prepare,
+    sealed,
+    unsealed,
+)
 from portakv.runtime import devices
 
 _OPEN = "Opening another process's memory"
@@ -557,3 +567,6 @@ def proof(epoch: bytes, device: torch.device) -> torch.Tensor:
 def proof_of(epoch: bytes) -> torch.Tensor:
     """Return the bytes of an owner's proof, in memory of this process."""
     return torch.frombuffer(bytearray(blake2b(epoch).digest()), dtype=torch.uint8)
+
+
+prepare(globals())

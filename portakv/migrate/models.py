@@ -19,7 +19,7 @@ from portakv.arguments import instance, invalid
 from portakv.errors import LayoutError, PeerError, Unsupported
 from portakv.migrate.described import strided
 from portakv.migrate.ipc import Opener, export_all
-from portakv.migrate.messages import Handle, Message, Name, Text, sealed, unsealed
+from portakv.migrate.messages import Handle, Message, Name, Text, prepare, sealed, unsealed
 from portakv.migrate.parameters import Item, items_of, named
 from portakv.migrate.published import MOST_ITEMS
 from portakv.runtime.interrupts import uninterrupted
@@ -208,3 +208,6 @@ def _assign(module: torch.nn.Module, opened: Mapping[str, torch.Tensor]) -> None
     for name, tensor in opened.items():
         (path, _, own) = name.rpartition(".")
         setattr(module.get_submodule(path), own, tensor)
+
+
+prepare(globals())
