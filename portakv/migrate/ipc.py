@@ -38,6 +38,7 @@ from portakv.migrate.messages import (
     Message,
     Name,
     Text,
+    carried,
     prepare,
     sealed,
     unsealed,
@@ -131,10 +132,10 @@ def open_shared(data: bytes, device: torch.device | str | int | None = None) -> 
     Host memory outlives the process that shared it. ``device``: the device of this process that
     reads a device's memory; None: the current device.
 
-    Raises `PeerError` for bytes of another kind, or if the memory or its process is gone, and
-    `Unsupported` if the memory cannot be opened here.
+    Raises `InvalidTerms` for another type than bytes, `PeerError` for bytes of another kind, or if
+    the memory or its process is gone, and `Unsupported` if the memory cannot be opened here.
     """
-    return Opener(device).open(data)
+    return Opener(device).open(carried("data", data, "Pass what `share` returned."))
 
 
 class Opener:

@@ -10,12 +10,14 @@ import threading
 from collections.abc import Iterable
 from hashlib import blake2b
 from hmac import compare_digest
+from string import hexdigits
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta
 from msgspec.msgpack import Decoder
 
+from portakv.arguments import kind_of, shown
 from portakv.errors import InvalidTerms, OfferGone, PeerError, PortaKVError
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.tracing import PATTERN
@@ -485,6 +487,25 @@ def offer_name(name: object) -> bytes:
     raise InvalidTerms(
         f"Expected name to be {LEAST_NAME} to {MOST_NAME} bytes, got {got}. Pass random bytes."
     )
+
+
+def carried(name: str, value: object, do: str) -> bytes:
+    """Return bytes that a caller carries between processes, such as a ticket.
+
+    Raises `InvalidTerms`, which does not show the value, for another type; a sentence about digits
+    or other memory says how to convert them. ``do``: what to pass.
+    """
+    if isinstance(value, bytes):
+        return value
+    got = shown(value) if value is None or isinstance(value, int) else kind_of(value)
+    if isinstance(value, str):
+        got = "a text"
+        if value and {*value} <= {*hexdigits}:
+            got = "a text of hexadecimal digits"
+            do = "Convert it by bytes.fromhex(text)."
+    elif isinstance(value, bytearray | memoryview):
+        do = "Convert it by bytes(value)."
+    raise InvalidTerms(f"Expected {name} to be bytes, got {got}. {do}")
 
 
 def _gone(offer: str, address: str, why: str) -> OfferGone:

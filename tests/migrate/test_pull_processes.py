@@ -5,6 +5,7 @@ is gone is published, nothing hangs, and nothing is left."""
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from support.stopping import go_on, stop
 from portakv import KVView
 from portakv.errors import OfferGone, PeerError, TransferError
 from portakv.migrate.connecting import WIDTH
+from portakv.migrate.messages import Ticket
 from portakv.migrate.shards import Shard
 
 SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes a tenth of a second
@@ -195,6 +197,23 @@ def test_a_reader_that_is_killed_in_mid_copy_frees_its_offers(
     both.pull(both.offer()).synchronize(30)
     assert both.right()
     both.owner.revoke_all()
+
+
+def test_the_error_of_an_owner_that_is_killed_names_it(nursery: Nursery, made: Sides) -> None:
+    """Rows that are in staging buffers then do not all come; whatever notices it first says so."""
+    local = Rows(8, 32, fill=-1)
+    reader = made.reader(local.shard)
+    pid, tickets = owned(nursery, "staging", 4)
+    address = Ticket.read(tickets[0]).address
+    reader.pull(tickets[0], [6, 1, 4]).synchronize(60)
+    pulls = [reader.pull(ticket, [6, 1, 4], max_gbps=SLOW / 10) for ticket in tickets[1:]]
+    nursery.end(pid)
+    for pulled in pulls:
+        with pytest.raises(TransferError) as error:
+            pulled.synchronize(60)
+        assert address in str(error.value)
+        assert re.search("gone|ended|runs|did not cross", str(error.value))
+        assert not pulled.published
 
 
 def test_a_reader_that_was_stopped_finds_its_offer_gone(nursery: Nursery, made: Sides) -> None:
