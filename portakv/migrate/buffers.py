@@ -127,10 +127,10 @@ class Staging:
         self.transport = transport
         self.device = device
         #: For requests for rows, and for the lane: it sends nothing after `release`.
-        self.channel = TransportChannel(channel, lambda: self._released, self._ended)
+        self.channel = TransportChannel(channel, lambda: self._over is not None, self._ended)
         self._address = address
-        self._released = False
-        self._gone = False  # released because the connection to the owner has ended
+        #: Makes the error of what is in flight, or comes later, from `release` on.
+        self._over: Callable[[str], PeerError] | None = None
         self._lock = threading.RLock()  # a connection that ends inside of `lane` calls `release`
         # Buffers are filled in the order of the requests for them. The pull that gets the turn next
         # holds ``next`` until then.
@@ -146,7 +146,7 @@ class Staging:
     def lane(self) -> Lane:
         """Return the lane to the owner; raise `PeerError` after `release`."""
         with self._lock:
-            if self._released:
+            if self._over is not None:
                 raise self._ended()
             lane: Lane = self.transport.lane(self._address, cast("Channel", self.channel))
             return lane
@@ -157,14 +157,11 @@ class Staging:
         ``gone``: because the connection to the owner has ended.
         """
         with self._lock:
-            if not self._released:
-                self._gone = gone
-            self._released = True
+            self._over = self._over or (gone_peer if gone else released_peer)
             self.transport.forget(self._address, self._ended())
 
     def _ended(self) -> PeerError:
-        """Return the error of what is in flight, or comes later, after `release`."""
-        return gone_peer(self._address) if self._gone else released_peer(self._address)
+        return (self._over or released_peer)(self._address)
 
     def spare(self, nbytes: int) -> torch.Tensor:
         """Return memory for bytes that no pull wants."""

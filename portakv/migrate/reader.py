@@ -20,7 +20,6 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Connections, closed_reader, listed, renamed
 from portakv.migrate.housekeeping import Housekeeper
 from portakv.migrate.issue import Issuer, Request
-from portakv.migrate.offer_terms import EXTENSION, MOST_LEASE
 from portakv.migrate.pull import Encoding, Part, Pull
 from portakv.migrate.shards import Shard
 from portakv.runtime.devices import capturing, refuse_capture
@@ -85,10 +84,8 @@ class Reader:
         encoding: Encoding | None = None,
         timeout: float | None = None,
     ) -> Pull:
-        """Pull the rows of tickets into lists of blocks, one list for each shard.
-
-        A list has as many blocks as the tokens of the tickets fill. None is for a view that is not
-        paged, whose rows then begin with its first one.
+        """Pull the rows of tickets into lists of blocks, one list for each shard, of as many blocks
+        as the tokens fill. None: a view that is not paged, from its first row on.
 
         Args:
             tickets: one ticket of each owner that has a part of this reader's windows. A pull by
@@ -111,8 +108,7 @@ class Reader:
         Raises, or with a name, a handshake, or rows that are not complete ends with:
             PeerError, OfferGone: no ticket; an owner that is gone, refuses, or was restarted.
             LayoutError: rows that cannot become this reader's; layers or heads without an owner.
-            InvalidTerms: a wrong value of an argument, such as None for the blocks of a paged view.
-            SlotError: bad blocks on either side, too few, or too many on this side.
+            SlotError: bad blocks on either side, or more or fewer than the tokens fill.
             Unsupported: memory that is neither mapped nor sent; a graph capture; another encoding.
             PackOverflow: blocks of a packed view that did not fit into it.
         """
@@ -212,7 +208,8 @@ class Reader:
                 it.
             PeerError, LayoutError, Unsupported: no connection to the owner, as for `pull`.
         """
-        seconds = arguments.number("seconds", seconds, 0.0, MOST_LEASE, EXTENSION)
+        limits = "a number of seconds from 0 to 10^6"
+        seconds = arguments.number("seconds", seconds, 0.0, 1e6, limits)
         limit = self.channel.timeout
         if timeout is not None:
             limit = arguments.seconds("timeout", timeout)
