@@ -23,7 +23,7 @@ from portakv.migrate.issue import Issuer, Request
 from portakv.migrate.pull import Encoding, Part, Pull
 from portakv.migrate.shards import Shard
 from portakv.runtime.devices import capturing, refuse_capture
-from portakv.view.index import IdList
+from portakv.view.index import Ids
 
 #: The options that a pull takes.
 OPTIONS = ("by_layer", "overlap", "max_thread_blocks", "max_gbps")
@@ -73,7 +73,7 @@ class Reader:
     def pull(
         self,
         tickets: bytes | Sequence[bytes],
-        *blocks: IdList | None,
+        *blocks: Ids | None,
         first: int = 0,
         by_layer: bool = False,
         overlap: Overlap = "compute",

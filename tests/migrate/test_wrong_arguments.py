@@ -343,18 +343,22 @@ def test_what_is_no_ticket_is_not_shown(
 
 def test_bytes_of_shared_memory_are_bytes() -> None:
     data = share(shared_empty((2,), torch.int8))
-    for call in (open_shared, lambda value: open_model(torch.nn.Linear(1, 1), value)):
+    calls: list[Callable[[Any], object]] = [
+        open_shared,
+        lambda value: open_model(torch.nn.Linear(1, 1), value),
+    ]
+    for call in calls:
         with pytest.raises(
             InvalidTerms, match=r"^Expected data to be bytes, got a text of hexadec"
         ):
-            call(data.hex())  # type: ignore[operator]
+            call(data.hex())
 
 
 def test_numbers_of_numpy_count(made: Sides) -> None:
     both = Couple(made)
     terms: dict[str, Any] = {"tokens": np.int64(75), "readers": np.int32(1)}
     offer = both.owner.offer(both.blocks, **terms)
-    both.reader.pull(offer.ticket, both.into, first=np.int64(0)).synchronize(60)  # type: ignore[arg-type]
+    both.reader.pull(offer.ticket, both.into, first=np.int64(0)).synchronize(60)
     assert both.right()
 
 

@@ -143,7 +143,9 @@ def test_a_pull_brings_all_rows_of_a_prompt() -> None:
 def test_a_pull_names_the_blocks_that_the_rows_fill() -> None:
     """An engine allocates blocks for later tokens as well, which a pull would refuse."""
     ledger = expecting()
-    ledger.allocated("a", 16, ledger.leading("a", 16), ((5, 6, 7, 8, 9),))
+    tokens = ledger.leading("a", 16)
+    assert tokens == 24
+    ledger.allocated("a", 16, tokens, ((5, 6, 7, 8, 9),))
     (job,) = ledger.plan().handovers.pulls
     assert job.blocks == ((-1, 6, 7),)
 
