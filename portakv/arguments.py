@@ -183,7 +183,9 @@ class _Naming(AbstractContextManager[None]):
     ) -> None:
         if not isinstance(error, SlotError | LayoutError) or self._name in str(error).split():
             return
-        text = f"Expected {self._name} to be {self._expected}, got others. {error}"
+        # The error is of the value alone, as in "Expected an index of int64, got dtype float32".
+        _, got, rest = str(error).partition(", got ")
+        text = f"Expected {self._name} to be {self._expected}{got or ': '}{rest or error}"
         raise type(error)(text) from error
 
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 import os
 import pkgutil
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
 from importlib.metadata import entry_points
 from inspect import isabstract
 from typing import Generic, TypeVar, cast
@@ -195,10 +195,19 @@ class Catalog(Generic[Base]):
         self._last = last
         self._paths = paths
         self._refused: list[Decision] = []
+        self._targets: dict[str, str | type[Base]] | None = None
+        self._lock = threading.RLock()
 
-    @cached_property
+    @property
     def targets(self) -> dict[str, str | type[Base]]:
         """The target of each candidate. Entry points are read on first use."""
+        # One thread reads them: a second reader would drop what `register` added after the first.
+        with self._lock:
+            if self._targets is None:
+                self._targets = self._read()
+            return self._targets
+
+    def _read(self) -> dict[str, str | type[Base]]:
         targets: dict[str, str | type[Base]] = dict(self.built_in)
         for entry in entry_points(group=self._group):
             if entry.name in targets or entry.name in self._reserved:

@@ -98,7 +98,7 @@ def migration_page() -> list[str]:
 
 def test_the_migration_page_pulls_an_offer_by_its_name() -> None:
     src = Rows()
-    dst = Rows(8, 32, fill=-1)
+    dst = Rows(8, fill=-1)
     with sides() as made:
         owner = made.owner(src.shard)
         names = {
@@ -119,7 +119,7 @@ def test_the_migration_page_pulls_rows_that_are_still_written() -> None:
     src = Rows()
     rows = src.whole.clone()
     src.whole.fill_(-2)
-    dst = Rows(8, 32, fill=-1)
+    dst = Rows(8, fill=-1)
 
     def run_layer(layer: int) -> None:
         src.whole[layer] = rows[layer]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +130,41 @@ def test_none_that_accepts_is_an_error_with_the_trace(monkeypatch: pytest.Monkey
     assert KIND.forced("two") == "one"
     with pytest.raises(StoreError, match="Unset PORTAKV_PUMP to let PortaKV choose"):
         select(KIND, "a well", ("one", "two"), consider, KIND.forced())
+
+
+class _Read(Mapping[str, Any]):
+    """Built-in candidates; the first thread that reads them waits until the test lets it go on."""
+
+    def __init__(self) -> None:
+        self.began = threading.Event()
+        self.go_on = threading.Event()
+        self._first = threading.Lock()
+
+    def __getitem__(self, name: str) -> str:
+        return {"threads": "portakv.storage.io.threads:Threads"}[name]
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[str]:
+        if self._first.acquire(blocking=False):
+            self.began.set()
+            assert self.go_on.wait(600)
+        return iter(["threads"])
+
+
+def test_a_candidate_that_another_thread_registers_meanwhile_stays() -> None:
+    """Two threads may be the first to use a catalog; no candidate is lost."""
+    built_in = _Read()
+    catalog = Catalog[Engine](KIND, None, built_in, "portakv.io_engines")
+    reader = threading.Thread(target=catalog.names)
+    reader.start()
+    assert built_in.began.wait(600)
+    writer = threading.Thread(target=catalog.register, args=("mine", Threads))
+    writer.start()
+    writer.join(0.2)  # without a lock it registers now, and else after the reader
+    built_in.go_on.set()
+    for thread in (reader, writer):
+        thread.join(600)
+    assert catalog.load("mine") is Threads
+    assert catalog.names() == ["threads", "mine"]

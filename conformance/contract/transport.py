@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 from portakv.errors import PeerError, TransferError, TransferTimeout
+from portakv.migrate.messages import decoder_of
 from portakv.migrate.transports.base import Moving, Transport
 from portakv_conformance.contract.runner import expect
 
@@ -65,9 +66,9 @@ class End:
         """Return the answer of the other end, encoded and decoded as on a wire."""
         if self.connection.gone:
             raise PeerError(f"{address} is gone.")
-        sent = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=type(message))
+        sent = decoder_of(type(message)).decode(msgspec.msgpack.encode(message))
         answer = self.other.answers[type(message)](self.connection, sent)
-        return msgspec.msgpack.decode(msgspec.msgpack.encode(answer), type=kind)
+        return decoder_of(kind).decode(msgspec.msgpack.encode(answer))
 
     def tell(self, address: str, message: object) -> None:
         """Send a message that has no answer."""

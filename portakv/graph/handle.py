@@ -263,5 +263,5 @@ class Handle(Transfer):
         elif not barrier.error:
             if not details:
                 sentences.append("No tier has the other blocks.")
-            sentences.append("Pass missing='skip' to accept that.")
+            sentences.append("Begin the load with missing='skip' to accept that.")
         return " ".join(sentences)

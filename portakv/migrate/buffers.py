@@ -16,7 +16,7 @@ from portakv.errors import PeerError
 from portakv.migrate.pull_history import PullHistory
 from portakv.migrate.staging import Chunks, has_ended, staging
 from portakv.migrate.transport_channel import TransportChannel
-from portakv.migrate.transports.base import Lane, Moving, Transport
+from portakv.migrate.transports.base import Lane, Moving, Transport, gone_peer, released_peer
 from portakv.runtime.inbox import Inbox
 
 if TYPE_CHECKING:
@@ -127,9 +127,10 @@ class Staging:
         self.transport = transport
         self.device = device
         #: For requests for rows, and for the lane: it sends nothing after `release`.
-        self.channel = TransportChannel(channel, lambda: self._released)
+        self.channel = TransportChannel(channel, lambda: self._over is not None, self._ended)
         self._address = address
-        self._released = False
+        #: Makes the error of what is in flight, or comes later, from `release` on.
+        self._over: Callable[[str], PeerError] | None = None
         self._lock = threading.RLock()  # a connection that ends inside of `lane` calls `release`
         # Buffers are filled in the order of the requests for them. The pull that gets the turn next
         # holds ``next`` until then.
@@ -145,16 +146,22 @@ class Staging:
     def lane(self) -> Lane:
         """Return the lane to the owner; raise `PeerError` after `release`."""
         with self._lock:
-            if self._released:
-                raise PeerError("Expected a reader that is connected, got a new handshake.")
+            if self._over is not None:
+                raise self._ended()
             lane: Lane = self.transport.lane(self._address, cast("Channel", self.channel))
             return lane
 
-    def release(self) -> None:
-        """End the agreement: its lane, and all messages that are not sent yet. Does not block."""
+    def release(self, gone: bool = False) -> None:
+        """End the agreement: its lane, and all messages that are not sent yet. Does not block.
+
+        ``gone``: because the connection to the owner has ended.
+        """
         with self._lock:
-            self._released = True
-            self.transport.forget(self._address)
+            self._over = self._over or (gone_peer if gone else released_peer)
+            self.transport.forget(self._address, self._ended())
+
+    def _ended(self) -> PeerError:
+        return (self._over or released_peer)(self._address)
 
     def spare(self, nbytes: int) -> torch.Tensor:
         """Return memory for bytes that no pull wants."""

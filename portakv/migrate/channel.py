@@ -261,4 +261,8 @@ class Channel:
 
     def _until(self, timeout: float | None) -> float:
         """Return the time at which a request ends that starts now."""
-        return monotonic() + (self.timeout if timeout is None else max(0.0, timeout))
+        if timeout is None:
+            return monotonic() + self.timeout
+        if type(timeout) is float and timeout <= 0.0:  # the caller's own time is over
+            return monotonic()
+        return monotonic() + seconds("timeout", timeout)

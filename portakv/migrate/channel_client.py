@@ -16,13 +16,13 @@ from time import monotonic
 from typing import Any, TypeVar
 
 import zmq
-from msgspec.msgpack import decode, encode
+from msgspec.msgpack import encode
 
 from portakv.errors import PeerError, PortaKVError, TransferTimeout
 from portakv.migrate.address import NUMERIC
 from portakv.migrate.channel_loop import Loop
 from portakv.migrate.channel_sockets import BACK, HEAD, LIMIT, Sockets, event_of
-from portakv.migrate.messages import UNDECODABLE, VERSION, Message, Refused
+from portakv.migrate.messages import UNDECODABLE, VERSION, Message, Refused, decoder_of
 from portakv.migrate.peer import Peer
 from portakv.runtime.interrupts import abandoned
 
@@ -299,7 +299,8 @@ def answer_of(back: bytes, address: str, message: Message, kind: type[T]) -> T:
     if back[1]:
         raise Refused(f"{what} was rejected: {_printable(back[BACK.size :])}.")
     try:
-        return decode(memoryview(back)[BACK.size :], type=kind)
+        answer: T = decoder_of(kind).decode(memoryview(back)[BACK.size :])
+        return answer
     except UNDECODABLE:
         raise PeerError(
             f"{what} got an answer that is not valid. Use one release on both sides."

@@ -13,16 +13,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from socket import SHUT_RDWR, socket
-from typing import Any, TypeVar, Union
+from typing import TypeVar, Union
 
 import zmq
-from msgspec.msgpack import Decoder, encode
+from msgspec.msgpack import encode
 from zmq.utils import z85
 
 from portakv.errors import PortaKVError
 from portakv.migrate.channel_loop import Loop
 from portakv.migrate.channel_sockets import ANSWER, BACK, HEAD, LIMIT, Sockets, event_of
-from portakv.migrate.messages import UNDECODABLE, VERSION, Message
+from portakv.migrate.messages import UNDECODABLE, VERSION, Message, new_decoder
 from portakv.migrate.peer import Peer
 from portakv.runtime.bounded import Bounded
 
@@ -64,14 +64,14 @@ class _Services:
 
     def __init__(self) -> None:
         self._answers = dict[type, Callable[..., Message | None]]()
-        self._decoder = Decoder[Any](None)
+        self._decoder = new_decoder(None)
         self._lock = threading.Lock()
 
     def add(self, kind: type[T], answer: Callable[[Peer, T], Message | None]) -> None:
         """Register the function, and make a decoder that knows the new kind of message."""
         with self._lock:
             self._answers[kind] = answer
-            self._decoder = Decoder(Union[tuple(self._answers)])  # noqa: UP007
+            self._decoder = new_decoder(Union[tuple(self._answers)])  # noqa: UP007
 
     def answer(self, peer: Peer, data: memoryview) -> bytes:
         """Return the encoded answer to a message, no bytes if there is none.

@@ -41,6 +41,7 @@ from portakv.migrate.messages import (
     Refused,
     Renew,
     Ticket,
+    carried,
     is_signed,
     no_ticket,
 )
@@ -281,7 +282,8 @@ class Connections:
             if owner.why_not_mapped:
                 self._agree_or_raise(owner, ticket, until)
             self._add(owner)
-            owner.unwatch = self.channel.watch(ticket.address, partial(self._forget, owner))
+            gone = partial(self._forget, owner, gone=True)
+            owner.unwatch = self.channel.watch(ticket.address, gone)
         return owner
 
     def _map(self, owner: Connection) -> None:
@@ -324,9 +326,7 @@ class Connections:
 
     def extend(self, ticket: bytes, seconds: float, until: float) -> float:
         """Renew the lease of a ticket's offer by the time ``until``; see `Reader.extend`."""
-        if not isinstance(ticket, bytes):
-            raise arguments.invalid("ticket", "bytes", ticket, "Pass Offer.ticket.")
-        parsed = Ticket.read(ticket)
+        parsed = Ticket.read(carried("ticket", ticket, "Pass Offer.ticket."))
         owner = self.of(parsed, until)
         _check_signed([ticket], [Source.of(parsed, owner)])
         renewal = Renew(parsed.epoch, parsed.offer, seconds)
@@ -407,26 +407,29 @@ class Connections:
             shared, device, self.device, agreed.slots, owner.channel, owner.address
         )
 
-    def _forget(self, owner: Connection) -> None:
-        """Release an owner. Pulls that still read it retain its memory until they end."""
+    def _forget(self, owner: Connection, gone: bool = False) -> None:
+        """Release an owner. Pulls that still read it retain its memory until they end.
+
+        ``gone``: because the connection to it has ended.
+        """
         owner.gone = True
         self._owners.pop((owner.address, owner.handshake.epoch), None)
         for one in [*self._owners.values()]:
             one.cuts.clear()  # cuts with this owner retain its memory
         owner.unwatch()
         if owner.staged:
-            owner.staged.release()
+            owner.staged.release(gone)
 
 
 def listed(tickets: bytes | Sequence[bytes]) -> list[bytes]:
     """Return the different tickets of a call; raise `InvalidTerms` for other values."""
-    if isinstance(tickets, bytes):
-        packed = [tickets]
+    if isinstance(tickets, bytes | str | bytearray | memoryview):
+        packed = [carried("tickets", tickets, "Pass Offer.ticket.")]
     else:
         packed = arguments.items("tickets", tickets, "the bytes of offers' tickets")
     for number, one in enumerate(packed):
         if not isinstance(one, bytes):
-            raise arguments.invalid(f"tickets[{number}]", "bytes", one, "Pass Offer.ticket.")
+            carried(f"tickets[{number}]", one, "Pass Offer.ticket.")
     packed = list(dict.fromkeys(packed))
     if not packed:
         raise arguments.invalid("tickets", "one ticket or more", tickets, "Pass Offer.ticket.")

@@ -21,7 +21,7 @@ from portakv.errors import LayoutError, PortaKVError
 from portakv.layout.language import Factor, Layout
 from portakv.layout.packing import Pack
 from portakv.migrate.ipc import shared_empty
-from portakv.migrate.messages import Described, Kind
+from portakv.migrate.messages import Described, Kind, decoder_of
 from portakv.migrate.shards import Shard
 from portakv.view import KVView
 from portakv.view.bound import reach
@@ -81,7 +81,7 @@ def describe(shard: Shard, regions: Regions) -> Described:
         view.block_size or 0,
     )
     try:
-        msgspec.msgpack.decode(msgspec.msgpack.encode(described), type=Described)
+        decoder_of(Described).decode(msgspec.msgpack.encode(described))
         seen = rebuild(described, regions.flat()).view
         why = "" if (seen.form, seen.origins) == (view.form, view.origins) else f"they are {seen}"
     except (LayoutError, msgspec.ValidationError) as error:

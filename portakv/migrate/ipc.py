@@ -31,7 +31,18 @@ from msgspec import Meta, structs
 from portakv.arguments import instance, invalid, whole
 from portakv.errors import PeerError, Unsupported
 from portakv.host.shared import process_space, started, unnamed
-from portakv.migrate.messages import Bytes, Handle, Kind, Message, Name, Text, sealed, unsealed
+from portakv.migrate.messages import (
+    Bytes,
+    Handle,
+    Kind,
+    Message,
+    Name,
+    Text,
+    carried,
+    prepare,
+    sealed,
+    unsealed,
+)
 from portakv.runtime import devices
 
 _OPEN = "Opening another process's memory"
@@ -121,10 +132,10 @@ def open_shared(data: bytes, device: torch.device | str | int | None = None) -> 
     Host memory outlives the process that shared it. ``device``: the device of this process that
     reads a device's memory; None: the current device.
 
-    Raises `PeerError` for bytes of another kind, or if the memory or its process is gone, and
-    `Unsupported` if the memory cannot be opened here.
+    Raises `InvalidTerms` for another type than bytes, `PeerError` for bytes of another kind, or if
+    the memory or its process is gone, and `Unsupported` if the memory cannot be opened here.
     """
-    return Opener(device).open(data)
+    return Opener(device).open(carried("data", data, "Pass what `share` returned."))
 
 
 class Opener:
@@ -557,3 +568,6 @@ def proof(epoch: bytes, device: torch.device) -> torch.Tensor:
 def proof_of(epoch: bytes) -> torch.Tensor:
     """Return the bytes of an owner's proof, in memory of this process."""
     return torch.frombuffer(bytearray(blake2b(epoch).digest()), dtype=torch.uint8)
+
+
+prepare(globals())

@@ -6,15 +6,20 @@ No message is trusted further than its schema.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from hashlib import blake2b
 from hmac import compare_digest
-from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
+from string import hexdigits
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta
+from msgspec.msgpack import Decoder
 
+from portakv.arguments import kind_of, shown
 from portakv.errors import InvalidTerms, OfferGone, PeerError, PortaKVError
+from portakv.runtime.bounded import Bounded
 from portakv.runtime.tracing import PATTERN
 
 VERSION = 5  # of all messages; a channel rejects another version by the first byte
@@ -49,6 +54,39 @@ _NO_MAC = bytes(_MAC)  # stands before a ticket by name
 #: The errors of decoding a peer's bytes: msgspec's own, text that is not UTF-8, arrays nested too
 #: deeply, and the checks of a message.
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, PortaKVError)
+
+#: Held while msgspec builds the type information of messages. A finalizer may run meanwhile.
+_building = threading.RLock()
+_decoders: Bounded[Any, Decoder[Any]] = Bounded("decoders of messages", 512)
+
+
+def new_decoder(kind: Any) -> Decoder[Any]:
+    """Return a new decoder of a type, such as a message or a union of messages.
+
+    msgspec publishes the type information of a Struct before it is complete. A thread that decodes
+    such a Struct meanwhile ends the process by a read of a null pointer. Every decoder of messages
+    is therefore made here, under one lock.
+    """
+    with _building:
+        return Decoder(kind)
+
+
+def decoder_of(kind: Any) -> Decoder[Any]:
+    """Return the decoder of a type, made by `new_decoder` at the first call."""
+    try:  # each message asks; a call to make the decoder costs as much as a message
+        return _decoders[kind]
+    except KeyError:
+        return _decoders.setdefault(kind, new_decoder(kind))
+
+
+def prepare(names: dict[str, Any]) -> None:
+    """Make the decoders of all messages of a module, which calls this last with its `globals()`.
+
+    So no thread is the first to decode a message, and no first request waits for it.
+    """
+    for each in [*names.values()]:
+        if isinstance(each, type) and issubclass(each, msgspec.Struct):
+            decoder_of(each)
 
 
 #: Why an offer has ended, by its state, as a clause for a reader.
@@ -451,6 +489,25 @@ def offer_name(name: object) -> bytes:
     )
 
 
+def carried(name: str, value: object, do: str) -> bytes:
+    """Return bytes that a caller carries between processes, such as a ticket.
+
+    Raises `InvalidTerms`, which does not show the value, for another type; a sentence about digits
+    or other memory says how to convert them. ``do``: what to pass.
+    """
+    if isinstance(value, bytes):
+        return value
+    got = shown(value) if value is None or isinstance(value, int) else kind_of(value)
+    if isinstance(value, str):
+        got = "a text"
+        if value and {*value} <= {*hexdigits}:
+            got = "a text of hexadecimal digits"
+            do = "Convert it by bytes.fromhex(text)."
+    elif isinstance(value, bytearray | memoryview):
+        do = "Convert it by bytes(value)."
+    raise InvalidTerms(f"Expected {name} to be bytes, got {got}. {do}")
+
+
 def _gone(offer: str, address: str, why: str) -> OfferGone:
     """Return the error of an offer that does not hold."""
     return OfferGone(
@@ -489,7 +546,11 @@ def unsealed(data: bytes, kind: type[Sent]) -> Sent | None:
     """Return the message of these bytes; None if `sealed` did not make them."""
     if isinstance(data, bytes) and blake2b(data[_SUM:], digest_size=_SUM).digest() == data[:_SUM]:
         try:
-            return msgspec.msgpack.decode(data[_SUM:], type=kind)
+            message: Sent = decoder_of(kind).decode(data[_SUM:])
+            return message
         except UNDECODABLE:  # another release made the bytes
             return None
     return None
+
+
+prepare(globals())

@@ -19,7 +19,7 @@ from portakv.arguments import instance, invalid
 from portakv.errors import LayoutError, PeerError, Unsupported
 from portakv.migrate.described import strided
 from portakv.migrate.ipc import Opener, export_all
-from portakv.migrate.messages import Handle, Message, Name, Text, sealed, unsealed
+from portakv.migrate.messages import Handle, Message, Name, Text, carried, prepare, sealed, unsealed
 from portakv.migrate.parameters import Item, items_of, named
 from portakv.migrate.published import MOST_ITEMS
 from portakv.runtime.interrupts import uninterrupted
@@ -111,12 +111,13 @@ def open_model(
         device: the device of this process that reads a device's memory; None: the current device.
 
     Raises:
+        InvalidTerms: no module, or another type than bytes.
         LayoutError: the module differs. It lists all differences, and changes nothing.
         PeerError: bytes of another kind, or the other process has ended.
         Unsupported: the memory cannot be opened here.
     """
     instance("module", module, torch.nn.Module)
-    model = unsealed(data, _Model)
+    model = unsealed(carried("data", data, "Pass SharedModel.data."), _Model)
     if model is None:
         raise PeerError(
             "Expected data to be the bytes of `SharedModel.data` of this release, got others. "
@@ -208,3 +209,6 @@ def _assign(module: torch.nn.Module, opened: Mapping[str, torch.Tensor]) -> None
     for name, tensor in opened.items():
         (path, _, own) = name.rpartition(".")
         setattr(module.get_submodule(path), own, tensor)
+
+
+prepare(globals())

@@ -398,7 +398,7 @@ class Owner:
                 renews it. Use the blocks again only after `Offer.state`, `Offer.taken`, `finished`
                 or `statistics` shows that it ended.
             readers: the number of readers that may pull it.
-            max_lease: seconds after which no reader can renew it.
+            max_lease: seconds after which no reader can renew it, at most 10^6.
             name: 16 to 64 bytes by which readers find the offer; see `Ticket.of`. Take random
                 bytes, and another name for each offer.
             progress: "layers" or "tokens": the rows are not complete yet, and readers get none
@@ -412,7 +412,7 @@ class Owner:
             PeerError: the owner is closed, or belongs to the process that this one was forked from.
         """
         self.refuse_closed()
-        lease, last = offer_terms.checked_lease(tokens, lease, readers, max_lease)
+        tokens, readers, lease, last = offer_terms.checked(tokens, readers, lease, max_lease)
         mark = None
         if progress is not None:
             mark = progress_of(progress, max(shard.view.layers for shard in self.shards), tokens)
@@ -491,9 +491,10 @@ class Owner:
         """End the offer of a ticket immediately; return False if it has ended before. Readers do
         not wait any longer for a name that has no offer yet.
 
-        Raises `PeerError` for bytes that are not a ticket of this owner.
+        Raises `PeerError` for bytes that are not a ticket of this owner, and `InvalidTerms` for
+        another type.
         """
-        named = messages.Named.read(ticket) if isinstance(ticket, bytes) else None
+        named = messages.Named.read(messages.carried("ticket", ticket, "Pass Offer.ticket."))
         parsed = named or messages.Ticket.read(ticket)
         if named is None and not messages.is_signed(ticket, self._key):
             raise messages.no_ticket()

@@ -20,7 +20,7 @@ from msgspec import Meta, structs
 from portakv.arguments import instance, invalid, items, text, whole
 from portakv.errors import InvalidTerms, LayoutError
 from portakv.migrate.messages import Box as Ends
-from portakv.migrate.messages import Bytes, Dims, Message, Small, Text
+from portakv.migrate.messages import Bytes, Dims, Message, Small, Text, prepare
 from portakv.migrate.shards import deal
 
 
@@ -399,3 +399,6 @@ def plan(
             + "\n".join(dict.fromkeys(wrong))
         )
     return cells
+
+
+prepare(globals())

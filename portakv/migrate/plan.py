@@ -7,18 +7,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import numpy as np
 
-from portakv.arguments import naming
+from portakv.arguments import invalid
 from portakv.copy.handle import token_bytes
-from portakv.errors import InvalidTerms, LayoutError, PeerError, SlotError, Unsupported
+from portakv.errors import InvalidTerms, PeerError, SlotError, Unsupported
 from portakv.layout.packing import PACKED_DTYPE
 from portakv.migrate.connections import Connection, Sources
 from portakv.migrate.messages import Box, Part, Ticket
-from portakv.migrate.shards import Piece, Shard, pieces, slices
+from portakv.migrate.shards import (
+    Piece,
+    Shard,
+    check_length,
+    index_of,
+    names_of,
+    pieces,
+    slices,
+)
 from portakv.migrate.staging import page_of, rows_bytes
 from portakv.view import Index, KVView
 from portakv.view.index import Ids
@@ -157,19 +164,14 @@ def indices_of(shards: Sequence[Shard], blocks: Sequence[Ids | None]) -> list[In
             f"Expected blocks to be {len(shards)} lists, one for each shard, got {len(blocks)}. "
             f"Pass a list for each."
         )
-    try:
-        return [
-            Index.of(ids, shard.view.block_size or 1).apart()
-            for shard, ids in zip(shards, blocks, strict=True)
-        ]
-    except (SlotError, LayoutError):
-        with _named():  # only now: the usual call does not pay for it
-            raise
-
-
-def _named() -> AbstractContextManager[None]:
-    """Have an error name the argument that it is about."""
-    return naming("blocks", "lists of ids of the views' blocks")
+    indices = list[Index]()
+    for name, shard, ids in zip(names_of(len(shards)), shards, blocks, strict=True):
+        view = shard.view
+        if ids is None and view.block_size:
+            expected = f"ids of the view's blocks of {view.block_size} tokens"
+            raise invalid(name, expected, None, "Name the blocks that the rows fill.")
+        indices.append(index_of(name, view, ids).apart())
+    return indices
 
 
 def check_packed(step: Step, verify: bool, auto: bool = False) -> None:
@@ -286,16 +288,13 @@ def _indices(
     """Return the checked indices of all groups, and True if any index skips a position."""
     lists = list[Lists]()
     skips = False
+    names = names_of(len(shards))
     for group, (shard, whole) in enumerate(zip(shards, blocks, strict=True)):
+        slots = shard.view.slots
+        check_length(names[group], whole, first, count, slots)
+        _check_number_of_blocks(names[group], whole, first + count)
         dst_index = whole.shifted(first) if first else whole
-        try:
-            if dst_index.length is None or count > dst_index.length:
-                _check_number_of_blocks(dst_index, first, count)
-                dst_index.check_length(count, shard.view.slots, "reader's")
-            skips |= dst_index.check(count, shard.view.slots, "reader's", distinct=True)
-        except (SlotError, LayoutError):
-            with _named():
-                raise
+        skips |= dst_index.check_named(names[group], count, slots, distinct=True)
 
         src_indices = []
         known = dict[tuple[bytes, int], Index]()
@@ -327,14 +326,14 @@ def _offered(
     return index
 
 
-def _check_number_of_blocks(index: Index, first: int, count: int) -> None:
-    """Raise `SlotError` if the reader's blocks hold fewer tokens than the pull brings."""
-    if index.ids is None or index.length is None or count <= index.length:
+def _check_number_of_blocks(name: str, index: Index, tokens: int) -> None:
+    """Raise `SlotError` if the reader passes blocks after those that the tokens fill."""
+    needed = -(-(index.offset + tokens) // index.step)
+    if index.ids is None or index.ids.numel() <= needed:
         return
-    needed = -(-(first + count) // index.step)
     raise SlotError(
-        f"Expected blocks to hold {count} tokens from token {first} on, {needed} blocks of "
-        f"{index.step} tokens, got {index.ids.numel()}. Pass a longer list, or fewer tokens."
+        f"Expected {name} to be {needed} ids, of {index.step} tokens each, for the {tokens} tokens "
+        f"of the tickets, got {index.ids.numel()}. Leave out the ids that no token fills."
     )
 
 

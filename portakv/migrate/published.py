@@ -19,7 +19,7 @@ from portakv.graph.graph import Graph
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.figures import Figures, published_figures
 from portakv.migrate.ipc import Held, export_all
-from portakv.migrate.messages import Count, Handle, Id, Message, Text, sealed
+from portakv.migrate.messages import Count, Handle, Id, Message, Text, prepare, sealed
 from portakv.migrate.parameters import (
     Box,
     Item,
@@ -300,3 +300,6 @@ def publish(
     tensors, and `BackendUnavailable` for a ``transport`` that does not run here.
     """
     return Published(channel, parameters, staging=staging, expose=expose, transport=transport)
+
+
+prepare(globals())

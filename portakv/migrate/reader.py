@@ -23,7 +23,7 @@ from portakv.migrate.issue import Issuer, Request
 from portakv.migrate.pull import Encoding, Part, Pull
 from portakv.migrate.shards import Shard
 from portakv.runtime.devices import capturing, refuse_capture
-from portakv.view.index import IdList
+from portakv.view.index import Ids
 
 #: The options that a pull takes.
 OPTIONS = ("by_layer", "overlap", "max_thread_blocks", "max_gbps")
@@ -73,7 +73,7 @@ class Reader:
     def pull(
         self,
         tickets: bytes | Sequence[bytes],
-        *blocks: IdList | None,
+        *blocks: Ids | None,
         first: int = 0,
         by_layer: bool = False,
         overlap: Overlap = "compute",
@@ -84,8 +84,8 @@ class Reader:
         encoding: Encoding | None = None,
         timeout: float | None = None,
     ) -> Pull:
-        """Pull the rows of tickets into lists of blocks, one list for each shard; None: blocks from
-        the first one on.
+        """Pull the rows of tickets into lists of blocks, one list for each shard, of as many blocks
+        as the tokens fill. None: a view that is not paged, from its first row on.
 
         Args:
             tickets: one ticket of each owner that has a part of this reader's windows. A pull by
@@ -108,7 +108,7 @@ class Reader:
         Raises, or with a name, a handshake, or rows that are not complete ends with:
             PeerError, OfferGone: no ticket; an owner that is gone, refuses, or was restarted.
             LayoutError: rows that cannot become this reader's; layers or heads without an owner.
-            SlotError: bad blocks on either side, or too few.
+            SlotError: bad blocks on either side, or more or fewer than the tokens fill.
             Unsupported: memory that is neither mapped nor sent; a graph capture; another encoding.
             PackOverflow: blocks of a packed view that did not fit into it.
         """
@@ -143,6 +143,8 @@ class Reader:
             return checked
         checked = options_from(options, dict(zip(OPTIONS, keywords, strict=True)))
         checked.check_only("a pull", OPTIONS)
+        if checked.max_gbps is not None:
+            arguments.rate("max_gbps", checked.max_gbps)
         self._last_options = passed, checked
         return checked
 
@@ -206,7 +208,8 @@ class Reader:
                 it.
             PeerError, LayoutError, Unsupported: no connection to the owner, as for `pull`.
         """
-        seconds = arguments.number("seconds", seconds, 0.0, 1e6, "seconds, at most 10^6")
+        limits = "a number of seconds from 0 to 10^6"
+        seconds = arguments.number("seconds", seconds, 0.0, 1e6, limits)
         limit = self.channel.timeout
         if timeout is not None:
             limit = arguments.seconds("timeout", timeout)

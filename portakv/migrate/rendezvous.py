@@ -23,7 +23,7 @@ from portakv import arguments
 from portakv.arguments import instance, text, whole
 from portakv.errors import PeerError, TransferTimeout, Unsupported
 from portakv.migrate.channel import Channel
-from portakv.migrate.messages import Message
+from portakv.migrate.messages import Message, prepare
 from portakv.runtime.interrupts import uninterrupted
 
 KEYS = 1 << 14  # the most keys of one rendezvous
@@ -228,3 +228,6 @@ def unique_id() -> bytes:
     if not (torch.cuda.is_available() and dist.is_nccl_available()):
         raise Unsupported("A unique id", "this torch has no NCCL, or no device for it")
     return bytes(torch.cuda.nccl.unique_id())
+
+
+prepare(globals())

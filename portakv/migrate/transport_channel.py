@@ -27,15 +27,22 @@ class TransportChannel:
     Args:
         channel: the channel of the reader.
         ended: returns True once the agreement has ended.
+        error: returns the error of a message after the end.
     """
 
-    def __init__(self, channel: Channel, ended: Callable[[], bool] = bool) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        ended: Callable[[], bool] = bool,
+        error: Callable[[], PeerError] | None = None,
+    ) -> None:
         self.channel = channel
         self.id = channel.id
         self.address = channel.address
         self.timeout = channel.timeout
         self.watch = channel.watch
         self._ended = ended
+        self._error = error
 
     def ask(
         self,
@@ -71,7 +78,10 @@ class TransportChannel:
 
     def _check(self) -> None:
         """Raise `PeerError` after the end."""
-        if self._ended():
-            raise PeerError(
-                "Expected the agreement with the owner to stand, got its end. Pull again."
-            ) from None
+        if not self._ended():
+            return
+        if self._error is not None:
+            raise self._error() from None
+        raise PeerError(
+            "Expected the agreement with the owner to stand, got its end. Pull again."
+        ) from None

@@ -14,7 +14,7 @@ import torch
 from msgspec import Meta, msgpack
 
 from portakv.errors import LayoutError
-from portakv.migrate.messages import Bytes, Count, Dims, Id, Message, Name, Text
+from portakv.migrate.messages import Bytes, Count, Dims, Id, Message, Name, Text, prepare
 from portakv.migrate.transport_channel import TransportChannel
 from portakv.migrate.weight_pairs import copy_pairs
 
@@ -155,3 +155,6 @@ class LaneChannel(TransportChannel):
 def lane_channel(channel: Channel, lane: bytes) -> Any:
     """Return a `LaneChannel` as the `Channel` that transports expect."""
     return cast("Channel", LaneChannel(channel, lane))
+
+
+prepare(globals())

@@ -13,10 +13,10 @@ from weakref import ref
 
 import torch
 
-from portakv.arguments import flag, instance, invalid, items, seconds
+from portakv.arguments import flag, instance, invalid, items, rate, seconds
 from portakv.errors import PeerError, TransferError
-from portakv.interconnect.strategy import Terms
 from portakv.migrate.channel import Channel
+from portakv.migrate.messages import carried
 from portakv.migrate.parameters import (
     Parameters,
     check_destinations,
@@ -113,7 +113,8 @@ def checked(
     instance("channel", channel, Channel)
     flag("some", some)
     parameters, tensors, plans = _checked_destinations(parameters)
-    rate = Terms(max_gbps=max_gbps).max_gbps
+    if max_gbps is not None:
+        max_gbps = rate("max_gbps", max_gbps)
     devices = frozenset({tensor.device for tensor in tensors.values()})
     if any(map(capturing, devices)):
         raise refuse_capture("Pulling weights", "processes exchange messages; do it before")
@@ -128,7 +129,7 @@ def checked(
         devices=devices,
         plans=plans,
         some=some,
-        rate=rate,
+        rate=max_gbps,
         limit=limit,
         until=until,
         transport=transport,
@@ -266,13 +267,14 @@ def _make_plan(request: PullRequest, owners: Sequence[Owner]) -> Plan:
 def _check_tickets(tickets: bytes | Sequence[bytes]) -> Sequence[bytes]:
     """Return the tickets as a list; raise `InvalidTerms` for other arguments and for an empty
     list."""
-    if isinstance(tickets, bytes):
-        return [tickets]
+    do = "Pass Published.ticket."
+    if isinstance(tickets, bytes | str | bytearray | memoryview):
+        return [carried("tickets", tickets, do)]
     if not items("tickets", tickets, "tickets"):
-        raise invalid("tickets", "one ticket or more", tickets, "Pass Published.ticket.")
-    if not isinstance(tickets, Sequence) or isinstance(tickets, str):
-        raise invalid("tickets", "bytes, or a list of them", tickets, "Pass `Published.ticket`.")
-    return [*tickets]
+        raise invalid("tickets", "one ticket or more", tickets, do)
+    if not isinstance(tickets, Sequence):
+        raise invalid("tickets", "bytes, or a list of them", tickets, do)
+    return [carried(f"tickets[{number}]", one, do) for number, one in enumerate(tickets)]
 
 
 def _wait_for_turn(pace: RateLimit | None, nbytes: int, owner: Owner) -> None:

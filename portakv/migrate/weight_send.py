@@ -12,17 +12,16 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Union
+from typing import Union
 
 import torch
-from msgspec import msgpack
 
 from portakv.errors import LayoutError, PeerError, TransferError
 from portakv.graph.graph import Graph
 from portakv.graph.task import Task
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.ipc import where
-from portakv.migrate.messages import UNDECODABLE, Message
+from portakv.migrate.messages import UNDECODABLE, Message, decoder_of
 from portakv.migrate.parameters import Parameter, part_of
 from portakv.migrate.staging import staging
 from portakv.migrate.transports import check_transport, choose, forced
@@ -74,7 +73,7 @@ class Lane:
         #: The peer of this lane alone, because a transport has one lane for a peer.
         self.key = Peer(peer.id)
         self.transport = transport
-        self.decoder = msgpack.Decoder[Any](Union[tuple(transport.asks)])  # noqa: UP007
+        self.decoder = decoder_of(Union[tuple(transport.asks)])  # noqa: UP007
         self.tag = 0  # of the last slice that was requested
         self.why_broken = ""  # why a slice that was requested could not be sent
         device = transport.device

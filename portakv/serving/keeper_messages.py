@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from portakv.migrate.messages import Handle, Message, Seconds, Small, Text
+from portakv.migrate.messages import Handle, Message, Seconds, Small, Text, prepare
 from portakv.storage.tier import After
 
 #: The version of these messages. A client of another version is a client of no keeper.
@@ -337,3 +337,6 @@ def ids_in(data: bytes) -> list[int]:
     """Return the numbers in the bytes of a message."""
     numbers: list[int] = np.frombuffer(data, "<i4").tolist()
     return numbers
+
+
+prepare(globals())

@@ -18,6 +18,7 @@ import zmq
 
 from portakv.arguments import text
 from portakv.errors import PeerError
+from portakv.migrate.messages import prepare
 from portakv.serving.event_runs import Described, medium_of, number_of, runs_of
 from portakv.storage.changes import Change
 
@@ -215,3 +216,6 @@ class EventPublisher:
                 f"Pass an address of this host and a free port."
             ) from None
         return socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+
+prepare(globals())

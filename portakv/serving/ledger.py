@@ -556,12 +556,14 @@ class Ledger:
             return
         self.counts["begun"] += 1
         number = self.counts["begun"]
-        blocks = tuple(
-            (-1,) * (computed // group.block_size) + (*ids[computed // group.block_size :],)
-            for group, ids in zip(self._groups, state.blocks, strict=True)
-        )
+        blocks = list[tuple[int, ...]]()
+        for group, ids in zip(self._groups, state.blocks, strict=True):
+            size = group.block_size
+            here = computed // size
+            # A pull takes the blocks that the offered tokens fill, and a request has more.
+            blocks.append((-1,) * here + (*ids[here : -(-remote.tokens // size)],))
         past = computed + tokens
-        state.load = PullJob(number, state.name, remote.tickets, computed, past, blocks)
+        state.load = PullJob(number, state.name, remote.tickets, computed, past, tuple(blocks))
         self._jobs[number] = _Live(state.load, state)
         self._tickets.pull(state.load)
         self.counts["pulls"] += 1

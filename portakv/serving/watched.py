@@ -17,7 +17,7 @@ from msgspec import Meta
 from portakv.errors import PeerError
 from portakv.graph.meter import Meter, Metered, Source
 from portakv.migrate.channel import Channel
-from portakv.migrate.messages import Message
+from portakv.migrate.messages import Message, prepare
 
 #: The most bytes of an answer, below the channel's limit, and of what it unpacks to.
 MOST = 56 << 10
@@ -47,6 +47,10 @@ class Value(msgspec.Struct, frozen=True, array_like=True):
     value: float
 
 
+#: Made at import, before any thread decodes values; see `messages.new_decoder`.
+_VALUES = msgspec.json.Decoder(list[Value])
+
+
 def answer(channel: Channel, *sources: Source | Metered, **stores: Source | Metered) -> None:
     """Have a channel answer `portakv top` with the figures of sources, which are as those of
     `Collector`. The channel must be one of this process, and answers until it is closed.
@@ -67,7 +71,7 @@ def ask(address: str, timeout: float = 5.0) -> list[Value]:
     unpacked = zlib.decompressobj()
     try:
         text = unpacked.decompress(page.data, _UNPACKED)
-        return msgspec.json.decode(text, type=list[Value])
+        return _VALUES.decode(text)
     except (zlib.error, msgspec.DecodeError) as error:
         raise PeerError(
             f"Expected figures of {address}, got other bytes: {error}. Run the same release on "
@@ -90,3 +94,6 @@ def _page(meter: Meter) -> FiguresPage:
 
 def _packed(values: Iterable[Value]) -> bytes:
     return zlib.compress(msgspec.json.encode([*values]))
+
+
+prepare(globals())

@@ -393,14 +393,17 @@ class Crossing:
                     f"for {many} keys of {size}, got {len(ids)}. Pass the blocks that the keys "
                     f"name."
                 )
-            skips = index.check(len(ids) * whole, view.slots, "view", distinct=not store)
+            held = len(ids) * whole
+            skips = index.check_named("blocks", held, view.slots, distinct=not store)
             if skips and store:
-                least = int(ids.min())
+                at = int(ids.argmin())
                 raise SlotError(
-                    f"Expected ids of the view's blocks, got the negative {least}. Leave it out."
+                    f"Expected blocks to be ids from 0 to {view.slots // whole - 1}, the blocks of "
+                    f"the view, got the negative {ids[at]} at position {at}. Leave it out."
                 )
         except (SlotError, LayoutError):
-            with naming("blocks", "ids of the view's blocks"):  # the usual call does not pay for it
+            # Only now: a list without an error does not pay for it.
+            with naming("blocks", "whole numbers in a list, an array or a tensor"):
                 raise
         self._size = size
         self._store = store

@@ -501,6 +501,40 @@ class Index:
         self._store.remember(key, skips)
         return skips
 
+    def check_named(self, name: str, count: int, slots: int, *, distinct: bool = False) -> bool:
+        """Validate host ids as `check` does, for a list that a caller passed as ``name``.
+
+        Raises:
+            SlotError: names the argument, the id at fault and its place in the list.
+        """
+        try:
+            return self.check(count, slots, name, distinct=distinct)
+        except SlotError:
+            raise self._fault(name, count, slots) from None
+
+    def _fault(self, name: str, count: int, slots: int) -> SlotError:
+        """Return the error of the first id that is past the view's ``slots`` slots, or else of the
+        first that occurs twice."""
+        first = self.offset // self.step
+        used = self.host_ids()[first : -(-(self.offset + count) // self.step)]
+        one = "block" if self.step > 1 else "slot"
+        most = slots // self.step - 1
+        past = np.flatnonzero(used > most)
+        if past.size:
+            at = int(past[0])
+            return SlotError(
+                f"Expected {name} to be ids from 0 to {most}, the {one}s of the view, got "
+                f"{used[at]} at position {first + at}. Correct this id."
+            )
+        seen = dict[int, int]()
+        for at, number in enumerate(used.tolist(), first):
+            if number >= 0 and seen.setdefault(number, at) != at:
+                break
+        return SlotError(
+            f"Expected {name} to name each {one} once, got {number} at positions {seen[number]} "
+            f"and {at}. Name it once."
+        )
+
     @property
     def skips(self) -> bool:
         """True if `check` found a negative id on the host."""

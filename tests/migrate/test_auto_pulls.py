@@ -211,7 +211,7 @@ def test_layers_and_parts_of_blocks(made: Sides, samples: list[Sample], staging:
     dst = Raw(24, size=8, fill=0.0)
     owner = made.owner(Shard(src.view), expose="staging", staging=staging)
     reader = made.reader(Shard(dst.view))
-    into = range(20, 9, -1)
+    into = range(20, 10, -1)
     ticket = owner.offer(BLOCKS, tokens=75).ticket
     terms: dict[str, Any] = {"first": 21, "encoding": "auto", "max_gbps": SLOW, "by_layer": True}
     pull = reader.pull(ticket, into, **terms)

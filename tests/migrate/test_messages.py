@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 from collections.abc import Callable
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from support import ready
 
 from portakv.errors import PeerError
 from portakv.migrate import messages
@@ -46,6 +51,8 @@ DESCRIBED = Described(
     16,
 )
 PART = Part(0, (0, 4), (1, 2), 16, 24)
+TESTS = str(Path(__file__).resolve().parents[1])
+PATHS = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
 encode = msgspec.msgpack.encode
 decode = msgspec.msgpack.decode
 
@@ -219,3 +226,36 @@ def words() -> str:
     with pytest.raises(PeerError) as refused:
         Ticket.read(b"no ticket")
     return str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def first_decodes() -> dict[str, Any]:
+    """Return what `support.first_decodes` found, in a process that had decoded nothing."""
+    environment = {**os.environ, "PYTHONPATH": PATHS}
+    done = ready.run("-c", "from support.first_decodes import report; report(60)", env=environment)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("what", ["an answer", "sealed bytes", "another package"])
+def test_a_first_decode_beside_another_one(what: str, first_decodes: dict[str, Any]) -> None:
+    """A thread may decode a type while another one is the first to decode it."""
+    assert first_decodes[what] == 0
+
+
+def test_first_decodes_of_several_threads(first_decodes: dict[str, Any]) -> None:
+    """No process dies of 60 in which 8 threads decode their first handshake together."""
+    assert first_decodes["by chance"] == [0] * 60
+
+
+def test_a_first_decode_of_msgspec_alone_dies(first_decodes: dict[str, Any]) -> None:
+    """The cases above would see the fault: without the decoders of the library it is there."""
+    assert first_decodes["msgspec alone"] == -signal.SIGSEGV
+
+
+def test_an_import_builds_the_types_of_all_messages(first_decodes: dict[str, Any]) -> None:
+    """No thread is the first to decode a message of the library."""
+    assert first_decodes["the first"]  # of a type that no import has built
+    assert first_decodes["structs"] > 60
+    assert first_decodes["unbuilt"] == []

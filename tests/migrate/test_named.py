@@ -514,7 +514,7 @@ def test_long_lists_of_slots(made: Sides) -> None:
     for name in names:
         owner.offer(Index(listed[:tokens]), tokens=tokens, name=name)
     tickets = [Ticket.of(owner.channel.address, owner.epoch, name) for name in names]
-    for pulled in [reader.pull(ticket, None) for ticket in tickets]:
+    for pulled in [reader.pull(ticket, Index()) for ticket in tickets]:
         pulled.synchronize(LIMIT)
     rows = whole.flatten(2, 3)[:, :, listed[:tokens]]
     assert torch.equal(into.flatten(2, 3)[:, :, :tokens], rows)

@@ -312,7 +312,8 @@ def test_rows_that_cannot_be_packed_cross_raw(
 ) -> None:
     owner = made.owner(Shard(view()), expose="staging")
     reader = made.reader(Shard(view()))
-    pull = reader.pull(owner.offer(ids, tokens=2).ticket, [3, 4], encoding=encoding)
+    into = [3] if reader.shards[0].view.block_size else [3, 4]
+    pull = reader.pull(owner.offer(ids, tokens=2).ticket, into, encoding=encoding)
     pull.synchronize(LIMIT)
     assert not pull.statistics.packed
     assert pull.statistics.raw_because.startswith(why)
@@ -598,8 +599,10 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_packed_views_cannot_do(made: Sides, case: str) -> None:
     src, dst, terms, why = REFUSED[case]
+    reader = dst()
+    into = BLOCKS[: -(-80 // reader.view.block_size)]
     with pytest.raises(Unsupported, match=why):
-        pulled(made, src(), dst(), BLOCKS, **terms)
+        pulled(made, src(), reader, into, **terms)
 
 
 def test_other_parameters_do_not_connect(made: Sides) -> None:

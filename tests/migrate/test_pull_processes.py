@@ -5,6 +5,7 @@ is gone is published, nothing hangs, and nothing is left."""
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from support.stopping import go_on, stop
 from portakv import KVView
 from portakv.errors import OfferGone, PeerError, TransferError
 from portakv.migrate.connecting import WIDTH
+from portakv.migrate.messages import Ticket
 from portakv.migrate.shards import Shard
 
 SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes a tenth of a second
@@ -34,7 +36,7 @@ made, rows = Sides(), Rows()
 shard = Shard(rows.view) if layer is None else Shard(
     KVView([rows.whole[layer]], LAYOUT), layers=(layer, layer + 1, 2))
 owner = made.owner(shard, expose=expose, staging=SMALL)
-offers = [owner.offer(blocks, tokens=tokens) for _ in range(count)]
+offers = [owner.offer(blocks, tokens=tokens, **terms) for _ in range(count)]
 tell([offer.ticket for offer in offers])
 """
 READER = """
@@ -51,6 +53,28 @@ for pulled in pulls:
     except Exception as error:
         tell(type(error).__name__)
 """
+FIRST_PULLS = """
+import sys
+from support.migrate_pulls import *
+sys.setswitchinterval(1e-5)
+made, rows = Sides(), Rows(8, 32, fill=-1)
+reader = made.reader(rows.shard)
+start = threading.Barrier(2)
+ends = []
+def pull(number, into):
+    start.wait()
+    try:
+        reader.pull([rank[number] for rank in ranks], into).synchronize(120)
+        ends.append(rows.rows(into, 75).numpy())
+    except Exception as error:
+        ends.append(repr(error))
+threads = [threading.Thread(target=pull, args=each) for each in enumerate(([6, 1, 4], [0, 2, 3]))]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+tell(ends)
+"""
 WAYS = pytest.mark.parametrize("expose", ["mapped", "staging"])
 
 
@@ -66,9 +90,11 @@ def made() -> Iterator[Sides]:
         yield those
 
 
-def owned(nursery: Nursery, expose: str, count: int = 1, layer: int | None = None) -> Any:
-    """A process that owns rows, and tickets of it."""
-    options = {"blocks": BLOCKS, "tokens": TOKENS}
+def owned(
+    nursery: Nursery, expose: str, count: int = 1, layer: int | None = None, **terms: Any
+) -> Any:
+    """A process that owns rows, and tickets of it; ``terms``: of its offers."""
+    options = {"blocks": BLOCKS, "tokens": TOKENS, "terms": terms}
     return nursery.born(OWNER, expose=expose, count=count, layer=layer, **options)
 
 
@@ -82,6 +108,27 @@ def test_rows_of_two_processes_come_to_a_third(nursery: Nursery, made: Sides, ex
     assert torch.equal(local.rows([6, 1, 4], TOKENS), remote.rows(BLOCKS, TOKENS))
     assert (local.whole[:, :, [0, 2, 3, 5, 7]] == -1).all()
     for pid, _ in owners:
+        nursery.end(pid)
+
+
+@pytest.mark.full
+@WAYS
+def test_first_pulls_from_two_ranks(nursery: Nursery, expose: str) -> None:
+    """50 processes pull for the first time from two ranks, in two threads; all get their rows.
+
+    A first pull shakes hands with both ranks together, each in a separate thread.
+    """
+    ranks = [owned(nursery, expose, 2, layer, readers=50, lease=3600.0) for layer in (0, 1)]
+    tickets = [rank[1] for rank in ranks]
+    right = Rows().rows(BLOCKS, TOKENS)
+    for _ in range(50):
+        pid, ends = nursery.born(FIRST_PULLS, ranks=tickets)  # raises if the process has died
+        assert len(ends) == 2
+        for rows in ends:
+            assert not isinstance(rows, str), rows
+            assert torch.equal(torch.as_tensor(rows), right)
+        nursery.end(pid)
+    for pid, _ in ranks:
         nursery.end(pid)
 
 
@@ -150,6 +197,23 @@ def test_a_reader_that_is_killed_in_mid_copy_frees_its_offers(
     both.pull(both.offer()).synchronize(30)
     assert both.right()
     both.owner.revoke_all()
+
+
+def test_the_error_of_an_owner_that_is_killed_names_it(nursery: Nursery, made: Sides) -> None:
+    """Rows that are in staging buffers then do not all come; whatever notices it first says so."""
+    local = Rows(8, 32, fill=-1)
+    reader = made.reader(local.shard)
+    pid, tickets = owned(nursery, "staging", 4)
+    address = Ticket.read(tickets[0]).address
+    reader.pull(tickets[0], [6, 1, 4]).synchronize(60)
+    pulls = [reader.pull(ticket, [6, 1, 4], max_gbps=SLOW / 10) for ticket in tickets[1:]]
+    nursery.end(pid)
+    for pulled in pulls:
+        with pytest.raises(TransferError) as error:
+            pulled.synchronize(60)
+        assert address in str(error.value)
+        assert re.search("gone|ended|runs|did not cross", str(error.value))
+        assert not pulled.published
 
 
 def test_a_reader_that_was_stopped_finds_its_offer_gone(nursery: Nursery, made: Sides) -> None:

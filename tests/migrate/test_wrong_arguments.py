@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -13,10 +13,20 @@ import torch
 from support.migrate_channels import SECRET, Ping, Pong
 from support.migrate_pulls import MODEL, Couple, Rows, Sides, sides
 
-from portakv import KVView
+from portakv import Index, KVView
 from portakv.errors import BackendUnavailable, InvalidTerms, LayoutError, PeerError, SlotError
-from portakv.migrate import Channel, Owner, Reader, Shard
+from portakv.migrate import (
+    Channel,
+    Owner,
+    Reader,
+    Shard,
+    open_model,
+    open_shared,
+    pull_weights,
+    share,
+)
 from portakv.migrate.ipc import shared_empty
+from portakv.migrate.messages import Handshake, Hello
 from portakv.migrate.transports.onesided import Nixl
 
 
@@ -147,6 +157,7 @@ def test_a_window_is_three_numbers(axis: str, wrong: Any) -> None:
 
 #: Terms of an offer that raise `InvalidTerms`.
 WRONG_TERMS: dict[str, list[Any]] = {
+    "max_lease": ["1", 0, -1, 29.0, float("nan"), float("inf"), 2e6, None, True],
     "tokens": [0, "4", 1.5, True, None],
     "lease": ["1", 0, -1, float("nan"), float("inf"), 1e9, 2**63, None, True],
     "readers": [0, "2", True],
@@ -190,7 +201,7 @@ def test_more_than_a_ticket_or_a_handshake_holds_is_refused_at_once(made: Sides)
     tall = shared_empty((1 << 21, 1, 8), torch.int8)
     owner = made.owner(Shard(KVView(tall, "(block token) head dim", block_size=1)))
     many = (1 << 20) + 1
-    with pytest.raises(SlotError, match="Expected at most 1048576 ids"):
+    with pytest.raises(SlotError, match="Expected blocks to have at most 1048576 ids"):
         owner.offer(torch.arange(many), tokens=many)
     tensors = [shared_empty((2, 16, 1, 8), torch.int8) for _ in range(1024)]
     with pytest.raises(LayoutError, match="at most 1023 allocations, got 1024"):
@@ -204,7 +215,7 @@ WRONG_PULLS: dict[str, list[Any]] = {
     "by_layer": [1, None],
     "verify": [1, None],
     "overlap": ["iddle", "never"],
-    "max_gbps": [0, -1, "2", True, torch.tensor([1, 2]), np.array([1, 2])],
+    "max_gbps": [0, -1, "2", True, float("inf"), torch.tensor([1, 2]), np.array([1, 2])],
     "max_thread_blocks": [0, "2", True],
 }
 
@@ -224,10 +235,155 @@ def test_pulls_name_the_argument(made: Sides) -> None:
     for into in ([6, 6, 6], ["a"], 5, [99, 1, 4], [6]):
         with pytest.raises(SlotError, match=r"\bblocks\b"):
             both.reader.pull(ticket, into)  # type: ignore[arg-type]
+    with pytest.raises(InvalidTerms, match=r"Expected blocks to be ids .* of 32 tokens, got None"):
+        both.reader.pull(ticket, None)
     assert (both.dst.whole == -1).all()
     both.reader.pull(ticket, both.into).synchronize(30)
     assert both.right()
     assert both.spared()
+
+
+#: Blocks of a reader of 8 blocks of 32 tokens for 75 tokens, and the sentence that refuses them.
+WRONG_BLOCKS: list[tuple[Any, str]] = [
+    ([6, 1, 8], "to be ids from 0 to 7, the blocks of the view, got 8 at position 2"),
+    ([6, 1, 1 << 40], "to be ids from 0 to 7, the blocks of the view, got 1099511627776 at"),
+    ([6, 1, 6], "to name each block once, got 6 at positions 0 and 2"),
+    ([6, 1], "to hold 75 tokens from token 0 on, 3 ids of 32 tokens, got 2"),
+    ([6, 1, 4, 7], "to be 3 ids, of 32 tokens each, for the 75 tokens of the tickets, got 4"),
+    ([6, 1, 4, -1], "to be 3 ids, of 32 tokens each, for the 75 tokens of the tickets, got 4"),
+    (Index(range(80)), "to be 75 ids, of 1 tokens each, for the 75 tokens of the tickets, got 80"),
+    ([6, "a", 4], "to be whole numbers in a list, an array or a tensor, got 'a'"),
+    (torch.tensor([6.0, 1.0, 4.0]), "to be whole numbers .*, got dtype torch.float32"),
+    (5, "to be whole numbers in a list, an array or a tensor, got an int"),
+]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_wrong_blocks_of_a_reader(made: Sides, known: bool) -> None:
+    """The sentence names the id, its place and the range; the call raises it with a new owner,
+    too."""
+    both = Couple(made)
+    if known:
+        both.reader.prepare(both.owner.channel.address).synchronize(60)
+    ticket = both.offer().ticket
+    for into, sentence in WRONG_BLOCKS:
+        with pytest.raises(SlotError, match=f"^Expected blocks {sentence}"):
+            both.reader.pull(ticket, into)
+    for into in ([1, 4], [6, 1, 4, 7]):  # also for the tokens after the first ones
+        with pytest.raises(SlotError, match="Expected blocks to"):
+            both.reader.pull(ticket, into, first=70)
+    assert (both.dst.whole == -1).all()
+    both.reader.pull(ticket, [-1, -1, 4], first=70).synchronize(60)
+    assert torch.equal(
+        both.dst.rows([4], 32)[:, :, 6:11], both.src.rows(both.blocks, 75)[:, :, 70:]
+    )
+
+
+def test_wrong_blocks_of_a_second_group(made: Sides) -> None:
+    groups = [Rows(), Rows()]
+    owner = made.owner(*(each.shard for each in groups))
+    with pytest.raises(SlotError, match=r"^Expected blocks\[1\] to be ids from 0 to 15, .* got 16"):
+        owner.offer([3], [16], tokens=16)
+    ticket = owner.offer([3], [4], tokens=16).ticket
+    into = [Rows(8, 32, fill=-1), Rows(8, 32, fill=-1)]
+    reader = made.reader(*(each.shard for each in into))
+    with pytest.raises(SlotError, match=r"^Expected blocks\[1\] to be 1 ids, of 32 tokens each"):
+        reader.pull(ticket, [1], [2, 3])
+    with pytest.raises(InvalidTerms, match=r"^Expected blocks\[0\] to be ids of the view's blocks"):
+        reader.pull(ticket, None, [2])
+
+
+def test_none_is_for_a_view_that_is_not_paged(made: Sides) -> None:
+    src = Rows()
+    owner = made.owner(src.shard)
+    whole = torch.full((2, 2, 40, 4, 8), -1, dtype=torch.int16)
+    reader = made.reader(Shard(KVView(whole, "layer kv token head dim")))
+    reader.pull(owner.offer([3, 1], tokens=20).ticket, None).synchronize(60)
+    assert torch.equal(whole[:, :, :20], src.rows([3, 1], 20))
+    assert (whole[:, :, 20:] == -1).all()
+    small = torch.full((2, 2, 10, 4, 8), -1, dtype=torch.int16)
+    reader = made.reader(Shard(KVView(small, "layer kv token head dim")))
+    with pytest.raises(SlotError, match="a view of 20 tokens or more, got a view of 10"):
+        reader.pull(owner.offer([3, 1], tokens=20).ticket, None)
+
+
+#: What is no ticket, and the clause that says so; `TICKET` stands for the bytes of one.
+WRONG_TICKETS: list[tuple[Callable[[bytes], Any], str]] = [
+    (bytes.hex, r"bytes, got a text of hexadecimal digits\. Convert it by bytes\.fromhex\(text\)"),
+    (bytearray, r"bytes, got a bytearray\. Convert it by bytes\(value\)"),
+    (memoryview, r"bytes, got a memoryview\. Convert it by bytes\(value\)"),
+    (lambda _: "a ticket", r"bytes, got a text\. Pass (Offer|Published)\.ticket"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "clause"), WRONG_TICKETS)
+def test_what_is_no_ticket_is_not_shown(
+    made: Sides, wrong: Callable[[bytes], Any], clause: str
+) -> None:
+    """A ticket is a secret: the sentence says what its bytes became, and shows none of them."""
+    both = Couple(made)
+    ticket = both.offer().ticket
+    value = wrong(ticket)
+    calls: list[Callable[[], object]] = [
+        lambda: both.reader.pull(value, both.into),
+        lambda: both.reader.pull([value], both.into),
+        lambda: both.reader.extend(value, 5.0),
+        lambda: both.reader.explain(value),
+        lambda: both.owner.revoke(value),
+        lambda: pull_weights(both.reader.channel, value, {"w": torch.zeros(1)}),
+        lambda: pull_weights(both.reader.channel, [value], {"w": torch.zeros(1)}),
+    ]
+    for call in calls:
+        with pytest.raises(
+            InvalidTerms, match=rf"^Expected tickets?(\[0\])? to be {clause}"
+        ) as error:
+            call()
+        assert ticket.hex()[:16] not in str(error.value)
+
+
+def test_bytes_of_shared_memory_are_bytes() -> None:
+    data = share(shared_empty((2,), torch.int8))
+    calls: list[Callable[[Any], object]] = [
+        open_shared,
+        lambda value: open_model(torch.nn.Linear(1, 1), value),
+    ]
+    for call in calls:
+        with pytest.raises(
+            InvalidTerms, match=r"^Expected data to be bytes, got a text of hexadec"
+        ):
+            call(data.hex())
+
+
+def test_numbers_of_numpy_count(made: Sides) -> None:
+    both = Couple(made)
+    terms: dict[str, Any] = {"tokens": np.int64(75), "readers": np.int32(1)}
+    offer = both.owner.offer(both.blocks, **terms)
+    both.reader.pull(offer.ticket, both.into, first=np.int64(0)).synchronize(60)
+    assert both.right()
+
+
+def test_infinite_times_and_rates(made: Sides) -> None:
+    """No lease and no rate is infinite; a wait without a limit is."""
+    both = Couple(made)
+    offer = both.offer()
+    weights = {"w": torch.zeros(1)}
+    extension = r"^Expected seconds to be a number of seconds from 0 to 10\^6"
+    for wrong in (float("inf"), float("nan"), -1.0, 2e6):
+        with pytest.raises(InvalidTerms, match=extension):
+            offer.extend(wrong)
+        with pytest.raises(InvalidTerms, match=extension):
+            both.reader.extend(offer.ticket, wrong)
+    for wrong in (float("inf"), float("nan"), -1.0, 0):
+        with pytest.raises(InvalidTerms, match=r"^Expected max_gbps to be a number of 10\^9"):
+            pull_weights(both.reader.channel, b"x", weights, max_gbps=wrong)
+    channel = both.reader.channel
+    address = both.owner.channel.address
+    for timeout in ("5", True, float("nan"), [1]):
+        with pytest.raises(InvalidTerms, match=r"^Expected timeout to be a number of seconds"):
+            channel.ask(address, Hello(MODEL), Handshake, timeout)  # type: ignore[arg-type]
+    assert channel.ask(address, Hello(MODEL), Handshake, float("inf"))
+    both.reader.pull(offer.ticket, both.into, timeout=float("inf")).synchronize(float("inf"))
+    assert both.right()
 
 
 def test_the_former_name_of_the_transport_is_deprecated() -> None:

@@ -140,6 +140,16 @@ def test_a_pull_brings_all_rows_of_a_prompt() -> None:
     assert ledger.counts["pulled_tokens"] == 24
 
 
+def test_a_pull_names_the_blocks_that_the_rows_fill() -> None:
+    """An engine allocates blocks for later tokens as well, which a pull would refuse."""
+    ledger = expecting()
+    tokens = ledger.leading("a", 16)
+    assert tokens == 24
+    ledger.allocated("a", 16, tokens, ((5, 6, 7, 8, 9),))
+    (job,) = ledger.plan().handovers.pulls
+    assert job.blocks == ((-1, 6, 7),)
+
+
 @pytest.mark.parametrize("idle", [True, False])
 def test_a_plan_with_a_pull_says_whether_the_engine_does_nothing_else(idle: bool) -> None:
     ledger = expecting()

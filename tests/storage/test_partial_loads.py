@@ -68,6 +68,17 @@ def test_rows_of_a_negative_block_are_not_written(
     assert (rows_of(target)[~written] == before[~written]).all()
 
 
+@pytest.mark.parametrize("call", ["load", "save"])
+def test_the_sentence_names_the_id_its_place_and_the_range(call: str) -> None:
+    view = cache(16, 0)
+    last = view.slots // 16 - 1
+    form = BlockForm.of(view, "model", block_size=16)
+    with BlockStore(form, staging=1 << 20, host=1 << 20) as store:
+        for wrong, says in ((99, f"ids from 0 to {last}, .* got 99 at"), ("a", "whole .* got 'a'")):
+            with pytest.raises(SlotError, match=f"^Expected blocks to be {says}"):
+                getattr(store, call)(view, [0, wrong], KEYS)
+
+
 def test_a_save_of_a_negative_block_is_refused() -> None:
     view = cache(16, 0)
     form = BlockForm.of(view, "model", block_size=16)

@@ -119,7 +119,7 @@ def test_a_damaged_object_is_named(by_layer: bool) -> None:
         break_object(remote, KEYS[5])
         text = error_of_load(store, by_layer=by_layer)
     assert text.startswith("6 of 8 blocks landed. 2 damaged (memory://: ")
-    assert text.endswith("Pass missing='skip' to accept that.")
+    assert text.endswith("Begin the load with missing='skip' to accept that.")
 
 
 def test_a_damaged_slot_is_named_and_logged(
@@ -130,7 +130,8 @@ def test_a_damaged_slot_is_named_and_logged(
         break_slot(store, KEYS[3])
         text = error_of_load(store)
     assert text == (
-        f"7 of 8 blocks landed. 1 damaged ({tmp_path}). Pass missing='skip' to accept that."
+        f"7 of 8 blocks landed. 1 damaged ({tmp_path}). "
+        f"Begin the load with missing='skip' to accept that."
     )
     (line,) = [x for x in caplog.messages if "damaged" in x]
     assert KEYS[3].hex() in line
@@ -200,7 +201,8 @@ def test_a_block_that_no_tier_has_is_missing(tmp_path: Path) -> None:
     with opened(Disk(tmp_path, capacity=1 << 20, io="threads")) as store:
         text = error_of_load(store)
     assert text == (
-        "0 of 8 blocks landed. 8 missing (no tier has it). Pass missing='skip' to accept that."
+        "0 of 8 blocks landed. 8 missing (no tier has it). "
+        "Begin the load with missing='skip' to accept that."
     )
 
 

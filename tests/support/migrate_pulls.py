@@ -204,8 +204,9 @@ class Couple:
         return self.owner.offer(self.blocks, tokens=self.tokens, **options)
 
     def pull(self, offer: Offer, **options: Any) -> Any:
-        """Begin to pull it."""
-        return self.reader.pull(offer.ticket, self.into, **options)
+        """Begin to pull it, into the blocks that its tokens fill."""
+        into = self.into[: -(-self.tokens // self.dst.size)]
+        return self.reader.pull(offer.ticket, into, **options)
 
     def right(self) -> bool:
         """Return True if the reader has the owner's rows."""

@@ -210,6 +210,26 @@ class Moving:
             call()
 
 
+def gone_peer(other: str | Peer) -> PeerError:
+    """Return the error of buffers in flight with a peer whose connection has ended."""
+    if not isinstance(other, str):
+        return PeerError("The reader is gone; its buffers did not cross.")
+    return PeerError(
+        f"The owner at {other} is gone: its process has ended, or the connection to it broke. Not "
+        f"all of its bytes have crossed. Pull from another owner, or again once it is back."
+    )
+
+
+def released_peer(other: str | Peer) -> PeerError:
+    """Return the error of buffers in flight with a peer that this side has released."""
+    if not isinstance(other, str):
+        return PeerError("The owner released this reader; its buffers did not cross.")
+    return PeerError(
+        f"This reader released the owner at {other}, as a new handshake and `close` do. Not all of "
+        f"its bytes have crossed. Pull again."
+    )
+
+
 class Lane(ABC):
     """The buffers between this process and one peer.
 
@@ -331,6 +351,8 @@ class Lane(ABC):
         short = re.sub(r"^\[\S*\] ", "", str(caught)).partition("\n")[0]
         nbytes = moving.buffer.nbytes
         what = f"A buffer of {nbytes} B did not cross by {self.transport.name}"
+        if self.address:
+            what = f"{what} from the owner at {self.address}"
         why = short.partition(". ")[0].rstrip(".") or type(caught).__name__
         return PeerError(f"{what}: {why}. Pull again, or choose another transport.")
 
@@ -434,7 +456,7 @@ class Transport(ABC):
             lane = self.lanes[other] = self.kind(self, channel, other)
             self._running += len(lane.threads)
             self._threads = [x for x in self._threads if x.is_alive()] + lane.threads
-        gone = partial(lane.release, PeerError("The peer is gone; its buffers did not cross."))
+        gone = partial(lane.release, gone_peer(other))
         try:
             if isinstance(other, str):
                 lane.unwatch = channel.watch(other, gone)
@@ -445,10 +467,13 @@ class Transport(ABC):
             raise
         return lane
 
-    def forget(self, other: str | Peer) -> None:
-        """End the buffers in flight with a peer and release its lane; never block."""
+    def forget(self, other: str | Peer, error: PeerError | None = None) -> None:
+        """End the buffers in flight with a peer and release its lane; never block.
+
+        ``error``: of these buffers; None: that this side released the peer.
+        """
         if lane := self.lanes.get(other):
-            lane.release(PeerError("The peer was released; its buffers did not cross."))
+            lane.release(error or released_peer(other))
 
     def close(self, patience: float = 1.0) -> None:
         """Close all lanes, and wait ``patience`` seconds for each thread.
@@ -460,7 +485,7 @@ class Transport(ABC):
             atexit.unregister(self.close)
             return
         for lane in [*self.lanes.values()]:
-            lane.release(PeerError("The transport was closed; its buffers did not cross."))
+            lane.release(released_peer(lane.key))
         for thread in self._threads:
             thread.join(patience)
         with self.lock:

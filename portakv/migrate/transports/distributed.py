@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from portakv.backends.base import Decision
 from portakv.errors import PeerError, PortaKVError, TransferError, TransferTimeout
-from portakv.migrate.messages import Answer, Message, Name
+from portakv.migrate.messages import Answer, Message, Name, prepare
 from portakv.migrate.rendezvous import ChannelStore, Meet, pair
 from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.devices import inside
@@ -330,3 +330,6 @@ class Distributed(Transport):
         lane.name = request.name
         lane.named.set()
         return Answer("done")
+
+
+prepare(globals())

@@ -29,7 +29,7 @@ from msgspec import Meta
 from portakv.backends.base import Decision
 from portakv.errors import PortaKVError, TransferError
 from portakv.extras import installing
-from portakv.migrate.messages import Bytes, Count, Message
+from portakv.migrate.messages import Bytes, Count, Message, prepare
 from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.devices import Unusable, imported, inside
 
@@ -332,3 +332,6 @@ def _release(handle: Any) -> None:
             return handle.release()  # type: ignore[no-any-return]
         except Exception:  # NIXL has a type for each error; the request is still in flight
             time.sleep(0.01)
+
+
+prepare(globals())
