@@ -93,7 +93,7 @@ def _start(bench: StorageBench) -> Rows:
 
 def _long_chain(bench: StorageBench, disk: bool) -> Rows:
     """Save one chain of blocks into host memory, also on a disk, and load it from host memory."""
-    view = caches(CALL, 4 * KB * CALL, CPU, 1)
+    view = caches(CALL, 4 * KB, CPU, 1)
     form = BlockForm.of(view, "bench")
     many = bench.sizes.chain // CALL * CALL
     edge = min(EDGE, many // 2)
