@@ -43,6 +43,11 @@ LONGEST = 60.0
 #: Bytes of each part of an upload in parts.
 PART = 16 << 20
 MOST_WORKERS = 1024
+#: Puts of an object of which the store says that it exists, and has none.
+PUTS = 3
+#: Codes of S3 with which a store refuses a header that it does not know, by status 400. Answers
+#: with other codes say what else is wrong.
+REFUSED_HEADER = ("BadRequest", "InvalidArgument", "InvalidRequest", "NotImplemented")
 #: Settings of obstore, unless the caller passes others; `read_timeout` for reading alone.
 CLIENT: Any = {"connect_timeout": "2s", "read_timeout": "2s", "timeout": "60s"}
 BACKOFF = {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(seconds=2), "base": 2}
@@ -148,6 +153,7 @@ class Remote:
         self.log = RateLimitedLog(_log, lambda: self.now())
         self._present: list[BlockForm] = []  # at the last look
         self._next_search = 0.0  # not before this time
+        self._conditions = True  # the store takes puts with a condition, as far as is known
         self.tier_stores: WeakSet[RemoteStore] = WeakSet()
 
     @property
@@ -213,8 +219,7 @@ class Remote:
             return None
 
     def attempt(self, work: Callable[..., Any], *terms: Any, miss: Any = None) -> Any:
-        """Return the result of ``work``; True if the object exists already; ``miss`` if there is
-        none.
+        """Return the result of ``work``; ``miss`` if the object does not exist.
 
         Raises `Failure` if the store fails, which is logged once a minute, or gets no requests now.
         """
@@ -228,9 +233,7 @@ class Remote:
             result = work(*terms)
         except Exception as error:  # obstore raises many types, and those of its clients
             missing = isinstance(error, FileNotFoundError) and miss is not None
-            if isinstance(error, self.obs.exceptions.AlreadyExistsError):
-                result = True  # also after a put whose answer was lost
-            elif not missing or re.search("NoSuchBucket|ContainerNotFound", str(error)):
+            if not missing or re.search("NoSuchBucket|ContainerNotFound", str(error)):
                 failure = self._reason(error)
         self._note(failure)
         if failure:
@@ -241,7 +244,7 @@ class Remote:
         """Return how a request failed, without secrets."""
         refusals = self.obs.exceptions.PermissionDeniedError, PermissionError
         refused = isinstance(error, (*refusals, self.obs.exceptions.UnauthenticatedError))
-        refused = refused or re.search(r"status code: 4(?!04|08|29)\d\d", str(error)) is not None
+        refused = refused or re.search(r"status code: 4(?!04|08|09|29)\d\d", str(error)) is not None
         kind = reasons.REFUSED if refused else reasons.UNREACHABLE
         return Reason(kind, f"{self.url}: {type(error).__name__}: {_clean(error)}")
 
@@ -255,34 +258,70 @@ class Remote:
         self.log.warning("failed", text, self, self.last_error, lines=1)
 
     def put(self, path: str, data: Any, replaces: Fault | None = None) -> bool:
-        """Write an object that does not exist, or that ``replaces`` a faulty version.
+        """Write an object that does not exist, or that ``replaces`` a faulty version; return True.
 
-        A store without such conditions, or an upload in parts, replaces any object: two writers
-        have the same block for one key, and each object is one writer's.
+        Raises the errors of obstore. A store without such conditions, or an upload in parts,
+        replaces any object: two writers have the same block for one key, and each object is one
+        writer's.
         """
         if self.url.startswith("memory:"):
             # This store retains the caller's buffer, which the caller uses again.
             data = bytes(data)
+        for _ in range(PUTS):
+            try:
+                self._put(path, data, replaces)
+                return True
+            except self.obs.exceptions.AlreadyExistsError as error:
+                # S3 says so as well if a delete that ran meanwhile has won (409), and the object
+                # exists after a put whose answer was lost.
+                conflict = error
+            if self._is_there(path, replaces):
+                return True
+        raise conflict
+
+    def _is_there(self, path: str, fault: Fault | None) -> bool:
+        """Return whether the store has an object, other than a faulty version."""
+        try:
+            meta = self.obs.head(self.store, path)
+        except FileNotFoundError:
+            return False
+        return fault is None or (meta["e_tag"], meta["version"]) != (fault.e_tag, fault.version)
+
+    def _put(self, path: str, data: Any, replaces: Fault | None) -> None:
+        """Write an object once. Raises the errors of obstore."""
         if len(data) > self._multipart:
             parts = {"chunk_size": PART, "max_concurrency": 4}
             self.obs.put(self._sink, path, data, use_multipart=True, **parts)
-            return True
+            return
 
+        put = partial(self.obs.put, self._sink, path, data, use_multipart=False)
+        if not self._conditions:
+            put()
+            return
         mode: Any = "create"
         if replaces:
             known = {"e_tag": replaces.e_tag, "version": replaces.version}
             mode = {name: value for name, value in known.items() if value} or "overwrite"
         errors = self.obs.exceptions
         try:
-            self.obs.put(self._sink, path, data, use_multipart=False, mode=mode)
+            put(mode=mode)
         except (NotImplementedError, errors.NotSupportedError):
-            self.obs.put(self._sink, path, data, use_multipart=False)
+            put()
         except (errors.PreconditionError, FileNotFoundError):
             if not replaces:
                 raise
             # Another writer was first and its object stays, or the faulty object was deleted.
-            self.obs.put(self._sink, path, data, use_multipart=False, mode="create")
-        return True
+            put(mode="create")
+        except errors.GenericError as error:
+            if mode == "overwrite" or not _may_refuse_conditions(str(error)):
+                raise
+            put()  # its error names what else is wrong
+            self._conditions = False
+            text = (
+                "%r takes no conditional puts: from now on each put replaces the object. Pass "
+                "conditional_put='disabled', and none is tried."
+            )
+            self.log.warning("conditions", text, self)
 
     def forms(self, form: BlockForm) -> list[BlockForm]:
         """Return other forms of the same cache that lie there."""
@@ -367,6 +406,16 @@ class Remote:
             for tier_store in [*self.tier_stores]:
                 tier_store.forget()
         return gone
+
+
+def _may_refuse_conditions(error: str) -> bool:
+    """Return whether a store may have refused a put for its condition: by status 501, or by 400
+    without a code that says what else is wrong."""
+    status = re.search(r"status code: (\d{3})", error)
+    if status is None or status[1] not in ("400", "501"):
+        return False
+    code = re.search(r"<Code>(\w+)", error)
+    return status[1] == "501" or code is None or code[1] in REFUSED_HEADER
 
 
 def _within(seconds: float, work: Callable[..., Awaitable[Any]], *terms: Any) -> Any:

@@ -626,6 +626,151 @@ def test_a_put_whose_answer_is_lost_is_a_success(case: Case) -> None:
     assert stored.statistics()["error"] == ""
 
 
+CONFLICT = b"409 Conflict\n<Error><Code>ConditionalRequestConflict</Code></Error>"
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_put_that_conflicts_is_no_success_unless_an_object_is_there(
+    case: Case, times: int
+) -> None:
+    """S3 answers 409 if a delete that ran meanwhile has won: nothing was stored."""
+    stored = case.tier_store()
+    assert save(stored, KEYS[9]) == [True]  # the form lies there
+    case.proxy.play(Fault(f"PUT .*{KEYS[0].hex()}", answer=CONFLICT, times=times))
+    reported: list[Any] = []
+    rows = [image(SMALL, KEYS[0])]
+    landed = stored.write(
+        stored.queue_for_write(1),
+        KEYS[:1],
+        rows,
+        [1],
+        [()],
+        report=lambda *each: reported.append(each),
+    )
+    assert landed == [times < 3]
+    assert (KEYS[0] in bodies(case)) == (times < 3)
+    assert stored.has(KEYS[:1]) == [times < 3]
+    assert sum(line.startswith("PUT") for line in case.proxy.requests) == min(times + 1, 3)
+    assert case.counted()["save hit"] == (2 if times < 3 else 1)
+    if times == 3:
+        ((key, reason),) = reported
+        assert key == KEYS[0]
+        assert reason.kind == "unreachable"
+        assert "409 (ConditionalRequestConflict)" in reason.where
+
+
+def test_a_form_whose_put_conflicts_is_put_again(case: Case) -> None:
+    stored = case.tier_store()
+    case.proxy.play(Fault("PUT .*form.json", answer=CONFLICT))
+    assert save(stored, KEYS[0]) == [True]
+    assert obstore.head(case.raw, f"1/{SMALL.name}/form.json")["size"]
+
+
+def test_a_conflict_with_another_writer_is_a_success(case: Case) -> None:
+    """Its object is there, and stays."""
+    older = image(SMALL, KEYS[1])
+    stored = case.tier_store()
+    lay = partial(case.lay, KEYS[0], data=older)
+    case.proxy.play(Fault(f"PUT .*{KEYS[0].hex()}", answer=CONFLICT, before=lay, times=9))
+    assert save(stored, KEYS[0]) == [True]
+    assert bodies(case)[KEYS[0]] == older.tobytes()
+    assert sum(f"PUT /{case.bucket}" in line for line in case.proxy.requests) == 2  # of a form
+
+
+def test_a_conflict_that_leaves_a_damaged_object_is_no_success(case: Case) -> None:
+    stored = case.tier_store()
+    case.lay(KEYS[0], data=b"damaged")
+    assert not load(stored, KEYS[0])[0]
+    case.proxy.play(Fault(f"PUT .*{KEYS[0].hex()}", answer=CONFLICT, times=99))
+    assert save(stored, KEYS[0]) == [False]
+    assert stored.has(KEYS[:1]) == [False]
+    case.proxy.play()
+    assert save(stored, KEYS[0]) == [True]
+    assert load(stored, KEYS[0])[0]
+
+
+HEADER_REFUSED = (
+    b"<Error><Code>NotImplemented</Code><Message>A header you provided implies functionality that "
+    b"is not implemented</Message><Header>If-None-Match</Header></Error>"
+)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"501 Not Implemented\n" + HEADER_REFUSED,
+        b"501 Not Implemented\n",
+        b"400 Bad Request\n" + HEADER_REFUSED,
+        b"400 Bad Request\n<Error><Code>InvalidArgument</Code></Error>",
+        b"400 Bad Request\n",
+    ],
+)
+def test_a_store_without_conditional_puts_gets_puts_without_a_condition(
+    case: Case, answer: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored = case.tier_store(retries=1)
+    refuses = Fault("PUT", answer=answer, times=999, conditional=True)
+    case.proxy.play(refuses)
+    assert save(stored, *KEYS[:3]) == [True] * 3
+    stored_bytes = bodies(case)
+    assert all(stored_bytes[key] == image(SMALL, key).tobytes() for key in KEYS[:3])
+    assert 999 - refuses.times == (2 if answer.startswith(b"501") else 1), "none is tried again"
+    assert caplog.text.count("conditional_put='disabled'") == 1
+    assert stored.statistics()["error"] == ""
+
+    # A damaged object is written anew, too.
+    case.lay(KEYS[0], data=b"damaged")
+    assert not load(stored, KEYS[0])[0]
+    assert save(stored, KEYS[0]) == [True]
+    assert load(stored, KEYS[0])[0]
+
+
+@pytest.mark.parametrize("code", ["ExpiredToken", "EntityTooLarge", "RequestTimeout"])
+def test_a_put_that_is_refused_for_another_reason_names_it(
+    case: Case, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is not tried without a condition."""
+    stored = case.tier_store()
+    assert save(stored, KEYS[0]) == [True]
+    answer = f"400 Bad Request\n<Error><Code>{code}</Code></Error>".encode()
+    refuses = Fault("PUT", answer=answer, times=999)
+    case.proxy.play(refuses)
+    assert save(stored, KEYS[1]) == [False]
+    assert 999 - refuses.times == 1
+    assert f"status code: 400 ({code})" in caplog.text
+    assert "conditional_put" not in caplog.text
+
+
+def test_a_put_that_fails_without_a_condition_names_that_failure(
+    case: Case, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next put has a condition again."""
+    stored = case.tier_store(retries=0)
+    assert save(stored, KEYS[0]) == [True]
+    denied = b"403 Forbidden\n<Error><Code>AccessDenied</Code></Error>"
+    case.proxy.play(
+        Fault("PUT", answer=b"400 Bad Request\n", conditional=True), Fault("PUT", answer=denied)
+    )
+    assert save(stored, KEYS[1]) == [False]
+    assert "status code: 403 (AccessDenied)" in caplog.text
+    assert "conditional_put" not in caplog.text
+    older = image(SMALL, KEYS[1])
+    case.proxy.play(
+        Fault(f"PUT .*{KEYS[2].hex()}", before=lambda: case.lay(KEYS[2], data=older)),
+    )
+    assert save(stored, KEYS[2]) == [True]
+    assert bodies(case)[KEYS[2]] == older.tobytes()
+
+
+def test_conditions_can_be_left_out_by_a_setting(case: Case) -> None:
+    stored = case.tier_store(conditional_put="disabled")
+    refuses = Fault("PUT", answer=b"501 Not Implemented\n", times=9, conditional=True)
+    case.proxy.play(refuses)
+    assert save(stored, KEYS[0]) == [True]
+    assert refuses.times == 9
+    assert load(stored, KEYS[0])[0]
+
+
 def test_an_object_deleted_after_lookup_is_a_miss_and_its_verdict_goes(case: Case) -> None:
     """Fault 46."""
     case.lay(KEYS[0])
