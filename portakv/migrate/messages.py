@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 import msgspec
 from msgspec import Meta
 
+from portakv.arguments import kind_of
 from portakv.errors import InvalidTerms, OfferGone, PeerError, PortaKVError
 from portakv.runtime.tracing import PATTERN
 
@@ -445,7 +446,7 @@ def offer_name(name: object) -> bytes:
     value."""
     if isinstance(name, bytes) and LEAST_NAME <= len(name) <= MOST_NAME:
         return name
-    got = f"{len(name)} bytes" if isinstance(name, bytes) else f"a {type(name).__name__}"
+    got = f"{len(name)} bytes" if isinstance(name, bytes) else kind_of(name)
     raise InvalidTerms(
         f"Expected name to be {LEAST_NAME} to {MOST_NAME} bytes, got {got}. Pass random bytes."
     )

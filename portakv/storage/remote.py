@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import unquote
 from weakref import WeakSet
 
+from portakv.arguments import kind_of
 from portakv.errors import InvalidTerms, StoreError
 from portakv.extras import installing
 from portakv.graph.graph import Graph
@@ -455,7 +456,7 @@ def check_remote(
     settings = settings or {}
     if not isinstance(url, str):
         raise InvalidTerms(
-            f"Expected url= as text, got {type(url).__name__}. Pass s3://bucket/prefix or the like."
+            f"Expected url= as text, got {kind_of(url)}. Pass s3://bucket/prefix or the like."
         )
     if "?" in url:
         raise InvalidTerms(
@@ -480,7 +481,7 @@ def check_remote(
     for name in ("client_options", "retry_config"):
         if not isinstance(settings.get(name, {}), dict):
             raise InvalidTerms(
-                f"Expected {name}= as a dict, got {type(settings[name]).__name__}. Pass the "
+                f"Expected {name}= as a dict, got {kind_of(settings[name])}. Pass the "
                 f"entries of obstore that differ from PortaKV's."
             )
 
