@@ -371,7 +371,8 @@ class FormStore(FormIndex):
         """Load blocks into a view of any layout, device and block size.
 
         Blocks that no tier has, or not with correct bytes, do not land (`Handle.landed`), and no
-        byte of them is written; neither is a row of a negative id among the view's ``blocks``.
+        byte of them is written; neither is a row of a negative id among the view's ``blocks``. A
+        key whose ids are all negative is refused.
 
         This call issues the copy of blocks that the host tier has, ordered on the current stream of
         the view's device: immediately, whatever its priority and deadline. Workers copy the others,

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.arguments import naming, shown
+from portakv.arguments import invalid, naming, shown
 from portakv.copy.options import USUAL, CopyOptions
 from portakv.errors import InvalidTerms, LayoutError, SlotError
 from portakv.runtime.devices import capturing, refuse_capture
@@ -379,7 +379,9 @@ class Crossing:
             why = "workers on the host move blocks; save and load outside of it"
             raise refuse_capture("A transfer of a block store", why)
         try:
-            ids = Index([] if blocks is None else blocks, whole).host_ids()
+            if blocks is None:  # an index of all blocks in a copy
+                raise invalid("blocks", "ids of the view's blocks", blocks, "Name them in a list.")
+            ids = Index(blocks, whole).host_ids()
             if not isinstance(blocks, list | tuple | range):
                 # A copy: workers read it later, when the caller may have changed the ids.
                 ids = ids.copy()
@@ -388,16 +390,18 @@ class Crossing:
             index = Index.of(ids, whole)
             needed = -(-many * size // whole)
             if len(ids) != needed:
+                wanted = "1 id" if needed == 1 else f"{needed} ids"
+                given = "1 key" if many == 1 else f"{many} keys"
                 raise InvalidTerms(
-                    f"Expected blocks to be {needed} ids, of the view's blocks of {whole} tokens "
-                    f"for {many} keys of {size}, got {len(ids)}. Pass the blocks that the keys "
-                    f"name."
+                    f"Expected blocks to be {wanted}, of the view's blocks of {whole} tokens for "
+                    f"{given} of {size}, got {len(ids)}. Pass the blocks that the keys name."
                 )
             skips = index.check(len(ids) * whole, view.slots, "view", distinct=not store)
             if skips and store:
-                least = int(ids.min())
+                at = int(np.flatnonzero(ids < 0)[0])
                 raise SlotError(
-                    f"Expected ids of the view's blocks, got the negative {least}. Leave it out."
+                    f"Expected blocks to be ids of the view's {view.slots // whole} blocks in a "
+                    f"save, got {ids[at]} at position {at}. Leave it and its key out."
                 )
         except (SlotError, LayoutError):
             with naming("blocks", "ids of the view's blocks"):  # the usual call does not pay for it
@@ -412,6 +416,12 @@ class Crossing:
             ids = (ids[:, None] * parts + np.arange(parts)).reshape(-1)[: many * size // self._step]
             self._whole = Index.of(ids, self._step)
         self._fine = ids.reshape(many, size // self._step)
+        if skips and (nowhere := (self._fine < 0).all(1)).any():
+            key = int(np.flatnonzero(nowhere)[0])
+            raise SlotError(
+                f"Expected blocks to have a block of the view for each key, got negative ids alone "
+                f"for keys[{key}]. Leave the key out."
+            )
         self._view = view
         self._after: StreamFence | None = None
         self._stream: torch.Stream | None = None  # of the maker
