@@ -95,7 +95,7 @@ def _long_chain(bench: StorageBench, disk: bool) -> Rows:
     """Save one chain of blocks into host memory, also on a disk, and load it from host memory."""
     view = caches(CALL, 4 * KB, CPU, 1)
     form = BlockForm.of(view, "bench")
-    many = bench.sizes.chain // CALL * CALL
+    many = bench.sizes.slots * 2 // 5 // CALL * CALL
     edge = min(EDGE, many // 2)
     nbytes = 2 * many * form.image_bytes
     tiers = [Disk(bench.folder / "chain", capacity=nbytes)] if disk else []

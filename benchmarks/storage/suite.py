@@ -38,7 +38,6 @@ class StoragePreset:
     waits: tuple[tuple[int, int], ...] = ((8, 2 * MB), (1000, 2 * MB), (3000, 640 * KB))
     # Blocks of a call, and the bytes of each, of loads through a store server.
     served: tuple[tuple[int, int], ...] = ((1, 2 * MB), (8, 2 * MB), (128, MB))
-    chain: int = 100_000  # blocks of one chain
 
     @property
     def usual(self) -> int:
@@ -57,14 +56,13 @@ class StoragePreset:
 
 STORAGE_PRESETS: Mapping[str, StoragePreset] = {
     "full": StoragePreset((256 * KB, MB, 4 * MB), GB // 4, 9, 1.2, 250_000, 10_000, 40, 64, 4 * GB),
-    "quick": StoragePreset((MB,), GB // 8, 3, 1.2, 50_000, 4000, 20, 16, GB, chain=20_000),
+    "quick": StoragePreset((MB,), GB // 8, 3, 1.2, 50_000, 4000, 20, 16, GB),
     "tiny": StoragePreset(
         (256 * KB,),
         2 * MB,
         *(1, 0.0, 200, 100, 2, 2, 256 * MB, 4),
         ((8, 256 * KB),),
         ((2, 256 * KB),),
-        200,
     ),
 }
 

@@ -46,6 +46,10 @@ PART = 16 << 20
 MOST_WORKERS = 1024
 #: Puts of an object of which the store says that it exists, and has none.
 PUTS = 3
+NO_CONDITIONS = (
+    "%r takes no conditional puts: from now on each put replaces the object. Pass "
+    "conditional_put='disabled', and none is tried."
+)
 #: Codes of S3 with which a store refuses a header that it does not know, by status 400. Answers
 #: with other codes say what else is wrong.
 REFUSED_HEADER = ("BadRequest", "InvalidArgument", "InvalidRequest", "NotImplemented")
@@ -98,6 +102,49 @@ class _CircuitBreaker:
                 self.last_error = error
 
 
+class _Puts:
+    """Writes objects to obstore's store ``sink``, those above ``multipart`` bytes in parts."""
+
+    def __init__(self, sink: Any, multipart: int) -> None:
+        self._sink = sink
+        self._multipart = multipart
+        self._conditions = True  # the store takes puts with a condition, as far as is known
+
+    def put(self, obs: Any, path: str, data: Any, replaces: Fault | None) -> bool:
+        """Write an object once, by obstore; return True if this put has shown that the store takes
+        no conditions. Raises the errors of obstore."""
+        if len(data) > self._multipart:
+            parts = {"chunk_size": PART, "max_concurrency": 4}
+            obs.put(self._sink, path, data, use_multipart=True, **parts)
+            return False
+
+        put = partial(obs.put, self._sink, path, data, use_multipart=False)
+        if not self._conditions:
+            put()
+            return False
+        mode: Any = "create"
+        if replaces:
+            known = {"e_tag": replaces.e_tag, "version": replaces.version}
+            mode = {name: value for name, value in known.items() if value} or "overwrite"
+        errors = obs.exceptions
+        try:
+            put(mode=mode)
+        except (NotImplementedError, errors.NotSupportedError):
+            put()
+        except (errors.PreconditionError, FileNotFoundError):
+            if not replaces:
+                raise
+            # Another writer was first and its object stays, or the faulty object was deleted.
+            put(mode="create")
+        except errors.GenericError as error:
+            if mode == "overwrite" or not _may_refuse_conditions(str(error)):
+                raise
+            put()  # its error names what else is wrong
+            self._conditions = False
+            return True
+        return False
+
+
 class Remote:
     """A tier of blocks below a prefix of an object store.
 
@@ -147,14 +194,13 @@ class Remote:
         self._obs = obstore
         self.url = _shown(url)
         self.workers = workers
-        self._multipart = multipart
 
-        self.store, self._sink = uninterrupted(partial(self._connect, url, settings))
+        self.store, sink = uninterrupted(partial(self._connect, url, settings))
+        self._puts = _Puts(sink, multipart)
         self._breaker = _CircuitBreaker(lambda: self.now())
         self.log = RateLimitedLog(_log, lambda: self.now())
         self._present: list[BlockForm] = []  # at the last look
         self._next_search = 0.0  # not before this time
-        self._conditions = True  # the store takes puts with a condition, as far as is known
         self.tier_stores: WeakSet[RemoteStore] = WeakSet()
 
     @property
@@ -270,12 +316,15 @@ class Remote:
             data = bytes(data)
         for _ in range(PUTS):
             try:
-                self._put(path, data, replaces)
-                return True
+                replaced_any = self._puts.put(self.obs, path, data, replaces)
             except self.obs.exceptions.AlreadyExistsError as error:
                 # S3 says so as well if a delete that ran meanwhile has won (409), and the object
                 # exists after a put whose answer was lost.
                 conflict = error
+            else:
+                if replaced_any:
+                    self.log.warning("conditions", NO_CONDITIONS, self)
+                return True
             if self._is_there(path, replaces):
                 return True
         raise conflict
@@ -287,42 +336,6 @@ class Remote:
         except FileNotFoundError:
             return False
         return fault is None or (meta["e_tag"], meta["version"]) != (fault.e_tag, fault.version)
-
-    def _put(self, path: str, data: Any, replaces: Fault | None) -> None:
-        """Write an object once. Raises the errors of obstore."""
-        if len(data) > self._multipart:
-            parts = {"chunk_size": PART, "max_concurrency": 4}
-            self.obs.put(self._sink, path, data, use_multipart=True, **parts)
-            return
-
-        put = partial(self.obs.put, self._sink, path, data, use_multipart=False)
-        if not self._conditions:
-            put()
-            return
-        mode: Any = "create"
-        if replaces:
-            known = {"e_tag": replaces.e_tag, "version": replaces.version}
-            mode = {name: value for name, value in known.items() if value} or "overwrite"
-        errors = self.obs.exceptions
-        try:
-            put(mode=mode)
-        except (NotImplementedError, errors.NotSupportedError):
-            put()
-        except (errors.PreconditionError, FileNotFoundError):
-            if not replaces:
-                raise
-            # Another writer was first and its object stays, or the faulty object was deleted.
-            put(mode="create")
-        except errors.GenericError as error:
-            if mode == "overwrite" or not _may_refuse_conditions(str(error)):
-                raise
-            put()  # its error names what else is wrong
-            self._conditions = False
-            text = (
-                "%r takes no conditional puts: from now on each put replaces the object. Pass "
-                "conditional_put='disabled', and none is tried."
-            )
-            self.log.warning("conditions", text, self)
 
     def forms(self, form: BlockForm) -> list[BlockForm]:
         """Return other forms of the same cache that lie there."""

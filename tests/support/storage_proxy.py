@@ -17,14 +17,10 @@ from typing import Any
 
 @dataclass
 class Fault:
-    """The fault of the next ``times`` requests whose first line matches ``match``.
-
-    ``conditional``: only of those that have a condition.
-    """
+    """The fault of the next ``times`` requests whose first line matches ``match``."""
 
     match: str
     times: int = 1
-    conditional: bool = False
     cut: int | None = None  #: after so many bytes of the answer's body; -1: before its head
     reset: bool = False  #: cut by RST instead of FIN
     stall: float = 0.0  #: seconds before the last byte that is sent
@@ -72,13 +68,12 @@ class Proxy(socketserver.ThreadingTCPServer):
             self.requests = []
             self.sent = 0
 
-    def fault_of(self, line: str, wanted: str, conditional: bool) -> Fault:
+    def fault_of(self, line: str, wanted: str) -> Fault:
         """Return the fault of a request; one that changes nothing if there is none."""
         with self.lock:
             self.requests.append(f"{line} {wanted}".strip())
             for fault in self.faults:
-                applies = conditional or not fault.conditional
-                if fault.times > 0 and applies and re.search(fault.match, line):
+                if fault.times > 0 and re.search(fault.match, line):
                     fault.times -= 1
                     return fault
         return Fault("")
@@ -98,8 +93,7 @@ class _Request(socketserver.StreamRequestHandler):
             return
         line, *fields = head.decode().splitlines()
         named = {k.lower(): v.strip() for k, _, v in (one.partition(":") for one in fields)}
-        conditional = not {"if-match", "if-none-match"}.isdisjoint(named)
-        fault = self.server.fault_of(line, named.get("range", ""), conditional)
+        fault = self.server.fault_of(line, named.get("range", ""))
         body = self._body(int(named.get("content-length", 0)), fault.slow_upload)
         if fault.before:
             fault.before()
