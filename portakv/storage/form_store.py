@@ -370,8 +370,8 @@ class FormStore(FormIndex):
     ) -> Handle:
         """Load blocks into a view of any layout, device and block size.
 
-        Blocks that no tier has, or not with correct bytes, do not land (`Handle.landed`). No byte of
-        them or of a negative id in ``blocks`` is written; a key without another id is refused.
+        Blocks that no tier has, or not with correct bytes, do not land (`Handle.landed`). No byte
+        of them, or of a negative id in ``blocks``, is written; a key without another id is refused.
 
         This call issues the copy of blocks that the host tier has, ordered on the current stream of
         the view's device, whatever its priority and deadline. Workers copy the others, and all of
