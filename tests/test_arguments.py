@@ -484,7 +484,8 @@ def _end(result: Any) -> None:
 
 def test_one_function_names_the_types_of_values() -> None:
     """It knows the article of a name, and that None has none."""
-    assert [kind_of(x) for x in (1, None, [], b"")] == ["an int", "None", "a list", "a bytes"]
+    values: list[object] = [1, None, [], b""]
+    assert [*map(kind_of, values)] == ["an int", "None", "a list", "a bytes"]
     here = Path(portakv.__file__).parent
     own = [
         str(file.relative_to(here))

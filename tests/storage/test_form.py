@@ -151,8 +151,9 @@ def test_a_stored_block_that_would_begin_inside_a_block_is_refused(size: int) ->
 def test_a_text_with_nul_is_refused(name: str) -> None:
     """C would end it there."""
     view = Cache("vllm-nhd", 1, 1, (8, 8), 3, 16).view
+    terms: Any = {"model": "m", name: "a\0b"}
     with pytest.raises(InvalidTerms, match=f"{name} to be a text without the character NUL"):
-        BlockForm.of(view, **{"model": "m", name: "a\0b"})
+        BlockForm.of(view, **terms)
 
 
 @pytest.mark.parametrize(

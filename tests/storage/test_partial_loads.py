@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,8 +103,9 @@ def test_blocks_are_named() -> None:
     view = cache(16, 0)
     form = BlockForm.of(view, "model", block_size=16)
     with BlockStore(form, staging=1 << 20, host=1 << 20) as store:
+        nothing: Any = None
         for call in (store.save, store.load):
             with pytest.raises(InvalidTerms, match=r"Expected blocks to be ids .* got None"):
-                call(view, None, KEYS)
+                call(view, nothing, KEYS)
             with pytest.raises(InvalidTerms, match=r"blocks to be 2 ids, .* 2 keys .* got 1\."):
                 call(view, [0], KEYS)
