@@ -55,7 +55,9 @@ def size_text(nbytes: float, digits: int = 3) -> str:
 
 
 def kind_of(value: object) -> str:
-    """Return the name of a value's type with its article."""
+    """Return the name of a value's type with its article; that of None is None."""
+    if value is None:
+        return "None"
     name = type(value).__name__
     if type(value).__module__ == "numpy" and name in ("bool", "bool_"):  # by numpy's release
         name = "bool of numpy"  # it is not True or False, which read alike
@@ -146,7 +148,10 @@ def rate(name: str, value: object) -> float:
 
 
 def text(name: str, value: object, least: int = 1, most: int = 1024) -> str:
-    """Return a text of ``least`` to ``most`` characters, which UTF-8 can hold."""
+    """Return a text of ``least`` to ``most`` characters, which UTF-8 can hold, without NUL: C
+    would end it there."""
+    if isinstance(value, str) and "\0" in value:
+        raise invalid(name, "a text without the character NUL", value, "Leave it out.")
     if isinstance(value, str) and least <= len(value) <= most:
         try:
             value.encode()

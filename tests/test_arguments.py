@@ -22,7 +22,9 @@ import torch
 from support.migrate_pulls import MODEL, Rows
 from support.storage_cases import key_of, small_form
 
+import portakv
 from portakv import InvalidTerms, KVView, Pack, PortaKVError
+from portakv.arguments import kind_of
 from portakv.graph import Collector, Graph, Handle, Lease, Task
 from portakv.migrate import (
     Box,
@@ -478,6 +480,19 @@ def _end(result: Any) -> None:
             result.synchronize(LIMIT)
     if callable(getattr(result, "close", None)):
         result.close()
+
+
+def test_one_function_names_the_types_of_values() -> None:
+    """It knows the article of a name, and that None has none."""
+    values: list[object] = [1, None, [], b""]
+    assert [*map(kind_of, values)] == ["an int", "None", "a list", "a bytes"]
+    here = Path(portakv.__file__).parent
+    own = [
+        str(file.relative_to(here))
+        for file in sorted(here.rglob("*.py"))
+        if re.search(r"\ban? \{type\([^)]*\)\.__name__\}", file.read_text(encoding="utf-8"))
+    ]
+    assert not own, "use kind_of()"
 
 
 @pytest.mark.parametrize("package", ["portakv", "portakv.storage", "portakv.migrate"])

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the host cost of a block store without its bytes: a task of the graph, and the start
-over a full table."""
+"""Measure the host cost of a block store without its bytes: a task of the graph, the start over a
+full table, and the first and last blocks of a long chain."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from statistics import median
 
@@ -13,9 +13,12 @@ import torch
 from portakv.graph.graph import Graph
 from portakv.graph.task import Task
 from portakv.storage.chains import FIRST, mark_of
+from portakv.storage.disk import Disk
 from portakv.storage.form import BlockForm
 from portakv.storage.io.choose import choose
 from portakv.storage.slots import Slots
+from portakv.storage.store import BlockStore
+from portakv.view import KVView
 from portakv_benchmarks.host.suite import KB
 from portakv_benchmarks.shared.harness import Row, Rows, Step, short
 from portakv_benchmarks.shared.trials import Sample, timed
@@ -25,12 +28,16 @@ from portakv_benchmarks.storage.tiers import caches
 ROUNDS = 5
 CHAIN = 4
 CPU = torch.device("cpu")
+CALL = 50  # blocks of a save into a chain
+EDGE = 1000  # blocks at each end of a chain
 
 
 def cost_steps(bench: StorageBench) -> Iterator[Step]:
-    """Yield a step for each cost, in the median of five."""
+    """Yield a step for each cost, in the median of five, and once for a long chain."""
     yield "nodes", partial(_nodes, bench.sizes.nodes)
     yield "start", partial(_start, bench)
+    for disk in (False, True):
+        yield f"chain{' on a disk' if disk else ''}", partial(_long_chain, bench, disk)
 
 
 def cost_row(shape: str, samples: list[Sample], each: int, right: bool) -> Rows:
@@ -82,3 +89,45 @@ def _start(bench: StorageBench) -> Rows:
         made[0].close()
     engine.close()
     return cost_row(f"start with {count:,} slots", samples, 1, right)
+
+
+def _long_chain(bench: StorageBench, disk: bool) -> Rows:
+    """Save one chain of blocks into host memory, also on a disk, and load it from host memory."""
+    view = caches(CALL, 4 * KB, CPU, 1)
+    form = BlockForm.of(view, "bench")
+    many = bench.sizes.slots * 2 // 5 // CALL * CALL
+    edge = min(EDGE, many // 2)
+    nbytes = 2 * many * form.image_bytes
+    tiers = [Disk(bench.folder / "chain", capacity=nbytes)] if disk else []
+    keys = [number.to_bytes(32, "big") for number in range(many)]
+    with BlockStore(form, host=nbytes, tiers=tiers, full="wait", pin=False) as store:
+        save = partial(_save_chain, store, view, keys)
+        first = timed(partial(save, 0, edge))
+        save(edge, many - edge)
+        last = timed(partial(save, many - edge, many))
+        right = store.lookup(keys) == many
+        load = timed(partial(_load_chain, store, view, keys))
+    of = f"of a chain of {many:,}, in host memory{' and on a disk' if disk else ''}"
+    return [
+        *cost_row(f"save of a block, the first {edge:,} {of}", [first], edge, right),
+        *cost_row(f"save of a block, the last {edge:,} {of}", [last], edge, right),
+        *cost_row(f"load of a block {of}", [load], many, right),
+    ]
+
+
+def _save_chain(
+    store: BlockStore, view: KVView, keys: Sequence[bytes], first: int, past: int
+) -> None:
+    """Save blocks of a chain, each call after the end of the call before it."""
+    for at in range(first, past, CALL):
+        after = keys[at - 1] if at else None
+        saved = store.save(view, range(CALL), keys[at : at + CALL], after=after)
+        saved.synchronize(60)
+        if not saved.landed.all():
+            raise RuntimeError(f"{int((~saved.landed).sum())} blocks from {at} on were not saved")
+
+
+def _load_chain(store: BlockStore, view: KVView, keys: Sequence[bytes]) -> None:
+    """Load a whole chain; a block that does not land raises."""
+    for at in range(0, len(keys), CALL):
+        store.load(view, range(CALL), keys[at : at + CALL]).synchronize(60)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from portakv.arguments import kind_of
 from portakv.cli.console import print_json, print_prose
 from portakv.errors import InvalidTerms
 from portakv.integrations import lmcache_check
@@ -115,6 +116,6 @@ def _object(option: str, text: str) -> dict[str, Any]:
         ) from None
     if not isinstance(made, dict):
         raise InvalidTerms(
-            f"Expected {option} to be a JSON object, got a {type(made).__name__}. Correct it."
+            f"Expected {option} to be a JSON object, got {kind_of(made)}. Correct it."
         )
     return made

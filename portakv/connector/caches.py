@@ -213,10 +213,12 @@ class Registration:
         try:
             return KVView.through(bound, tensor)
         except LayoutError as error:
+            got = f"a tensor of shape {[*probe.shape]}"
+            own = self.view.owners[0]
+            if probe.itemsize != own.itemsize:  # then the expected extent is none of the caches
+                got += f" and {probe.dtype} (theirs is {own.dtype}; widths are compared in bytes)"
             raise LayoutError(
-                f"Expected a memory_obj that holds chunks of these caches, got {probe.dtype} that "
-                f"does not (the caches' dtype is {self.view.owners[0].dtype}; widths are compared "
-                f"in bytes). {error}"
+                f"Expected memory_obj to hold chunks of these caches, got {got}. {error}"
             ) from error
 
     def _sets(self, jobs: Sequence[Job]) -> list[Job]:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from portakv.arguments import kind_of
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions, options_from
 from portakv.copy.request import whole
@@ -170,8 +171,8 @@ def _each(name: str, numbers: Numbers, number: int, least: int) -> _Int64:
         result = np.asarray(numbers)
     except (RuntimeError, TypeError, ValueError):
         raise SlotError(
-            f"Expected {name} to be {least_text} for each run, or one for all, got a "
-            f"{type(numbers).__name__} that is not an array on the host. Pass a list of them."
+            f"Expected {name} to be {least_text} for each run, or one for all, got "
+            f"{kind_of(numbers)} that is not an array on the host. Pass a list of them."
         ) from None
     if result.ndim == 0 and result.dtype.kind != "b":
         return np.array([whole(name, numbers, least_text, least)])

@@ -34,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from portakv.arguments import kind_of
 from portakv.errors import DeviceMismatch, HostMemoryError
 from portakv.host._pages import PAGE, to_pages, whole
 from portakv.runtime import late_release
@@ -419,14 +420,14 @@ def buffer_of(memory: object) -> Buffer:
         HostMemoryError: it is freed, empty or not memory.
         DeviceMismatch: a tensor on a device.
     """
-    kind = type(memory).__name__
+    kind = kind_of(memory)
     if not isinstance(memory, torch.Tensor):
         array = _array_of(memory)
         elements = _Strided(array.ctypes.data, array.itemsize, array.shape, array.strides)
         return _covered(kind, elements, not array.flags.writeable, array)
     if memory.device.type != "cpu":
         raise DeviceMismatch(
-            f"Expected memory of the host to register, got a {kind} on {memory.device}. Copy it to "
+            f"Expected memory of the host to register, got {kind} on {memory.device}. Copy it to "
             f"the host first."
         )
     if memory.layout != torch.strided or memory.is_nested:
@@ -444,7 +445,7 @@ def _array_of(memory: Any) -> npt.NDArray[np.generic]:
     """Return a buffer of Python as an array, which retains it; raise `HostMemoryError`."""
     if isinstance(memory, np.ndarray):
         return memory
-    kind = type(memory).__name__
+    kind = kind_of(memory)
     buffer = memory.buf if isinstance(memory, SharedMemory) else memory
     if buffer is None:
         raise _not_registered(kind, _FREED.format("it is closed"))
@@ -473,4 +474,4 @@ def _covered(kind: str, elements: _Strided, read_only: bool, owner: object) -> B
 
 
 def _not_registered(kind: str, why: str) -> HostMemoryError:
-    return HostMemoryError(f"Expected memory to register, got a {kind} that {why}.")
+    return HostMemoryError(f"Expected memory to register, got {kind} that {why}.")

@@ -18,6 +18,7 @@ import torch
 from torch import Stream, Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from portakv.arguments import kind_of
 from portakv.deprecation import warn_former
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
 from portakv.runtime import cuda as _cuda_driver
@@ -293,7 +294,7 @@ def _check_alike(dst: Tensor, src: Tensor) -> None:
     for name, tensor in (("destination", dst), ("source", src)):
         if not isinstance(tensor, Tensor):
             raise LayoutError(
-                f"Expected the {name} of a copy to be a tensor, got a {type(tensor).__name__}. "
+                f"Expected the {name} of a copy to be a tensor, got {kind_of(tensor)}. "
                 f"Convert it first, for example by torch.from_numpy."
             )
         if (

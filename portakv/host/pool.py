@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from portakv.arguments import flag, seconds
+from portakv.arguments import flag, kind_of, seconds
 from portakv.deprecation import warn_former
 from portakv.errors import HostMemoryError, PoolExhausted
 from portakv.host import _pages, _registration, pinned
@@ -343,7 +343,7 @@ class Pool:
     def _check(self, block: Block) -> None:
         """Raise `HostMemoryError` unless this is a block of this pool in use."""
         if not isinstance(block, Block):
-            why = f"a {type(block).__name__}; release a Block that it handed out"
+            why = f"{kind_of(block)}; release a Block that it handed out"
         elif block.pool is not self:
             why = f"block {block.index} of another pool; release it to the pool that it came from"
         elif not block.in_use:
@@ -628,7 +628,7 @@ def ending(after: object, *names: str) -> Callable[[], Any]:
     if query is not None:
         return query
     raise HostMemoryError(
-        f"Expected work that reports its end, got a {type(after).__name__}. Pass a transfer, an "
+        f"Expected work that reports its end, got {kind_of(after)}. Pass a transfer, an "
         f"event, or an object with {'() or '.join(names)}()."
     )
 

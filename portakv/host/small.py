@@ -28,6 +28,7 @@ import torch
 from numpy import ndarray
 from torch import Stream, Tensor
 
+from portakv.arguments import kind_of
 from portakv.deprecation import warn_former
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
 from portakv.host._small_methods import (
@@ -259,8 +260,7 @@ def _target(device: torch.device | str | int | None, out: Tensor | None) -> Targ
     """Return the target of a device, by the device or its name."""
     if out is not None and not isinstance(out, Tensor):
         raise LayoutError(
-            f"Expected a tensor as out of a small copy, got a {type(out).__name__}. Pass a tensor, "
-            f"or None."
+            f"Expected a tensor as out of a small copy, got {kind_of(out)}. Pass a tensor, or None."
         )
     if device is None:
         if out is None:
@@ -376,7 +376,7 @@ def _as_array(values: Values, wanted: NumpyDtype | None) -> Array:
     elif isinstance(values, str) or not hasattr(values, "__len__"):
         raise LayoutError(
             f"Expected a list of integers, bytes, an array, or a tensor on the host for a small "
-            f"copy, got a {type(values).__name__}. Convert it to a list first."
+            f"copy, got {kind_of(values)}. Convert it to a list first."
         )
     else:
         wanted = wanted or NUMPY[torch.int64]
@@ -433,7 +433,7 @@ def _of_sequence(values: Sequence[int], wanted: NumpyDtype) -> Array:
         try:
             numbers.append(operator.index(value))
         except Exception:  # an element's own `__index__` may raise anything
-            raise _wrong_value(f"a {type(value).__name__}", position, wanted) from None
+            raise _wrong_value(kind_of(value), position, wanted) from None
         if numbers[-1] not in _bounds(wanted):
             raise _wrong_value(numbers[-1], position, wanted)
     return np.array(numbers, wanted)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from portakv import Index, Unsupported, copy_runs
+from portakv.arguments import kind_of
 from portakv.host.memcpy import copy_
 from portakv.integrations import IntegrationError
 from portakv.integrations.lmcache_formats import (
@@ -230,8 +231,8 @@ def lmcache_memcpy_async(
             )
     elif isinstance(dest, int) or isinstance(src, int):
         raise TypeError(
-            f"Expected two addresses or two tensors, got a {type(src).__name__} to copy to a "
-            f"{type(dest).__name__}. Pass both in one form."
+            f"Expected two addresses or two tensors, got {kind_of(src)} to copy to "
+            f"{kind_of(dest)}. Pass both in one form."
         )
     elif nbytes % dest.element_size():
         raise ValueError(

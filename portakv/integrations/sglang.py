@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 
 from portakv import BlockTransfer, KVView
+from portakv.arguments import kind_of
 from portakv.host import pinned
 from portakv.integrations import IntegrationError, check_release, kvcacheio, kvcacheio_pools
 
@@ -245,7 +246,7 @@ def _views_of(pool: HostPool) -> _PoolViews | None:
     buffers = pool.kv_buffer
     if buffers is None:
         raise IntegrationError(
-            f"Expected a pool that is in use, got a {type(pool).__name__} that was destroyed. Make "
+            f"Expected a pool that is in use, got {kind_of(pool)} that was destroyed. Make "
             f"a new pool."
         )
     sides = _mla(pool, buffers) if _is_mla(pool) else _mha(pool, buffers)

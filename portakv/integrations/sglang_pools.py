@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from portakv.arguments import kind_of
 from portakv.errors import InvalidTerms
 from portakv.graph import Mask
 from portakv.integrations import IntegrationError
@@ -171,7 +172,7 @@ def _pieces_of_copies(pool: HostPool, name: str) -> list[int]:
         page = pool.get_dummy_flat_data_page()
     except _HAS_NONE as error:
         raise IntegrationError(
-            f"Expected a host pool with pages, got {name!r}, a {type(pool).__name__}: {error}. "
+            f"Expected a host pool with pages, got {name!r}, {kind_of(pool)}: {error}. "
             f"Start without a storage backend."
         ) from None
     return [page.numel() * page.element_size()]

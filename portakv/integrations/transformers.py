@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 import torch
 
 from portakv import Index, KVView, LayoutError, SlotError, Transfer, copy_rows
+from portakv.arguments import kind_of
 from portakv.host import pinned
 from portakv.integrations import IntegrationError, check_release
 
@@ -320,7 +321,7 @@ def layers_of(cache: DynamicCache) -> list[DynamicLayer]:
         if type(layer) not in (DynamicLayer, PortaKVLayer):
             raise LayoutError(
                 f"Expected layer {number} of the cache to retain every token, as DynamicLayer and "
-                f"PortaKVLayer do, got a {type(layer).__name__}. Make the cache without config= "
+                f"PortaKVLayer do, got {kind_of(layer)}. Make the cache without config= "
                 f"if the model may attend to all tokens."
             )
     return list(cache.layers)

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 
 from portakv import KVView, LayoutError, Transfer
-from portakv.arguments import invalid, text
+from portakv.arguments import invalid, kind_of, text
 from portakv.integrations import IntegrationError, check_release
 from portakv.integrations.transformers import PortaKVLayer, layers_of
 from portakv.serving import StoreTerms
@@ -219,12 +219,12 @@ def _config_of(model: Any) -> Any:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise IntegrationError(
-            f"Expected a decoder as model, got a {type(model).__name__}, whose rows depend on its "
+            f"Expected a decoder as model, got {kind_of(model)}, whose rows depend on its "
             f"encoder's input. Use OffloadedCache for it."
         )
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise IntegrationError(
-            f"Expected a model with all of its heads, got a {type(model).__name__} whose heads are "
+            f"Expected a model with all of its heads, got {kind_of(model)} whose heads are "
             f"divided among {model.tp_size} processes. Load it without tp_plan."
         )
     assert config is not None

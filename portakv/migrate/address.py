@@ -10,7 +10,7 @@ from hashlib import blake2b
 import zmq
 from zmq.utils import z85
 
-from portakv.arguments import invalid
+from portakv.arguments import invalid, kind_of
 from portakv.errors import InvalidTerms
 
 #: Addresses of other hosts are numeric: a name would block ZeroMQ's only thread in a resolver.
@@ -19,7 +19,7 @@ NUMERIC = re.compile(r"tcp://([0-9.]{7,15}|\[[0-9a-fA-F:.%]+[0-9a-zA-Z]*\]):([0-
 
 def too_short(secret: object) -> str:
     """Return the error text for a secret that is too short; empty if it serves."""
-    got = f"a secret of {len(secret)}" if isinstance(secret, bytes | str) else type(secret).__name__
+    got = f"a secret of {len(secret)}" if isinstance(secret, bytes | str) else kind_of(secret)
     if isinstance(secret, str) and not secret.isascii():
         with suppress(UnicodeEncodeError):  # a lone surrogate has no UTF-8
             secret = secret.encode()

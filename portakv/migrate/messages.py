@@ -483,7 +483,7 @@ def offer_name(name: object) -> bytes:
     value."""
     if isinstance(name, bytes) and LEAST_NAME <= len(name) <= MOST_NAME:
         return name
-    got = f"{len(name)} bytes" if isinstance(name, bytes) else f"a {type(name).__name__}"
+    got = f"{len(name)} bytes" if isinstance(name, bytes) else kind_of(name)
     raise InvalidTerms(
         f"Expected name to be {LEAST_NAME} to {MOST_NAME} bytes, got {got}. Pass random bytes."
     )

@@ -15,7 +15,7 @@ from typing import Annotated, TypeVar
 import torch
 from msgspec import Meta, structs
 
-from portakv.arguments import instance, invalid
+from portakv.arguments import instance, invalid, kind_of
 from portakv.errors import LayoutError, PeerError, Unsupported
 from portakv.migrate.described import strided
 from portakv.migrate.ipc import Opener, export_all
@@ -160,7 +160,7 @@ def _check_alike(
         tensor = local[name]
         item = items[name]
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-            wrong.append(f"{name}: it is a {type(tensor).__name__} here, not a plain one")
+            wrong.append(f"{name}: it is {kind_of(tensor)} here, not a plain one")
             continue
         facts = (
             ("shape", tuple(tensor.shape), item.local),

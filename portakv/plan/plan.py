@@ -14,6 +14,7 @@ from itertools import pairwise
 from math import gcd, prod
 
 import numpy as np
+import torch
 
 from portakv.arguments import kind_of
 from portakv.errors import LayoutError, SlotError, Unsupported
@@ -193,9 +194,8 @@ class CopyPlan:
     def _check_side(self, side: str, name: str, view: KVView, index: Index) -> None:
         if not (isinstance(view, KVView) and isinstance(index, Index)):
             raise SlotError(
-                f"Expected a KVView and an Index as the {name} of plan.runs, got a "
-                f"{type(view).__name__} and a {type(index).__name__}. Pass Index() for "
-                f"consecutive slots."
+                f"Expected a KVView and an Index as the {name} of plan.runs, got "
+                f"{kind_of(view)} and {kind_of(index)}. Pass Index() for consecutive slots."
             )
         form = getattr(self, side)
         if view.form is not form and view.form != form and view.form.untyped() != form:
@@ -317,6 +317,11 @@ def _check_forms(src: Form, dst: Form) -> None:
             )
 
 
+def _elements(form: Form, k: int) -> int:
+    """Return the elements of a row of one kv, of a form with dtypes."""
+    return form.widths[k] // int(getattr(torch, form.dtypes[k]).itemsize)
+
+
 def _unequal_widths(src: Form, dst: Form, k: int) -> LayoutError:
     """Return the error for rows of one kv that differ in width."""
     src_width = f"{src.widths[k]} bytes wide"
@@ -326,7 +331,8 @@ def _unequal_widths(src: Form, dst: Form, k: int) -> LayoutError:
     # A form without dtypes holds bytes, or rows whose bits the caller reinterprets.
     src_dtype = src.dtypes[k] if src.dtypes else ""
     dst_dtype = dst.dtypes[k] if dst.dtypes else ""
-    if src_dtype and dst_dtype and src_dtype != dst_dtype:
+    # Rows of as many elements differ by the dtype alone; others have another shape.
+    if src_dtype and dst_dtype and _elements(src, k) == _elements(dst, k):
         src_width += f" ({src_dtype})"
         dst_width += f" ({dst_dtype})"
         why = "a copy moves bits and converts nothing"

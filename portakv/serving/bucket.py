@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from portakv.arguments import text
+from portakv.arguments import kind_of, text
 from portakv.errors import InvalidTerms, PortaKVError
 from portakv.graph import Mask, Task
 from portakv.runtime.bounded import Bounded
@@ -58,7 +58,7 @@ def check_bucket(bucket: object, options: object) -> None:
         )
     if not isinstance(options, Mapping):
         raise InvalidTerms(
-            f"Expected bucket_options as an object, got {type(options).__name__}. Correct it."
+            f"Expected bucket_options as an object, got {kind_of(options)}. Correct it."
         )
     _check_not_secret(options)
     if "url" in options:

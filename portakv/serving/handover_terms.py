@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from portakv.arguments import number, one_of, rate, seconds, text, whole
+from portakv.arguments import kind_of, number, one_of, rate, seconds, text, whole
 from portakv.errors import InvalidTerms
 from portakv.migrate.address import NUMERIC, check_address, too_short
 from portakv.runtime.rate_limited_log import RateLimitedLog
@@ -107,8 +107,8 @@ class HandoverTerms:
         """
         if not isinstance(terms, Mapping):
             raise InvalidTerms(
-                f"Expected hand_over to be an object, got a {type(terms).__name__}. Pass {{}} for "
-                f"the usual terms."
+                f"Expected hand_over to be an object, got {kind_of(terms)}. Pass {{}} for the "
+                f"usual terms."
             )
         names = [each.name for each in fields(cls)]
         unknown = [name for name in terms if name not in names]

@@ -130,7 +130,10 @@ class _Request:
     about: object = None
 
     def keys(self, count: int) -> list[bytes]:
-        """Return the keys of the first so many stored blocks, whose tokens are there."""
+        """Return the keys of the first so many stored blocks, whose tokens are there, or of more.
+
+        The list is not a copy: a step of a long request costs no more than that of a short one.
+        """
         made = len(self.chain.keys)
         if made < count:
             size = self.chain.block_size
@@ -138,7 +141,7 @@ class _Request:
             if self.extra:
                 extra = [self.extra.get(number) for number in range(made, count)]
             self.chain.extend(self.tokens[made * size : count * size], extra)
-        return self.chain.keys[:count]
+        return self.chain.keys
 
 
 @dataclass

@@ -99,8 +99,9 @@ class Chains(Generic[Key]):
     predecessor that a call names for a block stays. A predecessor that would close a circle is
     ignored.
 
-    Each change costs O(log n), except for a block that arrives after its successor: it costs the
-    length of its chain. Callers hold ``lock`` around every call; several chains may share it.
+    Each change costs O(log n) on average, for chains of any length. After the removal of a block
+    with successors, the next block that arrives after its successor costs the length of its chain.
+    Callers hold ``lock`` around every call; several chains may share it.
     """
 
     def __init__(self, lock: threading.Lock | None = None) -> None:
@@ -109,8 +110,11 @@ class Chains(Generic[Key]):
         self._blocks = _Columns[Key]()
         self._by_key = dict[Key, int]()
         self._by_mark = dict[Mark, int]()
-        # By mark: successors that are stored or being written, also of a mark that is not stored.
+        # By mark: successors that are stored, also of a mark that is not stored.
         self._successors = dict[Mark, int]()
+        self._expected = dict[Mark, int]()  # the same of successors that are being written
+        # For some blocks, by number: the first block of the chain, or one on the way to it.
+        self._earlier = dict[int, int]()
         # By group: (priority, number) of all blocks that may go, and of some blocks that may not.
         self._queues = dict[Hashable, list[tuple[int, int]]]()
         self._last_call: object = None  # see `_use_in_order`
@@ -190,7 +194,7 @@ class Chains(Generic[Key]):
         self._cut_circles(numbers)
         for number, mark in zip(numbers, blocks.marks[first:], strict=True):
             if mark not in self._successors:
-                self._queue(number)
+                self._queue(number)  # which looks at more, and takes longer
 
     def learn(self, key: Key, follows: Mark) -> bool:
         """Note the predecessor of a stored block that has none so far; return whether it is new."""
@@ -236,7 +240,7 @@ class Chains(Generic[Key]):
         self._blocks.pinned[number] = True
         before = self._blocks.follows[number]
         if before is not None:
-            self._unlink(before)
+            self._drop(self._successors, before)
 
     def put_back(self, key: Key) -> None:
         """End a `set_aside`; the block has its place in the order as before."""
@@ -251,21 +255,26 @@ class Chains(Generic[Key]):
     def expect(self, follows: Mark) -> None:
         """Keep the predecessor of a block that is being written, until `unexpect`."""
         if follows not in (UNKNOWN, FIRST):
-            self._successors[follows] = self._successors.get(follows, 0) + 1
+            self._expected[follows] = self._expected.get(follows, 0) + 1
 
     def unexpect(self, follows: Mark) -> None:
         """End an `expect`."""
         if follows not in (UNKNOWN, FIRST):
-            self._unlink(follows)
+            self._drop(self._expected, follows)
 
     def remove(self, key: Key, why: str = EVICTED) -> None:
         """Forget a stored block, for a reason."""
         blocks = self._blocks
         number = self._by_key.pop(key)
-        del self._by_mark[blocks.marks[number]]
+        mark = blocks.marks[number]
+        del self._by_mark[mark]
+        if mark in self._successors:
+            self._earlier.clear()  # the block may lie on the way of any of them
+        else:
+            self._earlier.pop(number, None)
         before = blocks.follows[number]
         if before is not None:
-            self._unlink(before)
+            self._drop(self._successors, before)
         blocks.clear(number)
         self.changed(key, False, why)
 
@@ -373,24 +382,46 @@ class Chains(Generic[Key]):
             self._successors[follows] = self._successors.get(follows, 0) + 1
 
     def _leads_to(self, mark: Mark | None, goal: Mark) -> bool:
-        """Return whether a walk from ``mark`` to the first block of its chain meets ``goal``."""
-        if mark != goal and goal not in self._successors:  # no walk can come by it
-            return False
-        while mark is not None and mark != goal:
-            number = self._by_mark.get(mark)
-            mark = None if number is None else self._blocks.follows[number]
-        return mark == goal
+        """Return whether a walk from ``mark`` meets ``goal``, the mark of the first block of a
+        chain.
 
-    def _unlink(self, mark: Mark) -> None:
+        Writes that run together add blocks after their successors. So a walk notes for each of its
+        blocks where it ended, and the next walk begins there: each step is taken once.
+        """
+        if mark == goal:
+            return True
+        number = self._by_mark.get(mark)
+        if number is None or goal not in self._successors:  # no walk can come by it
+            return False
+        walked = list[int]()
+        following = self._before(number)
+        while following is not None:
+            walked.append(number)
+            number = following
+            following = self._before(number)
+        self._earlier.update(dict.fromkeys(walked, number))
+        return self._blocks.marks[number] == goal
+
+    def _before(self, number: int) -> int | None:
+        """Return an earlier block of a block's chain; None for the first block."""
+        earlier = self._earlier.get(number)
+        return self._by_mark.get(self._blocks.follows[number]) if earlier is None else earlier
+
+    def _drop(self, successors: dict[Mark, int], mark: Mark) -> None:
         """Take a successor from a mark; its block may go once it has none."""
-        left = self._successors[mark] - 1
+        left = successors[mark] - 1
         if left:
-            self._successors[mark] = left
+            successors[mark] = left
             return
-        del self._successors[mark]
+        del successors[mark]
         number = self._by_mark.get(mark)
         if number is not None:
             self._queue(number)
+
+    def _is_followed(self, number: int) -> bool:
+        """Return whether a block has a successor that is stored or being written."""
+        mark = self._blocks.marks[number]
+        return mark in self._successors or mark in self._expected
 
     def _cut_circles(self, new: range) -> None:
         """Open every circle through new blocks, each at the place that a walk comes to first."""
@@ -404,14 +435,15 @@ class Chains(Generic[Key]):
             if number is not None and walks[number] == start:
                 follows = blocks.follows[number]
                 blocks.follows[number] = None
-                self._unlink(follows)
+                self._drop(self._successors, follows)
+                self._earlier.clear()
 
     def _queue(self, number: int) -> None:
         """Give a block that may go an entry in the queue of its group."""
         blocks = self._blocks
         if blocks.queued[number] or blocks.pinned[number]:
             return
-        if blocks.marks[number] in self._successors:
+        if self._is_followed(number):
             return
 
         group = blocks.groups[number]
@@ -434,7 +466,7 @@ class Chains(Generic[Key]):
             priority, number = queue[0]
             if not blocks.in_group(number, group):
                 heappop(queue)
-            elif blocks.pinned[number] or blocks.marks[number] in self._successors:
+            elif blocks.pinned[number] or self._is_followed(number):
                 heappop(queue)
                 blocks.queued[number] = False
             elif blocks.priorities[number] != priority:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv import arguments
-from portakv.errors import LayoutError, StoreError, Unsupported
+from portakv.errors import InvalidTerms, LayoutError, StoreError, Unsupported
 from portakv.layout.encodings import (
     DTYPES,
     Encoding,
@@ -161,7 +161,8 @@ class BlockForm:
         Args:
             model: the name and revision of the model.
             layers, heads: the layers and heads of the model that the view contains.
-            block_size: tokens of a block; by default the view's.
+            block_size: tokens of a block, a multiple or a divisor of the view's; by default the
+                view's.
             salt: separates tenants.
             notes: other facts that fix the bytes, such as a quantisation.
             encoding: ``pack``, ``fp8``, a `Pack` or an `Fp8`: how the blocks are stored. None: as
@@ -181,6 +182,10 @@ class BlockForm:
         if view.opaque and size != view.block_size:
             expected = f"{view.block_size}, as blocks that move only whole are not re-blocked"
             raise arguments.invalid("block_size", expected, size, "Leave it out.")
+        if size % view.block_size and view.block_size % size:
+            # A key would begin inside a block of the view, where no call can begin.
+            expected = f"a multiple or a divisor of {view.block_size}, the view's block size"
+            raise arguments.invalid("block_size", expected, size, "Pass one, or leave it out.")
         if view.form.encoding and made is None:
             made = parameters_of(view.form.encoding)
         dtype, widths = _elements_of(view)
@@ -339,8 +344,10 @@ class BlockForm:
         arguments.instance("rows", rows, torch.Tensor)
         rows = self._rows_of_pages(rows)
         if rows.dtype != torch.uint8 or rows.ndim != 2 or rows.shape[1] < self.image_bytes:
-            expected = f"a tensor of uint8 [n, {self.image_bytes} or more]"
-            raise arguments.invalid("rows", expected, rows)
+            raise InvalidTerms(
+                f"Expected rows to be uint8 [n, {self.image_bytes} or more], got {rows.dtype} "
+                f"{[*rows.shape]}. Correct it."
+            )
         layers = self.layers[1] - self.layers[0]
         heads = self.heads[1] - self.heads[0]
         size = self.block_size

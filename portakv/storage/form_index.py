@@ -302,8 +302,11 @@ class FormIndex:
 
     def _refuse_closed(self, kind: str) -> None:
         shared = self._shared
-        if shared.closed or shared.graph.process.forked or shared.graph.closed.is_set():
-            why = "closed, or opened by a process that this one was forked from; open another one"
-            raise StoreError(
-                f"Expected an open store for a {kind}, got one that was {why}. Make another."
-            )
+        if not (shared.closed or shared.graph.process.forked or shared.graph.closed.is_set()):
+            return
+        got = "one whose graph was closed"
+        if shared.closed:
+            got = "one that was closed"
+        if shared.graph.process.forked:
+            got = "one of the process that this one was forked from"
+        raise StoreError(f"Expected an open store for a {kind}, got {got}. Make another.")

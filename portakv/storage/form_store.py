@@ -370,13 +370,13 @@ class FormStore(FormIndex):
     ) -> Handle:
         """Load blocks into a view of any layout, device and block size.
 
-        Blocks that no tier has, or not with correct bytes, do not land (`Handle.landed`), and no
-        byte of them is written; neither is a row of a negative id among the view's ``blocks``.
+        Blocks that no tier has, or not with correct bytes, do not land (`Handle.landed`). No byte
+        of them, or of a negative id in ``blocks``, is written; a key without another id is refused.
 
         This call issues the copy of blocks that the host tier has, ordered on the current stream of
-        the view's device: immediately, whatever its priority and deadline. Workers copy the others,
-        and all of them at a limited rate or in a longer copy between host views; also by layer if
-        the host tier does not have all. `trace` and queues know what workers copy.
+        the view's device, whatever its priority and deadline. Workers copy the others, and all of
+        them at a limited rate or in a longer copy between host views; also by layer if the host
+        tier does not have all. `trace` and queues know what workers copy.
 
         ``by_layer``: read, verify and deliver layers one after the other, each with a separate end
         (`Handle.layers`). Some layers of a block that does not land may then be written, with

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from portakv.arguments import flag, invalid, items, octets, text, whole
+from portakv.arguments import flag, invalid, items, kind_of, octets, text, whole
 from portakv.errors import InvalidTerms, Unsupported
 
 
@@ -30,7 +30,7 @@ def check_keys(keys: Iterable[bytes], weak_keys: bool = False) -> list[bytes]:
         if isinstance(key, bytes) and least <= len(key) <= 32:
             continue
         # The error does not show a key: it may be what a cache of a tenant is found by.
-        got = f"a {type(key).__name__}"
+        got = kind_of(key)
         do = "Pass bytes, such as the keys of prefix_keys."
         if isinstance(key, bytes):
             got = f"{len(key)} bytes"
@@ -73,7 +73,7 @@ def check_key(what: str, key: object, do: str, weak_keys: bool = False) -> bytes
     try:
         return check_keys([key], weak_keys)[0]  # type: ignore[list-item]
     except InvalidTerms:
-        kind = f"{len(key)} bytes" if isinstance(key, bytes) else type(key).__name__
+        kind = f"{len(key)} bytes" if isinstance(key, bytes) else kind_of(key)
         raise InvalidTerms(f"Expected {what}, 16 to 32 bytes, got {kind}. {do}") from None
 
 
@@ -168,12 +168,13 @@ def _blocks(
     count = ids.size // size
     more = [None] * count
     if extra is not None:
-        more = items("extra", extra, "an extra for each block")
-        if len(more) < count:
-            got = f"{len(more)} for {count} blocks"
+        more = items("extra", extra, "extras, one for each block")
+        most = -(-ids.size // size)  # with the last block, which need not be whole
+        if not count <= len(more) <= most:
+            blocks = f"{count} or {most}" if most > count else f"{count}"
             raise InvalidTerms(
-                f"Expected extra to have an item for each block, got {got}. Pass None for a block "
-                f"without an extra."
+                f"Expected extra to have an item for each block, {blocks}, got {len(more)}. Pass "
+                f"None for a block without an extra."
             )
     written = ids.astype(dtype).tobytes()
     step = 4 * size
@@ -211,5 +212,5 @@ def _cbor(value: object, kind: int = 0) -> bytes:
     if isinstance(text, bytes):
         return _cbor(len(text), 2 if text is value else 3) + text
     if not isinstance(text, (list, tuple)):
-        raise TypeError(f"an extra holds a {type(text).__name__}")
+        raise TypeError(f"an extra holds {kind_of(text)}")
     return _cbor(len(text), 4) + b"".join(map(_cbor, text))

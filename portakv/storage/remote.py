@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import unquote
 from weakref import WeakSet
 
+from portakv.arguments import kind_of
 from portakv.errors import InvalidTerms, StoreError
 from portakv.extras import installing
 from portakv.graph.graph import Graph
@@ -43,6 +44,15 @@ LONGEST = 60.0
 #: Bytes of each part of an upload in parts.
 PART = 16 << 20
 MOST_WORKERS = 1024
+#: Puts of an object of which the store says that it exists, and has none.
+PUTS = 3
+NO_CONDITIONS = (
+    "%r takes no conditional puts: from now on each put replaces the object. Pass "
+    "conditional_put='disabled', and none is tried."
+)
+#: Codes of S3 with which a store refuses a header that it does not know, by status 400. Answers
+#: with other codes say what else is wrong.
+REFUSED_HEADER = ("BadRequest", "InvalidArgument", "InvalidRequest", "NotImplemented")
 #: Settings of obstore, unless the caller passes others; `read_timeout` for reading alone.
 CLIENT: Any = {"connect_timeout": "2s", "read_timeout": "2s", "timeout": "60s"}
 BACKOFF = {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(seconds=2), "base": 2}
@@ -90,6 +100,49 @@ class _CircuitBreaker:
             self._until = self._clock() + self._pause
             if error is not None:
                 self.last_error = error
+
+
+class _Puts:
+    """Writes objects to obstore's store ``sink``, those above ``multipart`` bytes in parts."""
+
+    def __init__(self, sink: Any, multipart: int) -> None:
+        self._sink = sink
+        self._multipart = multipart
+        self._conditions = True  # the store takes puts with a condition, as far as is known
+
+    def put(self, obs: Any, path: str, data: Any, replaces: Fault | None) -> bool:
+        """Write an object once, by obstore; return True if this put has shown that the store takes
+        no conditions. Raises the errors of obstore."""
+        if len(data) > self._multipart:
+            parts = {"chunk_size": PART, "max_concurrency": 4}
+            obs.put(self._sink, path, data, use_multipart=True, **parts)
+            return False
+
+        put = partial(obs.put, self._sink, path, data, use_multipart=False)
+        if not self._conditions:
+            put()
+            return False
+        mode: Any = "create"
+        if replaces:
+            known = {"e_tag": replaces.e_tag, "version": replaces.version}
+            mode = {name: value for name, value in known.items() if value} or "overwrite"
+        errors = obs.exceptions
+        try:
+            put(mode=mode)
+        except (NotImplementedError, errors.NotSupportedError):
+            put()
+        except (errors.PreconditionError, FileNotFoundError):
+            if not replaces:
+                raise
+            # Another writer was first and its object stays, or the faulty object was deleted.
+            put(mode="create")
+        except errors.GenericError as error:
+            if mode == "overwrite" or not _may_refuse_conditions(str(error)):
+                raise
+            put()  # its error names what else is wrong
+            self._conditions = False
+            return True
+        return False
 
 
 class Remote:
@@ -141,9 +194,9 @@ class Remote:
         self._obs = obstore
         self.url = _shown(url)
         self.workers = workers
-        self._multipart = multipart
 
-        self.store, self._sink = uninterrupted(partial(self._connect, url, settings))
+        self.store, sink = uninterrupted(partial(self._connect, url, settings))
+        self._puts = _Puts(sink, multipart)
         self._breaker = _CircuitBreaker(lambda: self.now())
         self.log = RateLimitedLog(_log, lambda: self.now())
         self._present: list[BlockForm] = []  # at the last look
@@ -213,8 +266,7 @@ class Remote:
             return None
 
     def attempt(self, work: Callable[..., Any], *terms: Any, miss: Any = None) -> Any:
-        """Return the result of ``work``; True if the object exists already; ``miss`` if there is
-        none.
+        """Return the result of ``work``; ``miss`` if the object does not exist.
 
         Raises `Failure` if the store fails, which is logged once a minute, or gets no requests now.
         """
@@ -228,9 +280,7 @@ class Remote:
             result = work(*terms)
         except Exception as error:  # obstore raises many types, and those of its clients
             missing = isinstance(error, FileNotFoundError) and miss is not None
-            if isinstance(error, self.obs.exceptions.AlreadyExistsError):
-                result = True  # also after a put whose answer was lost
-            elif not missing or re.search("NoSuchBucket|ContainerNotFound", str(error)):
+            if not missing or re.search("NoSuchBucket|ContainerNotFound", str(error)):
                 failure = self._reason(error)
         self._note(failure)
         if failure:
@@ -241,7 +291,7 @@ class Remote:
         """Return how a request failed, without secrets."""
         refusals = self.obs.exceptions.PermissionDeniedError, PermissionError
         refused = isinstance(error, (*refusals, self.obs.exceptions.UnauthenticatedError))
-        refused = refused or re.search(r"status code: 4(?!04|08|29)\d\d", str(error)) is not None
+        refused = refused or re.search(r"status code: 4(?!04|08|09|29)\d\d", str(error)) is not None
         kind = reasons.REFUSED if refused else reasons.UNREACHABLE
         return Reason(kind, f"{self.url}: {type(error).__name__}: {_clean(error)}")
 
@@ -255,34 +305,37 @@ class Remote:
         self.log.warning("failed", text, self, self.last_error, lines=1)
 
     def put(self, path: str, data: Any, replaces: Fault | None = None) -> bool:
-        """Write an object that does not exist, or that ``replaces`` a faulty version.
+        """Write an object that does not exist, or that ``replaces`` a faulty version; return True.
 
-        A store without such conditions, or an upload in parts, replaces any object: two writers
-        have the same block for one key, and each object is one writer's.
+        Raises the errors of obstore. A store without such conditions, or an upload in parts,
+        replaces any object: two writers have the same block for one key, and each object is one
+        writer's.
         """
         if self.url.startswith("memory:"):
             # This store retains the caller's buffer, which the caller uses again.
             data = bytes(data)
-        if len(data) > self._multipart:
-            parts = {"chunk_size": PART, "max_concurrency": 4}
-            self.obs.put(self._sink, path, data, use_multipart=True, **parts)
-            return True
+        for _ in range(PUTS):
+            try:
+                replaced_any = self._puts.put(self.obs, path, data, replaces)
+            except self.obs.exceptions.AlreadyExistsError as error:
+                # S3 says so as well if a delete that ran meanwhile has won (409), and the object
+                # exists after a put whose answer was lost.
+                conflict = error
+            else:
+                if replaced_any:
+                    self.log.warning("conditions", NO_CONDITIONS, self)
+                return True
+            if self._is_there(path, replaces):
+                return True
+        raise conflict
 
-        mode: Any = "create"
-        if replaces:
-            known = {"e_tag": replaces.e_tag, "version": replaces.version}
-            mode = {name: value for name, value in known.items() if value} or "overwrite"
-        errors = self.obs.exceptions
+    def _is_there(self, path: str, fault: Fault | None) -> bool:
+        """Return whether the store has an object, other than a faulty version."""
         try:
-            self.obs.put(self._sink, path, data, use_multipart=False, mode=mode)
-        except (NotImplementedError, errors.NotSupportedError):
-            self.obs.put(self._sink, path, data, use_multipart=False)
-        except (errors.PreconditionError, FileNotFoundError):
-            if not replaces:
-                raise
-            # Another writer was first and its object stays, or the faulty object was deleted.
-            self.obs.put(self._sink, path, data, use_multipart=False, mode="create")
-        return True
+            meta = self.obs.head(self.store, path)
+        except FileNotFoundError:
+            return False
+        return fault is None or (meta["e_tag"], meta["version"]) != (fault.e_tag, fault.version)
 
     def forms(self, form: BlockForm) -> list[BlockForm]:
         """Return other forms of the same cache that lie there."""
@@ -369,6 +422,16 @@ class Remote:
         return gone
 
 
+def _may_refuse_conditions(error: str) -> bool:
+    """Return whether a store may have refused a put for its condition: by status 501, or by 400
+    without a code that says what else is wrong."""
+    status = re.search(r"status code: (\d{3})", error)
+    if status is None or status[1] not in ("400", "501"):
+        return False
+    code = re.search(r"<Code>(\w+)", error)
+    return status[1] == "501" or code is None or code[1] in REFUSED_HEADER
+
+
 def _within(seconds: float, work: Callable[..., Awaitable[Any]], *terms: Any) -> Any:
     """Return the result of a request; raise `TimeoutError` if it does not end in time."""
 
@@ -406,7 +469,7 @@ def check_remote(
     settings = settings or {}
     if not isinstance(url, str):
         raise InvalidTerms(
-            f"Expected url= as text, got {type(url).__name__}. Pass s3://bucket/prefix or the like."
+            f"Expected url= as text, got {kind_of(url)}. Pass s3://bucket/prefix or the like."
         )
     if "?" in url:
         raise InvalidTerms(
@@ -431,7 +494,7 @@ def check_remote(
     for name in ("client_options", "retry_config"):
         if not isinstance(settings.get(name, {}), dict):
             raise InvalidTerms(
-                f"Expected {name}= as a dict, got {type(settings[name]).__name__}. Pass the "
+                f"Expected {name}= as a dict, got {kind_of(settings[name])}. Pass the "
                 f"entries of obstore that differ from PortaKV's."
             )
 

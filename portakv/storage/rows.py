@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.arguments import naming, shown
+from portakv.arguments import invalid, naming, shown
 from portakv.copy.options import USUAL, CopyOptions
 from portakv.errors import InvalidTerms, LayoutError, SlotError
 from portakv.runtime.devices import capturing, refuse_capture
@@ -353,6 +353,27 @@ class Rows:
         return f"{self.staging} {kind} rows of staging, {self.host} of the host tier."
 
 
+def _wrong_count(got: int, needed: int, whole: int, many: int, size: int) -> InvalidTerms:
+    """Return the error for another number of a view's blocks than keys name."""
+    wanted = "1 id" if needed == 1 else f"{needed} ids"
+    given = "1 key" if many == 1 else f"{many} keys"
+    return InvalidTerms(
+        f"Expected blocks to be {wanted}, of the view's blocks of {whole} tokens for {given} of "
+        f"{size}, got {got}. Pass the blocks that the keys name."
+    )
+
+
+def _check_places(fine: npt.NDArray[np.int64]) -> None:
+    """Raise `SlotError` for a key whose rows have no place in the view: its block would land
+    nowhere. ``fine``: ids ``[keys, parts]``."""
+    nowhere = np.flatnonzero((fine < 0).all(1))
+    if len(nowhere):
+        raise SlotError(
+            f"Expected blocks to have a block of the view for each key, got negative ids alone for "
+            f"keys[{nowhere[0]}]. Leave the key out."
+        )
+
+
 class Crossing:
     """Copies between rows, seen as ``inner``, and ``blocks`` of a view.
 
@@ -379,7 +400,9 @@ class Crossing:
             why = "workers on the host move blocks; save and load outside of it"
             raise refuse_capture("A transfer of a block store", why)
         try:
-            ids = Index([] if blocks is None else blocks, whole).host_ids()
+            if blocks is None:  # an index of all blocks in a copy
+                raise invalid("blocks", "ids of the view's blocks", blocks, "Name them in a list.")
+            ids = Index(blocks, whole).host_ids()
             if not isinstance(blocks, list | tuple | range):
                 # A copy: workers read it later, when the caller may have changed the ids.
                 ids = ids.copy()
@@ -388,18 +411,14 @@ class Crossing:
             index = Index.of(ids, whole)
             needed = -(-many * size // whole)
             if len(ids) != needed:
-                raise InvalidTerms(
-                    f"Expected blocks to be {needed} ids, of the view's blocks of {whole} tokens "
-                    f"for {many} keys of {size}, got {len(ids)}. Pass the blocks that the keys "
-                    f"name."
-                )
+                raise _wrong_count(len(ids), needed, whole, many, size)
             held = len(ids) * whole
             skips = index.check_named("blocks", held, view.slots, distinct=not store)
             if skips and store:
-                at = int(ids.argmin())
+                at = int(np.flatnonzero(ids < 0)[0])
                 raise SlotError(
-                    f"Expected blocks to be ids from 0 to {view.slots // whole - 1}, the blocks of "
-                    f"the view, got the negative {ids[at]} at position {at}. Leave it out."
+                    f"Expected blocks to be ids from 0 to {view.slots // whole - 1} in a save, the "
+                    f"blocks of the view, got {ids[at]} at position {at}. Leave it and its key out."
                 )
         except (SlotError, LayoutError):
             # Only now: a list without an error does not pay for it.
@@ -415,6 +434,8 @@ class Crossing:
             ids = (ids[:, None] * parts + np.arange(parts)).reshape(-1)[: many * size // self._step]
             self._whole = Index.of(ids, self._step)
         self._fine = ids.reshape(many, size // self._step)
+        if skips:
+            _check_places(self._fine)
         self._view = view
         self._after: StreamFence | None = None
         self._stream: torch.Stream | None = None  # of the maker

@@ -207,10 +207,14 @@ class BlockStore(FormStore):
 
         Raises `InvalidTerms` for another name.
         """
+        if [*self._stores] == [""] and name != "":
+            do = "Save and load by the store itself, or make it with forms by their names."
+            raise invalid("name", "'' for a store of one form without a name", name, do)
         one_of("name", name, self._stores)
         return self._stores[name]
 
     def __enter__(self) -> BlockStore:
+        self._refuse_closed("with block")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from portakv.arguments import kind_of
 from portakv.errors import SlotError
 from portakv.view.ids import ID_DTYPES, PAST_ANY_VIEW, IdList, as_ids
 
@@ -54,17 +55,17 @@ def request_slots(
 
 
 def _check_tables(tables: torch.Tensor) -> None:
-    kind = type(tables).__name__
+    kind = kind_of(tables)
     if isinstance(tables, torch.Tensor):
         if tables.is_nested or tables.layout is not torch.strided:
-            kind = "nested or sparse tensor"
+            kind = "a nested or sparse tensor"
         elif tables.dim() == 2 and tables.dtype in ID_DTYPES:
             return
         else:
-            kind = f"{tables.dtype} tensor of shape {tuple(tables.shape)}"
+            kind = f"a {tables.dtype} tensor of shape {tuple(tables.shape)}"
     raise SlotError(
         f"Expected tables of requests as block ids [requests, blocks] in an int32 or int64 tensor, "
-        f"got a {kind}. Convert them to such a tensor."
+        f"got {kind}. Convert them to such a tensor."
     )
 
 

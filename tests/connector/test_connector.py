@@ -115,13 +115,28 @@ def test_caches_in_every_container(connector: AdaptiveConnector) -> None:
 
 @pytest.mark.parametrize(
     ("memory_obj", "reason"),
-    [(None, "NoneType"), (SimpleNamespace(tensor=None), "NoneType"), ([3], "int"), ([], "empty")],
+    [(None, "got None"), (SimpleNamespace(tensor=None), "got None"), ([3], "int"), ([], "empty")],
     ids=str,
 )
 def test_no_memory_object(connector: AdaptiveConnector, memory_obj: Any, reason: str) -> None:
     caches = make_caches()
     with refused(LayoutError, "memory_obj", reason, watch=caches):
         connector.to_gpu(memory_obj, caches, SLOTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_chunk_of_another_shape_is_not_blamed_on_its_dtype(
+    connector: AdaptiveConnector, dtype: torch.dtype
+) -> None:
+    """Unless the dtype has another width, which changes the extent that fits."""
+    caches = make_caches()
+    own = caches[0].dtype
+    chunk = torch.zeros(2, LAYERS, 3, HEADS * DIM + 1, dtype=dtype)
+    said = f"memory_obj to hold chunks of these caches, got a tensor of shape {[*chunk.shape]}"
+    with pytest.raises(LayoutError) as raised:
+        connector.to_gpu(chunk, caches, SLOTS)
+    assert said in str(raised.value)
+    assert ("float" in str(raised.value)) == (dtype.itemsize != own.itemsize)
 
 
 def test_a_view_is_copied_by_other_calls(connector: AdaptiveConnector) -> None:

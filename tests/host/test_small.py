@@ -89,7 +89,7 @@ def test_values(place: Place, values: Any, dtype: torch.dtype | None, wanted: to
         ([2**63], None, (str(2**63), "int64")),
         ([1.5], torch.int32, ("float", "position 0")),
         (["a"], None, ("str",)),
-        ([None], torch.bool, ("NoneType", "position 0")),
+        ([None], torch.bool, ("None", "position 0")),
         ([2], torch.bool, ("2", "0 to 1")),
         (np.array([300]), torch.int8, ("300", "-128 to 127")),
         (np.array([2**64 - 1], np.uint64), torch.int64, (str(2**64 - 1),)),

@@ -272,6 +272,8 @@ class TestRefusals:
             (FLAT, form("token dim", 5, 8, dtype=torch.uint8), (), LayoutError, "are compared in"),
             (form("token dim", 5, 8, dtype=torch.float32), form("token dim", 5, 8), (), LayoutError,
              r"32 bytes wide \(float32\) .* got 16 \(float16\): .* nothing.*torch.float16\) first"),
+            (form("token dim", 5, 8, dtype=torch.float32), form("token dim", 5, 4), (), LayoutError,
+             r"32 bytes wide for .* got 8: widths are compared in bytes\. Declare dim alike"),
             (PAGES, form("block page", 5, 64, block_size=8), (4, 8), LayoutError,
              "to hold 4 tokens .* got 8"),
             (PAGES, form("block page", 5, 32, block_size=4), (4, 4), LayoutError, "bytes"),

@@ -132,7 +132,7 @@ REFUSED: list[tuple[Any, Any, Any, str]] = [
     (table(0), table(4), 4, PAST),
     (table(0, 1), table(0, 1, 2), 12, "2 ids x 4 tokens"),
     (Index(offset=12), table(0, 1), 8, "holds 16 tokens"),
-    (None, table(0), 4, r"Expected a KVView .* source .* a KVView and a NoneType.* Index\(\)"),
+    (None, table(0), 4, r"Expected a KVView .* source .* a KVView and None.* Index\(\)"),
     (table(0), [0], 4, "an Index as the destination .* a KVView and a list"),
 ]
 
@@ -157,7 +157,7 @@ def test_a_view_of_another_form_or_none() -> None:
     plan = CopyPlan(view.form, view.form, 4, 4)
     for wrong, message in (
         (KVView(other, "block token dim"), "has another form than the plan was made for"),
-        (other, "of plan.runs, got a Tensor and a Index"),
+        (other, "of plan.runs, got a Tensor and an Index"),
     ):
         for at, side in enumerate(("source", "destination")):
             views: list[Any] = [wrong if n == at else view for n in range(2)]

@@ -96,7 +96,7 @@ def test_terms_of_a_configuration() -> None:
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (7, "hand_over to be an object, got a int"),
+        (7, "hand_over to be an object, got an int"),
         ({"adress": None}, "got 'adress'"),
         ({"address": "10.0.0.1"}, "address"),
         ({"address": "tcp://10.0.0.1:0"}, "secret"),

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from support.core_cases import noise
+from support.slot_cases import ended_well, forked
 from support.storage_cases import FakeTier, key_of, small_form
 
 from portakv import InvalidTerms, KVView, LayoutError, StoreError
+from portakv.graph import Graph
 from portakv.storage import BlockForm, BlockStore
 
 LIMIT = 20.0  # seconds; nothing here takes as long
@@ -149,3 +151,42 @@ def test_a_list_that_changes_after_the_call_changes_nothing() -> None:
                 assert torch.equal(one[:8].view(torch.int16), other[:8].view(torch.int16))
                 assert not other[8:].any()
                 other.zero_()
+
+
+def test_a_closed_store_says_that_it_was_closed() -> None:
+    store = opened()
+    store.close()
+    said = r"^Expected an open store for a lookup, got one that was closed\. Make another\.$"
+    with pytest.raises(StoreError, match=said):
+        store.lookup(KEYS)
+    with pytest.raises(StoreError, match=r"open store for a with block, .* closed\."), store:
+        pytest.fail("it was entered")
+
+
+def test_a_store_whose_graph_was_closed_says_so() -> None:
+    graph = Graph()
+    with opened(graph=graph, tiers=[FakeTier()]) as store:
+        graph.close()
+        with pytest.raises(StoreError, match=r"got one whose graph was closed\. Make another"):
+            store.lookup(KEYS)
+
+
+def test_a_store_of_another_process_says_so() -> None:
+    """It is not closed: the process that made it uses it."""
+    with opened() as store:
+
+        def child() -> None:
+            said = r"got one of the process that this one was forked from\. Make another"
+            with pytest.raises(StoreError, match=said):
+                store.has(KEYS[0])
+
+        assert ended_well(forked(child))
+        assert not store.has(KEYS[0])
+
+
+def test_a_store_of_one_form_has_no_name_for_it() -> None:
+    with opened() as store:
+        assert store.of("").form == store.form
+        said = r"Expected name to be '' for a store of one form without a name, got 'x'\. Save"
+        with pytest.raises(InvalidTerms, match=said):
+            store.of("x")

@@ -568,7 +568,7 @@ def test_predecessors_that_are_not_keys(made: Any) -> None:
     keys = [key_of(0), key_of(1)]
     with pytest.raises(InvalidTerms, match="for each of the 2 keys, got 1"):
         store.save(paged(), [0, 1], keys, after=[None])
-    with pytest.raises(InvalidTerms, match="keys and None in `after`, 16 to 32 bytes, got int"):
+    with pytest.raises(InvalidTerms, match="keys and None in `after`, 16 to 32 bytes, got an int"):
         store.save(paged(), [0, 1], keys, after=[None, 7])
 
 

@@ -61,7 +61,9 @@ def test_ranks_of_another_size_read_what_ranks_have_stored(kind: str, data: st.D
     presets = st.sampled_from(names.split())
     layers = data.draw(st.sampled_from([1, 2, 4]))
     heads = data.draw(st.sampled_from([1, 2, 4])) if "latent" not in kind else 1
-    sizes = [data.draw(st.integers(1, 4)) for _ in range(3)]
+    stored_size = data.draw(st.integers(1, 4))
+    alike = [n for n in range(1, 9) if n % stored_size == 0 or stored_size % n == 0]
+    sizes = [data.draw(st.sampled_from(alike)), stored_size, data.draw(st.sampled_from(alike))]
     tokens = lcm(*sizes)
     sides = [[data.draw(parts(extent)) for extent in (layers, heads)] for _ in range(2)]
     model = [np.zeros((layers, tokens, heads, 2 * width), np.uint8) for width in widths]
@@ -133,6 +135,25 @@ def test_opaque_pages_are_stored_whole(kv: int) -> None:
     assert all((a[ids] == b[ids]).all() for a, b in zip(pages, back, strict=True))
     with pytest.raises(InvalidTerms, match="Expected block_size to be 4"):
         BlockForm.of(view, "m", block_size=8)
+
+
+@pytest.mark.parametrize("size", [5, 12, 24, 17])
+def test_a_stored_block_that_would_begin_inside_a_block_is_refused(size: int) -> None:
+    view = Cache("vllm-nhd", 1, 1, (8, 8), 3, 16).view
+    said = f"Expected block_size to be a multiple or a divisor of 16, .*, got {size}"
+    with pytest.raises(InvalidTerms, match=said):
+        BlockForm.of(view, "m", block_size=size)
+    for right in (1, 8, 16, 48):
+        assert BlockForm.of(view, "m", block_size=right).block_size == right
+
+
+@pytest.mark.parametrize("name", ["model", "notes"])
+def test_a_text_with_nul_is_refused(name: str) -> None:
+    """C would end it there."""
+    view = Cache("vllm-nhd", 1, 1, (8, 8), 3, 16).view
+    terms: Any = {"model": "m", name: "a\0b"}
+    with pytest.raises(InvalidTerms, match=f"{name} to be a text without the character NUL"):
+        BlockForm.of(view, **terms)
 
 
 @pytest.mark.parametrize(

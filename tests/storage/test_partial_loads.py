@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from support.core_cases import noise
 from support.storage_cases import key_of
 
 from portakv import KVView
-from portakv.errors import SlotError
+from portakv.errors import InvalidTerms, SlotError
 from portakv.storage import BlockForm, BlockStore, Disk
 
 LIMIT = 20.0  # seconds; nothing here takes as long
@@ -40,9 +41,8 @@ def rows_of(view: KVView) -> np.ndarray:
     [
         (4, [-1, -1, 2, 3, 4, 5, 6, 7]),
         (4, [0, 1, 2, 3, 4, -1, 6, -1]),
-        (16, [-1, 1]),
-        (32, [-1]),
-        (8, [-1, -1, 2, 3]),
+        (8, [-1, 1, 2, -1]),
+        (32, [0]),
     ],
 )
 def test_rows_of_a_negative_block_are_not_written(
@@ -79,11 +79,44 @@ def test_the_sentence_names_the_id_its_place_and_the_range(call: str) -> None:
                 getattr(store, call)(view, [0, wrong], KEYS)
 
 
+@pytest.mark.parametrize(
+    ("size", "blocks", "key"),
+    [(16, [-1, 1], 0), (16, [0, -7], 1), (32, [-1], 0), (8, [-1, -1, 2, 3], 0), (16, [-1, -1], 0)],
+)
+def test_a_load_of_a_key_without_a_block_is_refused(size: int, blocks: list[int], key: int) -> None:
+    """Its block would land nowhere, and count as landed."""
+    saved = cache(16, 0)
+    form = BlockForm.of(saved, "model", block_size=16)
+    with BlockStore(form, staging=1 << 20, host=1 << 20) as store:
+        store.save(saved, range(2), KEYS).synchronize(LIMIT)
+        target = cache(size, 50)
+        before = rows_of(target).copy()
+        with pytest.raises(SlotError, match=rf"negative ids alone for keys\[{key}\]"):
+            store.load(target, blocks, KEYS)
+        assert (rows_of(target) == before).all()
+
+
 def test_a_save_of_a_negative_block_is_refused() -> None:
     view = cache(16, 0)
     form = BlockForm.of(view, "model", block_size=16)
+    said = (
+        "Expected blocks to be ids from 0 to 1 in a save, .* got -1 at position 1. Leave it and its"
+    )
     with (
         BlockStore(form, staging=1 << 20, host=1 << 20) as store,
-        pytest.raises(SlotError, match="negative -1"),
+        pytest.raises(SlotError, match=said),
     ):
         store.save(view, [0, -1], KEYS)
+
+
+def test_blocks_are_named() -> None:
+    """None is all of a copy's blocks, and none of a store's."""
+    view = cache(16, 0)
+    form = BlockForm.of(view, "model", block_size=16)
+    with BlockStore(form, staging=1 << 20, host=1 << 20) as store:
+        nothing: Any = None
+        for call in (store.save, store.load):
+            with pytest.raises(InvalidTerms, match=r"Expected blocks to be ids .* got None"):
+                call(view, nothing, KEYS)
+            with pytest.raises(InvalidTerms, match=r"blocks to be 2 ids, .* 2 keys .* got 1\."):
+                call(view, [0], KEYS)

@@ -10,6 +10,7 @@ import hashlib
 import re
 import socketserver
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http import HTTPStatus
@@ -33,6 +34,8 @@ class Faults:
         silent_reads: no read of an object gets an answer; other requests do.
         cuts: bodies of reads end after half of their bytes.
         zeros: the second half of the bodies of reads is zeros.
+        puts: takes the path of a put and whether it has a condition; returns the status and the
+            body of an answer in place of the bucket's, or None.
     """
 
     refuses: bool = False
@@ -40,6 +43,7 @@ class Faults:
     silent_reads: bool = False
     cuts: bool = False
     zeros: bool = False
+    puts: Callable[[str, bool], tuple[int, bytes] | None] = lambda path, conditional: None
 
 
 class SmallBucket(socketserver.ThreadingTCPServer):
@@ -125,7 +129,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(self._get(path))
 
     def _put(self, path: str, body: bytes) -> _Answer:
-        if self.headers.get("if-none-match") == "*" and path in self.server.objects:
+        replaced = self.headers.get("if-match")
+        creates = self.headers.get("if-none-match") == "*"
+        answer = self.server.faults.puts(path, creates or replaced is not None)
+        if answer is not None:
+            return _Answer(HTTPStatus(answer[0]), answer[1])
+        before = self.server.objects.get(path)
+        if creates and before is not None:
+            return _Answer(HTTPStatus.PRECONDITION_FAILED)
+        if replaced is not None and (before is None or replaced != _tag(before)):
             return _Answer(HTTPStatus.PRECONDITION_FAILED)
         self.server.objects[path] = body
         return _Answer(fields={"ETag": _tag(body)})

@@ -191,7 +191,7 @@ REFUSED: list[tuple[Any, str, dict[str, Any], str]] = [
     ([[noise(5, 8)]], "layer | token dim", {},
      r"a list, tuple or dict of tensors for 'layer | token dim', got a list\."),
     ([[noise(5, 8)] * 2, [noise(5, 8)]], "layer kv | token dim", {}, "got lengths 2 and 1"),
-    ([noise(5, 8), None], "layer | token dim", {}, r"got a NoneType\. Pass tensors"),
+    ([noise(5, 8), None], "layer | token dim", {}, r"got None\. Pass tensors"),
     ("x", "layer | token dim", {}, r"got a str\. Pass tensors, in lists"),
     ([noise(5, 8)] * 3, "kv | token dim", {}, "'kv' .* extent 2, got 3"),
     ([noise(5, 8), noise(8, 5).t()], "layer | token dim", {}, "one shape, strides and dtype"),
