@@ -123,7 +123,7 @@ class Disk:
                     tier_store.offer_twice()
             folders = ", ".join(map(str, self.folders))
             for note in size_notes(forms[:own], self._present):
-                first.notes.append(note)
+                first.found.append(note)
                 _warnings.warning(f"{note} {folders}", "%s: %s", folders, note)
             undo.pop_all()
         return opening.tier_stores
@@ -197,14 +197,13 @@ class _Opening:
                 return None
             if own:
                 raise
-            self.tier_stores[0].notes.append(str(error))
+            self.tier_stores[0].found.append(str(error))
             return None
         self.undo.callback(slots.close)
         if own:
             space.writers.add(slots)
         else:
             space.readers.add(slots)
-        self.notes += slots.notes
         return slots
 
 

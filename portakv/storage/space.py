@@ -128,14 +128,17 @@ class Space:
         Other forms give slots back if these are less than ``least``.
         """
         while True:
-            about = os.statvfs(self.folder)
-            free = self.capacity - self._allocated()
-            if about.f_blocks:  # a file system of no blocks has no limit
-                free = min(free, about.f_bavail * about.f_frsize)
+            free = min(self.capacity - self._allocated(), self.free())
             if free >= least:
                 return min(free, most)
             if not self.yield_space(own, least - free):
                 return 0
+
+    def free(self) -> int:
+        """Return the bytes that the file system has free for this user."""
+        about = os.statvfs(self.folder)
+        # A file system of no blocks has no limit.
+        return about.f_bavail * about.f_frsize if about.f_blocks else _NO_BOUND
 
     def yield_space(self, own: Path, nbytes: int) -> bool:
         """Make another form than ``own`` give back slots of ``nbytes`` or more; return True if one
