@@ -6,8 +6,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
-from glob import glob
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from portakv.graph.graph import Graph
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage.chains import Chains
 from portakv.storage.disk_store import DiskStore
-from portakv.storage.files import form_in
+from portakv.storage.files import forms_in
 from portakv.storage.form import BlockForm, size_notes
 from portakv.storage.io.base import DEPTH, Engine
 from portakv.storage.io.choose import ENGINES, choose
@@ -88,11 +87,7 @@ class Disk:
         """Return all forms that lie in the folders and can be read."""
         forms = dict[BlockForm, None]()
         for folder in self.folders:
-            for name in sorted(glob("*", root_dir=folder)):
-                with suppress(StoreError, OSError):  # a folder without a form, or a damaged one
-                    form = form_in(folder / name)
-                    if form.name == name:
-                        forms[form] = None
+            forms |= dict.fromkeys(forms_in(folder))
         return [*forms]
 
     def open(

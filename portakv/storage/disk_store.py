@@ -152,6 +152,8 @@ class DiskStore:
         """Return sentences for `explain`: of the opening, and of the folders as they are now."""
         self.look()
         notes = [*self.found]
+        known = " ".join(notes)
+        notes += [f"{self.engine.name}: {x}" for x in self.engine.notes if x not in known]
         for slots, _ in self.parts:
             notes += slots.health.sentences()
         return notes

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -20,8 +22,10 @@ from portakv import __version__
 from portakv.errors import StoreBusy, StoreError
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.linux import fcntl
+from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage.form import BlockForm
 
+_warnings = RateLimitedLog(logging.getLogger(__name__))
 #: Flags of files that a store writes.
 OPEN = os.O_RDWR | os.O_CREAT
 MOST_FORM = 1 << 20  # bytes of form.json
@@ -114,15 +118,22 @@ def replace_file(file: Path, text: str) -> None:
         os.fsync(opened.fileno())
     new.replace(file)
     place = os.open(file.parent, os.O_DIRECTORY)
-    with suppress(OSError):  # some network file systems refuse it
+    # Some network file systems refuse it. The file is in its place; what a loss of power could then
+    # undo is the name, and a folder without its form.json is refused by a sentence.
+    with suppress(OSError):
         os.fsync(place)
     os.close(place)
 
 
 def replace_if_possible(file: Path, text: str) -> None:
-    """Write a small file as `replace_file`, unless the device is full or refuses it."""
-    with suppress(OSError, StoreError):  # StoreError: something else is in place of the file
+    """Write a small file as `replace_file`, or log why the system refuses it."""
+    try:
         replace_file(file, text)
+    except OSError as error:
+        why = cause_of(error)
+        _warnings.warning(f"small {file}", "%s cannot be written: %s.", file, why, lines=1)
+    except StoreError as error:  # something else is in place of the file
+        _warnings.warning(f"small {file}", "%s", error, lines=1)
 
 
 def wrong_kind(path: Path, kind: str) -> StoreError:
@@ -238,12 +249,16 @@ def lock(file: Path) -> int:
     """Lock a file and return its descriptor; -1 if another process has the lock, or removed the
     file."""
     fd = open_file(file, OPEN)
-    with suppress(BlockingIOError):  # another process has the lock
+    locked = False
+    try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(fd).st_nlink:
-            return fd
-    os.close(fd)
-    return -1
+        locked = os.fstat(fd).st_nlink > 0
+    except BlockingIOError:  # another process has the lock
+        pass
+    finally:
+        if not locked:  # also after an error, such as of a file system without locks
+            os.close(fd)
+    return fd if locked else -1
 
 
 def form_in(folder: Path) -> BlockForm:
@@ -257,6 +272,28 @@ def form_in(folder: Path) -> BlockForm:
             f"Expected the form of a cache in {file}, got damaged text or that of another release. "
             f"{error}"
         ) from error
+
+
+def forms_in(folder: Path) -> Iterator[BlockForm]:
+    """Yield the forms that lie in a folder of a tier and can be read. The others are logged: their
+    blocks are not found, and take space."""
+    for name in sorted(glob("*", root_dir=folder)):
+        if not re.fullmatch("[0-9a-f]{32}", name):  # not a folder of a form
+            continue
+        why = ""
+        try:
+            form = form_in(folder / name)
+            if form.name == name:
+                yield form
+        except FileNotFoundError:  # an opening that was killed, or a wipe
+            continue
+        except StoreError as error:
+            why = str(error)
+        except OSError as error:
+            why = str(unusable(folder / name, error))
+        if why:
+            text = "The blocks in %s are not found. %s"
+            _warnings.warning(f"form {folder / name}", text, folder / name, why, lines=1)
 
 
 def own_form_in(folder: Path, form: BlockForm) -> BlockForm | None:
@@ -363,7 +400,8 @@ def _claim(folder: Path) -> int:
             f"{'this process' if own else holder(folder)} has open already. Close that store, or "
             f"pass another folder."
         )
-    with suppress(OSError):  # the device is full
+    # The device is full: only the message for another store then lacks the number.
+    with suppress(OSError):
         os.ftruncate(fd, os.pwrite(fd, str(os.getpid()).encode(), 0))
     return fd
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,6 +158,17 @@ class Health:
             table = self._folder / "table"
             self.table_fault = f"{table} cannot be written: {cause_of(error)}"
             _warnings.warning(f"table {table}", "%s", self.table_fault, lines=1)
+
+    def close(self, descriptors: Sequence[int], sync: bool) -> None:
+        """Close files, with ``sync`` after all is on the device; log why it may not be."""
+        for act in (os.fdatasync, os.close) if sync else (os.close,):
+            for fd in descriptors:
+                try:
+                    act(fd)
+                except OSError as error:  # the other files are closed, too
+                    text = "The last blocks in %s may be lost, as its files cannot be closed: %s."
+                    topic = f"close {self._folder}"
+                    _warnings.warning(topic, text, self._folder, cause_of(error), lines=1)
 
     def reasons(self) -> set[str]:
         """Return why no block is stored for now; all of it is logged."""

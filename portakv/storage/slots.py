@@ -629,10 +629,7 @@ class Slots:
         if sync and files and not lost:
             order = json.dumps([self.index[key] for key in self.by_use()])
             replace_if_possible(self.folder / "order", order)
-        for act in (os.fdatasync, os.close) if sync else (os.close,):
-            for fd in files:
-                with suppress(OSError):  # a device that fails; the other files are closed, too
-                    act(fd)
+        self.health.close(files, sync)
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         """Release the folder of a store whose `close` was interrupted.

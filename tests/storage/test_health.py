@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import subprocess
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +21,8 @@ from support.slot_cases import FORM, IMAGE, KEYS, entries, opened, put, sizes
 
 from portakv.runtime import linux
 from portakv.storage import Disk
-from portakv.storage.files import cause_of, file_system_of
+from portakv.storage.files import cause_of, file_system_of, lock
+from portakv.storage.space import Space
 from portakv.storage.table import no_space_in
 
 
@@ -149,8 +152,8 @@ def test_a_full_filesystem_without_fallocate(ext2: Path, caplog: pytest.LogCaptu
         assert all(put(slots, key, 1) for key in (n.to_bytes(32, "big") for n in range(1, 1100)))
         assert slots.evicted > 0
         assert slots.health.missing == 2000 - slots.count
-    (text,) = [record.getMessage() for record in caplog.records]
-    assert "ext2 at" in text
+        (text,) = [record.getMessage() for record in caplog.records]
+        assert "ext2 at" in text
 
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM])
@@ -223,9 +226,10 @@ def test_a_capacity_above_the_size_of_the_filesystem(
         assert not caplog.records
         assert all(put(slots, bytes([n]) * 32, 1) for n in range(99))
         assert slots.health.missing == 200 - slots.count > 0
-    (text,) = [record.getMessage() for record in caplog.records]
-    assert f"has {slots.count} of the 200 slots of its capacity" in text
-    assert f"tmpfs at {small_device}" in text
+        (text,) = [record.getMessage() for record in caplog.records]
+        assert f"has {slots.count} of the 200 slots of its capacity" in text
+        assert f"tmpfs at {small_device}" in text
+    assert "order cannot be written: the device has no space left" in caplog.text
 
 
 def test_the_bound_of_the_capacity_is_no_shortage(
@@ -281,3 +285,74 @@ def test_the_other_folders_serve_without_one_that_is_removed(tmp_path: Path) -> 
         assert not {*KEYS[4:8]} & {*lost.index}
         assert {*KEYS[4:8]} <= {*whole.index}
         assert store.read(KEYS[:8], [*cases.images(8, FORM)]) == [True] * 8
+
+
+def failing(number: int) -> Callable[..., Any]:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_a_device_that_fails_at_the_close_is_logged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slots = opened(folder)
+    assert put(slots, KEYS[0], 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", failing(errno.EIO))
+        slots.close()
+    assert caplog.messages == [
+        f"The last blocks in {folder} may be lost, as its files cannot be closed: "
+        f"{os.strerror(errno.EIO)}."
+    ]
+    opened(folder).close()
+
+
+@pytest.mark.parametrize("harm", ["damaged", "of another format", "not readable"])
+def test_a_form_that_cannot_be_read_is_logged(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    harm: str,
+) -> None:
+    """Its blocks are not found, and give no space back. Other files of the folder are no news."""
+    folder = tmp_path / FORM.name
+    with closing(opened(folder, 8)) as slots:
+        assert put(slots, KEYS[0], 1)
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "a file").touch()
+    (tmp_path / ("0" * 32)).mkdir()  # of a wipe that was killed
+    tier = Disk(tmp_path, capacity=1 << 20)
+    other = replace(FORM, heads=(0, 1, 2))
+    tier.forms(other)
+    assert not caplog.messages
+    if harm == "not readable":
+        real = os.open
+
+        def refuse(path: Any, flags: int, mode: int = 0o777, **more: Any) -> int:
+            if str(path) == str(folder / "form.json"):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, flags, mode, **more)
+
+        monkeypatch.setattr(os, "open", refuse)
+    else:
+        text = "{" if harm == "damaged" else '{"format": 99}'
+        (folder / "form.json").write_text(text)
+    assert tier.forms(other) == []
+    (text,) = caplog.messages
+    assert text.startswith(f"The blocks in {folder} are not found. ")
+    caplog.clear()
+    assert not Space(tmp_path, 1).yield_space(tmp_path / "own", 1)
+    (text,) = caplog.messages
+    assert text.startswith(f"The blocks in {folder} give no space back. ")
+
+
+def test_a_lock_that_the_system_refuses_leaves_no_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="No locks available"):
+        lock(tmp_path / "file")
+    assert len(os.listdir("/proc/self/fd")) == before
