@@ -17,7 +17,7 @@ from portakv.graph.graph import Graph
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage.chains import Chains
 from portakv.storage.disk_store import DiskStore
-from portakv.storage.files import forms_in
+from portakv.storage.files import forms_in, open_to_others
 from portakv.storage.form import BlockForm, size_notes
 from portakv.storage.io.base import DEPTH, Engine
 from portakv.storage.io.choose import ENGINES, choose
@@ -31,8 +31,8 @@ class Disk:
     """A tier of blocks in ``folders``.
 
     Args:
-        capacity: bytes of all forms and folders together; each folder has an equal part.
-            Saves allocate the space.
+        capacity: bytes of all forms and folders together, which may be a float such as 64e9; a
+            fraction of a byte is cut. Each folder has an equal part. Saves allocate the space.
         admit: "second" stores a block when it is offered the second time.
         workers: the number of tasks that read or write in a folder at a time.
         io: "ring", "threads" or an I/O engine; None: the first that runs.
@@ -117,6 +117,9 @@ class Disk:
                 if tier_store.writable:
                     tier_store.offer_twice()
             folders = ", ".join(map(str, self.folders))
+            for note in filter(None, map(open_to_others, self.folders)):
+                first.found.append(note)
+                _warnings.warning(note, "%s", note, lines=1)
             for note in size_notes(forms[:own], self._present):
                 first.found.append(note)
                 _warnings.warning(f"{note} {folders}", "%s: %s", folders, note)

@@ -406,6 +406,22 @@ def _claim(folder: Path) -> int:
     return fd
 
 
+def open_to_others(folder: Path) -> str:
+    """Return a sentence for a folder in which other users may remove and move files; else an empty
+    text.
+
+    They cannot put blocks there, since every file has to belong to this user. In a folder with the
+    sticky bit, such as /tmp, they cannot do either.
+    """
+    try:
+        mode = os.stat(folder).st_mode
+    except OSError:  # the opening of its files reports it
+        return ""
+    if not mode & 0o022 or mode & stat.S_ISVTX:
+        return ""
+    return f"Other users may remove the blocks in {folder}. Run chmod go-w {folder}."
+
+
 def holder(folder: Path) -> str:
     """Return a name for the process that claimed a folder last."""
     try:

@@ -356,3 +356,20 @@ def test_a_lock_that_the_system_refuses_leaves_no_descriptor(
     with pytest.raises(OSError, match="No locks available"):
         lock(tmp_path / "file")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755, 0o1777, 0o775, 0o777], ids=oct)
+def test_a_folder_that_others_may_write_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int
+) -> None:
+    folder = tmp_path / "kv"
+    folder.mkdir()
+    folder.chmod(mode)
+    graph: Any = cases.Tally()
+    tier = Disk(folder, capacity=1e6, io=cases.Faulty())  # type: ignore[arg-type]
+    (store,) = tier.open(graph, SimpleNamespace(memory=()), [FORM])
+    with closing(store):
+        notes = [each for each in store.notes if f"chmod go-w {folder}" in each]
+    assert len(notes) == (mode in (0o775, 0o777))
+    assert caplog.messages == notes
+    assert tier.capacity == 1_000_000
