@@ -33,7 +33,13 @@ from portakv.copy import count_copies
 from portakv.graph import Task
 from portakv.graph.meter import Family, Meter
 from portakv.graph.metrics import ENGINE, PREFIX
-from portakv.integrations.vllm_metrics import TIERS, tier_counters
+from portakv.integrations.vllm_metrics import (
+    COUNTED,
+    LEVELS,
+    disk_levels,
+    series_of,
+    tier_counters,
+)
 from portakv.migrate import (
     Channel,
     Owner,
@@ -65,7 +71,7 @@ class Work(NamedTuple):
 
     meter: Meter
     work: Callable[[int], None]
-    #: Returns the counters of tiers that an engine with this store reports.
+    #: Returns the counters of tiers and levels of disks that an engine with this store reports.
     tiers: Callable[[], Mapping[str, float]]
     #: Has a link be busy, and some tasks wait for it, until the event is set.
     occupy: Callable[[int, threading.Event], None]
@@ -139,7 +145,11 @@ def working(folder: Path) -> Iterator[Work]:
             elif waiting:
                 waiting.pop().cancel()
 
-        yield Work(meter, work, lambda: tier_counters(store.statistics()), occupy)
+        def levels_and_tiers() -> dict[str, float]:
+            figures = store.statistics()
+            return {**tier_counters(figures), **disk_levels(figures)}
+
+        yield Work(meter, work, levels_and_tiers, occupy)
 
 
 def _engine_counters() -> list[str]:
@@ -172,8 +182,8 @@ def record(folder: Path, end: float) -> Path:
                     series = f"{name}_{sample.series}" if sample.series else name
                     own.append(_line(series, sample.labels, sample.value, at))
             for counter, value in tiers().items():
-                name, labels = _of_tier(counter)
-                own = lines.setdefault(name, [f"# TYPE {name.removesuffix('_total')} counter"])
+                name, kind, labels = _of_tier(counter)
+                own = lines.setdefault(name, [f"# TYPE {name.removesuffix('_total')} {kind}"])
                 own.append(_line(name, labels, value, at))
             held.set()
     path = folder / "series"
@@ -187,11 +197,12 @@ def _line(series: str, labels: Mapping[str, str], value: float, at: float) -> st
     return f"{series}{{{texts}}} {value} {at:.3f}"
 
 
-def _of_tier(counter: str) -> tuple[str, dict[str, str]]:
-    """Return the name and the labels under which vLLM shows a counter of `tier_counters`."""
-    name, *texts = counter.split("/")
-    metric = TIERS[name][1]
-    return f"vllm:{PREFIX}{metric.name}", dict(zip(metric.labels, texts, strict=True))
+def _of_tier(counter: str) -> tuple[str, str, dict[str, str]]:
+    """Return the name, the kind and the labels under which vLLM shows a counter or a level."""
+    name, texts = series_of(counter)
+    metric = {**COUNTED, **LEVELS}[name]
+    labels = dict(zip(metric.labels, texts, strict=True))
+    return f"vllm:{PREFIX}{metric.name}", metric.kind, labels
 
 
 def _shown(family: Family) -> str:

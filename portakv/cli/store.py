@@ -31,6 +31,7 @@ from portakv.errors import InvalidTerms, StoreBusy, StoreError
 from portakv.runtime.linux import fcntl, require_linux
 from portakv.storage import image, slots, table
 from portakv.storage.files import (
+    PAGE,
     cause_of,
     check_folder,
     claim,
@@ -360,17 +361,20 @@ def with_bar(items: Sequence[Item], what: str) -> Iterator[Item]:
 def explain_folder(folder: str, as_json: bool) -> int:
     """Print how a disk tier reads and writes a folder, and its stores. May raise `StoreError`."""
     require_linux("A block store on a disk")
-    page = np.frombuffer(mmap.mmap(-1, slots.PAGE), np.uint8)
-    engine, decisions = choose([(page.ctypes.data, slots.PAGE)])
-    trial = BlockForm(
-        "a trial", "uint8", 1, (slots.PAGE,), 1, (0, 1, 1), (0, 1, 1), "block layer page"
-    )
+    page = np.frombuffer(mmap.mmap(-1, PAGE), np.uint8)
+    engine, decisions = choose([(page.ctypes.data, PAGE)])
+    trial = BlockForm("a trial", "uint8", 1, (PAGE,), 1, (0, 1, 1), (0, 1, 1), "block layer page")
     with _usable(folder), closing(engine):
         stores = [_report_of(_shown, store) for store in _stores(folder)]
+        direct = False
         with tempfile.TemporaryDirectory(dir=folder) as inside:
-            made = slots.Slots(Path(inside, trial.name), trial, trial.image_bytes, engine)
-            made.take(bytes(32))  # only a file with slots shows whether O_DIRECT works
-            made.close()
+            why = table.no_space_in(Path(inside))
+            if not why:
+                made = slots.Slots(Path(inside, trial.name), trial, trial.image_bytes, engine)
+                made.take(bytes(32))  # only a file with slots shows whether O_DIRECT works
+                direct = made.direct
+                why = "" if made.health.shortage is None else made.health.shortage.why
+                made.close()
         free = shutil.disk_usage(folder).free
     registered = engine.name == "ring" and not engine.notes
     if as_json:
@@ -379,27 +383,31 @@ def explain_folder(folder: str, as_json: bool) -> int:
             "engine": engine.name,
             "engines": [asdict(decision) for decision in decisions],
             "registered": registered,
-            "o_direct": made.direct,
-            "alignment": slots.PAGE,
+            "o_direct": direct,
+            "alignment": PAGE,
             "free": free,
+            "why": why,
             "stores": stores,
         }
         print_json(report)
-        return 0
+        return 1 if why else 0
 
     other = {"ring", "threads"}.difference(decision.name for decision in decisions)
-    why = "the other engine comes first"
+    unused = "the other engine comes first"
     if os.environ.get("PORTAKV_IO"):
-        why = "PORTAKV_IO forces the other engine"
-    for text in (*decisions, *(f"{name}: not tested, {why}" for name in other)):
+        unused = "PORTAKV_IO forces the other engine"
+    for text in (*decisions, *(f"{name}: not tested, {unused}" for name in other)):
         print_prose(f"{text}.")
-    direct = "bypassing the page cache"
-    if not made.direct:
-        direct = "through the page cache, since O_DIRECT is rejected"
-    print_prose(f"{engine.name} serves {folder}, {direct}, in multiples of {slots.PAGE:,} bytes.")
+    if why:
+        print_prose(f"{folder} cannot store blocks: {why}. Free space there, or pass another.")
+    else:
+        how = "bypassing the page cache"
+        if not direct:
+            how = "through the page cache, since O_DIRECT is rejected"
+        print_prose(f"{engine.name} serves {folder}, {how}, in multiples of {PAGE:,} bytes.")
     memory = "registered with the kernel" if registered else "not registered"
     print_prose(f"Its memory is {memory}; {in_bytes(free)} are free in the folder.")
     if stores:
         print()
         _print(stores)
-    return 0
+    return 1 if why else 0

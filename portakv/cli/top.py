@@ -292,9 +292,7 @@ def _others(grown: _Grown) -> list[Row]:
     for form, left in grown.levels(["url"], "remote_left_alone").items():
         note = "left alone after failures" if left else ""
         rows.append(Row("bucket", form, note=note))
-    for folder, many in grown.levels(["folder", "state"], "disk_slots").items():
-        if folder.endswith(" broken") and many:
-            rows.append(Row("disk", folder.removesuffix(" broken"), note=f"{many:g} broken slots"))
+    rows += _disks(grown)
     for what in (
         "promised_tokens",
         "computed_tokens",
@@ -304,6 +302,21 @@ def _others(grown: _Grown) -> list[Row]:
     ):
         for name, each in grown.by([], f"engine_{what}_total").items():
             rows.append(Row("engine", f"{name} {what.replace('_', ' ')}".strip(), each=each))
+    return rows
+
+
+def _disks(grown: _Grown) -> list[Row]:
+    """Return a row for each fault of a disk."""
+    rows = list[Row]()
+    for folder, many in grown.levels(["folder", "state"], "disk_slots").items():
+        if folder.endswith(" broken") and many:
+            rows.append(Row("disk", folder.removesuffix(" broken"), note=f"{many:g} broken slots"))
+    for folder, many in grown.levels(["folder"], "disk_missing_slots").items():
+        if many:
+            rows.append(Row("disk", folder, note=f"full: {many:g} slots have no space"))
+    for folder, lost in grown.levels(["folder"], "disk_lost").items():
+        if lost:
+            rows.append(Row("disk", folder, note="its files were removed, moved or hidden"))
     return rows
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warn operators of faults that last: dying disks, refused buckets, sick links, unused leases.
+"""Warn operators of faults that last: dying, full or lost disks, refused buckets, sick links,
+unused leases.
 
 A warning says what to do. It comes when the fault begins or grows, and again each hour while it
 lasts. Single faults, such as a block that cannot be read, are logged where they occur.
@@ -67,6 +68,22 @@ RULES = (
         "The device of {folder} could not write {value:.0f} slots, which are not used again. It "
         "may be dying: look at dmesg and smartctl, and serve a folder on another device.",
         {"state": "broken"},
+    ),
+    Rule(
+        "a full disk",
+        "disk_missing_slots",
+        0.0,
+        "The file system of {folder} is full: {value:.0f} slots of the capacity have no space, so "
+        "blocks are evicted early or not stored. Free space there, or lower the capacity; "
+        "`BlockStore.explain` and the log have the figures.",
+    ),
+    Rule(
+        "a lost folder",
+        "disk_lost",
+        0.0,
+        "The files of {folder} were removed, moved or hidden by a mount while a store has them "
+        "open. Nothing is stored there any more, and the stored blocks end with the process. "
+        "Restore the folder, or restart what serves it.",
     ),
     Rule(
         "a refused bucket",

@@ -89,6 +89,38 @@ _GRAPH = (
     ),
 )
 
+#: How full disks are. An engine that has the store itself shows these metrics on its own page.
+DISK = {
+    "disk_fill": _gauge(
+        "disk_fill_ratio",
+        "disk.fill",
+        "1",
+        "folder",
+        "the share of a folder's capacity that has blocks",
+    ),
+    "disk_missing": _gauge(
+        "disk_missing_slots",
+        "disk.missing",
+        "{slot}",
+        "form folder",
+        "slots of the capacity for which the file system has no space",
+    ),
+    "disk_free": _gauge(
+        "disk_free_bytes",
+        "disk.free",
+        "By",
+        "folder",
+        "bytes that are free in the file system of a folder",
+    ),
+    "disk_lost": _gauge(
+        "disk_lost",
+        "disk.lost",
+        "1",
+        "form folder",
+        "1 while the files of a folder are removed, moved or hidden, so nothing is stored there",
+    ),
+}
+
 _STORE = (
     _gauge("staging_bytes", "staging.size", "By", "state", "bytes of staging rows, by state"),
     _counter(
@@ -119,6 +151,7 @@ _STORE = (
     _counter(
         "disk_evicted_total", "disk.evictions", "{block}", "form folder", "blocks evicted from disk"
     ),
+    *DISK.values(),
     _counter(
         "encoding_payload_bytes_total",
         "encoding.payload",

@@ -101,7 +101,7 @@ def map_private(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, list[str]]:
             f"Expected to map {nbytes} bytes of host memory, got an error ({error.strerror}). "
             f"Request less, or raise the limit (cgroup, ulimit -v, overcommit)."
         ) from None
-    if huge_pages != "never":
+    if huge_pages != "never":  # of "auto" nothing is promised: small pages serve as well
         code = libc("madvise", address_of(mapping), nbytes, _MADV_HUGEPAGE)
         if huge_pages != "auto":
             answer = f"refused ({os.strerror(code)})" if code else "advised"

@@ -302,7 +302,10 @@ class SharedPool(Pool):
         if member["space"] == process_space():
             # The kernel closes a dying process's files one after the other: this lock may be free
             # while its device still writes. A zombie has closed all files.
-            return bool(started(member["pid"]) != member["started"])
+            try:
+                return bool(started(member["pid"]) != member["started"])
+            except HostMemoryError:  # not known now: its blocks stay until a later look
+                return False
         if member["noticed"] == 0.0:
             member["noticed"] = time.monotonic()
         return bool(time.monotonic() - member["noticed"] > GRACE)
@@ -535,12 +538,22 @@ def process_space() -> int:
 
 def started(pid: int) -> int | None:
     """Return the start time of a process, which distinguishes it from a later one of its number;
-    None: it ended."""
-    # OSError: the process has ended.
-    with suppress(OSError), open(f"/proc/{pid}/stat") as file:
-        fields = file.read().rpartition(")")[2].split()  # from the state on
-        return None if fields[0] in "ZX" else int(fields[19])
-    return None
+    None: it ended.
+
+    Raises `HostMemoryError` if the system does not say, as without a free descriptor: a process
+    that lives must not count as ended.
+    """
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()  # from the state on
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    except OSError as error:
+        raise HostMemoryError(
+            f"Expected to read the state of process {pid}, got an error ({error.strerror}). Close "
+            f"files, or raise the limit of open files (ulimit -n)."
+        ) from None
+    return None if fields[0] in "ZX" else int(fields[19])
 
 
 @cache

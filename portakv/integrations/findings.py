@@ -18,6 +18,7 @@ from portakv.integrations import why_not
 from portakv.integrations.interfaces import lacks
 from portakv.serving.bucket import bucket_of
 from portakv.serving.local import StoreTerms
+from portakv.storage.table import no_space_in
 
 #: The most memory of a container, by cgroups of both versions.
 LIMITS = (
@@ -120,8 +121,8 @@ def check_memory(nbytes: float, findings: Findings, what: str) -> None:
 
 
 def short_of(terms: StoreTerms) -> Iterator[str]:
-    """Yield a sentence for terms without a folder, for a folder that this user may not write, and
-    for space that this machine lacks."""
+    """Yield a sentence for terms without a folder, for a folder that this user may not write or
+    that gives files no space, and for space that this machine lacks."""
     if not terms.folders and terms.bucket is None:
         yield (
             "There is no folder: blocks are in host memory alone, and end with the engine. Name a "
@@ -132,6 +133,8 @@ def short_of(terms: StoreTerms) -> Iterator[str]:
         existing = _existing(folder)
         if not os.access(existing, os.W_OK | os.X_OK):
             yield f"The user who runs this may not write {existing}. Pass another folder."
+        elif why := no_space_in(existing):
+            yield f"No file in {existing} gets space: {why}. Free some, or pass another folder."
         if terms.attaches:  # the capacity of the store server counts
             continue
         usage = shutil.disk_usage(existing)

@@ -435,8 +435,10 @@ def _checksum_of_adapter(folder: str) -> str:
     """
     try:
         files = [entry.stat() for entry in os.scandir(folder)] if folder else []
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""
+    except OSError:
+        return checksum_if_here(folder)  # which logs why it cannot be read
     state = (folder, *sorted((each.st_ino, each.st_size, each.st_mtime_ns) for each in files))
     return _adapters.get_or_make(state, lambda: checksum_if_here(folder))
 

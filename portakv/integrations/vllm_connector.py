@@ -64,6 +64,7 @@ from portakv.integrations.vllm_metrics import (  # noqa: E402
     Figures,
     PortaKVPromMetrics,
     PortaKVStats,
+    disk_levels,
     make_spans,
     parent_of,
     stats_of,
@@ -174,14 +175,15 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return {**self.statistics(), **self._tiers()}
 
     def _tiers(self) -> dict[str, float]:
-        """Return the counters of the tiers that this process has.
+        """Return the counters of the tiers, and the levels of the disks, that this process has.
 
         A store in the engine's process is the worker's, so that its scheduler counts none twice.
         """
-        if self.role == KVConnectorRole.WORKER:
-            return tier_counters(self.store.statistics())
-        index = self.index
-        return tier_counters(index.statistics()) if isinstance(index, KeptIndex) else {}
+        index: Any = self.store if self.role == KVConnectorRole.WORKER else self.index
+        if self.role != KVConnectorRole.WORKER and not isinstance(index, KeptIndex):
+            return {}
+        figures = index.statistics()
+        return {**tier_counters(figures), **disk_levels(figures)}
 
     def statistics(self) -> dict[str, float]:
         """Return the counters of this side, and what its hooks cost."""

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from portakv.graph import open_telemetry
-from portakv.graph.metrics import ENGINE, METRICS, Metric
+from portakv.graph.metrics import DISK, ENGINE, METRICS, Metric
 from portakv.runtime import tracing
 
 try:
@@ -56,6 +56,9 @@ TIERS = {
 }
 #: All that is counted for Prometheus, by these names.
 COUNTED = COUNTERS | {name: metric for name, (_, metric) in TIERS.items()}
+#: The levels of disks, which are reported as what they have changed by. Free bytes are left out:
+#: other programs change them all the time, and vLLM logs a line for each change.
+LEVELS = {name: metric for name, metric in DISK.items() if name != "disk_free"}
 
 
 class Figures:
@@ -75,24 +78,35 @@ class Figures:
         self._reported = dict[str, float]()
 
     def take(self, read: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-        """Return how much each counter has grown since the last report; empty before its time."""
+        """Return how much each counter has grown, and each level has changed, since the last
+        report; empty before its time."""
         now = self._now()
         if now < self._due:
             return {}
         self._due = now + self._interval
         grown = dict[str, float]()
-        for name, value in read().items():
+        present = read()
+        for name, value in present.items():
             before = self._reported.get(name, 0)
-            if name.partition("/")[0] in COUNTED and value != before:
+            if value == before:
+                continue
+            kind = name.partition("/")[0]
+            if kind in COUNTED:
                 # A store that another process had meanwhile begins at 0 again.
                 grown[name] = value - before if value > before else value
                 self._reported[name] = value
+            elif kind in LEVELS:
+                grown[name] = value - before
+                self._reported[name] = value
+        for name in [*self._reported]:
+            if name.partition("/")[0] in LEVELS and name not in present:  # of a store that closed
+                grown[name] = -self._reported.pop(name)
         return grown
 
 
 class PortaKVStats(KVConnectorStats):  # type: ignore[misc]
-    """Counters by their names in `COUNTED` and the values of their labels, which workers and the
-    scheduler add up."""
+    """Counters and levels by their names in `COUNTED` and `LEVELS` and the values of their labels,
+    which workers and the scheduler add up."""
 
     data: dict[str, float]
 
@@ -108,12 +122,13 @@ class PortaKVStats(KVConnectorStats):  # type: ignore[misc]
 
     def reduce(self) -> dict[str, float]:
         """Return the figures of vLLM's log: of a counter with labels, the sum. Those whose sums
-        mean nothing are left out: of tiers, which mix hits and misses, and of steps by their time.
+        mean nothing are left out: of tiers, which mix hits and misses, of disks, which are changes,
+        and of steps by their time.
         """
         sums = dict[str, float]()
         for name, value in self.data.items():
             counter = name.partition("/")[0]
-            if counter in TIERS or counter == "idle_steps_within":
+            if counter in TIERS or counter in LEVELS or counter == "idle_steps_within":
                 continue
             sums[counter] = sums.get(counter, 0) + value
         return {name: round(value, 6) for name, value in sums.items()}
@@ -136,6 +151,8 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._values = per_engine_labelvalues
         self._counters = dict[str, Any]()
+        self._gauges = dict[str, Any]()
+        self._levels = dict[tuple[int, str], float]()  # by engine, and by name with labels
         for name, metric in COUNTED.items():
             # vLLM's client adds _total.
             shown = metric.name.removeprefix("engine_").removesuffix("_total")
@@ -148,13 +165,36 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             for values in per_engine_labelvalues.values() if not metric.labels else ():
                 counter.labels(*values)  # shown as 0
 
+        for name, metric in LEVELS.items():
+            # Each server of an API hears a part of the changes, so the sum of all is the level.
+            self._gauges[name] = self._gauge_cls(
+                name=f"vllm:portakv_{metric.name}",
+                documentation=f"{metric.why[0].upper()}{metric.why[1:]}.",
+                labelnames=[*labelnames, *metric.labels],
+                multiprocess_mode="sum",
+            )
+
     def observe(self, transfer_stats_data: Mapping[str, float], engine_idx: int = 0) -> None:
         """Count what an engine reports."""
+        values = self._values[engine_idx]
         for name, grown in transfer_stats_data.items():
-            counter, *more = name.split("/")
+            counter, more = series_of(name)
             if counter in self._counters:
-                values = self._values[engine_idx]
                 self._counters[counter].labels(*values, *more).inc(grown)
+            elif counter in self._gauges:
+                key = engine_idx, name
+                self._levels[key] = self._levels.get(key, 0.0) + grown
+                self._gauges[counter].labels(*values, *more).set(self._levels[key])
+
+
+def series_of(name: str) -> tuple[str, list[str]]:
+    """Return the name of a counter or a level, and the values of its labels, from the name of its
+    report. The last value may be a path, which has slashes as well."""
+    counter, _, texts = name.partition("/")
+    metric = COUNTED.get(counter) or LEVELS.get(counter)
+    if metric is None or not metric.labels:
+        return counter, []
+    return counter, texts.split("/", len(metric.labels) - 1)
 
 
 def stats_of(grown: Mapping[str, float]) -> PortaKVStats | None:
@@ -174,6 +214,20 @@ def tier_counters(figures: Mapping[str, Any]) -> dict[str, float]:
             labels = [str(sample[label]) for label in metric.labels]
             counters["/".join([name, *labels])] = float(sample["value"])
     return counters
+
+
+def disk_levels(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Return how full disks are among the figures of a store, by their names in `LEVELS` with the
+    values of their labels after slashes.
+
+    ``figures``: as those of `tier_counters`.
+    """
+    levels = dict[str, float]()
+    for name, metric in LEVELS.items():
+        for sample in figures.get(metric.name, ()):
+            labels = [str(sample[label]) for label in metric.labels]
+            levels["/".join([name, *labels])] = float(sample["value"])
+    return levels
 
 
 def parent_of(request: Any) -> AbstractContextManager[None]:

@@ -254,7 +254,7 @@ def _identity(spec: Any, terms: TierTerms) -> tuple[str, str]:
         facts["cpu"] = torch.backends.cpu.get_cpu_capability()
     if weights:
         facts["weights"] = weights
-        with suppress(OSError):  # a folder without the file
+        with suppress(FileNotFoundError, NotADirectoryError):  # a folder without it, or a file
             facts["config"] = Path(model, "config.json").read_text(encoding="utf-8")
     text = json.dumps(facts, sort_keys=True, default=str)
     digest = blake2b(text.encode(), digest_size=16).hexdigest()

@@ -3,12 +3,13 @@
 
 Each entry has a checksum and is rebuilt when corrupt. Writing is atomic, so that any number of
 processes may race. A missing, unwritable or foreign directory is not an error: each process then
-compiles its kernels.
+compiles its kernels, and logs why.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import stat
 import tempfile
@@ -16,7 +17,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from portakv.runtime.rate_limited_log import RateLimitedLog
+
 ENVIRONMENT = "PORTAKV_CACHE_DIR"
+_warnings = RateLimitedLog(logging.getLogger(__name__))
 
 
 def directory() -> Path:
@@ -39,10 +43,14 @@ def cached(parts: tuple[str, ...], build: Callable[[], bytes]) -> bytes:
     if entry is not None:
         return entry
     binary = build()
-    with suppress(OSError):
+    try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _private(path.parent):
+        if _private(path.parent):  # `refusal` says why it is not
             write_atomically(path, _checksum(path.name, binary) + binary)
+    except OSError as error:
+        text = "A kernel is not kept in %s (%s), so each process compiles it. Set %s to a folder "
+        text += "that can be written."
+        _warnings.warning("kept", text, path.parent, error.strerror, ENVIRONMENT, lines=1)
     return binary
 
 
@@ -73,7 +81,7 @@ def _read(path: Path) -> bytes | None:
         if not _private(path.parent) or not path.is_file():
             return None
         content = path.read_bytes()
-    except OSError:
+    except OSError:  # mostly there is no folder yet; the kernel is built, and its write reports
         return None
     checksum = content[:32]
     binary = content[32:]

@@ -7,6 +7,9 @@ and serving use Linux's files, descriptors and ``/proc``.
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -23,7 +26,7 @@ else:
             """Replace the module on systems without it; `require_linux` is called before use."""
 
 
-__all__ = ["fcntl", "require_linux"]
+__all__ = ["fallocate", "fcntl", "require_linux"]
 
 
 def require_linux(what: str) -> None:
@@ -35,3 +38,17 @@ def require_linux(what: str) -> None:
     here = sys.platform
     if here != "linux":
         raise Unsupported(what, f"it needs Linux, and this system is {here}; run it on Linux")
+
+
+def fallocate(fd: int, offset: int, nbytes: int) -> None:
+    """Allocate space for a part of an open file, which is longer then if the part ends after it.
+
+    `os.posix_fallocate` emulates this on a file system without it, by a write of one byte to each
+    page, which ``O_DIRECT`` rejects. This function raises `OSError` with ``EOPNOTSUPP`` instead.
+    """
+    call = ctypes.CDLL(None, use_errno=True).fallocate
+    numbers = ctypes.c_long(offset), ctypes.c_long(nbytes)
+    while call(fd, 0, *numbers):
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))

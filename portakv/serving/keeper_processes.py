@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
+from portakv.errors import HostMemoryError
 from portakv.host.shared import started
 from portakv.serving.keeper_leases import ClientProcess
 
@@ -41,8 +42,7 @@ class Processes:
         """
         ended = list[ClientProcess]()
         for process, descriptor in [*self._watched.items()]:
-            (_, pid, began) = process.key
-            if descriptor in ready or (descriptor < 0 and started(pid) != began):
+            if descriptor in ready or (descriptor < 0 and _has_ended(process)):
                 self._forget(process)
                 ended.append(process)
         return ended
@@ -57,14 +57,27 @@ class Processes:
             os.close(descriptor)
 
 
-def _descriptor_of(process: ClientProcess) -> int:
-    """Return a descriptor of a process; -1 if it has ended, or the system gives none."""
+def _has_ended(process: ClientProcess) -> bool:
+    """Return whether a process has ended. False also if the system does not say now: rows that the
+    process may write must not be lent to others."""
     (_, pid, began) = process.key
+    try:
+        return started(pid) != began
+    except HostMemoryError:
+        return False
+
+
+def _descriptor_of(process: ClientProcess) -> int:
+    """Return a descriptor of a process; -1 if it has ended, or the system gives none.
+
+    A process without a descriptor is looked at instead, so no error of the system is lost.
+    """
+    (_, pid, _) = process.key
     try:
         descriptor = os.pidfd_open(pid)
     except OSError:
         return -1
-    if started(pid) == began:
+    if not _has_ended(process):
         return descriptor
     os.close(descriptor)  # of a later process of that number
     return -1

@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from glob import glob
 from hashlib import blake2b
 from pathlib import Path
 from shutil import rmtree
 from typing import NamedTuple
 
 from portakv.arguments import invalid, text, whole
-from portakv.errors import InvalidTerms, StoreError
+from portakv.errors import InvalidTerms
 from portakv.serving.local import StoreTerms
 from portakv.storage import BlockForm
-from portakv.storage.files import claim, form_in, unusable
+from portakv.storage.files import claim, unusable
+from portakv.storage.files import forms_in as every_form_in
 
 #: Bytes of a key of a store; keys of other lengths are hashed.
 KEY = 32
@@ -75,11 +74,9 @@ class PageSize(NamedTuple):
 
 def forms_in(folder: str, model: str, identity: str = "") -> Iterator[BlockForm]:
     """Yield the forms of the pages that lie in a folder, of a model and an identity."""
-    for name in sorted(glob("*", root_dir=folder)):
-        with suppress(StoreError, OSError):  # a folder without a form, or a damaged one
-            form = form_in(Path(folder, name))
-            if form.name == name and size_of(form).form(model, identity) == form:
-                yield form
+    for form in every_form_in(Path(folder)):
+        if size_of(form).form(model, identity) == form:
+            yield form
 
 
 def remove_pages(folder: str, model: str, identity: str, sizes: Iterable[PageSize]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from contextlib import suppress
@@ -12,12 +13,14 @@ from pathlib import Path
 from weakref import WeakSet
 
 from portakv.errors import StoreError
-from portakv.storage.files import check_folder, lock, make_folder, read_file, unusable
+from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.storage.files import cause_of, check_folder, lock, make_folder, read_file, unusable
 
 #: The file in a folder of a disk tier. The process that has it locked serves the folder.
 NAME = "keeper"
 #: Memory in which the processes of a host share files, and the folder of this user there.
 _MEMORY = Path("/dev/shm")
+_warnings = RateLimitedLog(logging.getLogger(__name__))
 _ADDRESS = re.compile(r"ipc:///proc/[0-9]{1,10}/fd/[0-9]{1,10}\n")
 
 
@@ -64,11 +67,16 @@ class Place:
     def address(self) -> str:
         """Return the address of the channel of the keeper, as far as is known; empty without one.
 
-        The keeper may have ended since then. Raises `StoreError` for a file of another user.
+        The keeper may have ended since then. Raises `StoreError` for a file of another user. The
+        log says why a file that is there cannot be read.
         """
         try:
             text = read_file(self._file, 256).decode(errors="replace")
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+        except OSError as error:
+            text = "The address of the keeper in %s cannot be read: %s."
+            _warnings.warning(f"{self._file}", text, self._file, cause_of(error), lines=1)
             return ""
         return text.strip() if _ADDRESS.fullmatch(text) else ""
 
@@ -111,6 +119,7 @@ class Place:
     def release(self) -> None:
         """Serve no longer."""
         if self.claimed:
+            # An address that stays is that of a channel that is closed, so no client joins there.
             with suppress(OSError):
                 os.ftruncate(self._lock, 0)
                 if self._temporary:

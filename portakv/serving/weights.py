@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from hashlib import blake2b
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from portakv.runtime.rate_limited_log import RateLimitedLog
+
+_warnings = RateLimitedLog(logging.getLogger(__name__))
 #: The endings of files with weights.
 ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 #: Bytes of a sample of a file, and how many are read: 32 files take some milliseconds.
@@ -29,8 +33,10 @@ def checksum_of_weights(folder: str | os.PathLike[str]) -> str:
     Raises `OSError` if a file cannot be read.
     """
     place = Path(folder)
-    found = [place] if place.is_file() else place.glob("*")
-    files = sorted(path for path in found if path.suffix in ENDINGS)
+    present = [place] if place.is_file() else []
+    if place.is_dir():  # `Path.glob` lists nothing of a folder that it may not read
+        present = [place / name for name in os.listdir(place)]
+    files = sorted(path for path in present if path.suffix in ENDINGS)
     if not files:
         return ""
     checksum = blake2b(digest_size=8)
@@ -47,11 +53,18 @@ def checksum_of_weights(folder: str | os.PathLike[str]) -> str:
 
 
 def checksum_if_here(model: str) -> str:
-    """Return `checksum_of_weights` of a model's folder or file; empty if its name is neither, or if
-    they cannot be read here."""
+    """Return `checksum_of_weights` of a model's folder or file; empty if its name is neither.
+
+    Empty also if the weights cannot be read here, which is logged.
+    """
     try:
         return checksum_of_weights(model)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        text = "The weights in %s cannot be read (%s): blocks of other weights of that name would "
+        text += "be taken for theirs. Correct its permissions, or remove blocks when it changes."
+        _warnings.warning(f"weights {model}", text, model, error.strerror, lines=1)
         return ""
 
 

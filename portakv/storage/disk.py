@@ -6,8 +6,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
-from glob import glob
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from portakv.graph.graph import Graph
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage.chains import Chains
 from portakv.storage.disk_store import DiskStore
-from portakv.storage.files import form_in
+from portakv.storage.files import forms_in, open_to_others
 from portakv.storage.form import BlockForm, size_notes
 from portakv.storage.io.base import DEPTH, Engine
 from portakv.storage.io.choose import ENGINES, choose
@@ -32,8 +31,8 @@ class Disk:
     """A tier of blocks in ``folders``.
 
     Args:
-        capacity: bytes of all forms and folders together; each folder has an equal part.
-            Saves allocate the space.
+        capacity: bytes of all forms and folders together, which may be a float such as 64e9; a
+            fraction of a byte is cut. Each folder has an equal part. Saves allocate the space.
         admit: "second" stores a block when it is offered the second time.
         workers: the number of tasks that read or write in a folder at a time.
         io: "ring", "threads" or an I/O engine; None: the first that runs.
@@ -88,11 +87,7 @@ class Disk:
         """Return all forms that lie in the folders and can be read."""
         forms = dict[BlockForm, None]()
         for folder in self.folders:
-            for name in sorted(glob("*", root_dir=folder)):
-                with suppress(StoreError, OSError):  # a folder without a form, or a damaged one
-                    form = form_in(folder / name)
-                    if form.name == name:
-                        forms[form] = None
+            forms |= dict.fromkeys(forms_in(folder))
         return [*forms]
 
     def open(
@@ -122,8 +117,11 @@ class Disk:
                 if tier_store.writable:
                     tier_store.offer_twice()
             folders = ", ".join(map(str, self.folders))
+            for note in filter(None, map(open_to_others, self.folders)):
+                first.found.append(note)
+                _warnings.warning(note, "%s", note, lines=1)
             for note in size_notes(forms[:own], self._present):
-                first.notes.append(note)
+                first.found.append(note)
                 _warnings.warning(f"{note} {folders}", "%s: %s", folders, note)
             undo.pop_all()
         return opening.tier_stores
@@ -197,14 +195,13 @@ class _Opening:
                 return None
             if own:
                 raise
-            self.tier_stores[0].notes.append(str(error))
+            self.tier_stores[0].found.append(str(error))
             return None
         self.undo.callback(slots.close)
         if own:
             space.writers.add(slots)
         else:
             space.readers.add(slots)
-        self.notes += slots.notes
         return slots
 
 

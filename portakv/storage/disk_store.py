@@ -20,12 +20,12 @@ from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import reasons
 from portakv.storage.chains import Changed, mark_of
-from portakv.storage.files import cause_of
+from portakv.storage.files import PAGE, cause_of
 from portakv.storage.form import HEADER, BlockForm
 from portakv.storage.image import Header, Row, header, predecessor, verify
 from portakv.storage.io.base import LOST, Engine, Request
 from portakv.storage.reasons import Reason, Report
-from portakv.storage.slots import PAGE, Place, Slots
+from portakv.storage.slots import Place, Slots
 
 #: Seconds after which a read lets other threads have the interpreter, and for how long. No time at
 #: all would let none in: a thread that waits has to wake first.
@@ -50,6 +50,10 @@ class _Left:
     tries: Sequence[tuple[Slots, bool]]
     own: Mapping[bytes, int] | None
     gaps: set[int] = field(default_factory=set)
+
+    def known_reasons(self) -> set[str]:
+        """Return why folders take no blocks for now, which is logged where it begins."""
+        return set[str]().union(*[slots.health.reasons() for slots, _ in self.tries])
 
 
 class _Turn:
@@ -133,7 +137,7 @@ class DiskStore:
     parts: list[tuple[Slots, Queue]]
     engine: Engine
     writable: bool
-    notes: list[str]
+    found: list[str]  # sentences for `explain` from the opening
     offered: Bounded[bytes, None] | None = None  # once, if the second time is to be waited for
     owns_engine: bool = False
     tier = "disk"
@@ -142,6 +146,17 @@ class DiskStore:
         """Admit a block when it is offered the second time."""
         count = sum(slots.limit for slots, _ in self.parts)
         self.offered = Bounded("keys offered once", count)
+
+    @property
+    def notes(self) -> list[str]:
+        """Return sentences for `explain`: of the opening, and of the folders as they are now."""
+        self.look()
+        notes = [*self.found]
+        known = " ".join(notes)
+        notes += [f"{self.engine.name}: {x}" for x in self.engine.notes if x not in known]
+        for slots, _ in self.parts:
+            notes += slots.health.sentences()
+        return notes
 
     @property
     def generation(self) -> int:
@@ -418,7 +433,9 @@ class DiskStore:
                     return
                 left.gaps.add(mark_of(key))
                 report(key, place)
-                _warnings.warning(f"dropped {place.where}", "Block %s: %s", key.hex(), place.where)
+                if place.where not in left.known_reasons():
+                    topic = f"dropped {place.where}"
+                    _warnings.warning(topic, "Block %s: %s", key.hex(), place.where, lines=1)
             else:
                 if follows in left.gaps:
                     left.gaps.add(mark_of(key))
@@ -445,6 +462,11 @@ class DiskStore:
                 continue
             if slot is not None:
                 return slots, slot
+            health = slots.health
+            if health.lost or health.table_fault:
+                reason = Reason(reasons.UNREACHABLE, health.lost or health.table_fault)
+            elif health.shortage is not None:
+                reason = Reason(reasons.DROPPED, health.shortage.why)
         return reason
 
     def _seal(
@@ -464,9 +486,9 @@ class DiskStore:
         slot = place.slot
         size = self.form.image_bytes
         stored = False
-        why = "its record cannot be written"
         if result == size:
             stored = slots.seal(slot, key, generation, checksums)
+            why = slots.health.table_fault
         else:
             slots.give(slot, broken=result == -errno.EIO)
             why = os.strerror(-result) if result < 0 else "the write was cut short"
@@ -477,8 +499,17 @@ class DiskStore:
             _warnings.warning(f"not written {where}", text, key.hex(), where)
         return stored
 
+    def look(self) -> None:
+        """Look whether the folders are still there, and how much space they have.
+
+        A file system that hangs holds this up.
+        """
+        for slots, _ in self.parts:
+            slots.look()
+            slots.health.measure()
+
     def statistics(self) -> dict[str, Any]:
-        """Return the figures of the slots by folder."""
+        """Return the figures of the slots by folder, as `look` left them."""
         figures = dict[str, Any]()
         for slots, _ in self.parts:
             figures[str(slots.folder)] = {
@@ -486,7 +517,12 @@ class DiskStore:
                 "used": len(slots.index),
                 "count": slots.count,
                 "limit": slots.limit,
+                "configured": slots.health.configured,
                 "broken": slots.broken,
+                "missing": slots.health.missing,
+                "free_bytes": slots.health.free_bytes,
+                "lost": bool(slots.health.lost),
+                "writable": self.writable,
                 "evicted": slots.evicted,
                 "direct": slots.direct,
             }

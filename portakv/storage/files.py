@@ -4,23 +4,32 @@
 from __future__ import annotations
 
 import errno
+import json
+import logging
 import os
+import re
 import stat
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from glob import glob
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
+from portakv import __version__
 from portakv.errors import StoreBusy, StoreError
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.linux import fcntl
+from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage.form import BlockForm
 
+_warnings = RateLimitedLog(logging.getLogger(__name__))
 #: Flags of files that a store writes.
 OPEN = os.O_RDWR | os.O_CREAT
 MOST_FORM = 1 << 20  # bytes of form.json
+PAGE = 4096  # bytes of a header, and the alignment of images
 #: Flags that every file of a store is opened with: links are not followed, and a pipe never blocks.
 _SAFE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _KINDS = {
@@ -38,6 +47,7 @@ _CAUSES = {
     errno.EPERM: "this user has no permission",
     errno.ENOSPC: "the device has no space left",
     errno.EDQUOT: "the quota of this user is used up",
+    errno.EFBIG: "files may not be larger there (ulimit -f, or the file system)",
     errno.EISDIR: "it is a directory",
     errno.EEXIST: "it is not a directory",
     errno.ENOTDIR: "it is not a directory, or lies below a file",
@@ -108,15 +118,22 @@ def replace_file(file: Path, text: str) -> None:
         os.fsync(opened.fileno())
     new.replace(file)
     place = os.open(file.parent, os.O_DIRECTORY)
-    with suppress(OSError):  # some network file systems refuse it
+    # Some network file systems refuse it. The file is in its place; what a loss of power could then
+    # undo is the name, and a folder without its form.json is refused by a sentence.
+    with suppress(OSError):
         os.fsync(place)
     os.close(place)
 
 
 def replace_if_possible(file: Path, text: str) -> None:
-    """Write a small file as `replace_file`, unless the device is full or refuses it."""
-    with suppress(OSError, StoreError):  # StoreError: something else is in place of the file
+    """Write a small file as `replace_file`, or log why the system refuses it."""
+    try:
         replace_file(file, text)
+    except OSError as error:
+        why = cause_of(error)
+        _warnings.warning(f"small {file}", "%s cannot be written: %s.", file, why, lines=1)
+    except StoreError as error:  # something else is in place of the file
+        _warnings.warning(f"small {file}", "%s", error, lines=1)
 
 
 def wrong_kind(path: Path, kind: str) -> StoreError:
@@ -171,6 +188,25 @@ def cause_of(error: OSError) -> str:
     return cause
 
 
+def file_system_of(folder: Path) -> str:
+    """Return the type and the mount point of the file system of a folder, for messages."""
+    place = os.path.realpath(folder)
+    best = ""
+    kind = "unknown"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+            for line in mounts:
+                fields, _, more = line.partition(" - ")
+                point = re.sub(r"\\([0-7]{3})", lambda x: chr(int(x[1], 8)), fields.split()[4])
+                within = place == point or place.startswith(f"{point.rstrip('/')}/")
+                if within and len(point) >= len(best):  # the last mount over a place hides others
+                    best = point
+                    kind = more.split()[0]
+    except OSError:  # no /proc: the message does without
+        pass
+    return f"{kind} at {best or '/'}"
+
+
 def unusable(folder: Path, error: OSError) -> StoreError:
     """Return the error for a folder of which the system refuses a file."""
     place = error.filename or folder
@@ -186,6 +222,24 @@ def unusable(folder: Path, error: OSError) -> StoreError:
     return StoreError(f"Expected to use {place}, but {cause_of(error)}. {advice}")
 
 
+def astray(path: Path, fd: int) -> str:
+    """Return why a path does not lead to an open file any more; empty if it does.
+
+    Empty also if the system does not say, as without permission: that is no sign of a loss.
+    """
+    opened = os.fstat(fd)
+    if not opened.st_nlink:
+        return "was removed"
+    try:
+        there = os.lstat(path)
+    except OSError as error:
+        gone = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+        return "was moved away, or its file system was unmounted" if gone else ""
+    if os.path.samestat(there, opened):
+        return ""
+    return "has another file in its place, or a file system was mounted over it"
+
+
 def set_flags(fd: int, flags: int) -> None:
     """Set the flags of an open file, such as ``O_DIRECT``. Raise `OSError` if it refuses them."""
     fcntl.fcntl(fd, fcntl.F_SETFL, flags)
@@ -195,12 +249,16 @@ def lock(file: Path) -> int:
     """Lock a file and return its descriptor; -1 if another process has the lock, or removed the
     file."""
     fd = open_file(file, OPEN)
-    with suppress(BlockingIOError):  # another process has the lock
+    locked = False
+    try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(fd).st_nlink:
-            return fd
-    os.close(fd)
-    return -1
+        locked = os.fstat(fd).st_nlink > 0
+    except BlockingIOError:  # another process has the lock
+        pass
+    finally:
+        if not locked:  # also after an error, such as of a file system without locks
+            os.close(fd)
+    return fd if locked else -1
 
 
 def form_in(folder: Path) -> BlockForm:
@@ -214,6 +272,94 @@ def form_in(folder: Path) -> BlockForm:
             f"Expected the form of a cache in {file}, got damaged text or that of another release. "
             f"{error}"
         ) from error
+
+
+def forms_in(folder: Path) -> Iterator[BlockForm]:
+    """Yield the forms that lie in a folder of a tier and can be read. The others are logged: their
+    blocks are not found, and take space."""
+    for name in sorted(glob("*", root_dir=folder)):
+        if not re.fullmatch("[0-9a-f]{32}", name):  # not a folder of a form
+            continue
+        why = ""
+        try:
+            form = form_in(folder / name)
+            if form.name == name:
+                yield form
+        except FileNotFoundError:  # an opening that was killed, or a wipe
+            continue
+        except StoreError as error:
+            why = str(error)
+        except OSError as error:
+            why = str(unusable(folder / name, error))
+        if why:
+            text = "The blocks in %s are not found. %s"
+            _warnings.warning(f"form {folder / name}", text, folder / name, why, lines=1)
+
+
+def own_form_in(folder: Path, form: BlockForm) -> BlockForm | None:
+    """Return the form of form.json, None for a new folder. Raise `StoreError` for another form."""
+    file = folder / "form.json"
+    do = "Restore it, or remove the blocks by `portakv store wipe`."
+    try:
+        present = form_in(folder)
+    except FileNotFoundError:
+        if not os.path.lexists(folder / "table"):
+            return None
+        raise StoreError(
+            f"Expected {file} with the form of the blocks there, got no such file. {do}"
+        ) from None
+    if present != form:
+        raise StoreError(f"Expected {file} to hold {form}, got {present}. {do}")
+    return present
+
+
+def write_form(
+    folder: Path, form: BlockForm, slots: int, new: bool, more_space: Callable[[], bool]
+) -> None:
+    """Write form.json, unless it says the same, except for the release that wrote it.
+
+    Args:
+        slots: the most slots of the folder.
+        new: the folder has no form.json. If it cannot be written, nothing stays that looks like a
+            form.
+        more_space: makes other forms give way while the device is full; returns False if none does.
+    """
+    about: dict[str, Any] = {
+        "slots": slots,
+        "slot_bytes": form.image_bytes,
+        "alignment": PAGE,
+        "segments": len(form.segments),
+        "checksum": "xxh3-64",
+    }
+    content = {**json.loads(form.json()), "folder": about}
+    same = json.dumps(content)[:-2]
+    file = folder / "form.json"
+    if not new and read_file(file, MOST_FORM).startswith(same.encode()):
+        return
+    about["written_by"] = f"portakv {__version__}"
+    if new:
+        _make_form(file, json.dumps(content), more_space)
+    else:
+        replace_if_possible(file, json.dumps(content))
+
+
+def _make_form(file: Path, text: str, more_space: Callable[[], bool]) -> None:
+    """Write the first form.json of a folder, as `write_form` says."""
+    try:
+        while True:
+            try:
+                return replace_file(file, text)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not more_space():
+                    raise
+    except BaseException:  # also an interrupt: no half of a folder stays
+        file.with_name(f"{file.name}.new").unlink(missing_ok=True)
+        slots = file.with_name("slots")
+        with suppress(OSError):  # the folder contains files of other programs
+            if not slots.stat().st_size:
+                slots.unlink()
+            file.parent.rmdir()
+        raise
 
 
 class Claimant(Protocol):
@@ -254,9 +400,26 @@ def _claim(folder: Path) -> int:
             f"{'this process' if own else holder(folder)} has open already. Close that store, or "
             f"pass another folder."
         )
-    with suppress(OSError):  # the device is full
+    # The device is full: only the message for another store then lacks the number.
+    with suppress(OSError):
         os.ftruncate(fd, os.pwrite(fd, str(os.getpid()).encode(), 0))
     return fd
+
+
+def open_to_others(folder: Path) -> str:
+    """Return a sentence for a folder in which other users may remove and move files; else an empty
+    text.
+
+    They cannot put blocks there, since every file has to belong to this user. In a folder with the
+    sticky bit, such as /tmp, they cannot do either.
+    """
+    try:
+        mode = os.stat(folder).st_mode
+    except OSError:  # the opening of its files reports it
+        return ""
+    if not mode & 0o022 or mode & stat.S_ISVTX:
+        return ""
+    return f"Other users may remove the blocks in {folder}. Run chmod go-w {folder}."
 
 
 def holder(folder: Path) -> str:

@@ -16,35 +16,36 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakSet
 
 import numpy as np
 
-from portakv import __version__
 from portakv.errors import StoreBusy, StoreError
 from portakv.runtime.interrupts import abandoned
 from portakv.storage.chains import UNKNOWN, Chains, mark_of, marks_of
 from portakv.storage.files import (
     MOST_FORM,
     OPEN,
+    PAGE,
     Descriptors,
     check_folder,
     claim,
     claimants,
-    form_in,
     lock,
     make_folder,
     open_file,
+    own_form_in,
     read_file,
-    replace_file,
     replace_if_possible,
     set_flags,
     unusable,
+    write_form,
 )
 from portakv.storage.form import BlockForm
+from portakv.storage.health import Health
 from portakv.storage.image import Header, checksum, header, predecessor
 from portakv.storage.io.base import LOST, Engine, Request
 from portakv.storage.occupancy import NO_WRITE, Occupancy, Write
@@ -63,11 +64,10 @@ from portakv.storage.table import (
     write_record,
 )
 
-# bytes of a header; the number of headers that are read together
-PAGE = 4096
-BATCH = 256
+BATCH = 256  # headers that are read together
 _LEAST_GROWTH = 1 << 20  # bytes of the first slots
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_LIMITS = (*_FULL, errno.EFBIG)
 _LOOKS = 16  # blocks
 Track = Callable[[Sequence[int], str], Iterable[int]]
 
@@ -95,7 +95,7 @@ class Slots:
         index: slots by key, to be read only; count: allocated slots; limit: the most slots.
         broken: faulty slots; evicted: evicted blocks; generation: the highest one found.
         fd: the file of the blocks; direct: True if it bypasses the page cache.
-        notes: sentences for `explain`.
+        health: whether the folder gets space, and is in its place.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class Slots:
         self.folder = folder
         self.form = form
         self.direct = True
-        self.notes = list[str]()
         self.generation = 0
         self.chains = Chains[bytes]() if chains is None else chains
         self._space = Space(folder.parent) if space is None else space
+        self.health = Health(folder, self._space)
         self._fits = False  # whether the other forms leave the room that the bound promises
         self.index = dict[bytes, int]()
         self._occupancy = Occupancy(self.chains.written)
@@ -169,7 +169,7 @@ class Slots:
             self._files.claim = self._claimed()
             make_folder(self.folder)
         check_folder(self.folder)
-        present = self._form_present()
+        present = own_form_in(self.folder, self.form)
         self._files.slots = lock(self.folder / "slots")
         if self.fd < 0:
             raise StoreBusy(
@@ -179,7 +179,9 @@ class Slots:
         nbytes = os.fstat(self.fd).st_size
         known = nbytes // size
         self.limit = known
+        self.health.configured = known
         if space is not None:
+            self.health.configured = space // size
             self.limit = min(space, self._space.whole()) // size
             if not self.limit:
                 raise StoreError(
@@ -190,7 +192,8 @@ class Slots:
             os.utime(self.fd)
         self.count = known
         if space is not None or present is None:
-            self._write_form(new=present is None)
+            more_space = partial(self._space.yield_space, self.folder, PAGE)
+            write_form(self.folder, self.form, self.limit, present is None, more_space)
 
         self._files.table = open_file(table, OPEN)
         old = records_in(self.folder, self.form, known)
@@ -210,45 +213,6 @@ class Slots:
         claims = [other.claim for other in [*self._space.writers] if other.claim >= 0]
         return os.dup(claims[0]) if claims else claim(self.folder.parent)
 
-    def _write_form(self, new: bool) -> None:
-        """Write form.json, unless it says the same, but for who wrote it."""
-        about: dict[str, Any] = {
-            "slots": self.limit,
-            "slot_bytes": self.form.image_bytes,
-            "alignment": PAGE,
-            "segments": len(self.form.segments),
-            "checksum": "xxh3-64",
-        }
-        content = {**json.loads(self.form.json()), "folder": about}
-        same = json.dumps(content)[:-2]
-        file = self.folder / "form.json"
-        if new or not read_file(file, MOST_FORM).startswith(same.encode()):
-            about["written_by"] = f"portakv {__version__}"
-            if new:
-                self._make_form(file, json.dumps(content))
-            else:
-                replace_if_possible(file, json.dumps(content))
-
-    def _make_form(self, file: Path, text: str) -> None:
-        """Write the first form.json of a folder; other forms give way while the device is full.
-
-        If it cannot be written, nothing is left that looks like a form.
-        """
-        try:
-            while True:
-                try:
-                    return replace_file(file, text)
-                except OSError as error:
-                    if error.errno not in _FULL or not self._space.yield_space(self.folder, PAGE):
-                        raise
-        except BaseException:  # also an interrupt: no half of a folder stays
-            file.with_name(f"{file.name}.new").unlink(missing_ok=True)
-            if not os.fstat(self.fd).st_size:
-                (self.folder / "slots").unlink(missing_ok=True)
-            with suppress(OSError):  # it contains files of other programs
-                self.folder.rmdir()
-            raise
-
     def _try_direct(self) -> None:
         """Have the I/O go past the page cache, if the device takes images at multiples of a page.
 
@@ -260,25 +224,9 @@ class Slots:
         except OSError as error:
             set_flags(self.fd, 0)
             self.direct = False
-            self.notes.append(f"{self.folder} refuses O_DIRECT ({error.strerror}): it is buffered.")
-
-    def _form_present(self) -> BlockForm | None:
-        """Return the form of form.json, None for a new folder. Refuses another form."""
-        try:
-            present = form_in(self.folder)
-        except FileNotFoundError:
-            if not os.path.lexists(self.folder / "table"):
-                return None
-            raise StoreError(
-                f"Expected {self.folder / 'form.json'} with the form of the blocks there, got no "
-                f"such file. Restore it, or remove the blocks by `portakv store wipe`."
-            ) from None
-        if present != self.form:
-            raise StoreError(
-                f"Expected {self.folder / 'form.json'} to hold {self.form}, got {present}. Restore "
-                f"it, or remove the blocks by `portakv store wipe`."
+            self.health.notes.append(
+                f"{self.folder} refuses O_DIRECT ({error.strerror}): it is buffered."
             )
-        return present
 
     def _recover(self, engine: Engine, track: Track, records: int) -> None:
         """Register the blocks of sealed records; check the header of a slot with a bad record."""
@@ -360,7 +308,7 @@ class Slots:
                 slot = self.index.get(key)
                 if slot is not None and self.chains.learn(key, mark):
                     self._records[slot, FOLLOWS] = mark
-                    write_record(self._files.table, self._records, slot)
+                    self._write_record(slot)
 
     def pin(self, keys: Sequence[bytes]) -> list[Place | None]:
         """Return where blocks lie, which stay there until `unpin`; None for one that is gone."""
@@ -412,14 +360,32 @@ class Slots:
         """Return a slot with an empty record for a block that follows a mark.
 
         The predecessor stays until the slot is sealed or given back. Returns None if no slot is
-        free, can be allocated or may be evicted, or if the table cannot be written. No slot may be
-        evicted without ``evict``, or if all blocks have pins or successors.
+        free, can be allocated or may be evicted, if the table cannot be written, or if the files
+        are not in their places any more. No slot may be evicted without ``evict``, or if all blocks
+        have pins or successors.
 
         Blocks of ``own``, the call, go after all others: the last one first, and none for a later
         one. So this ``waits`` for writes of later blocks, in all folders, until none ends for
         `PATIENCE` seconds. One folder also waits for writes of other calls. The caller then has no
         other slot, as writes that wait for each other would not end.
         """
+        if self.look():
+            return None
+        slot = self._take(key, own, follows, evict, waits)
+        if slot is not None and not self._put(slot):
+            self.give(slot)
+            return None
+        return slot
+
+    def _take(
+        self,
+        key: bytes,
+        own: Mapping[bytes, int] | None,
+        follows: int,
+        evict: bool,
+        waits: bool,
+    ) -> int | None:
+        """Take a slot as `take` does, whose record is not empty yet."""
         with self.chains.lock:
             if self.fd < 0:
                 return None
@@ -440,10 +406,11 @@ class Slots:
             slot: int = self._occupancy.free.popleft()
             self._occupancy.writes[slot] = Write(key, follows)
             self.chains.expect(follows)
-        if not self._put(slot):
-            self.give(slot)
-            return None
         return slot
+
+    def look(self) -> str:
+        """Return why a later start would not find the files of the blocks; empty if it would."""
+        return self.health.look(self._files)
 
     def fit(self, siblings: Sequence[Slots] = ()) -> None:
         """Give back the slots above the limit, as after a change of the limit.
@@ -522,30 +489,48 @@ class Slots:
         """
         size = self.form.image_bytes
         width = self._records.shape[1] * 8
-        step = min(max(self.count * size, _LEAST_GROWTH), EXTENT)
+        step = min(max(self.count * size, _LEAST_GROWTH), self.health.growth)
         more = min(max(step // size, 1), self.limit - self.count)
+        if not more and self.limit < self.health.configured:  # a file system of fewer bytes
+            self.health.fall_short(None, self.count, size)
         while more > 0:
             more = self._space.allowance(self.folder, size, more * size) // size
             if not more:
+                # The bound of all forms is no shortage, even if the file system is full as well.
+                self.health.shortage = None
+                if self._space.free() < size:
+                    self.health.fall_short(None, self.count, size)
                 return
             past = self.count + more
             try:
-                extend({self.fd: past * size, self._files.table: past * width})
+                if not extend({self.fd: past * size, self._files.table: past * width}):
+                    self.health.note_written()
             except OSError as error:
-                if error.errno not in _FULL:
-                    return
-                if more > 1:
-                    more //= 2
-                elif not self._space.yield_space(self.folder, size + width):
-                    return
+                more = self._fewer(more, error)
                 continue
-            first = self.count
-            self.count = past
-            self._occupancy.free.extend(range(first, past))
-            self._mark_table()
-            if not first and self.direct:
-                self._try_direct()
+            self._add(past)
             return
+
+    def _add(self, past: int) -> None:
+        """Use the new slots before a number, which have space."""
+        first = self.count
+        self.count = past
+        self.health.shortage = None
+        self._occupancy.free.extend(range(first, past))
+        self._mark_table()
+        if not first and self.direct:
+            self._try_direct()
+
+    def _fewer(self, more: int, error: OSError) -> int:
+        """Return how many slots to try after so many got no space; 0 if none will."""
+        size = self.form.image_bytes
+        if error.errno in _LIMITS and more > 1:
+            return more // 2
+        record = self._records[0].nbytes
+        if error.errno in _FULL and self._space.yield_space(self.folder, size + record):
+            return more
+        self.health.fall_short(error, self.count, size)
+        return 0
 
     def _mark_table(self) -> None:
         """Seal the record of a free slot: from now on a table of zeros means a lost table."""
@@ -639,14 +624,12 @@ class Slots:
     def close(self, sync: bool = True) -> None:
         """Make all blocks and the order of last use durable, and release the folder."""
         files = self._files.opened()
+        lost = sync and self.look()  # then another store may have the folder that is there now
         self._files = Descriptors()
-        if sync and files:
+        if sync and files and not lost:
             order = json.dumps([self.index[key] for key in self.by_use()])
             replace_if_possible(self.folder / "order", order)
-        for act in (os.fdatasync, os.close) if sync else (os.close,):
-            for fd in files:
-                with suppress(OSError):  # a device that fails; the other files are closed, too
-                    act(fd)
+        self.health.close(files, sync)
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         """Release the folder of a store whose `close` was interrupted.
@@ -673,7 +656,21 @@ class Slots:
             record[FOLLOWS] = self.form.payload_bytes if follows == UNKNOWN else follows
             record[SEGMENTS] = len(sums)
             record[SUMS : SUMS + len(sums)] = np.array(sums, "<u8")
-        return write_record(self._files.table, self._records, slot)
+        return self._write_record(slot)
+
+    def _write_record(self, slot: int) -> bool:
+        """Write the record of a slot; log why, and return False, if it cannot be.
+
+        A block whose record stays although it is gone is found again at a start, and verified when
+        it is read.
+        """
+        try:
+            write_record(self._files.table, self._records, slot)
+        except OSError as error:
+            self.health.note_record(error)
+            return False
+        self.health.note_record(None)
+        return True
 
     def _forget(self, key: bytes) -> None:
         """Take a block from the index; its slot is free unless a reader has it."""

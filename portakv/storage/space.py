@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -13,12 +14,14 @@ from weakref import WeakSet
 import numpy as np
 
 from portakv.errors import StoreError
-from portakv.storage.files import OPEN, form_in, lock, open_file
+from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.storage.files import OPEN, form_in, lock, open_file, unusable
 from portakv.storage.form import BlockForm
 from portakv.storage.table import SEGMENTS, Records, Successions, cut_tail, empty, records_in
 
 EXTENT = 64 << 20  # the most bytes by which a form grows or shrinks at a time
 _NO_BOUND = (1 << 63) - 1
+_warnings = RateLimitedLog(logging.getLogger(__name__))
 
 
 class Reader(Protocol):
@@ -128,14 +131,17 @@ class Space:
         Other forms give slots back if these are less than ``least``.
         """
         while True:
-            about = os.statvfs(self.folder)
-            free = self.capacity - self._allocated()
-            if about.f_blocks:  # a file system of no blocks has no limit
-                free = min(free, about.f_bavail * about.f_frsize)
+            free = min(self.capacity - self._allocated(), self.free())
             if free >= least:
                 return min(free, most)
             if not self.yield_space(own, least - free):
                 return 0
+
+    def free(self) -> int:
+        """Return the bytes that the file system has free for this user."""
+        about = os.statvfs(self.folder)
+        # A file system of no blocks has no limit.
+        return about.f_bavail * about.f_frsize if about.f_blocks else _NO_BOUND
 
     def yield_space(self, own: Path, nbytes: int) -> bool:
         """Make another form than ``own`` give back slots of ``nbytes`` or more; return True if one
@@ -169,7 +175,9 @@ class Space:
         """Yield the file of slots of each folder that has one."""
         for name in os.listdir(self.folder):
             place = self.folder / name
-            with suppress(OSError):  # not a folder of a form, or removed meanwhile
+            # Not a folder of a form, of another user as lost+found, or removed meanwhile. Another
+            # error is of the device: the save that needs space reports it.
+            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
                 about = os.lstat(place / "slots")
                 yield _File(about.st_mtime_ns, place, about.st_size)
 
@@ -207,7 +215,7 @@ def _cut_closed(folder: Path, nbytes: int, others: Sequence[Path]) -> bool:
 
     0 bytes: only the empty slots there. All successors of the removed blocks go with them, also in
     the same form of ``others``. Returns True if slots went. A folder that cannot be read loses
-    none.
+    none, which is logged: its blocks take space that no store uses.
     """
     with ExitStack() as undo:
         try:
@@ -229,14 +237,21 @@ def _cut_closed(folder: Path, nbytes: int, others: Sequence[Path]) -> bool:
             cut_tail(own.slots, own.table, own.records, keep, size)
             os.utime(own.slots, ns=(about.st_atime_ns, about.st_mtime_ns))  # no store has used it
             return True
-        except (OSError, StoreError):
+        except FileNotFoundError:  # it was removed meanwhile
+            return False
+        except (OSError, StoreError) as error:
+            why = error if isinstance(error, StoreError) else unusable(folder, error)
+            text = "The blocks in %s give no space back. %s"
+            _warnings.warning(f"kept {folder}", text, folder, why, lines=1)
             return False
 
 
 def _closed_in(folders: Sequence[Path], form: BlockForm, undo: ExitStack) -> Iterator[_Closed]:
     """Yield the files of a form in each folder that has it and can be read."""
     for folder in folders:
-        with suppress(OSError, StoreError):  # the folder has no such form, or a damaged one
+        # The folder has no such form, or a damaged one. Its blocks stay without predecessors, as
+        # after a kill, and go in their turn.
+        with suppress(OSError, StoreError):
             if form_in(folder / form.name) == form:
                 closed = _open_closed(folder / form.name, form, undo)
                 if closed is not None:

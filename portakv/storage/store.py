@@ -294,6 +294,17 @@ class BlockStore(FormStore):
             reported.setdefault(name, []).extend(samples)
         return reported
 
+    def figures(self) -> dict[str, list[dict[str, Any]]]:
+        """Return `statistics` after a look at the tiers, such as at the free space of disks.
+
+        A medium that hangs holds this up: operators' pages and alarms call it, and engines do not.
+        """
+        for tier_store in [*self._tier_stores]:
+            look = getattr(tier_store, "look", None)
+            if look is not None:
+                look()
+        return self.statistics()
+
     def _called(self, form: BlockForm) -> str:
         """Return the name of a form here, or its checksum if it has none."""
         names = [name for name, own in self.forms.items() if own == form and name]

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from portakv.runtime import linux
 from portakv.storage.chains import mark_of
-from portakv.storage.files import open_file
+from portakv.storage.files import PAGE, cause_of, file_system_of, open_file
 from portakv.storage.form import BlockForm
 from portakv.storage.image import checksum
 
@@ -26,6 +29,10 @@ SEGMENTS = 6
 SUMS = 7
 
 Records = npt.NDArray[np.uint64]
+
+#: Errors of a file system, or of a sandbox, without fallocate.
+_NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM)
+_ZEROS = 1 << 20  # bytes that are written at a time
 
 
 def records_in(folder: Path, form: BlockForm, count: int) -> Records:
@@ -41,16 +48,14 @@ def records_in(folder: Path, form: BlockForm, count: int) -> Records:
     return numbers[: len(numbers) // words * words].reshape(-1, words)
 
 
-def write_record(table: int, records: Records, slot: int) -> bool:
-    """Seal the record of a slot and write it to the file ``table``; return whether that could be
-    done."""
+def write_record(table: int, records: Records, slot: int) -> None:
+    """Seal the record of a slot and write it to the file ``table``. Raise `OSError` if it cannot be
+    written whole."""
     record = records[slot]
     record[-1] = checksum(record[:-1], slot)
-    try:
-        written = os.pwrite(table, record.data, slot * record.nbytes)
-    except OSError:
-        return False
-    return bool(written == record.nbytes)
+    written = os.pwrite(table, record.data, slot * record.nbytes)
+    if written != record.nbytes:
+        raise OSError(errno.EIO, "the write was cut short")
 
 
 def cut_tail(slots: int, table: int, records: Records, keep: int, image_bytes: int) -> None:
@@ -60,17 +65,60 @@ def cut_tail(slots: int, table: int, records: Records, keep: int, image_bytes: i
     os.ftruncate(table, min(keep, len(records)) * records.shape[1] * 8)
 
 
-def extend(sizes: Mapping[int, int]) -> None:
-    """Make open files so large, in real space; or leave all as they were."""
+def extend(sizes: Mapping[int, int]) -> bool:
+    """Make open files so large, in real space; or leave all as they were.
+
+    Returns False if the file system cannot allocate space without writing it.
+    """
     before = {fd: os.fstat(fd).st_size for fd in sizes}
+    allocates = True
     try:
         for fd, nbytes in sizes.items():
             if nbytes > before[fd]:
-                os.posix_fallocate(fd, before[fd], nbytes - before[fd])
+                allocates &= _allocate(fd, before[fd], nbytes - before[fd])
     except OSError:
         for fd, nbytes in before.items():
             os.ftruncate(fd, nbytes)
         raise
+    return allocates
+
+
+def no_space_in(folder: Path) -> str:
+    """Return why a new file in a folder gets no space, as half a sentence; empty if it does.
+
+    Leaves no file behind.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            extend({file.fileno(): PAGE})
+    except OSError as error:
+        return f"{cause_of(error)} ({file_system_of(folder)})"
+    return ""
+
+
+def _allocate(fd: int, offset: int, nbytes: int) -> bool:
+    """Extend a file by zeros in real space; return False if they had to be written."""
+    try:
+        linux.fallocate(fd, offset, nbytes)
+        return True
+    except OSError as error:
+        if error.errno not in _NO_FALLOCATE:
+            raise
+    _write_zeros(fd, offset, nbytes)
+    return False
+
+
+def _write_zeros(fd: int, offset: int, nbytes: int) -> None:
+    """Write zeros to a file, by another descriptor: that of the file may bypass the page cache."""
+    plain = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        zeros = bytes(min(nbytes, _ZEROS))
+        at = offset
+        while at < offset + nbytes:
+            at += os.pwrite(plain, zeros[: offset + nbytes - at], at)
+        os.fdatasync(plain)  # some file systems find space only now
+    finally:
+        os.close(plain)
 
 
 def empty(table: int, records: Records, slot: int) -> None:

@@ -29,6 +29,9 @@ Promises of an implementation:
 - A tier may lose any block at any time. It may not return one form's block for another form.
 - `stop()` turns true when nothing waits for a read any more. The read then returns soon.
 
+A tier store with a method ``look`` looks at its medium there, before figures are read for operators
+and their alarms. An engine reads `statistics` in its steps, without that.
+
 A tier store with an index that another process may follow also has `changes.Listed`'s methods.
 
 `portakv conform --contract tier NAME` runs these promises over a tier.
@@ -144,8 +147,9 @@ class TierStore(Protocol):
     tier: str
     form: BlockForm
     writable: bool
-    notes: list[str]
 
+    @property
+    def notes(self) -> Sequence[str]: ...
     @property
     def where(self) -> str: ...
     @property

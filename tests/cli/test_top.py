@@ -69,6 +69,10 @@ def test_rates_are_of_what_has_changed() -> None:
             ("pulls_in_flight",): 2,
             ("pull_oldest_seconds",): 0.5,
             ("disk_slots", "form", "f", "folder", "/a", "state", "broken"): 3,
+            ("disk_missing_slots", "form", "f", "folder", "/full"): 7,
+            ("disk_missing_slots", "form", "f", "folder", "/well"): 0,
+            ("disk_lost", "form", "f", "folder", "/lost"): 1,
+            ("disk_lost", "form", "f", "folder", "/well"): 0,
         },
     )
     rows = {(row.kind, row.name): row for row in rows_of(before, now)}
@@ -81,6 +85,9 @@ def test_rates_are_of_what_has_changed() -> None:
     )
     assert rows["pull", "in flight"] == Row("pull", "in flight", waiting=2, wait=0.5)
     assert rows["disk", "/a"].note == "3 broken slots"
+    assert rows["disk", "/full"].note == "full: 7 slots have no space"
+    assert rows["disk", "/lost"].note == "its files were removed, moved or hidden"
+    assert ("disk", "/well") not in rows
     assert all(row.moves for row in rows.values())
 
 

@@ -42,6 +42,8 @@ SLOT = {"form": "f", "folder": "/nvme/kv", "state": "broken"}
 #: For each rule: labels, a value that is well, one that is a fault, and a word of what to do.
 FAULTS: dict[str, tuple[dict[str, str], float, float, str]] = {
     "a dying disk": (SLOT, 0, 3, "smartctl"),
+    "a full disk": ({"form": "f", "folder": "/nvme/kv"}, 0, 7, "lower the capacity"),
+    "a lost folder": ({"form": "f", "folder": "/nvme/kv"}, 0, 1, "Restore the folder"),
     "a refused bucket": ({"form": "f", "url": "s3://bucket"}, 0, 1, "credentials"),
     "a sick link": ({"queue": "disk:/nvme/kv"}, 0, 1, "iostat"),
     "a link that is too slow": ({"queue": "disk:/nvme/kv"}, WAIT, WAIT + 1, "deadline"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from portakv.graph.metrics import ENGINE, METRICS, Metric
-from portakv.integrations.vllm_metrics import TIERS
+from portakv.integrations.vllm_metrics import LEVELS, TIERS
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "docs" / "operations" / "dashboard.json"
@@ -26,7 +26,7 @@ NAMED = re.compile(r"(vllm:)?portakv_([a-z_]+)(?:\{([^}]*)\})?")
 def metric_of(engine: str | None, name: str) -> Metric:
     """Return the metric of a name in a query."""
     if engine:
-        shown = [*ENGINE.values(), *(metric for _, metric in TIERS.values())]
+        shown = [*ENGINE.values(), *LEVELS.values(), *(metric for _, metric in TIERS.values())]
         return next(x for x in shown if x.name.removeprefix("engine_") == name)
     return METRICS[name if name in METRICS else re.sub("_(bucket|sum|count)$", "", name)]
 
@@ -44,9 +44,10 @@ def test_a_query_names_metrics_and_their_labels(query: str) -> None:
         assert (metric.kind == "gauge") == ("rate(" not in query)
 
 
-def test_every_series_of_an_engines_tiers_has_a_panel() -> None:
+def test_every_series_of_an_engines_tiers_and_disks_has_a_panel() -> None:
     found = {name for query in QUERIES for engine, name, _ in NAMED.findall(query) if engine}
     assert {metric.name for _, metric in TIERS.values()} <= found
+    assert {metric.name for metric in LEVELS.values()} <= found
 
 
 def test_panels_have_places_of_their_own_and_say_what_they_show() -> None:

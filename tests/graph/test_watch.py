@@ -7,14 +7,18 @@ import errno
 import gc
 import logging
 import os
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from support import ready
+from support import keeper_host, ready
 from support.migrate_channels import until
 from support.migrate_pulls import Couple, sides
 from support.slot_cases import Faulty
@@ -22,7 +26,10 @@ from support.storage_cases import key_of, small_form
 
 from portakv.graph import alarms
 from portakv.graph.alarms import Watch, watch
+from portakv.runtime import linux
+from portakv.serving import PageStore, StoreTerms
 from portakv.storage import BlockStore, Disk
+from portakv.storage.files import file_system_of
 from portakv.view.view import KVView
 
 LOGGER = "portakv.graph.alarms"
@@ -67,6 +74,10 @@ class Process:
         self.watch.look()
         return self.logged()
 
+    def all_logged(self) -> list[str]:
+        """Return what any module has logged."""
+        return [each.getMessage() for each in self._caplog.records]
+
     def logged(self) -> list[str]:
         return [each.getMessage() for each in self._caplog.records if each.name == LOGGER]
 
@@ -104,6 +115,58 @@ def test_a_dying_disk_of_a_plain_store(process: Process, watched: bool, tmp_path
         texts = process.warnings()
     assert len(texts) == watched
     assert all("smartctl" in text and str(tmp_path / "kv") in text for text in texts)
+
+
+@CONTROL
+@pytest.mark.parametrize("by", ["a store", "a keeper", "a store of pages"])
+@pytest.mark.parametrize("fault", ["full", "lost"])
+def test_a_folder_that_is_full_or_lost(
+    process: Process,
+    monkeypatch: pytest.MonkeyPatch,
+    watched: bool,
+    by: str,
+    fault: str,
+    tmp_path: Path,
+) -> None:
+    """A full one is noticed by a save; a lost one by a look alone, also where nothing is saved."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    folder = tmp_path / "kv"
+    terms: dict[str, Any] = {"folder": str(folder), "capacity": 1 << 20, "staging": 1 << 20}
+    with ExitStack() as opened:
+        if by == "a store":
+            form = small_form()
+            disk = Disk(folder, capacity=8 * form.image_bytes)
+            store = BlockStore(form, tiers=[disk], staging=8 * form.image_bytes)
+            opened.enter_context(store)
+            rows = torch.zeros(4, 8, 2, 4, 2, 32, dtype=torch.float16, device="cpu")
+            view = KVView([*rows], "layer | block kv token head dim")
+            save: Callable[[], object] = partial(store.save, view, [0], [key_of(1)])
+        elif by == "a keeper":
+            view = keeper_host.caches()
+            host = opened.enter_context(keeper_host.hosts())(view, **terms)
+            blocks = host.join(view).blocks[0]
+            save = partial(blocks.save, view, [0], keeper_host.KEYS[:1])
+        else:
+            store_of_pages = PageStore(StoreTerms(host=0, **terms), "m", [8192])
+            pages = opened.enter_context(store_of_pages).pages(8192)
+            save = partial(pages.save, [bytes(32)], pages.over(np.zeros((1, 8192), np.uint8)))
+        assert process.warnings() == []
+        if not watched:
+            process.forget()
+        if fault == "full":
+            monkeypatch.setattr(linux, "fallocate", refuse)
+            save()
+            where = file_system_of(folder)
+            assert until(lambda: any(where in text for text in process.all_logged()))
+        else:
+            shutil.rmtree(folder)
+        texts = process.warnings()
+    expected = "have no space" if fault == "full" else "were removed"
+    assert len(texts) == watched
+    assert all(expected in text and str(folder) in text for text in texts)
 
 
 def broken_slots(store: BlockStore) -> float:

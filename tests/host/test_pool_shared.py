@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import signal
 import sys
 import threading
@@ -335,3 +336,22 @@ def test_a_lock_that_is_held_tells_of_life_whatever_the_numbers_say(name: str) -
         other._members["pid"][other._me] = 2**40  # no process
         with other.acquire():
             assert pool.reclaim() == []
+
+
+def test_a_member_that_cannot_be_looked_at_keeps_its_blocks(name: str) -> None:
+    """Without a free descriptor the system does not say whether the process lives."""
+    with SharedPool(name, SIZE, 4) as pool:
+        own = [pool.acquire() for _ in range(2)]
+        holder(name, 2).kill()
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, limits[1]))
+        try:
+            with pytest.raises(HostMemoryError, match="Too many open files"):
+                shared.started(os.getpid())
+            with pytest.raises(PoolExhausted):
+                pool.acquire()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        own.append(pool.acquire())
+        for block in own:
+            block.release()

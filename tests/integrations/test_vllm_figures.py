@@ -16,7 +16,14 @@ from portakv.graph import Graph
 from portakv.graph.task import Task
 from portakv.integrations import vllm_metrics
 from portakv.integrations.vllm_events import Kinds, are_wanted, events_of
-from portakv.integrations.vllm_metrics import SUPPORTED, Figures, parent_of, stats_of, tier_counters
+from portakv.integrations.vllm_metrics import (
+    SUPPORTED,
+    Figures,
+    disk_levels,
+    parent_of,
+    stats_of,
+    tier_counters,
+)
 from portakv.runtime import tracing
 from portakv.serving import Described, Group, Ledger, Report
 from portakv.serving.local import LocalIndex
@@ -82,11 +89,14 @@ def test_the_counters_of_tiers_are_those_of_the_store() -> None:
 
 
 class Series:
-    """A counter of Prometheus' client, with its values by their labels."""
+    """A counter or a gauge of Prometheus' client, with its values by their labels."""
 
     made: dict[str, Series]
 
-    def __init__(self, name: str, documentation: str, labelnames: list[str]) -> None:
+    def __init__(
+        self, name: str, documentation: str, labelnames: list[str], multiprocess_mode: str = "sum"
+    ) -> None:
+        assert multiprocess_mode == "sum"
         assert documentation.endswith(".")
         self.labelnames = labelnames
         self.values = dict[tuple[object, ...], float]()
@@ -100,7 +110,10 @@ class Series:
             assert grown >= 0
             self.values[values] += grown
 
-        return SimpleNamespace(inc=inc)
+        def set_to(value: float) -> None:
+            self.values[values] = value
+
+        return SimpleNamespace(inc=inc, set=set_to)
 
 
 @pytest.fixture
@@ -129,9 +142,8 @@ def test_prometheus_has_the_series_of_tiers(with_vllm: ModuleType) -> None:
     stats = with_vllm.stats_of(counters)
     assert stats.reduce() == {"loads": 1.0}  # vLLM's log
     values = {0: ["model", "0"]}
-    shown = with_vllm.PortaKVPromMetrics(
-        None, {"counter": Series}, ["model_name", "engine"], values
-    )
+    kinds = {"counter": Series, "gauge": Series}
+    shown = with_vllm.PortaKVPromMetrics(None, kinds, ["model_name", "engine"], values)
     shown.observe(stats.data)
     shown.observe(stats.aggregate(stats).data)
     blocks = Series.made["vllm:portakv_tier_blocks"]
@@ -140,6 +152,40 @@ def test_prometheus_has_the_series_of_tiers(with_vllm: ModuleType) -> None:
     for name in ("tier_bytes", "tier_seconds", "tier_tasks", "tier_wait_seconds"):
         assert Series.made[f"vllm:portakv_{name}"].values["model", "0", "disk", "load"] > 0
     assert Series.made["vllm:portakv_loads"].values["model", "0"] == 3
+
+
+def test_prometheus_has_the_levels_of_disks(with_vllm: ModuleType) -> None:
+    """They come as changes, which fall as well, and end at 0 when the store closes."""
+    time = [0.0]
+    figures = Figures(0.0, lambda: time[0])
+    shown = with_vllm.PortaKVPromMetrics(
+        None, {"counter": Series, "gauge": Series}, ["engine"], {0: ["0"], 1: ["1"]}
+    )
+
+    def level(fill: float, missing: int) -> float:
+        """Report levels of engine 1, and return what Prometheus shows."""
+        levels = disk_levels(
+            {
+                "disk_fill_ratio": [{"folder": "/nvme/kv", "value": fill}],
+                "disk_missing_slots": [{"form": "f", "folder": "/nvme/kv", "value": missing}],
+                "disk_free_bytes": [{"folder": "/nvme/kv", "value": 1}],
+            }
+        )
+        report(levels)
+        slots = Series.made["vllm:portakv_disk_missing_slots"]
+        assert slots.values["1", "f", "/nvme/kv"] == missing
+        return Series.made["vllm:portakv_disk_fill_ratio"].values["1", "/nvme/kv"]
+
+    def report(levels: dict[str, float]) -> None:
+        stats = with_vllm.stats_of(figures.take(lambda: levels))
+        assert stats.reduce() == {}  # vLLM's log
+        shown.observe(stats.data, 1)
+
+    assert level(0.5, 8) == 0.5
+    assert level(0.25, 3) == 0.25
+    report({})
+    assert Series.made["vllm:portakv_disk_fill_ratio"].values["1", "/nvme/kv"] == 0
+    assert "vllm:portakv_disk_free_bytes" not in Series.made
 
 
 class Spans:

@@ -216,3 +216,14 @@ def test_eight_processes_race(folder: Path) -> None:
     assert len(list(folder.iterdir())) == 40
     for turn in range(40):
         assert holds(("a key", str(turn)))
+
+
+def test_a_kernel_that_cannot_be_kept_is_logged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk, for which `refusal` does not look."""
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr(os, "replace", full)
+    builds(2)
+    (text,) = caplog.messages
+    assert f"A kernel is not kept in {folder} (No space left on device)" in text

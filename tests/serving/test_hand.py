@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from threading import Timer
 from time import monotonic
 from types import SimpleNamespace
@@ -18,10 +22,11 @@ from support.serving_model import NOTHING, Draw, Engine
 
 from portakv import KVView
 from portakv.errors import StoreError
+from portakv.runtime import linux
 from portakv.runtime.streams import StreamFence
-from portakv.serving import GroupCache, Hand, Job, Ledger, Plan, Report
+from portakv.serving import Group, GroupCache, Hand, Job, Ledger, Plan, Report
 from portakv.serving.local import GroupView, LocalIndex, StoreTerms
-from portakv.storage import BlockForm, BlockStore, prefix_keys
+from portakv.storage import BlockForm, BlockStore, Disk, prefix_keys
 from portakv.storage.form_store import FormStore
 
 STEP = 5e-4  # seconds of a step in which workers of the store go on
@@ -102,6 +107,49 @@ def test_what_is_lacking_is_reported_with_the_engines_blocks(store: BlockStore) 
     assert ended.failed == [{4}]
     assert ended.incomplete == {"a"}
     assert hand.ended() == (set(), [set()], set(), set())
+
+
+@pytest.mark.parametrize("host", [0, 1 << 16])
+@pytest.mark.parametrize("fault", ["full", "full after a slot", "lost"])
+def test_blocks_that_a_disk_does_not_store_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: int, fault: str
+) -> None:
+    """Also with a host tier, from which they can be loaded for a while."""
+    _, view = caches(4, 8)
+    form = BlockForm.of(view, "model", block_size=8)
+    keys = tuple(prefix_keys(range(32), 8))
+    index = LocalIndex()
+    room = 1 if fault == "full after a slot" else 0
+    allocate = linux.fallocate
+
+    def refuse(fd: int, offset: int, nbytes: int) -> None:
+        if offset + nbytes > room * form.image_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(fd, offset, nbytes)
+
+    tier = Disk(tmp_path / "kv", capacity=16 * form.image_bytes)
+    with BlockStore(form, staging=1 << 18, host=host, tiers=[tier]) as store:
+        hand = Hand([GroupCache(view, store)])
+
+        def stored_by(ledger: Ledger, name: str) -> int:
+            """Save a prompt as an engine does, and return how many blocks the ledger counts."""
+            before = ledger.statistics().get("stored_blocks", 0)
+            ledger.add(name, [*range(32)])
+            ledger.leading(name, 0)
+            ledger.allocated(name, 0, 0, ((0, 1, 2, 3),))
+            ledger.scheduled(name, 0, 32)
+            hand.save(ledger.plan())
+            ledger.take(reported(hand))
+            return ledger.statistics().get("stored_blocks", 0) - before
+
+        if fault == "lost":
+            shutil.rmtree(tmp_path / "kv")
+            assert stored_by(Ledger(8, [Group(8)], 1, index), "a") == 0
+            return
+        monkeypatch.setattr(linux, "fallocate", refuse)
+        assert stored_by(Ledger(8, [Group(8)], 1, index), "a") == room
+        monkeypatch.undo()
+        assert stored_by(Ledger(8, [Group(8)], 1, index), "b") == len(keys)
 
 
 def test_groups_land_all_or_none(store: BlockStore) -> None:

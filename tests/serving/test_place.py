@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,8 +16,12 @@ from pathlib import Path
 import pytest
 from support.pool_processes import Child
 
-from portakv.errors import InvalidTerms, StoreError
+from portakv.errors import HostMemoryError, InvalidTerms, StoreError
+from portakv.host.shared import process_space, started
 from portakv.serving import Place, StoreTerms, place_of
+from portakv.serving.keeper_leases import ClientProcess
+from portakv.serving.keeper_processes import Processes
+from portakv.serving.keeper_service import check_process
 
 ADDRESS = "ipc:///proc/12/fd/34"
 
@@ -151,3 +159,51 @@ def test_terms_say_where_a_keeper_is_found(tmp_path: Path) -> None:
     assert place_of(StoreTerms(), "an engine").name == Place.of_engine("an engine").name
     with pytest.raises(InvalidTerms, match="engine"):
         place_of(StoreTerms(), "")
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Let this process have no further file open."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_process_that_cannot_be_looked_at_has_not_ended() -> None:
+    """Its rows would be lent to another process while it writes them."""
+    words = [sys.executable, "-c", "input()"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as child:
+        key = process_space(), child.pid, started(child.pid) or 0
+        process = ClientProcess(key)
+        processes = Processes()
+        with no_descriptors():
+            processes.watch([process])
+            assert processes.descriptors() == []
+            assert processes.take_ended(set()) == []
+            with pytest.raises(HostMemoryError, match="Too many open files"):
+                check_process(key)
+        assert processes.take_ended(set()) == []
+        child.kill()
+        child.wait()
+        with no_descriptors():
+            assert processes.take_ended(set()) == []
+        assert processes.take_ended(set()) == [process]
+
+
+def test_an_address_that_cannot_be_read_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An engine would else look as if no other process served."""
+    place = Place.of_folder(tmp_path)
+    assert place.address() == ""
+    assert place.claim()
+    place.publish(ADDRESS)
+    with no_descriptors():
+        assert place.address() == ""
+    (text,) = caplog.messages
+    assert f"{tmp_path / 'keeper'} cannot be read: Too many open files" in text
+    assert place.address() == ADDRESS
+    place.release()

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,3 +109,20 @@ def test_another_tensor_is_told_apart(name: str) -> None:
     made["another"] = made.pop(name)
     results.append(checksum_of_tensors(made.items()))
     assert len({*results}) == len(results)
+
+
+def test_weights_that_cannot_be_read_are_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Blocks of other weights under the name would else be taken for theirs, unnoticed."""
+    folder = written(tmp_path / "a", "model.safetensors", b"weights")
+    assert checksum_if_here(str(tmp_path / "other")) == ""
+    assert not caplog.messages
+
+    def refuse(path: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert checksum_if_here(str(folder)) == ""
+    (text,) = caplog.messages
+    assert f"The weights in {folder} cannot be read (Permission denied)" in text

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -21,8 +22,10 @@ from support.storage_cases import FakeTier, key_of, small_form
 
 from portakv import KVView
 from portakv.errors import TransferError
+from portakv.runtime import linux
 from portakv.storage import BlockStore, Disk, Remote
 from portakv.storage.disk_store import DiskStore
+from portakv.storage.files import file_system_of
 from portakv.storage.io.base import Ended, Engine, Request
 
 LIMIT = 20.0
@@ -258,6 +261,71 @@ def test_a_save_on_a_full_device_says_so(tmp_path: Path, caplog: pytest.LogCaptu
         f"0 of 8 blocks landed. 8 unreachable ({tmp_path}: {os.strerror(errno.ENOSPC)})."
     )
     assert KEYS[0].hex() in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EIO])
+def test_a_save_without_space_for_a_slot_says_so(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+) -> None:
+    """Its error, `explain` and one line of the log name the file system and the error."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(linux, "fallocate", refuse)
+    with opened(Disk(tmp_path, capacity=1 << 20, io="threads")) as store:
+        text = error_of(store.save(cache(), range(8), KEYS, priority="urgent"))
+        (slots, _), *_ = store_of(store).parts
+        shortage = slots.health.shortage
+        assert shortage is not None
+        assert shortage.errno == number
+        assert text == f"0 of 8 blocks landed. 8 dropped ({shortage.why})."
+        assert file_system_of(tmp_path) in shortage.why
+        assert caplog.messages == [shortage.sentence]
+        assert shortage.sentence in store.explain()
+        monkeypatch.undo()
+        saved(store)
+        assert file_system_of(tmp_path) not in store.explain()
+
+
+def test_a_save_into_a_folder_that_was_removed_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also a deletion of all that the tier has; what is stored can be loaded until the end."""
+    with opened(Disk(tmp_path / "kv", capacity=1 << 20, io="threads")) as store:
+        handle = store.save(cache(), range(4), KEYS[:4], priority="urgent")
+        handle.synchronize(LIMIT)
+        shutil.rmtree(tmp_path / "kv")
+        text = error_of(store.save(cache(), range(4, 8), KEYS[4:], priority="urgent"))
+        (slots, _), *_ = store_of(store).parts
+        assert text == f"0 of 4 blocks landed. 4 unreachable ({slots.health.lost})."
+        assert len(caplog.messages) == 1
+        assert slots.health.lost in caplog.text
+        assert slots.health.lost in store.explain()
+        assert store.lookup(KEYS) == 4
+        store.load(cache(), range(4), KEYS[:4]).synchronize(LIMIT)
+    assert not (tmp_path / "kv").exists()
+
+
+def test_a_save_whose_records_cannot_be_written_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with opened(Disk(tmp_path, capacity=1 << 20, io="threads")) as store:
+        saved(store)
+        other = [key_of(i) for i in range(10, 14)]
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", refuse)
+            text = error_of(store.save(cache(), range(4), other, priority="urgent"))
+        place = tmp_path / FORM.name / "table"
+        why = f"{place} cannot be written: it lies on a read-only file system"
+        assert text == f"0 of 4 blocks landed. 4 unreachable ({why})."
+        assert caplog.messages == [why]
 
 
 def test_a_save_that_staging_drops_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,10 +7,9 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent import futures
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -20,50 +19,18 @@ from typing import Any
 import numpy as np
 import pytest
 from support import slot_cases as cases
-from support.slot_cases import FORM, KEYS
+from support.slot_cases import ENGINE, FORM, KEYS, entries, opened, pinned, put, sizes
 from support.storage_cases import small_form
 
 import portakv
 from portakv.errors import StoreBusy, StoreError
+from portakv.runtime import linux
 from portakv.storage.files import form_in
-from portakv.storage.form import BlockForm
 from portakv.storage.image import Header
-from portakv.storage.io.base import Request
 from portakv.storage.slots import Place, Slots
 from portakv.storage.table import SEGMENTS, records_in
 
 IMAGE = FORM.image_bytes
-ENGINE = cases.Faulty()
-
-
-def opened(folder: Path, slots: int | None = 8, form: BlockForm = FORM, **more: Any) -> Slots:
-    return Slots(folder, form, slots and slots * form.image_bytes, ENGINE, **more)
-
-
-def put(slots: Slots, key: bytes, generation: int) -> bool:
-    """Write a block as `DiskStore.write` does."""
-    row = cases.images(1, slots.form)[0]
-    sums = cases.fill(row, slots.form, key, generation)
-    slot = slots.take(key)
-    if slot is None:
-        return False
-    ask = Request(slots.fd, slot * slots.form.image_bytes, row.ctypes.data, row.size, True)
-    assert ENGINE.run([ask]) == [row.size]
-    return slots.seal(slot, key, generation, sums)
-
-
-def entries(slots: Slots) -> dict[bytes, Place]:
-    """Return all entries of the index; nothing stays pinned."""
-    result = {key: pinned(slots, key) for key in slots.index}
-    for entry in result.values():
-        slots.unpin(entry)
-    return result
-
-
-def pinned(slots: Slots, key: bytes) -> Place:
-    (entry,) = slots.pin([key])
-    assert entry is not None
-    return entry
 
 
 def test_an_early_block_waits_for_the_slot_of_a_late_one(tmp_path: Path) -> None:
@@ -355,22 +322,6 @@ def test_a_process_that_exits_without_close(folder: Path) -> None:
         assert {*slots.index} == {*KEYS[:3]}
 
 
-@pytest.fixture
-def small_device(tmp_path: Path) -> Iterator[Path]:
-    """Yield a filesystem of one MiB."""
-    place = tmp_path / "device"
-    place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], check=False)
-    if made.returncode:
-        pytest.skip("needs to mount a filesystem")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
-
-
-def sizes(folder: Path) -> list[int]:
-    return [(folder / name).stat().st_size for name in ("slots", "table")]
-
-
 def test_opening_allocates_nothing(folder: Path) -> None:
     """However large the capacity, more than the device has, too: a save allocates."""
     with closing(opened(folder, 1 << 40)) as slots:
@@ -410,7 +361,7 @@ def test_a_filesystem_without_a_limit(small_device: Path) -> None:
 
 def test_a_quota_that_nobody_tells(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 17. Space runs out while it is allocated: fewer slots are, and no space stays taken."""
-    real = os.posix_fallocate
+    real = linux.fallocate
 
     def allocate(fd: int, offset: int, nbytes: int) -> None:
         if offset + nbytes > 6 * IMAGE:
@@ -419,7 +370,7 @@ def test_a_quota_that_nobody_tells(folder: Path, monkeypatch: pytest.MonkeyPatch
         real(fd, offset, nbytes)
 
     with monkeypatch.context() as patch, closing(opened(folder)) as slots:
-        patch.setattr(os, "posix_fallocate", allocate)
+        patch.setattr(linux, "fallocate", allocate)
         assert all(put(slots, key, 1) for key in KEYS[:7])
         assert slots.evicted == 1
         assert sizes(folder) == [6 * IMAGE, 6 * 256]
@@ -496,18 +447,6 @@ def test_no_room_in_the_table(
     slots.close()
 
 
-def test_a_folder_that_is_removed_below_a_store(folder: Path) -> None:
-    """Fault 21. It goes on in the files that it has; the next one begins with none."""
-    slots = opened(folder)
-    assert put(slots, KEYS[0], 1)
-    shutil.rmtree(folder)
-    assert put(slots, KEYS[1], 2)
-    assert len(entries(slots)) == 2
-    slots.close()
-    with closing(opened(folder)) as slots:
-        assert slots.by_use() == []
-
-
 def test_a_read_only_filesystem(small_device: Path) -> None:
     """Fault 22. A sentence, whether a store is there or not."""
     opened(small_device / "x").close()
@@ -533,7 +472,7 @@ def test_o_direct_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         with closing(opened(folder)) as slots:
             assert len(let_go) == number
             assert not slots.direct
-            assert "refuses O_DIRECT (Invalid argument)" in slots.notes[0]
+            assert "refuses O_DIRECT (Invalid argument)" in slots.health.notes[0]
             assert put(slots, KEYS[0], 1)
 
 

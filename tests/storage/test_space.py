@@ -22,6 +22,7 @@ from support.slot_cases import FORM, KEYS, Faulty, Tally
 from support.storage_cases import key_of, small_form
 
 from portakv import KVView
+from portakv.runtime import linux
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
 from portakv.storage.chains import FIRST, mark_of
 from portakv.storage.disk_store import DiskStore
@@ -235,8 +236,9 @@ def test_a_kill_while_a_form_gives_way(
 
     slots = opened(tmp_path, form_of(1), space=Space(tmp_path, ROOM))
     with monkeypatch.context() as patch:
-        for name in ("ftruncate", "pwrite", "posix_fallocate"):
+        for name in ("ftruncate", "pwrite"):
             patch.setattr(os, name, ends(getattr(os, name)))
+        patch.setattr(linux, "fallocate", ends(linux.fallocate))
         with pytest.raises(Killed):
             put_chain(slots, ALL[:30])
     slots.close(sync=False)

@@ -10,6 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,10 +23,12 @@ from portakv.storage.disk_store import DiskStore
 from portakv.storage.form import BlockForm
 from portakv.storage.io.base import Ended, Request
 from portakv.storage.io.threads import carry
+from portakv.storage.slots import Place, Slots
 from support.storage_cases import aligned, key_of, small_form
 
 Bytes = npt.NDArray[np.uint8]
 FORM = small_form(2, 1, widths=(8, 8))  # images of 8,192 bytes
+IMAGE = FORM.image_bytes
 LARGE = small_form(2, 2, widths=(8192, 8192))  # two segments of 256 KiB
 KEYS = [key_of(number) for number in range(1, 100)]
 
@@ -91,6 +94,43 @@ class Tally:
     def count(self, tier: str, op: str, result: str, blocks: int = 1, nbytes: int = 0) -> None:
         assert tier == "disk"
         self.counts[op, result] += blocks
+
+
+ENGINE = Faulty()
+
+
+def opened(folder: Path, slots: int | None = 8, form: BlockForm = FORM, **more: Any) -> Slots:
+    return Slots(folder, form, slots and slots * form.image_bytes, ENGINE, **more)
+
+
+def put(slots: Slots, key: bytes, generation: int) -> bool:
+    """Write a block as `DiskStore.write` does."""
+    row = images(1, slots.form)[0]
+    sums = fill(row, slots.form, key, generation)
+    slot = slots.take(key)
+    if slot is None:
+        return False
+    ask = Request(slots.fd, slot * slots.form.image_bytes, row.ctypes.data, row.size, True)
+    assert ENGINE.run([ask]) == [row.size]
+    return slots.seal(slot, key, generation, sums)
+
+
+def entries(slots: Slots) -> dict[bytes, Place]:
+    """Return all entries of the index; nothing stays pinned."""
+    result = {key: pinned(slots, key) for key in slots.index}
+    for entry in result.values():
+        slots.unpin(entry)
+    return result
+
+
+def pinned(slots: Slots, key: bytes) -> Place:
+    (entry,) = slots.pin([key])
+    assert entry is not None
+    return entry
+
+
+def sizes(folder: Path) -> list[int]:
+    return [(folder / name).stat().st_size for name in ("slots", "table")]
 
 
 def forked(work: Callable[[], object]) -> int:

@@ -100,6 +100,7 @@ class KVConnectorStats:
 class KVConnectorPromMetrics:
     def __init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues):
         self._counter_cls = metric_types["counter"]
+        self._gauge_cls = metric_types["gauge"]
 """
 
 
