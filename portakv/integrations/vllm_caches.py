@@ -135,11 +135,7 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
         check_stages(config, groups)
     try:
         store = StoreTerms.of(roles.store)
-        size = store.block_size or whole_blocks(groups)
-        if store.encoding is not None:
-            size = packed_block(store, groups)
-        for group in groups:
-            check_group(size, group)
+        size = stored_block(store, groups)
     except InvalidTerms as error:
         raise InvalidTerms(f"kv_connector_extra_config: {error}") from None
     if store.by_layer and workers.size > 1:
@@ -172,6 +168,19 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
 def schedules_ahead(config: Any) -> bool:
     """Return whether an engine schedules a step before the one before it has ended."""
     return bool(getattr(getattr(config, "scheduler_config", None), "async_scheduling", False))
+
+
+def stored_block(store: StoreTerms, groups: Sequence[Group]) -> int:
+    """Return the tokens of a stored block.
+
+    Raises `InvalidTerms` for terms that do not fit the blocks of the engine's groups of layers.
+    """
+    size = store.block_size or whole_blocks(groups)
+    if store.encoding is not None:
+        size = packed_block(store, groups)
+    for group in groups:
+        check_group(size, group)
+    return size
 
 
 def whole_blocks(groups: Sequence[Group]) -> int:
@@ -288,7 +297,13 @@ def check_hooks(base: type, settings: Settings) -> None:
             f"several groups of layers or a sliding window, got one without it. Install a later "
             f"release, or choose the OffloadingConnector."
         )
-    if settings.store.by_layer:
+    check_by_layer(settings.store)
+
+
+def check_by_layer(store: StoreTerms) -> None:
+    """Raise `IntegrationError` for by_layer with a model that has several groups of layers, or a
+    sliding window."""
+    if store.by_layer:
         raise IntegrationError(
             "Expected a model with one group of layers that keep all tokens for by_layer, got "
             "several groups or a sliding window. Leave by_layer out of kv_connector_extra_config."
