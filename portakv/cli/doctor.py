@@ -195,6 +195,9 @@ def _integration(name: str, served: Sequence[str]) -> Report:
         for other in served
         if other not in kinds
     ]
+    extra = integration.extra
+    if extra and _extra(extra)["missing"]:
+        notes.append(f"The line needs the extra {extra}: {installing(extra)} brings it.")
     return {
         "plug": name,
         "found": _found(releases.package),

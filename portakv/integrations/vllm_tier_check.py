@@ -9,6 +9,7 @@ from math import inf
 from typing import Any
 
 from portakv.errors import InvalidTerms
+from portakv.integrations import TIER_RELEASES
 from portakv.integrations.findings import (
     Findings,
     check_memory,
@@ -188,4 +189,5 @@ def _check_tiers(tiers: Sequence[Mapping[str, Any]], findings: Findings) -> floa
 
 def _check_release(findings: Findings) -> None:
     """Compare the installed release of vLLM with what the tier needs."""
-    check_release(findings, "vllm", "vLLM", NEEDS, who="the tier", install="0.32 or newer")
+    install = TIER_RELEASES.range
+    check_release(findings, "vllm", "vLLM", NEEDS, who="the tier", install=install)
