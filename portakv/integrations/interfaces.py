@@ -259,6 +259,8 @@ def _named(body: list[ast.stmt], name: str) -> Iterator[Definition]:
             yield each
         if isinstance(each, ast.Assign) and name in [ast.unparse(x) for x in each.targets]:
             yield each
+        if isinstance(each, ast.AnnAssign) and ast.unparse(each.target) == name:
+            yield each
 
 
 def _abstract(definition: Definition) -> set[str]:

@@ -70,6 +70,7 @@ JSON_TYPES = {
 }
 #: What vLLM does with a request whose load has failed.
 POLICIES = ("fail", "recompute")
+#: The class of vLLM with the keys. Releases differ in them.
 FIELDS = "vllm.config.kv_transfer:KVTransferConfig"
 #: The tokens of a block that vLLM may choose without ``--block-size``.
 BLOCKS = (16, 32, 64, 128)
@@ -134,7 +135,20 @@ def findings_of(
     if isinstance(extra, Mapping):
         _check_terms(config.get("kv_role"), extra, served, findings)
     _check_release(findings)
+    findings.errors += keys_of_other_releases(config)
     return findings
+
+
+def keys_of_other_releases(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each key that the installed release of vLLM does not have."""
+    if lacks([FIELDS]):  # it is not installed
+        return
+    for name in config:
+        if name in KEYS and lacks([f"{FIELDS}.{name}"]):
+            yield (
+                f"Expected keys of the installed vLLM's KVTransferConfig, got {name!r}, which "
+                f"other releases have. Leave it out."
+            )
 
 
 def wrong_values(config: Mapping[str, Any]) -> Iterator[str]:

@@ -11,7 +11,14 @@ from dataclasses import fields
 from typing import Any
 
 from portakv.integrations.findings import Findings, means_ours, unknown_keys
-from portakv.integrations.vllm_check import CONNECTOR, KEYS, OWNER, findings_of, wrong_values
+from portakv.integrations.vllm_check import (
+    CONNECTOR,
+    KEYS,
+    OWNER,
+    findings_of,
+    keys_of_other_releases,
+    wrong_values,
+)
 from portakv.integrations.vllm_tier_check import CONNECTOR as OFFLOADING
 from portakv.integrations.vllm_tier_check import tier_findings_of
 from portakv.serving.sizing import Sizes
@@ -57,6 +64,7 @@ def _of_keys(config: Mapping[str, Any]) -> Findings:
     findings = Findings()
     findings.errors += unknown_keys(config, KEYS, OWNER)
     findings.errors += wrong_values(config)
+    findings.errors += keys_of_other_releases(config)
     return findings
 
 

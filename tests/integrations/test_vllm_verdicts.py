@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`portakv doctor` and the connector's start give one verdict of a configuration, without vLLM.
 
-The cases of a real engine are in `test_vllm_cpu.py`.
+The cases of a real engine are in `test_vllm_cpu_schedules.py`.
 """
 
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from support.command_line import run
 from support.kv_transfer import BLOCK, WRONG_KEYS, WRONG_TERMS, right
-from support.vllm_stub import configuration
+from support.vllm_stub import configuration, write_vllm
 
 from portakv.errors import PortaKVError
 from portakv.integrations.vllm_caches import check_hooks, settings_of
@@ -141,6 +142,25 @@ def test_a_block_fits_or_not_to_the_byte(room: int, starts: bool, tmp_path: Path
 def test_wrong_keys_are_errors(name: str, tmp_path: Path) -> None:
     config = {**right(host=1 << 20, staging=1 << 20), **WRONG_KEYS[name]}
     assert checked(config, tmp_path) != []
+
+
+def test_a_key_of_another_release_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Releases of vLLM before 0.32 have kv_rank, and the installed one has not."""
+    config = {**right(host=1 << 20, staging=1 << 20), "kv_rank": 0}
+    assert connector_findings_of(config).errors == [] or find_spec("vllm") is not None
+    monkeypatch.syspath_prepend(str(tmp_path))
+    write_vllm(tmp_path)
+    module = tmp_path / "vllm/config"
+    module.mkdir()
+    (module / "__init__.py").touch()
+    names = "".join(f"    {name}: object = None\n" for name in right())
+    (module / "kv_transfer.py").write_text(f"class KVTransferConfig:\n{names}")
+    for each in (config, {**config, "kv_connector": "OffloadingConnector"}):
+        errors = connector_findings_of(each).errors
+        others = [error for error in errors if "which other releases have" in error]
+        assert [error.split(", ")[1] for error in others] == ["got 'kv_rank'"]
 
 
 @pytest.mark.parametrize("name", WRONG_TERMS)
