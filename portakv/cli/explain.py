@@ -145,16 +145,21 @@ def _print_caches(json: bool) -> int:
     sizes = Counter[tuple[str, int]]()
     for each in caches():
         sizes[each.name, each.limit] += len(each)
-    rows = [
-        {"name": name, "size": sizes[name, limit], "limit": limit, "caches": count}
-        for (name, limit), count in kinds.items()
-    ]
     if json:
+        rows = [
+            {"name": name, "size": sizes[name, limit], "limit": limit, "caches": count}
+            for (name, limit), count in kinds.items()
+        ]
         print_json({"caches": rows})
         return 0
     columns = [Column("cache", whole=True), Column("entries at most", right=True)]
-    cells = [[row["name"], _at_most(row["limit"], row["caches"])] for row in rows]
-    print_table(columns, cells)
+    print_table(
+        columns,
+        [
+            [name, f"{limit}" if count == 1 else f"{limit} in each of {count}"]
+            for (name, limit), count in kinds.items()
+        ],
+    )
     print()
     print_prose(
         "A full cache drops its oldest entry. These are the limits alone: this command has copied "
@@ -162,11 +167,6 @@ def _print_caches(json: bool) -> int:
         "portakv.runtime.bounded.caches() lists them with their sizes."
     )
     return 0
-
-
-def _at_most(limit: object, count: object) -> str:
-    """Return the limit of a cache, of which there may be several."""
-    return f"{limit}" if count == 1 else f"{limit} in each of {count}"
 
 
 def _why(taken: Choice) -> str:

@@ -262,7 +262,7 @@ GPT2 = {"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "n_ctx
 BY_8_BITS = {"quant_method": "modelopt", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
 
 #: Of each family: its configuration, the bytes of a token, some layers keep no rows of all tokens.
-FAMILIES = {
+FAMILIES: dict[str, tuple[dict[str, Any], int, bool]] = {
     "Llama 3.1 8B": (LLAMA_8B, 32 * 2 * 8 * 128 * 2, False),
     "Llama 4": (LLAMA4, 48 * 2 * 8 * 128 * 2, False),
     "Nemotron Super 49B": (SUPER_49B, 49 * 2 * 8 * 128 * 2, False),
