@@ -29,8 +29,10 @@ def page_store(
 ) -> PageStore | KeptPageStore:
     """Return a store of pages by its terms: that of a keeper if they have ``shared``.
 
-    Raises as `PageStore` and `KeptPageStore` do.
+    Raises `InvalidTerms` for a folder that cannot be made or written, and as `PageStore` and
+    `KeptPageStore` do.
     """
+    terms.check_usable()
     if terms.shared:
         return KeptPageStore(terms, model, sizes, identity)
     return PageStore(terms, model, sizes, identity=identity)
