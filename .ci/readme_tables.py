@@ -4,7 +4,8 @@
 With ``--check`` fail where they are stale.
 
 The table of first tokens comes from `benchmarks/results/engines-h200.json`.
-The table of layouts comes from `portakv.layout.presets`, those of backends from
+The table of integrations has the ranges of releases of `portakv.integrations`. The table of layouts
+comes from `portakv.layout.presets`, those of backends from
 `conformance/support_matrix.toml`, whose rows the files in `conformance/results` prove. A level
 whose backend has changed stays in the table as expired. One whose suite got more cases since says
 how many. Repeat its run and keep the report with `.ci/keep_result.py` to renew it.
@@ -19,6 +20,8 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
+from portakv.integrations import MATRIX as RELEASES
+from portakv.integrations import TIER_RELEASES
 from portakv.layout.presets import PRESETS
 from portakv_conformance.evidence import evidence, support_matrix
 from portakv_conformance.evidence.verify import newer_cases
@@ -149,6 +152,79 @@ def tiers() -> str:
     return tier_reports.totals_table(ROOT / folder, f"{FILES}{folder}")
 
 
+#: Rows of the table of integrations: the engine and what is added, its releases, what chooses it,
+#: and the page with what it is called.
+INTEGRATIONS = (
+    ("LMCache", RELEASES["lmcache"], "`LMCACHE_DEVICE_BACKEND=portakv-cuda`", "lmcache.md", "page"),
+    (
+        "LMCache's MP server, with a disk that outlives it",
+        RELEASES["lmcache"],
+        '`--l2-adapter` with `"type": "plugin"`',
+        "lmcache_l2.md",
+        "page",
+    ),
+    ("SGLang", RELEASES["sglang"], "`PORTAKV_SGLANG=1`", "sglang.md", "page"),
+    (
+        "SGLang, with a disk or a bucket that outlives it",
+        RELEASES["sglang"],
+        "`--hicache-storage-backend dynamic`",
+        "sglang.md#store-pages-on-a-disk-or-in-a-bucket",
+        "page",
+    ),
+    (
+        "vLLM, with a disk that outlives it",
+        RELEASES["vllm"],
+        "`kv_connector` and its module",
+        "vllm_tiers.md",
+        "tutorial",
+    ),
+    (
+        "vLLM, prefill and decode in two engines",
+        RELEASES["vllm"],
+        "`kv_connector`, its module and `kv_role`",
+        "vllm_prefill_decode.md",
+        "tutorial",
+    ),
+    (
+        "vLLM, another worker for its offloading",
+        RELEASES["vllm"],
+        "two keys of `kv_connector_extra_config`",
+        "vllm.md",
+        "page",
+    ),
+    (
+        "vLLM, below its tier of host memory",
+        TIER_RELEASES,
+        "an object in `secondary_tiers`",
+        "vllm_tier.md",
+        "page",
+    ),
+    (
+        "transformers",
+        RELEASES["transformers"],
+        "`past_key_values=OffloadedCache(...)`",
+        "transformers.md",
+        "page",
+    ),
+    (
+        "transformers, with a disk or a bucket that outlives it",
+        RELEASES["transformers"],
+        "`PrefixStore(model, terms)`",
+        "transformers.md#keep-prefixes-on-a-disk-or-in-a-bucket",
+        "page",
+    ),
+)
+
+
+def integrations(folder: str = "") -> str:
+    """One row for each integration: its releases, what chooses it, and its page."""
+    rows = ["| engine | releases | chosen by | |", "|---|---|---|---|"]
+    for engine, releases, chosen, page, name in INTEGRATIONS:
+        link = f"[{name}]({folder}{page})"
+        rows.append(f"| {engine} | {releases.range} | {chosen} | {link} |")
+    return "\n".join(rows)
+
+
 def borne_out() -> support_matrix.SupportMatrix:
     """The matrix; ends the program where its files do not bear it out."""
     try:
@@ -163,11 +239,16 @@ def borne_out() -> support_matrix.SupportMatrix:
 
 #: The tables of each page, by the name in its mark.
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
-    README: {"backends": backends, "first-token": first_tokens_by_default},
+    README: {
+        "backends": backends,
+        "first-token": first_tokens_by_default,
+        "integrations": lambda: integrations(f"{FILES}docs/plugs/"),
+    },
     ROOT / "docs" / "index.md": {"first-token": first_tokens},
     ROOT / "docs" / "layouts.md": {"layouts": layouts},
     ROOT / "docs" / "hardware.md": {"hardware": hardware},
     ROOT / "docs" / "tier_faults.md": {"tiers": tiers},
+    ROOT / "docs" / "plugs" / "index.md": {"integrations": integrations},
 }
 
 

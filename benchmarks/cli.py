@@ -36,7 +36,7 @@ import numpy
 import torch
 
 import portakv
-from portakv.cli.console import installing, print_json
+from portakv.cli.console import Parser, installing, print_json
 from portakv.cli.shapes import Shape, load
 from portakv.cli.sides import read_above_zero
 from portakv.errors import PortaKVError
@@ -269,7 +269,7 @@ _INSTEAD = {
 
 def _parser(kind: str | None) -> argparse.ArgumentParser:
     """Return the parser of a suite; None means copies inside a device."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="portakv bench" + (f" --{kind}" if kind else ""),
         description=f"Measures {_MEASURED[kind]} of the same bytes, and checks every byte in the "
         f"same run.",

@@ -18,7 +18,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from portakv.cli.console import installing
+from portakv.cli.console import Parser, installing
 from portakv.cli.sides import read_above_zero
 from portakv.errors import PortaKVError, Unsupported
 from portakv.registry.registry import ENVIRONMENT, MADE_FOR
@@ -159,7 +159,7 @@ def replay_example(words: list[str]) -> int:
 
 
 def _parser(verb: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"portakv conform {verb}", description=description)
+    return Parser(prog=f"portakv conform {verb}", description=description)
 
 
 def _text(path: Path, what: str = "a report") -> str:
@@ -361,7 +361,7 @@ def _examples_folder(report: Path | None) -> Path:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of a run."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="portakv conform",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Judges one backend on one device by the conformance suite.",

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from portakv import __version__
 from portakv.cli import backends, calibrate, doctor, explain, layouts, migrate, store, top, warmup
-from portakv.cli.console import installing
+from portakv.cli.console import Parser, installing
 from portakv.errors import PortaKVError
 from portakv.runtime.devices import usable_device
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _refuse_unknown_verb(parser, words[0])
             args, more = parser.parse_known_args(words)
-            if more:  # print the usage of the verb, not of the whole command
+            if more:  # name the verb, not the whole command
                 args.misunderstood(f"unrecognized arguments: {' '.join(more)}")
             code = args.run(args)
 
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all verbs; each verb stores its function as ``run``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="portakv",
         description="Moves KV-cache rows between any two layouts, on any torch device.",
         epilog=_EPILOG,

@@ -6,13 +6,14 @@ No text is ever cropped. Prose is folded first; names are folded only if prose c
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias
 
 from portakv.extras import installing as installing
 
@@ -27,6 +28,14 @@ _LEAST = 8  # a column of prose gets narrower than this only together with all o
 Rows = Sequence[Sequence[str]]
 #: A JSON object that a command prints; its values have any JSON type.
 Report: TypeAlias = dict[str, Any]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of options whose errors begin with the error, not with the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one sentence, and which command lists the options; exit with 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n`{self.prog} --help` lists all options.\n")
 
 
 @dataclass(frozen=True, slots=True)

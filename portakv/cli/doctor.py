@@ -17,6 +17,7 @@ from importlib.util import find_spec
 import torch
 
 from portakv import __version__
+from portakv.arguments import whole
 from portakv.cli.backends import candidates_for, forced_backend
 from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
 from portakv.cli.store_serve import check_installed
@@ -99,6 +100,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="the model that vLLM's configuration is for: a folder with config.json",
     )
+    parser.add_argument(
+        "--block-size",
+        metavar="TOKENS",
+        type=int,
+        help="vLLM's option of this name, if the engine is started with it",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,16 +115,19 @@ def run(args: argparse.Namespace) -> int:
     """
     texts = {option: getattr(args, option[2:].replace("-", "_")) for option in CONFIGURATIONS}
     option = next((option for option, text in texts.items() if text is not None), None)
-    if args.model is not None and option != "--kv-transfer-config":
-        raise InvalidTerms(
-            "Expected --kv-transfer-config next to --model, got none. Pass the configuration."
-        )
+    for name, value in (("--model", args.model), ("--block-size", args.block_size)):
+        if value is not None and option != "--kv-transfer-config":
+            raise InvalidTerms(
+                f"Expected --kv-transfer-config next to {name}, got none. Pass the configuration."
+            )
+    if args.block_size is not None:
+        whole("--block-size", args.block_size, 1, what="of tokens")
     if option is not None:
         check_installed(f"portakv doctor {option}")
         # Imported here: it needs the extra `serving`, and no other report does.
         from portakv.cli.check_config import check_config
 
-        return check_config(option, texts[option], args.model, args.json)
+        return check_config(option, texts[option], args.model, args.json, args.block_size)
     devices = [_device(device) for device in devices_present()]
     served = [one["type"] for one in devices if one["backend"]]
     report: Report = {
@@ -185,6 +195,9 @@ def _integration(name: str, served: Sequence[str]) -> Report:
         for other in served
         if other not in kinds
     ]
+    extra = integration.extra
+    if extra and _extra(extra)["missing"]:
+        notes.append(f"The line needs the extra {extra}: {installing(extra)} brings it.")
     return {
         "plug": name,
         "found": _found(releases.package),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -30,7 +31,7 @@ order that a preset names; no data is moved. Other questions:
 
   --host         which strategy copies between a device and host memory (no layouts)
   --src-device D how the rows of another device cross to --device
-  --caches       the library's caches
+  --caches       the limits of the library's caches
   --storage DIR  how a block store reads and writes that folder
   --peer         how this process pulls rows of other processes
   --hooks URL    what the hooks of PortaKVConnector cost a running vLLM server
@@ -67,7 +68,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--caches",
         action="store_true",
-        help="list instead the library's caches: name, size and limit",
+        help="list instead the limits of the library's caches",
     )
     parser.add_argument("--storage", metavar="DIR", help="explain instead a block store's folder")
     hooks = "explain instead what the hooks cost the engine of a server, from its /metrics"
@@ -140,17 +141,30 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_caches(json: bool) -> int:
     # This process has made no copy: the sizes are those after import.
-    rows = [{"name": c.name, "size": len(c), "limit": c.limit} for c in caches()]
+    kinds = Counter((c.name, c.limit) for c in caches())
+    sizes = Counter[tuple[str, int]]()
+    for each in caches():
+        sizes[each.name, each.limit] += len(each)
     if json:
+        rows = [
+            {"name": name, "size": sizes[name, limit], "limit": limit, "caches": count}
+            for (name, limit), count in kinds.items()
+        ]
         print_json({"caches": rows})
         return 0
-    columns = [Column("cache", whole=True), Column("now", right=True)]
-    columns.append(Column("at most", right=True))
-    print_table(columns, [[str(cell) for cell in cache.values()] for cache in rows])
+    columns = [Column("cache", whole=True), Column("entries at most", right=True)]
+    print_table(
+        columns,
+        [
+            [name, f"{limit}" if count == 1 else f"{limit} in each of {count}"]
+            for (name, limit), count in kinds.items()
+        ],
+    )
     print()
     print_prose(
-        "A full cache drops its oldest entry. A process that copies can list its caches by "
-        "portakv.runtime.bounded.caches()."
+        "A full cache drops its oldest entry. These are the limits alone: this command has copied "
+        "nothing, so that its caches are empty. In a process that copies, "
+        "portakv.runtime.bounded.caches() lists them with their sizes."
     )
     return 0
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 
 import argparse
 
-from portakv.cli.console import Column, Report, print_json, print_prose, print_table
+from portakv.cli.console import (
+    Column,
+    Report,
+    fit_widths,
+    output_width,
+    print_json,
+    print_prose,
+    print_table,
+)
 from portakv.layout.picture import draw
 from portakv.layout.presets import PRESETS, Preset, resolve
 
@@ -13,6 +21,10 @@ HELP = "list the named layouts; with a name, its string, note and picture"
 DESCRIPTION = """\
 Without a name, prints every preset. With a name, prints the preset's facts and
 how its tensors are read. A layout string gets its picture too."""
+
+#: A width that no table reaches, and the blanks between the columns of the table.
+NO_LIMIT = 1 << 20
+GAPS = 6
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -27,9 +39,16 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"layouts": [_facts(preset) for preset in PRESETS.values()]})
         return 0
-    names = ("name", "layout", "engine", "releases")
-    rows = [[getattr(preset, name) for name in names] for preset in PRESETS.values()]
-    print_table([Column(name, whole=name in ("name", "releases")) for name in names], rows)
+    names = ["name", "layout", "engine", "releases"]
+    # The numbers of LMCache's formats tell a reader the least, and come last.
+    presets = sorted(PRESETS.values(), key=lambda preset: preset.name.startswith("lmcache-"))
+    columns = [Column(name, whole=name != "engine") for name in names]
+    rows = [[str(getattr(preset, name)) for name in names] for preset in presets]
+    if sum(fit_widths(columns, rows, NO_LIMIT)) + GAPS > output_width():
+        # One line a layout is worth more than its releases, which `portakv layouts NAME` prints.
+        columns = columns[:-1]
+        rows = [row[:-1] for row in rows]
+    print_table(columns, rows)
     print()
     print_prose(
         f"{len(rows)} layouts. Presets of the same string differ in the order of memory, which a "

@@ -38,7 +38,14 @@ LATENT_DIM = 576  # the width of a row that is neither key nor value, as MLA sto
 #: Extents by name, as `portakv.view.bound` takes them.
 Declared: TypeAlias = Mapping[str, Any]
 
-_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+#: The bytes of a unit, in small letters. A letter alone means the power of two.
+_BYTES = {
+    "": 1,
+    "b": 1,
+    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
+    **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)},
+    **{letter: 1024**power for power, letter in enumerate("kmgt", 1)},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,14 +251,16 @@ def in_time(seconds: float) -> str:
 
 
 def read_bytes(text: str, least: int = 1) -> int:
-    """Return a number of bytes from ``32768``, ``32K`` or ``64MiB``, or raise argparse's error.
+    """Return a number of bytes, or raise argparse's error.
+
+    ``64MB`` is 64 * 10^6; ``64MiB`` and ``64M`` are 64 * 2^20; ``32768`` has no unit.
 
     ``least``: 1, or 0 if no bytes are a number too.
     """
-    match = re.fullmatch(r"(\d+)\s*(?:([kmg])(?:i?b)?|b?)", text.strip(), re.IGNORECASE)
-    if match and int(match[1]) >= least:
-        return int(match[1]) * _BYTES[(match[2] or "").lower()]
-    expected = f"expected bytes{' above 0' if least else ''}, such as 32768, 32K or 64M"
+    match = re.fullmatch(r"(\d+)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+    if match and int(match[1]) >= least and match[2].lower() in _BYTES:
+        return int(match[1]) * _BYTES[match[2].lower()]
+    expected = f"expected bytes{' above 0' if least else ''}, such as 32768, 64MB or 64MiB"
     raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
 
 

@@ -63,16 +63,24 @@ class Releases(NamedTuple):
     tested: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.package} >= {self.least} and < {self.below}"
+        return f"{self.package} {self.range}"
+
+    @property
+    def range(self) -> str:
+        """Return the range as pages write it."""
+        return f"{self.least} and newer, below {self.below}"
 
 
-#: The releases that each integration supports.
+#: The releases that each integration supports: the one place, which the doctor reads and from which
+#: the tables of the README and of the pages are written.
 MATRIX = {
     "lmcache": Releases("lmcache", "0.5.4", "0.6", ("0.5.4", "0.5.6")),
     "sglang": Releases("sglang", "0.5.23", "0.6", ("0.5.23",)),
     "transformers": Releases("transformers", "5.17", "5.25", ("5.17.0", "5.23.0", "5.24.0")),
     "vllm": Releases("vllm", "0.26", "0.34", ("0.26.0", "0.32.0", "0.33.0")),
 }
+#: The releases with PortaKV's tier below vLLM's host memory.
+TIER_RELEASES = MATRIX["vllm"]._replace(least="0.32", tested=("0.32.0",))
 
 
 class Integration(NamedTuple):
@@ -86,6 +94,7 @@ class Integration(NamedTuple):
         group: the group of entry points; empty: the line names the module.
         entry: the name of the entry point in the group.
         allows: the engine's variable that lists the entry points to load, if it has one.
+        extra: the extra of PortaKV that the line needs; empty: none.
     """
 
     line: str
@@ -93,6 +102,7 @@ class Integration(NamedTuple):
     group: str = ""
     entry: str = ""
     allows: str = ""
+    extra: str = ""
 
     @property
     def variable(self) -> str:
@@ -104,10 +114,13 @@ class Integration(NamedTuple):
         return self.entry.replace("{device}", device)
 
 
-_OFFLOADING = (
-    '{"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": '
-    '{"spec_name": "PortaKVOffloadingSpec", "spec_module_path": "portakv.integrations.vllm", '
-    '"cpu_bytes_to_use": 68719476736}}'
+#: The configuration of the README.
+_CONNECTOR = (
+    '{"kv_connector": "PortaKVConnector", "kv_role": "kv_both", '
+    '"kv_connector_module_path": "portakv.integrations.vllm_connector", '
+    '"kv_load_failure_policy": "recompute", "kv_connector_extra_config": '
+    '{"folder": "/mnt/nvme/kv", "capacity": 549755813888, "host": 34359738368, '
+    '"staging": 2147483648}}'
 )
 INTEGRATIONS = {
     "lmcache": Integration(
@@ -124,7 +137,7 @@ INTEGRATIONS = {
         "cache = OffloadedCache(config=model.config); "
         "model.generate(**inputs, past_key_values=cache)"
     ),
-    "vllm": Integration(f"--kv-transfer-config '{_OFFLOADING}'"),
+    "vllm": Integration(f"--kv-transfer-config '{_CONNECTOR}'", extra="serving"),
 }
 
 

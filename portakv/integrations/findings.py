@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from portakv.arguments import size_text
-from portakv.errors import PortaKVError
+from portakv.errors import InvalidTerms, PortaKVError
 from portakv.integrations import why_not
 from portakv.integrations.interfaces import lacks
 from portakv.serving.bucket import bucket_of
-from portakv.serving.local import StoreTerms
+from portakv.serving.local import StoreTerms, existing_part
 from portakv.storage.table import no_space_in
 
 #: The most memory of a container, by cgroups of both versions.
@@ -37,11 +37,13 @@ class Findings:
         errors: the engine would not start, or PortaKV would not be used.
         warnings: the engine starts, and does not do what a user wants.
         notes: what the configuration gives.
+        unchecked: what decides whether the engine starts, and was not checked.
     """
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
 
 
 def unknown_keys(config: Mapping[str, Any], known: Iterable[str], owner: str) -> Iterator[str]:
@@ -52,6 +54,13 @@ def unknown_keys(config: Mapping[str, Any], known: Iterable[str], owner: str) ->
             near = difflib.get_close_matches(name, keys, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             yield f"Expected a key of {owner}, got {name!r}.{hint} Correct it."
+
+
+def means_ours(name: object, names: Iterable[str]) -> bool:
+    """Return whether a name is one of ``names`` or was meant to be, with a typing error."""
+    text = str(name)
+    is_close = difflib.get_close_matches(text, [*names], n=1, cutoff=0.85)
+    return bool(is_close) or text.lower().startswith("porta")
 
 
 def other_values(config: Mapping[str, Any], expected: Mapping[str, str]) -> Iterator[str]:
@@ -98,6 +107,10 @@ def check_places(terms: StoreTerms, findings: Findings, where: str) -> None:
 
 def check_space(terms: StoreTerms, findings: Findings, where: str) -> None:
     """Check as `check_places` does, but no memory."""
+    try:
+        terms.check_usable()
+    except InvalidTerms as error:
+        findings.errors.append(f"{where}: {error}")
     findings.warnings += short_of(terms)
     findings.notes += new_folders(terms)
     check_bucket(terms, findings, where)
@@ -121,8 +134,8 @@ def check_memory(nbytes: float, findings: Findings, what: str) -> None:
 
 
 def short_of(terms: StoreTerms) -> Iterator[str]:
-    """Yield a sentence for terms without a folder, for a folder that this user may not write or
-    that gives files no space, and for space that this machine lacks."""
+    """Yield a sentence for terms without a folder, for a folder that gives files no space, and for
+    space that this machine lacks."""
     if not terms.folders and terms.bucket is None:
         yield (
             "There is no folder: blocks are in host memory alone, and end with the engine. Name a "
@@ -130,10 +143,8 @@ def short_of(terms: StoreTerms) -> Iterator[str]:
         )
     share = terms.capacity // max(1, len(terms.folders))
     for folder in terms.folders:
-        existing = _existing(folder)
-        if not os.access(existing, os.W_OK | os.X_OK):
-            yield f"The user who runs this may not write {existing}. Pass another folder."
-        elif why := no_space_in(existing):
+        existing = existing_part(folder)
+        if os.access(existing, os.W_OK | os.X_OK) and (why := no_space_in(existing)):
             yield f"No file in {existing} gets space: {why}. Free some, or pass another folder."
         if terms.attaches:  # the capacity of the store server counts
             continue
@@ -149,20 +160,12 @@ def short_of(terms: StoreTerms) -> Iterator[str]:
 def new_folders(terms: StoreTerms) -> Iterator[str]:
     """Yield a sentence for each folder that an engine will make."""
     for folder in terms.folders:
-        existing = _existing(folder)
-        if existing != Path(folder):
+        existing = existing_part(folder)
+        if existing != os.path.abspath(folder):
             yield (
                 f"{folder} does not exist: an engine makes it on the file system of {existing}. "
                 f"If that is not its disk, mount the disk first."
             )
-
-
-def _existing(folder: str) -> Path:
-    """Return a folder, or else the nearest one above it that exists."""
-    existing = Path(folder)
-    while not existing.exists():
-        existing = existing.parent
-    return existing
 
 
 def check_bucket(terms: StoreTerms, findings: Findings, where: str) -> None:

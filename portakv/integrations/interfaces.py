@@ -46,7 +46,7 @@ _POOLS = "sglang.srt.mem_cache.pool_host"
 _INDICES = ("device_pool", "host_indices", "device_indices")
 _LAYER = "transformers.cache_utils"
 
-Definition: TypeAlias = ast.ClassDef | ast.FunctionDef | ast.Assign
+Definition: TypeAlias = ast.ClassDef | ast.FunctionDef | ast.Assign | ast.AnnAssign
 
 #: The interfaces that each integration uses, read from the sources of the tested releases.
 INTERFACES = {
@@ -247,7 +247,8 @@ def _definition(file: Path, name: str) -> Definition | None:
         definition = next(_named(body, part), None)
         if definition is None:
             return None
-        body = [] if isinstance(definition, ast.Assign) else definition.body
+        is_value = isinstance(definition, ast.Assign | ast.AnnAssign)
+        body = [] if is_value else definition.body
     return definition
 
 
@@ -257,6 +258,8 @@ def _named(body: list[ast.stmt], name: str) -> Iterator[Definition]:
         if isinstance(each, ast.ClassDef | ast.FunctionDef) and each.name == name:
             yield each
         if isinstance(each, ast.Assign) and name in [ast.unparse(x) for x in each.targets]:
+            yield each
+        if isinstance(each, ast.AnnAssign) and ast.unparse(each.target) == name:
             yield each
 
 

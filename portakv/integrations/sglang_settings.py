@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from portakv.errors import InvalidTerms
-from portakv.integrations import IntegrationError
+from portakv.integrations import MATRIX, IntegrationError
 from portakv.integrations.interfaces import lacks
 from portakv.serving.local import StoreTerms
 from portakv.serving.weights import checksum_of_weights
@@ -74,7 +74,7 @@ def check_hooks() -> None:
     if absent:
         raise IntegrationError(
             f"Expected a release of SGLang with {absent[0].replace(':', '.')}, got one without it. "
-            f"Install sglang 0.5.23, or leave the storage backend out."
+            f"Install {MATRIX['sglang']}, or leave the storage backend out."
         )
 
 

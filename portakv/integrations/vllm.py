@@ -20,11 +20,11 @@ from typing import Any, Protocol
 
 import torch
 
-from portakv import BlockTransfer, CopyOptions, InvalidTerms, LayoutError, copy_rows
+from portakv import BlockTransfer, CopyOptions, LayoutError, copy_rows
 from portakv.host import pinned
 from portakv.integrations import IntegrationError, check_release, log_through
 from portakv.integrations.vllm_canonical import Share
-from portakv.integrations.vllm_lanes import Lane
+from portakv.integrations.vllm_lanes import Lane, worker_terms
 from portakv.integrations.vllm_moves import (
     BlockSpec,
     CacheRef,
@@ -43,8 +43,6 @@ from vllm.v1.kv_offload.base import OffloadingWorker, TransferResult  # noqa: E4
 from vllm.v1.kv_offload.cpu import gpu_worker  # noqa: E402
 from vllm.v1.kv_offload.cpu import spec as cpu_spec  # noqa: E402
 
-#: The terms that ``"portakv"`` in the configuration may hold.
-TERMS = ("backend", "max_gbps", "max_thread_blocks", "overlap")
 #: Bytes of the large copy that a worker makes when it is created: more than those for which the
 #: strategy of small copies is picked.
 WARM_UP = 16 << 20
@@ -92,13 +90,7 @@ class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
                 "Expected no canonical_layout for PortaKVOffloadingSpec, got True. "
                 "PortaKVTieringSpec serves it. Leave canonical_layout out, or use that."
             )
-        terms = self.extra_config.get("portakv", {})
-        if not isinstance(terms, Mapping) or not set(terms) <= set(TERMS):
-            raise InvalidTerms(
-                f"kv_connector_extra_config has portakv={terms!r}; expected a mapping with some of "
-                f"{', '.join(TERMS)}. Correct it, or leave it out."
-            )
-        self.terms = dict(terms)
+        self.terms = worker_terms(self.extra_config)
 
     def create_worker(self, kv_caches: CanonicalCaches) -> OffloadingWorker:
         """Return the worker of one process, with its part of the host memory."""

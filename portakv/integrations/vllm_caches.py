@@ -135,11 +135,7 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
         check_stages(config, groups)
     try:
         store = StoreTerms.of(roles.store)
-        size = store.block_size or whole_blocks(groups, _least_tokens(config, store, workers))
-        if store.encoding is not None:
-            size = packed_block(store, groups)
-        for group in groups:
-            check_group(size, group)
+        size = stored_block(store, groups, _least_tokens(config, store, workers))
     except InvalidTerms as error:
         raise InvalidTerms(f"kv_connector_extra_config: {error}") from None
     if store.by_layer and workers.size > 1:
@@ -175,18 +171,37 @@ def schedules_ahead(config: Any) -> bool:
 
 
 def _least_tokens(config: Any, store: StoreTerms, workers: Workers) -> int:
+    """Return the tokens that a stored block of an engine has at least."""
+    device = getattr(getattr(config, "device_config", None), "device_type", "")
+    return least_tokens(device, store, workers.local)
+
+
+def least_tokens(device: str, store: StoreTerms, alone: bool) -> int:
     """Return the tokens that a stored block has at least, unless ``block_size`` says otherwise.
 
-    Engines that share a store have one number, whatever their own blocks are.
+    Engines that share a store have one number, whatever their own blocks are. ``device``: the kind
+    of the engine's device; ``alone``: the engine has one process.
     """
-    device = getattr(getattr(config, "device_config", None), "device_type", "")
-    alone = workers.local and not store.shared
-    return TOKENS_ON_CPU if device == "cpu" and alone else TOKENS
+    return TOKENS_ON_CPU if device == "cpu" and alone and not store.shared else TOKENS
 
 
-def whole_blocks(groups: Sequence[Group], tokens: int | None = None) -> int:
+def stored_block(store: StoreTerms, groups: Sequence[Group], tokens: int) -> int:
+    """Return the tokens of a stored block: at least ``tokens``, unless ``block_size`` says
+    otherwise.
+
+    Raises `InvalidTerms` for terms that do not fit the blocks of the engine's groups of layers.
+    """
+    size = store.block_size or whole_blocks(groups, tokens)
+    if store.encoding is not None:
+        size = packed_block(store, groups)
+    for group in groups:
+        check_group(size, group)
+    return size
+
+
+def whole_blocks(groups: Sequence[Group], tokens: int = TOKENS) -> int:
     """Return the tokens of a stored block that whole blocks of all groups fill: at least
-    ``tokens``, unless that is more than the window of a group. None: `TOKENS`.
+    ``tokens``, unless that is more than the window of a group.
 
     Raises `InvalidTerms` if only very large blocks would do.
     """
@@ -198,7 +213,7 @@ def whole_blocks(groups: Sequence[Group], tokens: int | None = None) -> int:
             f"tokens, got none: whole blocks of all groups have {least}. Pass a multiple or a "
             f"divisor of each."
         )
-    size = least * -(-(tokens or TOKENS) // least)
+    size = least * -(-tokens // least)
     windows = [group.window for group in groups if group.window is not None]
     return size if size <= min(windows, default=size) else least
 
@@ -298,7 +313,13 @@ def check_hooks(base: type, settings: Settings) -> None:
             f"several groups of layers or a sliding window, got one without it. Install a later "
             f"release, or choose the OffloadingConnector."
         )
-    if settings.store.by_layer:
+    check_by_layer(settings.store)
+
+
+def check_by_layer(store: StoreTerms) -> None:
+    """Raise `IntegrationError` for by_layer with a model that has several groups of layers, or a
+    sliding window."""
+    if store.by_layer:
         raise IntegrationError(
             "Expected a model with one group of layers that keep all tokens for by_layer, got "
             "several groups or a sliding window. Leave by_layer out of kv_connector_extra_config."

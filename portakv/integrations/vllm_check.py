@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from portakv.errors import BackendUnavailable, InvalidTerms
+from portakv.integrations import IntegrationError
 from portakv.integrations.findings import (
     Findings,
     check_places,
@@ -18,9 +19,11 @@ from portakv.integrations.findings import (
     unknown_keys,
 )
 from portakv.integrations.interfaces import lacks
+from portakv.integrations.vllm_caches import check_by_layer, least_tokens, stored_block
 from portakv.integrations.vllm_handover import ROLES, Handing, roles_of
 from portakv.migrate.transports import check_transport
-from portakv.serving.local import TOKENS, StoreTerms
+from portakv.serving import Group
+from portakv.serving.local import StoreTerms, image_of
 from portakv.serving.sizing import Sizes
 
 CONNECTOR = "PortaKVConnector"
@@ -42,6 +45,35 @@ KEYS = (
     "enable_permute_local_kv",
     "kv_load_failure_policy",
 )
+#: The types of the values, as vLLM reads them from JSON.
+TYPES: dict[str, tuple[type, ...]] = {
+    "kv_connector": (str, type(None)),
+    "engine_id": (str, type(None)),
+    "kv_connector_module_path": (str, type(None)),
+    "kv_rank": (int, type(None)),
+    "kv_buffer_device": (str,),
+    "kv_ip": (str,),
+    "kv_port": (int,),
+    "kv_parallel_size": (int,),
+    "kv_buffer_size": (int, float),
+    "enable_permute_local_kv": (bool,),
+    "kv_connector_extra_config": (dict,),
+}
+#: The names of types in JSON.
+JSON_TYPES = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "an object",
+    type(None): "null",
+}
+#: What vLLM does with a request whose load has failed.
+POLICIES = ("fail", "recompute")
+#: The class of vLLM with the keys. Releases differ in them.
+FIELDS = "vllm.config.kv_transfer:KVTransferConfig"
+#: The tokens of a block that vLLM may choose without ``--block-size``.
+BLOCKS = (16, 32, 64, 128)
 BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base"
 #: Hooks that a release of vLLM may lack, and what the connector then does without.
 OPTIONAL_HOOKS = {
@@ -64,25 +96,89 @@ HOOKS = (
 )
 
 
-def findings_of(config: Mapping[str, Any], sizes: Sizes | None = None) -> Findings:
+class Served(NamedTuple):
+    """What an engine is started with, next to its configuration, as far as it is known.
+
+    Attributes:
+        sizes: of the model; None: not known.
+        block_size: of ``--block-size``; None: vLLM chooses it.
+    """
+
+    sizes: Sizes | None = None
+    block_size: int | None = None
+
+
+def findings_of(
+    config: Mapping[str, Any], sizes: Sizes | None = None, block_size: int | None = None
+) -> Findings:
     """Return what is wrong with the configuration of an engine's KV transfers.
+
+    The functions that refuse a configuration are those that the connector calls in the engine.
 
     Args:
         config: as vLLM's ``--kv-transfer-config`` has it.
         sizes: of the model that the engine serves, if it is known.
+        block_size: of vLLM's ``--block-size``, if the engine is started with it.
     """
+    served = Served(sizes, block_size)
     findings = Findings()
     findings.errors += _wrong_keys(config)
+    findings.errors += wrong_values(config)
     if not findings.errors and config.get("kv_load_failure_policy", "fail") != "recompute":
         findings.warnings.append(
             "kv_load_failure_policy is not 'recompute': a stored block that is damaged, or was "
             "evicted meanwhile, and a pull that fails end their request with an error. Set it to "
             "'recompute'."
         )
-    role = config.get("kv_role")
-    _check_terms(role, config.get("kv_connector_extra_config") or {}, sizes, findings)
+    _check_model(sizes, findings)
+    extra = config.get("kv_connector_extra_config", {})
+    if isinstance(extra, Mapping):
+        _check_terms(config.get("kv_role"), extra, served, findings)
     _check_release(findings)
+    findings.errors += keys_of_other_releases(config)
     return findings
+
+
+def keys_of_other_releases(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each key that the installed release of vLLM does not have."""
+    if lacks([FIELDS]):  # it is not installed
+        return
+    for name in config:
+        if name in KEYS and lacks([f"{FIELDS}.{name}"]):
+            yield (
+                f"Expected keys of the installed vLLM's KVTransferConfig, got {name!r}, which "
+                f"other releases have. Leave it out."
+            )
+
+
+def wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each value that vLLM's KVTransferConfig refuses, of any connector."""
+    for name, types in TYPES.items():
+        value = config.get(name)
+        if name in config and type(value) not in types:
+            expected = " or ".join(JSON_TYPES[each] for each in types)
+            yield f"Expected {name} to be {expected}, got {value!r}. Correct it."
+    policy = config.get("kv_load_failure_policy", "fail")
+    if policy not in POLICIES:
+        expected = " or ".join(map(repr, POLICIES))
+        yield f"Expected kv_load_failure_policy to be {expected}, got {policy!r}. Correct it."
+
+
+def _check_model(sizes: Sizes | None, findings: Findings) -> None:
+    """Say whether the connector serves the layers of a model."""
+    if sizes is None:
+        findings.unchecked.append(
+            "The model: which layers it has, and whether a block fits into staging and capacity. "
+            "Pass --model with its folder."
+        )
+        return
+    if sizes.refused:
+        findings.errors.append(
+            f"Expected a model whose layers keep rows of tokens for PortaKVConnector, got one of "
+            f"another kind: {sizes.refused}. Choose the OffloadingConnector for this model."
+        )
+    if sizes.unknown:
+        findings.unchecked.append(f"The sizes of the model's rows: {sizes.unknown}.")
 
 
 def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
@@ -94,20 +190,17 @@ def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"Expected kv_role {' or '.join(map(repr, ROLES))}, got {role!r}. Correct it."
 
 
-def _check_terms(role: object, extra: Any, sizes: Sizes | None, findings: Findings) -> None:
+def _check_terms(
+    role: object, extra: Mapping[str, Any], served: Served, findings: Findings
+) -> None:
     """Check PortaKV's own terms."""
-    if not isinstance(extra, Mapping):
-        findings.errors.append(
-            f"Expected an object for kv_connector_extra_config, got {extra!r}. Correct it."
-        )
-        return
     try:
         roles = roles_of(role if role in ROLES else "kv_both", extra)
     except InvalidTerms as error:
         findings.errors.append(str(error))
         return
     if roles.handing is not None:
-        _check_handing(roles.handing, sizes, findings)
+        _check_handing(roles.handing, served.sizes, findings)
     else:
         findings.notes.append("No requests are handed over: there is no hand_over.")
     if not roles.stores:
@@ -127,8 +220,47 @@ def _check_terms(role: object, extra: Any, sizes: Sizes | None, findings: Findin
     findings.notes.append(_who_stores(terms))
     if terms.encoding is not None:
         findings.notes.append(_packed_blocks(terms))
-    if sizes is not None:
-        _check_sizes(terms, sizes, findings)
+    size = _check_blocks(terms, served, findings)
+    sizes = served.sizes
+    if sizes is not None and sizes.windows and not sizes.refused:
+        try:
+            check_by_layer(terms)
+        except IntegrationError as error:
+            findings.errors.append(str(error))
+    if size is not None and sizes is not None and sizes.token:
+        _check_sizes(terms, sizes, size, findings)
+
+
+def _check_blocks(terms: StoreTerms, served: Served, findings: Findings) -> int | None:
+    """Compare the blocks of a store with those of the engine; return the tokens of the smallest
+    stored block that the engine may have, None if it has none."""
+    blocks = BLOCKS if served.block_size is None else (served.block_size,)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    least = least_tokens(device.type, terms, alone=True)
+    sizes = list[int]()
+    refusals = list[str]()
+    for block in blocks:
+        try:
+            sizes.append(stored_block(terms, _groups(block, served.sizes), least))
+        except InvalidTerms as error:
+            refusals.append(f"kv_connector_extra_config: {error}")
+    if not sizes:
+        advice = "" if served.block_size else " Pass --block-size as vLLM has it, if it has."
+        findings.errors.append(f"{refusals[0]}{advice}")
+        return None
+    if refusals:
+        findings.unchecked.append(
+            f"Whether the engine's blocks fit, whose size vLLM chooses. Pass --block-size as vLLM "
+            f"has it. With some sizes vLLM would not start: {refusals[0]}"
+        )
+    return min(sizes)
+
+
+def _groups(block: int, sizes: Sizes | None) -> Sequence[Group]:
+    """Return groups of layers with blocks of a size, as far as the model is known."""
+    if sizes is None or sizes.window is None:
+        return [Group(block)]
+    return [Group(block), Group(block, sizes.window)]
 
 
 def _check_handing(handing: Handing, sizes: Sizes | None, findings: Findings) -> None:
@@ -195,15 +327,27 @@ def _packed_blocks(terms: StoreTerms) -> str:
     )
 
 
-def _check_sizes(terms: StoreTerms, sizes: Sizes, findings: Findings) -> None:
-    """Compare terms with a model."""
-    size = terms.block_size or TOKENS
-    if terms.staging < size * sizes.token:
+def _check_sizes(terms: StoreTerms, sizes: Sizes, size: int, findings: Findings) -> None:
+    """Compare terms with the blocks of a model, of ``size`` tokens."""
+    whole = image_of(size * sizes.token)
+    # vLLM divides the layers of a model with windows into groups, each with separate blocks.
+    least = image_of(size * sizes.layer) if sizes.windows else whole
+    try:
+        terms.check_room([least])
+    except InvalidTerms as error:
         findings.errors.append(
-            f"staging is {gib(terms.staging)}, and a block of {size} tokens takes "
-            f"{gib(size * sizes.token)}. Give it {gib(sizes.staging)}."
+            f"kv_connector_extra_config: {error} Blocks of {size} tokens of this model take "
+            f"{gib(size * sizes.token)}; {gib(sizes.staging)} of staging are enough."
         )
-    elif terms.staging < sizes.staging:
+        return
+    try:
+        terms.check_room([whole])
+    except InvalidTerms as error:
+        findings.unchecked.append(
+            f"Whether a block of each of the engine's groups of layers fits; one of all layers "
+            f"does not. {error}"
+        )
+    if terms.staging < sizes.staging and not terms.attaches:
         findings.warnings.append(
             f"staging is {gib(terms.staging)}, less than {gib(sizes.staging)}: blocks of long "
             f"prompts are not saved while it is full. Give it more."

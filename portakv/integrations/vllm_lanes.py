@@ -6,14 +6,32 @@ The module imports no engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from portakv import BlockTransfer, KVView, PortaKVError
+from portakv import BlockTransfer, CopyOptions, InvalidTerms, KVView, PortaKVError
 from portakv.runtime.devices import inside
+
+#: The terms of `copy_rows` that the key ``"portakv"`` of the configuration may hold.
+TERMS = ("backend", "max_gbps", "max_thread_blocks", "overlap")
+
+
+def worker_terms(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the terms of copies in the ``kv_connector_extra_config`` of the offloading worker.
+
+    Raises `InvalidTerms` for other terms, and for values that a term cannot have.
+    """
+    terms = extra.get("portakv", {})
+    if not isinstance(terms, Mapping) or not set(terms) <= set(TERMS):
+        raise InvalidTerms(
+            f"kv_connector_extra_config has portakv={terms!r}; expected a mapping with some of "
+            f"{', '.join(TERMS)}. Correct it, or leave it out."
+        )
+    CopyOptions(**terms)
+    return dict(terms)
 
 
 class Job(NamedTuple):

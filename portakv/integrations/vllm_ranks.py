@@ -109,6 +109,7 @@ class KeptIndex(KeeperIndex):
 
     def __init__(self, settings: Settings) -> None:
         terms = settings.store
+        terms.check_usable()
         self.keeper = Keeper(terms, settings.engine)
         try:
             super().__init__(self.keeper.place, settings.engine, len(settings.groups))

@@ -9,15 +9,18 @@ from math import inf
 from typing import Any
 
 from portakv.errors import InvalidTerms
+from portakv.integrations import TIER_RELEASES
 from portakv.integrations.findings import (
     Findings,
     check_memory,
     check_release,
     check_space,
+    means_ours,
     unknown_keys,
 )
 from portakv.integrations.vllm_check import KEYS as VLLM_KEYS
-from portakv.integrations.vllm_check import OWNER
+from portakv.integrations.vllm_check import OWNER, keys_of_other_releases, wrong_values
+from portakv.integrations.vllm_lanes import worker_terms
 from portakv.integrations.vllm_tier_terms import tier_terms
 
 CONNECTOR = "OffloadingConnector"
@@ -26,6 +29,14 @@ TIER = "PortaKVTier"
 SPEC = "PortaKVTieringSpec"
 #: vLLM's own, whose worker moves blocks of CUDA, ROCm and XPU devices.
 OTHER_SPEC = "TieringOffloadingSpec"
+#: PortaKV's worker below vLLM's tier of host memory, without tiers.
+WORKER_SPEC = "PortaKVOffloadingSpec"
+#: The specifications that are checked, and their modules; None: vLLM has it.
+SPECS: dict[Any, str | None] = {
+    SPEC: MODULE,
+    WORKER_SPEC: "portakv.integrations.vllm",
+    OTHER_SPEC: None,
+}
 #: The keys of a tier that are vLLM's, or of `PortaKVTier` next to its terms.
 KEYS = ("type", "module_path", "locality", "backpressure", "enable_kv_events")
 _TIERING = "vllm.v1.kv_offload.tiering"
@@ -39,32 +50,48 @@ NEEDS = (
     "vllm.v1.kv_offload.file_mapper:FileMapper.from_offloading_spec",
 )
 
+#: What the worker needs of vLLM.
+WORKER_NEEDS = (
+    "vllm.v1.kv_offload.base:OffloadingWorker",
+    "vllm.v1.kv_offload.cpu.spec:CPUOffloadingSpec",
+)
+
 
 def tier_findings_of(config: Mapping[str, Any]) -> Findings:
-    """Return what is wrong with the configuration of an engine's tiers.
+    """Return what is wrong with the configuration of an engine's offloading or tiers.
+
+    A specification of vLLM's own, or of another package, is not checked.
 
     Args:
         config: as vLLM's ``--kv-transfer-config`` has it, with the connector `CONNECTOR`.
     """
     findings = Findings()
     findings.errors += unknown_keys(config, VLLM_KEYS, OWNER)
+    findings.errors += wrong_values(config)
+    findings.errors += keys_of_other_releases(config)
     if config.get("kv_role") != "kv_both":
         findings.errors.append(
             f"Expected kv_role 'kv_both', got {config.get('kv_role')!r}. Correct it."
         )
-    if config.get("kv_load_failure_policy", "fail") != "recompute":
+    if config.get("kv_load_failure_policy", "fail") == "fail":
         findings.warnings.append(
             "kv_load_failure_policy is not 'recompute': a load that fails ends its request with an "
             "error. Set it to 'recompute'."
         )
-    extra = config.get("kv_connector_extra_config") or {}
+    extra = config.get("kv_connector_extra_config", {})
     if not isinstance(extra, Mapping):
-        findings.errors.append(
-            f"Expected an object for kv_connector_extra_config, got {extra!r}. Correct it."
+        return findings
+    name = extra.get("spec_name")
+    if _is_foreign(name, extra.get("spec_module_path")):
+        findings.unchecked.append(
+            f"The specification {name or 'CPUOffloadingSpec'!r}, in which PortaKV has no part."
         )
         return findings
     wrong = [*_wrong_spec(extra)]
     findings.errors += wrong
+    if name == WORKER_SPEC:
+        _check_worker(extra, findings, wrong)
+        return findings
     tiers = extra.get("secondary_tiers", [])
     if not isinstance(tiers, Sequence) or not all(isinstance(each, Mapping) for each in tiers):
         findings.errors.append(
@@ -84,14 +111,34 @@ def tier_findings_of(config: Mapping[str, Any]) -> Findings:
     return findings
 
 
+def _is_foreign(name: object, module: object) -> bool:
+    """Return whether a specification is neither PortaKV's nor vLLM's tiers, and no misspelt one."""
+    if name in SPECS or (isinstance(module, str) and module.startswith("portakv")):
+        return False
+    return not means_ours(name, SPECS)
+
+
+def _check_worker(extra: Mapping[str, Any], findings: Findings, wrong: Sequence[str]) -> None:
+    """Check the terms of PortaKV's worker, and the memory of vLLM's tier above it."""
+    try:
+        worker_terms(extra)
+    except InvalidTerms as error:
+        findings.errors.append(f"kv_connector_extra_config: {error}")
+    if not wrong:
+        check_memory(extra["cpu_bytes_to_use"], findings, "cpu_bytes_to_use")
+    check_release(findings, "vllm", "vLLM", WORKER_NEEDS, who="the worker")
+
+
 def _wrong_spec(extra: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for each key of vLLM's host tier that is wrong."""
     name = extra.get("spec_name")
-    if name not in (SPEC, OTHER_SPEC):
-        yield f"Expected spec_name {SPEC!r} or {OTHER_SPEC!r}, got {name!r}. Correct it."
-    if name == SPEC and extra.get("spec_module_path") != MODULE:
+    if name not in SPECS:
+        expected = " or ".join(map(repr, SPECS))
+        yield f"Expected spec_name {expected}, got {name!r}. Correct it."
+    module = SPECS.get(name)
+    if module is not None and extra.get("spec_module_path") != module:
         got = extra.get("spec_module_path")
-        yield f"Expected spec_module_path {MODULE!r}, got {got!r}. Correct it."
+        yield f"Expected spec_module_path {module!r}, got {got!r}. Correct it."
     nbytes = extra.get("cpu_bytes_to_use")
     if not isinstance(nbytes, int | float) or isinstance(nbytes, bool) or not 0 < nbytes < inf:
         yield (
@@ -143,4 +190,5 @@ def _check_tiers(tiers: Sequence[Mapping[str, Any]], findings: Findings) -> floa
 
 def _check_release(findings: Findings) -> None:
     """Compare the installed release of vLLM with what the tier needs."""
-    check_release(findings, "vllm", "vLLM", NEEDS, who="the tier", install="0.32 or newer")
+    install = TIER_RELEASES.range
+    check_release(findings, "vllm", "vLLM", NEEDS, who="the tier", install=install)

@@ -56,6 +56,7 @@ class OpenStore:
         patience: float,
         events: Events | None = None,
     ) -> None:
+        terms.check_room([form.raw.image_bytes for form in forms])
         tiers = terms.tiers()
         named = {form.name: form for form in [*forms, *alike_in(tiers, forms)]}
         # Ranks register their mappings. The keeper copies to no device, and needs no context.

@@ -29,8 +29,10 @@ def page_store(
 ) -> PageStore | KeptPageStore:
     """Return a store of pages by its terms: that of a keeper if they have ``shared``.
 
-    The log has a line about it. Raises as `PageStore` and `KeptPageStore` do.
+    The log has a line about it. Raises `InvalidTerms` for a folder that cannot be made or written,
+    and as `PageStore` and `KeptPageStore` do.
     """
+    terms.check_usable()
     store: PageStore | KeptPageStore
     server = "This process"
     if terms.shared:

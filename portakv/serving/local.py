@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import os
 import stat
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -23,7 +25,7 @@ from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import BucketLookups, bucket_of, check_bucket
 from portakv.storage import BlockForm, BlockStore, Disk
 from portakv.storage.changes import Change
-from portakv.storage.form import Range
+from portakv.storage.form import HEADER, Range
 from portakv.storage.form_store import FormStore
 from portakv.storage.tier import Tier
 from portakv.view import KVView
@@ -53,6 +55,8 @@ AUTO = "auto"
 ATTACH: Literal["attach"] = "attach"
 #: The end of the name of a raw form, next to a packed one.
 RAW = " raw"
+#: The bytes of the smallest image of a block: a header, and one page of rows.
+LEAST_IMAGE = 2 * HEADER
 #: The most changes of a store that wait for `LocalIndex.take_events`.
 EVENTS = 1 << 16
 
@@ -126,6 +130,38 @@ class StoreTerms:
                 "Expected a host tier, a folder for a disk tier or a bucket, got host=0 and none "
                 "of the others. Pass one of them."
             )
+        self.check_room([LEAST_IMAGE])
+
+    def check_room(self, images: Iterable[int]) -> None:
+        """Raise `InvalidTerms` unless a block fits into each part of the store that has a size.
+
+        The sizes of a store server count for an engine that attaches to it.
+
+        Args:
+            images: bytes of the image of a block of each form; see `image_of`.
+        """
+        if self.attaches:
+            return
+        size = max(images)
+        rooms = {"staging": self.staging}
+        if self.folders:
+            rooms["capacity of each folder"] = self.capacity // len(self.folders)
+        elif self.bucket is None:
+            rooms["host"] = self.host
+        for name, room in rooms.items():
+            if room < size:
+                raise InvalidTerms(
+                    f"Expected {name} to have room for a block of {size} bytes, got {room} bytes. "
+                    f"Give it more."
+                )
+
+    def check_usable(self) -> None:
+        """Raise `InvalidTerms` for a folder that this process cannot make, or cannot write.
+
+        A store server makes and writes the folder of an engine that attaches to it.
+        """
+        for folder in () if self.attaches else self.folders:
+            check_usable(folder)
 
     def _check_folders(self) -> None:
         """Raise `InvalidTerms` for a folder that cannot be one, or that is there twice."""
@@ -291,6 +327,38 @@ def check_private(folder: str) -> None:
         )
 
 
+def check_usable(folder: str) -> None:
+    """Raise `InvalidTerms` for a folder that this process cannot make, or cannot write.
+
+    Makes a folder there, or where the first missing part of the path would be, and removes it. A
+    full disk is not an error, since a store gives up older blocks.
+    """
+    place = existing_part(folder)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".portakv-", dir=place):
+            pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return
+        raise InvalidTerms(
+            f"Expected a folder that this process can make and write, got {folder!r}: {place} "
+            f"takes no new folder ({error.strerror}). Pass another, or make it writable."
+        ) from None
+
+
+def existing_part(folder: str) -> str:
+    """Return a folder, or else the nearest one above it that exists."""
+    place = os.path.abspath(folder)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    return place
+
+
+def image_of(nbytes: int) -> int:
+    """Return the bytes of the image of a block whose rows take some bytes."""
+    return HEADER + -(-nbytes // HEADER) * HEADER
+
+
 def forms_of(
     groups: Sequence[GroupView],
     model: str,
@@ -446,8 +514,10 @@ class LocalIndex:
                 "Expected an engine_id that no other engine of this process has, got one that is "
                 "in use. Leave it out, or pass another."
             )
-        tiers = terms.tiers()
         made = forms_of(groups, model, block_size, encoding=terms.encoding)
+        terms.check_room([form.raw.image_bytes for form in made])
+        terms.check_usable()
+        tiers = terms.tiers()
         names = [f"group {number}" for number, _ in enumerate(made)]
         forms = with_raw(dict(zip(names, made, strict=True)))
         only = made[0] if len(forms) == 1 else None

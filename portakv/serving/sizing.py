@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from portakv.arguments import whole
@@ -16,23 +17,161 @@ STEP = 8192
 #: Steps whose rows are in staging at the same time: of saves, and of loads.
 STEPS = 2
 
+#: The kinds of layers: rows of all tokens, rows of the last tokens, a state, and no cache.
+FULL = "rows of all tokens"
+WINDOW = "a window of tokens"
+STATE = "a state instead of rows of tokens"
+NONE = "no cache"
+#: The kind of a layer by its name in a list such as ``layer_types``. vLLM gives layers of chunked
+#: attention the blocks of all tokens.
+KINDS = {
+    "full_attention": FULL,
+    "attention": FULL,
+    "chunked_attention": FULL,
+    "deepseek_sparse_attention": FULL,
+    "sliding_attention": WINDOW,
+    "linear_attention": STATE,
+    "mamba": STATE,
+    "mamba2": STATE,
+    "conv": STATE,
+    "recurrent": STATE,
+    "mlp": NONE,
+    "moe": NONE,
+}
+#: The kind of a layer by its letter in ``hybrid_override_pattern``.
+LETTERS = {"*": FULL, "M": STATE, "-": NONE, "E": NONE}
+#: Keys that have the configuration of the text model, if a model also reads images or sounds.
+NESTED = ("text_config", "language_config", "llm_config", "thinker_config")
+#: Names of one number, as families of models have them.
+LAYERS = ("num_hidden_layers", "n_layer")
+HEADS = ("num_attention_heads", "n_head")
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+HEAD_DIM = ("head_dim", "attention_head_dim")
+WIDTH = ("hidden_size", "n_embd")
+#: The tokens of a scale in an index of keys: each 128 numbers of a byte have a scale of 4 bytes.
+SCALED = 128
+SCALE = 4
+#: The dimension of a head's values, if it is not that of its keys.
+VALUE_DIM = "v_head_dim"
+#: Models with ``kv_lora_rank`` whose cache has latent rows in vLLM 0.32
+#: (``is_deepseek_mla``); others expand the rows to keys and values by head.
+LATENT = (
+    "axk1",
+    "bailing_hybrid",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "kimi_k2",
+    "kimi_linear",
+    "longcat_flash",
+    "pangu_ultra_moe",
+)
+
+#: Keys that `sizes_of` reads.
+READ = {
+    *LAYERS,
+    *HEADS,
+    *KV_HEADS,
+    *HEAD_DIM,
+    *WIDTH,
+    VALUE_DIM,
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "block_configs",
+    "hybrid_override_pattern",
+    "layers_block_type",
+    "layer_types",
+    "full_attention_interval",
+    "linear_attn_config",
+    "attn_layer_period",
+    "attn_layer_offset",
+    "attn_layer_indices",
+    "attn_type_list",
+    "full_attn_idxs",
+    "hybrid_layer_pattern",
+    "sliding_window",
+    "sliding_window_size",
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+    "use_sliding_window",
+    "max_window_layers",
+    "attention_chunk_size",
+    "swa_num_key_value_heads",
+    "swa_head_dim",
+    "swa_v_head_dim",
+    "global_head_dim",
+    "num_global_key_value_heads",
+    "attention_k_eq_v",
+    "num_kv_shared_layers",
+    "index_topk",
+    "index_head_dim",
+    "index_topk_freq",
+    "index_topk_pattern",
+    "index_skip_topk_offset",
+    "indexer_types",
+    "sparse_attention_config",
+    "compress_ratios",
+    "compress_rates",
+    "multi_query",
+    "new_decoder_architecture",
+}
+#: A key with one of these words may decide what a row is.
+SHAPING = re.compile(
+    r"kv|heads?(_|$)|attn|attention|window|swa|sliding|layer_type|layers_type|block_type|block_config"
+    r"|pattern|mamba|ssm|conv|linear|recurrent|compress|index_|indexer|lora_rank|sparse|cla_|"
+    r"per_layer_config|state|key_value|latent"
+)
+#: Keys of that kind that do not: numbers of heads of queries, of the index and of states, terms of
+#: other layers, and of training and generation.
+HARMLESS = re.compile(
+    r"_?(bias|dropout|theta|norm|norm_type|scale|multipliers?|softcapping|prob|act|scalar|factor|"
+    r"interleave|gate|token_index|kernels|init|coef|loss|pdrop|tuning)$"
+    r"|^(q_lora_rank|o_lora_rank|qk_head_dim|qk_nope_head_dim|index_n_heads|index_local_blocks)$"
+    r"|^(swa_num_attention_heads|attention_hidden_size|attention_output_gate|attn_output_gate)$"
+    r"|^(mamba|ssm|conv|linear|short_conv|use_mamba|use_conv|state)_|^(mamba_|)d_state$"
+    r"|^mtp_|^(cross_attention_hidden_size|add_cross_attention|output_attentions)$"
+    r"|^(output_hidden_states|pruned_heads|num_reward_heads|decoder_sparse_step|attn_res_block_size)$"
+    r"|^(expert|moe|shared|activation|vision|audio|image|video)_|^index_share_for_mtp_iteration$|attention_bias$|^parallel_attn$"
+    r"|^(mlp_layer_types|no_rope_layers|latent_moe_use_norm|use_bidirectional_attention)$"
+    r"|^(use_cache|norm_topk_prob|attn_temperature_tuning|mamba_ssm_dtype|is_causal|_attn\w*)$"
+    r"|^(rescale_prenorm_residual|attn_implementation|ignore_index|img_token_compression_config)$"
+    r"|^hidden_mamba_act$|^attn_implementation|^use_qkv|^use_(qk|gemma)_norm|^qkv_|^clip_qkv$"
+    r"|^scale_attn_\w+$|softmax_in_fp32$|^(attention_scale|add_(swa|full)_attention_sink_bias|attention_value_scale|lm_head\w*)$"
+)
+#: The most names of keys in a sentence.
+NAMED = 4
+
 
 class Sizes(NamedTuple):
     """The bytes that a model's rows take.
 
     Attributes:
-        token: of one token in all layers.
+        token: of one token in all layers; 0: not known, see ``unknown``.
         staging: that saves and loads do not wait for, with steps of `STEP` tokens.
         windows: some layers keep a window of the tokens, or no rows of tokens.
+        refused: why vLLM's connector does not serve the model; empty: it does.
+        unknown: why the bytes of a token are not known; empty: they are.
+        layer: bytes of one token in the layer with the widest rows.
+        window: tokens of the windows; None: no layer has one.
     """
 
     token: int
     staging: int
     windows: bool = False
+    refused: str = ""
+    unknown: str = ""
+    layer: int = 0
+    window: int | None = None
 
     def tokens(self, nbytes: int) -> int:
         """Return how many tokens fit into some bytes."""
         return nbytes // self.token
+
+
+class _Unknown(Exception):
+    """A configuration whose rows are not known, for the reason in the text."""
 
 
 def sizes_of(config: Mapping[str, Any], dtype: str = "", ranks: int = 1) -> Sizes:
@@ -43,46 +182,322 @@ def sizes_of(config: Mapping[str, Any], dtype: str = "", ranks: int = 1) -> Size
         dtype: of the rows; empty: the model's.
         ranks: of tensor parallelism, of which each keeps a part of the heads.
 
-    Raises `InvalidTerms` for a configuration that lacks a number, and for an unknown dtype.
+    A key that may decide what a row is, and is not known, gives no size. Speculative layers, which
+    an engine has on request, are not counted.
+
+    Raises `InvalidTerms` for a configuration without layers or with a value that is not a number,
+    and for an unknown dtype.
     """
     whole("ranks", ranks, 1)
-    text = config.get("text_config")
-    if isinstance(text, Mapping):  # of a model that also reads images
-        config = {**config, **text}
-    name = dtype or str(config.get("torch_dtype") or config.get("dtype") or "bfloat16")
-    if name not in ITEM_BYTES:
+    config = _text_model(config)
+    if dtype and dtype not in ITEM_BYTES:
         raise InvalidTerms(
-            f"Expected a dtype of {', '.join(ITEM_BYTES)}, got {name!r}. Pass the rows' dtype."
+            f"Expected a dtype of {', '.join(ITEM_BYTES)}, got {dtype!r}. Pass the rows' dtype."
         )
-    layers = _number(config, "num_hidden_layers")
+    item = ITEM_BYTES[dtype] if dtype else _item_bytes(config)
+    refused = _refusal_of_keys(config)
+    if refused:
+        unknown = "its layers keep no rows of a fixed size for each token"
+        return Sizes(0, 0, refused=refused, unknown=unknown)
+    try:
+        _check_keys(config)
+        kinds = _kinds(config)
+        rows = _rows(config, kinds, ranks)
+        indices = _indices(config, kinds)
+    except _Unknown as error:
+        return Sizes(0, 0, unknown=str(error))
+    has_windows = any(kind != FULL for kind in kinds if kind != NONE)
+    refused = _refusal(config, kinds, rows, indices)
+    if item is None or (indices and item == 1):
+        unknown = "its dtype, or the attention backend, decides how the cache keeps a row"
+        return Sizes(0, 0, has_windows, refused, unknown)
+    token = item * sum(rows) + sum(indices)
+    layer = item * max(rows)
+    window = _optional(config, "sliding_window") if WINDOW in kinds else None
+    return Sizes(token, STEPS * STEP * token, has_windows, refused, "", layer, window)
+
+
+def _text_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the configuration of the text model in that of a model."""
+    for name in NESTED:
+        inner = config.get(name)
+        if isinstance(inner, Mapping):
+            return _text_model({**config, name: None, **inner})
+    return config
+
+
+def _item_bytes(config: Mapping[str, Any]) -> int | None:
+    """Return the bytes of a number in the cache as vLLM chooses it; None if it is not known.
+
+    A quantized model may bring scales for a cache of 8 bits. vLLM serves models of float32 with
+    numbers of 16 bits.
+    """
+    quantized = config.get("quantization_config")
+    if isinstance(quantized, Mapping):
+        inner = quantized.get("quantization")
+        places = [quantized, inner] if isinstance(inner, Mapping) else [quantized]
+        by_scales = str(quantized.get("quant_method", "")).startswith(("modelopt", "compressed"))
+        for place in places if by_scales else ():
+            scheme = place.get("kv_cache_scheme") or place.get("kv_cache_quant_algo")
+            if scheme:
+                return 1 if _has_8_bits(scheme) else None
+    name = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16")
+    return {"float32": 2, "bfloat16": 2, "float16": 2}.get(name.removeprefix("torch."))
+
+
+def _has_8_bits(scheme: object) -> bool:
+    """Return whether a scheme of a quantized cache has numbers of 8 bits."""
+    if isinstance(scheme, Mapping):
+        return scheme.get("num_bits") == 8
+    return str(scheme).lower() == "fp8"
+
+
+def _check_keys(config: Mapping[str, Any]) -> None:
+    """Raise `_Unknown` for keys that may decide what a row is and are not read."""
+    unknown = [
+        name
+        for name, value in config.items()
+        if value not in (None, False, 0, [], {})
+        and name not in READ
+        and SHAPING.search(name)
+        and not HARMLESS.search(name)
+        and not name.endswith("_config")
+    ]
+    unknown += [name for name in ("attn_config", "per_layer_config") if config.get(name)]
+    if unknown:
+        names = ", ".join(unknown[:NAMED])
+        more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
+        raise _Unknown(f"its configuration has keys that may change its rows: {names}{more}")
+    model = config.get("model_type")
+    if config.get("kv_lora_rank") and model not in (None, *LATENT):
+        raise _Unknown(f"engines may keep the rows of the type {model!r} latent or expanded")
+
+
+def _refusal_of_keys(config: Mapping[str, Any]) -> str:
+    """Return why vLLM's connector does not serve a model whose layers are not read; else ''."""
+    if config.get("is_encoder_decoder") is True:
+        return "its layers of cross attention keep rows of the encoder's tokens"
+    if config.get("compress_ratios") or config.get("compress_rates"):
+        return "its layers keep compressed rows of several tokens, and windows of others"
+    return ""
+
+
+def _refusal(
+    config: Mapping[str, Any], kinds: Sequence[str], rows: Sequence[int], indices: Sequence[int]
+) -> str:
+    """Return why vLLM's connector does not serve the layers of a model; empty if it does."""
+    states = kinds.count(STATE)
+    if states:
+        return f"{states} of its {len(kinds)} layers keep {STATE}"
+    if not any(rows):
+        return "none of its layers keeps rows of tokens"
+    if any(indices):
+        return f"{sum(map(bool, indices))} of its layers keep an index next to their rows"
+    if WINDOW in kinds and config.get("kv_lora_rank"):
+        return f"{kinds.count(WINDOW)} of its layers keep {WINDOW} as latent rows"
+    for kind in (FULL, WINDOW):
+        wide = {wide for wide, each in zip(rows, kinds, strict=True) if each == kind and wide}
+        if len(wide) > 1:
+            return f"its layers that keep {kind} have rows of several sizes"
+    return ""
+
+
+def _kinds(config: Mapping[str, Any]) -> list[str]:
+    """Return the kind of each layer that has a cache of its own.
+
+    Raises `_Unknown` for kinds that are not known.
+    """
+    kinds = _all_kinds(config)
+    count = _optional(config, *LAYERS)
+    if count is not None and count != len(kinds):
+        raise _Unknown(f"it has {count} layers, and its configuration lists {len(kinds)}")
+    shared = _optional(config, "num_kv_shared_layers") or 0
+    if shared >= len(kinds) > 0:
+        raise _Unknown(f"{shared} of its {len(kinds)} layers share a cache")
+    # The last layers read the caches of earlier ones.
+    return kinds[: len(kinds) - shared]
+
+
+def _all_kinds(config: Mapping[str, Any]) -> list[str]:
+    """Return the kind of each layer, from the first key that says it."""
+    blocks = config.get("block_configs")
+    if blocks:
+        return [NONE if _kv_heads_of(block, 1) == 0 else FULL for block in _items(blocks)]
+    pattern = config.get("hybrid_override_pattern")
+    if pattern:
+        return [_kind_of(letter, LETTERS) for letter in _letters(pattern)]
+    names = config.get("layers_block_type") or config.get("layer_types")
+    if names:
+        return [_kind_of(name, KINDS) for name in _items(names)]
+    count = _optional(config, *LAYERS)
+    if count is None:
+        raise InvalidTerms(
+            f"Expected {' or '.join(LAYERS)}, or a list such as layer_types, in the config.json of "
+            f"a model, got neither. Pass the folder of a model that generates text."
+        )
+    return _by_position(config, count) or _by_window(config, count)
+
+
+def _by_position(config: Mapping[str, Any], count: int) -> list[str]:
+    """Return the kinds of layers of which a key names those with rows of all tokens; else []."""
+    interval = _optional(config, "full_attention_interval")
+    if interval:
+        return [FULL if (layer + 1) % interval == 0 else STATE for layer in range(count)]
+    linear = config.get("linear_attn_config")
+    if isinstance(linear, Mapping):
+        full = {each - 1 for each in _items(linear.get("full_attn_layers"))}  # counted from 1
+        return [FULL if layer in full else STATE for layer in range(count)]
+    period = _optional(config, "attn_layer_period")
+    if period:
+        offset = _number(config, "attn_layer_offset", default=0)
+        return [FULL if layer % period == offset else STATE for layer in range(count)]
+    for name in ("attn_layer_indices", "full_attn_idxs"):
+        if config.get(name):
+            full = set(_items(config[name]))
+            return [FULL if layer in full else STATE for layer in range(count)]
+    if config.get("attn_type_list"):
+        return [_kind_of(each, {1: FULL, 0: STATE}) for each in _items(config["attn_type_list"])]
+    if config.get("hybrid_layer_pattern"):
+        return [
+            _kind_of(each, {0: FULL, 1: WINDOW}) for each in _items(config["hybrid_layer_pattern"])
+        ]
+    if any(re.match("(mamba|ssm|linear)_|short_conv", name) for name in config):
+        raise _Unknown("some of its layers may keep a state, and no known key says which")
+    return []
+
+
+def _by_window(config: Mapping[str, Any], count: int) -> list[str]:
+    """Return the kinds of layers of which some or all keep a window."""
+    window = config.get("sliding_window")
+    if not window or config.get("use_sliding_window", True) is False:
+        return [FULL] * count
+    pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern")
+    if isinstance(pattern, str) and pattern:
+        repeated = pattern * count
+        return [_kind_of(each, {"L": WINDOW, "G": FULL}) for each in repeated[:count]]
+    if isinstance(pattern, int) and pattern > 1:
+        return [FULL if (layer + 1) % pattern == 0 else WINDOW for layer in range(count)]
+    first = config.get("max_window_layers") if "use_sliding_window" in config else 0
+    if isinstance(first, int):
+        return [FULL if layer < first else WINDOW for layer in range(count)]
+    return [WINDOW] * count
+
+
+def _rows(config: Mapping[str, Any], kinds: Sequence[str], ranks: int) -> list[int]:
+    """Return the numbers of a row in each layer: of keys and values, or a latent row."""
+    if not any(kind in (FULL, WINDOW) for kind in kinds):
+        return [0] * len(kinds)
     if config.get("kv_lora_rank"):  # each rank has the latent row
-        wide = _number(config, "kv_lora_rank") + _number(config, "qk_rope_head_dim")
-    else:
-        heads = _number(config, "num_attention_heads")
-        kv_heads = _number(config, "num_key_value_heads", heads)
-        dim = _number(config, "head_dim", _number(config, "hidden_size", 0) // heads)
-        wide = 2 * dim * max(1, kv_heads // ranks)
-    token = layers * wide * ITEM_BYTES[name]
-    return Sizes(token, STEPS * STEP * token, _has_windows(config))
+        latent = _number(config, "kv_lora_rank") + _number(config, "qk_rope_head_dim")
+        return [latent if kind in (FULL, WINDOW) else 0 for kind in kinds]
+    heads = _number(config, *HEADS)
+    blocks = config.get("block_configs")
+    if blocks:
+        dim = _number(config, *HEAD_DIM, default=_number(config, *WIDTH) // heads)
+        counts = [_kv_heads_of(block, heads) for block in _items(blocks)]
+        return [2 * dim * max(1, count // ranks) if count else 0 for count in counts[: len(kinds)]]
+    wide = {kind: _wide(config, kind, heads, ranks) for kind in (FULL, WINDOW) if kind in kinds}
+    return [wide.get(kind, 0) for kind in kinds]
 
 
-def _has_windows(config: Mapping[str, Any]) -> bool:
-    """Return whether some layers of a model do not keep the rows of all tokens."""
-    kinds = config.get("layer_types")
-    if isinstance(kinds, list):
-        return any(kind != "full_attention" for kind in kinds)
-    used = config.get("use_sliding_window", True) is not False
-    return used and bool(config.get("sliding_window"))
+def _wide(config: Mapping[str, Any], kind: str, heads: int, ranks: int) -> int:
+    """Return the numbers of keys and values of a token in a layer of a kind."""
+    kv_heads = _number(config, *KV_HEADS, default=heads)
+    if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
+        kv_heads = 1
+    dim = _optional(config, *HEAD_DIM)
+    if dim is None:
+        dim = _number(config, *WIDTH) // heads
+    values = _number(config, VALUE_DIM, default=dim)
+    if kind == WINDOW:
+        kv_heads = _number(config, "swa_num_key_value_heads", default=kv_heads)
+        dim = _number(config, "swa_head_dim", default=dim)
+        values = _number(config, "swa_v_head_dim", default=values)
+    elif _optional(config, "global_head_dim"):
+        dim = values = _number(config, "global_head_dim")
+    if kind == FULL and config.get("attention_k_eq_v"):  # engines store both all the same
+        kv_heads = _number(config, "num_global_key_value_heads", default=kv_heads)
+    return (dim + values) * max(1, kv_heads // ranks)
 
 
-def _number(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """Return a number of a configuration."""
-    value = config.get(name)
-    if value is None:
-        value = default
-    if type(value) is not int or value < 0:
-        raise InvalidTerms(
-            f"Expected a number for {name} in a model's configuration, got {value!r}. Pass the "
-            f"config.json of a model."
-        )
+def _indices(config: Mapping[str, Any], kinds: Sequence[str]) -> list[int]:
+    """Return the bytes of a token in each layer's index of keys; [] for a model without one."""
+    count = len(kinds)
+    if _optional(config, "index_topk"):
+        dim = _number(config, "index_head_dim")
+        nbytes = dim + dim // SCALED * SCALE
+        return [nbytes * has for has in _have_index(config, count)]
+    sparse = config.get("sparse_attention_config")
+    if isinstance(sparse, Mapping) and sparse.get("use_sparse_attention"):
+        nbytes = 2 * _number(sparse, "sparse_index_dim")
+        return [nbytes * bool(each) for each in _items(sparse.get("sparse_attention_freq"))]
+    return []
+
+
+def _have_index(config: Mapping[str, Any], count: int) -> Iterable[bool]:
+    """Return for each layer whether it has an index, and does not use that of an earlier one."""
+    types = config.get("indexer_types")
+    if types:
+        return [_kind_of(each, {"full": True, "shared": False}) for each in _items(types)]
+    pattern = config.get("index_topk_pattern")
+    if pattern:
+        return [letter != "S" for letter in _letters(pattern)[:count]]
+    every = _number(config, "index_topk_freq", default=1)
+    offset = _number(config, "index_skip_topk_offset", default=2)
+    return [max(layer - offset + 1, 0) % max(1, every) == 0 for layer in range(count)]
+
+
+def _kv_heads_of(block: object, heads: int) -> int:
+    """Return the heads of keys and values in a block of ``block_configs``; 0 if it has no cache."""
+    attention = block.get("attention") if isinstance(block, Mapping) else None
+    if not isinstance(attention, Mapping):
+        raise _Unknown("its block_configs have entries without attention")
+    if attention.get("no_op") or attention.get("replace_with_linear"):
+        return 0
+    return max(1, heads // _number(attention, "n_heads_in_group"))
+
+
+def _kind_of(name: object, kinds: Mapping[Any, Any]) -> Any:
+    """Return the kind of a layer by its name."""
+    if not isinstance(name, str | int) or name not in kinds:
+        raise _Unknown(f"it has layers of the type {name!r}, which is not known")
+    return kinds[name]
+
+
+def _letters(pattern: object) -> str:
+    """Return a pattern of letters."""
+    if not isinstance(pattern, str):
+        raise _Unknown(f"it has a pattern of layers that is not a text: {pattern!r:.80}")
+    return pattern
+
+
+def _items(value: object) -> list[Any]:
+    """Return the items of a list."""
+    if not isinstance(value, list):
+        raise _Unknown(f"its configuration has {value!r:.80} where a list is expected")
     return value
+
+
+def _optional(config: Mapping[str, Any], *names: str) -> int | None:
+    """Return a number of a configuration by the first of its names; None if it is absent."""
+    for name in names:
+        value = config.get(name)
+        if value is None:
+            continue
+        if type(value) is not int or value < 0:
+            raise InvalidTerms(
+                f"Expected a number for {name} in a model's configuration, got {value!r}. Correct "
+                f"its config.json."
+            )
+        return value
+    return None
+
+
+def _number(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:
+    """Return a number of a configuration by the first of its names."""
+    value = _optional(config, *names)
+    if value is not None:
+        return value
+    if default is None:
+        raise _Unknown(f"its configuration has no {' or '.join(names)}")
+    return default

@@ -4,6 +4,7 @@ and without, and its errors."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -25,6 +26,7 @@ from support.small_backends import small_backend, wipe
 
 import portakv
 from portakv.cli import main
+from portakv.cli.sides import read_bytes
 from portakv.layout.picture import draw
 from portakv.layout.presets import PRESETS
 from portakv.registry.registry import REGISTRY
@@ -59,9 +61,11 @@ NOT_UNDERSTOOD = {
     "nonsense": "invalid choice",
     "explian": "Did you mean 'explain'?",
     "layouts epd opaque": "opaque",
-    "backends cpu": "usage: portakv backends",
-    "doctor cpu": "usage: portakv doctor",
-    "demo foo": "usage: portakv demo",
+    "backends cpu": "portakv backends: error: unrecognized arguments: cpu",
+    "doctor cpu": "`portakv doctor --help` lists all options.",
+    "demo foo": "portakv demo: error: unrecognized arguments: foo",
+    "bench --nope": "portakv bench: error: unrecognized arguments: --nope",
+    "conform cpu --nope": "portakv conform: error: unrecognized arguments: --nope",
     "backends --device": "expected one argument",
     "explain": "SRC_LAYOUT, DST_LAYOUT",
     "explain epd": "SRC_LAYOUT, DST_LAYOUT",
@@ -103,7 +107,9 @@ def test_what_is_not_understood_ends_with_2(line: str, capsys: pytest.CaptureFix
         main(line.split())
     captured = capsys.readouterr()
     assert (ended.value.code, captured.out) == (2, "")
-    assert "error: " in captured.err
+    first, *more = captured.err.splitlines()
+    assert ": error: " in first
+    assert len(more) == 1  # which command lists the options
     assert NOT_UNDERSTOOD[line] in captured.err
 
 
@@ -259,7 +265,7 @@ def test_backends_under_a_forced_name(monkeypatch: pytest.MonkeyPatch) -> None:
 # portakv layouts
 
 
-@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("columns", [80, 100, 120])
 @pytest.mark.usefixtures("either")
 def test_layouts_show_every_name_whole(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -270,12 +276,50 @@ def test_layouts_show_every_name_whole(columns: int, monkeypatch: pytest.MonkeyP
     assert "\x1b" not in out
     assert "…" not in out
     firsts = [line.split()[0] for line in lines if line and not line.startswith(" ")]
-    assert [name for name in firsts if name in PRESETS] == list(PRESETS)
-    if columns == 120:  # wide enough for one line each
+    shown = [name for name in firsts if name in PRESETS]
+    assert sorted(shown) == sorted(PRESETS)
+    numbered = [name for name in PRESETS if name.startswith("lmcache-")]
+    assert shown[-len(numbered) :] == numbered
+    if columns >= 100:  # wide enough for one line each
         for p in PRESETS.values():
             row = next(line for line in lines if line.split()[:1] == [p.name])
-            assert row.split() == f"{p.name} {p.layout} {p.engine} {p.releases}".split()
+            releases = p.releases if columns == 120 else ""
+            assert row.split() == f"{p.name} {p.layout} {p.engine} {releases}".split()
     assert f"{len(PRESETS)} layouts." in out
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("0", 0),
+        ("32768", 32768),
+        ("7B", 7),
+        ("2KB", 2000),
+        ("2 kb", 2000),
+        ("2KiB", 2048),
+        ("2K", 2048),
+        ("3MB", 3_000_000),
+        ("3MiB", 3 * 1048576),
+        ("2GB", 2_000_000_000),
+        ("2GiB", 2 * 1073741824),
+        ("2G", 2 * 1073741824),
+        ("1TB", 1_000_000_000_000),
+        ("1tib", 1099511627776),
+    ],
+)
+def test_bytes_have_the_units_of_their_names(text: str, nbytes: int) -> None:
+    assert read_bytes(text, least=0) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "1.5G", "2GiBs", "2PB", "2 Gi B", "G"])
+def test_bytes_of_another_unit_are_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="such as 32768, 64MB or 64MiB"):
+        read_bytes(text)
+
+
+def test_a_run_of_gigabytes_is_that_of_the_name() -> None:
+    report = run_json("explain", "--host", "--run-bytes", "2GB", "--device", "cpu")
+    assert report["bytes"] == 2_000_000_000
 
 
 def test_layouts_as_json() -> None:

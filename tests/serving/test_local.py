@@ -57,6 +57,37 @@ def test_a_folder_that_others_may_write_is_refused(tmp_path: Path) -> None:
         StoreTerms.of({"folder": str(file)})
 
 
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    """Nothing stays in a folder that can be."""
+    for folder in (tmp_path, tmp_path / "a", tmp_path / "a/b"):
+        StoreTerms.of({"folder": str(folder)}).check_usable()
+    assert [*tmp_path.iterdir()] == []
+    for wrong in ("/proc/x", "/sys/x/y"):
+        terms = StoreTerms.of({"folder": [str(tmp_path), wrong]})
+        with pytest.raises(InvalidTerms, match=f"can make and write, got '{wrong}'"):
+            terms.check_usable()
+        with pytest.raises(InvalidTerms, match="can make and write"):
+            page_store(terms, "model", [PageSize(4096)])
+        StoreTerms.of({"folder": wrong, "shared": "attach"}).check_usable()  # a server makes it
+
+
+@pytest.mark.parametrize("name", ["staging", "capacity", "host"])
+def test_terms_without_room_for_the_smallest_block_are_refused(name: str, tmp_path: Path) -> None:
+    """It takes a header and a page, 8,192 bytes."""
+    folder = {} if name == "host" else {"folder": str(tmp_path)}
+    StoreTerms.of({**folder, name: 8192})
+    with pytest.raises(InvalidTerms, match=f"{name}.* to have room for a block of 8192 bytes"):
+        StoreTerms.of({**folder, name: 8191})
+    attached = {"folder": str(tmp_path), "shared": "attach"}
+    StoreTerms.of({**attached, name: 8191})  # the sizes of the server count
+
+
+def test_each_folder_needs_room() -> None:
+    StoreTerms.of({"folder": ["a", "b"], "capacity": 16384})
+    with pytest.raises(InvalidTerms, match="capacity of each folder"):
+        StoreTerms.of({"folder": ["a", "b"], "capacity": 16383})
+
+
 def test_an_index_knows_what_its_store_has() -> None:
     """And nothing before the store was opened, or after it was closed."""
     index = LocalIndex.of("an engine")
