@@ -129,7 +129,7 @@ def test_a_block_fits_or_not_to_the_byte(room: int, starts: bool, tmp_path: Path
     """A stored block has 64 tokens of 128 bytes, and a header of 4,096 bytes."""
     image = 4096 + 64 * (2 * HEADS * DIM * 2)
     for name in ("staging", "capacity"):
-        config = config_with(tmp_path / name, **{name: image + room})
+        config = config_with(tmp_path / name, block_size=64, **{name: image + room})
         assert (checked(config, tmp_path) == []) == starts
         if starts:
             start(config)
