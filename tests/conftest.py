@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 import pytest
+from support import simulated
 
 pytest_plugins = ["support.own_process"]
 
@@ -36,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     # Inductor would compile for 20 s to learn whether the compiler knows this CPU's vectors.
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+    simulated.begin(config)
     config.pluginmanager.import_plugin("support.collecting")
     if not hands_out_tests(config):
         config.pluginmanager.import_plugin("support.running")

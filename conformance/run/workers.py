@@ -34,8 +34,9 @@ _PROGRESS = 2  # cases that have to end between two losses, so that they are not
 _POLL = 0.02  # seconds between two looks at the workers
 # Threads of each of several concurrent workers: two, so that kernels with threads still run so.
 _LEAST_THREADS = 2
-# Seconds before the first case: torch and the backend load, the simulated device may be built.
-_STARTING = 600.0
+# Seconds before the first case: torch and the backend load, and the simulated device may be built,
+# which takes many times as long on a busy machine.
+_STARTING = 3600.0
 ENDING = 60.0  # seconds that a worker may take to end after its last case
 _STACKS_WAIT = 3.0  # seconds that a process may take to write its stacks
 _TAIL = 6000  # characters of what a worker printed that a report keeps

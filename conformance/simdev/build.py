@@ -8,7 +8,6 @@ import fcntl
 import os
 import platform
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,11 +22,6 @@ _SOURCES = [
     Path(__file__).with_name(n) for n in ("device.cpp", "operators.h", "memory.h", "jobs.h")
 ]
 _COMPILERS = ("g++", "clang++", "c++")
-#: Seconds for which a process waits for another one that builds. A compiler has 600; a builder that
-#: was stopped has its lock for ever.
-LONGEST_WAIT = 660.0
-#: Seconds between two looks at the lock.
-PAUSE = 0.05
 
 
 class SimulatedDeviceError(BackendUnavailable):
@@ -55,6 +49,16 @@ def load_library() -> None:
     Raises:
         SimulatedDeviceError: no compiler, or it failed.
     """
+    ctypes.CDLL(cpp.in_memory("portakv_simdev", library()))
+
+
+def library() -> bytes:
+    """Return the device's library, built unless a process with this source, torch and compiler
+    built it before. The compiler has no limit of time.
+
+    Raises:
+        SimulatedDeviceError: no compiler, or it failed.
+    """
     compiler = cpp.compiler(*_COMPILERS)
     if (why := missing()) or compiler is None:
         raise SimulatedDeviceError(str(why))
@@ -78,26 +82,25 @@ def load_library() -> None:
     key = [*(source.read_text(encoding="utf-8") for source in _SOURCES), torch.__version__]
     try:
         with one_builder():
-            library = cpp.built(command, [*key, sys.version])
+            return cpp.built(command, [*key, sys.version])
     except cpp.CompilerError as error:
         raise SimulatedDeviceError(
             f"Expected {compiler} to compile the simulated device, got an error ({error}). Install "
             f"a compiler with C++20 (GCC 11 or newer) and the headers of torch. The command was: "
             f"{' '.join(command)}"
         ) from error
-    ctypes.CDLL(cpp.in_memory("portakv_simdev", library))
 
 
 @contextmanager
-def one_builder(seconds: float = LONGEST_WAIT) -> Iterator[None]:
-    """Let one process build while the others wait for its result, at most so many seconds; after
-    that, or without a folder, each builds."""
+def one_builder() -> Iterator[None]:
+    """Let one process build while the others wait for its result. The lock ends with its process.
+    Without a folder for the lock each process builds."""
     folder = kernel_cache.directory()
     handle = None
     with suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle = os.open(folder / "simdev.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        _wait_for(handle, seconds)
+        fcntl.flock(handle, fcntl.LOCK_EX)
     try:
         yield
     finally:
@@ -105,15 +108,3 @@ def one_builder(seconds: float = LONGEST_WAIT) -> Iterator[None]:
             with suppress(OSError):  # also for a process that was forked meanwhile and has it too
                 fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
-
-
-def _wait_for(handle: int, seconds: float) -> None:
-    """Wait for the lock of a file, at most so many seconds."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(PAUSE)
-        else:
-            return

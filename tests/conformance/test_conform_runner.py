@@ -20,6 +20,7 @@ from support import conform_reports
 from support.conform_fake_worker import CLAIM, CORE
 from support.conform_reports import changed, refusals
 from support.conform_runs import RecordingProgress, environment, ran, statuses
+from support.waits import LIMIT
 
 from portakv_conformance.evidence.verdict import case_list_sha256
 from portakv_conformance.judge.device_support import Facility
@@ -230,8 +231,10 @@ def test_a_run_of_another_thread_can_be_interrupted(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("no_worker_stays")
-def test_several_workers_share_the_cases() -> None:
-    behaviours = {f"{CORE}{n}": "slow" for n in range(6)} | {CLAIM + "c": "not-claimed"}
+def test_several_workers_share_the_cases(tmp_path: Path) -> None:
+    """Each of three workers runs a case, since none ends before three have begun one."""
+    behaviours = {f"{CORE}{n}": f"meet 3 {tmp_path}" for n in range(6)}
+    behaviours[CLAIM + "c"] = "not-claimed"
     progress = RecordingProgress()
     record = ran(behaviours, progress, jobs=3)
     assert sorted(progress.ids) == sorted(behaviours), "each is run once"
@@ -245,10 +248,11 @@ def test_several_workers_share_the_cases() -> None:
 
 @pytest.mark.parametrize("how", ["crash", "hang", "leave"])
 def test_a_worker_that_is_lost_disturbs_no_other(how: str) -> None:
-    slow = [f"{CORE}{n}" for n in range(5)]
+    others = [f"{CORE}{n}" for n in range(5)]
     progress = RecordingProgress()
-    behaviours = {slow[0]: "slow", CORE + "bad": how} | dict.fromkeys(slow[1:], "slow")
-    record = ran(behaviours, progress, jobs=2, limit=1.0)
+    behaviours = {others[0]: "pass", CORE + "bad": how} | dict.fromkeys(others[1:], "pass")
+    limit = 10.0 if how == "hang" else LIMIT  # of a case; one that passes takes no second
+    record = ran(behaviours, progress, jobs=2, limit=limit)
     wanted = {**dict.fromkeys(behaviours, "passed"), CORE + "bad": "failed"}
     assert list(statuses(record).items()) == list(wanted.items())
     assert "while this case ran" in record.cases[1].reason
@@ -263,11 +267,19 @@ def test_the_first_failure_stops_all() -> None:
 
 
 @pytest.mark.parametrize("how", ["unavailable", "exit"])
-def test_a_worker_too_many(how: str) -> None:
-    progress = RecordingProgress()
-    slow = {f"{CORE}{n}": "slow" for n in range(4)}
-    record = ran({**slow, "2 start": how}, progress, jobs=2)
-    assert statuses(record) == dict.fromkeys(slow, "passed")
+def test_a_worker_too_many(how: str, tmp_path: Path) -> None:
+    """The cases of the first worker end after the run has said what became of the second."""
+    said = tmp_path / "said"
+
+    class Said(RecordingProgress):
+        def say(self, sentence: str) -> None:
+            super().say(sentence)
+            said.touch()
+
+    progress = Said()
+    cases = {f"{CORE}{n}": f"await {said}" for n in range(4)}
+    record = ran({**cases, "2 start": how}, progress, jobs=2, limit=LIMIT)
+    assert statuses(record) == dict.fromkeys(cases, "passed")
     assert record.verdict == "conformant"
     (sentence,) = progress.sentences
     assert "before it was ready; the others go on" in sentence

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from support import simulated
 from support.conform_runs import ROOT, python
 
 from portakv_conformance.simdev import build
@@ -20,6 +21,33 @@ MODULES = "conformance/test_simdev_device.py", "copy/test_copies.py", "copy/test
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 PYTEST = "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"
 run = partial(python, SIMDEV_NAME="simdev")
+
+
+def test_the_simulated_device_is_compiled() -> None:
+    """The one test that fails if the compiler does; those that need the device are skipped."""
+    assert (why := simulated.built()) is None, why
+
+
+ONE = "test_the_simulated_device_is_compiled"
+
+
+def test_if_the_compiler_fails_one_test_fails_and_the_others_are_skipped(tmp_path: Path) -> None:
+    """It is called once. Without any compiler no test fails."""
+    compiler = tmp_path / "compiler"
+    log = tmp_path / "log"
+    compiler.write_text(f"#!/bin/sh\necho called >>{log}\necho 'error: no room' >&2; exit 1\n")
+    compiler.chmod(0o755)
+    words = [*PYTEST, "-rs", "-k", f"{ONE} or says_what_it_is or padding_and_block_tables"]
+    files = "conformance/test_conform_simdev.py", "backends/test_mlu.py", MODULES[0]
+    modules = [str(ROOT / "tests" / file) for file in files]
+    clean = {"PORTAKV_CACHE_DIR": str(tmp_path), simulated.VARIABLE: ""}
+    done = python(*words, *modules, CXX=str(compiler), **clean)
+    assert re.search(r"^1 failed, (\d+ passed, )?[1-9]\d* skipped", done.stdout, re.MULTILINE), done
+    assert "compile the simulated device, got an error (error: no room)" in done.stdout
+    assert log.read_text().count("called") == 2  # its version, and the device
+    done = python(*words, *modules, CXX=str(tmp_path / "none"), **clean)
+    assert "no C++ compiler" in done.stdout
+    assert "failed" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -97,17 +125,6 @@ def test_processes_that_start_together_build_it_once(tmp_path: Path) -> None:
 def lock_of(folder: Path) -> int:
     """Return a descriptor of the builders' lock file, which has no lock."""
     return os.open(folder / "simdev.lock", os.O_RDWR | os.O_CREAT, 0o600)
-
-
-def test_a_builder_that_hangs_is_not_waited_for_for_ever(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PORTAKV_CACHE_DIR", str(tmp_path))
-    hanging = lock_of(tmp_path)
-    fcntl.flock(hanging, fcntl.LOCK_EX)
-    with build.one_builder(0.0):
-        pass  # it builds itself
-    os.close(hanging)
 
 
 def test_a_process_that_was_forked_meanwhile_does_not_keep_the_lock(

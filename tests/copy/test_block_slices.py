@@ -396,18 +396,18 @@ def test_a_child_of_the_process_is_told_that_the_parent_goes_on(gate: Gate) -> N
 
 
 PROGRAM = """
-import atexit, sys, time
-atexit.register(lambda: print(time.time()))  # after the handlers of imported modules
+import sys, time
 import torch
 from portakv import Index, KVView, copy_blocks
+from portakv.runtime import worker
 
+worker.EXIT_SECONDS = 86400.0  # the copy is stopped, not waited for
 src, dst = (torch.zeros(64, 2, 1 << 16, dtype=torch.uint8) for _ in range(2))
 views = [KVView(x, "block token dim") for x in (src, dst)]
 ids = list(range(64))
-transfer = copy_blocks(views[0], views[1], ids, ids, max_gbps=1e-4)  # more than a minute
+transfer = copy_blocks(views[0], views[1], ids, ids, max_gbps=1e-9)  # it would take days
 while not transfer.statistics.slices:
     time.sleep(0.001)
-print(time.time())
 {end}
 """
 
@@ -426,6 +426,3 @@ def test_the_end_of_the_interpreter(end: str, code: int) -> None:
     assert done.returncode == code, done.stderr
     assert ("SystemError" in done.stderr) is (code == 1)
     assert "thread" not in done.stderr
-    # It is stopped, not waited for in vain.
-    began, ended = map(float, done.stdout.split())
-    assert ended - began < worker.EXIT_SECONDS * 0.9

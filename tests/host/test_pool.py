@@ -22,6 +22,7 @@ from support.guarded_memory import refused
 from support.pinned_runtime import claimed
 from support.pool_processes import Child, unused_name
 from support.threads import run_threads
+from support.waits import LIMIT
 
 from portakv.errors import InvalidTerms, SlotError
 from portakv.host import _pages, _registration, pinned
@@ -73,16 +74,13 @@ def test_waiting_ends_by_time_or_a_release(make: Make, monkeypatch: pytest.Monke
     monkeypatch.setattr("portakv.host.pool.GROW_AGAIN", 9)  # a release notifies
     with make(1) as pool:
         block = pool.acquire()
-        began = time.monotonic()
         for short in (0.05, Fraction(1, 20)):
             with pytest.raises(PoolExhausted, match=r"within 0.05 s"):
                 pool.acquire(wait=True, timeout=short)
-        assert time.monotonic() - began >= 0.1
-        for timeout in (None, 30, float("inf"), 1e300):
+        for timeout in (None, LIMIT, float("inf"), 1e300):
             threading.Timer(0.02, block.release).start()
             block = pool.acquire(wait=True, timeout=timeout)
             assert block.index == 0
-        assert time.monotonic() - began < 8
         block.release()
 
 

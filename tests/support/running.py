@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, settings
 from portakv.interconnect import link
 from portakv.runtime import cuda
 from portakv_conformance import simdev
-from support import patch_points
+from support import patch_points, simulated
 from support.collecting import NO_GPU, OPT_IN
 
 MANY_MODULES = 100
@@ -238,7 +238,15 @@ def _let_loggers_propagate() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Load the simulated device before the first test that needs it."""
-    if item.get_closest_marker("simdev"):
+    own = item.get_closest_marker("own_process")
+    simulates = item.get_closest_marker("simdev") is not None
+    if not simulates and (own is None or not own.args[0]):
+        return
+    if simdev.available() is not None:
+        return  # it is marked to be skipped
+    if why := simulated.built():
+        pytest.skip(f"The simulated device was not compiled. {why}")
+    if simulates:
         simdev.load(os.environ.get("SIMDEV_NAME", "simdev"))
 
 
