@@ -24,6 +24,7 @@ from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import streams
 from portakv.runtime.devices import capturing, inside, refuse_capture, resolve, usual_device
 from portakv.runtime.transfer import Transfer
+from portakv.runtime.writable import READ_ONLY, writable
 
 #: Torch copies narrower rows, and packs them first. A copy engine takes some 55 ns a row, however
 #: few its bytes (rows of 512 bytes reach 0.16 of the link, benchmarks/NOTES.md 11), so rows of 4
@@ -176,6 +177,9 @@ def _copy(
     if not nbytes:
         return Copied(direction, "nothing", "there are no bytes", 0, True, Transfer())
     check_disjoint(dst, src)
+    first = dst.data_ptr()
+    if dst.is_cpu and not writable(first, first + _reach(dst)):
+        raise LayoutError(f"Expected a writable destination, got a tensor: {READ_ONLY}.")
     if not devices:
         _write(dst, src, False)
         return Copied(direction, "torch", "both tensors are on the host", nbytes, True, Transfer())

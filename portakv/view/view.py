@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from itertools import product
 from operator import index, methodcaller
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
@@ -24,10 +25,20 @@ from portakv.layout.encodings import Encoding
 from portakv.layout.language import Layout
 from portakv.runtime.devices import capturing, refuse_capture, usable_device
 from portakv.runtime.transfer import event_pool
+from portakv.runtime.writable import READ_ONLY, writable
 from portakv.view.addresses import RawMemory, RawRows, read_addresses
-from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
+from portakv.view.bound import (
+    BoundLayout,
+    Facts,
+    Rows,
+    Spans,
+    as_dtype,
+    bind_layout,
+    reach,
+)
 from portakv.view.bound import Tensors as Tensors
-from portakv.view.form import ALIASED, locate, same_form
+from portakv.view.form import PART_AXES, locate, same_form
+from portakv.view.overlap import shared_axes, shared_by_addresses
 from portakv.view.slices import cover, regions, slice_form, slice_range, spans_within, storage_edges
 
 T = TypeVar("T")
@@ -445,19 +456,50 @@ class KVView:
         """Raise `LayoutError` if this view cannot be a destination."""
         why = self._unwritable
         if why is None:
-            why = self.form.unwritable
-            if self.requires_grad:
-                why = "it requires grad. Pass tensor.detach()"
-            elif self.form.place == "peer":
-                why = "a peer's rows are only read. Let its own device read the source"
-            elif not why and self._origins is not None and len(self._origins) > 1:
-                planes = [self.origins[entry] + offset for entry, offset in self.form.planes]
-                distinct = all(len(set(each)) == len(each) for each in (planes, self.origins))
-                why = "" if distinct else ALIASED
-            if self.known:  # else the addresses may be read back later
+            why = self._why_unwritable()
+            pageable = self.form.place == "pageable"
+            if not why and pageable and not all(writable(*span) for span in self.spans):
+                why = READ_ONLY  # not remembered: the caller may map the memory anew
+            elif self.known:  # else the addresses may be read back later
                 self._unwritable = why
         if why:
             raise LayoutError(f"Expected a writable destination, got {self.layout.text!r}: {why}.")
+
+    def _why_unwritable(self) -> str:
+        """Return why no memory with these addresses can be a destination; empty if it can."""
+        form = self.form
+        if self.requires_grad:
+            return "it requires grad. Pass tensor.detach()"
+        if form.place == "peer":
+            return "a peer's rows are only read. Let its own device read the source"
+        count = None
+        if self._raw is None or self._raw.nbytes:
+            count = self.slots // (form.block_size or 1)
+        axes = shared_axes(form, count)
+        if not axes and self._origins is not None and len(self._origins) > 1:
+            axes = shared_by_addresses(form, count, self.addresses)
+        if not axes:
+            return ""
+        for part, name in product(form.parts, axes):
+            steps = part.axis(name) if name in PART_AXES else ()
+            if any(step.stride == step.table == 0 for step in steps):
+                containers = self.layout.containers
+                listed = any(each.axis == name for group in containers for each in group.factors)
+                remedy = f"separate memory for each {name}" if listed else "tensor.contiguous()"
+                return (
+                    f"its {name!r} axis has stride 0, so that several rows share one place. Pass "
+                    f"{remedy}"
+                )
+        if {*axes} <= {"", "kv", "layer"}:
+            return (
+                "two of its planes lie at one address, so that one would overwrite the other. Pass "
+                "separate memory for each"
+            )
+        apart = " and ".join(repr(name) for name in axes if name)
+        return (
+            f"two of its rows, which are apart along {apart}, share bytes. Pass tensors whose rows "
+            f"share none, such as tensor.contiguous()"
+        )
 
     def strided(
         self,

@@ -24,7 +24,6 @@ def test_a_copied_form_is_the_same_form(name: str) -> None:
     for again in (copy.copy(form), copy.deepcopy(form), pickle.loads(pickle.dumps(form))):
         assert again == form
         assert hash(again) == hash(form)
-        assert again.unwritable == form.unwritable
 
 
 @pytest.mark.full
