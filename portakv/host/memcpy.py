@@ -310,6 +310,11 @@ def _check_alike(dst: Tensor, src: Tensor) -> None:
                 f"that is {tensor.layout}, nested or inside torch.vmap or its like. Copy its "
                 "inner tensors."
             )
+        if tensor.is_quantized:
+            raise LayoutError(
+                f"Expected the {name} of a copy to be a tensor whose bytes are its values, got a "
+                f"quantized one. Pass tensor.int_repr()."
+            )
     if dst.dtype != src.dtype:
         raise LayoutError(
             f"Expected one dtype, got a copy from {src.dtype} to {dst.dtype}. A copy neither "

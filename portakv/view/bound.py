@@ -395,6 +395,12 @@ def _one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
         if tensor.layout is not _STRIDED or tensor.is_nested:
             kind = "nested" if tensor.is_nested else tensor.layout
             raise LayoutError(f"Expected strided tensors, got a {kind} one. Pass a strided copy.")
+        if tensor.is_quantized:
+            raise LayoutError(
+                f"Expected tensors whose bytes are their values, got a quantized one of "
+                f"{tensor.dtype}, whose scale a copy does not move. Pass tensor.int_repr(), and "
+                f"keep the scale and zero point yourself."
+            )
         if device.type != "meta" and tensor.numel() and not address_of(tensor):
             raise LayoutError(
                 f"Expected allocated tensors, got {kind_of(tensor)} of shape "

@@ -17,6 +17,7 @@ from support.core_cases import noise
 from support.presets_cases import KINDS, side
 
 from portakv import KVView, LayoutError
+from portakv.host import memcpy
 from portakv.view.bound import BoundLayout, bind_layout
 from portakv.view.example import example_tensors
 from portakv_conformance.judge.memory import Memory
@@ -217,6 +218,26 @@ REFUSED: list[tuple[Any, str, dict[str, Any], str]] = [
     (noise(5, 8), "token dim", {"head": 2}, r"heads and dim, got head\. Declare"),
     (noise(5, 8), "token dim", {"dtype": torch.half}, r"and dim, got dtype\. .* kv_layout"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_quantized_tensors_are_refused(listed: bool) -> None:
+    """Their bytes are numbers of a scale, which no copy moves."""
+    rows = torch.ones(4, 8, device="cpu")
+    scales = torch.ones(4, device="cpu")
+    zeros = torch.zeros(4, device="cpu")
+    for tensor in (
+        torch.quantize_per_tensor(rows, 0.1, 0, torch.qint8),
+        torch.quantize_per_channel(rows, scales, zeros, 0, torch.quint8),
+    ):
+        with pytest.raises(
+            LayoutError, match=r"values, got a quantized one .* tensor.int_repr\(\)"
+        ):
+            KVView([tensor], "layer | token dim") if listed else KVView(tensor, "token dim")
+        with pytest.raises(LayoutError, match="quantized"):
+            memcpy.copy_(tensor, tensor)
+        KVView(tensor.int_repr(), "token dim").check_writable()
 
 
 @pytest.mark.parametrize(("tensors", "layout", "extents", "why"), REFUSED)
