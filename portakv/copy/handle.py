@@ -83,8 +83,8 @@ def _skipped(tokens: int, indices: Sequence[Index]) -> int:
 class BlockTransfer(Transfer):
     """The handle of a copy. It does not keep the views of its copy alive.
 
-    Its ``worker`` issues what is not issued yet. ``skips``: False if no id on the host skips a
-    position.
+    It raises the versions of the destination's tensors (`KVView.note_written`). Its ``worker``
+    issues what is not issued yet. ``skips``: False if no id on the host skips a position.
     """
 
     __slots__ = ("_began", "_block", "_ended", "_form", "_layers", "_requested", "_worker")
@@ -113,6 +113,8 @@ class BlockTransfer(Transfer):
         self._worker = worker
         self._layers = layers
         self._ended: float | None = None if transfer.completions else perf_counter()
+        if move.count:
+            move.dst.note_written()
         counts = Counted.counts
         if counts is not None and move.count:
             counts.new.append((transfer.carried[0], form.place, move.dst.form, move.count))

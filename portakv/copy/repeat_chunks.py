@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 
 import torch
+from torch.autograd.graph import increment_version
 
 from portakv.backends.base import Again
 from portakv.copy.counting import TOGETHER, CopyCounts, Counted
@@ -94,6 +95,10 @@ class ChunkRepeats:
         sides = (first_id, address) if store else (address, first_id)
         repeat.again(*sides, start, count, 0 if word is None else word.address)
         event.record()
+        if store:
+            increment_version(chunk)
+        else:
+            self._cache.note_written()
         retained = chunk, ids, self._cache
         counts = Counted.counts
         if counts is not None:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Stream, Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.graph import increment_version
 
 from portakv.deprecation import warn_former
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
@@ -195,6 +196,7 @@ def _copy(
         late = non_blocking
         places = (dst.data_ptr(), src.data_ptr(), direction == "h2d")
         _cuda_driver.copy_pitched(*places, rows, device, stream)
+        increment_version(dst)  # as torch's copy_ does
     else:
         late = _copy_by_torch(dst, src, host, ready, non_blocking, stream)
     method = "torch" if rows is None else "memcpy2d"

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 from torch import Stream, Tensor
+from torch.autograd.graph import increment_version
 
 from portakv.deprecation import warn_former
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
@@ -151,6 +152,8 @@ def to_device(
         issue = by_copy if chosen == "copy" else target.kernels.mapped
         issue(into, slot, array.nbytes, stream)
         streams.completion(target_device, stream, slot.memory)  # retains the slot until it was read
+    if out is not None:
+        increment_version(out)
     return into
 
 
@@ -233,6 +236,7 @@ class SmallCopy:
             streams.check_stream(stream, self._device)
             streams.follow_current(stream, *(() if captures else (out,)))
         self._send(array, out, stream, captures)
+        increment_version(out)
         return out if count == most else out.view(-1)[:count]
 
     def refill(self, values: Values) -> None:

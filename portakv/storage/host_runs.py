@@ -7,8 +7,6 @@ from __future__ import annotations
 import ctypes
 import os
 
-import torch
-
 from portakv.copy.options import USUAL, CopyOptions
 from portakv.copy.rows import copy_rows as copy_rows
 from portakv.plan.plan import CopyPlan
@@ -42,9 +40,7 @@ def copy_long_runs(
         runs.src.tolist(), runs.dst.tolist(), runs.nbytes.tolist(), strict=True
     ):
         ctypes.memmove(end, begin, nbytes)
-    for owner in dst.owners:
-        if not owner.is_inference():
-            torch.autograd.graph.increment_version(owner)  # as torch's own copies do
+    dst.note_written()
     return True
 
 

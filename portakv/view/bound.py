@@ -114,7 +114,7 @@ class BoundLayout:
         return (form, (address,), (tensors,), spans), slots, device, tensors.requires_grad
 
     def _read_all(self, tensors: Tensors) -> Facts:
-        flat, sizes = _flatten(self.layout, tensors)
+        flat, sizes = flatten_tensors(self.layout, tensors)
         device = _one_device(flat)
         begins = [tensor.data_ptr() for tensor in flat]
         place = "device"
@@ -269,7 +269,7 @@ def bind_layout(
     return _bound(text, tuple(sorted(declared.items())), bits, as_encoding(encoding))
 
 
-def _flatten(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[int]]:
+def flatten_tensors(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[int]]:
     """Return the tensors inside nested containers in order, and the extent of each level."""
     sizes: list[int] = []
     level: list[Any] = [tensors]

@@ -7,7 +7,7 @@ Addresses come from ``data_ptr()`` and strides, never from contiguity, the numbe
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from itertools import product
@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.autograd.graph import increment_version
 
 from portakv.arguments import shown
 from portakv.deprecation import warn_former
@@ -34,6 +35,7 @@ from portakv.view.bound import (
     Spans,
     as_dtype,
     bind_layout,
+    flatten_tensors,
     reach,
 )
 from portakv.view.bound import Tensors as Tensors
@@ -87,6 +89,7 @@ class KVView:
         "_spans",
         "_table",
         "_unwritable",
+        "_written",
         "derived",
         "device",
         "form",
@@ -225,6 +228,7 @@ class KVView:
         self.temporary = not (persistent or raw)
         self._memory: tuple[tuple[torch.UntypedStorage, int, int], ...] | None = None
         self._unwritable: str | None = None
+        self._written: tuple[torch.Tensor, ...] | None = None  # see `note_written`
         self.derived: dict[Hashable, Any] = {}
         if persistent:
             # Aliases keep the memory that was read, also if a caller gives a tensor another one.
@@ -500,6 +504,38 @@ class KVView:
             f"two of its rows, which are apart along {apart}, share bytes. Pass tensors whose rows "
             f"share none, such as tensor.contiguous()"
         )
+
+    def note_written(self) -> None:
+        """Raise the version of each tensor of this view, as torch does when it writes in place.
+
+        So autograd notices if a copy overwrites a tensor that it saved for a backward pass. Raw
+        memory has no versions, nor have tensors that were made in inference mode.
+        """
+        tensors = self._written
+        if tensors is None:
+            tensors = self._written = self._with_versions()
+        increment_version(tensors)
+
+    def _with_versions(self) -> tuple[torch.Tensor, ...]:
+        """Return a tensor for each version of this view: views of one tensor share it."""
+        if self._raw is not None:
+            return ()
+        if not self.layout.containers:
+            return self.owners
+        # A table has only the first of tensors that lie at equal distances, and a slice has all
+        # tensors of its view.
+        flat, _ = flatten_tensors(self.layout, self.tensors)
+        written = {}
+        spans = self.spans
+        lasts = [past for _, past in spans]
+        for tensor in flat:
+            begin = tensor.data_ptr()
+            past = begin + reach(tensor.shape, tensor.stride()) * tensor.itemsize
+            at = bisect_right(lasts, begin)
+            if at < len(spans) and spans[at][0] < past:
+                base = tensor if tensor._base is None else tensor._base
+                written[id(base)] = base
+        return tuple(written.values())
 
     def strided(
         self,
