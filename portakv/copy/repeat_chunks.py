@@ -180,13 +180,25 @@ def _kind(store: bool, chunk: torch.Tensor, address: int, ids: torch.Tensor) -> 
 class _ChunkRepeat:
     """One kind of copy: a chunk of one form, ids of one dtype, one direction."""
 
-    __slots__ = ("_firsts", "_index", "_pasts", "_reach", "_slots", "again", "carried")
+    __slots__ = (
+        "_block",
+        "_firsts",
+        "_index",
+        "_pasts",
+        "_reach",
+        "_slots",
+        "_tokens",
+        "again",
+        "carried",
+    )
 
     def __init__(
         self, cache: KVView, chunk: KVView, again: Again, carried: tuple[str, str]
     ) -> None:
         self.again = again
         self.carried = carried
+        self._tokens = chunk.slots
+        self._block = chunk.form.block_size or 1
         self._slots = min(chunk.slots, again.most)
         self._index = chunk.device.index
         ((first, past),) = chunk.spans
@@ -213,9 +225,9 @@ class _ChunkRepeat:
         )
 
     def tokens(self, start: int, end: object, length: int) -> int:
-        """Return the tokens of a range of the ids; 0 if a chunk does not hold them, or if the range
-        is wrong."""
-        if end is None:
+        """Return the tokens of a range of the ids; 0 if the range is wrong, or if a chunk does not
+        hold them, or if it holds more and the range has no end."""
+        if end is None and 0 <= self._tokens - (length - start) < self._block:
             end = length
         if type(end) is not int or not 0 <= start < end <= length:
             return 0

@@ -19,6 +19,7 @@ from torch import Stream, Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import increment_version
 
+from portakv.arguments import flag
 from portakv.deprecation import warn_former
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
 from portakv.runtime import cuda as _cuda_driver
@@ -165,6 +166,7 @@ def _copy(
     dst: Tensor, src: Tensor, non_blocking: bool, stream: Stream | None, *wanted: str
 ) -> Copied:
     """Copy as `copy_`, in one of the wanted directions; without any: in every direction."""
+    flag("non_blocking", non_blocking)
     _check_alike(dst, src)
     direction = direction_of(dst, src)
     if wanted and direction not in wanted:

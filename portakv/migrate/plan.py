@@ -21,7 +21,7 @@ from portakv.migrate.messages import Box, Part, Ticket
 from portakv.migrate.shards import Piece, Shard, pieces, slices
 from portakv.migrate.staging import page_of, rows_bytes
 from portakv.view import Index, KVView
-from portakv.view.index import Ids
+from portakv.view.index import Ids, index_of
 
 _ANY = 1 << 62  # slots of an owner whose memory is not mapped: the owner checks the ids
 Lists = tuple[Index, list[Index]]  # of a group: the reader's index, and the index of each owner
@@ -159,7 +159,7 @@ def indices_of(shards: Sequence[Shard], blocks: Sequence[Ids | None]) -> list[In
         )
     try:
         return [
-            Index.of(ids, shard.view.block_size or 1).apart()
+            index_of(ids, shard.view.block_size or 1).apart()
             for shard, ids in zip(shards, blocks, strict=True)
         ]
     except (SlotError, LayoutError):

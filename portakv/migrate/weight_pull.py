@@ -13,9 +13,8 @@ from weakref import ref
 
 import torch
 
-from portakv.arguments import flag, instance, invalid, items, seconds
+from portakv.arguments import flag, instance, invalid, items, rate, seconds
 from portakv.errors import PeerError, TransferError
-from portakv.interconnect.strategy import Terms
 from portakv.migrate.channel import Channel
 from portakv.migrate.parameters import (
     Parameters,
@@ -113,7 +112,8 @@ def checked(
     instance("channel", channel, Channel)
     flag("some", some)
     parameters, tensors, plans = _checked_destinations(parameters)
-    rate = Terms(max_gbps=max_gbps).max_gbps
+    if max_gbps is not None:
+        rate("max_gbps", max_gbps)
     devices = frozenset({tensor.device for tensor in tensors.values()})
     if any(map(capturing, devices)):
         raise refuse_capture("Pulling weights", "processes exchange messages; do it before")
@@ -128,7 +128,7 @@ def checked(
         devices=devices,
         plans=plans,
         some=some,
-        rate=rate,
+        rate=max_gbps,
         limit=limit,
         until=until,
         transport=transport,

@@ -377,7 +377,7 @@ def available_device(device: torch.device | str) -> torch.device:
         # This is a `Named` if torch has no such device: a probe reads only the type.
         decisions = REGISTRY.trace(cast(torch.device, absent.device), here=False)
         # torch still has no such device, or the name is not one of torch.
-        with suppress(DeviceAbsent, RuntimeError, TypeError):
+        with suppress(DeviceAbsent, RuntimeError, TypeError, ValueError):
             torch.device(device)  # a candidate's import may have added it to torch
             return indexed(device)
         todo = "Fix that, or pass" if absent.known else "Pass"

@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from itertools import product
-from operator import index, methodcaller
+from operator import methodcaller
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch.autograd.graph import increment_version
 
-from portakv.arguments import shown
+from portakv.arguments import as_whole, shown
 from portakv.deprecation import warn_former
 from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout.encodings import Encoding
@@ -595,11 +595,10 @@ class KVView:
             LayoutError: no strided tensor can show it (`Form.unshown` has the reason), or its rows
                 do not begin and end at whole numbers of ``dtype``.
         """
-        try:
-            there = 0 <= index(layer) < self.layers and 0 <= index(kv) < self.kv
-        except TypeError:
-            there = False
-        if not there:
+        at_layer = as_whole(layer)
+        at_kv = as_whole(kv)
+        known = at_layer is not None and at_kv is not None
+        if not known or not (0 <= at_layer < self.layers and 0 <= at_kv < self.kv):
             raise LayoutError(
                 f"Expected layer and kv of a plane to be integers that count from 0, below "
                 f"{self.layers} and {self.kv}, got layer {layer!r} and kv {kv!r}. Pass others."
