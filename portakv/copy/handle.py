@@ -19,6 +19,7 @@ from portakv.errors import TransferError
 from portakv.plan.move import Move
 from portakv.runtime.transfer import NOTHING, Transfer
 from portakv.runtime.worker import Worker
+from portakv.view.destination import note_written
 from portakv.view.form import Form
 from portakv.view.index import Index
 
@@ -83,7 +84,7 @@ def _skipped(tokens: int, indices: Sequence[Index]) -> int:
 class BlockTransfer(Transfer):
     """The handle of a copy. It does not keep the views of its copy alive.
 
-    It raises the versions of the destination's tensors (`KVView.note_written`). Its ``worker``
+    It raises the versions of the destination's tensors (`note_written`). Its ``worker``
     issues what is not issued yet. ``skips``: False if no id on the host skips a position.
     """
 
@@ -114,7 +115,7 @@ class BlockTransfer(Transfer):
         self._layers = layers
         self._ended: float | None = None if transfer.completions else perf_counter()
         if move.count:
-            move.dst.note_written()
+            note_written(move.dst)
         counts = Counted.counts
         if counts is not None and move.count:
             counts.new.append((transfer.carried[0], form.place, move.dst.form, move.count))

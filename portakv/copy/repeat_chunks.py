@@ -29,6 +29,7 @@ from portakv.runtime.transfer import (
     end_of_launch,
     event_pool,
 )
+from portakv.view.destination import note_written
 from portakv.view.index import Ids, Index
 from portakv.view.view import KVView
 
@@ -95,10 +96,7 @@ class ChunkRepeats:
         sides = (first_id, address) if store else (address, first_id)
         repeat.again(*sides, start, count, 0 if word is None else word.address)
         event.record()
-        if store:
-            increment_version(chunk)
-        else:
-            self._cache.note_written()
+        _note_written(store, chunk, self._cache)
         retained = chunk, ids, self._cache
         counts = Counted.counts
         if counts is not None:
@@ -162,6 +160,14 @@ def _count(counts: CopyCounts, repeat: _ChunkRepeat, cache: KVView, tokens: int)
     counts.new.append((repeat.carried[0], "device", cache.form, tokens))
     if len(counts.new) >= TOGETHER:
         counts.sum_up()
+
+
+def _note_written(store: bool, chunk: torch.Tensor, cache: KVView) -> None:
+    """Raise the versions of a copy's destination."""
+    if store:
+        increment_version(chunk)
+    else:
+        note_written(cache)
 
 
 def _word_for(slot_mapping: object) -> StatusWord | None:

@@ -180,9 +180,7 @@ def _copy(
     if not nbytes:
         return Copied(direction, "nothing", "there are no bytes", 0, True, Transfer())
     check_disjoint(dst, src)
-    first = dst.data_ptr()
-    if dst.is_cpu and not writable(first, first + _reach(dst)):
-        raise LayoutError(f"Expected a writable destination, got a tensor: {READ_ONLY}.")
+    _check_writable(dst)
     if not devices:
         _write(dst, src, False)
         return Copied(direction, "torch", "both tensors are on the host", nbytes, True, Transfer())
@@ -329,6 +327,13 @@ def _check_alike(dst: Tensor, src: Tensor) -> None:
             f"Expected one shape, got a copy from shape {list(src.shape)} to {list(dst.shape)}. "
             f"Nothing is broadcast: slice, view or expand until they agree."
         )
+
+
+def _check_writable(dst: Tensor) -> None:
+    """Raise `LayoutError` if the host may not write the memory of a tensor of the host."""
+    first = dst.data_ptr()
+    if dst.is_cpu and not writable(first, first + _reach(dst)):
+        raise LayoutError(f"Expected a writable destination, got a tensor: {READ_ONLY}.")
 
 
 def check_disjoint(dst: Tensor, src: Tensor) -> None:

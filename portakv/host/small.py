@@ -152,8 +152,6 @@ def to_device(
         issue = by_copy if chosen == "copy" else target.kernels.mapped
         issue(into, slot, array.nbytes, stream)
         streams.completion(target_device, stream, slot.memory)  # retains the slot until it was read
-    if out is not None:
-        increment_version(out)
     return into
 
 
@@ -314,8 +312,8 @@ def _choose(target: Target, nbytes: int, method: str | None) -> Chosen:
 def _checked(
     out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return the target if it fits; None: a new tensor, writable in and outside of inference
-    mode."""
+    """Return the target if it fits, with its version raised; None: a new tensor, writable in and
+    outside of inference mode."""
     if out is None:
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
@@ -334,6 +332,7 @@ def _checked(
             f"Expected a contiguous out tensor of {count} values of {dtype}, got {out.numel()} of "
             f"{out.dtype}, {lies}. Pass another tensor, or None."
         )
+    increment_version(out)
     return out
 
 

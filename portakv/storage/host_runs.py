@@ -11,6 +11,7 @@ from portakv.copy.options import USUAL, CopyOptions
 from portakv.copy.rows import copy_rows as copy_rows
 from portakv.plan.plan import CopyPlan
 from portakv.view import Index, KVView
+from portakv.view.destination import note_written
 
 #: The shortest run that is copied so. A torch copy of runs reads and writes the bytes twice.
 LONG = 64 << 10
@@ -40,7 +41,7 @@ def copy_long_runs(
         runs.src.tolist(), runs.dst.tolist(), runs.nbytes.tolist(), strict=True
     ):
         ctypes.memmove(end, begin, nbytes)
-    dst.note_written()
+    note_written(dst)
     return True
 
 

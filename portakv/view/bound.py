@@ -387,20 +387,7 @@ def _one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
                 f"Expected the tensors of one view on one device, got {device} and "
                 f"{tensor.device}. Make a view (and a connector) for each device."
             )
-        if tensor.is_conj() or tensor.is_neg():
-            raise LayoutError(
-                "Expected tensors whose bytes are their values, got a lazily conjugated or negated "
-                "one. Pass tensor.resolve_conj().resolve_neg()."
-            )
-        if tensor.layout is not _STRIDED or tensor.is_nested:
-            kind = "nested" if tensor.is_nested else tensor.layout
-            raise LayoutError(f"Expected strided tensors, got a {kind} one. Pass a strided copy.")
-        if tensor.is_quantized:
-            raise LayoutError(
-                f"Expected tensors whose bytes are their values, got a quantized one of "
-                f"{tensor.dtype}, whose scale a copy does not move. Pass tensor.int_repr(), and "
-                f"keep the scale and zero point yourself."
-            )
+        _check_bytes(tensor)
         if device.type != "meta" and tensor.numel() and not address_of(tensor):
             raise LayoutError(
                 f"Expected allocated tensors, got {kind_of(tensor)} of shape "
@@ -413,6 +400,24 @@ def _one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
             "allocated tensors."
         )
     return device
+
+
+def _check_bytes(tensor: torch.Tensor) -> None:
+    """Raise `LayoutError` unless a tensor is strided, and its bytes are its values."""
+    if tensor.is_conj() or tensor.is_neg():
+        raise LayoutError(
+            "Expected tensors whose bytes are their values, got a lazily conjugated or negated "
+            "one. Pass tensor.resolve_conj().resolve_neg()."
+        )
+    if tensor.layout is not _STRIDED or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise LayoutError(f"Expected strided tensors, got a {kind} one. Pass a strided copy.")
+    if tensor.is_quantized:
+        raise LayoutError(
+            f"Expected tensors whose bytes are their values, got a quantized one of "
+            f"{tensor.dtype}, whose scale a copy does not move. Pass tensor.int_repr(), and keep "
+            f"the scale and the zero point yourself."
+        )
 
 
 def address_of(tensor: torch.Tensor) -> int:

@@ -7,17 +7,15 @@ Addresses come from ``data_ptr()`` and strides, never from contiguity, the numbe
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from itertools import product
 from operator import methodcaller
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.autograd.graph import increment_version
 
 from portakv.arguments import as_whole, shown
 from portakv.deprecation import warn_former
@@ -26,21 +24,10 @@ from portakv.layout.encodings import Encoding
 from portakv.layout.language import Layout
 from portakv.runtime.devices import capturing, refuse_capture, usable_device
 from portakv.runtime.transfer import event_pool
-from portakv.runtime.writable import READ_ONLY, writable
 from portakv.view.addresses import RawMemory, RawRows, read_addresses
-from portakv.view.bound import (
-    BoundLayout,
-    Facts,
-    Rows,
-    Spans,
-    as_dtype,
-    bind_layout,
-    flatten_tensors,
-    reach,
-)
+from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
 from portakv.view.bound import Tensors as Tensors
-from portakv.view.form import PART_AXES, locate, same_form
-from portakv.view.overlap import shared_axes, shared_by_addresses
+from portakv.view.form import locate, same_form
 from portakv.view.slices import cover, regions, slice_form, slice_range, spans_within, storage_edges
 
 T = TypeVar("T")
@@ -88,8 +75,6 @@ class KVView:
         "_raw",
         "_spans",
         "_table",
-        "_unwritable",
-        "_written",
         "derived",
         "device",
         "form",
@@ -227,8 +212,6 @@ class KVView:
         self._table = table
         self.temporary = not (persistent or raw)
         self._memory: tuple[tuple[torch.UntypedStorage, int, int], ...] | None = None
-        self._unwritable: str | None = None
-        self._written: tuple[torch.Tensor, ...] | None = None  # see `note_written`
         self.derived: dict[Hashable, Any] = {}
         if persistent:
             # Aliases keep the memory that was read, also if a caller gives a tensor another one.
@@ -455,87 +438,6 @@ class KVView:
             if at and many[at - 1][1] > first:
                 return True
         return False
-
-    def check_writable(self) -> None:
-        """Raise `LayoutError` if this view cannot be a destination."""
-        why = self._unwritable
-        if why is None:
-            why = self._why_unwritable()
-            pageable = self.form.place == "pageable"
-            if not why and pageable and not all(writable(*span) for span in self.spans):
-                why = READ_ONLY  # not remembered: the caller may map the memory anew
-            elif self.known:  # else the addresses may be read back later
-                self._unwritable = why
-        if why:
-            raise LayoutError(f"Expected a writable destination, got {self.layout.text!r}: {why}.")
-
-    def _why_unwritable(self) -> str:
-        """Return why no memory with these addresses can be a destination; empty if it can."""
-        form = self.form
-        if self.requires_grad:
-            return "it requires grad. Pass tensor.detach()"
-        if form.place == "peer":
-            return "a peer's rows are only read. Let its own device read the source"
-        count = None
-        if self._raw is None or self._raw.nbytes:
-            count = self.slots // (form.block_size or 1)
-        axes = shared_axes(form, count)
-        if not axes and self._origins is not None and len(self._origins) > 1:
-            axes = shared_by_addresses(form, count, self.addresses)
-        if not axes:
-            return ""
-        for part, name in product(form.parts, axes):
-            steps = part.axis(name) if name in PART_AXES else ()
-            if any(step.stride == step.table == 0 for step in steps):
-                containers = self.layout.containers
-                listed = any(each.axis == name for group in containers for each in group.factors)
-                remedy = f"separate memory for each {name}" if listed else "tensor.contiguous()"
-                return (
-                    f"its {name!r} axis has stride 0, so that several rows share one place. Pass "
-                    f"{remedy}"
-                )
-        if {*axes} <= {"", "kv", "layer"}:
-            return (
-                "two of its planes lie at one address, so that one would overwrite the other. Pass "
-                "separate memory for each"
-            )
-        apart = " and ".join(repr(name) for name in axes if name)
-        return (
-            f"two of its rows, which are apart along {apart}, share bytes. Pass tensors whose rows "
-            f"share none, such as tensor.contiguous()"
-        )
-
-    def note_written(self) -> None:
-        """Raise the version of each tensor of this view, as torch does when it writes in place.
-
-        So autograd notices if a copy overwrites a tensor that it saved for a backward pass. Raw
-        memory has no versions, nor have tensors that were made in inference mode.
-        """
-        tensors = self._written
-        if tensors is None:
-            tensors = self._written = self._with_versions()
-        increment_version(tensors)
-
-    def _with_versions(self) -> tuple[torch.Tensor, ...]:
-        """Return a tensor for each version of this view: views of one tensor share it."""
-        if self._raw is not None:
-            return ()
-        if not self.layout.containers:
-            return self.owners
-        # A table has only the first of tensors that lie at equal distances, and a slice has all
-        # tensors of its view.
-        flat, _ = flatten_tensors(self.layout, self.tensors)
-        written = {}
-        spans = self.spans
-        lasts = [past for _, past in spans]
-        for tensor in flat:
-            begin = tensor.data_ptr()
-            past = begin + reach(tensor.shape, tensor.stride()) * tensor.itemsize
-            at = bisect_right(lasts, begin)
-            if at < len(spans) and spans[at][0] < past:
-                base = tensor if tensor._base is None else tensor._base
-                written[id(base)] = base
-        return tuple(written.values())
 
     def strided(
         self,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,11 @@ def layers(device: str = "cpu", number: int = 2) -> list[torch.Tensor]:
 
 
 def versions(tensors: list[torch.Tensor]) -> list[int]:
-    return [tensor._version for tensor in tensors]
+    return [*map(attrgetter("_version"), tensors)]
 
 
 def higher(tensors: list[torch.Tensor], before: list[int]) -> list[bool]:
-    return [tensor._version > old for tensor, old in zip(tensors, before, strict=True)]
+    return [now > old for now, old in zip(versions(tensors), before, strict=True)]
 
 
 def slots() -> torch.Tensor:
@@ -78,7 +79,7 @@ def test_encoded_and_rotated_copies_raise_them(encoding: str) -> None:
     slot = {"block_size": 16, "dim": 32, "encoding": encoding}
     encoded = KVView(packed, "block layer kv head page", **slot)
     copy_blocks(rows, encoded, *BLOCKS).synchronize()
-    assert packed._version
+    assert higher([packed], [0])
     assert not any(versions(tensors))
     copy_blocks(encoded, rows, [2, 3], [1, 0]).synchronize()
     assert all(higher(tensors, [0, 0]))
@@ -134,7 +135,7 @@ def test_long_runs_raise_them() -> None:
 def test_plain_copies_of_tensors_raise_them() -> None:
     tensor = torch.zeros(4, 8, device="cpu")
     memcpy.copy_(tensor, torch.ones(4, 8, device="cpu"))
-    assert tensor._version
+    assert higher([tensor], [0])
 
 
 def test_only_the_layers_of_a_slice_are_raised() -> None:
@@ -200,7 +201,7 @@ def test_a_compiled_function_raises_them() -> None:
         connector.to_gpu(chunk, slot_mapping=ids)
 
     moved(slots())
-    assert chunk._version
+    assert higher([chunk], [0])
     assert all(higher(caches, [0, 0]))
 
 
@@ -208,7 +209,7 @@ def test_a_compiled_function_raises_them() -> None:
 def test_a_pull_raises_them(method: str) -> None:
     with sides() as made:
         couple = Couple(made, method)
-        before = couple.dst.whole._version
+        before = versions([couple.dst.whole])
         couple.pull(couple.offer()).synchronize(60)
         assert couple.right()
-        assert couple.dst.whole._version > before
+        assert higher([couple.dst.whole], before)

@@ -14,6 +14,7 @@ import torch
 
 from portakv import CopyPlan, KVView, copy_rows
 from portakv.plan import Move
+from portakv.view.destination import check_writable
 from portakv.view.form import locate as step_to
 from portakv.view.index import index_of
 
@@ -57,7 +58,7 @@ def by_runs(
     indices = index_of(src_index), index_of(dst_index)
     lengths = [x.length for x in indices if x.length is not None]
     count = min(lengths or [src.slots, dst.slots]) if count is None else count
-    dst.check_writable()
+    check_writable(dst)
     for plan, part in sections(Move(src, dst, *indices, count)):
         move(plan.runs(*part))
 

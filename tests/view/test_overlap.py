@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from portakv import KVView, LayoutError, copy_blocks
 from portakv.view import overlap
+from portakv.view.destination import check_writable
 
 DIMENSIONS = ("layer", "kv", "block", "token", "head", "dim")
 BYTES = 1 << 14
@@ -34,7 +35,7 @@ def overlapping(tensors: list[torch.Tensor]) -> bool:
 
 def refused(view: KVView) -> bool:
     try:
-        view.check_writable()
+        check_writable(view)
     except LayoutError:
         return True
     return False
@@ -146,9 +147,9 @@ def test_rows_between_each_other_are_written() -> None:
 def test_one_tensor_for_two_layers_is_told_to_have_separate_memory() -> None:
     layer = torch.zeros(2, 3, 4, 8, device="cpu")
     with pytest.raises(LayoutError, match=r"'layer' axis has stride 0.*separate memory for each l"):
-        KVView([layer, layer], "layer | kv block token dim").check_writable()
+        check_writable(KVView([layer, layer], "layer | kv block token dim"))
     with pytest.raises(LayoutError, match=r"'token' axis has stride 0.*Pass tensor.contiguous\(\)"):
-        KVView(layer[0, 0, :1].expand(4, 8), "token dim").check_writable()
+        check_writable(KVView(layer[0, 0, :1].expand(4, 8), "token dim"))
 
 
 @pytest.mark.parametrize("order", [*product((0, 1), repeat=2)])

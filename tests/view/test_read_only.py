@@ -17,6 +17,7 @@ import torch
 from portakv import AdaptiveConnector, KVView, LayoutError, copy_blocks, copy_rows, copy_runs
 from portakv.host import memcpy
 from portakv.runtime.writable import writable
+from portakv.view.destination import check_writable
 
 PAGE = mmap.PAGESIZE
 READ_ONLY = "writable destination, got .*: its memory is mapped for reading only"
@@ -59,7 +60,7 @@ def test_a_page_past_the_end_of_a_file_may_not_be_written(tmp_path: Path) -> Non
     assert writable(first, first + PAGE)
     assert not writable(first, first + 2 * PAGE)
     with pytest.raises(LayoutError, match=READ_ONLY):
-        view.check_writable()
+        check_writable(view)
 
 
 def test_every_kind_of_copy_refuses_it(tmp_path: Path) -> None:

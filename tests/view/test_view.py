@@ -19,6 +19,7 @@ from support.presets_cases import KINDS, side
 from portakv import KVView, LayoutError
 from portakv.host import memcpy
 from portakv.view.bound import BoundLayout, bind_layout
+from portakv.view.destination import check_writable
 from portakv.view.example import example_tensors
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.oracle import Rows
@@ -237,7 +238,7 @@ def test_quantized_tensors_are_refused(listed: bool) -> None:
             KVView([tensor], "layer | token dim") if listed else KVView(tensor, "token dim")
         with pytest.raises(LayoutError, match="quantized"):
             memcpy.copy_(tensor, tensor)
-        KVView(tensor.int_repr(), "token dim").check_writable()
+        check_writable(KVView(tensor.int_repr(), "token dim"))
 
 
 @pytest.mark.parametrize(("tensors", "layout", "extents", "why"), REFUSED)
@@ -319,7 +320,7 @@ UNWRITABLE: dict[str, tuple[Any, str, str]] = {
 def test_what_cannot_be_written(name: str) -> None:
     tensors, layout, why = UNWRITABLE[name]
     with pytest.raises(LayoutError, match=f"writable destination, got .*: .*{why}"):
-        KVView(tensors, layout).check_writable()
+        check_writable(KVView(tensors, layout))
 
 
 class TestPlanes:
@@ -327,7 +328,7 @@ class TestPlanes:
     def test_a_plane_is_the_memory_itself(self, name: str) -> None:
         engine = side(name)
         view = KVView(engine.tensors, name, **engine.extents)
-        view.check_writable()
+        check_writable(view)
         if re.search("page|%|^block [|]", engine.layout):
             with pytest.raises(LayoutError, match="No strided tensor can show"):
                 view.plane(0, 0)
