@@ -30,7 +30,7 @@ from portakv.runtime.transfer import (
     event_pool,
 )
 from portakv.view.destination import note_written
-from portakv.view.index import Ids, Index
+from portakv.view.index import Ids, Index, index_of
 from portakv.view.view import KVView
 
 _current_device = torch.accelerator.current_device_index
@@ -147,7 +147,7 @@ class ChunkRepeats:
     def _index_on_device(self, slot_mapping: Ids | None) -> Index:
         """Return a slot mapping with its ids where the device reads them; without ids if it is
         none."""
-        index = Index.of(slot_mapping)
+        index = index_of(slot_mapping)
         if index.plan_step != 1:
             return Index()
         if type(slot_mapping) is Index and index.on_host:

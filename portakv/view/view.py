@@ -499,8 +499,8 @@ class KVView:
         """
         at_layer = as_whole(layer)
         at_kv = as_whole(kv)
-        known = at_layer is not None and at_kv is not None
-        if not known or not (0 <= at_layer < self.layers and 0 <= at_kv < self.kv):
+        numbers = at_layer is not None and at_kv is not None
+        if not (numbers and at_layer in range(self.layers) and at_kv in range(self.kv)):
             raise LayoutError(
                 f"Expected layer and kv of a plane to be integers that count from 0, below "
                 f"{self.layers} and {self.kv}, got layer {layer!r} and kv {kv!r}. Pass others."

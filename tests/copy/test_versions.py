@@ -76,7 +76,7 @@ def test_encoded_and_rotated_copies_raise_them(encoding: str) -> None:
     rows = KVView(tensors, NHD)
     plane = Pack().plane(16 * 32) if encoding == "pack" else Fp8().plane(16, 32)
     packed = torch.zeros(4, 2, 2, 2, plane.slot_bytes, dtype=torch.uint8, device="cpu")
-    slot = {"block_size": 16, "dim": 32, "encoding": encoding}
+    slot: dict[str, Any] = {"block_size": 16, "dim": 32, "encoding": encoding}
     encoded = KVView(packed, "block layer kv head page", **slot)
     copy_blocks(rows, encoded, *BLOCKS).synchronize()
     assert higher([packed], [0])
@@ -125,9 +125,9 @@ def test_loads_of_a_store_raise_them(tmp_path: Path) -> None:
 
 def test_long_runs_raise_them() -> None:
     src, dst = ([torch.zeros(6, LONG, dtype=torch.uint8) for _ in range(2)] for _ in range(2))
-    views = [KVView(each, "layer | block page", block_size=1) for each in (src, dst)]
-    places = [Index.of(np.array(ids), 1) for ids in ([4, 0], [1, 5])]
-    assert copy_long_runs(*views, *places, CopyOptions())
+    src_view, dst_view = (KVView(x, "layer | block page", block_size=1) for x in (src, dst))
+    some, places = (Index.of(np.array(ids), 1) for ids in ([4, 0], [1, 5]))
+    assert copy_long_runs(src_view, dst_view, some, places, CopyOptions())
     assert all(higher(dst, [0, 0]))
     assert versions(src) == [0, 0]
 

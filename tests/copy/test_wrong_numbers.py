@@ -177,7 +177,7 @@ def test_a_device_that_is_none(device: Any) -> None:
 def test_integers_of_numpy_are_numbers() -> None:
     scene = Scene()
     one: Any = np.int64(1)
-    plan = CopyPlan(scene.src.form, scene.dst.form, np.int32(16), np.int64(16), one)  # type: ignore[arg-type]
+    plan = CopyPlan(scene.src.form, scene.dst.form, np.int32(16), np.int64(16), one)
     assert (type(plan.src_step), type(plan.unit)) == (int, int)
     index = Index(SLOTS, one, one)
     assert (type(index.step), type(index.offset), index.length) == (int, int, 3)

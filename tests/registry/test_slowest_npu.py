@@ -14,7 +14,7 @@ from support.small_backends import small_backend
 from portakv import AdaptiveConnector, KVView, copy_rows
 from portakv.backends.base import Backend
 from portakv.registry import registry
-from portakv.registry.self_check import SelfCheck
+from portakv.registry.self_check import SelfCheck, self_check
 
 pytestmark = own_process("npu", "npu without its package")
 
@@ -45,8 +45,8 @@ def test_it_is_warned_of_once(fresh: registry.Registry, caplog: pytest.LogCaptur
     registry.choose(DEVICES[0])
     registry.choose(DEVICES[1])
     AdaptiveConnector(DEVICES[1])
-    rows = [KVView(torch.zeros(4, 8, device=DEVICES[0]), "token dim") for _ in range(2)]
-    copy_rows(*rows).synchronize()
+    src, dst = (KVView(torch.zeros(4, 8, device=DEVICES[0]), "token dim") for _ in range(2))
+    copy_rows(src, dst).synchronize()
     assert warned(caplog) == [line]
 
 
@@ -87,7 +87,7 @@ def test_nothing_is_said_if_another_backend_serves(
 def test_a_backend_that_fails_its_self_check_is_named(
     fresh: registry.Registry, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = registry.self_check
+    own = self_check
 
     def failed(backend: Backend) -> tuple[SelfCheck, str]:
         return (SelfCheck.FAILED, "wrong bytes") if backend.name == "fast" else own(backend)

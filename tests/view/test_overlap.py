@@ -46,8 +46,8 @@ def _strided(draw: st.DrawFn, count: int) -> tuple[list[torch.Tensor], list[str]
     """Return ``count`` tensors of one shape and strides in one storage, and their axes."""
     axes = draw(st.permutations(DIMENSIONS[1:] if count > 1 else DIMENSIONS))
     axes = [axis for axis in axes if axis in ("dim", "token") or draw(st.booleans())]
-    shape = []
-    strides = []
+    shape: list[int] = []
+    strides: list[int] = []
     step = 1
     for axis in reversed(axes):
         extent = 2 if axis == "kv" else draw(st.integers(1, 4))
@@ -68,7 +68,7 @@ def _strided(draw: st.DrawFn, count: int) -> tuple[list[torch.Tensor], list[str]
     return [memory.as_strided(shape, strides, start) for start in starts], axes
 
 
-@settings(max_examples=4 * settings.default.max_examples)
+@settings(max_examples=4 * settings().max_examples)
 @given(_strided(1))
 def test_strides_of_one_tensor_decide_as_a_count_of_its_places_does(
     drawn: tuple[list[torch.Tensor], list[str]],
@@ -77,7 +77,7 @@ def test_strides_of_one_tensor_decide_as_a_count_of_its_places_does(
     assert refused(KVView(tensor, " ".join(axes))) == overlapping([tensor])
 
 
-@settings(max_examples=4 * settings.default.max_examples)
+@settings(max_examples=4 * settings().max_examples)
 @given(st.integers(2, 4).flatmap(_strided))
 def test_several_tensors_decide_as_a_count_of_their_places_does(
     drawn: tuple[list[torch.Tensor], list[str]],
@@ -91,7 +91,7 @@ def _terms(draw: st.DrawFn) -> list[tuple[int, int]]:
     return draw(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 40)), min_size=1, max_size=5))
 
 
-@settings(max_examples=4 * settings.default.max_examples)
+@settings(max_examples=4 * settings().max_examples)
 @given(_terms(), _terms(), st.integers(-60, 60))
 @example([(1000, 1_000_003), (1000, 1_000_000)], [(1, 1)], 0)
 def test_sums_are_found_as_a_search_of_all_finds_them(
