@@ -49,11 +49,12 @@ def _why_not(view: KVView) -> str:
         return "it requires grad. Pass tensor.detach()"
     if form.place == "peer":
         return "a peer's rows are only read. Let its own device read the source"
-    count = view.slots // (form.block_size or 1)
-    unknown = view.raw and not view.entry_bytes
-    axes = shared_axes(form, None if unknown else count)
+    count: int | None = view.slots // (form.block_size or 1)
+    if view.blocks_overlap or (view.raw and not view.entry_bytes):
+        count = None  # the blocks of a copy are apart, or none knows how many there are
+    axes = shared_axes(form, count)
     if not axes and view.known and view.entries > 1:
-        axes = shared_by_addresses(form, None if unknown else count, view.addresses)
+        axes = shared_by_addresses(form, count, view.addresses)
     return _why_shared(view, axes) if axes else ""
 
 

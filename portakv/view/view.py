@@ -67,6 +67,7 @@ class KVView:
     """
 
     # temporary: made for one call, and used on no stream but that call's.
+    # blocks_overlap: blocks begin inside of others, and the caller names only those that are apart.
     # derived: objects that slices, launches and strategies made of this view; they live as long
     __slots__ = (
         "_memory",
@@ -75,6 +76,7 @@ class KVView:
         "_raw",
         "_spans",
         "_table",
+        "blocks_overlap",
         "derived",
         "device",
         "form",
@@ -212,6 +214,7 @@ class KVView:
         self._table = table
         self.temporary = not (persistent or raw)
         self._memory: tuple[tuple[torch.UntypedStorage, int, int], ...] | None = None
+        self.blocks_overlap = False
         self.derived: dict[Hashable, Any] = {}
         if persistent:
             # Aliases keep the memory that was read, also if a caller gives a tensor another one.
@@ -660,6 +663,7 @@ class KVView:
         persistent = self._memory is not None
         view._set(self.layout, self.tensors, facts, persistent, self._raw, own)
         view.memory_device = self.memory_device
+        view.blocks_overlap = self.blocks_overlap
         return view
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from portakv import KVView, LayoutError, copy_blocks
+from portakv.storage import BlockForm
 from portakv.view import overlap
 from portakv.view.destination import check_writable
 
@@ -161,3 +162,20 @@ def test_layers_in_any_order_between_each_other_are_written(order: tuple[int, in
     if order[1]:
         layers[0] = layers[1]
     assert refused(KVView(layers, "layer | token dim")) == bool(order[1])
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_images_that_begin_at_each_page_are_written(sliced: bool) -> None:
+    """A store names only images that are apart; their form is judged as one image."""
+    cache = KVView(torch.ones(2, 3, 64, 2, 32, device="cpu"), "layer block token head dim")
+    form = BlockForm.of(cache, model="test")
+    assert form.image_bytes > 2 * 4096
+    pages = torch.zeros(32, 4096, dtype=torch.uint8, device="cpu")
+    rows = form.view(pages)
+    if sliced:
+        rows, cache = (each.slice(layers=1) for each in (rows, cache))
+    check_writable(rows)
+    copy_blocks(cache, rows, [0, 2], [0, form.image_bytes // 4096]).synchronize()
+    assert bool(rows.plane(0, 0)[0].all())
+    twice = torch.zeros(16, 8192, dtype=torch.uint8, device="cpu").as_strided((8, 64), (32, 1))
+    assert refused(KVView(twice, "block page", block_size=64))
