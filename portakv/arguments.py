@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, suppress
 from difflib import get_close_matches
 from math import inf
 from numbers import Integral, Real
+from operator import index
 from typing import Any, TypeGuard, TypeVar
 
 from portakv.errors import InvalidTerms, LayoutError, SlotError
@@ -69,6 +70,19 @@ def _is_whole(value: object) -> TypeGuard[int]:
     """Return True for a whole number; a boolean is not a number."""
     # Most are plain, and asking an abstract class takes a microsecond.
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
+def as_whole(value: object) -> int | None:
+    """Return what Python takes as an index, such as an integer of numpy, as an integer; None for
+    all else, and for a boolean."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool):
+        return None
+    try:
+        return index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _is_real(value: object) -> TypeGuard[float]:

@@ -73,12 +73,16 @@ def store(bench: Bench, request: pytest.FixtureRequest) -> Store:
     ("start", "end"), [(0, None), (0, 5), (3, 11), (7, None), (4, 4), (11, 12)]
 )
 def test_a_range_of_the_slot_mapping(store: Store, start: int, end: int | None) -> None:
-    """Rows ``slot_mapping[start:end]`` are tokens 0 to end - start of the chunk, and no others."""
+    """Rows ``slot_mapping[start:end]`` are tokens 0 to end - start of the chunk, and no others.
+
+    Without an end the chunk holds no other tokens.
+    """
     caches = store.caches()
     store.connector.register_kv_caches(caches.tensors)
     for turn, holes in enumerate((0, 2)):
         slots = torch.tensor(store.bench.shuffled(SHAPE.slots, 12, holes))
-        case = store.case(caches, slots[start:end], tokens=12, seed=turn)
+        tokens = 12 - start if end is None else 12
+        case = store.case(caches, slots[start:end], tokens=tokens, seed=turn)
         store.check(case, None, slots, start, end)
 
 
@@ -141,5 +145,7 @@ def test_batches(store: Store, ragged: bool) -> None:
 def test_objects_that_hold_a_tensor(store: Store) -> None:
     """A memory object may hold its tensor, and may be longer than what is moved."""
     caches = store.caches()
-    case = store.case(caches, store.bench.shuffled(SHAPE.slots, 6), tokens=32)
-    store.check(case, caches.tensors, memory_obj=SimpleNamespace(tensor=_chunk(case).tensors))
+    slots = torch.tensor(store.bench.shuffled(SHAPE.slots, 6))
+    case = store.case(caches, slots, tokens=32)
+    memory_obj = SimpleNamespace(tensor=_chunk(case).tensors)
+    store.check(case, caches.tensors, slots, 0, 6, memory_obj=memory_obj)

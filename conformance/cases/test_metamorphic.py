@@ -13,6 +13,7 @@ from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
 from portakv import Index, LayoutError, Unsupported
+from portakv.view.destination import check_writable
 from portakv_conformance.cases import Bench, Case, Judge, Shape, Side, view_of
 from portakv_conformance.draw.saved import blaming
 from portakv_conformance.draw.strategies import cases
@@ -75,7 +76,7 @@ def there_and_back(judge: Judge, data: Data, backends: tuple[str, str], how: str
     """Copy a drawn case by one backend and back by another (empty: the judged one)."""
     case = drawn(judge, data, expanded=False)
     try:
-        view_of(case.src).check_writable()
+        check_writable(view_of(case.src))
     except LayoutError:
         reject()
     assume(distinct(case.src.at(case.count)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import ref
@@ -176,6 +177,13 @@ class Registration:
                 f"Expected a memory_obj of {count} tokens or more, got one of {chunk.slots}. Pass "
                 f"a larger one or a smaller range."
             )
+        spare = chunk.slots - count  # the last block of a paged chunk may be filled in part
+        if end is None and spare >= (chunk.form.block_size or 1):
+            raise SlotError(
+                f"Expected a memory_obj of {count} tokens, one for each slot, got one of "
+                f"{chunk.slots}. Pass end, the position in the slot_mapping after the last token, "
+                f"to use a part of it."
+            )
         if chunk.overlaps(self.view):
             raise LayoutError(
                 "Expected a memory_obj outside the kv_caches, got one in their memory. Pass a "
@@ -253,7 +261,10 @@ class Registration:
 
 def _listed(passed: object) -> list[Any] | None:
     """Return arguments as a list; None if nothing can iterate over them."""
-    return [*passed] if isinstance(passed, Iterable) else None
+    if isinstance(passed, Iterable):
+        with suppress(TypeError):  # of a tensor without axes
+            return [*passed]
+    return None
 
 
 def _known_extents(cache: KVView, layout: str, itemsize: int) -> Extents:

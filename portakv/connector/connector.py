@@ -122,7 +122,8 @@ class AdaptiveConnector:
             memory_obj: the chunk, a tensor or anything with ``.tensor``, on device or host.
             kv_caches: the caches; None: the registered ones. Other caches replace these.
             slot_mapping: int32 or int64 ``[tokens]``, host or device; negative = skipped.
-            start, end: the range of the slot mapping; ``end`` None: to its end.
+            start, end: the range of the slot mapping. ``end`` None: to its end, and the chunk holds
+                these tokens only, in whole blocks if it has some. With an ``end`` it may hold more.
             stream: where to order the work; it first waits for the current stream.
 
         Raises:
@@ -156,7 +157,8 @@ class AdaptiveConnector:
         *,
         stream: torch.Stream | None = None,
     ) -> Transfer:
-        """Store several chunks; one launch for each set of equal shape and strides."""
+        """Store several chunks, each as `from_gpu` does; one launch for each set of equal shape and
+        strides."""
         batch = Batch.of(memory_objs, slot_mapping, starts, ends)
         return self._move_batch(True, kv_caches, batch, stream)
 
@@ -170,7 +172,8 @@ class AdaptiveConnector:
         *,
         stream: torch.Stream | None = None,
     ) -> Transfer:
-        """Load several chunks; one launch for each set of equal shape and strides."""
+        """Load several chunks, each as `to_gpu` does; one launch for each set of equal shape and
+        strides."""
         batch = Batch.of(memory_objs, slot_mapping, starts, ends)
         return self._move_batch(False, kv_caches, batch, stream)
 
@@ -289,7 +292,7 @@ class AdaptiveConnector:
         if memory_objs:
             caches, levels = self._shown(kv_caches)
             chunks = in_graph.flatten([getattr(one, "tensor", one) for one in memory_objs])
-            stops = [slot_mapping.shape[0] if end is None else end for end in ends]
+            stops = [in_graph.TO_THE_END if end is None else end for end in ends]
             op = torch.ops.portakv.from_gpu if store else torch.ops.portakv.to_gpu
             op(self._number, *chunks, list(caches), list(levels), slot_mapping, starts, stops)
         return Transfer()
@@ -315,7 +318,9 @@ class AdaptiveConnector:
         *ranges: Any,
     ) -> None:
         """Run the op of `in_graph` in a compiled function; ``ranges``: slots, starts and ends."""
-        batch = Batch(memory_objs, *ranges)
+        slot_mapping, starts, stops = ranges
+        ends = [None if end == in_graph.TO_THE_END else end for end in stops]
+        batch = Batch(memory_objs, slot_mapping, starts, ends)
         read = self._handed_over(caches, cache_levels)
         if len(batch.memory_objs) == 1:
             one = batch.memory_objs[0]

@@ -30,6 +30,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 NAMESPACE = "portakv"
+TO_THE_END = -(1 << 62)  # stands for None among the ends of ranges, which an op takes as integers
 # Nested containers travel as flat lists, with the length of each level, outermost first.
 _ARGUMENTS = (
     "(int connector, {chunks} memory_objs, int[] chunk_levels, {caches} kv_caches, "

@@ -18,7 +18,8 @@ from portakv.copy.request import Ids
 from portakv.errors import InvalidTerms, PortaKVError, SlotError, Unsupported
 from portakv.layout.packing import CODE_BITS, PACK, PACKED_DTYPE, Pack, slot_for
 from portakv.registry import choose
-from portakv.view import Index, KVView
+from portakv.view import KVView
+from portakv.view.index import index_of
 
 #: Rows are packed if that makes their link at least so many times as fast.
 GAIN = 1.05
@@ -133,7 +134,7 @@ def _numbers_of(blocks: Ids | None, view: KVView, size: int) -> npt.NDArray[np.i
     Raises `SlotError` for none, for an index of other blocks, and for numbers that the view lacks,
     whether or not a sample has them.
     """
-    index = Index.of(blocks, size)
+    index = index_of(blocks, size)
     count = view.slots // size
     whole = index.ids is None
     if index.offset or not (whole or index.step == size):

@@ -19,6 +19,7 @@ from portakv.errors import TransferError
 from portakv.plan.move import Move
 from portakv.runtime.transfer import NOTHING, Transfer
 from portakv.runtime.worker import Worker
+from portakv.view.destination import note_written
 from portakv.view.form import Form
 from portakv.view.index import Index
 
@@ -83,8 +84,8 @@ def _skipped(tokens: int, indices: Sequence[Index]) -> int:
 class BlockTransfer(Transfer):
     """The handle of a copy. It does not keep the views of its copy alive.
 
-    Its ``worker`` issues what is not issued yet. ``skips``: False if no id on the host skips a
-    position.
+    It raises the versions of the destination's tensors (`note_written`). Its ``worker``
+    issues what is not issued yet. ``skips``: False if no id on the host skips a position.
     """
 
     __slots__ = ("_began", "_block", "_ended", "_form", "_layers", "_requested", "_worker")
@@ -113,6 +114,8 @@ class BlockTransfer(Transfer):
         self._worker = worker
         self._layers = layers
         self._ended: float | None = None if transfer.completions else perf_counter()
+        if move.count:
+            note_written(move.dst)
         counts = Counted.counts
         if counts is not None and move.count:
             counts.new.append((transfer.carried[0], form.place, move.dst.form, move.count))

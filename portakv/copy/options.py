@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
-from portakv.arguments import flag, instance, invalid, one_of
+from portakv.arguments import flag, instance, invalid, one_of, rate
 from portakv.errors import InvalidTerms
 from portakv.interconnect.strategy import Overlap as Overlap
 from portakv.interconnect.strategy import Terms
@@ -84,6 +84,8 @@ class CopyOptions:
         sliced = self.cancellable or self.max_gbps is not None
         # Made in any case, since it checks its values. No stream orders slices.
         detached = flag("detached", self.detached) and not sliced
+        if self.max_gbps is not None:
+            rate("max_gbps", self.max_gbps)  # terms of a worker's slices also have inf
         terms = Terms(self.overlap, self.max_thread_blocks, self.max_gbps, detached)
         put = partial(object.__setattr__, self)  # the options are frozen
         put("sliced", sliced)

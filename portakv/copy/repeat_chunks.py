@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 
 import torch
+from torch.autograd.graph import increment_version
 
 from portakv.backends.base import Again
 from portakv.copy.counting import TOGETHER, CopyCounts, Counted
@@ -28,7 +29,8 @@ from portakv.runtime.transfer import (
     end_of_launch,
     event_pool,
 )
-from portakv.view.index import Ids, Index
+from portakv.view.destination import note_written
+from portakv.view.index import Ids, Index, index_of
 from portakv.view.view import KVView
 
 _current_device = torch.accelerator.current_device_index
@@ -94,6 +96,7 @@ class ChunkRepeats:
         sides = (first_id, address) if store else (address, first_id)
         repeat.again(*sides, start, count, 0 if word is None else word.address)
         event.record()
+        _note_written(store, chunk, self._cache)
         retained = chunk, ids, self._cache
         counts = Counted.counts
         if counts is not None:
@@ -144,7 +147,7 @@ class ChunkRepeats:
     def _index_on_device(self, slot_mapping: Ids | None) -> Index:
         """Return a slot mapping with its ids where the device reads them; without ids if it is
         none."""
-        index = Index.of(slot_mapping)
+        index = index_of(slot_mapping)
         if index.plan_step != 1:
             return Index()
         if type(slot_mapping) is Index and index.on_host:
@@ -157,6 +160,14 @@ def _count(counts: CopyCounts, repeat: _ChunkRepeat, cache: KVView, tokens: int)
     counts.new.append((repeat.carried[0], "device", cache.form, tokens))
     if len(counts.new) >= TOGETHER:
         counts.sum_up()
+
+
+def _note_written(store: bool, chunk: torch.Tensor, cache: KVView) -> None:
+    """Raise the versions of a copy's destination."""
+    if store:
+        increment_version(chunk)
+    else:
+        note_written(cache)
 
 
 def _word_for(slot_mapping: object) -> StatusWord | None:
@@ -175,13 +186,25 @@ def _kind(store: bool, chunk: torch.Tensor, address: int, ids: torch.Tensor) -> 
 class _ChunkRepeat:
     """One kind of copy: a chunk of one form, ids of one dtype, one direction."""
 
-    __slots__ = ("_firsts", "_index", "_pasts", "_reach", "_slots", "again", "carried")
+    __slots__ = (
+        "_block",
+        "_firsts",
+        "_index",
+        "_pasts",
+        "_reach",
+        "_slots",
+        "_tokens",
+        "again",
+        "carried",
+    )
 
     def __init__(
         self, cache: KVView, chunk: KVView, again: Again, carried: tuple[str, str]
     ) -> None:
         self.again = again
         self.carried = carried
+        self._tokens = chunk.slots
+        self._block = chunk.form.block_size or 1
         self._slots = min(chunk.slots, again.most)
         self._index = chunk.device.index
         ((first, past),) = chunk.spans
@@ -208,9 +231,9 @@ class _ChunkRepeat:
         )
 
     def tokens(self, start: int, end: object, length: int) -> int:
-        """Return the tokens of a range of the ids; 0 if a chunk does not hold them, or if the range
-        is wrong."""
-        if end is None:
+        """Return the tokens of a range of the ids; 0 if the range is wrong, or if a chunk does not
+        hold them, or if it holds more and the range has no end."""
+        if end is None and 0 <= self._tokens - (length - start) < self._block:
             end = length
         if type(end) is not int or not 0 <= start < end <= length:
             return 0

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from math import inf
-from operator import index as whole_number
 from typing import Any, Protocol, TypeAlias
 
+from portakv.arguments import as_whole
 from portakv.errors import SlotError
 from portakv.view.index import Ids as Ids
 from portakv.view.view import Tensors as Tensors
@@ -26,10 +26,7 @@ MemoryObject: TypeAlias = "Tensors | HasTensor"
 
 def whole(name: str, value: object, expected: str, least: float = -inf) -> int:
     """Return an argument that is a whole number; raise `SlotError` if it is not one."""
-    try:
-        number = whole_number(value)  # type: ignore[arg-type]
-        if number >= least and not isinstance(value, bool):
-            return number
-    except TypeError:
-        pass
+    number = as_whole(value)
+    if number is not None and number >= least:
+        return number
     raise SlotError(f"Expected {name} to be {expected}, got {value!r}. Pass one.")

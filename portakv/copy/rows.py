@@ -15,7 +15,7 @@ from portakv.errors import LayoutError, SlotError
 from portakv.interconnect.strategy import Overlap
 from portakv.plan.move import Move
 from portakv.runtime.transfer import LateErrors
-from portakv.view.index import Ids, Index
+from portakv.view.index import CONSECUTIVE, Ids, Index, index_of
 from portakv.view.view import KVView
 
 
@@ -171,7 +171,7 @@ def block_index(view: KVView, blocks: Ids | None, side: str) -> Index:
     if not isinstance(view, KVView):
         raise not_a_view(side, view)
     if blocks is None:
-        return Index.of(None)
+        return CONSECUTIVE
     size = view.form.block_size
     if not size:
         raise LayoutError(
@@ -201,8 +201,8 @@ def move_of(
         raise not_a_view("src", src)
     if not isinstance(dst, KVView):
         raise not_a_view("dst", dst)
-    src_of = src_index if isinstance(src_index, Index) else Index.of(src_index)
-    dst_of = dst_index if isinstance(dst_index, Index) else Index.of(dst_index)
+    src_of = src_index if isinstance(src_index, Index) else index_of(src_index)
+    dst_of = dst_index if isinstance(dst_index, Index) else index_of(dst_index)
     if count is None:
         tokens = _covered(src, dst, src_of, dst_of)
     elif type(count) is int and count >= 0:  # the usual case, without a call

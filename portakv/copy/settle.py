@@ -15,6 +15,7 @@ from portakv.plan.plan import CopyPlan, Move, check_disjoint
 from portakv.registry.prepared import Prepared, prepared
 from portakv.registry.registry import Choice
 from portakv.runtime.transfer import bad_slot
+from portakv.view.destination import check_writable
 from portakv.view.index import Index
 
 UNCHECKED = "its ids have to be checked before they are used"  # inside graph capture
@@ -256,7 +257,7 @@ def check_rows(move: Move, context: Context, strict: bool) -> Passed:
     Raises as `settle`.
     """
     skips = bool(move.count) and check_ids(move, context, strict)
-    move.dst.check_writable()
+    check_writable(move.dst)
     return Passed(skips)
 
 
@@ -268,6 +269,6 @@ def check_memory(move: Move) -> None:
 
 def check_views(move: Move) -> None:
     """Raise if memory was replaced, or cannot be written."""
-    move.dst.check_writable()
+    check_writable(move.dst)
     move.src.check_memory()
     move.dst.check_memory()

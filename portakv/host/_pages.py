@@ -243,7 +243,8 @@ def bind(address: int, nbytes: int, wanted: Any) -> None:
     for listed in ([wanted], wanted):
         # It is not a list, or its elements are not whole numbers; tensors raise either class.
         with suppress(TypeError, NotImplementedError):
-            requested = requested or [operator.index(node) for node in listed]
+            found = [operator.index(node) for node in listed if not isinstance(node, bool)]
+            requested = requested or found
     number = _MBIND.get(platform.machine())
     known = nodes()
     if not requested:

@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.arguments import kind_of
+from portakv.arguments import flag, kind_of
 from portakv.errors import DeviceMismatch, HostMemoryError
 from portakv.host._pages import PAGE, to_pages, whole
 from portakv.runtime import late_release
@@ -164,6 +164,9 @@ class Options:
     fallback: bool = True
 
     def __post_init__(self) -> None:
+        flag("portable", self.portable)
+        flag("mapped", self.mapped)
+        flag("fallback", self.fallback)
         whole("largest", self.largest, PAGE, "ask for pieces of whole pages")
         whole("unit", self.unit, 1, "pass 1 to have pieces cut at any page")
 

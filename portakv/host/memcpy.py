@@ -17,14 +17,16 @@ from typing import NamedTuple
 import torch
 from torch import Stream, Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.graph import increment_version
 
-from portakv.arguments import kind_of
+from portakv.arguments import flag, kind_of
 from portakv.deprecation import warn_former
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import streams
 from portakv.runtime.devices import capturing, inside, refuse_capture, resolve, usual_device
 from portakv.runtime.transfer import Transfer
+from portakv.runtime.writable import READ_ONLY, writable
 
 #: Torch copies narrower rows, and packs them first. A copy engine takes some 55 ns a row, however
 #: few its bytes (rows of 512 bytes reach 0.16 of the link, benchmarks/NOTES.md 11), so rows of 4
@@ -164,6 +166,7 @@ def _copy(
     dst: Tensor, src: Tensor, non_blocking: bool, stream: Stream | None, *wanted: str
 ) -> Copied:
     """Copy as `copy_`, in one of the wanted directions; without any: in every direction."""
+    flag("non_blocking", non_blocking)
     _check_alike(dst, src)
     direction = direction_of(dst, src)
     if wanted and direction not in wanted:
@@ -177,6 +180,7 @@ def _copy(
     if not nbytes:
         return Copied(direction, "nothing", "there are no bytes", 0, True, Transfer())
     check_disjoint(dst, src)
+    _check_writable(dst)
     if not devices:
         _write(dst, src, False)
         return Copied(direction, "torch", "both tensors are on the host", nbytes, True, Transfer())
@@ -192,6 +196,7 @@ def _copy(
         late = non_blocking
         places = (dst.data_ptr(), src.data_ptr(), direction == "h2d")
         _cuda_driver.copy_pitched(*places, rows, device, stream)
+        increment_version(dst)  # as torch's copy_ does
     else:
         late = _copy_by_torch(dst, src, host, ready, non_blocking, stream)
     method = "torch" if rows is None else "memcpy2d"
@@ -307,6 +312,11 @@ def _check_alike(dst: Tensor, src: Tensor) -> None:
                 f"that is {tensor.layout}, nested or inside torch.vmap or its like. Copy its "
                 "inner tensors."
             )
+        if tensor.is_quantized:
+            raise LayoutError(
+                f"Expected the {name} of a copy to be a tensor whose bytes are its values, got a "
+                f"quantized one. Pass tensor.int_repr()."
+            )
     if dst.dtype != src.dtype:
         raise LayoutError(
             f"Expected one dtype, got a copy from {src.dtype} to {dst.dtype}. A copy neither "
@@ -317,6 +327,13 @@ def _check_alike(dst: Tensor, src: Tensor) -> None:
             f"Expected one shape, got a copy from shape {list(src.shape)} to {list(dst.shape)}. "
             f"Nothing is broadcast: slice, view or expand until they agree."
         )
+
+
+def _check_writable(dst: Tensor) -> None:
+    """Raise `LayoutError` if the host may not write the memory of a tensor of the host."""
+    first = dst.data_ptr()
+    if dst.is_cpu and not writable(first, first + _reach(dst)):
+        raise LayoutError(f"Expected a writable destination, got a tensor: {READ_ONLY}.")
 
 
 def check_disjoint(dst: Tensor, src: Tensor) -> None:

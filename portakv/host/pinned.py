@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from portakv.arguments import flag
 from portakv.deprecation import warn_former
 from portakv.errors import HostMemoryError, Unsupported
 from portakv.host import _pages, _registration
@@ -283,6 +284,7 @@ def register_address(
     if "held" in options:
         warn_former("register_address(held=)", "register_address(owner=)")
         owner = options.pop("held")
+    flag("read_only", read_only)
     address = whole("address", address)
     nbytes = whole("nbytes", nbytes, 1)
     if not _pages.is_mapped(address, nbytes):

@@ -412,6 +412,7 @@ class PinnedPool(Pool):
         super().__init__("the pool", "make one there, or use a SharedPool in spawned processes")
         self.block_bytes = block_bytes
         self._stride = stride(block_bytes, blocks, alignment)
+        flag("stacks", stacks)
         most, each = (blocks if number is None else number for number in (limit, grow))
         self.limit = _pages.whole("limit", most, blocks, "it begins with so many blocks")
         grow = _pages.whole("grow", each, 1)
@@ -637,7 +638,7 @@ def stride(block_bytes: int, blocks: int, alignment: int) -> int:
     """Return the bytes from one block to the next; raise `HostMemoryError` for numbers that make no
     pool."""
     numbers = block_bytes, blocks, alignment
-    whole = all(isinstance(number, int) and number > 0 for number in numbers)
+    whole = all(type(number) is int and number > 0 for number in numbers)
     if not whole or alignment not in [1 << bit for bit in range(13)]:
         raise HostMemoryError(
             f"Expected one or more blocks of one or more bytes, aligned to a power of two up to "

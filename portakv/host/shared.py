@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from portakv.arguments import flag
 from portakv.errors import HostMemoryError, PoolExhausted, SlotError
 from portakv.host import _pages, _registration, pinned
 from portakv.host.pool import Block, Pool, ending, stride
@@ -102,6 +103,8 @@ class SharedPool(Pool):
         fallback: bool = True,
     ) -> None:
         require_linux("a shared pool")
+        flag("keep", keep)
+        flag("fallback", fallback)
         super().__init__(f"the shared pool {name!r}", "open it there by its name")
         self.name = name
         self._keep = keep

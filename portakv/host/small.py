@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 from torch import Stream, Tensor
+from torch.autograd.graph import increment_version
 
 from portakv.arguments import kind_of
 from portakv.deprecation import warn_former
@@ -234,6 +235,7 @@ class SmallCopy:
             streams.check_stream(stream, self._device)
             streams.follow_current(stream, *(() if captures else (out,)))
         self._send(array, out, stream, captures)
+        increment_version(out)
         return out if count == most else out.view(-1)[:count]
 
     def refill(self, values: Values) -> None:
@@ -310,8 +312,8 @@ def _choose(target: Target, nbytes: int, method: str | None) -> Chosen:
 def _checked(
     out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return the target if it fits; None: a new tensor, writable in and outside of inference
-    mode."""
+    """Return the target if it fits, with its version raised; None: a new tensor, writable in and
+    outside of inference mode."""
     if out is None:
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
@@ -330,6 +332,7 @@ def _checked(
             f"Expected a contiguous out tensor of {count} values of {dtype}, got {out.numel()} of "
             f"{out.dtype}, {lies}. Pass another tensor, or None."
         )
+    increment_version(out)
     return out
 
 

@@ -44,6 +44,7 @@ from portakv.integrations.lmcache_formats import (
 )
 from portakv.interconnect.strategy import Terms
 from portakv.runtime.devices import indexed
+from portakv.view.index import index_of
 
 # LMCache's TransferDirection: object to cache, cache to object
 H2D = 0
@@ -378,7 +379,7 @@ def multi_layer_block_kv_transfer(
 
         # A single object may be shorter than a chunk.
         order = None if len(objects) == 1 else range(len(objects))
-        positions = Index.of(order, chunk).shifted(begin)
+        positions = index_of(order, chunk).shifted(begin)
         chunks = objects_of(form, caches, objects, chunk, target)
         blocks = blocks_of(ids, block_size).shifted(begin)
         move(store, caches, chunks, blocks, positions, len(ids) * block_size - begin)

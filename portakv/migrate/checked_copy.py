@@ -8,6 +8,7 @@ from portakv.copy.options import USUAL, CopyOptions
 from portakv.copy.submit import submit
 from portakv.plan.move import Move
 from portakv.view import Index, KVView
+from portakv.view.index import CONSECUTIVE
 
 
 def copy_checked(
@@ -22,6 +23,6 @@ def copy_checked(
 
     Ids and memory are checked as there. Raises as `copy_rows`, except for lengths.
     """
-    src_index = src_index or Index.of(None)
-    dst_index = dst_index or Index.of(None)
+    src_index = src_index or CONSECUTIVE
+    dst_index = dst_index or CONSECUTIVE
     return submit(Move(src, dst, src_index, dst_index, count), options)

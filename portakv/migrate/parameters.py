@@ -22,6 +22,9 @@ from portakv.errors import InvalidTerms, LayoutError
 from portakv.migrate.messages import Box as Ends
 from portakv.migrate.messages import Bytes, Dims, Message, Small, Text, prepare
 from portakv.migrate.shards import deal
+from portakv.runtime.writable import READ_ONLY, writable
+from portakv.view.bound import reach
+from portakv.view.overlap import overlaps_itself
 
 
 class Box(NamedTuple):
@@ -314,18 +317,19 @@ def _check_boxes(name: str, parameter: Parameter) -> None:
 
 
 def check_destinations(parameters: Mapping[str, Parameter]) -> None:
-    """Raise `LayoutError` for a destination that has several elements at one address."""
+    """Raise `LayoutError` for a destination that has several elements at one address, or that the
+    host may not write."""
     for name, parameter in parameters.items():
         tensor = parameter.tensor
-        strides = tensor.stride()
-        if 0 not in strides:
-            continue
-        axes = zip(tensor.shape, strides, strict=True)
-        if any(extent > 1 and stride == 0 for extent, stride in axes):
+        if not tensor.is_contiguous() and overlaps_itself(tensor):
             raise LayoutError(
-                f"Expected {name} to have memory for each element, got an expanded tensor. "
-                f"Pass a contiguous one."
+                f"Expected {name} to have memory for each element, got an expanded tensor, or "
+                f"another one whose elements share some. Pass a contiguous one."
             )
+        first = tensor.data_ptr()
+        nbytes = reach(tensor.shape, tensor.stride()) * tensor.itemsize
+        if tensor.is_cpu and not writable(first, first + nbytes):
+            raise LayoutError(f"Expected {name} to be writable, got a tensor: {READ_ONLY}.")
 
 
 def items_of(parameters: Mapping[str, Parameter]) -> dict[str, Item]:

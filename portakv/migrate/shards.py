@@ -20,7 +20,7 @@ from portakv.errors import LayoutError, SlotError
 from portakv.layout.packing import PACKED_DTYPE, parameters_of
 from portakv.migrate.messages import Box, Group, Range
 from portakv.view import Index, KVView
-from portakv.view.index import Ids
+from portakv.view.index import CONSECUTIVE, Ids
 
 Mask = npt.NDArray[np.bool_]  # for each position of a copy
 _MOST = 1 << 16  # layers or heads of a model, as messages have them
@@ -63,7 +63,7 @@ def names_of(count: int) -> list[str]:
 def index_of(name: str, view: KVView, ids: Ids | None) -> Index:
     """Return the index of a list of blocks; raise `SlotError`, which names the list."""
     try:
-        return Index.of(ids, view.block_size or 1)
+        return CONSECUTIVE if ids is None else Index.of(ids, view.block_size or 1)
     except SlotError:
         # Only now: a list without an error does not pay for it.
         with arguments.naming(name, "whole numbers in a list, an array or a tensor"):

@@ -16,7 +16,7 @@ from math import gcd, prod
 import numpy as np
 import torch
 
-from portakv.arguments import kind_of
+from portakv.arguments import as_whole, flag, kind_of
 from portakv.errors import LayoutError, SlotError, Unsupported
 from portakv.plan.loops import Loop, close, refine
 from portakv.plan.loops import Nest as Nest
@@ -24,6 +24,7 @@ from portakv.plan.loops import Side as Side
 from portakv.plan.move import Move as Move
 from portakv.plan.runs import Expansion, Factors, Runs, factors, summed
 from portakv.view.form import Form, Part, Step, Steps, merge_steps
+from portakv.view.ids import MOST_STEP
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -62,14 +63,19 @@ class CopyPlan:
                 f"Expected two forms for a plan, such as view.form, got {kind_of(src)} and "
                 f"{kind_of(dst)}. Pass the forms of two views."
             )
-        steps = (src_step, dst_step)
         wanted = 1 if unit is None else unit
-        if not all(isinstance(number, int) for number in (*steps, wanted)) or min(steps) < 0:
+        flag("reinterpret", reinterpret)
+        numbers = [as_whole(number) for number in (src_step, dst_step, wanted)]
+        if None in numbers or not (0 <= src_step <= MOST_STEP and 0 <= dst_step <= MOST_STEP):
             raise SlotError(
                 f"Expected integers as the steps and the unit of a plan, got steps {src_step!r} "
                 f"and {dst_step!r} and unit={unit!r}. Pass tokens for each id, or 0 for a side "
                 f"without ids."
             )
+        src_step = int(src_step)
+        dst_step = int(dst_step)
+        steps = (src_step, dst_step)
+        unit = None if unit is None else int(unit)
         if reinterpret:
             src = src.untyped()
         _check_forms(src, dst)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -54,6 +54,8 @@ OLD_NAMES = {
 }
 #: The last candidates on every device: they run everywhere, and never faster than a native one.
 LAST = ("compiled", "reference")
+#: The backend of which the automatic choice warns on a device that a native one is made for.
+SLOWEST = "reference"
 #: For each device type, the backends that are used only by name: on a CPU, compiling costs more
 #: than the compiled copy gains.
 EXPLICIT_ONLY = {"cpu": ("compiled",)}
@@ -115,6 +117,7 @@ class Registry:
         self.choices: dict[tuple[torch.device, str | None], Choice] = {}
         self._format_checks: dict[torch.device, tuple[FormatCheck, ...]] = {}
         self._logged: set[tuple[torch.device, str, str]] = set()
+        self._warned: set[str] = set()  # types of devices
         self.logged_strategies: dict[torch.device, set[str]] = {}
 
     def register(self, name: str, target: str | type[Backend]) -> None:
@@ -204,9 +207,37 @@ class Registry:
                 raise self._complete(error, device, forced) from None
             backend = made.value
             _log.info("%s: backend %s, %s", device, made.name, made.trace[-1].reason)
+            if forced is None and made.name == SLOWEST:
+                self._warn_of_slowest(device, made.trace)
             can = backend.capabilities()
             choice = Choice(backend, made.trace, forced is not None, can)
             return self.choices.setdefault((device, forced), choice)
+
+    def _warn_of_slowest(self, device: torch.device, tried: Sequence[Decision]) -> None:
+        """Warn, once for each type of device, if a faster backend is made for a device that gets
+        the slowest one.
+
+        A warning of Python's would be an error in processes that make errors of them.
+        """
+        fitting = [
+            each
+            for each in tried
+            if each.name not in LAST and MADE_FOR.get(each.name, device.type) == device.type
+        ]
+        # Others run on several types, and lack nothing if they do not know this one.
+        meant = any(
+            each.name in MADE_FOR or self._answers[each.name, device].right is False
+            for each in fitting
+        )
+        if meant and device.type not in self._warned:
+            self._warned.add(device.type)
+            reasons = "; ".join(f"{each.name}: {each.reason}" for each in fitting)
+            message = (
+                "%s: copies are slow, by backend %s, since no faster one serves the device: %s. "
+                "Install what is missing, or pass backend=%r to accept it. `portakv backends "
+                "--device %s` lists every decision."
+            )
+            _log.warning(message, device, SLOWEST, reasons, SLOWEST, device)
 
     def _consider(
         self, name: str, device: torch.device, named: bool
@@ -377,7 +408,7 @@ def available_device(device: torch.device | str) -> torch.device:
         # This is a `Named` if torch has no such device: a probe reads only the type.
         decisions = REGISTRY.trace(cast(torch.device, absent.device), here=False)
         # torch still has no such device, or the name is not one of torch.
-        with suppress(DeviceAbsent, RuntimeError, TypeError):
+        with suppress(DeviceAbsent, RuntimeError, TypeError, ValueError):
             torch.device(device)  # a candidate's import may have added it to torch
             return indexed(device)
         todo = "Fix that, or pass" if absent.known else "Pass"

@@ -342,6 +342,7 @@ class BlockForm:
         it, and its block has the number of that page.
         """
         arguments.instance("rows", rows, torch.Tensor)
+        passed = rows
         rows = self._rows_of_pages(rows)
         if rows.dtype != torch.uint8 or rows.ndim != 2 or rows.shape[1] < self.image_bytes:
             raise InvalidTerms(
@@ -350,9 +351,16 @@ class BlockForm:
             )
         layers = self.layers[1] - self.layers[0]
         heads = self.heads[1] - self.heads[0]
-        size = self.block_size
         if self.encoding:
-            return self._packed_view(rows, layers, heads)
+            view = self._packed_view(rows, layers, heads)
+        else:
+            view = self._raw_view(rows, layers, heads)
+        view.blocks_overlap = rows is not passed  # an image begins at each page
+        return view
+
+    def _raw_view(self, rows: torch.Tensor, layers: int, heads: int) -> KVView:
+        """Return a view of the raw blocks of images; copies nothing."""
+        size = self.block_size
         axes = ("block", "layer", "kv", "head", "token")
         extents = dict(zip(axes, (len(rows), layers, self.kv, heads, size), strict=True))
         values = [{**extents, "dim": width, "page": width} for width in self.widths]

@@ -7,12 +7,11 @@ from __future__ import annotations
 import ctypes
 import os
 
-import torch
-
 from portakv.copy.options import USUAL, CopyOptions
 from portakv.copy.rows import copy_rows as copy_rows
 from portakv.plan.plan import CopyPlan
 from portakv.view import Index, KVView
+from portakv.view.destination import note_written
 
 #: The shortest run that is copied so. A torch copy of runs reads and writes the bytes twice.
 LONG = 64 << 10
@@ -42,9 +41,7 @@ def copy_long_runs(
         runs.src.tolist(), runs.dst.tolist(), runs.nbytes.tolist(), strict=True
     ):
         ctypes.memmove(end, begin, nbytes)
-    for owner in dst.owners:
-        if not owner.is_inference():
-            torch.autograd.graph.increment_version(owner)  # as torch's own copies do
+    note_written(dst)
     return True
 
 

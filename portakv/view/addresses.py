@@ -6,15 +6,15 @@ Nothing here owns the memory or can check that it still exists; the caller promi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
-from operator import index
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from portakv.arguments import as_whole, flag, shown
 from portakv.errors import DeviceMismatch, LayoutError
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import hip
@@ -120,6 +120,8 @@ def read_addresses(
 ) -> RawRows:
     """Read tensors of one shape at addresses; arguments and errors are those of `KVView.at`."""
     dtype = as_dtype(dtype)
+    if pinned is not None:
+        flag("pinned", pinned)
     if device is None:
         target, reported = _driver_device(bound, addresses)
         pinned = reported if pinned is None else pinned
@@ -367,13 +369,15 @@ def _not_words(text: str, dtype: object) -> LayoutError:
 
 
 def _whole_numbers(name: str, numbers: Sequence[int]) -> tuple[int, ...]:
-    try:
-        return tuple(map(index, numbers))
-    except TypeError:
-        raise LayoutError(
-            f"Expected whole numbers, one for each dimension of the tensor at an address, got "
-            f"{name}={numbers!r}. Pass a tuple of integers."
-        ) from None
+    if isinstance(numbers, Iterable):
+        found = [as_whole(number) for number in numbers]
+        whole = [number for number in found if number is not None]
+        if len(whole) == len(found):
+            return tuple(whole)
+    raise LayoutError(
+        f"Expected whole numbers, one for each dimension of the tensor at an address, got "
+        f"{name}={shown(numbers)}. Pass a tuple of integers."
+    )
 
 
 def _driver_device(bound: BoundLayout, addresses: object) -> tuple[torch.device, bool | None]:

@@ -114,7 +114,7 @@ class BoundLayout:
         return (form, (address,), (tensors,), spans), slots, device, tensors.requires_grad
 
     def _read_all(self, tensors: Tensors) -> Facts:
-        flat, sizes = _flatten(self.layout, tensors)
+        flat, sizes = flatten_tensors(self.layout, tensors)
         device = _one_device(flat)
         begins = [tensor.data_ptr() for tensor in flat]
         place = "device"
@@ -269,7 +269,7 @@ def bind_layout(
     return _bound(text, tuple(sorted(declared.items())), bits, as_encoding(encoding))
 
 
-def _flatten(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[int]]:
+def flatten_tensors(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[int]]:
     """Return the tensors inside nested containers in order, and the extent of each level."""
     sizes: list[int] = []
     level: list[Any] = [tensors]
@@ -387,14 +387,7 @@ def _one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
                 f"Expected the tensors of one view on one device, got {device} and "
                 f"{tensor.device}. Make a view (and a connector) for each device."
             )
-        if tensor.is_conj() or tensor.is_neg():
-            raise LayoutError(
-                "Expected tensors whose bytes are their values, got a lazily conjugated or negated "
-                "one. Pass tensor.resolve_conj().resolve_neg()."
-            )
-        if tensor.layout is not _STRIDED or tensor.is_nested:
-            kind = "nested" if tensor.is_nested else tensor.layout
-            raise LayoutError(f"Expected strided tensors, got a {kind} one. Pass a strided copy.")
+        _check_bytes(tensor)
         if device.type != "meta" and tensor.numel() and not address_of(tensor):
             raise LayoutError(
                 f"Expected allocated tensors, got {kind_of(tensor)} of shape "
@@ -407,6 +400,24 @@ def _one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
             "allocated tensors."
         )
     return device
+
+
+def _check_bytes(tensor: torch.Tensor) -> None:
+    """Raise `LayoutError` unless a tensor is strided, and its bytes are its values."""
+    if tensor.is_conj() or tensor.is_neg():
+        raise LayoutError(
+            "Expected tensors whose bytes are their values, got a lazily conjugated or negated "
+            "one. Pass tensor.resolve_conj().resolve_neg()."
+        )
+    if tensor.layout is not _STRIDED or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise LayoutError(f"Expected strided tensors, got a {kind} one. Pass a strided copy.")
+    if tensor.is_quantized:
+        raise LayoutError(
+            f"Expected tensors whose bytes are their values, got a quantized one of "
+            f"{tensor.dtype}, whose scale a copy does not move. Pass tensor.int_repr(), and keep "
+            f"the scale and the zero point yourself."
+        )
 
 
 def address_of(tensor: torch.Tensor) -> int:

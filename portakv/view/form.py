@@ -15,6 +15,7 @@ from itertools import product
 from math import prod
 from typing import Any
 
+from portakv.deprecation import warn_former
 from portakv.errors import LayoutError
 from portakv.layout.extents import factor_extent
 from portakv.layout.language import Factor, Group, Layout
@@ -100,11 +101,6 @@ class Part:
 
 
 PART_AXES = ("layer", "block", "token", "head", "dim")
-#: Why planes that coincide cannot be written, whether strides or addresses make them so.
-ALIASED = (
-    "two of its planes lie at one address, so that one would overwrite the other. Pass separate "
-    "memory for each"
-)
 
 
 @dataclass(frozen=True, slots=True, eq=True)
@@ -124,7 +120,6 @@ class Form:
         encoding: for each kv the geometry of an encoded plane, all of one encoding; () for raw
             rows. ``widths`` are then the bytes of slots, one for each block, layer and head, and
             blocks move only whole.
-        unwritable: why rows of this form cannot be a destination; empty if they can.
     """
 
     parts: tuple[Part, ...]
@@ -138,7 +133,6 @@ class Form:
     dtypes: tuple[str, ...] = ()
     table_on_device: bool = False
     encoding: tuple[Any, ...] = ()  # of `Plane`; what reads the planes of one encoding knows it
-    unwritable: str = field(default="", init=False, compare=False, repr=False)
     _hash: int = field(default=0, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -146,7 +140,6 @@ class Form:
         key = (self.parts, self.layers, self.heads, self.widths, self.block_size, self.alignment)
         rest = self.opaque, self.place, self.dtypes, self.table_on_device, self.encoding
         object.__setattr__(self, "_hash", hash((key, *rest)))
-        object.__setattr__(self, "unwritable", self._why_unwritable())
 
     def __hash__(self) -> int:
         return self._hash
@@ -160,14 +153,19 @@ class Form:
         """Return True if the blocks or tokens lie in a list of tensors."""
         return any(step.table for part in self.parts for step in part.block + part.token)
 
-    def _why_unwritable(self) -> str:
+    @property
+    def unwritable(self) -> str:
+        """Return why rows with one address cannot be a destination; empty if they can, or if only
+        their number decides.
+
+        A copy checks more, and says why. The attribute goes in 0.2.0.
+        """
+        warn_former("Form.unwritable", "the LayoutError of a copy")
         for name, part in product(PART_AXES, self.parts):
             if any(step.stride == step.table == 0 and step.extent != 1 for step in part.axis(name)):
-                return (
-                    f"its {name!r} axis has stride 0, so that several rows share one place. Pass "
-                    f"tensor.contiguous()"
-                )
-        return ALIASED if len(set(self.planes)) < self.layers * self.kv else ""
+                return f"its {name!r} axis has stride 0, so that several rows share one place"
+        shared = len(set(self.planes)) < self.layers * self.kv
+        return "two of its planes lie at one address" if shared else ""
 
     @property
     def planes(self) -> list[tuple[int, int]]:

@@ -19,6 +19,8 @@ _INT = frozenset({int})
 ID_DTYPES = (torch.int64, torch.int32)
 #: A slot past the end of any view, and far from where 64 bits overflow.
 PAST_ANY_VIEW = 2**62
+#: The most tokens of an id.
+MOST_STEP = 2**31 - 1
 _INT64 = np.dtype(np.int64)
 #: Numbers that Python looks through, or reckons with, faster than numpy (8 ids: 1 us in place of 6;
 #: the addresses of 6 pages: 3 us in place of 12).

@@ -8,17 +8,17 @@ it is slot ``q``. ``step=1`` is a slot mapping, ``step=block_size`` a block tabl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
-from operator import index as whole_number
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from portakv.arguments import as_whole, flag
 from portakv.errors import SlotError, Unsupported
 from portakv.view.ids import (
     ID_DTYPES,
+    MOST_STEP,
     PAST_ANY_VIEW,
     SHORT,
     as_ids,
@@ -125,14 +125,12 @@ class Index:
     def __init__(
         self, ids: IdList | None = None, step: int = 1, offset: int = 0, *, trusted: bool = False
     ) -> None:
-        if type(step) is not int or type(offset) is not int:
-            with suppress(TypeError):  # the check below reports another type
-                step = whole_number(step)
-                offset = whole_number(offset)
-        if type(step) is not int or type(offset) is not int or not 0 < step <= _INT32 or offset < 0:
+        tokens = as_whole(step)
+        passed_over = as_whole(offset)
+        if tokens is None or not 0 < tokens <= MOST_STEP or passed_over is None or passed_over < 0:
             raise SlotError(
-                f"Expected an integer step from 1 to {_INT32} and an integer offset of at least 0, "
-                f"got Index(step={step!r}, offset={offset!r}). Pass such numbers."
+                f"Expected an integer step from 1 to {MOST_STEP} and an integer offset of at least "
+                f"0, got Index(step={step!r}, offset={offset!r}). Pass such numbers."
             )
         array = host_array(ids)
         made: torch.Tensor | None
@@ -140,7 +138,7 @@ class Index:
             made = ids if isinstance(ids, torch.Tensor) else torch.from_numpy(array)
         else:
             made = None if ids is None else as_ids(ids)
-        self._set(made, step, offset, _Store(array), False, bool(trusted))
+        self._set(made, tokens, passed_over, _Store(array), False, flag("trusted", trusted))
 
     def _set(
         self,
@@ -165,13 +163,15 @@ class Index:
         self._placed: _Placed | None = None
 
     @classmethod
-    def of(cls, index: Ids | None, step: int = 1) -> Index:
-        """Return an index as it is, None as consecutive slots, and ids of ``step`` tokens as an
-        index for one call."""
+    def of(cls, index: Ids, step: int = 1) -> Index:
+        """Return an index as it is, and ids of ``step`` tokens as an index for one call.
+
+        Raises `SlotError` for ids that the constructor refuses, and for None.
+        """
         if isinstance(index, Index):
             return index
         if index is None:
-            return _CONSECUTIVE
+            raise SlotError("Expected ids, got None. Pass Index() for consecutive slots.")
         made = cls(index, step)
         made.temporary = True
         if made.ids is not None and made.on_host:
@@ -270,13 +270,14 @@ class Index:
             SlotError: a count that is not a whole number of at least 0.
         """
         if count is not None:
-            if not isinstance(count, (int, np.integer)) or count < 0:
+            positions = as_whole(count)
+            if positions is None or positions < 0:
                 raise SlotError(
                     f"Expected a whole number of at least 0 as the count of an index without "
                     f"repeats, got count={count!r}. Pass the positions of the copy."
                 )
-            if count < (self.length or 0):
-                return self.part(0, int(count)).without_repeats()
+            if positions < (self.length or 0):
+                return self.part(0, positions).without_repeats()
         if self.ids is None:
             return self
         if self.on_host:
@@ -594,7 +595,12 @@ class Index:
         return f"Index({ids}, step={self.step}, offset={self.offset})"
 
 
-_CONSECUTIVE = Index()  # the index that None stands for; without ids a copy caches nothing in it
+def index_of(ids: Ids | None, step: int = 1) -> Index:
+    """Return the index of a copy's argument: None stands for consecutive slots."""
+    return CONSECUTIVE if ids is None else Index.of(ids, step)
+
+
+CONSECUTIVE = Index()  # without ids a copy caches nothing in it
 
 
 def _faults(used: npt.NDArray[np.int64], most: int, distinct: bool) -> tuple[bool, bool]:

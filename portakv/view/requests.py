@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from operator import index as whole_number
 from typing import NamedTuple
 
 import torch
 
-from portakv.arguments import kind_of
+from portakv.arguments import as_whole, kind_of
 from portakv.errors import SlotError
-from portakv.view.ids import ID_DTYPES, PAST_ANY_VIEW, IdList, as_ids
+from portakv.view.ids import ID_DTYPES, MOST_STEP, PAST_ANY_VIEW, IdList, as_ids
 
 
 class _Positions(NamedTuple):
@@ -71,16 +69,14 @@ def _check_tables(tables: torch.Tensor) -> None:
 
 def _whole_terms(step: int, count: int | None) -> tuple[int, int | None]:
     """Return ``step`` and ``count`` as integers; raise `SlotError` if they are not."""
-    with suppress(TypeError):  # an argument that is not a whole number fails the check below
-        step = whole_number(step)
-        count = None if count is None else whole_number(count)
-    whole = isinstance(step, int) and isinstance(count or 0, int)
-    if not whole or step < 1 or (count or 0) < 0:
+    tokens = as_whole(step)
+    positions = 0 if count is None else as_whole(count)
+    if tokens is None or not 0 < tokens <= MOST_STEP or positions is None or positions < 0:
         raise SlotError(
             f"Expected requests with an integer step of at least 1 and an integer count of at "
             f"least 0, got step={step!r} and count={count!r}. Pass such integers."
         )
-    return step, count
+    return tokens, None if count is None else positions
 
 
 def _check_counts(

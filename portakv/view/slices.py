@@ -7,13 +7,13 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from operator import index
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from portakv.arguments import as_whole
 from portakv.errors import LayoutError
 from portakv.runtime.bounded import Bounded
 from portakv.view.bound import Spans
@@ -101,7 +101,9 @@ def slice_range(name: str, requested: slice | int | None, extent: int) -> range:
         if isinstance(requested, slice):
             result = range(extent)[requested]
         else:
-            at = index(requested)
+            at = as_whole(requested)
+            if at is None:
+                raise TypeError
             result = range(at, at + 1) if 0 <= at < extent else range(0)
     except (TypeError, ValueError):
         raise LayoutError(

@@ -10,14 +10,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from operator import index, methodcaller
+from operator import methodcaller
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.arguments import shown
+from portakv.arguments import as_whole, shown
 from portakv.deprecation import warn_former
 from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout.encodings import Encoding
@@ -27,7 +27,7 @@ from portakv.runtime.transfer import event_pool
 from portakv.view.addresses import RawMemory, RawRows, read_addresses
 from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
 from portakv.view.bound import Tensors as Tensors
-from portakv.view.form import ALIASED, locate, same_form
+from portakv.view.form import locate, same_form
 from portakv.view.slices import cover, regions, slice_form, slice_range, spans_within, storage_edges
 
 T = TypeVar("T")
@@ -67,6 +67,7 @@ class KVView:
     """
 
     # temporary: made for one call, and used on no stream but that call's.
+    # blocks_overlap: blocks begin inside of others, and the caller names only those that are apart.
     # derived: objects that slices, launches and strategies made of this view; they live as long
     __slots__ = (
         "_memory",
@@ -75,7 +76,7 @@ class KVView:
         "_raw",
         "_spans",
         "_table",
-        "_unwritable",
+        "blocks_overlap",
         "derived",
         "device",
         "form",
@@ -213,7 +214,7 @@ class KVView:
         self._table = table
         self.temporary = not (persistent or raw)
         self._memory: tuple[tuple[torch.UntypedStorage, int, int], ...] | None = None
-        self._unwritable: str | None = None
+        self.blocks_overlap = False
         self.derived: dict[Hashable, Any] = {}
         if persistent:
             # Aliases keep the memory that was read, also if a caller gives a tensor another one.
@@ -441,24 +442,6 @@ class KVView:
                 return True
         return False
 
-    def check_writable(self) -> None:
-        """Raise `LayoutError` if this view cannot be a destination."""
-        why = self._unwritable
-        if why is None:
-            why = self.form.unwritable
-            if self.requires_grad:
-                why = "it requires grad. Pass tensor.detach()"
-            elif self.form.place == "peer":
-                why = "a peer's rows are only read. Let its own device read the source"
-            elif not why and self._origins is not None and len(self._origins) > 1:
-                planes = [self.origins[entry] + offset for entry, offset in self.form.planes]
-                distinct = all(len(set(each)) == len(each) for each in (planes, self.origins))
-                why = "" if distinct else ALIASED
-            if self.known:  # else the addresses may be read back later
-                self._unwritable = why
-        if why:
-            raise LayoutError(f"Expected a writable destination, got {self.layout.text!r}: {why}.")
-
     def strided(
         self,
         entry: int,
@@ -517,11 +500,10 @@ class KVView:
             LayoutError: no strided tensor can show it (`Form.unshown` has the reason), or its rows
                 do not begin and end at whole numbers of ``dtype``.
         """
-        try:
-            there = 0 <= index(layer) < self.layers and 0 <= index(kv) < self.kv
-        except TypeError:
-            there = False
-        if not there:
+        at_layer = as_whole(layer)
+        at_kv = as_whole(kv)
+        numbers = at_layer is not None and at_kv is not None
+        if not (numbers and at_layer in range(self.layers) and at_kv in range(self.kv)):
             raise LayoutError(
                 f"Expected layer and kv of a plane to be integers that count from 0, below "
                 f"{self.layers} and {self.kv}, got layer {layer!r} and kv {kv!r}. Pass others."
@@ -681,6 +663,7 @@ class KVView:
         persistent = self._memory is not None
         view._set(self.layout, self.tensors, facts, persistent, self._raw, own)
         view.memory_device = self.memory_device
+        view.blocks_overlap = self.blocks_overlap
         return view
 
     def __repr__(self) -> str:

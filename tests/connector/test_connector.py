@@ -85,7 +85,7 @@ def test_start_and_end(connector: AdaptiveConnector) -> None:
     caches = make_caches()
     slots = [9, 2, 17, 6, 0, 3]
     for start, end in ((0, None), (0, 6), (2, 5), (5, None), (3, 3)):
-        chunk = make_chunk(6)
+        chunk = make_chunk(6 if end is not None else 6 - start)
         wanted = chunk.clone()
         wanted[:, :, : len(slots[start:end])] = rows(caches, slots[start:end])
         connector.from_gpu(chunk, caches, slots, start, end)
@@ -101,7 +101,7 @@ def test_nothing_to_move(connector: AdaptiveConnector) -> None:
     for slots in ([], torch.empty(0, dtype=torch.int32), [-1, -1, -1]):
         for move in (connector.from_gpu, connector.to_gpu):
             with untouched(caches, chunk):
-                assert move(chunk, caches, slots).done()
+                assert move(chunk, caches, slots, 0, len(slots)).done()
 
 
 def test_caches_in_every_container(connector: AdaptiveConnector) -> None:

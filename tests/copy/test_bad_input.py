@@ -212,6 +212,9 @@ def test_what_a_connector_refuses(scene: Scene, move: str, case: tuple[Any, ...]
     arguments = {"memory_obj": scene.chunk, "kv_caches": scene.caches, "slot_mapping": [0, 1]}
     for name, value in special.items():
         arguments[name] = value(scene) if isinstance(value, FunctionType) else value
+    slots = arguments["slot_mapping"]
+    if "end" not in arguments and hasattr(slots, "__len__"):
+        arguments["end"] = len(slots)  # the chunk has more tokens
     connector = AdaptiveConnector("cpu", **arguments.pop("options", {}))  # type: ignore[arg-type]
     chunk = arguments["memory_obj"]
     with refused(
@@ -273,14 +276,14 @@ def test_bad_connectors(device: Any, options: dict[str, Any], error: Any, words:
 def test_destinations_that_require_grad(scene: Scene) -> None:
     grad = scene.chunk.detach().clone().requires_grad_()
     with refused(LayoutError, "destination", "grad", "detach", watch=[*scene.memory, grad]):
-        scene.connector.from_gpu(grad, scene.caches, [0, 1])
+        scene.connector.from_gpu(grad, scene.caches, [0, 1], end=2)
     caches = [torch.nn.Parameter(cache.clone()) for cache in scene.caches]
     with refused(LayoutError, "destination", "grad", "detach", watch=[*scene.memory, *caches]):
-        scene.connector.to_gpu(scene.chunk, caches, [0, 1])
+        scene.connector.to_gpu(scene.chunk, caches, [0, 1], end=2)
     # As sources they are read like any other, and no gradient is recorded.
-    scene.connector.to_gpu(grad, scene.caches, [0, 1]).synchronize()
+    scene.connector.to_gpu(grad, scene.caches, [0, 1], end=2).synchronize()
     assert same(scene.caches[0][0, 0, 0].reshape(-1), grad[0, 0, 0])
-    scene.connector.from_gpu(scene.chunk, caches, [0, 1]).synchronize()
+    scene.connector.from_gpu(scene.chunk, caches, [0, 1], end=2).synchronize()
     assert not scene.chunk.requires_grad
 
 
@@ -314,7 +317,7 @@ COPIES: dict[type[PortaKVError], list[tuple[Any, ...]]] = {
         (lambda s: rows(s.cache.slice(heads=0), s.rows, [0]), "'head'", "source"),
         (lambda s: blocks(s.cache, s.rows, [0], [0]), "dst_blocks", "`block`", "None"),
         (lambda s: rows(s.cache.slice(layers=0), s.shared, [0, 1]), "destination", "one"),
-        (lambda s: s.connector.to_gpu(s.chunk, [s.caches[i] for i in (0, 1, 0)], [0, 1]),
+        (lambda s: s.connector.to_gpu(s.chunk, [s.caches[i] for i in (0, 1, 0)], [0, 1], 0, 2),
          "destination", "address"),
     ],
     SlotError: [
@@ -331,7 +334,13 @@ COPIES: dict[type[PortaKVError], list[tuple[Any, ...]]] = {
         (lambda s: rows(s.cache, s.rows), "covers 20", "destination of 8"),
         (lambda s: rows(s.cache, s.cache, [0, 1, 2], [3, 4]), "covers 3", "destination of 2"),
         (lambda s: rows(s.cache, s.cache, [3, 4], [9, 3]), "slot 3", "source and destination"),
-        (lambda s: s.connector.to_gpu(s.chunk, s.caches, [7, 3, 7]), "slot 7", "2 times", "once"),
+        (lambda s: s.connector.to_gpu(s.chunk, s.caches, [7, 3, 7], 0, 3),
+         "slot 7", "2 times", "once"),
+        (lambda s: s.connector.to_gpu(s.chunk, s.caches, [7, 3]), "2 tokens", "one of 8", "end"),
+        (lambda s: s.connector.from_gpu(s.chunk, s.caches, [7, 3], 1), "1 tokens", "one of 8"),
+        (lambda s: s.connector.from_gpu(s.chunk, s.caches, []), "0 tokens", "one of 8"),
+        (lambda s: s.connector.batched_from_gpu([s.chunk], s.caches, [7, 3], [0], [None]),
+         "2 tokens", "one of 8"),
         (lambda s: blocks(s.rows, s.cache, None, [2, 2]), "2 times", "once"),
         (lambda s: s.connector.batched_to_gpu([s.chunk], s.caches, [0, 1], [0, 1], [2]),
          "1 memory objects", "2 starts", "1 ends"),
@@ -383,9 +392,9 @@ def test_rows_of_another_type_unless_their_bits_are_meant(scene: Scene, dtype: t
     with refused(LayoutError, "float16", str(dtype)[6:], "reinterpret=True", watch=caches):
         copy_rows(*views, None, [*range(4, 12)])
     with refused(LayoutError, "reinterpret=True", watch=caches):
-        scene.connector.to_gpu(chunk, caches, [4, 5, 6])
+        scene.connector.to_gpu(chunk, caches, [4, 5, 6], end=3)
     copy_rows(*views, None, [*range(4, 12)], reinterpret=True).synchronize()
-    AdaptiveConnector("cpu", reinterpret=True).to_gpu(chunk, caches, [1, 2, 3]).synchronize()
+    AdaptiveConnector("cpu", reinterpret=True).to_gpu(chunk, caches, [1, 2, 3], end=3).synchronize()
     rows = chunk[1, 1].unflatten(1, (HEADS, -1))
     result = caches[1][1].flatten(0, 1).view(dtype)
     assert same(result[4:12], rows)

@@ -49,6 +49,7 @@ from portakv.copy.context import Context
 from portakv.copy.settle import drop_bad_ids
 from portakv.plan.plan import check_disjoint
 from portakv.runtime.transfer import Transfer
+from portakv.view.destination import check_writable
 
 CACHE = "layer | kv block token head dim"
 CHUNK = "kv layer token (head dim)"
@@ -83,7 +84,7 @@ class Checks:
         self._names = {id(src): "source", id(dst): "destination"}
         self._checks: dict[Any, Callable[[dict[str, Any]], str]] = {
             KVView.check_memory.__code__: lambda args: f"memory of {self._name(args)}",
-            KVView.check_writable.__code__: lambda args: f"writable {self._name(args)}",
+            check_writable.__code__: lambda args: f"writable {self._name(args)}",
             Index.check.__code__: lambda args: f"ids of {args['side']}",
             check_disjoint.__code__: lambda args: "disjoint",
             drop_bad_ids.__code__: lambda args: "bad ids",
@@ -91,7 +92,7 @@ class Checks:
         }
 
     def _name(self, args: dict[str, Any]) -> str:
-        return self._names.get(id(args["self"]), "a part")
+        return self._names.get(id(args.get("self", args.get("view"))), "a part")
 
     def _note(self, frame: Any, event: str, argument: object) -> None:
         text = self._checks.get(frame.f_code) if event == "call" else None

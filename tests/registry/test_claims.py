@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -155,3 +156,12 @@ def test_launches_that_claim_no_threads_run_one_at_a_time(caches: list[torch.Ten
     register_backend("lonely", small_backend("lonely", threads=False, spoil=slow))
     run_threads(lambda _: store(caches, [1, 2], "lonely"), range(8))
     assert most == 1
+
+
+@pytest.mark.simdev
+def test_no_warning_on_a_device_that_no_backend_is_made_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
+    assert registry.choose("simdev").name == "reference"
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from portakv import CopyPlan, Index, KVView, copy_rows
+from portakv import CopyPlan, KVView, copy_rows
 from portakv.plan import Move
+from portakv.view.destination import check_writable
 from portakv.view.form import locate as step_to
+from portakv.view.index import index_of
 
 GIB = 1 << 30
 _MAP_NORESERVE = 0x4000  # Linux; not named by every Python's mmap
@@ -53,10 +55,10 @@ def by_runs(
     src: KVView, dst: KVView, src_index: Any, dst_index: Any, count: int | None = None
 ) -> None:
     """Copy run by run, as a copy engine would."""
-    indices = Index.of(src_index), Index.of(dst_index)
+    indices = index_of(src_index), index_of(dst_index)
     lengths = [x.length for x in indices if x.length is not None]
     count = min(lengths or [src.slots, dst.slots]) if count is None else count
-    dst.check_writable()
+    check_writable(dst)
     for plan, part in sections(Move(src, dst, *indices, count)):
         move(plan.runs(*part))
 

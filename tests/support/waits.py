@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from typing import Any
 
 _VARIABLE = "PORTAKV_TESTS_SLOWNESS"  # the factor, for the processes that a run of tests starts
 _WORK = 300_000  # additions
@@ -28,12 +28,12 @@ def _slowness() -> float:
     return factor
 
 
-#: Seconds after which a wait counts as a hang: five minutes on an idle machine, at most 40. Less than
-#: the limit of a test in pyproject.toml.
+#: Seconds after which a wait counts as a hang: five minutes on an idle machine, at most 40. The
+#: limit of a test in pyproject.toml is longer.
 LIMIT = min(300.0 * _slowness(), 2400.0)
 
 
-def until(true: Callable[[], object], seconds: float = LIMIT) -> bool:
+def until(true: Any, seconds: float = LIMIT) -> bool:
     """Return whether a condition becomes true: as soon as it is, or False after ``seconds``."""
     end = time.monotonic() + seconds
     while not true():

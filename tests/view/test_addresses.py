@@ -34,6 +34,7 @@ from portakv.runtime import cuda, hip
 from portakv.view import addresses as view_addresses
 from portakv.view import view as view_of
 from portakv.view.addresses import UNKNOWN_SLOTS
+from portakv.view.destination import check_writable
 
 CPU = torch.device("cpu")
 LAYOUT = "layer kv | block token head dim"
@@ -162,13 +163,13 @@ def test_what_only_a_device_knows_is_found_once_it_was_read() -> None:
     part = view.slice(layers=0, heads=1)
     for each in (view, part, view.as_bytes()):
         assert not each.overlaps(dense)
-        each.check_writable()
+        check_writable(each)
         assert each.origins
         assert each.overlaps(dense)
     memory = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors[0]]
     assert part.spans == [(first + 2 * DIM, past) for first, past in sorted(memory)]
     with pytest.raises(LayoutError, match="at one address"):
-        view.check_writable()
+        check_writable(view)
 
 
 def test_it_holds_nothing_and_says_so() -> None:

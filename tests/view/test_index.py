@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from portakv import Index, SlotError, Unsupported
+from portakv.view.index import index_of
 
 HERE = torch.device("cpu")
 NARROW = frozenset({torch.int32})
@@ -162,7 +163,9 @@ def test_what_an_index_knows_about_itself() -> None:
     assert repr(nothing) == "Index(None, step=1, offset=3)"
     assert Index.of(table) is table
     assert Index.of([3, 1]).slots(2).tolist() == [3, 1]
-    assert Index.of(None).slots(3).tolist() == [0, 1, 2]
+    assert index_of(None).slots(3).tolist() == [0, 1, 2]
+    with pytest.raises(SlotError, match=r"Expected ids, got None. Pass Index\(\)"):
+        Index.of(None)  # type: ignore[arg-type]
 
 
 def test_ids_are_copied_once_for_all_indices_of_a_list() -> None:

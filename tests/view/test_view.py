@@ -17,7 +17,9 @@ from support.core_cases import noise
 from support.presets_cases import KINDS, side
 
 from portakv import KVView, LayoutError
+from portakv.host import memcpy
 from portakv.view.bound import BoundLayout, bind_layout
+from portakv.view.destination import check_writable
 from portakv.view.example import example_tensors
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.oracle import Rows
@@ -219,6 +221,26 @@ REFUSED: list[tuple[Any, str, dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_quantized_tensors_are_refused(listed: bool) -> None:
+    """Their bytes are numbers of a scale, which no copy moves."""
+    rows = torch.ones(4, 8, device="cpu")
+    scales = torch.ones(4, device="cpu")
+    zeros = torch.zeros(4, device="cpu")
+    for tensor in (
+        torch.quantize_per_tensor(rows, 0.1, 0, torch.qint8),
+        torch.quantize_per_channel(rows, scales, zeros, 0, torch.quint8),
+    ):
+        with pytest.raises(
+            LayoutError, match=r"values, got a quantized one .* tensor.int_repr\(\)"
+        ):
+            KVView([tensor], "layer | token dim") if listed else KVView(tensor, "token dim")
+        with pytest.raises(LayoutError, match="quantized"):
+            memcpy.copy_(tensor, tensor)
+        check_writable(KVView(tensor.int_repr(), "token dim"))
+
+
 @pytest.mark.parametrize(("tensors", "layout", "extents", "why"), REFUSED)
 def test_what_is_refused(tensors: Any, layout: str, extents: dict[str, Any], why: str) -> None:
     KVView(noise(5, 8), "token dim", dim=8, heads=1, kv=1)
@@ -298,7 +320,7 @@ UNWRITABLE: dict[str, tuple[Any, str, str]] = {
 def test_what_cannot_be_written(name: str) -> None:
     tensors, layout, why = UNWRITABLE[name]
     with pytest.raises(LayoutError, match=f"writable destination, got .*: .*{why}"):
-        KVView(tensors, layout).check_writable()
+        check_writable(KVView(tensors, layout))
 
 
 class TestPlanes:
@@ -306,7 +328,7 @@ class TestPlanes:
     def test_a_plane_is_the_memory_itself(self, name: str) -> None:
         engine = side(name)
         view = KVView(engine.tensors, name, **engine.extents)
-        view.check_writable()
+        check_writable(view)
         if re.search("page|%|^block [|]", engine.layout):
             with pytest.raises(LayoutError, match="No strided tensor can show"):
                 view.plane(0, 0)
