@@ -135,7 +135,7 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
         check_stages(config, groups)
     try:
         store = StoreTerms.of(roles.store)
-        size = store.block_size or whole_blocks(groups, _least_tokens(config, store, workers))
+        size = store.block_size or whole_blocks(groups, _least_tokens(config, store))
         if store.encoding is not None:
             size = packed_block(store, groups)
         for group in groups:
@@ -174,14 +174,13 @@ def schedules_ahead(config: Any) -> bool:
     return bool(getattr(getattr(config, "scheduler_config", None), "async_scheduling", False))
 
 
-def _least_tokens(config: Any, store: StoreTerms, workers: Workers) -> int:
+def _least_tokens(config: Any, store: StoreTerms) -> int:
     """Return the tokens that a stored block has at least, unless ``block_size`` says otherwise.
 
     Engines that share a store have one number, whatever their own blocks are.
     """
     device = getattr(getattr(config, "device_config", None), "device_type", "")
-    alone = workers.local and not store.shared
-    return TOKENS_ON_CPU if device == "cpu" and alone else TOKENS
+    return TOKENS_ON_CPU if device == "cpu" and not store.shared else TOKENS
 
 
 def whole_blocks(groups: Sequence[Group], tokens: int | None = None) -> int:

@@ -281,7 +281,7 @@ def test_weights_are_those_of_a_llama(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("first", "right", "verdict"),
-    [(59.0, True, "ratio 1.97: met"), (61.0, True, "ratio 2.03: MISSED"), (59.0, False, "WRONG")],
+    [(59.0, True, "ratio 1.967: met"), (61.0, True, "ratio 2.033: MISSED"), (59.0, False, "WRONG")],
 )
 def test_a_first_one_is_judged_by_the_median_of_later_ones(
     first: float, right: bool, verdict: str
@@ -293,6 +293,6 @@ def test_a_first_one_is_judged_by_the_median_of_later_ones(
     made[2]["right"] = right
     row = judged("hand-over", 961, made)
     assert row["later_ms"] == 30
-    assert row["met"] is (verdict == "ratio 1.97: met")
+    assert row["met"] is (verdict == "ratio 1.967: met")
     assert row["news"] == {"modules": ["portakv.backends.cuda"]}
     assert shown(row).endswith(verdict)
