@@ -3,9 +3,9 @@
 # Test and measure what crosses between two GPUs of one machine, from a clone that is not installed:
 # bash benchmarks/pair_run.sh FOLDER [PART...]. Parts, with their longest time in seconds: tests 180,
 # soak 600 (pulls with kills), wall 130 (pulls and weights by the wall clock), staged 110 (by NCCL, NIXL and
-# Mooncake), transports 70 (packed rows), handover 240 and ranks 200 (two engines; vLLM). All take half an
-# hour. FOLDER gets PART.json, PART.log and the verdicts in PART.check. PRESET=tiny DEVICE=cpu tries the
-# script itself, without tests and soak.
+# Mooncake), transports 70 (packed rows), handover 240 and ranks 200 (two engines; vLLM), first 300 (first
+# hand-overs and loads of engines, next to later ones). All take half an hour. FOLDER gets PART.json, PART.log
+# and the verdicts in PART.check. PRESET=tiny DEVICE=cpu tries the script itself, without tests and soak.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p "${1:?where the results go}"
@@ -41,7 +41,7 @@ bench() {
 }
 
 parts=("$@")
-((${#parts[@]})) || parts=(tests soak wall staged transports handover ranks)
+((${#parts[@]})) || parts=(tests soak wall staged transports handover ranks first)
 for part in "${parts[@]}"; do
     echo "$(date +%T) $part"
     case $part in
@@ -52,6 +52,12 @@ for part in "${parts[@]}"; do
     transports) bench transports 50 --encodings --only transports ;;
     handover) bench handover 220 --engines --only handover --dir /tmp ;;
     ranks) bench ranks 180 --engines --only handover-ranks --dir /tmp ;;
+    first)
+        made=$(mktemp -d)
+        timeout --kill-after=10 300 python3 -m portakv_benchmarks.engines.first "$made" ${PRESET:+--tiny} >"$out/first.log" 2>&1 || status=1
+        cp "$made/first.json" "$out/"
+        rm -rf "$made"
+        ;;
     *)
         echo "Expected a part that is named above, got $part." >&2
         exit 2

@@ -26,7 +26,7 @@ def compiler(*names: str) -> str | None:
 def built(command: Sequence[str], sources: Sequence[str]) -> bytes:
     """Return the library that a compiler makes, cached on disk by command and compiler version.
 
-    A compiler has no limit of time: on a busy machine it takes many times as long as on an idle one.
+    A compiler has no limit of time: on a busy machine it takes many times as long.
 
     Args:
         command: the compiler and its arguments; the file that it writes is added.

@@ -135,7 +135,7 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
         check_stages(config, groups)
     try:
         store = StoreTerms.of(roles.store)
-        size = stored_block(store, groups, _least_tokens(config, store, workers))
+        size = stored_block(store, groups, _least_tokens(config, store))
     except InvalidTerms as error:
         raise InvalidTerms(f"kv_connector_extra_config: {error}") from None
     if store.by_layer and workers.size > 1:
@@ -170,19 +170,19 @@ def schedules_ahead(config: Any) -> bool:
     return bool(getattr(getattr(config, "scheduler_config", None), "async_scheduling", False))
 
 
-def _least_tokens(config: Any, store: StoreTerms, workers: Workers) -> int:
+def _least_tokens(config: Any, store: StoreTerms) -> int:
     """Return the tokens that a stored block of an engine has at least."""
     device = getattr(getattr(config, "device_config", None), "device_type", "")
-    return least_tokens(device, store, workers.local)
+    return least_tokens(device, store)
 
 
-def least_tokens(device: str, store: StoreTerms, alone: bool) -> int:
+def least_tokens(device: str, store: StoreTerms) -> int:
     """Return the tokens that a stored block has at least, unless ``block_size`` says otherwise.
 
     Engines that share a store have one number, whatever their own blocks are. ``device``: the kind
-    of the engine's device; ``alone``: the engine has one process.
+    of the engine's device.
     """
-    return TOKENS_ON_CPU if device == "cpu" and alone and not store.shared else TOKENS
+    return TOKENS_ON_CPU if device == "cpu" and not store.shared else TOKENS
 
 
 def stored_block(store: StoreTerms, groups: Sequence[Group], tokens: int) -> int:

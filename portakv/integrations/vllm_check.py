@@ -236,7 +236,7 @@ def _check_blocks(terms: StoreTerms, served: Served, findings: Findings) -> int 
     stored block that the engine may have, None if it has none."""
     blocks = BLOCKS if served.block_size is None else (served.block_size,)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    least = least_tokens(device.type, terms, alone=True)
+    least = least_tokens(device.type, terms)
     sizes = list[int]()
     refusals = list[str]()
     for block in blocks:

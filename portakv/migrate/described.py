@@ -202,7 +202,8 @@ def scratch_like(shard: Shard, size: int, tokens: int) -> Shard:
     if device.type == "cpu":
         region = shared_empty(nbytes, torch.uint8)
     else:
-        region = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        with torch.inference_mode(False):  # threads write it that are in no such mode
+            region = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     block_size = size if described.block_size else 0
     changed: Described = msgspec.structs.replace(
         described, kinds=kinds, places=tuple(places), block_size=block_size

@@ -40,7 +40,7 @@ PAUSE = 0.1
 #: blocks of 64 tokens in place of 16 took half of what stores add to a new prompt of 16,391 tokens,
 #: and hits of 4,103 tokens came 5 % sooner (benchmarks/NOTES.md, section 44).
 TOKENS = 64
-#: The same for an engine on a CPU that has the store itself. There it costs more to compute the
+#: The same for an engine on a CPU that shares no store. There it costs more to compute the
 #: tokens after the last stored block than to store and load more blocks: with blocks of 32, a hit
 #: of 800 tokens took 7.7 ms of processor with stored blocks of 32, and 14.0 with those of 64, whose
 #: last 32 tokens are computed. A save took as long with either.

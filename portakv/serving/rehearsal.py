@@ -36,6 +36,8 @@ Result = TypeVar("Result")
 Expose: TypeAlias = Literal["mapped", "staging"]
 #: Tokens of a block that another engine may have: those that vLLM chooses by itself.
 SIZES = (16, 32, 64, 128)
+#: The most bytes of scratch memory for one size; a device has little left beside its caches.
+LARGEST = 256 << 20
 #: How a pull shares the device: with a model, and alone.
 OVERLAPS: tuple[Overlap, ...] = ("compute", "idle")
 #: Seconds for a rehearsal, and between two looks at it.
@@ -192,7 +194,8 @@ def _read_all_forms(handover: Handover) -> None:
         others = SIZES if can_resize(shard) else ()
         for size in dict.fromkeys([own, *others]):
             tokens = max(own, size) + 1  # a block of either size is whole, and another one is not
-            if tokens <= shard.view.slots:
+            nbytes = tokens * _token_bytes(shard.view)
+            if tokens <= shard.view.slots and nbytes <= LARGEST:
                 _read_from(shard, own, size, tokens)
 
 

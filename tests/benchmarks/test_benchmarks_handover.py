@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from portakv_benchmarks.engines import handover_hosts
 from portakv_benchmarks.engines.checkpoint import WEIGHTS, write_checkpoint
+from portakv_benchmarks.engines.first import judged, shown
 from portakv_benchmarks.engines.handover import Engines, Notes, rows_of
 from portakv_benchmarks.engines.handover_faults import KINDS, PREEMPTED, row_of
 from portakv_benchmarks.engines.handover_ranks import Ranks
@@ -276,3 +277,22 @@ def test_weights_are_those_of_a_llama(tmp_path: Path) -> None:
     assert len(made[0]) == 3 + 9 * config["num_hidden_layers"]
     assert made[0]["model.layers.3.self_attn.k_proj.weight"].shape == (4 * 64, 256)
     assert json.loads((tmp_path / "first" / "config.json").read_text()) == config
+
+
+@pytest.mark.parametrize(
+    ("first", "right", "verdict"),
+    [(59.0, True, "ratio 1.967: met"), (61.0, True, "ratio 2.033: MISSED"), (59.0, False, "WRONG")],
+)
+def test_a_first_one_is_judged_by_the_median_of_later_ones(
+    first: float, right: bool, verdict: str
+) -> None:
+    """Not by their mean, and only if all are right."""
+    news = {"modules": ["portakv.backends.cuda"], "threads": [], "kernels": []}
+    times = [first, 30.0, 29.0, 900.0]
+    made = [{"ms": each, "pull_ms": 1.0, "right": True, "news": news} for each in times]
+    made[2]["right"] = right
+    row = judged("hand-over", 961, made)
+    assert row["later_ms"] == 30
+    assert row["met"] is (verdict == "ratio 1.967: met")
+    assert row["news"] == {"modules": ["portakv.backends.cuda"]}
+    assert shown(row).endswith(verdict)

@@ -201,7 +201,7 @@ def test_a_stored_block_has_whole_blocks_of_all_groups(
         (None, {}, {}, 64),
         ("cpu", {"block_size": 32}, {}, 32),
         ("cpu", {"shared": True}, {}, 64),
-        ("cpu", {}, {"world_size": 2, "tensor_parallel_size": 2}, 64),
+        ("cpu", {}, {"world_size": 2, "tensor_parallel_size": 2}, 16),
     ],
 )
 def test_a_stored_block_of_a_cpu_is_the_engines_own(
@@ -211,7 +211,7 @@ def test_a_stored_block_of_a_cpu_is_the_engines_own(
     parallel: dict[str, Any],
     stored: int,
 ) -> None:
-    """Unless several engines or ranks share the store, or the user says otherwise."""
+    """Unless several engines share the store, or the user says otherwise."""
     config, caches = configuration(str(tmp_path / "store"), "engine", 8, 16)
     if device is not None:
         config.device_config = SimpleNamespace(device_type=device)

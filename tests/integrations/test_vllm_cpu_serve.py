@@ -15,7 +15,7 @@ if find_spec("model_hosting_container_standards") is None:
     pytest.skip("`vllm serve` lacks a package; see .ci/plugs", allow_module_level=True)
 
 from support.command_line import run, run_json
-from support.vllm_serve import FORM, TOKENS, Serve
+from support.vllm_serve import BLOCK, FORM, TOKENS, Serve
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(3600)]
 
@@ -66,7 +66,7 @@ def test_lines_of_portakv_have_the_form_of_vllms(serve: Serve) -> None:
     (line,) = [line for line in serve.logged().splitlines() if "PortaKV stores" in line]
     assert FORM.match(line)
     assert " INFO " in line
-    assert "the disk tier in " in line
+    assert f"PortaKV stores blocks of {BLOCK} tokens in the disk tier in " in line
     assert line.endswith("0 are there. This process serves them.")
     assert [line for line in serve.lines() if "WARNING" in line and not FORM.match(line)] == []
 

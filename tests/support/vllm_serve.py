@@ -200,7 +200,8 @@ class Serve(Running):
         for name, value in re.findall(
             r"^vllm:portakv_(\w+?)(?:\{.*\})? (\S+)$", text, re.MULTILINE
         ):
-            sums[name] = sums.get(name, 0.0) + float(value)
+            if not name.endswith("_created"):
+                sums[name] = sums.get(name, 0.0) + float(value)
         return sums
 
     def lines(self) -> list[str]:
