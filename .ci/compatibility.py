@@ -88,7 +88,13 @@ DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "dynamo": {"events for routers": ("events for routers",)},
 }
 #: Steps that test no door.
-NO_DOOR = {"benchmark", "installed, not chosen", "its factory's tests", "real engine, short"}
+NO_DOOR = {
+    "benchmark",
+    "installed, not chosen",
+    "its factory's tests",
+    "real engine, short",
+    "a server",
+}
 #: Why .ci/plugs leaves a step out: for each release of an engine, or for the named one.
 LEFT_OUT = {
     ("sglang", "", "its tests of kvcacheio, simulated"): (
