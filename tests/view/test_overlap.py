@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from portakv import KVView, LayoutError, copy_blocks
@@ -18,7 +18,7 @@ from portakv.view import overlap
 from portakv.view.destination import check_writable
 
 DIMENSIONS = ("layer", "kv", "block", "token", "head", "dim")
-BYTES = 1 << 14
+LARGEST = 1 << 20  # elements from the first to the last of a drawn tensor
 
 
 def overlapping(tensors: list[torch.Tensor]) -> bool:
@@ -64,8 +64,10 @@ def _strided(draw: st.DrawFn, count: int) -> tuple[list[torch.Tensor], list[str]
     strides = [strides[i] for i in order]
     axes = [axes[i] for i in order]
     dtype = draw(st.sampled_from([torch.uint8, torch.int16]))
-    memory = torch.zeros(BYTES, dtype=torch.uint8, device="cpu").view(dtype)
     starts = [draw(st.integers(0, 2 * step)) for _ in range(count)]
+    last = sum((n - 1) * each for n, each in zip(shape, strides, strict=True))
+    assume(last < LARGEST)
+    memory = torch.zeros(max(starts) + last + 1, dtype=dtype, device="cpu")
     return [memory.as_strided(shape, strides, start) for start in starts], axes
 
 
