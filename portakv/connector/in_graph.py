@@ -221,8 +221,8 @@ def _make_outside() -> None:
     """Make ``_outside``. The compiler runs this function while it traces, and meets the result."""
     global _outside
     if _outside is None:
-        why = "PortaKV's op in a graph is a connector's transfer on the current stream, with slots "
-        _outside = torch.compiler.disable(_call, reason=why + "in a tensor")
+        why = "PortaKV runs it eagerly: its op in a graph is a connector's transfer on the current "
+        _outside = torch.compiler.disable(_call, reason=why + "stream, with slots in a tensor")
 
 
 def _call(call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:

@@ -21,7 +21,7 @@ import torch
 from portakv import KVView, LayoutError, Transfer
 from portakv.arguments import invalid, text
 from portakv.integrations import IntegrationError, check_release
-from portakv.integrations.transformers import PortaKVLayer, layers_of
+from portakv.integrations.transformers import PortaKVLayer, layers_of, rows_on_device
 from portakv.serving import StoreTerms
 from portakv.serving.prefixes import Prefixes, check_terms
 from portakv.serving.weights import checksum_of_tensors
@@ -299,7 +299,8 @@ def _fill(layers: Sequence[DynamicLayer], rows: Rows, tokens: int) -> None:
 
 
 def _rows_in(layers: Sequence[DynamicLayer]) -> Rows:
-    """Return the rows of layers, all on one device: in host memory if all layers are there."""
-    if all(isinstance(layer, PortaKVLayer) and layer.is_away for layer in layers):
-        return [layer.rows() for layer in layers]
-    return [(layer.keys, layer.values) for layer in layers]
+    """Return the rows of layers, all on one device: in host memory if a layer is away."""
+    own = [layer for layer in layers if isinstance(layer, PortaKVLayer)]
+    if len(own) == len(layers) and any(layer.is_away for layer in own):
+        return [layer.rows() for layer in own]
+    return [rows_on_device(layer) for layer in layers]

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from support.ambient import STATES, State
 from support.device_cases import current, delay
 from support.engine_process import accelerators, answer, check_in_workers, defaults
@@ -78,13 +80,14 @@ def steps(model: Any, cache: Any, tokens: torch.Tensor, number: int = STEPS) -> 
 @pytest.mark.parametrize("configured", [True, False])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_same_logits(model: Any, batch: int, configured: bool) -> None:
-    """And every layer is away but the next one; the host has all of its rows."""
+    """And every layer is away but the last one, which ran, and the next one."""
     cache = integration.OffloadedCache(model.config if configured else None)
     expected = steps(model, DynamicCache(), prompt(batch))
     assert torch.equal(steps(model, cache, prompt(batch)), expected)
     assert [type(layer) for layer in cache.layers] == [integration.PortaKVLayer] * LAYERS
-    assert all(layer.is_away for layer in cache.layers)
-    assert {layer._stored for layer in cache.layers} == {21 + STEPS - 1}
+    assert [layer.is_away for layer in cache.layers] == [True, True, False]
+    tokens = 21 + STEPS - 1
+    assert [layer._stored for layer in cache.layers] == [tokens, tokens, tokens - 1]
     coming = [layer._returned is not None for layer in cache.layers]
     assert coming == [True, False, False]
 
@@ -211,7 +214,8 @@ def test_it_waits_for_the_model_and_the_model_for_it(accelerator: torch.device) 
     ids=["copy", "pickle"],
 )
 def test_a_filled_cache_is_copied(device: torch.device, copied: Callable[[Any], Any]) -> None:
-    """Prompts that share a beginning copy it: both caches go on apart, and the first stays away."""
+    """Prompts that share a beginning copy it: both caches go on apart, and the first stays away.
+    Its last layer ran, and has not left."""
     caches = [integration.OffloadedCache(), DynamicCache()]
     rows: Any = torch.randn(LAYERS, 2, 1, KV_HEADS, 9, DIM).to(device)
     for cache in caches:
@@ -219,14 +223,26 @@ def test_a_filled_cache_is_copied(device: torch.device, copied: Callable[[Any], 
             cache.update(*rows[n].unbind(0), n)
     caches.append(copied(caches[0]))
     away = [layer.is_away for cache in caches[::2] for layer in cache.layers]
-    assert away == [True, True, True, False, False, False]
+    assert away == [True, True, False, False, False, False]
     for more in (rows[..., :1, :], rows[..., 3:5, :] + 1):
         for n in range(LAYERS):
             came = [cache.update(*more[n].unbind(0), n) for cache in caches]
             for pair in zip(*came, strict=True):
                 assert torch.equal(pair[0], pair[1])
                 assert torch.equal(pair[2], pair[1])
+            del came, pair  # a layer whose tensors are held would stay
     assert caches[0].layers[1]._host[0].data_ptr() != caches[2].layers[1]._host[0].data_ptr()
+
+
+def test_shallow_copies_of_a_layer_share_its_rows() -> None:
+    """So neither leaves while the other may change them, as layers of transformers do."""
+    for kind in (integration.PortaKVLayer, transformers.cache_utils.DynamicLayer):
+        layer: Any = kind()
+        layer.update(*torch.ones(2, 1, KV_HEADS, 9, DIM))
+        other = copy.copy(layer)
+        other.keys.mul_(5)
+        assert (layer.keys == 5).all()
+        assert getattr(layer, "is_shared", True)
 
 
 def test_rows_that_are_read_come_back(device: torch.device) -> None:
@@ -235,8 +251,8 @@ def test_rows_that_are_read_come_back(device: torch.device) -> None:
     rows: Any = torch.randn(2, 1, KV_HEADS, 9, DIM).to(device)
     for n in range(LAYERS):
         cache.update(*rows.unbind(0), n)
+    assert [layer.is_away for layer in cache.layers] == [True, True, False]
     for layer in cache.layers:
-        assert layer.is_away
         assert layer.get_seq_length() == 9
         assert torch.equal(layer.values, rows[1])
         assert not layer.is_away
@@ -257,7 +273,296 @@ def test_a_model_with_an_encoder() -> None:
         model.generate(prompt(), past_key_values=both, **options),
         model.generate(prompt(), **options),
     )
-    assert [x.is_away for x in both.self_attention_cache.layers] == [True] * LAYERS
+    assert [x.is_away for x in both.self_attention_cache.layers] == [True, True, False]
+
+
+# --- Other code that changes keys and values ------------------------------------------------------
+
+
+def pruned(layer: Any) -> None:
+    layer.keys = layer.keys[:, :, ::2]
+    layer.values = layer.values[:, :, ::2]
+
+
+def longer(layer: Any) -> None:
+    layer.keys = torch.cat([layer.keys, layer.keys + 1], 2)
+    layer.values = torch.cat([layer.values, layer.values + 1], 2)
+
+
+def flipped(layer: Any) -> None:
+    layer.keys = layer.keys.flip(2)
+    layer.values = layer.values.flip(2)
+
+
+def replaced(layer: Any) -> None:
+    layer.keys = torch.full_like(layer.keys, 0.25)
+    layer.values = torch.full_like(layer.values, 0.5)
+
+
+def assigned_rows(layer: Any) -> None:
+    layer.keys[:, :, 0] = 2.0
+    layer.values[:, :, -1] = 3.0
+
+
+def in_place(layer: Any) -> None:
+    layer.keys.mul_(0.5)
+    layer.values.add_(1.0)
+
+
+def uncounted(layer: Any) -> None:
+    """Writes that torch does not count."""
+    layer.keys.data[:, :, 0].zero_()
+    layer.values.data.neg_()
+
+
+def only_keys(layer: Any) -> None:
+    layer.keys = layer.keys * 2
+
+
+EDITS = {
+    each.__name__: each
+    for each in (
+        *(pruned, longer, flipped, replaced, assigned_rows, in_place, uncounted, only_keys),
+    )
+}
+MODES = {"no grad": torch.no_grad, "inference": torch.inference_mode}
+EVERY_EDIT = pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+EVERY_MODE = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+
+
+def equal_rows(ours: Any, reference: Any) -> bool:
+    """Return True if two layers, or pairs of tensors, are equal."""
+    pairs = [x if isinstance(x, tuple) else (x.keys, x.values) for x in (ours, reference)]
+    for own, other in zip(*pairs, strict=True):
+        if (own is None) != (other is None):
+            return False
+        if own is not None and not (own.dtype == other.dtype and torch.equal(own, other)):
+            return False
+    return True
+
+
+@EVERY_MODE
+@EVERY_EDIT
+@pytest.mark.parametrize("when", ["after the prompt", "in each step", "after its attention"])
+def test_generate_after_a_change(
+    model: Any, edit: Callable[[Any], None], mode: Any, when: str
+) -> None:
+    """As libraries do that prune or quantise a cache: between steps, or in a hook of a layer."""
+
+    @mode()
+    def output(cache: Any) -> torch.Tensor:
+        hooks = []
+
+        def change(number: int) -> Callable[..., None]:
+            return lambda *_: edit(cache.layers[number])
+
+        if when == "after its attention":
+            for n, block in enumerate(model.model.layers):
+                hooks.append(block.self_attn.register_forward_hook(change(n)))
+        try:
+            tokens = prompt(2)
+            outputs = []
+            for step in range(4):
+                position = torch.arange(tokens.shape[1])[None] + step
+                logits = model(
+                    tokens, past_key_values=cache, use_cache=True, position_ids=position
+                ).logits[:, -1:]
+                outputs.append(logits)
+                tokens = logits.argmax(-1)
+                if when == "in each step" or (when == "after the prompt" and not step):
+                    for layer in cache.layers:
+                        edit(layer)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat(outputs, 1)
+
+    cache = integration.OffloadedCache(model.config)
+    reference = DynamicCache(config=model.config)
+    assert torch.equal(output(cache), output(reference))
+    with mode():
+        assert all(map(equal_rows, cache.layers, reference.layers))
+
+
+@EVERY_MODE
+def test_a_change_of_what_update_returned(device: torch.device, mode: Any) -> None:
+    """At any time until the layer's next update, also through a view, while other layers run."""
+    with mode():
+        for moment in range(LAYERS):
+            for view in (False, True):
+                caches = [integration.OffloadedCache(), DynamicCache()]
+                rows: Any = torch.randn(2, 1, KV_HEADS, 9, DIM).to(device)
+                for cache in caches:
+                    for _ in range(2):
+                        held = None
+                        for n in range(LAYERS):
+                            keys, values = cache.update(*rows, n)
+                            if n == 0:
+                                held = keys[:, :, 2:5] if view else keys
+                            del keys, values
+                            if n == moment:
+                                held.mul_(5)
+                        del held
+                ours, reference = caches
+                assert all(map(equal_rows, ours.layers, reference.layers))
+                assert all(
+                    equal_rows(ours.update(*rows, n), reference.update(*rows, n))
+                    for n in range(LAYERS)
+                )
+
+
+def test_a_layer_that_other_code_holds_stays_until_released() -> None:
+    cache = integration.OffloadedCache()
+    rows: Any = torch.randn(2, 1, KV_HEADS, 9, DIM)
+    held = [cache.update(*rows, n)[0] for n in range(LAYERS)]
+    assert [layer.is_away for layer in cache.layers] == [False] * LAYERS
+    held = [each[:, :, :1] for each in held]
+    assert all(layer.is_shared for layer in cache.layers)
+    del held
+    cache.update(*rows, 0)
+    assert [layer.is_away for layer in cache.layers] == [False, False, True]
+    assert not cache.layers[0].is_shared
+
+
+def test_a_read_layer_leaves_as_a_whole(accelerator: torch.device) -> None:
+    """No library can see each write to a tensor, so what was read is stored again."""
+    layer: Any = integration.PortaKVLayer()
+    rows = torch.randn(2, 1, KV_HEADS, 9, DIM)
+    fed(accelerator, layer, rows)
+    layer.offload()
+    layer.keys.data.mul_(5)
+    layer.offload()
+    torch.accelerator.synchronize(accelerator)
+    assert torch.equal(layer._host[0][:, :, :9], rows[0] * 5)
+
+
+def test_rows_of_unequal_length_stay() -> None:
+    layer: Any = integration.PortaKVLayer()
+    layer.update(*torch.randn(2, 1, KV_HEADS, 9, DIM))
+    layer.keys = layer.keys[:, :, :4]
+    layer.offload()
+    assert not layer.is_away
+    assert layer.get_seq_length() == 4
+
+
+def test_rows_of_another_type_and_width(device: torch.device) -> None:
+    """The host memory of a layer is made again for what other code assigned."""
+    caches = [integration.OffloadedCache(), DynamicCache()]
+    rows: Any = torch.randn(2, 1, KV_HEADS, 9, DIM).to(device)
+    for cache in caches:
+        for n in range(LAYERS):
+            cache.update(*rows, n)
+        for layer in cache.layers:
+            layer.keys = layer.keys[..., :8].to(torch.bfloat16)
+            layer.values = layer.values.to(torch.bfloat16)
+        half = (rows[0][..., :8].to(torch.bfloat16), rows[1].to(torch.bfloat16))
+        for _ in range(2):
+            for n in range(LAYERS):
+                cache.update(*half, n)
+    assert all(map(equal_rows, caches[0].layers, caches[1].layers))
+
+
+class Twins:
+    """One cache of ours and one of transformers, on which the same calls are made.
+
+    ``held`` are tensors that the calls returned, of both caches.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.drawn = torch.Generator().manual_seed(0)
+        self.ours = integration.OffloadedCache()
+        self.reference = DynamicCache()
+        self.held: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def update(self, number: int, tokens: int, hold: bool) -> None:
+        if number > len(self.reference.layers):
+            return
+        known = number < len(self.reference.layers) and self.reference.layers[number].is_initialized
+        keys = self.reference.layers[number].keys if known else None
+        batch = 2 if keys is None else len(keys)
+        rows = torch.randn(2, batch, KV_HEADS, tokens, DIM, generator=self.drawn, device="cpu")
+        rows = rows.to(self.device)
+        ours = self.ours.update(*rows, number)
+        reference = self.reference.update(*rows, number)
+        assert equal_rows(ours, reference)
+        if hold:
+            self.held.append((ours[0], reference[0]))
+
+    def step(self, tokens: int) -> None:
+        for number in range(LAYERS):
+            self.update(number, tokens, hold=False)
+
+    def edit(self, number: int, name: str) -> None:
+        for cache in (self.ours, self.reference):
+            layer = cache.layers[number] if number < len(cache.layers) else None
+            if layer is not None and layer.get_seq_length():
+                EDITS[name](layer)
+
+    def hold(self, number: int) -> None:
+        """Hold a view of what is read."""
+        if number < len(self.reference.layers) and self.reference.layers[number].get_seq_length():
+            ours = self.ours.layers[number].values[:, :, :1]
+            self.held.append((ours, self.reference.layers[number].values[:, :, :1]))
+
+    def edit_held(self, at: int) -> None:
+        if self.held:
+            for each in self.held[at % len(self.held)]:
+                each.mul_(1.5)
+
+    def release(self) -> None:
+        self.held.clear()
+
+    def change(self, number: int, name: str) -> None:
+        """Call a method of a layer; reordering needs the batch of two."""
+        layers = [x.layers[number] for x in (self.ours, self.reference) if number < len(x.layers)]
+        batch = {len(x.keys) for x in layers if x.get_seq_length()}
+        if batch == {2} or (layers and name in ("cropped", "reset")):
+            for layer in layers:
+                CHANGES[name](layer, self.device)
+
+    def copy(self) -> None:
+        self.release()
+        self.ours = copy.deepcopy(self.ours)
+
+    def compare(self) -> None:
+        lengths = [[x.get_seq_length() for x in c.layers] for c in (self.ours, self.reference)]
+        assert lengths[0] == lengths[1]
+
+    def read(self) -> None:
+        assert all(map(equal_rows, self.ours.layers, self.reference.layers))
+
+
+NUMBERS = st.integers(0, LAYERS - 1)
+CALLS = st.one_of(
+    st.tuples(st.just("step"), st.sampled_from([1, 1, 3, 300])),
+    st.tuples(st.just("update"), NUMBERS, st.sampled_from([1, 4]), st.booleans()),
+    st.tuples(st.just("edit"), NUMBERS, st.sampled_from(sorted(EDITS))),
+    st.tuples(st.just("hold"), NUMBERS),
+    st.tuples(st.just("edit_held"), st.integers(0, 5)),
+    st.tuples(st.just("release")),
+    st.tuples(st.just("change"), NUMBERS, st.sampled_from(sorted(CHANGES))),
+    st.tuples(st.just("copy")),
+    st.tuples(st.just("read")),
+)
+
+
+@EVERY_MODE
+def test_any_calls_give_what_transformers_cache_gives(device: torch.device, mode: Any) -> None:
+    """Reads, assignments and changes in place, at any time, of any layer."""
+
+    @given(st.lists(CALLS, min_size=4, max_size=16))
+    def check(calls: list[tuple[Any, ...]]) -> None:
+        with mode():
+            twins = Twins(device)
+            twins.step(5)
+            for name, *arguments in calls:
+                getattr(twins, name)(*arguments)
+                twins.compare()
+            twins.step(1)
+            twins.read()
+
+    check()
 
 
 # --- Prefixes in a pool ---------------------------------------------------------------------------

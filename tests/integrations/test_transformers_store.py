@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,6 +152,22 @@ def test_the_cache_may_change_when_save_returns(model: Any, store: PrefixStore) 
         torch.equal(layer.keys, keys[:, :, :16])
         for layer, keys in zip(loaded.layers, right, strict=True)
     )
+
+
+def test_layers_that_are_away_are_saved_from_host_memory(model: Any, store: PrefixStore) -> None:
+    """None returns to the device for it, and what was changed before is what is saved."""
+    tokens = prompt()
+    cache: Any = computed(model, tokens, OffloadedCache(config=model.config))
+    for layer in cache.layers:
+        layer.keys.mul_(2)
+    computed(model, prompt(tokens=3, seed=2), cache)
+    right = copy.deepcopy(cache)
+    away = [layer.is_away for layer in cache.layers]
+    assert away == [True, True, False]
+    put(store, cache, tokens)
+    assert [layer.is_away for layer in cache.layers] == away
+    for layer, loaded in zip(right.layers, store.load(tokens).layers, strict=True):
+        assert torch.equal(loaded.keys, layer.keys[:, :, :16])
 
 
 def test_more_than_the_staging_is_saved(model: Any, folder: str) -> None:
