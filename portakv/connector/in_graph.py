@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from operator import is_
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -25,9 +25,6 @@ from portakv.view.bound import Tensors
 from portakv.view.slices import regions
 
 _data_ptr = torch.Tensor.data_ptr  # found once, as every repeated transfer uses it
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 NAMESPACE = "portakv"
 # Nested containers travel as flat lists, with the length of each level, outermost first.
@@ -202,36 +199,6 @@ def enlist(connector: Compiled) -> int:
 
 _enlisted: WeakValueDictionary[int, Compiled] = WeakValueDictionary()
 _numbers = itertools.count(1)
-
-
-def eagerly(call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    """Run a call of a compiled function outside of the graph, which breaks here.
-
-    With ``fullgraph=True`` the compiler raises its error instead.
-    """
-    _make_outside()
-    result: T = _outside(call, *arguments, **options)
-    return result
-
-
-_outside: Any = None  # a function that the compiler does not trace
-
-
-def _make_outside() -> None:
-    """Make ``_outside``. The compiler runs this function while it traces, and meets the result."""
-    global _outside
-    if _outside is None:
-        why = "PortaKV runs it eagerly: its op in a graph is a connector's transfer on the current "
-        _outside = torch.compiler.disable(_call, reason=why + "stream, with slots in a tensor")
-
-
-def _call(call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    return call(*arguments, **options)
-
-
-# What `torch.compiler.assume_constant_result` sets, without the import of the whole compiler,
-# which takes longer than everything else that PortaKV does when it is imported.
-setattr(_make_outside, "_dynamo_marked_constant", True)  # noqa: B010 - unknown to type checkers
 
 
 _defining = threading.Lock()  # torch lets a process define the ops once, and `cache` does not wait

@@ -11,15 +11,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import lru_cache, wraps
+from functools import lru_cache
 from operator import index as whole_number
-from typing import Concatenate, NamedTuple, ParamSpec, SupportsIndex, TypeAlias, TypeVar
+from typing import NamedTuple, ParamSpec, SupportsIndex, TypeAlias, TypeVar
 
 import torch
-from torch.compiler import is_compiling
 
 from portakv import Index, KVView, LayoutError, SlotError, Transfer, copy_rows
-from portakv.connector.in_graph import eagerly
 from portakv.host import pinned
 from portakv.integrations import IntegrationError, check_release
 
@@ -33,7 +31,6 @@ __all__ = ["OffloadedCache", "PortaKVLayer", "load_prefix", "save_prefix"]
 Pair: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
 #: Ids of blocks, ``[n]`` or ``[batch, n]``.
 Blocks: TypeAlias = "torch.Tensor | Sequence[int] | Sequence[Sequence[int]]"
-L = TypeVar("L")
 P = ParamSpec("P")
 R = TypeVar("R")
 _ROWS = "kv | block head token dim"
@@ -54,20 +51,15 @@ class _Prefix(NamedTuple):
     batch: int
 
 
-def _outside_graphs(method: Callable[Concatenate[L, P], R]) -> Callable[Concatenate[L, P], R]:
+def _outside_graphs(method: Callable[P, R]) -> Callable[P, R]:
     """Return a method that breaks the graph of a compiled function and runs outside of it.
 
-    A compiler cannot trace it: it allocates and registers host memory, and its streams and the
-    life of its tensors matter.
+    A compiler can trace neither the registration of host memory nor the life of a tensor. This
+    loads torch's compiler, as each model of transformers does.
     """
-
-    @wraps(method)
-    def call(self: L, *args: P.args, **named: P.kwargs) -> R:
-        if is_compiling():
-            return eagerly(method, self, *args, **named)
-        return method(self, *args, **named)
-
-    return call
+    why = "PortaKV registers host memory, and looks at who else holds a tensor"
+    outside: Callable[P, R] = torch.compiler.disable(method, reason=why)
+    return outside
 
 
 class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
@@ -180,16 +172,11 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
         self._counts = _changes(keys, values)
         return keys, values
 
-    @_outside_graphs
-    def store(self) -> bool:
+    def _store(self) -> bool:
         """Copy the rows that the host lacks. Return True if the host memory has all rows.
 
         Rows that need gradients are not copied, nor keys and values of unequal length or heads, nor
         rows on another device than the layer's.
-
-        Raises:
-            LayoutError: keys or values that are not ``[batch, heads, tokens, dim]``.
-            PortaKVError: an error of `portakv.copy_rows`.
         """
         if self._away is not None:
             return True
@@ -218,9 +205,14 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
         """Copy the rows that the host lacks, and release the device's memory.
 
         A tensor that other code still holds is a copy from then on: a change of it does not change
-        the layer. Rows that `store` does not copy stay on the device.
+        the layer. Some rows stay on the device: rows that need gradients, rows on another device,
+        and keys and values of unequal length or heads.
+
+        Raises:
+            LayoutError: keys or values that are not ``[batch, heads, tokens, dim]``.
+            PortaKVError: an error of `portakv.copy_rows`.
         """
-        if self._away is None and self.store():
+        if self._away is None and self._store():
             self._away = self._host_rows()
             self._here = (None, None)
 
@@ -258,13 +250,14 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
         assert values is not None
         return keys, values
 
+    @_outside_graphs
     def rows(self) -> Pair:
-        """Return keys and values in host memory, or on the device if `store` does not copy them.
+        """Return keys and values in host memory, or on the device if `offload` leaves them there.
 
         Blocks the host until rows that are leaving the device have arrived. The caller must not
         change the rows.
         """
-        if not self.store():
+        if not self._store():
             return self.landed()
         self._storing.synchronize()
         return self._host_rows()
@@ -386,6 +379,7 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
         self._ran = remaining
 
 
+@_outside_graphs
 def save_prefix(
     cache: DynamicCache, pool: KVView, blocks: Blocks, tokens: int | None = None
 ) -> Transfer:
@@ -419,6 +413,7 @@ def save_prefix(
     return copy_rows(KVView(rows, f"layer {_ROWS}"), pool, None, prefix.slots)
 
 
+@_outside_graphs
 def load_prefix(
     cache: DynamicCache,
     pool: KVView,

@@ -8,7 +8,7 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -563,6 +563,85 @@ def test_any_calls_give_what_transformers_cache_gives(device: torch.device, mode
             twins.read()
 
     check()
+
+
+# --- Under torch's compiler -----------------------------------------------------------------------
+
+COMPILERS = pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Without what other tests compiled, whose guards and limits would count here."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@COMPILERS
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_model_generates(compiler: str) -> None:
+    options = {"max_new_tokens": 5, "do_sample": False}
+    compiled = small()
+    expected = compiled.generate(prompt(2), **options)
+    compiled.forward = torch.compile(compiled.forward, backend=compiler)
+    cache = integration.OffloadedCache(config=compiled.config)
+    assert torch.equal(compiled.generate(prompt(2), past_key_values=cache, **options), expected)
+    assert [layer.is_away for layer in cache.layers] == [True, True, False]
+
+
+def calls_of_models(cache: Any, rows: torch.Tensor) -> tuple[object, ...]:
+    """Call all that models and generation call of a cache."""
+    sums = []
+
+    def step() -> None:
+        for n in range(LAYERS):
+            sums.extend(each.sum() for each in cache.update(rows[0], rows[1], n))
+
+    step()
+    lengths = [cache.get_seq_length(), cache.get_mask_sizes(1, 0)]
+    cache.reorder_cache(torch.tensor([1, 0]))
+    step()
+    cache.crop(-3)
+    sums.append(cache.layers[0].keys.sum())
+    cache.layers[1].keys.mul_(2)
+    cache.layers[2].values = cache.layers[2].values.flip(2)
+    step()
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 3]))
+    step()
+    lengths.append(cache.get_seq_length())
+    return torch.stack(sums).tolist(), lengths
+
+
+@COMPILERS
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_compiled_calls_of_a_cache(compiler: str) -> None:
+    rows = torch.randn(2, 2, KV_HEADS, 9, DIM)
+    compiled = torch.compile(calls_of_models, backend=compiler)
+    for _ in range(2):
+        cache = integration.OffloadedCache()
+        reference = DynamicCache()
+        assert compiled(cache, rows) == calls_of_models(reference, rows)
+        assert all(map(equal_rows, cache.layers, reference.layers))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_compiled_copies_of_a_prefix(model: Any) -> None:
+    pool = pool_of(torch.device("cpu"), "block layer kv head token dim")
+    cache = integration.OffloadedCache()
+    model(prompt(), past_key_values=cache)
+
+    def copied(cache: Any) -> Any:
+        integration.save_prefix(cache, pool, [4, 2, 7]).synchronize()
+        other = DynamicCache()
+        integration.load_prefix(other, pool, [4, 2, 7], 21)
+        return other
+
+    other = torch.compile(copied, backend="eager")(cache)
+    assert all(map(equal_rows, cache.layers, other.layers))
 
 
 # --- Prefixes in a pool ---------------------------------------------------------------------------
