@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Caches of transformers whose layers leave the device, and prefixes in a pool of blocks.
 
-``model.generate(..., past_key_values=OffloadedCache(config=model.config))`` keeps keys and values
-in pinned host memory, on any device. `save_prefix` and `load_prefix` copy keys and values between a
-cache and paged memory.
+``model.generate(..., cache=OffloadedCache(config=model.config))`` keeps keys and values in pinned
+host memory, on any device; before transformers 5.24 the argument is ``past_key_values``.
+`save_prefix` and `load_prefix` copy keys and values between a cache and paged memory.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from inspect import signature
 from operator import index as whole_number
 from typing import NamedTuple, ParamSpec, SupportsIndex, TypeAlias, TypeVar
 
@@ -25,7 +26,7 @@ check_release("transformers")
 
 from transformers.cache_utils import DynamicCache, DynamicLayer  # noqa: E402
 
-__all__ = ["OffloadedCache", "PortaKVLayer", "load_prefix", "save_prefix"]
+__all__ = ["OffloadedCache", "PortaKVLayer", "cache_argument", "load_prefix", "save_prefix"]
 
 #: Keys and values, ``[batch, heads, tokens, dim]`` each.
 Pair: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
@@ -34,6 +35,10 @@ Blocks: TypeAlias = "torch.Tensor | Sequence[int] | Sequence[Sequence[int]]"
 P = ParamSpec("P")
 R = TypeVar("R")
 _ROWS = "kv | block head token dim"
+_WITHOUT_CONFIG = (
+    "If the model may attend to all tokens, make the cache without config=; else keep it as it is, "
+    "as no part of it can be a prefix."
+)
 _GRAIN = 256  # the fewest tokens by which host memory grows
 
 
@@ -379,6 +384,16 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
         self._ran = remaining
 
 
+def cache_argument(model: Callable[..., object]) -> str:
+    """Return the name of a model's argument that takes a cache.
+
+    It is ``cache`` since transformers 5.24, and ``past_key_values`` before and in models of other
+    code. ``generate`` has the same one.
+    """
+    forward = getattr(model, "forward", model)
+    return "cache" if "cache" in signature(forward).parameters else "past_key_values"
+
+
 @_outside_graphs
 def save_prefix(
     cache: DynamicCache, pool: KVView, blocks: Blocks, tokens: int | None = None
@@ -464,14 +479,14 @@ def load_prefix(
     return transfer
 
 
-def layers_of(cache: DynamicCache) -> list[DynamicLayer]:
-    """Return a cache's layers. Raises `LayoutError` unless all of them retain every token."""
+def layers_of(cache: DynamicCache, do: str = _WITHOUT_CONFIG) -> list[DynamicLayer]:
+    """Return a cache's layers. Raises `LayoutError`, which ends with ``do``, unless all of them
+    retain every token."""
     for number, layer in enumerate(cache.layers):
         if type(layer) not in (DynamicLayer, PortaKVLayer):
             raise LayoutError(
                 f"Expected layer {number} of the cache to retain every token, as DynamicLayer and "
-                f"PortaKVLayer do, got a {type(layer).__name__}. Make the cache without config= "
-                f"if the model may attend to all tokens."
+                f"PortaKVLayer do, got a {type(layer).__name__}. {do}"
             )
     return list(cache.layers)
 

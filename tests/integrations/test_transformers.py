@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -97,6 +98,21 @@ def test_generate_takes_it(model: Any) -> None:
     expected = model.generate(prompt(2), **options)
     cache = integration.OffloadedCache(config=model.config)
     assert torch.equal(model.generate(prompt(2), past_key_values=cache, **options), expected)
+
+
+def test_the_argument_for_a_cache_is_the_one_of_the_release(model: Any) -> None:
+    """No call with it is deprecated, and a model of other code has the former one."""
+    name = integration.cache_argument(model)
+    release = tuple(map(int, transformers.__version__.split(".")[:2]))
+    assert name == ("cache" if release >= (5, 24) else "past_key_values")
+    named = {name: integration.OffloadedCache(config=model.config)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(prompt(), **named)
+        model.generate(prompt(tokens=30), max_new_tokens=2, do_sample=False, **named)
+    compiled = torch.compile(model, backend="eager")
+    assert integration.cache_argument(compiled) == name
+    assert integration.cache_argument(lambda ids, past_key_values: None) == "past_key_values"
 
 
 def test_beams_are_reordered(model: Any) -> None:
