@@ -96,18 +96,18 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__(**kwargs)
 
     @property
-    def keys(self) -> torch.Tensor | None:
+    def keys(self) -> torch.Tensor:
         """Return the keys on the device, ``[batch, heads, tokens, dim]``, for any use."""
-        return self._exposed()[0]
+        return self._exposed()[0]  # type: ignore[return-value]  # None as transformers has it
 
     @keys.setter
     def keys(self, keys: torch.Tensor | None) -> None:
         self._here = (keys, self._exposed()[1])
 
     @property
-    def values(self) -> torch.Tensor | None:
+    def values(self) -> torch.Tensor:
         """Return the values on the device, ``[batch, heads, tokens, dim]``, for any use."""
-        return self._exposed()[1]
+        return self._exposed()[1]  # type: ignore[return-value]  # None as transformers has it
 
     @values.setter
     def values(self, values: torch.Tensor | None) -> None:
@@ -390,8 +390,12 @@ def cache_argument(model: Callable[..., object]) -> str:
     It is ``cache`` since transformers 5.24, and ``past_key_values`` before and in models of other
     code. ``generate`` has the same one.
     """
-    forward = getattr(model, "forward", model)
-    return "cache" if "cache" in signature(forward).parameters else "past_key_values"
+    from transformers import GenerationMixin  # takes a second, and a model has it already
+
+    names = signature(getattr(model, "forward", model)).parameters
+    if not {"cache", "past_key_values"} & set(names):  # a compiled model, or another wrapper
+        names = signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 @_outside_graphs
@@ -562,7 +566,7 @@ def _references(pair: tuple[object, object]) -> int:
 def _holders(tensor: torch.Tensor) -> int:
     """Return the number of tensors over the memory of a tensor, itself and its views."""
     storage = tensor.untyped_storage()
-    holders: int = torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+    holders: int = torch._C._storage_Use_Count(storage._cdata)
     return holders - 1  # without the storage's object in Python
 
 
