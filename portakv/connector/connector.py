@@ -23,7 +23,6 @@ from portakv.copy.schedule import check_issue, issue
 from portakv.errors import LayoutError, SlotError
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import choose
-from portakv.runtime.eager import eagerly
 from portakv.runtime.transfer import LateErrors, Transfer
 from portakv.view.bound import bind_layout
 from portakv.view.example import example_chunk
@@ -286,7 +285,7 @@ class AdaptiveConnector:
         """Replace the call by the opaque op inside torch.compile."""
         memory_objs, slot_mapping, starts, ends = batch
         if stream is not None or not isinstance(slot_mapping, torch.Tensor):
-            return eagerly(self._move_batch, store, kv_caches, batch, stream)
+            return in_graph.eagerly(self._move_batch, store, kv_caches, batch, stream)
         if memory_objs:
             caches, levels = self._shown(kv_caches)
             chunks = in_graph.flatten([getattr(one, "tensor", one) for one in memory_objs])

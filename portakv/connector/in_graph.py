@@ -20,6 +20,7 @@ import torch
 
 from portakv.arguments import kind_of
 from portakv.errors import LayoutError, TransferError
+from portakv.runtime.eager import eagerly as eagerly
 from portakv.view import KVView
 from portakv.view.bound import Tensors
 from portakv.view.slices import regions
