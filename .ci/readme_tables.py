@@ -202,7 +202,7 @@ INTEGRATIONS = (
     (
         "transformers",
         RELEASES["transformers"],
-        "`past_key_values=OffloadedCache(...)`",
+        "`cache=OffloadedCache(...)`; below 5.24 `past_key_values=`",
         "transformers.md",
         "page",
     ),

@@ -22,7 +22,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from portakv import AdaptiveConnector, KVView
 from portakv.host import pinned
-from portakv.integrations.transformers import load_prefix, save_prefix
+from portakv.integrations.transformers import cache_argument, load_prefix, save_prefix
 
 PROMPT = (
     b"A serving engine keeps the keys and values of every token in pages that are scattered over "
@@ -67,9 +67,10 @@ def main(
     model = tiny_llama().to(device)
     tokens = len(PROMPT)
     # 1. transformers reads the prompt into its own cache. A byte is a token: 256 are enough.
+    cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        prefilled = model(torch.tensor([list(PROMPT)], device=device))
-    cache = prefilled.past_key_values
+        prompt = torch.tensor([list(PROMPT)], device=device)
+        prefilled = model(prompt, **{cache_argument(model): cache})
     first = prefilled.logits[:, -1:].argmax(-1)
     tell(f"prefill  a Llama of {LAYERS} layers, random weights, read {tokens} bytes of English")
 
@@ -166,7 +167,7 @@ def decode(model: LlamaForCausalLM, cache: DynamicCache, token: torch.Tensor) ->
     """Decode greedily after ``cache``; return the logits of all steps, ``[STEPS, vocabulary]``."""
     logits = []
     for _ in range(STEPS):
-        logits.append(model(token, past_key_values=cache).logits[:, -1])
+        logits.append(model(token, **{cache_argument(model): cache}).logits[:, -1])
         token = logits[-1].argmax(-1, keepdim=True)
     return torch.cat(logits)
 

@@ -29,7 +29,7 @@ from transformers import (
 
 from portakv import KVView
 from portakv.errors import PortaKVError
-from portakv.integrations.transformers import load_prefix, save_prefix
+from portakv.integrations.transformers import cache_argument, load_prefix, save_prefix
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
 
 PROMPT = (
@@ -128,7 +128,8 @@ def go_on(model: PreTrainedModel, cache: DynamicCache, tokens: Sequence[int]) ->
     answered = list[int]()
     while len(answered) < STEPS:
         ids = torch.tensor([fresh], dtype=torch.int64, device=model.device)
-        fresh = [int(model(ids, past_key_values=cache).logits[0, -1].argmax())]
+        logits = model(ids, **{cache_argument(model): cache}).logits
+        fresh = [int(logits[0, -1].argmax())]
         answered += fresh
     return answered
 

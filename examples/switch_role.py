@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 
 from portakv import KVView
 from portakv.errors import PortaKVError
-from portakv.integrations.transformers import load_prefix, save_prefix
+from portakv.integrations.transformers import cache_argument, load_prefix, save_prefix
 from portakv.migrate import (
     Channel,
     Owner,
@@ -90,7 +90,8 @@ def go_on(model: PreTrainedModel, cache: DynamicCache, tokens: Sequence[int]) ->
     answered = list[int]()
     while len(answered) < STEPS:
         ids = torch.tensor([fresh], dtype=torch.int64, device=model.device)
-        fresh = [int(model(ids, past_key_values=cache).logits[0, -1].argmax())]
+        logits = model(ids, **{cache_argument(model): cache}).logits
+        fresh = [int(logits[0, -1].argmax())]
         answered += fresh
     return answered
 

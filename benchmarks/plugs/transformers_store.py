@@ -196,14 +196,19 @@ class FaultyStore:
         """Return a cache with the rows of the prompt."""
         from transformers import DynamicCache
 
+        from portakv.integrations.transformers import cache_argument
+
         cache = DynamicCache(config=self._model.config)
-        self._model(self._tokens, past_key_values=cache)
+        self._model(self._tokens, **{cache_argument(self._model): cache})
         return cache
 
     def _answer(self, cache: Any) -> torch.Tensor:
         """Return greedy tokens after the prompt."""
-        terms = {"max_new_tokens": NEW, "do_sample": False}
-        output: torch.Tensor = self._model.generate(self._tokens, past_key_values=cache, **terms)
+        terms: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
+        from portakv.integrations.transformers import cache_argument
+
+        terms[cache_argument(self._model)] = cache
+        output: torch.Tensor = self._model.generate(self._tokens, **terms)
         return output[:, TOKENS + 1 :]
 
 

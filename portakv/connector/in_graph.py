@@ -10,24 +10,22 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from operator import is_
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 
 from portakv.arguments import kind_of
 from portakv.errors import LayoutError, TransferError
+from portakv.runtime.eager import eagerly as eagerly
 from portakv.view import KVView
 from portakv.view.bound import Tensors
 from portakv.view.slices import regions
 
 _data_ptr = torch.Tensor.data_ptr  # found once, as every repeated transfer uses it
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 NAMESPACE = "portakv"
 TO_THE_END = -(1 << 62)  # stands for None among the ends of ranges, which an op takes as integers
@@ -203,36 +201,6 @@ def enlist(connector: Compiled) -> int:
 
 _enlisted: WeakValueDictionary[int, Compiled] = WeakValueDictionary()
 _numbers = itertools.count(1)
-
-
-def eagerly(call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    """Run a call of a compiled function outside of the graph, which breaks here.
-
-    With ``fullgraph=True`` the compiler raises its error instead.
-    """
-    _make_outside()
-    result: T = _outside(call, *arguments, **options)
-    return result
-
-
-_outside: Any = None  # a function that the compiler does not trace
-
-
-def _make_outside() -> None:
-    """Make ``_outside``. The compiler runs this function while it traces, and meets the result."""
-    global _outside
-    if _outside is None:
-        why = "PortaKV's op in a graph is a connector's transfer on the current stream, with slots "
-        _outside = torch.compiler.disable(_call, reason=why + "in a tensor")
-
-
-def _call(call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    return call(*arguments, **options)
-
-
-# What `torch.compiler.assume_constant_result` sets, without the import of the whole compiler,
-# which takes longer than everything else that PortaKV does when it is imported.
-setattr(_make_outside, "_dynamo_marked_constant", True)  # noqa: B010 - unknown to type checkers
 
 
 _defining = threading.Lock()  # torch lets a process define the ops once, and `cache` does not wait

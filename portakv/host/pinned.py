@@ -19,6 +19,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.compiler import is_compiling
 
 from portakv.arguments import flag
 from portakv.deprecation import warn_former
@@ -26,6 +27,7 @@ from portakv.errors import HostMemoryError, Unsupported
 from portakv.host import _pages, _registration
 from portakv.host._pages import HugePages, available, whole
 from portakv.host._registration import Registration, boundaries, options_of
+from portakv.runtime.eager import eagerly
 
 __all__ = [
     "Adopted",
@@ -334,6 +336,8 @@ def adopt(pieces: Iterable[tuple[int, int]]) -> Adopted:
     Raises:
         HostMemoryError: pieces that are not whole numbers, are empty, or overlap.
     """
+    if is_compiling():  # as in `_pinned`
+        return eagerly(adopt, pieces)
     parts = []
     do = "pass (address, bytes) of each registration"
     for piece in pieces:
@@ -385,6 +389,8 @@ def why_not_register() -> str | None:
 
 def _pinned(owner: object, registration: Registration, notes: Sequence[str] = ()) -> PinnedMemory:
     """Return registered memory that every tensor made from it retains, with its owner."""
+    if is_compiling():  # torch's compiler fails where it traces `weakref.finalize`
+        return eagerly(_pinned, owner, registration, notes)
     (first, _) = registration.pieces[0]
     (last, nbytes) = registration.pieces[-1]
     buffer = _pages.bytes_at(first, last + nbytes - first)

@@ -135,7 +135,7 @@ INTEGRATIONS = {
     "transformers": Integration(
         "from portakv.integrations.transformers import OffloadedCache; "
         "cache = OffloadedCache(config=model.config); "
-        "model.generate(**inputs, past_key_values=cache)"
+        "model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache"
     ),
     "vllm": Integration(f"--kv-transfer-config '{_CONNECTOR}'", extra="serving"),
 }

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Caches of transformers whose layers leave the device, and prefixes in a pool of blocks.
 
-``model.generate(..., past_key_values=OffloadedCache(config=model.config))`` keeps keys and values
-in pinned host memory, on any device. `save_prefix` and `load_prefix` copy keys and values between a
-cache and paged memory.
+``model.generate(..., cache=OffloadedCache(config=model.config))`` keeps keys and values in pinned
+host memory, on any device; before transformers 5.24 the argument is ``past_key_values``.
+`save_prefix` and `load_prefix` copy keys and values between a cache and paged memory.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import lru_cache, wraps
+from functools import lru_cache
+from inspect import signature
 from operator import index as whole_number
-from typing import Any, NamedTuple, SupportsIndex, TypeAlias
+from typing import NamedTuple, ParamSpec, SupportsIndex, TypeAlias, TypeVar
 
 import torch
 
@@ -25,13 +27,19 @@ check_release("transformers")
 
 from transformers.cache_utils import DynamicCache, DynamicLayer  # noqa: E402
 
-__all__ = ["OffloadedCache", "PortaKVLayer", "load_prefix", "save_prefix"]
+__all__ = ["OffloadedCache", "PortaKVLayer", "cache_argument", "load_prefix", "save_prefix"]
 
 #: Keys and values, ``[batch, heads, tokens, dim]`` each.
 Pair: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
 #: Ids of blocks, ``[n]`` or ``[batch, n]``.
 Blocks: TypeAlias = "torch.Tensor | Sequence[int] | Sequence[Sequence[int]]"
+P = ParamSpec("P")
+R = TypeVar("R")
 _ROWS = "kv | block head token dim"
+_WITHOUT_CONFIG = (
+    "If the model may attend to all tokens, make the cache without config=; else keep it as it is, "
+    "as no part of it can be a prefix."
+)
 _GRAIN = 256  # the fewest tokens by which host memory grows
 
 
@@ -49,18 +57,15 @@ class _Prefix(NamedTuple):
     batch: int
 
 
-def _rewriting(name: str) -> Callable[..., None]:
-    """Return a method of transformers' layer that changes stored rows, so that the host's rows
-    become stale."""
-    own = getattr(DynamicLayer, name)
+def _outside_graphs(method: Callable[P, R]) -> Callable[P, R]:
+    """Return a method that breaks the graph of a compiled function and runs outside of it.
 
-    @wraps(own)
-    def method(self: PortaKVLayer, *args: object, **named: object) -> None:
-        self.land()
-        self._stored = 0
-        own(self, *args, **named)
-
-    return method
+    A compiler can trace neither the registration of host memory nor the life of a tensor. This
+    loads torch's compiler, as each model of transformers does.
+    """
+    why = "PortaKV registers host memory, and looks at who else holds a tensor"
+    outside: Callable[P, R] = torch.compiler.disable(method, reason=why)
+    return outside
 
 
 class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
@@ -69,25 +74,45 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
     The layer retains its host memory, so that a stored row is not copied again: a decoding step
     stores one row of each head. `prefetch` begins to copy keys and values back. `land`, and every
     read of `keys` or `values`, makes them available on the device.
+
+    Other code may assign `keys` and `values`, or change them in place. The layer then stores all of
+    its rows again. A layer that was read counts as changed, because no library can see every
+    change. A tensor that `update` returned counts as changed if torch counted a change of it.
     """
 
-    keys: torch.Tensor  # both attributes are missing while the layer is away
-    values: torch.Tensor
     device: torch.device
 
     def __init__(self, **kwargs: object) -> None:
-        super().__init__(**kwargs)
+        # The keys and values on the device: None before the first update and while they are away.
+        self._here: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         self._host: Pair | None = None
         self._stored = 0  # tokens whose rows are in the host memory
+        # torch's counts of changes of `_here` when the host memory had `_stored` of its rows; None:
+        # other code may have changed rows since.
+        self._counts: tuple[int, int] | None = None
         self._storing = Transfer()
         self._returning = Transfer()
         self._away: Pair | None = None  # the rows in the host memory, while the layer is away
         self._returned: Pair | None = None  # the rows on the device, while they are copied
+        super().__init__(**kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("keys", "values") and self.__dict__.get("_away"):
-            self.land()
-        return super().__getattribute__(name)
+    @property
+    def keys(self) -> torch.Tensor:
+        """Return the keys on the device, ``[batch, heads, tokens, dim]``, for any use."""
+        return self._exposed()[0]  # type: ignore[return-value]  # None as transformers has it
+
+    @keys.setter
+    def keys(self, keys: torch.Tensor | None) -> None:
+        self._here = (keys, self._exposed()[1])
+
+    @property
+    def values(self) -> torch.Tensor:
+        """Return the values on the device, ``[batch, heads, tokens, dim]``, for any use."""
+        return self._exposed()[1]  # type: ignore[return-value]  # None as transformers has it
+
+    @values.setter
+    def values(self, values: torch.Tensor | None) -> None:
+        self._here = (self._exposed()[0], values)
 
     def __getstate__(self) -> dict[str, object]:
         """Return the state of a copy, or of a pickle.
@@ -97,7 +122,9 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
         was_away = self.is_away
         fresh = vars(PortaKVLayer())
         self.land()
+        keys, values = self._here
         state = vars(self) | {name: fresh[name] for name in fresh if name.startswith("_")}
+        state["_here"] = (keys, values)  # another tuple, so that both layers are shared
         if was_away:
             self.offload()
         return state
@@ -107,29 +134,95 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
         """Return True if keys and values are in host memory only."""
         return self._away is not None
 
+    @property
+    def is_shared(self) -> bool:
+        """Return True if other code holds the keys or values on the device, or a view of them.
+
+        Such memory stays allocated after `offload`, and a change of it would no longer change the
+        layer.
+        """
+        if not self.get_seq_length() or self._away is not None:
+            return False
+        if _references(self._here) > _references((object(), object())):
+            return True
+        return any(_holders(each) > 1 for each in self.landed())
+
     def get_seq_length(self) -> int:
         """Return the number of tokens in the layer, whether it is away or not."""
-        return super().get_seq_length() if self._away is None else self._away[0].shape[2]
+        if self._away is not None:
+            return self._away[0].shape[-2]
+        keys = self._here[0]
+        if not self.is_initialized or keys is None or not keys.numel():
+            return 0
+        return keys.shape[-2]
 
+    @_outside_graphs
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: object,
+        **kwargs: object,
+    ) -> Pair:
+        """Add rows as transformers does. The rows before them need not be stored again."""
+        self.land()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._stored = self._unchanged()
+        if torch.is_inference_mode_enabled():  # in which torch counts no changes of new tensors
+            with torch.inference_mode(False), torch.no_grad():
+                keys, values = self._joined(key_states, value_states)
+        else:
+            keys, values = self._joined(key_states, value_states)
+        self._here = (keys, values)
+        self._counts = _changes(keys, values)
+        return keys, values
+
+    def _store(self) -> bool:
+        """Copy the rows that the host lacks. Return True if the host memory has all rows.
+
+        Rows that need gradients are not copied, nor keys and values of unequal length or heads, nor
+        rows on another device than the layer's.
+        """
+        if self._away is not None:
+            return True
+        tokens = self.get_seq_length()
+        keys, values = self._here
+        if not tokens or keys is None or values is None:
+            return False
+        if keys.requires_grad or values.requires_grad or keys.shape[:-1] != values.shape[:-1]:
+            return False
+        if not keys.device == values.device == self.device:
+            return False
+        self._stored = self._unchanged()
+        there = self._host_memory((keys, values))
+        if self._stored < tokens:
+            fresh = slice(self._stored, tokens)
+            src = _rows((keys, values), fresh)
+            dst = _rows(there, fresh)
+            self._storing = copy_rows(src, dst, stream=_streams(self.device).leaving)
+        self._stored = tokens
+        if self._counts is not None:
+            self._counts = _changes(*self._here)
+        return True
+
+    @_outside_graphs
     def offload(self) -> None:
         """Copy the rows that the host lacks, and release the device's memory.
 
-        Rows that need gradients stay on the device.
-        """
-        tokens = self.get_seq_length()
-        if self.is_away or not tokens or self.keys.requires_grad or self.values.requires_grad:
-            return
-        here = (self.keys, self.values)
-        there = self._host_memory(here)
-        if self._stored < tokens:
-            fresh = slice(self._stored, tokens)
-            src = _rows(here, fresh)
-            dst = _rows(there, fresh)
-            self._storing = copy_rows(src, dst, stream=_streams(self.device).leaving)
-        self._away = (there[0][:, :, :tokens], there[1][:, :, :tokens])
-        self._stored = tokens
-        del self.keys, self.values
+        A tensor that other code still holds is a copy from then on: a change of it does not change
+        the layer. Some rows stay on the device: rows that need gradients, rows on another device,
+        and keys and values of unequal length or heads.
 
+        Raises:
+            LayoutError: keys or values that are not ``[batch, heads, tokens, dim]``.
+            PortaKVError: an error of `portakv.copy_rows`.
+        """
+        if self._away is None and self._store():
+            self._away = self._host_rows()
+            self._here = (None, None)
+
+    @_outside_graphs
     def prefetch(self) -> None:
         """Begin to copy keys and values to the device if they are away, without blocking."""
         if self._away is None or self._returned is not None:
@@ -142,32 +235,70 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
 
     def land(self) -> None:
         """Make keys and values available on the device, for later work of the current stream."""
+        if self._away is not None:
+            self._land()
+
+    @_outside_graphs
+    def _land(self) -> None:
         self.prefetch()
-        if self._returned is not None:
-            self._returning.wait()
-            self.keys, self.values = self._returned
-            self._returned = None
-            self._away = None
+        assert self._returned is not None
+        self._returning.wait()
+        self._here = self._returned
+        self._returned = None
+        self._away = None
+        self._counts = _changes(*self._here)
 
+    def landed(self) -> Pair:
+        """Return keys and values on the device. The caller must not change them."""
+        self.land()
+        keys, values = self._here
+        assert keys is not None
+        assert values is not None
+        return keys, values
+
+    @_outside_graphs
     def rows(self) -> Pair:
-        """Return keys and values where they are: in host memory while the layer is away.
+        """Return keys and values in host memory, or on the device if `offload` leaves them there.
 
-        Blocks the host until rows that are leaving the device have arrived.
+        Blocks the host until rows that are leaving the device have arrived. The caller must not
+        change the rows.
         """
-        if self._away is None:
-            return self.keys, self.values
+        if not self._store():
+            return self.landed()
         self._storing.synchronize()
-        return self._away
+        return self._host_rows()
 
+    @_outside_graphs
     def crop(self, tokens_to_remove: int) -> None:
         """Remove tokens as transformers does. The remaining rows need not be stored again."""
+        self.land()
+        is_known = self._counts is not None
+        stored = self._unchanged()
         super().crop(tokens_to_remove)
-        self._stored = min(self._stored, self.get_seq_length())
+        if is_known:
+            self._stored = min(stored, self.get_seq_length())
+            self._counts = _changes(*self._here)
 
-    reset = _rewriting("reset")  # drops all rows; in 5.17 it fills them with zeros
-    reorder_cache = _rewriting("reorder_cache")
-    batch_repeat_interleave = _rewriting("batch_repeat_interleave")
-    batch_select_indices = _rewriting("batch_select_indices")
+    def _joined(self, key_states: torch.Tensor, value_states: torch.Tensor) -> Pair:
+        """Return new tensors: the present keys and values, and more of them."""
+        keys, values = self.landed()
+        return torch.cat((keys, key_states), dim=-2), torch.cat((values, value_states), dim=-2)
+
+    def _exposed(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return keys and values for other code, which may change them now or later."""
+        self.land()
+        self._counts = None
+        return self._here
+
+    def _unchanged(self) -> int:
+        """Return the number of tokens whose rows are in the host memory as they are here."""
+        return self._stored if self._counts == _changes(*self._here) else 0
+
+    def _host_rows(self) -> Pair:
+        """Return the stored rows in the host memory."""
+        assert self._host is not None
+        keys, values = (each[:, :, : self._stored] for each in self._host)
+        return keys, values
 
     def _host_memory(self, pair: Pair) -> Pair:
         """Return host memory with capacity for these rows.
@@ -176,9 +307,9 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
         """
         if pair[0].dim() != 4:
             KVView(pair, _ROWS)  # raises, with shape and strides
-        batch, heads, tokens, _ = pair[0].shape
         host = self._host
-        if host is None or host[0].shape[2] < tokens or host[0].shape[:2] != (batch, heads):
+        if host is None or not all(map(_fits, pair, host)):
+            batch, heads, tokens, _ = pair[0].shape
             capacity = tokens + max(_GRAIN, tokens // 4)
             sizes = [(batch, heads, capacity, each.shape[3]) for each in pair]
             keys, values = map(pinned.empty, sizes, [each.dtype for each in pair])
@@ -192,7 +323,8 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
 
     It does the work of ``DynamicCache(offloading=True)`` on any device. It copies from and to
     pinned memory, and stores no unchanged row again. Layers with a sliding window, and layers of
-    another kind, stay on the device.
+    another kind, stay on the device. So do layers whose keys or values other code still holds, as
+    it may change them.
 
     Args:
         config: the model's configuration; None: all layers attend to all tokens.
@@ -214,7 +346,9 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
         self.layers = [PortaKVLayer() if type(x) is DynamicLayer else x for x in self.layers]
         if self.layer_class_to_replicate is DynamicLayer:
             self.layer_class_to_replicate = PortaKVLayer
+        self._ran: list[PortaKVLayer] = []  # the layers that an update left on the device
 
+    @_outside_graphs
     def update(
         self,
         key_states: torch.Tensor,
@@ -223,18 +357,49 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
         *args: object,
         **kwargs: object,
     ) -> Pair:
-        """Add rows to a layer and offload it, while the next layer returns to the device."""
-        # After the last layer the first one runs, in the next step.
-        following = self.layers[(layer_idx + 1) % len(self.layers)] if self.layers else None
+        """Add rows to a layer, while the layers before it leave and the next one returns."""
+        running = None
+        following = None
+        if layer_idx < len(self.layers):  # else `update` makes the layer
+            running = self.layers[layer_idx]
+            # After the last layer the first one runs, in the next step.
+            following = self.layers[(layer_idx + 1) % len(self.layers)]
+        self._offload_except(running, following)
         if isinstance(following, PortaKVLayer):
             following.prefetch()
         updated: Pair = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
-        if isinstance(layer, PortaKVLayer):
-            layer.offload()
+        if isinstance(layer, PortaKVLayer) and layer not in self._ran:
+            self._ran.append(layer)
         return updated
 
+    def _offload_except(self, *staying: DynamicLayer | None) -> None:
+        """Offload the layers that ran, except some. A layer leaves only after its attention: until
+        then the model has its keys and values, and may change them."""
+        remaining = []
+        for layer in self._ran:
+            if layer in staying or layer.is_shared:
+                remaining.append(layer)
+            else:
+                layer.offload()
+        self._ran = remaining
 
+
+def cache_argument(model: Callable[..., object]) -> str:
+    """Return the name of a model's argument that takes a cache.
+
+    It is ``cache`` since transformers 5.24, and ``past_key_values`` before and in models of other
+    code. ``generate`` has the same one.
+    """
+    from transformers import GenerationMixin  # takes a second, and a model has it already
+
+    names = signature(getattr(model, "forward", model)).parameters
+    if not {"cache", "past_key_values"} & set(names):  # a compiled model, or another wrapper
+        names = signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
+@_outside_graphs
 def save_prefix(
     cache: DynamicCache, pool: KVView, blocks: Blocks, tokens: int | None = None
 ) -> Transfer:
@@ -260,11 +425,15 @@ def save_prefix(
             f"Expected a cache that holds the prefix, got a prefix of {tokens} tokens and a cache "
             f"of {available}. Run the model before."
         )
-    rows = [(x.keys[:, :, :tokens], x.values[:, :, :tokens]) for x in layers_of(cache)]
+    rows = []
+    for layer in layers_of(cache):
+        keys, values = rows_on_device(layer)
+        rows.append((keys[:, :, :tokens], values[:, :, :tokens]))
     prefix = _prefix(pool, blocks, tokens, len(rows[0][0]))
     return copy_rows(KVView(rows, f"layer {_ROWS}"), pool, None, prefix.slots)
 
 
+@_outside_graphs
 def load_prefix(
     cache: DynamicCache,
     pool: KVView,
@@ -315,16 +484,23 @@ def load_prefix(
     return transfer
 
 
-def layers_of(cache: DynamicCache) -> list[DynamicLayer]:
-    """Return a cache's layers. Raises `LayoutError` unless all of them retain every token."""
+def layers_of(cache: DynamicCache, do: str = _WITHOUT_CONFIG) -> list[DynamicLayer]:
+    """Return a cache's layers. Raises `LayoutError`, which ends with ``do``, unless all of them
+    retain every token."""
     for number, layer in enumerate(cache.layers):
         if type(layer) not in (DynamicLayer, PortaKVLayer):
             raise LayoutError(
                 f"Expected layer {number} of the cache to retain every token, as DynamicLayer and "
-                f"PortaKVLayer do, got {kind_of(layer)}. Make the cache without config= "
-                f"if the model may attend to all tokens."
+                f"PortaKVLayer do, got {kind_of(layer)}. {do}"
             )
     return list(cache.layers)
+
+
+def rows_on_device(layer: DynamicLayer) -> Pair:
+    """Return a layer's keys and values on the device. The caller must not change them."""
+    if isinstance(layer, PortaKVLayer):
+        return layer.landed()
+    return layer.keys, layer.values
 
 
 def _whole(tokens: SupportsIndex) -> int:
@@ -362,6 +538,37 @@ def _prefix(pool: KVView, blocks: Blocks, tokens: int, batch: int = 0) -> _Prefi
 
 def _rows(pair: Sequence[torch.Tensor], tokens: slice = slice(None)) -> KVView:
     return KVView(tuple(each[:, :, tokens] for each in pair), _ROWS)
+
+
+def _changes(keys: torch.Tensor | None, values: torch.Tensor | None) -> tuple[int, int]:
+    """Return how often torch counted a change of keys and of values.
+
+    It counts none of a tensor that was made in inference mode. `PortaKVLayer.update` returns no
+    such tensor, and other code gets one only from `PortaKVLayer._exposed`.
+    """
+    of_keys = 0 if keys is None or keys.is_inference() else keys._version
+    of_values = 0 if values is None or values.is_inference() else values._version
+    return of_keys, of_values
+
+
+def _fits(rows: torch.Tensor, memory: torch.Tensor) -> bool:
+    """Return True if the memory, with capacity for more tokens, has room for rows."""
+    batch, heads, tokens, dim = rows.shape
+    of_batch, of_heads, capacity, of_dim = memory.shape
+    is_alike = (batch, heads, dim, rows.dtype) == (of_batch, of_heads, of_dim, memory.dtype)
+    return is_alike and tokens <= capacity
+
+
+def _references(pair: tuple[object, object]) -> int:
+    """Return the number of references of Python to two objects."""
+    return sys.getrefcount(pair[0]) + sys.getrefcount(pair[1])
+
+
+def _holders(tensor: torch.Tensor) -> int:
+    """Return the number of tensors over the memory of a tensor, itself and its views."""
+    storage = tensor.untyped_storage()
+    holders: int = torch._C._storage_Use_Count(storage._cdata)
+    return holders - 1  # without the storage's object in Python
 
 
 @lru_cache(maxsize=16)

@@ -3,7 +3,7 @@
 
     with PrefixStore(model, {"folder": "/nvme0/kv"}) as store:
         cache = store.load(input_ids)
-        output = model.generate(input_ids, past_key_values=cache)
+        output = model.generate(input_ids, cache=cache)  # before 5.24: past_key_values=cache
         store.save(cache, output)
 
 Another process with the same model goes on with what this one has saved.
@@ -21,7 +21,12 @@ import torch
 from portakv import KVView, LayoutError, Transfer
 from portakv.arguments import invalid, kind_of, text
 from portakv.integrations import IntegrationError, check_release
-from portakv.integrations.transformers import PortaKVLayer, layers_of
+from portakv.integrations.transformers import (
+    PortaKVLayer,
+    cache_argument,
+    layers_of,
+    rows_on_device,
+)
 from portakv.serving import StoreTerms
 from portakv.serving.prefixes import Prefixes, check_terms
 from portakv.serving.weights import checksum_of_tensors
@@ -186,7 +191,7 @@ class PrefixStore:
         made = cache.layer_class_to_replicate
         while len(cache.layers) < len(self._probe) and made is not None:
             cache.layers.append(made())
-        layers = layers_of(cache)
+        layers = layers_of(cache, "Pass DynamicCache(config=model.config), or None.")
         if len(layers) != len(self._probe):
             raise LayoutError(
                 f"Expected a cache of the model's {len(self._probe)} layers, got one of "
@@ -260,8 +265,12 @@ def _rows_of_one_token(model: Any) -> Rows:
     """Return the keys and values that a model computes for a token."""
     cache = DynamicCache(config=model.config)
     ids = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
-    return [(layer.keys, layer.values) for layer in layers_of(cache)]
+    model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
+    do = (
+        f"A prefix of a {type(model).__name__} cannot be stored. Call generate() without a store; "
+        f"OffloadedCache(config=model.config) takes such a model."
+    )
+    return [(layer.keys, layer.values) for layer in layers_of(cache, do)]
 
 
 def _prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
@@ -299,7 +308,8 @@ def _fill(layers: Sequence[DynamicLayer], rows: Rows, tokens: int) -> None:
 
 
 def _rows_in(layers: Sequence[DynamicLayer]) -> Rows:
-    """Return the rows of layers, all on one device: in host memory if all layers are there."""
-    if all(isinstance(layer, PortaKVLayer) and layer.is_away for layer in layers):
-        return [layer.rows() for layer in layers]
-    return [(layer.keys, layer.values) for layer in layers]
+    """Return the rows of layers, all on one device: in host memory if a layer is away."""
+    own = [layer for layer in layers if isinstance(layer, PortaKVLayer)]
+    if len(own) == len(layers) and any(layer.is_away for layer in own):
+        return [layer.rows() for layer in own]
+    return [rows_on_device(layer) for layer in layers]

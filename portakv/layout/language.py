@@ -233,7 +233,13 @@ def _check_axes(text: str, first: Mapping[str, int]) -> None:
     if "page" not in first:
         for axis in ("token", "dim"):
             if axis not in first:
-                fail(text, len(text.rstrip()), f"The layout must name {axis!r} (or `page`).")
+                why = f"The layout must name {axis!r} (or `page`)."
+                if axis == "dim":
+                    why += (
+                        " If a row is one number, such as a scale, pass tensor.unsqueeze(-1), or "
+                        "write '(head dim)' for 'head' and declare dim=1."
+                    )
+                fail(text, len(text.rstrip()), why)
         return
     for axis in ("token", "head", "dim"):
         if axis in first:

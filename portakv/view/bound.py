@@ -327,8 +327,21 @@ def _not_read(expected: str, value: object, remedy: str) -> LayoutError:
             f"torch.from_numpy(array), which shares its memory, or a copy if a stride is negative."
         )
     if not isinstance(value, (torch.Tensor, list, tuple, Mapping)):
-        remedy = "Pass tensors, in lists, tuples or dicts."
+        remedy = _pairs_of_a_cache(value) or "Pass tensors, in lists, tuples or dicts."
     return LayoutError(f"Expected {expected}, got {kind_of(value)}. {remedy}")
+
+
+def _pairs_of_a_cache(value: object) -> str:
+    """Return how to pass a cache of transformers, or a layer of one; "" for another object."""
+    if isinstance(getattr(value, "keys", None), torch.Tensor):
+        return "Pass (layer.keys, layer.values) with the layout 'kv | block head token dim'."
+    layers = getattr(value, "layers", None)
+    if not isinstance(layers, list):
+        return ""
+    return (
+        "Pass [(x.keys, x.values) for x in cache.layers] with the layout "
+        "'layer kv | block head token dim'."
+    )
 
 
 def _by_kv(array: Grid, axes: Sequence[Factor], but: int = -1) -> Grid:

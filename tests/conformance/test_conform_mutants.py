@@ -21,6 +21,7 @@ from support.conform_reports import passing
 from support.conform_runs import ROOT
 
 from portakv import KVView
+from portakv_conformance.cases import Bench, test_claims, test_lies
 from portakv_conformance.draw.arrangement import Case
 from portakv_conformance.draw.strategies import all_cases
 from portakv_conformance.judge.device_support import Facility
@@ -57,6 +58,28 @@ def test_the_unmutated_base_is_right(case: Case) -> None:
     """The bug of a mutant is the one that its class adds; the suite catches each of them."""
     base = subject("portakv_conformance.mutants.base:HostRows", "cpu")
     assert Judge(base, Facility(torch.device("cpu")), 7).copy(case)
+
+
+THREADS = {
+    "claims": lambda bench: test_claims.test_threads(bench),
+    "lies": lambda bench: test_lies.test_each_thread_gets_its_own_copy(bench, "gather"),
+}
+
+
+@pytest.mark.usefixtures("own_registry")
+@pytest.mark.parametrize("case", THREADS.values(), ids=THREADS)
+def test_launches_that_share_their_arguments_fail_each_case_of_threads(
+    case: Callable[[Bench], None],
+) -> None:
+    """A call whose rows another thread moved in its place is not made good by a later call."""
+
+    def bench(target: str) -> Bench:
+        judged = subject(f"portakv_conformance.mutants.{target}", "cpu")
+        return Bench("cpu", 5, judge=Judge(judged, Facility(torch.device("cpu")), 5))
+
+    case(bench("base:HostRows"))
+    with pytest.raises(AssertionError, match="4 threads together"):
+        case(bench("claims:ClaimsThreads"))
 
 
 def test_the_self_check_turns_some_down() -> None:

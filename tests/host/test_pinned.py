@@ -532,3 +532,31 @@ def test_former_names_warn_and_work() -> None:
     assert caught[0].filename == __file__
     with pytest.raises(AttributeError, match="no attribute 'seam'"):
         _ = former.seam
+
+
+def allocated(x: torch.Tensor) -> torch.Tensor:
+    return x + pinned.empty(3).fill_(2)
+
+
+def registered_in_place(x: torch.Tensor) -> torch.Tensor:
+    total = x + 2
+    pinned.register(total).close()
+    return total
+
+
+def adopted(x: torch.Tensor) -> torch.Tensor:
+    with pinned.adopt([(4096, 4096)]):
+        return x + 2
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("call", [allocated, registered_in_place, adopted])
+def test_calls_of_compiled_functions(
+    call: Callable[[torch.Tensor], torch.Tensor], compiler: str
+) -> None:
+    """The compiler cannot trace finalizers of memory, so the graph breaks there."""
+    torch.compiler.reset()
+    compiled = torch.compile(call, backend=compiler)
+    for _ in range(2):
+        assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 3.0))
+    torch.compiler.reset()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -19,46 +20,29 @@ from support.ambient import STATES, State
 from support.device_cases import current, delay
 from support.engine_process import accelerators, answer, check_in_workers, defaults
 from support.guarded_memory import refused
+from support.transformers_cases import (
+    BLOCKS,
+    CHANGES,
+    DIM,
+    KV_HEADS,
+    LAYERS,
+    SIZE,
+    pool_of,
+    prompt,
+    small,
+)
 from transformers import DynamicCache
 
 from portakv import BackendUnavailable, KVView, LayoutError, SlotError, integrations
 from portakv.integrations import IntegrationError
 from portakv.integrations import transformers as integration
 
-LAYERS = 3
-KV_HEADS = 2
-DIM = 16
-BLOCKS = 24
-SIZE = 8
 STEPS = 6
-
-
-def small(kind: str = "Llama", **more: Any) -> Any:
-    """A model of three layers on the host, always the same."""
-    sizes = {
-        "vocab_size": 64,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": DIM,
-        "max_position_embeddings": 1024,
-        "pad_token_id": 0,
-        "eos_token_id": None,
-    }
-    config = getattr(transformers, f"{kind}Config")(**sizes | more)
-    torch.manual_seed(0)
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
     return small()
-
-
-def prompt(batch: int = 1, tokens: int = 21) -> torch.Tensor:
-    return torch.randint(1, 64, (batch, tokens), generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
@@ -78,13 +62,14 @@ def steps(model: Any, cache: Any, tokens: torch.Tensor, number: int = STEPS) -> 
 @pytest.mark.parametrize("configured", [True, False])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_same_logits(model: Any, batch: int, configured: bool) -> None:
-    """And every layer is away but the next one; the host has all of its rows."""
+    """And every layer is away but the last one, which ran, and the next one."""
     cache = integration.OffloadedCache(model.config if configured else None)
     expected = steps(model, DynamicCache(), prompt(batch))
     assert torch.equal(steps(model, cache, prompt(batch)), expected)
     assert [type(layer) for layer in cache.layers] == [integration.PortaKVLayer] * LAYERS
-    assert all(layer.is_away for layer in cache.layers)
-    assert {layer._stored for layer in cache.layers} == {21 + STEPS - 1}
+    assert [layer.is_away for layer in cache.layers] == [True, True, False]
+    tokens = 21 + STEPS - 1
+    assert [layer._stored for layer in cache.layers] == [tokens, tokens, tokens - 1]
     coming = [layer._returned is not None for layer in cache.layers]
     assert coming == [True, False, False]
 
@@ -94,6 +79,21 @@ def test_generate_takes_it(model: Any) -> None:
     expected = model.generate(prompt(2), **options)
     cache = integration.OffloadedCache(config=model.config)
     assert torch.equal(model.generate(prompt(2), past_key_values=cache, **options), expected)
+
+
+def test_the_argument_for_a_cache_is_the_one_of_the_release(model: Any) -> None:
+    """No call with it is deprecated, and a model of other code has the former one."""
+    name = integration.cache_argument(model)
+    release = tuple(map(int, transformers.__version__.split(".")[:2]))
+    assert name == ("cache" if release >= (5, 24) else "past_key_values")
+    named = {name: integration.OffloadedCache(config=model.config)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(prompt(), **named)
+        model.generate(prompt(tokens=30), max_new_tokens=2, do_sample=False, **named)
+    compiled = torch.compile(model, backend="eager")
+    assert integration.cache_argument(compiled) == name
+    assert integration.cache_argument(lambda ids, past_key_values: None) == "past_key_values"
 
 
 def test_beams_are_reordered(model: Any) -> None:
@@ -130,16 +130,6 @@ def test_layers_with_a_window_stay(model: Any) -> None:
 def fed(device: torch.device, layer: Any, rows: torch.Tensor) -> Any:
     """Rows ``[2, batch, heads, tokens, dim]`` as keys and values of a layer."""
     return layer.update(*rows.to(device).unbind(0))
-
-
-CHANGES: dict[str, Callable[[Any, torch.device], Any]] = {
-    "nothing": lambda layer, device: None,
-    "cropped": lambda layer, device: layer.crop(-5),
-    "reordered": lambda layer, device: layer.reorder_cache(torch.tensor([1, 0], device=device)),
-    "repeated": lambda layer, device: layer.batch_repeat_interleave(2),
-    "selected": lambda layer, device: layer.batch_select_indices(torch.tensor([1], device=device)),
-    "reset": lambda layer, device: layer.reset(),
-}
 
 
 @pytest.mark.parametrize("moment", ["here", "away", "coming"])
@@ -211,7 +201,8 @@ def test_it_waits_for_the_model_and_the_model_for_it(accelerator: torch.device) 
     ids=["copy", "pickle"],
 )
 def test_a_filled_cache_is_copied(device: torch.device, copied: Callable[[Any], Any]) -> None:
-    """Prompts that share a beginning copy it: both caches go on apart, and the first stays away."""
+    """Prompts that share a beginning copy it: both caches go on apart, and the first stays away.
+    Its last layer ran, and has not left."""
     caches = [integration.OffloadedCache(), DynamicCache()]
     rows: Any = torch.randn(LAYERS, 2, 1, KV_HEADS, 9, DIM).to(device)
     for cache in caches:
@@ -219,14 +210,26 @@ def test_a_filled_cache_is_copied(device: torch.device, copied: Callable[[Any], 
             cache.update(*rows[n].unbind(0), n)
     caches.append(copied(caches[0]))
     away = [layer.is_away for cache in caches[::2] for layer in cache.layers]
-    assert away == [True, True, True, False, False, False]
+    assert away == [True, True, False, False, False, False]
     for more in (rows[..., :1, :], rows[..., 3:5, :] + 1):
         for n in range(LAYERS):
             came = [cache.update(*more[n].unbind(0), n) for cache in caches]
             for pair in zip(*came, strict=True):
                 assert torch.equal(pair[0], pair[1])
                 assert torch.equal(pair[2], pair[1])
+            del came, pair  # a layer whose tensors are held would stay
     assert caches[0].layers[1]._host[0].data_ptr() != caches[2].layers[1]._host[0].data_ptr()
+
+
+def test_shallow_copies_of_a_layer_share_its_rows() -> None:
+    """So neither leaves while the other may change them, as layers of transformers do."""
+    for kind in (integration.PortaKVLayer, transformers.cache_utils.DynamicLayer):
+        layer: Any = kind()
+        layer.update(*torch.ones(2, 1, KV_HEADS, 9, DIM))
+        other = copy.copy(layer)
+        other.keys.mul_(5)
+        assert (layer.keys == 5).all()
+        assert getattr(layer, "is_shared", True)
 
 
 def test_rows_that_are_read_come_back(device: torch.device) -> None:
@@ -235,8 +238,8 @@ def test_rows_that_are_read_come_back(device: torch.device) -> None:
     rows: Any = torch.randn(2, 1, KV_HEADS, 9, DIM).to(device)
     for n in range(LAYERS):
         cache.update(*rows.unbind(0), n)
+    assert [layer.is_away for layer in cache.layers] == [True, True, False]
     for layer in cache.layers:
-        assert layer.is_away
         assert layer.get_seq_length() == 9
         assert torch.equal(layer.values, rows[1])
         assert not layer.is_away
@@ -257,19 +260,10 @@ def test_a_model_with_an_encoder() -> None:
         model.generate(prompt(), past_key_values=both, **options),
         model.generate(prompt(), **options),
     )
-    assert [x.is_away for x in both.self_attention_cache.layers] == [True] * LAYERS
+    assert [x.is_away for x in both.self_attention_cache.layers] == [True, True, False]
 
 
 # --- Prefixes in a pool ---------------------------------------------------------------------------
-
-
-def pool_of(device: torch.device, layout: str) -> KVView:
-    """Paged memory with noise in it, in the layout of an engine."""
-    if layout.startswith("layer | kv"):
-        size: tuple[int, ...] = (2, BLOCKS, SIZE, KV_HEADS, DIM)
-        return KVView([torch.randn(size).to(device) for _ in range(LAYERS)], layout)
-    size = (BLOCKS, LAYERS, 2, KV_HEADS, SIZE, DIM)
-    return KVView(torch.randn(size).to(device), layout)
 
 
 POOLS = pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import DynamicCache
 from portakv import LayoutError
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
-from portakv.integrations.transformers import OffloadedCache
+from portakv.integrations.transformers import OffloadedCache, cache_argument
 from portakv.integrations.transformers_store import PrefixStore
 from portakv.serving import StoreTerms
 
@@ -73,8 +74,9 @@ def prompt(batch: int = 1, tokens: int = 21, seed: int = 1) -> torch.Tensor:
 
 def continued(model: Any, tokens: torch.Tensor, cache: Any = None) -> torch.Tensor:
     """The prompts and nine greedy tokens after them."""
-    options = {"max_new_tokens": 9, "do_sample": False}
-    output: torch.Tensor = model.generate(tokens, past_key_values=cache, **options)
+    options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False}
+    options[cache_argument(model)] = cache
+    output: torch.Tensor = model.generate(tokens, **options)
     return output
 
 
@@ -87,7 +89,7 @@ def computed(model: Any, tokens: torch.Tensor, cache: Any = None) -> Any:
     """A cache with the rows of prompts."""
     cache = DynamicCache(config=model.config) if cache is None else cache
     with torch.no_grad():
-        model(tokens, past_key_values=cache)
+        model(tokens, **{cache_argument(model): cache})
     return cache
 
 
@@ -151,6 +153,22 @@ def test_the_cache_may_change_when_save_returns(model: Any, store: PrefixStore) 
         torch.equal(layer.keys, keys[:, :, :16])
         for layer, keys in zip(loaded.layers, right, strict=True)
     )
+
+
+def test_layers_that_are_away_are_saved_from_host_memory(model: Any, store: PrefixStore) -> None:
+    """None returns to the device for it, and what was changed before is what is saved."""
+    tokens = prompt()
+    cache: Any = computed(model, tokens, OffloadedCache(config=model.config))
+    for layer in cache.layers:
+        layer.keys.mul_(2)
+    computed(model, prompt(tokens=3, seed=2), cache)
+    right = copy.deepcopy(cache)
+    away = [layer.is_away for layer in cache.layers]
+    assert away == [True, True, False]
+    put(store, cache, tokens)
+    assert [layer.is_away for layer in cache.layers] == away
+    for layer, loaded in zip(right.layers, store.load(tokens).layers, strict=True):
+        assert torch.equal(loaded.keys, layer.keys[:, :, :16])
 
 
 def test_more_than_the_staging_is_saved(model: Any, folder: str) -> None:
@@ -254,7 +272,7 @@ def test_models_that_are_refused(folder: str) -> None:
     )
     with refused(IntegrationError, "T5ForConditionalGeneration", "encoder"):
         PrefixStore(encoder, terms)
-    with refused(LayoutError, "DynamicSlidingWindowLayer"):
+    with refused(LayoutError, "DynamicSlidingWindowLayer", "MistralForCausalLM", "OffloadedCache"):
         PrefixStore(small("Mistral", sliding_window=8), terms)
     factors = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with refused(IntegrationError, "'dynamic'", "length"):
@@ -292,6 +310,9 @@ def test_prompts_that_are_refused(model: Any, store: PrefixStore) -> None:
         store.save(cache, tokens[:1])
     with refused(LayoutError, "21 tokens"):
         store.load(tokens, cache=cache)
+    windows = small("Mistral", sliding_window=8).config
+    with refused(LayoutError, "DynamicSlidingWindowLayer", "DynamicCache(config=model.config)"):
+        store.load(tokens, cache=DynamicCache(config=windows))
     fewer = small(num_hidden_layers=2)
     with refused(LayoutError, "3 layers", "2"):
         store.load(tokens, cache=DynamicCache(config=fewer.config))
@@ -325,6 +346,7 @@ def child(work):
     return json.loads(text or "null"), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 def turn(then=None, guard=True):
+    from portakv.integrations.transformers import cache_argument
     from portakv.integrations.transformers_store import PrefixStore
 
     if not guard:
@@ -336,7 +358,8 @@ def turn(then=None, guard=True):
     store = PrefixStore(model, terms)
     cache = store.load(tokens)
     loaded = cache.get_seq_length()
-    output = model.generate(tokens, past_key_values=cache, max_new_tokens=12, do_sample=False)
+    named = {{cache_argument(model): cache}}
+    output = model.generate(tokens, max_new_tokens=12, do_sample=False, **named)
     for transfer in store.save(cache, output):
         transfer.synchronize(timeout=60)
     if then == "die":

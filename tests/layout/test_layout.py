@@ -76,6 +76,7 @@ ERRORS = [
     ("token, dim", ",", "',' is not part"),
     ("token  \t ; dim", ";", "';' is not part"),
     ("token head", 10, "must name 'dim'"),
+    ("block token head", 16, r"scale, pass tensor.unsqueeze\(-1\), or write '\(head dim\)'"),
     ("layer | head dim ", 16, "must name 'token'"),
     ("block token page", "token", "cannot go together with 'token'"),
     ("block (page head)", "head", "cannot go together with 'head'"),

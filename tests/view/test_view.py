@@ -8,6 +8,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Callable
 from itertools import permutations
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -246,6 +247,31 @@ def test_what_is_refused(tensors: Any, layout: str, extents: dict[str, Any], why
     KVView(noise(5, 8), "token dim", dim=8, heads=1, kv=1)
     with pytest.raises(LayoutError, match=why):
         KVView(tensors, layout, **extents)
+
+
+def test_a_cache_of_transformers_is_told_how_to_pass_it() -> None:
+    """By the line that works; so is one of its layers."""
+    keys = torch.arange(96.0).view(1, 2, 6, 8)
+    layer = SimpleNamespace(keys=keys, values=keys + 1)
+    cache = SimpleNamespace(layers=[layer, layer])
+    line = "[(x.keys, x.values) for x in cache.layers]"
+    layout = "layer kv | block head token dim"
+    with pytest.raises(LayoutError) as caught:
+        KVView(cache, layout)  # type: ignore[arg-type]
+    assert line in str(caught.value)
+    assert repr(layout) in str(caught.value)
+    view = KVView(eval(line, {"cache": cache}), layout)
+    assert (view.layers, view.kv, view.heads, view.block_size) == (2, 2, 2, 6)
+    with pytest.raises(LayoutError, match=r"Pass \(layer.keys, layer.values\)"):
+        KVView(layer, "kv | block head token dim")  # type: ignore[arg-type]
+
+
+def test_scales_without_a_dim() -> None:
+    """Both ways that the error names read the same rows."""
+    scales = torch.arange(96.0).view(3, 16, 2)
+    first = KVView(scales.unsqueeze(-1), "block token head dim")
+    second = KVView(scales, "block token (head dim)", dim=1)
+    assert first.form == second.form
 
 
 @pytest.mark.parametrize("layout", ["kv token dim", "layer kv token dim", "kv layer | token dim"])
