@@ -29,7 +29,7 @@ from portakv.migrate.channel_sockets import Sockets
 from portakv.migrate.figures import Figures, channel_figures
 from portakv.migrate.messages import Message
 from portakv.migrate.peer import Peer
-from portakv.runtime import descriptors
+from portakv.runtime import resources
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import alongside, uninterrupted
 
@@ -74,23 +74,23 @@ class Channel:
 
     def _start(self, address: str | None) -> None:
         """Listen, and start the channel's thread."""
-        descriptors.raise_limit_if_few()
+        resources.raise_limit_if_few()
         self._server = Server(self._sockets, address, self.counts)
         try:
             self._loop = Loop()
         except OSError as error:
-            raise PeerError(f"{_NO_RESOURCE}, got: {descriptors.reason(error)}.") from None
+            raise PeerError(f"{_NO_RESOURCE}, got: {resources.reason(error)}.") from None
         self._client = Client(self._sockets, self._loop, self.id, self.counts, self.check_open)
         try:
             self._server.listen(address, self._loop)
             self._loop.start()
         except RuntimeError:
             self._end()
-            raise PeerError(f"{_NO_RESOURCE}, got: {descriptors.NO_THREAD}.") from None
+            raise PeerError(f"{_NO_RESOURCE}, got: {resources.NO_THREAD}.") from None
         except (OSError, zmq.ZMQError) as error:
             self._end()
-            why = descriptors.reason(error)
-            if address is None or error.errno in (*descriptors.NONE_FREE, errno.EAGAIN):
+            why = resources.reason(error)
+            if address is None or error.errno in (*resources.NONE_FREE, errno.EAGAIN):
                 raise PeerError(f"{_NO_RESOURCE}, got: {why}.") from None
             raise PeerError(
                 f"Expected an address at which a channel can listen, got {self._server.address}: "

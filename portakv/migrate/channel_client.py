@@ -25,8 +25,8 @@ from portakv.migrate.channel_sockets import BACK, HEAD, LIMIT, Sockets, event_of
 from portakv.migrate.channel_unix import UnixLink
 from portakv.migrate.messages import UNDECODABLE, VERSION, Message, Refused
 from portakv.migrate.peer import Peer
-from portakv.runtime.descriptors import reason
 from portakv.runtime.interrupts import abandoned
+from portakv.runtime.resources import reason
 
 T = TypeVar("T")
 #: Milliseconds between a requester's checks of its connection.

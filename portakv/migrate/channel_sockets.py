@@ -10,7 +10,7 @@ from struct import Struct, unpack_from
 
 import zmq
 
-from portakv.runtime import descriptors
+from portakv.runtime import resources
 
 #: The most bytes of a request and of an answer; messages that wait in one connection; answers and
 #: requests that wait for the other end of one connection.
@@ -103,8 +103,11 @@ def started_context() -> zmq.Context[zmq.Socket[bytes]]:
     ZeroMQ ends the process by SIGABRT if it has no descriptor or no thread at the start of a
     context, and at no later time for TCP. Raises `OSError` instead.
     """
-    descriptors.raise_limit_if_few()
-    made: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    resources.raise_limit_if_few()
+    try:
+        made: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    except zmq.ZMQError as error:
+        raise OSError(error.errno, str(error)) from None
     made.max_sockets = 4096  # a channel has three for each link
     threads = [threading.Thread(target=bool, daemon=True) for _ in range(_THREADS)]
     try:
@@ -112,11 +115,11 @@ def started_context() -> zmq.Context[zmq.Socket[bytes]]:
             thread.start()
     except RuntimeError:
         made.term()
-        raise OSError(errno.EAGAIN, descriptors.NO_THREAD) from None
+        raise OSError(errno.EAGAIN, resources.NO_THREAD) from None
     for thread in threads:
         thread.join()
     # Nothing lies between the check and the start: other threads take descriptors, too.
-    if descriptors.free(_DESCRIPTORS) == _DESCRIPTORS:
+    if resources.free(_DESCRIPTORS) == _DESCRIPTORS:
         made.socket(zmq.PAIR).close()
         return made
     made.term()

@@ -40,7 +40,7 @@ from portakv.migrate import channel_sockets
 from portakv.migrate.channel_loop import Loop
 from portakv.migrate.channel_sockets import ANSWER, BACK, HEAD, LIMIT
 from portakv.migrate.peer import Peer
-from portakv.runtime import descriptors
+from portakv.runtime import resources
 from portakv.runtime.rate_limited_log import RateLimitedLog
 
 _logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class UnixListener:
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR):
                 return
-            if not (error.errno == errno.EMFILE and descriptors.raise_limit()):
+            if not (error.errno == errno.EMFILE and resources.raise_limit()):
                 self._refuse(error)
             return
         accepted.setblocking(False)
@@ -158,9 +158,9 @@ class UnixListener:
     def _refuse(self, error: OSError) -> None:
         """Tell the next peer that there is no descriptor for it. If there is not even one for that,
         accept nothing for a moment."""
-        why = descriptors.reason(error)
+        why = resources.reason(error)
         _log.warning("accept", "A channel refuses a connection: %s.", why)
-        why = descriptors.reason(error, "the process there")
+        why = resources.reason(error, "the process there")
         refused = False
         if self._spare >= 0:
             os.close(self._spare)
@@ -442,7 +442,7 @@ class UnixLink:
         except (FileNotFoundError, ConnectionRefusedError):
             self.why = self.why or "no channel listens there"
         except OSError as error:
-            self.why = self.why or descriptors.reason(error)
+            self.why = self.why or resources.reason(error)
 
     def _lose(self, lost: socket.socket) -> None:
         """End a connection, and make another one if the other process still listens."""
@@ -606,7 +606,7 @@ def _bind(made: socket.socket) -> int:
             made.bind(f"{private}/socket")
             return os.open(f"{private}/socket", os.O_PATH)
         except OSError as error:
-            if error.errno in descriptors.NONE_FREE:
+            if error.errno in resources.NONE_FREE:
                 raise
             failed.append(f"{folder} ({error.strerror})")
         finally:

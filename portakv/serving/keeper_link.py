@@ -11,11 +11,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from portakv.errors import InvalidTerms, PeerError, PortaKVError, TransferError
+from portakv.errors import InvalidTerms, PeerError, PortaKVError, StoreError, TransferError
 from portakv.host.shared import process_space, started
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Message, Refused
 from portakv.runtime.interrupts import Condition
+from portakv.runtime.resources import start_thread
 from portakv.serving.keeper_messages import (
     PROTOCOL,
     Alive,
@@ -119,8 +120,12 @@ class Link:
         self._thread = threading.Thread(target=self._run, name="portakv keeper link", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start the thread. Raises `StoreError` if the system gives no more."""
+        try:
+            start_thread(self._thread, StoreError)
+        except StoreError:
+            self._channel.close()
+            raise
 
     def wake(self) -> None:
         """Have the thread look at the session now."""

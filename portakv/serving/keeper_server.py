@@ -9,7 +9,7 @@ import select
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from portakv.arguments import instance, seconds, text
 from portakv.errors import PortaKVError, StoreBusy, StoreError
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Message
+from portakv.runtime import resources
 from portakv.runtime.devices import this_process
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.keeper import PATIENCE
@@ -50,7 +51,8 @@ class Keeper:
         patience: seconds for which a save waits for all ranks of its engine.
         events: an `EventPublisher` for routers, which the caller closes after the keeper.
 
-    Raises `InvalidTerms` for wrong terms, and `StoreError` for a folder that cannot be used.
+    Raises `InvalidTerms` for wrong terms, `StoreError` for a folder that cannot be used, and
+    `PeerError` or `StoreError` if the process has no descriptor or thread left.
     """
 
     def __init__(
@@ -67,18 +69,22 @@ class Keeper:
         self._busy_since: float | None = None
         self._stopped = threading.Event()
         self._process = this_process()
-        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._processes = Processes()
-        self._channel = Channel()
-        self._service = Service(self._channel, self._wake, self)
-        try:
-            self._serve_if_possible()
-        except BaseException:
-            self._channel.close()
-            os.close(self._event)
-            raise
         self._thread = threading.Thread(target=self._run, name="portakv keeper", daemon=True)
-        self._thread.start()
+        self._channel = Channel()
+        with ExitStack() as undo:
+            undo.callback(self._channel.close)
+            try:
+                self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            except OSError as error:
+                why = resources.reason(error)
+                raise StoreError(f"Expected a descriptor for a keeper, but {why}.") from None
+            undo.callback(os.close, self._event)
+            self._service = Service(self._channel, self._wake, self)
+            undo.callback(self.place.release)
+            self._serve_if_possible()
+            resources.start_thread(self._thread, StoreError)
+            undo.pop_all()
 
     def __enter__(self) -> Keeper:
         return self

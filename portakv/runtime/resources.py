@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Look after the file descriptors of this process: raise their limit, and say that none is free."""
+"""Start threads and count descriptors, and name the limit that leaves this process without one."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
+import threading
+
+from portakv.errors import PortaKVError
 
 _log = logging.getLogger(__name__)
 #: Fewer free descriptors than these are few: a channel or a server then raises the soft limit.
@@ -77,3 +80,11 @@ def reason(error: Exception, process: str = "this process") -> str:
         f"{process} has too many open files: `ulimit -n` allows {soft} (hard limit {hard}), and "
         f"{free(FEW)} are free. Raise the limit, or close files"
     )
+
+
+def start_thread(thread: threading.Thread, error: type[PortaKVError]) -> None:
+    """Start a thread; raise ``error`` if the system gives no more."""
+    try:
+        thread.start()
+    except RuntimeError:
+        raise error(f"Expected to start the thread {thread.name!r}, but {NO_THREAD}.") from None
