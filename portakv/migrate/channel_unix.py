@@ -600,7 +600,7 @@ def _bind(made: socket.socket) -> int:
         try:
             private = tempfile.mkdtemp(prefix="channel-", dir=folder)  # only this user may enter
         except OSError as error:
-            failed.append(f"{folder} ({error.strerror})")
+            failed.append(_refusal_of(folder, error))
             continue
         try:
             made.bind(f"{private}/socket")
@@ -608,13 +608,23 @@ def _bind(made: socket.socket) -> int:
         except OSError as error:
             if error.errno in resources.NONE_FREE:
                 raise
-            failed.append(f"{folder} ({error.strerror})")
+            failed.append(_refusal_of(folder, error))
         finally:
             with suppress(OSError):
                 os.unlink(f"{private}/socket")
             with suppress(OSError):
                 os.rmdir(private)
-    raise OSError(errno.EACCES, "no folder can have a socket: " + ", ".join(failed))
+    raise OSError(f"no folder can have its Unix socket: {', '.join(failed)}. Make one writable")
+
+
+def _refusal_of(folder: str, error: OSError) -> str:
+    """Return why a folder cannot have a socket, with its free bytes and files."""
+    try:
+        there = os.statvfs(folder)
+    except OSError:
+        return f"{folder} ({error.strerror})"
+    free = there.f_bavail * there.f_frsize
+    return f"{folder} ({error.strerror}; {free} bytes and {there.f_favail} files are free)"
 
 
 def _beat() -> float:
