@@ -446,6 +446,10 @@ def _mapped_only(message: _Shared) -> torch.Tensor:
     return flat[offset : offset + nbytes]
 
 
+class NoDescriptor(PeerError):
+    """This process may map shared memory, and has no free descriptor for it now."""
+
+
 @contextmanager
 def _file(message: _Shared) -> Iterator[int]:
     """Open the file of another process's host memory, and yield the descriptor.
@@ -470,7 +474,9 @@ def _file(message: _Shared) -> Iterator[int]:
             yield memory.fileno()
     except OSError as error:
         if error.errno in NONE_FREE:
-            raise Unsupported(_OPEN, reason(error)) from None
+            raise NoDescriptor(
+                f"Expected a descriptor for shared memory, but {reason(error)}."
+            ) from None
         if error.errno not in (errno.ENOENT, errno.ESRCH, errno.ESTALE):
             why = f"this process may not open process {pid}'s ({error.strerror})"
             raise Unsupported(_OPEN, f"{why}; run both as one user") from None

@@ -82,6 +82,8 @@ def _mapped(handshake: Handshake, device: torch.device, regions: list[torch.Tens
             # torch reports another device's memory as this device's: mark the views.
             shards = [Shard(x.view.as_peer(device), x.group.layers, x.group.heads) for x in shards]
         events = [ipc.open_event(one, device) for one in handshake.events]
+    except ipc.NoDescriptor:  # another method would take descriptors, too
+        raise
     except PortaKVError as error:
         raise NotMapped(str(error)) from error
     words = open_words(handshake.words)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import select
@@ -21,6 +22,7 @@ from portakv.runtime import resources
 from portakv.runtime.devices import this_process
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.keeper import PATIENCE
+from portakv.serving.keeper_messages import Farewell
 from portakv.serving.keeper_processes import Processes
 from portakv.serving.keeper_service import Service
 from portakv.serving.keeper_store import Events, OpenStore
@@ -33,6 +35,8 @@ _log = RateLimitedLog(_logger)
 LOOK = 0.25
 #: Seconds that a message to a client may take. A client that does not take it has lost its session.
 TELLING = 0.2
+#: Seconds for which a keeper that ends waits for its clients to know.
+LEAVING = 1.0
 #: Seconds for which a folder may be busy: a process that was killed may have writes under way.
 BUSY = 10.0
 
@@ -85,6 +89,7 @@ class Keeper:
             self._serve_if_possible()
             resources.start_thread(self._thread, StoreError)
             undo.pop_all()
+        atexit.register(self._take_leave)  # before the channel closes at the interpreter's end
 
     def __enter__(self) -> Keeper:
         return self
@@ -121,13 +126,27 @@ class Keeper:
         timeout = seconds("timeout", timeout)
         if self._process.forked or self._stopped.is_set():
             return
+        atexit.unregister(self._take_leave)
         self._stopped.set()
         self._wake()
         self._thread.join()
+        self._take_leave()
         self._channel.close()
         self._close_store(timeout)
         self.place.release()
         os.close(self._event)
+
+    def _take_leave(self) -> None:
+        """Tell clients and followers that this keeper ends in order."""
+        opened = self._service.opened
+        if opened is None or self._process.forked:
+            return
+        self._service.ends = True
+        sessions = (*opened.state.clients(), *opened.feed.followers())
+        requests = [(each.address, Farewell(each.session)) for each in sessions]
+        # The answers come before the connections end. A client without one may have ended, too.
+        with suppress(PortaKVError):
+            self._channel.ask_all(requests, Farewell, LEAVING)
 
     # --- the thread
 

@@ -380,7 +380,7 @@ def test_a_process_without_descriptors_is_told_so() -> None:
         try:
             while True:
                 opened.append(ipc.open_shared(data))
-        except Unsupported as error:
+        except PeerError as error:
             pipe.send(str(error))
 
     child = Child(work)
