@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from portakv.cli import main
+from portakv_command import main
 
 if __name__ == "__main__":
     sys.exit(main())

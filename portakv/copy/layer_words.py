@@ -16,9 +16,10 @@ from typing import Protocol, TypeAlias
 
 import torch
 
-from portakv.errors import PortaKVError
+from portakv.errors import PortaKVError, TransferError
 from portakv.runtime import late_release
 from portakv.runtime.devices import capturing
+from portakv.runtime.resources import start_thread
 from portakv.runtime.stream_words import LAST, StreamWords, words_of
 from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
 from portakv.runtime.transfer import Transfer
@@ -211,7 +212,7 @@ class LayerWords:
                 self._thread = threading.Thread(
                     target=self._watch, name="portakv-layer-words", daemon=True
                 )
-                self._thread.start()
+                start_thread(self._thread, TransferError)
 
     def _ended(self, layer: int) -> None:
         """Note that a load has ended in a layer, under the lock."""

@@ -36,6 +36,7 @@ from portakv.arguments import flag
 from portakv.errors import HostMemoryError, PoolExhausted, SlotError
 from portakv.host import _pages, _registration, pinned
 from portakv.host.pool import Block, Pool, ending, stride
+from portakv.runtime import resources
 from portakv.runtime.linux import fcntl, require_linux
 
 __all__ = ["PoolExhausted", "SharedPool", "names", "remove"]
@@ -450,8 +451,7 @@ class SharedPool(Pool):
             os.ftruncate(self._fd, 0)
             os.posix_fallocate(self._fd, 0, total)
         except OSError as error:
-            folder = os.statvfs(_FOLDER)
-            free = min(folder.f_bavail * folder.f_frsize, _pages.available())
+            free = min(_free_bytes(), _pages.available())
             self._path.unlink(missing_ok=True)
             raise HostMemoryError(
                 f"Expected {total} bytes for a shared pool, got {free} in {_FOLDER} "
@@ -478,6 +478,9 @@ def unnamed(nbytes: int) -> mmap.mmap:
             fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
             return mmap.mmap(file.fileno(), nbytes)
     except OSError as error:
+        if error.errno in resources.NONE_FREE:
+            why = resources.reason(error)
+            raise HostMemoryError(f"Expected a descriptor for shared memory, but {why}.") from None
         raise HostMemoryError(
             f"Expected {nbytes} bytes of shared memory, got none ({error.strerror}). Request less, "
             f"or raise the machine's limit (cgroup)."
@@ -501,6 +504,12 @@ def remove(name: str) -> None:
     path.unlink(missing_ok=True)
 
 
+def _free_bytes() -> int:
+    """Return the bytes that are free in the folder of shared pools."""
+    folder = os.statvfs(_FOLDER)
+    return folder.f_bavail * folder.f_frsize
+
+
 def _opened(name: str, make: bool) -> tuple[int, Path]:
     """Open the file of that name, of this user, perhaps created now; return the descriptor and the
     path."""
@@ -520,11 +529,24 @@ def _opened(name: str, make: bool) -> tuple[int, Path]:
         os.close(fd)
         why = "belongs to another user, or others may write to it"
     except FileNotFoundError:
+        if make:
+            raise HostMemoryError(
+                f"Expected a folder {_FOLDER} for a shared pool, got none. Mount a tmpfs there "
+                f"(docker: --ipc, --shm-size)."
+            ) from None
         raise HostMemoryError(
             f"Expected an existing shared pool {name!r}, got none. Pass block_bytes and blocks to "
             f"create it."
         ) from None
     except OSError as error:
+        if error.errno in resources.NONE_FREE:
+            why = resources.reason(error)
+            raise HostMemoryError(f"Expected to open {path}, but {why}.") from None
+        if error.errno in (errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+            raise HostMemoryError(
+                f"Expected room for a shared pool in {_FOLDER}, got {_free_bytes()} free bytes "
+                f"({error.strerror}). Mount it writable, or larger (docker: --shm-size)."
+            ) from None
         why = f"cannot be opened ({error.strerror})"
     raise HostMemoryError(
         f"Expected a shared pool of this user at {path}, got a file that {why}. Take another name, "

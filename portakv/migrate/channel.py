@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The control channel carries messages of owners, readers and transports, and detects dead peers.
 
-It uses ZeroMQ, with CURVE keys that a secret gives. Messages have schemas and limits; nothing is
-unpickled.
+It uses Unix sockets on a host and, between hosts, ZeroMQ with CURVE keys that a secret gives.
+Messages have schemas and limits; nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import atexit
+import errno
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,11 +29,13 @@ from portakv.migrate.channel_sockets import Sockets
 from portakv.migrate.figures import Figures, channel_figures
 from portakv.migrate.messages import Message
 from portakv.migrate.peer import Peer
+from portakv.runtime import resources
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import alongside, uninterrupted
 
 __all__ = ["Channel", "Peer"]
 T = TypeVar("T")
+_NO_RESOURCE = "Expected the descriptors, a thread and a folder for a channel"
 SENDING = 0.02  # seconds for which a caller lets a helper send its message
 
 
@@ -71,22 +74,29 @@ class Channel:
 
     def _start(self, address: str | None) -> None:
         """Listen, and start the channel's thread."""
-        self._loop = Loop()
-        self._client = Client(self._sockets, self._loop, self.id, self.counts, self.check_open)
-        server: Server | None = None
+        resources.raise_limit_if_few()
+        self._server = Server(self._sockets, address, self.counts)
         try:
-            server = Server(self._sockets, address, self.counts)
-            server.listen(address, self._loop)
+            self._loop = Loop()
+        except OSError as error:
+            raise PeerError(f"{_NO_RESOURCE}, got: {resources.reason(error)}.") from None
+        self._client = Client(self._sockets, self._loop, self.id, self.counts, self.check_open)
+        try:
+            self._server.listen(address, self._loop)
+            self._loop.start()
+        except RuntimeError:
+            self._end()
+            raise PeerError(f"{_NO_RESOURCE}, got: {resources.NO_THREAD}.") from None
         except (OSError, zmq.ZMQError) as error:
-            self._end(server)
-            place = self.address if server is None else server.address
+            self._end()
+            why = resources.reason(error)
+            if address is None or error.errno in (*resources.NONE_FREE, errno.EAGAIN):
+                raise PeerError(f"{_NO_RESOURCE}, got: {why}.") from None
             raise PeerError(
-                f"Expected an address at which a channel can listen, got {place}: {error}. Pass an "
-                f"address of this host and a free port."
+                f"Expected an address at which a channel can listen, got {self._server.address}: "
+                f"{why}. Pass an address of this host and a free port."
             ) from None
-        self._server = server
-        self.address = server.address
-        self._loop.start()
+        self.address = self._server.address
         atexit.register(self.close)
 
     def __repr__(self) -> str:
@@ -249,14 +259,13 @@ class Channel:
     def _close(self) -> None:
         """Close the channel, and no longer at the end of the interpreter."""
         atexit.unregister(self.close)
-        self._end(self._server)
+        self._end()
 
-    def _end(self, server: Server | None) -> None:
+    def _end(self) -> None:
         """Stop the channel's thread, drop all connections, and close the sockets."""
         if self._loop.stop():
             self._client.close()
-            if server is not None:
-                server.close()
+            self._server.close()
             self._sockets.close()
 
     def _until(self, timeout: float | None) -> float:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from math import ceil
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import zmq
 from msgspec.msgpack import encode
@@ -22,20 +22,21 @@ from portakv.errors import PeerError, PortaKVError, TransferTimeout
 from portakv.migrate.address import NUMERIC
 from portakv.migrate.channel_loop import Loop
 from portakv.migrate.channel_sockets import BACK, HEAD, LIMIT, Sockets, event_of
+from portakv.migrate.channel_unix import UnixLink
 from portakv.migrate.messages import UNDECODABLE, VERSION, Message, Refused, decoder_of
 from portakv.migrate.peer import Peer
 from portakv.runtime.interrupts import abandoned
+from portakv.runtime.resources import reason
 
 T = TypeVar("T")
 #: Milliseconds between a requester's checks of its connection.
 LOOK = 20
 
 
-class _Link:
-    """The socket for one address, for one thread at a time, and the state of its connection."""
+class TcpLink:
+    """The connection to an address of TCP, by ZeroMQ; see `UnixLink` for its attributes."""
 
     def __init__(self, socket: zmq.Socket[bytes], address: str, number: int) -> None:
-        self.socket = socket
         self.address = address
         self.number = number
         self.requests = 0
@@ -43,10 +44,51 @@ class _Link:
         self.life = Peer()
         self.up = False
         self.why = ""
+        self._socket = socket
+        self._wait = LOOK
         socket.sndtimeo = socket.rcvtimeo = LOOK
         # Use a separate name: pyzmq's name is its descriptor's, which is reused before it is free.
         self.monitor = socket.get_monitor_socket(addr=f"inproc://{number}")
         socket.connect(address)
+
+    @property
+    def closed(self) -> bool:
+        """Return True after `close`."""
+        return self._socket.closed
+
+    @property
+    def wait(self) -> int:
+        """Return the milliseconds for which `receive` waits."""
+        return self._wait
+
+    @wait.setter
+    def wait(self, milliseconds: int) -> None:
+        if milliseconds != self._wait:
+            self._wait = milliseconds
+            self._socket.rcvtimeo = milliseconds
+
+    def send(self, data: bytes) -> None:
+        """Send a request. Raises `BlockingIOError` if it could not be sent soon."""
+        try:
+            self._socket.send(data)
+        except zmq.Again:
+            raise BlockingIOError from None
+
+    def receive(self) -> bytes:
+        """Return an answer. Raises `BlockingIOError` if there is none within ``wait``."""
+        try:
+            return self._socket.recv()
+        except zmq.Again:
+            raise BlockingIOError from None
+
+    def close(self) -> None:
+        """Close the link, whose lock the caller has."""
+        if not self._socket.closed:
+            self._socket.close(0)
+        self.life.end()
+
+
+_Link: TypeAlias = TcpLink | UnixLink
 
 
 class Client:
@@ -149,32 +191,27 @@ class Client:
         if len(body) > LIMIT:
             raise PeerError(f"{what} has {len(body)} bytes; a message has at most {LIMIT}.")
         link = self._acquire(address, until, what)
-        pause = LOOK
         try:
             link.requests += answer
             number = link.requests * answer
             data = HEAD.pack(VERSION, self.id, link.number, number) + body
-            pause = min(LOOK, max(1, ceil(1e3 * (until - monotonic()))))
-            if pause < LOOK:
-                link.socket.rcvtimeo = pause
+            link.wait = min(LOOK, max(1, ceil(1e3 * (until - monotonic()))))
             while True:
                 self._check(link, until, what, stop)
-                with suppress(zmq.Again):  # nothing came or went within `LOOK` milliseconds
+                with suppress(BlockingIOError):  # nothing came or went within `wait` milliseconds
                     # Repeat after the next connection stands: before, the old one may take the
                     # message.
                     if by is not (life := link.life) and (link.up or by is None):
-                        link.socket.send(data)
+                        link.send(data)
                         by = life
                         yield b""
                     if not answer:
                         return
-                    back = link.socket.recv().ljust(BACK.size, b"\0")
+                    back = link.receive().ljust(BACK.size, b"\0")
                     if back[0] != VERSION or BACK.unpack_from(back)[2] == number:
                         yield back
                         return
         finally:
-            if pause < LOOK and not link.socket.closed:
-                link.socket.rcvtimeo = LOOK
             link.lock.release()
 
     def _acquire(self, address: str, until: float, what: str) -> _Link:
@@ -188,7 +225,7 @@ class Client:
                 raise TransferTimeout(
                     f"{what} was not sent: an earlier request still waits for its answer."
                 )
-            if not link.socket.closed:
+            if not link.closed:
                 return link
             link.lock.release()
 
@@ -225,7 +262,7 @@ class Client:
             ) from None
         except (OSError, zmq.ZMQError) as error:
             raise PeerError(
-                f"Expected an address of a channel, got {address!r}: {error}."
+                f"Expected an address of a channel, got {address!r}: {reason(error)}."
             ) from None
 
     def _new_link(self, address: str) -> _Link:
@@ -238,12 +275,28 @@ class Client:
         if local and os.stat(local[1]).st_uid != os.getuid():
             raise OSError("another user listens there")
         self._made += 1
-        link = _Link(self._sockets.client(address), address, self._made)
-        self._links[address] = link
-        self._loop.run_soon(lambda: self._loop.watch(link.monitor, partial(self._see, link)))
-        return link
+        # The link is there before the channel's thread may drop it.
+        if local:
+            key = self._sockets.key
+            link = UnixLink(address, self._made, key, self._loop, self._counts, self._drop)
+            self._links[address] = link
+            try:
+                link.open()
+            except BaseException:
+                self._links.pop(address, None)
+                raise
+            return link
+        socket = self._sockets.client(address)
+        try:
+            made = TcpLink(socket, address, self._made)
+        except BaseException:
+            socket.close(0)
+            raise
+        self._links[address] = made
+        self._loop.run_soon(lambda: self._loop.watch(made.monitor, partial(self._see, made)))
+        return made
 
-    def _see(self, link: _Link) -> None:
+    def _see(self, link: TcpLink) -> None:
         """Process an event of a connection, in the channel's thread."""
         event, value = event_of(link.monitor)
         if event == "HANDSHAKE_SUCCEEDED":
@@ -271,10 +324,9 @@ class Client:
     def _drop(self, link: _Link) -> None:
         """Close a link, whose lock the caller has."""
         link.why = link.why or "it is gone"
-        if not link.socket.closed:
+        if not link.closed:
             self._links.pop(link.address, None)
-            link.socket.close(0)
-        link.life.end()
+        link.close()
 
     def close(self) -> None:
         """Close all links, after the loop was stopped."""

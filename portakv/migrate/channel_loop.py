@@ -8,6 +8,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from time import monotonic
 
 import zmq
 
@@ -26,9 +27,10 @@ class Loop:
         self._poller = zmq.Poller()
         self._calls = dict[object, Callable[[], object]]()
         self._soon = deque[Callable[[], object]]()
+        self._timers = list[tuple[float, Callable[[], object]]]()
         self._lock = threading.Lock()
-        self._wake = os.eventfd(0)
         self._thread = threading.Thread(target=self._run, name="portakv channel", daemon=True)
+        self._wake = os.eventfd(0)
         self.watch(self._wake, self._run_soon)
 
     @property
@@ -40,25 +42,40 @@ class Loop:
         """Start the thread."""
         self._thread.start()
 
-    def watch(self, socket: zmq.Socket[bytes] | int, call: Callable[[], object]) -> None:
-        """Call ``call`` in the thread each time something can be received.
+    def watch(
+        self, socket: zmq.Socket[bytes] | int, call: Callable[[], object], events: int = zmq.POLLIN
+    ) -> None:
+        """Call ``call`` in the thread each time something can be received, or at other events of
+        ZeroMQ's poller.
 
         Runs in the thread, or before `start`.
         """
         self._calls[socket] = call
-        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(socket, events)
 
-    def forget(self, socket: zmq.Socket[bytes]) -> None:
-        """Watch a socket no longer. Runs in the thread."""
-        self._poller.unregister(socket)
-        del self._calls[socket]
+    def forget(self, socket: zmq.Socket[bytes] | int) -> None:
+        """Watch a socket no longer, if it is watched. Runs in the thread."""
+        if self._calls.pop(socket, None) is not None:
+            self._poller.unregister(socket)
 
     def run_soon(self, call: Callable[[], object]) -> None:
-        """Make a call in the thread. Any thread may ask for it; does nothing after `stop`."""
+        """Make a call in the thread. Any thread may ask for it.
+
+        After `stop` the calling thread makes it.
+        """
         with self._lock:  # the descriptor is closed under it
             if not self.stopped:
                 self._soon.append(call)
                 os.eventfd_write(self._wake, 1)
+                return
+        call()
+
+    def run_later(self, seconds: float, call: Callable[[], object]) -> None:
+        """Make a call in the thread after so many seconds. Runs in the thread, or before `start`.
+
+        Does nothing after `stop`.
+        """
+        self._timers.append((monotonic() + seconds, call))
 
     def stop(self) -> bool:
         """End the thread, if it runs, and wait for that. Return False if it was stopped before."""
@@ -69,19 +86,39 @@ class Loop:
             os.eventfd_write(self._wake, 1)
         if self._thread.ident is not None:
             self._thread.join()
+        self._drain()  # what the thread has not run
         os.close(self._wake)
         return True
 
     def _run(self) -> None:
         while not self.stopped:
-            for ready, _ in self._poller.poll():
-                try:
-                    self._calls[ready]()
-                except Exception:  # one peer's message must not stop the others'
-                    _log.exception("A channel failed at a message, and goes on.")
+            for ready, _ in self._poller.poll(self._pause()):
+                if ready in self._calls:  # else an earlier call of this round has ended its watch
+                    self._make(self._calls[ready])
+            now = monotonic()
+            for timer in [each for each in self._timers if each[0] <= now]:
+                self._timers.remove(timer)
+                self._make(timer[1])
+
+    def _pause(self) -> int | None:
+        """Return the milliseconds until the next timer; None without one."""
+        if not self._timers:
+            return None
+        return max(0, int(1e3 * (min(due for due, _ in self._timers) - monotonic())) + 1)
+
+    def _make(self, call: Callable[[], object]) -> None:
+        """Make a call, and log its error."""
+        try:
+            call()
+        except Exception:  # one peer's message must not stop the others'
+            _log.exception("A channel failed at a message, and goes on.")
 
     def _run_soon(self) -> None:
         """Make the calls that other threads requested."""
         os.eventfd_read(self._wake)
+        self._drain()
+
+    def _drain(self) -> None:
+        """Make the calls, in their order."""
         while self._soon:
-            self._soon.popleft()()
+            self._make(self._soon.popleft())

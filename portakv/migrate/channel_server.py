@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import tempfile
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from zmq.utils import z85
 from portakv.errors import PortaKVError
 from portakv.migrate.channel_loop import Loop
 from portakv.migrate.channel_sockets import ANSWER, BACK, HEAD, LIMIT, Sockets, event_of
+from portakv.migrate.channel_unix import UnixListener
 from portakv.migrate.messages import UNDECODABLE, VERSION, Message, new_decoder
 from portakv.migrate.peer import Peer
 from portakv.runtime.bounded import Bounded
@@ -174,32 +174,33 @@ class Server:
         self.address = address or "a Unix socket"
         self.services = _Services()
         self._sockets = sockets
+        self._unix: UnixListener | None = None
         self._counts = counts
         self._peers = dict[bytes, Peer]()
         self._fds = dict[int, bytes]()  # the names of connections, by their descriptors
         self._last = _Answers()
-        self._path = -1
         self.later = deque[Callable[[], object]]()
         self._strangers = _Strangers(counts)
-        self._router = sockets.server(self.address)
-        self._seen = self._router.get_monitor_socket(_EVENTS)
+        self._router: zmq.Socket[bytes] | None = None
+        self._seen: zmq.Socket[bytes] | None = None
 
     def listen(self, address: str | None, loop: Loop) -> None:
         """Listen, and have the loop answer what comes."""
+        if not address:
+            self._unix = UnixListener(self._sockets.key, self, loop)
+            self.address = self._unix.address
+            return
+        router = self._sockets.server(address)
+        self._router = router
+        self._seen = router.get_monitor_socket(_EVENTS)
         # ZeroMQ asks the channel's thread for the permission of each connection.
         zap: zmq.Socket[bytes] = self._sockets.context.socket(zmq.REP)
         zap.bind("inproc://zeromq.zap.01")
-        # Only this user may enter, and the path is short: a socket's path has at most 107 letters.
-        with tempfile.TemporaryDirectory(prefix="channel-", dir="/dev/shm") as folder:
-            self._router.bind(address or f"ipc://{folder}/socket")
-            self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
-            if re.match(r"tcp://(0\.0\.0\.0|\[::(ffff:0\.0\.0\.0)?\])", self.address):
-                raise OSError("that is every interface")
-            # Others reach the socket through this process: not even SIGKILL leaves a file.
-            if not address:
-                self._path = os.open(f"{folder}/socket", os.O_PATH)
-                self.address = f"ipc:///proc/{os.getpid()}/fd/{self._path}"
-        loop.watch(self._router, self._take)
+        router.bind(address)
+        self.address = router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        if re.match(r"tcp://(0\.0\.0\.0|\[::(ffff:0\.0\.0\.0)?\])", self.address):
+            raise OSError("that is every interface")
+        loop.watch(router, partial(self._take, router))
         loop.watch(self._seen, self._see)
         loop.watch(zap, partial(self._admit, zap))
 
@@ -211,9 +212,10 @@ class Server:
         """End all connections, after the loop was stopped."""
         for peer in tuple(self._peers.values()):
             peer.end()
-        self._router.disable_monitor()
-        if self._path >= 0:
-            os.close(self._path)
+        if self._router is not None:
+            self._router.disable_monitor()
+        if self._unix is not None:
+            self._unix.close()
 
     def _admit(self, zap: zmq.Socket[bytes]) -> None:
         """Accept a connection that has the secret's keys, and reject any other."""
@@ -223,21 +225,33 @@ class Server:
         zap.send_multipart([b"1.0", requests[1], well, b"", b"", b""])
 
     def _see(self) -> None:
-        """Process all events of connections to this channel."""
-        while self._seen.poll(0):
+        """Process all events of TCP connections to this channel."""
+        while self._seen is not None and self._seen.poll(0):
             event, value = event_of(self._seen)
             if event == "ACCEPTED":
-                self._fds[value] = b""
+                self.begin(value)
             elif event == "DISCONNECTED":
-                name = self._fds.pop(value, b"")
-                if peer := self._peers.pop(name, None):
-                    peer.end()
-                if name:
-                    self._counts["gone"] += 1
-                else:  # it never sent a valid message
-                    self._strangers.end(self.address)
+                self.end(value)
             else:  # a failed handshake
-                self._strangers.fail()
+                self.fail()
+
+    def begin(self, fd: int) -> None:
+        """Note a new connection."""
+        self._fds[fd] = b""
+
+    def fail(self) -> None:
+        """Note that the secret of a connection differs, before its end."""
+        self._strangers.fail()
+
+    def end(self, fd: int) -> None:
+        """Note the end of a connection."""
+        name = self._fds.pop(fd, b"")
+        if peer := self._peers.pop(name, None):
+            peer.end()
+        if name:
+            self._counts["gone"] += 1
+        else:  # it never sent a valid message
+            self._strangers.end(self.address)
 
     def peer(self, name: bytes, fd: int, id: bytes) -> Peer | None:
         """Return the peer of a first message; None if the connection is over, or one too many."""
@@ -253,25 +267,35 @@ class Server:
         self._peers[name] = Peer(id)
         return self._peers[name]
 
-    def _take(self) -> None:
-        """Answer one request."""
+    def _take(self, router: zmq.Socket[bytes]) -> None:
+        """Answer one request by TCP."""
         # Frame by frame: the calls for messages of several frames ask the socket about each.
-        frames = [self._router.recv(copy=False)]
+        frames = [router.recv(copy=False)]
         while frames[-1].more:
-            frames.append(self._router.recv(copy=False))
+            frames.append(router.recv(copy=False))
         name, *others, frame = frames
-        data = frame.bytes
-        if others or not HEAD.size <= len(data) <= HEAD.size + LIMIT:
+        if others:  # no channel sends messages of several frames
             self._counts["size"] += 1
-            if others:  # no channel sends messages of several frames
-                self._cut(frame.get(zmq.SRCFD))
+            self._cut(frame.get(zmq.SRCFD))
             return
+        back = self.reply(name.bytes, frame.get(zmq.SRCFD), frame.bytes)
+        if back:
+            router.send(name.bytes, zmq.SNDMORE)
+            router.send(back)
+        self.run_later_calls()
+
+    def reply(self, name: bytes, fd: int, data: bytes) -> bytes:
+        """Return the answer to a request of a connection; no bytes if there is none."""
+        if not HEAD.size <= len(data) <= HEAD.size + LIMIT:
+            self._counts["size"] += 1
+            return b""
         _, id, _, number = HEAD.unpack_from(data)
-        peer = self._peers.get(name.bytes) or self.peer(name.bytes, frame.get(zmq.SRCFD), id)
+        peer = self._peers.get(name) or self.peer(name, fd, id)
         back = self._answer(peer, data)
-        if number and back:
-            self._router.send(name.bytes, zmq.SNDMORE)
-            self._router.send(back)
+        return back if number else b""
+
+    def run_later_calls(self) -> None:
+        """Make the calls that wait for the answer to be sent."""
         while self.later:
             self.later.popleft()()
 

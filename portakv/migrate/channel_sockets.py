@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sockets of a channel: ZeroMQ with CURVE keys, and the limits of what they carry."""
+"""The TCP sockets of a channel: ZeroMQ with CURVE keys; the limits of what all sockets carry."""
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
 from struct import Struct, unpack_from
 
 import zmq
+
+from portakv.runtime import resources
 
 #: The most bytes of a request and of an answer; messages that wait in one connection; answers and
 #: requests that wait for the other end of one connection.
@@ -17,6 +22,9 @@ WAITING = 4
 HEARTBEAT = 1000
 DEAD = 3000
 HANDSHAKE = 5000
+#: Descriptors and threads that the start of a context takes, and some that others may take.
+_DESCRIPTORS = 16
+_THREADS = 2
 #: Bytes that CURVE and `HEAD` add to a message.
 _ADDED = 256
 HEAD = Struct("!B16sIQ")  # version, channel, its connection, number of the request (0: no answer)
@@ -32,9 +40,21 @@ class Sockets:
 
     def __init__(self, keys: tuple[bytes, ...]) -> None:
         self.keys = keys
-        self.context = zmq.Context()
-        self.context.max_sockets = 4096  # three sockets for each link
-        self.context.rcvhwm = 0  # for monitors: a full monitor would stop ZeroMQ's own thread
+        self.key = keys[1] if keys else b""
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def context(self) -> zmq.Context[zmq.Socket[bytes]]:
+        """Return the context of ZeroMQ, which is made at the first call.
+
+        Raises `OSError` without the resources for it, for which ZeroMQ would end the process.
+        """
+        with self._lock:
+            if self._context is None:
+                self._context = started_context()
+                self._context.rcvhwm = 0  # for monitors: a full one would stop ZeroMQ's own thread
+            return self._context
 
     def server(self, address: str) -> zmq.Socket[bytes]:
         """Return a socket that will listen at an address."""
@@ -72,7 +92,38 @@ class Sockets:
 
     def close(self) -> None:
         """Close all sockets."""
-        self.context.destroy(0)
+        with self._lock:
+            if self._context is not None:
+                self._context.destroy(0)
+
+
+def started_context() -> zmq.Context[zmq.Socket[bytes]]:
+    """Return a context of ZeroMQ whose threads run.
+
+    ZeroMQ ends the process by SIGABRT if it has no descriptor or no thread at the start of a
+    context, and at no later time for TCP. Raises `OSError` instead.
+    """
+    resources.raise_limit_if_few()
+    try:
+        made: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    except zmq.ZMQError as error:
+        raise OSError(error.errno, str(error)) from None
+    made.max_sockets = 4096  # a channel has three for each link
+    threads = [threading.Thread(target=bool, daemon=True) for _ in range(_THREADS)]
+    try:
+        for thread in threads:
+            thread.start()
+    except RuntimeError:
+        made.term()
+        raise OSError(errno.EAGAIN, resources.NO_THREAD) from None
+    for thread in threads:
+        thread.join()
+    # Nothing lies between the check and the start: other threads take descriptors, too.
+    if resources.free(_DESCRIPTORS) == _DESCRIPTORS:
+        made.socket(zmq.PAIR).close()
+        return made
+    made.term()
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def event_of(monitor: zmq.Socket[bytes]) -> tuple[str, int]:

@@ -17,6 +17,7 @@ from portakv.errors import PortaKVError, TransferError
 from portakv.graph import Graph, Task
 from portakv.migrate.connections import ANY, Connections
 from portakv.migrate.questions import OwnerKey
+from portakv.runtime.resources import reason
 
 #: Handshakes together. Each owner that is stopped occupies a worker until its handshake times out.
 WIDTH = 16
@@ -35,7 +36,8 @@ class Attempt:
         error = self.task.error
         if error is None or isinstance(error, PortaKVError):
             return error
-        return TransferError(f"The handshake failed: {error!r}.")
+        why = reason(error) if isinstance(error, OSError) else repr(error)
+        return TransferError(f"The handshake failed: {why}.")
 
 
 class Connector:

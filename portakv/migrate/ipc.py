@@ -44,6 +44,7 @@ from portakv.migrate.messages import (
     unsealed,
 )
 from portakv.runtime import devices
+from portakv.runtime.resources import NONE_FREE, reason
 
 _OPEN = "Opening another process's memory"
 _IN_MEMORY = ("/dev/shm/", "/memfd:")  # what the kernel calls files that are memory
@@ -334,9 +335,17 @@ def host_id() -> str:
     """Return the identity of the running machine and of the shared memory of this process.
 
     Processes with equal identities can share memory, whatever their addresses and containers.
+
+    Raises `PeerError` if the system does not say it.
     """
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{os.stat('/dev/shm').st_dev}"
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError as error:
+        raise PeerError(f"Expected the identity of this host, but {reason(error)}.") from None
+    device = 0
+    with suppress(FileNotFoundError):  # a container without it
+        device = os.stat("/dev/shm").st_dev
+    return f"{boot}/{device}"
 
 
 def identity(device: torch.device) -> str:
@@ -448,6 +457,10 @@ def _mapped_only(message: _Shared) -> torch.Tensor:
     return flat[offset : offset + nbytes]
 
 
+class NoDescriptor(PeerError):
+    """This process may map shared memory, and has no free descriptor for it now."""
+
+
 @contextmanager
 def _file(message: _Shared) -> Iterator[int]:
     """Open the file of another process's host memory, and yield the descriptor.
@@ -471,12 +484,13 @@ def _file(message: _Shared) -> Iterator[int]:
                 raise OSError(errno.ESTALE, "its descriptor has another file")
             yield memory.fileno()
     except OSError as error:
+        if error.errno in NONE_FREE:
+            raise NoDescriptor(
+                f"Expected a descriptor for shared memory, but {reason(error)}."
+            ) from None
         if error.errno not in (errno.ENOENT, errno.ESRCH, errno.ESTALE):
-            why = (
-                f"this process may not open process {pid}'s ({error.strerror}); run both as one "
-                f"user"
-            )
-            raise Unsupported(_OPEN, f"{why}, with free descriptors (ulimit -n)") from None
+            why = f"this process may not open process {pid}'s ({error.strerror})"
+            raise Unsupported(_OPEN, f"{why}; run both as one user") from None
         raise PeerError(
             f"Expected shared memory of process {pid}, got none any more ({error.strerror}). Keep "
             f"the tensor until it was opened, and share it again."

@@ -89,6 +89,8 @@ def _mapped(handshake: Handshake, device: torch.device, regions: list[torch.Tens
             events = [*here.events]
         else:
             events = [ipc.open_event(one, device) for one in handshake.events]
+    except ipc.NoDescriptor:  # another method would take descriptors, too
+        raise
     except PortaKVError as error:
         raise NotMapped(str(error)) from error
     words = open_words(handshake.words)

@@ -22,6 +22,7 @@ import torch
 from portakv.errors import PortaKVError, TransferCancelled, TransferError
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import Condition
+from portakv.runtime.resources import start_thread
 from portakv.runtime.transfer import NOTHING, Completion, Transfer, failed
 
 #: Slices in flight: the first crosses the link, the second waits, and the third is being issued.
@@ -124,8 +125,8 @@ class Worker:
         atexit.unregister(_stop_all)
         atexit.register(_stop_all)
         try:
-            self._thread.start()
-        except RuntimeError:
+            start_thread(self._thread, TransferError)
+        except TransferError:
             running.discard(self)
             raise
 

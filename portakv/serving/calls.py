@@ -8,7 +8,9 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
+from portakv.errors import StoreError
 from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.runtime.resources import start_thread
 
 _log = RateLimitedLog(logging.getLogger(__name__))
 
@@ -24,7 +26,7 @@ class Calls:
         self._lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        start_thread(self._thread, StoreError)
 
     @property
     def closed(self) -> bool:

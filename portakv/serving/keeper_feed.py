@@ -97,6 +97,11 @@ class Feed:
         """Return the follower of a session that has not ended."""
         return self._followers.get(session)
 
+    def followers(self) -> list[Follower]:
+        """Return the sessions."""
+        with self._lock:
+            return [*self._followers.values()]
+
     def lost(self, follower: Follower) -> None:
         """End a session."""
         with self._lock:
@@ -138,8 +143,7 @@ class Feed:
 
     def announce(self, changes: Sequence[Change]) -> Iterator[tuple[Follower, Changes]]:
         """Yield the messages about changes for each follower."""
-        with self._lock:
-            followers = [*self._followers.values()]
+        followers = self.followers()
         if not followers:
             return
         items = [

@@ -11,15 +11,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from portakv.errors import InvalidTerms, PeerError, PortaKVError, TransferError
+from portakv.errors import InvalidTerms, PeerError, PortaKVError, StoreError, TransferError
 from portakv.host.shared import process_space, started
-from portakv.migrate.channel import Channel
+from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.messages import Message, Refused
 from portakv.runtime.interrupts import Condition
+from portakv.runtime.resources import start_thread
 from portakv.serving.keeper_messages import (
     PROTOCOL,
     Alive,
     AskProtocol,
+    Farewell,
     Later,
     Leave,
     Process,
@@ -114,13 +116,19 @@ class Link:
         self._changed = Condition()
         self._refusal = NONE
         self._logged = ""  # the last line in the log since the last session
+        self._level = logging.INFO  # of the line about the end of the last session
+        channel.serve(Farewell, self._farewell)
         self._wake = threading.Event()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="portakv keeper link", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start the thread. Raises `StoreError` if the system gives no more."""
+        try:
+            start_thread(self._thread, StoreError)
+        except StoreError:
+            self._channel.close()
+            raise
 
     def wake(self) -> None:
         """Have the thread look at the session now."""
@@ -169,8 +177,8 @@ class Link:
         except PortaKVError as error:
             self.lose(session, str(error))
 
-    def lose(self, session: Session, why: str) -> None:
-        """End a session."""
+    def lose(self, session: Session, why: str, in_order: bool = False) -> None:
+        """End a session, and log why; ``in_order``: its keeper said that it ends."""
         with self._changed:
             if self.session is not session:
                 return
@@ -178,8 +186,10 @@ class Link:
             self._sides.ended(session)  # under the lock: before the thread can join again
             self._changed.notify_all()
         if not self._stopped:
-            text = "The keeper of %s is gone: blocks count as missing until another one serves. %s"
-            _log.warning(text, self._place.name, why)
+            how = "has ended" if in_order else "is gone"
+            text = "The keeper of %s %s: blocks count as missing until another one serves. %s"
+            self._level = logging.INFO if in_order else logging.WARNING
+            _log.log(self._level, text, self._place.name, how, why)
         self._wake.set()
 
     def close(self) -> None:
@@ -288,10 +298,20 @@ class Link:
             self.session = session
             self._refusal = NONE
             self._changed.notify_all()
+        # The return of a keeper is as loud as its loss, or as why there was none.
+        level = logging.WARNING if self._logged else self._level
         self._logged = ""
-        _log.info("The keeper of %s serves this process.", self._place.name)
+        self._level = logging.INFO
+        _log.log(level, "The keeper of %s serves this process.", self._place.name)
         self._channel.watch(address, partial(self._gone, session.number))
         return 0.0
+
+    def _farewell(self, peer: Peer, message: Farewell) -> Farewell:
+        """End a session whose keeper ends in order, in the thread of the channel."""
+        session = self.session
+        if session is not None and session.number == message.session:
+            self.lose(session, "", in_order=True)
+        return message
 
     def _gone(self, number: int) -> None:
         """End a session whose connection has ended.

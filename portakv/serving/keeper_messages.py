@@ -232,6 +232,12 @@ class Leave(OfSession, frozen=True):
     purpose: ClassVar[str] = "Leaving the keeper at"
 
 
+class Farewell(OfSession, frozen=True):
+    """Tell a client or a follower that the keeper ends in order; its answer is the same."""
+
+    purpose: ClassVar[str] = "Taking leave of"
+
+
 class AskKeys(OfSession, frozen=True):
     """Request a page of the keys of a group. Page 0 takes the snapshot of the later pages."""
 

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import select
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -17,9 +18,11 @@ from portakv.arguments import instance, seconds, text
 from portakv.errors import PortaKVError, StoreBusy, StoreError
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Message
+from portakv.runtime import resources
 from portakv.runtime.devices import this_process
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.keeper import PATIENCE
+from portakv.serving.keeper_messages import Farewell
 from portakv.serving.keeper_processes import Processes
 from portakv.serving.keeper_service import Service
 from portakv.serving.keeper_store import Events, OpenStore
@@ -32,6 +35,8 @@ _log = RateLimitedLog(_logger)
 LOOK = 0.25
 #: Seconds that a message to a client may take. A client that does not take it has lost its session.
 TELLING = 0.2
+#: Seconds for which a keeper that ends waits for its clients to know.
+LEAVING = 1.0
 #: Seconds for which a folder may be busy: a process that was killed may have writes under way.
 BUSY = 10.0
 
@@ -50,7 +55,8 @@ class Keeper:
         patience: seconds for which a save waits for all ranks of its engine.
         events: an `EventPublisher` for routers, which the caller closes after the keeper.
 
-    Raises `InvalidTerms` for wrong terms, and `StoreError` for a folder that cannot be used.
+    Raises `InvalidTerms` for wrong terms, `StoreError` for a folder that cannot be used, and
+    `PeerError` or `StoreError` if the process has no descriptor or thread left.
     """
 
     def __init__(
@@ -67,18 +73,23 @@ class Keeper:
         self._busy_since: float | None = None
         self._stopped = threading.Event()
         self._process = this_process()
-        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._processes = Processes()
-        self._channel = Channel()
-        self._service = Service(self._channel, self._wake, self)
-        try:
-            self._serve_if_possible()
-        except BaseException:
-            self._channel.close()
-            os.close(self._event)
-            raise
         self._thread = threading.Thread(target=self._run, name="portakv keeper", daemon=True)
-        self._thread.start()
+        self._channel = Channel()
+        with ExitStack() as undo:
+            undo.callback(self._channel.close)
+            try:
+                self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            except OSError as error:
+                why = resources.reason(error)
+                raise StoreError(f"Expected a descriptor for a keeper, but {why}.") from None
+            undo.callback(os.close, self._event)
+            self._service = Service(self._channel, self._wake, self)
+            undo.callback(self.place.release)
+            self._serve_if_possible()
+            resources.start_thread(self._thread, StoreError)
+            undo.pop_all()
+        atexit.register(self._take_leave)  # before the channel closes at the interpreter's end
 
     def __enter__(self) -> Keeper:
         return self
@@ -115,13 +126,27 @@ class Keeper:
         timeout = seconds("timeout", timeout)
         if self._process.forked or self._stopped.is_set():
             return
+        atexit.unregister(self._take_leave)
         self._stopped.set()
         self._wake()
         self._thread.join()
+        self._take_leave()
         self._channel.close()
         self._close_store(timeout)
         self.place.release()
         os.close(self._event)
+
+    def _take_leave(self) -> None:
+        """Tell clients and followers that this keeper ends in order."""
+        opened = self._service.opened
+        if opened is None or self._process.forked:
+            return
+        self._service.ends = True
+        sessions = (*opened.state.clients(), *opened.feed.followers())
+        requests = [(each.address, Farewell(each.session)) for each in sessions]
+        # The answers come before the connections end. A client without one may have ended, too.
+        with suppress(PortaKVError):
+            self._channel.ask_all(requests, Farewell, LEAVING)
 
     # --- the thread
 

@@ -65,12 +65,14 @@ class Service:
         opened: the store, if it is open.
         wanted: the forms of whole blocks that a client waits for; none if no client does.
         refusal: the forms for which the store could not be opened, and why.
+        ends: whether the keeper ends, so that no session begins.
     """
 
     def __init__(self, channel: Channel, wake: Callable[[], object], figures: Metered) -> None:
         self.opened: OpenStore | None = None
         self.wanted: Sequence[BlockForm] = ()
         self.refusal: tuple[Sequence[BlockForm], PortaKVError] | None = None
+        self.ends = False
         # Why the last rank of an engine was refused, and until when that counts.
         self._refused: Bounded[str, tuple[str, float]] = Bounded("refused engines", ENGINES)
         self._wake = wake
@@ -104,6 +106,8 @@ class Service:
     def _begin(self, peer: Peer, ask: Join) -> Joined | Later:
         forms = [whole_form(BlockForm.from_json(text)) for text in ask.forms]
         opened = self.opened
+        if self.ends:
+            return Later()
         if opened is None or not (opened.has(forms) or opened.state.clients()):
             refusal = self.refusal
             self.refusal = None
@@ -125,6 +129,8 @@ class Service:
         """
         opened = self.opened
         forms = opened.forms_of(ask.engine) if opened is not None else []
+        if self.ends:
+            return Later()
         if opened is None or not forms:
             why, until = self._refused.get(ask.engine, ("", 0.0))
             if time.monotonic() < until:

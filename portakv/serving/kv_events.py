@@ -16,9 +16,11 @@ from typing import Any
 import msgspec
 import zmq
 
-from portakv.arguments import text
+from portakv.arguments import invalid, text
 from portakv.errors import PeerError
+from portakv.migrate.channel_sockets import started_context
 from portakv.migrate.messages import prepare
+from portakv.runtime.resources import reason
 from portakv.serving.event_runs import Described, medium_of, number_of, runs_of
 from portakv.storage.changes import Change
 
@@ -156,7 +158,16 @@ class EventPublisher:
         self._pack = msgspec.msgpack.Encoder()
         self._number = 0
         self._sent = deque[tuple[bytes, bytes]](maxlen=KEPT)
-        self._context = zmq.Context()
+        for each in (endpoint, replay):
+            if str(each).startswith("ipc:"):
+                # ZeroMQ's listener ends the process if it has no descriptor (libzmq#1306).
+                raise invalid("endpoint", "tcp:// and an address", each)
+        try:
+            self._context = started_context()
+        except OSError as error:
+            raise PeerError(
+                f"Expected descriptors and threads for an event publisher, got: {reason(error)}."
+            ) from None
         self._sockets = list[zmq.Socket[bytes]]()
         self.endpoint = self._bind(zmq.PUB, text("endpoint", endpoint))
         self.replay = self._bind(zmq.ROUTER, replay) if text("replay", replay, 0) else ""
@@ -203,17 +214,17 @@ class EventPublisher:
 
     def _bind(self, kind: int, endpoint: str) -> str:
         """Bind a socket, and return its address with the port that it has."""
-        socket = self._context.socket(kind)
-        self._sockets.append(socket)
-        socket.set_hwm(_WAITING)
-        socket.setsockopt(zmq.MAXMSGSIZE, _MOST_BYTES)  # of what routers send
         try:
+            socket = self._context.socket(kind)
+            self._sockets.append(socket)
+            socket.set_hwm(_WAITING)
+            socket.setsockopt(zmq.MAXMSGSIZE, _MOST_BYTES)  # of what routers send
             socket.bind(endpoint)
         except zmq.ZMQError as error:
             self.close()
             raise PeerError(
-                f"Expected an address at which events can be published, got {endpoint}: {error}. "
-                f"Pass an address of this host and a free port."
+                f"Expected an address at which events can be published, got {endpoint}: "
+                f"{reason(error)}. Pass an address of this host and a free port."
             ) from None
         return socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 

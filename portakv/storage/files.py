@@ -20,6 +20,7 @@ from weakref import WeakSet
 
 from portakv import __version__
 from portakv.errors import StoreBusy, StoreError
+from portakv.runtime import resources
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.linux import fcntl
 from portakv.runtime.rate_limited_log import RateLimitedLog
@@ -211,6 +212,8 @@ def unusable(folder: Path, error: OSError) -> StoreError:
     """Return the error for a folder of which the system refuses a file."""
     place = error.filename or folder
     number = error.errno
+    if number in resources.NONE_FREE:
+        return StoreError(f"Expected to use {place}, but {resources.reason(error)}.")
     if number == errno.ENOSPC:
         advice = "Free some space, or lower the capacity."
     elif number == errno.EROFS:

@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
@@ -65,6 +67,27 @@ class Server:
         """Send a signal, and return the exit code of the command."""
         os.kill(self.pid, number)
         return nursery().hear(self.pid)
+
+
+@pytest.mark.parametrize(
+    "how", [["-c", "import sys, portakv_command as c; sys.exit(c.main())"], ["-m", "portakv"]]
+)
+def test_a_service_without_standard_streams_ends_in_order(how: list[str], tmp_path: Path) -> None:
+    """No descriptor of its own has their numbers."""
+    folder = tmp_path / "store"
+    sizes = ["--host", "1M", "--staging", "1M", "--capacity", "64M"]
+    words = [sys.executable, *how, "store", "serve", str(folder), *sizes]
+    shell = 'exec "$@" <&- >&- 2>&-'
+    with subprocess.Popen(["sh", "-c", shell, "sh", *words]) as service:
+        try:
+            served = folder / "keeper"
+            assert until(lambda: served.exists() and served.read_text(), 120)
+            streams = [os.readlink(f"/proc/{service.pid}/fd/{number}") for number in range(3)]
+            assert streams == [os.devnull] * 3
+            service.terminate()
+            assert service.wait(LIMIT) == 0
+        finally:
+            service.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

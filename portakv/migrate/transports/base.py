@@ -52,6 +52,7 @@ from portakv.errors import PeerError, TransferTimeout
 from portakv.migrate.messages import Message
 from portakv.runtime.devices import refuse_fork, this_process
 from portakv.runtime.inbox import Inbox
+from portakv.runtime.resources import start_thread
 from portakv.runtime.transfer import event_pool
 from portakv.runtime.worker import EXIT_SECONDS
 
@@ -261,7 +262,7 @@ class Lane(ABC):
         named: Any = {"target": self._run, "name": "portakv-transport", "daemon": True}
         self.threads = [threading.Thread(**named) for _ in range(self.width)]
         for thread in self.threads:
-            thread.start()
+            start_thread(thread, PeerError)
 
     @abstractmethod
     def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> Iterator[None]:

@@ -8,6 +8,8 @@ open sockets for the data, neither encrypted nor authenticated (`GLOO_SOCKET_IFN
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
 from collections import deque
@@ -28,6 +30,7 @@ from portakv.migrate.messages import Answer, Message, Name, prepare
 from portakv.migrate.rendezvous import ChannelStore, Meet, pair
 from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.devices import inside
+from portakv.runtime.resources import free, raise_limit_if_few, reason
 from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
 from portakv.runtime.worker import EXIT_SECONDS
 
@@ -39,6 +42,8 @@ NEVER = 86400.0
 #: gloo waits this many times a group's timeout for a peer that connects (`waitUntil`, tcp/pair.h),
 #: also for a dead peer; torch has no call that ends the wait.
 RELAXED = 5
+#: Descriptors that must be free before a group is made: gloo takes about ten of them.
+DESCRIPTORS = 24
 #: Seconds without a buffer that lands, after which a reader asks whether its owner has the group:
 #: nccl does not report the end of a peer's group.
 SILENT = 0.5
@@ -113,6 +118,10 @@ class Pair(Lane):
         yield
 
     def _join(self) -> dist.ProcessGroup:
+        raise_limit_if_few()
+        if free(DESCRIPTORS) < DESCRIPTORS:  # gloo ends the process if its listener has none
+            error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            raise TransferError(reason(error))
         if self.address:
             self.meet(stop=lambda: self.gone is not None)
         elif not self.named.wait(self.transport.timeout):

@@ -20,6 +20,7 @@ from functools import partial
 
 import numpy as np
 
+from portakv.runtime import resources
 from portakv.storage.io.base import DEPTH, Ended, Request
 from portakv.storage.io.threads import Threads, carry, to_the_end
 
@@ -134,8 +135,8 @@ class _Buffers:
         self.notes: tuple[str, ...] = ()
         if code < 0:
             vectors = vectors[:1]
-            why = os.strerror(-code)
-            self.notes = (f"no buffers are registered ({why}), see ulimit -l; it costs CPU",)
+            why = _refusal(-code)
+            self.notes = (f"no buffers are registered ({why}); it costs CPU",)
         self._starts = vectors[:, 0]
         self._ends = vectors.sum(axis=1)
 
@@ -170,6 +171,24 @@ class _Batch:
         return [missing if result is None else result for result in self.results]
 
 
+def _refusal(number: int) -> str:
+    """Return why the kernel refuses a ring or its buffers, with what to look at."""
+    text = os.strerror(number)
+    if number == errno.ENOMEM:
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        allowed = "any number of" if soft == resource.RLIM_INFINITY else str(soft)
+        return f"{text}; see ulimit -l, which allows {allowed} bytes, and the memory of the cgroup"
+    if number in resources.NONE_FREE:
+        return f"{text}; {resources.reason(OSError(number, text))}"
+    if number in (errno.EPERM, errno.EACCES):
+        return f"{text}; see kernel.io_uring_disabled, and the container's profile"
+    if number == errno.ENOSYS:
+        return f"{text}; the kernel has no io_uring, or the container's profile hides it"
+    return text
+
+
 def _set_up(entries: int) -> tuple[int, int, np.void]:
     """Return the descriptor of a new ring, its flags, and the parameters that the kernel chose."""
     for flags in FLAGS:
@@ -179,8 +198,7 @@ def _set_up(entries: int) -> tuple[int, int, np.void]:
         if fd != -errno.EINVAL:
             break
     if fd < 0:
-        why = f"{os.strerror(-fd)}; see kernel.io_uring_disabled, and the container's profile"
-        raise OSError(-fd, f"the kernel rejects io_uring: {why}")
+        raise OSError(-fd, f"the kernel rejects io_uring: {_refusal(-fd)}")
     return fd, flags, params[0]
 
 
