@@ -284,12 +284,12 @@ class StoringSide:
 
     Args:
         forgets: ``forget`` empties the engine's own cache.
-        rounds_alike: loads bring the bytes that were stored.
+        right_bytes: loads bring the bytes that were stored.
     """
 
-    def __init__(self, forgets: bool = True, rounds_alike: bool = True) -> None:
+    def __init__(self, forgets: bool = True, right_bytes: bool = True) -> None:
         self._forgets = forgets
-        self._rounds_alike = rounds_alike
+        self._right_bytes = right_bytes
         self._own = set[int]()
         self._stored = set[int]()
         self._counts = {"loads": 0, "landed_blocks": 0, "failed_loads": 0}
@@ -312,21 +312,23 @@ class StoringSide:
         if seed in self._stored:
             self._counts["loads"] += 1
             self._counts["landed_blocks"] += whole
-            return made if self._rounds_alike else {**made, "tokens": [seed, 3]}
+            return made if self._right_bytes else {**made, "tokens": [seed, 3]}
         self._stored.add(seed)
         return {**made, "cached": 0, "tokens": [seed, 2]}
 
 
 @pytest.mark.parametrize(
-    ("side", "right"),
+    ("side", "right", "landed"),
     [
-        (StoringSide(), True),
-        (StoringSide(forgets=False), False),
-        (StoringSide(rounds_alike=False), False),
+        (StoringSide(), True, 30),
+        (StoringSide(forgets=False), False, 0),
+        (StoringSide(right_bytes=False), False, 30),
     ],
     ids=["a load", "a hit in the engine's own cache", "wrong bytes"],
 )
-def test_loads_are_compared_with_hits(tmp_path: Path, side: StoringSide, right: bool) -> None:
+def test_loads_are_compared_with_hits(
+    tmp_path: Path, side: StoringSide, right: bool, landed: int
+) -> None:
     engines: Any = Engines("tiny", tmp_path, Notes(None), process=no_process)
     engines.sides["host"] = side
     first = First(engines, ["host"], 961, 2, Notes(None))
@@ -334,7 +336,7 @@ def test_loads_are_compared_with_hits(tmp_path: Path, side: StoringSide, right: 
     engines.sides.clear()
     assert row["verified"] == right
     assert row["met"] == right
-    assert row["blocks"] == (30 if side._forgets else 0)
+    assert row["blocks"] == landed
 
 
 def test_the_first_hand_over_to_an_engine_with_peers_has_a_target() -> None:

@@ -223,8 +223,9 @@ def test_the_kernels_of_a_real_pull_are_prepared(
 
     def noted(src: KVView, dst: KVView, *ids: Any, **terms: Any) -> Any:
         if ids:
-            plan = CopyPlan(src.form, dst.form, *(each.plan_step for each in ids))
-            sections = plan.split(Move(src, dst, *ids, terms["count"]))
+            src_index, dst_index = ids
+            plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step)
+            sections = plan.split(Move(src, dst, src_index, dst_index, terms["count"]))
             prepared.update(texts(src, dst, {unit for _, _, unit in sections}))
         elif terms.get("backend") != "reference":
             compiled.add(f"{src} to {dst}")
