@@ -284,6 +284,13 @@ def _check_handing(handing: Handing, sizes: Sizes | None, findings: Findings) ->
     }[handing.offers, handing.pulls]
     reach = f"at {terms.address}" if terms.address else "of this host and this user"
     findings.notes.append(f"The engine {does}; engines {reach} hand requests over to each other.")
+    if terms.peers and not handing.pulls:
+        findings.warnings.append(
+            "peers has no effect on an engine that pulls no rows: a decode engine connects to the "
+            "prefill engines. Move it to the decode engine's configuration."
+        )
+    elif terms.peers:
+        findings.notes.append(f"It connects to {', '.join(terms.peers)} when it starts.")
     if handing.offers and terms.timeout > terms.lease:
         findings.warnings.append(
             f"timeout is {terms.timeout:g} s, longer than the lease of {terms.lease:g} s: rows are "

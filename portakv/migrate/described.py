@@ -15,6 +15,7 @@ from math import prod
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 
 from portakv.errors import LayoutError, PortaKVError
@@ -183,9 +184,13 @@ def can_resize(shard: Shard) -> bool:
     return _alone(shard.view.layout, "token") is not None
 
 
-def scratch_like(shard: Shard, size: int, tokens: int) -> Shard:
+def scratch_like(shard: Shard, size: int, tokens: int, *, listed: bool = False) -> Shard:
     """Return a shard of the same rows over new memory, with blocks of ``size`` tokens for so many
-    tokens. With the shard's own size a block has the same strides."""
+    tokens. With the shard's own size a block has the same strides.
+
+    ``listed``: the addresses of layers become a table, as those of separate allocations do, and no
+    stride. So copies use the same kernels.
+    """
     described = describe(shard, Regions())
     layout = shard.view.layout
     blocks = -(-tokens // size)
@@ -198,6 +203,12 @@ def scratch_like(shard: Shard, size: int, tokens: int) -> Shard:
     for _, _, kind in described.places:
         places.append((0, nbytes, kind))
         nbytes += -(-_reach(kinds[kind]) // APART) * APART
+    if listed:  # the last layer first: no stride leads backwards
+        numbers = np.arange(len(places)).reshape(described.containers)
+        for level, group in enumerate(layout.containers):
+            if Factor("layer") in group.factors:
+                numbers = np.flip(numbers, axis=level)
+        places = [places[number] for number in numbers.flat]
     device = shard.view.device
     if device.type == "cpu":
         region = shared_empty(nbytes, torch.uint8)

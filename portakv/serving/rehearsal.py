@@ -92,7 +92,11 @@ def _hand_over_and_back(handover: Handover, expose: Expose) -> None:
     """Hand the rows of the first blocks over to scratch memory, and pull them from there."""
     own = _shards_of(handover)
     counts = [*_counts(own)]
-    scratch = [scratch_like(shard, shard.view.block_size or 1, max(counts)) for shard in own]
+    most = max(counts)
+    scratch = [
+        scratch_like(shard, shard.view.block_size or 1, most, listed=_listed(shard.view))
+        for shard in own
+    ]
     terms = handover.terms
     address = None
     if terms.address is not None:
@@ -182,9 +186,17 @@ def _await(happened: Callable[[], Result], what: str) -> Result:
     return result
 
 
+def _listed(view: KVView) -> bool:
+    """Return whether the addresses of layers are a table, as those of separate allocations are."""
+    return any(step.table for part in view.form.parts for step in part.layer)
+
+
 def _read_all_forms(handover: Handover) -> None:
     """Copy rows as pulls of mapped memory do: a kernel is built for each size of the other engine's
-    blocks, and another one reads memory of another device while a model runs."""
+    blocks, and another one reads memory of another device while a model runs.
+
+    Layers of the other engine may be separate allocations, or lie at the distances of these ones.
+    """
     if handover.reader is None:
         return
     for shard in handover.reader.shards:
@@ -196,13 +208,15 @@ def _read_all_forms(handover: Handover) -> None:
             tokens = max(own, size) + 1  # a block of either size is whole, and another one is not
             nbytes = tokens * _token_bytes(shard.view)
             if tokens <= shard.view.slots and nbytes <= LARGEST:
-                _read_from(shard, own, size, tokens)
+                for listed in {True, _listed(shard.view)}:
+                    _read_from(shard, own, size, tokens, listed)
 
 
-def _read_from(shard: Shard, own: int, size: int, tokens: int) -> None:
+def _read_from(shard: Shard, own: int, size: int, tokens: int, listed: bool) -> None:
     """Copy rows to scratch memory, and back as a pull from blocks of ``size`` tokens does."""
     view = shard.view
-    (scratch,) = _copy([shard], [scratch_like(shard, size, tokens)], tokens)
+    scratch_shard = scratch_like(shard, size, tokens, listed=listed)
+    (scratch,) = _copy([shard], [scratch_shard], tokens)
     src_index = Index.of([*range(-(-tokens // size))], size)
     dst_index = Index.of([*range(-(-tokens // own))], own)
     sources = [scratch.view]
@@ -215,7 +229,11 @@ def _read_from(shard: Shard, own: int, size: int, tokens: int) -> None:
 
 
 def _copy(src: Sequence[Shard], dst: Sequence[Shard], tokens: int) -> Sequence[Shard]:
-    """Copy the rows of the first tokens, and return the destination."""
+    """Copy the rows of the first tokens, and return the destination.
+
+    No pull copies so, thus by no kernel that would have to be built.
+    """
     for one, other in zip(src, dst, strict=True):
-        copy_rows(one.view, other.view, count=tokens).synchronize()
+        copied = copy_rows(one.view, other.view, count=tokens, backend="reference")
+        copied.synchronize()
     return dst

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from support.benchmarks_cases import FULL, tiny
 from support.simdev_cases import NAME
+from support.waits import LIMIT
 
 import portakv_benchmarks.cli as bench
 from portakv_benchmarks.device import suite
@@ -211,7 +212,7 @@ def test_most_suites_need_torch_and_numpy_alone(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=300,
+        timeout=LIMIT,
     )
     helped, host, device, migration, engines = json.loads(child.stdout)
     assert helped[0] == 0

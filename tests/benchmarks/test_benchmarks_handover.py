@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from portakv_benchmarks.engines import handover_hosts
 from portakv_benchmarks.engines.checkpoint import WEIGHTS, write_checkpoint
-from portakv_benchmarks.engines.first import judged, shown
+from portakv_benchmarks.engines.first import First, judged
 from portakv_benchmarks.engines.handover import Engines, Notes, rows_of
 from portakv_benchmarks.engines.handover_faults import KINDS, PREEMPTED, row_of
 from portakv_benchmarks.engines.handover_ranks import Ranks
@@ -279,20 +279,73 @@ def test_weights_are_those_of_a_llama(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "first" / "config.json").read_text()) == config
 
 
+class StoringSide:
+    """An engine with a store: answers of hits differ from those of a prompt that is computed.
+
+    Args:
+        forgets: ``forget`` empties the engine's own cache.
+        right_bytes: loads bring the bytes that were stored.
+    """
+
+    def __init__(self, forgets: bool = True, right_bytes: bool = True) -> None:
+        self._forgets = forgets
+        self._right_bytes = right_bytes
+        self._own = set[int]()
+        self._stored = set[int]()
+        self._counts = {"loads": 0, "landed_blocks": 0, "failed_loads": 0}
+
+    def do(self, what: str, *arguments: int) -> Any:
+        if what == "ask":
+            return self._ask(arguments[0], arguments[1])
+        if what == "counts":
+            return dict(self._counts)
+        if what == "forget" and self._forgets:
+            self._own.clear()
+        return {}
+
+    def _ask(self, length: int, seed: int) -> Any:
+        whole = (length - 1) // 32
+        made = {"began": 0.0, "first": 0.5, "cached": 32 * whole, "tokens": [seed, 1]}
+        if seed in self._own:
+            return made
+        self._own.add(seed)
+        if seed in self._stored:
+            self._counts["loads"] += 1
+            self._counts["landed_blocks"] += whole
+            return made if self._right_bytes else {**made, "tokens": [seed, 3]}
+        self._stored.add(seed)
+        return {**made, "cached": 0, "tokens": [seed, 2]}
+
+
 @pytest.mark.parametrize(
-    ("first", "right", "verdict"),
-    [(59.0, True, "ratio 1.967: met"), (61.0, True, "ratio 2.033: MISSED"), (59.0, False, "WRONG")],
+    ("side", "right", "landed"),
+    [
+        (StoringSide(), True, 30),
+        (StoringSide(forgets=False), False, 0),
+        (StoringSide(right_bytes=False), False, 30),
+    ],
+    ids=["a load", "a hit in the engine's own cache", "wrong bytes"],
 )
-def test_a_first_one_is_judged_by_the_median_of_later_ones(
-    first: float, right: bool, verdict: str
+def test_loads_are_compared_with_hits(
+    tmp_path: Path, side: StoringSide, right: bool, landed: int
 ) -> None:
-    """Not by their mean, and only if all are right."""
-    news = {"modules": ["portakv.backends.cuda"], "threads": [], "kernels": []}
-    times = [first, 30.0, 29.0, 900.0]
-    made = [{"ms": each, "pull_ms": 1.0, "right": True, "news": news} for each in times]
-    made[2]["right"] = right
-    row = judged("hand-over", 961, made)
-    assert row["later_ms"] == 30
-    assert row["met"] is (verdict == "ratio 1.967: met")
-    assert row["news"] == {"modules": ["portakv.backends.cuda"]}
-    assert shown(row).endswith(verdict)
+    engines: Any = Engines("tiny", tmp_path, Notes(None), process=no_process)
+    engines.sides["host"] = side
+    first = First(engines, ["host"], 961, 2, Notes(None))
+    (row,) = first.run()
+    engines.sides.clear()
+    assert row["verified"] == right
+    assert row["met"] == right
+    assert row["blocks"] == landed
+
+
+def test_the_first_hand_over_to_an_engine_with_peers_has_a_target() -> None:
+    made = [{"ms": ms, "right": True, "news": {}} for ms in (50.0, 20.0, 22.0, 18.0)]
+    assert not judged("peers", 961, made)["met"]
+    assert judged("peers", 961, [{**made[0], "ms": 40.0}, *made[1:]])["met"]
+    without = judged("hand-over", 961, made)
+    assert (without["met"], without["target"], without["ratio"]) == (True, None, 2.5)
+
+
+def no_process(*_: object, **__: object) -> Any:
+    raise AssertionError("no engine is started")

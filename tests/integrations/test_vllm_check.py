@@ -117,6 +117,23 @@ def test_models_whose_requests_are_not_handed_over(model: dict[str, Any], window
     assert not any("for hand_over" in each for each in findings_of(right(), sizes).errors)
 
 
+def test_peers_are_those_of_an_engine_that_pulls(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("f" * 64)
+    secret.chmod(0o600)
+    peers = ["tcp://127.0.0.1:5600", "tcp://127.0.0.1:5601"]
+    terms = {"address": "tcp://127.0.0.1:0", "secret_file": str(secret), "peers": peers}
+    note = "It connects to tcp://127.0.0.1:5600, tcp://127.0.0.1:5601 when it starts."
+    warning = "peers has no effect on an engine that pulls no rows"
+    for role, pulls in (("kv_consumer", True), ("kv_both", True), ("kv_producer", False)):
+        found = findings_of({**right(hand_over=terms), "kv_role": role})
+        assert found.errors == []
+        assert (note in found.notes) == pulls
+        assert any(warning in each for each in found.warnings) != pulls
+    found = findings_of(right(hand_over={**terms, "peers": ["tcp://127.0.0.1:0"]}))
+    assert any("Expected each of peers to be" in each for each in found.errors)
+
+
 def test_a_lease_that_ends_before_a_pull_is_warned_of() -> None:
     found = findings_of(right(hand_over={"lease": 5.0, "timeout": 6.0}))
     assert any("timeout is 6 s, longer than the lease of 5 s" in each for each in found.warnings)

@@ -6,14 +6,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from portakv import KVView, copy_rows
+from portakv import CopyPlan, KVView, copy_rows
+from portakv.backends.rows_kernel import RowsKernel
+from portakv.interconnect.zero_copy import ZeroCopyKernel
 from portakv.migrate import Shard, shared_empty
+from portakv.plan.plan import Move
 from portakv.serving import rehearsal
 from portakv.serving.handover import Handover
 from portakv.serving.handover_terms import HandoverTerms
@@ -152,6 +156,94 @@ def test_rows_come_from_blocks_of_all_sizes(
     sizes = {16, 32, 64, 128, size}
     assert copied == {(other, size, how) for other in sizes for how in ("compute", "idle")}
     assert torch.equal(memory, before)
+
+
+MANY = 32  # layers of a model
+
+
+def fused_layers(lie: str, blocks: int, size: int) -> Shard:
+    """Return keys and values of many layers, side by side, in blocks whose rows lie by token."""
+    layers = lying(lie, blocks, size, HEADS, 2 * DIM)
+    view = KVView(
+        [layer.transpose(1, 2) for layer in layers],
+        "layer | block head token (kv dim)",
+        kv=2,
+        dim=(DIM, DIM),
+    )
+    return Shard(view)
+
+
+def split_layers(lie: str, blocks: int, size: int) -> Shard:
+    """Return keys and values of many layers, each a part of a block."""
+    return Shard(KVView(lying(lie, blocks, 2, HEADS, size, DIM), "layer | block kv head token dim"))
+
+
+def latent_layers(lie: str, blocks: int, size: int) -> Shard:
+    """Return the rows of many layers of a model with MLA."""
+    return Shard(KVView(lying(lie, blocks, size, 9 * DIM), "layer | block token dim"))
+
+
+def lying(lie: str, blocks: int, *row: int) -> list[torch.Tensor]:
+    """Return tensors of many layers: each an allocation, or one after the other in one."""
+    if lie == "apart":
+        return [shared_empty((blocks, *row), torch.int16) for _ in range(MANY)]
+    return [*shared_empty((MANY, blocks, *row), torch.int16)]
+
+
+LAYERED = {
+    "fused": fused_layers,
+    "split": split_layers,
+    "latent": latent_layers,
+}
+
+
+def texts(src: KVView, dst: KVView, units: set[int]) -> set[str]:
+    """Return the kernels that copy blocks in such units on a GPU, from its own memory and from
+    another one's."""
+    made = set[str]()
+    into = replace(dst.form, place="device")
+    steps = src.block_size or 0, dst.block_size or 0
+    for unit in units:
+        own = CopyPlan(replace(src.form, place="device"), into, *steps, unit)
+        peer = CopyPlan(replace(src.form, place="peer"), into, *steps, unit)
+        made |= {RowsKernel(nest, plan).source for plan in (own, peer) for nest in plan.nests}
+        made |= {ZeroCopyKernel(nest, peer).source for nest in peer.nests}
+    return made
+
+
+@pytest.mark.parametrize("lie", ["apart", "together"])
+@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize("cache", LAYERED)
+def test_the_kernels_of_a_real_pull_are_prepared(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, cache: str, size: int, lie: str
+) -> None:
+    """Layers of the other engine are separate allocations, or lie as those of this engine."""
+    prepared = set[str]()
+    compiled = set[str]()
+
+    def noted(src: KVView, dst: KVView, *ids: Any, **terms: Any) -> Any:
+        if ids:
+            src_index, dst_index = ids
+            plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step)
+            sections = plan.split(Move(src, dst, src_index, dst_index, terms["count"]))
+            prepared.update(texts(src, dst, {unit for _, _, unit in sections}))
+        elif terms.get("backend") != "reference":
+            compiled.add(f"{src} to {dst}")
+        return copy_rows(src, dst, *ids, **terms)
+
+    monkeypatch.setattr(rehearsal, "copy_rows", noted)
+    shard = LAYERED[cache](lie, 9, size)
+    handover = Handover([shard], "m", HandoverTerms(), offers=False)
+    stack.callback(handover.close)
+    rehearse(handover)
+    needed = set[str]()
+    for other in (16, 32, 64, 128):
+        for there in {"apart", lie}:
+            units = {min(size, other), 1}  # whole blocks, and the tokens that are left
+            needed |= texts(LAYERED[cache](there, 11, other).view, shard.view, units)
+    assert needed <= prepared
+    assert prepared <= needed, "a kernel that no pull needs takes a fifth of a second"
+    assert not compiled, "scratch memory gets its bytes without a kernel"
 
 
 def test_an_engine_with_an_address_also_sends_rows(stack: ExitStack, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
-from time import monotonic, sleep
 from typing import Any
 
 import zmq
@@ -73,16 +72,6 @@ def keys(secret: bytes) -> tuple[bytes, bytes]:
     """Return the public and the private key of a secret, as the reference derives them."""
     private = z85.encode(blake2b(secret, digest_size=32, person=b"portakv-curve").digest())
     return zmq.curve_public(private), private
-
-
-def until(true: Any, seconds: float = 5.0) -> bool:
-    """Return whether a condition becomes true in time."""
-    end = monotonic() + seconds
-    while not true():
-        if monotonic() > end:
-            return False
-        sleep(0.01)
-    return True
 
 
 # The first byte of what a connection receives (ZMTP 3.1, section 2): a message of one frame.
