@@ -85,7 +85,7 @@ def test_stores_and_loads_again_with_everything_new(rig: Again, dtype: torch.dty
 def test_ranges_of_the_slot_mapping_and_shorter_ones(rig: Again) -> None:
     ids = rig.ids(range(SLOTS))
     for start, end in ((0, 5), (3, 8), (7, 9), (19, SLOTS), (4, None)):
-        chunk = make_chunk(5 if end else SLOTS)
+        chunk = make_chunk(5 if end else SLOTS - start)
         rig.moved(True, range(start, end or SLOTS), ids, start, end, chunk=chunk)
     assert rig.taken == [False, True, True, True, False]
     for start, end in ((-1, 3), (4, 3), (0, SLOTS + 1), (0, 6)):
