@@ -21,6 +21,7 @@ import pytest
 import torch
 from support.migrate_pulls import MODEL, Rows
 from support.storage_cases import key_of, small_form
+from support.waits import LIMIT
 
 import portakv
 from portakv import InvalidTerms, KVView, Pack, PortaKVError
@@ -55,7 +56,6 @@ PACKAGES = "portakv.storage", "portakv.graph", "portakv.migrate"
 NOT_CHECKED = "portakv.graph.open_telemetry", "portakv.graph.alarms.Alarms"
 FORM = [*inspect.signature(BlockForm).parameters]
 T = TypeVar("T")
-LIMIT = 30.0  # seconds of one call, which is a hang then
 
 
 class Copies:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support import ready
+from support.waits import LIMIT
 
 import portakv
 from portakv import ext
@@ -149,7 +150,7 @@ def test_a_backend_loads_neither_stores_nor_migration() -> None:
         "import sys; from portakv.ext import Backend, KVView, Launch; "
         "print(*(x for x in sys.modules if x.startswith(('portakv.storage', 'portakv.migrate'))))"
     )
-    done = ready.run("-c", code, timeout=300)
+    done = ready.run("-c", code, timeout=LIMIT)
     done.check_returncode()
     assert done.stdout.strip() == ""
 

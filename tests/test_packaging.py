@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.waits import LIMIT
 
 from portakv.cli import VERBS
 from portakv.integrations import MATRIX
@@ -203,7 +204,7 @@ def run(*command: str | Path, cwd: Path = Path("/"), path: str = "", code: int =
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=LIMIT,
     )
     assert done.returncode == code, f"{command} ended with {done.returncode}:\n{done.stdout}"
     return done.stdout
@@ -324,7 +325,7 @@ def server(command: list[str], path: str, code: int, words: str) -> Iterator[Non
             yield
         finally:
             process.terminate()
-        assert process.wait(60) == code
+        assert process.wait(LIMIT) == code
 
 
 @contextmanager

@@ -25,6 +25,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from support.waits import LIMIT
+
 from portakv import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +66,7 @@ def clone(tmp_path: Path) -> Path:
 def git(folder: Path, *words: str) -> None:
     who = ["-c", "user.name=a test", "-c", "user.email=test@localhost"]
     who += ["-c", "commit.gpgsign=false"]
-    subprocess.run(["git", "-C", str(folder), *who, *words], check=True, timeout=60)
+    subprocess.run(["git", "-C", str(folder), *who, *words], check=True, timeout=LIMIT)
 
 
 def commit(folder: Path) -> None:
@@ -225,7 +227,7 @@ def script(
     """Run a script of a tree, for which the programs of a folder come first."""
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **variables}
     return subprocess.run(
-        words, cwd=tree, env=environment, capture_output=True, text=True, timeout=60
+        words, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT
     )
 
 

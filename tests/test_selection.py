@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.waits import LIMIT
 
 from portakv.errors import BackendUnavailable, InvalidTerms, StoreError
 from portakv.migrate.transports.base import Transport
@@ -149,7 +150,7 @@ class _Read(Mapping[str, Any]):
     def __iter__(self) -> Iterator[str]:
         if self._first.acquire(blocking=False):
             self.began.set()
-            assert self.go_on.wait(600)
+            assert self.go_on.wait(LIMIT)
         return iter(["threads"])
 
 
@@ -159,12 +160,12 @@ def test_a_candidate_that_another_thread_registers_meanwhile_stays() -> None:
     catalog = Catalog[Engine](KIND, None, built_in, "portakv.io_engines")
     reader = threading.Thread(target=catalog.names)
     reader.start()
-    assert built_in.began.wait(600)
+    assert built_in.began.wait(LIMIT)
     writer = threading.Thread(target=catalog.register, args=("mine", Threads))
     writer.start()
     writer.join(0.2)  # without a lock it registers now, and else after the reader
     built_in.go_on.set()
     for thread in (reader, writer):
-        thread.join(600)
+        thread.join(LIMIT)
     assert catalog.load("mine") is Threads
     assert catalog.names() == ["threads", "mine"]

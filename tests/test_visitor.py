@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.command_line import python
+from support.waits import LIMIT
 
 pytestmark = pytest.mark.visitor
 
@@ -39,7 +40,7 @@ def mypy_output(tmp_path_factory: pytest.TempPathFactory) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=LIMIT,
     )
     return done.stdout + done.stderr
 

@@ -259,7 +259,8 @@ def read_bytes(text: str, least: int = 1) -> int:
     """
     match = re.fullmatch(r"(\d+)\s*([a-z]*)", text.strip(), re.IGNORECASE)
     if match and int(match[1]) >= least and match[2].lower() in _BYTES:
-        return int(match[1]) * _BYTES[match[2].lower()]
+        unit: int = _BYTES[match[2].lower()]
+        return int(match[1]) * unit
     expected = f"expected bytes{' above 0' if least else ''}, such as 32768, 64MB or 64MiB"
     raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
 

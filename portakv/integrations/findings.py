@@ -144,7 +144,7 @@ def short_of(terms: StoreTerms) -> Iterator[str]:
     share = terms.capacity // max(1, len(terms.folders))
     for folder in terms.folders:
         existing = existing_part(folder)
-        if os.access(existing, os.W_OK | os.X_OK) and (why := no_space_in(existing)):
+        if os.access(existing, os.W_OK | os.X_OK) and (why := no_space_in(Path(existing))):
             yield f"No file in {existing} gets space: {why}. Free some, or pass another folder."
         if terms.attaches:  # the capacity of the store server counts
             continue

@@ -247,8 +247,7 @@ def _definition(file: Path, name: str) -> Definition | None:
         definition = next(_named(body, part), None)
         if definition is None:
             return None
-        is_value = isinstance(definition, ast.Assign | ast.AnnAssign)
-        body = [] if is_value else definition.body
+        body = [] if isinstance(definition, ast.Assign | ast.AnnAssign) else definition.body
     return definition
 
 

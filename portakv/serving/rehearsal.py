@@ -197,19 +197,22 @@ def _read_all_forms(handover: Handover) -> None:
 
     Layers of the other engine may be separate allocations, or lie at the distances of these ones.
     """
-    if handover.reader is None:
-        return
-    for shard in handover.reader.shards:
+    shards = () if handover.reader is None else handover.reader.shards
+    for shard in shards:
         own = shard.view.block_size
-        if own is None or shard.view.layout.opaque:
-            continue
-        others = SIZES if can_resize(shard) else ()
-        for size in dict.fromkeys([own, *others]):
-            tokens = max(own, size) + 1  # a block of either size is whole, and another one is not
-            nbytes = tokens * _token_bytes(shard.view)
-            if tokens <= shard.view.slots and nbytes <= LARGEST:
-                for listed in {True, _listed(shard.view)}:
-                    _read_from(shard, own, size, tokens, listed)
+        if own is not None and not shard.view.layout.opaque:
+            _read_forms_of(shard, own)
+
+
+def _read_forms_of(shard: Shard, own: int) -> None:
+    """Do so for the caches of a shard, whose blocks have ``own`` tokens."""
+    others = SIZES if can_resize(shard) else ()
+    for size in dict.fromkeys([own, *others]):
+        tokens = max(own, size) + 1  # a block of either size is whole, and another one is not
+        nbytes = tokens * _token_bytes(shard.view)
+        if tokens <= shard.view.slots and nbytes <= LARGEST:
+            for listed in {True, _listed(shard.view)}:
+                _read_from(shard, own, size, tokens, listed)
 
 
 def _read_from(shard: Shard, own: int, size: int, tokens: int, listed: bool) -> None:

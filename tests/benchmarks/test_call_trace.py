@@ -18,6 +18,7 @@ import torch
 from support import simdev_cases as simulated
 from support.command_line import registered
 from support.packed_backend import Packing
+from support.waits import LIMIT
 
 import portakv
 from portakv_benchmarks.shared import call_trace, traced_calls
@@ -101,15 +102,15 @@ def test_each_call_and_lock_of_a_thread_counts(package: Any, tmp_path: Path) -> 
     ended = threading.Event()
 
     def work() -> None:
-        go.wait(20)
+        go.wait(LIMIT)
         package.outer(lock)
         ended.set()
 
     with recorder.follow():
         thread = threading.Thread(target=work)
         thread.start()
-    trace = recorder.record(go.set, lambda: ended.wait(20))[1]
-    thread.join(20)
+    trace = recorder.record(go.set, lambda: ended.wait(LIMIT))[1]
+    thread.join(LIMIT)
     row = figures_of(trace)
     assert (row["files"], row["files_of_all"]) == (0, 2)
     assert (row["locks"], row["locks_of_others"]) == (0, 2)
@@ -229,7 +230,11 @@ def test_a_pull_that_brings_other_rows_is_an_error() -> None:
 def test_the_command_counts_locks_and_the_owners_switches() -> None:
     words = ["-m", "portakv_benchmarks.shared.call_trace", "--device", "cpu", "--quick"]
     ended = subprocess.run(
-        [sys.executable, *words, "--json"], capture_output=True, text=True, timeout=300, check=True
+        [sys.executable, *words, "--json"],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=True,
     )
     rows = json.loads(ended.stdout)
     assert list(rows) == NAMES
@@ -241,7 +246,7 @@ def test_the_command_counts_locks_and_the_owners_switches() -> None:
         [sys.executable, *words, "--functions"],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
         check=True,
     )
     assert "what one call passes through, on cpu" in shown.stdout

@@ -19,13 +19,12 @@ import pytest
 import zmq
 from support.command_line import run
 from support.keeper_processes import Worker, nursery, prompt
-from support.migrate_channels import until
+from support.waits import LIMIT, until
 
 from portakv.cli.store_serve import Watching, add_watching, events_of
 from portakv.serving import Place
 
 pytestmark = pytest.mark.xdist_group("keeper")
-LIMIT = 60.0  # seconds; nothing here takes as long
 _SERVE = """
 import os, sys
 from portakv.cli import main
@@ -81,7 +80,7 @@ def test_a_service_without_standard_streams_ends_in_order(how: list[str], tmp_pa
     with subprocess.Popen(["sh", "-c", shell, "sh", *words]) as service:
         try:
             served = folder / "keeper"
-            assert until(lambda: served.exists() and served.read_text(), 120)
+            assert until(lambda: served.exists() and served.read_text(), LIMIT)
             streams = [os.readlink(f"/proc/{service.pid}/fd/{number}") for number in range(3)]
             assert streams == [os.devnull] * 3
             service.terminate()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from support.command_line import run
-from support.migrate_channels import until
+from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.cli.top import Key, Reading, Row, read, rows_of
@@ -24,8 +24,6 @@ from portakv.migrate import Channel
 from portakv.serving import Keeper, KeeperClient, StoreTerms
 from portakv.serving.watched import MOST, answer, ask
 from portakv.storage import BlockForm, prefix_keys
-
-LIMIT = 60.0
 
 
 def reading(at: float, values: Mapping[tuple[str, ...], float]) -> Reading:

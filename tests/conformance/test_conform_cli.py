@@ -20,6 +20,7 @@ import torch
 from support.command_line import choose_tables, settle
 from support.conform_fake_worker import CLAIM, CORE
 from support.conform_runs import environment
+from support.waits import LIMIT
 
 from portakv.cli import main as portakv
 from portakv_conformance import cli
@@ -325,7 +326,7 @@ def test_what_lies_in_the_current_folder_hides_nothing(tmp_path: Path) -> None:
     (hidden / "worker.py").write_text("main = lambda words: print('the folder\\'s')")
     command = [*worker_command(), "none", "0"]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=LIMIT
     )
     assert "The runner has gone." in done.stderr
     assert "the folder's" not in done.stdout

@@ -19,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from support.conform_reports import passing
 from support.conform_runs import ROOT
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv_conformance.cases import Bench, test_claims, test_lies
@@ -187,7 +188,7 @@ def test_all_are_tried_under_all_seeds_and_come_back_in_order() -> None:
     two = threading.Barrier(2)
 
     def attempt(mutant: Mutant, seed: int) -> Trial:
-        two.wait(20)
+        two.wait(LIMIT)
         return Trial(mutant, seed, "a", "", 1.0)
 
     reports: list[Trial] = []
@@ -263,7 +264,7 @@ def test_an_interrupt_ends_every_run() -> None:
 
     def attempt(mutant: Mutant, seed: int) -> Trial:
         began.append(mutant)
-        assert mutant is MUTANTS[0] or INTERRUPTED.wait(20)
+        assert mutant is MUTANTS[0] or INTERRUPTED.wait(LIMIT)
         return Trial(mutant, seed, "cases/x", "why", 0.0)
 
     def tell(trial: Trial) -> None:

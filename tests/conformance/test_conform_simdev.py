@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import simulated
@@ -40,7 +41,7 @@ def test_if_the_compiler_fails_one_test_fails_and_the_others_are_skipped(tmp_pat
     words = [*PYTEST, "-rs", "-k", f"{ONE} or says_what_it_is or padding_and_block_tables"]
     files = "conformance/test_conform_simdev.py", "backends/test_mlu.py", MODULES[0]
     modules = [str(ROOT / "tests" / file) for file in files]
-    clean = {"PORTAKV_CACHE_DIR": str(tmp_path), simulated.VARIABLE: ""}
+    clean: Any = {"PORTAKV_CACHE_DIR": str(tmp_path), simulated.VARIABLE: ""}
     done = python(*words, *modules, CXX=str(compiler), **clean)
     assert re.search(r"^1 failed, (\d+ passed, )?[1-9]\d* skipped", done.stdout, re.MULTILINE), done
     assert "compile the simulated device, got an error (error: no room)" in done.stdout

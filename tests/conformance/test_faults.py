@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.waits import LIMIT
 
 from portakv_conformance.cli import main
 from portakv_conformance.faults import command, places, report, source, subject, syscalls
@@ -204,7 +205,9 @@ for kind, call in calls.items():
         os._exit(error.errno)
     os._exit(0)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.ambient import STATES, Scene, in_a_child
+from support.waits import LIMIT
 
 from portakv.registry import registry
 
@@ -52,5 +53,5 @@ def test_in_a_process_of_its_own(method: str) -> None:
     context: Any = multiprocessing.get_context(method)
     process = context.Process(target=in_a_child)
     process.start()
-    process.join(120)
+    process.join(LIMIT)
     assert process.exitcode == 0

@@ -19,6 +19,7 @@ from support.block_cases import DST, LAYERS, PATIENCE, SRC, Pair, layered, until
 from support.guarded_memory import check_sentence
 from support.small_backends import small_backend
 from support.threads import interrupting, run_threads
+from support.waits import LIMIT
 
 from portakv import Index, KVView, LateErrors, copy_blocks, register_backend
 from portakv.copy import slices as block_slices
@@ -422,7 +423,7 @@ while not transfer.statistics.slices:
 )
 def test_the_end_of_the_interpreter(end: str, code: int) -> None:
     program = textwrap.dedent(PROGRAM).format(end=end)
-    done = ready.run("-c", program, cwd=Path(__file__).parent, timeout=120)
+    done = ready.run("-c", program, cwd=Path(__file__).parent, timeout=LIMIT)
     assert done.returncode == code, done.stderr
     assert ("SystemError" in done.stderr) is (code == 1)
     assert "thread" not in done.stderr

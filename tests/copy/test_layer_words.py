@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from support.migrate_channels import until
-from support.word_cases import LAYERS, LIMIT, Words
+from support.waits import LIMIT, until
+from support.word_cases import LAYERS, Words
 
 from portakv.copy.layer_words import LayerWords
 from portakv.errors import (

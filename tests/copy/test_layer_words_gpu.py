@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from support.device_cases import DEVICE, delay, settle
+from support.waits import LIMIT
 
 from portakv.copy.layer_words import LayerWords
 from portakv.errors import TransferError, Unsupported
@@ -20,7 +21,6 @@ from portakv.runtime.transfer import Completion, Transfer
 pytestmark = pytest.mark.gpu
 
 LAYERS = 4
-LIMIT = 30.0  # seconds; nothing here takes as long
 
 
 class Model:

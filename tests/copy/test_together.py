@@ -11,6 +11,7 @@ import torch
 from support.block_cases import BLOCKS, METHODS, SIZE, SLICED, layered, wanted
 from support.device_cases import current, delay, settle
 from support.guarded_memory import refused
+from support.waits import LIMIT
 
 from portakv import (
     BlockTransfer,
@@ -94,7 +95,7 @@ def test_cancelling_asks_all_of_them(method: str) -> None:
     assert job.cancel()
     assert job.cancelled
     with pytest.raises(TransferCancelled):
-        job.synchronize(timeout=30)
+        job.synchronize(timeout=LIMIT)
 
 
 def test_none_and_one() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.migrate_pulls import Couple, sides
+from support.waits import LIMIT
 
 from portakv import (
     AdaptiveConnector,
@@ -210,6 +211,6 @@ def test_a_pull_raises_them(method: str) -> None:
     with sides() as made:
         couple = Couple(made, method)
         before = versions([couple.dst.whole])
-        couple.pull(couple.offer()).synchronize(60)
+        couple.pull(couple.offer()).synchronize(LIMIT)
         assert couple.right()
         assert higher([couple.dst.whole], before)

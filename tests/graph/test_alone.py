@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-from support.migrate_channels import until
+from support.waits import until
 
 from portakv.graph import Graph, Task
 from portakv.runtime.interrupts import Condition

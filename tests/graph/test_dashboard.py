@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.waits import LIMIT
 
 from portakv.graph.metrics import ENGINE, METRICS, Metric
 from portakv.integrations.vllm_metrics import LEVELS, TIERS
@@ -69,7 +70,7 @@ def test_prometheus_answers_every_query(tmp_path: Path) -> None:
         pytest.skip("prometheus is not installed")
     picture = tmp_path / "dashboard.png"
     command = [sys.executable, str(ROOT / ".ci" / "dashboard.py"), str(picture)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     assert f"answered the {len(QUERIES)} queries" in done.stdout
     assert picture.stat().st_size > 10_000

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from support import ready
+from support.waits import LIMIT
 
 import portakv.graph
 from portakv.graph import Graph
@@ -29,7 +30,7 @@ queue.graph.submit([Task(work, 1, queue=queue, nbytes=1) for _ in range(999)])
 while len(queue.running) < 3:
     time.sleep(0.001)
 """
-    done = ready.run("-c", script, timeout=60)
+    done = ready.run("-c", script, timeout=LIMIT)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{left}\n", "")
 
 
@@ -41,7 +42,7 @@ def test_former_names_warn_and_work() -> None:
     with pytest.warns(DeprecationWarning, match=r"Task.*goes in 0\.2\.0"):
         task = graphs.Node(lambda task, mask: mask, 2, link=queue, given=[True, False])
     graph.submit([task])
-    assert task.wait(10)
+    assert task.wait(LIMIT)
     assert task.landed.tolist() == [True, False]
     assert (task.link, task.given) == (queue, [True, False])
     with pytest.raises(AttributeError, match="no attribute 'Nodes'"):

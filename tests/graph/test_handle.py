@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.waits import LIMIT
 
 from portakv.errors import TransferCancelled, TransferError, TransferTimeout
 from portakv.graph.graph import Graph
@@ -93,7 +94,7 @@ def test_a_forked_child_learns_what_ended_before(graph: Graph, missing: str) -> 
     go = threading.Event()
     landed = submitted(graph, lambda task, mask: None, missing=missing)
     landed.synchronize()
-    runs = submitted(graph, lambda task, mask: go.wait(30) and None, missing=missing)
+    runs = submitted(graph, lambda task, mask: go.wait(LIMIT) and None, missing=missing)
     child = os.fork()
     if child == 0:
         signal.alarm(30)  # ends it if it waits
@@ -116,11 +117,11 @@ def test_cancel_is_told(graph: Graph, missing: str) -> None:
 
     def blocks(*_: object) -> None:
         begun.set()
-        go.wait(30)
+        go.wait(LIMIT)
 
     running = submitted(graph, blocks)
     queued = submitted(graph, lambda task, mask: None, missing=missing)
-    assert begun.wait(30)
+    assert begun.wait(LIMIT)
     assert not running.cancel()
     assert (queued.cancel(), queued.cancelled, queued.cancel()) == (True, True, False)
     with pytest.raises(TransferCancelled, match=r"had not started and are cancelled\.$"):
@@ -132,14 +133,14 @@ def test_layers_end_one_by_one_and_are_cancelled_together(graph: Graph) -> None:
     go = threading.Event()
     disk = graph.queue("disk")
     first = Task(lambda task, mask: None, 2, queue=disk)
-    second = Task(lambda task, mask: go.wait(30) and None, 2, queue=disk)
+    second = Task(lambda task, mask: go.wait(LIMIT) and None, 2, queue=disk)
     third = Task(lambda task, mask: None, 2, queue=disk)
     parts = [[first], [first, second], [second, third]]  # segments that layers share
     layers = [Task(None, 2, after=part) for part in parts]
     gate = Task(None, 2, after=[first, second, third])
     graph.submit([first, second, third, *layers, gate])
     handle = Handle(graph, gate, layers)
-    handle.layers[0].synchronize(30.0)
+    handle.layers[0].synchronize(LIMIT)
     with pytest.raises(TransferTimeout):
         handle.layers[1].synchronize(0.01)
     assert handle.cancel()
@@ -174,7 +175,7 @@ def test_a_wait_with_a_limit_sleeps(graph: Graph) -> None:
     completion = handle.completions[0]
     counting = Counting(completion.pendings[0])
     completion.pendings = (counting,)
-    handle.synchronize(30.0)
+    handle.synchronize(LIMIT)
     assert 0 < counting.polls < 5
 
 
@@ -186,7 +187,7 @@ def test_ctrl_c_in_synchronize_leaves_the_handle_usable(graph: Graph) -> None:
     submits = threading.Event()
 
     def work(task: Task, mask: Any) -> None:
-        submits.wait(60)  # an interrupt of `submit` would cancel the task
+        submits.wait(LIMIT)  # an interrupt of `submit` would cancel the task
         time.sleep(0.1)
         for _ in range(30):  # one that comes just before a wait begins does not end it
             signal.pthread_kill(main, signal.SIGINT)  # as the terminal's Ctrl-C comes

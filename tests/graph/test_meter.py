@@ -14,9 +14,9 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from support import ready
-from support.migrate_channels import until
 from support.migrate_pulls import Rows, sides
 from support.storage_cases import key_of
+from support.waits import LIMIT, until
 
 from portakv import InvalidTerms, KVView
 from portakv.copy import copy_rows, copy_runs, count_copies
@@ -64,7 +64,7 @@ def of_store(folder: Path) -> set[str]:
     half = BlockForm.of(view, "another model")
     disk = Disk(folder, capacity=8 << 20)
     with BlockStore({"a": whole, "b": half}, tiers=[disk], staging=1 << 20, host=1 << 20) as store:
-        store.of("a").save(view, [0, 1], [key_of(0), key_of(1)]).synchronize(60.0)
+        store.of("a").save(view, [0, 1], [key_of(0), key_of(1)]).synchronize(LIMIT)
         names = declared(Meter(store))
     with BlockStore(whole, staging=1 << 20, host=1 << 20, encoding="auto") as store:
         return names | declared(Meter(store))
@@ -78,8 +78,8 @@ def of_pulls() -> set[str]:
         owner = made.owner(rows.shard)
         reader = made.reader(target.shard)
         ticket = owner.offer([1, 2], tokens=20).ticket
-        reader.pull(ticket, [1, 2]).synchronize(60.0)
-        assert until(lambda: "pull_seconds_count" in figures_of(reader), 60.0)
+        reader.pull(ticket, [1, 2]).synchronize(LIMIT)
+        assert until(lambda: "pull_seconds_count" in figures_of(reader), LIMIT)
         weights = {"w": rows.whole}
         published = publish(owner.channel, weights)
         target_weights = {"w": torch.zeros_like(rows.whole)}
@@ -225,7 +225,7 @@ wrong = [x for x in ("opentelemetry", "prometheus_client", "portakv.graph.open_t
          if x in sys.modules]
 assert not wrong, wrong
 """
-    ready.run("-c", code, timeout=300).check_returncode()
+    ready.run("-c", code, timeout=LIMIT).check_returncode()
 
 
 def test_a_channel_counts_by_event() -> None:

@@ -13,18 +13,8 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
-from support.graph_model import (
-    ALL,
-    BLOCKS,
-    LIMIT,
-    SLACK,
-    STALL,
-    WIDTHS,
-    Known,
-    Model,
-    Staging,
-    Work,
-)
+from support.graph_model import ALL, BLOCKS, SLACK, STALL, WIDTHS, Known, Model, Staging, Work
+from support.waits import LIMIT
 
 from portakv.errors import TransferError
 from portakv.graph import Graph, Handle, Lease, Task

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from support import ready
-from support.migrate_channels import until
 from support.migrate_pulls import Rows, sides
+from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms, OfferGone, PeerError, Unsupported
 from portakv.graph import Graph, Task, open_telemetry
@@ -21,7 +21,6 @@ from portakv.migrate.messages import Ticket
 from portakv.runtime import tracing
 
 sdk = pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
-LIMIT = 60.0
 HEADER = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
 
 
@@ -200,7 +199,7 @@ def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
     assert len(blocks) == 3
     file = tmp_path / "page.py"
     file.write_text("\n".join(blocks))
-    ready.run(file, timeout=300).check_returncode()
+    ready.run(file, timeout=LIMIT).check_returncode()
 
 
 def test_without_the_package_a_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

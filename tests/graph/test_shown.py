@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from support.waits import LIMIT
 
 from portakv.errors import TransferError, Unsupported
 from portakv.graph.graph import Graph
@@ -24,7 +25,7 @@ def ran() -> Graph:
     read = Task(lambda task, mask: None, 2, queue=graph.queue("disk:/a", 2), name="read", nbytes=10)
     copy = Task(lambda task, mask: None, 2, queue=graph.queue("device"), name="copy", after=[read])
     graph.submit([read, copy])
-    assert copy.wait(30.0)
+    assert copy.wait(LIMIT)
     assert graph.close()
     graph.count("disk", "read", "hit", 2, 20)
     graph.count("disk", "read", "miss")
@@ -121,7 +122,7 @@ def test_arrows_lead_past_tasks_that_never_ran() -> None:
     last = Task(None, 2, queue=graph.queue("farther"), after=[rescue], rescue=True)
     copy = Task(lambda task, mask: None, 2, queue=graph.queue("device"), after=[last])
     graph.submit([read, rescue, last, copy])
-    assert copy.wait(30.0)
+    assert copy.wait(LIMIT)
     assert graph.close()
     flows = [(x["ph"], x["id"]) for x in graph.trace.events() if x["ph"] in "sf"]
     assert flows == [("s", "1-4"), ("f", "1-4")]
@@ -131,6 +132,6 @@ def test_a_trace_keeps_the_last_tasks_alone() -> None:
     graph = Graph(trace_events=3)
     tasks = [Task(lambda task, mask: None, 1, queue=graph.queue("any")) for _ in range(9)]
     graph.submit(tasks)
-    assert all(task.wait(30.0) for task in tasks)
+    assert all(task.wait(LIMIT) for task in tasks)
     assert [x["args"]["task"] for x in graph.trace.events() if x["ph"] == "X"] == [7, 8, 9]
     assert graph.close()

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import torch
 from support import keeper_host, ready
-from support.migrate_channels import until
 from support.migrate_pulls import Couple, sides
 from support.slot_cases import Faulty
 from support.storage_cases import key_of, small_form
+from support.waits import LIMIT, until
 
 from portakv.graph import alarms
 from portakv.graph.alarms import Watch, watch
@@ -185,7 +185,7 @@ def test_leases_in_a_process_with_an_owner_alone(process: Process, watched: bool
         both.owner.now = lambda: now
         if end == "taken":
             taken = both.offer()
-            both.pull(taken).synchronize(30)
+            both.pull(taken).synchronize(LIMIT)
             assert until(lambda: taken.state == "taken")
         offer = both.offer(lease=1.0)
         now += 2.0
@@ -269,5 +269,5 @@ for each in [*sources, graph]:
     alarms.watch(each)
 assert began.wait(60)
 """
-    done = ready.run("-c", script, timeout=60)
+    done = ready.run("-c", script, timeout=LIMIT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

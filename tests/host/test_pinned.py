@@ -24,6 +24,7 @@ from support import ready
 from support.guarded_memory import refused
 from support.pinned_runtime import FakeLibrary, absent
 from support.pool_processes import Child
+from support.waits import LIMIT
 
 from portakv.errors import DeviceMismatch, HostMemoryError, Unsupported
 from portakv.host import _pages, _registration, pinned
@@ -478,7 +479,7 @@ def test_a_process_that_ends(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=LIMIT,
         env={**os.environ, "PYTHONPATH": paths},
     )
     printed = done.stdout.split("end\n")
@@ -508,7 +509,7 @@ def test_a_machine_without_a_device_is_not_warned_of_pageable_memory() -> None:
         assert not pinned.allocate(4096).pinned
         assert not pinned.register(bytearray(8192)).pinned
     """
-    done = ready.run("-c", script, timeout=120)
+    done = ready.run("-c", script, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
 
 

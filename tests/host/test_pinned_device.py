@@ -21,6 +21,7 @@ import pytest
 import torch
 from support.device_cases import DEVICE, current, delay, settle
 from support.simdev_cases import DEVICE as SIMDEV
+from support.waits import LIMIT
 
 from portakv import KVView, copy_blocks
 from portakv.errors import HostMemoryError, Unsupported
@@ -93,7 +94,7 @@ def test_blocks_come_back_when_their_copies_have_ended(accelerator: torch.device
         event.record()
         block.release(after=event)
         assert pool.free == 0
-        with pool.acquire(wait=True, timeout=60) as again:
+        with pool.acquire(wait=True, timeout=LIMIT) as again:
             assert event.query()
             assert torch.equal(again.tensor, there.cpu())
 
@@ -334,7 +335,7 @@ here.copy_(there, non_blocking=True)
 def test_pinned_before_the_device_was_used_and_in_use_when_the_process_ends() -> None:
     """Torch takes no memory for pinned until it has begun with a device."""
     command = [sys.executable, "-c", PINNED_FIRST]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True True pinned\n", "")
 
 

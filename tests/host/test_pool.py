@@ -186,7 +186,7 @@ def test_a_pool_grows_for_several_blocks_near_the_largest_size() -> None:
         with pytest.raises(PoolExhausted, match="at most 1 blocks"):
             pool.acquire_many(2, nbytes=4 * page, wait=True, timeout=5.0)
         with pytest.raises(PoolExhausted, match=f"blocks of at most {5 * page} bytes"):
-            pool.acquire(nbytes=6 * page, wait=True, timeout=5.0)
+            pool.acquire(nbytes=6 * page, wait=True, timeout=LIMIT)
         pool.acquire(nbytes=5 * page).release()
 
 
@@ -221,7 +221,7 @@ def test_small_blocks_do_not_delay_a_large_one(kind: type[PinnedPool]) -> None:
         used = pool.acquire_many(3)
 
         def work(name: str, nbytes: int) -> None:
-            with pool.acquire(name, nbytes=nbytes, wait=True, timeout=60):
+            with pool.acquire(name, nbytes=nbytes, wait=True, timeout=LIMIT):
                 order.append(name)
 
         threads = [threading.Thread(target=work, args=("large", 4 * SIZE))]
@@ -252,7 +252,7 @@ def test_a_caller_that_is_interrupted_leaves_its_place() -> None:
 
         block.release(after=SimpleNamespace(done=lambda: bool(pool.waiting) and interrupted()))
         with pytest.raises(KeyboardInterrupt):
-            pool.acquire(wait=True, timeout=60)
+            pool.acquire(wait=True, timeout=LIMIT)
         assert pool.waiting == 0
 
 
@@ -261,7 +261,7 @@ def test_threads_never_share_a_block(make: Make) -> None:
 
         def work(number: int) -> None:
             for _ in range(150):
-                with pool.acquire(wait=True, timeout=60) as block:
+                with pool.acquire(wait=True, timeout=LIMIT) as block:
                     block.tensor.fill_(number)
                     assert bool((block.tensor == number).all()), "it found another's bytes"
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from support.interrupts import files_of, orphans
 from support.pinned_runtime import absent
+from support.waits import LIMIT
 
 from portakv.host.pool import Block, PinnedPool
 
@@ -32,7 +33,7 @@ def scenario(kind: type[PinnedPool]) -> Callable[[Path], Any]:
             blocks.extend(pool.acquire_many(2, nbytes=2000))
             blocks[0].release()
             blocks[2].release(after=SimpleNamespace(done=lambda: True))
-            blocks.append(pool.acquire(nbytes=4000, wait=True, timeout=60))
+            blocks.append(pool.acquire(nbytes=4000, wait=True, timeout=LIMIT))
             blocks[1].release()
             blocks[4].release()
             blocks[3].release()

@@ -20,6 +20,7 @@ from support import ready
 from support.guarded_memory import refused
 from support.pinned_runtime import absent
 from support.pool_processes import SIZE, Child, Opener, holder, unused_name
+from support.waits import LIMIT
 
 from portakv.host import _pages, shared
 from portakv.host.pinned import HostMemoryError
@@ -55,7 +56,7 @@ def test_one_opening_waits_for_another_and_cannot_release_what_that_has(name: st
     with SharedPool(name, SIZE, 1) as giver, SharedPool(name) as taker:
         assert (taker.block_bytes, taker.blocks, shared.names().count(name)) == (SIZE, 1, 1)
         threading.Timer(0.05, giver.acquire().release).start()
-        handed_over = taker.acquire(wait=True, timeout=30)
+        handed_over = taker.acquire(wait=True, timeout=LIMIT)
         taken = giver.adopt(handed_over.index)
         with pytest.raises(HostMemoryError, match="adopted"):
             handed_over.release()
@@ -108,7 +109,7 @@ for nth in range(8):
 
 
 def test_an_exit_leaves_every_pool_though_one_fails_and_others_never_opened(name: str) -> None:
-    done = ready.run("-c", EXIT, name, timeout=120)
+    done = ready.run("-c", EXIT, name, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     assert "ZeroDivisionError" in done.stderr
     assert "AttributeError" not in done.stderr
@@ -296,7 +297,7 @@ def test_processes_never_share_a_block_even_when_some_are_killed(name: str) -> N
         pipe.send("ready")
         number = os.getpid() % 251
         while not pipe.poll():
-            with pool.acquire(wait=True, timeout=60) as block:
+            with pool.acquire(wait=True, timeout=LIMIT) as block:
                 block.tensor.fill_(number)
                 if not bool((block.tensor == number).all()):
                     raise AssertionError("another process wrote into the block")

@@ -16,6 +16,7 @@ from xml.sax.saxutils import quoteattr
 
 import pytest
 from support import vllm_cpu_lanes
+from support.waits import LIMIT
 
 from portakv.integrations import MATRIX
 
@@ -168,7 +169,7 @@ def test_the_script_writes_the_commit_of_each_step(tmp_path: Path) -> None:
     environment = {**os.environ, "STEP_RESULTS": os.path.relpath(tmp_path, ROOT)}
     run = ["bash", "-c", script]
     done = subprocess.run(
-        run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT
     )
     assert done.returncode == 0, done.stderr
     *_, said, _, of_another = done.stdout.splitlines()

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.migrate_channels import until
+from support.waits import LIMIT, until
 
 from portakv.serving.kv_events import EventPublisher, events_of
 from portakv.serving.ledger import Described
 from portakv.storage import prefix_keys
 from portakv.storage.changes import Change
 
-LIMIT = 60.0
 SIZE = 4
 TOKENS = [*range(16)]
 KEYS = prefix_keys(TOKENS, SIZE)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from support.command_line import run, run_json
 from support.lmcache_stub import BASE, MODULES, imported, write_lmcache
-from support.migrate_channels import until
+from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms, StoreBusy
 from portakv.integrations import IntegrationError
@@ -27,7 +27,6 @@ from portakv.serving.kept_pages import KeptPages
 from portakv.serving.page_counts import UNFETCHED
 from portakv.storage.pins import Pins
 
-LIMIT = 60.0
 MODULE = "portakv.integrations.lmcache_l2"
 SIZE = 4096
 #: The bytes of an object.

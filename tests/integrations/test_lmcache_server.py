@@ -26,13 +26,12 @@ pytest.importorskip(
 
 from support.faulty_io import VARIABLE, set_fault
 from support.lmcache_server import NBYTES, OBJECTS, Server, right, serving
-from support.migrate_channels import until
+from support.waits import LIMIT, until
 
 from portakv.serving.pages import PageSize
 
 #: More objects than the server's host memory has room for.
 PROMPTS = 24
-LIMIT = 300.0
 #: Without it a read trusts whatever the disk returns.
 UNGUARDED = """
 from support.store_damage import any_images_believed

@@ -23,17 +23,16 @@ if find_spec("sglang") is None:
 from support import sglang_on_cpu  # noqa: F401, I001  before SGLang
 from support import hicache
 from support.hicache import Engine, build, extra_of, page_bytes, round_trip, tokens_of
-from support.migrate_channels import until
 from support.page_faults import DAMAGE, FAILURES, FaultyDisk
 from support.sglang_pools import PAGE
 from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
 
 from portakv.integrations import IntegrationError
 from portakv.storage import disk_store
+from support.waits import LIMIT, until
 
 ROOM: dict[str, Any] = {"host": 0, "staging": 4 << 20, "capacity": 16 << 20, "deadline": 20.0}
 COUNT = 6
-LIMIT = 60.0  # seconds; nothing here takes as long
 PROMPT = [*range(100, 100 + COUNT * PAGE)]
 IDS = ["-".join(each) for each in hicache.POOLS]
 

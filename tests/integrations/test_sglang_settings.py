@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from support import ready
 from support.sglang_stub import configuration, write_sglang
+from support.waits import LIMIT
 
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
@@ -23,7 +24,7 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a process that finds the stand-in in a folder."""
     paths = [str(folder), str(TESTS), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return ready.run(*words, env=environment, timeout=300)
+    return ready.run(*words, env=environment, timeout=LIMIT)
 
 
 def test_a_walk_through_the_hooks(tmp_path: Path) -> None:

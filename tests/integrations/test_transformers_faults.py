@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.migrate_channels import until
 from support.page_faults import FAILURES, FaultyDisk
 from support.store_damage import any_images_believed, cut_files, flip_bits, swap_images
+from support.waits import LIMIT, until
 
 from portakv.serving.prefixes import Prefixes
 from portakv_benchmarks.plugs import faults
@@ -30,7 +30,6 @@ from portakv_benchmarks.plugs.transformers_store import (
 
 pytest.importorskip("transformers")
 
-LIMIT = 60.0  # seconds; no load takes as long
 MODULE = "portakv_benchmarks.plugs.transformers_store"
 Damage = Callable[[Path], None]
 DAMAGE: dict[str, Damage] = {
@@ -124,7 +123,7 @@ def damaged(folder: Path, name: str) -> dict[str, Counter[str]]:
     result = folder / "result.json"
     words = [str(folder / "store"), "--faults", "3", "--stores", name, "--json", str(result)]
     done = subprocess.run(
-        [sys.executable, "-m", MODULE, *words], text=True, capture_output=True, timeout=560
+        [sys.executable, "-m", MODULE, *words], text=True, capture_output=True, timeout=LIMIT
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(result.read_text())["faults"]

@@ -16,6 +16,7 @@ from support.ambient import STATES, State
 from support.engine_process import answer
 from support.guarded_memory import refused
 from support.held_bucket import HeldBucket, TermsWith
+from support.waits import LIMIT
 from transformers import DynamicCache
 
 from portakv import LayoutError
@@ -26,7 +27,6 @@ from portakv.integrations.transformers_store import PrefixStore
 from portakv.serving import StoreTerms
 
 SIZE = 8
-LIMIT = 60.0  # seconds; no save takes as long
 ROOM: dict[str, Any] = {"host": 1 << 20, "staging": 2 << 20, "block_size": SIZE}
 CONFIG: dict[str, Any] = {
     "vocab_size": 64,

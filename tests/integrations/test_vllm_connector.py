@@ -15,6 +15,7 @@ import pytest
 import torch
 from support import ready
 from support.vllm_stub import SlidingWindowSpec, configuration, write_vllm
+from support.waits import LIMIT
 
 from portakv import copy_blocks, copy_rows
 from portakv.errors import InvalidTerms
@@ -72,7 +73,7 @@ def test_walks_through_the_hooks_of_an_engine(
         f"{walks}",
         store,
         env=environment,
-        timeout=300,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, done.stderr
     counts = ast.literal_eval(done.stdout)
@@ -91,7 +92,7 @@ def test_layers_of_graphs_wait_by_words(tmp_path: Path) -> None:
     paths = [str(tmp_path), str(TESTS), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = ready.run(
-        "-m", "support.vllm_graph_hooks", str(tmp_path / "store"), env=environment, timeout=120
+        "-m", "support.vllm_graph_hooks", str(tmp_path / "store"), env=environment, timeout=LIMIT
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
@@ -457,8 +458,8 @@ def test_a_stored_block_of_several_pages() -> None:
     terms = StoreTerms(host=1 << 20, staging=1 << 20)
     (store,) = index.open([group], terms, "model", 64)
     keys = prefix_keys(range(128), block_size=64)
-    store.save(group.view, [6, 0, 3, 1, 2, 7, 5, 4], keys).synchronize(60)
-    store.load(other.view, [0, 1, 2, 3], keys[1:]).synchronize(60)
+    store.save(group.view, [6, 0, 3, 1, 2, 7, 5, 4], keys).synchronize(LIMIT)
+    store.load(other.view, [0, 1, 2, 3], keys[1:]).synchronize(LIMIT)
     assert torch.equal(target[:4], source[[2, 7, 5, 4]])
     assert not target[4:].any()
     index.close()

@@ -32,7 +32,6 @@ from support.serving_faults import Careless, NotHeld
 from support.store_damage import cut_files, damaged_images_believed, flip_bits, slot_files
 from support.vllm_cpu import (
     BLOCK,
-    LIMIT,
     Answer,
     Engine,
     import_engine,
@@ -56,6 +55,7 @@ from support.vllm_cpu_calls import (
 from support.vllm_cpu_table import Named, case_of
 from support.vllm_trace import read_trace
 from support.vllm_trace_engine import record
+from support.waits import LIMIT
 
 from portakv.cli.explain_hooks import costs_in
 from portakv.integrations import IntegrationError

@@ -31,15 +31,9 @@ from support.store_damage import (
     damaged_objects_believed,
     rows_in_use_taken,
 )
-from support.vllm_cpu import (
-    LIMIT,
-    Engine,
-    import_engine,
-    in_a_child,
-    prompt,
-    small_model,
-)
+from support.vllm_cpu import Engine, import_engine, in_a_child, prompt, small_model
 from support.vllm_cpu_table import Named, case_of
+from support.waits import LIMIT
 
 from portakv.serving.local import TOKENS
 

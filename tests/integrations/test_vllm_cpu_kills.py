@@ -33,7 +33,6 @@ except metadata.PackageNotFoundError:
 
 from support import no_descriptors
 from support.vllm_cpu import (
-    LIMIT,
     Child,
     Engine,
     await_that,
@@ -45,6 +44,7 @@ from support.vllm_cpu import (
     start_child,
 )
 from support.vllm_cpu_table import Named, case_of
+from support.waits import LIMIT
 
 from portakv.cli import main
 from portakv.errors import PortaKVError

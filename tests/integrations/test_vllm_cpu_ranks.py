@@ -28,7 +28,6 @@ from support.serving_faults import Careless
 from support.vllm_cpu import (
     BLOCK,
     LAYERS,
-    LIMIT,
     Answer,
     Engine,
     await_that,
@@ -46,6 +45,7 @@ from support.vllm_cpu_copies import KNOWN, Copies, await_known_blocks
 from support.vllm_cpu_kept import await_blocks, leave_blocks, lose_a_block
 from support.vllm_cpu_schedules import count_preemptions
 from support.vllm_cpu_table import Named, case_of
+from support.waits import LIMIT
 
 from portakv.errors import PortaKVError
 from portakv.serving.local import TOKENS

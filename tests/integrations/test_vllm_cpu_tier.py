@@ -30,7 +30,6 @@ except metadata.PackageNotFoundError:
 from support.store_damage import cut_files, damaged_images_believed, flip_bits
 from support.vllm_cpu import (
     BLOCK,
-    LIMIT,
     Answer,
     Engine,
     import_engine,
@@ -41,6 +40,7 @@ from support.vllm_cpu import (
     start_child,
 )
 from support.vllm_cpu_table import Named, case_of
+from support.waits import LIMIT
 
 PROMPTS = [prompt(790, 400 + number) for number in range(3)]
 #: Tokens of whole chunks before the last token of a prompt.

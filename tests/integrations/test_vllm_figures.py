@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.vllm_stub import CLASSES_OF_METRICS, METRICS
+from support.waits import LIMIT
 
 from portakv.graph import Graph
 from portakv.graph.task import Task
@@ -65,7 +66,7 @@ def counters_of_a_graph() -> dict[str, float]:
     queue = graph.queue("disk:/nvme", 1)
     tasks = [Task(lambda *_: None, 1, queue=queue, name="load") for _ in range(2)]
     graph.submit(tasks)
-    assert all(task.wait(30) for task in tasks)
+    assert all(task.wait(LIMIT) for task in tasks)
     graph.count("disk", "load", "hit", 2, 20)
     graph.count("disk", "load", "miss", 1)
     counters = tier_counters(graph.statistics())

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from support import ready
 from support.vllm_stub import write_vllm
+from support.waits import LIMIT
 
 from portakv.errors import InvalidTerms
 from portakv.integrations.vllm_handover import roles_of
@@ -26,7 +27,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     write_vllm(folder)
     paths = [str(folder), str(TESTS), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = ready.run("-m", "support.vllm_handover_hooks", env=environment, timeout=300)
+    done = ready.run("-m", "support.vllm_handover_hooks", env=environment, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     made: dict[str, Any] = json.loads(done.stdout)
     return {**made, "log": done.stderr}

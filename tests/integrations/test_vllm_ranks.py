@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.vllm_stub import configuration
+from support.waits import LIMIT
 
 from portakv.copy.layer_words import LayerWords
 from portakv.errors import InvalidTerms, StoreBusy
@@ -31,7 +32,6 @@ from portakv.serving.local import GroupView, LocalIndex
 from portakv.storage import prefix_keys
 from portakv.view import KVView
 
-LIMIT = 60.0  # seconds; nothing here takes as long
 BLOCKS = 8
 SIZE = 16
 DIM = 8

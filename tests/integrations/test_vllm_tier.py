@@ -8,6 +8,7 @@ from pathlib import Path
 
 from support import ready
 from support.vllm_tiering_stub import write_vllm_with_tiers
+from support.waits import LIMIT
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -20,7 +21,7 @@ def test_a_walk_through_the_hooks_of_a_tier(tmp_path: Path) -> None:
         str(TESTS / "integrations" / "vllm_tier_hooks.py"),
         str(tmp_path),
         env=environment,
-        timeout=300,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "walked\n"

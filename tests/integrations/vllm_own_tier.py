@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
+from support.waits import LIMIT
 from vllm.v1.kv_offload.base import Medium
 from vllm.v1.kv_offload.file_mapper import FileMapper
 from vllm.v1.kv_offload.tiering.base import JobResult
@@ -87,7 +88,7 @@ class Chunks:
 
     def __setitem__(self, key: bytes, there: bool) -> None:
         job = self._tier.pages.save([key], self._tier.view, [0], ended=Finished())
-        assert job.wait(60.0)
+        assert job.wait(LIMIT)
 
     def __contains__(self, key: bytes) -> bool:
         return self._tier.has(key)

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from support.migrate_channels import until
 from support.vllm_tiering_stub import spec_of
+from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms
 from portakv.integrations import vllm_tier
@@ -25,7 +25,6 @@ LookupResult = base["LookupResult"]
 Medium = base["Medium"]
 CHUNKS = 8
 NBYTES = 4096
-LIMIT = 60.0
 REQUEST = SimpleNamespace(req_id="r")
 
 

@@ -12,19 +12,9 @@ from typing import Any, cast
 
 import pytest
 import torch
-from support.migrate_channels import until
 from support.migrate_pulls import MODEL, Sides, sides
-from support.packed_pulls import (
-    BLOCKS,
-    LAYERS,
-    LAYOUT,
-    LIMIT,
-    RAW_BYTES,
-    SIZE,
-    Packed,
-    Raw,
-    noise,
-)
+from support.packed_pulls import BLOCKS, LAYERS, LAYOUT, RAW_BYTES, SIZE, Packed, Raw, noise
+from support.waits import LIMIT, until
 
 from portakv import EncodingChoice, KVView, Pack
 from portakv.copy.choose_encoding import rated_choice, stays_raw

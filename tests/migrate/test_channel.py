@@ -24,16 +24,9 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
-from support import ready
-from support.migrate_channels import (
-    SECRET,
-    Ping,
-    Pong,
-    Server,
-    keys,
-    server_and_asker,
-    until,
-)
+from support import ready, waits
+from support.migrate_channels import SECRET, Ping, Pong, Server, keys, server_and_asker
+from support.waits import until
 
 import portakv.migrate
 from portakv.errors import InvalidTerms, PeerError, SlotError, TransferTimeout
@@ -181,11 +174,11 @@ def test_a_peer_that_closes_is_gone_at_once_on_both_sides(pair: tuple[Server, Ch
     other.ask(server.address, Ping(), Pong)
     other.watch(server.address, lambda: ends.append("watch"))
     asker.close()
-    assert until(lambda: ends == ["peer"], 1)
+    assert until(lambda: ends == ["peer"], waits.LIMIT)
     assert peer.gone
     peer.on_gone(lambda: ends.append("late"))
     server.channel.close()
-    assert until(lambda: ends == ["peer", "late", "watch"], 1)
+    assert until(lambda: ends == ["peer", "late", "watch"], waits.LIMIT)
     with pytest.raises(PeerError, match=r"no channel listens|Expected an address"):
         other.ask(server.address, Ping(), Pong, 2.0)
     assert other.statistics()["links"] == 0
@@ -199,7 +192,7 @@ def test_a_server_that_starts_again_at_its_address_is_reached() -> None:
         asker.ask(first.address, Ping(), Pong)
         first.channel.close()
         second = Server(first.address)
-        assert until(lambda: asker.statistics()["links"] == 0 or asker.counts["lost"], 2)
+        assert until(lambda: asker.statistics()["links"] == 0 or asker.counts["lost"], waits.LIMIT)
         for _ in range(2):
             try:
                 assert asker.ask(first.address, Ping(), Pong).count == 1
@@ -252,7 +245,7 @@ def test_strangers_get_no_answer(
                 raw.socket.rcvtimeo = 300
                 with pytest.raises(zmq.Again):
                     raw.request(msgspec.msgpack.encode(Ping()))
-        assert until(lambda: server.counts["strangers"] >= 1, 60)
+        assert until(lambda: server.counts["strangers"] >= 1, waits.LIMIT)
         # The count comes before the line of the log.
         if how == "no curve":  # ZeroMQ reports the cause, or not
             line = "unknown|another secret"
@@ -260,7 +253,7 @@ def test_strangers_get_no_answer(
             line = "connections with another secret"
         else:
             line = "no message from unknown"
-        assert until(lambda: re.search(line, caplog.text), 60)
+        assert until(lambda: re.search(line, caplog.text), waits.LIMIT)
     assert server.pings == []
     assert server.channel.statistics()["peers"] == 0
     assert asker.ask(server.address, Ping(), Pong).count == 1
@@ -455,7 +448,7 @@ def test_a_process_that_is_killed_is_gone_at_once() -> None:
                 asker.ask(address, Ping(), Pong)
                 asker.watch(address, partial(ends.append, address))
             child.send_signal(signal.SIGKILL)
-            assert until(lambda: len(ends) == 2, 1)
+            assert until(lambda: len(ends) == 2, waits.LIMIT)
             for asker, address in ((one, by_unix), (other, by_tcp)):
                 with pytest.raises(PeerError):
                     asker.ask(address, Ping(), Pong)
@@ -470,7 +463,7 @@ def test_the_interpreters_end_closes(tmp_path: Path) -> None:
     text += "print(Channel().ask(servers[0].address, Ping(), Pong).count)\n"
     script = [sys.executable, "-W", "error::ResourceWarning", "-c", text]
     where = {**os.environ, "TMPDIR": str(folder)}
-    done = subprocess.run(script, capture_output=True, timeout=60, env=where)
+    done = subprocess.run(script, capture_output=True, timeout=waits.LIMIT, env=where)
     assert (done.returncode, done.stdout.split()[-1], done.stderr) == (0, b"1", b"")
 
 
@@ -636,10 +629,10 @@ def test_a_message_of_several_frames_ends_its_connection(by_tcp: tuple[Server, C
     server, asker = by_tcp
     with Raw(server) as raw:
         raw.request(msgspec.msgpack.encode(Ping()))
-        assert until(lambda: server.channel.statistics()["peers"] == 1, 5)
+        assert until(lambda: server.channel.statistics()["peers"] == 1, waits.LIMIT)
         head = HEAD.pack(VERSION, b"r" * 16, 1, 2)
         raw.socket.send_multipart([head + bytes(1000)] * 20)
-        assert until(lambda: server.counts["gone"] == 1, 5)
+        assert until(lambda: server.counts["gone"] == 1, waits.LIMIT)
         assert server.counts["size"] == 1
     assert asker.ask(server.address, Ping(b"on"), Pong).data == b"on"
 
@@ -667,7 +660,7 @@ def test_a_question_ends_when_nothing_waits_for_it(by_tcp: tuple[Server, Channel
     server, asker = by_tcp
     release = threading.Event()
     stop = threading.Event()
-    answer: Any = lambda *_: release.wait(10) and Pong()  # noqa: E731
+    answer: Any = lambda *_: release.wait(waits.LIMIT) and Pong()  # noqa: E731
     server.channel.serve(Ping, answer)
     threading.Timer(0.2, stop.set).start()
     with pytest.raises(TransferTimeout, match="was cancelled"):

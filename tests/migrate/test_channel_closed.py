@@ -8,7 +8,8 @@ import os
 
 import pytest
 import zmq
-from support.migrate_channels import SECRET, until
+from support.migrate_channels import SECRET
+from support.waits import LIMIT, until
 
 from portakv.errors import PeerError
 from portakv.migrate.channel import Channel
@@ -31,7 +32,7 @@ def test_a_channel_without_a_socket_to_listen_leaves_no_descriptor(
         patch.setattr(Sockets, "server", refuse)
         with pytest.raises(PeerError, match="this process has too many open files: `ulimit -n`"):
             Channel(TCP, secret=SECRET)
-    assert until(lambda: len(os.listdir("/proc/self/fd")) <= before, 20)
+    assert until(lambda: len(os.listdir("/proc/self/fd")) <= before, LIMIT)
 
 
 def test_a_channel_that_is_closed_takes_no_user_and_leaves_no_descriptor() -> None:
@@ -39,6 +40,6 @@ def test_a_channel_that_is_closed_takes_no_user_and_leaves_no_descriptor() -> No
     before = len(os.listdir("/proc/self/fd"))
     channel = Channel()
     channel.close()
-    assert until(lambda: len(os.listdir("/proc/self/fd")) <= before, 2)
+    assert until(lambda: len(os.listdir("/proc/self/fd")) <= before, LIMIT)
     with pytest.raises(PeerError, match="channel that is open, got one that is closed"):
         channel.claim("an owner", object())

@@ -30,7 +30,7 @@ from support.channel_model import (
     end_of,
     work_of,
 )
-from support.migrate_channels import until
+from support.waits import until
 
 from portakv.migrate import channel_client, channel_server, channel_sockets
 from portakv.migrate.channel import Channel

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 from support.migrate_channels import Ping, Pong, Server, server_and_asker
+from support.waits import LIMIT
 
 from portakv.errors import PeerError, TransferTimeout
 from portakv.migrate.channel import Channel
-
-LIMIT = 60.0
 
 
 @pytest.fixture
@@ -69,7 +68,7 @@ def test_a_question_for_a_moment_ends_after_it(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("portakv.migrate.channel_client.LOOK", pause)
     with server_and_asker(None) as (server, asker):
         release = threading.Event()
-        answer: Any = lambda *_: release.wait(30) and Pong()  # noqa: E731
+        answer: Any = lambda *_: release.wait(LIMIT) and Pong()  # noqa: E731
         assert asker.ask(server.address, Ping(b"up"), Pong).data == b"up"
         server.channel.serve(Ping, answer)
         with ThreadPoolExecutor(1) as pool:

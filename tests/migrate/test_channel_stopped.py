@@ -10,8 +10,9 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-from support.migrate_channels import SECRET, Ping, Pong, until
+from support.migrate_channels import SECRET, Ping, Pong
 from support.stopping import go_on, stop
+from support.waits import LIMIT, until
 
 from portakv.errors import PeerError
 from portakv.migrate.channel import Channel
@@ -65,7 +66,7 @@ def test_a_request_behind_a_short_one_has_its_own_time() -> None:
             there = server.stdout.readline().strip()
             stop(server.pid)
             short = pool.submit(asker.ask, there, Ping(), Pong, 0.5)
-            assert until(lambda: short.running(), 20)
+            assert until(lambda: short.running(), LIMIT)
             long = pool.submit(asker.ask, there, Ping(), Pong, 20.0)
             assert isinstance(short.exception(20), PeerError)
             go_on(server.pid)

@@ -11,10 +11,10 @@ from time import sleep
 
 import pytest
 import torch
-from support.migrate_channels import until
 from support.migrate_nursery import Nursery
 from support.migrate_pulls import MODEL, Couple, Rows, Sides, sides
 from support.stopping import go_on, stop
+from support.waits import LIMIT, until
 
 from portakv.errors import (
     InvalidTerms,
@@ -32,7 +32,6 @@ from portakv.migrate.issue import LONG
 from portakv.migrate.messages import Handshake, Hello
 from portakv.migrate.pull import Part
 
-LIMIT = 30
 NAME = bytes(range(16))
 #: As many stopped owners as the workers that copy on the host.
 COPIERS = 4

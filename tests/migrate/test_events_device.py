@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.migrate_pulls import LAYOUT, MODEL
 from support.peer_process import Peer
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import PortaKVError, Unsupported
@@ -62,7 +63,7 @@ def test_rows_are_read_behind_the_owners_stream_or_not_at_all(
             ticket = owner.do(WRITE, value=value)
             try:
                 pulled = reader.pull(ticket, [1, 5], timeout=60.0)
-                pulled.synchronize(60)
+                pulled.synchronize(LIMIT)
             except PortaKVError:
                 assert not opens, "with its events the owner's rows come"
                 continue

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple, cast
 import pytest
 import torch
 from migrate.transports.test_onesided import Memory
-from support.migrate_channels import until
 from support.migrate_pulls import SMALL, Couple, Rows, Sides, sides
-from support.waits import LIMIT
+from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms, PeerError, TransferError, Unsupported
 from portakv.migrate.channel import Channel, Peer
@@ -45,7 +44,7 @@ def pulled(made: Sides, both: Couple, transport: str | None) -> str:
     local = Rows(8, 32, fill=-1)
     reader = made.reader(local.shard, transport=transport, timeout=5.0)
     for _ in range(2):
-        reader.pull(both.offer().ticket, both.into, verify=True).synchronize(20)
+        reader.pull(both.offer().ticket, both.into, verify=True).synchronize(LIMIT)
     return reader.explain(both.offer().ticket)
 
 
@@ -58,12 +57,12 @@ def test_readers_of_one_owner_use_several_transports_at_once(made: Sides) -> Non
     ]
     for _ in range(3):
         for reader in readers:
-            reader.pull(both.offer().ticket, both.into, verify=True).synchronize(20)
+            reader.pull(both.offer().ticket, both.into, verify=True).synchronize(LIMIT)
 
 
 def test_a_rendezvous_of_the_owners_channel_and_pulls_leave_each_other_alone(made: Sides) -> None:
     both = Couple(made, "staging")
-    both.pull(both.offer()).synchronize(20)
+    both.pull(both.offer()).synchronize(LIMIT)
     here = rendezvous(both.owner.channel)
     pulled(made, both, None)
     there = rendezvous(both.reader.channel, both.owner.channel.address)
@@ -116,11 +115,11 @@ def test_a_reader_that_pairs_anew_finds_its_slots_free(
     assert until(lambda: both.owner.statistics()["slots"] >= 2)
     both.owner.reallocate(both.src.shard)
     monkeypatch.setattr(Other, "stuck", None)
-    both.pull(both.offer()).synchronize(40)  # while the first is stuck
+    both.pull(both.offer()).synchronize(LIMIT)  # while the first is stuck
     assert both.right()
     gate.set()
     with pytest.raises(PeerError):
-        before.synchronize(20)
+        before.synchronize(LIMIT)
 
 
 class Held(NamedTuple):
@@ -160,7 +159,7 @@ def test_an_owner_that_cannot_bring_rows_says_so_at_once(
             with pytest.raises(PeerError):
                 both.pull(offer, timeout=LIMIT).synchronize(2 * LIMIT)
         if at != "staging":
-            both.pull(both.offer()).synchronize(20)
+            both.pull(both.offer()).synchronize(LIMIT)
             assert both.right()
 
 
@@ -175,7 +174,7 @@ def test_an_owner_that_is_asked_for_no_rows_knows_of_a_pull_that_lasts(made: Sid
     pull = both.reader.pull([offer.ticket for offer in offers], both.into)
     assert until(lambda: all(offer.begun for offer in offers))
     gate.set()
-    pull.synchronize(30)
+    pull.synchronize(LIMIT)
     assert both.right()
 
 
@@ -187,14 +186,14 @@ def test_only_the_memory_that_slots_have_now_is_registered(
     monkeypatch.setattr(Other, "knows_once", once)
     both = Couple(made, "staging", transport="other")
     for both.tokens in (1, 10, 20, 40, 75, 3):
-        both.pull(both.offer(), verify=True).synchronize(20)
+        both.pull(both.offer(), verify=True).synchronize(LIMIT)
         assert both.right()
     (connection,) = both.reader._owners._owners.values()
     carrier: Any = connection.staging.transport
     transport: Any = both.owner._gathers._transports["other cpu"]
 
     def only_these() -> bool:  # the next buffer releases what a buffer had before it grew
-        both.pull(both.offer()).synchronize(20)
+        both.pull(both.offer()).synchronize(LIMIT)
         free = [*connection.staging.buffers]
         memory = [buffer.memory for buffer in free]
         local = {(x.data_ptr(), x.nbytes) for x in memory if x.nbytes}
@@ -225,10 +224,10 @@ def test_rows_of_a_pairing_before_are_not_taken_for_those_of_now(made: Sides) ->
     offer.after = cast(Any, Held(threading.Event(), 0.2))
     pull = both.pull(offer)
     gate.set()
-    pull.synchronize(60)  # longer than a lane's patience with a peer
+    pull.synchronize(LIMIT)  # longer than a lane's patience with a peer
     assert both.right()
     with pytest.raises(PeerError):
-        before.synchronize(20)
+        before.synchronize(LIMIT)
 
 
 class Late(Channel):
@@ -260,7 +259,7 @@ class Late(Channel):
         """Wait for the event with a message of the kind."""
         if self.kind is not None and isinstance(message, self.kind):
             self.waiting += 1
-            assert self.event.wait(60)
+            assert self.event.wait(LIMIT)
 
 
 @pytest.mark.parametrize("kind", [Taken, Stop])
@@ -277,24 +276,24 @@ def test_messages_of_a_pairing_before_are_not_sent_in_the_next(
     offer = both.offer()
     offer.after = cast(Any, Held(gate, 60))
     before = both.pull(offer)
-    assert until(lambda: late.places == {1, 2}, 20)
+    assert until(lambda: late.places == {1, 2}, LIMIT)
     if kind is Taken:  # the owner does not answer, so the reader closes its lane
         monkeypatch.setattr("portakv.migrate.staged.STOPPING", 0.2)
         both.owner.channel.serve(Stop, lambda *_: None)
     assert before.cancel()
     # Of two buffers that were requested, and of those after the last that has a receive.
-    assert until(lambda: late.waiting == (3 if kind is Taken else 1), 20)
+    assert until(lambda: late.waiting == (3 if kind is Taken else 1), LIMIT)
 
     both.owner.reallocate(both.src.shard)
     offer = both.offer()
     offer.after = cast(Any, Held(gate, 60))
     pull = both.pull(offer)
-    assert until(lambda: late.gathers == 2, 20)
+    assert until(lambda: late.gathers == 2, LIMIT)
     late.event.set()
     with pytest.raises(TransferError):
-        before.synchronize(60)
+        before.synchronize(LIMIT)
     gate.set()
-    pull.synchronize(60)
+    pull.synchronize(LIMIT)
     assert both.right()
 
 
@@ -325,7 +324,7 @@ def test_all_parts_of_an_offer_share_the_ids(made: Sides) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Gathers, "send", sent)
-        both.pull(offer).synchronize(20)
+        both.pull(offer).synchronize(LIMIT)
     assert both.right()
     assert len(gathered) > 1
     assert len({index.ids_token for index in gathered}) == 1

@@ -14,17 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.interrupts import (
-    LIMIT,
-    by_width,
-    files_of,
-    in_other_thread,
-    orphans,
-    reach,
-    settles,
-)
+from support.interrupts import by_width, files_of, in_other_thread, orphans, reach, settles
 from support.migrate_channels import SECRET, Ping, Pong, Server
 from support.migrate_pulls import MODEL, SMALL, Rows
+from support.waits import LIMIT
 
 from portakv.errors import PeerError, PortaKVError
 from portakv.migrate import (

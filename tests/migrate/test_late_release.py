@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.migrate_pulls import Couple, Sides, sides
+from support.waits import LIMIT
 
 from portakv.copy.layer_words import LayerWords
 from portakv.host import _registration
@@ -36,7 +37,7 @@ def mappings() -> int:
 @pytest.mark.parametrize("end", ["end_waits", "rest", "close"])
 def test_memory_of_an_owner_that_is_gone(made: Sides, end: str) -> None:
     both = Couple(made)
-    both.pull(both.offer()).synchronize(20)
+    both.pull(both.offer()).synchronize(LIMIT)
     before = mappings()
     words = LayerWords(CPU, 1)
     words.begin()
@@ -57,7 +58,7 @@ def test_memory_that_is_not_what_its_owner_says(
     before = mappings()
     words = LayerWords(CPU, 1)
     words.begin()
-    both.pull(offer).synchronize(20)  # by staging
+    both.pull(offer).synchronize(LIMIT)  # by staging
     held = mappings()
     words.end_waits()
     assert before <= mappings() < held
@@ -65,7 +66,7 @@ def test_memory_that_is_not_what_its_owner_says(
 
 def test_memory_of_an_owner_without_a_step(made: Sides) -> None:
     both = Couple(made)
-    both.pull(both.offer()).synchronize(20)
+    both.pull(both.offer()).synchronize(LIMIT)
     before = mappings()
     both.reader.close()
     assert mappings() < before

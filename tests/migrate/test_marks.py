@@ -24,9 +24,9 @@ from support.mark_cases import (
     end_of,
     steps_of,
 )
-from support.migrate_channels import until
 from support.migrate_pulls import SMALL, Clock, Copies, Rows, Sides, sides
 from support.peer_cases import reading
+from support.waits import LIMIT, until
 
 from portakv import CopyPlan, KVView
 from portakv.errors import (
@@ -49,7 +49,6 @@ from portakv.migrate.ipc import shared_empty
 from portakv.migrate.issue import Issuer
 from portakv.migrate.pull import Pull
 
-LIMIT = 30
 METHODS = pytest.mark.parametrize("method", ["mapped", "staging"])
 UNITS = pytest.mark.parametrize("unit", ["layers", "tokens"])
 BY_LAYER = pytest.mark.parametrize("by_layer", [False, True], ids=["whole", "by layer"])
@@ -96,7 +95,7 @@ def test_rows_come_as_they_are_written(made: Sides, method: str, unit: Any, by_l
     assert both.right()
     assert both.spared()
     assert pulled.statistics.nbytes == 2 * LAYERS * TOKENS * 4 * 16
-    assert offer.taken(5)
+    assert offer.taken(LIMIT)
     assert offer.state == "taken"
 
 
@@ -306,7 +305,7 @@ def test_owners_of_a_half_raise_separate_marks(
         assert torch.equal(dst.rows([6, 1], 45)[n], src.rows([7, 3, 11], 45)[n])
         assert not dst.whole.eq(POISON).any()
     pulled.synchronize(LIMIT)
-    assert all(offer.taken(5) for offer in offers)
+    assert all(offer.taken(LIMIT) for offer in offers)
 
 
 @METHODS
@@ -330,7 +329,7 @@ def test_several_readers_follow_one_offer(made: Sides, method: str, unit: Any) -
         pulled.synchronize(LIMIT)
     for one in (both.dst, *others):
         assert torch.equal(one.rows(both.into, TOKENS), both.src.rows(both.blocks, TOKENS))
-    assert offer.taken(5)
+    assert offer.taken(LIMIT)
 
 
 @METHODS
@@ -357,7 +356,7 @@ def test_a_pull_by_name_follows_the_mark(
             assert both.right_layer(mark - 1)
     pulled.synchronize(LIMIT)
     assert both.right()
-    assert offer.taken(5)
+    assert offer.taken(LIMIT)
 
 
 def test_many_pulls_follow_together(made: Sides) -> None:
@@ -493,7 +492,7 @@ def test_an_offer_that_ends_before_it_is_complete_ends_the_pull(
     if end == "revoked":
         offer.revoke()
     elif end == "expired":
-        assert offer.taken(5)
+        assert offer.taken(LIMIT)
     elif end == "reallocated":
         both.owner.reallocate(both.src.shard)
     else:

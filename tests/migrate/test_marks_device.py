@@ -9,9 +9,9 @@ from contextlib import closing
 import pytest
 import torch
 from support.device_cases import on
-from support.migrate_channels import until
 from support.migrate_pulls import LAYOUT, MODEL, SMALL, Rows, sides
 from support.peer_process import Peer
+from support.waits import LIMIT, until
 from torch.cuda import _sleep
 
 from portakv import KVView
@@ -21,7 +21,6 @@ from portakv_conformance import simdev
 
 SHAPE = 2, 2, 16, 16, 4, 8
 POISON = -77
-LIMIT = 60
 
 
 def delay(stream: torch.Stream) -> None:

@@ -19,15 +19,14 @@ from support.mark_cases import (
     end_of,
     steps_of,
 )
-from support.migrate_channels import until
 from support.migrate_nursery import Nursery
 from support.migrate_pulls import Rows, Sides, sides
+from support.waits import LIMIT, until
 
 from portakv.errors import OfferGone, PeerError, PortaKVError
 from portakv.migrate import Ticket
 from portakv.migrate.offers import Offer
 
-LIMIT = 30
 INTO = [6, 1, 4]
 METHODS = pytest.mark.parametrize("method", ["mapped", "staging"])
 UNITS = pytest.mark.parametrize("unit", ["layers", "tokens"])
@@ -169,7 +168,7 @@ def test_a_reader_that_is_killed_while_it_follows_is_lost(
     offer.raise_to(LAYERS)
     pulled.synchronize(LIMIT)
     assert both.right()
-    assert offer.taken(5)
+    assert offer.taken(LIMIT)
 
 
 @METHODS
@@ -188,7 +187,7 @@ def test_rows_of_this_process_come_to_another(
         last = mark
     read = torch.from_numpy(nursery.hear(pid))
     assert torch.equal(read, both.rows[:, :, both.blocks].flatten(2, 3)[:, :, :TOKENS])
-    assert offer.taken(5)
+    assert offer.taken(LIMIT)
     nursery.end(pid)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 from support.migrate_pulls import MODEL, Rows, Sides, sides
+from support.waits import LIMIT
 
 from portakv.errors import InvalidTerms, OfferGone, PeerError
 from portakv.migrate import Ticket, ipc, messages, name_table
@@ -36,7 +37,6 @@ EPOCH = b"e" * 16
 BLOCKS = [7, 3, 11]
 INTO = [6, 1]
 TOKENS = 45
-LIMIT = 30
 SMALL = 16 << 10  # bytes of a ring
 
 
@@ -394,7 +394,7 @@ def test_a_pull_by_name_asks_its_owner_nothing(
         offer = pair.offer(name)
         pair.pull(pair.ticket(name)).synchronize(LIMIT)
         assert pair.right()
-        assert offer.taken(5)
+        assert offer.taken(LIMIT)
         assert offer.state == "taken"
     assert bool(pair.asked) != listed
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from support.device_cases import on
-from support.migrate_channels import until
 from support.migrate_nursery import Nursery
 from support.migrate_pulls import SMALL, Clock, Rows, Sides, sides
 from support.stopping import go_on, stop
+from support.waits import LIMIT, until
 from torch.cuda import _sleep
 
 from portakv import Index
@@ -41,7 +41,6 @@ from portakv_conformance import simdev
 BLOCKS = [7, 3, 11]
 INTO = [6, 1]
 TOKENS = 45
-LIMIT = 30
 METHODS = pytest.mark.parametrize("expose", ["mapped", "staging"])
 OWNER = """
 from support.migrate_pulls import *
@@ -103,7 +102,7 @@ def test_an_offer_is_found_by_its_name(
     pulled.synchronize(LIMIT)
     assert pair.right()
     assert pulled.statistics.blocks == 2
-    assert offers[0].taken(5)
+    assert offers[0].taken(LIMIT)
     assert offers[0].state == "taken"
 
 
@@ -124,7 +123,7 @@ def test_a_pull_waits_until_its_timeout(made: Sides) -> None:
         pulled.synchronize(LIMIT)
     with pytest.raises(TransferTimeout):
         pulled.layers[0].synchronize(LIMIT)
-    assert until(lambda: pair.reader.statistics()["pulls"] == 0, 5)
+    assert until(lambda: pair.reader.statistics()["pulls"] == 0, LIMIT)
 
 
 def test_a_pull_that_waits_is_cancelled(made: Sides) -> None:
@@ -151,7 +150,7 @@ def test_a_name_of_an_ended_offer_says_why(made: Sides) -> None:
         offer = pair.owner.offer(BLOCKS, tokens=TOKENS, name=name, lease=lease)
         if end == "taken":
             pair.reader.pull(offer.ticket, INTO).synchronize(LIMIT)
-            assert offer.taken(5)
+            assert offer.taken(LIMIT)
         elif end == "revoked":
             assert pair.owner.revoke(pair.ticket(name))
         else:
@@ -173,7 +172,7 @@ def test_a_name_is_of_one_offer(made: Sides) -> None:
         pair.owner.offer([1], tokens=4, name=name)
     pair.reader.pull(pair.ticket(name), INTO).synchronize(LIMIT)
     assert pair.right()
-    assert offer.taken(5)
+    assert offer.taken(LIMIT)
     assert pair.owner.statistics()["held"] == 0
 
 
@@ -217,7 +216,7 @@ def test_many_pulls_wait_together_for_offers_in_any_order(made: Sides) -> None:
     for pulled in pulls:
         pulled.synchronize(LIMIT)
     assert torch.equal(pair.src.rows([3], 16), pair.dst.rows([0], 16))
-    assert until(lambda: pair.owner.statistics()["held"] == 0, 5)
+    assert until(lambda: pair.owner.statistics()["held"] == 0, LIMIT)
 
 
 @pytest.mark.usefixtures("no_tables")
@@ -622,7 +621,7 @@ def test_stopped_owners_are_asked_together(made: Sides) -> None:
             pair.reader.pull(Ticket.of(address, epoch, name), INTO, timeout=2 * LIMIT)
             for _, (address, epoch) in born
         ]
-        assert until(lambda: pair.reader.statistics()["owners"] == 5, 10)
+        assert until(lambda: pair.reader.statistics()["owners"] == 5, LIMIT)
         for pid, _ in born:
             stop(pid)
         try:

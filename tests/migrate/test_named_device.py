@@ -15,6 +15,7 @@ import torch
 from support.device_cases import on
 from support.migrate_pulls import LAYOUT, MODEL
 from support.peer_process import Peer
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.migrate import Channel, Reader, Ticket
@@ -26,7 +27,6 @@ pytestmark = pytest.mark.gpu
 SHAPE = 2, 2, 16, 16, 4, 8
 BLOCKS = [4, 9]
 INTO = [6, 1]
-LIMIT = 60
 OWNER = """
 import torch
 from portakv import KVView

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from support.migrate_pulls import SMALL, Rows, Sides, sides
+from support.waits import LIMIT
 
 from portakv.errors import TransferTimeout
 from portakv.migrate import Reader, Ticket
 from portakv.migrate.named import Finder
 from portakv.migrate.pull import Pull
 
-LIMIT = 30
 THREADS = 4
 PULLS = 60  # of each thread
 TOKENS = 16

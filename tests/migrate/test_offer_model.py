@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 from msgspec.structs import replace
-from support.migrate_channels import until
 from support.migrate_pulls import Couple, sides
 from support.offer_model import (
     PATIENCE,
@@ -30,6 +29,7 @@ from support.offer_model import (
     Side,
 )
 from support.peer_cases import reading
+from support.waits import LIMIT, until
 
 from portakv.errors import OfferGone, TransferCancelled
 from portakv.migrate.channel import Peer
@@ -355,7 +355,7 @@ def run(kind: type[PacedOwner], examples: int) -> None:
     PacedCopies.go.set()
     with sides() as made, reading(PacedCopies):
         both = Couple(made)  # the backend is checked at its first copy, which no walk may hold up
-        both.pull(both.offer()).synchronize(30)
+        both.pull(both.offer()).synchronize(LIMIT)
         run_machine(machine, settings=terms)
 
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 import pytest
 import torch
 from msgspec.structs import replace
-from support.migrate_channels import SECRET, Network, until
+from support.migrate_channels import SECRET, Network
 from support.migrate_pulls import (
     LAYOUT,
     MODEL,
@@ -33,6 +33,7 @@ from support.migrate_pulls import (
 )
 from support.peer_cases import reading
 from support.threads import interrupting
+from support.waits import LIMIT, until
 
 from portakv import CopyPlan, KVView
 from portakv.errors import (
@@ -80,7 +81,7 @@ def made() -> Iterator[Sides]:
 def ended(pulled: Any, kind: type[Exception], match: str | None = None) -> None:
     """It ends by an error, and nothing is published."""
     with pytest.raises(kind, match=match):
-        pulled.synchronize(30)
+        pulled.synchronize(LIMIT)
     assert not pulled.published
     assert pulled.statistics.nbytes == 0
 
@@ -89,7 +90,7 @@ def changed(both: Couple, offer: Any = None) -> None:
     """Pull rows that change after they were read: they are not published."""
     compares = Compares(both.owner)
     pulled = both.pull(offer or both.offer(), verify=True)
-    assert compares.asked.wait(20)
+    assert compares.asked.wait(LIMIT)
     both.src.whole[0, 0, 7, 0] ^= 1
     compares.may.set()
     ended(pulled, TransferError, "Expected the bytes of the rows")
@@ -140,7 +141,7 @@ def test_an_owner_that_was_closed_offers_nothing(made: Sides) -> None:
     offer = both.offer()
     both.owner.close()
     with pytest.raises(OfferGone, match="this owner has no such offer"):
-        both.pull(offer).synchronize(30)
+        both.pull(offer).synchronize(LIMIT)
 
 
 def test_an_owner_that_was_restarted_at_its_address_is_another(made: Sides) -> None:
@@ -152,16 +153,16 @@ def test_an_owner_that_was_restarted_at_its_address_is_another(made: Sides) -> N
     asker = Channel(secret=SECRET)
     made.made += [asker, reader := Reader(asker, local.shard, model=MODEL)]
     old = [owner.offer([1, 2], tokens=32).ticket for _ in range(2)]
-    reader.pull(old[0], [3]).synchronize(30)
+    reader.pull(old[0], [3]).synchronize(LIMIT)
     owner.close()
     before.close()
     after = Channel(before.address, secret=SECRET)
     made.made += [after, again := Owner(after, remote.shard, model=MODEL)]
     assert until(lambda: not reader_reaches(reader, old[1]))
     with pytest.raises(OfferGone, match="restarted"):
-        reader.pull(old[1], [3]).synchronize(30)
+        reader.pull(old[1], [3]).synchronize(LIMIT)
     offer = again.offer([5, 6], tokens=32)
-    reader.pull(offer.ticket, [3]).synchronize(30)
+    reader.pull(offer.ticket, [3]).synchronize(LIMIT)
     assert torch.equal(local.rows([3], 32), remote.rows([5, 6], 32))
 
 
@@ -193,12 +194,12 @@ def test_a_network_that_is_cut_publishes_nothing_and_hangs_nobody(made: Sides) -
     pulled = reader.pull(parsed, [3], by_layer=True, max_gbps=NEVER)
     net.cut.set()
     ended(pulled, TransferError)
-    assert offer.taken(5)
+    assert offer.taken(LIMIT)
     assert offer.state in ("expired", "lost")
     net.cut.clear()
     again = ticket()[1]
     assert until(lambda: reader_reaches(reader, again))
-    reader.pull(again, [3]).synchronize(30)
+    reader.pull(again, [3]).synchronize(LIMIT)
     assert torch.equal(local.rows([3], 32), remote.rows([1, 2], 32))
     net.close()
 
@@ -217,9 +218,9 @@ def test_a_check_whose_answer_is_lost_is_repeated(made: Sides) -> None:
     net.eat = 1
     net.quiet.set()
     pulled = reader.pull(parsed, [3])
-    pulled.synchronize(30)
+    pulled.synchronize(LIMIT)
     assert pulled.published
-    assert offer.taken(5)
+    assert offer.taken(LIMIT)
     assert (owner.statistics()["closed"], offer.state) == (1, "taken")
     net.close()
 
@@ -232,15 +233,15 @@ def test_what_is_no_ticket_is_refused_in_the_same_words(made: Sides, expose: str
     flipped = [bytes([*good[:n], good[n] ^ 1, *good[n + 1 :]]) for n in range(0, len(good), 7)]
     for bad in (b"", good[:-1], good[:16], good + b"\0", *flipped):
         with pytest.raises(PeerError, match=r"Expected tickets .* not a ticket of this"):
-            both.reader.pull(bad, both.into).synchronize(30)
+            both.reader.pull(bad, both.into).synchronize(LIMIT)
     key = key_of(both.owner)
     odd = replace(Ticket.read(good), ids=(Ticket.read(good).ids[0] + b"\0",)).pack(key)
     with pytest.raises(PeerError, match="not a ticket of this release"):
-        both.reader.pull(odd, both.into).synchronize(30)
+        both.reader.pull(odd, both.into).synchronize(LIMIT)
     forged = replace(Ticket.read(good), offer=bytes(16)).pack(key)
     with pytest.raises(OfferGone):
-        both.reader.pull(forged, both.into).synchronize(30)
-    both.reader.pull(good, both.into).synchronize(30)
+        both.reader.pull(forged, both.into).synchronize(LIMIT)
+    both.reader.pull(good, both.into).synchronize(LIMIT)
     assert both.right()
     assert both.spared()
 
@@ -253,10 +254,10 @@ def test_a_ticket_of_another_group_is_refused(made: Sides) -> None:
         Shard(KVView([*other.whole.view(2, 2, 16, 16, 2, 16)], both.src.view.layout.text))
     )
     with pytest.raises(LayoutError, match="bytes of a row of group 0"):
-        both.reader.pull(wide.offer([1], tokens=16).ticket, [0]).synchronize(30)
+        both.reader.pull(wide.offer([1], tokens=16).ticket, [0]).synchronize(LIMIT)
     two = made.owner(other.shard, other.shard)
     with pytest.raises(LayoutError, match="groups: 1 here and 2 there"):
-        both.reader.pull(two.offer([1], [1], tokens=16).ticket, [0]).synchronize(30)
+        both.reader.pull(two.offer([1], [1], tokens=16).ticket, [0]).synchronize(LIMIT)
     tickets = [both.owner.offer([1, 2], tokens=n).ticket for n in (16, 17)]
     with pytest.raises(InvalidTerms, match=r"the same tokens, got tickets for \[16, 17\]"):
         both.reader.pull(tickets, [0])
@@ -272,7 +273,7 @@ def test_a_forged_ticket_reads_nothing_past_a_region(made: Sides) -> None:
     past = torch.tensor([7, 3, 11, 0, 1 << 20], dtype=torch.int32, device="cpu").numpy().tobytes()
     edited = replace(Ticket.read(both.offer().ticket), ids=(past,)).pack(key_of(both.owner))
     with pytest.raises(SlotError):
-        both.reader.pull(edited, both.into).synchronize(30)
+        both.reader.pull(edited, both.into).synchronize(LIMIT)
     assert (both.dst.whole == -1).all()
 
 
@@ -287,7 +288,7 @@ def test_bad_blocks_of_the_reader_are_refused_before_anything_moves(
         with pytest.raises(SlotError):
             both.reader.pull(offer.ticket, bad)
     assert (both.dst.whole == -1).all()
-    both.pull(offer).synchronize(30)
+    both.pull(offer).synchronize(LIMIT)
     assert both.right()
 
 
@@ -303,8 +304,8 @@ def test_an_owner_that_reallocates_between_two_greetings_is_not_paired_with(made
 
     both.owner.channel.serve(Hello, hello)
     with pytest.raises(OfferGone, match="other memory"):
-        both.pull(both.offer()).synchronize(30)
-    both.pull(both.offer()).synchronize(30)
+        both.pull(both.offer()).synchronize(LIMIT)
+    both.pull(both.offer()).synchronize(LIMIT)
     assert both.right()
 
 
@@ -316,7 +317,7 @@ def test_a_mapping_that_reads_other_bytes_is_not_used(
     both = Couple(made)
     offer = both.offer()
     assert "does not show the bytes of its owner" in both.reader.explain(offer.ticket)
-    both.pull(offer).synchronize(30)
+    both.pull(offer).synchronize(LIMIT)
     assert both.right()
     assert both.spared()
 
@@ -329,7 +330,7 @@ def test_a_pull_inside_a_capture_is_refused(made: Sides, monkeypatch: pytest.Mon
     with pytest.raises(Unsupported, match="pull outside"):
         both.pull(offer)
     monkeypatch.undo()
-    both.pull(offer).synchronize(30)
+    both.pull(offer).synchronize(LIMIT)
 
 
 def test_too_little_staging_is_an_error_before_anything_moves(made: Sides) -> None:
@@ -339,7 +340,7 @@ def test_too_little_staging_is_an_error_before_anything_moves(made: Sides) -> No
     owner = made.owner(shard[0], expose="staging", staging=1 << 14)
     offer = owner.offer([1], tokens=3)
     with pytest.raises(Unsupported, match="holds no token of a layer; increase staging="):
-        made.reader(shard[1]).pull(offer.ticket, [0]).synchronize(30)
+        made.reader(shard[1]).pull(offer.ticket, [0]).synchronize(LIMIT)
     assert offer.state == "held"
     offer.revoke()
     with pytest.raises(InvalidTerms, match=r"Expected staging .* at least 16384"):
@@ -363,16 +364,19 @@ def test_a_pull_is_cancelled_at_any_moment(made: Sides, expose: str) -> None:
         time.sleep(seed.random() * 0.03)
         if pulled.cancel():
             with pytest.raises(TransferCancelled):
-                pulled.synchronize(30)
+                pulled.synchronize(LIMIT)
             assert not pulled.published
             assert pulled.statistics.cancelled
             assert offer.state == "held"
-            both.pull(offer).synchronize(30)  # by the same ticket
-        assert offer.taken(5)
-        assert (offer.taken(5), offer.state) == (True, "taken")  # the owner learns of it after us
+            both.pull(offer).synchronize(LIMIT)  # by the same ticket
+        assert offer.taken(LIMIT)
+        assert (offer.taken(LIMIT), offer.state) == (
+            True,
+            "taken",
+        )  # the owner learns of it after us
     both.dst.whole.fill_(-1)
     pulled = both.pull(both.offer())
-    pulled.synchronize(30)
+    pulled.synchronize(LIMIT)
     assert not pulled.cancel()
     assert pulled.published
     assert not pulled.statistics.cancelled
@@ -392,7 +396,7 @@ def test_who_cancels_a_pull_at_its_very_end_is_told_what_became_of_it(made: Side
             pass
         cancelled = pulled.cancel()
         with pytest.raises(TransferCancelled) if cancelled else nullcontext():
-            pulled.synchronize(30)
+            pulled.synchronize(LIMIT)
         assert pulled.published != cancelled
 
 
@@ -415,10 +419,10 @@ def test_a_pull_whose_owner_does_not_answer_ends_in_its_own_time(made: Sides) ->
     """The channel's time is longer; and the pull does not count as cancelled."""
     both = Couple(made, "staging")
     both.reader.channel.timeout = 25.0
-    both.pull(both.offer()).synchronize(30)
+    both.pull(both.offer()).synchronize(LIMIT)
     both.owner.channel.serve(Check, lambda *_: None)
     pulled = both.pull(both.offer(), timeout=0.2)
-    assert until(lambda: pulled.ended, 15)
+    assert until(lambda: pulled.ended, LIMIT)
     ended(pulled, TransferTimeout, "Increase timeout")
     assert not pulled.statistics.cancelled
 
@@ -429,7 +433,7 @@ def test_an_owner_that_is_gone_is_found_before_its_rows_would_be_here(
 ) -> None:
     """Faults 4 and 5, at a rate by which they would take for ever."""
     both = Couple(made, expose)
-    both.pull(both.offer()).synchronize(30)
+    both.pull(both.offer()).synchronize(LIMIT)
     pulled = both.pull(both.offer(), max_gbps=1e-6)
     both.owner.channel.close()
     ended(pulled, PeerError)
@@ -446,11 +450,11 @@ def test_rows_that_are_moved_keep_to_a_rate(made: Sides) -> None:
     groups = [[Rows(8, fill=n).shard for n in range(3)] for _ in range(2)]
     offer = made.owner(*groups[0]).offer(*[[0, 1]] * 3, tokens=32)
     pulled = made.reader(*groups[1]).pull(offer.ticket, *[[2, 3]] * 3, max_gbps=SLOW / 4)
-    pulled.synchronize(30)
+    pulled.synchronize(LIMIT)
     rate = pulled.statistics.gbps
     assert 0 < (rate or 0) < SLOW / 2  # all groups together, not each
     whole = Couple(made, "staging", staging=1 << 20)
-    whole.reader.prepare(whole.owner.channel.address).synchronize(30)
+    whole.reader.prepare(whole.owner.channel.address).synchronize(LIMIT)
     transfers = [whole.pull(whole.offer(), **terms) for terms in ({}, {"max_gbps": SLOW / 16})]
     one, several = (x.statistics.slices for x in transfers)
     assert one == 1
@@ -491,15 +495,15 @@ def test_a_forked_child_refuses_and_the_parent_goes_on(made: Sides) -> None:
             except (PeerError, TransferError):
                 refused += bool((both.dst.whole.numpy()[:, :, both.into] == -1).all())
             try:
-                pulled.synchronize(5)
+                pulled.synchronize(LIMIT)
             except TransferError:
                 refused += 1
             os._exit(refused)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
         copied.set()
-        pulled.synchronize(30)
+        pulled.synchronize(LIMIT)
     assert both.right()
-    both.pull(offers[1]).synchronize(30)
+    both.pull(offers[1]).synchronize(LIMIT)
 
 
 def test_ctrl_c_ends_a_wait_and_no_pull(made: Sides) -> None:
@@ -509,9 +513,9 @@ def test_ctrl_c_ends_a_wait_and_no_pull(made: Sides) -> None:
     with reading(waiting_copies(both, copied)):
         pulled = both.pull(both.offer())
         with interrupting(Pull.synchronize), pytest.raises(KeyboardInterrupt):
-            pulled.synchronize(30)
+            pulled.synchronize(LIMIT)
         copied.set()
-        pulled.synchronize(30)
+        pulled.synchronize(LIMIT)
     assert pulled.published
     assert both.right()
 
@@ -530,7 +534,7 @@ def test_many_pulls_at_once_are_each_right(made: Sides, expose: str) -> None:
             offer = made_owners[n % 2].offer(blocks, tokens=30)
             pulls.append((reader.pull(offer.ticket, [n]), local, n, owners[n % 2], blocks))
     for pulled, local, n, remote, blocks in pulls:
-        pulled.synchronize(60)
+        pulled.synchronize(LIMIT)
         assert torch.equal(local.rows([n], 30), remote.rows(blocks, 30))
 
 
@@ -557,9 +561,9 @@ def test_a_pull_that_failed_leaves_its_offer_for_another(made: Sides, how: str) 
     failing(both, offer, how)
     assert offer.state == "held"
     assert not offer.taken(0.05)
-    both.pull(offer, verify=True).synchronize(30)
-    assert offer.taken(5)
-    assert (offer.taken(5), offer.state) == (True, "taken")  # the owner learns of it after us
+    both.pull(offer, verify=True).synchronize(LIMIT)
+    assert offer.taken(LIMIT)
+    assert (offer.taken(LIMIT), offer.state) == (True, "taken")  # the owner learns of it after us
     assert both.right()
 
 
@@ -593,9 +597,9 @@ def test_an_edited_ticket_reads_nothing(made: Sides, expose: str, fields: dict[s
     both = Couple(made, expose)
     offer = both.offer()
     with pytest.raises(PeerError, match="not a ticket of this release"):
-        both.reader.pull(forged(offer.ticket, **fields), both.into).synchronize(30)
+        both.reader.pull(forged(offer.ticket, **fields), both.into).synchronize(LIMIT)
     assert (both.dst.whole == -1).all()
-    both.pull(offer).synchronize(30)
+    both.pull(offer).synchronize(LIMIT)
     assert both.right()
 
 
@@ -603,7 +607,7 @@ def test_the_mac_is_what_stops_an_edited_ticket(made: Sides) -> None:
     """The control: signed with the owner's key, the same ids are read."""
     both = Couple(made)
     parsed = replace(Ticket.read(both.offer().ticket), ids=(OTHERS,))
-    both.reader.pull(parsed.pack(key_of(both.owner)), both.into).synchronize(30)
+    both.reader.pull(parsed.pack(key_of(both.owner)), both.into).synchronize(LIMIT)
     wanted = both.src.rows([1, 2, 3, 4, 5], both.tokens)
     assert torch.equal(both.dst.rows(both.into, both.tokens), wanted)
 
@@ -621,7 +625,7 @@ def test_an_owner_whose_events_cannot_be_opened_is_not_mapped(made: Sides) -> No
     both.owner = Eventful(both.owner.channel, both.src.shard, model=MODEL)
     made.made.append(both.owner)
     pulled = both.pull(both.offer())
-    pulled.synchronize(60)
+    pulled.synchronize(LIMIT)
     assert pulled.statistics.strategy == "distributed"
     assert both.right()
 
@@ -629,11 +633,11 @@ def test_an_owner_whose_events_cannot_be_opened_is_not_mapped(made: Sides) -> No
 def test_a_pull_counts_the_readers_blocks(made: Sides) -> None:
     both = Couple(made)
     pulled = both.pull(both.offer())
-    pulled.synchronize(30)
+    pulled.synchronize(LIMIT)
     parsed = pulled.statistics
     assert (parsed.blocks, parsed.blocks_requested) == (3, 3)
     pulled = both.pull(both.offer(), first=40)  # the first block of 32 tokens is there already
-    pulled.synchronize(30)
+    pulled.synchronize(LIMIT)
     assert pulled.statistics.blocks == 2
 
 
@@ -685,11 +689,11 @@ def test_rows_of_an_owner_that_reuses_its_blocks_at_once_are_never_stale(
     seed = random.Random(7)
     published = 0
     gone = 0
-    both.pull(both.offer()).synchronize(30)  # they are paired
+    both.pull(both.offer()).synchronize(LIMIT)  # they are paired
     spans = list[float]()
     for _ in range(5):
         began = time.monotonic()
-        both.pull(both.offer()).synchronize(30)
+        both.pull(both.offer()).synchronize(LIMIT)
         spans.append(time.monotonic() - began)
     span = 2 * min(spans)  # the moments at which offers end; nothing judges it
     for number in range(rounds):
@@ -705,7 +709,7 @@ def test_rows_of_an_owner_that_reuses_its_blocks_at_once_are_never_stale(
         thread = threading.Thread(target=reuse)
         thread.start()
         try:
-            both.pull(offer).synchronize(30)
+            both.pull(offer).synchronize(LIMIT)
             published += 1
             assert (both.dst.rows(both.into, both.tokens) == number).all()
         except OfferGone:
@@ -738,10 +742,10 @@ def test_an_owner_knows_of_its_reader_while_rows_of_the_host_are_copied(made: Si
     class Watched(Copies):
         def observe(self, plan: CopyPlan) -> None:
             if plan.dst == views[1].form:
-                knew.append(until(lambda: bool(offer.begun), 2))
+                knew.append(until(lambda: bool(offer.begun), LIMIT))
 
     with reading(Watched):
-        reader.pull(offer.ticket, range(64)).synchronize(30)
+        reader.pull(offer.ticket, range(64)).synchronize(LIMIT)
     assert knew == [True]
     assert torch.equal(remote, local)
 
@@ -758,7 +762,7 @@ def test_an_owner_is_told_of_copies_that_last(made: Sides, lasts: bool) -> None:
         (threading.Timer(0.3, over.set).start if lasts else over.set)()
 
     with reading(waiting_copies(both, over, begin)):
-        both.pull(both.offer()).synchronize(30)
+        both.pull(both.offer()).synchronize(LIMIT)
     assert len(parsed) == lasts
     assert both.right()
 
@@ -770,7 +774,7 @@ def test_owners_that_come_and_go_leave_no_workers(made: Sides) -> None:
     for _ in range(4):
         channel = Channel()
         owner = Owner(channel, remote.shard, model=MODEL, expose="staging", staging=SMALL)
-        reader.pull(owner.offer([1, 2], tokens=32).ticket, [3]).synchronize(30)
+        reader.pull(owner.offer([1, 2], tokens=32).ticket, [3]).synchronize(LIMIT)
         owner.close()
         channel.close()
         assert until(lambda: reader.channel.statistics()["links"] == 0)
@@ -796,7 +800,7 @@ def test_a_channel_has_one_owner_and_one_reader_at_a_time(made: Sides) -> None:
         made.made.append(again := kind(*terms, model=MODEL))
         setattr(both, kind.__name__.lower(), again)
         one.close()
-    both.pull(both.offer()).synchronize(30)
+    both.pull(both.offer()).synchronize(LIMIT)
     assert both.right()
 
 
@@ -820,10 +824,10 @@ def test_an_event_of_an_older_offer_stands_behind_its_rows_still(made: Sides) ->
     both.owner._events = []
     key = key_of(both.owner)
     forged = replace(parsed, event=EVENTS + 1).pack(key)
-    both.reader.pull(forged, both.into).synchronize(30)
+    both.reader.pull(forged, both.into).synchronize(LIMIT)
     (connection,) = both.reader._owners._owners.values()
     for over, waits in ((True, 2), (False, 3)):  # a stream waits for none that has ended
         connection.events = [cast(Any, SimpleNamespace(query=partial(bool, over), wait=log.append))]
         parsed = replace(Ticket.read(both.offer().ticket), event=0)
-        both.reader.pull(parsed.pack(key), both.into).synchronize(30)
+        both.reader.pull(parsed.pack(key), both.into).synchronize(LIMIT)
         assert len(log) == waits

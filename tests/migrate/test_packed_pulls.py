@@ -16,7 +16,6 @@ from support.packed_pulls import (
     HEADS,
     LAYERS,
     LAYOUT,
-    LIMIT,
     RAW_BYTES,
     SIZE,
     SLOT_BYTES,
@@ -25,6 +24,7 @@ from support.packed_pulls import (
     noise,
     pulled,
 )
+from support.waits import LIMIT
 
 from portakv import Fp8, Index, KVView, Pack, choose_encoding
 from portakv.errors import (

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.ambient import STATES
 from support.migrate_cases import WIDTHS, Held, drawn_model, ranks
-from support.migrate_channels import SECRET, Network, until
+from support.migrate_channels import SECRET, Network
 from support.migrate_pulls import LAYOUT, SMALL, Couple, Rows, Sides, sides
+from support.waits import LIMIT, until
 
 from portakv import CopyOptions, Index, InvalidTerms, KVView
 from portakv.migrate import Ticket, issue
@@ -77,10 +78,10 @@ def pull_all(made: Sides, extents: Any, data: st.DataObject, expose: str, most: 
         pulled = reader.pull([x.ticket for x in offers], local, first=first, **terms)
         if by_layer:
             for end in pulled.layers:
-                end.synchronize(60)
-        pulled.synchronize(60)
+                end.synchronize(LIMIT)
+        pulled.synchronize(LIMIT)
         assert pulled.published
-        assert all(offer.taken(5) for offer in offers)
+        assert all(offer.taken(LIMIT) for offer in offers)
         assert not [*wanted.changes(type(wanted).snapshot(one.cache.tensors))]
 
 
@@ -114,7 +115,7 @@ def test_groups_have_views_ids_and_block_sizes_of_their_own(expose: str) -> None
         offer = owner.offer(*lists, tokens=36)
         pulled = reader.pull(offer.ticket, *into, by_layer=True, verify=True)
         assert len(pulled.layers) == 4
-        pulled.synchronize(60)
+        pulled.synchronize(LIMIT)
         for one, other, a, b in zip(remote, local, lists, into, strict=True):
             assert torch.equal(one.rows(a, 36), other.rows(b, 36))
         assert pulled.statistics.nbytes == 2 * 36 * 2 * 2 * 4 * 16
@@ -130,7 +131,7 @@ def test_whole_opaque_pages_are_pulled_by_layer_windows_alone(expose: str) -> No
         owner = made.owner(Shard(one), expose=expose, staging=SMALL)
         reader = made.reader(Shard(other))
         offer = owner.offer([8, 1, 3, 4], tokens=256)
-        reader.pull(offer.ticket, [0, 7, 2, 5], first=64, verify=True).synchronize(60)
+        reader.pull(offer.ticket, [0, 7, 2, 5], first=64, verify=True).synchronize(LIMIT)
     assert torch.equal(local[:, [7, 2, 5]], remote[:, [1, 3, 4]])
     assert not local[:, [0, 1, 3, 4, 6, 8]].any()
 
@@ -146,7 +147,7 @@ def test_an_encoder_s_blocks_are_pulled_into_blocks_of_another_size(expose: str)
         reader = made.reader(other)
         offer = owner.offer([3, 1], tokens=70)
         into = [8, 0, 2, 5, 1]
-        reader.pull(offer.ticket, into, verify=True).synchronize(60)
+        reader.pull(offer.ticket, into, verify=True).synchronize(LIMIT)
     assert torch.equal(local[into].flatten(0, 1)[:70], remote[[3, 1]].flatten(0, 1)[:70])
     assert (local[into].flatten(0, 1)[70:] == -1).all()
     assert (local[[3, 4, 6, 7]] == -1).all()
@@ -158,7 +159,7 @@ def test_what_the_reader_does_not_want_nobody_has_to_hold(expose: str) -> None:
     with sides() as made:
         both = Couple(made, expose)
         offer = both.owner.offer([7, -1, 11, 0, 5, 9], tokens=96)
-        both.reader.pull(offer.ticket, [-1, 4, 2], verify=True).synchronize(60)
+        both.reader.pull(offer.ticket, [-1, 4, 2], verify=True).synchronize(LIMIT)
         assert torch.equal(both.dst.rows([4, 2], 64), both.src.rows([11, 0, 5, 9], 64))
         assert (both.dst.whole[:, :, [0, 1, 3, 5, 6, 7]] == -1).all()
 
@@ -170,9 +171,9 @@ def test_nothing_of_the_callers_settings_matters(expose: str, state: str) -> Non
         both = Couple(made, expose)
         offered = both.offer()
         with STATES[state](torch.device("cpu")):
-            both.pull(offered, verify=True, by_layer=True).synchronize(60)
+            both.pull(offered, verify=True, by_layer=True).synchronize(LIMIT)
             again = both.owner.offer(both.blocks, tokens=both.tokens)
-            both.pull(again, max_gbps=50.0).synchronize(60)
+            both.pull(again, max_gbps=50.0).synchronize(LIMIT)
         assert both.right()
         assert both.spared()
 
@@ -190,7 +191,7 @@ def test_options_that_a_pull_does_not_keep_are_refused(options: dict[str, Any]) 
             both.pull(offered, options=CopyOptions(**options))
         with pytest.raises(InvalidTerms, match="got options and by_layer"):
             both.pull(offered, options=CopyOptions(), by_layer=True)
-        both.pull(offered, options=CopyOptions(overlap="idle")).synchronize(60)
+        both.pull(offered, options=CopyOptions(overlap="idle")).synchronize(LIMIT)
         assert both.right()
 
 
@@ -199,7 +200,7 @@ def test_a_second_pull_of_the_same_owners_plans_nothing_anew() -> None:
         both = Couple(made)
         for first in (0, 5, 40):
             both.dst.whole.fill_(-1)
-            both.pull(both.offer(), first=first).synchronize(60)
+            both.pull(both.offer(), first=first).synchronize(LIMIT)
             rows = both.dst.rows(both.into, both.tokens)
             assert torch.equal(rows[:, :, first:], both.src.rows(both.blocks, 75)[:, :, first:])
             assert (rows[:, :, :first] == -1).all()
@@ -214,9 +215,9 @@ def test_an_owner_that_is_gone_keeps_no_memory_beside_another() -> None:
         owners = [made.owner(Shard(x.view, (2 * n, 2 * n + 2, 4))) for n, x in enumerate(remote)]
         tickets = [owner.offer([1, 2], tokens=32).ticket for owner in owners]
         reader = made.reader(Shard(KVView([*local], LAYOUT)))
-        reader.pull(tickets, [3]).synchronize(60)
+        reader.pull(tickets, [3]).synchronize(LIMIT)
         owners[1].channel.close()
-        assert until(lambda: gc.collect() >= 0 and mappings(remote[1].whole) == 1, 20)
+        assert until(lambda: gc.collect() >= 0 and mappings(remote[1].whole) == 1, LIMIT)
         assert mappings(remote[0].whole) == 2
 
 
@@ -239,7 +240,7 @@ def test_tokens_that_are_dealt_out_in_turns_come_from_all_owners() -> None:
             owner.offer(Index(torch.from_numpy(np.where(x, slots, -1))), tokens=60).ticket
             for owner, x in zip(owners, has, strict=True)
         ]
-        made.reader(local.shard).pull(tickets, [2, 1], verify=True).synchronize(60)
+        made.reader(local.shard).pull(tickets, [2, 1], verify=True).synchronize(LIMIT)
         assert torch.equal(local.rows([2, 1], 60), remote.rows([0, 1, 2, 3], 60))
 
 
@@ -264,7 +265,7 @@ def test_ids_that_owners_have_in_common_are_one_index(
             owner.offer(ids, tokens=32).ticket for owner, ids in zip(owners, offered, strict=True)
         ]
         reader = made.reader(Shard(KVView([*local], LAYOUT)))
-        reader.pull(tickets, [3]).synchronize(60)
+        reader.pull(tickets, [3]).synchronize(LIMIT)
         one, two = plans[-1].steps
         assert (one.src_index is two.src_index) is same
         for n, ids in enumerate(offered):
@@ -279,7 +280,7 @@ def test_of_owners_that_have_the_same_one_that_can_be_mapped_is_read(swapped: bo
         owners = [made.owner(remote.shard, expose=x) for x in ("mapped", "staging")]
         tickets = [owner.offer([1, 2], tokens=32).ticket for owner in owners]
         pulled = made.reader(local.shard).pull(tickets[:: -1 if swapped else 1], [2])
-        pulled.synchronize(60)
+        pulled.synchronize(LIMIT)
         assert pulled.statistics.strategy == "mapped"
 
 
@@ -333,5 +334,5 @@ def test_the_caller_may_change_its_ids_while_a_pull_waits(
         pulled = made.reader(dst.shard).pull(ticket, ids)
         ids.copy_(ids.flip(0))
         owner.offer([7, 3], tokens=32, name=name)
-        pulled.synchronize(30)
+        pulled.synchronize(LIMIT)
     assert torch.equal(src.rows([7, 3], 32), dst.rows([5, 2], 32)) == guarded

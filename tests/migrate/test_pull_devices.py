@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from support.migrate_pulls import LAYOUT, SMALL, sides
+from support.waits import LIMIT
 
 from portakv import KVView, copy_rows
 from portakv.errors import LayoutError
@@ -46,13 +47,13 @@ def test_rows_that_are_still_written_at_the_offer_come_whole(
             made.owner(shard(remote), shard(local))  # one stream could not follow both
         owner = made.owner(shard(remote), expose=expose, staging=SMALL)
         reader = made.reader(shard(local))
-        reader.pull(owner.offer([0], tokens=16).ticket, [0]).synchronize(60)  # they are paired
+        reader.pull(owner.offer([0], tokens=16).ticket, [0]).synchronize(LIMIT)  # they are paired
         for number in (7, 8):
             delay(accelerator)
             remote.fill_(number)
             offer = owner.offer([3, 2], tokens=32)
             pulled = reader.pull(offer.ticket, [1, 5], verify=True)
-            pulled.synchronize(60)
+            pulled.synchronize(LIMIT)
             assert (local[:, :, [1, 5]] == number).all()
             assert not local[:, :, 6:].any()
 
@@ -67,12 +68,12 @@ def test_rows_that_the_reader_still_reads_are_written_behind_that(
     with sides() as made:
         owner = made.owner(shard(remote), staging=SMALL)
         reader = made.reader(shard(local))
-        reader.pull(owner.offer([0], tokens=16).ticket, [0]).synchronize(60)
+        reader.pull(owner.offer([0], tokens=16).ticket, [0]).synchronize(LIMIT)
         offer = owner.offer([3, 2], tokens=32)
         delay(accelerator)
         read = local.clone()
         pulled = reader.pull(offer.ticket, [1, 5], by_layer=by_layer)
-        pulled.synchronize(60)
+        pulled.synchronize(LIMIT)
         assert (read[:, :, 1:].cpu() == 3).all()
         assert (local[:, :, [1, 5]].cpu() == 7).all()
         assert (local[:, :, [2, 3, 4, *range(6, 16)]].cpu() == 3).all()
@@ -118,10 +119,10 @@ def rows_that_come_while_the_device_is_busy(device: torch.device) -> bool:
     with sides() as made:
         owner = made.owner(shard(remote), expose="staging", staging=SMALL)
         reader = made.reader(shard(local))
-        reader.pull(owner.offer([0], tokens=16).ticket, [0]).synchronize(60)
+        reader.pull(owner.offer([0], tokens=16).ticket, [0]).synchronize(LIMIT)
         offer = owner.offer(blocks, tokens=16 * len(blocks))
         delay(device)
-        reader.pull(offer.ticket, blocks).synchronize(60)
+        reader.pull(offer.ticket, blocks).synchronize(LIMIT)
     return torch.equal(local.cpu(), remote)
 
 
@@ -172,5 +173,5 @@ def test_an_owner_on_another_device_than_the_current_one() -> None:
         reader = made.reader(shard(local))
         assert {event.device for event in owner._events} == {remote.device}
         for block in range(3):
-            reader.pull(owner.offer([block], tokens=16).ticket, [block]).synchronize(60)
+            reader.pull(owner.offer([block], tokens=16).ticket, [block]).synchronize(LIMIT)
     assert (local[:, :, :3] == 7).all()

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from support import ready
-from support.migrate_channels import until
 from support.migrate_nursery import Nursery
 from support.migrate_pulls import LAYOUT, SMALL, Couple, Rows, Sides, left, sides
 from support.stopping import go_on, stop
+from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import OfferGone, PeerError, TransferError
@@ -104,7 +104,7 @@ def test_rows_of_two_processes_come_to_a_third(nursery: Nursery, made: Sides, ex
     remote = Rows()
     local = Rows(8, 32, fill=-1)
     pulled = made.reader(local.shard).pull([x[1][0] for x in owners], [6, 1, 4], verify=True)
-    pulled.synchronize(60)
+    pulled.synchronize(LIMIT)
     assert torch.equal(local.rows([6, 1, 4], TOKENS), remote.rows(BLOCKS, TOKENS))
     assert (local.whole[:, :, [0, 2, 3, 5, 7]] == -1).all()
     for pid, _ in owners:
@@ -141,7 +141,7 @@ def test_rows_of_this_process_come_to_another(nursery: Nursery, made: Sides, exp
     for _ in offers:
         read = torch.from_numpy(nursery.hear(pid))
         assert torch.equal(read, both.src.rows(BLOCKS, TOKENS))
-    assert all(offer.taken(5) for offer in offers)
+    assert all(offer.taken(LIMIT) for offer in offers)
     nursery.end(pid)
 
 
@@ -155,13 +155,13 @@ def test_an_owner_that_is_killed_in_mid_copy_publishes_nothing(
     # A copy that ends before the reader notices the death is right, as the owner wrote nothing.
     terms: dict[str, Any] = {"max_gbps": NEVER} if expose == "mapped" else {}
     pid, tickets = owned(nursery, expose, 20)
-    reader.pull(tickets[0], [6, 1, 4]).synchronize(30)
+    reader.pull(tickets[0], [6, 1, 4]).synchronize(LIMIT)
     pulls = [reader.pull(ticket, [6, 1, 4], **terms) for ticket in tickets[1:]]
     nursery.end(pid)
     failed = 0
     for pulled in pulls:
         try:
-            pulled.synchronize(30)
+            pulled.synchronize(LIMIT)
         except TransferError:
             failed += 1
             assert pulled.ended
@@ -169,9 +169,9 @@ def test_an_owner_that_is_killed_in_mid_copy_publishes_nothing(
     assert failed
     assert (local.whole[:, :, [0, 2, 3, 5, 7]] == -1).all()
     with pytest.raises((PeerError, OfferGone)):
-        reader.pull(tickets[-1], [0, 2, 3]).synchronize(30)
+        reader.pull(tickets[-1], [0, 2, 3]).synchronize(LIMIT)
     pid, tickets = owned(nursery, expose)
-    reader.pull(tickets[0], [6, 1, 4]).synchronize(30)
+    reader.pull(tickets[0], [6, 1, 4]).synchronize(LIMIT)
     assert torch.equal(local.rows([6, 1, 4], TOKENS), Rows().rows(BLOCKS, TOKENS))
     nursery.end(pid)
 
@@ -191,10 +191,10 @@ def test_a_reader_that_is_killed_in_mid_copy_frees_its_offers(
         assert until(lambda: both.owner.statistics()["slots"] > 0)
     nursery.end(pid)
     begun = [offer for offer in offers if offer.begun or offer.state != "held"]
-    assert all(offer.taken(8) for offer in begun)
+    assert all(offer.taken(LIMIT) for offer in begun)
     assert {offer.state for offer in begun} <= {"lost", "taken"}
     assert until(lambda: both.owner.statistics()["slots"] == 0)
-    both.pull(both.offer()).synchronize(30)
+    both.pull(both.offer()).synchronize(LIMIT)
     assert both.right()
     both.owner.revoke_all()
 
@@ -205,12 +205,12 @@ def test_the_error_of_an_owner_that_is_killed_names_it(nursery: Nursery, made: S
     reader = made.reader(local.shard)
     pid, tickets = owned(nursery, "staging", 4)
     address = Ticket.read(tickets[0]).address
-    reader.pull(tickets[0], [6, 1, 4]).synchronize(60)
+    reader.pull(tickets[0], [6, 1, 4]).synchronize(LIMIT)
     pulls = [reader.pull(ticket, [6, 1, 4], max_gbps=SLOW / 10) for ticket in tickets[1:]]
     nursery.end(pid)
     for pulled in pulls:
         with pytest.raises(TransferError) as error:
-            pulled.synchronize(60)
+            pulled.synchronize(LIMIT)
         assert address in str(error.value)
         assert re.search("gone|ended|runs|did not cross", str(error.value))
         assert not pulled.published
@@ -221,9 +221,9 @@ def test_a_reader_that_was_stopped_finds_its_offer_gone(nursery: Nursery, made: 
     both = Couple(made)
     offer = both.offer(lease=2.5)
     pid, _ = nursery.born(READER, tickets=[offer.ticket], terms={"max_gbps": NEVER})
-    assert until(lambda: bool(offer.begun), 30)
+    assert until(lambda: bool(offer.begun), LIMIT)
     stop(pid)
-    assert offer.taken(20)
+    assert offer.taken(LIMIT)
     both.src.whole.fill_(9)
     go_on(pid)
     assert nursery.hear(pid) in ("OfferGone", "PeerError")
@@ -234,7 +234,7 @@ def test_a_reader_that_was_stopped_finds_its_offer_gone(nursery: Nursery, made: 
 def check_whole_or_unpublished(pulled: Any, rows: Rows, right: torch.Tensor) -> None:
     """Wait for a pull; its rows are right, or nothing of it is published."""
     try:
-        pulled.synchronize(30)
+        pulled.synchronize(LIMIT)
         assert torch.equal(rows.rows([6, 1, 4], TOKENS), right)
     except TransferError:
         assert not pulled.published
@@ -282,7 +282,7 @@ def test_killed_at_any_moment_nothing_leaks_and_nobody_hangs(
     # Workers begin when they are needed first: as many more as connect, and some that pull. One
     # connection has four files. Fifty owners that leave a thread or a file would exceed both.
     threads = now[0] + WIDTH + 4
-    assert until(lambda: left()[0] <= threads and left()[1] <= now[1] + 4, 40), (left(), now)
+    assert until(lambda: left()[0] <= threads and left()[1] <= now[1] + 4, LIMIT), (left(), now)
     assert (local.whole[:, :, [0, 2, 3, 5, 7]] == -1).all()
 
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support.migrate_channels import until
 from support.migrate_nursery import Nursery
 from support.migrate_pulls import Couple, Rows, Sides, never_end, sides
+from support.waits import LIMIT, until
 
 from portakv.errors import PeerError, TransferError
 
@@ -106,7 +106,7 @@ def pull_of_a_dying_owner(
                 pulled = reader.pull(ticket, INTO, max_gbps=seed.choice(RATES))
                 if killed:
                     nursery.end(pid)
-                pulled.synchronize(30)
+                pulled.synchronize(LIMIT)
             except TransferError as error:
                 assert pulled is None or not pulled.published
                 ends[type(error).__name__] += 1
@@ -151,7 +151,7 @@ def offer_to_dying_readers(
             pid = nursery.do("answer = bear(run, values)", run=READER, values=values)
             killed = start // each % 4 == 3
             if killed or where != HOST:  # a process that uses a device begins slowly
-                assert until(lambda x=offers: any(o.begun or o.state != "held" for o in x), 60)
+                assert until(lambda x=offers: any(o.begun or o.state != "held" for o in x), LIMIT)
             if not killed:
                 end_all(offers, seed, revokes_all=silent)
                 both.src.whole.fill_(-2)  # all have ended

@@ -13,15 +13,14 @@ from typing import Any
 import pytest
 import torch
 from support.mark_cases import Writing, end_of
-from support.migrate_channels import until
 from support.migrate_pulls import Rows, Sides, sides
+from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms, OfferGone, Unsupported
 from portakv.migrate import ipc
 from portakv.migrate.marks import Progress, Raises
 from portakv.migrate.words import Place, Words, WordsOfOwner
 
-LIMIT = 30
 UNITS = pytest.mark.parametrize("unit", ["layers", "tokens"])
 
 

@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from functools import partial
 
 import pytest
-from support.migrate_channels import until
 from support.migrate_pulls import Clock, Compares, Couple, Sides, sides, waiting_copies
 from support.peer_cases import reading
+from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms, OfferGone
 
@@ -35,7 +35,7 @@ def test_a_slow_pull_renews_its_offer(made: Sides) -> None:
         pulled = both.pull(offer, max_gbps=SLOW)
         clock.outlast(offer, 0.5)
         copied.set()
-        pulled.synchronize(30)
+        pulled.synchronize(LIMIT)
     assert until(lambda: offer.state == "taken")  # the owner learns of it after us
     assert both.right()
 
@@ -48,7 +48,7 @@ def test_a_pull_that_compares_digests_for_long_renews_its_offer(made: Sides) -> 
     pulled = both.pull(offer, verify=True)
     clock.outlast(offer, 0.5)
     compares.may.set()
-    pulled.synchronize(30)
+    pulled.synchronize(LIMIT)
     assert until(lambda: offer.state == "taken")  # the owner learns of it after us
 
 
@@ -62,7 +62,7 @@ def test_a_pull_that_waits_for_its_copy_renews_its_offer(made: Sides) -> None:
         pulled = both.pull(offer)
         clock.outlast(offer, 0.5)
         copied.set()
-        pulled.synchronize(30)
+        pulled.synchronize(LIMIT)
     assert until(lambda: offer.state == "taken")  # the owner learns of it after us
 
 
@@ -70,7 +70,7 @@ def test_renewals_end_at_the_longest_lease(made: Sides) -> None:
     both = Couple(made)
     offer = both.offer(lease=0.3, max_lease=0.6)
     with pytest.raises(OfferGone):
-        both.pull(offer, max_gbps=NEVER).synchronize(30)
+        both.pull(offer, max_gbps=NEVER).synchronize(LIMIT)
     assert offer.state == "expired"
     with pytest.raises(InvalidTerms, match="max_lease"):
         both.offer(lease=2.0, max_lease=1.0)
@@ -104,7 +104,7 @@ def test_the_readers_thread_leaves_the_end_to_a_caller_that_waits(made: Sides, w
         assert ("portakv pulls" in looks) != waits
         copied.set()
         if ends is not None:
-            ends.result(60)
+            ends.result(LIMIT)
         assert until(lambda: pulled.concluded)
-    assert offer.taken(10)
+    assert offer.taken(LIMIT)
     assert both.right()

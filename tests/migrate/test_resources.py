@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from support import ready
-from support.migrate_channels import Ping, Pong, until
+from support.migrate_channels import Ping, Pong
+from support.waits import LIMIT, until
 
 from portakv.errors import PeerError
 from portakv.migrate import channel_unix
@@ -29,13 +30,12 @@ from portakv.errors import PortaKVError
 from portakv.migrate import channel_unix
 from portakv.migrate.channel import Channel
 """
-_LIMIT = 120  # seconds; nothing here takes as long
 
 
 def ran(script: str, *words: str) -> tuple[int, str]:
     """Run a script; return its exit code and what it has printed."""
     command = [sys.executable, "-c", _HEAD + script, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -112,8 +112,8 @@ def test_a_full_process_dies_where_zeromq_accepts(tmp_path: Path) -> None:
         assert child.stderr is not None
         assert child.stdout.readline().decode().strip() == path
         with socket.socket(socket.AF_UNIX) as reader:
-            assert until(lambda: reader.connect_ex(path) == 0 or child.poll() is not None, 20)
-            assert until(lambda: child.poll() is not None, 60)
+            assert until(lambda: reader.connect_ex(path) == 0 or child.poll() is not None, LIMIT)
+            assert until(lambda: child.poll() is not None, LIMIT)
         assert child.returncode == -signal.SIGABRT
         assert b"Too many open files" in child.stderr.read()
 
@@ -308,7 +308,7 @@ def mounted(commands: str, folder: Path) -> list[str]:
     if not allowed:
         pytest.skip("this user may not mount anything in a namespace of its own")
     words = [*names, shell, sys.executable, "-c", _HEAD + _MOUNTED, str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=_LIMIT)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

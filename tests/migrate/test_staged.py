@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 import pytest
 import torch
 from msgspec.structs import replace
-from support.migrate_channels import until
 from support.migrate_pulls import SMALL, Couple, Rows, Sides, sides
+from support.waits import LIMIT, until
 
 from portakv.errors import OfferGone, PeerError, TransferCancelled, TransferError
 from portakv.migrate.buffers import StagingBuffer
@@ -28,7 +28,6 @@ from portakv.migrate.staged import BATCH, Taker
 from portakv.migrate.transports.base import Moving
 from portakv.migrate.transports.distributed import Join
 
-LIMIT = 60.0
 NEVER = 1e-9  # 10^9 bytes a second: a pull of 75 tokens takes hours
 SECRET = 0x5A5A
 T = TypeVar("T")
@@ -271,7 +270,7 @@ def test_a_reader_that_takes_nothing_is_busy_after_some_requests(made: Sides) ->
     assert busy.seconds > 0
     assert both.owner.statistics()["slots"] == 1
     other = Rows(8, 32, fill=-1)
-    made.reader(other.shard).pull(offer.ticket, both.into).synchronize(30)
+    made.reader(other.shard).pull(offer.ticket, both.into).synchronize(LIMIT)
     assert torch.equal(other.rows(both.into, 75), both.src.rows(both.blocks, 75))
 
 
@@ -345,4 +344,4 @@ def test_small_pulls_of_one_owner_end_beside_each_other(made: Sides) -> None:
     for pulled in pulls:
         pulled.synchronize(LIMIT)
     assert both.right()
-    assert all(offer.taken(5) for offer in offers)
+    assert all(offer.taken(LIMIT) for offer in offers)

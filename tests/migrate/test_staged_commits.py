@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from migrate.test_staged import LIMIT, Watching, messages
+from migrate.test_staged import Watching, messages
 from migrate.transports.test_onesided import Memory
-from support.migrate_channels import Ping, Pong, until
+from support.migrate_channels import Ping, Pong
 from support.migrate_pulls import Clock, Couple, Sides, sides
+from support.waits import LIMIT, until
 
 from portakv.copy.handle import BlockTransfer
 from portakv.errors import OfferGone, TransferCancelled, TransferTimeout

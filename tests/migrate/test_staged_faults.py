@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import pytest
 import torch
 from migrate.transports.test_onesided import Memory
-from support.migrate_channels import until
+from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import OfferGone, PeerError, PortaKVError, Unsupported
@@ -94,11 +94,11 @@ def test_a_buffer_that_becomes_free_meanwhile_is_not_sent_twice(
         if not was and "gather" in threading.current_thread().name:
             seen.append(was)
             assert buffer.sent is not None
-            buffer.sent.free.wait(10)
+            buffer.sent.free.wait(LIMIT)
         return was
 
     monkeypatch.setattr(gathers.StagingBuffer, "free", property(free))
-    sides.pull(timeout=20.0).synchronize(30)
+    sides.pull(timeout=20.0).synchronize(LIMIT)
     assert seen
     assert len(set(Counter(sent).values())) == 1  # each slice as often as all others
     assert sides.right()
@@ -110,7 +110,7 @@ def test_no_memory_for_slices_that_no_pull_wants_ends_the_lane(
     """A pull is cancelled after its request, and slices that still come find no memory. The next
     pull must not take them for its own."""
     untagged(monkeypatch)
-    sides.pull().synchronize(30)
+    sides.pull().synchronize(LIMIT)
     pulls = list[Any]()
     requested = threading.Event()
     ask = Channel.ask
@@ -136,14 +136,14 @@ def test_no_memory_for_slices_that_no_pull_wants_ends_the_lane(
         patched.setattr(Staging, "spare", spare)
         pulls.append(sides.pull())
         with pytest.raises(PortaKVError):
-            pulls[0].synchronize(30)
+            pulls[0].synchronize(LIMIT)
     assert spares
     sides.src.add_(1)
     sides.dst.zero_()
     with suppress(PortaKVError):  # its lane may have ended with that of the first
-        sides.pull(timeout=20.0).synchronize(30)
+        sides.pull(timeout=20.0).synchronize(LIMIT)
         assert sides.right()
-    sides.pull(timeout=20.0).synchronize(30)
+    sides.pull(timeout=20.0).synchronize(LIMIT)
     assert sides.right()
 
 
@@ -183,7 +183,7 @@ def test_a_pull_ends_if_its_second_owner_has_too_little_staging(kind: str) -> No
             for offer in offers:
                 offer.raise_to(4)
         with pytest.raises(Unsupported):
-            pulled.synchronize(30)
+            pulled.synchronize(LIMIT)
         assert pulled.ended
 
 
@@ -199,10 +199,10 @@ def test_an_offer_holds_until_its_last_mark_for_a_reader_of_some_layers(expose: 
             cache[layer, :, [1, 2]] = layer
             offer.raise_to(layer + 1)
             if layer == 1:
-                pulled.layers[1].synchronize(20)
+                pulled.layers[1].synchronize(LIMIT)
                 assert not pulled.ended
-        pulled.synchronize(20)
-        assert offer.taken(20)
+        pulled.synchronize(LIMIT)
+        assert offer.taken(LIMIT)
 
 
 def first_stage(expose: Any, transport: str | None = None) -> tuple[Owner, Reader, torch.Tensor]:
@@ -229,7 +229,7 @@ def test_the_end_of_a_complete_offer_ends_a_pull_that_waits_for_another(progress
         threading.Event().wait(0.2)
         first.revoke()
         with pytest.raises(OfferGone):
-            pulled.synchronize(30)
+            pulled.synchronize(LIMIT)
 
 
 def test_a_raise_after_the_owner_was_closed_says_that_the_offer_is_gone() -> None:
@@ -277,7 +277,7 @@ def test_a_part_that_fails_ends_a_pull_that_follows_marks(
         pulled = reader.pull(offer.ticket, [3, 4], by_layer=True)
         offer.raise_to(1)
         with pytest.raises(PeerError if side == "reader" else OfferGone):
-            pulled.synchronize(20)
+            pulled.synchronize(LIMIT)
         assert offer.state == "held"
         assert until(lambda: not offer.begun)  # its lease is not renewed any more
 
@@ -306,13 +306,13 @@ def test_a_slice_that_the_owner_cannot_fill_is_noted_and_never_committed(noted: 
             offer.spoilt = Forgetful()
         pulled = reader.pull(offer.ticket, [3, 4])
         if not noted:
-            pulled.synchronize(20)
+            pulled.synchronize(LIMIT)
             assert fails.parts == [0, 1]
             return
         with pytest.raises(OfferGone, match="log has the reason"):
-            pulled.synchronize(20)
+            pulled.synchronize(LIMIT)
         assert not pulled.published
         with pytest.raises(OfferGone, match="log has the reason"):  # the same rows once more
-            reader.pull(offer.ticket, [3, 4]).synchronize(20)
-        second.pull(offer.ticket, [3, 4]).synchronize(20)
+            reader.pull(offer.ticket, [3, 4]).synchronize(LIMIT)
+        second.pull(offer.ticket, [3, 4]).synchronize(LIMIT)
         assert bool((pages[:, :, [3, 4]] == 5).all())

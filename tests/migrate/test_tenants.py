@@ -13,6 +13,7 @@ import pytest
 import torch
 from migrate.transports.test_onesided import Memory
 from support.migrate_pulls import LAYOUT, SMALL, Sides, sides
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.migrate.shards import Shard
@@ -69,7 +70,7 @@ class Tenants:
             if count > 1 and self.random.random() < 0.3:
                 blocks[at] = into[at] = -1
         offer = self.owner.offer(blocks, tokens=tokens)
-        self.readers[name].pull(offer.ticket, into).synchronize(60)
+        self.readers[name].pull(offer.ticket, into).synchronize(LIMIT)
 
 
 @contextmanager

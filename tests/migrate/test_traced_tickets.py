@@ -10,8 +10,8 @@ import msgspec
 import pytest
 import torch
 from msgspec import Meta
-from support.migrate_channels import until
 from support.migrate_pulls import Rows, sides
+from support.waits import LIMIT, until
 
 from portakv.migrate import messages
 from portakv.migrate.messages import About, Ticket, is_signed, unsealed
@@ -20,7 +20,6 @@ from portakv.runtime import tracing
 HEADER = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
 KEY = b"k" * 32
 MAC = 16
-LIMIT = 60.0
 
 
 class Former(About, frozen=True, tag="Ticket"):

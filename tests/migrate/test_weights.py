@@ -16,6 +16,7 @@ import torch
 from msgspec.structs import replace
 from support.ambient import STATES
 from support.peer_process import Peer
+from support.waits import LIMIT
 from support.weight_cases import (
     Array,
     Between,
@@ -381,10 +382,10 @@ def test_an_owner_that_makes_no_checksums_is_waited_for_until_the_timeout(
 
     def work(*_: object) -> None:
         begun.set()
-        release.wait(10)
+        release.wait(LIMIT)
 
     owner.graph.submit([Task(work, 1, queue=owner.graph.queue("weights"))])
-    assert begun.wait(10)
+    assert begun.wait(LIMIT)
     owner.changed()  # the checksums that it has are of another version
     local = {"w": Parameter(torch.zeros(4, dtype=torch.int32))}
     with pytest.raises(TransferTimeout, match=r"timed out after 0\.05 s"):

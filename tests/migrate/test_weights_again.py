@@ -17,6 +17,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 from support.peer_process import Peer
+from support.waits import LIMIT
 from support.weight_cases import (
     Between,
     Channels,
@@ -209,7 +210,7 @@ class Slow(Versioned):
         self.looks += 1
         if self.looks == 2:
             self.computed.set()
-            self.go_on.wait(20)
+            self.go_on.wait(LIMIT)
         return 0
 
 
@@ -220,7 +221,7 @@ def test_checksums_in_progress_are_not_used_after_they_were_refused() -> None:
     with closing(Graph()) as graph:
         sums = Checksums(weights, graph)
         assert sums.all(0) is None
-        assert weights.computed.wait(20)
+        assert weights.computed.wait(LIMIT)
         tensor.numpy()[:] = 7
         sums.forget()
         weights.go_on.set()

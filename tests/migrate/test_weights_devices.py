@@ -186,7 +186,7 @@ def changes_are_noticed(
         time.sleep(seed.random() * 0.2)
         cancelled += pulled.cancel()
         with suppress(TransferCancelled):
-            pulled.synchronize(60)
+            pulled.synchronize(LIMIT)
         pull_weights(between, **pull)
         assert equal(local, remote)
     assert cancelled

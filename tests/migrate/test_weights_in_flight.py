@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support import ready
+from support.waits import LIMIT
 from support.weight_cases import Between, Channels, make_channels, shared, whole_of
 
 from portakv.errors import (
@@ -37,14 +38,14 @@ def waiting(channels: Channels) -> Iterator[tuple[WeightsPull, threading.Event, 
 
     def pause() -> None:
         copied.set()
-        go_on.wait(20)
+        go_on.wait(LIMIT)
 
     published = publish(channels(), {"w": shared(whole_of((4, 3)))})
     between = Between(channels(), pause)
     into = torch.zeros(4, 3, dtype=torch.int32)
     try:
         pull = pull_weights(between, published.ticket, {"w": into}, wait=False)
-        assert copied.wait(20)
+        assert copied.wait(LIMIT)
         yield pull, go_on, published, into
     finally:
         go_on.set()
@@ -60,7 +61,7 @@ def test_a_pull_returns_before_its_end(channels: Channels) -> None:
         with pytest.raises(TransferTimeout, match="goes on"):
             pull.synchronize(0.05)
         go_on.set()
-        pull.synchronize(20)
+        pull.synchronize(LIMIT)
         assert pull.done()
         assert pull.ended
         assert pull.nbytes == into.nbytes
@@ -75,7 +76,7 @@ def test_a_cancelled_pull_ends_with_an_error(channels: Channels) -> None:
         assert pull.cancel()
         go_on.set()
         with pytest.raises(TransferCancelled, match="Do not use"):
-            pull.synchronize(20)
+            pull.synchronize(LIMIT)
         assert isinstance(pull.error, TransferCancelled)
         assert pull.nbytes == 0
         for end in (pull.done, pull.wait, pull.synchronize):
@@ -89,7 +90,7 @@ def test_an_update_fails_a_pull_in_flight(channels: Channels) -> None:
             pass
         go_on.set()
         with pytest.raises(TransferError, match="changed while they were pulled"):
-            pull.synchronize(20)
+            pull.synchronize(LIMIT)
 
 
 def test_a_publication_that_ends_fails_a_pull_in_flight(channels: Channels) -> None:
@@ -97,7 +98,7 @@ def test_a_publication_that_ends_fails_a_pull_in_flight(channels: Channels) -> N
         published.close()
         go_on.set()
         with pytest.raises(OfferGone):
-            pull.synchronize(20)
+            pull.synchronize(LIMIT)
 
 
 def test_wrong_arguments_are_refused_by_the_call(channels: Channels) -> None:
@@ -112,7 +113,7 @@ def test_wrong_arguments_are_refused_by_the_call(channels: Channels) -> None:
         pull_weights(channels(), published.ticket, {"w": into[:1].expand(4, 3)}, wait=False)
     pull = pull_weights(channels(), published.ticket, {"w": into[:3]}, wait=False)
     with pytest.raises(LayoutError, match="its shape is"):
-        pull.synchronize(20)
+        pull.synchronize(LIMIT)
     assert not into.any()
     published.close()
 
@@ -126,7 +127,7 @@ def test_an_error_of_another_kind_is_a_transfer_error(channels: Channels) -> Non
     into = torch.zeros(4, dtype=torch.int32)
     pull = pull_weights(Between(channels(), fail), published.ticket, {"w": into}, wait=False)
     with pytest.raises(TransferError, match="failed: ZeroDivisionError"):
-        pull.synchronize(20)
+        pull.synchronize(LIMIT)
     published.close()
 
 
@@ -140,7 +141,7 @@ def test_several_pulls_are_in_flight(channels: Channels) -> None:
         for x in tensors
     ]
     for pull, tensor in zip(pulls, tensors, strict=True):
-        pull.synchronize(30)
+        pull.synchronize(LIMIT)
         assert torch.equal(tensor, source)
     published.close()
 
@@ -162,7 +163,7 @@ def test_a_forked_process_does_not_wait_for_a_pull(channels: Channels) -> None:
         pid = os.fork()
         if not pid:
             try:
-                pull.synchronize(20)
+                pull.synchronize(LIMIT)
             except TransferError as error:
                 os._exit(7 if "forked" in str(error) else 8)
             finally:
@@ -191,7 +192,7 @@ while not into[0].item():
 def test_the_end_of_the_process_cancels_a_pull_in_flight(channels: Channels) -> None:
     """It would wait 10 s for the worker otherwise, and leave it in the middle of the pull."""
     published = publish(channels(), {"w": torch.ones(32 << 20).share_memory_()})
-    ended = ready.run("-c", _ENDS, published.ticket.hex(), timeout=60)
+    ended = ready.run("-c", _ENDS, published.ticket.hex(), timeout=LIMIT)
     assert ended.stdout == "TransferCancelled\n", ended.stderr
     published.close()
 
@@ -219,7 +220,7 @@ def test_a_pull_on_a_device_follows_the_caller_s_stream(channels: Channels) -> N
             for tensor in into.values():
                 tensor.fill_(-1)
             pull = pull_weights(channel, ticket, into, wait=False)
-            pull.synchronize(60)
+            pull.synchronize(LIMIT)
             assert pull.nbytes == 40 << 21
             for i in range(40):
                 assert into[str(i)].eq(i).all()

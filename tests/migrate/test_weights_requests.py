@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.waits import LIMIT
 from support.weight_cases import Channels, make_channels, shared, whole_of
 
 from portakv.errors import InvalidTerms, OfferGone, PeerError, TransferError, TransferTimeout
@@ -158,7 +159,7 @@ def test_checksums_that_are_not_computed_yet_are_requested_later(
     numbered = Versioned.boxes
 
     def boxes(self: Versioned) -> Any:
-        assert go_on.wait(20)
+        assert go_on.wait(LIMIT)
         return numbered(self)
 
     def before(message: AskWeights) -> None:

@@ -19,7 +19,7 @@ from migrate.transports.test_onesided import Memory
 from support.ambient import STATES
 from support.migrate_pulls import MODEL, Rows
 from support.peer_process import Peer
-from support.waits import until
+from support.waits import LIMIT, until
 from support.weight_cases import AtSlice, Channels, local_of, make_channels, rank_of, whole_of
 
 from portakv.errors import (
@@ -416,7 +416,7 @@ def test_a_reader_waits_for_no_bytes_of_a_publication_that_ended(
     go_on = threading.Event()
 
     def hang(full: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
-        go_on.wait(20)
+        go_on.wait(LIMIT)
         pack(full, parts)
 
     monkeypatch.setattr(weight_send, "pack", hang)
@@ -427,7 +427,7 @@ def test_a_reader_waits_for_no_bytes_of_a_publication_that_ended(
     with owner.update():
         pass
     with pytest.raises(TransferError, match="changed while they were pulled"):
-        pull.synchronize(10)
+        pull.synchronize(LIMIT)
     go_on.set()
     owner.close()
 
@@ -440,16 +440,16 @@ def test_a_cancelled_pull_gives_the_staging_back(channels: Channels) -> None:
 
     def pause() -> None:
         waits.set()
-        go_on.wait(20)
+        go_on.wait(LIMIT)
 
     between = AtSlice(channels(), 6, pause)
     local = zeros_of(tensors)
     pull = pull_weights(between, owner.ticket, local, wait=False)
-    assert waits.wait(20)
+    assert waits.wait(LIMIT)
     assert pull.cancel()
     go_on.set()
     with pytest.raises(TransferCancelled):
-        pull.synchronize(20)
+        pull.synchronize(LIMIT)
     lanes = {each.lane for each in between.slices}
     pull_weights(between, owner.ticket, local)
     assert equal(local, tensors)
@@ -464,7 +464,7 @@ def test_the_time_of_a_pull_ends_while_bytes_are_awaited(
     go_on = threading.Event()
 
     def hang(full: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
-        go_on.wait(20)
+        go_on.wait(LIMIT)
         pack(full, parts)
 
     monkeypatch.setattr(weight_send, "pack", hang)
@@ -542,7 +542,7 @@ def test_pulls_of_one_publication_take_turns(channels: Channels) -> None:
         for n, some in enumerate(local)
     ]
     for pull, some in zip(pulls, local, strict=True):
-        pull.synchronize(30)
+        pull.synchronize(LIMIT)
         assert equal(some, tensors)
     for owner in owners:
         assert owner.statistics()["lanes"] == 1
@@ -568,7 +568,7 @@ def test_lanes_of_weights_do_not_touch_those_of_rows(channels: Channels) -> None
             local = zeros_of(tensors)
             pull_weights(taking, owner.ticket, local)
             assert equal(local, tensors)
-            pull.synchronize(20)
+            pull.synchronize(LIMIT)
             assert torch.equal(into.whole, remote.whole)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from msgspec.structs import replace
-from support.migrate_channels import until
 from support.migrate_nursery import Nursery
 from support.migrate_pulls import (
     MODEL,
@@ -29,6 +28,7 @@ from support.migrate_pulls import (
     waiting_copies,
 )
 from support.peer_cases import reading
+from support.waits import LIMIT, until
 
 from portakv import CopyPlan, InvalidTerms
 from portakv.errors import (
@@ -176,8 +176,8 @@ def test_a_mapped_pull_asks_its_owner_nothing(made: Sides) -> None:
     both, noted = noting(made)
     offers = [both.offer() for _ in range(5)]
     for offer in offers:
-        both.pull(offer).synchronize(30)
-        assert offer.taken(5)
+        both.pull(offer).synchronize(LIMIT)
+        assert offer.taken(LIMIT)
     assert [type(each) for each in noted] == [Close] * 5
     assert both.right()
 
@@ -185,10 +185,10 @@ def test_a_mapped_pull_asks_its_owner_nothing(made: Sides) -> None:
 def test_a_pull_ends_in_its_caller_s_thread(made: Sides) -> None:
     """Nothing else has to run: the thread of the reader is held up, and so is the owner."""
     both = Couple(made)
-    both.pull(both.offer()).synchronize(30)
+    both.pull(both.offer()).synchronize(LIMIT)
     go = threading.Event()
-    both.owner.channel.serve(Close, lambda *_: go.wait(20) and None)  # type: ignore[arg-type]
-    both.reader.channel.tell = lambda *_: go.wait(20)  # type: ignore[assignment]
+    both.owner.channel.serve(Close, lambda *_: go.wait(LIMIT) and None)  # type: ignore[arg-type]
+    both.reader.channel.tell = lambda *_: go.wait(LIMIT)  # type: ignore[assignment]
     for n in range(3):
         both.dst.whole.fill_(-1)
         pulled = both.pull(both.offer())
@@ -203,7 +203,7 @@ def test_a_pull_that_nobody_looks_at_is_committed_and_reported(made: Sides) -> N
     both = Couple(made)
     offer = both.offer()
     both.pull(offer, max_gbps=SLOW * 10)
-    assert offer.taken(20)
+    assert offer.taken(LIMIT)
     assert offer.state == "taken"
     assert until(lambda: both.reader.statistics()["pulls"] == 0)
     assert both.reader.statistics()["committed"] == 1
@@ -234,7 +234,7 @@ def test_an_offer_that_ends_between_the_copy_and_the_look_is_not_committed(
         both.src.whole.fill_(9)
         over.set()
         with pytest.raises(OfferGone, match="revoked it" if state == "revoked" else "expired"):
-            pulled.synchronize(30)
+            pulled.synchronize(LIMIT)
     assert not pulled.published
     assert isinstance(pulled.error, OfferGone)
 
@@ -247,8 +247,8 @@ def test_offers_without_a_word_are_confirmed_by_their_owner(made: Sides) -> None
     offers = [both.offer(), both.offer()]
     assert [offer.place.number for offer in offers] == [0, -1]
     for offer in offers:
-        both.pull(offer).synchronize(30)
-        assert offer.taken(5)
+        both.pull(offer).synchronize(LIMIT)
+        assert offer.taken(LIMIT)
     assert sum(isinstance(each, Check) for each in noted) == 1
     assert both.right()
 
@@ -258,14 +258,14 @@ def test_a_reader_that_cannot_map_the_words_asks(made: Sides) -> None:
     handshake = both.reader.channel.ask(both.owner.channel.address, Hello(MODEL), Handshake)
     both.owner.channel.serve(Hello, lambda *_: replace(handshake, words=b"another kind"))
     pulled = both.pull(both.offer())
-    pulled.synchronize(30)
+    pulled.synchronize(LIMIT)
     assert pulled.statistics.strategy == "mapped"
     assert [type(each) for each in noted if not isinstance(each, Close)] == [Check]
     offer = both.offer()
     slow = both.pull(offer, max_gbps=NEVER)
     offer.revoke()
     with pytest.raises(OfferGone, match="revoked it"):
-        slow.synchronize(30)
+        slow.synchronize(LIMIT)
 
 
 @pytest.mark.parametrize("removed", [False, True])
@@ -285,9 +285,9 @@ def test_rows_in_a_pool_that_other_processes_write_are_confirmed_by_their_owner(
         reader = made.reader(local.shard)
         offer = owner.offer([7, 3, 11, 0, 5], tokens=75)
         pulled = reader.pull(offer.ticket, [6, 1, 4])
-        pulled.synchronize(30)
+        pulled.synchronize(LIMIT)
         assert pulled.statistics.strategy == "mapped"
-        assert offer.taken(5)
+        assert offer.taken(LIMIT)
         assert [type(each) for each in owner.noted] == [Check, Close]
         assert (local.rows([6, 1, 4], 75) == 5).all()
         for one in reversed(made.made):  # before the pool
@@ -304,7 +304,7 @@ def test_a_ticket_with_another_place_commits_nothing(made: Sides, place: int) ->
     offer.revoke()
     pulled = both.reader.pull(parsed.pack(key_of(both.owner)), both.into)
     with pytest.raises(OfferGone):
-        pulled.synchronize(30)
+        pulled.synchronize(LIMIT)
     assert not pulled.published
     with pytest.raises(PeerError, match="not a ticket"):
         both.reader.pull(offer.ticket[:16] + parsed.pack(b"")[16:], both.into)
@@ -322,9 +322,9 @@ def test_a_forked_child_ends_no_offer_of_its_parent(made: Sides) -> None:
             both.owner.close()
         os._exit(0)
     os.waitpid(child, 0)
-    both.pull(offer).synchronize(30)
+    both.pull(offer).synchronize(LIMIT)
     assert both.right()
-    assert offer.taken(5)
+    assert offer.taken(LIMIT)
 
 
 OWNER = """
@@ -347,12 +347,12 @@ def test_rows_of_an_owner_that_died_after_it_had_offered_them_are_right(made: Si
     with Nursery() as nursery:
         names = [None, None, *[os.urandom(16) for _ in range(2)]]
         pid, (address, epoch, tickets) = nursery.born(OWNER, names=names)
-        reader.pull(tickets[0], [6, 1, 4]).synchronize(30)
+        reader.pull(tickets[0], [6, 1, 4]).synchronize(LIMIT)
         nursery.end(pid)
         tickets[2:] = [TicketByName.of(address, epoch, name) for name in names if name]
         for ticket in tickets[1:]:
             local.whole.fill_(-1)
-            reader.pull(ticket, [6, 1, 4]).synchronize(30)
+            reader.pull(ticket, [6, 1, 4]).synchronize(LIMIT)
             assert torch.equal(local.rows([6, 1, 4], 75), remote.rows([7, 3, 11, 0, 5], 75))
 
 
@@ -369,7 +369,7 @@ def test_long_copies_on_the_host_do_not_hold_up_the_call(made: Sides) -> None:
     class Held(Copies):
         def observe(self, plan: CopyPlan) -> None:
             threads.append(threading.current_thread())
-            assert go.wait(20)
+            assert go.wait(LIMIT)
 
     with reading(Held):
         for terms in ({}, {"by_layer": True}):
@@ -383,8 +383,8 @@ def test_long_copies_on_the_host_do_not_hold_up_the_call(made: Sides) -> None:
             assert pulled.error is None
             go.set()
             for layer in pulled.layers:
-                layer.synchronize(30)
-            pulled.synchronize(30)
+                layer.synchronize(LIMIT)
+            pulled.synchronize(LIMIT)
             assert torch.equal(local, remote)
             assert threads
             assert threading.current_thread() not in threads
@@ -394,7 +394,7 @@ def test_long_copies_on_the_host_do_not_hold_up_the_call(made: Sides) -> None:
         assert pulled.cancel()
         go.set()
         with pytest.raises(TransferCancelled):
-            pulled.synchronize(30)
+            pulled.synchronize(LIMIT)
         assert isinstance(pulled.error, TransferCancelled)
         assert offer.state == "held"
         offer.revoke()
@@ -488,13 +488,13 @@ def test_an_owner_is_prepared_before_the_first_pull(made: Sides) -> None:
     both = Couple(made)
     paired = both.owner.counts["paired"]
     for _ in range(2):
-        both.reader.prepare(both.owner.channel.address).synchronize(30)
-    both.pull(both.offer()).synchronize(30)
+        both.reader.prepare(both.owner.channel.address).synchronize(LIMIT)
+    both.pull(both.offer()).synchronize(LIMIT)
     assert both.owner.counts["paired"] == paired + 1
     assert both.right()
     failed = both.reader.prepare("ipc:///proc/1/fd/999999")
     with pytest.raises(PeerError):
-        failed.synchronize(30)
+        failed.synchronize(LIMIT)
 
 
 def test_owners_prepared_together_have_one_connection(made: Sides) -> None:
@@ -523,7 +523,7 @@ def test_owners_prepared_together_have_one_connection(made: Sides) -> None:
         for one in prepared:
             one.start()
         for one in prepared:
-            one.join(30)
+            one.join(LIMIT)
         connection = connections.of(Ticket.read(both.offer().ticket))
         assert not connection.gone
         assert (len(connections), len(hellos), len(callers)) == (1, 1, 2)
@@ -532,7 +532,7 @@ def test_owners_prepared_together_have_one_connection(made: Sides) -> None:
 def test_staging_of_all_readers_has_a_total(made: Sides) -> None:
     """A second reader waits until the first has left."""
     both = Couple(made, "staging", staging_total=SMALL)
-    both.pull(both.offer()).synchronize(30)
+    both.pull(both.offer()).synchronize(LIMIT)
     other = Rows(8, 32, fill=-1)
     reader = made.reader(other.shard)
     offer = both.offer()
@@ -541,7 +541,7 @@ def test_staging_of_all_readers_has_a_total(made: Sides) -> None:
     assert not pulled.ended
     assert 0 < both.owner.statistics()["slots"]
     both.reader.close()
-    pulled.synchronize(30)
+    pulled.synchronize(LIMIT)
     assert torch.equal(other.rows(both.into, 75), both.src.rows(both.blocks, 75))
     with pytest.raises(InvalidTerms, match="staging_total"):
         made.owner(both.src.shard, staging_total=1)
@@ -564,12 +564,12 @@ def test_an_end_that_cannot_be_sent_is_sent_later(made: Sides) -> None:
     both.reader.finished()
     offers = [both.offer() for _ in range(3)]
     for offer in offers:
-        both.pull(offer).synchronize(30)
+        both.pull(offer).synchronize(LIMIT)
     assert until(lambda: len(refused) >= 2)
     assert both.reader.statistics()["pulls"] == 3
     go.set()
     for offer in offers:
-        assert offer.taken(5)
+        assert offer.taken(LIMIT)
         assert offer.state == "taken"
     assert until(lambda: both.reader.statistics()["pulls"] == 0)
     assert both.reader.statistics()["committed"] == len(both.reader.finished()) == 3
@@ -628,23 +628,23 @@ def test_ends_are_reported_together_unless_the_thread_has_to_look(
     monkeypatch.setattr(housekeeping, "GATHER", 600.0)
     wakes = Wakes()
     looks = list[bool]()
-    thread = threading.Thread(target=lambda: looks.append(wakes.wait(60.0)), daemon=True)
+    thread = threading.Thread(target=lambda: looks.append(wakes.wait(LIMIT)), daemon=True)
     thread.start()
     for _ in range(3):
         wakes.end()
         assert until(lambda: wakes.gathering)
     assert not looks
     wakes.look()
-    thread.join(60.0)
+    thread.join(LIMIT)
     assert looks == [True]
     assert not wakes.gathering
     assert not wakes.wait(0.0), "one look is for all ends"
 
     wakes.look()
-    assert wakes.wait(60.0), "no end, so nothing is gathered"
+    assert wakes.wait(LIMIT), "no end, so nothing is gathered"
     monkeypatch.setattr(housekeeping, "GATHER", 0.0)
     wakes.end()
-    assert wakes.wait(60.0)
+    assert wakes.wait(LIMIT)
 
 
 def test_an_end_that_nobody_can_receive_is_dropped(made: Sides) -> None:
@@ -656,7 +656,7 @@ def test_an_end_that_nobody_can_receive_is_dropped(made: Sides) -> None:
         raise TransferTimeout("another thread waits for an answer")
 
     both.reader.channel.tell = busy  # type: ignore[assignment, method-assign]
-    both.pull(both.offer()).synchronize(30)
+    both.pull(both.offer()).synchronize(LIMIT)
     assert until(lambda: bool(refused))
     assert both.reader.statistics()["pulls"] == 1
     both.owner.close()
@@ -688,6 +688,6 @@ def test_a_renewal_of_the_readers_thread_needs_no_answer(made: Sides) -> None:
         pulled = both.pull(offer)
         clock.outlast(offer, 0.5)
         copied.set()
-        pulled.synchronize(30)
+        pulled.synchronize(LIMIT)
     assert until(lambda: offer.state == "taken")
     assert any(isinstance(each, Renew) for each in noted)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.migrate_channels import SECRET, Ping, Pong
 from support.migrate_pulls import MODEL, Couple, Rows, Sides, sides
+from support.waits import LIMIT
 
 from portakv import Index, KVView
 from portakv.errors import BackendUnavailable, InvalidTerms, LayoutError, PeerError, SlotError
@@ -238,7 +239,7 @@ def test_pulls_name_the_argument(made: Sides) -> None:
     with pytest.raises(InvalidTerms, match=r"Expected blocks to be ids .* of 32 tokens, got None"):
         both.reader.pull(ticket, None)
     assert (both.dst.whole == -1).all()
-    both.reader.pull(ticket, both.into).synchronize(30)
+    both.reader.pull(ticket, both.into).synchronize(LIMIT)
     assert both.right()
     assert both.spared()
 
@@ -264,7 +265,7 @@ def test_wrong_blocks_of_a_reader(made: Sides, known: bool) -> None:
     too."""
     both = Couple(made)
     if known:
-        both.reader.prepare(both.owner.channel.address).synchronize(60)
+        both.reader.prepare(both.owner.channel.address).synchronize(LIMIT)
     ticket = both.offer().ticket
     for into, sentence in WRONG_BLOCKS:
         with pytest.raises(SlotError, match=f"^Expected blocks {sentence}"):
@@ -273,7 +274,7 @@ def test_wrong_blocks_of_a_reader(made: Sides, known: bool) -> None:
         with pytest.raises(SlotError, match="Expected blocks to"):
             both.reader.pull(ticket, into, first=70)
     assert (both.dst.whole == -1).all()
-    both.reader.pull(ticket, [-1, -1, 4], first=70).synchronize(60)
+    both.reader.pull(ticket, [-1, -1, 4], first=70).synchronize(LIMIT)
     assert torch.equal(
         both.dst.rows([4], 32)[:, :, 6:11], both.src.rows(both.blocks, 75)[:, :, 70:]
     )
@@ -298,7 +299,7 @@ def test_none_is_for_a_view_that_is_not_paged(made: Sides) -> None:
     owner = made.owner(src.shard)
     whole = torch.full((2, 2, 40, 4, 8), -1, dtype=torch.int16)
     reader = made.reader(Shard(KVView(whole, "layer kv token head dim")))
-    reader.pull(owner.offer([3, 1], tokens=20).ticket, None).synchronize(60)
+    reader.pull(owner.offer([3, 1], tokens=20).ticket, None).synchronize(LIMIT)
     assert torch.equal(whole[:, :, :20], src.rows([3, 1], 20))
     assert (whole[:, :, 20:] == -1).all()
     small = torch.full((2, 2, 10, 4, 8), -1, dtype=torch.int16)
@@ -358,7 +359,7 @@ def test_numbers_of_numpy_count(made: Sides) -> None:
     both = Couple(made)
     terms: dict[str, Any] = {"tokens": np.int64(75), "readers": np.int32(1)}
     offer = both.owner.offer(both.blocks, **terms)
-    both.reader.pull(offer.ticket, both.into, first=np.int64(0)).synchronize(60)
+    both.reader.pull(offer.ticket, both.into, first=np.int64(0)).synchronize(LIMIT)
     assert both.right()
 
 

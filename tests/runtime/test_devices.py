@@ -17,6 +17,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from support import ready
+from support.waits import LIMIT
 
 from portakv import AdaptiveConnector, BackendUnavailable, DeviceMismatch
 from portakv.registry.registry import BUILT_IN, MADE_FOR, REGISTRY, available_device, trace
@@ -56,7 +57,7 @@ def run(code: str, packages: dict[str, str], folder: Path, *words: str) -> Any:
         (folder / name).mkdir()
         (folder / name / "__init__.py").write_text(text)
     path = os.pathsep.join([str(folder), str(HERE.parent)])
-    done = ready.run("-c", code, *words, env={**os.environ, "PYTHONPATH": path}, timeout=300)
+    done = ready.run("-c", code, *words, env={**os.environ, "PYTHONPATH": path}, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

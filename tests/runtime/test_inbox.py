@@ -7,10 +7,9 @@ import threading
 from queue import Empty
 
 import pytest
+from support.waits import LIMIT
 
 from portakv.runtime.inbox import Inbox
-
-LIMIT = 60.0
 
 
 def test_the_oldest_comes_first() -> None:

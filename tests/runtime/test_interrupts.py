@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from support import ready
-from support.interrupts import LIMIT, settles
+from support.interrupts import settles
+from support.waits import LIMIT
 
 from portakv.runtime import interrupts
 from portakv.runtime.interrupts import Condition, abandoned, alongside, uninterrupted

@@ -12,6 +12,7 @@ import subprocess
 
 import pytest
 from support import ready
+from support.waits import LIMIT
 
 from portakv.cli import VERBS as COMMANDS
 
@@ -126,7 +127,7 @@ def test_the_lines_have_each_verb() -> None:
 
 def elsewhere(code: str, *words: str) -> subprocess.CompletedProcess[str]:
     """Run code in a process that lacks what only Linux has."""
-    return ready.run("-c", HIDE + code, *words, timeout=300)
+    return ready.run("-c", HIDE + code, *words, timeout=LIMIT)
 
 
 def test_what_is_hidden_is_missing() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.interrupts import in_other_thread
 from support.storage_cases import key_of
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.copy.rows import copy_rows
@@ -64,6 +65,6 @@ def test_copies_of_a_stores_workers_use_no_other_thread(
         monkeypatch.setattr(storage_rows, "on_one_core", nullcontext)
     view = KVView(torch.zeros(2, 4, 2, 4, 16), "layer block kv token (head dim)", heads=2)
     with BlockStore(BlockForm.of(view, model="m"), staging=1 << 20, host=1 << 20) as store:
-        store.save(view, [0, 1, 2, 3], KEYS).synchronize(20)
+        store.save(view, [0, 1, 2, 3], KEYS).synchronize(LIMIT)
     assert {threads for is_main, threads in seen if not is_main} == {1 if limited else many}
     assert {threads for is_main, threads in seen if is_main} <= {many}

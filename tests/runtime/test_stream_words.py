@@ -11,12 +11,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from support.cuda_on_cpu import compiled, why_not
-from support.migrate_channels import until
+from support.waits import LIMIT, until
 
 from portakv.runtime.stream_words import CONNECTIONS, LAST, TEXT, HostWords, Word, few_queues
 
 needs_compiler = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-LIMIT = 30.0  # seconds; nothing here takes as long
 _CLOCK = 'asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));'
 _SLEEP = 'asm volatile("nanosleep.u32 200;");'
 _HEAD = """

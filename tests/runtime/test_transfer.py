@@ -20,6 +20,7 @@ from support.ambient import STATES
 from support.connector_cases import make_caches, make_chunk, rows
 from support.guarded_memory import refused, same
 from support.small_backends import small_backend
+from support.waits import LIMIT
 
 from portakv import AdaptiveConnector, Transfer, register_backend
 from portakv.errors import (
@@ -273,7 +274,7 @@ def test_waiting_with_a_limit(later: Later) -> None:
     assert issubclass(TransferTimeout, TransferError)
     ending = threading.Timer(0.05, lambda: setattr(later, "ended", True))
     ending.start()
-    transfer.synchronize(timeout=60)
+    transfer.synchronize(timeout=LIMIT)
     ending.join()
     transfer.synchronize(timeout=0)
     assert later.waited <= 2  # it is never left to wait without a limit
@@ -364,7 +365,7 @@ class Slow:
 
     def synchronize(self) -> None:
         self.blocked.set()
-        assert self.go.wait(10)
+        assert self.go.wait(LIMIT)
 
 
 def test_no_other_work_gets_an_event_that_a_thread_waits_for() -> None:
@@ -374,11 +375,11 @@ def test_no_other_work_gets_an_event_that_a_thread_waits_for() -> None:
     completion = Completion(event, pool=pool)
     thread = threading.Thread(target=completion.synchronize)
     thread.start()
-    assert event.blocked.wait(10)
+    assert event.blocked.wait(LIMIT)
     assert completion.ended()  # seen by another thread, such as one that looks at held memory
     assert pool.acquire() is not event
     event.go.set()
-    thread.join(10)
+    thread.join(LIMIT)
     assert pool.acquire() is not event
     alone: Any = Slow()
     alone.blocked.set()

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.keeper_host import KEYS, LIMIT, caches, same
-from support.migrate_channels import until
+from support.keeper_host import KEYS, caches, same
+from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms
 from portakv.integrations.vllm_check import findings_of

@@ -16,7 +16,7 @@ import pytest
 import torch
 from support import ready
 from support.held_bucket import HeldBucket, TermsWith
-from support.migrate_channels import until
+from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, StoreError, TransferError
@@ -28,7 +28,6 @@ from portakv.serving.local import GroupView, LocalIndex, StoreTerms
 from portakv.storage import Remote, prefix_keys
 from portakv.storage.form_store import FormStore
 
-LIMIT = 30.0  # seconds; nothing here takes as long
 SIZE = 8
 TOKENS = [*range(40)]
 KEYS = prefix_keys(TOKENS, SIZE)
@@ -518,7 +517,7 @@ index.close()
 
 def test_what_one_engine_saved_another_one_loads_from_the_bucket_alone(tmp_path: Path) -> None:
     terms: dict[str, Any] = {**ROOM, "bucket": f"file://{tmp_path / 'bucket'}"}
-    ready.run("-c", _ENGINE, json.dumps(terms), timeout=120).check_returncode()
+    ready.run("-c", _ENGINE, json.dumps(terms), timeout=LIMIT).check_returncode()
     view = KVView([torch.zeros(8, 2, SIZE)], "layer | block page", block_size=SIZE)
     index = LocalIndex()
     (store,) = index.open([GroupView(view)], StoreTerms.of(terms), "model", SIZE)

@@ -18,6 +18,7 @@ import torch
 from support.device_cases import LONG, current, delay
 from support.hand_worker import LAYOUT, HandWorker, caches
 from support.serving_model import NOTHING, Draw, Engine
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import StoreError
@@ -29,7 +30,6 @@ from portakv.storage import BlockForm, BlockStore, Disk, prefix_keys
 from portakv.storage.form_store import FormStore
 
 STEP = 5e-4  # seconds of a step in which workers of the store go on
-LIMIT = 20.0  # seconds; nothing here takes as long
 
 
 class RealStore(LocalIndex):

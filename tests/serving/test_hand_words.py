@@ -11,10 +11,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from support.hand_worker import LAYOUT
-from support.migrate_channels import until
 from support.serving_model import NOTHING
 from support.storage_cases import FakeTier
-from support.word_cases import HOST, LAYERS, LIMIT, Lazy, Words
+from support.waits import LIMIT, until
+from support.word_cases import HOST, LAYERS, Lazy, Words
 
 from portakv import KVView
 from portakv.copy.layer_words import LayerWords

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.migrate_channels import until
 from support.migrate_pulls import Clock
+from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import InvalidTerms
@@ -32,7 +32,6 @@ LAYERS = 3
 HEADS = 4
 DIM = 8
 TOKENS = 75
-LIMIT = 30.0
 LEASE = 20.0
 USUAL = HandoverTerms()
 
@@ -447,7 +446,7 @@ def test_an_engine_that_hangs_delays_no_message_to_another(
     others = [Ticket.of(address, token_bytes(16), token_bytes(32)) for _ in range(80)]
     dst.step(Handovers(renewals=tuple(Renewal((other,), LEASE) for other in others)))
     dst.step(Handovers(released=(src.ticket(name),)))
-    assert until(lambda: bool(src.step().freed), 4.0)
+    assert until(lambda: bool(src.step().freed), LIMIT)
 
 
 def terms_of(tmp_path: Path, address: str = "tcp://127.0.0.1:0", **terms: Any) -> HandoverTerms:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.migrate_channels import until
+from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.migrate import Shard, Ticket, shared_empty
@@ -29,7 +29,6 @@ HEADS = 4
 DIM = 8
 TOKENS = 75
 BLOCKS = 8
-LIMIT = 30.0
 ALL = (0, LAYERS), (0, HEADS)
 #: The layers and heads of the workers of engines.
 ENGINES = {

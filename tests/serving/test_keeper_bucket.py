@@ -13,14 +13,13 @@ from typing import Any
 import pytest
 import torch
 from support.held_bucket import HeldBucket, TermsWith
-from support.migrate_channels import until
+from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.serving import Keeper, KeeperClient, KeeperIndex, StoreTerms
 from portakv.serving.bucket import FOUND, MISSING, KeptBucket
 from portakv.storage import BlockForm, prefix_keys
 
-LIMIT = 60.0  # seconds; nothing here takes as long
 SIZE = 8
 KEYS = prefix_keys(range(8 * SIZE), SIZE)
 names = itertools.count()

@@ -13,9 +13,9 @@ import pytest
 import torch
 from support.ambient import STATES
 from support.device_cases import delay
-from support.keeper_host import HEADS, KEYS, LIMIT, SIZE, Host, caches, hosts, same
-from support.migrate_channels import until
+from support.keeper_host import HEADS, KEYS, SIZE, Host, caches, hosts, same
 from support.pool_processes import Child
+from support.waits import LIMIT, until
 
 from portakv.errors import (
     InvalidTerms,

@@ -11,6 +11,7 @@ import pytest
 from support.hand_worker import HandWorker, caches
 from support.serving_model import Draw, Engine
 from support.serving_stages import StagedEngine
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.serving import (
@@ -24,7 +25,6 @@ from portakv.serving import (
 from portakv.storage import BlockForm
 
 STEP = 5e-3  # seconds of a step in which workers go on
-LIMIT = 30.0  # seconds; nothing here takes as long
 
 
 class KeptStore:

@@ -11,7 +11,6 @@ import pytest
 from support.keeper_processes import Failed, Worker, image_bytes, nursery, prompt
 
 pytestmark = pytest.mark.xdist_group("keeper")
-LIMIT = 60.0  # seconds; nothing here takes as long
 BLOCKS = 3  # of a prompt
 _KEEPER = """
 from portakv.serving import Keeper, StoreTerms

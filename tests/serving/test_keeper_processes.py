@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 from support.keeper_processes import Failed, Worker, image_bytes, nursery, prompt
-from support.migrate_channels import until
+from support.waits import LIMIT, until
 
 from portakv.integrations.vllm_ranks import KeptIndex, index_of
 from portakv.serving import Group, StoreTerms
 from portakv.serving.keeper_messages import PROTOCOL
 
 pytestmark = pytest.mark.xdist_group("keeper")
-LIMIT = 60.0  # seconds; nothing here takes as long
 _KEEPER = """
 import logging
 from portakv.serving.keeper_server import Keeper
@@ -152,7 +151,7 @@ def test_blocks_of_another_model_are_refused_in_one_sentence(host: Host) -> None
     first.kill()
     assert other.do(_WAIT)
     # On a busy machine the keeper may lose the rank, which joins again.
-    assert until(lambda: other.do("answer = rank.saved(tokens)") == [True] * 2, 30)
+    assert until(lambda: other.do("answer = rank.saved(tokens)") == [True] * 2, LIMIT)
 
 
 def test_a_rank_that_is_killed_in_a_save_ends_the_save(host: Host) -> None:

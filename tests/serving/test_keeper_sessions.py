@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.keeper_host import KEYS, LIMIT, Host, caches, hosts, same
-from support.migrate_channels import until
+from support.keeper_host import KEYS, Host, caches, hosts, same
+from support.waits import LIMIT, until
 
 from portakv.errors import (
     InvalidTerms,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import ready
-from support.migrate_channels import until
+from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms
 from portakv.serving import StoreTerms
@@ -24,7 +24,6 @@ from portakv.serving.page_pool import PagePool
 PIECES = [512, 256]
 COUNT = 12
 KEYS = [bytes([number]) * 32 for number in range(1, COUNT + 1)]
-LIMIT = 60.0  # seconds; nothing here takes as long
 ROOM: dict[str, Any] = {"host": 1 << 20, "staging": 2 << 20, "capacity": 4 << 20}
 
 

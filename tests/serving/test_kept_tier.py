@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 from support import ready
 from support.faulty_io import VARIABLE, set_fault
-from support.migrate_channels import until
 from support.stopping import go_on, stop
 from support.store_damage import any_images_believed, flip_bits, swap_images
+from support.waits import LIMIT, until
 
 from portakv.serving import PageJob, StoreTerms
 from portakv.serving.kept_page_store import KeptPageStore
@@ -35,7 +35,6 @@ from portakv.storage.image import HEADER
 
 SIZE = 8192
 SLOTS = 24
-LIMIT = 60.0
 NAMES = [*range(1, 13)]
 
 

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import torch
 import zmq
-from support.migrate_channels import until
+from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, PeerError
@@ -29,7 +29,6 @@ from portakv.serving.kv_events import (
 from portakv.storage import BlockForm, prefix_keys
 from portakv.storage.changes import Change
 
-LIMIT = 60.0
 KEYS = prefix_keys(range(32), 8)
 NUMBERS = [int.from_bytes(key, "big") & ((1 << 64) - 1) for key in KEYS]
 #: A batch as vLLM 0.32 encodes it: blocks stored on the host, one lost on disk, and all cleared.

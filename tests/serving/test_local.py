@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, StoreBusy
@@ -18,8 +19,6 @@ from portakv.serving.kept_page_store import page_store
 from portakv.serving.local import GroupView, LocalIndex, StoreTerms, found_in, log_start
 from portakv.serving.pages import PageSize
 from portakv.storage import BlockForm, prefix_keys
-
-LIMIT = 20.0  # seconds; nothing here takes as long
 
 
 @pytest.mark.parametrize(

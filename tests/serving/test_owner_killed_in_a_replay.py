@@ -27,8 +27,8 @@ from support.keeper_processes import (
     rows_of,
 )
 from support.mark_cases import TOKENS, UNTOUCHED
-from support.migrate_channels import until
 from support.migrate_pulls import Rows, Sides, sides
+from support.waits import LIMIT, until
 
 from portakv.copy.layer_words import LayerWords
 from portakv.errors import PeerError, PortaKVError
@@ -40,7 +40,6 @@ from portakv.serving.hand import Ended
 from portakv.serving.plan import Report
 
 pytestmark = pytest.mark.xdist_group("keeper")
-LIMIT = 60.0  # seconds; nothing here takes as long
 GUARD = pytest.mark.parametrize("guard", [True, False], ids=["guarded", "control"])
 INTO = [6, 1, 4]
 BLOCKS = 3

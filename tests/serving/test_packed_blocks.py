@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from support.held_bucket import HeldBucket, TermsWith
-from support.migrate_channels import until
 from support.store_damage import damaged_images_believed, flip_bits, slot_files
+from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import InvalidTerms
@@ -26,7 +26,6 @@ from portakv.storage import BlockForm, BlockStore, Disk, prefix_keys
 from portakv.storage.changes import Change
 
 LAYOUT = "layer | kv block token head dim"
-LIMIT = 60.0  # seconds; nothing here takes as long
 LAYERS = 2
 BLOCKS = 8
 SIZE = 16

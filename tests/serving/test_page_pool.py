@@ -18,8 +18,8 @@ import numpy.typing as npt
 import pytest
 from support import ready
 from support.held_bucket import HeldBucket, TermsWith
-from support.migrate_channels import until
 from support.page_faults import DAMAGE, FAILURES, FaultyDisk
+from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms
 from portakv.serving import PageStore, StoreTerms
@@ -30,7 +30,6 @@ PIECES = [512, 256, 64]
 GAP = 32  # bytes between two pieces
 STRIDE = sum(PIECES) + GAP * len(PIECES)
 COUNT = 12
-LIMIT = 30.0  # seconds; nothing here takes as long
 KEYS = [bytes([number]) * 32 for number in range(1, COUNT + 1)]
 ROOM: dict[str, Any] = {"host": 0, "staging": 1 << 20, "capacity": 4 << 20}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.faulty_io import VARIABLE, set_fault
-from support.migrate_channels import until
+from support.waits import LIMIT, until
 
 from portakv.errors import TransferTimeout
 from portakv.serving import PageSize, PageStore, StoreTerms, page_key
@@ -19,7 +19,6 @@ from portakv.serving.page_tasks import Buffer, Opening, PageTask, PageTasks
 from portakv.serving.pages import sizes_in
 from portakv.storage.tier import Tier
 
-LIMIT = 60.0
 SIZES = (4096, 10, 8192, 10, 12288)
 
 

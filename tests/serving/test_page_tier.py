@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.migrate_channels import until
 from support.store_damage import cut_files, damaged_images_believed, flip_bits, swap_images
+from support.waits import LIMIT, until
 
 from portakv.serving import PageJob, PageStore, StoreTerms
 from portakv.serving.bucket import MISSING
@@ -22,7 +22,6 @@ from portakv.serving.pages import Pages
 
 SIZE = 8192
 SLOTS = 24
-LIMIT = 60.0
 
 
 class Clock:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.faulty_io import VARIABLE, set_fault
-from support.migrate_channels import until
+from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms, StoreBusy, StoreError
 from portakv.runtime.finished import Finished
@@ -20,7 +20,6 @@ from portakv.serving import PageJob, PageSize, PageStore, StoreTerms, page_key
 
 SIZE = 8192
 SLOTS = 16
-LIMIT = 60.0
 
 
 def terms_of(folder: Path | None, host: int = 0) -> StoreTerms:
@@ -247,12 +246,16 @@ def test_pinned_pages_are_not_evicted(host: int, tmp_path: Path) -> None:
             if not pins:
                 pinned.release()
             for first in range(4, 40, 4):
-                assert pages.save(keys[first : first + 4], view, range(first, first + 4)).wait(60)
+                assert pages.save(keys[first : first + 4], view, range(first, first + 4)).wait(
+                    LIMIT
+                )
             assert pages.holds(keys[:4]).all() == pins
             pinned.release()
             pinned.release()
             for first in range(4, 40, 4):
-                assert pages.save(keys[first : first + 4], view, range(first, first + 4)).wait(60)
+                assert pages.save(keys[first : first + 4], view, range(first, first + 4)).wait(
+                    LIMIT
+                )
             assert not pages.holds(keys[:4]).any()
 
 

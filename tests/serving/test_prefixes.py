@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.held_bucket import HeldBucket, TermsWith
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, StoreBusy, TransferError
@@ -20,7 +21,6 @@ from portakv.serving.prefixes import Prefixes, check_terms
 from portakv.storage.rows import Crossing
 
 SIZE = 8
-LIMIT = 60.0  # seconds; nothing here takes as long
 ROOM: dict[str, Any] = {"staging": 1 << 20, "block_size": SIZE}
 HOST: dict[str, Any] = {**ROOM, "host": 1 << 20}
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.migrate_channels import until
 from support.storage_cases import key_of
+from support.waits import LIMIT, until
 
 from portakv import (
     EncodingChoice,
@@ -39,7 +39,6 @@ HEADS = 2
 DIM = 32
 SHAPE = (2, BLOCKS, SIZE, HEADS, DIM)
 KEYS = [key_of(n) for n in range(BLOCKS)]
-LIMIT = 60.0
 SLOW = AutoEncoding(link_gbps=1.0, packing_gbps=50.0)
 FAST = AutoEncoding(link_gbps=50.0, packing_gbps=50.0)
 PLANE = Pack().plane(SIZE * DIM)

@@ -11,12 +11,12 @@ import torch
 from support.core_cases import noise
 from support.slot_cases import ended_well, forked
 from support.storage_cases import FakeTier, key_of, small_form
+from support.waits import LIMIT
 
 from portakv import InvalidTerms, KVView, LayoutError, StoreError
 from portakv.graph import Graph
 from portakv.storage import BlockForm, BlockStore
 
-LIMIT = 20.0  # seconds; nothing here takes as long
 KEYS = [key_of(i) for i in range(8)]
 LAYOUT = "layer | block kv token head dim"
 

@@ -24,6 +24,7 @@ from hypothesis.stateful import run_state_machine_as_test as run_model
 from support import slot_cases as cases
 from support.slot_cases import FORM, KEYS
 from support.storage_cases import FakeTier, key_of, small_form
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, TransferError
@@ -34,7 +35,6 @@ from portakv.storage.form import BlockForm
 from portakv.storage.slots import Slots
 from portakv.storage.store import BlockStore
 
-LIMIT = 30.0
 MANY = 100  # blocks of the views
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.core_cases import noise
 from support.storage_cases import FakeTier, key_of, small_form
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import StoreError, TransferError
@@ -23,7 +24,6 @@ from portakv.runtime import interrupts
 from portakv.storage import BlockStore, Disk
 from portakv.storage.changes import Announced, Change, Snapshot
 
-LIMIT = 20.0  # seconds; nothing here takes as long
 FORM = small_form()
 SIZE = FORM.image_bytes
 KEYS = [key_of(i) for i in range(40)]

@@ -17,6 +17,7 @@ import torch
 import xxhash
 from obstore.store import LocalStore
 from support.storage_cases import key_of
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, StoreError, TransferError
@@ -32,7 +33,6 @@ CANONICAL = "block layer head kv token dim"
 #: Four layers of 128 KiB: two segments.
 FORM = BlockForm("m", "bfloat16", 2, (256, 256), 16, (0, 4, 4), (0, 8, 8), CANONICAL)
 KEYS = [key_of(n) for n in range(8)]
-LIMIT = 30.0
 
 
 def image(key: bytes, form: BlockForm = FORM, data: Any = None) -> Row:

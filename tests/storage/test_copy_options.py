@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.storage_cases import key_of
+from support.waits import LIMIT
 
 from portakv import CopyOptions, InvalidTerms, KVView
 from portakv.errors import BackendUnavailable, Unsupported
@@ -32,10 +33,10 @@ def test_a_save_and_a_load_take_options() -> None:
     dst = cache()
     options = CopyOptions(backend="reference", overlap="idle")
     with store_of() as store:
-        store.save(src, [0, 1, 2, 3], KEYS, options=options).synchronize(20)
+        store.save(src, [0, 1, 2, 3], KEYS, options=options).synchronize(LIMIT)
         by_layer = CopyOptions(by_layer=True)
         loaded = store.load(dst, [3, 2, 1, 0], KEYS, options=by_layer)
-        loaded.synchronize(20)
+        loaded.synchronize(LIMIT)
         assert len(loaded.layers) == 2
     assert torch.equal(dst.tensors, src.tensors.flip(1))
 
@@ -72,8 +73,8 @@ def test_a_text_names_a_tier_of_another_package(monkeypatch: pytest.MonkeyPatch)
     dst = cache()
     form = BlockForm.of(src, model="m")
     with BlockStore(form, staging=1 << 20, tiers=["acme:here"]) as store:
-        store.save(src, [0, 1], KEYS[:2]).synchronize(20)
-        store.load(dst, [2, 3], KEYS[:2]).synchronize(20)
+        store.save(src, [0, 1], KEYS[:2]).synchronize(LIMIT)
+        store.load(dst, [2, 3], KEYS[:2]).synchronize(LIMIT)
     assert torch.equal(dst.tensors[:, 2:], src.tensors[:, :2])
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from support.storage_cases import aligned
 from support.threads import run_threads
+from support.waits import LIMIT
 
 from portakv.errors import InvalidTerms, StoreError
 from portakv.storage.io import io_uring as ring
@@ -186,7 +187,7 @@ def test_an_end_is_told_while_others_are_under_way(
         if fd == readable:
             begun.set()  # else it may be cancelled
             return os.readv(fd, buffers)
-        begun.wait(10)
+        begun.wait(LIMIT)
         return real(fd, buffers, at)
 
     def ended(number: int, _: int) -> None:
@@ -262,13 +263,13 @@ def test_a_request_under_way_outlives_close(
     monkeypatch.setattr(ring, "system_call", enter)
     thread = threading.Thread(target=work)
     thread.start()
-    assert submitted.wait(10)
+    assert submitted.wait(LIMIT)
     engine.close()
     assert engine.run([Request(readable, 0, AT, 10, False)]) == [-errno.ECANCELED]
     thread.join(0.05)
     assert thread.is_alive()
     os.write(writable, b"x" * 10)
-    thread.join(10)
+    thread.join(LIMIT)
     assert (results, rings()) == ([10], 0)
     for each in (readable, writable):
         os.close(each)

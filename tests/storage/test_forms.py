@@ -16,6 +16,7 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from support.core_cases import noise
 from support.storage_cases import FakeTier, key_of, small_form
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, LayoutError, StoreError, TransferError
@@ -23,7 +24,6 @@ from portakv.graph.prometheus import Collector
 from portakv.storage import BlockForm, BlockStore, Disk, Remote
 from portakv.storage.form_store import FormStore
 
-LIMIT = 20.0  # seconds; nothing here takes as long
 KEYS = [key_of(i) for i in range(12)]
 BLOCKS = range(12)
 WINDOW = small_form(layers=2, notes="the layers with a window")

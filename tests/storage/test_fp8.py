@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.cache_cases import normal_layers
 from support.storage_cases import key_of
+from support.waits import LIMIT
 
 from portakv import Fp8, KVView, StoreError, Unsupported, copy_blocks
 from portakv.storage import BlockForm, BlockStore, Disk
@@ -23,7 +24,6 @@ HEADS = 2
 DIM = 32
 KEYS = [key_of(n) for n in range(3)]
 PLACES = [6, 1, 7]  # of the blocks in the cache
-LIMIT = 30.0
 
 
 def cache(dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:

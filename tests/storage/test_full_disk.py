@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from support import slot_cases as cases
-from support.migrate_channels import until
 from support.slot_cases import FORM, KEYS, Faulty, Tally
+from support.waits import LIMIT, until
 
 from portakv.storage import image
 from portakv.storage.chains import FIRST, Chains, mark_of
@@ -23,7 +23,6 @@ from portakv.storage.io.base import Engine
 from portakv.storage.occupancy import PATIENCE
 from portakv.storage.slots import Slots
 
-LIMIT = 20.0  # seconds; nothing here takes as long
 CALL = {key: place for place, key in enumerate(KEYS[:8])}
 OTHER = KEYS[20:30]  # blocks of another call
 
@@ -201,7 +200,24 @@ def test_slots_are_sealed_before_a_write_waits(opened: Any) -> None:
     assert {*slots.index} == {*KEYS[:2]}
 
 
-class WaitsForEach(Slots):
+class Waits(Slots):
+    """Slots that note how long blocks would wait for writes of other calls."""
+
+    def noted(self) -> list[float]:
+        """Note the seconds of each wait from now on, in the list that is returned."""
+        waits = list[float]()
+        written: Any = self._occupancy.written
+        wait = written.wait
+
+        def noted(seconds: float) -> bool:
+            waits.append(seconds)
+            return bool(wait(seconds))
+
+        written.wait = noted
+        return waits
+
+
+class WaitsForEach(Waits):
     """A negative control: each block waits as long for writes that do not end."""
 
     def take(self, key: bytes, *terms: Any) -> int | None:
@@ -209,17 +225,14 @@ class WaitsForEach(Slots):
         return super().take(key, *terms)
 
 
-@pytest.mark.parametrize("kind", [Slots, WaitsForEach], ids=["once", "negative control"])
-def test_blocks_wait_once_for_writes_that_do_not_end(opened: Any, kind: type[Slots]) -> None:
+@pytest.mark.parametrize("kind", [Waits, WaitsForEach], ids=["once", "negative control"])
+def test_blocks_wait_once_for_writes_that_do_not_end(opened: Any, kind: type[Waits]) -> None:
     """The first blocks of several prompts, of which none follows another one."""
     (slots,) = opened(1, kind=kind)
     late = slots.take(OTHER[0])
-    waits = list[float]()
-    written = slots._occupancy.written
-    wait = written.wait
-    written.wait = lambda seconds: waits.append(seconds) or wait(seconds)
+    waits = slots.noted()
     assert write(store_of([slots]), *KEYS[:3]) == [False] * 3
-    assert waits == [PATIENCE] * (1 if kind is Slots else 3)
+    assert waits == [PATIENCE] * (1 if kind is Waits else 3)
     assert slots.seal(late, OTHER[0], 1, (1,))
     with ThreadPoolExecutor() as pool:  # the next write in the slot is waited for again
         assert slots.take(OTHER[1]) == late

@@ -15,6 +15,7 @@ import torch
 from support.core_cases import noise
 from support.device_cases import current, delay
 from support.storage_cases import FakeTier, key_of, small_form
+from support.waits import LIMIT
 
 from portakv import BackendUnavailable, CopyOptions, KVView, StoreError, TransferError
 from portakv.errors import TransferCancelled, TransferTimeout
@@ -25,7 +26,6 @@ from portakv.storage import rows as rows_module
 from portakv.storage.host_cache import Cache
 from portakv.storage.loans import Loan
 
-LIMIT = 20.0  # seconds; nothing here takes as long
 FORM = small_form()
 SIZE = FORM.image_bytes
 KEYS = [key_of(i) for i in range(8)]

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from support.core_cases import noise
-from support.interrupts import LIMIT, by_width, files_of, orphans, reach, settles
+from support.interrupts import by_width, files_of, orphans, reach, settles
 from support.storage_cases import FakeTier, key_of, small_form
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import PortaKVError, TransferError

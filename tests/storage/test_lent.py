@@ -18,7 +18,6 @@ from support.lent_copies import (
     FORM,
     KEYS,
     LAYOUT,
-    LIMIT,
     OTHERS,
     SIZE,
     SOURCE,
@@ -31,10 +30,10 @@ from support.lent_copies import (
     opened,
     same,
 )
-from support.migrate_channels import until
 from support.peer_process import Peer
 from support.pinned_runtime import claimed, installed
 from support.storage_cases import FakeTier, key_of, small_form
+from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import (

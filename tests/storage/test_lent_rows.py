@@ -13,7 +13,6 @@ import pytest
 from support.lent_copies import (
     FORM,
     KEYS,
-    LIMIT,
     OTHERS,
     SIZE,
     SOURCE,
@@ -25,8 +24,8 @@ from support.lent_copies import (
     opened,
     same,
 )
-from support.migrate_channels import until
 from support.storage_cases import FakeTier, key_of
+from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import (

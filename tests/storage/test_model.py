@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run_model
 from support.storage_cases import FakeTier, key_of
-from support.store_model import LIMIT, Call, Troubled, WatchedDisk, World
+from support.store_model import Call, Troubled, WatchedDisk, World
+from support.waits import LIMIT
 
 from portakv.storage.chains import FIRST
 from portakv.storage.form import BlockForm

@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.storage_cases import FakeTier, key_of
 from support.store_damage import damaged_images_believed, slot_files
+from support.waits import LIMIT
 
 from portakv import (
     InvalidTerms,
@@ -37,7 +38,6 @@ HEADS = 4
 DIM = 32
 KEYS = [key_of(n) for n in range(5)]
 PLACES = [6, 1, 7, 0, 3]  # of the blocks in the cache
-LIMIT = 30.0
 
 
 def cache(seed: int = 0) -> list[torch.Tensor]:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from support.core_cases import noise
 from support.storage_cases import key_of
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, SlotError
 from portakv.storage import BlockForm, BlockStore, Disk
 
-LIMIT = 20.0  # seconds; nothing here takes as long
 TOKENS = 32
 KEYS = [key_of(i) for i in range(2)]  # of 16 tokens each
 

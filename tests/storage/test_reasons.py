@@ -19,6 +19,7 @@ import pytest
 import torch
 from support.core_cases import noise
 from support.storage_cases import FakeTier, key_of, small_form
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import TransferError
@@ -28,7 +29,6 @@ from portakv.storage.disk_store import DiskStore
 from portakv.storage.files import file_system_of
 from portakv.storage.io.base import Ended, Engine, Request
 
-LIMIT = 20.0
 KEYS = [key_of(i) for i in range(8)]
 FORM = small_form()
 

@@ -269,7 +269,7 @@ def test_a_load_with_a_deadline_does_not_wait_for_a_slow_store(case: Case) -> No
     store = BlockStore(form, staging=64 << 20, tiers=[case.remote(workers=1)], full="wait")
     case.proxy.play(Fault("GET", rate=1e6, times=9))
     handle = store.load(view, range(5), KEYS[:5], deadline=0.5, missing="skip")
-    handle.synchronize(20)
+    handle.synchronize(LIMIT)
     assert not handle.landed.any()
     store.close()
     assert case.proxy.sent < 3 * form.image_bytes
@@ -605,7 +605,7 @@ def test_a_store_is_refused_with_a_sentence_if_no_descriptor_is_left(tmp_path: P
                     print(error)
                 resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     """
-    ran = ready.run("-c", text, tmp_path / "a", timeout=60)
+    ran = ready.run("-c", text, tmp_path / "a", timeout=LIMIT)
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
     assert len(lines) == 18
@@ -765,12 +765,12 @@ def test_a_load_asks_no_bucket_what_it_has(case: Case, forms: int) -> None:
         *zip(parts[: forms - 1], halves, 2 * [range(20, 40)], strict=False),
     ]:
         with BlockStore(form, staging=1 << 20, tiers=[case.remote()], full="wait") as store:
-            store.save(part, some, [KEYS[i] for i in some], deadline=20).synchronize(20)
+            store.save(part, some, [KEYS[i] for i in some], deadline=20).synchronize(LIMIT)
     store = BlockStore(BlockForm.of(view, "m"), staging=1 << 20, tiers=[case.remote()])
     case.proxy.play(Fault("HEAD", stall=0.2, times=999))
     for count in (20, 40 if forms > 1 else 20):
         loaded = store.load(target, range(40), KEYS[:40], missing="skip")
-        loaded.synchronize(20)
+        loaded.synchronize(LIMIT)
         assert loaded.landed.sum() == count
         assert loaded.landed[:20].all()
         for actual, expected in zip(target.tensors, tensors, strict=True):
@@ -1130,10 +1130,10 @@ def test_a_store_in_memory_has_more_blocks_than_staging_has_rows() -> None:
     remote = Remote("memory://")
     staging = 8 * form.image_bytes
     with BlockStore(form, staging=staging, tiers=[remote], full="wait") as store:
-        store.save(view, range(64), keys).synchronize(60)
+        store.save(view, range(64), keys).synchronize(LIMIT)
         assert store.lookup(keys) == 64
         target = KVView([torch.zeros_like(x) for x in tensors], "layer | block kv token head dim")
-        store.load(target, range(64), keys).synchronize(60)
+        store.load(target, range(64), keys).synchronize(LIMIT)
     for one, other in zip(target.tensors, tensors, strict=True):
         assert torch.equal(one.view(torch.int16), other.view(torch.int16))
 

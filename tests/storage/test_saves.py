@@ -13,8 +13,8 @@ import pytest
 import torch
 from support.core_cases import noise
 from support.device_cases import current, delay, on
-from support.migrate_channels import until
 from support.storage_cases import FakeTier, key_of, small_form
+from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, TransferCancelled, TransferError, TransferTimeout
@@ -22,7 +22,6 @@ from portakv.graph import Task
 from portakv.storage import BlockStore, form_store, sources
 from portakv.storage.rows import Crossing
 
-LIMIT = 20.0  # seconds; nothing here takes as long
 FORM = small_form()
 KEYS = [key_of(i) for i in range(8)]
 OTHERS = [key_of(i) for i in range(40, 48)]

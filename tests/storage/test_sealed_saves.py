@@ -11,12 +11,12 @@ import torch
 from support.core_cases import noise
 from support.lent_copies import Hands
 from support.storage_cases import FakeTier, key_of, small_form
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.storage import BlockForm, BlockStore, image
 from portakv.storage.chains import FIRST, mark_of
 
-LIMIT = 20.0  # seconds; nothing here takes as long
 FORM = small_form()
 OTHER = small_form(notes="another group of layers")
 SIZE = FORM.image_bytes

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from hypothesis.stateful import run_state_machine_as_test as run_model
 from support.storage_cases import key_of
+from support.waits import LIMIT
 
 from portakv import KVView, TransferError, copy_blocks
 from portakv.storage import BlockForm, BlockStore, Disk, Remote
@@ -31,7 +32,6 @@ SMALL = 3 * PAGE
 LARGE = 4 * PAGE
 STAGING = 4  # rows
 HOST = 17  # pages
-LIMIT = 60.0
 
 
 def rows_of(host: int = HOST, kind: type[SizedRows] = SizedRows) -> SizedRows:

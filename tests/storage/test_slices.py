@@ -14,6 +14,7 @@ import torch
 from support.core_cases import noise
 from support.interrupts import settles
 from support.storage_cases import FakeStore, FakeTier, key_of, small_form
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import StoreError
@@ -22,7 +23,6 @@ from portakv.runtime.interrupts import abandoned
 from portakv.storage import BlockStore
 from portakv.storage.parts import SLICE
 
-LIMIT = 20.0  # seconds; nothing here takes as long
 FORM = small_form(layers=2, heads=2)
 MANY = 3 * SLICE - 8
 KEYS = [key_of(i) for i in range(MANY)]

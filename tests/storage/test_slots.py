@@ -21,6 +21,7 @@ import pytest
 from support import slot_cases as cases
 from support.slot_cases import ENGINE, FORM, KEYS, entries, opened, pinned, put, sizes
 from support.storage_cases import small_form
+from support.waits import LIMIT
 
 import portakv
 from portakv.errors import StoreBusy, StoreError
@@ -46,7 +47,7 @@ def test_an_early_block_waits_for_the_slot_of_a_late_one(tmp_path: Path) -> None
             with pytest.raises(futures.TimeoutError):
                 early.result(0.1)
             assert slots.seal(late, KEYS[2], 1, (1,))
-            assert early.result(10) == late
+            assert early.result(LIMIT) == late
         assert [*slots.index] == []
         slots.give(late)
         last = slots.take(KEYS[2], own)
@@ -56,7 +57,7 @@ def test_an_early_block_waits_for_the_slot_of_a_late_one(tmp_path: Path) -> None
             with pytest.raises(futures.TimeoutError):
                 early.result(0.1)
             slots.give(last)  # its write failed
-            assert early.result(10) == last
+            assert early.result(LIMIT) == last
 
 
 def test_calls_that_wait_for_each_other_go_on(tmp_path: Path) -> None:
@@ -69,8 +70,8 @@ def test_calls_that_wait_for_each_other_go_on(tmp_path: Path) -> None:
         with futures.ThreadPoolExecutor() as pool:
             one = pool.submit(slots.take, KEYS[2], {KEYS[0]: 0, KEYS[2]: 1, KEYS[1]: 2})
             other = pool.submit(slots.take, KEYS[3], {KEYS[1]: 0, KEYS[3]: 1, KEYS[0]: 2})
-            assert one.result(20) is None
-            assert other.result(20) is None
+            assert one.result(LIMIT) is None
+            assert other.result(LIMIT) is None
         slots.give(first)
         slots.give(second)
 

@@ -20,6 +20,7 @@ from support import slot_cases as cases
 from support.core_cases import noise
 from support.slot_cases import FORM, KEYS, Faulty, Tally
 from support.storage_cases import key_of, small_form
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.runtime import linux
@@ -303,7 +304,7 @@ def test_another_block_size_is_named(
     keys = prefix_keys(tokens, block_size=16)
     with store(cache(16)) as first:
         assert "is here in blocks" not in first.explain()
-        first.save(cache(16), range(6), keys).synchronize(20.0)
+        first.save(cache(16), range(6), keys).synchronize(LIMIT)
     caplog.set_level(logging.WARNING, "portakv.storage")
     caplog.clear()
     with store(cache(32)) as second:
@@ -336,7 +337,7 @@ def test_a_chain_in_two_folders_loses_its_end(tmp_path: Path, by: str) -> None:
     with BlockStore(half, tiers=[Disk(*folders, capacity=capacity)], **terms) as store:
         for i in range(0, 36, 3):
             after = keys[i - 1] if i else None
-            store.save(view, range(i, i + 3), keys[i : i + 3], after=after).synchronize(60)
+            store.save(view, range(i, i + 3), keys[i : i + 3], after=after).synchronize(LIMIT)
     assert chain() == keys
     if by == "a smaller capacity":
         capacity = 2 * 17 * half.image_bytes
@@ -345,7 +346,7 @@ def test_a_chain_in_two_folders_loses_its_end(tmp_path: Path, by: str) -> None:
         heads = other.heads[1] - other.heads[0]
         rows = KVView(torch.zeros(8, 4, heads, 2, 4, 32, dtype=torch.float16), other.layout)
         with BlockStore(other, tiers=[Disk(*folders, capacity=capacity)], **terms) as store:
-            store.save(rows, [0], ALL[100:101]).synchronize(60)
+            store.save(rows, [0], ALL[100:101]).synchronize(LIMIT)
             tier_store = store._tier_stores[-1]
             if by == "the whole form":
                 left = [key for key, there in zip(keys, tier_store.has(keys), strict=True) if there]

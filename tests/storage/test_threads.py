@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from support import ready
 from support.storage_cases import aligned
+from support.waits import LIMIT
 
 from portakv.storage.io.base import Request
 from portakv.storage.io.threads import Threads
@@ -129,7 +130,7 @@ def test_what_is_not_begun_is_cancelled(tmp_path: Path, monkeypatch: pytest.Monk
         results = engine.run(requests, lambda *end: ends.append(end))
         assert sorted(ends) == [*enumerate(results)]
         for thread in set(threading.enumerate()) - before:
-            thread.join(5)
+            thread.join(LIMIT)
             assert not thread.is_alive()
         counts = len(moves), results.count(PAGE), results.count(-errno.ECANCELED)
         assert counts[0] == counts[1] < 5_000
@@ -191,7 +192,7 @@ def test_threads_end_with_their_engine(tmp_path: Path) -> None:
         del engine
         gc.collect()
         for thread in new:
-            thread.join(5)
+            thread.join(LIMIT)
             assert not thread.is_alive()
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from support.held_bucket import HeldBucket
-from support.migrate_channels import until
+from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import TransferError
@@ -20,7 +20,6 @@ from portakv.graph import Handle
 from portakv.storage import BlockForm, BlockStore, Disk, prefix_keys
 from portakv.storage.disk_store import DiskStore
 
-LIMIT = 30.0  # seconds; nothing here takes as long
 VIEW = KVView([torch.arange(16.0 * 2 * 8).reshape(16, 2, 8)], "layer | block token dim")
 FORM = BlockForm.of(VIEW, "model")
 KEYS = prefix_keys(range(64), 2)

@@ -15,6 +15,7 @@ from portakv import BlockTransfer, KVView, copy_blocks
 from portakv.host import pinned
 from support.device_cases import settle
 from support.guarded_memory import filled
+from support.waits import LIMIT
 
 LAYERS = 3
 BLOCKS = 8
@@ -25,7 +26,7 @@ BLOCK_BYTES = LAYERS * 2 * SIZE * HEADS * DIM * 2
 SRC = [5, 0, 7, 2, 3]
 DST = [1, 6, 0, 4, 2]
 BIG = 1 << 20  # bytes of a block of the large caches
-PATIENCE = 30.0  # seconds that no test should ever take
+PATIENCE = LIMIT  # seconds that no test should ever take
 #: Every method of issuing blocks.
 METHODS: dict[str, dict[str, Any]] = {
     "together": {},

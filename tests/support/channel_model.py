@@ -13,9 +13,10 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.channel_sockets import ANSWER, LIMIT
 from portakv.migrate.messages import Message
 from portakv.migrate.peer import Peer
+from support import waits
 from support.migrate_channels import SECRET, Network
 
-PATIENCE = 20.0  # seconds after which a request counts as hanging
+PATIENCE = waits.LIMIT  # seconds after which a request counts as hanging
 #: Clauses of errors, and the ends of requests that they stand for.
 ENDS = {
     "was rejected: as planned": "refuse",

@@ -15,6 +15,7 @@ import pytest
 
 from portakv.integrations import INTEGRATIONS
 from support import ready
+from support.waits import LIMIT
 
 #: Settings of torch that an engine may have changed before PortaKV's first use.
 _DEFAULTS = """
@@ -57,7 +58,7 @@ def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[s
     with TemporaryDirectory() as folder:
         script = Path(folder, "script.py")  # a file, since a spawned worker reads it again
         script.write_text(textwrap.dedent(code), encoding="utf-8")
-        return ready.run(script, env=inherited | environment, timeout=560)
+        return ready.run(script, env=inherited | environment, timeout=LIMIT)
 
 
 def answer(code: str, **environment: str) -> str:

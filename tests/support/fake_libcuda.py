@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from support.waits import LIMIT
+
 SOURCE = Path(__file__).with_name("fake_libcuda.c")
 
 
@@ -64,7 +66,7 @@ class FakeLibrary:
                     str(path),
                 ],
                 check=True,
-                timeout=120,
+                timeout=LIMIT,
             )
         self.batches = batch is not None
         self.library: Any = ctypes.CDLL(str(path))

@@ -13,8 +13,8 @@ import numpy as np
 
 from portakv.errors import TransferCancelled, TransferError
 from portakv.graph import Graph, Handle, Lease, Task
+from support.waits import LIMIT
 
-LIMIT = 10.0
 BLOCKS = 3
 ALL = (True,) * BLOCKS
 NONE = (False,) * BLOCKS

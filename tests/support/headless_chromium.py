@@ -15,6 +15,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from support.waits import LIMIT
+
 ABSENT = (
     "Headless Chromium was not found, so report.html was not opened; "
     "install it with `apt-get install --no-install-recommends chromium`."
@@ -74,7 +76,7 @@ class Browser:
         self._session = ""
         try:
             self.call("Browser.close")
-            self._process.wait(10)
+            self._process.wait(LIMIT)
         except (OSError, subprocess.TimeoutExpired):
             self._process.kill()
             self._process.wait()

@@ -10,8 +10,7 @@ from typing import Any
 from portakv.serving.local import StoreTerms
 from portakv.storage import Remote
 from portakv.storage.tier import Tier
-
-LIMIT = 60.0  # seconds; no request waits as long
+from support.waits import LIMIT
 
 
 class HeldBucket(Remote):

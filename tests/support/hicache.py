@@ -21,9 +21,9 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.runtime_context import get_parallel
 
 from support.sglang_pools import LAYERS, PAGE, device_pool
+from support.waits import LIMIT
 
 TOKENS = 128
-LIMIT = 60.0  # seconds; no step takes as long
 MODULE = "portakv.integrations.sglang_hicache"
 #: The pools and layouts of which SGLang reports addresses.
 POOLS = [

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import pytest
 
 import portakv
+from support.waits import LIMIT
 
 LIBRARY = Path(portakv.__file__).parent
 #: Seconds that a judge waits for anything; nothing takes as long.
-LIMIT = 10.0
 #: How often an interrupt comes at one line.
 MOST = 8
 

@@ -14,9 +14,9 @@ import torch
 from portakv import KVView
 from portakv.serving import Keeper, KeeperClient, StoreTerms
 from portakv.storage import BlockForm, prefix_keys
+from support.waits import LIMIT
 
 LAYOUT = "layer | block kv token head dim"
-LIMIT = 60.0  # seconds; nothing here takes as long
 SIZE = 4
 HEADS = 4
 names = count()

@@ -24,13 +24,13 @@ from portakv.serving.place import Place
 from portakv.storage import BlockForm, prefix_keys
 from support.migrate_nursery import Nursery
 from support.stopping import go_on, stop, stopped
+from support.waits import LIMIT
 
 LAYERS = 2
 HEADS = 4
 SIZE = 8  # tokens of a block
 LAYOUT = "layer | block kv token head dim"
 MODEL = "model"
-LIMIT = 60.0  # seconds; nothing here takes as long
 
 
 @cache

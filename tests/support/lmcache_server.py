@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from support.migrate_channels import until
+from support.waits import LIMIT, until
 
 #: Tokens of an object of LMCache.
 CHUNK = 16
@@ -28,7 +28,7 @@ SHAPE = (2, 4, CHUNK, 256)
 NBYTES = 4 * 2 * 4 * CHUNK * 256
 #: The host memory of a server: 64 objects, 16 prompts.
 HOST_GB = 0.0078125
-PATIENCE = 60.0
+PATIENCE = LIMIT
 READY = "cache server is running..."
 RUN = "import runpy; runpy.run_module('lmcache.v1.multiprocess.server', run_name='__main__')"
 

@@ -25,8 +25,8 @@ from portakv.migrate.offers import Offer, Owner
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
 from support import ready
-from support.migrate_channels import until
 from support.peer_cases import ReadsPeers
+from support.waits import LIMIT, until
 
 LAYOUT = "layer | kv block token head dim"
 MODEL = "a model"
@@ -83,7 +83,7 @@ def sides(devices: Sequence[str] = (), nccl: bool = False) -> Iterator[Sides]:
         return left(nccl) <= before
 
     # A pair that is made with one who is killed meanwhile ends with the transport's own timeout.
-    ended = until(nothing_is_left, 90)
+    ended = until(nothing_is_left, LIMIT)
     assert ended, (left(nccl), before, _named(), Counter(_open_files()) - files)
 
 
@@ -251,7 +251,7 @@ class Clock:
         for _ in range(3):
             self.now += 0.9 * lease
             renewed = self.now + 0.99 * lease
-            assert until(lambda renewed=renewed: offer.lease.until >= renewed, 20)
+            assert until(lambda renewed=renewed: offer.lease.until >= renewed, LIMIT)
 
 
 class Compares:

@@ -20,10 +20,10 @@ from portakv.migrate.messages import Answer, Check, Renew
 from portakv.migrate.offers import Offer, Owner
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
-from support.migrate_channels import until
 from support.migrate_pulls import LAYOUT, MODEL, SMALL, Copies, Rows
+from support.waits import LIMIT, until
 
-PATIENCE = 20.0  # seconds after which a pull counts as hanging
+PATIENCE = LIMIT  # seconds after which a pull counts as hanging
 SIZE = 16  # tokens of an owner's block
 TOKENS = 20  # of each offer: two blocks of an owner, less than one of a reader
 ENDED = ("expired", "revoked", "taken", "lost")

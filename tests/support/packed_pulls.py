@@ -14,6 +14,7 @@ from portakv.migrate import Shard
 from portakv.migrate.crossed import PullStatistics
 from portakv.migrate.ipc import shared_empty
 from support.migrate_pulls import Sides
+from support.waits import LIMIT
 
 LAYOUT = "layer | kv block token head dim"
 IMAGE = "block layer kv head page"
@@ -24,7 +25,6 @@ DIM = 32
 #: A block of raw rows, and of slots.
 RAW_BYTES = LAYERS * 2 * HEADS * SIZE * DIM * 2
 SLOT_BYTES = LAYERS * 2 * HEADS * Pack().plane(SIZE * DIM).slot_bytes
-LIMIT = 60.0
 BLOCKS = [7, 3, 11, 0, 5]
 
 

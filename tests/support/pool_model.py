@@ -14,8 +14,7 @@ import pytest
 from portakv.host import pinned
 from portakv.host.pinned import HostMemoryError, PinnedMemory
 from portakv.host.pool import Block, PinnedPool, Pool, PoolExhausted
-
-LIMIT = 10.0  # seconds after which a caller that is not served counts as a deadlock
+from support.waits import LIMIT
 
 
 class Work:

@@ -7,9 +7,7 @@ import os
 import signal
 from pathlib import Path
 
-from support.migrate_channels import until
-
-LIMIT = 30  # seconds
+from support.waits import LIMIT, until
 
 
 def stop(pid: int) -> None:

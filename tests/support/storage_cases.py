@@ -13,6 +13,7 @@ import torch
 from portakv.storage import image
 from portakv.storage.form import BlockForm
 from support.core_cases import noise
+from support.waits import LIMIT
 
 
 def small_form(layers: int = 4, heads: int = 2, block_size: int = 4, **other: Any) -> BlockForm:
@@ -156,7 +157,7 @@ class FakeStore:
         generations, sums, *_ = known
         self._owner.began.set()
         if self._owner.hold is not None:
-            assert self._owner.hold.wait(20)
+            assert self._owner.hold.wait(LIMIT)
         if self._owner.refuse:
             return [False] * len(keys)
         self._owner.writes += len(keys)

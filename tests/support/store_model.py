@@ -23,8 +23,8 @@ from portakv.storage.form import BlockForm
 from portakv.storage.io.base import Ended, Engine, Request
 from portakv.storage.io.threads import carry
 from portakv.storage.slots import Slots
+from support.waits import LIMIT
 
-LIMIT = 20.0  # seconds after which it counts as a deadlock
 ORDER = ("block", "kv", "head", "token", "dim")
 #: Of blocks of the size of the form's, of half of it and of twice as many tokens.
 LAYOUTS = {

@@ -32,6 +32,7 @@ import torch
 
 from portakv.serving import Ledger
 from portakv.serving.local import TOKENS
+from support.waits import LIMIT
 
 LAYERS = 4
 HIDDEN = 256
@@ -45,7 +46,6 @@ LATENT = 512
 ROPE = 64
 MLA_HEADS = 4
 BLOCK = 32
-LIMIT = 300  # seconds of a child, also on a busy machine
 #: The environment of an engine: one process, no network, one thread of OpenMP. vLLM configures no
 #: loggers, which takes a second for the hundreds that its process has.
 ENVIRONMENT = {

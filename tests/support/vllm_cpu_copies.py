@@ -18,16 +18,8 @@ from typing import Any
 
 from portakv.serving.local import TOKENS
 from portakv.storage import prefix_keys
-from support.vllm_cpu import (
-    BLOCK,
-    LIMIT,
-    SMALL,
-    Answer,
-    await_that,
-    connector_terms,
-    fork_workers,
-    prompt,
-)
+from support.vllm_cpu import BLOCK, SMALL, Answer, await_that, connector_terms, fork_workers, prompt
+from support.waits import LIMIT
 
 #: The beginning of the names of requests whose blocks another copy has stored.
 KNOWN = "known"

@@ -21,8 +21,8 @@ import torch
 from portakv.integrations import vllm_connector
 from portakv.integrations.vllm_connector import PortaKVConnector
 from support.vllm_stub import configuration
+from support.waits import LIMIT
 
-LIMIT = 60.0  # seconds; nothing here takes as long
 #: What lines of the engine begin with. vLLM configures no logger but its own.
 FORMAT = "vLLM %(levelname)s %(name)s: %(message)s"
 BLOCKS = 10

@@ -22,9 +22,9 @@ from portakv.integrations.vllm_connector import PlanMetadata, PortaKVConnector, 
 from portakv.serving import Group, Plan, Report
 from support.serving_model import NOTHING, Engine, Holder
 from support.vllm_stub import configuration
+from support.waits import LIMIT
 
 STEP = 5e-4  # seconds of a step in which workers go on
-LIMIT = 60.0  # seconds; nothing here takes as long
 Role: Any = vllm_connector.KVConnectorRole  # type: ignore[attr-defined]
 
 

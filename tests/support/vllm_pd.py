@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from support.vllm_cpu import LIMIT, Engine, await_that, note
+from support.vllm_cpu import Engine, await_that, note
+from support.waits import LIMIT
 
 #: What a request carries to the engine that computes its prompt, as vLLM's proxies send it.
 TO_PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}

@@ -10,9 +10,9 @@ import torch
 
 from portakv.copy.layer_words import LayerWords
 from portakv.runtime.stream_words import HostWords
+from support.waits import LIMIT
 
 LAYERS = 3
-LIMIT = 30.0  # seconds; nothing here takes as long
 HOST = torch.device("cpu")
 
 

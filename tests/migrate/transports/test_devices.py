@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.migrate_pulls import LAYOUT, Sides
 from support.transport_cases import Wire, slot_of, wire
+from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import PeerError, TransferCancelled, TransferError
@@ -72,8 +73,8 @@ def test_a_slot_crosses_behind_what_the_streams_hold(kind: str) -> None:
         delay(500_000_000)
         before = into.clone()
         taking = both.take(into, 1)
-    taking.wait(60)
-    giving.wait(60)
+    taking.wait(LIMIT)
+    giving.wait(LIMIT)
     assert bool((into == 7).all())
     assert not before.any()
     close(both)
@@ -89,7 +90,7 @@ def test_a_death_that_the_channel_notices_ends_a_take_by_nccl() -> None:
     time.sleep(0.5)  # its kernel waits for the peer
     both.life.end()
     with pytest.raises(PeerError, match="is gone"):
-        taking.wait(60)
+        taking.wait(LIMIT)
     until = time.monotonic() + 60
     while not taking.free.is_set():
         assert time.monotonic() < until
@@ -106,7 +107,7 @@ def test_a_timeout_aborts_and_does_not_end_the_process() -> None:
     both.cross(1000)
     both.reader.timeout = 1.0
     with pytest.raises(TransferError, match="did not cross"):
-        both.take(empty(1000), 1).wait(60)
+        both.take(empty(1000), 1).wait(LIMIT)
     close(both)
 
 
@@ -135,7 +136,7 @@ def test_rows_cross_by_nccl_in_more_slices_than_there_are_buffers() -> None:
             offer = owner.offer(range(8), tokens=128)
         with torch.cuda.device(1):
             pulled = reader.pull(offer.ticket, [*range(7, -1, -1)], verify=bool(turn % 2))
-            pulled.synchronize(60)
+            pulled.synchronize(LIMIT)
         assert pulled.statistics.slices == 19
         assert torch.equal(before.cpu(), expected)
         assert torch.equal(remote.cpu(), local.cpu().flip(2))
@@ -161,12 +162,12 @@ def test_pulls_by_nccl_that_are_cancelled_leave_one_group_in_step() -> None:
             cancelled += pulls[0].cancel()
             for pulled in pulls:
                 with suppress(TransferCancelled, PeerError):  # a lane may have been closed
-                    pulled.synchronize(60)
+                    pulled.synchronize(LIMIT)
         with torch.cuda.device(0):
             remote.fill_(1000 + turn)
             offer = owner.offer(range(8), tokens=128)
         with torch.cuda.device(1):
-            reader.pull(offer.ticket, range(8)).synchronize(60)
+            reader.pull(offer.ticket, range(8)).synchronize(LIMIT)
         assert bool((local == 1000 + turn).all())
         owner.revoke_all()
     assert cancelled
@@ -179,7 +180,7 @@ def test_a_pull_by_nccl_that_is_cancelled_long_before_its_bytes_leaves_others_th
     made = Sides()
     owner, reader, remote, local = pulled_between_devices(made, 9)
     with torch.cuda.device(1):
-        reader.pull(owner.offer(range(8), tokens=128).ticket, range(8)).synchronize(60)
+        reader.pull(owner.offer(range(8), tokens=128).ticket, range(8)).synchronize(LIMIT)
     with torch.cuda.device(0):
         remote.fill_(7)
         delay(4_000_000_000)
@@ -188,9 +189,9 @@ def test_a_pull_by_nccl_that_is_cancelled_long_before_its_bytes_leaves_others_th
         pulls = [reader.pull(offer.ticket, range(8)) for offer in offers]
         time.sleep(0.3)
         assert pulls[0].cancel()
-        pulls[1].synchronize(60)
+        pulls[1].synchronize(LIMIT)
         with pytest.raises(TransferCancelled):
-            pulls[0].synchronize(60)
+            pulls[0].synchronize(LIMIT)
     assert bool((local == 7).all())
     for one in reversed(made.made):
         one.close()
@@ -205,7 +206,7 @@ def test_a_lane_that_its_owner_closes_alone_ends_a_take_by_nccl() -> None:
     lane = both.owner.lane(both.life, both.there)
     lane.close(PeerError("The owner could not send a buffer; it did not cross."))
     with pytest.raises(PeerError, match="has closed the group"):
-        taking.wait(60)
+        taking.wait(LIMIT)
     both.cross(1000)
     close(both)
 
@@ -218,4 +219,4 @@ def test_slots_cross_by_nixl() -> None:
             both.cross(nbytes, tag)
         both.give(slot_of(100).to(DEVICES[0]), 9)
         with pytest.raises(PeerError, match="100 B were given"):
-            both.take(empty(1000), 9).wait(60)
+            both.take(empty(1000), 9).wait(LIMIT)

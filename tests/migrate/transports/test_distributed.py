@@ -21,6 +21,7 @@ import torch
 from support.migrate_pulls import LAYOUT, sides
 from support.simdev_cases import DEVICE, OTHER, current
 from support.transport_cases import End, Wire, slot_of, wire
+from support.waits import LIMIT
 
 from portakv import Index, KVView
 from portakv.backends.base import Decision
@@ -56,7 +57,7 @@ def test_slots_cross_in_the_order_in_which_they_are_given_two_at_a_time() -> Non
         sent = [both.give(buffer, tag % 2) for tag, buffer in enumerate(buffers)]
         taken += [both.take(each, tag % 2) for tag, each in enumerate(into[4:])]
         for moving in (*taken, *sent):
-            moving.wait(20)
+            moving.wait(LIMIT)
         assert all(map(torch.equal, buffers, into))
 
 
@@ -78,7 +79,7 @@ def test_a_death_that_the_channel_notices_ends_what_is_under_way(side: str) -> N
         both.life.end()
         for each in moving:
             with pytest.raises(PeerError, match="is gone"):
-                each.wait(20)
+                each.wait(LIMIT)
             assert each.free.is_set()
         both.life.end()
         both.owner.forget(both.life)
@@ -104,7 +105,7 @@ def test_an_owner_killed_in_mid_chunk_is_told_by_the_channel() -> None:
             time.sleep(1e-4)
         owner.kill()
         with pytest.raises(PeerError):
-            taking.wait(60)
+            taking.wait(LIMIT)
         assert taking.free.is_set()
         landed = into.clone()
         assert landed[0] == 7  # it was in the middle of it
@@ -124,9 +125,9 @@ def test_a_slot_of_another_length_is_an_error_on_either_side(sent: int, requeste
         giving = both.give(slot_of(sent))
         into = empty(requested)
         with pytest.raises(PeerError, match=f"expected {requested} B, got {sent}"):
-            both.take(into).wait(20)
+            both.take(into).wait(LIMIT)
         with pytest.raises(PeerError):
-            giving.wait(20)
+            giving.wait(LIMIT)
         assert not into.any()
         both.cross(1000)
 
@@ -138,7 +139,7 @@ def test_the_timeout_is_the_last_resort() -> None:
         both.reader.timeout = 0.3
         taking = both.take(empty(100))
         with pytest.raises(TransferError, match="did not cross"):
-            taking.wait(20)
+            taking.wait(LIMIT)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -196,7 +197,7 @@ class Group:
         return self.ordered(gone)
 
     def recv(self, buffers: list[torch.Tensor], _: int, tag: int) -> Any:
-        sent, ready = self.wire.get(timeout=20)
+        sent, ready = self.wire.get(timeout=LIMIT)
         ready.wait(current(self.device))
         simdev.delay(current(self.device), 20)
         buffers[0].copy_(sent, non_blocking=True)
@@ -216,7 +217,7 @@ WIRES = dict[str, Any]()  # by the name of the pair
 
 class SimulatedPair(DevicePair):
     def _join(self) -> Any:
-        self.meet() if self.address else self.named.wait(20)
+        self.meet() if self.address else self.named.wait(LIMIT)
         return Group(self.transport.device, WIRES.setdefault(self.name, queue.Queue()))
 
 
@@ -270,7 +271,7 @@ def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
                 offer.ids = [(offer.ids[0][0] + 1000, 16)]
             pulled = reader.pull(offer.ticket, [*range(7, -1, -1)])
             with pytest.raises(OfferGone, match="log has the reason") if fails else nullcontext():
-                pulled.synchronize(60)
+                pulled.synchronize(LIMIT)
             assert turn != 2 or not busy.query()
             assert torch.equal(read.cpu(), before)
             assert pulled.statistics.slices == 9
@@ -309,10 +310,10 @@ def test_pulls_between_devices_that_are_cancelled_leave_one_group_in_step(
             ]
             time.sleep(seed.random() * 0.1)
             cancelled += pulls[0].cancel()
-            pulls[1].synchronize(60)
+            pulls[1].synchronize(LIMIT)
             assert torch.equal(remote.cpu(), local[:, :, :8].cpu().flip(2))
             with suppress(TransferCancelled):
-                pulls[0].synchronize(60)
+                pulls[0].synchronize(LIMIT)
             owner.revoke_all()
     assert cancelled
     assert len(WIRES) == before + 1
@@ -335,7 +336,7 @@ def test_devices_pack_and_unpack_slots(monkeypatch: pytest.MonkeyPatch, size: in
         blocks = [5, 3, 6, 0]
         into = [2, 7, 1, 4][: 4 * 16 // size]
         pulled = reader.pull(owner.offer(blocks, tokens=64).ticket, into, encoding="pack")
-        pulled.synchronize(60)
+        pulled.synchronize(LIMIT)
         rows = local.cpu()[:, :, into].flatten(2, 3).view(torch.int16)
     assert torch.equal(rows, remote[:, :, blocks].flatten(2, 3).view(torch.int16))
     assert pulled.statistics.strategy == Simulated.name
@@ -358,8 +359,8 @@ def test_a_death_ends_the_slots_that_cross_on_a_device_and_aborts_their_group() 
     both.life.end()
     for each in taking:
         with pytest.raises(PeerError, match="is gone"):
-            each.wait(20)
-        assert each.free.wait(20)
+            each.wait(LIMIT)
+        assert each.free.wait(LIMIT)
     assert group.aborted
     both.reader.close(20)
     both.owner.close(20)
@@ -379,7 +380,7 @@ def test_a_slot_on_a_device_that_takes_too_long_ends_the_one_behind_it() -> None
         taking.append(both.take(torch.zeros(100, dtype=torch.uint8, device=OTHER)))
     for each in taking:
         with pytest.raises(TransferError, match=r"did not cross in 0\.2 s"):
-            each.wait(20)
+            each.wait(LIMIT)
     for transport in (both.reader, both.owner):
         transport.close(20)
 
@@ -401,17 +402,17 @@ def test_a_pull_that_is_cancelled_long_before_its_bytes_leaves_others_their_lane
         # Ids on the device: the host would wait for the bytes to bring or to check them.
         into: Any = Index(torch.arange(7, -1, -1, device=OTHER), 16, trusted=True)
         offer = owner.offer(range(8), tokens=128)
-        reader.pull(offer.ticket, into).synchronize(60)  # so that the group is made
+        reader.pull(offer.ticket, into).synchronize(LIMIT)  # so that the group is made
         remote.copy_(torch.arange(remote.numel()).view(remote.shape).to(DEVICE))
         Group.delays.append(3000)
         offers = [owner.offer(range(8), tokens=128) for _ in range(2)]
         pulls = [reader.pull(offer.ticket, into) for offer in offers]
         time.sleep(0.3)  # its copies are on the device's stream by then
         assert pulls[0].cancel()
-        pulls[1].synchronize(60)
+        pulls[1].synchronize(LIMIT)
         assert torch.equal(remote.cpu(), local.cpu().flip(2))
         with pytest.raises(TransferCancelled):
-            pulls[0].synchronize(60)
+            pulls[0].synchronize(LIMIT)
     assert len(WIRES) == before + 1
 
 
@@ -424,12 +425,12 @@ def test_a_lane_that_its_owner_closes_alone_ends_the_readers_slots(closed: bool)
     simdev.delay(current(DEVICE), 3000)
     both.give(slot_of(100).to(DEVICE, non_blocking=True), 1)
     taking = both.take(torch.zeros(100, dtype=torch.uint8, device=OTHER), 1)
-    assert taking.issued.wait(20)
+    assert taking.issued.wait(LIMIT)
     if closed:
         lane = both.owner.lane(both.life, both.there)
         lane.close(PeerError("The owner could not send a buffer; it did not cross."))
     with pytest.raises(PeerError, match="has closed the group") if closed else nullcontext():
-        taking.wait(60)
+        taking.wait(LIMIT)
     for transport in (both.reader, both.owner):
         transport.close(20)
 
@@ -447,7 +448,7 @@ def test_slots_after_the_first_are_issued_by_the_caller_and_a_failure_ends_the_l
     giving.append(both.give(slot_of(100).to(DEVICE, non_blocking=True), 2))
     for each in giving:
         with pytest.raises(PeerError, match="no memory"):
-            each.wait(20)
+            each.wait(LIMIT)
     assert lane.gone is not None
     assert both.owner.lane(both.life, both.there) is not lane
     for transport in (both.reader, both.owner):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.transport_cases import End, slot_of, wire
+from support.waits import LIMIT
 
 from portakv.backends.base import Decision
 from portakv.errors import PeerError, TransferError, TransferTimeout
@@ -96,7 +97,7 @@ def test_two_slots_of_one_allocation_are_read_again_and_again(kind: type[OneSide
             sent = [both.give(buffers[0][tag], 2 * turn + tag) for tag in range(2)]
             taken = [both.take(buffers[1][tag], 2 * turn + tag) for tag in range(2)]
             for moving in (*taken, *sent):
-                moving.wait(20)
+                moving.wait(LIMIT)
             assert torch.equal(into, staging)
 
 
@@ -108,8 +109,8 @@ def test_a_slot_of_another_length_is_not_read(kind: type[OneSided]) -> None:
             giving = both.give(slot_of(sent), tag)
             into = empty(requested)
             with pytest.raises(PeerError, match=f"expected {requested} B, got {sent}"):
-                both.take(into, tag).wait(20)
-            giving.wait(20)  # the reader has reported that it does not want it
+                both.take(into, tag).wait(LIMIT)
+            giving.wait(LIMIT)  # the reader has reported that it does not want it
             assert not into.any()
         both.cross(1000)
 
@@ -123,7 +124,7 @@ def test_a_death_that_the_channel_notices_ends_what_is_under_way(kind: type[OneS
         both.life.end()
         for each in moving:
             with pytest.raises(PeerError, match="is gone"):
-                each.wait(20)
+                each.wait(LIMIT)
             assert each.free.is_set()
         both.connect()
         both.cross(100)
@@ -138,9 +139,9 @@ def test_an_error_after_a_part_counts_for_all_of_it() -> None:
         taking = both.take(into)
         why = r"1000 B did not cross by memory from the owner at \S+: -1\. Pull again"
         with pytest.raises(PeerError, match=why):
-            taking.wait(20)
+            taking.wait(LIMIT)
         assert into[:500].any()
-        giving.wait(20)  # the owner's buffer is free
+        giving.wait(LIMIT)  # the owner's buffer is free
         both.reader.fails = None
         both.cross(1000, 1)
 
@@ -155,15 +156,15 @@ def test_a_slot_that_a_library_cannot_let_go_of_is_not_free_until_it_does(timeou
         both.give(slot_of(1000))
         taking = both.take(empty(1000))
         why = "did not cross in 0.2 s"
-        assert both.reader.reads.wait(20)  # the library has it
+        assert both.reader.reads.wait(LIMIT)  # the library has it
         if timeout == NEVER:
             both.life.end()
             why = "is gone"
         with pytest.raises(TransferError, match=why):
-            taking.wait(20)
+            taking.wait(LIMIT)
         assert not taking.free.is_set()
         both.reader.stuck.set()
-        assert taking.free.wait(20)
+        assert taking.free.wait(LIMIT)
 
 
 def test_a_library_that_does_not_start_at_the_owner_is_told_to_the_reader() -> None:
@@ -172,7 +173,7 @@ def test_a_library_that_does_not_start_at_the_owner_is_told_to_the_reader() -> N
         both.owner.broken = True
         both.give(slot_of(100))
         with pytest.raises(PeerError, match="no such port"):
-            both.take(empty(100)).wait(20)
+            both.take(empty(100)).wait(LIMIT)
         both.owner.broken = False
         both.cross(100, 1)
 
@@ -181,7 +182,7 @@ def test_what_is_not_given_or_not_taken_ends_by_the_timeout() -> None:
     with wire(Memory, 0.2) as both:
         for moving in (both.take(empty(100), 1), both.give(slot_of(100), 2)):
             with pytest.raises(TransferTimeout, match=r"100 B did not cross in 0.2 s"):
-                moving.wait(20)
+                moving.wait(LIMIT)
 
 
 @pytest.mark.parametrize(
@@ -206,8 +207,8 @@ def test_a_lane_that_its_reader_closes_frees_the_owners_slots(before: bool) -> N
         lane.skip([4])
         for each in taking:
             with pytest.raises(PeerError, match="did not stop"):
-                each.wait(20)
+                each.wait(LIMIT)
         if not before:
             given = [both.give(slot_of(100), tag) for tag in (1, 2, 3, 4)]
-        assert all(each.wait(5) for each in given)
+        assert all(each.wait(LIMIT) for each in given)
         both.cross(100, 5)
