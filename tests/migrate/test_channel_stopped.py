@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,3 +75,67 @@ def test_a_request_behind_a_short_one_has_its_own_time() -> None:
             assert "was rejected" in str(long.exception(20))  # by the process that goes on
         finally:
             server.kill()
+
+
+FORKS = """
+import os, sys, time
+sys.path[:0] = [sys.argv[1]]
+from support.migrate_channels import Server
+server = Server(None)
+if not os.fork():
+    time.sleep(600)  # it has the descriptors of its parent
+    os._exit(0)
+print(server.address, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_end_of_a_process_is_seen_though_a_fork_has_its_descriptors() -> None:
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    command = [sys.executable, "-c", FORKS, str(Path(__file__).parents[1])]
+    with (
+        subprocess.Popen(command, text=True, start_new_session=True, **pipes) as server,
+        closing(Channel(timeout=20.0)) as asker,
+    ):
+        assert server.stdout is not None
+        ends = list[str]()
+        try:
+            there = server.stdout.readline().strip()
+            asker.ask(there, Ping(), Pong)
+            asker.watch(there, lambda: ends.append("gone"))
+            server.kill()
+            assert until(lambda: bool(ends), 60)
+            with pytest.raises(PeerError):
+                asker.ask(there, Ping(), Pong)
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def test_a_process_that_stops_is_gone_and_comes_back() -> None:
+    """Its connection ends for both sides after a while, and the next request makes another."""
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    command = [sys.executable, "-c", FORKS.replace("if not os.fork()", "if not 1")]
+    with (
+        subprocess.Popen([*command, str(Path(__file__).parents[1])], text=True, **pipes) as server,
+        closing(Channel(timeout=20.0)) as asker,
+    ):
+        assert server.stdout is not None
+        ends = list[str]()
+        try:
+            there = server.stdout.readline().strip()
+            assert asker.ask(there, Ping(), Pong).count == 1
+            asker.watch(there, lambda: ends.append("gone"))
+            stop(server.pid)
+            assert until(lambda: bool(ends), 60)
+            go_on(server.pid)
+            assert until(lambda: answers(asker, there), 60)
+        finally:
+            server.kill()
+
+
+def answers(asker: Channel, there: str) -> bool:
+    """Return whether a process answers a request."""
+    try:
+        return asker.ask(there, Ping(), Pong, 1.0).count > 1
+    except PeerError:
+        return False
