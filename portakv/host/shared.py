@@ -569,8 +569,8 @@ def started(pid: int) -> int | None:
     that lives must not count as ended.
     """
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()  # from the state on
+        with open(f"/proc/{pid}/stat", "rb") as file:  # the name of a process may be no text
+            fields = file.read().rpartition(b")")[2].split()  # from the state on
     except (FileNotFoundError, ProcessLookupError):
         return None
     except OSError as error:
@@ -578,7 +578,7 @@ def started(pid: int) -> int | None:
             f"Expected to read the state of process {pid}, got an error ({error.strerror}). Close "
             f"files, or raise the limit of open files (ulimit -n)."
         ) from None
-    return None if fields[0] in "ZX" else int(fields[19])
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 @cache

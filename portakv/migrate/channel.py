@@ -8,7 +8,6 @@ Messages have schemas and limits; nothing is unpickled.
 from __future__ import annotations
 
 import atexit
-import errno
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,8 +15,6 @@ from functools import partial
 from secrets import token_bytes
 from time import monotonic
 from typing import TypeVar
-
-import zmq
 
 from portakv.arguments import seconds
 from portakv.errors import InvalidTerms, PeerError, PortaKVError
@@ -29,13 +26,11 @@ from portakv.migrate.channel_sockets import Sockets
 from portakv.migrate.figures import Figures, channel_figures
 from portakv.migrate.messages import Message
 from portakv.migrate.peer import Peer
-from portakv.runtime import resources
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import alongside, uninterrupted
 
 __all__ = ["Channel", "Peer"]
 T = TypeVar("T")
-_NO_RESOURCE = "Expected the descriptors, a thread and a folder for a channel"
 SENDING = 0.02  # seconds for which a caller lets a helper send its message
 
 
@@ -74,28 +69,15 @@ class Channel:
 
     def _start(self, address: str | None) -> None:
         """Listen, and start the channel's thread."""
-        resources.raise_limit_if_few()
         self._server = Server(self._sockets, address, self.counts)
-        try:
-            self._loop = Loop()
-        except OSError as error:
-            raise PeerError(f"{_NO_RESOURCE}, got: {resources.reason(error)}.") from None
+        self._loop = Loop()
         self._client = Client(self._sockets, self._loop, self.id, self.counts, self.check_open)
         try:
             self._server.listen(address, self._loop)
             self._loop.start()
-        except RuntimeError:
+        except PeerError:
             self._end()
-            raise PeerError(f"{_NO_RESOURCE}, got: {resources.NO_THREAD}.") from None
-        except (OSError, zmq.ZMQError) as error:
-            self._end()
-            why = resources.reason(error)
-            if address is None or error.errno in (*resources.NONE_FREE, errno.EAGAIN):
-                raise PeerError(f"{_NO_RESOURCE}, got: {why}.") from None
-            raise PeerError(
-                f"Expected an address at which a channel can listen, got {self._server.address}: "
-                f"{why}. Pass an address of this host and a free port."
-            ) from None
+            raise
         self.address = self._server.address
         atexit.register(self.close)
 

@@ -22,7 +22,7 @@ from portakv.errors import PeerError, PortaKVError, TransferTimeout
 from portakv.migrate.address import NUMERIC
 from portakv.migrate.channel_loop import Loop
 from portakv.migrate.channel_sockets import BACK, HEAD, LIMIT, Sockets, event_of
-from portakv.migrate.channel_unix import UnixLink
+from portakv.migrate.channel_unix import LinkTerms, UnixLink
 from portakv.migrate.messages import UNDECODABLE, VERSION, Message, Refused, decoder_of
 from portakv.migrate.peer import Peer
 from portakv.runtime.interrupts import abandoned
@@ -277,8 +277,8 @@ class Client:
         self._made += 1
         # The link is there before the channel's thread may drop it.
         if local:
-            key = self._sockets.key
-            link = UnixLink(address, self._made, key, self._loop, self._counts, self._drop)
+            terms = LinkTerms(self._sockets.key, self._loop, self._counts, self._drop)
+            link = UnixLink(address, self._made, terms)
             self._links[address] = link
             try:
                 link.open()

@@ -12,6 +12,9 @@ from time import monotonic
 
 import zmq
 
+from portakv.errors import PeerError
+from portakv.runtime import resources
+
 _log = logging.getLogger(__name__)
 
 
@@ -20,9 +23,12 @@ class Loop:
 
     Attributes:
         stopped: True from the call of `stop` on.
+
+    Raises `PeerError` if the process has no descriptor left.
     """
 
     def __init__(self) -> None:
+        resources.raise_limit_if_few()
         self.stopped = False
         self._poller = zmq.Poller()
         self._calls = dict[object, Callable[[], object]]()
@@ -30,7 +36,12 @@ class Loop:
         self._timers = list[tuple[float, Callable[[], object]]]()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="portakv channel", daemon=True)
-        self._wake = os.eventfd(0)
+        try:
+            self._wake = os.eventfd(0)
+        except OSError as error:
+            raise PeerError(
+                f"Expected a descriptor for a channel, but {resources.reason(error)}."
+            ) from None
         self.watch(self._wake, self._run_soon)
 
     @property
@@ -39,8 +50,8 @@ class Loop:
         return self._thread.ident == threading.get_ident()
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start the thread. Raises `PeerError` if the system gives no more."""
+        resources.start_thread(self._thread, PeerError)
 
     def watch(
         self, socket: zmq.Socket[bytes] | int, call: Callable[[], object], events: int = zmq.POLLIN

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -18,12 +19,13 @@ import zmq
 from msgspec.msgpack import encode
 from zmq.utils import z85
 
-from portakv.errors import PortaKVError
+from portakv.errors import PeerError, PortaKVError
 from portakv.migrate.channel_loop import Loop
 from portakv.migrate.channel_sockets import ANSWER, BACK, HEAD, LIMIT, Sockets, event_of
 from portakv.migrate.channel_unix import UnixListener
 from portakv.migrate.messages import UNDECODABLE, VERSION, Message, new_decoder
 from portakv.migrate.peer import Peer
+from portakv.runtime import resources
 from portakv.runtime.bounded import Bounded
 
 _log = logging.getLogger(__name__)
@@ -165,9 +167,6 @@ class Server:
         sockets: makes the sockets.
         address: where to listen, as in `Channel`.
         counts: the counters of the channel.
-
-    Raises:
-        OSError or ZMQError: nothing can listen there.
     """
 
     def __init__(self, sockets: Sockets, address: str | None, counts: Counter[str]) -> None:
@@ -185,7 +184,25 @@ class Server:
         self._seen: zmq.Socket[bytes] | None = None
 
     def listen(self, address: str | None, loop: Loop) -> None:
-        """Listen, and have the loop answer what comes."""
+        """Listen, and have the loop answer what comes.
+
+        Raises `PeerError` if nothing can listen there, or if descriptors, a thread or a folder are
+        missing.
+        """
+        try:
+            self._listen(address, loop)
+        except (OSError, zmq.ZMQError) as error:
+            why = resources.reason(error)
+            if not address or error.errno in (*resources.NONE_FREE, errno.EAGAIN):
+                raise PeerError(
+                    f"Expected the descriptors, threads and folder of a channel, but {why}."
+                ) from None
+            raise PeerError(
+                f"Expected an address at which a channel can listen, got {self.address}: {why}. "
+                f"Pass an address of this host and a free port."
+            ) from None
+
+    def _listen(self, address: str | None, loop: Loop) -> None:
         if not address:
             self._unix = UnixListener(self._sockets.key, self, loop)
             self.address = self._unix.address

@@ -31,8 +31,8 @@ from hashlib import blake2b
 from hmac import compare_digest
 from secrets import token_bytes
 from struct import Struct
-from time import monotonic
-from typing import Protocol
+from time import monotonic, sleep
+from typing import NamedTuple, Protocol
 
 import zmq
 
@@ -41,6 +41,7 @@ from portakv.migrate.channel_loop import Loop
 from portakv.migrate.channel_sockets import ANSWER, BACK, HEAD, LIMIT
 from portakv.migrate.peer import Peer
 from portakv.runtime import resources
+from portakv.runtime.interrupts import Condition
 from portakv.runtime.rate_limited_log import RateLimitedLog
 
 _logger = logging.getLogger(__name__)
@@ -121,9 +122,9 @@ class UnixListener:
     def close(self) -> None:
         """Close the socket and all connections, after the loop was stopped."""
         for connection in self._connections.values():
-            connection.socket.close()
+            _shut(connection.socket)
         self._connections.clear()
-        self._listening.close()
+        _shut(self._listening)
         for descriptor in (self._path, self._spare):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -192,15 +193,16 @@ class UnixListener:
             return
         self._loop.forget(fd)
         self._server.end(fd)
-        connection.socket.close()
+        _shut(connection.socket)
         if self._spare < 0:
             with suppress(OSError):
                 self._spare = os.eventfd(0)
 
     def _look(self) -> None:
-        """End the connections to processes that are stopped or dead."""
+        """End the connections to processes that are stopped or dead, or shake no hands."""
         for connection in [*self._connections.values()]:
-            if connection.process.is_gone():
+            late = not connection.welcome and monotonic() > connection.until
+            if late or connection.process.is_gone():
                 self._end(connection)
         self._looks = bool(self._connections)
         if self._looks:
@@ -256,7 +258,11 @@ class UnixListener:
             except BlockingIOError:
                 self._loop.forget(fd)
                 self._loop.watch(fd, lambda: self._go_on(connection), zmq.POLLOUT)
-            except OSError:  # the peer is gone; what it has sent before is received first
+            except ConnectionError:  # the peer is gone; what it has sent before is received first
+                return
+            except OSError as error:  # the rest of an answer would count as a whole one
+                _log.warning("send", "A channel ends a connection: %s.", resources.reason(error))
+                self._end(connection)
                 return
         connection.waiting.append(packet)
 
@@ -284,23 +290,55 @@ class _Connection:
         self.name = name
         self.nonce = token_bytes(_NONCE)
         self.welcome = False  # the peer has shown its secret
+        self.until = monotonic() + channel_sockets.HANDSHAKE / 1e3  # of the time for that
         self.waiting = deque[bytes]()  # packets for which there was no room
         self.process = _Process(accepted)
+
+
+class LinkTerms(NamedTuple):
+    """What a channel gives to each of its links.
+
+    Attributes:
+        key: from the secret; empty without one.
+        loop: the channel's thread.
+        counts: the counters of the channel.
+        drop: is called with a link that has failed while no request used it, and with its lock.
+    """
+
+    key: bytes
+    loop: Loop
+    counts: Counter[str]
+    drop: Callable[[UnixLink], object]
+
+
+class _Dialled:
+    """A socket of a link, from the connect until its end.
+
+    Attributes:
+        greeted: True after the handshake.
+        expected: the last packet of the handshake.
+        until: the end of the time for the handshake.
+        parts: the packets of an answer that have come.
+    """
+
+    def __init__(self, connected: socket.socket) -> None:
+        self.socket = connected
+        self.process = _Process(connected)
+        self.greeted = False
+        self.expected = b""
+        self.until = monotonic() + channel_sockets.HANDSHAKE / 1e3
+        self.parts = list[bytes]()
 
 
 class UnixLink:
     """The connection of a channel to another one at a Unix socket, made again when it ends.
 
-    One thread at a time sends and receives: the one that has ``lock``. The channel's thread sees
-    the end of the connection.
+    One thread at a time sends and receives: the one that has ``lock``. The channel's thread shakes
+    hands, and sees the end of the connection.
 
     Args:
         address: of the other channel.
         number: of the link.
-        key: from the secret; empty without one.
-        loop: the channel's thread.
-        counts: the counters of the channel.
-        drop: is called, with ``lock``, if the link has failed while no request uses it.
 
     Attributes:
         requests: the number of the last request.
@@ -312,15 +350,7 @@ class UnixLink:
         wait: milliseconds for which `send` and `receive` wait.
     """
 
-    def __init__(
-        self,
-        address: str,
-        number: int,
-        key: bytes,
-        loop: Loop,
-        counts: Counter[str],
-        drop: Callable[[UnixLink], object],
-    ) -> None:
+    def __init__(self, address: str, number: int, terms: LinkTerms) -> None:
         self.address = address
         self.number = number
         self.requests = 0
@@ -330,84 +360,80 @@ class UnixLink:
         self.why = ""
         self.closed = False
         self.wait = 0
-        self._key = key
-        self._loop = loop
-        self._counts = counts
-        self._drop = drop
-        self._state = threading.Lock()  # for what both threads set
-        self._ready = threading.Event()  # the handshake has ended, or the link has failed
-        self._greeted = False  # the present socket has had its handshake
-        self._expected = b""  # the last packet of the handshake
-        self._until = 0.0  # the end of the time for the handshake
-        self._parts = list[bytes]()  # of an answer
-        self._socket: socket.socket | None = None
-        self._process: _Process
+        self._terms = terms
+        self._ready = Condition()  # for what both threads set: `up`, `life` and the next line
+        self._dialled: _Dialled | None = None
 
     def open(self) -> None:
-        """Connect. From here on ``drop`` may be called.
+        """Connect. From here on the link may be dropped.
 
         Raises `OSError` if no channel listens there.
         """
         self._connect()
-        self._loop.run_soon(lambda: self._loop.run_later(_beat(), self.look))
+        self._terms.loop.run_soon(self._look_later)
 
     def send(self, data: bytes) -> None:
         """Send a request. Raises `BlockingIOError` if it could not be sent within ``wait``."""
         standing = self._standing()
         try:
-            standing.send(data)
+            standing.socket.send(data)
         except BlockingIOError:
-            _wait_for(standing, select.POLLOUT, self.wait)
+            _wait_for(standing.socket, select.POLLOUT, self.wait)
             raise
         except ConnectionError:
             self._lose(standing)
             raise BlockingIOError from None
-        except OSError as error:  # such as the system's memory for sockets
-            self.why = self.why or str(error)
+        except OSError as error:
+            if error.errno in (errno.ENOBUFS, errno.ENOMEM):  # the system may soon have memory
+                sleep(AGAIN / 10)
+            else:
+                self.why = self.why or str(error)
             raise BlockingIOError from None
 
     def receive(self) -> bytes:
         """Return an answer. Raises `BlockingIOError` if there is none within ``wait``."""
         standing = self._standing()
         while True:
-            _wait_for(standing, select.POLLIN, self.wait)
+            _wait_for(standing.socket, select.POLLIN, self.wait)
             try:
-                packet = standing.recv(PACKET + 2)
+                packet = standing.socket.recv(PACKET + 2)
             except ConnectionError:
                 packet = b""
-            self._parts.append(packet[1:])
+            standing.parts.append(packet[1:])
             # No channel sends more bytes of an answer.
-            if not packet or sum(map(len, self._parts)) > ANSWER + BACK.size:
+            if not packet or sum(map(len, standing.parts)) > ANSWER + BACK.size:
                 self._lose(standing)
                 raise BlockingIOError
             if not packet[0]:
-                answer = b"".join(self._parts)
-                self._parts.clear()
+                answer = b"".join(standing.parts)
+                standing.parts.clear()
                 return answer
 
     def close(self) -> None:
         """Close the link, whose lock the caller has."""
         self.closed = True
         self._discard()
-        self._ready.set()
+        with self._ready:
+            self._ready.notify_all()
         self.life.end()
 
     # --- the connection; the caller has the lock
 
-    def _standing(self) -> socket.socket:
+    def _standing(self) -> _Dialled:
         """Return the socket of a connection that stands.
 
         Raises `BlockingIOError` if there is none within ``wait``.
         """
-        if self._greeted and not self.up and self._socket is not None:
-            self._lose(self._socket)  # the channel's thread has found its end
-        if self._socket is None and not self.why:
+        dialled = self._dialled
+        if dialled is not None and dialled.greeted and not self.up:
+            self._lose(dialled)  # the channel's thread has found its end
+        if self._dialled is None and not self.why:
             self._try_to_connect()
-        self._ready.wait(self.wait / 1e3)
-        standing = self._socket
-        if standing is None or not self.up:
-            raise BlockingIOError
-        return standing
+        with self._ready:
+            self._ready.wait_for(lambda: self.up or self.why, self.wait / 1e3)
+            if self._dialled is None or not self.up:
+                raise BlockingIOError
+            return self._dialled
 
     def _connect(self) -> None:
         """Connect, without waiting for the other process.
@@ -419,21 +445,18 @@ class UnixLink:
             made.setblocking(False)
             made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
             made.connect(self.address.removeprefix("ipc://"))
+            dialled = _Dialled(made)
+            dialled.process.check_user()
         except BlockingIOError:
             made.close()
             return
         except BaseException:
             made.close()
             raise
-        self._parts.clear()
-        with self._state:
-            self._until = monotonic() + channel_sockets.HANDSHAKE / 1e3
-            self._process = _Process(made)
-            self._greeted = False
-            self._ready.clear()
-            self._socket = made
-        fd = made.fileno()
-        self._loop.run_soon(lambda: self._loop.watch(fd, lambda: self._see(made)))
+        with self._ready:
+            self._dialled = dialled
+        loop = self._terms.loop
+        loop.run_soon(lambda: loop.watch(made.fileno(), lambda: self._see(dialled)))
 
     def _try_to_connect(self) -> None:
         """Connect; note why that is not possible."""
@@ -444,9 +467,9 @@ class UnixLink:
         except OSError as error:
             self.why = self.why or resources.reason(error)
 
-    def _lose(self, lost: socket.socket) -> None:
+    def _lose(self, lost: _Dialled) -> None:
         """End a connection, and make another one if the other process still listens."""
-        if lost is self._socket:
+        if lost is self._dialled:
             self._discard()
             self._end_life()
             if not (self.why or self.closed):
@@ -454,83 +477,93 @@ class UnixLink:
 
     def _discard(self) -> None:
         """Close the socket, in the channel's thread, which watches it."""
-        with self._state:
-            dead = self._socket
-            self._socket = None
-            self._ready.clear()
-        if dead is None:
+        with self._ready:
+            dialled = self._dialled
+            self._dialled = None
+        if dialled is None:
             return
+        dead = dialled.socket
         with suppress(OSError):  # the other side has ended it
             dead.shutdown(socket.SHUT_RDWR)
 
         def close() -> None:
-            self._loop.forget(dead.fileno())
+            self._terms.loop.forget(dead.fileno())
             dead.close()
 
-        self._loop.run_soon(close)
+        self._terms.loop.run_soon(close)
 
     # --- the channel's thread, which has no lock
 
-    def _see(self, seen: socket.socket) -> None:
+    def _see(self, seen: _Dialled) -> None:
         """Take a packet of the handshake, or note the end of the connection."""
-        if not self._greeted and seen is self._socket:
+        if not seen.greeted and seen is self._dialled:
             self._shake_hands(seen)
             return
-        self._loop.forget(seen.fileno())
-        if seen is self._socket:
+        self._terms.loop.forget(seen.socket.fileno())
+        if seen is self._dialled:
             self._end_life()
             self._settle()
 
-    def _shake_hands(self, seen: socket.socket) -> None:
+    def _shake_hands(self, seen: _Dialled) -> None:
         """Take a packet of the handshake."""
         try:
-            packet = seen.recv(PACKET)
+            packet = seen.socket.recv(PACKET)
         except BlockingIOError:
             return
         except OSError:
             packet = b""
         kind = packet[:1]
         rest = packet[1:]
-        if kind == _HELLO:
+        key = self._terms.key
+        if kind == _HELLO and len(rest) == _NONCE and not seen.expected:
             nonce = token_bytes(_NONCE)
-            self._expected = _WELCOME + _proof(self._key, b"server", nonce, rest)
+            seen.expected = _WELCOME + _proof(key, b"server", nonce, rest)
             with suppress(OSError):  # the next packet shows the end
-                seen.send(nonce + _proof(self._key, b"client", rest, nonce))
-        elif packet and compare_digest(packet, self._expected):
-            # From here on the requester receives; an end is an event that needs no interest.
-            self._loop.forget(seen.fileno())
-            self._loop.watch(seen.fileno(), lambda: self._see(seen), zmq.POLLERR)
-            with self._state:
-                if seen is self._socket:
-                    self._greeted = True
-                    self.up = True
-                    self._ready.set()
+                seen.socket.send(nonce + _proof(key, b"client", rest, nonce))
+        elif packet and compare_digest(packet, seen.expected):
+            self._begin_life(seen)
         else:
             why = "the process has just ended, or it is not a channel"
             if kind == _REFUSED:
                 why = rest[:4096].decode(errors="replace")
             self._fail(f"no handshake: {why}", seen)
 
-    def look(self) -> None:
-        """End the connection if the other process is stopped or dead, or shakes no hands."""
-        if self.closed:
-            return
-        self._loop.run_later(_beat(), self.look)
-        seen = self._socket
-        if seen is None:
-            return
-        if self._greeted:
-            if self._process.is_gone():
-                self._end_life()
-                self._settle()
-        elif monotonic() > self._until:
-            self._fail("no handshake: the process is stopped or busy, or it is not a channel", seen)
+    def _begin_life(self, seen: _Dialled) -> None:
+        """Let requesters use a connection, which receive from here on."""
+        loop = self._terms.loop
+        fd = seen.socket.fileno()
+        loop.forget(fd)
+        loop.watch(fd, lambda: self._see(seen), zmq.POLLERR)  # an end needs no interest
+        with self._ready:
+            if seen is self._dialled:
+                seen.greeted = True
+                self.up = True
+                self._ready.notify_all()
 
-    def _fail(self, why: str, seen: socket.socket) -> None:
+    def _look_later(self) -> None:
+        """Look at the other process after a moment, and again until the link is closed."""
+        if not self.closed:
+            self._terms.loop.run_later(_beat(), self._look)
+
+    def _look(self) -> None:
+        """End the connection if the other process is stopped or dead, or shakes no hands."""
+        self._look_later()
+        seen = self._dialled
+        if self.closed or seen is None:
+            return
+        if not seen.greeted and monotonic() > seen.until:
+            busy = "the process is stopped or busy, or it is not a channel"
+            self._fail(f"no handshake: {busy}", seen)
+        elif seen.greeted and seen.process.is_gone():
+            self._end_life()
+            self._settle()
+
+    def _fail(self, why: str, seen: _Dialled) -> None:
         """Note why the link has failed."""
-        self._loop.forget(seen.fileno())
-        self.why = self.why or why
-        self._ready.set()
+        self._terms.loop.forget(seen.socket.fileno())
+        with self._ready:
+            self.why = self.why or why
+            self._ready.notify_all()
         self._settle()
 
     def _settle(self) -> None:
@@ -538,22 +571,22 @@ class UnixLink:
         if not self.lock.acquire(blocking=False):
             return
         try:
-            if self._socket is not None and not self.up:
-                self._lose(self._socket)
+            if self._dialled is not None and not self.up:
+                self._lose(self._dialled)
             if self.why:
-                self._drop(self)
+                self._terms.drop(self)
         finally:
             self.lock.release()
 
     def _end_life(self) -> None:
         """Report the end of a connection that stood, once."""
-        with self._state:
+        with self._ready:
             if not self.up:
                 return
             self.up = False
             ended = self.life
             self.life = Peer()
-        self._counts["lost"] += 1
+        self._terms.counts["lost"] += 1
         ended.end()
 
 
@@ -563,31 +596,45 @@ class _Process:
     def __init__(self, connected: socket.socket) -> None:
         size = _CREDENTIALS.size
         data = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        self._pid = int(_CREDENTIALS.unpack(data)[0])  # 0: it cannot be seen from here
+        pid, self._user, _ = _CREDENTIALS.unpack(data)
+        self._pid = int(pid)  # 0: it cannot be seen from here
         self._began: int | None = None
         self._stopped_since = 0.0
+
+    def check_user(self) -> None:
+        """Raise `PermissionError` for a process of another user, unless either is root's."""
+        users = {self._user, os.geteuid()}
+        if len(users) > 1 and 0 not in users:
+            raise PermissionError(errno.EPERM, f"it is a process of the user {self._user}")
 
     def is_gone(self) -> bool:
         """Return True if the process has ended, or has been stopped for `DEAD` milliseconds."""
         if self._pid in (0, os.getpid()):
             return False
         try:
-            with open(f"/proc/{self._pid}/stat") as file:
-                fields = file.read().rpartition(")")[2].split()
+            with open(f"/proc/{self._pid}/stat", "rb") as file:  # its name may be no text
+                fields = file.read().rpartition(b")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             return True
         except OSError:  # no descriptor is free
             return False
         began = int(fields[19])
-        if fields[0] in "ZX" or began != (self._began or began):
+        if fields[0] in (b"Z", b"X") or began != (self._began or began):
             return True
         self._began = began
-        if fields[0] not in "Tt":
+        if fields[0] not in (b"T", b"t"):
             self._stopped_since = 0.0
             return False
         now = monotonic()
         self._stopped_since = self._stopped_since or now
         return now >= self._stopped_since + channel_sockets.DEAD / 1e3
+
+
+def _shut(ended: socket.socket) -> None:
+    """Close a socket, also for its peer if a fork of this process has the descriptor as well."""
+    with suppress(OSError):  # the other side has ended it
+        ended.shutdown(socket.SHUT_RDWR)
+    ended.close()
 
 
 def _bind(made: socket.socket) -> int:

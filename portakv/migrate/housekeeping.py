@@ -19,7 +19,7 @@ from time import monotonic
 
 import torch
 
-from portakv.errors import PeerError, PortaKVError, TransferError, TransferTimeout
+from portakv.errors import PortaKVError, TransferError, TransferTimeout
 from portakv.migrate.connections import Source
 from portakv.migrate.figures import Began, PullCounts, begin_span
 from portakv.migrate.followed import Followed, Stop
@@ -30,7 +30,6 @@ from portakv.migrate.questions import PAUSE
 from portakv.runtime.finished import Finished
 from portakv.runtime.inbox import Inbox
 from portakv.runtime.interrupts import uninterrupted
-from portakv.runtime.resources import start_thread
 from portakv.runtime.streams import ignore_captures_elsewhere
 
 _log = logging.getLogger(__name__)
@@ -197,7 +196,7 @@ class Housekeeper:
         with self._lock:
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="portakv pulls", daemon=True)
-                start_thread(thread, PeerError)
+                thread.start()
                 self._thread = thread
                 atexit.register(self.close)
 

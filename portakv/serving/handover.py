@@ -42,8 +42,10 @@ LOOK = 0.02
 SENDING = 1.0
 #: Messages to engines that are sent together.
 WIDTH = 4
-#: Seconds between two attempts to connect to an engine that does not listen yet.
+#: Seconds between the first two attempts to connect to an engine that does not listen yet, and the
+#: most between later ones.
 AGAIN = 1.0
+MOST_AGAIN = 30.0
 #: Seconds without a message to an engine that did not take one, so that it delays no other.
 GONE = 2.0
 
@@ -189,7 +191,7 @@ class Handover:
         """Connect to the workers in ``terms.peers`` as soon as each listens, in a worker.
 
         A first pull of one of them then waits for no handshake, and maps no memory. The log has a
-        line about a worker whose rows this engine can never take.
+        line about a worker that does not answer, and about one whose rows this engine cannot take.
         """
         if self.reader is None or not self.terms.peers:
             return
@@ -200,6 +202,7 @@ class Handover:
         """Connect to all workers; until each has answered, ask again."""
         assert self.reader is not None
         left = list(self.terms.peers)
+        pause = AGAIN
         while left:
             absent = list[str]()
             try:
@@ -209,13 +212,15 @@ class Handover:
             for peer, attempt in attempts:
                 try:
                     attempt.synchronize()
-                except (PeerError, TransferTimeout):
+                except (PeerError, TransferTimeout) as error:
+                    _log.warning(f"peer {peer}", "%s is not connected yet: %s", peer, error)
                     absent.append(peer)
                 except PortaKVError as error:
                     _log.warning("peer", "No rows of %s will be taken: %s", peer, error)
             left = absent
-            if self._closing.wait(AGAIN if left else 0.0):
+            if self._closing.wait(pause if left else 0.0):
                 return
+            pause = min(2 * pause, MOST_AGAIN)
 
     def close(self) -> None:
         """End all offers and pulls."""

@@ -41,6 +41,9 @@ BEAT = 1.0
 ABSENT = 0.2
 BUSY = 0.05
 REFUSED = 2.0
+#: What the log says of the end of a session, whose keeper said that it ends or did not.
+ENDED = "The keeper of %s has ended: blocks count as missing until another one serves. %s"
+GONE = "The keeper of %s is gone: blocks count as missing until another one serves. %s"
 #: Seconds without a keeper after which a warning is logged.
 LONELY = 30.0
 
@@ -69,6 +72,17 @@ class Refusal(NamedTuple):
 
 
 NONE = Refusal("", False)
+
+
+class Said(NamedTuple):
+    """The last line in the log since the last session, other than that of its end, and the level
+    of the loudest one."""
+
+    text: str
+    level: int
+
+
+NOTHING = Said("", logging.INFO)
 
 
 class Sides(NamedTuple):
@@ -115,8 +129,7 @@ class Link:
         self._known = Known("", True)
         self._changed = Condition()
         self._refusal = NONE
-        self._logged = ""  # the last line in the log since the last session
-        self._level = logging.INFO  # of the line about the end of the last session
+        self._said = NOTHING
         channel.serve(Farewell, self._farewell)
         self._wake = threading.Event()
         self._stopped = False
@@ -186,10 +199,9 @@ class Link:
             self._sides.ended(session)  # under the lock: before the thread can join again
             self._changed.notify_all()
         if not self._stopped:
-            how = "has ended" if in_order else "is gone"
-            text = "The keeper of %s %s: blocks count as missing until another one serves. %s"
-            self._level = logging.INFO if in_order else logging.WARNING
-            _log.log(self._level, text, self._place.name, how, why)
+            level = logging.INFO if in_order else logging.WARNING
+            self._said = Said("", level)
+            _log.log(level, ENDED if in_order else GONE, self._place.name, why)
         self._wake.set()
 
     def close(self) -> None:
@@ -220,7 +232,7 @@ class Link:
             now = time.monotonic()
             if self.session is not None:
                 since = now
-            elif now > since + LONELY and not self._logged:  # the log has no reason yet
+            elif now > since + LONELY and not self._said.text:  # the log has no reason yet
                 self._say(f"No keeper serves {self._place.name}: nothing is stored or loaded.")
             self._wake.wait(pause)
             self._wake.clear()
@@ -264,7 +276,7 @@ class Link:
         """Forget why the last keeper did not serve this process; another one may."""
         with self._changed:
             if self._refusal.why or not self._known.alike:
-                self._logged = ""
+                self._said = self._said._replace(text="")
             self._known = Known("", True)
             self._refusal = NONE
 
@@ -299,10 +311,8 @@ class Link:
             self._refusal = NONE
             self._changed.notify_all()
         # The return of a keeper is as loud as its loss, or as why there was none.
-        level = logging.WARNING if self._logged else self._level
-        self._logged = ""
-        self._level = logging.INFO
-        _log.log(level, "The keeper of %s serves this process.", self._place.name)
+        _log.log(self._said.level, "The keeper of %s serves this process.", self._place.name)
+        self._said = NOTHING
         self._channel.watch(address, partial(self._gone, session.number))
         return 0.0
 
@@ -331,8 +341,8 @@ class Link:
 
     def _say(self, text: str) -> None:
         """Log a line, once."""
-        if self._logged != text:
-            self._logged = text
+        if self._said.text != text:
+            self._said = Said(text, logging.WARNING)
             _log.warning("%s", text)
 
 

@@ -9,7 +9,6 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
@@ -17,12 +16,10 @@ from typing import Any
 from portakv.arguments import instance, seconds, text
 from portakv.errors import PortaKVError, StoreBusy, StoreError
 from portakv.migrate.channel import Channel
-from portakv.migrate.messages import Message
 from portakv.runtime import resources
 from portakv.runtime.devices import this_process
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.keeper import PATIENCE
-from portakv.serving.keeper_messages import Farewell
 from portakv.serving.keeper_processes import Processes
 from portakv.serving.keeper_service import Service
 from portakv.serving.keeper_store import Events, OpenStore
@@ -33,10 +30,6 @@ _logger = logging.getLogger(__name__)
 _log = RateLimitedLog(_logger)
 #: Seconds between two tries to serve, and between two looks at what takes too long.
 LOOK = 0.25
-#: Seconds that a message to a client may take. A client that does not take it has lost its session.
-TELLING = 0.2
-#: Seconds for which a keeper that ends waits for its clients to know.
-LEAVING = 1.0
 #: Seconds for which a folder may be busy: a process that was killed may have writes under way.
 BUSY = 10.0
 
@@ -138,15 +131,8 @@ class Keeper:
 
     def _take_leave(self) -> None:
         """Tell clients and followers that this keeper ends in order."""
-        opened = self._service.opened
-        if opened is None or self._process.forked:
-            return
-        self._service.ends = True
-        requests = [(each.address, Farewell(each.session)) for each in opened.state.clients()]
-        requests += [(each.address, Farewell(each.session)) for each in opened.feed.followers()]
-        # The answers come before the connections end. A client without one may have ended, too.
-        with suppress(PortaKVError):
-            self._channel.ask_all(requests, Farewell, LEAVING)
+        if not self._process.forked:
+            self._service.take_leave()
 
     # --- the thread
 
@@ -237,20 +223,12 @@ class Keeper:
             opened.state.ended(handle)
         opened.state.advance()
         for client, progress in opened.state.take():
-            self._tell(client.address, progress, partial(opened.state.lost, client))
+            self._service.tell(client.address, progress, partial(opened.state.lost, client))
         while opened.looked_up:
             follower, answer = opened.looked_up.popleft()
-            self._tell(follower.address, answer, partial(opened.feed.lost, follower))
+            self._service.tell(follower.address, answer, partial(opened.feed.lost, follower))
         for follower, changes in opened.feed.announce(opened.changes()):
-            self._tell(follower.address, changes, partial(opened.feed.lost, follower))
-
-    def _tell(self, address: str, message: Message, lost: Callable[[], object]) -> None:
-        """Send a message to a client, whose session ends if it does not take the message."""
-        try:
-            self._channel.tell(address, message, TELLING)
-        except PortaKVError as error:
-            _log.warning("client", "A client of a keeper is gone: %s", error)
-            lost()
+            self._service.tell(follower.address, changes, partial(opened.feed.lost, follower))
 
 
 def place_of(terms: StoreTerms, engine: str) -> Place:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,9 @@ from portakv.errors import InvalidTerms, PeerError, PortaKVError, StoreError
 from portakv.graph.meter import Metered
 from portakv.host.shared import process_space, started
 from portakv.migrate.channel import Channel, Peer
+from portakv.migrate.messages import Message
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.keeper_messages import (
     PROTOCOL,
     Alive,
@@ -21,6 +24,7 @@ from portakv.serving.keeper_messages import (
     AskProtocol,
     Delete,
     Done,
+    Farewell,
     Follow,
     Followed,
     Join,
@@ -44,8 +48,13 @@ from portakv.serving.keeper_store import OpenStore
 from portakv.serving.watched import answer
 from portakv.storage.form import BlockForm
 
+_log = RateLimitedLog(logging.getLogger(__name__))
 #: Seconds for which the refusal of a rank counts for its engine. The rank tries again before.
 REFUSED = 5.0
+#: Seconds that a message to a client may take. A client that does not take it has lost its session.
+TELLING = 0.2
+#: Seconds for which a keeper that ends waits for its clients to know.
+LEAVING = 1.0
 #: The most engines whose ranks have been refused.
 ENGINES = 256
 
@@ -76,6 +85,7 @@ class Service:
         # Why the last rank of an engine was refused, and until when that counts.
         self._refused: Bounded[str, tuple[str, float]] = Bounded("refused engines", ENGINES)
         self._wake = wake
+        self._channel = channel
         channel.serve(AskProtocol, lambda *_: Protocol(PROTOCOL))
         channel.serve(Join, self._join)
         channel.serve(Follow, self._follow)
@@ -91,6 +101,26 @@ class Service:
         channel.serve(AskKeys, self._page)
         channel.serve(LookUp, self._look_up)
         answer(channel, figures)
+
+    def tell(self, address: str, message: Message, lost: Callable[[], object]) -> None:
+        """Send a message to a client, whose session ends if it does not take the message."""
+        try:
+            self._channel.tell(address, message, TELLING)
+        except PortaKVError as error:
+            _log.warning("client", "A client of a keeper is gone: %s", error)
+            lost()
+
+    def take_leave(self) -> None:
+        """Tell clients and followers that the keeper ends in order; no session begins any more."""
+        self.ends = True
+        opened = self.opened
+        if opened is None:
+            return
+        sessions = (*opened.state.clients(), *opened.feed.followers())
+        requests = [(each.address, Farewell(each.session)) for each in sessions]
+        # The answers come before the connections end. A client without one may have ended, too.
+        with suppress(PortaKVError):
+            self._channel.ask_all(requests, Farewell, LEAVING)
 
     def _join(self, peer: Peer, ask: Join) -> Joined | Later:
         """Begin a session of a rank, or have the store opened for it; note a refusal."""

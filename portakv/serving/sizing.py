@@ -204,17 +204,22 @@ def sizes_of(config: Mapping[str, Any], dtype: str = "", ranks: int = 1) -> Size
         kinds = _kinds(config)
         rows = _rows(config, kinds, ranks)
         indices = _indices(config, kinds)
+        window = _optional(config, "sliding_window") if WINDOW in kinds else None
+        refused = _refusal(config, kinds, rows, indices)
+        layer = max(rows)
     except _Unknown as error:
         return Sizes(0, 0, unknown=str(error))
+    except InvalidTerms:
+        raise
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        unknown = f"its configuration has values of other kinds than a model's ({error})"
+        return Sizes(0, 0, unknown=unknown)
     has_windows = any(kind != FULL for kind in kinds if kind != NONE)
-    refused = _refusal(config, kinds, rows, indices)
     if item is None or (indices and item == 1):
         unknown = "its dtype, or the attention backend, decides how the cache keeps a row"
         return Sizes(0, 0, has_windows, refused, unknown)
     token = item * sum(rows) + sum(indices)
-    layer = item * max(rows)
-    window = _optional(config, "sliding_window") if WINDOW in kinds else None
-    return Sizes(token, STEPS * STEP * token, has_windows, refused, "", layer, window)
+    return Sizes(token, STEPS * STEP * token, has_windows, refused, "", item * layer, window)
 
 
 def _text_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -378,7 +383,9 @@ def _by_window(config: Mapping[str, Any], count: int) -> list[str]:
     if isinstance(pattern, int) and pattern > 1:
         return [FULL if (layer + 1) % pattern == 0 else WINDOW for layer in range(count)]
     first = config.get("max_window_layers") if "use_sliding_window" in config else 0
-    if isinstance(first, int):
+    if first is not None:
+        if type(first) is not int:
+            raise _Unknown(f"its max_window_layers is {first!r}, and not a number")
         return [FULL if layer < first else WINDOW for layer in range(count)]
     return [WINDOW] * count
 
@@ -441,7 +448,10 @@ def _have_index(config: Mapping[str, Any], count: int) -> Iterable[bool]:
         return [_kind_of(each, {"full": True, "shared": False}) for each in _items(types)]
     pattern = config.get("index_topk_pattern")
     if pattern:
-        return [letter != "S" for letter in _letters(pattern)[:count]]
+        letters = _letters(pattern)
+        if len(letters) < count:
+            raise _Unknown(f"it has {count} layers, and index_topk_pattern lists {len(letters)}")
+        return [letter != "S" for letter in letters[:count]]
     every = _number(config, "index_topk_freq", default=1)
     offset = _number(config, "index_skip_topk_offset", default=2)
     return [max(layer - offset + 1, 0) % max(1, every) == 0 for layer in range(count)]
@@ -484,11 +494,13 @@ def _optional(config: Mapping[str, Any], *names: str) -> int | None:
         value = config.get(name)
         if value is None:
             continue
-        if type(value) is not int or value < 0:
+        if isinstance(value, str | bool) or (isinstance(value, int) and value < 0):
             raise InvalidTerms(
                 f"Expected a number for {name} in a model's configuration, got {value!r}. Correct "
                 f"its config.json."
             )
+        if not isinstance(value, int):  # such as a list with a number for each layer
+            raise _Unknown(f"its {name} is {value!r}, and not one whole number")
         return value
     return None
 

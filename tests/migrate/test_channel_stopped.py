@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +21,8 @@ from support.stopping import go_on, stop
 from support.waits import LIMIT, until
 
 from portakv.errors import PeerError
+from portakv.host import shared
+from portakv.migrate import channel_unix
 from portakv.migrate.channel import Channel
 
 TCP = "tcp://127.0.0.1:0"
@@ -73,3 +81,202 @@ def test_a_request_behind_a_short_one_has_its_own_time() -> None:
             assert "was rejected" in str(long.exception(20))  # by the process that goes on
         finally:
             server.kill()
+
+
+FORKS = """
+import os, sys, time
+sys.path[:0] = [sys.argv[1]]
+from support.migrate_channels import Server
+server = Server(None)
+if not os.fork():
+    time.sleep(600)  # it has the descriptors of its parent
+    os._exit(0)
+print(server.address, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_end_of_a_process_is_seen_though_a_fork_has_its_descriptors() -> None:
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    command = [sys.executable, "-c", FORKS, str(Path(__file__).parents[1])]
+    with (
+        subprocess.Popen(command, text=True, start_new_session=True, **pipes) as server,
+        closing(Channel(timeout=20.0)) as asker,
+    ):
+        assert server.stdout is not None
+        ends = list[str]()
+        try:
+            there = server.stdout.readline().strip()
+            asker.ask(there, Ping(), Pong)
+            asker.watch(there, lambda: ends.append("gone"))
+            server.kill()
+            assert until(lambda: bool(ends), 60)
+            with pytest.raises(PeerError):
+                asker.ask(there, Ping(), Pong)
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def test_a_process_that_stops_is_gone_and_comes_back() -> None:
+    """Its connection ends for both sides after a while, and the next request makes another."""
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    command = [sys.executable, "-c", FORKS.replace("if not os.fork()", "if not 1")]
+    with (
+        subprocess.Popen([*command, str(Path(__file__).parents[1])], text=True, **pipes) as server,
+        closing(Channel(timeout=20.0)) as asker,
+    ):
+        assert server.stdout is not None
+        ends = list[str]()
+        try:
+            there = server.stdout.readline().strip()
+            assert asker.ask(there, Ping(), Pong).count == 1
+            asker.watch(there, lambda: ends.append("gone"))
+            stop(server.pid)
+            assert until(lambda: bool(ends), 60)
+            go_on(server.pid)
+            assert until(lambda: answers(asker, there), 60)
+        finally:
+            server.kill()
+
+
+def answers(asker: Channel, there: str) -> bool:
+    """Return whether a process answers a request."""
+    try:
+        return asker.ask(there, Ping(), Pong, 1.0).count > 1
+    except PeerError:
+        return False
+
+
+CLOSES = FORKS.replace(
+    "sys.stdin.read()", "sys.stdin.readline()\nserver.channel.close()\nsys.stdin.read()"
+)
+
+
+def test_a_channel_that_closes_ends_connections_though_a_fork_has_its_descriptors() -> None:
+    """The process goes on, so its end reports nothing."""
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    command = [sys.executable, "-c", CLOSES, str(Path(__file__).parents[1])]
+    with (
+        subprocess.Popen(command, text=True, start_new_session=True, **pipes) as server,
+        closing(Channel(timeout=20.0)) as asker,
+    ):
+        assert server.stdout is not None
+        assert server.stdin is not None
+        ends = list[str]()
+        try:
+            there = server.stdout.readline().strip()
+            asker.ask(there, Ping(), Pong)
+            asker.watch(there, lambda: ends.append("gone"))
+            server.stdin.write("\n")
+            server.stdin.flush()
+            assert until(lambda: bool(ends), 20)
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+NAMED = r"""
+import ctypes, sys
+sys.path[:0] = [sys.argv[1]]
+from support.migrate_channels import Server
+server = Server(None)
+ctypes.CDLL(None).prctl(15, b"odd \xff\xfe (x) Z", 0, 0, 0)  # PR_SET_NAME
+print(server.address, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_end_of_a_process_whose_name_is_no_text_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("portakv.migrate.channel_sockets.HEARTBEAT", 20)
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    command = [sys.executable, "-c", NAMED, str(Path(__file__).parents[1])]
+    with (
+        subprocess.Popen(command, text=True, **pipes) as server,
+        closing(Channel(timeout=20.0)) as asker,
+    ):
+        assert server.stdout is not None
+        ends = list[str]()
+        try:
+            there = server.stdout.readline().strip()
+            asker.ask(there, Ping(), Pong)
+            asker.watch(there, lambda: ends.append("gone"))
+            assert shared.started(server.pid) is not None
+            stop(server.pid)  # it keeps its sockets: only a look at it shows that
+            assert until(lambda: bool(ends))
+        finally:
+            server.kill()
+
+
+def test_a_process_that_shows_no_secret_keeps_no_descriptor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("portakv.migrate.channel_sockets.HEARTBEAT", 20)
+    monkeypatch.setattr("portakv.migrate.channel_sockets.HANDSHAKE", 100)
+    with (
+        closing(Channel()) as server,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent,
+    ):
+        silent.connect(server.address.removeprefix("ipc://"))
+        assert silent.recv(64)  # the nonce
+        silent.settimeout(LIMIT)
+        assert silent.recv(64) == b""
+
+
+CONNECTION: Any = vars(channel_unix)["_Connection"]
+
+
+class Answering:
+    """What a listener calls; its answer has three packets."""
+
+    def __init__(self) -> None:
+        self.ended = list[int]()
+
+    def end(self, fd: int) -> None:
+        self.ended.append(fd)
+
+    def reply(self, *_: object) -> bytes:
+        return bytes(2 * channel_unix.PACKET + 1)
+
+    def run_later_calls(self) -> None: ...
+
+
+class FailsOnce:
+    """A socket whose second packet finds no memory."""
+
+    def __init__(self, ended: socket.socket) -> None:
+        self.sent = list[bytes]()
+        self.tries = 0
+        self.open = True
+        self.shutdown = ended.shutdown
+        self.getsockopt = ended.getsockopt
+
+    def send(self, packet: bytes) -> None:
+        self.tries += 1
+        if self.tries == 2:
+            raise OSError(errno.ENOBUFS, "No buffer space available")
+        self.sent.append(packet)
+
+    def fileno(self) -> int:
+        return 9 if self.open else -1
+
+    def close(self) -> None:
+        self.open = False
+
+
+def test_an_answer_without_one_of_its_packets_does_not_count() -> None:
+    """The connection ends: the last packet would say that the answer is whole."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with here, there:
+        server: Any = Answering()
+        loop: Any = SimpleNamespace(
+            watch=lambda *_: None, forget=lambda *_: None, run_later=lambda *_: None
+        )
+        listener = channel_unix.UnixListener(b"", server, loop)
+        failing: Any = FailsOnce(here)
+        connection = CONNECTION(failing, b"x")
+        vars(listener)["_connections"][9] = connection
+        listener._answer(connection, b"a request")
+        assert len(failing.sent) == 1
+        assert server.ended == [9]
+        listener.close()

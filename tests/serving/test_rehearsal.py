@@ -279,3 +279,22 @@ def test_a_rehearsal_that_fails_is_a_line_in_the_log(
     assert "The first hand-over of an engine will be slow: " in caplog.text
     assert torch.equal(memory, before)
     check_quiet(handover)
+
+
+class CompilerError(Exception):
+    """An error of a compiler's own type."""
+
+
+def test_a_compiler_that_fails_in_a_rehearsal_stops_no_engine(
+    stack: ExitStack, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise CompilerError("ptxas")
+
+    monkeypatch.setattr("portakv.serving.rehearsal.copy_rows", fail)
+    _, shard = fused(16)
+    handover = Handover([shard], "m", HandoverTerms())
+    stack.callback(handover.close)
+    with caplog.at_level(logging.WARNING):
+        rehearse(handover)
+    assert "The first hand-over of an engine will be slow: ptxas" in caplog.text

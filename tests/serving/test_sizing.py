@@ -424,3 +424,23 @@ def test_a_file_that_is_not_of_a_model_is_refused(config: dict[str, Any], says: 
 def test_a_dtype_that_is_not_known_is_refused() -> None:
     with pytest.raises(InvalidTerms, match="got 'int3'"):
         sizes_of(LLAMA_8B, "int3")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"num_key_value_heads": [2, 2, 4, 4]},
+        {"head_dim": 8.0},
+        {"num_hidden_layers": 0},
+        {"num_attention_heads": 0, "head_dim": None, "num_key_value_heads": None},
+        {"attn_layer_indices": [[1]]},
+        {"linear_attn_config": {"full_attn_layers": ["x"]}},
+        {"sliding_window": [128, 64]},
+    ],
+    ids=str,
+)
+def test_values_of_other_kinds_give_no_size(odd: dict[str, Any]) -> None:
+    """A configuration may be right, and say what is not known here."""
+    sizes = sizes_of({**LLAMA_8B, **odd})
+    assert sizes.token == 0
+    assert sizes.unknown or sizes.refused

@@ -31,4 +31,4 @@ def stopped(pid: int) -> bool:
 
 def _state(thread: Path) -> str:
     """Return the state of a thread (proc(5), the field after the name in parentheses)."""
-    return (thread / "stat").read_text().rpartition(")")[2].split()[0]
+    return (thread / "stat").read_bytes().rpartition(b")")[2].split()[0].decode()
