@@ -116,8 +116,8 @@ class Service:
         opened = self.opened
         if opened is None:
             return
-        sessions = (*opened.state.clients(), *opened.feed.followers())
-        requests = [(each.address, Farewell(each.session)) for each in sessions]
+        requests = [(each.address, Farewell(each.session)) for each in opened.state.clients()]
+        requests += [(each.address, Farewell(each.session)) for each in opened.feed.followers()]
         # The answers come before the connections end. A client without one may have ended, too.
         with suppress(PortaKVError):
             self._channel.ask_all(requests, Farewell, LEAVING)

@@ -8,6 +8,7 @@ after failures, and shows no secret. `portakv.storage.remote_store` has the bloc
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import re
@@ -26,6 +27,7 @@ from portakv.arguments import kind_of
 from portakv.errors import InvalidTerms, StoreError
 from portakv.extras import installing
 from portakv.graph.graph import Graph
+from portakv.runtime import resources
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
@@ -33,7 +35,7 @@ from portakv.storage import reasons
 from portakv.storage.compressed import Compressor, check_compress
 from portakv.storage.form import BlockForm, size_notes
 from portakv.storage.reasons import Reason
-from portakv.storage.remote_store import Failure, Fault, RemoteStore
+from portakv.storage.remote_store import Failure, Fault, RemoteStore, new_loop
 
 _log = logging.getLogger(__name__)
 #: After so many failures in a row the store is left alone for `PAUSE` seconds, then for twice as
@@ -53,6 +55,9 @@ NO_CONDITIONS = (
 #: Codes of S3 with which a store refuses a header that it does not know, by status 400. Answers
 #: with other codes say what else is wrong.
 REFUSED_HEADER = ("BadRequest", "InvalidArgument", "InvalidRequest", "NotImplemented")
+#: Free descriptors for a remote tier. Without one obstore's threads cannot begin, and they never do
+#: in that process then.
+DESCRIPTORS = 16
 #: Settings of obstore, unless the caller passes others; `read_timeout` for reading alone.
 CLIENT: Any = {"connect_timeout": "2s", "read_timeout": "2s", "timeout": "60s"}
 BACKOFF = {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(seconds=2), "base": 2}
@@ -181,6 +186,11 @@ class Remote:
         compress: str | None = None,
         **settings: Any,
     ) -> None:
+        if resources.free(DESCRIPTORS) < DESCRIPTORS:
+            none_free = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            raise StoreError(
+                f"Expected descriptors for a remote tier, but {resources.reason(none_free)}."
+            )
         try:
             import obstore
         except (ImportError, OSError) as x:
@@ -442,7 +452,7 @@ def _within(seconds: float, work: Callable[..., Awaitable[Any]], *terms: Any) ->
             raise TimeoutError(f"no answer in {seconds:.1f} s") from None
 
     def run() -> Any:
-        with closing(asyncio.new_event_loop()) as loop:
+        with closing(new_loop()) as loop:
             return loop.run_until_complete(request())
 
     try:

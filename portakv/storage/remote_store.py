@@ -7,7 +7,9 @@ It verifies blocks, finds out which side changed wrong bytes, and leaves request
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
+import os
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
@@ -20,6 +22,7 @@ import numpy as np
 from portakv.errors import StoreError
 from portakv.graph.graph import Graph, Queue
 from portakv.graph.task import Task
+from portakv.runtime import resources
 from portakv.runtime.bounded import Bounded
 from portakv.storage import compressed, reasons
 from portakv.storage.form import BlockForm
@@ -34,6 +37,8 @@ FORM = b"form.json"  # lies next to the blocks; it is not a key
 PIECE = 4 << 20
 #: Seconds between two looks at the deadline while an answer or a body is awaited.
 POLL = 0.1
+#: Descriptors of an event loop.
+_DESCRIPTORS = 3
 #: Seconds for which a block is believed to be there, and not to be there.
 THERE = 60.0
 MISSING = 5.0
@@ -224,7 +229,13 @@ class RemoteStore:
         A request in flight when ``stop()`` becomes True is left within `POLL` seconds.
         """
         landed: list[bool] = []
-        with closing(asyncio.new_event_loop()) as loop:
+        try:
+            begun = new_loop()
+        except OSError as error:
+            for key in keys:
+                report(key, Reason(reasons.UNREACHABLE, f"{self._remote.url}: {error}"))
+            return [False] * len(keys)
+        with closing(begun) as loop:
             for key, row in zip(keys, rows, strict=True):
                 fetch = partial(self._fetch_now, loop, key, stop=stop)
                 try:
@@ -590,3 +601,15 @@ async def _receive(response: Any, row: Row, span: tuple[int, int], stop: Stop) -
         at += len(piece)
         if at < end and stop():
             raise _Stopped
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    """Return a new event loop.
+
+    Raises `OSError` if too few descriptors are free. asyncio would leave a part of a loop then, and
+    print a traceback when that goes.
+    """
+    if resources.free(_DESCRIPTORS) < _DESCRIPTORS:
+        none_free = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        raise OSError(resources.reason(none_free))
+    return asyncio.new_event_loop()
