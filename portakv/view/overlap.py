@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find rows of one view that share bytes, from strides and extents, for views that are written.
 
-The answer is exact: rows may lie between each other, as long as no byte has two places.
+The answer is exact: rows may lie between each other, as long as no byte has two places. A search
+that takes too many decisions has no answer, and its rows count as apart.
 """
 
 from __future__ import annotations
