@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import ready
 from support.core_cases import noise
 from support.storage_cases import FakeTier, key_of, small_form
 from support.waits import LIMIT
@@ -445,3 +446,33 @@ def test_a_save_of_no_blocks_ends(tmp_path: Path) -> None:
         handle.synchronize(LIMIT)
         assert handle.landed.tolist() == []
         store.load(cache(), [], []).synchronize(LIMIT)
+
+
+def test_a_bucket_without_descriptors_is_not_reached() -> None:
+    """No traceback of a half-made event loop is printed; the blocks come when some are free."""
+    text = """if True:
+        import torch
+        from portakv import KVView
+        from portakv.storage import BlockForm, BlockStore
+        from portakv.storage.remote import Remote
+        from support import no_descriptors
+        view = KVView([torch.ones(8, 2, 4, 2, 8)], "layer | block kv token head dim")
+        form = BlockForm.of(view, "m")
+        store = BlockStore(form, staging=1 << 20, tiers=[Remote("memory://")])
+        keys = [bytes([n]) * 32 for n in range(3)]
+        store.save(view, [0, 1, 2], keys).synchronize(60)
+        handle = store.load(view, [3, 4, 5], keys)
+        handle.synchronize(60)
+        no_descriptors.limit()
+        with no_descriptors.left(0):
+            handle = store.load(view, [3, 4, 5], keys, missing="skip")
+            handle.synchronize(60)
+            print(handle.landed.tolist())
+        handle = store.load(view, [3, 4, 5], keys)
+        handle.synchronize(60)
+        print(handle.landed.tolist())
+        store.close()
+    """
+    ran = ready.run("-c", text, timeout=120)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.splitlines() == ["[False, False, False]", "[True, True, True]"]

@@ -42,8 +42,9 @@ NEVER = 86400.0
 #: gloo waits this many times a group's timeout for a peer that connects (`waitUntil`, tcp/pair.h),
 #: also for a dead peer; torch has no call that ends the wait.
 RELAXED = 5
-#: Descriptors that must be free before a group is made: gloo takes about ten of them.
-DESCRIPTORS = 24
+#: Descriptors that must be free before a group is made: gloo takes about twelve for each side, and
+#: both sides may be in one process.
+DESCRIPTORS = 64
 #: Seconds without a buffer that lands, after which a reader asks whether its owner has the group:
 #: nccl does not report the end of a peer's group.
 SILENT = 0.5
