@@ -38,6 +38,7 @@ from portakv.host import _pages, _registration, pinned
 from portakv.host.pool import Block, Pool, ending, stride
 from portakv.runtime import resources
 from portakv.runtime.linux import fcntl, require_linux
+from portakv.runtime.resources import reason
 
 __all__ = ["PoolExhausted", "SharedPool", "names", "remove"]
 
@@ -575,8 +576,7 @@ def started(pid: int) -> int | None:
         return None
     except OSError as error:
         raise HostMemoryError(
-            f"Expected to read the state of process {pid}, got an error ({error.strerror}). Close "
-            f"files, or raise the limit of open files (ulimit -n)."
+            f"Expected to read the state of process {pid}, got an error: {reason(error)}."
         ) from None
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 

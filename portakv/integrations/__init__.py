@@ -133,9 +133,9 @@ INTEGRATIONS = {
         "PORTAKV_SGLANG=1", group="sglang.srt.plugins", entry="portakv", allows="SGLANG_PLUGINS"
     ),
     "transformers": Integration(
-        "from portakv.integrations.transformers import OffloadedCache; "
+        "from portakv.integrations.transformers import OffloadedCache, cache_argument; "
         "cache = OffloadedCache(config=model.config); "
-        "model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache"
+        "model.generate(**inputs, **{cache_argument(model): cache})"
     ),
     "vllm": Integration(f"--kv-transfer-config '{_CONNECTOR}'", extra="serving"),
 }

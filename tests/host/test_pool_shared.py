@@ -347,7 +347,7 @@ def test_a_member_that_cannot_be_looked_at_keeps_its_blocks(name: str) -> None:
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (1, limits[1]))
         try:
-            with pytest.raises(HostMemoryError, match="Too many open files"):
+            with pytest.raises(HostMemoryError, match="too many open files"):
                 shared.started(os.getpid())
             with pytest.raises(PoolExhausted):
                 pool.acquire()
