@@ -267,7 +267,7 @@ def _rows_of_one_token(model: Any) -> Rows:
     ids = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
     model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
     do = (
-        f"A prefix of a {type(model).__name__} cannot be stored. Call generate() without a store; "
+        f"A prefix of {kind_of(model)} cannot be stored. Call generate() without a store; "
         f"OffloadedCache(config=model.config) takes such a model."
     )
     return [(layer.keys, layer.values) for layer in layers_of(cache, do)]

@@ -54,9 +54,10 @@ class KeeperClient:
         self._device = device
         self._mapped: MappedRows | None = None
         self._requests = Requests()
-        channel = Channel()
         name = text("engine", engine, least=0)
-        self._hello = partial(Join, name, this_client(), channel.address, texts)
+        client = this_client()  # before the channel, which an error would leave open
+        channel = Channel()
+        self._hello = partial(Join, name, client, channel.address, texts)
         channel.serve(Progress, self._progress)
         sides = Sides(self._hello, Joined, lambda: self._requests.idle, self._began, self._ended)
         self.link = Link(place, channel, sides)

@@ -182,19 +182,19 @@ def test_the_calls_are_what_their_names_say() -> None:
 #: are for the look at the oldest copy in flight, which a call makes if many are.
 TRIPS = {
     ("cpu", "reference"): {
-        "from_gpu, registered": (21, 49),
-        "copy_blocks": (12, 24),
-        "copy_blocks, new ids": (14, 33),
+        "from_gpu, registered": (23, 54),
+        "copy_blocks": (14, 29),
+        "copy_blocks, new ids": (16, 38),
     },
     ("simdev", "reference"): {
-        "from_gpu, registered": (22, 58),
-        "copy_blocks": (12, 29),
-        "copy_blocks, new ids": (14, 36),
+        "from_gpu, registered": (24, 63),
+        "copy_blocks": (14, 34),
+        "copy_blocks, new ids": (16, 41),
     },
     ("simdev", "packing"): {
-        "from_gpu, registered": (5, 11),
-        "copy_blocks": (8, 16),
-        "copy_blocks, new ids": (10, 22),
+        "from_gpu, registered": (7, 16),
+        "copy_blocks": (10, 21),
+        "copy_blocks, new ids": (12, 27),
     },
 }
 

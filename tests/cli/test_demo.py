@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -146,7 +147,12 @@ def test_a_release_of_transformers_that_is_not_served_is_told(
 ) -> None:
     for name in (demo.EXAMPLE, "portakv.integrations.transformers"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57")
+    real = metadata.version
+
+    def version(name: str) -> str:
+        return "4.57" if name == "transformers" else real(name)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
     assert "expects transformers >= " in run_model(DEVICE)["skipped"]
     assert "4.57 is installed" in capsys.readouterr().out
 

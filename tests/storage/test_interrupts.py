@@ -379,6 +379,7 @@ NOT_CALLED = {
     "Task.on_end": "runs in a helper or a worker",
     "Task.ran_before": "runs in a worker",
     "Task.state": "changes nothing",
+    "BlockStore.figures": "changes nothing",
     "Trace.add": "runs in a worker",
     "Trace.note": "one append to a bounded list",
     "Trace.statistics": "runs in a helper",
