@@ -50,7 +50,7 @@ def cached(parts: tuple[str, ...], build: Callable[[], bytes]) -> bytes:
     except OSError as error:
         text = "A kernel is not kept in %s (%s), so each process compiles it. Set %s to a folder "
         text += "that can be written."
-        _warnings.warning("kept", text, path.parent, error.strerror, ENVIRONMENT, lines=1)
+        _warnings.warning(f"kept {path.parent}", text, path.parent, error.strerror, ENVIRONMENT, lines=1)
     return binary
 
 
