@@ -50,7 +50,8 @@ def cached(parts: tuple[str, ...], build: Callable[[], bytes]) -> bytes:
     except OSError as error:
         text = "A kernel is not kept in %s (%s), so each process compiles it. Set %s to a folder "
         text += "that can be written."
-        _warnings.warning(f"kept {path.parent}", text, path.parent, error.strerror, ENVIRONMENT, lines=1)
+        topic = f"kept {path.parent}"
+        _warnings.warning(topic, text, path.parent, error.strerror, ENVIRONMENT, lines=1)
     return binary
 
 
