@@ -6,6 +6,7 @@ them."""
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -31,6 +32,7 @@ def begin(config: pytest.Config) -> None:
     config.add_cleanup(end)
 
 
+@functools.cache  # every test of the device asks, and the answer costs a call of the compiler
 def built() -> str | None:
     """Compile the device unless this run of tests has; return None, or why it could not."""
     from portakv_conformance.simdev import build
