@@ -264,11 +264,11 @@ def test_rows_that_change_in_mid_pull_are_not_used(
         return serving.engine.counts
 
     def decode() -> tuple[list[list[int]], dict[str, int]]:
-        stop_halfway(tmp_path)
         if not guard:
             pull: Any = importlib.import_module("portakv.migrate.pull")
             pull.Pull.ended_offer = lambda _: None
         serving = decode_engine(model)
+        stop_halfway(tmp_path)
         return go_on_with(serving, tmp_path, PROMPTS[:1]), serving.engine.counts
 
     children = [start_child(prefill), start_child(decode)]
@@ -362,8 +362,8 @@ def test_a_prefill_engine_that_is_killed_in_mid_pull(
         die()
 
     def decode() -> tuple[list[list[int]], dict[str, int]]:
-        stop_halfway(tmp_path)
         serving = decode_engine(model)
+        stop_halfway(tmp_path)
         if not guard:
             believe_all_pulls()
         tokens = go_on_with(serving, tmp_path, PROMPTS[:1])
@@ -414,8 +414,8 @@ def test_a_decode_engine_that_is_killed_in_mid_pull(
         return serving.engine.counts
 
     def killed() -> None:
-        stop_halfway(tmp_path)
         serving = decode_engine(model)
+        stop_halfway(tmp_path)
         serving.add("d0", PROMPTS[0], 12, carried(tmp_path, 0))
         serving.until((tmp_path / HALF).exists, "half of a pull")
         die()
@@ -521,8 +521,8 @@ def test_a_request_that_is_aborted_in_mid_pull(
         return serving.engine.counts
 
     def decode() -> list[int]:
-        stop_halfway(tmp_path)
         serving = decode_engine(model, 32, blocks=FEW)
+        stop_halfway(tmp_path)
         handover = serving.engine.worker_connector.store.handover
         serving.add("d0", PROMPTS[0], 12, carried(tmp_path, 0))
         serving.until((tmp_path / HALF).exists, "half of a pull")

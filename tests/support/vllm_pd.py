@@ -122,7 +122,7 @@ def go_on_with(
 
 def stop_halfway(folder: Path) -> None:
     """Let each pull of this process copy half of the layers, and the others when it may go on, or
-    was stopped."""
+    was stopped. Call it after the start of the engine, which rehearses a pull."""
     issue = vars(importlib.import_module("portakv.migrate.issue"))
     copy = issue["_copy_layers"]
 
