@@ -341,9 +341,7 @@ class Engine:
             more["kv_transfer_config"] = connector_terms(store, role)
         if blocks is not None:
             more["num_gpu_blocks_override"] = blocks
-        # As on an accelerator: a stored block is several of the engine's.
-        caches = vars(importlib.import_module("portakv.integrations.vllm_caches"))
-        caches["TOKENS_ON_CPU"] = caches["TOKENS"]
+        store_as_on_an_accelerator()
         self.llm = LLM(str(model), **more)
         if stages > 1:
             self.in_workers(make_room)
@@ -558,6 +556,12 @@ def note(path: Path, text: str = "") -> None:
     part = path.with_suffix(".part")
     part.write_text(text)
     part.rename(path)
+
+
+def store_as_on_an_accelerator() -> None:
+    """Let a stored block be several of the engine's, as on an accelerator."""
+    caches = vars(importlib.import_module("portakv.integrations.vllm_caches"))
+    caches["TOKENS_ON_CPU"] = caches["TOKENS"]
 
 
 def await_that(happened: Callable[[], bool]) -> None:

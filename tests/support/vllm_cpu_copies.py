@@ -18,7 +18,16 @@ from typing import Any
 
 from portakv.serving.local import TOKENS
 from portakv.storage import prefix_keys
-from support.vllm_cpu import BLOCK, SMALL, Answer, await_that, connector_terms, fork_workers, prompt
+from support.vllm_cpu import (
+    BLOCK,
+    SMALL,
+    Answer,
+    await_that,
+    connector_terms,
+    fork_workers,
+    prompt,
+    store_as_on_an_accelerator,
+)
 from support.waits import LIMIT
 
 #: The beginning of the names of requests whose blocks another copy has stored.
@@ -62,6 +71,7 @@ class Copies:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         fork_copies()
+        store_as_on_an_accelerator()
         terms = AsyncEngineArgs(
             model=str(model),
             data_parallel_size=2,
