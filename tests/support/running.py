@@ -250,6 +250,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         simdev.load(os.environ.get("SIMDEV_NAME", "simdev"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def collect_dead_graphs() -> None:
+    """Let a capture begin by the collection of garbage.
+
+    Otherwise a graph of an earlier test may be destroyed in the middle of a capture, which ends it.
+    """
+    if torch.cuda.is_available():
+        torch.compiler.config.force_cudagraph_gc = True
+
+
 @pytest.fixture(autouse=True)
 def forget_answers() -> Iterator[None]:
     """Forget the answers about the build of torch, which a test may have patched."""
