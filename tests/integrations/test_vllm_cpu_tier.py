@@ -219,34 +219,39 @@ def test_two_engines_have_one_folder(model: Path, own: Answer, tmp_path: Path, c
 
     serving = start_child(serves)
 
-    def work() -> tuple[Answer, list[Answer], dict[str, int]]:
+    def work() -> tuple[list[Answer], int]:
         engine = Tiered(model, tier)
-        # The engine goes on without a keeper that is late.
         whole = 3 * HIT // BLOCK * CHUNK
         engine.step_until(lambda: engine.tier.store.usage().used >= whole)
-        first = engine.each()
-        counts = dict(engine.tier.tier.counts)
-        os.kill(serving.process, signal.SIGKILL)
         answers = list[Answer]()
+        loaded = engine.tier.tier.counts.get("loaded", 0)
         until = time.monotonic() + LIMIT / 2
+        # The engine goes on without a keeper that is late, and so without hits.
         while not answers or answers[-1].cached != [HIT] * 3:
             assert time.monotonic() < until, answers
             engine.settle()
+            loaded = engine.tier.tier.counts.get("loaded", 0)
             answers.append(engine.each())
-        return first, answers, counts
+        loaded = engine.tier.tier.counts["loaded"] - loaded
+        os.kill(serving.process, signal.SIGKILL)
+        answers.append(engine.each())
+        while answers[-1].cached != [HIT] * 3:
+            assert time.monotonic() < until, answers
+            engine.settle()
+            answers.append(engine.each())
+        return answers, loaded
 
     try:
         until = time.monotonic() + LIMIT
         while not stored.exists():
             assert time.monotonic() < until, "the first engine does not store"
             time.sleep(0.1)
-        first, answers, counts = in_a_child(work)
+        answers, loaded = in_a_child(work)
     finally:
         with suppress(ProcessLookupError):
             os.kill(serving.process, signal.SIGKILL)
         result_of(serving, dies=True)
-    assert first == Answer(own.tokens, [HIT] * 3)
-    assert counts["loaded"] == 3 * HIT // BLOCK
+    assert loaded == 3 * HIT // BLOCK
     assert {str(each.tokens) for each in answers} == {str(own.tokens)}
 
 
