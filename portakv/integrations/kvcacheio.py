@@ -235,9 +235,9 @@ def transfer_kv_all_layer_mla_lf_pf(
     num_warps_per_block: int = _WARPS,
 ) -> None:
     """Copy all layers of one pool, lf to pf. A table of addresses names the source's layers."""
-    listed = pools.listed((src_layers,), item_size, num_layers)
+    lists = pools.listed((src_layers,), item_size, num_layers)
     whole = pools.rows((dst,), item_size, dst_layout_dim, layers=num_layers)
-    copy_tokens(listed, whole, src_indices, dst_indices, block_quota)
+    copy_tokens(lists, whole, src_indices, dst_indices, block_quota)
 
 
 @typed

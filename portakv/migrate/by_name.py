@@ -12,7 +12,8 @@ from weakref import ref
 import torch
 
 from portakv.errors import PortaKVError, TransferCancelled
-from portakv.graph import Graph, Task
+from portakv.graph.graph import Graph
+from portakv.graph.task import Task
 from portakv.migrate.connecting import Connector
 from portakv.migrate.connections import ANY, Connections, Sources
 from portakv.migrate.followed import incomplete

@@ -7,12 +7,12 @@ import errno
 import logging
 import os
 import re
+import socket
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from socket import SHUT_RDWR, socket
 from typing import TypeVar, Union
 
 import zmq
@@ -358,5 +358,5 @@ class Server:
         if fd not in self._fds:
             return
         # OSError: the connection has ended already.
-        with suppress(OSError), socket(fileno=os.dup(fd)) as connection:
-            connection.shutdown(SHUT_RDWR)
+        with suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
+            connection.shutdown(socket.SHUT_RDWR)

@@ -19,7 +19,8 @@ import torch
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
 from portakv.errors import PackOverflow, TransferCancelled, TransferError
-from portakv.graph import Graph, Task
+from portakv.graph.graph import Graph
+from portakv.graph.task import Task
 from portakv.migrate.checked_copy import copy_checked
 from portakv.migrate.connections import Sources
 from portakv.migrate.crossed import Crossed, Encoding, Pack, is_auto, pack_of

@@ -18,9 +18,10 @@ from portakv.graph.graph import Graph
 from portakv.migrate.by_name import ByName
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Connections, closed_reader, listed, renamed
+from portakv.migrate.crossed import Encoding
 from portakv.migrate.housekeeping import Housekeeper
 from portakv.migrate.issue import Issuer, Request
-from portakv.migrate.pull import Encoding, Part, Pull
+from portakv.migrate.pull import Part, Pull
 from portakv.migrate.shards import Shard
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.view.index import Ids

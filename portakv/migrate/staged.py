@@ -107,8 +107,8 @@ class Taker:
                     end_unfit(self.arrivals, self._pull.requested.unfit)
                     self._take_each([x for each in self.arrivals for x in each.again])
                 if self.commits:
-                    for scattered in self._scattered:
-                        self._await(scattered.moving.wait)
+                    for placing in self._scattered:
+                        self._await(placing.moving.wait)
                     # The answer is read here: other requests to the owner wait for it.
                     self._answers = self._pull.ask(self._source)
                 self._settle(wait=True)
@@ -213,10 +213,10 @@ class Taker:
         scatter = arrival.scattering(buffer.chunks)  # the host's part, while the bytes arrive
         self._await(moving.follow)
         copy = scatter()
-        scattered = Scattered(arrival, moving, lane, copy)
-        self._scattered.append(scattered)
+        placing = Scattered(arrival, moving, lane, copy)
+        self._scattered.append(placing)
         if buffer.memory.device.type == "cpu":  # no stream orders the next bytes after the copy
-            scattered.has_ended(wait=True)
+            placing.has_ended(wait=True)
         buffer.copy = copy
         self._in_flight.popleft()
         self._stage.buffers.put(buffer)
@@ -225,12 +225,12 @@ class Taker:
     def _settle(self, wait: bool) -> None:
         """End the slices whose bytes and copies have ended, or wait for all."""
         while self._scattered:
-            scattered = self._scattered[0]
-            arrival, moving, _, copy = scattered
+            placing = self._scattered[0]
+            arrival, moving, _, copy = placing
             if not wait and not moving.over.is_set():
                 return
             self._await(moving.wait)
-            if not scattered.has_ended(wait):
+            if not placing.has_ended(wait):
                 return
             unfit = arrival.end_with(copy)
             self._count(arrival, unfit)
@@ -252,14 +252,14 @@ class Taker:
         for each in self._in_flight:
             self._stage.buffers.put(each.buffer)
         until = monotonic() + STOPPING
-        for scattered in self._scattered:
-            self._end(scattered, until)
+        for placing in self._scattered:
+            self._end(placing, until)
         self._in_flight.clear()
         self._scattered.clear()
         for arrival in self.arrivals:
             arrival.end(error)
 
-    def _end(self, scattered: Scattered, until: float) -> None:
+    def _end(self, placing: Scattered, until: float) -> None:
         """Wait for a copy that follows bytes on their way, so that nothing is written afterwards.
 
         Bytes that do not come in time end with their lane, unless another pull needs the lane.
@@ -267,15 +267,15 @@ class Taker:
         with suppress(PortaKVError):  # the pull has an error before
             while True:
                 try:
-                    scattered.copy.synchronize(max(0.0, until - monotonic()))
+                    placing.copy.synchronize(max(0.0, until - monotonic()))
                     return
                 except TransferTimeout:
                     if not all(taker.over for taker in [*self._stage.takers]):
                         until = monotonic() + LOOK
                         continue
                 ended = PeerError("Its pull ended before the buffers had crossed.")
-                scattered.lane.close(ended)
-                scattered.copy.synchronize()
+                placing.lane.close(ended)
+                placing.copy.synchronize()
                 return
 
     def stop(self, lane: Lane, batch: Sequence[Arrival], tag: int, posted: int) -> None:

@@ -18,8 +18,9 @@ from portakv.serving.keeper import KeeperState
 from portakv.serving.keeper_feed import Feed, Follower
 from portakv.serving.keeper_messages import LookedUp
 from portakv.serving.local import StoreTerms, alike_in
-from portakv.storage import BlockForm, BlockStore
 from portakv.storage.changes import Change
+from portakv.storage.form import BlockForm
+from portakv.storage.store import BlockStore
 
 
 class Events(Protocol):

@@ -10,7 +10,8 @@ from secrets import token_bytes
 from portakv.errors import PortaKVError
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.rehearsal import rehearse as rehearse
-from portakv.storage import BlockForm, BlockStore
+from portakv.storage.form import BlockForm
+from portakv.storage.store import BlockStore
 from portakv.view import KVView
 
 _log = RateLimitedLog(logging.getLogger(__name__))
