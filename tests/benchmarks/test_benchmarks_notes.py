@@ -23,8 +23,6 @@ MEASURED = re.compile(r"`([\w/.-]+\.json)`[^|\n]*?[:|] ([\w ]+), (\d{4}-\d\d-\d\
 def test_a_page_names_files_that_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert [name for name in FILE.findall(text) if not (RESULTS / name).exists()] == []
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
-    assert [link for link in links if not (page.parent / link).exists()] == []
     assert long_sentences(page) == []
 
 
