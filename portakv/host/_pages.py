@@ -35,7 +35,7 @@ _MAP_FIXED = 0x10
 _load = cache(ctypes.CDLL)
 SLICE = 64 << 20  # bytes one thread touches at a time; whole huge pages
 #: Seconds in which one piece of shared memory gets huge pages; what no thread has begun then has
-#: small ones. Two cores brought 0.6 - 10 GiB in a second (benchmarks/NOTES.md, section 67).
+#: small ones. Two cores brought 0.6 - 10 GiB in a second (benchmarks/notes/stores.md).
 HUGE_SECONDS = 5.0
 
 # Numbers of the system call, from the kernel's tables of each architecture.

@@ -29,7 +29,7 @@ from portakv.runtime.transfer import Transfer
 from portakv.runtime.writable import READ_ONLY, writable
 
 #: Torch copies narrower rows, and packs them first. A copy engine takes some 55 ns a row, however
-#: few its bytes (rows of 512 bytes reach 0.16 of the link, benchmarks/NOTES.md 11), so rows of 4
+#: few its bytes (rows of 512 bytes reach 0.16 of the link, benchmarks/notes/link.md), so rows of 4
 #: bytes would cross at 0.07 GB/s.
 _NARROWEST = 256
 #: The largest pitch that CUDA takes (``CU_DEVICE_ATTRIBUTE_MAX_PITCH``, 2 GiB - 1 everywhere).

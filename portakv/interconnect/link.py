@@ -46,9 +46,9 @@ LEAST_BATCH = 2
 #: else. On an H200, 8 bytes of another stream waited for all of 0.3 s of detached copies; with such
 #: a wait before every third slice of 32 MiB they came 0.6 ms late, at most 1.3. It costs copies
 #: alongside matmuls 0.5 % of the link. A memset of a word cost 9 %, since a model's kernels delay
-#: it, and a kernel would wait for room between them (NOTES, sections 41 and 73). Three of the
+#: it, and a kernel would wait for room between them (benchmarks/notes/link.md). Three of the
 #: largest slices of `staged` exceed the limit, so that every third has a rest before it, as it was
-#: measured: another copy waits for 1.2 ms of the link. With 96 MiB it waited for 1.8 (section 51).
+#: measured: another copy waits for 1.2 ms of the link. With 96 MiB it waited for 1.8.
 IN_A_ROW = 88 << 20
 
 #: Rows of at least this many bytes are entries of a batch rather than of a 2-D copy, if the driver

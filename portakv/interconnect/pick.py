@@ -18,7 +18,7 @@ from portakv.selection import Decision, Kind, unavailable
 ORDER = ("staged", "batched_memcpy", "zero_copy", "pageable")
 #: Bytes of runs in the default rule. Of 234 copies recorded on an H200 the rule loses more than 5 %
 #: to the best allowed strategy in 4 while a model runs, and in 17 on an idle device; a measured
-#: table in 2 and 1 (benchmarks/NOTES.md, section 11).
+#: table in 2 and 1 (benchmarks/notes/link.md).
 WIDE = 256 << 10
 EVEN = 32 << 10
 NARROW = 64 << 10
@@ -31,22 +31,21 @@ EQUAL = 0.02
 #: first slice, then the device works while it issues the others. On an H200 the strategy with the
 #: least ``seconds + PART * host_seconds`` is within 5 % of the quickest by the wall in all of 234
 #: copies, and its mean loss is 0.1 %; the one with the least seconds loses 3 %, up to 57 %
-#: (benchmarks/NOTES.md, section 18).
+#: (benchmarks/notes/link.md).
 PART = 0.25
 #: The same part for lists of ids that no copy has used before. The table of costs has the time of
 #: the host for known lists; to describe pieces for new ones takes twice as long: on an H200 128 MiB
-#: by `staged` occupy the host for 0.8 and 1.6 ms (benchmarks/NOTES.md, section 26).
+#: by `staged` occupy the host for 0.8 and 1.6 ms.
 NEW_PART = 2 * PART
 #: The same part for copies of up to `SHORT` with overlap='idle'. One call issues such a copy, and
 #: nothing of it overlaps. Up to 16 MiB all parts from `PART` to this one choose alike in five
 #: recorded grids of known ids; 12 MiB of new ids in pages of 2 MiB were given to a call of 342 us
-#: where the kernel's took 146, and ended 42 % later (benchmarks/NOTES.md, section 73).
+#: where the kernel's took 146, and ended 42 % later.
 SHORT_PART = 1.0
 #: Seconds of the host from which a model that runs ahead of its device does not hide a call: a
 #: device accepts some thousands of copies beforehand, and then waits for the host. On an H100 runs
 #: of 32 KiB by `batched_memcpy`, behind a delay, reached 0.988, 0.943 and 0.80 of a memcpy with
-#: 1.1, 2.2 and 8.5 ms of the host, and `staged` 0.98 with 0.4 - 1.1 (benchmarks/NOTES.md, section
-#: 51).
+#: 1.1, 2.2 and 8.5 ms of the host, and `staged` 0.98 with 0.4 - 1.1.
 LONG = 1e-3
 
 #: The most bytes that a kernel moves across the link in the default rule if nothing hides the
@@ -55,10 +54,9 @@ UNHIDDEN = {"d2h": 128 << 20, "h2d": 128 << 20}
 
 #: The most bytes that a kernel of few thread blocks moves across the link while the device
 #: computes. To describe such a copy to a copy engine takes the host longer than the copy takes: an
-#: H200's host is busy for 290 - 690 us with 12 MiB that cross in 240 (benchmarks/NOTES.md, section
-#: 18). So the host's time counts for it even while a model runs. A table of costs alone does not
-#: say so: it times the call while the device is held up, and on an idle device the same call took
-#: two to four times as long (section 64).
+#: H200's host is busy for 290 - 690 us with 12 MiB that cross in 240. So the host's time counts for
+#: it even while a model runs. A table of costs alone does not say so: it times the call while the
+#: device is held up, and on an idle device the same call took two to four times as long.
 SHORT = 16 << 20
 
 #: Bytes of the runs of a plan, before neighbours are merged, from which a copy engine moves a short
@@ -67,9 +65,9 @@ PAGE = 1 << 20
 
 #: The time of a copy of pages that a caller sees while a model runs: seconds of the call by
 #: strategy, and bytes of a second. The seconds are those of 12 MiB in pages of 2 MiB with new ids
-#: in each call: by the wall on an idle H200, less the bytes at `ENGINE_RATE` and at `ALONE_RATE`
-#: (benchmarks/NOTES.md, section 37). Five later runs have 143 - 422 us and 65 - 184, and the same
-#: choice. The rates are those of an H100, alongside a matmul (section 30).
+#: in each call: by the wall on an idle H200, less the bytes at `ENGINE_RATE` and at `ALONE_RATE`.
+#: Five later runs have 143 - 422 us and 65 - 184, and the same choice. The rates are those of an
+#: H100, alongside a matmul.
 CALL = {"batched_memcpy": 134e-6, "zero_copy": 83e-6}
 ENGINE_RATE = 51e9
 KERNEL_RATE = {"d2h": 23e9, "h2d": 27e9}
@@ -325,7 +323,7 @@ def _excluded(direction: str, host: Shape, terms: Terms) -> str:
     """Return why the terms exclude `zero_copy` from a copy, as a phrase; empty if they do not.
 
     ``host`` is the shape of the host memory. Copy engines slow a model and the host down more than
-    `zero_copy` does if runs are short (benchmarks/NOTES.md, section 12).
+    `zero_copy` does if runs are short (benchmarks/notes/link.md).
     """
     limited = terms.max_gbps is not None or terms.max_thread_blocks is not None
     most = SMALL[direction] if terms.detached else max(SMALL[direction], SHORT)

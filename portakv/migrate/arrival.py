@@ -27,7 +27,7 @@ from portakv.migrate.transports.base import Lane, Moving
 
 PACED = 0.1  # seconds of a slice at a limited rate: a larger slice would be a burst
 #: The slices of a pull that is large enough: one is filled while another crosses. On devices each
-#: slice costs the host 0.5 ms, more than the wire of 128 MiB (notes of the benchmarks, section 79).
+#: slice costs the host 0.5 ms, more than the wire of 128 MiB (benchmarks/notes/migration.md).
 SLICES_ON_HOST = 8
 SLICES_ON_DEVICE = 4
 #: The bytes below which slices are not made smaller: each has its cost on both sides.

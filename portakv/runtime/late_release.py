@@ -3,7 +3,7 @@
 
 To unmap another process's device memory waits for all work of the device, and torch has the
 interpreter's lock meanwhile. If that work waits for a word that a thread of this process has to
-write, the process stands still until the wait's own limit (benchmarks/NOTES.md, section 77). To
+write, the process stands still until the wait's own limit (benchmarks/notes/engines.md). To
 unregister host memory waits for the device, too.
 """
 

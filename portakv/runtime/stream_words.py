@@ -29,7 +29,7 @@ _HALF = 1 << 31
 #: The driver reads from it how many queues the streams of a device share, when it starts.
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 #: The driver's own number. With 1 and with 2, copies did not overtake a wait; with 8 all of 37
-#: streams did (NOTES, section 47).
+#: streams did (benchmarks/notes/engines.md).
 FEWEST_CONNECTIONS = 8
 PAUSE = 5e-5  # seconds between two looks of a host that waits
 

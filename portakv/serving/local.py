@@ -38,7 +38,7 @@ PAUSE = 0.1
 #: Tokens that a stored block has at least, unless ``block_size`` says otherwise. Each stored block
 #: occupies the host, in calls that an engine's main thread makes, however small it is. On an H200,
 #: blocks of 64 tokens in place of 16 took half of what stores add to a new prompt of 16,391 tokens,
-#: and hits of 4,103 tokens came 5 % sooner (benchmarks/NOTES.md, section 44).
+#: and hits of 4,103 tokens came 5 % sooner (benchmarks/notes/engines.md).
 TOKENS = 64
 #: The same for an engine on a CPU that shares no store. There it costs more to compute the
 #: tokens after the last stored block than to store and load more blocks: with blocks of 32, a hit
