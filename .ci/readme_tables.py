@@ -3,7 +3,8 @@
 
 With ``--check`` fail where they are stale.
 
-The table of first tokens comes from `benchmarks/results/engines-h200.json`.
+The tables of first tokens and of steps come from `benchmarks/results/engines-h200.json`, the one of
+hand-overs from a file in its folder `parts`.
 The table of integrations has the ranges of releases of `portakv.integrations`. The table of layouts
 comes from `portakv.layout.presets`, those of backends from
 `conformance/support_matrix.toml`, whose rows the files in `conformance/results` prove. A level
@@ -36,6 +37,7 @@ FILES = "https://github.com/portakv/portakv/blob/main/"
 README = ROOT / "README.md"
 MATRIX = ROOT / "conformance" / "support_matrix.toml"
 ENGINES = "benchmarks/results/engines-h200.json"
+HANDOVERS = "benchmarks/results/parts/h100-x2-engines-handover.json"
 
 FAMILIES = ("LMCache", "vLLM-Ascend", "vLLM-RBLN", "vLLM", "SGLang", "FlexKV", "Dynamo")
 
@@ -84,8 +86,7 @@ def first_tokens_by_default() -> str:
 
 def first_tokens(models: Iterable[str] = MODELS) -> str:
     """One row for each known prompt: ms until its first token, by where its rows come from."""
-    recorded = json.loads((ROOT / ENGINES).read_text(encoding="utf-8"))["rows"]
-    rows = [row for row in recorded if row["kind"] == "engine_prompt" and row["verified"]]
+    rows = measured(ENGINES, "engine_prompt")
     by = {(row["shape"], row["backend"], row["op"]): row for row in rows}
     lengths = sorted({row["tokens"] for row in rows})
     heads = " | ".join(words for words, *_ in FIRST_TOKENS)
@@ -105,6 +106,92 @@ def first_tokens(models: Iterable[str] = MODELS) -> str:
             said = f" {setting} |" if several else ""
             lines.append(f"| {tokens:,} |{said} {' | '.join(times)} | {ratio:.2f} |")
     return "\n".join(lines)
+
+
+#: All models of the benchmark of engines, as its results call them.
+ALL_MODELS = (
+    *MODELS,
+    "one of eight ranks of Llama-3-8B",
+    "DeepSeek-V2-Lite's attention (MLA), dense layers",
+)
+#: The columns of the table of known prompts.
+PROMPTS = (*FIRST_TOKENS, ("the GPU's own cache", "off", "device hit"))
+#: The columns of the table of steps: what comes in while 16 requests decode.
+STEPS = (
+    ("no other prompts", "nothing comes in"),
+    ("known prompts arrive", "hits come in"),
+    ("new prompts arrive, and are stored", "cold come in"),
+)
+
+
+def measured(file: str, kind: str) -> list[JsonObject]:
+    """The rows of a kind in a file of results whose answers were right."""
+    recorded = json.loads((ROOT / file).read_text(encoding="utf-8"))["rows"]
+    return [row for row in recorded if row["kind"] == kind and row["verified"]]
+
+
+def known_prompts() -> str:
+    """One row for each model: ms until the first token of its prompts, of both lengths."""
+    rows = measured(ENGINES, "engine_prompt")
+    by = {(row["shape"], row["backend"], row["op"]): row for row in rows}
+    lengths = sorted({row["tokens"] for row in rows})
+    heads = [words for words, *_ in PROMPTS]
+    heads.insert(len(FIRST_TOKENS), "PortaKV / vLLM's")
+    title = f"ms, {' / '.join(f'{tokens:,}' for tokens in lengths)} tokens"
+    lines = [f"| {title} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for model in ALL_MODELS:
+        cells = []
+        for _, connector, part in PROMPTS:
+            answers = [by[f"{tokens} tokens, {model}", connector, part] for tokens in lengths]
+            cells.append(" / ".join(_three_digits(row["p50_ms"]) for row in answers))
+            if connector.startswith("portakv"):
+                cells.append(" / ".join(f"{row['of_own']:.2f}" for row in answers))
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def steps() -> str:
+    """One row for each model: ms of a step of its engine, by connector."""
+    rows = measured(ENGINES, "engine_decode")
+    by = {(row["shape"].partition(" come in, ")[2], row["backend"], row["op"]): row for row in rows}
+    heads = " | ".join(words for words, _ in STEPS)
+    lines = [
+        f"| no connector / vLLM's offloading / PortaKV | {heads} |",
+        "|---" * (len(STEPS) + 1) + "|",
+    ]
+    for model in ALL_MODELS:
+        cells = [
+            " / ".join(
+                f"{by[model, connector, op]['mean_ms']:.2f}" for _, connector, _ in FIRST_TOKENS
+            )
+            for _, op in STEPS
+        ]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def handovers() -> str:
+    """One row for each length of a prompt: ms until the first token of the engine that goes on."""
+    rows = measured(HANDOVERS, "engine_handover")
+    by = {(row["tokens"], row["backend"], row["op"]): row for row in rows}
+    lines = [
+        "| tokens of the prompt | PortaKV, blocks of 16 to 64 | NixlConnector | computed again |",
+        "|---|---|---|---|",
+    ]
+    for tokens in sorted({row["tokens"] for row in rows}):
+        answers = [
+            by[tokens, "portakv", "blocks 16 -> 64"],
+            by[tokens, "nixl", "blocks 16 -> 16"],
+            by[tokens, "off", "recompute"],
+        ]
+        times = [f"{_three_digits(row['p50_ms'])} ms" for row in answers]
+        lines.append(f"| {tokens:,} | {' | '.join(times)} |")
+    return "\n".join(lines)
+
+
+def _three_digits(milliseconds: float) -> str:
+    """A time with one decimal below 50 ms, and without one above."""
+    return f"{milliseconds:.1f}" if milliseconds < 50 else f"{milliseconds:,.0f}"
 
 
 def backends() -> str:
@@ -152,76 +239,72 @@ def tiers() -> str:
     return tier_reports.totals_table(ROOT / folder, f"{FILES}{folder}")
 
 
-#: Rows of the table of integrations: the engine and what is added, its releases, what chooses it,
-#: and the page with what it is called.
+#: Rows of the table of integrations: the wish, its engine and releases, what chooses the
+#: integration, and its page.
 INTEGRATIONS = (
-    ("LMCache", RELEASES["lmcache"], "`LMCACHE_DEVICE_BACKEND=portakv-cuda`", "lmcache.md", "page"),
     (
-        "LMCache's MP server, with a disk that outlives it",
+        "blocks of vLLM in host memory, on a disk or in a bucket",
+        RELEASES["vllm"],
+        "`kv_connector` and its module",
+        "vllm.md#keep-blocks-on-an-nvme-disk",
+    ),
+    (
+        "prefill and decode in two engines of vLLM",
+        RELEASES["vllm"],
+        "the same and `kv_role`",
+        "vllm.md#prefill-and-decode",
+    ),
+    (
+        "a disk below vLLM's tier of host memory",
+        TIER_RELEASES,
+        "an object in `secondary_tiers`",
+        "vllm.md#a-disk-below-vllms-tiers",
+    ),
+    (
+        "another worker for vLLM's offloading",
+        RELEASES["vllm"],
+        "`spec_name` and its module",
+        "vllm.md#the-offloading-worker",
+    ),
+    (
+        "a disk for LMCache's MP server",
         RELEASES["lmcache"],
         '`--l2-adapter` with `"type": "plugin"`',
-        "lmcache_l2.md",
-        "page",
+        "lmcache.md#a-disk-for-the-mp-server",
     ),
-    ("SGLang", RELEASES["sglang"], "`PORTAKV_SGLANG=1`", "sglang.md", "page"),
     (
-        "SGLang, with a disk or a bucket that outlives it",
+        "LMCache's transfers on any device",
+        RELEASES["lmcache"],
+        "`LMCACHE_DEVICE_BACKEND=portakv-cuda`",
+        "lmcache.md#transfers",
+    ),
+    (
+        "SGLang's HiCache on a disk or in a bucket",
         RELEASES["sglang"],
         "`--hicache-storage-backend dynamic`",
         "sglang.md#store-pages-on-a-disk-or-in-a-bucket",
-        "page",
     ),
+    ("transfers of SGLang's HiCache", RELEASES["sglang"], "`PORTAKV_SGLANG=1`", "sglang.md"),
     (
-        "vLLM, with a disk that outlives it",
-        RELEASES["vllm"],
-        "`kv_connector` and its module",
-        "vllm_tiers.md",
-        "tutorial",
-    ),
-    (
-        "vLLM, prefill and decode in two engines",
-        RELEASES["vllm"],
-        "`kv_connector`, its module and `kv_role`",
-        "vllm_prefill_decode.md",
-        "tutorial",
-    ),
-    (
-        "vLLM, another worker for its offloading",
-        RELEASES["vllm"],
-        "two keys of `kv_connector_extra_config`",
-        "vllm.md",
-        "page",
-    ),
-    (
-        "vLLM, below its tier of host memory",
-        TIER_RELEASES,
-        "an object in `secondary_tiers`",
-        "vllm_tier.md",
-        "page",
-    ),
-    (
-        "transformers",
-        RELEASES["transformers"],
-        "`cache=OffloadedCache(...)`; below 5.24 `past_key_values=`",
-        "transformers.md",
-        "page",
-    ),
-    (
-        "transformers, with a disk or a bucket that outlives it",
+        "prefixes of transformers on a disk or in a bucket",
         RELEASES["transformers"],
         "`PrefixStore(model, terms)`",
         "transformers.md#keep-prefixes-on-a-disk-or-in-a-bucket",
-        "page",
+    ),
+    (
+        "a cache of transformers that leaves the device",
+        RELEASES["transformers"],
+        "`cache=OffloadedCache(...)`; below 5.24 `past_key_values=`",
+        "transformers.md",
     ),
 )
 
 
 def integrations(folder: str = "") -> str:
-    """One row for each integration: its releases, what chooses it, and its page."""
-    rows = ["| engine | releases | chosen by | |", "|---|---|---|---|"]
-    for engine, releases, chosen, page, name in INTEGRATIONS:
-        link = f"[{name}]({folder}{page})"
-        rows.append(f"| {engine} | {releases.range} | {chosen} | {link} |")
+    """One row for each integration: its page, its releases, and what chooses it."""
+    rows = ["| you want | releases | chosen by |", "|---|---|---|"]
+    for wish, releases, chosen, page in INTEGRATIONS:
+        rows.append(f"| [{wish}]({folder}{page}) | {releases.range} | {chosen} |")
     return "\n".join(rows)
 
 
@@ -242,13 +325,17 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     README: {
         "backends": backends,
         "first-token": first_tokens_by_default,
-        "integrations": lambda: integrations(f"{FILES}docs/plugs/"),
+        "integrations": lambda: integrations(f"{FILES}docs/engines/"),
     },
     ROOT / "docs" / "index.md": {"first-token": first_tokens},
     ROOT / "docs" / "layouts.md": {"layouts": layouts},
     ROOT / "docs" / "hardware.md": {"hardware": hardware},
     ROOT / "docs" / "tier_faults.md": {"tiers": tiers},
-    ROOT / "docs" / "plugs" / "index.md": {"integrations": integrations},
+    ROOT / "docs" / "engines" / "index.md": {
+        "integrations": integrations,
+        "known-prompts": known_prompts,
+    },
+    ROOT / "docs" / "engines" / "vllm.md": {"handover": handovers, "steps": steps},
 }
 
 

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from lmcache.v1.multiprocess.transfer_context import base
     except ImportError as error:
-        print(f"LMCache cannot be imported: {error}. See docs/plugs/lmcache.md.", file=sys.stderr)
+        print(f"LMCache cannot be imported: {error}. See docs/engines/lmcache.md.", file=sys.stderr)
         return 2
     import torch
     from lmcache.v1.platform import resolve_device_ops

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         import vllm.v1.kv_offload.base  # noqa: F401
     except ImportError as error:
-        print(f"vLLM cannot be imported: {error}. See docs/plugs/vllm.md.", file=sys.stderr)
+        print(f"vLLM cannot be imported: {error}. See docs/engines/vllm.md.", file=sys.stderr)
         return 2
     return fake(args.device) if args.fake_model else generate(args.model)
 

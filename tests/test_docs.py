@@ -47,7 +47,7 @@ PAGES = [
         str(page.relative_to(ROOT)),
         marks=INDUCTOR if "@torch.compile" in page.read_text() else [],
     )
-    for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
+    for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")))
     if BLOCK.search(page.read_text()) and page.name != "vendors.md"
 ]
 

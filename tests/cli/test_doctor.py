@@ -90,7 +90,7 @@ def test_plugs_that_would_work() -> None:
 def test_a_line_of_python_brings_its_imports() -> None:
     """The line has the imports in the order of the integration's page."""
     line = INTEGRATIONS["transformers"].line
-    page = (Path(__file__).parents[2] / "docs/plugs/transformers.md").read_text("utf-8")
+    page = (Path(__file__).parents[2] / "docs/engines/transformers.md").read_text("utf-8")
     at = [page.index(statement) for statement in line.split("; ")]
     assert at == sorted(at)
     assert "import OffloadedCache" in line

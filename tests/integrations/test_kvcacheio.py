@@ -796,7 +796,7 @@ def test_the_quota_of_mla_is_set_by_sglangs_variable(
 
 
 def test_the_page_says_the_limits_that_hold() -> None:
-    page = Path(__file__).parents[2].joinpath("docs/plugs/sglang.md").read_text(encoding="utf-8")
+    page = Path(__file__).parents[2].joinpath("docs/engines/sglang.md").read_text(encoding="utf-8")
     blocks = zero_copy.COMPUTING
     small = {method: size >> 20 for method, size in SMALL.items()}
     assert (

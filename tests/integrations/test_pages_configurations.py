@@ -140,13 +140,9 @@ def test_no_configuration_is_overlooked() -> None:
         "deploy/kv-node.json",
         "deploy/kv.json",
         "docs/encodings.md",
-        "docs/plugs/lmcache.md",
-        "docs/plugs/lmcache_l2.md",
-        "docs/plugs/sglang.md",
-        "docs/plugs/vllm.md",
-        "docs/plugs/vllm_prefill_decode.md",
-        "docs/plugs/vllm_tier.md",
-        "docs/plugs/vllm_tiers.md",
+        "docs/engines/lmcache.md",
+        "docs/engines/sglang.md",
+        "docs/engines/vllm.md",
         "examples/vllm_offload.py",
         "examples/vllm_prefill_decode.py",
         "examples/vllm_tiers.py",
@@ -185,7 +181,7 @@ def test_a_configuration_of_another_package_is_not_checked() -> None:
 
 
 def worker(**extra: Any) -> dict[str, Any]:
-    """Return the first configuration of docs/plugs/vllm.md, with some changes."""
+    """Return the offloading worker's configuration of docs/engines/vllm.md, with some changes."""
     made = {
         "spec_name": "PortaKVOffloadingSpec",
         "spec_module_path": "portakv.integrations.vllm",

@@ -14,7 +14,7 @@ from support.sglang_stub import write_sglang
 
 from portakv.integrations.sglang_check import CLASS, MODULE, hicache_findings_of
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "plugs" / "sglang.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "engines" / "sglang.md"
 
 
 def right(folder: Path, **more: Any) -> dict[str, Any]:

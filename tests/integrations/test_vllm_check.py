@@ -401,7 +401,7 @@ PAGES = Path(__file__).resolve().parents[2] / "docs"
 
 
 def test_the_page_quotes_what_doctor_prints() -> None:
-    text = " ".join((PAGES / "plugs/index.md").read_text(encoding="utf-8").split())
+    text = " ".join((PAGES / "engines/vllm.md").read_text(encoding="utf-8").split())
     assert "vLLM starts with this configuration, and uses PortaKV." in text
     assert NO_ERROR in text
     assert UNCHECKED in text

