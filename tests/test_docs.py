@@ -19,6 +19,7 @@ from support.inductor import needs_inductor
 from support.migrate_pulls import Rows, sides
 from support.sentences import LIMIT, long_sentences
 
+from portakv import errors
 from portakv.graph.alarms import RULES, Rule
 from portakv.migrate import Ticket
 from portakv.registry import registry
@@ -317,25 +318,30 @@ def _missing(messages: list[str]) -> list[str]:
     return missing
 
 
-def _messages_of_troubleshooting() -> list[str]:
-    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    tables = page.partition("\n## Installing")[2]
+def _first_cells(title: str) -> list[str]:
+    """Return the code that begins the rows of the tables of a section of docs/operations.md."""
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     return [
         line.removeprefix("| `").partition("` | ")[0]
-        for line in tables.splitlines()
+        for line in _section(page, title).splitlines()
         if line.startswith("| `")
     ]
 
 
+def test_the_page_of_operations_has_each_error() -> None:
+    classes = {name for name, each in vars(errors).items() if isinstance(each, type)}
+    assert {*_first_cells("Errors")} >= classes - {"PortaKVError"} | {"IntegrationError"}
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
-def test_the_troubleshooting_page_has_each_warning_of_operators(rule: Rule) -> None:
+def test_the_page_of_operations_has_each_warning(rule: Rule) -> None:
     text = re.sub(r"\{[^}]*\}", "...", rule.text)
-    (message,) = (each for each in _messages_of_troubleshooting() if text.startswith(each))
+    (message,) = (each for each in _first_cells("Troubleshooting") if text.startswith(each))
     assert len(message) > 30
 
 
-def test_the_messages_of_the_troubleshooting_page_are_those_of_the_library() -> None:
-    messages = _messages_of_troubleshooting()
+def test_the_messages_of_troubleshooting_are_those_of_the_library() -> None:
+    messages = _first_cells("Troubleshooting")
     assert len(messages) > 50
     assert _missing(messages) == []
     assert _missing(["Expected a folder of gold, got ..."]) == [

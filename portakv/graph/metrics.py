@@ -2,7 +2,7 @@
 """The metrics of this library: each is declared once, for Prometheus and for OpenTelemetry.
 
 A source returns figures by the names of this table (see `Source`); the meter adds what the table
-says about them. docs/metrics.md has the table as text.
+says about them. docs/operations.md has the table as text.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ _GRAPH = (
         "tier.blocks",
         "{block}",
         "tier op result",
-        "blocks that tasks requested of a tier, by result: hit, miss, fault, late, dropped, error",
+        "requested blocks, by result: hit, miss, fault, late, dropped, error",
     ),
-    _counter("tier_bytes_total", "tier.io", "By", "tier op", "bytes that moved to or from a tier"),
+    _counter("tier_bytes_total", "tier.io", "By", "tier op", "bytes moved to or from a tier"),
     _seconds(
         "tier_seconds", "tier.time", "tier.tasks", "tier op", "seconds that tasks of a tier ran"
     ),
@@ -67,9 +67,9 @@ _GRAPH = (
         "tier.wait",
         "s",
         "tier op",
-        "seconds that tasks of a tier waited for a worker, before they ran",
+        "seconds that tasks waited for a worker",
     ),
-    _gauge("queue_bytes", "queue.size", "By", "queue", "bytes that wait for a link or run on it"),
+    _gauge("queue_bytes", "queue.size", "By", "queue", "bytes that wait or move"),
     _counter(
         "queue_ran_bytes_total", "queue.io", "By", "queue", "bytes of tasks that have run on a link"
     ),
@@ -78,14 +78,14 @@ _GRAPH = (
         "queue.oldest",
         "s",
         "queue",
-        "seconds that the oldest task has waited for a worker of a link",
+        "seconds that the oldest task has waited",
     ),
     _gauge(
         "queue_slow",
         "queue.slow",
         "1",
         "queue",
-        "1 while a task of a link runs longer than it should; no background work begins then",
+        "1 while a task runs too long; no background work begins then",
     ),
 )
 
@@ -96,28 +96,28 @@ DISK = {
         "disk.fill",
         "1",
         "folder",
-        "the share of a folder's capacity that has blocks",
+        "the share of the capacity that has blocks",
     ),
     "disk_missing": _gauge(
         "disk_missing_slots",
         "disk.missing",
         "{slot}",
         "form folder",
-        "slots of the capacity for which the file system has no space",
+        "slots for which the file system has no space",
     ),
     "disk_free": _gauge(
         "disk_free_bytes",
         "disk.free",
         "By",
         "folder",
-        "bytes that are free in the file system of a folder",
+        "free bytes of the file system",
     ),
     "disk_lost": _gauge(
         "disk_lost",
         "disk.lost",
         "1",
         "form folder",
-        "1 while the files of a folder are removed, moved or hidden, so nothing is stored there",
+        "1 while the folder's files are removed, moved or hidden",
     ),
 }
 
@@ -132,21 +132,21 @@ _STORE = (
         "form.blocks",
         "{block}",
         "form tier op result",
-        "the blocks of portakv_tier_blocks_total, of a store with several forms",
+        "blocks of a tier, by form",
     ),
     _counter(
         "form_bytes_total",
         "form.io",
         "By",
         "form tier op",
-        "the bytes of portakv_tier_bytes_total, of a store with several forms",
+        "bytes of a tier, by form",
     ),
     _gauge(
         "disk_slots",
         "disk.slots",
         "{slot}",
         "form folder state",
-        "slots of a folder: used, free, or broken, which the device could not write",
+        "slots: used, free, or broken (the device could not write them)",
     ),
     _counter(
         "disk_evicted_total", "disk.evictions", "{block}", "form folder", "blocks evicted from disk"
@@ -157,39 +157,36 @@ _STORE = (
         "encoding.payload",
         "By",
         "form",
-        "bytes of raw rows of blocks that saves brought to the host, of a packed form or a store "
-        "that chooses",
+        "bytes of saved blocks before packing",
     ),
     _counter(
         "encoding_wire_bytes_total",
         "encoding.wire",
         "By",
         "form",
-        "bytes that crossed to the host for them, and for blocks that did not land",
+        "bytes of saved blocks that crossed to the host",
     ),
     _counter(
         "encoding_blocks_total",
         "encoding.blocks",
         "{block}",
         "form result",
-        "these blocks: packed, raw by choice, or overflow, which did not fit and are raw",
+        "saved blocks: packed, raw by choice, or overflow (did not fit)",
     ),
-    _gauge(
-        "encoding_ratio", "encoding.ratio", "1", "form", "bytes of payload for each of the wire"
-    ),
+    _gauge("encoding_ratio", "encoding.ratio", "1", "form", "payload bytes per wire byte"),
     _gauge(
         "encoding_escapes",
         "encoding.escapes",
         "1",
         "form",
-        "the mean share of escapes among values, of one packed block of each task",
+        "the mean share of escapes in packed blocks",
     ),
     _gauge(
         "remote_left_alone",
         "remote.left_alone",
         "1",
         "form url",
-        "1 while an object store gets no requests, after failures in a row",
+        "1 while an object store gets no requests after failures",
     ),
 )
 
@@ -200,13 +197,13 @@ _COPIES = (
         "copy.io",
         "By",
         "strategy src dst",
-        "bytes that issued copies move, skipped ids included",
+        "bytes of issued copies, skipped ids included",
     ),
 )
 
 _MIGRATION = (
     _gauge("pulls_in_flight", "pull.active", "{pull}", "", "pulls that have not ended"),
-    _gauge("pull_oldest_seconds", "pull.oldest", "s", "", "seconds since the oldest of them began"),
+    _gauge("pull_oldest_seconds", "pull.oldest", "s", "", "seconds since the oldest pull began"),
     _counter("pull_bytes_total", "pull.io", "By", "strategy", "bytes of pulls that were committed"),
     _seconds("pull_seconds", "pull.time", "pull.ends", "result", "seconds from a pull to its end"),
     _gauge("pull_owners", "pull.owners", "{owner}", "", "owners that a reader is connected to"),
@@ -225,7 +222,7 @@ _MIGRATION = (
         "offer.reports",
         "{report}",
         "result",
-        "what readers reported: taken, failed; gone: a question about an offer that had ended",
+        "reports of readers: taken, failed, or gone (the offer had ended)",
     ),
     _gauge(
         "offer_staging_buffers",
@@ -244,11 +241,9 @@ _MIGRATION = (
         "channel.events",
         "{event}",
         "event",
-        "connections that were lost or gone, and requests that were repeated or rejected",
+        "connections lost or gone, requests repeated or rejected",
     ),
-    _counter(
-        "weight_bytes_total", "weights.io", "By", "", "bytes of weights that pulls have brought"
-    ),
+    _counter("weight_bytes_total", "weights.io", "By", "", "bytes of pulled weights"),
     _seconds(
         "weight_pull_seconds",
         "weights.time",
@@ -268,7 +263,7 @@ _KEEPER = (
         "keeper.oldest_lease",
         "s",
         "",
-        "seconds since the oldest of these rows were lent",
+        "seconds since the oldest of these leases began",
     ),
     _gauge("keeper_requests", "keeper.requests", "{request}", "", "loads and saves in flight"),
     _counter("keeper_joined_total", "keeper.joins", "{session}", "", "sessions that began"),
@@ -278,21 +273,21 @@ _KEEPER = (
         "keeper.late_reports",
         "{report}",
         "",
-        "reports about rows that were not lent any more, which are dropped",
+        "dropped reports about rows that are not lent any more",
     ),
     _counter(
         "keeper_saved_raw_total",
         "keeper.saved_raw",
         "{block}",
         "",
-        "packed blocks that a rank could not pack, which all ranks save raw",
+        "blocks saved raw because a rank could not pack them",
     ),
     _counter(
         "keeper_saves_abandoned_total",
         "keeper.saves_abandoned",
         "{save}",
         "",
-        "saves that were given up after the keeper's patience",
+        "saves that were given up after a timeout",
     ),
     _counter(
         "keeper_saves_without_all_ranks_total",
@@ -310,14 +305,14 @@ ENGINE = {
         "engine.promised",
         "{token}",
         "",
-        "tokens that the scheduler was offered from the store",
+        "tokens offered to the scheduler from the store",
     ),
     "computed": _counter(
         "engine_computed_tokens_total",
         "engine.computed",
         "{token}",
         "",
-        "tokens that a request had to compute: neither the engine's cache nor the store had them",
+        "tokens that neither the engine's cache nor the store had",
     ),
     "loads": _counter("engine_loads_total", "engine.loads", "{load}", "", "loads of requests"),
     "failed_loads": _counter(
@@ -325,7 +320,7 @@ ENGINE = {
         "engine.failed_loads",
         "{load}",
         "",
-        "loads that did not bring all blocks",
+        "loads that lack blocks",
     ),
     "landed_blocks": _counter(
         "engine_landed_blocks_total",
@@ -360,14 +355,14 @@ ENGINE = {
         "engine.offers_taken",
         "{offer}",
         "",
-        "offers of workers that another engine has taken",
+        "offers that another engine has taken",
     ),
     "offers_expired": _counter(
         "engine_offers_expired_total",
         "engine.offers_expired",
         "{offer}",
         "",
-        "offers of workers that no engine took before the end of their lease",
+        "offers that expired before an engine took them",
     ),
     "pulls": _counter(
         "engine_pulls_total",
@@ -381,7 +376,7 @@ ENGINE = {
         "engine.failed_pulls",
         "{pull}",
         "",
-        "pulls that did not bring all rows",
+        "pulls that lack rows",
     ),
     "pulled_tokens": _counter(
         "engine_pulled_tokens_total",
@@ -395,42 +390,42 @@ ENGINE = {
         "engine.unanswered",
         "{lookup}",
         "",
-        "lookups that another host did not answer in time",
+        "lookups that another host did not answer",
     ),
     "steps": _counter(
         "engine_steps_total",
         "engine.steps",
         "{step}",
         "side",
-        "steps of the engine, once for its scheduler and once for each worker",
+        "steps of the scheduler and of each worker",
     ),
     "hook_seconds": _counter(
         "engine_hook_seconds_total",
         "engine.hooks",
         "s",
         "side hook",
-        "seconds that each hook of the connector took",
+        "seconds of each hook of the connector",
     ),
     "idle_steps": _counter(
         "engine_idle_steps_total",
         "engine.idle_steps",
         "{step}",
         "side",
-        "steps without work for the connector",
+        "steps without work for the connector (idle)",
     ),
     "idle_steps_within": _counter(
         "engine_idle_steps_within_total",
         "engine.idle_steps_within",
         "{step}",
         "side seconds",
-        "steps without work whose hooks took at most so many seconds together",
+        "idle steps whose hooks took at most so many seconds",
     ),
     "idle_hook_seconds": _counter(
         "engine_idle_hook_seconds_total",
         "engine.idle_hooks",
         "s",
         "side hook",
-        "seconds that each hook of the connector took in steps without work",
+        "seconds of each hook in idle steps",
     ),
 }
 

@@ -374,7 +374,7 @@ def test_memory_that_was_resized_is_noticed(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("how", ["data", "set_"])
 def test_a_kept_view_goes_on_with_the_memory_that_it_read(device: torch.device, how: str) -> None:
-    """The view keeps that memory alive, whatever its tensor holds later; see docs/errors.md."""
+    """The view keeps that memory alive, whatever its tensor holds later; see docs/operations.md."""
     src = layered(device)
     dst = layered(device)
     expected = src.rows()

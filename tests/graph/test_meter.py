@@ -240,16 +240,21 @@ def test_a_channel_counts_by_event() -> None:
 
 
 def test_the_page_has_the_table_of_all_metrics() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
     found = re.search(r"<!-- metrics:[^>]*-->\n(.*?)\n<!-- end of metrics -->", page, re.DOTALL)
     assert found
     lines = [
-        "| Prometheus | kind | labels | OpenTelemetry | unit | what |",
-        "|---|---|---|---|---|---|",
+        "| metric | OpenTelemetry | what |",
+        "|---|---|---|",
     ]
     for each in METRICS.values():
-        labels = ", ".join(f"`{label}`" for label in each.labels)
+        labels = f"{{{','.join(each.labels)}}}" if each.labels else ""
         names = [f"`{NAMESPACE}{name}`" for name in (each.otel, each.otel_count) if name]
-        facts = each.kind, labels, ", ".join(names), f"`{each.unit}`", each.why
-        lines.append(f"| `{PREFIX}{each.name}` | {' | '.join(facts)} |")
+        lines.append(f"| `{PREFIX}{each.name}{labels}` | {', '.join(names)} | {each.why} |")
     assert found[1].splitlines() == lines
+    # The page says these rules in place of a column.
+    histograms = [each.name for each in METRICS.values() if each.kind == "histogram"]
+    named = [f"`{name}`" for name in histograms]
+    assert f"{', '.join(named[:-1])} and {named[-1]} are histograms" in page
+    for each in METRICS.values():
+        assert (each.kind == "counter") == each.name.endswith("_total")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,7 +149,7 @@ def is_list(low: int, high: int) -> Callable[[Any], bool]:
     return lambda x: type(x) is list and all(type(n) is int and low <= n < high for n in x)
 
 
-#: What a type of the table about llm-d in docs/operations.md takes.
+#: What a type of `LLM_D` takes.
 TAKEN: dict[str, Callable[[Any], bool]] = {
     "list of uint64": is_list(0, 1 << 64),
     "list of uint32": is_list(0, 1 << 32),
@@ -163,16 +162,39 @@ TAKEN: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def llm_d_refuses(frames: Sequence[bytes]) -> list[str]:
-    """Return what a reader by the table about llm-d cannot read in a message."""
-    page = Path(__file__).parents[2].joinpath("docs", "operations.md").read_text(encoding="utf-8")
-    table = page.partition("<!-- table: llm-d -->")[2].partition("<!-- end -->")[0]
-    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| ([^|]+) \|", table, re.MULTILINE)
-    assert len(rows) == 16
-    fields = dict[str, dict[str, str]](AllBlocksCleared={})
-    for event, field, kind in rows:
-        fields.setdefault(event, {})[field] = kind
+#: The fields that the sources of llm-d-router read in November 2026, and their types. The former
+#: llm-d-kv-cache reads only lists, which vLLM sent before. llm-d itself was not run.
+LLM_D: dict[str, dict[str, str]] = {
+    "BlockStored": {
+        "block_hashes": "list of uint64",
+        "parent_block_hash": "uint64 or none",
+        "token_ids": "list of uint32",
+        "block_size": "int",
+        "lora_id": "int or none",
+        "medium": "str or none",
+        "lora_name": "str or none",
+        "extra_keys": "list or none",
+        "group_idx": "int or none",
+        "kv_cache_spec_kind": "str or none",
+        "kv_cache_spec_sliding_window": "int or none",
+        "locality": "not read",
+    },
+    "BlockRemoved": {
+        "block_hashes": "list of uint64",
+        "medium": "str or none",
+        "group_idx": "int or none",
+        "locality": "not read",
+    },
+    "AllBlocksCleared": {},
+}
 
+
+def llm_d_refuses(frames: Sequence[bytes]) -> list[str]:
+    """Return what llm-d cannot read in a message.
+
+    A message has three frames: a topic ``kv@POD@MODEL``, a number of 8 bytes and a batch, which is
+    a list of a time, events and a rank.
+    """
     topic, number, payload = frames
     refused = []
     if len(topic.split(b"@")) != 3 or not topic.startswith(b"kv@"):
@@ -182,7 +204,7 @@ def llm_d_refuses(frames: Sequence[bytes]) -> list[str]:
     at, events, *_ = msgspec.msgpack.decode(payload)
     assert type(at) is float
     for event in events:
-        known = fields[event.pop("type")]
+        known = LLM_D[event.pop("type")]
         refused += sorted({*event} - {*known})
         refused += [x for x, kind in known.items() if not TAKEN[kind](event.get(x))]
     return refused
