@@ -250,14 +250,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _conform(words: list[str]) -> int:
-    if "--mutants" in words:  # the other words are the score's own
-        from portakv_conformance.mutants.score import main as score
-
-        return score([word for word in words if word != "--mutants"])
-    if "--pitfalls" in words:
-        return _pitfalls([word for word in words if word != "--pitfalls"])
-    if "--contract" in words:  # a tier, a transport or an I/O engine, not a backend
-        return _contract([word for word in words if word != "--contract"])
+    # These take the other words: `--mutants --list` prints the mutants.
+    flag = next((flag for flag in _OTHER_SUBJECTS if flag in words), None)
+    if flag is not None:
+        return _OTHER_SUBJECTS[flag]([word for word in words if word != flag])
     if "--tier" in words:  # the fault table of a storage tier
         from portakv_conformance.faults.command import main as run_tier
 
@@ -334,6 +330,17 @@ def _pitfalls(words: list[str]) -> int:
             for test in (*pitfall.get("tests", ()), *filter(None, [pitfall.get("later")])):
                 print(f"    {test.removeprefix('cases/')}")
     return CONFORMANT
+
+
+def _mutants(words: list[str]) -> int:
+    """Run or list the backends with seeded bugs."""
+    from portakv_conformance.mutants.score import main as score
+
+    return score(words)
+
+
+#: What `portakv conform` does in place of judging a backend, by the option that asks for it.
+_OTHER_SUBJECTS = {"--mutants": _mutants, "--pitfalls": _pitfalls, "--contract": _contract}
 
 
 def _options(args: argparse.Namespace) -> Options:
