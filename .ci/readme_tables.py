@@ -330,7 +330,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "index.md": {"first-token": first_tokens},
     ROOT / "docs" / "layouts.md": {"layouts": layouts},
     ROOT / "docs" / "hardware.md": {"hardware": hardware},
-    ROOT / "docs" / "tier_faults.md": {"tiers": tiers},
+    ROOT / "docs" / "conformance.md": {"tiers": tiers},
     ROOT / "docs" / "engines" / "index.md": {
         "integrations": integrations,
         "known-prompts": known_prompts,

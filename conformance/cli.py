@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 
 from portakv.cli.console import Parser, installing
@@ -39,6 +40,11 @@ from portakv_conformance.run.options import whole_number
 from portakv_conformance.run.progress import shown
 from portakv_conformance.run.request import Options
 from portakv_conformance.run.runner import cases_of, run
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def compare(words: list[str]) -> int:
@@ -199,6 +205,7 @@ other verbs:
   portakv conform replay FILE [NAME]  judge a saved example again
   portakv conform --list              print the ids of the cases
   portakv conform --mutants           score the suite on backends with seeded bugs
+  portakv conform --pitfalls          print faults of released code, and the cases for each
   portakv conform --contract tier|transport|io NAME
                                       check a tier, a transport or an I/O engine
   portakv conform --tier MODULE:CLASS put faults into a storage tier
@@ -243,12 +250,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _conform(words: list[str]) -> int:
-    if "--mutants" in words:  # the other words are the score's own
-        from portakv_conformance.mutants.score import main as score
-
-        return score([word for word in words if word != "--mutants"])
-    if "--contract" in words:  # a tier, a transport or an I/O engine, not a backend
-        return _contract([word for word in words if word != "--contract"])
+    # These take the other words: `--mutants --list` prints the mutants.
+    flag = next((flag for flag in _OTHER_SUBJECTS if flag in words), None)
+    if flag is not None:
+        return _OTHER_SUBJECTS[flag]([word for word in words if word != flag])
     if "--tier" in words:  # the fault table of a storage tier
         from portakv_conformance.faults.command import main as run_tier
 
@@ -307,6 +312,35 @@ def _list(words: list[str]) -> int:
     args = parser.parse_args(words)
     print("\n".join(cases_of(args.profile, args.device)))
     return CONFORMANT
+
+
+def _pitfalls(words: list[str]) -> int:
+    """Print the faults of `pitfalls.toml` by area, each with the tests that fail because of it."""
+    _parser(
+        "--pitfalls",
+        "Prints faults of released code that copies KV rows. Below each are the cases that fail "
+        "for a backend with the fault (`portakv conform NAME --profile full --only CASE`), and "
+        "PortaKV's own tests. A fault without cases can only be the library's.",
+    ).parse_args(words)
+    table = tomllib.loads(Path(__file__).with_name("pitfalls.toml").read_text(encoding="utf-8"))
+    for area, pitfalls in groupby(table["pitfall"], key=lambda pitfall: pitfall["area"]):
+        print(f"\n{area}")
+        for pitfall in pitfalls:
+            print(f"- {pitfall['what']}")
+            for test in (*pitfall.get("tests", ()), *filter(None, [pitfall.get("later")])):
+                print(f"    {test.removeprefix('cases/')}")
+    return CONFORMANT
+
+
+def _mutants(words: list[str]) -> int:
+    """Run or list the backends with seeded bugs."""
+    from portakv_conformance.mutants.score import main as score
+
+    return score(words)
+
+
+#: What `portakv conform` does in place of judging a backend, by the option that asks for it.
+_OTHER_SUBJECTS = {"--mutants": _mutants, "--pitfalls": _pitfalls, "--contract": _contract}
 
 
 def _options(args: argparse.Namespace) -> Options:

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import torch
 
@@ -124,54 +123,18 @@ def fails_self_check(mutant: Mutant) -> bool:
     return self_check(mutant(torch.device(device)))[0] is SelfCheck.FAILED
 
 
-_HEAD = """\
-# Mutants
-
-*Reference: backends with one seeded bug each, and the case of the suite that catches each.*
-
-A suite that cannot fail proves nothing. So the suite is tested against mutants. A mutant is a
-small correct kernel (`conformance/mutants/base.py`: `HostRows`, and `DeviceRows` on the simulated
-device) with one step replaced. The unchanged kernel passes the suite in the profile `full`. Every
-mutant must fail, and a mutant that survives is a bug of the suite.
-
-The score runs the mutants and writes this page:
-
-```
-portakv conform --mutants                  # every mutant once; exit code 1 if one survives
-portakv conform --mutants --runs 10        # under ten seeds
-python -m portakv_conformance.mutants.score --write docs/mutants.md
-portakv conform portakv_conformance.mutants.addressing:OffByOneSlot      # one of them by hand
-```
-
-The score runs the mutant's profile on the mutant's device up to the first failed case, without
-the registry's self-check. The table says if the self-check rejects the mutant too. It names the
-first case that fails, which may be more general than the case that was written for the bug.
-Seconds are those of the first run on two cores, two mutants at a time, loading included.
-"""
+def print_mutants() -> None:
+    """Print each mutant by the kind of its bug, with the target that `portakv conform` takes."""
+    for module, mutants in groupby(MUTANTS, key=lambda mutant: mutant.__module__):
+        title = (sys.modules[module].__doc__ or "").partition("\n")[0]
+        print(f"\n{title}")
+        for mutant in mutants:
+            print(f"- {mutant.name}: {mutant.bug()}\n    {mutant.target()}")
 
 
 def by_mutant(trials: Sequence[Trial]) -> list[list[Trial]]:
     """Return the trials of each mutant, in the order of the mutants."""
     return [list(group) for _, group in groupby(trials, key=lambda trial: trial.mutant.name)]
-
-
-def document(trials: Sequence[Trial], self_checked: Collection[str]) -> str:
-    """Return the page of the documentation.
-
-    The registry's self-check rejects the mutants that ``self_checked`` names.
-    """
-    groups = by_mutant(trials)
-    parts = [_HEAD, f"**{_sum(groups)}**"]
-    for module, mutants in groupby(groups, key=lambda group: group[0].mutant.__module__):
-        title = (sys.modules[module].__doc__ or "").partition("\n")[0]
-        parts.append(f"\n## {title.rstrip('.')}\n")
-        parts.append("| mutant | bug | profile | caught by | s |\n|---|---|---|---|---:|")
-        for group in mutants:
-            name, *cells, case, took = _row(group, self_checked)
-            # A bar would end the cell, and code in backticks would show what stands for one.
-            case = case.replace("`", "<code>", 1).replace("`", "</code>").replace("|", "&#124;")
-            parts.append(f"| `{name}` | {' | '.join(cells)} | {case} | {took} |")
-    return "\n".join(parts) + "\n"
 
 
 def _sum(groups: list[list[Trial]]) -> str:
@@ -254,10 +217,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the score; returns the exit code."""
     parser = _parser()
     args = parser.parse_args(argv)
+    if args.list:
+        print_mutants()
+        return 0
     if os.environ.get(ENVIRONMENT):
         parser.error(f"{ENVIRONMENT} forces another backend than the mutant; unset it")
     if unknown := sorted(set(args.only or ()) - {mutant.name for mutant in MUTANTS}):
-        parser.error(f"no mutant is named {unknown[0]!r}; docs/mutants.md lists them")
+        parser.error(f"no mutant is named {unknown[0]!r}; --list prints the names")
     mutants = [one for one in MUTANTS if args.only is None or one.name in args.only]
     # Two processes on two cores: threads of torch's own would only get in each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -275,8 +241,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     known = {mutant.name for mutant in mutants if fails_self_check(mutant)}
     print_score(trials, known, controls)
-    if args.write is not None:
-        args.write.write_text(document(trials, known), encoding="utf-8")
     return 1 if any(not trial.caught_by for trial in trials) or any(controls.values()) else 0
 
 
@@ -293,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", metavar="NAME", help="these mutants")
     add("--limit", type=float, default=WALL_LIMIT, metavar="SECONDS", help="for one mutant")
     add("--no-control", action="store_true", help="do not run the un-mutated bases")
-    add("--write", type=Path, metavar="FILE", help="write the table as Markdown")
+    add("--list", action="store_true", help="print each mutant with its bug, and run nothing")
     return parser
 
 

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from support.conform_reports import passing
-from support.conform_runs import ROOT
 from support.waits import LIMIT
 
 from portakv import KVView
@@ -30,7 +28,7 @@ from portakv_conformance.judge.judging import Judge
 from portakv_conformance.judge.subject import subject
 from portakv_conformance.mutants import CONTROLS, MUTANTS, Mutant, score
 from portakv_conformance.mutants.base import IllegalAddress, load, store
-from portakv_conformance.mutants.score import Trial, document, try_control, try_mutant
+from portakv_conformance.mutants.score import Trial, try_control, try_mutant
 from portakv_conformance.record import CaseRecord, RunRecord
 from portakv_conformance.run.runner import Options, SubjectUnavailable
 from portakv_conformance.run.workers import INTERRUPTED
@@ -104,17 +102,14 @@ def test_memory_ends_where_the_buffers_end() -> None:
             load(view, base + at, 8, 1)
 
 
-def test_the_page_tells_of_every_mutant_and_of_no_survivor() -> None:
-    page = (ROOT / "docs" / "mutants.md").read_text(encoding="utf-8")
-    assert "survives**" not in page
-    rows = [line for line in page.splitlines() if line.startswith("| `")]
-    cells = [tuple(cell.strip(" `") for cell in row.split("|")[1:3]) for row in rows]
-    assert cells == [(mutant.name, mutant.bug()) for mutant in MUTANTS], (
-        "docs/mutants.md is stale; run python -m portakv_conformance.mutants.score --write "
-        "docs/mutants.md"
-    )
-    for unlike in zip(*cells, strict=True):
-        assert len(set(unlike)) == len(MUTANTS) >= 117
+def test_the_list_has_every_mutant_with_its_own_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    assert score.main(["--list"]) == 0
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith("- ")]
+    assert lines == [f"- {mutant.name}: {mutant.bug()}" for mutant in MUTANTS]
+    for unlike in ({mutant.name for mutant in MUTANTS}, {mutant.bug() for mutant in MUTANTS}):
+        assert len(unlike) == len(MUTANTS) >= 117
+    assert FIRST.target() in printed
 
 
 # -- the score -------------------------------------------------------------------------------------
@@ -145,21 +140,24 @@ def without_a_compiler(options: Options, progress: Any) -> RunRecord:
 
 
 @pytest.mark.parametrize(("ends", "ending", "row"), [
-    ("passed not-claimed failed failed", "caught by c", "<code>c</code>"),
+    ("passed not-claimed failed failed", "caught by c", "`c`"),
     ("passed", "SURVIVES: every case passed", "**survives**"),
     ("passed error", "SURVIVES: b is in error: b is error", "**survives**"),
     (stopped, "SURVIVES: it was not caught within -1 s", "**survives**"),
     (without_a_compiler, "NOT JUDGED: there is no compiler.", "not judged"),
 ])  # fmt: skip
-def test_the_first_case_that_fails_catches(ends: Any, ending: str, row: str) -> None:
+def test_the_first_case_that_fails_catches(
+    ends: Any, ending: str, row: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     seen: list[Options] = []
     run = runner(ends, seen) if isinstance(ends, str) else ends
     trial = try_mutant(SECOND, 7, most_seconds=-1.0 if ends is stopped else 60.0, runner=run)
     assert trial.ending == ending
-    page = document([trial], ())
-    assert f"| {row} |" in page
+    score.print_score([trial], (), {})
+    printed = capsys.readouterr().out
+    assert row in printed
     unjudged = " 1 could not be judged here." if row == "not judged" else ""
-    assert f"**{int(bool(trial.caught_by))} of 1 mutants are caught.{unjudged}**" in page
+    assert f"{int(bool(trial.caught_by))} of 1 mutants are caught.{unjudged}\n" in printed
     for options in seen:
         assert (options.backend, options.device) == (SECOND.target(), SECOND.device_type)
         assert (options.profile, options.seed, options.exit_first) == (
@@ -201,10 +199,9 @@ def test_all_are_tried_under_all_seeds_and_come_back_in_order() -> None:
 @pytest.mark.parametrize(
     ("caught", "control", "code"), [("x", None, 0), ("", None, 1), ("x", "3 cases fail", 1)]
 )
-def test_the_exit_code_and_the_page(
+def test_the_exit_code_and_the_table(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
     caught: str,
     control: str | None,
     code: int,
@@ -215,17 +212,16 @@ def test_the_exit_code_and_the_page(
     monkeypatch.setattr(score, "try_mutant", attempt)
     monkeypatch.setattr(score, "try_control", lambda result: control)
     monkeypatch.setattr(score, "fails_self_check", lambda result: result == FIRST)
-    page = tmp_path / "page.md"
-    words = f"--runs 2 --seed 3 --only {FIRST.name} {SECOND.name} --write {page}"
+    words = f"--runs 2 --seed 3 --only {FIRST.name} {SECOND.name}"
     assert score.main(words.split()) == code
     printed = capsys.readouterr().out
     assert ("FAILS: 3 cases fail" in printed) == (control is not None)
     assert ("SURVIVES under seed 4" in printed) == (not caught)
     assert f"{2 if caught else 0} of 2 mutants are caught" in printed
-    first, second = (line for line in page.read_text().splitlines() if line.startswith("| `"))
-    assert (FIRST.name in first, SECOND.name in second) == (True, True)
-    assert ("self-check" in first, "self-check" in second) == (True, False)
-    assert f"({2 if caught else 1} of 2)" in first
+    flat = " ".join(printed.split())
+    assert flat.index(FIRST.name) < flat.index(SECOND.name)
+    assert flat.count("self-check too") == 1
+    assert f"({2 if caught else 1} of 2)" in flat
 
 
 @pytest.mark.parametrize(("words", "forced", "expected"), [

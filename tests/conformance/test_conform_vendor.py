@@ -38,12 +38,14 @@ def run(installed: Path, *command: str, **variables: str) -> str:
 
 
 def test_the_guide_shows_the_backend_as_it_is() -> None:
-    guide = (ROOT / "docs" / "vendors.md").read_text()
+    guide = (ROOT / "docs" / "extending.md").read_text()
     code = (EXAMPLE / "acme.py").read_text()
     assert len(code.splitlines()) < 60, "it is short enough to read"
     assert code[code.index("from __future__") :] in guide
     project = (EXAMPLE / "pyproject.toml").read_text()
-    assert project[project.index("[build-system]") :] in guide
+    entry = '[project.entry-points."portakv.backends"]\nacme = "acme:Acme"\n'
+    assert entry in project
+    assert entry in guide
 
 
 @pytest.mark.full

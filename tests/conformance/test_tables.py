@@ -19,6 +19,7 @@ import pytest
 from support.conform_reports import changed, emulated, failing, passing, saved_report
 from support.conform_runs import ROOT
 
+from portakv_conformance.cli import main as conform
 from portakv_conformance.evidence import support_matrix
 from portakv_conformance.evidence.evidence import level_of, name_of, of_report
 from portakv_conformance.evidence.support_matrix import RESULTS, SupportLevel, SupportMatrix
@@ -293,19 +294,12 @@ def test_no_pitfall_was_lost() -> None:
     assert late <= {"host memory", "copy engine", "honesty"}
 
 
-def test_the_page_is_what_the_table_says_and_a_stale_one_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / ".ci"))
-    pitfalls: Any = importlib.import_module("pitfalls_table")
-    monkeypatch.setattr(sys, "argv", ["pitfalls_table.py", "--check"])
-    pitfalls.main()
-    stale = SOURCE.read_text(encoding="utf-8").replace("list is empty", "list is void")
-    for name, text in (("SOURCE", stale), ("PAGE", pitfalls.page())):
-        (tmp_path / name).write_text(text, encoding="utf-8")
-        monkeypatch.setattr(pitfalls, name, tmp_path / name)
-    with pytest.raises(SystemExit, match=r"python \.ci/pitfalls_table\.py"):
-        pitfalls.main()
-    monkeypatch.setattr(sys, "argv", ["pitfalls_table.py"])
-    pitfalls.main()
-    assert "list is void" in (tmp_path / "PAGE").read_text(encoding="utf-8")
+def test_the_command_prints_each_pitfall_with_its_tests(capsys: pytest.CaptureFixture[str]) -> None:
+    assert conform(["--pitfalls"]) == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert [line[2:] for line in lines if line.startswith("- ")] == [
+        pitfall["what"] for pitfall in PITFALLS
+    ]
+    tests = [test for pitfall in PITFALLS for test in pitfall.get("tests", ())]
+    assert {test.removeprefix("cases/") for test in tests} <= {line.strip() for line in lines}
