@@ -13,7 +13,9 @@ slot of a fixed size, in this order:
 4. The escapes: the exponent of each escaped value, one byte each, in the order of the values.
 
 From 8,192 values on, one value in eight counts for the table: of vector q of eight values the value
-number (q + q // 16) % 8. All numbers are little endian, and all bytes without a meaning are 0. Equal values give equal bytes.
+number (q + q // 16) % 8.
+
+All numbers are little endian, and all bytes without a meaning are 0. Equal values give equal bytes.
 """
 
 from __future__ import annotations
