@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write tables and pictures of ``docs/choosing.md``: ``python -m benchmarks.choosing``.
+"""Write tables and pictures of ``docs/benchmarks.md``: ``python -m benchmarks.choosing``.
 
 The page shows the figures that decide a choice. `benchmarks.guide` writes all tables, and this
 command runs it too. ``--check`` writes and draws nothing. It fails if a table differs from what the
@@ -21,15 +21,15 @@ from portakv_benchmarks.shared import recorded
 from portakv_benchmarks.shared.harness import Fields, Row, having
 from portakv_benchmarks.shared.shapes import in_words
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "choosing.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 IMAGES = PAGE.with_name("images")
 #: The result file of each picture.
 PICTURES = {
     "backends": "h200",
     "strategies": "h200-host",
     "model": "h200-host",
-    "disks": "h200-storage",
-    "pulls": "h200-x2",
+    "disks": "parts/h200-storage",
+    "pulls": "parts/h200-x2-migration",
 }
 _FILES = "https://github.com/portakv/portakv/blob/main/benchmarks/results/"
 #: The rows of the table of waits: the kind of copy, and its host memory.
@@ -81,8 +81,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Fields], list[str]] | None]] = {
     "link": ("h200-host", link),
     "model": ("h200-host", None),
     "waits": ("h200-wall", waits),
-    "disks": ("h200-storage", None),
-    "pulls": ("h200-x2", None),
+    "disks": ("parts/h200-storage", None),
+    "pulls": ("parts/h200-x2-migration", None),
 }
 
 

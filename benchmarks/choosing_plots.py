@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of ``docs/choosing.md``; `benchmarks.choosing` writes them. They need matplotlib.
+"""The pictures of ``docs/benchmarks.md``; `benchmarks.choosing` writes them. They need matplotlib.
 
 Each picture is an SVG that follows the reader's light or dark scheme, and names the result file
 that it shows with the file's checksum.

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write all tables of the result files into one page: ``python -m benchmarks.guide``.
 
-Every measured number in the page comes from a file in ``benchmarks/results``. ``--check`` writes
-nothing and fails if the page differs from the text that the files give. `benchmarks.choosing` makes
-the short page of the documentation, with plots.
+Every measured number in the page comes from a file in ``benchmarks/results``, or from a newer one
+in its folder ``parts``. ``--check`` writes nothing and fails if the page differs from the text that
+the files give. `benchmarks.choosing` makes the tables of docs/benchmarks.md, with plots.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,8 +51,8 @@ _HEAD = """<!-- Made from the files in benchmarks/results: python -m benchmarks.
 
 {summary}
 
-[Choosing a backend](../../docs/choosing.md) shows the most important figures as plots. Every figure
-comes from a file in this folder, and the run that measured it checked every byte.
+[Benchmarks](../../docs/benchmarks.md#what-was-measured) shows the most important figures as plots.
+Every figure comes from a file in this folder, and the run that measured it checked every byte.
 
 | column | meaning |
 | --- | --- |
@@ -351,12 +352,18 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
 }  # fmt: skip
 
 
-def page(files: Iterable[Path]) -> str:
+def page(files: Iterable[Path], partial: Iterable[Path] = ()) -> str:
     """Return the page for result files, accelerators first, without those of integrations and
-    engines."""
-    read = (recorded.read(path) for path in sorted(files))
+    engines.
+
+    Args:
+        files: whole results.
+        partial: results of single parts; their rows replace older ones of one kind and machine.
+    """
+    read = [recorded.read(path) for path in sorted(files)]
     left_out = (INTEGRATION_SUITE, ENGINE_SUITE)
-    results = [result for result in read if result.get("suite") not in left_out]
+    whole = [result for result in read if result.get("suite") not in left_out]
+    results = newest(whole, with_rows(partial))
     results.sort(key=lambda result: result["machine"]["device_type"] == "cpu")
     suites = {None: _device, HOST_SUITE: _link, WALL_SUITE: _whole_calls, STORAGE_SUITE: _storage}
     suites[MIGRATION_SUITE] = _migration
@@ -366,6 +373,35 @@ def page(files: Iterable[Path]) -> str:
     for result in results:
         parts += suites[result.get("suite")](result)
     return "\n".join(parts) + "\n"
+
+
+def with_rows(files: Iterable[Path]) -> list[Fields]:
+    """Return the results in the files that have measured rows; others count faults."""
+    return [
+        recorded.read(path)
+        for path in sorted(files)
+        if "rows" in json.loads(path.read_text(encoding="utf-8"))
+    ]
+
+
+def newest(results: Sequence[Fields], partial: Sequence[Fields]) -> list[Fields]:
+    """Return the results with the newest rows of each kind. Rows of another day name it."""
+    merged = {_of(result): {**result, "rows": list[Row]()} for result in results}
+    ordered = sorted([*results, *partial], key=lambda x: (x["machine"]["date"], len(x["rows"])))
+    for result in ordered:
+        if (whole := merged.get(_of(result))) is None:
+            continue
+        kinds = {row["kind"] for row in result["rows"]}
+        older = [row for row in whole["rows"] if row["kind"] not in kinds]
+        date = result["machine"]["date"]
+        day = {} if date == whole["machine"]["date"] else {"measured": date}
+        whole["rows"] = [*older, *({**row, **day} for row in result["rows"])]
+    return [*merged.values()]
+
+
+def _of(result: Fields) -> tuple[str | None, str]:
+    """Return the suite and the machine of a result."""
+    return result.get("suite"), result["machine"]["device"]
 
 
 def _summary(results: Sequence[Fields]) -> str:
@@ -599,7 +635,10 @@ def _listed(rows: Sequence[Row], kind: str) -> list[str]:
     filled = [any(column) for column in zip(*table, strict=True)]
     table = [[*compress(line, filled)] for line in table]
     heads = [*compress(cells, filled)]
-    return _section(title, intro.format_map(selected[0]) if selected else "", heads, table)
+    text = intro.format_map(selected[0]) if selected else ""
+    if days := {row["measured"] for row in selected if "measured" in row}:
+        text = f"{text} Measured {max(days)}.".lstrip()
+    return _section(title, text, heads, table)
 
 
 def _spread(rows: Sequence[Row], figure: str) -> list[str]:
@@ -623,6 +662,11 @@ def table_of(heads: Sequence[str], table: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *table)]
 
 
+def recorded_page() -> str:
+    """Return the page for the recorded results."""
+    return page(RESULTS.glob("*.json"), (RESULTS / "parts").glob("*.json"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page, or with ``--check`` compare it; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guide", description=__doc__)
@@ -630,7 +674,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--check", action="store_true", help="write nothing; fail if the page is stale"
     )
     check = parser.parse_args(argv).check
-    text = page(RESULTS.glob("*.json"))
+    text = recorded_page()
     if not check:
         PAGE.write_text(text, encoding="utf-8")
         print(f"wrote {PAGE}")

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small copies: integers that a stream can use, on an idle device and while a large copy flies;
-docs/benchmarks.md says what *idle*, *paced* and *busy* mean.
+"""Measure small copies: integers that a stream can use.
+
+*Idle* sends follow one another on an idle device. The others follow a finished large copy and, 300
+us earlier, the submission of another copy: one as large that still runs (*busy*), or one of 4 KB
+that is over (*paced*), so that the host's caches are as cold as for *busy*.
 
 The device's events, recorded on that stream right before and after the call, are reported next to
 the host's latency. Every method gets the same numpy array of int64.

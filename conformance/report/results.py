@@ -143,7 +143,7 @@ def table(
 
     ``newer``: returns how many cases the suite got after the run that proves a level.
     """
-    lines = ["| backend | device | verified | versions | date |", "|---|---|---|---|---|"]
+    lines = ["| backend | device | verified | date |", "|---|---|---|---|"]
     for (backend, device), levels in support_matrix.by_pair(matrix).items():
         cells = list[str]()
         for level in levels:
@@ -151,7 +151,5 @@ def table(
             more = f", {count} newer cases not run" if count else ""
             cells.append(f"{verified(level, matrix, digest)}{more}")
         reached = "; ".join(cells)
-        versions_text = text(levels[0].versions)
-        date = levels[0].date
-        lines.append(f"| `{backend}` | {text(device)} | {reached} | {versions_text} | {date} |")
+        lines.append(f"| `{backend}` | {text(device)} | {reached} | {levels[0].date} |")
     return "\n".join(lines)

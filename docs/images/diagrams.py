@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of docs/host.md, docs/storage.md and docs/migration.md, drawn from the data below.
+"""Pictures of docs/copies.md, docs/storage.md and docs/migration.md, drawn from the data below.
 
 ``python docs/images/diagrams.py`` writes timeline.svg, touched.svg and pull-states.svg.
 """

@@ -2,7 +2,7 @@
 """The methods that bring the values of a small copy to a device.
 
 Values go in the driver's command, in a launch's parameters, or through pinned memory that is read
-later (docs/host.md, "Small copies").
+later (docs/copies.md).
 """
 
 from __future__ import annotations

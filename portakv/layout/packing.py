@@ -7,9 +7,13 @@ slot of a fixed size, in this order:
 1. A byte for each value: the sign in bit 7, the mantissa in bits 0 to 6.
 2. A code of ``code_bits`` for each value. A code below the largest is a position in the table of
    exponents. The largest code, all ones, marks an escape.
-3. The head: 15 bytes of table, a flag (0 packed, 1 overflow), the number of escapes as u16, and the
+3. The head: 15 bytes of table (the most frequent exponents by falling count; of equal counts the
+   larger exponent is first), a flag (0 packed, 1 overflow), the number of escapes as u16, and the
    number of escapes before each segment of 2,048 values except the first, as u16.
 4. The escapes: the exponent of each escaped value, one byte each, in the order of the values.
+
+From 8,192 values on, one value in eight counts for the table: of vector q of eight values the value
+number (q + q // 16) % 8.
 
 All numbers are little endian, and all bytes without a meaning are 0. Equal values give equal bytes.
 """

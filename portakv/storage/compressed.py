@@ -27,7 +27,7 @@ from portakv.storage.image import MAGIC, Row, is_sealed, pieces_of, write_seal
 ZSTD = "zstd"
 #: zstd's level, the least length of a repetition, and the bits of its table. Rows of numbers repeat
 #: nothing, so that a long search for repetitions takes time and makes the result larger; what
-#: saves bytes is a code by how often they occur (docs/encodings.md).
+#: saves bytes is a code by how often they occur.
 LEVEL = 1
 LEAST_REPETITION = 7
 TABLE_BITS = 6

@@ -221,18 +221,16 @@ def lines(*levels: SupportLevel, sha256: str = "a" * 64) -> list[str]:
     return table(SupportMatrix(levels), lambda target: sha256).splitlines()[2:]
 
 
-def test_a_line_of_the_table_says_rung_versions_date_and_what_has_changed() -> None:
-    expected = "torch 2.13.0, nvidia-cuda-nvrtc 13.0.88, driver 580.159, Python 3.11.7"
+def test_a_line_of_the_table_says_rung_date_and_what_has_changed() -> None:
     assert "driver" not in versions(ours({"driver": ""}))
-    assert lines(level()) == [f"| `cuda` | NVIDIA H200 | {LINK} | {expected} | 2026-11-20 |"]
+    assert lines(level()) == [f"| `cuda` | NVIDIA H200 | {LINK} | 2026-11-20 |"]
     (shown,) = lines(level(suite="2026.05", note="by us"), sha256="b" * 64)
     assert f"| expired: {LINK}, source changed since, suite 2026.05, now 2026.12, by us |" in shown
     matrix = SupportMatrix((level(),))
     (shown,) = table(matrix, lambda target: "a" * 64, lambda level: 3).splitlines()[2:]
     assert f"| {LINK}, 3 newer cases not run |" in shown
-    (shown,) = lines(level(device="a|b <c>\nd", versions="v|1"))
+    (shown,) = lines(level(device="a|b <c>\nd"))
     assert f"| a\\|b \\<c\\> d | {LINK}" in shown
-    assert shown.endswith("| v\\|1 | 2026-11-20 |")
 
 
 def test_a_pair_is_one_line_its_highest_rung_first() -> None:
