@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trace calls of the library on the CPU: files and functions that they enter, and their host times.
 
-`house.py` runs this module as a program, since a trace needs a process that has made no call yet:
+`house.py` runs this module as a program, since a trace needs a process that has made no call yet.
+In the folder `tests`:
 
     python -m support.traced_calls trace    print the traces as JSON
     python -m support.traced_calls times    print the host times as JSON
@@ -286,7 +287,7 @@ def _ticket() -> bytes:
     """Return the ticket of a process that offers rows. It ends when this process ends."""
     words = [sys.executable, "-m", "support.traced_calls", "owner"]
     pipe = subprocess.PIPE
-    process = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=environment())
+    process = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True)
     assert process.stdout is not None
     _owners.append(process)
     return bytes.fromhex(process.stdout.readline().strip())
@@ -446,23 +447,6 @@ def _measure(measure: Callable[[Call], dict[str, Any]], call: Call, writer: Conn
     except Exception as error:  # the other calls are measured all the same
         result = {"failed": f"{type(error).__name__}: {error}"}
     writer.send(result)
-
-
-def environment() -> dict[str, str]:
-    """Return the environment of a process that runs this module."""
-    tests = str(Path(__file__).resolve().parents[1])
-    paths = [tests, os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-
-
-def run(verb: str) -> dict[str, dict[str, Any]]:
-    """Return what this module prints as a program."""
-    words = [sys.executable, "-m", "support.traced_calls", verb]
-    done = subprocess.run(
-        words, env=environment(), cwd=tempfile.gettempdir(), stdout=subprocess.PIPE, check=True
-    )
-    results: dict[str, dict[str, Any]] = json.loads(done.stdout)
-    return results
 
 
 if __name__ == "__main__":
