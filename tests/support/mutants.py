@@ -374,11 +374,18 @@ class Entered(NamedTuple):
     functions: frozenset[str]
 
 
-def first_pass(packages: Sequence[str], judge: Judge, jobs: int, file: Path) -> list[Entered]:
+def notes_of(results: Path, commit: str, package: str) -> Path:
+    """Return the file of what the first pass notes of the tests of a package."""
+    return results.with_suffix(f".{commit}.{package}")
+
+
+def first_pass(
+    packages: Sequence[str], judge: Judge, jobs: int, file: Path, commit: str
+) -> list[Entered]:
     """Run the tests of the packages once, or read what an earlier run noted."""
 
     def work(package: str) -> None:
-        part = file.with_suffix(f".{package}")
+        part = notes_of(file, commit, package)
         if part.exists():
             return
         tree = judge.idle.get()
@@ -398,7 +405,8 @@ def first_pass(packages: Sequence[str], judge: Judge, jobs: int, file: Path) -> 
         list(pool.map(work, packages))
     entered = []
     for package in packages:
-        for line in file.with_suffix(f".{package}").read_text(encoding="utf-8").splitlines():
+        notes = notes_of(file, commit, package)
+        for line in notes.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             entered.append(Entered(row["test"], row["seconds"], frozenset(row["functions"])))
     return entered
@@ -495,7 +503,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="mutants that are judged at a time")
     parser.add_argument("--packages", nargs="+", choices=PACKAGES, default=PACKAGES)
     args = parser.parse_args()
-    git = ["git", "rev-parse", "HEAD"]
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"]
     done = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True)
     known: dict[str, Any] = {"commit": done.stdout.strip(), "seed": args.seed, "results": []}
     if args.results.exists():
@@ -521,7 +529,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         judge = Judge(Path(folder), args.jobs)
-        entered = first_pass(args.packages, judge, args.jobs, args.results)
+        entered = first_pass(args.packages, judge, args.jobs, args.results, known["commit"])
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(work, mutants))
     print("\n".join(["", *report(results)]))
