@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import ast
 import re
-import sys
 from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
-from support import patch_points, style
-from support.style import Finding, modules
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from support import patch_points
+from support.house import modules
 
 pytestmark = pytest.mark.xdist_group("tree")  # one process reads the files
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +41,10 @@ PRIVATE = re.compile(
     r"\w+\._(?!_|replace\b|asdict\b)\w+"
 )
 PRIVATE_READS = 152
+CODE = ["portakv", "conformance", "benchmarks", "examples", "tests"]
+#: Keeps a table of data in columns; how many there are, and none may be added for anything else.
+SKIP = "# fmt: " + "skip"
+SKIPS = 103
 #: Functions that remember by device, of which a process has a few; `Bounded` would be slower there.
 BY_DEVICE = {"link_of", "why_not", "bounce_buffers", "capture_question", "event_pool"}
 #: The streams' handles without an owner, by device and priority: none may be released.
@@ -59,26 +58,32 @@ def own(module: Path) -> str:
     return ".".join(module.relative_to(ROOT).parts[:-1][:2])
 
 
+def parsed(module: Path) -> ast.Module:
+    """Return the syntax tree of a file."""
+    return ast.parse(module.read_text(encoding="utf-8"))
+
+
 @cache
 def imported(module: Path) -> list[str]:
     """Return the modules of the library that a file imports, by their dotted names."""
-    return [*style.imported(ast.parse(module.read_text(encoding="utf-8")))]
+    names: list[str] = []
+    for node in ast.walk(parsed(module)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names if alias.name.startswith("portakv.")]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names += imported_from(node)
+    return names
 
 
-def exceptions() -> dict[tuple[str, str], int]:
-    """Return the measure that each exception allows, by its rule and place."""
-    listed = tomllib.loads(style.EXCEPTIONS.read_text(encoding="utf-8"))
-    return {
-        (rule, where): measure
-        for rule, entries in listed.items()
-        for where, (measure, _reason) in entries.items()
-    }
-
-
-@cache
-def findings() -> list[Finding]:
-    """Return what is above its limit anywhere; read once for all rules."""
-    return style.findings()
+def imported_from(node: ast.ImportFrom) -> Iterator[str]:
+    """Yield the modules of the library that a statement ``from ... import ...`` names."""
+    base = node.module or ""
+    if base != "portakv" and not base.startswith("portakv."):
+        return
+    for alias in node.names:
+        path = ROOT.joinpath(*base.split("."), alias.name)
+        is_module = path.with_suffix(".py").exists() or path.is_dir()
+        yield f"{base}.{alias.name}" if is_module else base
 
 
 @pytest.mark.parametrize("folder", TREE)
@@ -88,53 +93,45 @@ def test_the_names_of_the_design_are_there(folder: str) -> None:
         assert any(path.exists() for path in candidates), name
 
 
-#: Sizes that nothing limits: they made 384 small files. `tests/support/style.py` reports them.
-SIZES = {"lines of a file", "imports of the library", "attributes"}
+@pytest.mark.parametrize("folder", CODE)
+def test_the_code_is_plain(folder: str) -> None:
+    """No statement packs several assignments, and no condition multiplies a text."""
+    wrong = [
+        f"{module.relative_to(ROOT)}:{node.lineno}"
+        for module in modules(ROOT / folder)
+        for node in ast.walk(parsed(module))
+        if is_packed(node) or is_text_times_condition(node)
+    ]
+    assert wrong == [], "write one assignment a line, and `if` round a text"
 
 
-@pytest.mark.parametrize("rule", [rule for rule in style.LIMITS if rule not in SIZES])
-def test_the_code_is_plain(rule: str) -> None:
-    """Everything above a limit is a listed exception, and no exception is larger than its cause.
-
-    `tests/support/style.py` measures; `style_exceptions.toml` lists. The list only shrinks.
-    It grew once, when fields and defaults of dataclasses and named tuples began to count.
-    """
-    allowed = {where: most for (name, where), most in exceptions().items() if name == rule}
-    measured = {each.where: each.measure for each in findings() if each.rule == rule}
-    above = {where: n for where, n in measured.items() if n > allowed.get(where, 0)}
-    assert above == {}, f"more than {style.LIMITS[rule]} {rule}"
-    stale = {where for where, most in allowed.items() if measured.get(where, 0) < most}
-    assert stale == set(), "run `python tests/support/style.py --shrink`"
+def is_packed(node: ast.AST) -> TypeGuard[ast.Assign]:
+    """Tell whether a statement assigns a tuple of values to a tuple of targets."""
+    return (
+        isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Tuple)
+        and isinstance(node.value, ast.Tuple)
+    )
 
 
-def test_fields_and_defaults_of_dataclasses_and_named_tuples_are_attributes() -> None:
-    body = """
-    own: int
-    shared: ClassVar[int] = 0
-    _: KW_ONLY
-    plain = 1
-    made = dict()
-    LIMIT = 2
-    __slots__ = ()
-    read = property(len)
-    again = close
+def is_text_times_condition(node: ast.AST) -> TypeGuard[ast.BinOp]:
+    """Tell whether an expression multiplies a text of words by a number that is 0 or 1."""
+    if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Mult):
+        return False
+    for text, factor in ((node.left, node.right), (node.right, node.left)):
+        words = isinstance(text, ast.JoinedStr) or (
+            isinstance(text, ast.Constant)
+            and isinstance(text.value, str)
+            and any(map(str.isalpha, text.value))
+        )
+        if words and not isinstance(factor, ast.Constant):
+            return True
+    return False
 
-    def __post_init__(self):
-        self.late = 3
 
-    def close(self):
-        self.open = False
-    """
-    fields = {
-        "@dataclass\nclass A:": {"own", "plain", "made", "late"},
-        "@dataclasses.dataclass(frozen=True)\nclass A:": {"own", "plain", "made", "late"},
-        "class A(NamedTuple):": {"own", "plain", "made", "late"},
-        "class A:": {"late"},
-    }
-    for head, names in fields.items():
-        (node,) = ast.parse(head + body).body
-        assert isinstance(node, ast.ClassDef)
-        assert style.attributes(node) == names, head
+def test_only_tables_of_data_skip_the_formatter() -> None:
+    texts = [path.read_text(encoding="utf-8") for x in CODE for path in modules(ROOT / x)]
+    assert sum(text.count(SKIP) for text in texts) <= SKIPS
 
 
 def test_a_patch_point_is_a_public_name_that_a_test_replaces() -> None:
@@ -175,7 +172,7 @@ def test_only_bounded_remembers() -> None:
         f"{module.relative_to(ROOT)}:{line}"
         for module in modules(LIBRARY)
         if module != LIBRARY / "runtime" / "bounded.py"
-        for line in remembering(ast.parse(module.read_text(encoding="utf-8")))
+        for line in remembering(parsed(module))
     ]
     assert wrong == []
 

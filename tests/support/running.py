@@ -30,7 +30,6 @@ MANY_MODULES = 100
 LONG = {
     "tests/backends/test_hip_code.py::test_amds_runtime_says_that_there_is_no_device",
     "tests/benchmarks/test_benchmarks_command.py::test_most_suites_need_torch_and_numpy_alone",
-    "tests/benchmarks/test_call_trace.py::test_the_calls_are_what_their_names_say",
     "tests/cli/test_demo.py::test_the_example_is_bit_identical_and_its_control_is_not[pageable]",
     "tests/cli/test_doctor.py::test_beside_an_accelerator[simdev]",
     "tests/cli/test_store.py::test_the_example_finds_a_prefix_in_a_remote_store",
