@@ -112,7 +112,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="FOLDER",
-        help="the model that vLLM's configuration is for: a folder with config.json",
+        help="the model that vLLM's configuration is for: its folder, or the config.json in it",
     )
     parser.add_argument(
         "--block-size",
@@ -403,8 +403,10 @@ def _answer(engine: str, findings: Findings) -> str:
 
 
 def _sizes(model: str) -> Sizes:
-    """Return the sizes of a model in a folder."""
-    path = Path(model, "config.json")
+    """Return the sizes of a model, from its folder or from the ``config.json`` in it."""
+    path = Path(model)
+    if path.name != "config.json":
+        path /= "config.json"
     if not path.is_file():
         raise InvalidTerms(
             f"Expected --model to be a folder with a config.json, got {model!r}. Pass the folder "
