@@ -48,7 +48,7 @@ from portakv.interconnect.costs import DIRECTIONS, Table, TableError, costs_of, 
 from portakv.interconnect.pick import ORDER, Alternative, pick
 from portakv.interconnect.pieces import Shape
 from portakv.interconnect.strategy import OVERLAPS, Terms
-from portakv.layout.packing import PACK, Pack, PackedPlane
+from portakv.layout.encodings import PACK, Pack, PackedPlane
 from portakv.layout.presets import resolve
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Nest
