@@ -37,8 +37,7 @@ import torch
 
 import portakv
 from portakv.cli.console import Parser, installing, print_json
-from portakv.cli.shapes import Shape, load
-from portakv.cli.sides import read_above_zero
+from portakv.cli.sides import Shape, load_shapes, read_above_zero
 from portakv.errors import PortaKVError
 from portakv.interconnect.costs import costs_of
 from portakv.registry.registry import ENVIRONMENT
@@ -340,7 +339,7 @@ def pick_device(name: str | None) -> torch.device:
 def run_device(args: argparse.Namespace, device: torch.device) -> Row:
     """Measure copies inside a device; return the result as JSON."""
     preset = suite.PRESETS[args.preset]
-    known = load()
+    known = load_shapes()
     accepted = suite.accepted_backends(device)
     _check_known("--shape", args.shape or (), known)
     for name in args.backend or ():

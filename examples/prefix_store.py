@@ -2,20 +2,28 @@
 """A prompt's keys and values outlive their cache, in an object store or on a disk.
 
     python examples/prefix_store.py [device] [--remote memory://] [--disk FOLDER] [--model NAME]
+    python examples/prefix_store.py [device] --disk FOLDER --kill [--encoding pack]
 
 A model from `transformers` answers a prompt: a small Llama with random weights, so that nothing is
 downloaded, or ``--model NAME``. The whole blocks of the prompt are stored under the hashes of its
 tokens. A second engine, whose pages have another layout, loads the blocks, computes the rest of the
-prompt and returns the same answer. ``--remote s3://bucket/folder`` takes its credentials from the
-environment. Run it twice, and the first engine loads the blocks too.
+prompt and returns the same answer. From pages of noise it returns another one. ``--remote
+s3://bucket/folder`` takes its credentials from the environment. Run it twice, and the first engine
+loads the blocks too.
+
+With ``--kill`` the first engine is a separate process, which is killed before it closes its store.
+With ``--encoding pack`` the model computes in bf16, and the store packs its blocks without loss.
+Blocks that do not fit stay raw.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -27,10 +35,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from portakv import KVView
+from portakv import KVView, Pack
 from portakv.errors import PortaKVError
 from portakv.integrations.transformers import cache_argument, load_prefix, save_prefix
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
+from portakv.storage.form_store import FormStore
 
 PROMPT = (
     "A serving engine computes the keys and values of every prompt that it meets. Most prompts "
@@ -54,11 +63,15 @@ class Answer:
         loaded: tokens of the prompt that were loaded from the store.
         computed: tokens of the prompt that were computed.
         tokens: the answer.
+        noise: the answer after pages of noise; empty if nothing was loaded.
+        stored: the blocks of each form on disks, and the bytes of a block.
     """
 
     loaded: int
     computed: int
     tokens: list[int]
+    noise: list[int] = field(default_factory=list)
+    stored: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def small_model() -> PreTrainedModel:
@@ -91,16 +104,20 @@ def pages_for(model: PreTrainedModel, layout: str) -> KVView:
     return KVView(made if lists else made[0], layout)
 
 
+def forms_of(pages: KVView, model: str, packed: bool) -> dict[str, BlockForm]:
+    """Return the forms of the stored blocks by name; a store saves to the first one that fits."""
+    raw = BlockForm.of(pages, model=model)
+    if not packed:
+        return {"raw": raw}
+    return {"packed": BlockForm.of(pages, model=model, encoding=Pack()), "raw": raw}
+
+
 def answer(
-    model: PreTrainedModel,
-    prompt: Sequence[int],
-    pages: KVView,
-    store: BlockStore,
-    salt: bytes = b"",
+    model: PreTrainedModel, prompt: Sequence[int], pages: KVView, store: FormStore
 ) -> Answer:
     """Answer a prompt with the blocks that the store has of it, and store its other blocks."""
     whole = (len(prompt) - 1) // BLOCK_SIZE  # blocks; at least one token is computed
-    keys = prefix_keys(prompt[: whole * BLOCK_SIZE], BLOCK_SIZE, salt)
+    keys = prefix_keys(prompt[: whole * BLOCK_SIZE], BLOCK_SIZE)
     blocks = torch.randperm(BLOCKS, device="cpu")[:whole]
     stored = store.lookup(keys)
     cache = DynamicCache()
@@ -118,7 +135,16 @@ def answer(
         after = keys[stored - 1] if stored else None
         saved = store.save(pages, blocks[stored:], keys[stored:], after=after)
         saved.synchronize(timeout=60)
-    return Answer(done, len(prompt) - done, tokens)
+
+    # The answer must depend on the pages, or the same answer shows nothing.
+    noise = list[int]()
+    if stored:
+        for tensor in pages.owners:
+            tensor.normal_()
+        cache = DynamicCache()
+        load_prefix(cache, pages, blocks[:stored], done)
+        noise = go_on(model, cache, prompt[done:])
+    return Answer(done, len(prompt) - done, tokens, noise)
 
 
 @torch.no_grad()
@@ -134,33 +160,93 @@ def go_on(model: PreTrainedModel, cache: DynamicCache, tokens: Sequence[int]) ->
     return answered
 
 
-def main(
-    device: str = "cpu",
-    name: str | None = None,
-    tiers: Sequence[Tier] = (),
-    tell: Callable[[str], None] = print,
-) -> bool:
-    """Answer twice, by engines of different layouts; return True if the answers are the same."""
-    if name is None:
-        model = small_model().to(device)
-        prompt = list(PROMPT.encode())
-    else:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device).eval()
-        prompt = AutoTokenizer.from_pretrained(name)(PROMPT)["input_ids"]
-    answers = []
-    for layout in LAYOUTS:
-        pages = pages_for(model, layout)
-        form = BlockForm.of(pages, model=name or "a small Llama, seed 0")
-        store = BlockStore(form, staging=64 << 20, tiers=tiers)
+@dataclass(frozen=True)
+class Setup:
+    """What both engines have: a device, a model and the place of the blocks."""
+
+    device: str = "cpu"
+    model: str | None = None  # None: the small Llama
+    disk: str | None = None
+    remote: str | None = None
+    allow_http: bool = False
+    packed: bool = False
+
+    def tiers(self) -> list[Tier]:
+        """Return the tiers of a store."""
+        tiers: list[Tier] = []
+        if self.disk:
+            tiers.append(Disk(self.disk, capacity=256 << 20))
+        if self.remote:
+            options = {"allow_http": True} if self.allow_http else {}
+            tiers.append(Remote(self.remote, client_options=options))
+        return tiers
+
+    def engine(self, number: int, tiers: Sequence[Tier], close: bool = True) -> Answer:
+        """Answer the prompt by the first engine or the second one, with a separate store.
+
+        Without ``close`` the store stays open.
+        """
+        if self.model is None:
+            model = small_model().to(self.device)
+            prompt = list(PROMPT.encode())
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto")
+            model = loaded.to(self.device).eval()
+            prompt = AutoTokenizer.from_pretrained(self.model)(PROMPT)["input_ids"]
+        if self.packed:
+            model = model.to(torch.bfloat16)
+        pages = pages_for(model, LAYOUTS[number])
+        forms = forms_of(pages, self.model or "a small Llama, seed 0", self.packed)
+        store = BlockStore(forms, staging=64 << 20, tiers=tiers)
         try:
-            answers.append(answer(model, prompt, pages, store))
+            result = answer(model, prompt, pages, store.of(next(iter(forms))))
+            for tier in store.statistics()["tiers"]:
+                folders = [each for each in tier.values() if isinstance(each, dict)]
+                used = sum(folder.get("used", 0) for folder in folders)
+                result.stored[tier["form"]] = used, forms[tier["form"]].payload_bytes
         finally:
-            store.close()
-        last = answers[-1]
-        tell(f"{layout!r}: {last.loaded} tokens of the prompt loaded, {last.computed} computed")
-    same = answers[0].tokens == answers[1].tokens
+            if close:
+                store.close()
+        return result
+
+
+def killed(setup: Setup, tell: Callable[[str], None]) -> Answer | None:
+    """Answer by the first engine in another process, and kill it; None if it failed."""
+    command = [sys.executable, __file__, "--first", json.dumps(asdict(setup))]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = next((x for x in process.stdout if x.startswith("{")), "")
+        finally:
+            process.kill()
+    if not line:
+        tell("the first engine's process has ended; its standard error shows why")
+        return None
+    tell(f"process {process.pid} was killed by signal {-process.returncode}, its store not closed")
+    return Answer(**json.loads(line))
+
+
+def main(setup: Setup, tell: Callable[[str], None] = print, kill: bool = False) -> bool:
+    """Answer twice, by engines of different layouts; return True if the answers are the same."""
+    tiers = setup.tiers()
+    answers = list[Answer]()
+    for number, layout in enumerate(LAYOUTS):
+        first_elsewhere = kill and number == 0
+        made = killed(setup, tell) if first_elsewhere else setup.engine(number, tiers)
+        if made is None:
+            return False
+        answers.append(made)
+        tell(f"{layout!r}: {made.loaded} tokens of the prompt loaded, {made.computed} computed")
+    first, second = answers
+    if setup.packed:
+        blocks = [f"{n} {name} of {size} B" for name, (n, size) in second.stored.items()]
+        tell(f"blocks on the disk: {', '.join(blocks)}")
+    same = first.tokens == second.tokens
+    differs = second.noise != second.tokens
     tell(f"{STEPS} tokens follow: {'the same twice' if same else 'NOT the same'}")
-    return same and answers[1].loaded > 0
+    tell(f"after pages of noise: {'other tokens' if differs else 'THE SAME TOKENS'}")
+    return same and differs and second.loaded > 0
 
 
 def run(words: list[str] | None = None) -> int:
@@ -172,16 +258,28 @@ def run(words: list[str] | None = None) -> int:
     parser.add_argument("--allow-http", action="store_true", help="an endpoint without TLS")
     parser.add_argument("--disk", metavar="FOLDER", help="a folder on a local disk")
     parser.add_argument("--model", metavar="NAME", help="of the Hugging Face hub, or a folder")
+    parser.add_argument("--encoding", choices=("pack",), help="pack the blocks of a bf16 model")
+    kill = "kill the first engine's process, before it closes its store"
+    parser.add_argument("--kill", action="store_true", help=kill)
+    parser.add_argument("--first", metavar="JSON", help="be the first engine's process")
     args = parser.parse_args(words)
-    tiers: list[Tier] = [Disk(args.disk, capacity=256 << 20)] if args.disk else []
+    if args.kill and not args.disk:
+        parser.error("--kill goes with --disk")
     try:
-        if args.remote or not tiers:
-            url = args.remote or "memory://"
-            if args.allow_http:
-                tiers.append(Remote(url, client_options={"allow_http": True}))
-            else:
-                tiers.append(Remote(url))
-        return 0 if main(args.device, args.model, tiers) else 1
+        if args.first is not None:
+            setup = Setup(**json.loads(args.first))
+            print(json.dumps(asdict(setup.engine(0, setup.tiers(), close=False))), flush=True)
+            sys.stdin.read()  # until it is killed
+            return 0
+        setup = Setup(
+            device=args.device,
+            model=args.model,
+            disk=args.disk,
+            remote=args.remote or (None if args.disk else "memory://"),
+            allow_http=args.allow_http,
+            packed=args.encoding is not None,
+        )
+        return 0 if main(setup, kill=args.kill) else 1
     except PortaKVError as error:
         print(error, file=sys.stderr)
         return 1

@@ -33,10 +33,8 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
-from portakv.layout.fp8 import Fp8
-from portakv.layout.packing import Pack
+from portakv.layout.encodings import Fp8, Pack, Rope
 from portakv.layout.presets import PRESETS
-from portakv.layout.rope import Rope
 from portakv.plan.plan import CopyPlan
 from portakv.registry.registry import register_backend
 from portakv.runtime.transfer import LateErrors, Transfer

@@ -58,11 +58,10 @@ BASE_VERBS = [
     ("store show {folder}", 1, "Pass a folder of a `Disk` tier"),
     ("store serve {folder}", 1, "portakv[serving]"),
     ("top {folder}", 1, "portakv[serving]"),
-    ("migrate --demo", 1, "portakv[migrate]"),
+    ("explain --peer", 1, "portakv[migrate]"),
     ("warmup --arch 90", 1, "cuda-bindings"),
     ("calibrate --device cpu", 1, "Expected an accelerator"),
     ("demo --device cpu", 0, "all right through reference"),
-    ("demo --store {folder} --device cpu", 1, "portakv[demo]"),
     ("conform reference", 2, "portakv[conformance]"),
     ("bench", 1, "portakv: `portakv bench` needs a clone of PortaKV"),
 ]
@@ -75,10 +74,6 @@ FAULT = "'two blocks swapped, open'"
 EXTRA_VERBS = [
     [("demo --device cpu", 0, "logits    bit-identical")],
     [
-        ("demo --store {folder} --device cpu", 0, "the same"),
-        ("store check {folder}", 0, ""),
-    ],
-    [
         (f"conform --tier disk --only {FAULT} --report {{folder}}/tier.json", 0, "1 miss"),
         ("conform --tier --replay {folder}/tier.json", 0, "replayed part, 1 of"),
     ],
@@ -86,7 +81,7 @@ EXTRA_VERBS = [
         ("store serve {folder}/served --host 16777216 --staging 4194304", 0, "This process serves"),
         ("top {folder}/served --count 1 --seconds 0.05", 0, "/served: "),
     ],
-    [("migrate --demo --device cpu", 0, "")],
+    [("explain --peer --device cpu", 0, "CURVE")],
     [(f"conform reference --device cpu --profile core --only {CASE}", 0, ": 1 passed")],
     [("conform --contract tier disk", 0, "")],
     [("warmup --arch 90 --shape encoder-cache", 0, "Compiled")],

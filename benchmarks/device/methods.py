@@ -12,7 +12,7 @@ from itertools import product
 
 import torch
 
-from portakv.cli.shapes import Shape
+from portakv.cli.sides import Shape
 from portakv_benchmarks.device.suite import Field, both_directions, ceiling, connector_methods
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared.harness import Call, Rows, measure, usable

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from portakv import AdaptiveConnector, Index, KVView
-from portakv.cli.shapes import Shape
+from portakv.cli.sides import Shape
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import choose
 from portakv_benchmarks.shared.harness import SEED, Row, Rows, uncollected

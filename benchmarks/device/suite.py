@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv import AdaptiveConnector, BlockTransfer, Index, KVView, copy_blocks, copy_rows
-from portakv.cli.demo.moves import free_memory
-from portakv.cli.shapes import Shape
+from portakv.cli.demo import free_memory
+from portakv.cli.sides import Shape
 from portakv.errors import PortaKVError
 from portakv.registry.registry import STRATEGIES, trace
 from portakv.view.bound import Tensors

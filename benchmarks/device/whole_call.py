@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-from portakv.cli.shapes import Shape, load
+from portakv.cli.sides import Shape, load_shapes
 from portakv_benchmarks.device.suite import (
     COMPILING,
     accepted_backends,
@@ -30,7 +30,7 @@ _INDEX = "random"
 
 def inside_steps(bench: Bench) -> Iterator[Step]:
     """Yield a step for each shape and number of tokens of the preset."""
-    shapes = load()
+    shapes = load_shapes()
     for name, tokens in bench.preset.inside:
         shape = replace(shapes[name], tokens=tokens)
         place = f"{name}, {tokens} tokens, {in_words(shape.payload)}"

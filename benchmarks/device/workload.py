@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from portakv.cli.shapes import Shape
+from portakv.cli.sides import Shape
 from portakv_benchmarks.shared.shapes import POISON, fill, moved, planes, sizes
 
 _SEED = 20261120

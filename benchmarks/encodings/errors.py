@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 
 from portakv.copy.fp8_rows import decode_rows, encode_rows
-from portakv.layout.fp8 import Fp8
+from portakv.layout.encodings import Fp8
 
 E4M3_MOST = 448.0
 #: The divisor of the largest magnitude for keys in vLLM.

@@ -13,8 +13,7 @@ import sys
 import torch
 
 from portakv.errors import Unsupported
-from portakv.layout.fp8 import Fp8
-from portakv.layout.packing import Pack
+from portakv.layout.encodings import Fp8, Pack
 from portakv_benchmarks.encodings.errors import main
 
 #: Bytes that an entropy coder codes together.

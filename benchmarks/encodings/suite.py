@@ -11,7 +11,7 @@ import torch
 
 from portakv import Index, KVView, Pack
 from portakv.host import pinned
-from portakv.layout.packing import PackedPlane
+from portakv.layout.encodings import PackedPlane
 from portakv_benchmarks.host.suite import HOST_PRESETS, KB, MB, Bench
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Timer

@@ -23,7 +23,7 @@ import torch
 from torch.nn.functional import gelu, layer_norm
 
 from portakv.errors import Unsupported
-from portakv.layout.packing import Pack, slot_for
+from portakv.layout.encodings import Pack, slot_for
 from portakv_benchmarks.encodings.ratios import exponents_of, planes_of, table
 
 PACKAGE = "iglm"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv import Index, KVView
-from portakv.cli.shapes import Shape
+from portakv.cli.sides import Shape
 from portakv.host import pinned
 from portakv_benchmarks.shared.shapes import POISON, fill, in_words, moved, planes, sizes
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from portakv.cli.shapes import Shape
+from portakv.cli.sides import Shape
 from portakv.errors import PortaKVError
 from portakv.integrations import lmcache_ops
 from portakv.integrations.lmcache_formats import FUSED, LAYOUTS, MLA

@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from portakv.cli.shapes import Shape
+from portakv.cli.sides import Shape
 from portakv.host import pinned
 from portakv_benchmarks.host import interference, traffic_sources
 from portakv_benchmarks.host.suite import HOST_PRESETS, KB, MB, MEMCPY, Bench, plain_copy

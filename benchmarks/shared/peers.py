@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from portakv.cli.shapes import Shape
+from portakv.cli.sides import Shape
 from portakv.errors import PortaKVError
 
 #: Takes a chunk, and whether the cache's rows go there (or come from there).

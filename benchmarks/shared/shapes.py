@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the bytes of real models' caches and find them again, by plain arithmetic alone.
 
-The shapes themselves are `portakv.cli.shapes`, which `portakv warmup` reads too.
+The shapes themselves are `portakv.cli.sides`, which `portakv warmup` reads too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from portakv.cli.shapes import Shape
+from portakv.cli.sides import Shape
 
 #: What destinations hold before a copy.
 POISON = 0xA5

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from portakv import KVView, PackOverflow, Transfer, Unsupported, copy_blocks
-from portakv.layout.packing import Pack
+from portakv.layout.encodings import Pack
 from portakv.plan.packing import PackPlan
 from portakv_conformance.draw.arrangement import Keywords, Side
 from portakv_conformance.judge.judging import Judge, view_of

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from portakv.backends.base import Decision, PackLaunch
-from portakv.layout import packing
-from portakv.layout.packing import PackedPlane
+from portakv.layout import encodings
+from portakv.layout.encodings import PackedPlane
 from portakv.plan.packing import PackNest, PackPlan
 from portakv.view.form import Steps
 from portakv_conformance.mutants.base import Call, HostRows, Int64, Values, load, store
@@ -25,7 +25,7 @@ class PackCall(Call):
     overflow: torch.Tensor
 
 
-class PackRows(HostRows, encodings=frozenset({packing.PACK})):
+class PackRows(HostRows, encodings=frozenset({encodings.PACK})):
     """Rows packed and unpacked on the host as a kernel does it, plane by plane."""
 
     def check_pack(self, plan: PackPlan) -> Decision:
@@ -84,7 +84,7 @@ class PackRows(HostRows, encodings=frozenset({packing.PACK})):
             if not flagged:
                 values = self.unpack_slot(slot, nest.plane)
                 store(call.dst, there + rows, values.view(np.uint8).reshape(len(rows), -1))
-            flags.append(bool(slot[nest.plane.head_at + packing.FLAG_AT]))
+            flags.append(bool(slot[nest.plane.head_at + encodings.FLAG_AT]))
         return flags
 
     # The steps of a plane
@@ -100,14 +100,14 @@ class PackRows(HostRows, encodings=frozenset({packing.PACK})):
         slot = self.blank(plane)
         if not self.fits(len(escaped), plane):
             slot[:] = 0
-            slot[plane.head_at + packing.FLAG_AT] = packing.OVERFLOW
+            slot[plane.head_at + encodings.FLAG_AT] = encodings.OVERFLOW
             return slot, True
         slot[: plane.codes_at] = self.places(values)
         slot[plane.codes_at : plane.head_at] = self.join(codes, plane.code_bits)
         head = slot[plane.head_at : plane.escapes_at]
         head[: len(table)] = table
         numbers = [len(escaped), *self.before_segments(escaped, plane)]
-        at = packing.TOTAL_AT
+        at = encodings.TOTAL_AT
         head[at : at + 2 * len(numbers)] = np.array(numbers, dtype="<u2").view(np.uint8)
         stored = self.escapes(exponents[escaped])[: plane.most_escapes]
         slot[plane.escapes_at : plane.escapes_at + len(stored)] = stored
@@ -131,8 +131,8 @@ class PackRows(HostRows, encodings=frozenset({packing.PACK})):
         """Return the exponents that count for the table."""
         if plane.sample == 1:
             return exponents
-        q = np.arange(plane.values // packing.VECTOR)
-        return np.asarray(exponents[q * packing.VECTOR + (q + q // 16) % packing.VECTOR])
+        q = np.arange(plane.values // encodings.VECTOR)
+        return np.asarray(exponents[q * encodings.VECTOR + (q + q // 16) % encodings.VECTOR])
 
     def order(self, counts: Int64) -> Int64:
         """Return all exponents by falling frequency, of equally frequent ones the larger first."""
@@ -149,7 +149,7 @@ class PackRows(HostRows, encodings=frozenset({packing.PACK})):
 
     def before_segments(self, escaped: Int64, plane: PackedPlane) -> list[int]:
         """Return the number of escapes before each segment except the first."""
-        firsts = range(packing.SEGMENT, plane.values, packing.SEGMENT)
+        firsts = range(encodings.SEGMENT, plane.values, encodings.SEGMENT)
         return [int((escaped < first).sum()) for first in firsts]
 
     def escapes(self, exponents: Values) -> Values:
@@ -158,13 +158,13 @@ class PackRows(HostRows, encodings=frozenset({packing.PACK})):
 
     def flagged(self, slot: Values, plane: PackedPlane) -> bool:
         """Return True if a slot is not to be unpacked."""
-        return bool(slot[plane.head_at + packing.FLAG_AT])
+        return bool(slot[plane.head_at + encodings.FLAG_AT])
 
     def unpack_slot(self, slot: Values, plane: PackedPlane) -> Values:
         """Return the bf16 bits of a slot."""
         bits = np.unpackbits(slot[plane.codes_at : plane.head_at], bitorder="little")
         codes = bits.reshape(-1, plane.code_bits) @ (1 << np.arange(plane.code_bits))
-        exponents = slot[plane.head_at + np.minimum(codes, packing.TABLE_BYTES - 1)]
+        exponents = slot[plane.head_at + np.minimum(codes, encodings.TABLE_BYTES - 1)]
         escaped = np.flatnonzero(codes == plane.table_entries)
         exponents[escaped] = self.stored(slot, plane, len(escaped))
         byte = slot[: plane.codes_at].astype(np.uint16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from portakv.layout.packing import PackedPlane
+from portakv.layout.encodings import PackedPlane
 from portakv_conformance.mutants.base import Int64, Values
 from portakv_conformance.mutants.base_pack import PackCall, PackRows
 

@@ -30,7 +30,7 @@ from portakv import CopyPlan, KVView
 from portakv.backends.hip import Hip
 from portakv.backends.pack_kernel import PACKS, UNPACKS, VECTOR, PackKernel
 from portakv.backends.rows_kernel import NAMES, RowsKernel
-from portakv.layout.packing import Pack
+from portakv.layout.encodings import Pack
 from portakv.plan.packing import PackPlan
 from portakv.runtime.hip import FLAGS
 from portakv_conformance.evidence.source import source_sha256

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 
 from portakv import __version__
-from portakv.cli import backends, calibrate, doctor, explain, layouts, migrate, store, top, warmup
+from portakv.cli import backends, calibrate, doctor, explain, layouts, store, top, warmup
 from portakv.cli.console import Parser, installing
 from portakv.errors import PortaKVError
 from portakv.runtime.devices import usable_device
@@ -54,7 +54,7 @@ _WHERE = {
     ),
 }
 
-_MODULES = (doctor, backends, explain, layouts, store, top, migrate, warmup, calibrate)
+_MODULES = (doctor, backends, explain, layouts, store, top, warmup, calibrate)
 VERBS = ("demo", *(module.__name__.rpartition(".")[2] for module in _MODULES), *_DELEGATED)
 
 
@@ -117,16 +117,6 @@ def make_parser() -> argparse.ArgumentParser:
         "the backends that PortaKV chooses from here. Nothing is downloaded.",
     )
     demo.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
-    demo.add_argument(
-        "--store",
-        metavar="DIR",
-        help="instead: save a prefix to a folder, kill the process, go on from there in another",
-    )
-    demo.add_argument(
-        "--encoding",
-        choices=("pack",),
-        help="with --store: store the blocks of a bf16 model packed, without loss",
-    )
     demo.add_argument("--json", action="store_true", help="print one JSON value")
     demo.set_defaults(run=_demo, misunderstood=demo.error)
 
@@ -157,16 +147,8 @@ def _refuse_unknown_verb(parser: argparse.ArgumentParser, word: str) -> None:
 def _demo(args: argparse.Namespace) -> int:
     # The model part imports much more than any other verb needs.
     from portakv.cli.demo import run_demo
-    from portakv.cli.demo import store as store_demo
 
     device = None if args.device is None else str(usable_device(args.device))
-    if args.encoding is not None and args.store is None:
-        args.misunderstood("--encoding goes with --store")
-    if args.store is not None:
-        encoding = args.encoding or ""
-        return store_demo.run_store_demo(
-            args.store, device=device, json=args.json, encoding=encoding
-        )
     return run_demo(device=device, json=args.json)
 
 

@@ -1,26 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """`portakv doctor`: print which integrations, devices and extras work here, and why others do not.
 
-Engines are looked up by their package metadata; no engine is imported.
+Engines are looked up by their package metadata; no engine is imported. Its options print what is
+wrong with a configuration of an engine instead.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from portakv import __version__
-from portakv.arguments import whole
+from portakv.arguments import kind_of, whole
 from portakv.cli.backends import candidates_for, forced_backend
 from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
-from portakv.cli.store_serve import check_installed
+from portakv.cli.store import check_installed
 from portakv.errors import InvalidTerms
 from portakv.integrations import (
     INTEGRATIONS,
@@ -34,6 +38,10 @@ from portakv.registry import ENVIRONMENT
 from portakv.runtime import kernel_cache as _kernel_cache
 from portakv.runtime.devices import device_name, devices_present
 from portakv.selection import Catalog, Kind
+
+if TYPE_CHECKING:
+    from portakv.integrations.findings import Findings
+    from portakv.serving.sizing import Sizes
 
 HELP = "list the integrations, devices and extras that work here, and why others do not"
 DESCRIPTION = """\
@@ -83,7 +91,13 @@ CHOICES: dict[str, Catalog[object]] = {
 }
 
 
-#: The options that check a configuration of an engine instead, as `check_config.CHECKS`.
+#: The engines whose configuration an option checks.
+ENGINES = {
+    "--kv-transfer-config": "vLLM",
+    "--l2-adapter": "LMCache's server",
+    "--hicache-config": "SGLang",
+}
+#: The options that check a configuration of an engine instead.
 CONFIGURATIONS = {
     "--kv-transfer-config": "check vLLM's configuration of this name, and nothing else",
     "--l2-adapter": "check LMCache's configuration of this name, and nothing else",
@@ -98,7 +112,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="FOLDER",
-        help="the model that vLLM's configuration is for: a folder with config.json",
+        help="the model that vLLM's configuration is for: its folder, or the config.json in it",
     )
     parser.add_argument(
         "--block-size",
@@ -124,10 +138,7 @@ def run(args: argparse.Namespace) -> int:
         whole("--block-size", args.block_size, 1, what="of tokens")
     if option is not None:
         check_installed(f"portakv doctor {option}")
-        # Imported here: it needs the extra `serving`, and no other report does.
-        from portakv.cli.check_config import check_config
-
-        return check_config(option, texts[option], args.model, args.json, args.block_size)
+        return _check_config(option, texts[option], args.model, args.json, args.block_size)
     devices = [_device(device) for device in devices_present()]
     served = [one["type"] for one in devices if one["backend"]]
     report: Report = {
@@ -325,3 +336,116 @@ def _table(reports: Sequence[Report], *keys: str) -> None:
 def _text(value: str | Sequence[str] | None) -> str:
     """Return the text of a cell: ``-`` for an empty value."""
     return (value if isinstance(value, str) else ", ".join(value or [])) or "-"
+
+
+def _check_config(
+    option: str, config: str, model: str | None, as_json: bool, block_size: int | None = None
+) -> int:
+    """Print what is wrong with a configuration; return 1 if it has an error.
+
+    With warnings alone return 0, since a configuration may be for another machine. The last line
+    then does not say that the engine starts, and neither does it if something was not checked.
+
+    Args:
+        option: one of `ENGINES`.
+        config: JSON, or the path of a file with it, after an @ or without.
+        model: a folder with the ``config.json`` of a model; None: not known.
+        as_json: print one JSON value.
+        block_size: of vLLM's ``--block-size``; None: vLLM chooses it.
+
+    Raises `InvalidTerms` for texts that are not JSON objects.
+    """
+    sizes = None if model is None else _sizes(model)
+    findings = _findings(option, _object(option, config.removeprefix("@")), sizes, block_size)
+    code = 1 if findings.errors else 0
+    if as_json:
+        print_json(vars(findings))
+        return code
+    for kind, sentences in (
+        ("error", findings.errors),
+        ("warning", findings.warnings),
+        ("note", findings.notes),
+        ("not checked", findings.unchecked),
+    ):
+        for sentence in sentences:
+            print_prose(f"{kind}: {sentence}")
+    print(_answer(ENGINES[option], findings))
+    return code
+
+
+def _findings(
+    option: str, config: Mapping[str, Any], sizes: Sizes | None, block_size: int | None
+) -> Findings:
+    """Return what is wrong with a configuration, for a model of known sizes."""
+    # Imported here: they need the extra `serving`, and no other report does.
+    if option == "--kv-transfer-config":
+        from portakv.integrations.vllm_connectors_check import connector_findings_of
+
+        return connector_findings_of(config, sizes, block_size)
+    if option == "--l2-adapter":
+        from portakv.integrations import lmcache_check
+
+        return lmcache_check.findings_of(config)
+    from portakv.integrations.sglang_check import hicache_findings_of
+
+    return hicache_findings_of(config)
+
+
+def _answer(engine: str, findings: Findings) -> str:
+    """Return the last line: whether the engine starts, as far as this machine shows it."""
+    if findings.errors:
+        return f"{engine} would not start with this configuration, or not use PortaKV."
+    if findings.warnings:
+        return "No error was found in this configuration. See the warnings above."
+    if findings.unchecked:
+        return "No error was found in this configuration. See above what was not checked."
+    return f"{engine} starts with this configuration, and uses PortaKV."
+
+
+def _sizes(model: str) -> Sizes:
+    """Return the sizes of a model, from its folder or from the ``config.json`` in it."""
+    path = Path(model)
+    if path.name != "config.json":
+        path /= "config.json"
+    if not path.is_file():
+        raise InvalidTerms(
+            f"Expected --model to be a folder with a config.json, got {model!r}. Pass the folder "
+            f"of a downloaded model."
+        )
+    config = _object("--model", str(path))
+    quantized = path.with_name("hf_quant_config.json")
+    if not config.get("quantization_config") and quantized.is_file():  # as vLLM reads it
+        of_weights = _object("--model", str(quantized))
+        config["quantization_config"] = {"quant_method": "modelopt", **of_weights}
+    from portakv.serving.sizing import sizes_of
+
+    return sizes_of(config)
+
+
+def _object(option: str, text: str) -> dict[str, Any]:
+    """Return a JSON object, from a text or from the file that the text names."""
+    is_file = os.path.isfile(text)
+    if is_file:
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidTerms(
+                f"Expected {option} to be a file of JSON that can be read, got {text!r}: {error}. "
+                f"Correct it."
+            ) from None
+    try:
+        made = json.loads(text)
+    except ValueError as error:
+        if is_file or text.lstrip().startswith(("{", "[")):
+            raise InvalidTerms(
+                f"Expected {option} to be JSON, got an error: {error}. Correct it."
+            ) from None
+        raise InvalidTerms(
+            f"Expected {option} to be JSON or the path of a file, got {text!r}, which is neither. "
+            f"Correct it."
+        ) from None
+    if not isinstance(made, dict):
+        raise InvalidTerms(
+            f"Expected {option} to be a JSON object, got {kind_of(made)}. Correct it."
+        )
+    return made

@@ -1,25 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv explain`: print the plan of a copy between two layouts, its backend and the reason."""
+"""`portakv explain`: print the plan of a copy between two layouts, its backend and the reason.
+
+Other questions: how `pack` packs rows, the transfer strategy between a device and the host, how
+this process pulls rows of peers, a block store's folder, the hooks of a running engine, and the
+caches.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.error import URLError
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import torch
 
-from portakv.cli import explain_link, store
+from portakv.backends.base import Decision
+from portakv.backends.pack_kernel import PackKernel, refusal
 from portakv.cli.backends import candidates_for_plan, forced_backend, print_candidates
-from portakv.cli.console import Column, Report, print_json, print_prose, print_table
-from portakv.cli.sides import Side, add_extents, extents_of, make_sides, positive
-from portakv.cli.store_serve import check_installed
+from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
+from portakv.cli.sides import (
+    Side,
+    add_extents,
+    extents_of,
+    in_bytes,
+    in_time,
+    make_sides,
+    positive,
+    read_above_zero,
+    read_bytes,
+    requested_accelerator,
+)
+from portakv.cli.store import check_installed, explain_folder
+from portakv.copy.between import executor_of
+from portakv.errors import BackendUnavailable, InvalidTerms, PortaKVError, Unsupported
+from portakv.interconnect.choose import Host
+from portakv.interconnect.costs import DIRECTIONS, Table, TableError, costs_of, read, unmeasured
+from portakv.interconnect.pick import ORDER, Alternative, pick
+from portakv.interconnect.pieces import Shape
+from portakv.interconnect.strategy import OVERLAPS, Terms
+from portakv.layout.encodings import PACK, Pack, PackedPlane
+from portakv.layout.presets import resolve
+from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Nest
 from portakv.plan.plan import Side as Units
+from portakv.registry import prepared_pack
 from portakv.registry.prepared import prepare
 from portakv.registry.registry import ENVIRONMENT, Choice, choose
 from portakv.runtime.bounded import caches
-from portakv.runtime.devices import usable_device, usual_device
+from portakv.runtime.devices import (
+    device_name,
+    devices_present,
+    inside,
+    usable_device,
+    usual_device,
+    version_of,
+)
+from portakv.view.example import example_tensors
+from portakv.view.packed import PackedExtents
+from portakv.view.view import KVView
 
 HELP = "print the plan between two layouts, and the backend that executes it"
 DESCRIPTION = """\
@@ -73,7 +121,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--storage", metavar="DIR", help="explain instead a block store's folder")
     hooks = "explain instead what the hooks cost the engine of a server, from its /metrics"
     parser.add_argument("--hooks", metavar="URL", help=hooks)
-    explain_link.add_options(parser)
+    _add_host_options(parser)
 
 
 def _step(text: str) -> int:
@@ -81,22 +129,28 @@ def _step(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan and the candidates. Raise the errors that the copy would raise."""
+    """Print the plan, or the answer to another question. Raise the errors of the copy."""
     if args.caches:
         return _print_caches(args.json)
     if args.storage is not None:
-        return store.explain_folder(args.storage, args.json)
+        return explain_folder(args.storage, args.json)
     if args.hooks is not None:
         check_installed("portakv explain --hooks")
-        # Imported here: it needs the extra `serving`, and no other answer does.
-        from portakv.cli import explain_hooks
-
-        return explain_hooks.print_hooks(args.hooks, args.json)
-    why = explain_link.misplaced(args)
+        return _explain_hooks(args.hooks, args.json)
+    why = _excluded(args) or _host_only(args)
     if why:
         args.misunderstood(why)
-    if args.host or args.peer or args.encoding is not None:
-        return explain_link.run(args)
+    if args.encoding is not None:
+        return _explain_encoding(args)
+    if args.peer:
+        return _explain_peer(args.device, args.json)
+    if args.host:
+        return _explain_host(args)
+    return _explain_plan(args)
+
+
+def _explain_plan(args: argparse.Namespace) -> int:
+    """Print the plan of a copy between two layouts, and the answer of each candidate."""
     device = usual_device() if args.device is None else usable_device(args.device)
     layouts = (args.src, args.dst)
     steps = (args.src_step, args.dst_step)
@@ -111,7 +165,8 @@ def run(args: argparse.Namespace) -> int:
     peer = src.view.device != dst.view.device
     if peer:
         src = src._replace(view=src.view.as_peer(dst.view.device))
-        choice = explain_link.between(args, src.view, dst.view, choice)
+        terms = Terms(args.overlap or "compute", args.max_thread_blocks)
+        choice = executor_of(src.view, dst.view, choice, terms)  # tests whether it can read there
     plan = CopyPlan(src.view.form, dst.view.form, src.step, dst.step)
     _, taken = prepare(plan, choice)  # the same as a copy does
     why = taken.trace[-1].reason if peer else _why(taken)
@@ -135,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report)
     else:
-        _print(report, src, dst)
+        _print_plan(report, src, dst)
     return 0
 
 
@@ -177,7 +232,7 @@ def _why(taken: Choice) -> str:
     return "the first candidate that serves the device, and it accepts this plan"
 
 
-def _print(report: Report, src: Side, dst: Side) -> None:
+def _print_plan(report: Report, src: Side, dst: Side) -> None:
     columns = [Column("", whole=True), Column("source"), Column("destination")]
     first = _facts(src, report["source"])
     second = _facts(dst, report["destination"])
@@ -269,3 +324,685 @@ def _nest_json(nest: Nest) -> Report:
 def _units_json(side: Units) -> Report:
     units = [{"extent": u.extent, "table": u.table, "bytes": u.stride} for u in side.units]
     return {"table": side.table, "bytes": side.offset, "units": units}
+
+
+def _explain_encoding(args: argparse.Namespace) -> int:
+    """Print how rows of one layout are packed into an image of the other one.
+
+    The image is the second layout, or the first one if that alone has pages. Raises the errors that
+    the copy would raise.
+    """
+    device = usual_device() if args.device is None else usable_device(args.device)
+    pack = _pack_of(args.encoding)
+    extents = replace(extents_of(args), dtype=args.dtype or torch.bfloat16)
+    rows, image = _rows_and_image(args.src, args.dst)
+    raw, _ = make_sides((rows, rows), extents, device, (None, None), True)
+    packed = _packed_view(image, raw.view, pack)
+    choice = choose(device, args.backend)
+    ways = [
+        _way("packs", raw, packed, choice, True),
+        _way("unpacks", raw, packed, choice, False),
+    ]
+    if image == args.src:  # the requested direction comes first
+        ways.reverse()
+    planes = packed.form.encoding
+    report: Report = {
+        "source": args.src,
+        "destination": args.dst,
+        "encoding": pack.text,
+        "planes": [_plane_json(plane) for plane in planes],
+        "block_bytes": {
+            "raw": raw.view.form.token_bytes * packed.form.block_size,
+            "packed": packed.form.token_bytes,
+        },
+        "device": str(device),
+        "ways": ways,
+        "stays_raw": _STAYS_RAW,
+    }
+    if args.json:
+        print_json(report)
+    else:
+        _print_encoding(report)
+    return 0
+
+
+def _pack_of(text: str) -> Pack:
+    """Return the parameters that ``--encoding`` requests.
+
+    Raises:
+        InvalidTerms: another encoding.
+    """
+    if text == PACK:
+        return Pack()
+    if text.startswith(f"{PACK}/"):
+        return Pack.of_text(text)
+    raise InvalidTerms(
+        f"Expected --encoding to be {PACK!r}, or a text such as {Pack().text!r}, got {text!r}. "
+        f"Pass one of these; there is no plan of 'fp8', which operations of torch convert between "
+        f"two plain copies."
+    )
+
+
+_STAYS_RAW = (
+    "A block stays raw if one of its planes has more escapes than a slot holds: a copy raises "
+    "PackOverflow with the numbers of these blocks, and a store that has the raw form too keeps "
+    "them in it. Rows of other types than bfloat16, and parts of a block, are not packed."
+)
+
+
+def _rows_and_image(src: str, dst: str) -> tuple[str, str]:
+    """Return the layout of raw rows, and that of the image; raise `InvalidTerms` for two images."""
+    pages = ["page" in resolve(text)[0].split() for text in (src, dst)]
+    if all(pages):
+        raise InvalidTerms(
+            f"Expected a layout of raw rows and one of packed blocks, got {src!r} and {dst!r}, "
+            f"which both have pages. Pass one of raw rows; packed blocks are copied as they are."
+        )
+    return (dst, src) if pages[0] else (src, dst)
+
+
+def _packed_view(text: str, raw: KVView, pack: Pack) -> KVView:
+    """Return an example view of packed blocks with the extents of a raw view."""
+    size = raw.block_size or 1
+    dims = tuple(width // 2 for width in raw.widths)
+    dim: Any = dims if len(set(dims)) > 1 else dims[0]
+    layout, fixed = resolve(text)
+    named: dict[str, Any] = {
+        "layers": raw.layers,
+        "kv": raw.kv,
+        "heads": raw.heads,
+        "block_size": size,
+        "dim": dim,
+    }
+    read = PackedExtents.of(layout, {**named, **fixed}, pack)
+    rows = {name: read.extents[name] for name in ("layers", "kv", "heads", "dim")}
+    tensors = example_tensors(
+        read.text,
+        **rows,  # type: ignore[arg-type]
+        blocks=max(2, raw.slots // size),
+        tokens=1,
+        dtype=torch.uint8,
+        device=raw.device,
+    )
+    return KVView(tensors, layout, encoding=pack, **named)
+
+
+def _way(verb: str, raw: Side, packed: KVView, choice: Any, packs: bool) -> Report:
+    """Return the plan of one direction, and the backend that executes it with each answer."""
+    size = packed.form.block_size
+    forms = (raw.view.form, packed.form) if packs else (packed.form, raw.view.form)
+    step = size if raw.view.block_size else 0
+    steps = (step, size) if packs else (size, step)
+    ready = prepared_pack(*forms, *steps, choice)
+    plan = PackPlan(*forms, *steps)
+    kernels = [PackKernel(nest, plan) for nest in plan.nests if refusal(nest) is None]
+    return {
+        "does": verb,
+        "plan": str(plan),
+        "backend": ready.choice.name,
+        "kernels": [{"name": each.name, "threads": each.threads} for each in kernels],
+        "answers": [
+            {"backend": x.name, "accepted": x.accepted, "reason": x.reason}
+            for x in ready.choice.trace
+        ],
+    }
+
+
+def _plane_json(plane: PackedPlane) -> Report:
+    return {
+        "values": plane.values,
+        "raw_bytes": plane.raw_bytes,
+        "slot_bytes": plane.slot_bytes,
+        "ratio": round(plane.ratio, 4),
+        "code_bits": plane.code_bits,
+        "most_escapes": plane.most_escapes,
+        "sample": plane.sample,
+    }
+
+
+def _print_encoding(report: Report) -> None:
+    columns = [Column("a plane of", whole=True), Column("raw", right=True)]
+    columns += [Column(name, right=True) for name in ("slot", "ratio", "codes", "escapes")]
+    rows = [
+        [
+            f"{plane['values']} values",
+            f"{plane['raw_bytes']} B",
+            f"{plane['slot_bytes']} B",
+            f"{plane['ratio']:.3f}",
+            f"{plane['code_bits']} bits",
+            f"{plane['most_escapes']} at most",
+        ]
+        for plane in report["planes"]
+    ]
+    print_table(columns, list(dict.fromkeys(map(tuple, rows))))
+    sizes = report["block_bytes"]
+    print(f"\nA block has {sizes['raw']} B raw and {sizes['packed']} B packed.\n")
+    print(report["ways"][0]["plan"])
+    print()
+    columns = [Column("", whole=True), Column("backend", whole=True)]
+    columns += [Column("answer", whole=True), Column("reason")]
+    answers = [
+        [way["does"], x["backend"], "chosen" if x["accepted"] else "rejected", x["reason"]]
+        for way in report["ways"]
+        for x in way["answers"]
+    ]
+    print_table(columns, answers, f"On {report['device']}")
+    kernels = [kernel for way in report["ways"] for kernel in way["kernels"]]
+    if kernels:
+        names = [f"{x['name']} with thread blocks of {x['threads']}" for x in kernels]
+        print(f"\nKernels of cuda and hip: {', '.join(dict.fromkeys(names))}.")
+    print()
+    print_prose(report["stays_raw"])
+
+
+#: Options that only `--host` reads, by their names in argparse's namespace.
+_ONLY = (
+    "run_bytes",
+    "payload",
+    "direction",
+    "host_runs",
+    "pageable",
+    "overlap",
+    "max_gbps",
+    "max_thread_blocks",
+    "table",
+)
+_RUN_BYTES = 32 << 10
+
+
+def _add_host_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--peer`, and `--host` with its options."""
+    peer = "explain instead how rows of other processes would be pulled here"
+    parser.add_argument("--peer", action="store_true", help=peer)
+    group = parser.add_argument_group(
+        "copies between a device and the host",
+        "The transfer strategy for --blocks runs of --run-bytes. The runs are not contiguous on "
+        "either side.",
+    )
+    add = group.add_argument
+    memory = "host memory that is not pinned"
+    add("--host", action="store_true", help="explain the choice of a strategy, instead of a plan")
+    run = f"bytes of a run on the device, such as 32768 or 32K (default: {_RUN_BYTES >> 10}K)"
+    add("--run-bytes", type=read_bytes, metavar="N", help=run)
+    add("--payload", type=read_bytes, metavar="N", help="all bytes, instead of --blocks")
+    add("--direction", choices=DIRECTIONS, help="default: d2h")
+    runs = "runs in host memory, 1 if it is dense (default: as many as on the device)"
+    add("--host-runs", type=positive, metavar="N", help=runs)
+    add("--pageable", action="store_true", default=None, help=memory)
+    add("--overlap", choices=OVERLAPS, help="other work of the device (default: compute)")
+    rate = partial(read_above_zero, what="10^9 bytes in a second, above 0")
+    add("--max-gbps", type=rate, metavar="R", help="the most 10^9 bytes in a second")
+    blocks = "the most thread blocks of a kernel that reads or writes host memory"
+    add("--max-thread-blocks", type=positive, metavar="N", help=blocks)
+    table = "a table that `portakv calibrate` wrote, also for another device"
+    add("--table", type=_table_in, metavar="FILE", help=table)
+
+
+def _table_in(file: str) -> Table:
+    try:
+        return read(Path(file))
+    except TableError as error:
+        message = f"expected a table in {file}, but {error}; pass a file of `portakv calibrate`"
+        raise argparse.ArgumentTypeError(message) from error
+
+
+def _excluded(args: argparse.Namespace) -> str:
+    if args.encoding is not None and (args.host or args.peer or args.src_device is not None):
+        return "--encoding goes with two layouts and one device"
+    if args.peer and (args.host or args.src is not None):
+        return "--peer goes with --device and --json alone"
+    if args.host and args.src is not None:
+        return "--host takes no layouts, but --blocks, --run-bytes and --direction"
+    if args.host and args.payload is not None and args.blocks is not None:
+        return "--payload goes without --blocks"
+    if (args.host or args.peer) and args.src_device is not None:
+        return "--src-device goes with two layouts"
+    return ""
+
+
+def _host_only(args: argparse.Namespace) -> str:
+    if args.host:
+        return ""
+
+    # Copies between two devices have terms, too.
+    shared = () if args.src_device is None else ("overlap", "max_thread_blocks")
+    for name in _ONLY:
+        if name not in shared and getattr(args, name) is not None:
+            return f"--{name.replace('_', '-')} goes with --host"
+    if not args.peer and (args.src is None or args.dst is None):
+        return "the following arguments are required: SRC_LAYOUT, DST_LAYOUT (or --host)"
+    return ""
+
+
+def _explain_host(args: argparse.Namespace) -> int:
+    """Print the strategy, the time of each strategy, the terms, and the origin of the times.
+
+    Raises:
+        DeviceMismatch: torch cannot use the device.
+        Unsupported: no strategy accepts the copy.
+    """
+    run_bytes = args.run_bytes or _RUN_BYTES
+    runs = args.blocks or (-(-args.payload // run_bytes) if args.payload else 1)
+    nbytes = args.payload or runs * run_bytes
+    host_runs = min(args.host_runs or runs, nbytes)
+    terms = Terms(args.overlap or "compute", args.max_thread_blocks, args.max_gbps)
+    direction = args.direction or "d2h"
+    memory = "pageable" if args.pageable else "pinned"
+    known = _known(args)
+    costs = known.costs
+    out = dict(known.left_out)
+    for name in ORDER:
+        if (name == "pageable") != (memory == "pageable"):
+            out.setdefault(name, f"it does not copy {memory} memory")
+
+    apart = Shape(nbytes, runs, runs)
+    dense = Shape(nbytes, host_runs, host_runs)
+    shapes = {"staged": dense, "batched_memcpy": apart, "zero_copy": apart, "pageable": dense}
+    picked = pick(shapes, direction, out, terms, costs)  # the same as a transfer does
+
+    report: Report = {
+        "direction": direction,
+        "bytes": nbytes,
+        "runs": runs,
+        "host_runs": host_runs,
+        "host_memory": memory,
+        "engine": picked.strategy,
+        "why": picked.why,
+        "terms": {**asdict(terms), "text": _in_words(terms)},
+        "measured": costs.measured,
+        "origin": costs.origin,
+        "note": known.note,
+        "engines": [
+            _alternative_json(alternative, picked.strategy, nbytes)
+            for alternative in picked.alternatives
+        ],
+    }
+    if args.json:
+        print_json(report)
+    else:
+        _print_host(report)
+    return 0
+
+
+def _alternative_json(alternative: Alternative, chosen: str, nbytes: int) -> Report:
+    answer = "rejected" if alternative.refused else "accepted"
+    if alternative.strategy == chosen:
+        answer = "chosen"
+    seconds = alternative.seconds
+    return {
+        "engine": alternative.strategy,
+        "run_bytes": alternative.run_bytes,
+        "runs": alternative.runs,
+        "seconds": seconds,
+        "host_seconds": alternative.host_seconds,
+        "refused": alternative.refused,
+        "measured": seconds is not None,
+        "answer": answer,
+        "gbps": nbytes / seconds / 1e9 if seconds else None,
+    }
+
+
+def _in_words(terms: Terms) -> str:
+    work = {"compute": "runs a model meanwhile", "idle": "does nothing else"}[terms.overlap]
+    text = f"overlap={terms.overlap!r}: assume that the device {work}"
+    for name in ("max_gbps", "max_thread_blocks"):
+        limit = getattr(terms, name)
+        if limit is not None:
+            text += f"; {name}={limit:g}"
+    return text
+
+
+class _Known(NamedTuple):
+    """The facts about a device that a choice needs."""
+
+    costs: Table
+    left_out: Mapping[str, str]  # the strategies that do not serve the device, and why
+    note: str
+
+
+def _known(args: argparse.Namespace) -> _Known:
+    device = requested_accelerator(args.device)
+    costs: Table | None = args.table
+    if device is None:
+        note = "There is no accelerator here; the answers assume that every strategy serves one."
+        return _Known(costs or unmeasured("there is no accelerator to measure"), {}, note)
+    return _Known(costs or costs_of(device), Host(device).out, f"On {device}.")
+
+
+def _print_host(report: Report) -> None:
+    ends = ["the device", f"{report['host_memory']} host memory"]
+    first, last = ends if report["direction"] == "d2h" else ends[::-1]
+    runs = f"Runs: {report['runs']} on the device, {report['host_runs']} on the host."
+    size = in_bytes(report["bytes"])
+    print_prose(f"{size} from {first} to {last}. {runs} {report['note']}")
+    print_prose(f"{report['engine']} executes it: {report['why']}.")
+    print()
+    numbers = ("takes", "GB/s", "host")
+    names = ("strategy", "answer", *numbers, "cost of", "why not")
+    columns = [Column(name, whole=name != "why not", right=name in numbers) for name in names]
+    rows = []
+    for one in report["engines"]:
+        times = [in_time(one[x]) if one[x] else "" for x in ("seconds", "host_seconds")]
+        rate = f"{one['gbps']:.1f}" if one["gbps"] else ""
+        size = f"{one['runs']} x {in_bytes(one['run_bytes'])}"
+        answers = [one["engine"], one["answer"], times[0] or "unknown", rate, times[1]]
+        rows.append([*answers, size, one["refused"]])
+    print_table(columns, rows)
+    print()
+    print_prose(f"Terms: {report['terms']['text']}.")
+    print_prose(f"Times: {report['origin']}.")
+
+
+def _explain_peer(device: str | None, as_json: bool) -> int:
+    """Print which memory a peer can map, the links between devices, the transports and the channel.
+
+    Raises `Unsupported` if a package that migration needs is not installed.
+    """
+    _check_migration()
+    import msgspec
+    import zmq
+
+    from portakv.migrate.ipc import host_id
+    from portakv.migrate.transports import forced
+
+    where = usual_device() if device is None else usable_device(device)
+    versions = {"msgspec": version_of(msgspec), "pyzmq": version_of(zmq)}
+    versions["libzmq"] = zmq.zmq_version()
+    report: Report = {
+        "device": str(where),
+        "mapped": [asdict(one) for one in _mapped_memory(where)],
+        "links": [asdict(one) for one in _links_of(where)],
+        "movers": [
+            asdict(one) | {"slots": str(buffers_on)}
+            for buffers_on in dict.fromkeys((where, torch.device("cpu")))
+            for one in _transports_for(buffers_on)
+        ],
+        "forced": forced(),
+        "channel": {"host": host_id(), "curve": bool(zmq.has("curve")), "versions": versions},
+    }
+    if as_json:
+        print_json(report)
+    else:
+        _print_peers(report)
+    return 0
+
+
+def _check_migration() -> None:
+    try:
+        importlib.import_module("portakv.migrate")
+    except ImportError as error:
+        why = f"{error.__cause__ or error}; {installing('migrate')} brings it"
+        raise Unsupported("Expected the packages that migration needs", why) from error
+
+
+def _mapped_memory(device: torch.device) -> Iterator[Decision]:
+    """Yield whether another process of this host can map each kind of memory."""
+    from portakv.migrate import ipc
+
+    try:
+        written = ipc.shared_empty(64, torch.uint8).fill_(7)
+        same = torch.equal(ipc.open_shared(ipc.share(written)), written)
+        why = "" if same else "the bytes read differ from the bytes written"
+    except PortaKVError as error:
+        why = str(error)
+    good = "a process of this user maps it; views lie in `shared_empty` or share_memory_()"
+    yield Decision("host memory", not why, why or good)
+    if device.type == "cpu":
+        return
+    refused = ipc.why_not(torch.zeros(64, dtype=torch.uint8, device=device))
+    yield Decision(f"memory of {device}", not refused, refused or "a process of this host maps it")
+    try:
+        event = torch.get_device_module(device).Event
+        with inside(device):
+            ipc.export_event(event(interprocess=True))
+        yield Decision(f"events of {device}", True, "a peer's stream waits for an offer's rows")
+    except (PortaKVError, AttributeError, RuntimeError, TypeError) as error:
+        why = f"the owner's host waits instead: {getattr(error, 'why', error)}"
+        yield Decision(f"events of {device}", False, why)
+
+
+def _links_of(device: torch.device) -> Iterator[Decision]:
+    """Yield whether the device reads the memory of each other device of its type."""
+    can_access = getattr(torch.get_device_module(device), "can_device_access_peer", None)
+    for other in devices_present():
+        if other.type != device.type or other == device or device.type == "cpu":
+            continue
+        name = f"{device} reads {other}"
+        if can_access is None:
+            yield Decision(
+                name, False, f"torch does not report {device.type} links; pulls try them"
+            )
+        elif can_access(device, other):
+            yield Decision(name, True, "rows are read over the link, if the peer's check passes")
+        else:
+            yield Decision(name, False, "the driver gives no access; a transport moves the rows")
+
+
+def _transports_for(device: torch.device) -> Iterator[Decision]:
+    """Yield the answer of each transport for staging buffers on the device."""
+    from portakv.migrate.transports import ONLY_BY_NAME, TRANSPORTS, load
+
+    for name in TRANSPORTS.names():
+        try:
+            decision = load(name).probe(device)
+        except BackendUnavailable as error:  # of another package: not a transport, or misnamed
+            decision = Decision(name, False, str(error))
+        if decision.accepted and name in ONLY_BY_NAME:
+            decision = Decision(name, True, f"{decision.reason}; only if it is requested by name")
+        yield decision
+
+
+def _print_peers(report: Report) -> None:
+    name = device_name(torch.device(report["device"]))
+    print_prose(f"How a reader on {report['device']} ({name}) would pull rows of its peers:")
+
+    tables = {"mapped, on this host": report["mapped"], "between devices": report["links"]}
+    for transport in report["movers"]:
+        title = f"moved, through staging buffers on {transport['slots']}"
+        tables.setdefault(title, []).append(transport)
+    columns = [Column("subject", whole=True), Column("answer"), Column("why")]
+    for title, decisions in tables.items():
+        rows = []
+        for decision in decisions:
+            answer = "accepted" if decision["accepted"] else "rejected"
+            rows.append([decision["name"], answer, decision["reason"]])
+        if rows:
+            print()
+            print_table(columns, rows, title)
+
+    print()
+    taken = "If memory cannot be mapped, a pull uses the first transport that serves, or the "
+    taken += "transport that a side names."
+    forced = report["forced"]
+    if forced:
+        serves = any(one["accepted"] for one in report["movers"] if one["name"] == forced)
+        taken = f"PORTAKV_MOVER={forced} forces that transport, if memory cannot be mapped"
+        taken += "." if serves else ". It does not serve here: a pull is then rejected."
+    buffers = "Staging buffers are on the host unless rows are on two devices of one type."
+    print_prose(f"{taken} {buffers}")
+
+    channel = report["channel"]
+    tcp = "TCP with CURVE from a secret" if channel["curve"] else "no TCP, as libzmq has no CURVE"
+    names = ", ".join(f"{name} {version}" for name, version in channel["versions"].items())
+    print_prose(f"Channel: a Unix socket on this host, {tcp} ({names}).")
+    print_prose(f"This host is {channel['host']}; peers with the same identity map its memory.")
+
+
+#: Seconds to wait for the engine's answer, and its bytes at most.
+PATIENCE = 10.0
+MOST = 64 << 20
+#: A counter of the connector as Prometheus's text has it, with its labels and its value.
+SAMPLE = re.compile(r"vllm:portakv_(\w+)_total(?:\{(.*)\})?\s+([-+.\deE]+)")
+LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+
+
+class HookCost(NamedTuple):
+    """What a hook costs a step, in seconds.
+
+    Attributes:
+        side: that calls it, the scheduler or a worker.
+        idle: mean of the steps without work; None: there was none.
+        mean: of all steps.
+    """
+
+    hook: str
+    side: str
+    idle: float | None
+    mean: float
+
+
+class _Sample(NamedTuple):
+    """A counter of one engine."""
+
+    name: str
+    labels: Mapping[str, str]
+    value: float
+
+
+def _explain_hooks(url: str, as_json: bool) -> int:
+    """Print what each hook costs a step of the engine of a server.
+
+    Args:
+        url: of the server, or of its metrics.
+        as_json: print one JSON value.
+
+    Raises `InvalidTerms` for a text that is not an address, and `PortaKVError` for a server that
+    does not answer, or whose engine has no connector of PortaKV.
+    """
+    # Imported here: it needs the extra `serving`, and no other answer does.
+    from portakv.serving.costs import LIMIT
+
+    url = _metrics_of(url)
+    text = _read_metrics(url)
+    steps, costs = costs_in(text)
+    if not costs:
+        raise PortaKVError(
+            f"Expected an engine with PortaKVConnector at {url}, got metrics without its counters. "
+            f"They come with the first step of the engine: send it a request, or start it with "
+            f"--kv-transfer-config."
+        )
+    medians = medians_in(text)
+    idle = sum(cost.idle or 0.0 for cost in costs)
+    measured = any(cost.idle is not None for cost in costs)
+    if as_json:
+        hooks = [cost._asdict() for cost in costs]
+        seconds = idle if measured else None
+        about = {"url": url, "limit": LIMIT, "idle": seconds, "idle_medians": medians}
+        print_json({**about, "steps": steps, "hooks": hooks})
+        return 0
+    columns = [Column("hook", whole=True), Column("side")]
+    columns += [Column("a step without work", right=True), Column("a step", right=True)]
+    rows = [[cost.hook, cost.side, _time(cost.idle), _time(cost.mean)] for cost in costs]
+    total = _time(idle if measured else None)
+    print_table(columns, [*rows, ["all", "", total, _time(sum(cost.mean for cost in costs))]])
+    print()
+    if not measured:
+        print_prose("The engine has had no step without work for the connector.")
+    else:
+        verdict = "within" if idle <= LIMIT else "more than"
+        limit = in_time(LIMIT)
+        print_prose(f"A step without work costs {total}, {verdict} the limit of {limit}.")
+    print_prose(
+        "Means since the engine has started: of its scheduler, and of a worker. They include the "
+        "time in which other processes had the core, so a busy machine has longer ones."
+    )
+    if medians:
+        parts = " and ".join(f"{in_time(x)} ({side})" for side, x in medians.items())
+        print_prose(
+            f"The median of steps without work is about {parts}, estimated from counts of steps "
+            f"within some times."
+        )
+    return 0
+
+
+def _time(seconds: float | None) -> str:
+    return "-" if seconds is None else in_time(seconds)
+
+
+def _metrics_of(url: str) -> str:
+    """Return the address of the metrics of a server."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # half an IPv6 address
+        parts = urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise InvalidTerms(
+            f"Expected --hooks to be the address of a server, such as http://localhost:8000, got "
+            f"{url!r}. Correct it."
+        )
+    return parts._replace(path=parts.path if parts.path.strip("/") else "/metrics").geturl()
+
+
+def _read_metrics(url: str) -> str:
+    """Return what a server answers."""
+    try:
+        with urlopen(url, timeout=PATIENCE) as answer:
+            text: bytes = answer.read(MOST)
+    except (URLError, HTTPException, OSError) as error:
+        raise PortaKVError(
+            f"Expected the metrics of an engine at {url}, got an error: {error}. Start the server, "
+            f"or correct the address."
+        ) from None
+    return text.decode("utf-8", "replace")
+
+
+def _samples(text: str) -> Iterator[_Sample]:
+    """Yield the connector's counters in the metrics of a server."""
+    for line in text.splitlines():
+        found = SAMPLE.match(line)
+        if found:
+            yield _Sample(found[1], dict(LABEL.findall(found[2] or "")), float(found[3]))
+
+
+def medians_in(text: str) -> dict[str, float]:
+    """Return an estimate of the median seconds of steps without work, by side: of all engines of a
+    server, on a line between the ends of the bucket that has the median.
+
+    A side whose median is longer than the longest bucket has the end of that one.
+    """
+    from portakv.serving.costs import BOUNDS
+
+    within = dict[str, dict[float, float]]()
+    steps = dict[str, float]()
+    for name, labels, value in _samples(text):
+        side = labels.get("side", "")
+        if name == "idle_steps_within" and "seconds" in labels:
+            of_side = within.setdefault(side, {})
+            bound = float(labels["seconds"])
+            of_side[bound] = of_side.get(bound, 0.0) + value
+        elif name == "idle_steps":
+            steps[side] = steps.get(side, 0.0) + value
+    medians = dict[str, float]()
+    for side, counts in sorted(within.items()):
+        half = steps.get(side, 0.0) / 2
+        before = 0.0
+        for bound, many in sorted(counts.items()):
+            medians[side] = bound
+            if many >= half > before:
+                start = max((each for each in BOUNDS if each < bound), default=0.0)
+                medians[side] = start + (bound - start) * (half - before) / (many - before)
+                break
+            before = many
+    return medians
+
+
+def costs_in(text: str) -> tuple[dict[str, dict[str, float]], list[HookCost]]:
+    """Return the steps of each side, and what each hook costs: of all engines of a server."""
+    steps = dict[str, dict[str, float]]()
+    seconds = dict[tuple[str, str], dict[str, float]]()
+    for name, labels, value in _samples(text):
+        side = labels.get("side", "")
+        if name in ("steps", "idle_steps"):
+            of_side = steps.setdefault(side, {"steps": 0.0, "idle_steps": 0.0})
+            of_side[name] += value
+        elif name in ("hook_seconds", "idle_hook_seconds"):
+            key = side, labels.get("hook", "")
+            of_hook = seconds.setdefault(key, {"hook_seconds": 0.0, "idle_hook_seconds": 0.0})
+            of_hook[name] += value
+    costs = list[HookCost]()
+    for (side, hook), took in sorted(seconds.items()):
+        many = steps.get(side, {"steps": 0.0, "idle_steps": 0.0})
+        if many["steps"]:
+            idle = took["idle_hook_seconds"] / many["idle_steps"] if many["idle_steps"] else None
+            costs.append(HookCost(hook, side, idle, took["hook_seconds"] / many["steps"]))
+    return steps, costs

@@ -1,33 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv store` and `portakv explain --storage`: inspect a folder of a disk tier.
+"""`portakv store` and `portakv explain --storage`: inspect a folder of a disk tier, or serve it.
 
 The commands print its stores, verify them, remove them, or print how a tier reads and writes them.
+`portakv store serve` is the process that serves the blocks to the engines of a host.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import mmap
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from portakv.cli.console import Column, Report, print_json, print_prose, print_table
+from portakv.arguments import invalid
+from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
 from portakv.cli.sides import in_bytes, read_bytes
-from portakv.cli.store_serve import Watching, add_watching, serve
-from portakv.errors import InvalidTerms, StoreBusy, StoreError
+from portakv.errors import InvalidTerms, PeerError, StoreBusy, StoreError
 from portakv.runtime.linux import fcntl, require_linux
 from portakv.storage import image, slots, table
 from portakv.storage.files import (
@@ -44,6 +48,10 @@ from portakv.storage.files import (
 from portakv.storage.form import BlockForm, Range
 from portakv.storage.io.base import Request
 from portakv.storage.io.choose import choose
+
+if TYPE_CHECKING:
+    from portakv.serving.keeper_server import Keeper
+    from portakv.serving.kv_events import EventPublisher
 
 HELP = "show, check or wipe the block stores in a folder, or serve it to engines"
 DESCRIPTION = """\
@@ -64,6 +72,33 @@ _NUMBERS = ("layers", "heads", "block_size", "used", "slots", "bytes", "failed")
 _COLUMNS = (*_TEXTS, *_NUMBERS)
 Item = TypeVar("Item")
 LATE = 1.0  # seconds until a progress bar appears
+#: Seconds between two looks whether this process serves.
+LOOK = 0.25
+_ENDS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Watching(NamedTuple):
+    """Where operators and routers watch a store; empty: nowhere.
+
+    Attributes:
+        metrics: the address and port for Prometheus.
+        events: the endpoint to which routers subscribe.
+        replays: the endpoint of events that a router has missed.
+        topic: of the events.
+    """
+
+    metrics: str = ""
+    events: str = ""
+    replays: str = ""
+    topic: str = ""
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Watching:
+        """Return what a command line names; see `add_watching`."""
+        return cls(args.metrics, args.events, args.event_replays, args.event_topic)
+
+
+NOWHERE = Watching()
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
         if args.bucket_options is not None:
             terms["bucket_options"] = _object("--bucket-options", args.bucket_options)
         given = {x: n for x, n in terms.items() if n is not None}
-        return serve(args.folder, given, args.json, Watching.of(args))
+        return _serve(args.folder, given, args.json, Watching.of(args))
     if len(args.folder) > 1:
         args.misunderstood(f"Expected one folder for {args.action}, got {len(args.folder)}.")
     (args.folder,) = args.folder
@@ -411,3 +446,148 @@ def explain_folder(folder: str, as_json: bool) -> int:
         print()
         _print(stores)
     return 1 if why else 0
+
+
+def add_watching(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `Watching`."""
+    parser.add_argument(
+        "--metrics",
+        metavar="HOST:PORT",
+        default="",
+        help="serve: answer Prometheus there, such as 127.0.0.1:9464",
+    )
+    parser.add_argument(
+        "--events",
+        metavar="ENDPOINT",
+        default="",
+        help="serve: publish blocks to routers there, such as tcp://127.0.0.1:5557",
+    )
+    parser.add_argument(
+        "--event-replays",
+        metavar="ENDPOINT",
+        default="",
+        help="serve: send routers the events that they have missed from there",
+    )
+    parser.add_argument(
+        "--event-topic",
+        metavar="TEXT",
+        default="",
+        help="serve: the topic of the events, such as kv@POD@MODEL for llm-d (default: empty)",
+    )
+
+
+def _serve(
+    folders: Sequence[str],
+    others: Mapping[str, object],
+    as_json: bool,
+    watching: Watching = NOWHERE,
+) -> int:
+    """Serve folders until a signal ends it.
+
+    Args:
+        others: other terms of the store, by their names in `StoreTerms`.
+
+    Raises `InvalidTerms` for wrong terms, `StoreError` for a folder that cannot be used, or
+    without the packages of the keeper, `PeerError` for an address that is in use, and `Unsupported`
+    for metrics without their package.
+    """
+    check_installed("portakv store serve")
+    from portakv.serving.keeper_server import Keeper
+    from portakv.serving.local import StoreTerms
+
+    terms = StoreTerms.of({"folder": (*folders,), **others})
+    with ExitStack() as stack:
+        ended = stack.enter_context(_until_a_signal())
+        events = events_of(watching, stack)
+        keeper = stack.enter_context(Keeper(terms, events=events))
+        if watching.metrics:
+            _answer_prometheus(watching.metrics, keeper, stack)
+        served = False
+        if not keeper.serves:
+            _print_serving(keeper, as_json)
+        while not ended.wait(0.0 if keeper.serves != served else LOOK):
+            if keeper.serves != served:
+                served = keeper.serves
+                _print_serving(keeper, as_json)
+    return 0
+
+
+def events_of(watching: Watching, stack: ExitStack) -> EventPublisher | None:
+    """Return what publishes events to routers until the stack ends; None without an endpoint.
+
+    Raises `PeerError` for an endpoint that cannot be bound.
+    """
+    if not watching.events:
+        return None
+    from portakv.serving.kv_events import EventPublisher
+
+    made = EventPublisher(watching.events, watching.replays, watching.topic)
+    stack.callback(made.close)
+    return made
+
+
+def _answer_prometheus(address: str, keeper: Keeper, stack: ExitStack) -> None:
+    """Answer Prometheus at an address, until the stack ends."""
+    from portakv.graph.prometheus import Collector
+
+    host, _, port = address.rpartition(":")
+    collector = Collector(keeper)
+    from prometheus_client import CollectorRegistry, start_http_server
+
+    if not host or not port.isdigit() or int(port) >= 1 << 16:
+        raise invalid("--metrics", "HOST:PORT", address)
+    registry = CollectorRegistry()
+    registry.register(collector)
+    try:
+        server, thread = start_http_server(int(port), host.strip("[]"), registry)
+    except OSError as error:
+        raise PeerError(
+            f"Expected an address at which Prometheus can be answered, got {address}: {error}. "
+            f"Pass an address of this host and a free port."
+        ) from None
+    stack.callback(thread.join)
+    stack.callback(server.server_close)
+    stack.callback(server.shutdown)
+
+
+def _print_serving(keeper: Any, as_json: bool) -> None:
+    """Print whether this process serves."""
+    folder = keeper.place.name
+    if as_json:
+        print_json({"folder": folder, "serves": keeper.serves})
+    elif keeper.serves:
+        terms = keeper.terms
+        sizes = f"{in_bytes(terms.host)} of host memory, {in_bytes(terms.staging)} of staging"
+        bucket = "" if terms.bucket is None else f", and the bucket {terms.bucket}"
+        print_prose(
+            f"This process serves {folder} to the engines of this host, with {sizes}{bucket}."
+        )
+    else:
+        print_prose(f"Another process serves {folder}. This one stands by.")
+    # A service's output is read by others, line by line.
+    print(end="", flush=True)
+
+
+@contextmanager
+def _until_a_signal() -> Iterator[threading.Event]:
+    """Yield an event that a signal sets, which ends the process in order."""
+    ended = threading.Event()
+    before = {number: signal.signal(number, lambda *_: ended.set()) for number in _ENDS}
+    try:
+        yield ended
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check_installed(command: str) -> None:
+    """Raise `StoreError` if a package that a command needs of `portakv.serving` is missing, and
+    `Unsupported` on another system than Linux."""
+    require_linux(f"`{command}`")
+    for name in ("msgspec", "zmq", "xxhash"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise StoreError(
+                f"Expected {name} for `{command}`, got: {error}. {installing('serving')} brings it."
+            ) from None

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 
 from portakv.cli.console import Column, print_json, print_table
 from portakv.cli.sides import in_bytes, in_time
-from portakv.cli.store_serve import check_installed
+from portakv.cli.store import check_installed
 from portakv.errors import InvalidTerms, PeerError, StoreError
 from portakv.graph.metrics import METRICS, PREFIX
 

@@ -15,8 +15,15 @@ import torch
 
 from portakv.backends.rows_kernel import RowsKernel
 from portakv.cli.console import Column, Report, print_json, print_prose, print_table
-from portakv.cli.shapes import load
-from portakv.cli.sides import Extents, Side, add_extents, check_cache, extents_of, make_sides
+from portakv.cli.sides import (
+    Extents,
+    Side,
+    add_extents,
+    check_cache,
+    extents_of,
+    load_shapes,
+    make_sides,
+)
 from portakv.errors import PortaKVError
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import hip as _hip_driver
@@ -129,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _shapes(names: Sequence[str]) -> list[Pair]:
     """Return the pairs of named shapes of real models; of all shapes without a name."""
-    known = load()
+    known = load_shapes()
     for name in (x for x in names if x not in known):
         has = ", ".join(known)
         raise PortaKVError(f"Expected a shape of a model, got {name!r}. Name one of {has}.")

@@ -16,7 +16,7 @@ from portakv.copy.exponents import Counts, Sample
 from portakv.copy.pack_rates import rates_of
 from portakv.copy.request import Ids
 from portakv.errors import InvalidTerms, PortaKVError, SlotError, Unsupported
-from portakv.layout.packing import CODE_BITS, PACK, PACKED_DTYPE, Pack, slot_for
+from portakv.layout.encodings import CODE_BITS, PACK, PACKED_DTYPE, Pack, slot_for
 from portakv.registry import choose
 from portakv.view import KVView
 from portakv.view.index import index_of

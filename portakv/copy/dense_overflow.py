@@ -15,7 +15,7 @@ import torch
 
 from portakv.copy.pack_launch import OverflowReport
 from portakv.errors import PackOverflow, PortaKVError
-from portakv.layout.packing import PACK
+from portakv.layout.encodings import PACK
 from portakv.plan.move import Move
 from portakv.runtime.transfer import Completion, Transfer, event_pool, hold
 from portakv.view.form import Form

@@ -8,7 +8,7 @@ from portakv.copy.handle import BlockTransfer, Submit
 from portakv.copy.options import CopyOptions
 from portakv.copy.packing import copy_packed
 from portakv.copy.settle import Passed
-from portakv.layout.fp8 import FP8
+from portakv.layout.encodings import FP8
 from portakv.plan.move import Move
 
 

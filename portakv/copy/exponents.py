@@ -15,7 +15,7 @@ import torch
 
 from portakv.copy.pack_stage import stage_of, tensors_of
 from portakv.copy.rows import copy_blocks
-from portakv.layout.packing import VECTOR, Pack, PackedPlane
+from portakv.layout.encodings import VECTOR, Pack, PackedPlane
 from portakv.runtime.streams import ignoring_captures
 from portakv.view.view import KVView
 

@@ -17,7 +17,7 @@ from portakv.copy.handle import BlockTransfer, Submit
 from portakv.copy.options import CopyOptions
 from portakv.copy.packed_slots import check_whole
 from portakv.errors import Unsupported
-from portakv.layout.fp8 import FP8
+from portakv.layout.encodings import FP8
 from portakv.plan.packing import Move, check_sides
 from portakv.runtime.transfer import Transfer
 from portakv.view import Index, KVView

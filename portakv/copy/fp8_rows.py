@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fp8` in plain torch: rows to slots and back, on any torch device.
 
-`portakv.layout.fp8` describes the format. The operations are integer arithmetic, and float32
+`portakv.layout.encodings` describes the format. The operations are integer arithmetic, and float32
 arithmetic whose operands and results are normal numbers or zero: neither the device nor a mode that
 flushes subnormal numbers changes a byte.
 """
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import torch
 
-from portakv.layout.fp8 import (
-    LARGEST,
-    LEAST_NORMAL,
-    LEAST_SCALE,
-    LEAST_VALUE,
-    NAN_CODE,
-    STEP,
+from portakv.layout.encodings import (
+    E4M3_LARGEST,
+    E4M3_LEAST_NORMAL,
+    E4M3_NAN,
+    E4M3_STEP,
+    FP8_LEAST_SCALE,
+    FP8_LEAST_VALUE,
     Fp8Plane,
 )
 
@@ -35,11 +35,11 @@ def encode_rows(rows: torch.Tensor, slots: torch.Tensor, plane: Fp8Plane) -> Non
     values = rows.to(torch.float32)
     magnitudes = values.abs()
     finite = magnitudes < torch.inf  # False for NaN as well
-    magnitudes = torch.where(finite & (magnitudes >= LEAST_VALUE), magnitudes, 0.0)
+    magnitudes = torch.where(finite & (magnitudes >= FP8_LEAST_VALUE), magnitudes, 0.0)
     scales = scales_of(magnitudes.amax(2))
-    magnitudes = (magnitudes / scales[:, :, None]).clamp_(max=LARGEST)
+    magnitudes = (magnitudes / scales[:, :, None]).clamp_(max=E4M3_LARGEST)
     codes = nearest(magnitudes) | torch.signbit(values).to(torch.int32) << 7
-    codes = torch.where(finite, codes, NAN_CODE)
+    codes = torch.where(finite, codes, E4M3_NAN)
 
     slots[:, : plane.values] = codes.to(torch.uint8).flatten(1)
     bits = scales.view(torch.int32) >> 16
@@ -57,7 +57,7 @@ def decode_rows(slots: torch.Tensor, rows: torch.Tensor, plane: Fp8Plane) -> Non
     codes = slots[:, : plane.values].to(torch.int32).view(-1, plane.tokens, plane.dim)
     places = codes & 0x7F
     normal = ((places + _BIAS) << _DROPPED).view(torch.float32)
-    magnitudes = torch.where(places < 8, places.to(torch.float32) * STEP, normal)
+    magnitudes = torch.where(places < 8, places.to(torch.float32) * E4M3_STEP, normal)
     values = torch.where(codes > 0x7F, -magnitudes, magnitudes)
 
     area = slots[:, plane.values : plane.scales_past].to(torch.int32).view(-1, plane.tokens, 2)
@@ -65,15 +65,15 @@ def decode_rows(slots: torch.Tensor, rows: torch.Tensor, plane: Fp8Plane) -> Non
     most = torch.finfo(rows.dtype).max
     values = (values * scales[:, :, None]).clamp_(-most, most)
     # Devices convert a NaN to different bits: it is written as a constant of the rows' type.
-    rows.copy_(values).masked_fill_(places == NAN_CODE, torch.nan)
+    rows.copy_(values).masked_fill_(places == E4M3_NAN, torch.nan)
 
 
 def scales_of(largest: torch.Tensor) -> torch.Tensor:
     """Return for each token the least bf16 number, as float32, that brings its largest magnitude to
     at most 448."""
     # By a tensor: CUDA multiplies by the rounded reciprocal of a number.
-    quotients = largest / torch.full_like(largest, LARGEST)
-    bits = quotients.clamp_(min=LEAST_SCALE).view(torch.int32)
+    quotients = largest / torch.full_like(largest, E4M3_LARGEST)
+    bits = quotients.clamp_(min=FP8_LEAST_SCALE).view(torch.int32)
     return (bits + 0xFFFF & ~0xFFFF).view(torch.float32)
 
 
@@ -82,5 +82,5 @@ def nearest(magnitudes: torch.Tensor) -> torch.Tensor:
     bits = magnitudes.view(torch.int32)
     half = (1 << _DROPPED - 1) - 1
     normal = (bits + half + (bits >> _DROPPED & 1) >> _DROPPED) - _BIAS
-    small = torch.round(magnitudes * (1 / STEP)).to(torch.int32)
-    return torch.where(magnitudes < LEAST_NORMAL, small, normal)
+    small = torch.round(magnitudes * (1 / E4M3_STEP)).to(torch.int32)
+    return torch.where(magnitudes < E4M3_LEAST_NORMAL, small, normal)

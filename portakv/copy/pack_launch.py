@@ -18,7 +18,7 @@ from portakv.copy.launch import bring_tables, follow_current
 from portakv.copy.settle import Passed as Passed
 from portakv.copy.settle import drop_bad_ids
 from portakv.errors import PackOverflow, SlotError
-from portakv.layout.packing import PACK
+from portakv.layout.encodings import PACK
 from portakv.plan.move import Move
 from portakv.registry.prepared import PreparedPack
 from portakv.runtime.devices import inside

@@ -18,7 +18,7 @@ import torch
 from portakv.copy.pack_stage import stage_of, tensors_of
 from portakv.copy.rows import copy_blocks
 from portakv.host import pinned
-from portakv.layout.packing import Pack, PackedPlane
+from portakv.layout.encodings import Pack, PackedPlane
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.runtime.streams import ignoring_captures, own_stream

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from portakv.layout.packing import parameters_of
+from portakv.layout.encodings import pack_parameters_of
 from portakv.view.form import Form
 from portakv.view.view import KVView
 
@@ -23,7 +23,7 @@ def stage_of(form: Form, raw: Form, unit: int, blocks: int, device: torch.device
     inner = "token dim"
     dtype = torch.bfloat16
     if form.encoding:
-        declared["encoding"] = parameters_of(form.encoding)
+        declared["encoding"] = pack_parameters_of(form.encoding)
         shapes = [(width,) for width in form.widths]
         inner = "page"
         dtype = torch.uint8

@@ -21,7 +21,7 @@ from portakv.copy.pack_staged import issue_staged
 from portakv.copy.packed_slots import check_whole, slots_of
 from portakv.copy.settle import Passed, check, context_of, without_left_out
 from portakv.errors import Unsupported
-from portakv.layout.packing import PACK
+from portakv.layout.encodings import PACK
 from portakv.plan.packing import Move, PackPlan
 from portakv.registry import choose, prepared_pack
 

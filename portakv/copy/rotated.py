@@ -13,7 +13,7 @@ from portakv.copy.options import CopyOptions, options_from
 from portakv.copy.rotation import copy_rotated
 from portakv.copy.rows import block_index, move_of
 from portakv.copy.submit import submit
-from portakv.layout.rope import Rope
+from portakv.layout.encodings import Rope
 from portakv.view.index import Ids
 from portakv.view.view import KVView
 

@@ -17,8 +17,7 @@ from portakv.copy.handle import Submit
 from portakv.copy.options import CopyOptions
 from portakv.copy.packed_slots import check_whole
 from portakv.errors import LayoutError, Unsupported
-from portakv.layout.fp8 import FP8_DTYPES
-from portakv.layout.rope import Rope
+from portakv.layout.encodings import FP8_DTYPES, Rope
 from portakv.plan.move import Move
 from portakv.runtime.transfer import Transfer
 from portakv.view import Index, KVView
@@ -68,7 +67,7 @@ def rotate_keys(keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, 
     Args:
         keys: ``[..., dim]`` of a floating type.
         cosines, sines: float32 ``[pairs]``; the first ``2 * pairs`` values are rotated.
-        style: one of `STYLES` of `portakv.layout.rope`.
+        style: one of `ROPE_STYLES` of `portakv.layout.encodings`.
     """
     pairs = len(cosines)
     rotary = keys[..., : 2 * pairs]

@@ -202,9 +202,14 @@ def _check_terms(
     if roles.handing is not None:
         _check_handing(roles.handing, served.sizes, findings)
     else:
-        findings.notes.append("No requests are handed over: there is no hand_over.")
+        findings.notes.append(
+            "This engine hands no prompt over to another engine, and takes none over. For prefill "
+            "and decode in two engines, add hand_over to kv_connector_extra_config."
+        )
     if not roles.stores:
-        findings.notes.append("The engine has no store: no term names a folder, host or bucket.")
+        findings.notes.append(
+            "This engine stores no blocks: kv_connector_extra_config has no folder, host or bucket."
+        )
         return
     try:
         terms = StoreTerms.of(roles.store)
@@ -311,15 +316,15 @@ def _who_stores(terms: StoreTerms) -> str:
     if terms.attaches:
         return (
             "A store server of this host serves the folder: `portakv store serve FOLDER`, whose "
-            "sizes count. Nothing is stored or loaded while none does."
+            "sizes count. Without that server nothing is stored or loaded."
         )
     if terms.shared and not terms.folders:
         return "The ranks of this engine share one store. Other engines share it by a folder alone."
     if terms.shared:
         return "Engines of this host with the same folder and shared share one store."
     return (
-        "An engine with one worker has its store alone, unless shared is true. Ranks of tensor "
-        "parallelism, and of data parallelism over a folder, share one."
+        "If the engine has one worker, no other engine uses its store; set shared to true to share "
+        "the store. Ranks of tensor parallelism, and of data parallelism over a folder, share one."
     )
 
 

@@ -20,7 +20,7 @@ import torch
 
 from portakv.errors import PortaKVError
 from portakv.host import pinned
-from portakv.layout.packing import parameters_of
+from portakv.layout.encodings import pack_parameters_of
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import own_stream
 from portakv.view.bound import bind_layout
@@ -78,7 +78,7 @@ class DenseRows:
             extents["block_size"] = form.block_size
         if form.encoding:
             widths = [plane.values // form.block_size for plane in form.encoding]
-            extents |= {"dim": tuple(widths), "encoding": parameters_of(form.encoding)}
+            extents |= {"dim": tuple(widths), "encoding": pack_parameters_of(form.encoding)}
         if form.encoding or not form.opaque:
             extents["heads"] = form.heads
         layout, self._shape = _described(form, extents, order)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layout strings: axes, extents, presets and pictures. Strings and integers only."""
+"""Layout strings: axes, extents and presets. Strings and integers only."""

@@ -283,3 +283,21 @@ _BY_NAME = {
 PRESETS: Mapping[str, Preset]
 PRESETS = MappingProxyType({p.name: p for p in _BY_LMCACHE_NAME.values()} | _BY_NAME)
 """All presets by name, in the order in which `portakv layouts` prints them."""
+
+#: Words of the engines that run on the devices of one vendor alone.
+_ONE_VENDOR = ("Ascend", "Cambricon", "RBLN")
+
+
+def suggested() -> list[Preset]:
+    """Return all presets, in the order in which an error suggests those that fit.
+
+    Engines that run on the devices of one vendor come after engines for all, LMCache's numbers
+    last. Of the others, tensors in memory as their shape has it come first, then later releases.
+    """
+
+    def order(preset: Preset) -> tuple[bool, bool, bool]:
+        by_vendor = any(word in preset.engine for word in _ONE_VENDOR)
+        return preset.name.startswith("lmcache-"), by_vendor, bool(preset.memory)
+
+    latest_first = list(PRESETS.values())[::-1]
+    return sorted(latest_first, key=order)

@@ -20,7 +20,7 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.layout.packing import Pack
+from portakv.layout.encodings import Pack
 from portakv.migrate.arrival import Arrival, Crossed
 from portakv.migrate.checksum import MODULUS, checksum_of
 from portakv.migrate.connections import Source

@@ -11,9 +11,8 @@ from typing import Literal, TypeAlias
 from portakv.copy.choose_encoding import EncodingChoice
 from portakv.copy.handle import Statistics
 from portakv.errors import PackOverflow, PortaKVError, Unsupported
-from portakv.layout.fp8 import FP8, Fp8
-from portakv.layout.packing import PACK
-from portakv.layout.packing import Pack as Pack
+from portakv.layout.encodings import FP8, PACK, Fp8
+from portakv.layout.encodings import Pack as Pack
 from portakv.view.packed import as_pack
 
 #: The owner of the rows chooses.

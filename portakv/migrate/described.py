@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from portakv.errors import LayoutError, PortaKVError
+from portakv.layout.encodings import Pack
 from portakv.layout.language import Factor, Layout
-from portakv.layout.packing import Pack
 from portakv.migrate.ipc import shared_empty
 from portakv.migrate.messages import Described, Kind, decoder_of
 from portakv.migrate.shards import Shard

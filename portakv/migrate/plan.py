@@ -14,7 +14,7 @@ import numpy as np
 from portakv.arguments import invalid
 from portakv.copy.handle import token_bytes
 from portakv.errors import InvalidTerms, PeerError, SlotError, Unsupported
-from portakv.layout.packing import PACKED_DTYPE
+from portakv.layout.encodings import PACKED_DTYPE
 from portakv.migrate.connections import Connection, Sources
 from portakv.migrate.messages import Box, Part, Ticket
 from portakv.migrate.shards import (

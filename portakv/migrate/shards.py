@@ -17,7 +17,7 @@ import torch
 
 from portakv import arguments
 from portakv.errors import LayoutError, SlotError
-from portakv.layout.packing import PACKED_DTYPE, parameters_of
+from portakv.layout.encodings import PACKED_DTYPE, pack_parameters_of
 from portakv.migrate.messages import Box, Group, Range
 from portakv.view import Index, KVView
 from portakv.view.index import CONSECUTIVE, Ids
@@ -46,7 +46,7 @@ class Shard:
         encoding = ""
         if form.encoding:
             numbers = (PACKED_DTYPE,) * form.kv
-            encoding = parameters_of(form.encoding).text
+            encoding = pack_parameters_of(form.encoding).text
         ranges = _range("layers", layers, view), _range("heads", heads, view)
         #: The window, and the facts that the other side's shard must share (`unlike`).
         self.group = Group(*ranges, form.raw_widths, numbers, page, encoding)

@@ -14,7 +14,7 @@ import torch
 
 from portakv.copy.handle import BlockTransfer
 from portakv.errors import LayoutError, PackOverflow, PortaKVError
-from portakv.layout.packing import Pack, PackedPlane, parameters_of
+from portakv.layout.encodings import Pack, PackedPlane, pack_parameters_of
 from portakv.registry.prepared import ASYNCHRONOUS
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import ignoring_captures
@@ -131,7 +131,7 @@ class Slots(NamedTuple):
             LayoutError: a part of a block, or another encoding than that of a packed view.
             InvalidTerms: no encoding of this release.
         """
-        own = parameters_of(view.form.encoding).text if view.form.encoding else ""
+        own = pack_parameters_of(view.form.encoding).text if view.form.encoding else ""
         if not (text or own):
             return None
         unit = view.block_size or 0

@@ -14,8 +14,7 @@ from itertools import pairwise
 import torch
 
 from portakv.errors import LayoutError, Unsupported
-from portakv.layout.encodings import DTYPES
-from portakv.layout.packing import PACK, PackedPlane
+from portakv.layout.encodings import DTYPES, PACK, PackedPlane
 from portakv.plan.loops import Loop, Side, merge_loops, refine, widest_vector
 from portakv.plan.move import Move as Move
 from portakv.plan.plan import slot_chain, split_chain

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from portakv.arguments import invalid, items, nbytes, one_of, seconds, size_text, text, whole
 from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, TransferTimeout, Unsupported
-from portakv.layout.packing import PACK
+from portakv.layout.encodings import PACK
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import BucketLookups, bucket_of, check_bucket

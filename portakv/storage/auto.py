@@ -30,7 +30,7 @@ from portakv.copy.choose_encoding import (
 from portakv.copy.exponents import Sample
 from portakv.errors import InvalidTerms, PortaKVError, Unsupported
 from portakv.graph import Graph
-from portakv.layout.packing import Pack
+from portakv.layout.encodings import Pack
 from portakv.storage.encoded import EncodedFigures
 from portakv.storage.form import BlockForm
 from portakv.view import KVView

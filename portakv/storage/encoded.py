@@ -11,7 +11,7 @@ import torch
 
 from portakv.copy.choose_encoding import is_out_of_date
 from portakv.graph.trace import Figures
-from portakv.layout.packing import FLAG_AT, PACKED, TOTAL_AT, PackedPlane
+from portakv.layout.encodings import FLAG_AT, PACKED, TOTAL_AT, PackedPlane
 from portakv.storage.form import HEADER, BlockForm
 
 

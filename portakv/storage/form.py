@@ -20,7 +20,10 @@ from portakv import arguments
 from portakv.errors import InvalidTerms, LayoutError, StoreError, Unsupported
 from portakv.layout.encodings import (
     DTYPES,
+    PACK,
+    PACKED_DTYPE,
     Encoding,
+    Pack,
     Plane,
     as_encoding,
     encoding_of_text,
@@ -30,7 +33,6 @@ from portakv.layout.encodings import (
 )
 from portakv.layout.extents import known_parts
 from portakv.layout.language import parse
-from portakv.layout.packing import PACK, PACKED_DTYPE, Pack
 from portakv.view import KVView
 
 FORMAT = 1  # of images, and of the description of a form

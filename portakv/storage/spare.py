@@ -16,7 +16,7 @@ import torch
 
 from portakv.errors import PackOverflow
 from portakv.graph import Graph, Mask
-from portakv.layout.packing import FLAG_AT, PACKED, PackedPlane
+from portakv.layout.encodings import FLAG_AT, PACKED, PackedPlane
 from portakv.storage import image
 from portakv.storage.encoded import EncodedFigures
 from portakv.storage.form import BlockForm

@@ -18,7 +18,7 @@ from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout.encodings import Encoding, as_encoding
 from portakv.layout.extents import declare, factor_extent, positive, solve
 from portakv.layout.language import Factor, Layout, parse
-from portakv.layout.presets import PRESETS, Extent, resolve
+from portakv.layout.presets import Extent, resolve, suggested
 from portakv.runtime.bounded import Bounded
 from portakv.view.form import Form, build_parts, same_form, widest_vector
 from portakv.view.packed import PackedExtents
@@ -502,13 +502,14 @@ def _read_dims(layout: Layout, tensor: torch.Tensor) -> _Dims:
 
 
 def _fitting(layout: Layout, known: Mapping[str, int], picks: list[torch.Tensor]) -> list[str]:
-    """Return presets that fit tensors in the containers of a layout, the latest of each string.
+    """Return presets that fit tensors in the containers of a layout, one for each string.
 
-    ``known``: the extents of the containers. Layouts that fit any shape are left out.
+    That one is the first of `suggested`. ``known``: the extents of the containers. Layouts that fit
+    any shape are left out.
     """
     outer = {f.axis: known[f.axis] for group in layout.containers for f in group.factors}
     names = dict[str, str]()  # by the string of the layout
-    for name, preset in reversed([*PRESETS.items()]):
+    for preset in suggested():
         other = parse(preset.layout)
         ranks = {len(other.dims), *(pick.dim() for pick in picks)}
         if other.opaque or other.containers != layout.containers or len(ranks) > 1:
@@ -522,7 +523,7 @@ def _fitting(layout: Layout, known: Mapping[str, int], picks: list[torch.Tensor]
             solve(other, values, list(zip(other.dims, sizes, strict=True)))
         except LayoutError:
             continue
-        names.setdefault(preset.layout, name)
+        names.setdefault(preset.layout, preset.name)
     return [*names.values()][:FITTING]
 
 

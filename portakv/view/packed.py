@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from portakv.errors import InvalidTerms, LayoutError, Unsupported
-from portakv.layout.encodings import Encoding, Plane, plane_of
-from portakv.layout.packing import PACK, Pack
+from portakv.layout.encodings import PACK, Encoding, Pack, Plane, plane_of
 from portakv.layout.presets import Extent
 from portakv.view.form import Form, Step
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from support.benchmarks_cases import CPU, FULL, ON_CPU_AND_CUDA, copied, field, tiny
 
-from portakv.cli.shapes import Shape, load
+from portakv.cli.sides import Shape, load_shapes
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.cold_start import measure_startup
 from portakv_benchmarks.device.methods import PLAIN, run_all_methods
@@ -71,7 +71,7 @@ PRESET = dataclasses.replace(FULL, rounds=5, repeats=1, compiling=False)
 
 
 def test_the_matrix_holds_what_was_asked_for() -> None:
-    shapes = load()
+    shapes = load_shapes()
     assert all(s.model.strip() and len(s.source) > 20 for s in shapes.values())
     assert {128, 160, 256, 656, 1152, 2048, 8192} <= {s.row_bytes for s in shapes.values()}
     sweep = {s.tokens for s in shapes.values() if s.row_bytes == 2048 and s.layers == 32}
@@ -98,7 +98,7 @@ def test_rows_and_payloads() -> None:
         "deepseek-mla": (1152, 287_834_112), "deepseek-fp8-656": (656, 163_905_536),
         "encoder-cache": (8192, 37_748_736),
     }  # fmt: skip
-    known = load()
+    known = load_shapes()
     assert {name: (known[name].row_bytes, known[name].payload) for name in expected} == expected
 
 
@@ -133,7 +133,7 @@ def test_bad_shapes_are_refused(tmp_path: Path, change: str, why: str) -> None:
     file = tmp_path / "shapes.toml"
     file.write_text("".join(f"[[shape]]\n{text}\n" for text in texts))
     with pytest.raises(ValueError, match=why):
-        load(file)
+        load_shapes(file)
 
 
 def test_every_tensor_has_bytes_of_its_own_where_they_were_asked_for() -> None:
@@ -326,7 +326,7 @@ def test_backends_that_compile_serve_marked_shapes_only(monkeypatch: pytest.Monk
 
 def test_what_memory_cannot_hold_is_left_out_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "free_memory", lambda device: 10_000_000_000)
-    tasks = list(suite.tasks(suite.PRESETS["full"], list(load().values()), CPU))
+    tasks = list(suite.tasks(suite.PRESETS["full"], list(load_shapes().values()), CPU))
     left_out = {task.shape.name for task in tasks if task.left_out}
     assert left_out == {
         "llama3-8b-long",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.benchmarks_cases import copied
 
-from portakv.cli.shapes import load
+from portakv.cli.sides import load_shapes
 from portakv.registry.registry import Registry
 from portakv_benchmarks import check, choosing, guide
 from portakv_benchmarks.host.cases import SCENES
@@ -178,7 +178,7 @@ def recorded(name: str = "h200-host") -> dict[str, Any]:
 def test_full_presets_measure_what_the_recorded_results_hold() -> None:
     """All targets find rows in these, see above; so they do in later measurements."""
     copies = having(recorded("h200")["rows"], kind="copy", backend="cuda")
-    indices = {name: shape.index for name, shape in load().items()}
+    indices = {name: shape.index for name, shape in load_shapes().items()}
     assert all(row["index"] in indices[row["shape"]] for row in copies)
     sides = {one.side for one in SCENES}
     payloads = {*FULL.payloads, FULL.largest}

@@ -33,7 +33,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
         "llama3-8b-64": tiny("llama3-8b-64", tokens=64),
     }
     monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
-    monkeypatch.setattr(bench, "load", lambda: MappingProxyType(shapes))
+    monkeypatch.setattr(bench, "load_shapes", lambda: MappingProxyType(shapes))
     words = ["--preset", "full", "--device", "cpu", "--backend", "reference"]
 
     def run(*more: str, drawn: bool = False) -> tuple[int, dict[str, Any]]:

@@ -15,7 +15,7 @@ import torch
 from support.benchmarks_cases import CPU, FULL, field, tiny
 
 import portakv_benchmarks.cli as bench
-from portakv.cli.shapes import Shape
+from portakv.cli.sides import Shape
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared import peers

@@ -26,8 +26,8 @@ from support.small_backends import small_backend, wipe
 
 import portakv
 from portakv.cli import main
+from portakv.cli.layouts import draw
 from portakv.cli.sides import read_bytes
-from portakv.layout.picture import draw
 from portakv.layout.presets import PRESETS
 from portakv.registry.registry import REGISTRY
 from portakv.runtime.devices import devices_present
@@ -77,7 +77,7 @@ NOT_UNDERSTOOD = {
     "explain epd epd --index rows": "--index",
     "explain epd epd --dtype float17": "--dtype",
     "explain epd epd --dtype manual_seed": "--dtype",
-    "demo --encoding pack --device cpu": "--encoding goes with --store",
+    "demo --store x": "portakv demo: error: unrecognized arguments: --store x",
     "explain epd epd --run-bytes 1K": "--run-bytes goes with --host",
     "explain epd epd --pageable": "--pageable goes with --host",
     "explain --host epd epd": "--host takes no layouts",

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The example with a model, and the demo: each thing that they claim to prove, made to fail."""
+"""`portakv demo`: each thing that it claims to prove, made to fail."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
 from typing import Any
@@ -16,8 +15,7 @@ from support.small_backends import small_backend, wipe
 
 from portakv import AdaptiveConnector, KVView, Transfer
 from portakv.cli import demo
-from portakv.cli.demo import moves, run_model
-from portakv.cli.demo.moves import FOUNDING, Founding, Scenario, fitted
+from portakv.cli.demo import FOUNDING, Founding, Scenario, fitted, run_model
 from portakv.runtime.devices import usual_device
 
 SMALL = Scenario(layers=3, tokens=24, heads=2, dim=8, block_size=8, blocks=5)
@@ -31,16 +29,7 @@ pytestmark = pytest.mark.xdist_group("transformers")  # one process imports it, 
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rounds of a scenario of a few kilobytes."""
     monkeypatch.setattr("portakv.cli.demo.FOUNDING", SMALL)
-    monkeypatch.setattr(moves, "ROUNDS", 3)
-
-
-@pytest.fixture
-def example() -> Any:
-    """Import the example here: it imports transformers, which takes seconds, not while pytest
-    collects."""
-    from portakv.cli.demo import offload_transformers
-
-    return offload_transformers
+    monkeypatch.setattr(demo, "ROUNDS", 3)
 
 
 @pytest.fixture
@@ -49,95 +38,12 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("portakv.cli.demo.run_model", lambda device: part)
 
 
-# the example
-
-
-@pytest.mark.filterwarnings("ignore:Expected pinned host memory")
-@pytest.mark.parametrize("host", ["pageable", "pinned"])
-def test_the_example_is_bit_identical_and_its_control_is_not(
-    host: str, example: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Logits may round a low bit away; the caches themselves cannot."""
-    caches: list[list[torch.Tensor]] = []
-    decode = example.decode
-
-    def noted(model: Any, cache: Any, first: torch.Tensor) -> torch.Tensor:
-        caches.append([x.view(torch.int32) for y in cache.layers for x in (y.keys, y.values)])
-        logits: torch.Tensor = decode(model, cache, first)
-        return logits
-
-    monkeypatch.setattr(example, "decode", noted)
-    assert example.run([str(DEVICE), "--host", host]) == 0
-    output = capsys.readouterr().out
-    assert f"tokens in {host if DEVICE.type == 'cuda' else 'pageable'} memory" in output
-    assert "bit-identical" in output
-    stayed, came_back, noise = caches
-    assert [tuple(x.shape) for x in stayed] == [(1, 4, 235, 32)] * 8
-    assert all(torch.equal(x, y) for x, y in zip(stayed, came_back, strict=True))
-    assert not any(torch.equal(x, y) for x, y in zip(stayed, noise, strict=True))
-
-
-def spoiling(load: Callable[..., None]) -> Callable[..., None]:
-    """Return ``load``, which first turns the sign of one number."""
-
-    def load_spoilt(connector: Any, chunks: list[torch.Tensor], slots: torch.Tensor) -> None:
-        chunks[1][1, 0, 5, 3].neg_()
-        load(connector, chunks, slots)
-
-    return load_spoilt
-
-
-def spare_pages(self: torch.Tensor, *words: Any, **named: Any) -> torch.Tensor:
-    return self if self.dim() == 5 else NORMAL(self, *words, **named)
-
-
-NORMAL = torch.Tensor.normal_
-#: What the example claims and is made not to hold: where (None: in the example, whose
-#: own function is wrapped), by what, and what the outcome says.
-SPOILT: dict[str, tuple[Any, str, Any, dict[str, bool]]] = {
-    "chunks that do not come back": (
-        AdaptiveConnector,
-        "to_gpu",
-        lambda *_, **__: Transfer(),
-        {"identical": False},
-    ),
-    "the sign of one number": (
-        None,
-        "load",
-        spoiling,
-        {"identical": False, "control_differs": True},
-    ),
-    "pages that were not lost": (torch.Tensor, "normal_", spare_pages, {"control_differs": False}),
-}
-
-
-@pytest.mark.parametrize("what", SPOILT)
-def test_the_example_sees_what_is_wrong(
-    what: str, example: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    owner, name, spoilt, expected = SPOILT[what]
-    if owner is None:
-        owner = example
-        spoilt = spoilt(example.load)
-    monkeypatch.setattr(owner, name, spoilt)
-    outcome = vars(example.main(DEVICE, lambda line: None))
-    assert {name: outcome[name] for name in expected} == expected
-    assert (outcome["tokens"], outcome["chunks"]) == (235, 4)
-
-
-def test_the_example_refuses_what_is_no_device(
-    example: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert example.run(["nonsense"]) == 1
-    assert "Device 'nonsense' was requested, but torch cannot use it" in capsys.readouterr().err
-
-
 # the first part
 
 
 def test_without_transformers_the_model_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, demo.EXAMPLE)
+    monkeypatch.delitem(sys.modules, demo.EXAMPLE, raising=False)
     code, out, _ = run("demo", "--device", "cpu")
     assert (code, "pip install -e '.[demo]'" in out, "all right through" in out) == (0, True, True)
 
@@ -158,7 +64,7 @@ def test_a_release_of_transformers_that_is_not_served_is_told(
 
 
 def test_a_missing_example_is_not_blamed_on_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "EXAMPLE", "portakv.cli.demo.no_such_example")
+    monkeypatch.setattr(demo, "EXAMPLE", "portakv.cli.no_such_example")
     with pytest.raises(ModuleNotFoundError, match="no_such_example"):
         run_model(DEVICE)
 
@@ -305,7 +211,7 @@ def test_the_scenario_is_fitted_to_free_memory(free: int | None, layers: int) ->
 def test_what_the_demo_says_is_what_it_did(fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model's weights, the backends by name, and what it did not run or scaled down."""
     if not fits:
-        monkeypatch.setattr("portakv.cli.demo.moves.free_memory", lambda device: SMALL.needed)
+        monkeypatch.setattr("portakv.cli.demo.free_memory", lambda device: SMALL.needed)
     output = " ".join(run("demo", "--device", "cpu").out.split())
     assert "a small Llama with random weights; nothing is downloaded" in output
     assert "of KV cache through reference 24 tokens" in output
@@ -319,14 +225,14 @@ def test_what_the_demo_says_is_what_it_did(fits: bool, monkeypatch: pytest.Monke
 def test_times_are_medians_of_rounds_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds of (copy_, work): the machine is busy in the second, the first is left out."""
     times = iter([9.0, 900.0, 1.0, 2.0, 10.0, 20.0, 1.0, 4.0])
-    monkeypatch.setattr(moves, "seconds", lambda device, work: next(times))
-    assert moves.interleaved(torch.device("cpu"), [int, int]) == [1.0, 4.0]
+    monkeypatch.setattr(demo, "seconds", lambda device, work: next(times))
+    assert demo.interleaved(torch.device("cpu"), [int, int]) == [1.0, 4.0]
 
 
 def test_copies_are_timed_with_the_threads_that_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     """With other work on the cores, four threads wait for each other: one is faster."""
     for power, fastest in ((1, 1), (-1, 4)):
-        monkeypatch.setattr(moves, "seconds", lambda *_, x=power: torch.get_num_threads() ** x)
-        with moves.torch_threads(4):
-            assert moves.fastest_threads([int]) == fastest
+        monkeypatch.setattr(demo, "seconds", lambda *_, x=power: torch.get_num_threads() ** x)
+        with demo.torch_threads(4):
+            assert demo.fastest_threads([int]) == fastest
             assert torch.get_num_threads() == 4

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv store`, `portakv explain --storage` and `portakv demo --store`."""
+"""`portakv store` and `portakv explain --storage`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ import pytest
 from support.command_line import run, run_json
 
 from portakv.cli import store as verbs
-from portakv.cli.demo.store import is_good
 from portakv.storage import image
 from portakv.storage.form import BlockForm
 from portakv.storage.io.base import Request
@@ -362,72 +361,3 @@ def test_explain_tells_how_a_folder_is_read(
     output = run("explain", "--storage", str(folder)).out
     assert f"{report['engine']} serves" in output
     assert {path.name for path in folder.iterdir()} == {FORM.name, "lock"}
-
-
-# the demo
-
-
-@pytest.mark.full
-def test_the_demo_kills_the_process_and_goes_on_with_the_same_tokens(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    report = run_json("demo", "--store", str(tmp_path), "--device", "cpu")
-    wrote = report["wrote"]
-    read = report["read"]
-    assert (report["killed"], report["ok"]) == (True, True)
-    assert wrote["tokens"] == read["tokens"] != read["noise"]
-    assert wrote["layout"] != read["layout"]
-    assert (wrote["loaded"], read["loaded"]) == (0, wrote["computed"] // 16 * 16)
-    assert run("store", "check", str(tmp_path)).code == 0
-
-
-@pytest.mark.full
-def test_the_demo_stores_packed_blocks(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    words = ["demo", "--store", str(tmp_path), "--encoding", "pack", "--device", "cpu"]
-    report = run_json(*words)
-    wrote = report["wrote"]
-    assert report["ok"]
-    assert wrote["tokens"] == report["read"]["tokens"]
-    stored = wrote["stored"]
-    assert stored["packed_bytes"] < stored["raw_bytes"]
-    assert stored["packed_blocks"] + stored["raw_blocks"] == wrote["computed"] // 16
-    assert stored["packed_blocks"]
-
-
-@pytest.mark.parametrize(
-    ("tokens", "noise", "loaded", "good"),
-    [([1], [3], 16, True), ([2], [3], 16, False), ([1], [1], 16, False), ([1], [3], 0, False)],
-)
-def test_the_demo_fails_if_tokens_differ_or_nothing_was_loaded(
-    tokens: list[int], noise: list[int], loaded: int, good: bool
-) -> None:
-    assert is_good({"tokens": [1]}, {"tokens": tokens, "noise": noise, "loaded": loaded}) is good
-
-
-def test_the_demo_names_the_extra_that_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "transformers.py").write_text("raise ImportError('not here')")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    code, _, err = run("demo", "--store", str(tmp_path), "--device", "cpu")
-    assert (code, "pip install -e '.[demo]'" in err) == (1, True)
-
-
-def test_the_example_finds_a_prefix_in_a_remote_store(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("transformers")
-    pytest.importorskip("obstore")
-    from portakv_examples import prefix_store
-
-    assert prefix_store.run(["cpu", "--remote", "memory://"]) == 0
-    output = capsys.readouterr().out
-    assert "the same twice" in output
-    assert "0 tokens of the prompt loaded" in output
-
-
-def test_the_demo_of_a_store_takes_no_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And makes no folder of its name."""
-    monkeypatch.chdir(tmp_path)
-    code, _, err = run("demo", "--store", "s3://bucket/kv", "--device", "cpu")
-    assert code != 0
-    assert "Expected a folder of a local disk" in err
-    assert not [*tmp_path.iterdir()]

@@ -21,7 +21,7 @@ from support.command_line import run
 from support.keeper_processes import Worker, nursery, prompt
 from support.waits import LIMIT, until
 
-from portakv.cli.store_serve import Watching, add_watching, events_of
+from portakv.cli.store import Watching, add_watching, events_of
 from portakv.serving import Place
 
 pytestmark = pytest.mark.xdist_group("keeper")

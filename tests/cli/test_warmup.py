@@ -18,7 +18,7 @@ from support.guarded_memory import check_sentence
 
 from portakv import CopyPlan, KVView
 from portakv.backends.rows_kernel import RowsKernel
-from portakv.cli.shapes import load
+from portakv.cli.sides import load_shapes
 from portakv.runtime import hip as _hip_driver
 from portakv.runtime import nvrtc as _nvrtc
 from portakv_conformance.vendor.hip_emulated import compiler, fake_driver
@@ -133,8 +133,8 @@ def test_what_copies_need_is_there(device: torch.device) -> None:
 def test_by_default_every_shape_for_these_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     devices(monkeypatch, None, [(9, 0), (8, 0), (9, 0)])
     warmed = run_json("warmup")["warmed"]
-    assert [w["target"] for w in warmed] == ["sm_90", "sm_80"] * len(load())
-    assert [w["name"] for w in warmed[::2]] == list(load())
+    assert [w["target"] for w in warmed] == ["sm_90", "sm_80"] * len(load_shapes())
+    assert [w["name"] for w in warmed[::2]] == list(load_shapes())
     assert all(w["compiled"] + w["kept"] for w in warmed)
 
 

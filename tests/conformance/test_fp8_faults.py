@@ -13,7 +13,7 @@ import torch
 from support.encoding_faults import failing_case
 
 from portakv.copy import fp8, fp8_rows
-from portakv.layout.fp8 import NAN_CODE, Fp8Plane
+from portakv.layout.encodings import E4M3_NAN, Fp8Plane
 from portakv_conformance.cases import Bench
 from portakv_conformance.cases import test_fp8 as cases
 from portakv_conformance.judge.fp8 import Fp8Shape, fp8_slot, fp8_values
@@ -137,8 +137,8 @@ def test_a_slot_by_hand() -> None:
     numbers = np.array([448, -1, 0.001, -0.0, np.inf, 896, 2, 3.3, np.nan, 0], dtype=np.float32)
     slot = fp8_slot(numbers.view(np.uint32), shape, torch.float32)
     # 1 is 0 0111 000; 0.001 is nearest to the smallest number, 2 ** -9; 3.3 / 2 to 1.625.
-    assert slot[:5].tolist() == [0x7E, 0xB8, 1, 0x80, NAN_CODE]
-    assert slot[5:10].tolist() == [0x7E, 0x38, 0x3D, NAN_CODE, 0]
+    assert slot[:5].tolist() == [0x7E, 0xB8, 1, 0x80, E4M3_NAN]
+    assert slot[5:10].tolist() == [0x7E, 0x38, 0x3D, E4M3_NAN, 0]
     assert slot[10:].tolist() == [0x80, 0x3F, 0x00, 0x40, 0, 0]
     back = fp8_values(slot, shape, torch.float32).view(np.float32)
     assert back[:4].tolist() == [448, -1, 2**-9, 0]

@@ -13,7 +13,7 @@ import torch
 from support.encoding_faults import failing_case
 
 from portakv.copy import rotation
-from portakv.layout.rope import Rope
+from portakv.layout.encodings import Rope
 from portakv_conformance.cases import Bench
 from portakv_conformance.cases import test_rope as cases
 from portakv_conformance.judge.rope import Turn, wrong_keys

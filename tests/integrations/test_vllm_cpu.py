@@ -57,7 +57,7 @@ from support.vllm_trace import read_trace
 from support.vllm_trace_engine import record
 from support.waits import LIMIT
 
-from portakv.cli.explain_hooks import costs_in
+from portakv.cli.explain import costs_in
 from portakv.integrations import IntegrationError
 from portakv.serving.local import TOKENS
 from portakv.storage.files import form_in

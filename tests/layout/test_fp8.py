@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from portakv import Fp8, InvalidTerms, Pack, Unsupported
-from portakv.layout import packing
+from portakv.layout import encodings
 from portakv.layout.encodings import as_encoding, encoding_of_text, is_lossy, parameters_of
 
 
@@ -50,4 +50,4 @@ def test_encodings_by_name() -> None:
 
 def test_what_packs_only_names_fp8() -> None:
     with pytest.raises(Unsupported, match="Rows in the encoding 'fp8'"):
-        packing.parameters_of([Fp8().plane(4, 8)])  # type: ignore[list-item]
+        encodings.pack_parameters_of([Fp8().plane(4, 8)])  # type: ignore[list-item]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from portakv import InvalidTerms, Pack, Unsupported
-from portakv.layout.packing import PackedPlane, sampled
+from portakv.layout.encodings import PackedPlane, sampled
 
 
 @pytest.mark.parametrize(

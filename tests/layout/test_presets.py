@@ -10,9 +10,9 @@ import torch
 from support.core_cases import address
 from support.presets_cases import LAYOUTS, side
 
+from portakv.cli.layouts import draw
 from portakv.errors import LayoutError
 from portakv.layout.language import parse
-from portakv.layout.picture import draw
 from portakv.layout.presets import PRESETS, resolve
 from portakv.view.view import KVView
 from portakv_conformance.cases.test_presets import MEMORY

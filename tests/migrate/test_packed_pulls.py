@@ -35,7 +35,7 @@ from portakv.errors import (
     TransferError,
     Unsupported,
 )
-from portakv.layout.packing import FLAG_AT
+from portakv.layout.encodings import FLAG_AT
 from portakv.migrate import Shard
 from portakv.migrate.crossing import scattered
 from portakv.migrate.staging import Slots

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from portakv.cli.shapes import Shape, load
+from portakv.cli.sides import Shape, load_shapes
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.shared.harness import DeviceTimer, HostTimer
 
@@ -36,7 +36,7 @@ MACHINE = {
 
 def tiny(name: str = "seed", **changes: Any) -> Shape:
     """Return a shape of the file with few layers and tokens."""
-    shape = load()[name]
+    shape = load_shapes()[name]
     tokens = shape.tokens if shape.tokens < 16 else 2 * shape.block_size
     small = {"layers": min(shape.layers, 3), "tokens": tokens, "pool": min(shape.pool, 32)}
     return dataclasses.replace(shape, **{**small, **changes})

@@ -18,7 +18,7 @@ from portakv.backends.base import Capabilities, Decision
 from portakv.backends.cuda import Cuda
 from portakv.backends.pack_kernel import PACKS, UNPACKS
 from portakv.backends.rows_launch import RowsBackend
-from portakv.layout.packing import Pack
+from portakv.layout.encodings import Pack
 from portakv_conformance.draw.planes import EDGES, at_edge, every_pattern, usual
 from portakv_conformance.judge.slots import SlotShape, packed_slot, usual_slot
 from portakv_conformance.vendor.hip_emulated import WARPS

@@ -30,11 +30,11 @@ MANY_MODULES = 100
 LONG = {
     "tests/backends/test_hip_code.py::test_amds_runtime_says_that_there_is_no_device",
     "tests/benchmarks/test_benchmarks_command.py::test_most_suites_need_torch_and_numpy_alone",
-    "tests/cli/test_demo.py::test_the_example_is_bit_identical_and_its_control_is_not[pageable]",
     "tests/cli/test_doctor.py::test_beside_an_accelerator[simdev]",
-    "tests/cli/test_store.py::test_the_example_finds_a_prefix_in_a_remote_store",
     "tests/conformance/test_conform_suite_run.py::test_exit_codes",
     "tests/conformance/test_rope_faults.py::test_without_a_fault_all_cases_pass",
+    "tests/examples/test_offload_transformers.py::test_the_example_is_bit_identical_and_its_control_is_not[pageable]",
+    "tests/examples/test_prefix_store.py::test_a_second_engine_finds_the_prefix_in_a_remote_store",
     "tests/graph/test_meter.py::test_nothing_is_imported_unless_it_is_asked_for[portakv.graph]",
     "tests/graph/test_meter.py::test_nothing_is_imported_unless_it_is_asked_for[portakv.storage]",
     "tests/host/test_pinned.py::test_a_process_that_ends",

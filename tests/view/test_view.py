@@ -142,6 +142,7 @@ def test_forms_of_containers_are_not_confused() -> None:
     ("shape", "layout", "names"),
     [
         ((6, 2, 4, 3, 8), "vllm-nhd", "vllm-0.23, flashinfer-hnd"),
+        ((2, 6, 4, 3, 8), "layer | block token dim", "vllm-nhd, mlu-merged"),
         ((6, 4, 8), "vllm-nhd", "vllm-mla"),
         ((6, 4), "vllm-nhd", None),
     ],

@@ -1,1 +1,0 @@
-../../../examples/offload_transformers.py

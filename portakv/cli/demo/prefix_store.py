@@ -1,1 +1,0 @@
-../../../examples/prefix_store.py
