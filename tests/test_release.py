@@ -465,15 +465,3 @@ def test_no_file_names_the_host_of_a_registry() -> None:
             match = HOSTS.search(path.read_text(encoding="utf-8", errors="replace"))
             found += [f"{name}: {match[0]}"] if match else []
     assert found == []
-
-
-def test_the_changelog_lists_each_name_that_gives_a_warning() -> None:
-    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    table = text.partition("### Deprecated")[2].partition("\n### ")[0]
-    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "portakv").rglob("*.py")]
-    former = {
-        name for source in sources for name in re.findall(r'warn_former\(\s*"([^"]+)"', source)
-    }
-    words = {re.findall(r"[\w=.]+", name)[-1].removeprefix("argument ") for name in former}
-    assert len(words) > 10
-    assert {word for word in words if word not in table} == set()

@@ -51,7 +51,7 @@ def reshape_and_cache_flash(
     slot_mapping: torch.Tensor,
     *scales: object,
 ) -> None:
-    """Copy rows ``[tokens, heads, dim]`` to slots of caches ``[blocks, block_size, heads, dim]``."""
+    """Copy rows ``[tokens, heads, dim]`` to slots of caches ``[blocks, size, heads, dim]``."""
     rows = KVView((key, value), "kv | token head dim")
     paged = KVView((key_cache, value_cache), "kv | block token head dim")
     _write(rows, paged, slot_mapping)

@@ -47,7 +47,6 @@ from portakv.migrate.messages import (
 )
 from portakv.migrate.shards import Shard, device_of, unlike
 from portakv.migrate.transports import check_transport, choose, forced
-from portakv.migrate.transports import renamed as renamed
 from portakv.migrate.transports.base import Transport
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.interrupts import Condition, uninterrupted

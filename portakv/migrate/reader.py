@@ -17,7 +17,7 @@ from portakv.copy.options import USUAL, CopyOptions, Overlap, options_from
 from portakv.graph.graph import Graph
 from portakv.migrate.by_name import ByName
 from portakv.migrate.channel import Channel
-from portakv.migrate.connections import Connections, closed_reader, listed, renamed
+from portakv.migrate.connections import Connections, closed_reader, listed
 from portakv.migrate.housekeeping import Housekeeper
 from portakv.migrate.issue import Issuer, Request
 from portakv.migrate.pull import Encoding, Part, Pull
@@ -40,7 +40,6 @@ class Reader:
         model: a fingerprint; owners of another model are rejected.
         transport: the name of the transport for memory that cannot be mapped. None: the transport
             that the owner names, else the first that runs here.
-        mover: deprecated, the same as ``transport``.
 
     Raises `LayoutError` without a shard or if the shards are on several devices, and `InvalidTerms`
     for a channel that has a reader.
@@ -52,10 +51,8 @@ class Reader:
         *shards: Shard,
         model: str,
         transport: str | None = None,
-        mover: str | None = None,
     ) -> None:
         arguments.instance("channel", channel, Channel)
-        transport = renamed(transport, mover)
         arguments.text("model", model)
         self._owners = Connections(channel, shards, model, transport)
         self._graph = Graph()
