@@ -38,7 +38,6 @@ from portakv.serving.keeper_leases import (
     Copy,
     Lease,
     Lent,
-    LentStore,
     LoadWork,
     Part,
     SaveKey,
@@ -58,6 +57,7 @@ from portakv.serving.keeper_messages import (
 )
 from portakv.serving.keeper_parts import cells_of, unlike, whole_form
 from portakv.storage.form import BlockForm
+from portakv.storage.form_store import FormStore
 
 #: Seconds for which a save waits for all ranks of its engine, and the keeper remembers how it
 #: ended for ranks that ask later.
@@ -123,7 +123,7 @@ class KeeperState:
         patience: float = PATIENCE,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.stores = dict[bytes, LentStore]()
+        self.stores = dict[bytes, FormStore]()
         self.counts = Counter[str]()
         self._wake = wake
         self._patience = patience
