@@ -220,7 +220,7 @@ class Reader:
         """
         self._check_open()
         lines = list[str]()
-        for ticket, owner, _ in self._owners.resolve(tickets):
+        for ticket, owner, _ in self._owners.resolve(listed(tickets)):
             how = "one launch for each piece reads the rows in the owner's memory"
             if owner.why_not_mapped:
                 transport = owner.staging.transport

@@ -595,9 +595,7 @@ class KeeperState:
         save.abandoned = True
         self.counts["saves_abandoned"] += 1
         save.handle.cancel()
-        for client, number in save.requesters.items():
-            if not client.gone and number in client.requests:
-                self._learn(client, number).more = False
+        self._end_rows(save)
         self._settle_all(save)
 
     def _note_complete(self, save: SaveWork) -> None:
@@ -606,6 +604,10 @@ class KeeperState:
         if save.complete or save.stored is not None or released is None or not released.done():
             return
         save.complete = True
+        self._end_rows(save)
+
+    def _end_rows(self, save: SaveWork) -> None:
+        """Tell the ranks that requested a save that no rows follow."""
         for client, number in save.requesters.items():
             if not client.gone and number in client.requests:
                 self._learn(client, number).more = False
