@@ -54,12 +54,9 @@ DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
     },
     "vllm": {
         "offloading worker": (
-            "ops",
             "integration",
             "its worker's tests, cpu",
             "its worker's tests, simdev",
-            "its ops' tests, cpu",
-            "its ops' tests, simdev",
         ),
         "connector, its hooks alone": ("hooks of its connectors",),
     },

@@ -33,6 +33,7 @@ from portakv.copy import count_copies
 from portakv.graph import Task
 from portakv.graph.meter import Family, Meter
 from portakv.graph.metrics import ENGINE, PREFIX
+from portakv.graph.trace import Figures
 from portakv.integrations.vllm_metrics import (
     COUNTED,
     LEVELS,
@@ -53,7 +54,6 @@ from portakv.migrate import (
     shared_empty,
 )
 from portakv.serving import Keeper, KeeperClient, StoreTerms
-from portakv.serving.engine_figures import EngineFigures
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
 
 DASHBOARD = Path(__file__).resolve().parents[1] / "docs" / "operations" / "dashboard.json"
@@ -64,6 +64,30 @@ READINGS = 24
 RATE = {"$__rate_interval": f"{4 * STEP}s"}
 LAYOUT = "layer | block kv token head dim"
 PATIENCE = 60.0
+
+
+class EngineFigures:
+    """What a door counts, as a source for `Collector` and `observe`.
+
+    Args:
+        read: returns the counters by their names in `ENGINE`, with the values of their labels after
+            slashes, such as ``hook_seconds/scheduler/take_events``.
+    """
+
+    def __init__(self, read: Callable[[], Mapping[str, float]]) -> None:
+        self._read = read
+
+    def figures(self) -> Figures:
+        """Return figures by the names of metrics, in the form of `Graph.statistics`."""
+        figures: Figures = {}
+        for name, value in self._read().items():
+            counter, *texts = name.split("/")
+            metric = ENGINE.get(counter)
+            if metric is None or len(texts) != len(metric.labels):
+                continue
+            labels = dict(zip(metric.labels, texts, strict=True))
+            figures.setdefault(metric.name, []).append({**labels, "value": value})
+        return figures
 
 
 class Work(NamedTuple):

@@ -36,7 +36,7 @@ tests() {
 }
 
 if [[ -z ${SKIP_TESTS:-} ]]; then
-    for each in kvcacheio sglang lmcache_ops lmcache vllm_ops vllm transformers; do
+    for each in kvcacheio sglang lmcache_ops lmcache vllm transformers; do
         tests "$each" . -m gpu "tests/integrations/test_$each.py"
     done
 fi
@@ -52,8 +52,6 @@ fi
 if [[ -n ${VLLM_SOURCES:-} ]]; then
     tests vllm-own "$VLLM_SOURCES" --noconftest -p vllm_own_tests -k "test_transfer or load_waits" \
         tests/v1/kv_offload/cpu/test_gpu_worker.py
-    tests vllm-ops-own "$VLLM_SOURCES" --noconftest -p vllm_own_ops tests/kernels/attention/test_cache.py \
-        tests/v1/kv_offload/cpu/test_swap_blocks_batch.py
 fi
 
 declare -A seconds=([sglang]=60 [vllm]=75 [lmcache]=100)

@@ -170,7 +170,6 @@ class Catalog(Generic[Base]):
         base: the class that each candidate extends. None: a candidate is anything that makes one.
         built_in: the candidates of PortaKV, in the order in which they are tried.
         group: the entry-point group of other packages' candidates.
-        reserved: further names that no candidate may take.
         last: built-in candidates that are tried after those of other packages.
         paths: False takes names alone, not ``"package.module:Class"``. A name that comes from
             another process must not import anything.
@@ -182,7 +181,6 @@ class Catalog(Generic[Base]):
         base: type[object] | None,
         built_in: Mapping[str, str | type[Base]],
         group: str,
-        reserved: Iterable[str] = (),
         last: Sequence[str] = (),
         paths: bool = True,
     ) -> None:
@@ -191,7 +189,6 @@ class Catalog(Generic[Base]):
         self.installed: set[str] = set()
         self._base = base
         self._group = group
-        self._reserved = frozenset(reserved)
         self._last = last
         self._paths = paths
         self._refused: list[Decision] = []
@@ -210,7 +207,7 @@ class Catalog(Generic[Base]):
     def _read(self) -> dict[str, str | type[Base]]:
         targets: dict[str, str | type[Base]] = dict(self.built_in)
         for entry in entry_points(group=self._group):
-            if entry.name in targets or entry.name in self._reserved:
+            if entry.name in targets:
                 one = self.kind.one
                 why = f"the entry point {entry.value!r} would replace {one} of that name"
                 self._refused.append(Decision(entry.name, False, f"{why}; refused"))
@@ -243,7 +240,7 @@ class Catalog(Generic[Base]):
         why = ""
         if not name or not isinstance(name, str):
             why = "its name must be a text that is not empty"
-        elif name in self.targets or name in self._reserved:
+        elif name in self.targets:
             why = "the name is registered already; use another name"
         elif not isinstance(target, str):
             self._check(target, name)

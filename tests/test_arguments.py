@@ -352,9 +352,8 @@ def _callables(name: str, value: Any, members: Any, made: bool) -> Iterator[tupl
     for each in chosen:
         method = inspect.getattr_static(value, each)
         method = getattr(method, "__func__", method)
-        former = "former name" in (inspect.getdoc(method) or "")
         own = inspect.isfunction(method) and method.__module__.startswith("portakv")
-        if own and not former:
+        if own:
             yield f"{name}.{each}", method
 
 
@@ -376,7 +375,6 @@ def test_each_public_callable_has_a_right_call(name: str, tmp_path: Path) -> Non
         _end(invoke(call, terms))
 
 
-@pytest.mark.filterwarnings("ignore:The argument .* is now:DeprecationWarning")  # former names too
 @pytest.mark.parametrize(("name", "argument"), arguments(), ids=str)
 def test_a_wrong_argument_is_named(name: str, argument: str, tmp_path: Path) -> None:
     scene = Scene(tmp_path)

@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which names are public: the rule, the names that docs/api.md lists, and the imports of pages."""
+"""Which names are public: the rule, the names that docs/api.md lists, and the imports of pages.
+
+public_names.json has all public names, so that a change of the list shows in review. After a wanted
+change write it anew: `python tests/test_public.py`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import ast
+import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +22,40 @@ import pytest
 
 import portakv
 from portakv import ext
+from portakv.cli import make_parser
+from portakv.graph.metrics import METRICS, PREFIX
+from portakv.integrations import INTEGRATIONS, lmcache_check, vllm_lanes
+from portakv.integrations.sglang_settings import OTHERS as SGLANG_OTHERS
+from portakv.integrations.vllm_handover import TERM as HAND_OVER
+from portakv.integrations.vllm_tier_terms import IDENTITY
+from portakv.integrations.vllm_tier_terms import OTHERS as TIER_OTHERS
+from portakv.serving.handover_terms import HandoverTerms
+from portakv.serving.local import term_names
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 API = ROOT / "docs" / "api.md"
 #: Pages whose code users copy.
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+#: All public names, by kind.
+LISTED = Path(__file__).with_name("public_names.json")
+#: Modules that a configuration or an engine's command line names.
+DOORS = (
+    "portakv.integrations.kvcacheio",
+    "portakv.integrations.lmcache",
+    "portakv.integrations.lmcache_l2",
+    "portakv.integrations.sglang",
+    "portakv.integrations.sglang_hicache",
+    "portakv.integrations.transformers",
+    "portakv.integrations.transformers_store",
+    "portakv.integrations.vllm",
+    "portakv.integrations.vllm_connector",
+    "portakv.integrations.vllm_tier",
+)
 CODE = re.compile(r"^```(?:python|py)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 #: Packages of the clone that no release of PortaKV promises to keep.
 CLONE = ("portakv_benchmarks", "portakv_conformance", "portakv_examples")
@@ -194,3 +232,70 @@ def test_the_names_of_operations_are_public(module: str, name: str) -> None:
     assert Name(module, name) in names or Name(f"{module}.{name}") in names
     code = f"from {module} import {name}"
     exec(compile(code, "docs/operations.md", "exec"), {})
+
+
+def commands(parser: argparse.ArgumentParser, words: str) -> Iterator[str]:
+    """Yield a command with its arguments, and those of its verbs."""
+    actions = [each for each in parser._actions if each.dest != "help"]
+    verbs = [each for each in actions if isinstance(each, argparse._SubParsersAction)]
+    options = [option for each in actions for option in each.option_strings]
+    places = [
+        each.dest.upper() for each in actions if each not in verbs and not each.option_strings
+    ]
+    yield " ".join([words, *places, *sorted(options)])
+    for each in verbs:
+        for verb, inner in each.choices.items():
+            yield from commands(inner, f"{words} {verb}")
+
+
+def public_names() -> dict[str, list[str]]:
+    """Return all public names, sorted, by kind."""
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        project = tomllib.load(file)["project"]
+    entry_points = [
+        f"{group}: {name} = {target}"
+        for group, entries in project["entry-points"].items()
+        for name, target in entries.items()
+    ]
+    keys = {
+        "vllm connector": [*term_names(), HAND_OVER],
+        f"vllm connector {HAND_OVER}": [each.name for each in fields(HandoverTerms)],
+        "vllm offloading worker portakv": vllm_lanes.TERMS,
+        "vllm tier": [*term_names(TIER_OTHERS), IDENTITY],
+        "sglang portakv": term_names(SGLANG_OTHERS),
+        "lmcache adapter_params": lmcache_check.TERMS,
+    }
+    variables = re.findall(r"^\| `(PORTAKV_\w+)", API.read_text(encoding="utf-8"), re.MULTILINE)
+    kinds = {
+        "portakv": portakv.__all__,
+        "portakv.ext": ext.__all__,
+        "docs/api.md": {f"{each.module} {each.name}".rstrip() for each in public()},
+        "commands": commands(make_parser(), "portakv"),
+        "environment variables": variables,
+        "configuration keys": {f"{door}: {key}" for door, own in keys.items() for key in own},
+        "entry points": [
+            *entry_points,
+            *(f"{script} = {target}" for script, target in project["scripts"].items()),
+        ],
+        "modules of doors": DOORS,
+        "lines that choose an integration": [each.line for each in INTEGRATIONS.values()],
+        "metrics": [
+            f"{PREFIX}{each.name} {each.kind} {each.otel} {' '.join(each.labels)}".rstrip()
+            for each in METRICS.values()
+        ],
+    }
+    return {kind: sorted(names) for kind, names in kinds.items()}
+
+
+def test_the_public_names_are_those_of_the_list() -> None:
+    listed = json.loads(LISTED.read_text(encoding="utf-8"))
+    assert public_names() == listed, "Write the list anew: `python tests/test_public.py`."
+
+
+@pytest.mark.parametrize("module", DOORS)
+def test_the_modules_of_doors_are_there(module: str) -> None:
+    assert find_spec(module) is not None
+
+
+if __name__ == "__main__":
+    LISTED.write_text(json.dumps(public_names(), indent=1) + "\n", encoding="utf-8")

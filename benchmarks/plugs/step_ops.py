@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv.integrations import vllm_ops
-from portakv_benchmarks.plugs import suite
+from portakv_benchmarks.plugs import suite, vllm_ops
 from portakv_benchmarks.plugs.suite import OURS, OWN, Case, IntegrationBench, PlannedCase
 from portakv_benchmarks.shared.harness import Variant
 from portakv_benchmarks.shared.shapes import POISON

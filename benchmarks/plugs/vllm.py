@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from portakv.integrations import check_release, vllm_ops
+from portakv.integrations import check_release
 from portakv_benchmarks.host.cases import DIRECTIONS
-from portakv_benchmarks.plugs import suite
+from portakv_benchmarks.plugs import suite, vllm_ops
 from portakv_benchmarks.plugs.step_ops import step_ops
 from portakv_benchmarks.plugs.suite import (
     OURS,
@@ -277,6 +277,6 @@ def _batch(own: bool, bench: IntegrationBench, fields: Row, page: int, op: str) 
     moves: dict[str, Call] = {}
     if own:
         moves[OWN] = partial(import_module("vllm._custom_ops").swap_blocks_batch, *runs)
-    moves[OURS] = partial(vllm_ops.swap_blocks_batch, *runs, src_device=where, dst_device=into)
+    moves[OURS] = partial(vllm_ops.swap_blocks_batch, *runs, where, into)
     makes = {name: partial(lambda move: move, move) for name, move in moves.items()}
     return suite.case(bench, "vllm", fields, op, device, host, makes)

@@ -14,11 +14,9 @@ import torch
 from portakv import BackendUnavailable, CopyPlan, Index, KVView, Transfer, Unsupported, copy_rows
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending
 from portakv.registry.registry import (
-    OLD_NAMES,
     REGISTRY,
     available_device,
     choose,
-    current_name,
     register_backend,
 )
 
@@ -88,7 +86,6 @@ def subject(name: str, device: str | torch.device = "cpu", *, emulated: bool = F
     place, simulated = _device(device, emulated)
     if ":" in name:
         name = _register(name, place)
-    name = current_name(name)
     place = available_device(place)
     # Judging wrong bytes is the suite's work: a self-check that failed must not end it early.
     decision = REGISTRY.admit(name, place)
@@ -179,7 +176,7 @@ def _register(target: str, device: torch.device) -> str:
             f"portakv.backends.base.Backend that implements probe, capabilities and prepare."
         )
     for name in (made.name or attribute, target):  # the first name may be another's
-        if name not in OLD_NAMES and name not in REGISTRY.names():
+        if name not in REGISTRY.names():
             register_backend(name, made)
             break
         if type(REGISTRY.ask(name, available_device(device), check=False)[0]) is made:

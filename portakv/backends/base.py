@@ -21,7 +21,6 @@ claims its encoding, to `Backend.check_pack` and `Backend.prepare_pack` in place
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -213,15 +212,6 @@ class Repeatable(Launch, Protocol):
 
 #: Return why the bytes of a tensor do not lie where its strides say, and what to do; "" if they do.
 FormatCheck = Callable[[torch.Tensor], str]
-
-
-def __getattr__(name: str) -> object:
-    """Return `FormatCheck` under its old name, with a warning."""
-    if name == "Tells":
-        why = "Tells ships in 0.1.0 and goes in 0.2.0; use FormatCheck."
-        warnings.warn(why, DeprecationWarning, stacklevel=2)
-        return FormatCheck
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Backend(ABC):

@@ -24,7 +24,6 @@ from portakv.plan.plan import CopyPlan
 from portakv.registry import (
     ENVIRONMENT,
     MADE_FOR,
-    OLD_NAMES,
     REGISTRY,
     available_device,
     choose,
@@ -168,7 +167,7 @@ def candidates_for(device: torch.device | str) -> list[Candidate]:
     decisions = [*trace(device)]
     usual = [] if isinstance(device, str) else REGISTRY.automatic(device)
     forced = forced_backend()
-    if forced is not None and not {forced, OLD_NAMES.get(forced)}.intersection(REGISTRY.names()):
+    if forced is not None and forced not in REGISTRY.names():
         decisions.insert(0, Decision(forced, False, REGISTRY.catalog.unknown(forced)))
     # A rejected entry point can share its name with a backend: `accepted` distinguishes them.
     return [

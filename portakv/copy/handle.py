@@ -14,7 +14,6 @@ import numpy as np
 from portakv.copy.counting import TOGETHER, Counted
 from portakv.copy.options import CopyOptions
 from portakv.copy.settle import Passed
-from portakv.deprecation import warn_former
 from portakv.errors import TransferError
 from portakv.plan.move import Move
 from portakv.runtime.transfer import NOTHING, Transfer
@@ -51,18 +50,6 @@ class Statistics:
     seconds: float | None
     slices: int
     cancelled: bool
-
-    @property
-    def engine(self) -> str:
-        """The former name of `strategy`."""
-        warn_former("Statistics.engine", "Statistics.strategy")
-        return self.strategy
-
-    @property
-    def blocks_asked(self) -> int:
-        """The former name of `blocks_requested`."""
-        warn_former("Statistics.blocks_asked", "Statistics.blocks_requested")
-        return self.blocks_requested
 
     @property
     def gbps(self) -> float | None:

@@ -20,7 +20,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from portakv import arguments
-from portakv.deprecation import warn_former
 from portakv.errors import InvalidTerms, TransferCancelled, TransferError
 from portakv.graph.running import Pace, Running
 from portakv.graph.task import Lease, Mask, Pool, Task, Workers, check_pool
@@ -250,17 +249,6 @@ class Graph:
                 do = f"The queue {name!r} has these terms; pass the same, or None."
                 raise arguments.invalid(term, str(has[term]), value, do)
         return queue
-
-    def link(
-        self,
-        name: str,
-        width: int | None = None,
-        max_gbps: float | None = None,
-        stall_seconds: float | None = None,
-    ) -> Queue:
-        """Return `queue` of that name: the former name of the method, which goes in 0.2.0."""
-        warn_former("Graph.link", "Graph.queue")
-        return self.queue(name, width, max_gbps, stall_seconds)
 
     def submit(
         self, tasks: Sequence[Task], *, priority: Priority = "normal", deadline: float | None = None

@@ -20,7 +20,6 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import increment_version
 
 from portakv.arguments import flag, kind_of
-from portakv.deprecation import warn_former
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import streams
@@ -67,12 +66,6 @@ class Copied:
     nbytes: int
     waited: bool
     transfer: Transfer = field(repr=False, compare=False)
-
-    @property
-    def way(self) -> str:
-        """The former name of `method`."""
-        warn_former("Copied.way", "Copied.method")
-        return self.method
 
     def done(self) -> bool:
         """Return what `Transfer.done` of the transfer returns."""

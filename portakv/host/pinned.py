@@ -22,7 +22,6 @@ import torch
 from torch.compiler import is_compiling
 
 from portakv.arguments import flag
-from portakv.deprecation import warn_former
 from portakv.errors import HostMemoryError, Unsupported
 from portakv.host import _pages, _registration
 from portakv.host._pages import HugePages, available, whole
@@ -49,14 +48,6 @@ __all__ = [
 _open: list[PinnedMemory] = []  # the results of `register` that are open
 
 
-def __getattr__(name: str) -> object:
-    """Return `boundaries` under its former name; raise `AttributeError` for any other name."""
-    if name != "seams":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warn_former("portakv.host.pinned.seams", "boundaries")
-    return boundaries
-
-
 class PinnedMemory:
     """Host memory and its registration. A context manager; `close` may be called again.
 
@@ -80,12 +71,6 @@ class PinnedMemory:
         self.boundaries = tuple(
             at - self.address for at, _ in (registration.pieces[1:] if registration else [])
         )
-
-    @property
-    def seams(self) -> tuple[int, ...]:
-        """Return `boundaries`: the former name of the attribute, which goes in 0.2.0."""
-        warn_former("PinnedMemory.seams", "PinnedMemory.boundaries")
-        return self.boundaries
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -282,10 +267,7 @@ def register_address(
     address: int, nbytes: int, *, owner: object = None, read_only: bool = False, **options: object
 ) -> PinnedMemory:
     """Register bytes at an address as `register` does. ``owner``, which owns the memory, is
-    retained until it is unregistered; its former name ``held`` goes in 0.2.0."""
-    if "held" in options:
-        warn_former("register_address(held=)", "register_address(owner=)")
-        owner = options.pop("held")
+    retained until it is unregistered."""
     flag("read_only", read_only)
     address = whole("address", address)
     nbytes = whole("nbytes", nbytes, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pools of pinned blocks: the common part of all pools, and the pool for a process's threads."""
+"""A pool of pinned blocks for the threads of a process."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
 
 from portakv.arguments import flag, kind_of, seconds
-from portakv.deprecation import warn_former
 from portakv.errors import HostMemoryError, PoolExhausted
 from portakv.host import _pages, _registration, pinned
 from portakv.host._runs import Runs
@@ -29,17 +28,15 @@ __all__ = ["Block", "Leak", "PinnedPool", "PoolExhausted"]
 
 _ASK_AGAIN = 0.0005  # seconds between two queries of work that does not notify
 GROW_AGAIN = 0.1  # seconds until a waiting caller requests memory again
-_Pool = TypeVar("_Pool", bound="Pool")
 
 
 @dataclass(eq=False)
 class Block:
     """A block that a caller acquired. A context manager that releases it."""
 
-    pool: Pool  # its pool
+    pool: PinnedPool  # its pool
     index: int  # its number in the pool; of a larger block the first number
     nbytes: int
-    generation: int  # counts acquisitions of blocks, by all processes in a shared pool
     _tensor: torch.Tensor | None = field(repr=False)
 
     @property
@@ -61,12 +58,6 @@ class Block:
     def in_use(self) -> bool:
         """Return False after it was released."""
         return self._tensor is not None
-
-    @property
-    def held(self) -> bool:
-        """The former name of `in_use`."""
-        warn_former("Block.held", "Block.in_use")
-        return self.in_use
 
     def release(self, after: object = None) -> None:
         """Release the block; see `PinnedPool.release`."""
@@ -115,34 +106,92 @@ class _Caller:
         self.refused: HostMemoryError | None = None  # why it got none
 
 
-class Pool:
-    """The common part of all pools; a kind of pool adds the annotated members."""
+class _Use(NamedTuple):
+    """The use of a block: who acquired it, when, its size and how many units it takes."""
 
-    block_bytes: int
-    blocks: int  # the present number
-    limit: int  # the most
-    _stride: int  # bytes from one to the next
-    release: Callable[..., None]
-    _find: Callable[[], Sized]  # the blocks that are free
-    _most: Callable[[int], int]  # the most blocks of so many bytes that it can ever have
-    _largest: Callable[[], int]  # the bytes of the largest block that it can ever have
-    # So many blocks of so many bytes for an owner, perhaps by growing; or why it cannot grow.
-    _take: Callable[[int, int, str, bool], list[Block] | HostMemoryError | None]
-    _out_to: Callable[[], Sequence[object]]  # a line for each owner of blocks
-    _end: Callable[[], Sequence[object]]  # release the memory; a line for each block in use
+    owner: str
+    thread: str
+    since: float
+    stack: str
+    nbytes: int
+    units: int
 
-    def __init__(self, name: str, in_child: str) -> None:
-        """Set the pool's name in sentences, and the advice for a forked child."""
-        self._name = name
-        self._in_child = in_child
+
+class _Settings(NamedTuple):
+    """The arguments of a pool that later growth and acquisitions read."""
+
+    grow: int
+    stacks: bool
+    options: Mapping[str, Any]
+
+
+class PinnedPool:
+    """Blocks in pinned memory, of one size or of any. A context manager; `close` may be called
+    again.
+
+    Args:
+        block_bytes: the exact bytes of a block. For blocks of any size (``acquire(nbytes=)``) it is
+            the unit in which they take memory: a page, for example.
+        blocks: the number of blocks at the start.
+        limit: the most blocks; the pool grows when none is free. None: ``blocks``.
+        grow: the blocks of each growth, or only the missing ones if there is no memory for more;
+            None: ``blocks``.
+        alignment: in bytes, of each block: 1, 2, 4 ... up to a page.
+        stacks: record where each block was acquired, for `leaks`; some 50 us each.
+        options: of `pinned.allocate`, except ``unit``.
+
+    Raises:
+        HostMemoryError: numbers that make no pool, an unknown option; or as `pinned.allocate`.
+
+    Attributes:
+        blocks: the present number of blocks, free or in use.
+        high_water: the most blocks in use at a time; a larger block counts as all that it takes.
+        pinned: False if some of it is pageable after all.
+    """
+
+    def __init__(
+        self,
+        block_bytes: int,
+        blocks: int,
+        *,
+        limit: int | None = None,
+        grow: int | None = None,
+        alignment: int = 64,
+        stacks: bool = False,
+        **options: Any,
+    ) -> None:
         self._process = this_process()
         self._pid = os.getpid()
         self._closed = False
         self._changed = Condition()
+        self._pause = GROW_AGAIN  # seconds between two looks at changes that do not notify
         self._handles: WeakValueDictionary[int, Block] = WeakValueDictionary()
-        self._pause = 0.002  # seconds between two looks at changes that do not notify
         # The callers that wait, in their order, by `id`; interrupted callers vanish by themselves.
         self._waiting: WeakValueDictionary[int, _Caller] = WeakValueDictionary()
+        self.block_bytes = block_bytes
+        self._stride = _stride_of(block_bytes, blocks, alignment)
+        flag("stacks", stacks)
+        most, each = (blocks if number is None else number for number in (limit, grow))
+        self.limit = _pages.whole("limit", most, blocks, "it begins with so many blocks")
+        grow = _pages.whole("grow", each, 1)
+        known = {"huge_pages", "numa", "threads", *vars(_registration.Options())} - {"unit"}
+        unknown = sorted(options.keys() - known)
+        if unknown:
+            raise HostMemoryError(
+                f"Expected options of a pool among {', '.join(sorted(known))}, got "
+                f"{', '.join(unknown)}. Leave them out."
+            )
+        self.pinned = True
+        self._settings = _Settings(grow, stacks, options)
+        self.blocks = 0
+        self.high_water = 0
+        self._segments: list[tuple[int, torch.Tensor]] = []  # number of the first block, all bytes
+        self._runs = Runs()
+        self._out: dict[int, _Use] = {}  # blocks in use
+        # Blocks that were released after work that has not ended: their units, and the function
+        # that reports its end.
+        self._in_use: dict[int, tuple[int, Callable[[], bool]]] = {}
+        self._add(blocks)
 
     @property
     def free(self) -> int:
@@ -167,12 +216,6 @@ class Pool:
             return (self.blocks - len(self._find())) * self._stride
 
     @property
-    def largest_free(self) -> int:
-        """Return the bytes of the largest block that can be acquired immediately, without growing;
-        0 if none can."""
-        return self.block_bytes if self.free else 0
-
-    @property
     def waiting(self) -> int:
         """Return how many callers of this process wait for blocks."""
         self._refuse()
@@ -194,10 +237,9 @@ class Pool:
         a caller that waits for the first: acquire both together by `acquire_many`.
 
         Args:
-            owner: its purpose, shown by `leaks`; other processes see 40 bytes of it.
+            owner: its purpose, shown by `leaks`.
             nbytes: its exact size; None: ``block_bytes``. A larger block takes as many neighbouring
-                blocks as it needs, a smaller block takes one. In a `SharedPool` only
-                ``block_bytes``.
+                blocks as it needs, a smaller block takes one.
             wait: wait for a block if none is free, at most ``timeout`` seconds; None: without end.
 
         Raises:
@@ -279,10 +321,10 @@ class Pool:
             self._closed = True
             self._changed.notify_all()
         if left:
-            text = f"Blocks were in use when {self._name} was closed"
+            text = "Blocks were in use when the pool was closed"
             warnings.warn(_listed(text, left), ResourceWarning, stacklevel=2)
 
-    def __enter__(self: _Pool) -> _Pool:
+    def __enter__(self) -> PinnedPool:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -295,14 +337,14 @@ class Pool:
         most = self._most(size)
         if count and not most:
             raise PoolExhausted(
-                f"Expected blocks of at most {self._largest()} bytes in {self._name}, which has "
+                f"Expected blocks of at most {self._largest()} bytes in the pool, which has "
                 f"at most {self.limit * self._stride} bytes ({self.bytes_free} free now, "
                 f"{self.largest_free} of them together), got a request for {size}. Request smaller "
                 f"blocks, or make a pool of more or larger blocks."
             )
         if count > most:
             raise PoolExhausted(
-                f"Expected at most {most} blocks of {size} bytes in {self._name}, got a request "
+                f"Expected at most {most} blocks of {size} bytes in the pool, got a request "
                 f"for {count}. Request fewer or smaller blocks, or make it with a higher limit."
             )
 
@@ -322,22 +364,22 @@ class Pool:
             most = self.limit * self._stride
             has = f"{self.bytes_free} of {most} bytes, {self.largest_free} of them together"
         sentence = (
-            f"Expected {count} free blocks of {size} bytes in {self._name}, got {has}{within}. "
+            f"Expected {count} free blocks of {size} bytes in the pool, got {has}{within}. "
             f"Release some, wait longer, or {do}"
         )
-        return PoolExhausted(_listed(sentence, self._out_to()))
+        return PoolExhausted(_listed(sentence, self.leaks()))
 
     def _refuse(self, closed: bool = True) -> None:
         """Raise `HostMemoryError` in a forked child and, if ``closed``, in a closed pool."""
         if self._process.forked:
             raise HostMemoryError(
-                f"Expected {self._name} to be used by process {self._pid}, which opened it, got "
+                f"Expected the pool to be used by process {self._pid}, which opened it, got "
                 f"process {os.getpid()}, forked from it, where its memory is not pinned. In the "
-                f"child {self._in_child}."
+                f"child make one there."
             )
         if closed and self._closed:
             raise HostMemoryError(
-                f"Expected an open pool, got {self._name} after it was closed. Open another one."
+                "Expected an open pool, got the pool after it was closed. Open another one."
             )
 
     def _check(self, block: Block) -> None:
@@ -350,91 +392,7 @@ class Pool:
             why = f"block {block.index}, released twice and maybe another caller's; do it once"
         else:
             return
-        raise HostMemoryError(
-            f"Expected a block in use of {self._name}, got {why}: block.release()."
-        )
-
-
-class _Use(NamedTuple):
-    """The use of a block: who acquired it, when, its size and how many units it takes."""
-
-    owner: str
-    thread: str
-    since: float
-    stack: str
-    nbytes: int
-    units: int
-
-
-class _Settings(NamedTuple):
-    """The arguments of a pool that later growth and acquisitions read."""
-
-    grow: int
-    stacks: bool
-    options: Mapping[str, Any]
-
-
-class PinnedPool(Pool):
-    """Blocks in pinned memory, of one size or of any. A context manager; `close` may be called
-    again.
-
-    Args:
-        block_bytes: the exact bytes of a block. For blocks of any size (``acquire(nbytes=)``) it is
-            the unit in which they take memory: a page, for example.
-        blocks: the number of blocks at the start.
-        limit: the most blocks; the pool grows when none is free. None: ``blocks``.
-        grow: the blocks of each growth, or only the missing ones if there is no memory for more;
-            None: ``blocks``.
-        alignment: in bytes, of each block: 1, 2, 4 ... up to a page.
-        stacks: record where each block was acquired, for `leaks`; some 50 us each.
-        options: of `pinned.allocate`, except ``unit``.
-
-    Raises:
-        HostMemoryError: numbers that make no pool, an unknown option; or as `pinned.allocate`.
-
-    Attributes:
-        blocks: the present number of blocks, free or in use.
-        high_water: the most blocks in use at a time; a larger block counts as all that it takes.
-        pinned: False if some of it is pageable after all.
-    """
-
-    def __init__(
-        self,
-        block_bytes: int,
-        blocks: int,
-        *,
-        limit: int | None = None,
-        grow: int | None = None,
-        alignment: int = 64,
-        stacks: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__("the pool", "make one there, or use a SharedPool in spawned processes")
-        self.block_bytes = block_bytes
-        self._stride = stride(block_bytes, blocks, alignment)
-        flag("stacks", stacks)
-        most, each = (blocks if number is None else number for number in (limit, grow))
-        self.limit = _pages.whole("limit", most, blocks, "it begins with so many blocks")
-        grow = _pages.whole("grow", each, 1)
-        known = {"huge_pages", "numa", "threads", *vars(_registration.Options())} - {"unit"}
-        unknown = sorted(options.keys() - known)
-        if unknown:
-            raise HostMemoryError(
-                f"Expected options of a pool among {', '.join(sorted(known))}, got "
-                f"{', '.join(unknown)}. Leave them out."
-            )
-        self.pinned = True
-        self._settings = _Settings(grow, stacks, options)
-        self.blocks = 0
-        self.high_water = 0
-        self._generation = 0
-        self._segments: list[tuple[int, torch.Tensor]] = []  # number of the first block, all bytes
-        self._runs = Runs()
-        self._out: dict[int, _Use] = {}  # blocks in use
-        # Blocks that were released after work that has not ended: their units, and the function
-        # that reports its end.
-        self._in_use: dict[int, tuple[int, Callable[[], bool]]] = {}
-        self._add(blocks)
+        raise HostMemoryError(f"Expected a block in use of the pool, got {why}: block.release().")
 
     def release(self, block: Block, after: object = None) -> None:
         """Release a block. It is handed out again after ``after`` has ended.
@@ -448,7 +406,7 @@ class PinnedPool(Pool):
         self._refuse(closed=False)
         with self._changed:
             self._check(block)
-            work = None if after is None else ending(after, "query", "done")
+            work = None if after is None else _ending(after)
             runs = self._intact_runs()
             index = block.index
             units = self._out[index].units
@@ -531,16 +489,13 @@ class PinnedPool(Pool):
         runs.changing = True
         for _ in range(count):
             index = runs.take(units)
-            self._generation += 1
-            block = Block(self, index, nbytes, self._generation, self._bytes_of(index, nbytes))
+            block = Block(self, index, nbytes, self._bytes_of(index, nbytes))
             self._handles[index] = block
             blocks.append(block)
         self._out.update({block.index: use for block in blocks})
         runs.changing = False
         self.high_water = max(self.high_water, self.blocks - len(runs))
         return blocks
-
-    _out_to = leaks
 
     def _bytes_of(self, index: int, nbytes: int) -> torch.Tensor:
         """Return the bytes from a unit on."""
@@ -622,19 +577,19 @@ class PinnedPool(Pool):
         return self._runs
 
 
-def ending(after: object, *names: str) -> Callable[[], Any]:
-    """Return the first of these methods of ``after``, which reports its end."""
-    queries = filter(callable, (getattr(after, x, None) for x in names))
+def _ending(after: object) -> Callable[[], Any]:
+    """Return the method of ``after`` that reports its end."""
+    queries = filter(callable, (getattr(after, x, None) for x in ("query", "done")))
     query = None if isinstance(after, type) else next(queries, None)
     if query is not None:
         return query
     raise HostMemoryError(
         f"Expected work that reports its end, got {kind_of(after)}. Pass a transfer, an "
-        f"event, or an object with {'() or '.join(names)}()."
+        "event, or an object with query() or done()."
     )
 
 
-def stride(block_bytes: int, blocks: int, alignment: int) -> int:
+def _stride_of(block_bytes: int, blocks: int, alignment: int) -> int:
     """Return the bytes from one block to the next; raise `HostMemoryError` for numbers that make no
     pool."""
     numbers = block_bytes, blocks, alignment

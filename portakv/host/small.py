@@ -30,7 +30,6 @@ from torch import Stream, Tensor
 from torch.autograd.graph import increment_version
 
 from portakv.arguments import kind_of
-from portakv.deprecation import warn_former
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
 from portakv.host._small_methods import (
     HOLDS,
@@ -66,32 +65,14 @@ class Chosen(NamedTuple):
     method: str
     why: str
 
-    @property
-    def way(self) -> str:
-        """The former name of `method`."""
-        warn_former("Chosen.way", "Chosen.method")
-        return self.method
 
-
-def choose(
-    nbytes: int, device: torch.device | str, method: str | None = None, *, way: str | None = None
-) -> Chosen:
+def choose(nbytes: int, device: torch.device | str, method: str | None = None) -> Chosen:
     """Return the method by which ``nbytes`` of values go to a device; ``method``: a requested one.
-    ``way`` is its former name.
 
     Raises:
         BackendUnavailable: an unknown method, or a method that this device or size does not allow.
     """
-    method = _by_former(method, way)
     return _choose(_target(resolve(device), None), _count(nbytes, "bytes"), method)
-
-
-def _by_former(method: str | None, way: str | None) -> str | None:
-    """Return the method that a call requests, perhaps by the argument's former name."""
-    if way is not None:
-        warn_former("The argument way=", "method=", above=1)
-        return way
-    return method
 
 
 def to_device(
@@ -102,7 +83,6 @@ def to_device(
     out: Tensor | None = None,
     stream: Stream | None = None,
     method: str | None = None,
-    way: str | None = None,
 ) -> Tensor:
     """Return values of the host as a tensor on a device; the host does not wait.
 
@@ -116,7 +96,7 @@ def to_device(
         stream: the stream to order the copy on, after the present work of the current stream. A
             reader on another stream must wait for this stream. None: the current stream.
         method: the method, see the module; None: the best. A graph capture takes only ``"value"``,
-            by name. ``way`` is its former name.
+            by name.
 
     Raises:
         LayoutError: values that the dtype cannot hold; an ``out`` that does not fit.
@@ -124,7 +104,6 @@ def to_device(
         BackendUnavailable: a method that is not available, with the reason.
         Unsupported: inside graph capture, any method but ``"value"``.
     """
-    method = _by_former(method, way)
     target = _target(device, out)
     target_device = target.device
     dtype = out.dtype if dtype is None and out is not None else dtype
@@ -167,7 +146,7 @@ class SmallCopy:
         device: the target device.
         out: contiguous, ``n`` elements, written by every send; None: a new tensor.
         method: the method, see the module; None: the best. To capture sends into a graph, name a
-            method that can be captured. ``way`` is its former name.
+            method that can be captured.
 
     Attributes:
         out: the target.
@@ -184,7 +163,6 @@ class SmallCopy:
         *,
         out: Tensor | None = None,
         method: str | None = None,
-        way: str | None = None,
     ) -> None:
         self._own = _numpy_dtype(dtype)
         n = _count(n, "values")
@@ -192,18 +170,11 @@ class SmallCopy:
         self._n = n
         self._device = target.device
         self._captures = target.captures
-        method = _by_former(method, way)
         self.method, self.why = _choose(target, n * dtype.itemsize, method)
         uncaptured = {None: "whose method was left open", "inline": "by method='inline'"}
         self._uncaptured = uncaptured.get(method)
         self._send = target.make(self.method, dtype, n)
         self.out = _checked(out, (n,), dtype, target.device)
-
-    @property
-    def way(self) -> str:
-        """The former name of `method`."""
-        warn_former("SmallCopy.way", "SmallCopy.method")
-        return self.method
 
     def send(self, values: Values, *, stream: Stream | None = None) -> Tensor:
         """Write up to ``n`` values to the beginning of ``out``; ``values`` and ``stream`` as in

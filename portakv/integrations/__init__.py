@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
-from functools import wraps
 from importlib import metadata
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import portakv
-from portakv.deprecation import warn_former
 from portakv.errors import PortaKVError
 from portakv.extras import installing
 from portakv.integrations.interfaces import differences
@@ -35,10 +32,6 @@ __all__ = [
     "untested",
     "why_not",
 ]
-
-P = ParamSpec("P")
-T = TypeVar("T")
-_FORMER_NAMES = {"PLUGS": "INTEGRATIONS", "Plug": "Integration"}
 
 
 class IntegrationError(PortaKVError, RuntimeError):
@@ -141,28 +134,6 @@ INTEGRATIONS = {
 }
 
 
-def __getattr__(name: str) -> object:
-    """Return an object under its former name; raise `AttributeError` for any other name."""
-    if name not in _FORMER_NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warn_former(f"{__name__}.{name}", _FORMER_NAMES[name])
-    return globals()[_FORMER_NAMES[name]]
-
-
-def _accept_plug(function: Callable[P, T]) -> Callable[P, T]:
-    """Return a function that also accepts ``plug=``, the former name of ``integration``."""
-
-    @wraps(function)
-    def call(*args: Any, **terms: Any) -> T:
-        if "plug" in terms:
-            warn_former(f"{function.__name__}(plug=)", f"{function.__name__}(integration=)")
-            terms["integration"] = terms.pop("plug")
-        return function(*args, **terms)
-
-    return call
-
-
-@_accept_plug
 def why_not(integration: str) -> str | None:
     """Return None if an integration supports the installed engine, else a sentence with the reason.
 
@@ -172,7 +143,6 @@ def why_not(integration: str) -> str | None:
     return _judge(integration).refusal
 
 
-@_accept_plug
 def untested(integration: str) -> str | None:
     """Return a sentence if the installed release is supported but was not tested, else None.
 
@@ -181,7 +151,6 @@ def untested(integration: str) -> str | None:
     return _judge(integration).warning
 
 
-@_accept_plug
 def check_release(integration: str) -> None:
     """Check the installed release of an integration's engine. Warn if it was not tested.
 
@@ -192,7 +161,7 @@ def check_release(integration: str) -> None:
     if verdict.refusal:
         raise IntegrationError(verdict.refusal)
     if verdict.warning:
-        warnings.warn(verdict.warning, RuntimeWarning, stacklevel=3)  # past `_accept_plug`
+        warnings.warn(verdict.warning, RuntimeWarning, stacklevel=2)
 
 
 class _Verdict(NamedTuple):

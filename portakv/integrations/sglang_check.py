@@ -60,7 +60,7 @@ def hicache_findings_of(config: Mapping[str, Any]) -> Findings:
                 "Each rank has a separate folder, and one server has the folder, unless shared is "
                 "true. A model with MLA needs shared or a bucket for several ranks."
             )
-    _check_release(findings)
+    check_release(findings, "sglang", "SGLang", HOOKS, who="the storage backend")
     return findings
 
 
@@ -78,8 +78,3 @@ def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
             f"Expected no tp_lcm_size, got {config['tp_lcm_size']!r}: ranks have whole pages. "
             f"Leave it out."
         )
-
-
-def _check_release(findings: Findings) -> None:
-    """Compare the installed release of SGLang with what the backend uses."""
-    check_release(findings, "sglang", "SGLang", HOOKS, who="the storage backend")

@@ -164,6 +164,12 @@ def wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"Expected kv_load_failure_policy to be {expected}, got {policy!r}. Correct it."
 
 
+def errors_of_keys(config: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the keys that every connector of vLLM has, and their values."""
+    wrong = [*unknown_keys(config, KEYS, OWNER), *wrong_values(config)]
+    return [*wrong, *keys_of_other_releases(config)]
+
+
 def _check_model(sizes: Sizes | None, findings: Findings) -> None:
     """Say whether the connector serves the layers of a model."""
     if sizes is None:

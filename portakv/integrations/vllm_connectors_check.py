@@ -10,15 +10,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from portakv.integrations.findings import Findings, means_ours, unknown_keys
-from portakv.integrations.vllm_check import (
-    CONNECTOR,
-    KEYS,
-    OWNER,
-    findings_of,
-    keys_of_other_releases,
-    wrong_values,
-)
+from portakv.integrations.findings import Findings, means_ours
+from portakv.integrations.vllm_check import CONNECTOR, errors_of_keys, findings_of
 from portakv.integrations.vllm_tier_check import CONNECTOR as OFFLOADING
 from portakv.integrations.vllm_tier_check import tier_findings_of
 from portakv.serving.sizing import Sizes
@@ -47,7 +40,7 @@ def connector_findings_of(
         return _of_several(config, sizes, block_size)
     if _is_ours(name, config.get("kv_connector_module_path")):
         return findings_of(config, sizes, block_size)
-    findings = _of_keys(config)
+    findings = Findings(errors=errors_of_keys(config))
     findings.unchecked.append(f"The connector {name!r}, in which PortaKV has no part.")
     return findings
 
@@ -59,18 +52,9 @@ def _is_ours(name: object, module: object) -> bool:
     return means_ours(name, [CONNECTOR])
 
 
-def _of_keys(config: Mapping[str, Any]) -> Findings:
-    """Return what is wrong with the keys that every connector has."""
-    findings = Findings()
-    findings.errors += unknown_keys(config, KEYS, OWNER)
-    findings.errors += wrong_values(config)
-    findings.errors += keys_of_other_releases(config)
-    return findings
-
-
 def _of_several(config: Mapping[str, Any], sizes: Sizes | None, block_size: int | None) -> Findings:
     """Return what is wrong with a connector that has others."""
-    findings = _of_keys(config)
+    findings = Findings(errors=errors_of_keys(config))
     extra = config.get("kv_connector_extra_config", {})
     inner = extra.get(INNER) if isinstance(extra, Mapping) else None
     if not isinstance(inner, list) or not all(isinstance(each, Mapping) for each in inner):

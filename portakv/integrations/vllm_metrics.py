@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -210,9 +210,7 @@ def tier_counters(figures: Mapping[str, Any]) -> dict[str, float]:
     """
     counters = dict[str, float]()
     for name, (figure, metric) in TIERS.items():
-        for sample in figures.get(figure, ()):
-            labels = [str(sample[label]) for label in metric.labels]
-            counters["/".join([name, *labels])] = float(sample["value"])
+        counters |= _by_labels(name, metric, figures.get(figure, ()))
     return counters
 
 
@@ -224,10 +222,17 @@ def disk_levels(figures: Mapping[str, Any]) -> dict[str, float]:
     """
     levels = dict[str, float]()
     for name, metric in LEVELS.items():
-        for sample in figures.get(metric.name, ()):
-            labels = [str(sample[label]) for label in metric.labels]
-            levels["/".join([name, *labels])] = float(sample["value"])
+        levels |= _by_labels(name, metric, figures.get(metric.name, ()))
     return levels
+
+
+def _by_labels(name: str, metric: Metric, samples: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the values of samples by a name with the values of their labels after slashes."""
+    values = dict[str, float]()
+    for sample in samples:
+        labels = [str(sample[label]) for label in metric.labels]
+        values["/".join([name, *labels])] = float(sample["value"])
+    return values
 
 
 def parent_of(request: Any) -> AbstractContextManager[None]:

@@ -16,10 +16,8 @@ from portakv.integrations.findings import (
     check_release,
     check_space,
     means_ours,
-    unknown_keys,
 )
-from portakv.integrations.vllm_check import KEYS as VLLM_KEYS
-from portakv.integrations.vllm_check import OWNER, keys_of_other_releases, wrong_values
+from portakv.integrations.vllm_check import errors_of_keys
 from portakv.integrations.vllm_lanes import worker_terms
 from portakv.integrations.vllm_tier_terms import tier_terms
 
@@ -65,10 +63,7 @@ def tier_findings_of(config: Mapping[str, Any]) -> Findings:
     Args:
         config: as vLLM's ``--kv-transfer-config`` has it, with the connector `CONNECTOR`.
     """
-    findings = Findings()
-    findings.errors += unknown_keys(config, VLLM_KEYS, OWNER)
-    findings.errors += wrong_values(config)
-    findings.errors += keys_of_other_releases(config)
+    findings = Findings(errors=errors_of_keys(config))
     if config.get("kv_role") != "kv_both":
         findings.errors.append(
             f"Expected kv_role 'kv_both', got {config.get('kv_role')!r}. Correct it."
@@ -107,7 +102,8 @@ def tier_findings_of(config: Mapping[str, Any]) -> Findings:
     if not wrong:
         taken += extra["cpu_bytes_to_use"]
     check_memory(taken, findings, "cpu_bytes_to_use and the host and staging of tiers")
-    _check_release(findings)
+    install = TIER_RELEASES.range
+    check_release(findings, "vllm", "vLLM", NEEDS, who="the tier", install=install)
     return findings
 
 
@@ -186,9 +182,3 @@ def _check_tiers(tiers: Sequence[Mapping[str, Any]], findings: Findings) -> floa
         if count > 1
     ]
     return taken
-
-
-def _check_release(findings: Findings) -> None:
-    """Compare the installed release of vLLM with what the tier needs."""
-    install = TIER_RELEASES.range
-    check_release(findings, "vllm", "vLLM", NEEDS, who="the tier", install=install)

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from portakv.registry.registry import OLD_NAMES
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import kernel_cache as _kernel_cache
 from portakv.runtime.bounded import Bounded
@@ -241,16 +240,16 @@ def as_json(table: Table) -> dict[str, Any]:
 
 
 def _parsed(content: Mapping[str, Any], path: Path) -> Table:
-    """Return the table in a file's content, with today's names of strategies. Raises `ValueError`
-    and the like for wrong content."""
+    """Return the table in a file's content. Raises `ValueError` and the like for wrong
+    content."""
     points: dict[tuple[str, str], dict[int, list[Point]]] = {}
     for name, by_direction in content["engines"].items():
         for direction, rows in by_direction.items():
             if direction not in DIRECTIONS:
                 raise ValueError(f"direction {direction!r}")
-            points[OLD_NAMES.get(name, name), direction] = _columns(rows)
+            points[name, direction] = _columns(rows)
     device = {str(name): str(value) for name, value in content["device"].items()}
-    left_out = {OLD_NAMES.get(name, str(name)): str(v) for name, v in content["left_out"].items()}
+    left_out = {str(name): str(v) for name, v in content["left_out"].items()}
     emulated = bool(content["emulated"])
     origin = f"measured on {device.get('model') or device.get('type', '?')}"
     return Table(

@@ -107,7 +107,7 @@ class ByName:
         """Issue the copies of a pull whose offers exist, as those of plain tickets are issued."""
         added = False
         try:
-            pull.sources = self._owners.resolve_listed(wanted.tickets, pull.until)
+            pull.sources = self._owners.resolve(wanted.tickets, pull.until)
             with torch.inference_mode(False), self.apart(pull.sources):
                 if self.waits(pull):
                     self._follower.begin(pull, request)
@@ -190,7 +190,7 @@ class ByName:
         promised = pull.layers
         try:
             with torch.inference_mode(False), after.inside():
-                sources = self._owners.resolve_listed(wanted.tickets, pull.until)
+                sources = self._owners.resolve(wanted.tickets, pull.until)
                 if pull.over:  # also while the owners were resolved
                     raise TransferCancelled(CANCELLED)
                 pull.sources = sources

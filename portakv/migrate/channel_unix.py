@@ -36,6 +36,8 @@ from typing import NamedTuple, Protocol
 
 import zmq
 
+from portakv.errors import HostMemoryError
+from portakv.host.shared import process_state
 from portakv.migrate import channel_sockets
 from portakv.migrate.channel_loop import Loop
 from portakv.migrate.channel_sockets import ANSWER, BACK, HEAD, LIMIT
@@ -612,17 +614,16 @@ class _Process:
         if self._pid in (0, os.getpid()):
             return False
         try:
-            with open(f"/proc/{self._pid}/stat", "rb") as file:  # its name may be no text
-                fields = file.read().rpartition(b")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        except OSError:  # no descriptor is free
+            present = process_state(self._pid)
+        except HostMemoryError:  # no descriptor is free
             return False
-        began = int(fields[19])
-        if fields[0] in (b"Z", b"X") or began != (self._began or began):
+        if present is None:
+            return True
+        state, began = present
+        if began != (self._began or began):
             return True
         self._began = began
-        if fields[0] not in (b"T", b"t"):
+        if state not in ("T", "t"):
             self._stopped_since = 0.0
             return False
         now = monotonic()

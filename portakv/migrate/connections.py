@@ -47,7 +47,6 @@ from portakv.migrate.messages import (
 )
 from portakv.migrate.shards import Shard, device_of, unlike
 from portakv.migrate.transports import check_transport, choose, forced
-from portakv.migrate.transports import renamed as renamed
 from portakv.migrate.transports.base import Transport
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.interrupts import Condition, uninterrupted
@@ -184,15 +183,11 @@ class Connections:
     def __len__(self) -> int:
         return len(self._owners)
 
-    def resolve(self, tickets: bytes | Sequence[bytes], until: float = inf) -> list[Source]:
-        """Return each ticket with its owner, by the time ``until``.
+    def resolve(self, packed: Sequence[bytes], until: float = inf) -> list[Source]:
+        """Return each ticket of the result of `listed` with its owner, by the time ``until``.
 
         Raises as `of`, and `PeerError` for bytes that are not a ticket.
         """
-        return self.resolve_listed(listed(tickets), until)
-
-    def resolve_listed(self, packed: Sequence[bytes], until: float = inf) -> list[Source]:
-        """Return what `resolve` returns, for the result of `listed`."""
         read = [Ticket.read(data) for data in packed]
         try:
             sources = [Source.of(ticket, self.of(ticket, until)) for ticket in read]
@@ -207,7 +202,7 @@ class Connections:
         return sources
 
     def resolve_connected(self, packed: Sequence[bytes]) -> list[Source] | None:
-        """Return what `resolve_listed` returns; None if an owner is not connected. Never blocks."""
+        """Return what `resolve` returns; None if an owner is not connected. Never blocks."""
         sources = list[Source]()
         connected = True
         for data in packed:

@@ -50,7 +50,6 @@ from portakv.migrate.staging import (
     unfit_blocks,
 )
 from portakv.migrate.transports import check_transport, choose, forced
-from portakv.migrate.transports import renamed as renamed
 from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.streams import StreamFence as StreamFence
 from portakv.view import Index

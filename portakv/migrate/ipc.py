@@ -48,12 +48,11 @@ from portakv.runtime.resources import NONE_FREE, reason
 
 _OPEN = "Opening another process's memory"
 _IN_MEMORY = ("/dev/shm/", "/memfd:")  # what the kernel calls files that are memory
-_POOLS = "/dev/shm/portakv-"  # files of SharedPools, which their members keep after a removal
 _FILE = struct.Struct("<3Q")  # the handle of host memory: descriptor, file system, file
 _Number = Annotated[int, Meta(ge=0)]
 _NOT_SHARED = (
-    "it does not lie in shared memory; take it from `shared_empty` or a SharedPool, or call its "
-    "share_memory_() before any view holds its address"
+    "it does not lie in shared memory; take it from `shared_empty`, or call its share_memory_() "
+    "before any view holds its address"
 )
 
 
@@ -385,7 +384,7 @@ class SharedFiles:
             first, past = (int(x, 16) for x in span.split("-"))
             device = os.makedev(*(int(x, 16) for x in where.split(":")))
             name = "".join(path)
-            named = name.startswith(_POOLS) or not name.endswith("(deleted)")
+            named = not name.endswith("(deleted)")
             file = device, int(number)
             self._mappings.append(_Mapping(first, past, file, int(start, 16), named))
         self._firsts = [mapping.first for mapping in self._mappings]
@@ -420,7 +419,7 @@ class SharedFiles:
 
     def has_name(self, address: int) -> bool:
         """Return True if other processes open the file of host memory by a name, so that they may
-        write it after this process has died. A `SharedPool` is such a file."""
+        write it after this process has died."""
         index = bisect_right(self._firsts, address) - 1
         return index >= 0 and address < self._mappings[index].past and self._mappings[index].named
 

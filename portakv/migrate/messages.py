@@ -99,9 +99,6 @@ REASONS = {
     "gone": "this owner has no such offer, or it ended long ago",
 }
 
-#: Names of fields that the messages of this version keep on the wire.
-_ON_THE_WIRE = {"transport": "mover"}
-
 
 class Refused(PeerError):
     """A request that its receiver has understood and rejects."""
@@ -161,7 +158,7 @@ class Described(Message, frozen=True):
     block_size: Count
 
 
-class Hello(Message, frozen=True, rename=_ON_THE_WIRE):
+class Hello(Message, frozen=True):
     """A reader requests the owner's description, and a transport into its staging buffers."""
 
     purpose: ClassVar[str] = "The handshake with the owner at"
@@ -171,7 +168,7 @@ class Hello(Message, frozen=True, rename=_ON_THE_WIRE):
     transport: Name = ""
 
 
-class Handshake(Message, frozen=True, rename=_ON_THE_WIRE, tag="Welcome"):
+class Handshake(Message, frozen=True, tag="Welcome"):
     """The owner's answer to `Hello`; its name on the wire is ``Welcome``.
 
     Rows that cannot be mapped cross in ``slots`` staging buffers of ``slot_bytes`` bytes, by
@@ -244,7 +241,7 @@ class Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
         return self.layers, self.heads
 
 
-class Gather(About, frozen=True, rename=_ON_THE_WIRE, omit_defaults=True):
+class Gather(About, frozen=True, omit_defaults=True):
     """Request rows in parts, one for each staging buffer. Also counts as `Begin`.
 
     The owner sends the parts in their order by the transport, under the tags from ``tag`` on.

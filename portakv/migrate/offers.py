@@ -24,7 +24,7 @@ from portakv.errors import InvalidTerms, OfferGone, PeerError
 from portakv.migrate import messages, offer_terms
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.exports import EVENTS, Entry, Exports, Expose, Place, Words, describe_all
-from portakv.migrate.gathers import BUFFERS, BlockList, Gathers, Offered, StreamFence, renamed
+from portakv.migrate.gathers import BUFFERS, BlockList, Gathers, Offered, StreamFence
 from portakv.migrate.marks import PAST, Progress, Raises, Unit, mark_event, progress_of
 from portakv.migrate.names import EndedOffers, Names
 from portakv.migrate.shards import Shard, device_of
@@ -272,7 +272,6 @@ class Owner:
         expose: "mapped": readers on this host may map whole allocations, to be read and written, so
             all of them must trust each other; "staging": readers get copies of offered rows alone.
         transport: the name of the transport for readers that cannot map; None: the reader's.
-        mover: deprecated, the same as ``transport``.
 
     Raises:
         LayoutError: no shard, a shard that cannot be described, or shards on several devices.
@@ -292,10 +291,8 @@ class Owner:
         staging_total: int | None = None,
         expose: Expose = "mapped",
         transport: str | None = None,
-        mover: str | None = None,
     ) -> None:
         arguments.instance("channel", channel, Channel)
-        transport = renamed(transport, mover)
         device = device_of(shards)
         arguments.text("model", model)
         staging = arguments.nbytes("staging", staging, BUFFERS << 12)

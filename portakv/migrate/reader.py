@@ -17,7 +17,7 @@ from portakv.copy.options import USUAL, CopyOptions, Overlap, options_from
 from portakv.graph.graph import Graph
 from portakv.migrate.by_name import ByName
 from portakv.migrate.channel import Channel
-from portakv.migrate.connections import Connections, closed_reader, listed, renamed
+from portakv.migrate.connections import Connections, closed_reader, listed
 from portakv.migrate.crossed import Encoding
 from portakv.migrate.housekeeping import Housekeeper
 from portakv.migrate.issue import Issuer, Request
@@ -41,7 +41,6 @@ class Reader:
         model: a fingerprint; owners of another model are rejected.
         transport: the name of the transport for memory that cannot be mapped. None: the transport
             that the owner names, else the first that runs here.
-        mover: deprecated, the same as ``transport``.
 
     Raises `LayoutError` without a shard or if the shards are on several devices, and `InvalidTerms`
     for a channel that has a reader.
@@ -53,10 +52,8 @@ class Reader:
         *shards: Shard,
         model: str,
         transport: str | None = None,
-        mover: str | None = None,
     ) -> None:
         arguments.instance("channel", channel, Channel)
-        transport = renamed(transport, mover)
         arguments.text("model", model)
         self._owners = Connections(channel, shards, model, transport)
         self._graph = Graph()
@@ -224,7 +221,7 @@ class Reader:
         """
         self._check_open()
         lines = list[str]()
-        for ticket, owner, _ in self._owners.resolve(tickets):
+        for ticket, owner, _ in self._owners.resolve(listed(tickets)):
             how = "one launch for each piece reads the rows in the owner's memory"
             if owner.why_not_mapped:
                 transport = owner.staging.transport

@@ -6,7 +6,7 @@ place is the tag while the offer holds. The owner overwrites it before the offer
 so before any block is used again. A reader copies rows and then reads the word: if it is still the
 tag, no row had changed when the copy ended. That needs no answer of the owner, and is right also if
 the owner has died, since a dead process writes nothing. So only memory that no other process writes
-has words: the members of a `SharedPool` use the blocks of a dead one again.
+has words: another process may go on to write it.
 
 An offer that was made before its rows are complete has a second word at its place: bits of the tag,
 and its mark, the number of layers or tokens that are complete. The owner raises it after the rows

@@ -3,17 +3,13 @@
 
 from portakv.registry.prepared import PreparedPack as PreparedPack
 from portakv.registry.prepared import bring as bring
-from portakv.registry.prepared import prepare as prepare
 from portakv.registry.prepared import prepare_by as prepare_by
 from portakv.registry.prepared import prepared_pack as prepared_pack
 from portakv.registry.registry import ENVIRONMENT as ENVIRONMENT
 from portakv.registry.registry import MADE_FOR as MADE_FOR
-from portakv.registry.registry import OLD_NAMES as OLD_NAMES
 from portakv.registry.registry import REGISTRY as REGISTRY
 from portakv.registry.registry import STRATEGIES as STRATEGIES
 from portakv.registry.registry import Choice as Choice
 from portakv.registry.registry import available_device as available_device
 from portakv.registry.registry import choose as choose
-from portakv.registry.registry import current_name as current_name
-from portakv.registry.registry import register_backend as register_backend
 from portakv.registry.registry import trace as trace

@@ -19,7 +19,6 @@ from typing import NamedTuple, cast
 import torch
 
 from portakv.backends.base import Backend, Capabilities, FormatCheck
-from portakv.deprecation import warn_former
 from portakv.errors import BackendUnavailable
 from portakv.registry.self_check import SelfCheck, self_check
 from portakv.runtime.devices import DeviceAbsent, devices_present, indexed
@@ -44,14 +43,6 @@ BUILT_IN = {
 #: Transfer strategies copy between a device and the host only, for the backend that serves the
 #: device. The first one, `host`, chooses among the other four.
 STRATEGIES = ("host", "staged", "batched_memcpy", "zero_copy", "pageable")
-#: Former names of transfer strategies. They stand in recorded results and in calibration files, and
-#: callers may still pass them; they go in 0.2.0.
-OLD_NAMES = {
-    "direct": "zero_copy",
-    "descriptors": "batched_memcpy",
-    "ring": "pageable",
-    "bounced": "bounce",
-}
 #: The last candidates on every device: they run everywhere, and never faster than a native one.
 LAST = ("compiled", "reference")
 #: The backend of which the automatic choice warns on a device that a native one is made for.
@@ -110,9 +101,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self.catalog = Catalog[Backend](
-            KIND, Backend, BUILT_IN, "portakv.backends", OLD_NAMES, LAST
-        )
+        self.catalog = Catalog[Backend](KIND, Backend, BUILT_IN, "portakv.backends", LAST)
         self._answers: dict[tuple[str, torch.device], _Answer] = {}
         self.choices: dict[tuple[torch.device, str | None], Choice] = {}
         self._format_checks: dict[torch.device, tuple[FormatCheck, ...]] = {}
@@ -369,18 +358,7 @@ def choose(device: torch.device | str, backend: str | None = None) -> Choice:
     known = REGISTRY.choices.get((device, forced)) if isinstance(device, torch.device) else None
     if known is not None:
         return known
-    return REGISTRY.choose(
-        available_device(device), None if forced is None else current_name(forced)
-    )
-
-
-def current_name(name: str) -> str:
-    """Return the name of a backend, with the former name of a transfer strategy replaced by the new
-    one. Warns of a former name."""
-    if name not in OLD_NAMES:
-        return name
-    warn_former(f"The transfer strategy {name!r}", repr(OLD_NAMES[name]), above=1)
-    return OLD_NAMES[name]
+    return REGISTRY.choose(available_device(device), forced)
 
 
 def trace(device: torch.device | str) -> tuple[Decision, ...]:

@@ -59,10 +59,6 @@ class Inbox(Generic[T]):
                 self._release()
             return item
 
-    def qsize(self) -> int:
-        """Return the number of objects."""
-        return len(self._items)
-
     def _release(self) -> None:
         """Wake a thread, unless the next thread that waits is to wake anyway."""
         try:

@@ -38,7 +38,6 @@ from portakv.serving.keeper_leases import (
     Copy,
     Lease,
     Lent,
-    LentStore,
     LoadWork,
     Part,
     SaveKey,
@@ -58,6 +57,7 @@ from portakv.serving.keeper_messages import (
 )
 from portakv.serving.keeper_parts import cells_of, unlike, whole_form
 from portakv.storage.form import BlockForm
+from portakv.storage.form_store import FormStore
 
 #: Seconds for which a save waits for all ranks of its engine, and the keeper remembers how it
 #: ended for ranks that ask later.
@@ -123,7 +123,7 @@ class KeeperState:
         patience: float = PATIENCE,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.stores = dict[bytes, LentStore]()
+        self.stores = dict[bytes, FormStore]()
         self.counts = Counter[str]()
         self._wake = wake
         self._patience = patience
@@ -595,9 +595,7 @@ class KeeperState:
         save.abandoned = True
         self.counts["saves_abandoned"] += 1
         save.handle.cancel()
-        for client, number in save.requesters.items():
-            if not client.gone and number in client.requests:
-                self._learn(client, number).more = False
+        self._end_rows(save)
         self._settle_all(save)
 
     def _note_complete(self, save: SaveWork) -> None:
@@ -606,6 +604,10 @@ class KeeperState:
         if save.complete or save.stored is not None or released is None or not released.done():
             return
         save.complete = True
+        self._end_rows(save)
+
+    def _end_rows(self, save: SaveWork) -> None:
+        """Tell the ranks that requested a save that no rows follow."""
         for client, number in save.requesters.items():
             if not client.gone and number in client.requests:
                 self._learn(client, number).more = False

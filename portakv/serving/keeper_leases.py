@@ -5,43 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from portakv.graph import Handle, Mask
+from portakv.graph import Handle
 from portakv.serving.keeper_messages import UNFIT
-from portakv.storage.form import BlockForm
+from portakv.storage.form_store import FormStore
+from portakv.storage.lent import Borrowed, LentCopy
 from portakv.storage.pins import Pins
 
+#: A copy that a store has lent.
+Copy: TypeAlias = LentCopy | Borrowed
 #: What the saves of all ranks of an engine have in common: engine, form, checksum of the keys.
 SaveKey: TypeAlias = tuple[str, bytes, bytes]
-
-
-class Copy(Protocol):
-    """A copy that a store has lent; see `portakv.storage.lent.LentCopy`."""
-
-    rows: Any
-    blocks: Any
-    form: BlockForm
-
-    @property
-    def raw(self) -> BlockForm | None: ...
-    @property
-    def cancelled(self) -> bool: ...
-    def end(self, landed: Any = None, raw: Any = None, /) -> None: ...
-
-
-class LentStore(Protocol):
-    """What the state machine calls of a `FormStore`."""
-
-    @property
-    def form(self) -> BlockForm: ...
-    def save_lent(self, *args: Any, **terms: Any) -> Handle: ...
-    def load_lent(self, *args: Any, **terms: Any) -> Handle: ...
-    def borrow(self, *args: Any) -> Copy | None: ...
-    def pin(self, keys: Sequence[bytes], /) -> Pins: ...
-    def delete(self, keys: Sequence[bytes], /) -> Mask: ...
 
 
 @dataclass(eq=False)
@@ -63,7 +40,7 @@ class Part(NamedTuple):
     ``cells`` has a bit for each head of each layer; see `cells_of`.
     """
 
-    store: LentStore
+    store: FormStore
     cells: int
 
 

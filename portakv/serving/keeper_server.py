@@ -11,7 +11,7 @@ import threading
 import time
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from portakv.arguments import instance, seconds, text
 from portakv.errors import PortaKVError, StoreBusy, StoreError
@@ -22,9 +22,12 @@ from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.keeper import PATIENCE
 from portakv.serving.keeper_processes import Processes
 from portakv.serving.keeper_service import Service
-from portakv.serving.keeper_store import Events, OpenStore
+from portakv.serving.keeper_store import OpenStore
 from portakv.serving.local import SHARE, StoreTerms
 from portakv.serving.place import Place
+
+if TYPE_CHECKING:
+    from portakv.serving.kv_events import EventPublisher
 
 _logger = logging.getLogger(__name__)
 _log = RateLimitedLog(_logger)
@@ -57,7 +60,7 @@ class Keeper:
         terms: StoreTerms,
         engine: str = "",
         patience: float = PATIENCE,
-        events: Events | None = None,
+        events: EventPublisher | None = None,
     ) -> None:
         self.terms = instance("terms", terms, StoreTerms)
         self.place = place_of(terms, engine)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,13 +22,8 @@ from portakv.storage.changes import Change
 from portakv.storage.form import BlockForm
 from portakv.storage.store import BlockStore
 
-
-class Events(Protocol):
-    """Publishes events to routers; see `portakv.serving.kv_events.EventPublisher`."""
-
-    def publish(self, changes: Sequence[Change], groups: Sequence[str], /) -> None: ...
-    def clear(self) -> None: ...
-    def answer(self) -> None: ...
+if TYPE_CHECKING:
+    from portakv.serving.kv_events import EventPublisher
 
 
 class OpenStore:
@@ -55,7 +50,7 @@ class OpenStore:
         forms: Sequence[BlockForm],
         wake: Callable[[], object],
         patience: float,
-        events: Events | None = None,
+        events: EventPublisher | None = None,
     ) -> None:
         terms.check_room([form.raw.image_bytes for form in forms])
         tiers = terms.tiers()

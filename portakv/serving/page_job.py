@@ -61,11 +61,6 @@ class PageJob:
             return np.zeros(len(self.keys), np.bool_)
         return self._handle.landed
 
-    @property
-    def landed_bytes(self) -> int:
-        """Return the bytes of the pages that landed."""
-        return int(self.landed.sum()) * self.nbytes
-
     def done(self) -> bool:
         """Return whether the job has ended, so that nothing uses the pages; never block or
         raise."""

@@ -31,8 +31,16 @@ from portakv.runtime.streams import (
     side_stream,
 )
 from portakv.runtime.transfer import Completion, Transfer
-from portakv.storage.host_cache import ANY as ANY
-from portakv.storage.host_cache import BEFORE, UNUSED, USED, Cache, HostIndex, New, mark_in_form
+from portakv.storage.host_cache import (
+    ANY,
+    BEFORE,
+    UNUSED,
+    USED,
+    Cache,
+    HostIndex,
+    New,
+    mark_in_form,
+)
 from portakv.storage.host_cache import Claim as Claim
 from portakv.storage.host_cache import Want as Want
 from portakv.storage.host_runs import copy_long_runs, copy_rows

@@ -15,7 +15,6 @@ from itertools import product
 from math import prod
 from typing import Any
 
-from portakv.deprecation import warn_former
 from portakv.errors import LayoutError
 from portakv.layout.extents import factor_extent
 from portakv.layout.language import Factor, Group, Layout
@@ -152,20 +151,6 @@ class Form:
     def lists(self) -> bool:
         """Return True if the blocks or tokens lie in a list of tensors."""
         return any(step.table for part in self.parts for step in part.block + part.token)
-
-    @property
-    def unwritable(self) -> str:
-        """Return why rows with one address cannot be a destination; empty if they can, or if only
-        their number decides.
-
-        A copy checks more, and says why. The attribute goes in 0.2.0.
-        """
-        warn_former("Form.unwritable", "the LayoutError of a copy")
-        for name, part in product(PART_AXES, self.parts):
-            if any(step.stride == step.table == 0 and step.extent != 1 for step in part.axis(name)):
-                return f"its {name!r} axis has stride 0, so that several rows share one place"
-        shared = len(set(self.planes)) < self.layers * self.kv
-        return "two of its planes lie at one address" if shared else ""
 
     @property
     def planes(self) -> list[tuple[int, int]]:

@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 
 from portakv.arguments import as_whole, shown
-from portakv.deprecation import warn_former
 from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout.encodings import Encoding
 from portakv.layout.language import Layout
@@ -220,12 +219,6 @@ class KVView:
             # Aliases keep the memory that was read, also if a caller gives a tensor another one.
             self._owners = tuple(map(_detached, self.owners))
             self._memory = ()
-
-    @property
-    def home(self) -> torch.device:
-        """Return `memory_device`: the former name of the attribute, which goes in 0.2.0."""
-        warn_former("KVView.home", "KVView.memory_device")
-        return self.memory_device
 
     @property
     def origins(self) -> tuple[int, ...]:

@@ -37,7 +37,6 @@ from support.small_backends import small_backend
 
 from portakv import BlockTransfer, Index, KVView, copy_blocks, copy_rows
 from portakv.copy import slices as block_slices
-from portakv.copy.handle import Statistics
 from portakv.errors import (
     DeviceMismatch,
     InvalidTerms,
@@ -219,14 +218,6 @@ def test_layers_and_slices(options: dict[str, Any], monkeypatch: pytest.MonkeyPa
     transfer.synchronize()
     assert transfer.statistics.slices == slices
     assert not transfer.cancel()
-
-
-def test_former_names_of_statistics_warn_and_answer() -> None:
-    statistics = Statistics(8, 1, 2, "staged", "why", 1.0, 1, False)
-    for former, name in (("engine", "strategy"), ("blocks_asked", "blocks_requested")):
-        why = f"Statistics.{former} is now Statistics.{name}"
-        with pytest.warns(DeprecationWarning, match=why):
-            assert getattr(statistics, former) == getattr(statistics, name)
 
 
 def test_statistics_before_the_end_of_a_transfer_that_nobody_asked() -> None:

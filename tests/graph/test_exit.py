@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A graph at the end of the interpreter, and the former names of its parts."""
+"""A graph at the end of the interpreter."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 from support import ready
 from support.waits import LIMIT
-
-import portakv.graph
-from portakv.graph import Graph
 
 
 @pytest.mark.parametrize(
@@ -32,18 +27,3 @@ while len(queue.running) < 3:
 """
     done = ready.run("-c", script, timeout=LIMIT)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{left}\n", "")
-
-
-def test_former_names_warn_and_work() -> None:
-    graphs: Any = portakv.graph
-    graph = Graph()
-    with pytest.warns(DeprecationWarning, match=r"Graph\.queue.*goes in 0\.2\.0"):
-        queue = graph.link("any", 2)
-    with pytest.warns(DeprecationWarning, match=r"Task.*goes in 0\.2\.0"):
-        task = graphs.Node(lambda task, mask: mask, 2, link=queue, given=[True, False])
-    graph.submit([task])
-    assert task.wait(LIMIT)
-    assert task.landed.tolist() == [True, False]
-    assert (task.link, task.given) == (queue, [True, False])
-    with pytest.raises(AttributeError, match="no attribute 'Nodes'"):
-        _ = graphs.Nodes

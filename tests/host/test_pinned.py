@@ -513,28 +513,6 @@ def test_a_machine_without_a_device_is_not_warned_of_pageable_memory() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_former_names_warn_and_work() -> None:
-    former: Any = pinned
-    with pytest.warns(DeprecationWarning, match=r"boundaries.*goes in 0\.2\.0") as caught:
-        assert former.seams is pinned.boundaries
-    assert caught[0].filename == __file__
-    with pytest.warns(DeprecationWarning, match=r"boundaries.*goes in 0\.2\.0") as caught:
-        assert (BYTES.seams, BYTES.boundaries) == ((), ())
-    assert caught[0].filename == __file__
-    mapping = private()
-    address = np.frombuffer(mapping, np.uint8).ctypes.data
-    with (
-        pytest.warns(
-            DeprecationWarning, match=r"register_address\(owner=\).*goes in 0\.2\.0"
-        ) as caught,
-        former.register_address(address, PAGE, held=mapping) as memory,
-    ):
-        assert memory.nbytes == PAGE
-    assert caught[0].filename == __file__
-    with pytest.raises(AttributeError, match="no attribute 'seam'"):
-        _ = former.seam
-
-
 def allocated(x: torch.Tensor) -> torch.Tensor:
     return x + pinned.empty(3).fill_(2)
 

@@ -6,9 +6,7 @@ CUDA registers it; for the simulated device torch's own allocator pins."""
 from __future__ import annotations
 
 import mmap
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -27,7 +25,6 @@ from portakv import KVView, copy_blocks
 from portakv.errors import HostMemoryError, Unsupported
 from portakv.host import _pages, _registration, pinned
 from portakv.host.pool import PinnedPool
-from portakv.host.shared import SharedPool
 
 PAGE = mmap.PAGESIZE
 ODD = 3 * 1024 * 1024 + 4096
@@ -131,10 +128,6 @@ def test_what_exists_is_pageable_with_the_same_results() -> None:
         back = torch.zeros_like(there)
         copy_blocks(host, KVView(back, "block token dim"), range(64), blocks).synchronize()
         assert torch.equal(back.cpu(), there.cpu())
-    with SharedPool(f"test-simdev-{os.getpid()}", 4096, 2) as pool, pool.acquire() as block:
-        assert not pool.pinned
-        block.tensor.copy_(torch.full((4096,), 7, dtype=torch.uint8, device=SIMDEV))
-        assert bool((block.tensor == 7).all())
 
 
 @pytest.mark.simdev
@@ -278,43 +271,6 @@ def test_pieces_are_registered_each_by_itself() -> None:
         torch.cuda.synchronize()
         assert torch.equal(memory.tensor[100:-100], there[100:-100].cpu())
         assert bool((memory.tensor[:100] == 255).all())
-
-
-OTHER = """
-import sys, torch
-from portakv.host.shared import SharedPool
-pool = SharedPool(sys.argv[1], label="other", fallback=False)
-print(int(pool.bytes_of(0).to("cuda", non_blocking=True).long().sum()), flush=True)
-block = pool.acquire("transfer")
-there = torch.full((pool.block_bytes,), 9, dtype=torch.uint8, device="cuda")
-print(block.index, flush=True)
-while True:
-    block.tensor.copy_(there, non_blocking=True)
-    torch.cuda.synchronize()
-"""
-
-
-@gpu
-def test_processes_share_a_pool_and_survive_a_kill_in_mid_transfer() -> None:
-    name = f"test-gpu-{os.getpid()}"
-    there = pattern(ODD)
-    with SharedPool(name, ODD, 2, fallback=False) as pool:
-        assert pool.pinned
-        block = pool.acquire()
-        assert block.index == 0
-        lands_later(block.tensor)
-        command = [sys.executable, "-c", OTHER, name]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-            assert other.stdout is not None
-            assert int(other.stdout.readline()) == int(there.long().sum())
-            assert int(other.stdout.readline()) == 1
-            time.sleep(0.2)
-            os.kill(other.pid, signal.SIGKILL)
-        with pool.acquire() as taken:
-            assert taken.index == 1
-            lands_later(taken.tensor)
-        assert torch.equal(block.tensor, there.cpu())
-        block.release()
 
 
 PINNED_FIRST = """

@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test pools of pinned blocks, of both kinds, in one process; `test_pool_model.py` tests the order
-of calls.
-"""
+"""Test pools of pinned blocks; `test_pool_model.py` tests the order of calls."""
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
 import warnings
-from collections.abc import Callable
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
@@ -20,15 +16,14 @@ import pytest
 import torch
 from support.guarded_memory import refused
 from support.pinned_runtime import claimed
-from support.pool_processes import Child, unused_name
+from support.pool_processes import Child
 from support.threads import run_threads
 from support.waits import LIMIT
 
-from portakv.errors import InvalidTerms, SlotError
+from portakv.errors import InvalidTerms
 from portakv.host import _pages, _registration, pinned
 from portakv.host.pinned import HostMemoryError, PinnedMemory
 from portakv.host.pool import PinnedPool, PoolExhausted
-from portakv.host.shared import SharedPool
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Expected pinned host memory"),
@@ -37,19 +32,10 @@ pytestmark = [
     pytest.mark.usefixtures("either"),
 ]
 SIZE = 1000
-Make = Callable[..., Any]
-name = pytest.fixture(unused_name)
 
 
-@pytest.fixture(params=[PinnedPool, SharedPool])
-def make(request: pytest.FixtureRequest) -> Make:
-    """Return a function that makes a pool of either kind, of so many blocks."""
-    named = [request.getfixturevalue("name")] if request.param is SharedPool else []
-    return lambda blocks, size=SIZE, **more: request.param(*named, size, blocks, **more)
-
-
-def test_blocks_lie_apart_have_their_size_and_are_counted(make: Make, either: Any) -> None:
-    with make(5, alignment=256) as pool:
+def test_blocks_lie_apart_have_their_size_and_are_counted(either: Any) -> None:
+    with PinnedPool(SIZE, 5, alignment=256) as pool:
         assert (pool.free, pool.blocks, pool.high_water) == (5, 5, 0)
         pool.acquire().release()
         assert pool.acquire_many(0) == []
@@ -70,10 +56,11 @@ def test_blocks_lie_apart_have_their_size_and_are_counted(make: Make, either: An
         assert pool.pinned == (either is not None)
 
 
-def test_waiting_ends_by_time_or_a_release(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_ends_by_time_or_a_release(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("portakv.host.pool.GROW_AGAIN", 9)  # a release notifies
-    with make(1) as pool:
+    with PinnedPool(SIZE, 1) as pool:
         block = pool.acquire()
+        short: Any
         for short in (0.05, Fraction(1, 20)):
             with pytest.raises(PoolExhausted, match=r"within 0.05 s"):
                 pool.acquire(wait=True, timeout=short)
@@ -84,8 +71,8 @@ def test_waiting_ends_by_time_or_a_release(make: Make, monkeypatch: pytest.Monke
         block.release()
 
 
-def test_released_twice_or_elsewhere(make: Make) -> None:
-    with make(2) as pool, PinnedPool(SIZE, 2) as other:
+def test_released_twice_or_elsewhere() -> None:
+    with PinnedPool(SIZE, 2) as pool, PinnedPool(SIZE, 2) as other:
         block = pool.acquire()
         strange_block = other.acquire()
         never = SimpleNamespace(synchronize=lambda: pytest.fail("it waited first"), done=bool)
@@ -105,9 +92,9 @@ def test_released_twice_or_elsewhere(make: Make) -> None:
             one.release()
 
 
-def test_a_closed_pool(make: Make, either: Any) -> None:
+def test_a_closed_pool(either: Any) -> None:
     before = claimed()
-    pool = make(1)
+    pool = PinnedPool(SIZE, 1)
     tensor = pool.acquire().tensor
     with pytest.warns(ResourceWarning, match="closed"):
         pool.close()
@@ -116,13 +103,11 @@ def test_a_closed_pool(make: Make, either: Any) -> None:
         pool.acquire()
     tensor.fill_(1)  # what is out holds its memory
     assert int(tensor.sum()) == SIZE
-    if either and isinstance(pool, SharedPool):
-        assert either.log[-1] == "quiesce", "others may have the block, and a device writes to it"
     del tensor
     assert claimed() == before
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        make(1).close()
+        PinnedPool(SIZE, 1).close()
 
 
 def test_blocks_of_any_size_lie_apart_and_are_counted() -> None:
@@ -256,8 +241,8 @@ def test_a_caller_that_is_interrupted_leaves_its_place() -> None:
         assert pool.waiting == 0
 
 
-def test_threads_never_share_a_block(make: Make) -> None:
-    with make(2, 64) as pool:
+def test_threads_never_share_a_block() -> None:
+    with PinnedPool(64, 2) as pool:
 
         def work(number: int) -> None:
             for _ in range(150):
@@ -270,8 +255,8 @@ def test_threads_never_share_a_block(make: Make) -> None:
         assert pool.high_water <= 2
 
 
-def test_a_forked_child_is_told_to_make_its_own(make: Make) -> None:
-    with make(2) as pool:
+def test_a_forked_child_is_told_to_make_its_own() -> None:
+    with PinnedPool(SIZE, 2) as pool:
         block = pool.acquire()
         block.tensor.fill_(3)
 
@@ -282,10 +267,6 @@ def test_a_forked_child_is_told_to_make_its_own(make: Make) -> None:
             pool.close()
             with PinnedPool(SIZE, 1) as own, own.acquire() as block_of_child:
                 block_of_child.tensor.fill_(4)
-            if isinstance(pool, SharedPool):
-                with SharedPool(pool.name) as again:
-                    assert again.reclaim() == []
-                    assert f"({os.getppid()})" in again.leaks()[0]
 
         assert Child(work).end() == 0
         assert int(block.tensor.max()) == 3
@@ -293,7 +274,7 @@ def test_a_forked_child_is_told_to_make_its_own(make: Make) -> None:
         assert pool.free == 2
 
 
-#: Arguments that make no pool, and words of the sentence; None stands for the name of a pool.
+#: Arguments that make no pool, and words of the sentence.
 LOCAL: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     ((0, 1), {}, "power of two"), ((1, 0), {}, "power of two"), ((1.5, 1), {}, "1.5"),
     (("x", 1), {}, "power of two.*'x'"), ((1, 1), {"alignment": 3}, "aligned to 3"),
@@ -306,12 +287,6 @@ LOCAL: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     ((1, 2), {"limit": 4, "grow": 1.5}, "grow .*1 or more, got 1.5"),
     ((64, 1), {"timeout": "x"}, "huge_pages.*got timeout"), ((64, 1), {"unit": 3}, "unit"),
 ]  # fmt: skip
-SHARED = [
-    ((None, SIZE + 1, 2), "Pass the same"), ((None, SIZE, 3), "Pass the same"),
-    ((None, SIZE), "Pass both"), ((None, SIZE, 0), "power of two"), ((3,), "got 3"),
-    *(((bad, SIZE, 2), "Expected a pool name") for bad in ("", "a/b", "a b", "x" * 201)),
-    (("portakv-large", 1 << 40, 100), "bytes for a shared pool"),
-]  # fmt: skip
 
 
 @pytest.mark.parametrize(("arguments", "options", "words"), LOCAL, ids=str)
@@ -321,16 +296,10 @@ def test_what_makes_no_pool(arguments: Any, options: dict[str, Any], words: str)
     assert re.search(words, str(caught.value))
 
 
-@pytest.mark.parametrize(("arguments", "words"), SHARED, ids=str)
-def test_what_makes_no_shared_pool(arguments: Any, words: str, name: str) -> None:
-    arguments = [name if each is None else each for each in arguments]
-    with SharedPool(name, SIZE, 2), refused(HostMemoryError, words):
-        SharedPool(*arguments)
-
-
-def test_arguments_that_mean_nothing(make: Make) -> None:
+def test_arguments_that_mean_nothing() -> None:
     wrong: Any
-    with make(1) as pool:
+    pool: Any
+    with PinnedPool(SIZE, 1) as pool:
         for wrong in ("1", float("nan"), object(), -1, True):
             with refused(InvalidTerms, "Expected timeout to be", "seconds"):
                 pool.acquire(wait=True, timeout=wrong)
@@ -347,17 +316,6 @@ def test_arguments_that_mean_nothing(make: Make) -> None:
                 block.release(after=wrong)
         with refused(HostMemoryError, "str", "release a Block"):
             pool.release("x")
-        if isinstance(pool, SharedPool):
-            with refused(HostMemoryError, "one size", "got a request for 10", "PinnedPool"):
-                pool.acquire(nbytes=10)
-            for wrong in ("x", 1.5, -1, 1, True, []):
-                for call in (pool.bytes_of, pool.adopt):
-                    with refused(SlotError, repr(wrong), "0 .. 0"):
-                        call(wrong)
-            for wrong in ("x", -1, [], np.zeros(3)):
-                with pool.acquire() as block, refused(HostMemoryError, "generation"):
-                    pool.adopt(block.index, wrong)
-            pool.acquire("\ud800").release()  # no text that could be encoded
         assert pool.free == 1
 
 
@@ -437,12 +395,3 @@ def test_leaks_say_who_where_and_what_was_dropped() -> None:
         with pytest.warns(ResourceWarning, match="lost in thread MainThread"):
             pool.close()
         pool.close()
-
-
-def test_the_former_name_of_in_use_warns_and_answers(make: Make) -> None:
-    with make(1) as pool:
-        block = pool.acquire()
-        with pytest.warns(DeprecationWarning, match=r"Block\.held is now Block\.in_use"):
-            assert block.held
-        block.release()
-        assert not block.in_use

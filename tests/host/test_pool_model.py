@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare both kinds of pools with a simple model, by any order of calls that Hypothesis draws."""
+"""Compare a pool with a simple model, by any order of calls that Hypothesis draws."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 from support.pinned_runtime import absent
 from support.pool_model import Memory, PoolModel, Waiter, Work
-from support.pool_processes import unused_name
 
 from portakv.host._runs import Runs
 from portakv.host.pinned import HostMemoryError
 from portakv.host.pool import Block, PinnedPool
-from portakv.host.shared import SharedPool
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Expected pinned host memory"),
@@ -33,7 +31,6 @@ AT = st.integers(0, 99)  # chooses among the blocks that are there
 COUNTS = st.sampled_from((0, 1, 1, 2, 3, 5, 9))
 #: Sizes of blocks; None: of the pool's own.
 SIZES = st.sampled_from((None, None, 1, SIZE + 1, SIZE + ALIGNMENT, 300, 500))
-name = pytest.fixture(unused_name)
 Make = Callable[[], Any]
 
 
@@ -81,7 +78,7 @@ class PoolMachine(RuleBasedStateMachine):
     def release(self, at: int, use: bool) -> None:
         """Release a block, which work may still use; to release it again fails."""
         used = self.model.used.pop(at % len(self.model.used))
-        work = Work() if use and isinstance(self.pool, PinnedPool) else None
+        work = Work() if use else None
         if work is not None:
             self.model.busy.append((used.block, work))
         used.check()
@@ -143,14 +140,6 @@ def test_any_order_of_blocks_of_any_size(
 ) -> None:
     make: Make = lambda: PinnedPool(SIZE, 9, limit=limit, grow=grow, alignment=ALIGNMENT)  # noqa: E731
     run(lambda: PoolMachine(make, memory, grow, any_size=True), times)
-
-
-@pytest.mark.parametrize("times", [0.2, WIDE])
-def test_any_order_of_calls_of_a_shared_pool(memory: Memory, name: str, times: float) -> None:
-    run(
-        lambda: PoolMachine(lambda: SharedPool(name, SIZE, 4, alignment=ALIGNMENT), memory, 0),
-        times,
-    )
 
 
 # --- seeded bugs, each of which the machine has to find -------------------------------------------

@@ -233,14 +233,3 @@ def test_what_is_prepared_outside_of_captures(method: str, monkeypatch: pytest.M
     monkeypatch.setattr(_small_methods, "capturing", lambda device: True)
     with refused(Unsupported, "inside graph capture", "before the capture"):
         target.make(method, torch.int64, 1)
-
-
-def test_the_former_name_of_a_method_warns_and_answers() -> None:
-    for call in (partial(choose, 4, "cpu"), partial(to_device, [1], "cpu")):
-        with pytest.warns(DeprecationWarning, match="The argument way= is now method="):
-            call(way="host")
-    with pytest.warns(DeprecationWarning, match="way="):
-        sender = SmallCopy(2, torch.int64, "cpu", way="host")
-    for made in (sender, choose(4, "cpu")):
-        with pytest.warns(DeprecationWarning, match="way is now"):
-            assert made.way == made.method == "host"

@@ -11,13 +11,11 @@ import warnings
 from collections import defaultdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.command_line import run_json
 from support.guarded_memory import check_sentence
 
-from portakv import integrations
 from portakv.integrations import MATRIX, IntegrationError, check_release, untested, why_not
 from portakv.integrations.interfaces import INTERFACES, Interface, differences
 
@@ -142,22 +140,3 @@ def test_what_vllm_calls_and_what_it_is_called_with(
     file.write_text(file.read_text().replace(old, new.format(old)))
     (result,) = differences("vllm")
     assert why in result
-
-
-def test_former_names_warn_and_work() -> None:
-    former: Any = integrations
-    for old, new in (("PLUGS", "INTEGRATIONS"), ("Plug", "Integration")):
-        with pytest.warns(DeprecationWarning, match=rf"{new}.*goes in 0\.2\.0") as caught:
-            assert getattr(former, old) is getattr(integrations, new)
-        assert caught[0].filename == __file__
-    for name in ("why_not", "untested"):
-        with pytest.warns(DeprecationWarning, match=rf"{name}\(integration=\).*goes in 0\.2\.0"):
-            old_way = getattr(former, name)(plug="vllm")
-        assert old_way == getattr(integrations, name)("vllm")
-    with (
-        pytest.warns(DeprecationWarning, match=r"check_release\(integration=\)"),
-        pytest.raises(KeyError, match="unknown"),
-    ):
-        former.check_release(plug="unknown")
-    with pytest.raises(AttributeError, match="no attribute 'PLUG'"):
-        _ = former.PLUG

@@ -114,10 +114,6 @@ def test_a_table_comes_back_as_it_was(folder: Path) -> None:
     assert str(path) in after.origin
     assert [entry.name for entry in folder.iterdir()] == [path.name]  # nothing half-written
     content = json.loads(path.read_text())
-    content["engines"]["direct"] = content["engines"].pop("zero_copy")
-    content["left_out"] = {"ring": "it was slow"}
-    path.write_text(json.dumps(content))  # as written when strategies had their former names
-    assert costs.as_json(read(path)) == costs.as_json(before)
     content["engines"]["staged"]["d2h"].reverse()  # rows may stand in any order
     path.write_text(json.dumps(content))
     assert read(path).points == after.points

@@ -19,17 +19,16 @@ import numpy as np
 import pytest
 import torch
 from support.hostile_bytes import lied, mutated, sealed
+from support.named_memory import named_memory
 from support.peer_process import Peer
-from support.pool_processes import Child, unused_name
+from support.pool_processes import Child
 
 from portakv.errors import HostMemoryError, InvalidTerms, PeerError, PortaKVError, Unsupported
-from portakv.host.shared import SharedPool
 from portakv.migrate import Channel, Owner, Shard, ipc, publish
 from portakv.migrate.described import strided
 from portakv.view import KVView
 
 SHARE = "import os, torch\nfrom portakv.migrate import ipc\n"
-name = pytest.fixture(unused_name)
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
@@ -113,17 +112,6 @@ def test_memory_whose_end_is_no_whole_element_crosses(peer: Peer) -> None:
     assert message == list(map(float, range(3, 1003)))
 
 
-@pytest.mark.filterwarnings("ignore:Expected pinned host memory")
-def test_blocks_of_a_shared_pool_cross_by_the_same_words(peer: Peer, name: str) -> None:
-    with SharedPool(name, 3000, 4) as pool, pool.acquire() as first, pool.acquire() as second:
-        first.tensor.fill_(1)
-        second.tensor.fill_(2)
-        code = "x = ipc.open_shared(data); answer = x.numel(), x.unique().tolist()"
-        assert peer.do(code, data=ipc.share(second.tensor)) == (3000, [2])
-        assert peer.do(code, data=ipc.share(first.tensor[5:8])) == (3, [1])
-        peer.do("del x")
-
-
 def test_memory_that_the_kernel_keeps_in_parts_crosses(peer: Peer) -> None:
     tensor = sample(4 * mmap.PAGESIZE)
     advise = ctypes.CDLL(None).madvise
@@ -158,21 +146,23 @@ def test_who_opened_memory_passes_it_on(peer: Peer) -> None:
     assert local[4] == 50
 
 
-@pytest.mark.filterwarnings("ignore:Expected pinned host memory")
-def test_tensors_of_one_file_are_one_region(peer: Peer, name: str) -> None:
+def test_tensors_of_one_file_are_one_region(peer: Peer) -> None:
     """Several storages of a file, slices, and a tensor without elements; others have regions of
     their own."""
-    with SharedPool(name, 3000, 4) as pool, pool.acquire() as first, pool.acquire() as second:
+    name = f"ipc-{os.getpid()}"
+    with named_memory(name, 6000) as memory:
+        first = memory[:3000]
+        second = memory[3000:]
         other = sample(5, 6)
         tensors = {
-            "second": second.tensor,
-            "part": first.tensor[100:].view(50, 58)[2:, ::7],
-            "first": first.tensor,
-            "nothing": first.tensor[:0],
+            "second": second,
+            "part": first[100:].view(50, 58)[2:, ::7],
+            "first": first,
+            "nothing": first[:0],
             "other": other[2:].t(),
         }
-        first.tensor.copy_(torch.arange(3000) % 251)
-        second.tensor.fill_(7)
+        first.copy_(torch.arange(3000) % 251)
+        second.fill_(7)
         regions, places = ipc.export_all(tensors, "Sharing tensors")
         assert len(regions) == 2
         assert places["nothing"] is None
@@ -189,7 +179,7 @@ def test_tensors_of_one_file_are_one_region(peer: Peer, name: str) -> None:
         for region in regions:
             region.close()
         with pytest.raises(Unsupported, match=r"^Sharing tensors\['own'\]: it does not lie"):
-            ipc.export_all({"first": first.tensor, "own": torch.zeros(3)}, "Sharing tensors")
+            ipc.export_all({"first": first, "own": torch.zeros(3)}, "Sharing tensors")
 
 
 def test_many_regions_are_opened_without_descriptors(peer: Peer) -> None:
@@ -289,8 +279,8 @@ def test_memory_of_one_process_is_refused_and_not_moved() -> None:
     with pytest.raises(Unsupported, match=r"does not lie in shared memory; .*shared_empty"):
         ipc.share(tensor)
     assert ipc.why_not(tensor) == (
-        "it does not lie in shared memory; take it from `shared_empty` or a SharedPool, or call "
-        "its share_memory_() before any view holds its address"
+        "it does not lie in shared memory; take it from `shared_empty`, or call its "
+        "share_memory_() before any view holds its address"
     )
     assert tensor.data_ptr() == address
     assert not tensor.is_shared()

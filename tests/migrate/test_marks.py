@@ -25,6 +25,7 @@ from support.mark_cases import (
     steps_of,
 )
 from support.migrate_pulls import SMALL, Clock, Copies, Rows, Sides, sides
+from support.named_memory import named_memory
 from support.peer_cases import reading
 from support.waits import LIMIT, until
 
@@ -40,7 +41,6 @@ from portakv.errors import (
 )
 from portakv.graph import Graph
 from portakv.graph.task import Task
-from portakv.host.shared import SharedPool
 from portakv.migrate import Shard, Ticket, messages
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Source
@@ -380,8 +380,8 @@ def test_rows_without_words_are_read_after_the_owners_answer(made: Sides) -> Non
     shape = (2, 2, 16, 16, 4, 8)
     name = f"marks{os.getpid()}"
     rows = Rows().whole.clone()
-    with SharedPool(name, 2 * rows.numel(), 1) as pool, pool.acquire() as block:
-        whole = block.tensor.view(torch.int16).view(shape).fill_(POISON)
+    with named_memory(name, 2 * rows.numel()) as memory:
+        whole = memory.view(torch.int16).view(shape).fill_(POISON)
         owner = made.owner(Rows.shard_of(whole))
         dst = Rows(8, 32, fill=UNTOUCHED)
         reader = made.reader(dst.shard)

@@ -278,8 +278,6 @@ def test_no_thread_is_an_error() -> None:
 
 _MOUNTED = """
 import tempfile
-from portakv.errors import HostMemoryError
-from portakv.host.shared import SharedPool
 from portakv.serving.keeper_server import Keeper
 from portakv.serving.local import StoreTerms
 try:
@@ -287,10 +285,6 @@ try:
     with Keeper(StoreTerms.of({"folder": (sys.argv[1],), "host": 1 << 20, "capacity": 64 << 20})):
         print(Channel().ask(server.address, Ping(b"served"), Pong).data)
 except PortaKVError as error:
-    print(error)
-try:
-    SharedPool("of_a_test", 4096, 4)
-except HostMemoryError as error:
     print(error)
 """
 _READ_ONLY = "mount -t tmpfs -o ro none"
@@ -313,14 +307,9 @@ def mounted(commands: str, folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize(("mount", "why"), [(_READ_ONLY, "Read-only"), (_TINY, "No space left")])
-def test_a_channel_and_a_store_need_no_shared_memory_folder(
-    mount: str, why: str, tmp_path: Path
-) -> None:
-    """A shared pool does, whose error names the folder and its free bytes."""
-    served, error = mounted(f"{mount} /dev/shm", tmp_path)
-    assert served == "b'served'"
-    assert re.search(rf"in /dev/shm, got \d+ free bytes \({why}", error)
+@pytest.mark.parametrize("mount", [_READ_ONLY, _TINY])
+def test_a_channel_and_a_store_need_no_shared_memory_folder(mount: str, tmp_path: Path) -> None:
+    assert mounted(f"{mount} /dev/shm", tmp_path) == ["b'served'"]
 
 
 def test_no_folder_for_a_socket_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from support.migrate_pulls import (
     sides,
     waiting_copies,
 )
+from support.named_memory import named_memory
 from support.peer_cases import reading
 from support.waits import LIMIT, until
 
@@ -38,7 +39,6 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.host.shared import SharedPool
 from portakv.migrate import housekeeping, ipc
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.connections import Connection, Connections
@@ -268,17 +268,12 @@ def test_a_reader_that_cannot_map_the_words_asks(made: Sides) -> None:
         slow.synchronize(LIMIT)
 
 
-@pytest.mark.parametrize("removed", [False, True])
-def test_rows_in_a_pool_that_other_processes_write_are_confirmed_by_their_owner(
-    made: Sides, removed: bool
-) -> None:
-    """The pool gives the blocks of a dead owner to others, so its words would hold for ever."""
+def test_rows_that_other_processes_write_are_confirmed_by_their_owner(made: Sides) -> None:
+    """Others may write the file of a dead owner, so its words would hold for ever."""
     shape = 2, 2, 16, 16, 4, 8
     name = f"words-{os.getpid()}"
-    with SharedPool(name, 2 * math.prod(shape), 1) as pool, pool.acquire() as block:
-        if removed:  # members go on to share it
-            os.unlink(f"/dev/shm/portakv-{name}")
-        rows = block.tensor.view(torch.int16).view(shape).fill_(5)
+    with named_memory(name, 2 * math.prod(shape)) as memory:
+        rows = memory.view(torch.int16).view(shape).fill_(5)
         owner = Noting(Channel(), Rows.shard_of(rows), expose="mapped")
         made.made += [owner.channel, owner]
         local = Rows(8, 32, fill=-1)

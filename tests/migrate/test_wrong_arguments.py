@@ -385,16 +385,3 @@ def test_infinite_times_and_rates(made: Sides) -> None:
     assert channel.ask(address, Hello(MODEL), Handshake, float("inf"))
     both.reader.pull(offer.ticket, both.into, timeout=float("inf")).synchronize(float("inf"))
     assert both.right()
-
-
-def test_the_former_name_of_the_transport_is_deprecated() -> None:
-    rows = Rows()
-    channel = Channel()
-    try:
-        for kind in (Owner, Reader):
-            with pytest.warns(DeprecationWarning, match=r"transport=.*goes in 0\.2\.0"):
-                kind(channel, rows.shard, model=MODEL, mover="distributed").close()
-            with pytest.raises(InvalidTerms, match="Expected mover to be"), pytest.warns():
-                kind(channel, rows.shard, model=MODEL, mover="pigeon")
-    finally:
-        channel.close()

@@ -46,21 +46,6 @@ def test_environment_beats_argument_beats_choice(monkeypatch: pytest.MonkeyPatch
     assert registry.choose("cpu").name == "one"
 
 
-@pytest.mark.parametrize(("former", "name"), registry.OLD_NAMES.items())
-def test_former_names_of_strategies_are_accepted(
-    former: str, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The error on a CPU, which no strategy serves, has today's name."""
-    warned = f"'{former}' is now '{name}'"
-    with pytest.warns(DeprecationWarning, match=warned), refused(BackendUnavailable, repr(name)):
-        registry.choose("cpu", former)
-    monkeypatch.setenv("PORTAKV_BACKEND", former)
-    with pytest.warns(DeprecationWarning, match=warned), refused(BackendUnavailable, repr(name)):
-        registry.choose("cpu")
-    with pytest.raises(BackendUnavailable, match="registered already"):
-        registry.REGISTRY.register(former, small_backend(former))
-
-
 def test_one_that_tells_no_formats_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor of its device is moved before its format is checked."""
     broken: Any = small_backend("one")

@@ -87,7 +87,6 @@ form = BlockForm.of(view, model="a test's")
 """
 REFUSED = {
     "a block store": STORE + "BlockStore(form, host=1 << 20, staging=1 << 20)",
-    "a shared pool": "from portakv.host.shared import SharedPool; SharedPool('never-made', 64, 2)",
     "host memory": "from portakv.host import pinned; pinned.empty((4,), torch.uint8)",
     "migration": "import portakv.migrate",
     "serving": "import portakv.serving",

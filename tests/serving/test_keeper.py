@@ -119,7 +119,8 @@ class Ranks:
         self.time = 0.0
         self.state = kind(bool, PATIENCE, lambda: self.time)
         self.store = FakeStore(random.Random(1), rows)
-        self.state.stores[WHOLE.digest] = self.store
+        stores: Any = self.state.stores
+        stores[WHOLE.digest] = self.store
         self.messages = defaultdict[int, list[Progress]](list)  # by rank
         self.clients = [self.join(form, pid) for pid, form in enumerate(forms, 1)]
 

@@ -411,7 +411,7 @@ def test_a_keeper_announces_lossy_blocks_to_no_engine(tmp_path: Path) -> None:
     assert lossy in how.tiers()[0].forms(raw)  # control
 
     # Also if a keeper has the lossy form itself.
-    published = Published()
+    published: Any = Published()
     opened = OpenStore(how, [raw, lossy], lambda: None, 10.0, published)
     try:
         follow = Follow("engine", (0, 0, 0), "address", 2)

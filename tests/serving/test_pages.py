@@ -128,7 +128,6 @@ def test_a_page_that_is_not_there_is_not_written(store: PageStore) -> None:
     job = pages.load(keys, pages.over(got))
     assert job.wait(LIMIT)
     assert job.landed.tolist() == [True, True, False, False]
-    assert job.landed_bytes == 2 * SIZE
     assert (got[:2] == given[:2]).all()
     assert (got[2:] == 7).all()
 

@@ -347,7 +347,8 @@ class Walk:
         self.store = FakeStore(self.chance, self.chance.choice([4, 8, 24]))
         self.store.judge = self.judge
         self.store.raw = self.chance.choice([RAW, RAW, None])
-        self.state.stores[whole_form(WHOLE).digest] = self.store
+        stores: Any = self.state.stores
+        stores[whole_form(WHOLE).digest] = self.store
         self.ranks = list[Rank]()
         self.pids = 0
         self.loaded = 0

@@ -13,7 +13,7 @@ import pytest
 
 from portakv.host import pinned
 from portakv.host.pinned import HostMemoryError, PinnedMemory
-from portakv.host.pool import Block, PinnedPool, Pool, PoolExhausted
+from portakv.host.pool import Block, PinnedPool, PoolExhausted
 from support.waits import LIMIT
 
 
@@ -34,7 +34,7 @@ class Work:
 class Waiter(threading.Thread):
     """A thread that waits for blocks; it has either blocks or an error at its end."""
 
-    def __init__(self, pool: Pool, count: int, size: int | None, owner: str) -> None:
+    def __init__(self, pool: PinnedPool, count: int, size: int | None, owner: str) -> None:
         super().__init__(daemon=True)
         self.pool = pool
         self.count = count
@@ -235,8 +235,7 @@ class PoolModel:
         assert pool.bytes_free == self.free() * self.stride
         assert pool.bytes_used + pool.bytes_free == self.blocks * self.stride
         longest = max(self.runs())
-        single = not isinstance(pool, PinnedPool)
-        larger = 0 if single else (longest - 1) * self.stride
+        larger = (longest - 1) * self.stride
         assert pool.largest_free == (larger + pool.block_bytes if longest else 0)
         assert pool.high_water == self.high_water
         assert pool.blocks <= self.limit

@@ -65,17 +65,3 @@ def test_a_storage_that_begins_off_the_alignment_counts_as_well() -> None:
     view = KVView(odd[15 : 15 + 64].view(4, 16), "token dim")
     assert view.addresses[0] % 16 == 0
     assert view.form.alignment == 1
-
-
-def test_the_former_attribute_of_rows_that_share_a_place_warns() -> None:
-    rows = torch.zeros(5, 8, device="cpu")
-    for tensors, layout, why in (
-        (rows, "token dim", ""),
-        (rows[:1].expand(5, 8), "token dim", "'token' axis has stride 0"),
-        (rows.expand(2, 5, 8), "kv token dim", "one address"),
-    ):
-        form = KVView(tensors, layout).form
-        with pytest.warns(DeprecationWarning, match="Form.unwritable"):
-            actual = form.unwritable
-        assert why in actual
-        assert bool(why) == bool(actual)

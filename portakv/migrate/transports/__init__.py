@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 
 from portakv.arguments import shown
-from portakv.deprecation import warn_former
 from portakv.errors import BackendUnavailable, InvalidTerms
 from portakv.migrate.transports.base import Transport
 from portakv.selection import Catalog, Decision, Kind, select
@@ -95,11 +94,3 @@ def choose(device: torch.device, name: str | None = None) -> Transport:
     transport = selected.value
     transport.why = selected.why + ("; it was requested by name" if wanted else "")
     return transport
-
-
-def renamed(transport: str | None, mover: str | None) -> str | None:
-    """Return the transport that the deprecated argument ``mover`` names, or else ``transport``."""
-    if mover is None:
-        return transport
-    warn_former("The argument mover=", "transport=", above=1)
-    return TRANSPORTS.check("mover", mover)
