@@ -34,27 +34,11 @@ from portakv.graph import Task
 from portakv.graph.meter import Family, Meter
 from portakv.graph.metrics import ENGINE, PREFIX
 from portakv.graph.trace import Figures
-from portakv.integrations.vllm_metrics import (
-    COUNTED,
-    LEVELS,
-    disk_levels,
-    series_of,
-    tier_counters,
-)
-from portakv.migrate import (
-    Channel,
-    Owner,
-    Pull,
-    Reader,
-    Shard,
-    Ticket,
-    count_weights,
-    publish,
-    pull_weights,
-    shared_empty,
-)
-from portakv.serving import Keeper, KeeperClient, StoreTerms
+from portakv.integrations.vllm.metrics import COUNTED, LEVELS, disk_levels, series_of, tier_counters
+from portakv.migrate import Channel, Owner, Pull, Reader, Shard, Ticket, shared_empty
+from portakv.serving import StoreClient, StoreServer, StoreTerms
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
+from portakv.weights import count_weights, publish, pull_weights
 
 DASHBOARD = Path(__file__).resolve().parents[1] / "docs" / "operations" / "dashboard.json"
 #: Seconds between two readings, as far as Prometheus knows, and how many there are.
@@ -117,8 +101,8 @@ def working(folder: Path) -> Iterator[Work]:
         enter = stack.enter_context
         tiers: list[Any] = [Disk(folder / "disk", capacity=24 * size), Remote("memory:///")]
         store = enter(BlockStore(form, tiers=tiers, staging=16 * size, host=12 * size))
-        keeper = enter(Keeper(terms))
-        client = enter(KeeperClient(keeper.place, [form], "an engine"))
+        store_server = enter(StoreServer(terms))
+        client = enter(StoreClient(store_server.place, [form], "an engine"))
         there, here = Channel(), Channel()
         stack.callback(there.close)
         stack.callback(here.close)
@@ -132,9 +116,11 @@ def working(folder: Path) -> Iterator[Work]:
         stack.callback(copies.close)
         engine = dict.fromkeys(_engine_counters(), 0.0)
         sources = owner, reader, there, published, copies, count_weights()
-        meter = Meter(*sources, EngineFigures(lambda: engine), store=store, keeper=keeper)
+        meter = Meter(
+            *sources, EngineFigures(lambda: engine), store=store, store_server=store_server
+        )
         if not client.wait(PATIENCE):
-            raise SystemExit("Expected a keeper that serves, got none in its time.")
+            raise SystemExit("Expected a store server that serves, got none in its time.")
         weights = {"w": torch.zeros_like(rows)}
         waiting = list[Pull]()
 

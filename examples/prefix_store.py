@@ -39,7 +39,7 @@ from portakv import KVView, Pack
 from portakv.errors import PortaKVError
 from portakv.integrations.transformers import cache_argument, load_prefix, save_prefix
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
-from portakv.storage.form_store import FormStore
+from portakv.storage.store import FormStore
 
 PROMPT = (
     "A serving engine computes the keys and values of every prompt that it meets. Most prompts "

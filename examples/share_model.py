@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from portakv.errors import PortaKVError
-from portakv.migrate import open_model, share_model
+from portakv.weights import open_model, share_model
 
 
 class Model(nn.Module):

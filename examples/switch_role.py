@@ -25,16 +25,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 from portakv import KVView
 from portakv.errors import PortaKVError
 from portakv.integrations.transformers import cache_argument, load_prefix, save_prefix
-from portakv.migrate import (
-    Channel,
-    Owner,
-    Parameter,
-    Reader,
-    Shard,
-    publish,
-    pull_weights,
-    shared_empty,
-)
+from portakv.migrate import Channel, Owner, Reader, Shard, shared_empty
+from portakv.weights import Parameter, publish, pull_weights
 
 PROMPT = (
     b"Who takes a role over needs the weights, and the rows of the prompts that are under way. "

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from portakv.migrate.transports.base import Lane, Moving, Transport
     from portakv.storage import BlockForm, image, reasons
     from portakv.storage.io.base import Engine, Request
+    from portakv.storage.memory import Rows
     from portakv.storage.reasons import Reason, Report
-    from portakv.storage.rows import Rows
-    from portakv.storage.tier import Tier, TierStore
+    from portakv.storage.tiers.base import Tier, TierStore
 
 __all__ = [
     "Backend",
@@ -95,9 +95,9 @@ _LATER = {
     "Task": "portakv.graph",
     "Queue": "portakv.graph",
     "BlockForm": "portakv.storage.form",
-    "Tier": "portakv.storage.tier",
-    "TierStore": "portakv.storage.tier",
-    "Rows": "portakv.storage.rows",
+    "Tier": "portakv.storage.tiers.base",
+    "TierStore": "portakv.storage.tiers.base",
+    "Rows": "portakv.storage.memory",
     "Reason": "portakv.storage.reasons",
     "Report": "portakv.storage.reasons",
     "image": "portakv.storage",

@@ -28,27 +28,29 @@ from portakv import InvalidTerms, KVView, Pack, PortaKVError
 from portakv.arguments import kind_of
 from portakv.graph import Collector, Graph, Handle, Lease, Task
 from portakv.migrate import (
-    Box,
     Channel,
     Owner,
-    Parameter,
     Reader,
     Shard,
     Ticket,
-    open_model,
     open_shared,
     pair,
+    rendezvous,
+    share,
+    shared_empty,
+)
+from portakv.storage import AutoEncoding, BlockForm, BlockStore, Disk, Remote, keys, prefix_keys
+from portakv.storage.lent import LentCopy
+from portakv.weights import (
+    Box,
+    Parameter,
+    open_model,
     prepare_weights,
     publish,
     pull_weights,
-    rendezvous,
-    share,
     share_model,
-    shared_empty,
 )
-from portakv.migrate.weights import Published
-from portakv.storage import AutoEncoding, BlockForm, BlockStore, Disk, Remote, keys, prefix_keys
-from portakv.storage.lent import LentCopy
+from portakv.weights.owner import Published
 
 API = Path(__file__).resolve().parents[1] / "docs" / "api.md"
 PACKAGES = "portakv.storage", "portakv.graph", "portakv.migrate"

@@ -24,12 +24,14 @@ import portakv
 from portakv import ext
 from portakv.cli import make_parser
 from portakv.graph.metrics import METRICS, PREFIX
-from portakv.integrations import INTEGRATIONS, lmcache_check, vllm_lanes
-from portakv.integrations.sglang_settings import OTHERS as SGLANG_OTHERS
-from portakv.integrations.vllm_handover import TERM as HAND_OVER
-from portakv.integrations.vllm_tier_terms import IDENTITY
-from portakv.integrations.vllm_tier_terms import OTHERS as TIER_OTHERS
-from portakv.serving.handover_terms import HandoverTerms
+from portakv.integrations import INTEGRATIONS
+from portakv.integrations.lmcache import check
+from portakv.integrations.sglang.pools import OTHERS as SGLANG_OTHERS
+from portakv.integrations.vllm import moves
+from portakv.integrations.vllm.caches import TERM as HAND_OVER
+from portakv.integrations.vllm.tier_check import IDENTITY
+from portakv.integrations.vllm.tier_check import OTHERS as TIER_OTHERS
+from portakv.serving.handover_tickets import HandoverTerms
 from portakv.serving.local import term_names
 
 if sys.version_info >= (3, 11):
@@ -183,7 +185,7 @@ def test_pages_import_public_names_alone() -> None:
         ("from portakv.host import pinned", []),
         ("from portakv.storage import BlockStore\nimport portakv.storage", []),
         ("import torch\nfrom portakv_examples.memory_tier import MemoryTier", []),
-        ("from portakv.storage import slots", [Name("portakv.storage", "slots")]),
+        ("from portakv.storage.tiers import folder as slots", [Name("portakv.storage", "slots")]),
         ("from portakv.view.view import KVView", [Name("portakv.view.view", "KVView")]),
         ("import portakv.runtime.ticks", [Name("portakv.runtime.ticks")]),
     ],
@@ -260,10 +262,10 @@ def public_names() -> dict[str, list[str]]:
     keys = {
         "vllm connector": [*term_names(), HAND_OVER],
         f"vllm connector {HAND_OVER}": [each.name for each in fields(HandoverTerms)],
-        "vllm offloading worker portakv": vllm_lanes.TERMS,
+        "vllm offloading worker portakv": moves.TERMS,
         "vllm tier": [*term_names(TIER_OTHERS), IDENTITY],
         "sglang portakv": term_names(SGLANG_OTHERS),
-        "lmcache adapter_params": lmcache_check.TERMS,
+        "lmcache adapter_params": check.TERMS,
     }
     variables = re.findall(r"^\| `(PORTAKV_\w+)", API.read_text(encoding="utf-8"), re.MULTILINE)
     kinds = {

@@ -21,7 +21,7 @@ from portakv.storage.io.threads import Threads
 KIND = Kind("pump", "PORTAKV_PUMP", "pump", error=StoreError, unknown=InvalidTerms)
 MODULE = """
 from portakv.migrate.transports.distributed import Distributed
-from portakv.storage.disk import Disk
+from portakv.storage.tiers.disk import Disk
 from portakv.storage.io.threads import Threads
 
 class Acme(Threads):

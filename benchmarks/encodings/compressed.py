@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from portakv import KVView, copy_blocks
-from portakv.storage import BlockForm, compressed
+from portakv.storage import BlockForm
 from portakv.storage.image import HEADER, Row, seal
+from portakv.storage.tiers import compressed
 
 LAYERS = 4
 HEADS = 8

@@ -21,11 +21,10 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv import TransferError
-from portakv.storage.disk import Disk
 from portakv.storage.form import BlockForm
-from portakv.storage.form_store import FormStore
-from portakv.storage.remote import Remote
-from portakv.storage.store import BlockStore
+from portakv.storage.store import BlockStore, FormStore
+from portakv.storage.tiers.disk import Disk
+from portakv.storage.tiers.remote import Remote
 from portakv_benchmarks.encodings.suite import Case, EncodingBench, Memory
 from portakv_benchmarks.host.suite import MB
 from portakv_benchmarks.shared.harness import Row, Rows, Step, having, short

@@ -166,5 +166,10 @@ class Engine:
 
     def _saving(self) -> bool:
         """Return whether a load or save of PortaKV's connectors has not ended."""
-        ledgers = (getattr(each, "ledger", None) for each in self.connector.children.values())
-        return any(ledger is not None and ledger.statistics()["jobs"] for ledger in ledgers)
+        scheduler_sides = (
+            getattr(each, "ledger", None) for each in self.connector.children.values()
+        )
+        return any(
+            scheduler_side is not None and scheduler_side.statistics()["jobs"]
+            for scheduler_side in scheduler_sides
+        )

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv.backends.rows_launch import LoadedKernels
+from portakv.backends.rows_kernel import LoadedKernels
 from portakv.errors import PortaKVError
 from portakv.migrate import Pull, open_shared, share
 from portakv_benchmarks.engines.models import PAIRS
@@ -299,18 +299,18 @@ class Side:
         return self._llm.llm_engine.engine_core.engine_core.scheduler
 
     @property
-    def _ledger(self) -> Any:
-        return self._scheduler.connector.ledger
+    def _scheduler_side(self) -> Any:
+        return self._scheduler.connector.scheduler_side
 
     def _count_preemptions(self) -> None:
-        ledger = self._ledger
-        preempted = ledger.preempted
+        scheduler_side = self._scheduler_side
+        preempted = scheduler_side.preempted
 
         def counted(request: str) -> None:
             self._preempted += 1
             preempted(request)
 
-        ledger.preempted = counted
+        scheduler_side.preempted = counted
 
     # --- requests
 
@@ -409,7 +409,7 @@ class Side:
         has its blocks back, and an engine without requests makes no step."""
         for number in itertools.count(1):
             self.ask(20, 2 * 10**6 + number, 2)
-            if not self._ledger.statistics()["jobs"]:
+            if not self._scheduler_side.statistics()["jobs"]:
                 return
             if number > 1000:
                 raise RuntimeError(f"Expected saves to end, got {self.counts()}.")
@@ -440,7 +440,7 @@ class Side:
 
     def renewals(self, on: bool) -> None:
         """Renew leases when readers ask for it; without it, each lease ends."""
-        offers: Any = importlib.import_module("portakv.migrate.offers")
+        offers: Any = importlib.import_module("portakv.migrate.owner")
         if not on:
             self._guards.setdefault("renew", offers.Lease.renew)
             offers.Lease.renew = lambda *_: None
@@ -448,12 +448,12 @@ class Side:
             offers.Lease.renew = self._guards.pop("renew")
 
     def counts(self) -> dict[str, Any]:
-        """Return what the ledger has counted."""
-        return self._ledger.statistics() if self._hands_over else {}
+        """Return what the scheduler side has counted."""
+        return self._scheduler_side.statistics() if self._hands_over else {}
 
     def lease(self, seconds: float) -> None:
         """Offer rows for so many seconds from now on."""
-        self._ledger.open_offers([self._handover.endpoint], seconds)
+        self._scheduler_side.open_offers([self._handover.endpoint], seconds)
 
     def revoke(self) -> None:
         """End all offers."""

@@ -95,8 +95,8 @@ def serve(engine: Engine, ids: Sequence[int]) -> Served:
 
 def _landed(engine: Engine) -> int:
     """Return how many stored blocks PortaKV's connector has brought."""
-    ledger = getattr(engine.connector.children[TurnsConnector.turn], "ledger", None)
-    return 0 if ledger is None else int(ledger.counts["landed_blocks"])
+    scheduler_side = getattr(engine.connector.children[TurnsConnector.turn], "ledger", None)
+    return 0 if scheduler_side is None else int(scheduler_side.counts["landed_blocks"])
 
 
 def measure_prompts(engine: Engine, model: Model, names: Sequence[str]) -> Rows:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from portakv.integrations import vllm_ranks
+from portakv.integrations.vllm import ranks
 
-_part: Any = vllm_ranks.Rank.part
+_part: Any = ranks.Rank.part
 
 
-def _swapped(self: vllm_ranks.Rank, *args: Any, **terms: Any) -> Any:
+def _swapped(self: ranks.Rank, *args: Any, **terms: Any) -> Any:
     """Return the heads of the rank in the opposite place."""
     return _part(self._replace(number=self.size - 1 - self.number), *args, **terms)
 
 
-vllm_ranks.Rank.part = _swapped  # type: ignore[method-assign]
+ranks.Rank.part = _swapped  # type: ignore[method-assign]
 
 
 class SwappedHeads:

@@ -13,9 +13,9 @@ from time import perf_counter
 
 import torch
 
-from portakv.migrate import Parameter, open_shared, pull_weights
-from portakv.migrate.weight_pairs import copy_pairs
-from portakv.migrate.weight_tiles import fits_tiles, tiles_of
+from portakv.migrate import open_shared
+from portakv.weights import Parameter, pull_weights
+from portakv.weights.plan import copy_pairs, fits_tiles, tiles_of
 from portakv_benchmarks.host.suite import MB
 from portakv_benchmarks.migration.cases import BLOCKS, CASES, USUAL
 from portakv_benchmarks.migration.suite import MigrationBench

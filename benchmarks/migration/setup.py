@@ -13,7 +13,8 @@ from time import perf_counter
 import torch
 
 from portakv import KVView
-from portakv.migrate import Channel, Owner, Reader, Shard, publish, pull_weights
+from portakv.migrate import Channel, Owner, Reader, Shard
+from portakv.weights import publish, pull_weights
 from portakv_benchmarks.migration.cases import DTYPE, memory
 from portakv_benchmarks.migration.suite import MigrationBench
 from portakv_benchmarks.shared.harness import Row, Rows, Step, quantile, short

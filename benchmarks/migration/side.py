@@ -16,21 +16,10 @@ from typing import Any, TypeVar
 import torch
 
 from portakv import Index, copy_rows
-from portakv.migrate import (
-    Channel,
-    Offer,
-    Owner,
-    Parameter,
-    Pull,
-    Reader,
-    Ticket,
-    open_shared,
-    publish,
-    pull_weights,
-    share,
-)
-from portakv.migrate.weights import Published
+from portakv.migrate import Channel, Offer, Owner, Pull, Reader, Ticket, open_shared, share
 from portakv.runtime.devices import usable_device
+from portakv.weights import Parameter, publish, pull_weights
+from portakv.weights.owner import Published
 from portakv_benchmarks.host.traffic_sources import Loop
 from portakv_benchmarks.migration import engines
 from portakv_benchmarks.migration.cases import ALL_CASES, CASES, USUAL, Cache, memory

@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from portakv.cli.sides import Shape
 from portakv.errors import PortaKVError
-from portakv.integrations import lmcache_ops
-from portakv.integrations.lmcache_formats import FUSED, LAYOUTS, MLA
+from portakv.integrations.lmcache import ops as lmcache_ops
+from portakv.integrations.lmcache.formats import FUSED, LAYOUTS, MLA
 from portakv_benchmarks.host.cases import DIRECTIONS
 from portakv_benchmarks.plugs import suite
 from portakv_benchmarks.plugs.suite import (

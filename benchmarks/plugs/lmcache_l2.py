@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv.integrations.lmcache_check import CLASS, MODULE
+from portakv.integrations.lmcache.check import CLASS, MODULE
 from portakv_benchmarks.plugs import faults
 from portakv_benchmarks.plugs.tier_result import result_of
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from portakv.integrations import kvcacheio
+from portakv.integrations.sglang import kvcacheio
 from portakv_benchmarks.host.cases import DIRECTIONS
 from portakv_benchmarks.plugs import suite
 from portakv_benchmarks.plugs.suite import (

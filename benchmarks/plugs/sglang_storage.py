@@ -120,7 +120,7 @@ def configuration(extra: dict[str, Any]) -> SimpleNamespace:
 
 def portakv_side(pool: Pool, folder: Path, nbytes: int, **more: Any) -> Side:
     """Return PortaKV's backend, with pages in place, and room for so many bytes of them."""
-    from portakv.integrations.sglang_hicache import PortaKVStorage
+    from portakv.integrations.sglang.hicache import PortaKVStorage
 
     terms = {"folder": str(folder), "host": 0, "staging": 512 * MIB, "capacity": nbytes, **more}
     backend = PortaKVStorage(configuration({"interface_v1": 1, "portakv": terms}))

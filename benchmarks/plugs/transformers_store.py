@@ -64,8 +64,8 @@ def small_model() -> Any:
 
 def _believe_the_disk() -> None:
     """Take off the checks of what a disk returns, in this process."""
-    from portakv.storage.disk_store import DiskStore
     from portakv.storage.io.threads import Threads
+    from portakv.storage.tiers.disk import DiskStore
 
     carry = Threads.carry
 
@@ -113,7 +113,7 @@ class FaultyStore:
 
     def __init__(self, name: str, folder: Path) -> None:
         torch.set_num_threads(1)
-        from portakv.integrations.transformers_store import PrefixStore
+        from portakv.integrations.transformers.store import PrefixStore
 
         if name in CONTROLS:
             CONTROLS[name]()
@@ -196,7 +196,7 @@ class FaultyStore:
         """Return a cache with the rows of the prompt."""
         from transformers import DynamicCache
 
-        from portakv.integrations.transformers import cache_argument
+        from portakv.integrations.transformers.caches import cache_argument
 
         cache = DynamicCache(config=self._model.config)
         self._model(self._tokens, **{cache_argument(self._model): cache})
@@ -205,7 +205,7 @@ class FaultyStore:
     def _answer(self, cache: Any) -> torch.Tensor:
         """Return greedy tokens after the prompt."""
         terms: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
-        from portakv.integrations.transformers import cache_argument
+        from portakv.integrations.transformers.caches import cache_argument
 
         terms[cache_argument(self._model)] = cache
         output: torch.Tensor = self._model.generate(self._tokens, **terms)

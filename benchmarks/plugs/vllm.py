@@ -52,7 +52,7 @@ def vllm_steps(bench: IntegrationBench) -> Iterator[Step]:
     Raises `IntegrationError` if vLLM is not here.
     """
     check_release("vllm")
-    import_module("portakv.integrations.vllm")  # fails here, and not in each step
+    import_module("portakv.integrations.vllm.offloading")  # fails here, and not in each step
     why = ""
     if bench.device.type != "cuda":
         why = f"its worker takes CUDA's and XPU's tensors alone, and this is {bench.device.type}"
@@ -235,7 +235,7 @@ def _workers(
     if own:
         worker_class = import_module("vllm.v1.kv_offload.cpu.gpu_worker").CPUOffloadingWorker
         made[OWN] = Worker(bench, worker_class(*arguments), layers, count)
-    ours = import_module("portakv.integrations.vllm").PortaKVOffloadingWorker
+    ours = import_module("portakv.integrations.vllm.offloading").PortaKVOffloadingWorker
     made[OURS] = Worker(bench, ours(*arguments), layers, count)
     return made
 

@@ -34,7 +34,7 @@ check_release("vllm")
 from vllm.v1.kv_offload.base import OffloadingWorker  # noqa: E402
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec  # noqa: E402
 
-from portakv.integrations.vllm import PortaKVOffloadingSpec  # noqa: E402
+from portakv.integrations.vllm.offloading import PortaKVOffloadingSpec  # noqa: E402
 
 #: Tokens of a prompt: a few blocks, and a long one. The last tokens fill no block.
 PROMPTS = (103, 4103)

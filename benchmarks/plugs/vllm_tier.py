@@ -30,7 +30,7 @@ from vllm.v1.kv_offload.base import ReqContext, ScheduleEndContext, make_offload
 from vllm.v1.kv_offload.tiering.base import TransferJob
 from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 
-from portakv.integrations.vllm_tier import PortaKVTier
+from portakv.integrations.vllm.tier import PortaKVTier
 from portakv_benchmarks.plugs import faults, tier_parts
 from portakv_benchmarks.plugs.tier_result import result_of
 

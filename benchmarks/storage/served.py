@@ -17,12 +17,11 @@ from typing import Protocol
 
 import torch
 
-from portakv.serving.keeper_blocks import KeptBlocks
-from portakv.serving.keeper_client import KeeperClient
-from portakv.serving.known import KeeperIndex
 from portakv.serving.local import GroupView, LocalIndex, StoreTerms, forms_of
-from portakv.serving.place import Place
-from portakv.storage.form_store import FormStore
+from portakv.serving.server.client import ServerBlocks, StoreClient
+from portakv.serving.server.index import ServerIndex
+from portakv.serving.server.link import Place
+from portakv.storage.store import FormStore
 from portakv_benchmarks.host.suite import KB
 from portakv_benchmarks.shared.harness import Row, Rows, Step, quantile, short
 from portakv_benchmarks.shared.shapes import in_words
@@ -101,8 +100,8 @@ class Both:
             ends.callback(self.index.close)
             ends.enter_context(_server_of(folder / "served", terms))
             place = Place.of_folder(folder / "served")
-            client = ends.enter_context(KeeperClient(place, [form], ENGINE, device))
-            self.copy = ends.enter_context(KeeperIndex(place, ENGINE))
+            client = ends.enter_context(StoreClient(place, [form], ENGINE, device))
+            self.copy = ends.enter_context(ServerIndex(place, ENGINE))
             if not (client.wait(LIMIT) and self.copy.wait(LIMIT)):
                 raise RuntimeError("the server does not serve")
             self.kept = client.blocks[0]
@@ -117,7 +116,7 @@ class Both:
     def __exit__(self, *_: object) -> None:
         self._ends.close()
 
-    def save(self, blocks: FormStore | KeptBlocks, keys: Sequence[bytes]) -> None:
+    def save(self, blocks: FormStore | ServerBlocks, keys: Sequence[bytes]) -> None:
         """Save the first blocks of the caches under keys, one after the other."""
         saved = blocks.save(self.source, range(len(keys)), keys)
         saved.synchronize(LIMIT)
@@ -131,7 +130,7 @@ class Both:
             if time.monotonic() > until:
                 raise RuntimeError("the client's copy of the index does not follow")
 
-    def load(self, blocks: FormStore | KeptBlocks, calls: int) -> Sample:
+    def load(self, blocks: FormStore | ServerBlocks, calls: int) -> Sample:
         """Load all blocks in random orders; return the median time of a load."""
         times = []
         cpu = cpu_seconds()

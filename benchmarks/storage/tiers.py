@@ -26,12 +26,12 @@ from portakv import KVView, Unsupported
 from portakv.graph.graph import Graph, Queue
 from portakv.graph.task import Task
 from portakv.storage import image
-from portakv.storage.disk import Disk
+from portakv.storage.calls import LOADED, SAVED
 from portakv.storage.form import BlockForm
 from portakv.storage.io.choose import choose
-from portakv.storage.parts import LOADED, SAVED
-from portakv.storage.remote import Remote
-from portakv.storage.rows import Rows as Memory
+from portakv.storage.memory import Rows as Memory
+from portakv.storage.tiers.disk import Disk
+from portakv.storage.tiers.remote import Remote
 from portakv_benchmarks.host.suite import MB
 from portakv_benchmarks.shared.files import FIO, FsNative, Slab, close
 from portakv_benchmarks.shared.harness import Row, Rows, Step, having, short

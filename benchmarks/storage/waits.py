@@ -14,9 +14,9 @@ import torch
 
 from portakv import CopyOptions, KVView
 from portakv.host import pinned
-from portakv.storage.disk import Disk
 from portakv.storage.form import BlockForm
 from portakv.storage.store import BlockStore
+from portakv.storage.tiers.disk import Disk
 from portakv_benchmarks.host.suite import KB
 from portakv_benchmarks.shared.harness import Row, Rows, Step, quantile, short
 from portakv_benchmarks.shared.shapes import in_words

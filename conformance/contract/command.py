@@ -20,7 +20,7 @@ from portakv.selection import Catalog
 from portakv.storage import Disk, Remote
 from portakv.storage.io.base import Engine
 from portakv.storage.io.choose import ENGINES
-from portakv.storage.tier import TIERS, Tier
+from portakv.storage.tiers.base import TIERS, Tier
 from portakv_conformance.contract import io, tier, transport
 from portakv_conformance.contract.runner import Check, Outcome, checks_of, expect, run_checks
 from portakv_conformance.run.journal import SubjectUnavailable

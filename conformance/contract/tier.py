@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of a tier of a block store: `portakv.storage.tier`.
+"""The contract of a tier of a block store: `portakv.storage.tiers.base`.
 
 Every check gets a `Tiers`, which makes the tier in a separate folder and opens it for forms, as a
 `BlockStore` does. Blocks are sealed and verified here, past the tier, so that a tier that returns
@@ -23,8 +23,8 @@ import numpy.typing as npt
 from portakv.graph.graph import Graph
 from portakv.storage import image, reasons
 from portakv.storage.form import BlockForm
+from portakv.storage.memory import Rows
 from portakv.storage.reasons import Reason
-from portakv.storage.rows import Rows
 from portakv_conformance.contract.runner import expect, run_threads
 from portakv_conformance.draw.arrangement import Keywords
 

@@ -189,7 +189,7 @@ def resolved(target: str) -> Callable[..., Any]:
         for name in path.split("."):
             found = getattr(found, name)
         return found  # type: ignore[no-any-return]
-    from portakv.storage.tier import TIERS
+    from portakv.storage.tiers.base import TIERS
 
     if target == "remote":
         return remote_tier

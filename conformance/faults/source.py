@@ -19,7 +19,7 @@ from portakv_conformance.evidence.source import named_in
 #: The packages whose modules count.
 COUNTED = ("portakv.storage", "portakv.serving", "portakv.integrations", "portakv.graph")
 #: The modules of PortaKV's tiers that have a name.
-NAMED = {"disk": "portakv.storage.disk", "remote": "portakv.storage.remote"}
+NAMED = {"disk": "portakv.storage.tiers.disk", "remote": "portakv.storage.tiers.remote"}
 
 
 def module_of(target: str) -> str:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from portakv.backends.base import Pending
 from portakv.plan.plan import CopyPlan
-from portakv.view.form import Form, Part, Step
+from portakv.view.form import Form, KVRows, Step
 from portakv_conformance.mutants.base import Call, HostRows
 
 _plan = lru_cache(maxsize=256)(CopyPlan)
@@ -49,7 +49,7 @@ def SwappedLayers(right: HostRows, form: Form) -> Form:
     return replace(form, parts=tuple(map(_last_layer_first, form.parts)))
 
 
-def _last_layer_first(part: Part) -> Part:
+def _last_layer_first(part: KVRows) -> KVRows:
     if len(part.layer) != 1:
         return part
     step = part.layer[0]

@@ -12,7 +12,7 @@ import torch
 
 from portakv.backends.strided import Ops, StridedCopy
 from portakv.plan.plan import CopyPlan, Move
-from portakv.view.form import Form, Part
+from portakv.view.form import Form, KVRows
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -36,7 +36,7 @@ def packed(form: Form, order: Sequence[str]) -> bool:
     )
 
 
-def _packed(part: Part, axes: Sequence[tuple[str, int]]) -> bool:
+def _packed(part: KVRows, axes: Sequence[tuple[str, int]]) -> bool:
     stride = 1
     for name, extent in reversed(axes):
         if name != "kv" and steps(part, name) != [(extent, 0, stride)] * (extent != 1):
@@ -45,7 +45,7 @@ def _packed(part: Part, axes: Sequence[tuple[str, int]]) -> bool:
     return True
 
 
-def steps(part: Part, axis: str) -> list[tuple[int, int, int]]:
+def steps(part: KVRows, axis: str) -> list[tuple[int, int, int]]:
     """Return the steps of an axis as (extent, entries of the table, bytes), outermost first."""
     return [(step.extent, step.table, step.stride) for step in part.axis(axis)]
 

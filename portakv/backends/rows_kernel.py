@@ -9,23 +9,100 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property, partial
 from importlib.resources import files
 from itertools import chain
 from math import prod
 from posixpath import normpath
-from typing import NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
-from portakv.backends._sides import Request as Request
-from portakv.backends._sides import SideArguments, split_loops
+import torch
+
+from portakv.backends.base import PEERS, Backend, Capabilities, Launch, MoveLaunch, places_on
 from portakv.errors import Unsupported
 from portakv.plan.loops import Loop
 from portakv.plan.packing import PackNest, PackPlan
-from portakv.plan.plan import CopyPlan, Move, Nest
+from portakv.plan.plan import CopyPlan, Move, Nest, Side
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.cuda import ArgumentLists
+from portakv.runtime.devices import capturing, refuse_capture
 from portakv.view.index import Index
 from portakv.view.view import KVView
+
+# ------------------------------------------------------------------------------------------------
+# The parts of a nest that every kernel receives.
+
+#: The values that a request adds to one side; see `SideArguments.request`.
+Request: TypeAlias = tuple[int, int, int, int, int, int]
+
+
+def split_loops(loops: tuple[Loop, ...]) -> tuple[list[Loop], list[Loop]]:
+    """Split loops into those over planes, which blocks walk along y, and those inside a unit of a
+    plane."""
+    outer = [x for x in loops if x.tabled or x.over_planes]
+    return outer, [x for x in loops if x not in outer]
+
+
+class SideArguments:
+    """The values that a plan fixes for one side of a nest, and its requests, for any kernel.
+
+    Attributes:
+        per_id: units that one id covers; 0 without ids.
+        walks: for each of ``outer`` its entries of the table and its bytes.
+        strides: of the loops ``inner``.
+        kind: the source of addresses: ``NONE``, one address; ``UNITS``, the view's table.
+        countable: the most units of a view that the kernel counts.
+    """
+
+    countable = 2**63 - 1
+
+    def __init__(
+        self,
+        nest: Nest,
+        plan: CopyPlan,
+        name: str,
+        outer: Sequence[Loop],
+        inner: Sequence[Loop] = (),
+    ) -> None:
+        self.side: Side = getattr(nest, name)
+        self.unit = plan.unit
+        self.per_id = getattr(plan, f"{name}_step") // plan.unit
+        self.walks = [(getattr(x, f"{name}_table"), getattr(x, f"{name}_stride")) for x in outer]
+        self.strides = [getattr(x, f"{name}_stride") for x in inner]
+        looks_up = self.side.tabled or any(table for table, _ in self.walks)
+        self.kind = "UNITS" if looks_up else "NONE"
+
+    def request(self, view: KVView, index: Index) -> Request:
+        """Return the values of a request.
+
+        They are the base (an address, or the bytes after a table's address), the address of the
+        table or 0, the address of the ids or 0, True if the ids are int64, the unit at position 0,
+        and the number of units in the view.
+        """
+        side = self.side
+        unit = self.unit
+        limit = view.slots // self.unit
+        if limit > self.countable:
+            raise Unsupported(
+                f"A view of {view.slots} tokens in units of {unit}",
+                f"the kernel counts {self.countable} units; use backend 'reference'",
+            )
+        table = 0
+        base = side.offset
+        if self.kind == "UNITS":
+            table = view.table.data_ptr() + 8 * side.table
+        elif self.kind == "NONE":
+            base += view.origins[side.table]
+        first, rest = divmod(index.offset, unit)
+        ids = index.ids  # contiguous and on the device: the library places them
+        if ids is None:
+            # A flat side may start anywhere, also between two units.
+            return base + rest * (side.units[-1].stride // unit), table, 0, 0, first, limit
+        return base, table, ids.data_ptr(), ids.dtype is torch.int64, first, limit
+
 
 #: Threads of a block, unless a device needs another number.
 THREADS = 128
@@ -334,3 +411,203 @@ class SideWords(SideArguments):
             entries = view.origins[self.side.table :][: self.entries]
             packed = view.derived[self] = struct.pack(f"<{self.entries}q", *entries)
         return packed
+
+
+# ------------------------------------------------------------------------------------------------
+# Load and launch the kernels of `rows_kernel` on any device, through its driver.
+
+
+class RowsDriver(Protocol):
+    """The driver of one device; `runtime.cuda.CudaDriver` documents each function."""
+
+    @property
+    def success(self) -> object: ...
+    @property
+    def launch(self) -> Callable[..., object]: ...
+    def load(self, source: str, names: Iterable[str]) -> dict[str, object]: ...
+    def handle(self, stream: torch.Stream | None) -> object: ...
+    def current(self) -> AbstractContextManager[object]: ...
+    def check(self, result: Any, what: str) -> None: ...
+    def word(self, address: int) -> int: ...
+
+
+class KernelText(Protocol):
+    """The text of a kernel and the names of its entries, such as a `RowsKernel` has."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def names(self) -> Mapping[int, str]: ...
+
+
+class LoadedKernels:
+    """The kernels of one device: each text is compiled, or read from disk, at most once."""
+
+    def __init__(self, driver: RowsDriver, capturing: Callable[[], bool]) -> None:
+        self._driver = driver
+        self._capturing = capturing
+        self._loaded: Bounded[str, dict[str, object]] = Bounded("loaded kernels", 1024)
+        self._lock = threading.Lock()
+
+    def functions(self, kernels: Sequence[KernelText]) -> list[dict[int, object]]:
+        """Return the entries of each kernel, by the vectors that one thread moves.
+
+        Raises:
+            Unsupported: a kernel is not loaded, and a graph is being captured.
+        """
+        with self._lock:
+            loaded = [self._loaded.get_or_make(x.source, partial(self._load, x)) for x in kernels]
+        return [
+            {each: functions[name] for each, name in kernel.names.items()}
+            for kernel, functions in zip(kernels, loaded, strict=True)
+        ]
+
+    def _load(self, kernel: KernelText) -> dict[str, object]:
+        if self._capturing():
+            raise refuse_capture()
+        return self._driver.load(kernel.source, kernel.names.values())
+
+
+class RowsBackend(Backend):
+    """A backend that launches the rows kernel through a device's driver."""
+
+    #: Threads of a block, and the cuts of launches; None: the cuts of NVIDIA's devices.
+    threads = THREADS
+    tunings: tuple[Tuning, ...] | None = None
+
+    def __init__(self, device: torch.device, driver: RowsDriver) -> None:
+        super().__init__(device)
+        self._driver = driver
+        self._kernels = LoadedKernels(driver, lambda: capturing(device))
+
+    def capabilities(self) -> Capabilities:
+        places = places_on(self.device) | PEERS
+        return Capabilities(places, skips_negative=True, guards=True, capturable=True)
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        kernels = [RowsKernel(nest, plan, self.threads, self.tunings) for nest in plan.nests]
+        return RowsLaunch(kernels, self._kernels.functions(kernels), self._driver)
+
+
+class RowsLaunch(MoveLaunch):
+    """The launch of a plan by its kernels; see `base.Launch`.
+
+    Args:
+        kernels: one for each nest.
+        functions: the entries of each kernel, as `LoadedKernels` returns them.
+        driver: of the device that the kernels are loaded on.
+    """
+
+    def __init__(
+        self,
+        kernels: Sequence[RowsKernel],
+        functions: Sequence[dict[int, object]],
+        driver: RowsDriver,
+    ) -> None:
+        self._parts = list(zip(kernels, functions, strict=True))
+        self._unit = kernels[0].unit
+        self._driver = driver
+        kinds = zip(*((kernel.src.kind, kernel.dst.kind) for kernel in kernels), strict=True)
+        self.tables = tuple("UNITS" in side for side in kinds)
+        self._handle = driver.handle
+        self._launch = driver.launch
+        self._success = driver.success
+        self._arguments = ArgumentLists([kernel.fixed for kernel in kernels], driver.current)
+
+    def again(
+        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
+    ) -> RowsAgain | None:
+        """See `base.Repeatable`."""
+        parts = []
+        fixed = []
+        move = Move(src, dst, src_index, dst_index, 0)
+        for kernel, functions in self._parts:
+            packer = kernel.packer(move)
+            if packer is None:
+                return None
+            filled = bytearray(kernel.fixed)
+            kernel.pack(filled, move, 0, 0)
+            fixed.append(bytes(filled))
+            parts.append((packer, functions, kernel))
+        return RowsAgain(parts, fixed, self._driver)
+
+    def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
+        """Order a copy on a stream of the driver's; see `MoveLaunch`."""
+        handle = self._handle(stream)
+        if handle is None:
+            with self._driver.current():
+                self.enqueue(move, stream, status)
+            return
+        units = move.count // self._unit
+        arguments = self._arguments
+        word = 0 if status is None else self._driver.word(status.data_ptr())
+        for at, (kernel, functions) in enumerate(self._parts):
+            buffer = arguments.buffers[at]
+            threads = kernel.threads
+            each, ahead = kernel.tuned(units)
+            kernel.pack(buffer, move, word, ahead)
+            for start, span in kernel.spans(units):
+                kernel.pack_span(buffer, start, span)
+                blocks, planes = kernel.grid(span, each)
+                result = self._launch(
+                    functions[each],
+                    blocks,
+                    planes,
+                    1,
+                    threads,
+                    1,
+                    1,
+                    0,
+                    handle,
+                    arguments.addresses[at],
+                    0,
+                )
+                if result != self._success:
+                    self._driver.check(result, "The launch")
+
+
+class RowsAgain:
+    """A repeated launch; see `base.Again`.
+
+    Its call is one straight function: every frame costs time in a registered call.
+    """
+
+    def __init__(
+        self,
+        parts: list[tuple[Packer, dict[int, object], RowsKernel]],
+        fixed: list[bytes],
+        driver: RowsDriver,
+    ) -> None:
+        self._unit = unit = parts[0][2].unit
+        self.most = min(kernel.most_units for *_, kernel in parts) * unit
+        self._parts = [
+            (pack, functions, k.grid, k.threads, k.small, k.tuned) for pack, functions, k in parts
+        ]
+        self._driver = driver
+        self._arguments = ArgumentLists(fixed, driver.current)
+        self._handle = driver.handle
+        self._launch = driver.launch
+        self._word = driver.word
+        self._success = driver.success
+
+    def __call__(self, src: int, dst: int, first: int, count: int, status: int) -> None:
+        handle = self._handle(None)
+        if handle is None:
+            with self._driver.current():
+                self(src, dst, first, count, status)
+            return
+        arguments = self._arguments
+        word = self._word(status) if status else 0
+        units = count // self._unit
+        first //= self._unit
+        for part, buffer, address in zip(
+            self._parts, arguments.buffers, arguments.addresses, strict=True
+        ):
+            pack, functions, grid, threads, small, tuned = part
+            each, ahead = (1, 0) if units < small else tuned(units)
+            pack(buffer, src, dst, first, units, ahead, word)
+            result = self._launch(
+                functions[each], *grid(units, each), 1, threads, 1, 1, 0, handle, address, 0
+            )
+            if result != self._success:
+                self._driver.check(result, "The launch")

@@ -13,7 +13,7 @@ from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.cli.sides import check_cache, in_bytes, in_time, read_above_zero, requested_accelerator
 from portakv.errors import PortaKVError
 from portakv.interconnect.costs import Point, Table
-from portakv.runtime import kernel_cache as _kernel_cache
+from portakv.runtime import kernel_cache
 
 HELP = "measure the copies between a device and the host, once for each kind of device"
 DESCRIPTION = """\
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise PortaKVError(
             f"The table cannot be stored in {costs.path_for(measured.device)} ({error.strerror}). "
-            f"Set {_kernel_cache.ENVIRONMENT} to a folder that you can write to."
+            f"Set {kernel_cache.ENVIRONMENT} to a folder that you can write to."
         ) from error
     if args.json:
         print_json({"file": str(path), **costs.as_json(measured)})

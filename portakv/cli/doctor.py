@@ -35,12 +35,12 @@ from portakv.integrations import (
     why_not,
 )
 from portakv.registry import ENVIRONMENT
-from portakv.runtime import kernel_cache as _kernel_cache
+from portakv.runtime import kernel_cache
 from portakv.runtime.devices import device_name, devices_present
 from portakv.selection import Catalog, Kind
 
 if TYPE_CHECKING:
-    from portakv.integrations.findings import Findings
+    from portakv.integrations.checks import Findings
     from portakv.serving.sizing import Sizes
 
 HELP = "list the integrations, devices and extras that work here, and why others do not"
@@ -172,10 +172,10 @@ def _wrong_variables() -> Iterator[str]:
                 f"Expected {name} to name a module that runs here, got {value!r}: "
                 f"{', '.join(missing)} is not installed. {installing(value)} brings it."
             )
-    refusal = _kernel_cache.refusal()
+    refusal = kernel_cache.refusal()
     if refusal:
         yield (
-            f"Expected {_kernel_cache.ENVIRONMENT} to be a private folder that you can write to: "
+            f"Expected {kernel_cache.ENVIRONMENT} to be a private folder that you can write to: "
             f"{refusal}. Set it to such a folder; until then each process compiles its kernels."
         )
 
@@ -379,14 +379,14 @@ def _findings(
     """Return what is wrong with a configuration, for a model of known sizes."""
     # Imported here: they need the extra `serving`, and no other report does.
     if option == "--kv-transfer-config":
-        from portakv.integrations.vllm_connectors_check import connector_findings_of
+        from portakv.integrations.vllm.connectors_check import connector_findings_of
 
         return connector_findings_of(config, sizes, block_size)
     if option == "--l2-adapter":
-        from portakv.integrations import lmcache_check
+        from portakv.integrations.lmcache import check
 
-        return lmcache_check.findings_of(config)
-    from portakv.integrations.sglang_check import hicache_findings_of
+        return check.findings_of(config)
+    from portakv.integrations.sglang.check import hicache_findings_of
 
     return hicache_findings_of(config)
 

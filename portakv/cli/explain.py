@@ -702,7 +702,7 @@ def _explain_peer(device: str | None, as_json: bool) -> int:
     import msgspec
     import zmq
 
-    from portakv.migrate.ipc import host_id
+    from portakv.migrate.shared_memory import host_id
     from portakv.migrate.transports import forced
 
     where = usual_device() if device is None else usable_device(device)
@@ -737,11 +737,11 @@ def _check_migration() -> None:
 
 def _mapped_memory(device: torch.device) -> Iterator[Decision]:
     """Yield whether another process of this host can map each kind of memory."""
-    from portakv.migrate import ipc
+    from portakv.migrate import shared_memory
 
     try:
-        written = ipc.shared_empty(64, torch.uint8).fill_(7)
-        same = torch.equal(ipc.open_shared(ipc.share(written)), written)
+        written = shared_memory.shared_empty(64, torch.uint8).fill_(7)
+        same = torch.equal(shared_memory.open_shared(shared_memory.share(written)), written)
         why = "" if same else "the bytes read differ from the bytes written"
     except PortaKVError as error:
         why = str(error)
@@ -749,12 +749,12 @@ def _mapped_memory(device: torch.device) -> Iterator[Decision]:
     yield Decision("host memory", not why, why or good)
     if device.type == "cpu":
         return
-    refused = ipc.why_not(torch.zeros(64, dtype=torch.uint8, device=device))
+    refused = shared_memory.why_not(torch.zeros(64, dtype=torch.uint8, device=device))
     yield Decision(f"memory of {device}", not refused, refused or "a process of this host maps it")
     try:
         event = torch.get_device_module(device).Event
         with inside(device):
-            ipc.export_event(event(interprocess=True))
+            shared_memory.export_event(event(interprocess=True))
         yield Decision(f"events of {device}", True, "a peer's stream waits for an offer's rows")
     except (PortaKVError, AttributeError, RuntimeError, TypeError) as error:
         why = f"the owner's host waits instead: {getattr(error, 'why', error)}"

@@ -26,7 +26,7 @@ from portakv.errors import DeviceMismatch, PortaKVError
 from portakv.extras import installing
 from portakv.layout.language import Layout, parse
 from portakv.layout.presets import resolve
-from portakv.runtime import kernel_cache as _kernel_cache
+from portakv.runtime import kernel_cache
 from portakv.runtime.devices import usable_device, usual_device
 from portakv.view.bound import bind_layout
 from portakv.view.example import example_tensors
@@ -235,8 +235,8 @@ def requested_accelerator(name: str | None) -> torch.device | None:
 
 def check_cache(what: str) -> None:
     """Raise `PortaKVError` if ``what`` cannot be stored in the cache's folder."""
-    why = _kernel_cache.refusal()
-    name = _kernel_cache.ENVIRONMENT
+    why = kernel_cache.refusal()
+    name = kernel_cache.ENVIRONMENT
     if why is not None:
         folder = "a folder that only you can write to"
         raise PortaKVError(f"{what} cannot be stored: {why}. Set {name} to {folder}.")

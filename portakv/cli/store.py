@@ -33,8 +33,12 @@ from portakv.cli.console import Column, Report, installing, print_json, print_pr
 from portakv.cli.sides import in_bytes, read_bytes
 from portakv.errors import InvalidTerms, PeerError, StoreBusy, StoreError
 from portakv.runtime.linux import fcntl, require_linux
-from portakv.storage import image, slots, table
-from portakv.storage.files import (
+from portakv.storage import image
+from portakv.storage.form import BlockForm, Range
+from portakv.storage.io.base import Request
+from portakv.storage.io.choose import choose
+from portakv.storage.tiers import folder as slots
+from portakv.storage.tiers.files import (
     PAGE,
     cause_of,
     check_folder,
@@ -45,13 +49,10 @@ from portakv.storage.files import (
     open_file,
     unusable,
 )
-from portakv.storage.form import BlockForm, Range
-from portakv.storage.io.base import Request
-from portakv.storage.io.choose import choose
 
 if TYPE_CHECKING:
-    from portakv.serving.keeper_server import Keeper
     from portakv.serving.kv_events import EventPublisher
+    from portakv.serving.server.server import StoreServer
 
 HELP = "show, check or wipe the block stores in a folder, or serve it to engines"
 DESCRIPTION = """\
@@ -282,10 +283,10 @@ def _shown(store: Path) -> Report:
     with os.fdopen(open_file(store / "slots"), "rb") as file:
         count = os.fstat(file.fileno()).st_size // form.image_bytes
     keys = set[bytes]()
-    for slot, record in enumerate(table.records_in(store, form, count)):
+    for slot, record in enumerate(slots.records_in(store, form, count)):
         # A recovery accepts the same records.
-        if record[table.SEGMENTS] and image.checksum(record[:-1], slot) == record[-1]:
-            keys.add(record[: table.GENERATION].tobytes())
+        if record[slots.SEGMENTS] and image.checksum(record[:-1], slot) == record[-1]:
+            keys.add(record[: slots.GENERATION].tobytes())
     return {
         "form": store.name,
         **asdict(form),
@@ -403,7 +404,7 @@ def explain_folder(folder: str, as_json: bool) -> int:
         stores = [_report_of(_shown, store) for store in _stores(folder)]
         direct = False
         with tempfile.TemporaryDirectory(dir=folder) as inside:
-            why = table.no_space_in(Path(inside))
+            why = slots.no_space_in(Path(inside))
             if not why:
                 made = slots.Slots(Path(inside, trial.name), trial, trial.image_bytes, engine)
                 made.take(bytes(32))  # only a file with slots shows whether O_DIRECT works
@@ -488,27 +489,27 @@ def _serve(
         others: other terms of the store, by their names in `StoreTerms`.
 
     Raises `InvalidTerms` for wrong terms, `StoreError` for a folder that cannot be used, or
-    without the packages of the keeper, `PeerError` for an address that is in use, and `Unsupported`
+    without the packages of the server, `PeerError` for an address that is in use, and `Unsupported`
     for metrics without their package.
     """
     check_installed("portakv store serve")
-    from portakv.serving.keeper_server import Keeper
     from portakv.serving.local import StoreTerms
+    from portakv.serving.server.server import StoreServer
 
     terms = StoreTerms.of({"folder": (*folders,), **others})
     with ExitStack() as stack:
         ended = stack.enter_context(_until_a_signal())
         events = events_of(watching, stack)
-        keeper = stack.enter_context(Keeper(terms, events=events))
+        store_server = stack.enter_context(StoreServer(terms, events=events))
         if watching.metrics:
-            _answer_prometheus(watching.metrics, keeper, stack)
+            _answer_prometheus(watching.metrics, store_server, stack)
         served = False
-        if not keeper.serves:
-            _print_serving(keeper, as_json)
-        while not ended.wait(0.0 if keeper.serves != served else LOOK):
-            if keeper.serves != served:
-                served = keeper.serves
-                _print_serving(keeper, as_json)
+        if not store_server.serves:
+            _print_serving(store_server, as_json)
+        while not ended.wait(0.0 if store_server.serves != served else LOOK):
+            if store_server.serves != served:
+                served = store_server.serves
+                _print_serving(store_server, as_json)
     return 0
 
 
@@ -526,12 +527,12 @@ def events_of(watching: Watching, stack: ExitStack) -> EventPublisher | None:
     return made
 
 
-def _answer_prometheus(address: str, keeper: Keeper, stack: ExitStack) -> None:
+def _answer_prometheus(address: str, store_server: StoreServer, stack: ExitStack) -> None:
     """Answer Prometheus at an address, until the stack ends."""
     from portakv.graph.prometheus import Collector
 
     host, _, port = address.rpartition(":")
-    collector = Collector(keeper)
+    collector = Collector(store_server)
     from prometheus_client import CollectorRegistry, start_http_server
 
     if not host or not port.isdigit() or int(port) >= 1 << 16:
@@ -550,13 +551,13 @@ def _answer_prometheus(address: str, keeper: Keeper, stack: ExitStack) -> None:
     stack.callback(server.shutdown)
 
 
-def _print_serving(keeper: Any, as_json: bool) -> None:
+def _print_serving(store_server: Any, as_json: bool) -> None:
     """Print whether this process serves."""
-    folder = keeper.place.name
+    folder = store_server.place.name
     if as_json:
-        print_json({"folder": folder, "serves": keeper.serves})
-    elif keeper.serves:
-        terms = keeper.terms
+        print_json({"folder": folder, "serves": store_server.serves})
+    elif store_server.serves:
+        terms = store_server.terms
         sizes = f"{in_bytes(terms.host)} of host memory, {in_bytes(terms.staging)} of staging"
         bucket = "" if terms.bucket is None else f", and the bucket {terms.bucket}"
         print_prose(

@@ -53,7 +53,7 @@ class Row(NamedTuple):
     """What moves. Numbers are None where they mean nothing.
 
     Attributes:
-        kind: link, tier, pull, copy, weights, keeper or engine.
+        kind: link, tier, pull, copy, weights, server or engine.
         rate: bytes a second; each: blocks, copies, pulls or tokens a second.
         seconds: that one of these takes.
         waiting: bytes, or how many are in flight; wait: seconds of the oldest.

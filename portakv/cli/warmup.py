@@ -26,9 +26,7 @@ from portakv.cli.sides import (
 )
 from portakv.errors import PortaKVError
 from portakv.plan.plan import CopyPlan
-from portakv.runtime import hip as _hip_driver
-from portakv.runtime import kernel_cache as _kernel_cache
-from portakv.runtime import nvrtc as _nvrtc
+from portakv.runtime import hip, kernel_cache, nvrtc
 from portakv.view.view import KVView
 
 HELP = "compile the row kernels of cuda or hip into their cache, for any architecture"
@@ -109,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     began = perf_counter()
     warmed = [done for pair in pairs for done in _warm(pair, compiled_for)]
     seconds = perf_counter() - began
-    folder = _kernel_cache.directory()
+    folder = kernel_cache.directory()
     compilers = list(dict.fromkeys(target.compiler for target in compiled_for))
     if args.json:
         print_json(
@@ -235,31 +233,31 @@ def _own() -> Iterator[Architecture]:
 
 
 def _nvidia(capability: int) -> Target:
-    if why := _nvrtc.missing():
+    if why := nvrtc.missing():
         raise PortaKVError(f"The kernels of the cuda backend cannot be compiled: {why}.")
-    newest = _nvrtc.architectures()[-1]
+    newest = nvrtc.architectures()[-1]
     # The next generation gets PTX of the newest one; a number further away is a typing error.
     if capability // 10 > newest // 10 + 1:
         raise PortaKVError(
             f"Expected --arch to be a compute capability such as 90 or {newest}, the newest that "
-            f"NVRTC {_nvrtc.nvrtc_version()} knows, got {capability}. Correct it."
+            f"NVRTC {nvrtc.nvrtc_version()} knows, got {capability}. Correct it."
         )
     try:
-        name = _nvrtc.target_for(capability)
+        name = nvrtc.target_for(capability)
     except RuntimeError as error:
         raise PortaKVError(str(error)) from error
-    holds = partial(_nvrtc.compiled_before, capability=capability)
-    compile_ = partial(_nvrtc.compile_kernel, capability=capability)
-    return Target(name, f"NVRTC {_nvrtc.nvrtc_version()}", holds, compile_)
+    holds = partial(nvrtc.compiled_before, capability=capability)
+    compile_ = partial(nvrtc.compile_kernel, capability=capability)
+    return Target(name, f"NVRTC {nvrtc.nvrtc_version()}", holds, compile_)
 
 
 def _amd(name: str) -> Target:
     try:
-        driver = _hip_driver.driver()
-        compiler = f"hipRTC {_hip_driver.hiprtc_version(driver)}"
-    except (_hip_driver.DriverMissing, RuntimeError) as error:
+        driver = hip.driver()
+        compiler = f"hipRTC {hip.hiprtc_version(driver)}"
+    except (hip.DriverMissing, RuntimeError) as error:
         why = str(error).rstrip(".")
         raise PortaKVError(f"The kernels of the hip backend cannot be compiled: {why}.") from error
-    holds = partial(_hip_driver.compiled_before, driver, architecture=name)
-    compile_ = partial(_hip_driver.compile_kernel, driver, architecture=name)
+    holds = partial(hip.compiled_before, driver, architecture=name)
+    compile_ = partial(hip.compile_kernel, driver, architecture=name)
     return Target(name, compiler, holds, compile_)

@@ -6,26 +6,391 @@ It decides on views, direction and stream; `issue` makes the copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import pairwise
 from time import perf_counter
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
+from weakref import ref
 
 import torch
 from torch.compiler import is_compiling
 
 from portakv.connector import in_graph
-from portakv.connector.caches import Batch, CheckedMove, Registration, check_chunk_layout
+from portakv.connector.in_graph import Allocations, first_tensor, flatten
 from portakv.copy.context import Context
 from portakv.copy.options import Check, CopyOptions, options_from, refuse_options
-from portakv.copy.request import Ids, MemoryObject, Tensors
+from portakv.copy.repeat_chunks import ChunkRepeats
+from portakv.copy.request import Ids, MemoryObject, Tensors, whole
 from portakv.copy.schedule import check_issue, issue
-from portakv.errors import LayoutError, SlotError
+from portakv.copy.settle import Passed, check_rows
+from portakv.errors import DeviceMismatch, LayoutError, SlotError
+from portakv.layout.language import parse
+from portakv.layout.presets import resolve
+from portakv.plan.move import Move
 from portakv.registry.prepared import prepared
-from portakv.registry.registry import choose
+from portakv.registry.registry import Choice, choose
 from portakv.runtime.transfer import LateErrors, Transfer
-from portakv.view.bound import bind_layout
+from portakv.view import Index, KVView
+from portakv.view.bound import BoundLayout, bind_layout
 from portakv.view.example import example_chunk
+
+# ------------------------------------------------------------------------------------------------
+# Read and check the arguments of a connector: its caches once, and the chunks of each call.
+
+Extents = dict[str, Any]
+#: A chunk from its first token on.
+WHOLE = Index()
+
+
+def check_chunk_layout(layout: str) -> None:
+    """Raise `LayoutError` for a layout of memory objects that cannot be parsed."""
+    parse(resolve(layout)[0])
+
+
+class Job(NamedTuple):
+    """A copy between a chunk and the caches, without its direction."""
+
+    chunk: KVView
+    chunk_index: Index
+    cache_index: Index
+    tokens: int
+
+
+class CheckedMove(NamedTuple):
+    """A copy, and the checks that it passed."""
+
+    move: Move
+    passed: Passed
+
+
+class Batch(NamedTuple):
+    """Memory objects and, for each, the range of the slot mapping that belongs to it."""
+
+    memory_objs: list[MemoryObject]
+    slot_mapping: Ids | None
+    starts: list[int]
+    ends: list[int | None]
+
+    @classmethod
+    def of(
+        cls, memory_objs: object, slot_mapping: Ids | None, starts: object, ends: object
+    ) -> Batch:
+        """Return the arguments as a batch; raise `SlotError` unless each object has a start and an
+        end."""
+        objects = _listed(memory_objs)
+        firsts = _listed(starts)
+        pasts = _listed(ends)
+        counts = [None if each is None else len(each) for each in (objects, firsts, pasts)]
+        if objects is None or firsts is None or pasts is None or len(set(counts)) > 1:
+            raise SlotError(
+                f"Expected one start and one end for each memory object, got {counts[0]} memory "
+                f"objects, {counts[1]} starts and {counts[2]} ends. Pass lists of equal length."
+            )
+        return cls(objects, slot_mapping, firsts, pasts)
+
+    def with_ids_on_host(self, context: Context) -> Batch:
+        """Return the batch of a transfer in slices, with its slots on the host.
+
+        Each copy in slices reads the slots of a device. The batch reads them once, for all of its
+        copies, so that its checks see them before the first copy starts.
+
+        Raises `Unsupported` inside graph capture.
+        """
+        if self.slot_mapping is None or not self.memory_objs:
+            return self
+        index = Index.of(self.slot_mapping)
+        if index.on_host:
+            return self
+        context.check_may_slice()
+        return self._replace(slot_mapping=index.to_host())
+
+
+class Registration:
+    """The caches that a connector retains, and the views of memory objects that fit them.
+
+    Attributes:
+        view: the caches.
+        allocations: the tensors that a compiler sees in their place.
+        repeats: repeated transfers to and from the caches.
+
+    Raises:
+        LayoutError: caches that contradict the layout.
+        DeviceMismatch: caches of another device.
+    """
+
+    def __init__(
+        self,
+        kv_caches: Tensors,
+        bound: BoundLayout,
+        chunk_layout: str,
+        choice: Choice,
+        owner: ref[object],
+    ) -> None:
+        _check_caches(kv_caches, bound)
+        self.view = view = KVView.through(bound, kv_caches, persistent=True)
+        if view.device != choice.backend.device:
+            raise DeviceMismatch(
+                f"Expected kv_caches on {choice.backend.device}, which this connector serves, got "
+                f"{view.device}. Make a connector for their device."
+            )
+        if choice.can.tables:
+            view.table  # noqa: B018 - made now, so that no transfer has to
+        self.allocations = Allocations(kv_caches)
+        self._facts = _facts(self.allocations.leaves)
+        self.repeats = ChunkRepeats(view, self.allocations.unchanged, choice, owner)
+        self._layout = chunk_layout
+        self._bound: dict[tuple[str, int], BoundLayout] = {}
+
+    def holds(self, kv_caches: Tensors) -> bool:
+        """Return True if these are its caches, or tensors at the same addresses with the same
+        strides."""
+        try:
+            leaves, levels = flatten(kv_caches)
+            if levels != self.allocations.levels or _facts(leaves) != self._facts:
+                return False
+            # The registered tensors are plain. Lazy ones at their addresses are other objects.
+            return self.allocations.holds(leaves) or not _any_lazy(leaves)
+        except (AttributeError, LayoutError, RuntimeError):  # the layout says what they lack
+            return False
+
+    def check_memory(self) -> None:
+        """Raise `LayoutError` if the memory of a cache was freed or replaced, or became too
+        small."""
+        if self.allocations.unchanged():
+            return
+        if not self.allocations.in_place():
+            raise self.view.replaced()
+        # Only the size of a storage differs: it may still contain all rows of the caches.
+        self.view.check_memory()
+        self.allocations.read_sizes()
+
+    def move(self, store: bool, job: Job) -> Move:
+        """Return the copy between the caches and a chunk."""
+        chunk, chunk_index, cache_index, tokens = job
+        if store:
+            return Move(self.view, chunk, cache_index, chunk_index, tokens)
+        return Move(chunk, self.view, chunk_index, cache_index, tokens)
+
+    def checked(self, store: bool, job: Job, context: Context, strict: bool) -> CheckedMove:
+        """Return the copy between the caches and a chunk, once its ids are checked."""
+        move = self.move(store, job)
+        return CheckedMove(move, check_rows(move, context, strict))
+
+    def job(self, memory_obj: MemoryObject, slots: Ids | None, start: int, end: int | None) -> Job:
+        """Return one memory object with its range of the slot mapping, after checks.
+
+        The object holds rows of these caches, does not overlap them and is large enough. The slot
+        mapping contains the range.
+        """
+        index, count = slot_range(slots, start, end)
+        chunk = self.chunk(memory_obj)
+        if chunk.slots < count:
+            raise SlotError(
+                f"Expected a memory_obj of {count} tokens or more, got one of {chunk.slots}. Pass "
+                f"a larger one or a smaller range."
+            )
+        spare = chunk.slots - count  # the last block of a paged chunk may be filled in part
+        if end is None and spare >= (chunk.form.block_size or 1):
+            raise SlotError(
+                f"Expected a memory_obj of {count} tokens, one for each slot, got one of "
+                f"{chunk.slots}. Pass end, the position in the slot_mapping after the last token, "
+                f"to use a part of it."
+            )
+        if chunk.overlaps(self.view):
+            raise LayoutError(
+                "Expected a memory_obj outside the kv_caches, got one in their memory. Pass a "
+                "separate buffer."
+            )
+        return Job(chunk, WHOLE, index, count)
+
+    def batch_moves(
+        self, store: bool, batch: Batch, context: Context, strict: bool
+    ) -> list[CheckedMove]:
+        """Return the copies of a batch, one for each set of chunks of equal shape and strides.
+
+        All of them are checked first, so that nothing moves if one is bad.
+        """
+        ranges = zip(batch.memory_objs, batch.starts, batch.ends, strict=True)
+        jobs = [self.job(one, batch.slot_mapping, start, end) for one, start, end in ranges]
+        jobs = [job for job in jobs if job.tokens]
+        if store:
+            _check_apart([job.chunk for job in jobs])
+        moves = [self.checked(store, job, context, strict) for job in self._sets(jobs)]
+        if not store:
+            _check_apart_in_caches([each.move for each in moves], strict)
+        return moves
+
+    def chunk(self, memory_obj: MemoryObject) -> KVView:
+        """Return the view of one memory object, a tensor or an object with ``.tensor``.
+
+        Raises `LayoutError` if it does not hold rows of these caches.
+        """
+        tensor: Any = memory_obj
+        if not isinstance(memory_obj, torch.Tensor):
+            tensor = getattr(memory_obj, "tensor", memory_obj)
+        probe = tensor if isinstance(tensor, torch.Tensor) else first_tensor(tensor)
+        bound = self._bind(self._layout, probe.itemsize)
+        try:
+            return KVView.through(bound, tensor)
+        except LayoutError as error:
+            got = f"a tensor of shape {[*probe.shape]}"
+            own = self.view.owners[0]
+            if probe.itemsize != own.itemsize:  # then the expected extent is none of the caches
+                got += f" and {probe.dtype} (theirs is {own.dtype}; widths are compared in bytes)"
+            raise LayoutError(
+                f"Expected memory_obj to hold chunks of these caches, got {got}. {error}"
+            ) from error
+
+    def _sets(self, jobs: Sequence[Job]) -> list[Job]:
+        """Join chunks of equal form into one paged view, each chunk a block of it."""
+        groups: dict[tuple[object, ...], list[Job]] = defaultdict(list)
+        for job in jobs:
+            # Equal in bytes is not enough: one view has tensors of one shape and dtype.
+            chunk = job.chunk
+            first = chunk.owners[0]
+            kind = (chunk.device, first.dtype, first.shape, first.stride())
+            groups[chunk.form, chunk.slots, kind].append(job)
+        sets: list[Job] = []
+        for members in groups.values():
+            chunk = members[0].chunk
+            if len(members) == 1 or chunk.layout.containers or chunk.layout.paged:
+                sets += members
+                continue
+            bound = self._bind(f"block | {chunk.layout.text}", chunk.owners[0].itemsize)
+            view = KVView.through(bound, [job.chunk.tensors for job in members])
+            sets.append(_joined(members, view))
+        return sets
+
+    def _bind(self, layout: str, itemsize: int) -> BoundLayout:
+        bound = self._bound.get((layout, itemsize))
+        if bound is None:
+            extents = _known_extents(self.view, resolve(layout)[0], itemsize)
+            if layout != self._layout:
+                extents.pop("block_size", None)  # a block of a batch is a chunk
+            bound = self._bound[layout, itemsize] = bind_layout(layout, **extents)
+        return bound
+
+
+def _listed(passed: object) -> list[Any] | None:
+    """Return arguments as a list; None if nothing can iterate over them."""
+    if isinstance(passed, Iterable):
+        with suppress(TypeError):  # of a tensor without axes
+            return [*passed]
+    return None
+
+
+def _known_extents(cache: KVView, layout: str, itemsize: int) -> Extents:
+    parsed = parse(layout)
+    extents: Extents = {}
+    for name, axis in (("layers", "layer"), ("kv", "kv"), ("heads", "head")):
+        if axis in parsed.axes or getattr(cache, name) != 1:
+            extents[name] = getattr(cache, name)
+    if any(width % itemsize for width in cache.widths):
+        raise LayoutError(
+            f"Expected a memory_obj whose elements divide the caches' rows of {cache.widths} bytes "
+            f"for each kv and head, got elements of {itemsize} bytes. Use a dtype of their width."
+        )
+    extents["dim"] = [width // itemsize for width in cache.widths]
+    if parsed.opaque or (parsed.paged and parsed.shares("token")):
+        extents["block_size"] = cache.block_size
+    return extents
+
+
+def _joined(members: list[Job], view: KVView) -> Job:
+    """Return several jobs as one; in ``view`` each of their chunks is a block."""
+    # Ranges of one list that follow each other need no separate list.
+    shared = members[0].cache_index
+    follow = True
+    at = shared.offset
+    for job in members:
+        index = job.cache_index
+        follow &= index.ids is shared.ids and index.step == shared.step and index.offset == at
+        at += job.tokens
+    total = at - shared.offset
+    if not follow:
+        shared = Index.joined([(job.cache_index, job.tokens) for job in members])
+
+    # The same holds for chunks that are full, except for the last one.
+    slots = members[0].chunk.slots
+    if all(job.tokens == slots for job in members[:-1]):
+        return Job(view, Index(), shared, total)
+    filled = [(Index(offset=nth * slots), job.tokens) for nth, job in enumerate(members)]
+    return Job(view, Index.joined(filled), shared, total)
+
+
+def slot_range(slot_mapping: Ids | None, start: int, end: int | None) -> tuple[Index, int]:
+    """Return ``slot_mapping[start:end]`` as an index, and its number of tokens.
+
+    Raises `SlotError` if the slot mapping does not contain the range.
+    """
+    if slot_mapping is None:
+        raise SlotError("Expected a slot_mapping, got None. Pass the slots of the tokens to move.")
+    index = Index.of(slot_mapping)
+    length = index.length or 0
+    if type(start) is not int or (end is not None and type(end) is not int):
+        expected = "an integer, a position in the slot_mapping"
+        start = whole("start", start, expected)
+        end = None if end is None else whole("end", end, expected)
+    stop = length if end is None else end
+    if not 0 <= start <= stop <= length:
+        raise SlotError(
+            f"Expected 0 <= start <= end <= {length}, the slots of the slot_mapping, got "
+            f"slot_mapping[{start}:{stop}]. Pass a range inside it."
+        )
+    return (index.shifted(start) if start else index), stop - start
+
+
+def _check_apart_in_caches(moves: list[Move], strict: bool) -> None:
+    """Reject loads of one batch that write one slot twice, before the first is launched."""
+    if len(moves) < 2:
+        return
+    # Sets of one batch share the cache; destinations must be distinct across them as well.
+    ids = [(move.dst_index, move.count) for move in moves if move.dst_index.ids is not None]
+    if strict:
+        ids = [(index.to_host(), count) for index, count in ids]
+    if len(ids) == len(moves) and all(index.on_host for index, _ in ids):
+        total = sum(count for _, count in ids)
+        Index.joined(ids).check(total, moves[0].dst.slots, "destination", distinct=True)
+
+
+def _check_apart(chunks: list[KVView]) -> None:
+    """Reject memory objects of one batch that overlap and are written."""
+    spans = sorted(span for chunk in chunks for span in chunk.spans)
+    for (_, past), (first, _) in pairwise(spans):
+        if first < past:
+            raise LayoutError(
+                "Expected memory objects of a batch in separate memory, got two that overlap: one "
+                "would overwrite the other. Pass buffers that do not overlap."
+            )
+
+
+def _check_caches(kv_caches: Tensors, bound: BoundLayout) -> None:
+    """Reject a slot mapping that was passed in place of the caches."""
+    layout = bound.layout
+    if (
+        isinstance(kv_caches, torch.Tensor)
+        and kv_caches.dim() == 1
+        and not kv_caches.is_floating_point()
+        and (layout.containers or len(layout.dims) > 1)
+    ):
+        raise LayoutError(
+            f"Expected kv_caches, the second argument, to be caches of {layout.text!r}, got a "
+            f"{kv_caches.dtype} tensor of one dimension. If it is the slot mapping, pass "
+            f"slot_mapping=..., and no caches if they are registered."
+        )
+
+
+def _facts(leaves: Sequence[torch.Tensor]) -> list[tuple[object, ...]]:
+    return [(leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves]
+
+
+def _any_lazy(leaves: Sequence[torch.Tensor]) -> bool:
+    """Return True if a tensor is lazily conjugated or negated: its bytes are not its values."""
+    return any(leaf.is_conj() or leaf.is_neg() for leaf in leaves)
+
 
 KV_LAYOUT = "layer | kv block token head dim"
 CHUNK_LAYOUT = "kv layer token (head dim)"

@@ -26,7 +26,7 @@ from portakv.runtime.transfer import (
 )
 
 
-class Part(NamedTuple):
+class LaunchPart(NamedTuple):
     """A piece of a copy with its ids where its backend reads them.
 
     Attributes:
@@ -50,9 +50,9 @@ def launch(settled: Settled, context: Context) -> Transfer:
         return Transfer(() if error is None else (Completion(error=error),))
     device, stream, captured = context
     on_device = device.type != "cpu"
-    parts: list[Part] = []
+    parts: list[LaunchPart] = []
     for ready, first, tokens in pieces:
-        parts.append(Part(ready, first, ready.place_both(move).part(first, tokens)))
+        parts.append(LaunchPart(ready, first, ready.place_both(move).part(first, tokens)))
     if captured:  # a graph's memory belongs to its owner, so no allocator records it
         streams.follow_current(stream)
     elif on_device:
@@ -86,7 +86,7 @@ def launch(settled: Settled, context: Context) -> Transfer:
 
 
 def _enqueue(
-    parts: Sequence[Part], settled: Settled, context: Context
+    parts: Sequence[LaunchPart], settled: Settled, context: Context
 ) -> tuple[list[Pending], list[tuple[StatusWord, int]], tuple[str, str]]:
     """Launch parts; return what no stream orders, the status words with their first positions, and
     what executes the first part.

@@ -5,7 +5,7 @@ unused leases.
 A warning says what to do. It comes when the fault begins or grows, and again each hour while it
 lasts. Single faults, such as a block that cannot be read, are logged where they occur.
 
-Owners, block stores and keepers call `watch` when they open. One thread of the process looks at
+Owners, block stores and servers call `watch` when they open. One thread of the process looks at
 all of them.
 """
 

@@ -255,7 +255,7 @@ _MIGRATION = (
     _gauge("weight_staging_bytes", "weights.staging", "By", "", "bytes of their staging buffers"),
 )
 
-_KEEPER = (
+_STORE_SERVER = (
     _gauge("keeper_sessions", "keeper.sessions", "{session}", "", "ranks of engines that joined"),
     _gauge("keeper_leases", "keeper.leases", "{lease}", "", "rows that are lent to ranks"),
     _gauge(
@@ -432,5 +432,5 @@ ENGINE = {
 #: All metrics, by their names.
 METRICS: dict[str, Metric] = {
     each.name: each
-    for each in (*_GRAPH, *_STORE, *_COPIES, *_MIGRATION, *_KEEPER, *ENGINE.values())
+    for each in (*_GRAPH, *_STORE, *_COPIES, *_MIGRATION, *_STORE_SERVER, *ENGINE.values())
 }

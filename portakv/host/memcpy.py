@@ -21,8 +21,7 @@ from torch.autograd.graph import increment_version
 
 from portakv.arguments import flag, kind_of
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
-from portakv.runtime import cuda as _cuda_driver
-from portakv.runtime import streams
+from portakv.runtime import cuda, streams
 from portakv.runtime.devices import capturing, inside, refuse_capture, resolve, usual_device
 from portakv.runtime.transfer import Transfer
 from portakv.runtime.writable import READ_ONLY, writable
@@ -86,7 +85,7 @@ def is_available(device: torch.device | str | None = None) -> bool:
     Everything else works without them.
     """
     try:
-        return _cuda_driver.why_not(usual_device() if device is None else resolve(device)) is None
+        return cuda.why_not(usual_device() if device is None else resolve(device)) is None
     except BackendUnavailable:  # there is no such device
         return False
 
@@ -188,7 +187,7 @@ def _copy(
     if rows is not None:
         late = non_blocking
         places = (dst.data_ptr(), src.data_ptr(), direction == "h2d")
-        _cuda_driver.copy_pitched(*places, rows, device, stream)
+        cuda.copy_pitched(*places, rows, device, stream)
         increment_version(dst)  # as torch's copy_ does
     else:
         late = _copy_by_torch(dst, src, host, ready, non_blocking, stream)
@@ -222,7 +221,7 @@ def _rows(
         why = "the host memory is pageable; torch packs the rows there"
     elif src.is_conj() != dst.is_conj() or src.is_neg() != dst.is_neg():
         why = "one of the tensors is a lazy conjugate or negative"
-    elif (why := _cuda_driver.why_not(device)) is None:
+    elif (why := cuda.why_not(device)) is None:
         return rows, "rows at a pitch cross as they lie", True
     return None, why, host.is_contiguous()
 

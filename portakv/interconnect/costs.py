@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from portakv.runtime import cuda as _cuda_driver
-from portakv.runtime import kernel_cache as _kernel_cache
+from portakv.runtime import cuda, kernel_cache
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import device_name
 
@@ -173,7 +172,7 @@ def installed_driver() -> str:
         if version:
             return version[1]
     with suppress(ImportError):  # no bindings of the driver
-        return str(_cuda_driver.driver_version())
+        return str(cuda.driver_version())
     return ""
 
 
@@ -181,7 +180,7 @@ def path_for(device: Mapping[str, str]) -> Path:
     """Return the file of a device. Its folder need not exist."""
     words = json.dumps([FORMAT, dict(sorted(device.items()))])
     digest = hashlib.sha256(words.encode()).hexdigest()[:16]
-    return _kernel_cache.directory() / f"host-table-{digest}.json"
+    return kernel_cache.directory() / f"host-table-{digest}.json"
 
 
 def store(table: Table) -> Path:
@@ -191,7 +190,7 @@ def store(table: Table) -> Path:
         OSError: the file cannot be written.
     """
     path = path_for(table.device)
-    _kernel_cache.write_atomically(path, json.dumps(as_json(table), indent=1).encode())
+    kernel_cache.write_atomically(path, json.dumps(as_json(table), indent=1).encode())
     forget()
     return path
 

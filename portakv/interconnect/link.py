@@ -22,7 +22,7 @@ import torch
 
 from portakv.errors import TransferError
 from portakv.interconnect.pieces import ALL, Mask, Pieces, none_above, portions
-from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime import cuda
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.runtime.streams import ignoring_captures, own_stream
@@ -199,21 +199,21 @@ class Copies:
         word = ctypes.c_uint64
         size = ctypes.c_size_t
         self._library = library
-        self._plain = _cuda_driver.function(library, "cuMemcpyAsync", word, word, size, word)
-        self._rows = _cuda_driver.Copy2D(library)
+        self._plain = cuda.function(library, "cuMemcpyAsync", word, word, size, word)
+        self._rows = cuda.Copy2D(library)
         address = ctypes.POINTER(word)
         number = ctypes.c_uint
-        self._allocate = _cuda_driver.function(library, "cuMemHostAlloc", address, size, number)
+        self._allocate = cuda.function(library, "cuMemHostAlloc", address, size, number)
         waits = (word, word, number, number)
-        self._wait = _cuda_driver.function(library, "cuStreamWaitValue32_v2", *waits)
+        self._wait = cuda.function(library, "cuStreamWaitValue32_v2", *waits)
         many = (word, word, word, size, word, word, size)
         # CUDA 13 dropped an argument of 12.8: the position of the failed copy.
         self._batch: Callable[..., int] | None = None
         self._fails: tuple[int, ...] = ()
         if hasattr(library, "cuMemcpyBatchAsync_v2"):
-            self._batch = _cuda_driver.function(library, "cuMemcpyBatchAsync_v2", *many, word)
+            self._batch = cuda.function(library, "cuMemcpyBatchAsync_v2", *many, word)
         elif hasattr(library, "cuMemcpyBatchAsync"):
-            self._batch = _cuda_driver.function(library, "cuMemcpyBatchAsync", *many, word, word)
+            self._batch = cuda.function(library, "cuMemcpyBatchAsync", *many, word, word)
             self._failed = np.zeros(1, dtype=np.uint64)
             self._fails = (_at(self._failed),)
         self._attributes = _at(_ATTRIBUTES)
@@ -333,7 +333,7 @@ class Copies:
                 raise self._refused(error, f"a copy of {height} x {width} bytes")
 
     def _refused(self, error: int, what: str) -> TransferError:
-        called = _cuda_driver.error_name(error, self._library)
+        called = cuda.error_name(error, self._library)
         return TransferError(
             f"Expected the CUDA driver to accept {what} between device and host, got {called}. "
             f"Earlier copies may have moved. Check that the memory still exists and is pinned, and "
@@ -346,7 +346,7 @@ class CudaLink:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._copies = Copies(_cuda_driver.library())
+        self._copies = Copies(cuda.library())
         self._adopted = threading.local()
         self._word: int | None = None  # for rests; allocated before the first one
         self._rests = True  # until the driver reports that the device has no such wait
@@ -359,13 +359,13 @@ class CudaLink:
     ) -> None:
         """Copy as `TorchLink.copy` does."""
         if getattr(self._adopted, "known", None) is None:
-            _cuda_driver.adopt(self.device)  # a new thread has no context yet
+            cuda.adopt(self.device)  # a new thread has no context yet
             self._adopted.known = True
         if torch._C._cuda_getDevice() != self.device.index:
             with torch.cuda.device(self.device):
                 self.copy(pieces, src, dst, stream)
             return
-        handle = _cuda_driver.raw(stream, self.device.index)
+        handle = cuda.raw(stream, self.device.index)
         to_device = dst.form.place == "device"
         nbytes = pieces.nbytes
         if nbytes > IN_A_ROW:
@@ -424,7 +424,7 @@ class CudaLink:
         stream = stream or torch.cuda.current_stream(self.device)
         other.wait_stream(stream)
         try:
-            handle = _cuda_driver.raw(other, self.device.index)
+            handle = cuda.raw(other, self.device.index)
             self._copy_share(share, to_device, handle, begun)
         finally:
             stream.wait_stream(other)
@@ -433,11 +433,11 @@ class CudaLink:
 @cache
 def why_not(device: torch.device) -> str | None:
     """Return why the driver cannot copy for a device, as a phrase; None if it can."""
-    why = _cuda_driver.not_served(device)
+    why = cuda.not_served(device)
     if why is not None:
         return why
     try:
-        Copies(_cuda_driver.library())
+        Copies(cuda.library())
     except (OSError, AttributeError) as error:
         return f"the CUDA driver's library cannot be used ({error})"
     return None

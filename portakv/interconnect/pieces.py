@@ -21,8 +21,7 @@ from portakv.plan.plan import CopyPlan, Move
 from portakv.plan.runs import ONLY_PLANE, Factors, Int64, Planes, Runs, summed, unmerged
 from portakv.runtime.bounded import Bounded
 from portakv.view.form import Steps
-from portakv.view.ids import SHORT
-from portakv.view.index import Index
+from portakv.view.index import SHORT, Index
 from portakv.view.view import KVView
 
 #: Fewer rows stay separate copies. A 2-D copy is a separate call, and costs the host as much as

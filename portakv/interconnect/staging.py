@@ -24,7 +24,7 @@ from portakv.layout.encodings import pack_parameters_of
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import own_stream
 from portakv.view.bound import bind_layout
-from portakv.view.form import Form, Part
+from portakv.view.form import Form, KVRows
 from portakv.view.view import KVView
 
 #: The buffers of a staging: one is filled or emptied while the other crosses. Four if the next
@@ -195,7 +195,7 @@ def _factors(form: Form) -> list[_Factor]:
     return [_Factor(table, stride, "kv", form.kv), *_inside(form, form.parts[0])]
 
 
-def _inside(form: Form, part: Part) -> list[_Factor]:
+def _inside(form: Form, part: KVRows) -> list[_Factor]:
     """Return every factor of the axes of a part."""
     axes = ["layer", "block"] if form.paged else ["layer"]
     if form.encoding:
@@ -206,7 +206,7 @@ def _inside(form: Form, part: Part) -> list[_Factor]:
     return factors + _split(part, "dim", "page" if form.opaque else "dim")
 
 
-def _split(part: Part, axis: str, name: str) -> list[_Factor]:
+def _split(part: KVRows, axis: str, name: str) -> list[_Factor]:
     steps = part.axis(axis)
     if not steps:
         return [_Factor(0, 1 if axis == "dim" else _OUTERMOST, name, 1)]

@@ -18,14 +18,19 @@ from typing import NamedTuple
 import torch
 
 from portakv.backends.base import PEERS, Capabilities, Decision, Launch
-from portakv.backends.rows_kernel import Request, RowsKernel, Tuning
-from portakv.backends.rows_launch import LoadedKernels, RowsAgain, RowsLaunch
+from portakv.backends.rows_kernel import (
+    LoadedKernels,
+    Request,
+    RowsAgain,
+    RowsKernel,
+    RowsLaunch,
+    Tuning,
+)
 from portakv.errors import Unsupported
 from portakv.interconnect.strategy import PINNED, SMALL, Move, Strategy, StrategyLaunch, Terms
 from portakv.plan.plan import CopyPlan, Nest
 from portakv.registry.prepared import bring_table
-from portakv.runtime import cuda as _cuda_driver
-from portakv.runtime import streams
+from portakv.runtime import cuda, streams
 from portakv.runtime.devices import capturing, refuse_fork, this_process
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -172,8 +177,8 @@ class ZeroCopy(Strategy):
     name = "zero_copy"
 
     @cached_property
-    def _driver(self) -> _cuda_driver.CudaDriver:
-        return _cuda_driver.CudaDriver(self.device)
+    def _driver(self) -> cuda.CudaDriver:
+        return cuda.CudaDriver(self.device)
 
     @cached_property
     def _kernels(self) -> LoadedKernels:
@@ -183,7 +188,7 @@ class ZeroCopy(Strategy):
     def probe(cls, device: torch.device) -> Decision:
         if device.type == "cpu":
             return super().probe(device)
-        why = _cuda_driver.why_not(device) or _cuda_driver.device_too_old(device)
+        why = cuda.why_not(device) or cuda.device_too_old(device)
         if why is not None:
             return Decision(cls.name, False, why)
         return Decision(cls.name, True, "its kernel reaches pinned memory over the link")
@@ -290,9 +295,9 @@ def unreached(view: KVView, device: torch.device) -> str:
 
 def device_address(address: int, device: torch.device) -> int:
     """Return the address of host memory for kernels on a device; 0: none."""
-    driver = _cuda_driver.bindings()
+    driver = cuda.bindings()
     attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_POINTER
     with torch.cuda.device(device):
-        _cuda_driver.adopt(device)
+        cuda.adopt(device)
         error, address_there = driver.cuPointerGetAttribute(attribute, address)
     return 0 if int(error) else int(address_there)

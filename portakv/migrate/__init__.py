@@ -3,6 +3,9 @@
 offer, in whatever layout and sharding either side has, and commit only rows whose offer is still
 valid."""
 
+from importlib import import_module
+from typing import Any
+
 from portakv.extras import installing
 from portakv.runtime.linux import require_linux
 
@@ -32,16 +35,13 @@ from portakv.errors import (
     Unsupported,
 )
 from portakv.migrate.channel import Channel
-from portakv.migrate.ipc import open_shared, share, shared_empty
-from portakv.migrate.models import open_model, share_model
-from portakv.migrate.offers import Offer, Owner
-from portakv.migrate.parameters import Box, Parameter
+from portakv.migrate.figures import count_weights
+from portakv.migrate.owner import Offer, Owner, Ticket
 from portakv.migrate.pull import Pull
 from portakv.migrate.reader import Reader
 from portakv.migrate.rendezvous import pair, rendezvous, unique_id
 from portakv.migrate.shards import Shard
-from portakv.migrate.tickets import Ticket
-from portakv.migrate.weights import count_weights, prepare_weights, publish, pull_weights
+from portakv.migrate.shared_memory import open_shared, share, shared_empty
 
 __all__ = [
     "BackendUnavailable",
@@ -79,3 +79,21 @@ __all__ = [
     "shared_empty",
     "unique_id",
 ]
+
+#: Names of `portakv.weights`, which builds on this package.
+_WEIGHTS = {
+    "Box",
+    "Parameter",
+    "count_weights",
+    "open_model",
+    "prepare_weights",
+    "publish",
+    "pull_weights",
+    "share_model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WEIGHTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("portakv.weights"), name)

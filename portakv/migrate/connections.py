@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from math import inf
 from time import monotonic
-from typing import Any, NamedTuple
+from traceback import clear_frames
+from typing import Any, NamedTuple, TypeAlias
+from weakref import finalize
 
 import torch
 
@@ -24,19 +27,22 @@ from portakv.errors import (
     LayoutError,
     PeerError,
     PortaKVError,
+    TransferError,
     TransferTimeout,
     Unsupported,
 )
-from portakv.migrate import ipc
+from portakv.graph import Graph, Task
+from portakv.migrate import shared_memory
 from portakv.migrate.buffers import Staging
 from portakv.migrate.channel import Channel
-from portakv.migrate.mapping import NamesOfOwner, NotMapped, Place, WordsOfOwner, map_owner
+from portakv.migrate.described import rebuild, reserve
 from portakv.migrate.messages import (
     REASONS,
     Answer,
     Bye,
     Handshake,
     Hello,
+    Message,
     Named,
     Refused,
     Renew,
@@ -45,11 +51,167 @@ from portakv.migrate.messages import (
     is_signed,
     no_ticket,
 )
+from portakv.migrate.owner import exports_here
 from portakv.migrate.shards import Shard, device_of, unlike
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports.base import Transport
+from portakv.migrate.words import NamesOfOwner as NamesOfOwner
+from portakv.migrate.words import Place as Place
+from portakv.migrate.words import WordsOfOwner as WordsOfOwner
+from portakv.migrate.words import open_names, open_words
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import inside
 from portakv.runtime.interrupts import Condition, uninterrupted
+from portakv.runtime.late_release import release
+from portakv.runtime.resources import reason
+from portakv.runtime.streams import own_stream
+
+# ------------------------------------------------------------------------------------------------
+# Questions of the thread that looks after pulls, to several owners at a time.
+
+ASKING = 0.1  # the most seconds that a question may take, since other pulls wait meanwhile
+PAUSE = 4e-3  # seconds between two questions to an owner about the same
+BUSY = 0.5  # seconds without a question to an owner that did not answer in time
+
+#: The address and the epoch of an owner.
+OwnerKey: TypeAlias = tuple[str, bytes]
+
+
+class Questions:
+    """Asks owners. One thread calls it; any may call `note`.
+
+    Args:
+        channel: of the reader.
+        what: the name of the subjects, in the plural.
+        kind: the message that answers; an owner may also answer by `Answer`.
+    """
+
+    def __init__(self, channel: Channel, what: str, kind: type[Message]) -> None:
+        self._channel = channel
+        self._kind: Any = kind | Answer
+        # Owners with the time of the next question, and whether they were late with an answer.
+        self._next: Bounded[OwnerKey, tuple[float, bool]] = Bounded(f"owners of {what}", 1024)
+
+    def is_due(self, owner: OwnerKey, first: bool = False) -> bool:
+        """Return True if an owner may get a question now.
+
+        ``first``: about something for the first time, which waits for a late owner alone.
+        """
+        due, late = self._next.get(owner, (0.0, False))
+        return monotonic() >= due or (first and not late)
+
+    def note(self, owner: OwnerKey) -> None:
+        """Note that an owner has just answered another thread."""
+        self._next[owner] = monotonic() + PAUSE, False
+
+    def ask(self, questions: Sequence[tuple[OwnerKey, Message]]) -> list[Any]:
+        """Return the answer, or the error, of each question; None if an owner is late."""
+        if not questions:
+            return []
+        requests = [(address, message) for (address, _), message in questions]
+        answers = self._channel.ask_all(requests, self._kind, ASKING)
+        result = list[Any]()
+        for (owner, _), answer in zip(questions, answers, strict=True):
+            late = isinstance(answer, TransferTimeout)
+            self._next[owner] = monotonic() + (BUSY if late else PAUSE), late
+            result.append(None if late else answer)
+        return result
+
+
+# ------------------------------------------------------------------------------------------------
+# Map the memory of an owner on this host: its rows, its events, its words and its names.
+
+
+class NotMapped(Exception):
+    """The memory of an owner cannot be mapped; the text says why, as a clause."""
+
+
+class Mapped(NamedTuple):
+    """The memory of an owner.
+
+    ``regions``: the same memory as bytes, whose last reference unmaps it.
+    """
+
+    shards: list[Shard]
+    events: list[torch.Event]
+    words: WordsOfOwner | None  # None if only the owner can say whether an offer holds
+    names: NamesOfOwner | None  # None if only the owner can say which offer has a name
+    regions: list[torch.Tensor]
+
+    def live_with(self, owner: object) -> None:
+        """Retain the memory as long as an object lives, and until no step may wait for this
+        process."""
+        finalize(owner, release, self.regions.clear).atexit = False
+
+
+def map_owner(address: str, handshake: Handshake, device: torch.device) -> Mapped:
+    """Map an owner's memory for a device of this process.
+
+    Raises `NotMapped` if that fails, and `PeerError` if no views fit the regions that the owner
+    describes.
+    """
+    _check(address, handshake)  # checks the description before any memory is mapped
+    regions: list[torch.Tensor] = []
+    try:
+        return _mapped(handshake, device, regions)
+    except BaseException as error:
+        clear_frames(error.__traceback__)  # which refer to the memory
+        release(regions.clear)
+        raise
+
+
+def _mapped(handshake: Handshake, device: torch.device, regions: list[torch.Tensor]) -> Mapped:
+    """Map an owner's memory, and add each region as soon as it is mapped."""
+    if missing := [region.why for region in handshake.regions if not region.handle]:
+        raise NotMapped(f"the owner does not share it: {missing[0]}")
+    try:
+        here = exports_here(handshake.epoch, device)
+        with _apart(device):
+            if here is not None:
+                regions += here.flat()
+            for x in handshake.regions[len(regions) :]:
+                place = "cpu" if x.device.startswith("cpu ") else device
+                regions.append(shared_memory.open_shared(x.handle, place))
+            *flat, proof = regions
+            read = (proof ^ 0).cpu()  # a kernel reads it, as kernels read rows
+        if not torch.equal(read, shared_memory.proof_of(handshake.epoch)):
+            raise NotMapped("the mapped memory does not show the bytes of its owner")
+        shards = [rebuild(one, flat) for one in handshake.described]
+        remote = handshake.regions[0].device
+        if remote != shared_memory.where(device) and not remote.startswith("cpu "):
+            # torch reports another device's memory as this device's: mark the views.
+            shards = [Shard(x.view.as_peer(device), x.group.layers, x.group.heads) for x in shards]
+        if here is not None:
+            events = [*here.events]
+        else:
+            events = [shared_memory.open_event(one, device) for one in handshake.events]
+    except shared_memory.NoDescriptor:  # another method would take descriptors, too
+        raise
+    except PortaKVError as error:
+        raise NotMapped(str(error)) from error
+    words = open_words(handshake.words)
+    names = open_names(handshake.names, handshake.key)
+    return Mapped(shards, events, words, names, regions)
+
+
+def _apart(device: torch.device) -> AbstractContextManager[object]:
+    """Make a private stream current: this thread's may wait for the rows of a pull that waits for
+    this connection."""
+    return nullcontext() if device.type == "cpu" else inside(own_stream(device))
+
+
+def _check(address: str, handshake: Handshake) -> None:
+    """Raise `PeerError` if no views fit the regions that an owner describes."""
+    try:
+        regions = [reserve(region.nbytes) for region in handshake.regions]
+    except (OSError, OverflowError, ValueError) as error:
+        raise PeerError(
+            f"Expected regions of memory that this process has addresses for from {address}, got "
+            f"others ({error}). Pull from another owner."
+        ) from None
+    for described in handshake.described:
+        rebuild(described, regions)
+
 
 _HOST = torch.device("cpu")
 FAREWELL = 0.5  # seconds for the last message to all owners
@@ -350,7 +512,7 @@ class Connections:
     def _shake_hands(
         self, ticket: Ticket, until: float, transport: str = "", device: torch.device = _HOST
     ) -> Handshake:
-        hello = Hello(self._model, ipc.where(device), transport)
+        hello = Hello(self._model, shared_memory.where(device), transport)
         seconds = min(self.channel.timeout, max(0.0, until - monotonic()))
         kind: Any = Handshake | Answer
         answer: Handshake | Answer = self.channel.ask(ticket.address, hello, kind, seconds)
@@ -375,7 +537,9 @@ class Connections:
         remote = owner.handshake.regions[0].device
         name = self._transport or owner.handshake.transport or None
         # Another device of the same type: NCCL does not serve two processes on one.
-        same = remote.partition(" ")[0] == self.device.type and remote != ipc.where(self.device)
+        same = remote.partition(" ")[0] == self.device.type and remote != shared_memory.where(
+            self.device
+        )
         device = self.device if same else _HOST
         try:
             transport = choose(device, name)
@@ -449,3 +613,73 @@ def _other_rows(ticket: Ticket, why: str) -> LayoutError:
         f"The rows of {ticket.address} cannot become this reader's: {why}. Connect shards of one "
         f"model, by one release."
     )
+
+
+# ------------------------------------------------------------------------------------------------
+# Connect a reader to owners in workers that do nothing else.
+
+#: Handshakes together. Each owner that is stopped occupies a worker until its handshake times out.
+WIDTH = 16
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A handshake with an owner: the task that makes it, and when it began."""
+
+    task: Task
+    began: float
+
+    @property
+    def error(self) -> PortaKVError | None:
+        """Return why the handshake failed; None if it has not ended, or connected the owner."""
+        error = self.task.error
+        if error is None or isinstance(error, PortaKVError):
+            return error
+        why = reason(error) if isinstance(error, OSError) else repr(error)
+        return TransferError(f"The handshake failed: {why}.")
+
+
+class Connector:
+    """Makes the handshakes of one reader, one for each owner at a time. Any thread may call it.
+
+    Args:
+        on_end: called at the end of each handshake; it must be quick and take no lock.
+    """
+
+    def __init__(self, graph: Graph, owners: Connections, on_end: Callable[[], object]) -> None:
+        self._graph = graph
+        self._owners = owners
+        self._on_end = on_end
+        self._queue = graph.queue("connect", width=WIDTH)
+        self._lock = threading.Lock()
+        self._attempts = dict[OwnerKey, Attempt]()
+
+    def has(self, owner: OwnerKey) -> bool:
+        """Return True if an owner is connected; with the epoch `ANY`, whoever has the address."""
+        address, epoch = owner
+        if epoch == ANY:
+            return self._owners.has(address)
+        return self._owners.knows(address, epoch)
+
+    def begin(self, owner: OwnerKey) -> Attempt:
+        """Return the handshake with an owner that is under way; begin one if there is none.
+
+        An address that is not connected at all needs one handshake, whatever the epoch. Raises
+        `TransferError` if the graph is closed.
+        """
+        address, epoch = owner
+        if not self._owners.has(address):
+            epoch = ANY
+        with self._lock:
+            attempt = self._attempts.get((address, epoch))
+            if attempt is not None and not attempt.task.ended:
+                return attempt
+            connect = partial(self._owners.prepare, address, epoch)
+            task = Task(lambda *_: connect(), 1, queue=self._queue, name="connect")
+            task.on_end = self._on_end
+            attempt = Attempt(task, monotonic())
+            self._graph.submit([task], priority="urgent")
+            # Only those under way are kept; an interrupt before this line costs a handshake more.
+            under_way = {k: v for k, v in self._attempts.items() if not v.task.ended}
+            self._attempts = {**under_way, (address, epoch): attempt}
+            return attempt

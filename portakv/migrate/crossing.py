@@ -15,8 +15,7 @@ import torch
 from portakv.copy.handle import BlockTransfer
 from portakv.errors import PackOverflow, Unsupported
 from portakv.layout.encodings import PACK, PACKED_DTYPE, Pack
-from portakv.migrate.checked_copy import copy_checked
-from portakv.migrate.plan import Step
+from portakv.migrate.plan import Step, copy_checked
 from portakv.migrate.staging import Slots, rows_bytes
 from portakv.view import Index, KVView
 

@@ -21,9 +21,9 @@ import torch
 from portakv.errors import LayoutError, PortaKVError
 from portakv.layout.encodings import Pack
 from portakv.layout.language import Factor, Layout
-from portakv.migrate.ipc import shared_empty
 from portakv.migrate.messages import Described, Kind, decoder_of
 from portakv.migrate.shards import Shard
+from portakv.migrate.shared_memory import shared_empty
 from portakv.view import KVView
 from portakv.view.bound import reach
 

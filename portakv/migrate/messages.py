@@ -226,7 +226,7 @@ class Renew(About, frozen=True):
     seconds: Seconds
 
 
-class Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class BoxPart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """``count`` tokens from ``first`` on, of a box of a group on the model's axes."""
 
     group: Small
@@ -250,7 +250,7 @@ class Gather(About, frozen=True, omit_defaults=True):
 
     purpose: ClassVar[str] = "Requesting rows of the owner at"
 
-    parts: Annotated[tuple[Part, ...], Meta(min_length=1, max_length=MOST_PARTS)]
+    parts: Annotated[tuple[BoxPart, ...], Meta(min_length=1, max_length=MOST_PARTS)]
     transport: Name
     tag: Count
     encoding: Name = ""
@@ -279,10 +279,10 @@ class Sum(About, frozen=True):
 
     purpose: ClassVar[str] = "Requesting a checksum of the owner at"
 
-    part: Part
+    part: BoxPart
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[BoxPart, ...]:
         """Return the part, as `Gather.parts`."""
         return (self.part,)
 
@@ -296,12 +296,12 @@ class Choose(About, frozen=True):
 
     purpose: ClassVar[str] = "Choosing an encoding with the owner at"
 
-    part: Part
+    part: BoxPart
     link_gbps: Annotated[float, Meta(gt=0, le=1e9)]
     again: bool = False
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[BoxPart, ...]:
         """Return the part, as `Gather.parts`."""
         return (self.part,)
 

@@ -12,11 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from portakv.arguments import invalid
-from portakv.copy.handle import token_bytes
+from portakv.copy.handle import BlockTransfer, token_bytes
+from portakv.copy.options import USUAL, CopyOptions
+from portakv.copy.submit import submit
 from portakv.errors import InvalidTerms, PeerError, SlotError, Unsupported
 from portakv.layout.encodings import PACKED_DTYPE
 from portakv.migrate.connections import Connection, Sources
-from portakv.migrate.messages import Box, Part, Ticket
+from portakv.migrate.messages import Box, BoxPart, Ticket
 from portakv.migrate.shards import (
     Piece,
     Shard,
@@ -27,8 +29,30 @@ from portakv.migrate.shards import (
     slices,
 )
 from portakv.migrate.staging import page_of, rows_bytes
+from portakv.plan.move import Move
 from portakv.view import Index, KVView
-from portakv.view.index import Ids
+from portakv.view.index import CONSECUTIVE, Ids
+
+# ------------------------------------------------------------------------------------------------
+# Copy rows of which a plan has checked that both indices cover them.
+
+
+def copy_checked(
+    src: KVView,
+    dst: KVView,
+    src_index: Index | None,
+    dst_index: Index | None,
+    count: int,
+    options: CopyOptions = USUAL,
+) -> BlockTransfer:
+    """Copy ``count`` tokens, as `copy_rows` does, without its checks of arguments and lengths.
+
+    Ids and memory are checked as there. Raises as `copy_rows`, except for lengths.
+    """
+    src_index = src_index or CONSECUTIVE
+    dst_index = dst_index or CONSECUTIVE
+    return submit(Move(src, dst, src_index, dst_index, count), options)
+
 
 _ANY = 1 << 62  # slots of an owner whose memory is not mapped: the owner checks the ids
 Lists = tuple[Index, list[Index]]  # of a group: the reader's index, and the index of each owner
@@ -115,11 +139,11 @@ class Step(NamedTuple):
         indices = self.src_index.shifted(first), self.dst_index.shifted(first)
         return Step(self.ticket, self.owner, part, *indices, self.first + first, tokens)
 
-    def owner_part(self, layers: range, first: int, count: int) -> Part:
+    def owner_part(self, layers: range, first: int, count: int) -> BoxPart:
         """Return layers and tokens, counted from the step's first, as the owner counts them."""
         (start, _), heads = self.cut.piece.box
         box = start + layers.start, start + layers.stop
-        return Part(self.cut.group, box, heads, self.first + first, count)
+        return BoxPart(self.cut.group, box, heads, self.first + first, count)
 
     def runs(self) -> list[tuple[int, int]]:
         """Return the runs ``(from, to)`` of positions for which the owner has all wanted rows."""

@@ -82,7 +82,7 @@ class Requested:
     unfit: list[PackOverflow] = field(default_factory=list)
 
 
-class Part(Transfer):
+class PartTransfer(Transfer):
     """A transfer that also ends with tasks of a graph, and raises the error of the first that
     failed."""
 

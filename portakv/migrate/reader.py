@@ -7,24 +7,1083 @@ sends the rows through staging buffers.
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import inf
 from operator import is_
+from queue import Empty
 from time import monotonic
+from typing import NamedTuple
+from weakref import ref
+
+import torch
 
 from portakv import arguments
+from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import USUAL, CopyOptions, Overlap, options_from
+from portakv.errors import (
+    PackOverflow,
+    PortaKVError,
+    TransferCancelled,
+    TransferError,
+    TransferTimeout,
+)
 from portakv.graph.graph import Graph
-from portakv.migrate.by_name import ByName
+from portakv.graph.task import Task
 from portakv.migrate.channel import Channel
-from portakv.migrate.connections import Connections, closed_reader, listed
-from portakv.migrate.crossed import Encoding
-from portakv.migrate.housekeeping import Housekeeper
-from portakv.migrate.issue import Issuer, Request
-from portakv.migrate.pull import Part, Pull
+from portakv.migrate.connections import (
+    ANY,
+    PAUSE,
+    Connections,
+    Connector,
+    Source,
+    Sources,
+    closed_reader,
+    listed,
+)
+from portakv.migrate.crossed import Crossed, Encoding, Pack, is_auto, pack_of
+from portakv.migrate.figures import Began, PullCounts, begin_span
+from portakv.migrate.messages import Begin, Close, Message, Renew, any_named
+from portakv.migrate.named import Finder, Followed, LateLayer, Stop, Wanted, incomplete
+from portakv.migrate.plan import (
+    Step,
+    check_arguments,
+    check_packed,
+    copy_checked,
+    count_blocks,
+    indices_of,
+    planned,
+)
+from portakv.migrate.pull import CANCELLED, Ends, PartTransfer, Pull, fail, known
 from portakv.migrate.shards import Shard
+from portakv.migrate.staged_reader import StagedReceiver, verified
 from portakv.runtime.devices import capturing, refuse_capture
-from portakv.view.index import Ids
+from portakv.runtime.finished import Finished
+from portakv.runtime.inbox import Inbox
+from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.streams import StreamFence, ignore_captures_elsewhere, own_stream
+from portakv.view.index import Ids, Index
+
+# ------------------------------------------------------------------------------------------------
+# One thread of a reader looks after all of its pulls.
+
+_log = logging.getLogger(__name__)
+FIRST_LOOK = 1e-3  # seconds until the first look at a pull
+#: Seconds after which a pull is reported to its owners as begun, at most a third of a lease. The
+#: message would take the interpreter from a caller whose pull ends soon.
+BEGIN = 4e-3
+LOOK = 0.05  # the most seconds between two looks at a pull
+PROMPT = 1e-3  # the same if somebody waits for `Reader.finished`, or a pull for a mark
+GATHER = 1e-3  # seconds after the end of a pull in which further ends are reported together
+IDLE = 40  # looks without a pull, after which the thread waits until it is woken
+RENEWAL = 0.5  # the most seconds between two renewals: much of a lease may be over at the pull
+SENDING = 0.5  # the most seconds for a message to an owner
+BUSY = 0.5  # seconds without a message to an owner, after one could not be sent
+CLOSING = 2.0  # the most seconds in which the last messages are sent
+
+
+@dataclass
+class _Watched:
+    """A pull in flight."""
+
+    began: float
+    begun: bool = False  # reported to the owners that do not learn it by a request for rows
+    renew: float = 0.0  # when its leases are renewed next
+    ended: bool = False  # reported to this process, perhaps not to all owners yet
+    span: Began = field(default_factory=begin_span)
+
+
+class Wakes:
+    """Wake a thread immediately, or within `GATHER` if a pull has ended.
+
+    A caller that pulls on has the interpreter until then, and one look reports several ends.
+
+    Attributes:
+        gathering: the thread waits for further ends, or for a reason to look immediately.
+    """
+
+    def __init__(self) -> None:
+        self.gathering = False
+        self._queue = Inbox[bool]()  # True: look immediately
+
+    def look(self) -> None:
+        """Have the thread look immediately."""
+        self._queue.put(True)
+
+    def end(self) -> None:
+        """Have the thread look soon; several ends wake it once."""
+        if not self.gathering:
+            self._queue.put(False)
+
+    def wait(self, seconds: float | None) -> bool:
+        """Wait until the thread has to look; return False after ``seconds`` without a wake."""
+        try:
+            now = self._queue.get(timeout=seconds)
+        except Empty:
+            return False
+        with suppress(Empty):
+            until = monotonic() + GATHER
+            self.gathering = True
+            while not now:
+                now = self._queue.get(timeout=max(0.0, until - monotonic()))
+        self.gathering = False  # before the look, which sees all that ended until then
+        with suppress(Empty):
+            while True:
+                self._queue.get_nowait()
+        return True
+
+
+class Housekeeper:
+    """The thread and the pulls that it looks after.
+
+    A pull is added by one step, so that no interrupt leaves a half of it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        #: The pulls that have ended, for `Reader.finished`; and what they have brought.
+        self.finished: Finished[Pull] = Finished()
+        self.counts = PullCounts()
+        self._device = device
+        #: Finds offers by their names, and marks; None before the first pull that waits.
+        self.finder: Finder | None = None
+        self._most = LOOK  # seconds between two looks; less if a pull waits for a name or a mark
+        self._pulls = dict[Pull, _Watched]()
+        self._busy = dict[str, float]()  # addresses, with the time of the next message
+        self._wakes = Wakes()
+        self._parked = True
+        self._closing = False
+        self._lock = threading.Lock()  # for the beginning of the thread
+        self._thread: threading.Thread | None = None
+
+    @property
+    def pulls(self) -> list[Pull]:
+        """Return the pulls that have not ended, or whose end is not reported yet."""
+        return [*self._pulls]
+
+    @property
+    def ends(self) -> Counter[str]:
+        """Return the numbers of pulls by how they ended."""
+        return self.counts.ends
+
+    def figures(self, owners: int) -> dict[str, list[dict[str, str | float]]]:
+        """Return the figures of a reader that has so many owners; see `Reader.figures`."""
+        ages = [pull.age for pull in self.pulls if not pull.ended]
+        return {
+            "pulls_in_flight": [{"value": len(ages)}],
+            "pull_oldest_seconds": [{"value": max(ages, default=0.0)}],
+            "pull_owners": [{"value": owners}],
+            **self.counts.figures(),
+        }
+
+    @property
+    def closing(self) -> bool:
+        """Return True once no thread looks after pulls any more."""
+        return self._closing
+
+    def add(self, pull: Pull) -> None:
+        """Look after a pull from now on."""
+        self._pulls[pull] = _Watched(monotonic())
+        waits = pull.requested.wanted is not None
+        if self._parked or self.finished.started or waits:
+            self.wake()
+
+    def wake(self) -> None:
+        """Have the thread look immediately; begin it at the first call."""
+        self._wakes.look()
+        if self._thread is None:
+            uninterrupted(self._begin)
+
+    def report(self) -> None:
+        """Have the thread look soon, for a pull that has ended; begin it at the first call."""
+        self._wakes.end()
+        if self._thread is None:
+            uninterrupted(self._begin)
+
+    def note_connection(self) -> None:
+        """Have the thread look at pulls that may wait for the end of a handshake."""
+        if self._pulls:
+            self._wakes.look()
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the pulls in flight, and cancel those that last longer."""
+        until = monotonic() + seconds
+        for pull in self.pulls:
+            wanted = pull.requested.wanted
+            if wanted is not None:
+                task = wanted.task
+                if task is not None and wanted.started.is_set() and not pull.concluded:
+                    task.wait(max(0.0, until - monotonic()))  # then it is known what it waits for
+                if wanted.waits:
+                    pull.cancel()
+            try:
+                pull.synchronize(max(0.0, until - monotonic()))
+            except TransferTimeout:
+                pull.cancel()
+            except PortaKVError:  # its caller gets the error by which it ended
+                continue
+
+    def close(self) -> None:
+        """Report the ends of pulls that have ended, and stop the thread."""
+        uninterrupted(self._close)
+
+    def _begin(self) -> None:
+        """Start the thread, unless another caller has."""
+        with self._lock:
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="portakv pulls", daemon=True)
+                thread.start()
+                self._thread = thread
+                atexit.register(self.close)
+
+    def _close(self) -> None:
+        """Stop the thread after its last messages."""
+        atexit.unregister(self.close)
+        self._closing = True
+        thread = self._thread
+        if thread is not None:
+            self._wakes.look()
+            thread.join(CLOSING)
+        self.finished.close()
+
+    # --- in the thread
+
+    def _run(self) -> None:
+        """Look at all pulls until the reader is closed."""
+        ignore_captures_elsewhere(self._device)
+        idle = 0
+        pause = FIRST_LOOK
+        looked_after = False
+        while True:
+            # Also a pull that began and ended between two turns: others follow it.
+            idle = 0 if self._pulls or looked_after else idle + 1
+            self._parked = idle > IDLE
+            if self._pulls:  # also one that was added before it could see that this thread waits
+                self._parked = False
+            seconds = pause if self._pulls else LOOK
+            if self._wakes.wait(None if self._parked else seconds):
+                pause = FIRST_LOOK
+            most = PROMPT if self.finished.started else self._most
+            pause = min(2 * pause, most) if self._pulls else FIRST_LOOK
+            looked_after = self._look_at_all()
+            if self._closing:
+                return
+
+    def _look_at_all(self) -> bool:
+        """Look at each pull; report the ends. Return True if there are pulls."""
+        if self._closing or not self._pulls:  # these are the last messages, or there are none
+            self._busy.clear()
+        try:
+            pulls = [*self._pulls.items()]
+        except RuntimeError:  # a pull was added meanwhile; the next look is soon
+            return True
+        try:
+            self._find([pull for pull, _ in pulls])
+        except Exception:  # one answer must not stop the others' pulls
+            _log.exception("The offers and marks of pulls that wait could not be found.")
+        for pull, watched in pulls:
+            try:
+                # A caller that waits for a pull notices its end, and needs the interpreter then.
+                if pull.concluded or (not pull.has_waiter and pull.look()):
+                    self._report_end(pull, watched)
+                else:
+                    self._look_after(pull, watched)
+            except Exception as error:  # one pull must not stop the others
+                _log.exception("A pull failed.")
+                pull.stop(TransferError(f"The pull failed: {error!r}."))
+        return bool(pulls)
+
+    def _find(self, pulls: list[Pull]) -> None:
+        """Ask for the offers of pulls by name, and start those that wait no more; look at the marks
+        of pulls that wait for them."""
+        waiting = list[tuple[Wanted, Stop]]()
+        following = list[tuple[Followed, Stop]]()
+        for pull in pulls:
+            wanted = pull.requested.wanted
+            if wanted is None or not wanted.waits:
+                continue
+            pull.stop_after_failure()
+            if pull.over or self._closing:
+                wanted.end()
+            elif not wanted.started.is_set():
+                waiting.append((wanted, pull.stop))
+            elif wanted.followed is not None:
+                following.append((wanted.followed, pull.stop))
+        self._most = PROMPT if following else PAUSE if waiting else LOOK
+        if self.finder is not None:
+            self.finder.look(waiting)
+            self.finder.marker.look(following)
+
+    def _report_end(self, pull: Pull, watched: _Watched) -> None:
+        """Report the end of a pull to its owners and to `Reader.finished`.
+
+        An owner whose connection is busy gets it at a later look.
+        """
+        if not watched.ended:
+            watched.ended = True
+            self.finished.add(pull)
+            self._count(pull, watched)
+            pull.requested.quiet = ()
+        left = list[Source]()
+        for source in pull.sources:
+            about = source.ticket.epoch, source.ticket.offer
+            if not self._tell(source, Close(*about, pull.published)):
+                left.append(source)
+        pull.sources = left  # a handle retains no memory of owners
+        if not left:
+            self._pulls.pop(pull, None)
+
+    def _count(self, pull: Pull, watched: _Watched) -> None:
+        """Count a pull that has ended, and record its span."""
+        requested = pull.requested
+        traceparent = next((each.ticket.traceparent for each in pull.sources), "")
+        self.counts.add(requested.strategy[0], int(requested.nbytes), pull.published, pull.age)
+        self.counts.end_span(watched.span, pull, traceparent)
+
+    def _look_after(self, pull: Pull, watched: _Watched) -> None:
+        """Stop a pull that cannot be committed any more; else renew its leases."""
+        now = monotonic()
+        if pull.over:
+            pull.stop_copies()  # an interrupt may have come before that
+            return
+        error = pull.lost()
+        if error is not None:
+            pull.stop(error)
+            return
+        self._tend(pull, now - watched.began)
+        wanted = pull.requested.wanted
+        waits = wanted is not None and wanted.waits
+        # A worker renews the others if it does not wait.
+        shared = [source for source in pull.sources if waits or source.word is not None]
+        if not watched.begun and now >= watched.began + min(BEGIN, _third(shared)):
+            watched.begun = wanted is None or pull.requested.pieces > 0  # else it has not begun
+            watched.renew = now + _third(shared)
+            for source in pull.requested.quiet:
+                self._tell(source, Begin(source.ticket.epoch, source.ticket.offer))
+        elif watched.begun and now >= watched.renew:
+            watched.renew = now + _third(shared)
+            for source in shared:
+                ticket = source.ticket
+                self._tell(source, Renew(ticket.epoch, ticket.offer, ticket.lease))
+
+    @staticmethod
+    def _tend(pull: Pull, seconds: float) -> None:
+        """Have a worker renew the offers of a pull that has lasted for some seconds, before a third
+        of their leases is over; a shorter pull needs no such worker."""
+        tend = pull.requested.tend
+        if tend is None or seconds < _third([*pull.sources]) - LOOK:
+            return
+        pull.requested.tend = None
+        with suppress(PortaKVError):  # the graph is closed, so the pull ends
+            tend()
+
+    def _tell(self, source: Source, message: Message) -> bool:
+        """Send a message to an owner, unless the owner is gone; return False if its connection is
+        busy."""
+        owner = source.owner
+        if owner.gone:
+            return True
+        if monotonic() < self._busy.get(owner.address, 0.0):
+            return False
+        self._busy.pop(owner.address, None)
+        try:
+            owner.channel.tell(owner.address, message, SENDING)
+        except TransferTimeout:  # another thread waits for an answer by this connection
+            self._busy[owner.address] = monotonic() + BUSY
+            return False
+        except PortaKVError:  # the owner may be gone
+            pass
+        return True
+
+
+def _third(sources: list[Source]) -> float:
+    """Return the seconds until leases are to be renewed, at most `RENEWAL`."""
+    third = min((source.ticket.lease for source in sources), default=1.0) / 3
+    return max(FIRST_LOOK, min(third, RENEWAL))
+
+
+# ------------------------------------------------------------------------------------------------
+# Issue a pull: its copies in the caller's thread, and tasks for all that has to wait.
+
+LONG = 1 << 20  # bytes on the host that a worker copies, so that the call does not block
+
+
+class Request(NamedTuple):
+    """What a caller wants of a pull.
+
+    Attributes:
+        indices: for each shard, where the rows go.
+        first: the number of tokens that both sides skip.
+        options: of the copies.
+        verify: compare checksums before the commit.
+        pack: how rows are packed that owners send; None: they cross as they are.
+        auto: the owners choose whether and how they pack.
+    """
+
+    indices: list[Index]
+    first: int
+    options: CopyOptions
+    verify: bool
+    pack: Pack | None = None
+    auto: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        shards: Sequence[Shard],
+        blocks: Sequence[Ids | None],
+        first: int,
+        options: CopyOptions,
+        verify: bool,
+        encoding: Encoding | None = None,
+    ) -> Request:
+        """Return a request for lists of blocks, one for each shard; raise as `Reader.pull`."""
+        pack = pack_of(encoding)
+        indices = indices_of(shards, blocks)
+        return cls(indices, first, options, verify, pack, is_auto(encoding))
+
+    def check(self, tickets: Sequence[bytes], shards: Sequence[Shard]) -> None:
+        """Check the request for tickets whose owners are not connected; raise as `Reader.pull`."""
+        check_arguments(tickets, shards, self.indices, self.first)
+
+
+class Issuer:
+    """Issues the pulls of one reader."""
+
+    def __init__(self, graph: Graph, shards: Sequence[Shard], device: torch.device) -> None:
+        self.graph = graph
+        self.shards = shards
+        self.device = device
+        self.pulls = graph.queue("pull", width=16)
+        self.checks = graph.queue("verify", width=16)
+        self.copies = graph.queue("copy", width=4)
+
+    def issue(self, pull: Pull, request: Request) -> tuple[list[Task], list[PartTransfer]]:
+        """Issue the copies of a pull whose sources are known.
+
+        Returns its tasks, which the caller submits, and the ends of its layers. Raises as
+        `Reader.pull` does.
+        """
+        issuing = Issuing(self, pull, request)
+        tasks = issuing.issue(issuing.plan)
+        issuing.count_blocks()  # what no copy needs comes after the copies
+        tasks += issuing.end(alone=True)
+        return tasks, issuing.layers()
+
+    def write_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write the trace of the reader; see `Reader.trace`."""
+        self.graph.trace.write(path, TransferError)
+
+    def late_events(self, sources: Sources) -> list[torch.Event]:
+        """Return the events of offers that have not been reached.
+
+        Rows up to a mark are complete when the mark is seen. Their offer's event may stand for a
+        later offer by then.
+        """
+        late = list[torch.Event]()
+        for ticket, owner, _ in sources:
+            if ticket.progress:
+                continue
+            event = owner.events[ticket.event] if 0 <= ticket.event < len(owner.events) else None
+            if event is not None and not event.query():
+                late.append(event)
+        return late
+
+    def wait_for_events(self, sources: Sources) -> None:
+        """Order this reader's stream after the events of offers that have not been reached."""
+        for event in self.late_events(sources):
+            module = torch.get_device_module(self.device)  # events take streams of their module
+            event.wait(module.current_stream(self.device))
+
+
+class Issuing:
+    """A pull whose plan is made, and whose copies are issued, all together or part by part.
+
+    Raises the errors of `Reader.pull` about rows and blocks.
+
+    Attributes:
+        plan: the steps of the whole pull.
+    """
+
+    def __init__(self, issuer: Issuer, pull: Pull, request: Request) -> None:
+        sources = pull.sources
+        self.plan, self._skips = planned(sources, issuer.shards, request.indices, request.first)
+        self._issuer = issuer
+        self._pull = pull
+        self._request = request
+        self._layers = _Layers(issuer.shards) if request.options.by_layer else None
+        self._staged = set[bytes]()  # offers whose owners get requests for rows
+        self._takers = list[StagedReceiver]()
+
+        for step in self.plan:
+            if step.cut.packed:
+                check_packed(step, request.verify, request.auto)
+        requested = pull.requested
+        requested.encoded = request.pack is not None
+        requested.nbytes = sum([step.nbytes for step in self.plan])
+        # A copy at a rate has a separate worker.
+        on_host = issuer.device.type == "cpu"
+        self._long = on_host and requested.nbytes > LONG and not request.options.max_gbps
+        pull.copies = self._copies = list[BlockTransfer]()
+        pull.slices = self._slices = list[Task]()
+
+    def count_blocks(self) -> None:
+        """Count the blocks of the pull, for its statistics."""
+        pull = self._pull
+        request = self._request
+        past = pull.sources[0].ticket.tokens
+        blocks = count_blocks(request.indices, request.first, past, self._skips)
+        pull.requested.blocks = blocks
+
+    def issue(self, some: Sequence[Step]) -> list[Task]:
+        """Issue the copies of steps, or of parts of steps, and return their tasks."""
+        pull = self._pull
+        options = self._request.options
+        requested = pull.requested
+        self._issuer.wait_for_events(pull.sources)
+        tasks = list[Task]()
+        staged = dict[bytes, list[Step]]()  # by offers whose owners send the rows
+        for step in some:
+            if step.cut.src is None:
+                staged.setdefault(step.ticket.offer, []).append(step)
+                requested.strategy = step.owner.strategy
+            elif self._long:
+                tasks += self._ending(step, self._copied(step))
+            else:
+                copy = _copy_of(step, options, self._rate([step]) if options.max_gbps else None)
+                self._copies.append(copy)
+                if self._layers is not None:
+                    self._layers.add_copy(step, copy)
+        self._slices += tasks
+        for steps_of_offer in staged.values():
+            tasks.append(self._take(steps_of_offer))
+        self._staged |= staged.keys()
+        return tasks
+
+    def _take(self, some: Sequence[Step]) -> Task:
+        """Return the task that takes the rows of an offer from the owner that sends them, at their
+        share of the rate."""
+        request = self._request
+        rate = self._rate(some)
+        crossed = Crossed(request.pack, request.auto, inf if rate is None else rate)
+        self._pull.requested.crossed.append(crossed)
+        taker = StagedReceiver(self._issuer.graph, some, self._pull, rate, crossed)
+        self._takers.append(taker)
+        for each in taker.arrivals:
+            self._slices += self._ending(each.step, [(each.part.layers, each)])
+        return taker.task
+
+    def _ending(self, step: Step, tasks: Iterable[tuple[range, Task]]) -> list[Task]:
+        """Return tasks that each bring some layers of a step, after their layers know them."""
+        listed = [*tasks]
+        if self._layers is not None:
+            self._layers.add_tasks(step, listed)
+        return [task for _, task in listed]
+
+    def _rate(self, some: Sequence[Step]) -> float | None:
+        """Return the share of steps in the rate of the pull; None: it has none."""
+        rate = self._request.options.max_gbps
+        if rate is None:
+            return None
+        return rate * sum(step.nbytes for step in some) / self._pull.requested.nbytes
+
+    def end(self, alone: bool = False) -> list[Task]:
+        """Return the task that commits the pull.
+
+        None if whoever looks at the pull commits it, or the task that takes all of its rows.
+
+        Args:
+            alone: no task of the pull was submitted yet.
+        """
+        pull = self._pull
+        issuer = self._issuer
+        requested = pull.requested
+        requested.quiet = pull.sources
+        if self._staged:
+            requested.quiet = [x for x in pull.sources if x.ticket.offer not in self._staged]
+        # This is set last, for the reader's thread.
+        requested.pieces = len(self._copies) + len(self._slices)
+
+        verifying = self.plan if self._request.verify else ()
+        checks = [Task(partial(verified, step, pull), 1, queue=issuer.checks) for step in verifying]
+        if not (self._slices or checks or pull.remote):
+            return []
+        if alone and self._one_taker and not checks:
+            self._commit_by(self._takers[0])
+            return []
+        pull.task = Task(lambda *_: pull.run(issuer.graph, checks), 1, queue=issuer.pulls)
+        return [pull.task]
+
+    @property
+    def _one_taker(self) -> bool:
+        """Return True if one task takes all rows, from the pull's only owner."""
+        return len(self._takers) == len(self._pull.sources) == 1 and not self._copies
+
+    def _commit_by(self, taker: StagedReceiver) -> None:
+        """Let the task that takes all rows also commit the pull: no other thread has to wake.
+
+        If it lasts long, another worker renews the offer.
+        """
+        issuer = self._issuer
+        pull = self._pull
+        taker.commits = True
+        pull.task = taker.task
+        renew = Task(lambda *_: pull.renew_until(taker.task), 1, queue=issuer.pulls, name="renew")
+        pull.requested.tend = partial(issuer.graph.submit, [renew], priority="urgent")
+
+    def layers(self) -> list[PartTransfer]:
+        """Return the ends of all layers, as far as they are issued."""
+        return [] if self._layers is None else self._layers.parts()
+
+    def layer(self, group: int, layer: int) -> PartTransfer:
+        """Return the end of a layer of a shard, as far as it is issued."""
+        assert self._layers is not None  # only pulls by layer have these
+        return self._layers.part(group, layer)
+
+    def _copied(self, step: Step) -> Iterator[tuple[range, Task]]:
+        """Yield the tasks that copy the rows of a step on the host, and the layers of each."""
+        options = self._request.options
+        layers = step.cut.dst.layers
+        each = 1 if options.by_layer else layers
+        options = replace(options, by_layer=False)
+        for start in range(0, layers, each):
+            some = range(start, start + each)
+            copy = partial(_copy_layers, step, some, self._pull, options)
+            yield some, Task(copy, 1, queue=self._issuer.copies)
+
+
+class _Layers:
+    """The ends of each layer of each shard, of a pull by layer."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._ends = [[Ends() for _ in range(shard.view.layers)] for shard in shards]
+
+    def add_copy(self, step: Step, copy: BlockTransfer) -> None:
+        """Add the layers of a copy."""
+        ends = self._ends[step.cut.group]
+        for nth, end in enumerate(copy.layers):
+            ends[step.cut.layers[nth]].copies.append(end)
+
+    def add_tasks(self, step: Step, tasks: Iterable[tuple[range, Task]]) -> None:
+        """Add tasks that each bring some layers of a step."""
+        ends = self._ends[step.cut.group]
+        for some, task in tasks:
+            for layer in some:
+                ends[step.cut.layers[layer]].tasks.append(task)
+
+    def part(self, group: int, layer: int) -> PartTransfer:
+        """Return the end of a layer of a shard."""
+        end = self._ends[group][layer]
+        return PartTransfer(end.copies, end.tasks)
+
+    def parts(self) -> list[PartTransfer]:
+        """Return the end of each layer."""
+        return [PartTransfer(x.copies, x.tasks) for ends in self._ends for x in ends]
+
+
+def _copy_of(step: Step, options: CopyOptions, rate: float | None) -> BlockTransfer:
+    """Copy the rows of a step, at its share of the rate."""
+    if rate is not None:
+        options = replace(options, max_gbps=rate)
+    return copy_checked(
+        step.src, step.cut.dst, step.src_index, step.dst_index, step.tokens, options
+    )
+
+
+def _copy_layers(step: Step, layers: range, pull: Pull, options: CopyOptions, *_: object) -> None:
+    """Copy layers of a step between views on the host."""
+    if pull.over:
+        raise TransferCancelled(CANCELLED)
+    window = slice(layers.start, layers.stop)
+    try:
+        with torch.inference_mode(False):
+            src = step.src.slice(layers=window)
+            dst = step.cut.dst.slice(layers=window)
+            indices = step.src_index, step.dst_index
+            copy_checked(src, dst, *indices, step.tokens, options).synchronize()
+    except PackOverflow:  # the rows of the other tasks are moved
+        raise
+    except BaseException as error:
+        pull.stop(known(error) or TransferCancelled(CANCELLED))  # no mark is waited for
+        raise
+
+
+# ------------------------------------------------------------------------------------------------
+# Issue pulls whose offers are not complete, in workers, as the marks of the offers rise.
+
+WIDTH = 4  # pulls of which parts are issued together
+
+
+class _Reach:
+    """How far a step is issued: its layers, or the tokens of all of its layers."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.unit = step.ticket.progress
+        if self.unit == "layers":
+            owned = step.owner.handshake.described[step.cut.group].group.layers
+            self._start = step.cut.piece.box[0][0] - owned[0]
+            self.end = step.cut.dst.layers
+        else:
+            self._start = step.first
+            self.end = step.tokens
+        self.reached = 0
+
+    def part(self, mark: int) -> Step | None:
+        """Return the part of the step that has become complete; None if there is none."""
+        past = self.end
+        if self.unit:
+            past = min(past, mark - self._start)
+        if self.unit == "tokens" and past < self.end:
+            past -= past % self.step.page  # whole opaque pages, and packed blocks
+        begin = self.reached
+        if past <= begin:
+            return None
+        self.reached = past
+        if past - begin == self.end:
+            return self.step
+        if self.unit == "layers":
+            return self.step.part(range(begin, past), 0, self.step.tokens)
+        return self.step.part(range(self.step.cut.dst.layers), begin, past - begin)
+
+    def has(self, layer: int) -> bool:
+        """Return True if a layer of the reader's view needs no further part of the step."""
+        if layer not in self.step.cut.layers:
+            return True
+        reached = self.step.cut.layers.index(layer) if self.unit == "layers" else self.end - 1
+        return reached < self.reached
+
+
+class _Parts:
+    """The parts of a pull that are not issued yet."""
+
+    def __init__(self, issuing: Issuing) -> None:
+        self.settled = set[LateLayer]()  # layers of which all parts are issued
+        self._reaches = [_Reach(step) for step in issuing.plan]
+
+    @property
+    def issued(self) -> bool:
+        """Return True if no part is left."""
+        return all(one.reached == one.end for one in self._reaches)
+
+    def take(self, marks: list[int]) -> Iterator[Step]:
+        """Yield the parts that have become complete, by the marks of the sources."""
+        for one in self._reaches:
+            part = one.part(marks[one.step.cut.piece.owner])
+            if part is not None:
+                yield part
+
+    def has(self, group: int, layer: int) -> bool:
+        """Return True if all parts of a layer of a group are issued."""
+        return all(one.has(layer) for one in self._reaches if one.step.cut.group == group)
+
+
+class Follower:
+    """Issues the pulls of one reader whose offers are not complete."""
+
+    def __init__(self, graph: Graph, issuer: Issuer, housekeeper: Housekeeper) -> None:
+        self._graph = graph
+        self._issuer = issuer
+        self._housekeeper = housekeeper
+        self._queue = graph.queue("follow", width=WIDTH)
+
+    def begin(self, pull: Pull, request: Request) -> Pull:
+        """Return a pull that follows the marks of its offers; raise as `Reader.pull` does."""
+        pull.requested.wanted = wanted = Wanted([], {})
+        wanted.started.set()
+        pull.layers = self.promised(request)
+        self.follow(pull, wanted, request, StreamFence(self._issuer.device))
+        try:
+            self._housekeeper.add(pull)
+            self.wake_for(wanted)
+            return pull
+        except BaseException:  # an interrupt: the caller gets no handle of rows that come later
+            pull.cancel()
+            self._housekeeper.wake()
+            raise
+
+    def wake_for(self, wanted: Wanted) -> None:
+        """Have the reader's thread look at marks, or a worker end the pull if the reader closes:
+        that thread may have ended before."""
+        self._housekeeper.wake()
+        if self._housekeeper.closing and wanted.followed is not None:
+            wanted.followed.go_on()
+
+    def promised(self, request: Request) -> list[LateLayer]:
+        """Return the ends of the layers of a pull whose copies do not exist yet."""
+        layers = sum(shard.view.layers for shard in self._issuer.shards)
+        return [LateLayer() for _ in range(layers * request.options.by_layer)]
+
+    def follow(self, pull: Pull, wanted: Wanted, request: Request, after: StreamFence) -> None:
+        """Issue a pull as its offers become complete, after a fence; raise as `Reader.pull`."""
+        issuing = Issuing(self._issuer, pull, request)
+        issuing.count_blocks()
+        options = request.options
+        whole = not options.by_layer or options.max_gbps is not None
+        parts = _Parts(issuing)
+
+        def advance() -> Task | None:
+            run = partial(self._advance, pull, followed, issuing, parts, after)
+            task = Task(lambda *_: run(), 1, queue=self._queue, name="follow")
+            try:
+                self._graph.submit([task], priority="urgent")
+            except PortaKVError as error:  # of a graph that is closed
+                fail(pull, error)
+                followed.end()
+                return None
+            return task
+
+        followed = Followed(pull.sources, whole, advance)
+        # The task is never submitted: the pull has not ended as long as it has this one.
+        pull.task = Task(None, 1, name="follow")
+        pull.requested.quiet = pull.sources
+        pull.requested.pieces = 1
+        wanted.followed = followed
+
+    def _advance(
+        self,
+        pull: Pull,
+        followed: Followed,
+        issuing: Issuing,
+        parts: _Parts,
+        after: StreamFence,
+    ) -> None:
+        """Issue the parts that have become complete, in a worker; end the pull if it was stopped,
+        or if none is left."""
+        try:
+            if pull.over or self._housekeeper.closing:
+                raise TransferCancelled(CANCELLED)
+            with torch.inference_mode(False), after.inside():
+                tasks = issuing.issue([*parts.take(followed.take_marks())])
+            if tasks:
+                self._graph.submit(tasks, priority="urgent")
+            self._settle(pull, issuing, parts)
+            # Rows that this reader does not need may still be written: the offer holds until then.
+            if not (parts.issued and followed.complete):
+                followed.end_turn()
+                if self._housekeeper.closing:
+                    followed.go_on()
+                return
+            final = issuing.end()
+            if final:
+                self._graph.submit(final, priority="urgent")
+            else:
+                pull.task = None
+            followed.end()
+            self._housekeeper.wake()
+        except BaseException as error:
+            fail(pull, error)
+            followed.end()
+
+    def _settle(self, pull: Pull, issuing: Issuing, parts: _Parts) -> None:
+        """Let the layers of which all copies are issued end with these."""
+        promises = iter(pull.layers)
+        for group, shard in enumerate(self._issuer.shards if pull.layers else ()):
+            for layer in range(shard.view.layers):
+                promise = next(promises)
+                if not isinstance(promise, LateLayer) or promise in parts.settled:
+                    continue
+                if parts.has(group, layer):
+                    promise.settle(issuing.layer(group, layer))
+                    parts.settled.add(promise)
+
+
+# ------------------------------------------------------------------------------------------------
+# Begin pulls that wait: for owners that are not connected yet and for offers by name, in a worker
+# when the offers exist, see `named`; and for the rows of offers that are not complete, see
+# `followed`.
+
+
+class ByName:
+    """The pulls of one reader that wait for owners, offers or rows."""
+
+    def __init__(
+        self, graph: Graph, owners: Connections, issuer: Issuer, housekeeper: Housekeeper
+    ) -> None:
+        self._graph = graph
+        self._owners = owners
+        self._issuer = issuer
+        self._housekeeper = housekeeper
+        self._follower = Follower(graph, issuer, housekeeper)
+        self._begins = graph.queue("named", width=WIDTH)
+        self._connector = Connector(graph, owners, housekeeper.note_connection)
+        #: The pull of the last call that has asked owners itself.
+        self._asked: ref[Pull] | None = None
+        self._stream: torch.Stream | None = None
+
+    def pull(self, tickets: list[bytes], request: Request, until: float) -> Pull | None:
+        """Return a pull whose copies were issued if its offers exist, as their owners' tables or
+        the owners say; else one that waits for them, and then begins after the caller's stream.
+        None if no ticket is a name.
+
+        The pull ends with the errors of its owners and rows.
+        """
+        if not any_named(tickets):
+            return None
+        wanted = Wanted.of(tickets)
+        finder = self._have_finder()
+        pull = self._promised(request, until)
+        wanted.look_up(self._owners.ticket_of)
+        connected = all(self._owners.knows(*owner) for owner in wanted.owners)
+        if connected and not wanted.names:
+            return self._begin_here(pull, wanted, request)
+        if connected and self._may_ask(wanted):
+            self._asked = ref(pull)
+            try:
+                found = finder.find_now(wanted)
+            except BaseException:  # an interrupt: the next call does not wait for this pull
+                self._asked = None
+                raise
+            if found:
+                return self._begin_here(pull, wanted, request)
+        return self._waiting(pull, wanted, request)
+
+    def pull_connected(self, tickets: list[bytes], request: Request, until: float) -> Pull:
+        """Return a pull of plain tickets that begins in a worker when all of their owners are
+        connected, after the caller's stream.
+
+        The call raises the errors of its arguments. The pull ends with those of its owners and
+        rows.
+        """
+        request.check(tickets, self._issuer.shards)
+        self._have_finder()
+        pull = self._promised(request, until)
+        return self._waiting(pull, Wanted.of(tickets), request)
+
+    def _promised(self, request: Request, until: float) -> Pull:
+        """Return a pull that has not begun, with the layers that it will have."""
+        pull = Pull((), until, self._housekeeper.report)
+        pull.begun = False  # the next call looks at it
+        pull.layers = self._follower.promised(request)
+        return pull
+
+    def prepare(self, address: str) -> PartTransfer:
+        """Connect to the owner at an address in a worker, and return the end."""
+        return PartTransfer((), [self._connector.begin((address, ANY)).task])
+
+    def _may_ask(self, wanted: Wanted) -> bool:
+        """Return True if a call may ask owners itself: they are connected, and the pull of the last
+        such call has ended, so that many pulls that begin together need one request."""
+        last = None if self._asked is None else self._asked()
+        if last is not None and not last.ended:
+            return False
+        return all(self._owners.knows(one.address, one.epoch) for one in wanted.names.values())
+
+    def _begin_here(self, pull: Pull, wanted: Wanted, request: Request) -> Pull:
+        """Issue the copies of a pull whose offers exist, as those of plain tickets are issued."""
+        added = False
+        try:
+            pull.sources = self._owners.resolve(wanted.tickets, pull.until)
+            with torch.inference_mode(False), self.apart(pull.sources):
+                if self.waits(pull):
+                    self._follower.begin(pull, request)
+                    pull.begun = True
+                    return pull
+                tasks, pull.layers = self._issuer.issue(pull, request)
+            pull.begun = True
+            self._housekeeper.add(pull)
+            added = True
+            if tasks:
+                self._graph.submit(tasks, priority="urgent")
+            elif self._issuer.device.type == "cpu":  # without a rate its copies have ended
+                pull.look()
+        except PortaKVError as error:
+            fail(pull, error)
+            if not added:
+                self._housekeeper.add(pull)
+        except BaseException:  # an interrupt: the caller gets no handle of rows that come later
+            pull.drop()
+            raise
+        return pull
+
+    def apart(self, sources: Sources) -> AbstractContextManager[object]:
+        """Make a private stream current, after the caller's, if an owner's device still writes the
+        rows: the caller's stream must not wait for another process."""
+        if not self._issuer.late_events(sources):
+            return nullcontext()
+        device = self._issuer.device
+        if self._stream is None:
+            self._stream = own_stream(device)
+        return StreamFence(device).on(self._stream)
+
+    def _waiting(self, pull: Pull, wanted: Wanted, request: Request) -> Pull:
+        """Return a pull that waits for its offers, and then begins after the caller's stream."""
+        pull.requested.wanted = wanted
+        after = StreamFence(self._issuer.device)
+
+        def run(*_: object) -> None:
+            self._begin(pull, wanted, request, after)
+
+        pull.task = wanted.task = task = Task(run, 1, queue=self._begins, name="begin")
+        wanted.start = partial(self._start, pull, task)
+        pull.begun = True
+        try:
+            self._housekeeper.add(pull)  # wakes its thread
+            if self._housekeeper.closing:  # its thread may have ended before
+                wanted.begin(ended=True)
+            return pull
+        except BaseException:  # an interrupt: the caller gets no handle of rows that come later
+            pull.cancel()
+            raise
+
+    def waits(self, pull: Pull) -> bool:
+        """Return True if a pull has to wait for rows of its offers."""
+        return incomplete(pull.sources)
+
+    def follow(self, pull: Pull, request: Request) -> Pull:
+        """Return a pull that follows the marks of its offers; raise as `Reader.pull` does."""
+        self._have_finder()
+        return self._follower.begin(pull, request)
+
+    def _have_finder(self) -> Finder:
+        """Let the reader's thread ask owners for names and marks."""
+        finder = self._housekeeper.finder
+        if finder is None:
+            self._housekeeper.finder = finder = Finder(self._owners.channel, self._connector)
+        return finder
+
+    def _start(self, pull: Pull, task: Task, ended: bool) -> None:
+        """Have a worker begin a pull, or end a pull that was stopped before it began."""
+        try:
+            if ended:
+                raise TransferCancelled(CANCELLED)
+            self._graph.submit([task], priority="urgent")
+        except PortaKVError as error:  # also of a graph that is closed
+            fail(pull, error)
+
+    def _begin(self, pull: Pull, wanted: Wanted, request: Request, after: StreamFence) -> None:
+        """Issue the copies of a pull, in a worker; end a pull that was stopped before."""
+        promised = pull.layers
+        try:
+            with torch.inference_mode(False), after.inside():
+                sources = self._owners.resolve(wanted.tickets, pull.until)
+                if pull.over:  # also while the owners were resolved
+                    raise TransferCancelled(CANCELLED)
+                pull.sources = sources
+                if incomplete(sources):
+                    self._follower.follow(pull, wanted, request, after)
+                    self._follower.wake_for(wanted)
+                    return
+                tasks, layers = self._issuer.issue(pull, request)
+            if tasks:
+                self._graph.submit(tasks, priority="urgent")
+            for promise, layer in zip(promised, layers, strict=True):
+                if isinstance(promise, LateLayer):
+                    promise.settle(layer)
+            if not tasks:
+                pull.task = None
+                self._housekeeper.wake()
+        except BaseException as error:
+            fail(pull, error)
+        finally:
+            wanted.task = None
+
 
 #: The options that a pull takes.
 OPTIONS = ("by_layer", "overlap", "max_thread_blocks", "max_gbps")
@@ -61,8 +1120,8 @@ class Reader:
         self.shards = shards
         self.device = self._owners.device
         self._issuer = Issuer(self._graph, shards, self.device)
-        self._keeper = Housekeeper(self.device)
-        self._by_name = ByName(self._graph, self._owners, self._issuer, self._keeper)
+        self._housekeeper = Housekeeper(self.device)
+        self._by_name = ByName(self._graph, self._owners, self._issuer, self._housekeeper)
         self._closed = False
         #: The options of the last pull, as they were passed, and as they were checked.
         self._last_options: tuple[tuple[object, ...], CopyOptions] = (), USUAL
@@ -152,12 +1211,12 @@ class Reader:
         sources = self._owners.resolve_connected(packed)
         if sources is None:
             return self._by_name.pull_connected(packed, request, until)
-        pull = Pull(sources, until, self._keeper.report)
+        pull = Pull(sources, until, self._housekeeper.report)
         if self._by_name.waits(pull):
             return self._by_name.follow(pull, request)
         try:
             tasks, pull.layers = self._issuer.issue(pull, request)
-            self._keeper.add(pull)
+            self._housekeeper.add(pull)
             if tasks:
                 self._graph.submit(tasks, priority="urgent")
             elif self.device.type == "cpu":  # without a rate its copies have ended
@@ -174,7 +1233,7 @@ class Reader:
         if self.channel.forked:
             self._graph.submit(())  # raises the error of a graph that was forked
 
-    def prepare(self, address: str) -> Part:
+    def prepare(self, address: str) -> PartTransfer:
         """Connect to the owner at an address, and map its memory, in a worker.
 
         The first pull of that owner then waits for no handshake. The result ends with the
@@ -245,21 +1304,21 @@ class Reader:
 
         The first call returns none: nothing is kept before it. At most 65,536 pulls are kept.
         """
-        return self._keeper.finished.take()
+        return self._housekeeper.finished.take()
 
     def finished_fd(self) -> int:
         """Return the descriptor that is readable while `finished` has pulls; -1 after `close`.
 
         For ``select``, ``epoll`` and event loops. Do not read or close it.
         """
-        return self._keeper.finished.fileno()
+        return self._housekeeper.finished.fileno()
 
     def statistics(self) -> dict[str, int]:
         """Return the numbers of pulls that are in flight or not reported to their owners yet
         (``pulls``), of pulls that were committed and that failed, and of owners now."""
-        ends = self._keeper.ends
+        ends = self._housekeeper.ends
         return {
-            "pulls": len(self._keeper.pulls),
+            "pulls": len(self._housekeeper.pulls),
             "committed": ends["committed"],
             "failed": ends["failed"],
             "owners": len(self._owners),
@@ -267,16 +1326,16 @@ class Reader:
 
     def figures(self) -> dict[str, list[dict[str, str | float]]]:
         """Return figures by the names of metrics, in the form of `Graph.statistics`."""
-        return self._keeper.figures(len(self._owners))
+        return self._housekeeper.figures(len(self._owners))
 
     def close(self) -> None:
         """Release all owners.
 
         Waits for pulls in flight, and cancels them early enough to return within ten seconds.
         """
-        self._keeper.wait(PATIENCE)
+        self._housekeeper.wait(PATIENCE)
         self._closed = True
         self._graph.close(2.0)
-        self._keeper.close()
+        self._housekeeper.close()
         self._owners.close()
         self.channel.free("a reader", self)

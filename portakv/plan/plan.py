@@ -23,9 +23,8 @@ from portakv.plan.loops import Nest as Nest
 from portakv.plan.loops import Side as Side
 from portakv.plan.move import Move as Move
 from portakv.plan.runs import Expansion, Factors, Runs, factors, summed
-from portakv.view.form import Form, Part, Step, Steps, merge_steps
-from portakv.view.ids import MOST_STEP
-from portakv.view.index import Index
+from portakv.view.form import Form, KVRows, Step, Steps, merge_steps
+from portakv.view.index import MOST_STEP, Index
 from portakv.view.view import KVView
 
 
@@ -349,7 +348,7 @@ def _unequal_widths(src: Form, dst: Form, k: int) -> LayoutError:
     )
 
 
-def slot_chain(form: Form, part: Part) -> Steps:
+def slot_chain(form: Form, part: KVRows) -> Steps:
     """Return the steps of a slot number: blocks, then the token in its block."""
     if not form.opaque:
         return merge_steps((*part.block, *part.token))
@@ -407,7 +406,7 @@ def _nest(src: Form, dst: Form, steps: tuple[int, int], k: int, unit: int) -> Ne
     return Nest(*sides, tuple(loops), 1, gcd(src.alignment, dst.alignment, *begins))
 
 
-def _starts(form: Form, part: Part, step: int) -> list[int]:
+def _starts(form: Form, part: KVRows, step: int) -> list[int]:
     """Return the bytes between the places where a side may begin between two units; empty if it may
     not."""
     chain = slot_chain(form, part)

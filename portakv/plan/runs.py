@@ -13,8 +13,7 @@ import numpy.typing as npt
 from portakv.errors import SlotError
 from portakv.plan.loops import Loop, Nest, Side
 from portakv.plan.move import Move
-from portakv.view.ids import SHORT
-from portakv.view.index import UnitNumbers
+from portakv.view.index import SHORT, UnitNumbers
 from portakv.view.view import KVView
 
 Int64 = npt.NDArray[np.int64]

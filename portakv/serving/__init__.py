@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands between a serving engine and the stores: plans for its workers, reports from them.
 
-And the keeper of a host, whose store serves the processes of several engines.
+And the server of a host, whose store serves the processes of several engines.
 """
 
 from portakv.extras import installing
@@ -17,17 +17,22 @@ except ImportError as error:
     ) from error
 
 from portakv.serving.costs import Costs, measured
-from portakv.serving.hand import Blocks, Ended, GroupCache, Hand
-from portakv.serving.keeper_blocks import KeptBlocks
-from portakv.serving.keeper_client import KeeperClient
-from portakv.serving.keeper_server import Keeper, place_of
-from portakv.serving.keeper_transfer import KeptTransfer
-from portakv.serving.known import KeeperIndex
-from portakv.serving.ledger import BlockHolder, Described, Group, Index, Ledger, check_group
 from portakv.serving.local import StoreTerms
 from portakv.serving.pages import PageJob, Pages, PageSize, PageStore, Usage, page_key
-from portakv.serving.place import Place
 from portakv.serving.plan import Job, Plan, Report
+from portakv.serving.scheduler import (
+    BlockHolder,
+    Described,
+    Group,
+    Index,
+    SchedulerSide,
+    check_group,
+)
+from portakv.serving.server.client import ServerBlocks, ServerTransfer, StoreClient
+from portakv.serving.server.index import ServerIndex
+from portakv.serving.server.link import Place
+from portakv.serving.server.server import StoreServer, place_of
+from portakv.serving.worker import Blocks, Ended, GroupCache, WorkerSide
 
 __all__ = [
     "BlockHolder",
@@ -37,15 +42,8 @@ __all__ = [
     "Ended",
     "Group",
     "GroupCache",
-    "Hand",
     "Index",
     "Job",
-    "Keeper",
-    "KeeperClient",
-    "KeeperIndex",
-    "KeptBlocks",
-    "KeptTransfer",
-    "Ledger",
     "PageJob",
     "PageSize",
     "PageStore",
@@ -53,8 +51,15 @@ __all__ = [
     "Place",
     "Plan",
     "Report",
+    "SchedulerSide",
+    "ServerBlocks",
+    "ServerIndex",
+    "ServerTransfer",
+    "StoreClient",
+    "StoreServer",
     "StoreTerms",
     "Usage",
+    "WorkerSide",
     "check_group",
     "measured",
     "page_key",

@@ -16,14 +16,14 @@ from portakv.arguments import kind_of, text
 from portakv.errors import InvalidTerms, PortaKVError
 from portakv.graph import Mask, Task
 from portakv.runtime.bounded import Bounded
-from portakv.serving.keeper_messages import MOST_KEYS
-from portakv.storage.form_store import FormStore
-from portakv.storage.remote import Remote, check_remote
+from portakv.serving.server.messages import MOST_KEYS
+from portakv.storage.store import FormStore
+from portakv.storage.tiers.remote import Remote, check_remote
 
-#: Seconds that a lookup may take: less than a ledger's patience, so that a request gets the
+#: Seconds that a lookup may take: less than a scheduler side's patience, so that a request gets the
 #: blocks that the bucket has confirmed by then.
 LOOKUP = 1.5
-#: Seconds for which blocks that a keeper has found are offered. Its store believes it for longer.
+#: Seconds for which blocks that a server has found are offered. Its store believes it for longer.
 FOUND = 30.0
 #: Seconds after which the end of a lookup is expected no longer.
 LOST = 2 * LOOKUP
@@ -244,8 +244,8 @@ class BucketLookups(BucketAnswers):
         self._workers.begin(keys, partial(self.ended, keys))
 
 
-class KeptBucket(BucketAnswers):
-    """What a scheduler knows of the bucket of a keeper.
+class ServerBucket(BucketAnswers):
+    """What a scheduler knows of the bucket of a server.
 
     Its user sends what `take` returns, and reports the answers.
 
@@ -261,9 +261,9 @@ class KeptBucket(BucketAnswers):
         self._wake = wake
         self._numbers = itertools.count(1)
         self._later = deque[tuple[int, Sequence[bytes]]]()
-        self._sent: Bounded[int, Sequence[bytes]] = Bounded("lookups of a keeper", 2 * MOST)
+        self._sent: Bounded[int, Sequence[bytes]] = Bounded("lookups of a store server", 2 * MOST)
         #: By key, until when a block is believed to be in the bucket.
-        self._there: Bounded[bytes, float] = Bounded("blocks of a keeper's bucket", 1 << 17)
+        self._there: Bounded[bytes, float] = Bounded("blocks of a store server's bucket", 1 << 17)
 
     def leading_in(
         self, keys: Sequence[bytes], tiers: Sequence[Mapping[bytes, object]]
@@ -288,14 +288,14 @@ class KeptBucket(BucketAnswers):
         return self._there.get(key, 0.0) > self._now()
 
     def take(self) -> list[tuple[int, Sequence[bytes]]]:
-        """Return the numbers and keys of lookups that the keeper does not know."""
+        """Return the numbers and keys of lookups that the server does not know."""
         made = list[tuple[int, Sequence[bytes]]]()
         while self._later:
             made.append(self._later.popleft())
         return made
 
     def looked_up(self, number: int, leading: int, answers: bool) -> None:
-        """Note the answer of the keeper to the lookup of a number."""
+        """Note the answer of the server to the lookup of a number."""
         keys = self._sent.pop(number, ())
         if not keys:
             return
@@ -305,7 +305,7 @@ class KeptBucket(BucketAnswers):
         self.ended(keys, leading, answers)
 
     def forget(self) -> None:
-        """Expect no answer, and believe nothing: the keeper has ended."""
+        """Expect no answer, and believe nothing: the server has ended."""
         super().forget()
         self._later.clear()
         self._sent.clear()

@@ -27,9 +27,8 @@ from portakv.migrate.messages import (
 )
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.handover_terms import HandoverTerms
+from portakv.serving.handover_tickets import Endpoint, HandoverTerms
 from portakv.serving.plan import Handovers, OfferJob, PullJob
-from portakv.serving.tickets import Endpoint
 
 _log = RateLimitedLog(logging.getLogger(__name__))
 #: Workers of an engine that may pull one offer. The engine says when all of them have it.

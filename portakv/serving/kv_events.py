@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tell routers which blocks a keeper's store has, in the format of vLLM's events.
+"""Tell routers which blocks a server's store has, in the format of vLLM's events.
 
 A router subscribes as it does to an engine. The events of a store name blocks by their keys, which
 are the hashes of the events that the connector of an engine publishes; those have the tokens.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -18,11 +18,62 @@ import zmq
 
 from portakv.arguments import invalid, text
 from portakv.errors import PeerError
-from portakv.migrate.channel_sockets import started_context
+from portakv.migrate.channel import started_context
 from portakv.migrate.messages import prepare
 from portakv.runtime.resources import reason
-from portakv.serving.event_runs import Described, medium_of, number_of, runs_of
-from portakv.storage.changes import Change
+from portakv.serving.scheduler import Described as Described
+from portakv.storage.calls import Change
+
+# ------------------------------------------------------------------------------------------------
+# Changes of a store as events of engines name them: runs of blocks, in a medium.
+
+#: The media of vLLM's events, by tier; other tiers are storage.
+MEDIA = {"host": "CPU"}
+
+
+def medium_of(change: Change) -> str:
+    """Return the medium of the tier of a change."""
+    return MEDIA.get(change.tier, "STORAGE")
+
+
+def number_of(key: bytes) -> int:
+    """Return the number by which events name a block: the last 64 bits of its key.
+
+    vLLM's events have such numbers, and routers read no other hashes.
+    """
+    return int.from_bytes(key[-8:], "big")
+
+
+def runs_of(
+    changes: Iterable[Change], describe: Callable[[bytes], Described | None] | None = None
+) -> Iterator[Sequence[Change]]:
+    """Yield changes that one event can name: of a form and a tier, lost, or stored one after the
+    other.
+
+    ``describe``: returns what a block was made of. None: nothing is known of blocks, so an event
+    names any stored blocks.
+    """
+    run = list[Change]()
+    for change in changes:
+        if run and not _continues(run[-1], change, describe):
+            yield run
+            run = []
+        run.append(change)
+    if run:
+        yield run
+
+
+def _continues(
+    last: Change, change: Change, describe: Callable[[bytes], Described | None] | None
+) -> bool:
+    """Return whether the event of the last change can name this one as well."""
+    if (change.tier, change.stored, change.form) != (last.tier, last.stored, last.form):
+        return False
+    if not change.stored or describe is None:
+        return True
+    described = describe(change.key)
+    return described is not None and described.after == last.key
+
 
 #: The most blocks of an event, and the most batches that are kept for `EventPublisher.answer`.
 MOST_BLOCKS = 1024
@@ -32,7 +83,7 @@ _END = (-1).to_bytes(8, "big", signed=True)
 #: The most messages that wait for a subscriber, which loses later ones.
 _WAITING = 100_000
 #: The most bytes of a message of a router, and the most requests of routers in a call: the thread
-#: of a keeper has other work.
+#: of a server has other work.
 _MOST_BYTES = 4096
 _REQUESTS = 4
 
@@ -94,7 +145,7 @@ def events_of(
     Args:
         groups: the names of the forms of the store, in order; an event of a store of several has
             the number of its form.
-        describe: returns what a block was made of, as `Ledger.described`; blocks without a
+        describe: returns what a block was made of, as `SchedulerSide.described`; blocks without a
             description have no tokens. None: no block has.
         block_size: the tokens of a stored block that is described.
     """
@@ -133,9 +184,9 @@ def events_of(
 class EventPublisher:
     """Publishes events to routers: a PUB socket and, for what a router has missed, a ROUTER socket.
 
-    One thread at a time uses it: that of a `Keeper`. Messages are those of vLLM: topic, a number of
-    8 bytes, a batch. They are not encrypted, and name blocks by their keys alone: bind an address
-    that only routers reach.
+    One thread at a time uses it: that of a `StoreServer`. Messages are those of vLLM: topic, a
+    number of 8 bytes, a batch. They are not encrypted, and name blocks by their keys alone: bind an
+    address that only routers reach.
 
     Args:
         endpoint: where subscribers connect, such as ``tcp://127.0.0.1:5557``.

@@ -14,21 +14,167 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
 from urllib.parse import unquote, urlsplit
 
+import torch
+
 from portakv.arguments import invalid, items, nbytes, one_of, seconds, size_text, text, whole
-from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, TransferTimeout, Unsupported
+from portakv.errors import (
+    InvalidTerms,
+    PortaKVError,
+    StoreBusy,
+    StoreError,
+    TransferTimeout,
+    Unsupported,
+)
 from portakv.layout.encodings import PACK
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import BucketLookups, bucket_of, check_bucket
 from portakv.storage import BlockForm, BlockStore, Disk
-from portakv.storage.changes import Change
+from portakv.storage.calls import Change
 from portakv.storage.form import HEADER, Range
-from portakv.storage.form_store import FormStore
-from portakv.storage.tier import Tier
+from portakv.storage.store import FormStore
+from portakv.storage.tiers.base import Tier
 from portakv.view import KVView
+
+# ------------------------------------------------------------------------------------------------
+# In place of a store, for an engine that only hands requests over.
+
+
+class NoStore:
+    """An index without blocks, in which a scheduler side finds nothing and saves nothing."""
+
+    losses = 0
+
+    def leading(self, keys: Sequence[bytes], /) -> int:
+        """Return that no block can be loaded."""
+        return 0
+
+    def has(self, key: bytes, /) -> bool:
+        """Return that no block is to be saved."""
+        return True
+
+    def record(self) -> None:
+        """Keep changes, of which there are none."""
+
+    def take_events(self) -> list[Change]:
+        """Return no change."""
+        return []
+
+    def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Return no bytes."""
+        return {}
+
+
+class NoBlocks:
+    """The blocks of a group of layers of which none is stored.
+
+    Args:
+        form: that stored blocks would have.
+    """
+
+    def __init__(self, form: BlockForm) -> None:
+        self.form = form
+
+    def save(self, *args: Any, **terms: Any) -> NoReturn:
+        """Raise `StoreError`."""
+        raise _no_store()
+
+    def load(self, *args: Any, **terms: Any) -> NoReturn:
+        """Raise `StoreError`."""
+        raise _no_store()
+
+
+def _no_store() -> StoreError:
+    return StoreError(
+        "Expected an engine with a store, got one that only hands requests over. Name a folder, "
+        "host or bucket in kv_connector_extra_config."
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Which weights a folder or a model has: the rows of one model are not those of another.
+
+_warnings = RateLimitedLog(logging.getLogger(__name__))
+#: The endings of files with weights.
+ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+#: Bytes of a sample of a file, and how many are read: 32 files take some milliseconds.
+SAMPLE = 4096
+SAMPLES = 32
+#: Elements of a tensor that are read. A model of 300 tensors takes some milliseconds.
+ELEMENTS = 16
+
+
+def checksum_of_weights(folder: str | os.PathLike[str]) -> str:
+    """Return a checksum in hex of the weights in a folder, or in one file; empty if there are none.
+
+    It depends on the names and sizes of the files of weights, and on samples of their bytes, so
+    that two copies of a model are equal, on any host, and a model that was trained further is
+    another one. Weights that differ in a few places only may have the same checksum.
+
+    Raises `OSError` if a file cannot be read.
+    """
+    place = Path(folder)
+    present = [place] if place.is_file() else []
+    if place.is_dir():  # `Path.glob` lists nothing of a folder that it may not read
+        present = [place / name for name in os.listdir(place)]
+    files = sorted(path for path in present if path.suffix in ENDINGS)
+    if not files:
+        return ""
+    checksum = blake2b(digest_size=8)
+    for path in files:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            checksum.update(f"{path.name}:{size};".encode())
+            for number in range(SAMPLES):
+                file.seek((size - SAMPLE) * number // (SAMPLES - 1) if size > SAMPLE else 0)
+                checksum.update(file.read(SAMPLE))
+                if size <= SAMPLE:
+                    break
+    return checksum.hexdigest()
+
+
+def checksum_if_here(model: str) -> str:
+    """Return `checksum_of_weights` of a model's folder or file; empty if its name is neither.
+
+    Empty also if the weights cannot be read here, which is logged.
+    """
+    try:
+        return checksum_of_weights(model)
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        text = "The weights in %s cannot be read (%s): blocks of other weights of that name would "
+        text += "be taken for theirs. Correct its permissions, or remove blocks when it changes."
+        _warnings.warning(f"weights {model}", text, model, error.strerror, lines=1)
+        return ""
+
+
+@torch.no_grad()
+def checksum_of_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return a checksum in hex of the weights of a loaded model.
+
+    It depends on the names, shapes and dtypes of the tensors, and on samples of their elements, on
+    any device: a model that was trained further, or that has an adapter, is another one. Tensors
+    without memory (``meta``) count by their names and shapes only.
+    """
+    checksum = blake2b(digest_size=8)
+    for name, tensor in tensors:
+        checksum.update(f"{name}:{[*tensor.shape]}:{tensor.dtype};".encode())
+        if tensor.is_meta or not tensor.numel():
+            continue
+        count = min(ELEMENTS, tensor.numel())
+        last = tensor.numel() - 1
+        chosen = [last * number // max(1, count - 1) for number in range(count)]
+        ids = torch.tensor(chosen, dtype=torch.int64, device=tensor.device)
+        elements = tensor.detach().reshape(-1)[ids].cpu().contiguous()
+        checksum.update(elements.view(torch.uint8).numpy().tobytes())
+    return checksum.hexdigest()
+
 
 _logger = logging.getLogger(__name__)
 _log = RateLimitedLog(_logger)
@@ -77,7 +223,7 @@ class StoreTerms:
         by_layer: a request computes in the step that begins its load, and each layer waits for its
             rows; else the request waits until all have landed. "graph": the waits are captured in
             the engine's CUDA graphs.
-        shared: the blocks are stored through a keeper, so that several engines of the host have
+        shared: the blocks are stored through a server, so that several engines of the host have
             one store. Each of them has this term. "attach": the engine never serves, not even
             while the store server of its folder restarts; nothing is stored or loaded meanwhile.
         bucket: the address of an object store, as `Remote` takes it: s3://bucket/prefix, gs://,
@@ -604,7 +750,7 @@ class LocalIndex:
             return False
 
     def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Return the bytes of blocks that a ledger has counted."""
+        """Return the bytes of blocks that a scheduler side has counted."""
         size = sum(group.form.payload_bytes for group in self._groups)
         return {
             "landed_bytes": counts.get("landed_blocks", 0) * size,

@@ -11,26 +11,572 @@ import logging
 import select
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from itertools import compress
-from typing import Any, Literal, NamedTuple, TypeAlias
+from math import gcd
+from secrets import token_hex
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from portakv.errors import PortaKVError, TransferTimeout
-from portakv.graph import Mask
+from portakv.arguments import instance, invalid, items, octets, whole
+from portakv.errors import InvalidTerms, PortaKVError, TransferTimeout
+from portakv.graph import Mask, Priority
+from portakv.runtime.bounded import Bounded
 from portakv.runtime.finished import Finished
 from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
-from portakv.serving.calls import Calls
-from portakv.serving.kept_page_store import KeptPageStore
-from portakv.serving.pages import SAVE, PageJob, Pages, PageStore
-from portakv.storage.changes import Change
-from portakv.storage.pins import Pins
+from portakv.serving.local import StoreTerms, log_start
+from portakv.serving.pages import (
+    SAVE,
+    HasTerms,
+    PageJob,
+    Pages,
+    PageSize,
+    PageStore,
+    Usage,
+    check_raw,
+    check_shared,
+    page_key,
+)
+from portakv.serving.server.client import (
+    GRACE,
+    ServerBlocks,
+    ServerLocks,
+    ServerTransfer,
+    StoreClient,
+)
+from portakv.serving.server.index import ServerIndex
+from portakv.serving.server.server import StoreServer, place_of
+from portakv.serving.worker import Calls
+from portakv.storage.calls import Change
+from portakv.storage.eviction import Pins
+from portakv.view import IdList, KVView
+
+# ------------------------------------------------------------------------------------------------
+# The pages of a store that an engine counts, and lookups whose answers it has not fetched.
+
+_logger = logging.getLogger(__name__)
+Key = TypeVar("Key")
+Answer = TypeVar("Answer")
+
+#: The most lookups whose answers wait to be fetched. The locks of older ones end, and their answers
+#: find nothing: so many of these wait.
+UNFETCHED = 4096
+EMPTY = 1 << 16
+
+
+class Counted(Generic[Key]):
+    """The pages that an engine counts, by their names, with its own keys and their bytes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pages = dict[bytes, tuple[Key, int]]()
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def add(
+        self, keys: Iterable[Key], names: Iterable[bytes], sizes: Iterable[int]
+    ) -> tuple[list[Key], list[int]]:
+        """Count pages; return the keys and bytes of those that were not counted.
+
+        Pages of size 0 are not there.
+        """
+        new = list[Key]()
+        new_sizes = list[int]()
+        with self._lock:
+            for key, name, nbytes in zip(keys, names, sizes, strict=True):
+                if nbytes and name not in self._pages:
+                    self._pages[name] = key, nbytes
+                    new.append(key)
+                    new_sizes.append(nbytes)
+        return new, new_sizes
+
+    def remove(self, names: Iterable[bytes]) -> list[tuple[Key, int] | None]:
+        """Count pages no more; return the key and the bytes of each, or None for one that was not
+        counted."""
+        with self._lock:
+            return [self._pages.pop(name, None) for name in names]
+
+
+class _Lookup(NamedTuple, Generic[Answer]):
+    answer: Answer
+    keys: int
+    locked: Sequence[bytes]
+
+
+class Lookups(Generic[Answer]):
+    """The answers of lookups, until they are fetched, with the names of the pages they locked.
+
+    An answer that too many lookups follow before it is fetched finds nothing. So each lookup ends,
+    and the locks of those that no one fetches end, too.
+
+    Args:
+        nothing: returns an answer of a number of keys that finds none.
+        most: the most answers that keep their locks.
+    """
+
+    def __init__(self, nothing: Callable[[int], Answer], most: int = UNFETCHED) -> None:
+        self._log = RateLimitedLog(_logger)
+        self._lock = threading.Lock()
+        self._nothing = nothing
+        self._most = most
+        self._open = OrderedDict[int, _Lookup[Answer]]()
+        # The numbers of keys of lookups whose answers find nothing now.
+        self._empty: Bounded[int, int] = Bounded("lookups without an answer", EMPTY)
+
+    def add(
+        self, number: int, answer: Answer, keys: int, locked: Sequence[bytes]
+    ) -> Sequence[bytes]:
+        """Keep the answer of a lookup of so many keys.
+
+        Returns the names whose locks are to end, since the answer of another lookup was not fetched
+        in time.
+        """
+        with self._lock:
+            self._open[number] = _Lookup(answer, keys, locked)
+            if len(self._open) <= self._most:
+                return ()
+            late, oldest = self._open.popitem(last=False)
+            self._empty[late] = oldest.keys
+        self._log.warning(
+            "unfetched",
+            "A lookup of %d pages finds none: %d later ones came before its answer was fetched. "
+            "Look at the engine's log.",
+            oldest.keys,
+            self._most,
+            lines=1,
+        )
+        return oldest.locked
+
+    def fetch(self, number: int) -> Answer | None:
+        """Return the answer of a lookup, once; None if there is none."""
+        with self._lock:
+            found = self._open.pop(number, None)
+            keys = self._empty.pop(number, None)
+        if found is not None:
+            return found.answer
+        return None if keys is None else self._nothing(keys)
+
+
+# ------------------------------------------------------------------------------------------------
+# The pages of one size in the store of a host's server.
+
+
+class ServerPages(Pages):
+    """The pages of one size of a `ServerPageStore`, which makes it.
+
+    ``saves`` has the loads in flight, too: `ServerPageStore.finished` cancels those that are late.
+    """
+
+    def __init__(
+        self,
+        store: HasTerms,
+        size: PageSize,
+        kept: ServerBlocks,
+        locks: ServerLocks,
+        index: ServerIndex,
+        number: int,
+    ) -> None:
+        super().__init__(store, size, kept.form)
+        self._kept = kept
+        self._locks = locks
+        self._index = index
+        self._number = number
+
+    def holds(self, keys: Sequence[bytes]) -> Mask:
+        """Return which pages can be loaded, as far as is known here, bool ``[keys]``."""
+        return np.array(self._index.holds(self._number, [*map(page_key, keys)]), np.bool_)
+
+    def has(self, key: bytes) -> bool:
+        """Return whether a page can be loaded, as far as is known here."""
+        return self._index.holds(self._number, (page_key(key),))[0]
+
+    def lookup(self, keys: Sequence[bytes], timeout: float | None = 1.0) -> int:
+        """Return the number of leading pages that can be loaded; waits for nothing."""
+        return int(self.holds(keys).cumprod().sum())
+
+    def save(
+        self,
+        keys: Sequence[bytes],
+        view: KVView,
+        slots: IdList | None = None,
+        *,
+        after: Sequence[bytes | None] | None = None,
+        priority: Priority = "background",
+        deadline: float | None = SAVE,
+        tag: Hashable = None,
+        ended: Finished[PageJob] | None = None,
+    ) -> PageJob:
+        """Save pages as `Pages.save` does. A page that finds no free staging is dropped."""
+        job = PageJob("save", keys, self.size.nbytes, tag)
+        follows = [None if each is None else page_key(each) for each in after or [None] * len(keys)]
+        names = [*map(page_key, keys)]
+        places = range(view.slots) if slots is None else slots
+        transfer = self._kept.save(view, places, names, after=follows, priority=priority)
+        return self._followed(job, transfer, ended, deadline)
+
+    def load(
+        self,
+        keys: Sequence[bytes],
+        view: KVView,
+        slots: IdList | None = None,
+        *,
+        priority: Priority = "urgent",
+        deadline: float | None = None,
+        tag: Hashable = None,
+        ended: Finished[PageJob] | None = None,
+    ) -> PageJob:
+        """Load pages as `Pages.load` does."""
+        job = PageJob("load", keys, self.size.nbytes, tag)
+        places = range(view.slots) if slots is None else slots
+        names = [*map(page_key, keys)]
+        until = self._store.terms.deadline if deadline is None else deadline
+        transfer = self._kept.load(view, places, names, priority=priority, deadline=until)
+        return self._followed(job, transfer, ended, until + GRACE)
+
+    def pin(self, keys: Sequence[bytes]) -> Pins:
+        """Keep pages from eviction until `Pins.release`, as far as they are there.
+
+        Waits for the server's answer, two seconds at most, if one is known to have a page.
+        """
+        there = np.flatnonzero(self.holds(keys)).tolist()
+        pins = Pins(len(keys))
+        if there:
+            made = self._locks.pin([page_key(keys[at]) for at in there])
+            for place in np.flatnonzero(made.held).tolist():
+                pins.add(there[place], made.release)
+        return pins
+
+    def delete(self, keys: Sequence[bytes]) -> Mask:
+        """Forget pages, for all processes; return which were there, bool ``[keys]``.
+
+        Waits for the server's answer, two seconds at most.
+        """
+        return self._locks.delete([*map(page_key, keys)])
+
+    @property
+    def opened(self) -> object | None:
+        """Return what tells this store from one that was opened later: there is no later one."""
+        return self
+
+    def _followed(
+        self,
+        job: PageJob,
+        transfer: ServerTransfer,
+        ended: Finished[PageJob] | None,
+        limit: float | None,
+    ) -> PageJob:
+        """Have a queue take a job at its end; it is late after so many seconds."""
+        overdue = None
+        if limit is not None:
+            overdue = self.saves
+            overdue.add(job, job.began + limit)
+        job._follow(transfer, self._store.ended if ended is None else ended, overdue)
+        return job
+
+
+# ------------------------------------------------------------------------------------------------
+# Pages of an engine's host memory in the store of a host's server.
+
+
+def page_store(
+    terms: StoreTerms, model: str, sizes: Sequence[PageSize], identity: str = ""
+) -> PageStore | ServerPageStore:
+    """Return a store of pages by its terms: that of a server if they have ``shared``.
+
+    The log has a line about it. Raises `InvalidTerms` for a folder that cannot be made or written,
+    and as `PageStore` and `ServerPageStore` do.
+    """
+    terms.check_usable()
+    store: PageStore | ServerPageStore
+    server = "This process"
+    if terms.shared:
+        store = ServerPageStore(terms, model, sizes, identity)
+        if not store.serves:
+            server = "Another process of this host"
+    else:
+        store = PageStore(terms, model, sizes, identity=identity)
+    log_start(terms, "pages", store.count(), server)
+    return store
+
+
+class ServerPageStore:
+    """Pages of bytes in the host memory of an engine, in the store of a server.
+
+    Args:
+        terms: where pages are stored, with a folder and ``shared``, without an encoding. Each
+            process has equal terms.
+        model: the name of the model.
+        sizes: of the pages, equal in all processes.
+        identity: what else fixes the bytes of a page; see `PageStore`.
+        patience: seconds to wait for a server. Without one, pages are missing until one serves.
+
+    Raises:
+        InvalidTerms: wrong terms, or pages that a server of the folder refuses, such as those of
+            another model.
+        StoreError: a folder that cannot be used.
+
+    Attributes:
+        ended: the jobs that have ended, unless a call names another queue.
+    """
+
+    def __init__(
+        self,
+        terms: StoreTerms,
+        model: str,
+        sizes: Sequence[PageSize],
+        identity: str = "",
+        patience: float = 10.0,
+    ) -> None:
+        self.terms = instance("terms", terms, StoreTerms)
+        self.ended = Finished[PageJob]()
+        self.ended.start()
+        check_shared(terms)
+        check_raw(terms)
+        forms = [size.form(model, identity) for size in sizes]
+        engine = token_hex(16)  # its own: a save waits for no other process
+        place = place_of(terms, engine)
+        self._store_server = StoreServer(terms, engine)
+        self._client = StoreClient(place, forms, engine)
+        self._index = ServerIndex(place, engine, len(forms))
+        self._pages = dict[PageSize, ServerPages]()
+        for number, size in enumerate(sizes):
+            blocks = self._client.blocks[number]
+            locks = self._client.locks[number]
+            self._pages[size] = ServerPages(self, size, blocks, locks, self._index, number)
+        try:
+            if self._client.wait(patience):
+                self._index.wait(patience)
+        except BaseException:
+            self.close()
+            raise
+
+    def pages(self, nbytes: int, runs: int = 1) -> ServerPages:
+        """Return the pages of a size. Raises `InvalidTerms` for a size that the store lacks."""
+        size = PageSize(nbytes, runs)
+        if size not in self._pages:
+            raise InvalidTerms(
+                f"Expected a size of {[*self._pages]}, got {size}. Pass all sizes when the store "
+                f"is made."
+            )
+        return self._pages[size]
+
+    def every(self) -> list[ServerPages]:
+        """Return the pages of each size."""
+        return [*self._pages.values()]
+
+    def finished(self) -> list[PageJob]:
+        """Return the jobs that have ended since the last call. There is one consumer.
+
+        Jobs that are late are cancelled in this call: a consumer that sleeps on `fileno` makes it
+        now and then, too.
+        """
+        now = time.monotonic()
+        for pages in self.every():
+            for job in pages.saves.due(now):
+                job.cancel()
+        return self.ended.take()
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable while `finished` has jobs; -1 after `close`.
+
+        Raises `HostMemoryError` without a free descriptor.
+        """
+        return self.ended.fileno()
+
+    def changes(self) -> list[Change]:
+        """Return the pages that were stored or lost since the last call, by any process.
+
+        The first call returns none. Their keys are those of `page_key`.
+        """
+        self._index.record(every=True)
+        return self._index.take_events()
+
+    @property
+    def serves(self) -> bool:
+        """Return whether this process serves the store; others may."""
+        return self._store_server.serves
+
+    def count(self) -> int:
+        """Return the pages that the server has of these sizes."""
+        return sum(self._index.counts())
+
+    def usage(self) -> Usage:
+        """Return how full the store is, by the pages that the server has of these sizes."""
+        counts = self._index.counts()
+        sizes = [pages.form.image_bytes for pages in self.every()]
+        used = sum(count * nbytes for count, nbytes in zip(counts, sizes, strict=False))
+        return Usage(used, self.terms.capacity)
+
+    def clear(self) -> bool:
+        """Return False: other processes use the pages. `portakv store wipe` removes them."""
+        return False
+
+    def close(self, timeout: float = 10.0) -> None:
+        """End the jobs in flight within so many seconds, and leave the store to the others."""
+        self._index.close()
+        self._client.close(timeout)
+        self._store_server.close(timeout)
+        self.ended.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# The pages of a pool of host memory, for an engine whose threads wait for them.
 
 _log = RateLimitedLog(logging.getLogger(__name__))
+#: The most runs of a page: more are too short to be copied one by one.
+MOST_RUNS = 4096
+#: Seconds between two lines of the log about a load that does not end.
+POOL_GRACE = 5.0
+
+
+class PagePool:
+    """The pages of one pool of an engine's host memory, in a `PageStore` or a `ServerPageStore`.
+
+    A page has pieces of any lengths, each at a separate address: one for keys and one for values,
+    or two for each layer. A piece is cut into runs, which have equal lengths in all pieces.
+
+    Its calls wait until nothing uses the memory any more, and raise nothing for a store that fails:
+    a page that did not come, or was not stored, is False in the result. Any thread may call.
+
+    Args:
+        pieces: bytes of each piece of a page, in their order.
+        identity: what tells the pages from those of other pools that have equal keys.
+
+    Raises `InvalidTerms` for pieces that no page has.
+
+    Attributes:
+        size: of the pages.
+    """
+
+    def __init__(self, pieces: Sequence[int], identity: bytes = b"") -> None:
+        sizes = [whole("pieces", size, 1) for size in items("pieces", pieces, "bytes of pieces")]
+        if not sizes:
+            raise invalid("pieces", "bytes of pieces", pieces)
+        run = gcd(*sizes)
+        counts = [size // run for size in sizes]
+        if sum(counts) > MOST_RUNS:
+            expected = f"pieces of at most {MOST_RUNS} equal runs together"
+            raise invalid("pieces", expected, pieces)
+        self.size = PageSize(sum(sizes), sum(counts))
+        self._identity = octets("identity", identity)
+        # Of each run: the number of its piece, and its place in the piece.
+        self._piece = np.repeat(np.arange(len(sizes)), counts)
+        self._offset = np.concatenate([np.arange(count) for count in counts]) * run
+        #: Of each piece, its place in a page whose pieces lie one after the other.
+        self._places = np.cumsum([0, *sizes[:-1]])
+        self._pages: Pages | None = None
+        self._deadline = 0.0
+        self._unread = Finished[PageJob]()  # was not started, and so keeps no job
+
+    def open(self, store: PageStore | ServerPageStore) -> None:
+        """Use a store from now on. Raises as `PageStore.pages` does."""
+        self._pages = store.pages(*self.size)
+        self._deadline = store.terms.deadline
+
+    def lookup(self, keys: Sequence[bytes]) -> int:
+        """Return the number of leading pages that can be loaded; a bucket has a second to
+        answer."""
+        pages = self._pages
+        return 0 if pages is None else pages.lookup(self._names(keys))
+
+    def holds(self, keys: Sequence[bytes]) -> Mask:
+        """Return which pages can be loaded, as far as is known here, bool ``[keys]``."""
+        pages = self._pages
+        if pages is None:
+            return np.zeros(len(keys), np.bool_)
+        return pages.holds(self._names(keys))
+
+    def restorable(self, keys: Sequence[bytes], trailing: int | None = None) -> Mask:
+        """Return for each number of leading pages, less one, whether it can be restored, bool
+        ``[keys]``.
+
+        ``trailing``: the number of last pages that this needs; None: all of them.
+        """
+        count = len(keys)
+        if trailing is None:
+            return np.arange(count) < self.lookup(keys)
+        self.lookup(keys[-trailing:])  # a bucket is asked about the last pages
+        missing = np.cumsum(np.r_[0, ~self.holds(keys)])
+        first = np.maximum(0, np.arange(1, count + 1) - trailing)
+        able: Mask = missing[1:] == missing[first]
+        return able
+
+    def save(
+        self, keys: Sequence[bytes], addresses: npt.ArrayLike, after: bytes | None = None
+    ) -> Mask:
+        """Store pages; return which of them are stored now, bool ``[keys]``.
+
+        Args:
+            keys: of the pages, each of which follows the one before it.
+            addresses: of the pieces of each page, int ``[keys, pieces]``; for pages whose pieces
+                lie one after the other ``[keys, 1]``.
+            after: the key that the first page follows; None: it begins a prompt.
+        """
+        pages = self._pages
+        if pages is None or not keys:
+            return np.zeros(len(keys), np.bool_)
+        names = self._names(keys)
+        first = None if after is None else self._names([after])[0]
+        view = pages.at(self._runs(addresses))
+        job = pages.save(
+            names,
+            view,
+            after=[first, *names[:-1]],
+            deadline=self._deadline,
+            ended=self._unread,
+        )
+        return self._landed(job)
+
+    def load(self, keys: Sequence[bytes], addresses: npt.ArrayLike) -> Mask:
+        """Load pages; return which of them have come, with verified bytes, bool ``[keys]``.
+
+        The others are not written. The arguments are those of `save`.
+        """
+        pages = self._pages
+        if pages is None or not keys:
+            return np.zeros(len(keys), np.bool_)
+        view = pages.at(self._runs(addresses))
+        job = pages.load(self._names(keys), view, deadline=self._deadline, ended=self._unread)
+        return self._landed(job)
+
+    def _names(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Return keys that no other pool has."""
+        return [key + self._identity for key in keys] if self._identity else [*keys]
+
+    def _runs(self, addresses: npt.ArrayLike) -> npt.NDArray[Any]:
+        """Return the addresses of the runs of pages, int64 ``[pages, runs]``."""
+        given = np.asarray(addresses, np.int64)
+        pieces = len(self._places)
+        if given.ndim != 2 or given.shape[1] not in (1, pieces):
+            expected = f"numbers [pages, {pieces}]"
+            raise invalid("addresses", expected, addresses)
+        if given.shape[1] < pieces:
+            given = given + self._places
+        runs: npt.NDArray[Any] = given[:, self._piece] + self._offset
+        return runs
+
+    def _landed(self, job: PageJob) -> Mask:
+        """Return which pages landed, once nothing uses the memory any more."""
+        if job.wait(self._deadline):
+            return job.landed
+        job.cancel()
+        released = None if job.handle is None else job.handle.released
+        if released is not None:  # of a save: only a tier is slow, which has copies of the pages
+            released.wait()
+            line = "A save of pages was given up: a tier is slow, or hangs. %s"
+            _log.warning("save", line, SLOW_DEVICE)
+            return job.landed
+        while not job.wait(POOL_GRACE):
+            line = "A load of pages takes too long, and still uses its memory. %s"
+            _log.warning("load", line, SLOW_DEVICE)
+        return job.landed
+
+
 #: Milliseconds between two looks for tasks that are late while all workers hang: while a load is
 #: under way, whose caller waits, and else.
 SOON = 100
@@ -102,7 +648,7 @@ class PageTask:
 class _Locks:
     """The locks of pages, which add up. A batch of pins ends with the last lock of its pages.
 
-    ``waits``: a lock waits for a keeper, which may take two seconds, so that a thread makes it.
+    ``waits``: a lock waits for a server, which may take two seconds, so that a thread makes it.
     """
 
     def __init__(self, waits: bool) -> None:
@@ -188,7 +734,7 @@ class Opening:
 
     def __init__(
         self,
-        store: PageStore | KeptPageStore,
+        store: PageStore | ServerPageStore,
         sizes: set[int],
         closing: threading.Event,
         ended: Callable[[], object],
@@ -248,7 +794,7 @@ class PageTasks:
 
     def __init__(
         self,
-        store: PageStore | KeptPageStore,
+        store: PageStore | ServerPageStore,
         ended: Callable[[PageTask], object],
         lost: Callable[[list[bytes]], object],
     ) -> None:
@@ -265,7 +811,7 @@ class PageTasks:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="portakv-pages", daemon=True)
         store.changes()  # later changes are kept
-        self._locks = _Locks(isinstance(store, KeptPageStore))
+        self._locks = _Locks(isinstance(store, ServerPageStore))
         self._thread.start()
 
     @property
@@ -307,9 +853,9 @@ class PageTasks:
     def stored(self, task: PageTask) -> Mask:
         """Return which pages of a save that has ended are stored, bool ``[keys]``.
 
-        The index of a keeper follows the end of a save, so that it does not count.
+        The index of a server follows the end of a save, so that it does not count.
         """
-        if isinstance(self.store, KeptPageStore):
+        if isinstance(self.store, ServerPageStore):
             return task.landed
         return self.holds(task.keys)
 
@@ -333,7 +879,7 @@ class PageTasks:
         self, keys: Sequence[bytes], locked: Callable[[npt.NDArray[np.int64]], object]
     ) -> None:
         """Lock pages, and call with what `lock` returns: within this call, or in a thread if the
-        store is that of a keeper."""
+        store is that of a server."""
         self._locks.call(partial(self._lock_then, keys, locked))
 
     def _lock_then(

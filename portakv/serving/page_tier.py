@@ -18,9 +18,9 @@ from portakv.errors import PortaKVError
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import MISSING, LookupWorkers
-from portakv.serving.calls import Calls
-from portakv.serving.kept_page_store import KeptPageStore
+from portakv.serving.page_tasks import ServerPageStore
 from portakv.serving.pages import SAVE, PageJob, Pages, PageStore, page_key
+from portakv.serving.worker import Calls
 
 _log = RateLimitedLog(logging.getLogger(__name__))
 #: Seconds for which a page that did not land is not offered again, unless it is saved meanwhile.
@@ -109,7 +109,7 @@ class _Followed:
 class _Events:
     """The pages that were stored and lost; kept from the first call of `store.changes` on."""
 
-    def __init__(self, store: PageStore | KeptPageStore) -> None:
+    def __init__(self, store: PageStore | ServerPageStore) -> None:
         self._store = store
         self._stored = list[bytes]()
         self._names: Bounded[bytes, bytes] = Bounded("keys of stored pages", REMEMBERED)
@@ -217,7 +217,7 @@ class PageTier:
 
     def __init__(
         self,
-        store: PageStore | KeptPageStore,
+        store: PageStore | ServerPageStore,
         pages: Pages,
         memory: object,
         *,

@@ -7,11 +7,15 @@ memory hand over such pages by key.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from hashlib import blake2b
+from pathlib import Path
+from shutil import rmtree
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,17 +26,260 @@ from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, StoreError, Tr
 from portakv.graph import Handle, Mask, Priority
 from portakv.runtime.finished import Finished
 from portakv.serving.local import PATIENCE, PAUSE, SHARE, StoreTerms, found_in
-from portakv.serving.page_job import Overdue
-from portakv.serving.page_job import PageJob as PageJob
-from portakv.serving.page_sizes import PageSize as PageSize
-from portakv.serving.page_sizes import check_raw, remove_pages
-from portakv.serving.page_sizes import page_key as page_key
-from portakv.serving.page_sizes import sizes_in as sizes_in
+from portakv.serving.server.client import ServerTransfer
 from portakv.storage import BlockForm, BlockStore
-from portakv.storage.changes import Change
-from portakv.storage.form_store import FormStore
-from portakv.storage.pins import Pins
+from portakv.storage.calls import Change
+from portakv.storage.eviction import Pins
+from portakv.storage.store import FormStore
+from portakv.storage.tiers.files import claim, unusable
+from portakv.storage.tiers.files import forms_in as every_form_in
 from portakv.view import IdList, KVView
+
+# ------------------------------------------------------------------------------------------------
+# The sizes of pages, their keys, and the forms under which pages lie in folders.
+
+#: Bytes of a key of a store; keys of other lengths are hashed.
+KEY = 32
+
+
+def page_key(key: bytes) -> bytes:
+    """Return the 32 bytes under which the page of a key of any length is stored."""
+    return key if len(key) == KEY else blake2b(key, digest_size=KEY).digest()
+
+
+def check_raw(terms: StoreTerms) -> None:
+    """Raise `InvalidTerms` for terms of pages with an encoding, which takes rows of a known
+    type."""
+    if terms.encoding is not None:
+        do = "Leave it out."
+        raise invalid("encoding", "None, as pages are stored as they are", terms.encoding, do)
+
+
+def check_shared(terms: StoreTerms) -> None:
+    """Raise `InvalidTerms` for terms of pages that processes cannot share through a folder."""
+    if not terms.shared or not terms.folders or terms.bucket is not None:
+        raise InvalidTerms(
+            "Expected terms with shared and a folder, and without a bucket, which processes share "
+            "anyway, got others. Correct them."
+        )
+
+
+class PageSize(NamedTuple):
+    """The size of pages.
+
+    Attributes:
+        nbytes: bytes of a page.
+        runs: into how many runs of equal length a page is cut, each at a separate address, such as
+            one for each layer.
+    """
+
+    nbytes: int
+    runs: int = 1
+
+    def form(self, model: str, identity: str = "") -> BlockForm:
+        """Return the form of stored pages; that of another model or identity differs.
+
+        Raises `InvalidTerms` for a size that no page can have.
+        """
+        whole("nbytes", self.nbytes, 1)
+        whole("runs", self.runs, 1, 1 << 16)
+        if self.nbytes % self.runs:
+            expected = f"a multiple of the {self.runs} runs of a page"
+            raise invalid("nbytes", expected, self.nbytes)
+        runs = (0, self.runs, self.runs)
+        width = (self.nbytes // self.runs,)
+        notes = f"page of an engine {text('identity', identity, least=0, most=1 << 15)}".rstrip()
+        layout = "block layer page"
+        return BlockForm(model, "uint8", 1, width, 1, runs, (0, 1, 1), layout, notes=notes)
+
+
+def forms_in(folder: str, model: str, identity: str = "") -> Iterator[BlockForm]:
+    """Yield the forms of the pages that lie in a folder, of a model and an identity."""
+    for form in every_form_in(Path(folder)):
+        if size_of(form).form(model, identity) == form:
+            yield form
+
+
+def remove_pages(folder: str, model: str, identity: str, sizes: Iterable[PageSize]) -> None:
+    """Remove the pages of a model and an identity from a folder that no store has open: those of
+    some sizes, which lie there, and those of all other sizes.
+
+    Raises `StoreBusy` for a folder that another process has, and `StoreError` for files that cannot
+    be removed.
+    """
+    place = Path(folder)
+    claimed = claim(place)
+    try:
+        names = {form.name for form in forms_in(folder, model, identity)}
+        for name in names.union(size.form(model, identity).name for size in sizes):
+            rmtree(place / name)
+    except OSError as error:
+        raise unusable(place, error) from None
+    finally:
+        os.close(claimed)
+
+
+def size_of(form: BlockForm) -> PageSize:
+    """Return the size of the pages that a form would have."""
+    runs = form.layers[1]
+    return PageSize(runs * form.widths[0], runs)
+
+
+def sizes_in(terms: StoreTerms, model: str, identity: str = "") -> list[PageSize]:
+    """Return the sizes of the pages that lie in the folders of terms.
+
+    A store that begins with these sizes finds all pages of earlier processes. Sizes for which
+    ``staging`` has no room are left out.
+    """
+    sizes = dict[PageSize, None]()
+    for folder in terms.folders:
+        for form in forms_in(folder, model, identity):
+            if form.image_bytes <= terms.staging:
+                sizes[size_of(form)] = None
+    return [*sizes]
+
+
+# ------------------------------------------------------------------------------------------------
+# A save or a load of pages; `Overdue`: the saves that have to end by a time.
+
+
+class PageJob:
+    """A save or a load of pages. Any thread may call.
+
+    Attributes:
+        kind: "save" or "load".
+        keys: as the caller passed them.
+        tag: what the caller passed to tell its jobs apart.
+        nbytes: bytes of a page.
+        began: when the call was made, in seconds of `time.monotonic`.
+        seconds: from then to the end; 0 before the end.
+    """
+
+    def __init__(
+        self, kind: Literal["save", "load"], keys: Sequence[bytes], nbytes: int, tag: Hashable
+    ) -> None:
+        self.kind = kind
+        self.keys = keys
+        self.tag = tag
+        self.nbytes = nbytes
+        self.began = time.monotonic()
+        self.seconds = 0.0
+        self._handle: Handle | ServerTransfer | None = None
+        self._overdue: Overdue | None = None  # has the job until its end
+        self._given_up: Mask | None = None  # the pages that had landed by then
+
+    def __repr__(self) -> str:
+        return f"PageJob({self.kind}, {len(self.keys)} pages, tag={self.tag!r})"
+
+    @property
+    def handle(self) -> Handle | ServerTransfer | None:
+        """Return the store's handle, or the server's transfer; None if there was no store."""
+        return self._handle
+
+    @property
+    def landed(self) -> Mask:
+        """Return the pages that are stored, or were loaded, bool ``[keys]``; none before the
+        end."""
+        if self._given_up is not None:
+            return self._given_up
+        if self._handle is None:
+            return np.zeros(len(self.keys), np.bool_)
+        return self._handle.landed
+
+    def done(self) -> bool:
+        """Return whether the job has ended, so that nothing uses the pages; never block or
+        raise."""
+        if self._handle is None or self._given_up is not None:
+            return True
+        return _has_ended(self._handle)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the job has ended, at most so many seconds; return whether it has."""
+        limit = seconds("timeout", timeout, optional=True)
+        if self._handle is not None and self._given_up is None:
+            with suppress(PortaKVError):
+                self._handle.synchronize(limit)
+        return self.done()
+
+    def give_up(self) -> bool:
+        """End a save of `PageStore` that a tier holds, once nothing reads its pages.
+
+        Returns whether the job has ended. Pages that are being written may land later.
+        """
+        released = None if self._handle is None else self._handle.released
+        unused = released is not None and _has_ended(released)
+        if unused and self._overdue is not None and self._overdue.remove(self):
+            self._given_up = self.landed.copy()
+            self._add()
+        return self.done()
+
+    def cancel(self) -> bool:
+        """Move no further page; return whether some pages will not be moved.
+
+        The pages that are being moved are in use until the end.
+        """
+        return self._handle is not None and self._handle.cancel()
+
+    def _follow(
+        self, handle: Handle | ServerTransfer, ended: Finished[PageJob], overdue: Overdue | None
+    ) -> None:
+        """Add the job to a queue at the end of its handle, or when it is given up."""
+        self._handle = handle
+        self._ended = ended
+        self._overdue = overdue
+        handle.when_ended(self._end)
+
+    def _end(self) -> None:
+        if self._overdue is None or self._overdue.remove(self):
+            self._add()
+
+    def _add(self) -> None:
+        self.seconds = time.monotonic() - self.began
+        self._ended.add(self)
+
+
+class Overdue:
+    """Saves with the times by which they have to end. The caller that removes a save ends it.
+
+    Any thread may call.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._until = dict[PageJob, float]()
+        self._next = float("inf")  # no save is due before
+
+    def add(self, job: PageJob, until: float) -> None:
+        """Add a save that has to end by a time of `time.monotonic`."""
+        with self._lock:
+            self._until[job] = until
+            self._next = min(self._next, until)
+
+    def remove(self, job: PageJob) -> bool:
+        """Remove a save; return whether it was there."""
+        with self._lock:
+            return self._until.pop(job, None) is not None
+
+    def due(self, now: float) -> list[PageJob]:
+        """Return the saves whose times have come; they stay until `remove`."""
+        if now < self._next:
+            return []
+        with self._lock:
+            self._next = min(self._until.values(), default=float("inf"))
+            return [job for job, until in self._until.items() if until <= now]
+
+
+class _Ends(Protocol):
+    def done(self) -> bool: ...
+
+
+def _has_ended(transfer: _Ends) -> bool:
+    """Return whether a transfer has ended, with or without an error."""
+    try:
+        return transfer.done()
+    except PortaKVError:
+        return True
+
 
 #: Seconds after which a save gives up the pages that are not stored: a disk that hangs must not
 #: hold the engine's pages for ever.

@@ -21,7 +21,7 @@ class Job:
     """Stored blocks, and the engine's blocks that hold their rows.
 
     Attributes:
-        number: counts all loads and saves of a `Ledger`.
+        number: counts all loads and saves of a `SchedulerSide`.
         request: whose blocks they are.
         keys: of consecutive stored blocks.
         first: the number of the first one in the request.
@@ -43,7 +43,7 @@ class PullJob:
     """Rows of another engine, and this engine's blocks for them.
 
     Attributes:
-        number: counts all loads, saves and pulls of a `Ledger`.
+        number: counts all loads, saves and pulls of a `SchedulerSide`.
         request: whose rows they are.
         tickets: of each worker of the other engine.
         first: the rows of the tokens before this one are here already.

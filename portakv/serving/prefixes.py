@@ -14,7 +14,7 @@ from portakv.graph import Handle
 from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
 from portakv.serving.local import PATIENCE, TOKENS, GroupView, LocalIndex, StoreTerms
 from portakv.storage import BlockForm, prefix_keys
-from portakv.storage.form_store import FormStore
+from portakv.storage.store import FormStore
 from portakv.view import KVView
 
 _log = RateLimitedLog(logging.getLogger(__name__))

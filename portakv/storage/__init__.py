@@ -13,12 +13,12 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
-from portakv.storage.auto import AutoEncoding
-from portakv.storage.disk import Disk
+from portakv.storage.calls import AutoEncoding
 from portakv.storage.form import BlockForm
 from portakv.storage.keys import prefix_keys
-from portakv.storage.remote import Remote
 from portakv.storage.store import BlockStore
+from portakv.storage.tiers.disk import Disk
+from portakv.storage.tiers.remote import Remote
 
 __all__ = [
     "AutoEncoding",

@@ -21,10 +21,9 @@ from portakv.graph import Graph, Mask, Task, Workers
 from portakv.graph.graph import Queue
 from portakv.graph.trace import Ran
 from portakv.runtime.transfer import Completion
+from portakv.storage.calls import RELEASE, Arrival, Call, FormPart, InFlight
 from portakv.storage.form import BlockForm
-from portakv.storage.loans import Loan
-from portakv.storage.parts import Arrival, Part
-from portakv.storage.plan import RELEASE, Call, InFlight
+from portakv.storage.memory import Loan
 from portakv.storage.reasons import FAILED, Reason, Reasons
 from portakv.view import KVView
 
@@ -67,7 +66,7 @@ class LentCopy:
         self,
         queue: LentQueue,
         call: Call,
-        part: Part,
+        part: FormPart,
         arrival: Arrival,
         reasons: Reasons,
         task: Task,
@@ -181,7 +180,7 @@ class Borrowed:
     raw: BlockForm | None = None
     cancelled = False
 
-    def __init__(self, part: Part, blocks: int) -> None:
+    def __init__(self, part: FormPart, blocks: int) -> None:
         self.rows: Sequence[int] = ()
         self.blocks: Sequence[int] = range(blocks)
         self.form = part.form
@@ -294,14 +293,14 @@ class Lending:
         in_flight.last = [lent, task]
         return task
 
-    def cross(self, call: Call, part: Part, arrival: Arrival) -> None:
+    def cross(self, call: Call, part: FormPart, arrival: Arrival) -> None:
         """Plan the copy of blocks of a load out of their rows."""
         reasons = Reasons()
         call.explanation.sources.append(reasons)
         task = self._lend(call, part, arrival, reasons)
         call.ends.append(((task, arrival.at, range(len(arrival.at))), range(0)))
 
-    def _lend(self, call: Call, part: Part, arrival: Arrival, reasons: Reasons) -> Task:
+    def _lend(self, call: Call, part: FormPart, arrival: Arrival, reasons: Reasons) -> Task:
         """Plan the copy of blocks of an arrival, once they have arrived."""
         many = range(len(arrival.at))
         after = [(end, many, arrival.rows) for end in arrival.ends.get(0, ())]

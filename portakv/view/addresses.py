@@ -16,8 +16,7 @@ import torch
 
 from portakv.arguments import as_whole, flag, shown
 from portakv.errors import DeviceMismatch, LayoutError
-from portakv.runtime import cuda as _cuda_driver
-from portakv.runtime import hip
+from portakv.runtime import cuda, hip
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import usable_device, usual_device
 from portakv.view.bound import BoundLayout, Spans, address_of, as_dtype, reach
@@ -416,10 +415,10 @@ def _owner(address: int, device: torch.device) -> int | None:
     """
     if device.type != "cuda":
         raise OSError(f"drivers of {device.type} devices have no known query for it")
-    _cuda_driver.adopt(device)
+    cuda.adopt(device)
     if torch.version.hip is not None:
-        return _cuda_driver.owner_of(address, hip.driver().runtime, "hipPointerGetAttribute")
-    return _cuda_driver.owner_of(address, _cuda_driver.library(), "cuPointerGetAttribute")
+        return cuda.owner_of(address, hip.driver().runtime, "hipPointerGetAttribute")
+    return cuda.owner_of(address, cuda.library(), "cuPointerGetAttribute")
 
 
 def _place(origins: npt.NDArray[np.int64], device: torch.device, pinned: bool | None) -> str:
@@ -448,7 +447,7 @@ def _all_pinned(addresses: Sequence[int] | npt.NDArray[np.int64]) -> bool:
             first = int(remaining[0])
             if not is_pinned(first):  # the usual case, before pages are listed
                 return False
-            allocation = _cuda_driver.range_of(first)
+            allocation = cuda.range_of(first)
             if allocation is None:
                 one_per_page = {each >> 12: each for each in remaining.tolist()}
                 del one_per_page[first >> 12]

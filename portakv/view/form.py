@@ -41,7 +41,7 @@ Steps = tuple[Step, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class KVRows:
     """The rows of one ``kv``: its origin and, for each axis, its steps, outermost first."""
 
     table: int
@@ -56,7 +56,7 @@ class Part:
         """Return the steps of one axis by its name."""
         return getattr(self, name)  # type: ignore[no-any-return]
 
-    def cut(self, axis: str, wanted: range) -> Part:
+    def cut(self, axis: str, wanted: range) -> KVRows:
         """Keep only ``wanted`` positions of one axis; raise `LayoutError` if they cut a factor."""
         steps = self.axis(axis)
         size = len(wanted)  # in units of the step that is looked at
@@ -121,7 +121,7 @@ class Form:
             blocks move only whole.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[KVRows, ...]
     layers: int
     heads: int
     widths: tuple[int, ...]
@@ -220,7 +220,7 @@ def build_parts(
     strides: Sequence[Sequence[int]],
     itemsizes: Sequence[int],
     walks: Mapping[Factor, tuple[int, Sequence[int]]],
-) -> tuple[Part, ...]:
+) -> tuple[KVRows, ...]:
     """Return the parts of a form.
 
     Args:
@@ -242,7 +242,7 @@ def build_parts(
         for group, stride in zip(layout.dims, strides[k], strict=True):
             # The layout names kv once, so at most one dimension or container adds to the offset.
             offset += _add_steps(steps, group, stride * itemsize, values, k)
-        parts.append(Part(table, offset, **_steps_by_axis(layout, steps, itemsize)))
+        parts.append(KVRows(table, offset, **_steps_by_axis(layout, steps, itemsize)))
     return tuple(parts)
 
 
@@ -311,7 +311,9 @@ def locate(table: int, offset: int, steps: Sequence[Step], position: int) -> tup
     return table, offset
 
 
-def gather(parts: Sequence[Part], count: int, n: int) -> tuple[tuple[Part, ...], dict[int, int]]:
+def gather(
+    parts: Sequence[KVRows], count: int, n: int
+) -> tuple[tuple[KVRows, ...], dict[int, int]]:
     """Return parts after the table entries that they reach, renumbered, and the change of their
     offsets.
 
@@ -339,5 +341,5 @@ def gather(parts: Sequence[Part], count: int, n: int) -> tuple[tuple[Part, ...],
                 steps.append(replace(step, table=table))
             axes[name] = tuple(steps)
         table = bisect_left(reached, start)
-        gathered.append(Part(table, part.offset - moved_by[start], **axes))
+        gathered.append(KVRows(table, part.offset - moved_by[start], **axes))
     return tuple(gathered), {number: gained[number] for number in reached}

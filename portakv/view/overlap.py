@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.view.form import PART_AXES, Form, Part
+from portakv.view.form import PART_AXES, Form, KVRows
 
 #: Decisions after which a search ends without a result. Layouts of engines need fewer than 20.
 MOST_DECISIONS = 20_000
@@ -46,7 +46,7 @@ class Walk(NamedTuple):
         return 1 + sum((extent - 1) * stride for extent, stride, _ in self.memory)
 
 
-def walk_of(part: Part, count: int | None) -> Walk:
+def walk_of(part: KVRows, count: int | None) -> Walk:
     """Return the walk of a part; ``count`` is the extent of its unbounded axis, None: unknown."""
     memory = []
     table = []

@@ -24,8 +24,8 @@ from support.simdev_cases import DEVICE, NAME
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import portakv_benchmarks.cli as bench
-from portakv.integrations import kvcacheio
-from portakv.integrations.lmcache_formats import LAYOUTS
+from portakv.integrations.lmcache.formats import LAYOUTS
+from portakv.integrations.sglang import kvcacheio
 from portakv_benchmarks import check
 from portakv_benchmarks.host import merge
 from portakv_benchmarks.plugs import lmcache, sglang, suite, vllm

@@ -16,7 +16,7 @@ from support.guarded_memory import check_sentence
 from portakv.cli.doctor import CHOICES, EXTRAS
 from portakv.errors import InvalidTerms
 from portakv.integrations import INTEGRATIONS, MATRIX
-from portakv.integrations.findings import gib
+from portakv.integrations.checks import gib
 
 if sys.version_info >= (3, 11):
     import tomllib

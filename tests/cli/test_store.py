@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from support.command_line import run, run_json
 
-from portakv.cli import store as verbs
+from portakv.cli import store
 from portakv.storage import image
 from portakv.storage.form import BlockForm
 from portakv.storage.io.base import Request
 from portakv.storage.io.choose import choose
-from portakv.storage.slots import Slots
+from portakv.storage.tiers.folder import Slots
 
 FORM = BlockForm(
     "m", "float16", 2, (64, 64), 16, (0, 4, 4), (0, 4, 4), "block layer head kv token dim"
@@ -329,12 +329,12 @@ def test_check_shows_a_bar_if_it_takes_longer_than_a_second(
             return True
 
     terminal = Terminal()
-    monkeypatch.setattr(verbs, "LATE", 0.0)
+    monkeypatch.setattr(store, "LATE", 0.0)
     monkeypatch.setattr(sys, "stderr", terminal)
     (folder / FORM.name / "table").unlink()  # so that headers are read, too
     fill(folder, OTHER, 2)
     for action in ("check", "wipe"):
-        assert verbs.run(_arguments(action, folder)) == 0
+        assert store.run(_arguments(action, folder)) == 0
     for what in ("records", "headers", "checking", "wiping"):
         assert what in terminal.getvalue()
     assert "100%" in terminal.getvalue()

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import zmq
 from support.command_line import run
-from support.keeper_processes import Worker, nursery, prompt
+from support.store_server_processes import Worker, nursery, prompt
 from support.waits import LIMIT, until
 
 from portakv.cli.store import Watching, add_watching, events_of
@@ -35,7 +35,7 @@ tell("begun")
 tell(main(["store", "serve", *words]))
 """
 _RANK = """
-from support.keeper_processes import *
+from support.store_server_processes import *
 rank = Rank(folder)
 answer = rank.client.wait(LIMIT)
 """

@@ -21,7 +21,7 @@ from portakv.cli.top import Key, Reading, Row, read, rows_of
 from portakv.errors import PeerError, StoreError
 from portakv.graph import Collector, Graph, Task
 from portakv.migrate import Channel
-from portakv.serving import Keeper, KeeperClient, StoreTerms
+from portakv.serving import StoreClient, StoreServer, StoreTerms
 from portakv.serving.watched import MOST, answer, ask
 from portakv.storage import BlockForm, prefix_keys
 
@@ -159,18 +159,18 @@ def test_a_metrics_page_has_what_the_process_has() -> None:
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Iterator[Keeper]:
+def store_server(tmp_path: Path) -> Iterator[StoreServer]:
     terms = {"folder": (str(tmp_path),), "host": 1 << 20, "staging": 1 << 20, "capacity": 8 << 20}
-    with Keeper(StoreTerms.of(terms)) as made:
+    with StoreServer(StoreTerms.of(terms)) as made:
         yield made
 
 
-def test_a_store_server_is_read_by_its_folder(keeper: Keeper, tmp_path: Path) -> None:
+def test_a_store_server_is_read_by_its_folder(store_server: StoreServer, tmp_path: Path) -> None:
     """As JSON: all rows. As text: those that move, here the session of a rank."""
     caches = [torch.ones(8, 2, 4, 4, 8, dtype=torch.int16, device="cpu") for _ in range(2)]
     view = KVView(caches, "layer | block kv token head dim")
     form = BlockForm.of(view, "model")
-    with KeeperClient(keeper.place, [form], "an engine") as client:
+    with StoreClient(store_server.place, [form], "an engine") as client:
         assert client.wait(LIMIT)
         client.blocks[0].save(view, range(4), prefix_keys(range(16), 4)).synchronize(LIMIT)
         code, text, _ = run("top", str(tmp_path), "--seconds", "0.05", "--json")
@@ -234,9 +234,9 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
     assert "--seconds" in error
 
 
-def test_a_process_that_ends_is_no_longer_read(keeper: Keeper, tmp_path: Path) -> None:
-    assert until(lambda: keeper.serves, LIMIT)
+def test_a_process_that_ends_is_no_longer_read(store_server: StoreServer, tmp_path: Path) -> None:
+    assert until(lambda: store_server.serves, LIMIT)
     assert read(str(tmp_path)).values
-    keeper.close()
+    store_server.close()
     with pytest.raises(StoreError):
         read(str(tmp_path))

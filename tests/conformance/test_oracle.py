@@ -92,7 +92,9 @@ HANDS: list[tuple[str, Any, Any, dict[str, Any], tuple[Any, ...]]] = [
 
 
 @pytest.mark.parametrize(
-    ("layout", "tensors", "by_hand", "extents", "facts"), HANDS, ids=[hand[0] for hand in HANDS]
+    ("layout", "tensors", "by_hand", "extents", "facts"),
+    HANDS,
+    ids=[worker_side[0] for worker_side in HANDS],
 )
 def test_rows_are_those_of_plain_indexing(
     layout: str, tensors: Any, by_hand: Any, extents: dict[str, Any], facts: tuple[Any, ...]

@@ -412,7 +412,7 @@ def test_what_is_no_evidence_at_all(tmp_path: Path, text: str) -> None:
 
 
 @pytest.fixture
-def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def store_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """.ci/keep_result.py with an empty matrix and folder of results."""
     monkeypatch.syspath_prepend(str(ROOT / ".ci"))
     result: Any = importlib.import_module("keep_result")
@@ -434,40 +434,44 @@ def test_a_stand_in_s_signatures_and_their_sources() -> None:
     assert "vllm-mlu@8fa99fd" in scatter["source"]
 
 
-def test_results_are_kept(tmp_path: Path, keeper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper, "keep", partial(keep, check=lambda text: []))  # no suite has them
+def test_results_are_kept(
+    tmp_path: Path, store_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        store_server, "keep", partial(keep, check=lambda text: [])
+    )  # no suite has them
     expired = partial(why_expired, digest=lambda _: "a" * 64)
     monkeypatch.setattr(support_matrix, "why_expired", expired)
     job = record_in(tmp_path, "R4", name="ascendc-emulated", backend=ASCENDC)
     with pytest.raises(ValueError, match=r"is not kept: .* emulates a vendor's backend"):
-        keeper.place(job, "", None)
+        store_server.place(job, "", None)
     record_in(tmp_path, "R4", name="hip", device="AMD gfx906, gfx908")
-    made = keeper.place(job, "AMD gfx906, gfx908", "not run")
+    made = store_server.place(job, "AMD gfx906, gfx908", "not run")
     assert made.evidence == f"{RESULTS}hip-amd-gfx906-gfx908-r4.json"
     run = passing()
     (tmp_path / "conformance.json").write_text(run.document())
-    keeper.place(tmp_path / "conformance.json", "", None)
+    store_server.place(tmp_path / "conformance.json", "", None)
     record_in(tmp_path, "R4", name="hip", device="AMD gfx906, gfx908", date="2026-11-21")
-    again = keeper.place(job, "AMD gfx906, gfx908", None)
+    again = store_server.place(job, "AMD gfx906, gfx908", None)
     expired = partial(why_expired, digest=lambda _: "b" * 64)
     monkeypatch.setattr(support_matrix, "why_expired", expired)
     with pytest.raises(ValueError, match="is expired: source changed since"):
-        keeper.place(job, "AMD gfx906, gfx908", None)
+        store_server.place(job, "AMD gfx906, gfx908", None)
     assert (again.date, again.note) == ("2026-11-21", "not run")
     result = support_matrix.read(tmp_path / "support_matrix.toml")
     assert {r.place for r in result.levels} == {made.place, ("acme", "Acme XPU 900", "R6")}
     assert contradictions(result, tmp_path) == []
 
 
-def test_two_results_of_one_run_are_kept_together(tmp_path: Path, keeper: Any) -> None:
+def test_two_results_of_one_run_are_kept_together(tmp_path: Path, store_server: Any) -> None:
     folder = tmp_path / RESULTS
     suite = folder / "suite.json"
     suite.write_text("{}")
     about = {"file": suite.name, "sha256": hashlib.sha256(b"{}").hexdigest()}
     (folder / "job.json").write_text(json.dumps({"conformance": about}))
-    assert keeper.separated() == []
+    assert store_server.separated() == []
     suite.write_text('{"later": true}')
-    (wrong,) = keeper.separated()
+    (wrong,) = store_server.separated()
     assert wrong.startswith("Expected suite.json from the same run as job.json")
 
 

@@ -40,7 +40,7 @@ from portakv import (
     Unsupported,
 )
 from portakv.connector import CHUNK_LAYOUT
-from portakv.connector.caches import Batch
+from portakv.connector.connector import Batch
 from portakv.copy.context import Context
 from portakv.registry import registry
 

@@ -17,7 +17,7 @@ from support.inductor import needs_inductor
 from support.small_backends import small_backend
 
 from portakv import AdaptiveConnector, Index, KVView, copy_rows
-from portakv.connector.caches import Registration
+from portakv.connector.connector import Registration
 from portakv.errors import LayoutError, SlotError, TransferError
 
 LAYERS = 3

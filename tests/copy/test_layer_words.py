@@ -104,7 +104,7 @@ def test_copies_that_streams_order_need_no_thread() -> None:
 
 
 def test_an_end_of_another_kind_is_waited_for() -> None:
-    """A keeper's load has one end for all layers, and no stream orders it."""
+    """A server's load has one end for all layers, and no stream orders it."""
     waits = list[object]()
 
     class Kept:

@@ -26,7 +26,7 @@ from portakv import (
 )
 from portakv.host import memcpy
 from portakv.storage import BlockForm, BlockStore, Disk
-from portakv.storage.host_runs import LONG, copy_long_runs
+from portakv.storage.memory import LONG, copy_long_runs
 from portakv.view import Index
 
 NHD = "layer | kv block token head dim"

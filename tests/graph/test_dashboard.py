@@ -14,7 +14,7 @@ import pytest
 from support.waits import LIMIT
 
 from portakv.graph.metrics import ENGINE, METRICS, Metric
-from portakv.integrations.vllm_metrics import LEVELS, TIERS
+from portakv.integrations.vllm.metrics import LEVELS, TIERS
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "docs" / "operations" / "dashboard.json"

@@ -25,9 +25,10 @@ from portakv.graph import Graph
 from portakv.graph.meter import Meter, figures_of
 from portakv.graph.metrics import ENGINE, METRICS, NAMESPACE, PREFIX
 from portakv.graph.prometheus import Collector
-from portakv.migrate import Channel, count_weights, publish, pull_weights
-from portakv.serving import Keeper, StoreTerms
+from portakv.migrate import Channel
+from portakv.serving import StoreServer, StoreTerms
 from portakv.storage import BlockForm, BlockStore, Disk
+from portakv.weights import count_weights, publish, pull_weights
 
 LAYOUT = "layer | kv block token head dim"
 #: Labels of buckets, which Prometheus adds.
@@ -100,8 +101,8 @@ def test_each_metric_is_reported_by_a_source_and_declared(
     terms = StoreTerms.of(
         {"folder": (str(tmp_path / "keeper"),), "host": 1 << 20, "staging": 1 << 20}
     )
-    with Keeper(terms) as keeper:
-        names |= declared(Meter(keeper))
+    with StoreServer(terms) as store_server:
+        names |= declared(Meter(store_server))
     names |= {metric.name for metric in ENGINE.values()}  # which vLLM reports
     served = {name for name in METRICS if name.startswith("keeper_")}  # once ranks have joined
     assert names | served | {"remote_left_alone"} == {*METRICS}

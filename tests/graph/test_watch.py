@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warnings of what is open in a process: stores, owners and keepers, each wherever it lives."""
+"""Warnings of what is open in a process: stores, owners and servers, each wherever it lives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import keeper_host, ready
+from support import ready, store_server_host
 from support.migrate_pulls import Couple, sides
 from support.slot_cases import Faulty
 from support.storage_cases import key_of, small_form
@@ -29,7 +29,7 @@ from portakv.graph.alarms import Watch, watch
 from portakv.runtime import linux
 from portakv.serving import PageStore, StoreTerms
 from portakv.storage import BlockStore, Disk
-from portakv.storage.files import file_system_of
+from portakv.storage.tiers.files import file_system_of
 from portakv.view.view import KVView
 
 LOGGER = "portakv.graph.alarms"
@@ -118,7 +118,7 @@ def test_a_dying_disk_of_a_plain_store(process: Process, watched: bool, tmp_path
 
 
 @CONTROL
-@pytest.mark.parametrize("by", ["a store", "a keeper", "a store of pages"])
+@pytest.mark.parametrize("by", ["a store", "a store server", "a store of pages"])
 @pytest.mark.parametrize("fault", ["full", "lost"])
 def test_a_folder_that_is_full_or_lost(
     process: Process,
@@ -144,11 +144,11 @@ def test_a_folder_that_is_full_or_lost(
             rows = torch.zeros(4, 8, 2, 4, 2, 32, dtype=torch.float16, device="cpu")
             view = KVView([*rows], "layer | block kv token head dim")
             save: Callable[[], object] = partial(store.save, view, [0], [key_of(1)])
-        elif by == "a keeper":
-            view = keeper_host.caches()
-            host = opened.enter_context(keeper_host.hosts())(view, **terms)
+        elif by == "a store server":
+            view = store_server_host.caches()
+            host = opened.enter_context(store_server_host.hosts())(view, **terms)
             blocks = host.join(view).blocks[0]
-            save = partial(blocks.save, view, [0], keeper_host.KEYS[:1])
+            save = partial(blocks.save, view, [0], store_server_host.KEYS[:1])
         else:
             store_of_pages = PageStore(StoreTerms(host=0, **terms), "m", [8192])
             pages = opened.enter_context(store_of_pages).pages(8192)

@@ -18,7 +18,7 @@ from support.guarded_memory import filled, refused, same
 from portakv import DeviceMismatch, LayoutError, PortaKVError, TransferError
 from portakv.host import memcpy
 from portakv.host.memcpy import Pitched, copy_, copy_d2d, copy_d2h, copy_h2d
-from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime import cuda
 from portakv.runtime.devices import inside
 
 BYTES = torch.uint8
@@ -250,10 +250,10 @@ def test_the_structure_says_what_is_meant(
     to_device: bool, libcuda: FakeLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     libcuda.forget()
-    monkeypatch.setattr(_cuda_driver, "library", lambda: libcuda.library)
-    monkeypatch.setattr(_cuda_driver, "adopt", lambda device: None)
+    monkeypatch.setattr(cuda, "library", lambda: libcuda.library)
+    monkeypatch.setattr(cuda, "adopt", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: inside(None))
-    monkeypatch.setattr(_cuda_driver, "raw", lambda stream, index: 7 if stream is None else 0)
+    monkeypatch.setattr(cuda, "raw", lambda stream, index: 7 if stream is None else 0)
     memory = filled((6, 64), torch.int32)
     other = filled((6, 80), torch.int32)
     dst = memory[1:5, :20]
@@ -265,7 +265,7 @@ def test_the_structure_says_what_is_meant(
     places = dst.data_ptr(), src.data_ptr(), to_device, rows, torch.device("cuda", 0)
     default: Any = object()  # stream 0 is a stream, not the lack of one
     for stream in (None, default):
-        _cuda_driver.copy_pitched(*places, stream)
+        cuda.copy_pitched(*places, stream)
     assert torch.equal(dst, wanted)
     assert torch.equal(memory[:, 20:], before[:, 20:])
     assert [(call.kind, call.copies, call.stream) for call in libcuda.calls] == [
@@ -274,11 +274,11 @@ def test_the_structure_says_what_is_meant(
     ]
     libcuda.forget(refuse_at=0)
     with refused(TransferError, "4 rows of 80 bytes", "CUDA_ERROR_INVALID_VALUE", watch=dst):
-        _cuda_driver.copy_pitched(*places, None)
+        cuda.copy_pitched(*places, None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_without_cuda_it_says_so() -> None:
     assert not any(map(memcpy.is_available, (None, "cpu", "xpu", "nonsense")))
-    why = _cuda_driver.why_not(torch.device("cuda", 0))
+    why = cuda.why_not(torch.device("cuda", 0))
     assert why == "torch finds no usable CUDA device here"

@@ -20,7 +20,7 @@ from portakv import DeviceMismatch, Unsupported
 from portakv.host import memcpy
 from portakv.host.memcpy import copy_, copy_d2d, copy_d2h, copy_h2d, is_available, is_pinned
 from portakv.host.pinned import register
-from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime import cuda
 from portakv.runtime.transfer import copies_holding_memory
 from portakv_conformance import simdev
 
@@ -87,12 +87,12 @@ def method(
         )
 
     if request.param == "torch":
-        monkeypatch.setattr(_cuda_driver, "why_not", lambda device: "of the test")
+        monkeypatch.setattr(cuda, "why_not", lambda device: "of the test")
     elif accelerator.type != "cuda":
-        monkeypatch.setattr(_cuda_driver, "why_not", lambda device: None)
-        monkeypatch.setattr(_cuda_driver, "copy_pitched", issue)
+        monkeypatch.setattr(cuda, "why_not", lambda device: None)
+        monkeypatch.setattr(cuda, "copy_pitched", issue)
     elif not is_available():
-        pytest.skip(_cuda_driver.why_not(accelerator) or "")
+        pytest.skip(cuda.why_not(accelerator) or "")
     return str(request.param)
 
 
@@ -380,7 +380,7 @@ def test_what_can_be_captured(
 @pytest.mark.parametrize("on_side", [False, True])
 def test_a_copy_in_a_graph(rows: bool, on_side: bool) -> None:
     if rows and not is_available():
-        pytest.skip(_cuda_driver.why_not(DEVICE) or "")
+        pytest.skip(cuda.why_not(DEVICE) or "")
     cut = (slice(None), slice(0, WIDTH)) if rows else (slice(None),)
     src = pinned(ROWS, 2 * WIDTH)[cut]
     back = pinned(ROWS, 2 * WIDTH)[cut]

@@ -20,10 +20,10 @@ from support.pool_processes import Child
 from support.threads import run_threads
 from support.waits import LIMIT
 
-from portakv.errors import InvalidTerms
+from portakv.errors import InvalidTerms, PoolExhausted
 from portakv.host import _pages, _registration, pinned
 from portakv.host.pinned import HostMemoryError, PinnedMemory
-from portakv.host.pool import PinnedPool, PoolExhausted
+from portakv.host.pool import PinnedPool
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Expected pinned host memory"),

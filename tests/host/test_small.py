@@ -15,9 +15,9 @@ from support.guarded_memory import bits, filled, refused
 from support.small_cases import Place, same_bits
 
 from portakv import BackendUnavailable, DeviceMismatch, LayoutError, PortaKVError, Unsupported
-from portakv.host import _small_methods
+from portakv.host import small
 from portakv.host.small import SmallCopy, choose, to_device
-from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime import cuda
 
 META = torch.device("meta")
 CARD = torch.device("cuda", 0)
@@ -171,9 +171,9 @@ ALONG = "the driver takes up to 65536 bytes along with the command"
 HELD = "a launch's parameters hold up to 32736 bytes"
 #: What the card may lack.
 LACKS: dict[str, tuple[Any, str, Any]] = {
-    "inline": (_small_methods, "why_not_inline", lambda device: SHARED),
-    "extra": (_cuda_driver, "why_not", lambda device: WITHOUT),
-    "compiler": (_cuda_driver, "device_too_old", lambda device: OLD),
+    "inline": (small, "why_not_inline", lambda device: SHARED),
+    "extra": (cuda, "why_not", lambda device: WITHOUT),
+    "compiler": (cuda, "device_too_old", lambda device: OLD),
 }
 
 
@@ -208,12 +208,12 @@ def test_the_best_way_and_those_that_may_be_named(
         monkeypatch.setattr(*LACKS[what])
     if wanted[0] == "inline":  # which the compiler does not see
         with monkeypatch.context() as patched:
-            patched.setattr(_cuda_driver, "why_not", lambda device: pytest.fail("it was called"))
+            patched.setattr(cuda, "why_not", lambda device: pytest.fail("it was called"))
             assert choose(nbytes, CARD) == ("inline", ALONG)
     assert choose(nbytes, CARD) == wanted
     kernel = {"extra": WITHOUT, "compiler": OLD}.get("".join(lacks[-1:]))
     whys = {"host": "not a CPU", "inline": SHARED if "inline" in lacks else "65536"}
-    for method in _small_methods.METHODS:
+    for method in small.METHODS:
         if method in allowed.split():
             assert choose(nbytes, CARD, method) == (method, "it was requested")
         else:
@@ -229,7 +229,7 @@ def test_the_cpu_has_a_way_of_its_own() -> None:
 
 @pytest.mark.parametrize("method", ["value", "mapped", "copy"])
 def test_what_is_prepared_outside_of_captures(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = _small_methods.Target(torch.device("cpu"))
-    monkeypatch.setattr(_small_methods, "capturing", lambda device: True)
+    target = small.Target(torch.device("cpu"))
+    monkeypatch.setattr(small, "capturing", lambda device: True)
     with refused(Unsupported, "inside graph capture", "before the capture"):
         target.make(method, torch.int64, 1)

@@ -23,7 +23,7 @@ from support.simdev_cases import OTHER
 from support.small_cases import METHODS, Place, drawn, same_bits, small_copy
 
 from portakv import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
-from portakv.host import _small_methods
+from portakv.host import small
 from portakv.host.small import SmallCopy, choose, to_device
 from portakv.runtime.transfer import copies_holding_memory
 
@@ -49,7 +49,7 @@ def test_the_simulated_device_has_one_way() -> None:
 def test_a_device_that_is_not_current_or_named_without_a_number() -> None:
     sender = SmallCopy(16, torch.int32, OTHER)
     delay(current(OTHER))
-    landed = [sender.send([nth] * 16).clone() for nth in range(5 * _small_methods.MOST_SLOTS)]
+    landed = [sender.send([nth] * 16).clone() for nth in range(5 * small.MOST_SLOTS)]
     assert [one.tolist() for one in landed] == [[nth] * 16 for nth in range(len(landed))]
     for device in (SIMDEV, OTHER):
         with torch.get_device_module(device).device(device):
@@ -133,7 +133,7 @@ def test_many_sends_under_way(place: Place, on_side: bool, side: torch.Stream) -
         settle(place.device)
         delay(where)
         results = []
-        for nth in range(5 * _small_methods.MOST_SLOTS):
+        for nth in range(5 * small.MOST_SLOTS):
             landed = send([nth] * 16, out, stream=side if on_side else None)
             with on(where):
                 results.append(landed.clone())
@@ -174,17 +174,17 @@ def test_what_a_capture_carries_changes_with_refill(monkeypatch: pytest.MonkeyPa
     """A replay is played by hand: the simulated device has no graphs."""
     replay: list[Callable[[], None]] = []
 
-    by_copy = _small_methods.by_copy
+    by_copy = small.by_copy
 
     def crossing(out: torch.Tensor, slot: Any, nbytes: int, stream: Any) -> None:
         replay.append(partial(by_copy, out, slot, nbytes, None))
 
-    monkeypatch.setattr(_small_methods, "by_copy", crossing)
+    monkeypatch.setattr(small, "by_copy", crossing)
     sender = SmallCopy(4, torch.int32, SIMDEV, method="copy")
     with refused(Unsupported, "never captured"):
         sender.refill([1, 2, 3])
     with monkeypatch.context() as patched:
-        patched.setattr(_small_methods, "capturing", lambda device: True)
+        patched.setattr(small, "capturing", lambda device: True)
         landed = sender.send([1, 2, 3])
     sender.send([9, 9, 9, 9])  # an eager send takes other memory
     play = replay[0]

@@ -26,11 +26,9 @@ from support.small_cases import INTEGERS, STREAM, Card, Place, drawn, installed,
 from support.threads import run_threads
 
 from portakv import BackendUnavailable, LayoutError, TransferError, Unsupported
-from portakv.host import _small_methods
-from portakv.host._small_methods import MOST, Send, Target
-from portakv.host.small import SmallCopy, choose, to_device
-from portakv.runtime import cuda as _cuda_driver
-from portakv.runtime import nvrtc, streams
+from portakv.host import small
+from portakv.host.small import MOST, Send, SmallCopy, Target, choose, to_device
+from portakv.runtime import cuda, nvrtc, streams
 
 CPU = torch.device("cpu")
 CARD = torch.device("cuda", 1)
@@ -140,14 +138,14 @@ def test_a_device_that_is_not_current(method: str) -> None:
 @pytest.mark.parametrize("offset", [0, 1, 4, 8])
 def test_through_mapped_memory(nbytes: int, offset: int, libcuda: FakeLibrary) -> None:
     """300,000 bytes are more than one grid holds: threads go round."""
-    assert 300_000 > _small_methods.MOST_BLOCKS * _small_methods.THREADS * 16
+    assert 300_000 > small.MOST_BLOCKS * small.THREADS * 16
     source = torch.arange(nbytes, dtype=torch.int64).mul(2654435761).to(torch.uint8)
     target = filled((nbytes + 32,), torch.uint8)
     before = target.clone()
     out = target[16 + offset : 16 + offset + nbytes]
     slot: Any = SimpleNamespace(address=source.data_ptr())
     with installed(libcuda, only="mapped"):
-        _small_methods.Kernels(CPU).mapped(out, slot, nbytes, None)
+        small.Kernels(CPU).mapped(out, slot, nbytes, None)
     assert torch.equal(out, source)
     assert torch.equal(target[: 16 + offset], before[: 16 + offset])
     assert torch.equal(target[16 + offset + nbytes :], before[16 + offset + nbytes :])
@@ -156,9 +154,9 @@ def test_through_mapped_memory(nbytes: int, offset: int, libcuda: FakeLibrary) -
 @pytest.mark.skipif(nvrtc.missing() is not None, reason=nvrtc.missing() or "")
 def test_nvrtc_reads_parameters_where_they_lie() -> None:
     """Without a GPU: it compiles, and no thread makes a copy of 32 KB for itself."""
-    code = nvrtc.compile_text(_small_methods.source(), "compute_80").decode()
+    code = nvrtc.compile_text(small.source(), "compute_80").decode()
     assert ".local" not in code
-    assert f"{_small_methods.VALUES_NAME}_param_0[{VALUE + 16}]" in code
+    assert f"{small.VALUES_NAME}_param_0[{VALUE + 16}]" in code
     assert code.count("st.global.v4.u32") == 2
 
 
@@ -207,7 +205,7 @@ def test_a_driver_that_refuses(card: Card, method: Send) -> None:
     method(ONE_TWO, out, None, False)
     assert out.tolist() == [1, 2, 0, 0]
     library: Any = Without()
-    assert _cuda_driver.error_name(700, library) == "error 700"  # the library returns no name
+    assert cuda.error_name(700, library) == "error 700"  # the library returns no name
 
 
 def test_a_forked_process_cannot_send(card: Card, method: Send) -> None:
@@ -261,7 +259,7 @@ def test_inside_a_capture(libcuda: FakeLibrary, monkeypatch: pytest.MonkeyPatch)
     with installed(libcuda, only="inline") as card:
         sender = SmallCopy(2, torch.int32, out=filled((2,), torch.int32), method="inline")
         opened = SmallCopy(2, torch.int32, CPU)
-        monkeypatch.setattr(_small_methods, "capturing", lambda device: True)
+        monkeypatch.setattr(small, "capturing", lambda device: True)
         names = ("method='value'", "method='mapped'", "inside graph capture")
         followed: list[Any] = []
         monkeypatch.setattr(streams, "follow_current", lambda *rest: followed.append(rest))
@@ -314,8 +312,8 @@ def test_where_it_can_be_had(card: Card) -> None:
 @pytest.mark.parametrize(
     ("why", "patched"),
     [
-        ("cannot open it", (_cuda_driver, "library", Mock(side_effect=OSError("cannot open it")))),
-        ("undefined symbol: cuMemcpyHtoDAsync_v2", (_cuda_driver, "library", Without)),
+        ("cannot open it", (cuda, "library", Mock(side_effect=OSError("cannot open it")))),
+        ("undefined symbol: cuMemcpyHtoDAsync_v2", (cuda, "library", Without)),
         ("^this torch is built for ROCm, not for CUDA$", (torch.version, "hip", "6.4")),
         ("does not report .*CUDA_ERROR_INVALID_VALUE", None),
         ("^cuda:1 reads pageable memory by the host's page tables", None),
@@ -328,6 +326,6 @@ def test_why_it_cannot_be_had(
         card.library.read_by_page_tables(1, untold="report" in why)
     else:
         monkeypatch.setattr(*patched)
-    assert re.search(why, _small_methods.why_not_inline(CARD) or "")
+    assert re.search(why, small.why_not_inline(CARD) or "")
     if "by the host's" in why:
-        assert _small_methods.why_not_inline(torch.device("cuda", 0)) is None
+        assert small.why_not_inline(torch.device("cuda", 0)) is None

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from portakv.integrations import lmcache_host
-from portakv.integrations.lmcache import OPS
+from portakv.integrations.lmcache import host
+from portakv.integrations.lmcache.platform import OPS
 
 
 class _Ops(ModuleType):
@@ -30,7 +30,7 @@ class _Ops(ModuleType):
         for module, names in OPS.items():
             for name in names:
                 setattr(self, name, getattr(module, name))
-        self.lmcache_memcpy_async = lmcache_host.lmcache_memcpy_async
+        self.lmcache_memcpy_async = host.lmcache_memcpy_async
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._fallback, name)

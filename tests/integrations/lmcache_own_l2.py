@@ -18,7 +18,7 @@ from typing import Any
 import lmcache
 import pytest
 
-from portakv.integrations.lmcache_l2 import PortaKVL2Adapter, key_of
+from portakv.integrations.lmcache.l2 import PortaKVL2Adapter, key_of
 from portakv.serving.page_tasks import PageTask
 
 ADAPTERS = "lmcache.v1.distributed.l2_adapters"

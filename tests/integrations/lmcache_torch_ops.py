@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from portakv.integrations import lmcache_host
-from portakv.integrations.lmcache import OPS
+from portakv.integrations.lmcache import host
+from portakv.integrations.lmcache.platform import OPS
 
 _calls: Counter[str] = Counter()
 
@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
         for name in names:
             if hasattr(torch_ops, name):
                 _replace(torch_ops, name, getattr(module, name))
-    staged = functools.partial(lmcache_host.lmcache_memcpy_async, device_type="cpu")
+    staged = functools.partial(host.lmcache_memcpy_async, device_type="cpu")
     _replace(torch_ops, "lmcache_memcpy_async", functools.wraps(staged.func)(staged))
 
 

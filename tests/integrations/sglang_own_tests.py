@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from portakv.integrations import kvcacheio
+from portakv.integrations.sglang import kvcacheio
 from portakv_conformance import simdev
 
 

@@ -17,9 +17,9 @@ import pytest
 from support.waits import LIMIT, until
 
 from portakv.serving.kv_events import EventPublisher, events_of
-from portakv.serving.ledger import Described
+from portakv.serving.scheduler import Described
 from portakv.storage import prefix_keys
-from portakv.storage.changes import Change
+from portakv.storage.calls import Change
 
 SIZE = 4
 TOKENS = [*range(16)]

@@ -22,8 +22,9 @@ from support.read_back import ReadBack
 
 from portakv import LayoutError, SlotError
 from portakv.errors import InvalidTerms, PortaKVError, Unsupported
-from portakv.integrations import IntegrationError, kvcacheio_pools
-from portakv.integrations import kvcacheio as io
+from portakv.integrations import IntegrationError
+from portakv.integrations.sglang import kvcacheio
+from portakv.integrations.sglang import kvcacheio as io
 from portakv.interconnect import zero_copy
 from portakv.interconnect.choose import hosts
 from portakv.interconnect.strategy import SMALL
@@ -551,7 +552,7 @@ def test_a_table_that_is_not_known_is_refused_in_a_capture(
     s = torch.arange(8, device=accelerator)
     known = (src.k_table, dst.k_table)
     io.transfer_kv_all_layer_mla(*known, s, s, ITEM, LAYERS)
-    monkeypatch.setattr(kvcacheio_pools, "capturing", lambda device: device == accelerator)
+    monkeypatch.setattr(kvcacheio, "capturing", lambda device: device == accelerator)
     io.transfer_kv_all_layer_mla(*known, s, s, ITEM, LAYERS)
     with torch.inference_mode():
         uncounted = table(src.v)

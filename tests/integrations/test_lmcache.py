@@ -41,9 +41,9 @@ from support.lmcache_cases import (
 
 from portakv import integrations
 from portakv.host import pinned
-from portakv.integrations import lmcache as integration
-from portakv.integrations import lmcache_host, lmcache_ops
-from portakv.integrations.lmcache_formats import LAYOUTS
+from portakv.integrations.lmcache import host, platform
+from portakv.integrations.lmcache import ops as lmcache_ops
+from portakv.integrations.lmcache.formats import LAYOUTS
 
 CPU = torch.device("cpu")
 FORMATS = {int(each): each for each in native.EngineKVFormat.__members__.values()}
@@ -84,7 +84,7 @@ def test_one_variable_chooses_it() -> None:
 
 
 def test_a_device_that_is_not_here_is_refused() -> None:
-    device = next(x for x in ("mlu", "npu", "cuda") if not integration._present(x))
+    device = next(x for x in ("mlu", "npu", "cuda") if not platform._present(x))
     done = in_a_process(WHICH, LMCACHE_DEVICE_BACKEND=f"portakv-{device}")
     assert done.returncode != 0
     assert f"'portakv-{device}' is registered but not available" in done.stderr
@@ -128,8 +128,8 @@ def test_a_variable_that_cannot_be_is_refused_at_the_start() -> None:
 
 
 def test_devices_whose_memory_is_only_reached_by_tensors() -> None:
-    for name, device in integration.DEVICES.items():
-        spec = getattr(integration, name)()
+    for name, device in platform.DEVICES.items():
+        spec = getattr(platform, name)()
         driven = device in ("cpu", "cuda")
         assert spec.is_handle_transfer_available() is driven
         if metadata.version("lmcache") != "0.5.4":
@@ -137,7 +137,7 @@ def test_devices_whose_memory_is_only_reached_by_tensors() -> None:
 
 
 def test_what_a_spec_pins_is_adopted_piece_by_piece() -> None:
-    own = integration.CpuSpec.__mro__[1]
+    own = platform.CpuSpec.__mro__[1]
 
     class Pinning(own):  # type: ignore[misc, valid-type]
         def pin_memory(self, ptr: int, size: int, flags: int = 0) -> bool:
@@ -146,7 +146,7 @@ def test_what_a_spec_pins_is_adopted_piece_by_piece() -> None:
         def unpin_memory(self, ptr: int) -> bool:
             return True
 
-    class Spec(integration.CpuSpec, Pinning):  # type: ignore[misc]
+    class Spec(platform.CpuSpec, Pinning):  # type: ignore[misc]
         """PortaKV's spec over one that can pin."""
 
     before = {*pinned.boundaries()}
@@ -166,7 +166,7 @@ def test_the_installed_release_is_in_the_matrix() -> None:
 def test_every_entry_point_loads_as_its_name() -> None:
     entry_points = metadata.entry_points(group="lmcache.device_plugins")
     own = [each for each in entry_points if each.name.startswith("portakv-")]
-    assert {each.name for each in own} == {f"portakv-{x}" for x in integration.DEVICES.values()}
+    assert {each.name for each in own} == {f"portakv-{x}" for x in platform.DEVICES.values()}
     for each in own:
         spec = each.load()()
         assert spec.backend_name == each.name
@@ -174,7 +174,7 @@ def test_every_entry_point_loads_as_its_name() -> None:
 
 
 def test_the_ops_have_the_signatures_of_lmcache(ops: Any) -> None:
-    for name in integration.OPS[lmcache_ops]:
+    for name in platform.OPS[lmcache_ops]:
         expected = inspect.signature(getattr(torch_ops, name)).parameters
         actual = list(inspect.signature(getattr(ops, name)).parameters)
         assert actual[: len(expected)] == list(expected), name  # releases add to the end
@@ -182,7 +182,7 @@ def test_the_ops_have_the_signatures_of_lmcache(ops: Any) -> None:
 
 def test_no_compiled_op_of_the_daemon_goes_past_the_plug() -> None:
     """The daemon of 0.5.4 calls it before anything else, that of 0.5.6 after direct copies."""
-    base = integration.CpuSpec.__mro__[1]
+    base = platform.CpuSpec.__mro__[1]
 
     class Compiled(base().ops_cls):  # type: ignore[misc]
         def ensure_native(self) -> None:
@@ -191,7 +191,7 @@ def test_no_compiled_op_of_the_daemon_goes_past_the_plug() -> None:
     class Own(base):  # type: ignore[misc, valid-type]
         ops_cls = Compiled
 
-    class Spec(integration.CpuSpec, Own):  # type: ignore[misc]
+    class Spec(platform.CpuSpec, Own):  # type: ignore[misc]
         """PortaKV's spec over one whose ops are compiled."""
 
     made = Spec().ops_cls()
@@ -448,8 +448,8 @@ import lmcache.lmcache_native as native
 from lmcache.v1.platform import torch_ops
 from portakv.interconnect import pageable
 from portakv.interconnect.slices import Sizes
-from portakv.integrations import lmcache_ops
-from portakv.integrations.lmcache_formats import FUSED, MLA
+from portakv.integrations.lmcache import ops as lmcache_ops
+from portakv.integrations.lmcache.formats import FUSED, MLA
 from support.lmcache_cases import GEOMETRIES, physical, pointers, tensors
 
 OBJECTS, CHUNK, BLOCK, LAYERS = 16, 256, 16, 32  # a prompt of 4,096 tokens
@@ -638,4 +638,4 @@ def test_the_stand_ins_of_direct_copies_take_lmcaches_arguments(ops: Any) -> Non
     assert spec.slots_per_chunk == 8
     assert ops.DirectCopyObject(1, 0, 8, 0, [0]).chunk_idx == 0
     assert ops.direct_copy_format_supported(FORMATS[7])
-    assert ops.batch_memcpy_supported() is lmcache_host.batch_memcpy_supported()
+    assert ops.batch_memcpy_supported() is host.batch_memcpy_supported()

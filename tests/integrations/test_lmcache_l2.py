@@ -21,11 +21,10 @@ from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms, StoreBusy
 from portakv.integrations import IntegrationError
-from portakv.integrations.lmcache_check import ABSTRACT, findings_of, terms_of
+from portakv.integrations.lmcache.check import ABSTRACT, findings_of, terms_of
 from portakv.serving import pages
-from portakv.serving.kept_pages import KeptPages
-from portakv.serving.page_counts import UNFETCHED
-from portakv.storage.pins import Pins
+from portakv.serving.page_tasks import UNFETCHED, ServerPages
+from portakv.storage.eviction import Pins
 
 MODULE = "portakv.integrations.lmcache_l2"
 SIZE = 4096
@@ -410,13 +409,13 @@ def test_no_call_waits_for_the_lookup_of_a_server_that_hangs(
     assert until(lambda: other.lookup([key(1)]) == [True], LIMIT)
     adapter = other.adapter
     goes_on = threading.Event()
-    pin = KeptPages.pin
+    pin = ServerPages.pin
 
-    def slow(pages_of_size: KeptPages, keys: Sequence[bytes]) -> Pins:
+    def slow(pages_of_size: ServerPages, keys: Sequence[bytes]) -> Pins:
         assert goes_on.wait(LIMIT)
         return pin(pages_of_size, keys)
 
-    monkeypatch.setattr(KeptPages, "pin", slow)
+    monkeypatch.setattr(ServerPages, "pin", slow)
     if not hangs:
         goes_on.set()
     tasks = [adapter.submit_lookup_and_lock_task([key(1), key(2)], {}) for _ in range(2)]

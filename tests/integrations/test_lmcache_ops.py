@@ -35,9 +35,10 @@ from portakv import (
     Unsupported,
     copy_runs,
 )
-from portakv.integrations import lmcache_host, lmcache_ops
-from portakv.integrations.lmcache_formats import LAYOUTS
-from portakv.integrations.lmcache_ops import D2H, H2D
+from portakv.integrations.lmcache import host as lmcache_host
+from portakv.integrations.lmcache import ops
+from portakv.integrations.lmcache.formats import LAYOUTS
+from portakv.integrations.lmcache.ops import D2H, H2D
 from portakv.interconnect import pageable
 from portakv.interconnect.link import link_of
 from portakv.interconnect.slices import Sizes
@@ -98,7 +99,7 @@ def test_slots_by_addresses(number: int, direction: int, where: str, device: tor
         chunk = chunk.pin_memory()
     slots = torch.tensor(SLOTS).to(device)
     table = pointers(caches, device)
-    lmcache_ops.multi_layer_kv_transfer(
+    ops.multi_layer_kv_transfer(
         chunk, table, slots, device, g.slots, direction, number, **slot_arguments(g)
     )
     synchronize(device)
@@ -121,7 +122,7 @@ def test_slots_by_tensors(number: int, device: torch.device) -> None:
     logical, caches = built(g, device, 1)
     chunk = torch.zeros(g.kv, g.layers, 3, g.row, dtype=torch.bfloat16, device=device)
     slots = torch.tensor([9, 2, 14], device=device, dtype=torch.int32)
-    lmcache_ops.multi_layer_kv_transfer(
+    ops.multi_layer_kv_transfer(
         chunk, caches, slots, device, g.slots, D2H, number, **slot_arguments(g)
     )
     synchronize(device)
@@ -132,7 +133,7 @@ def test_a_prefix_is_neither_read_nor_written(device: torch.device) -> None:
     g = GEOMETRIES[1]
     logical, caches = built(g, device, 1)
     chunk = torch.zeros(g.kv, g.layers, len(SLOTS), g.row, dtype=torch.bfloat16, device=device)
-    lmcache_ops.multi_layer_kv_transfer(
+    ops.multi_layer_kv_transfer(
         chunk,
         pointers(caches, device),
         torch.tensor(SLOTS).to(device),
@@ -153,7 +154,7 @@ def test_a_device_without_its_number_is_the_current_one(device: torch.device) ->
     logical, caches = built(g, device, 1)
     chunk = torch.zeros(g.kv, g.layers, 2, g.row, dtype=torch.bfloat16, device=device)
     slots = torch.tensor([9, 2]).to(device)
-    lmcache_ops.multi_layer_kv_transfer(
+    ops.multi_layer_kv_transfer(
         chunk, pointers(caches, device), slots, device.type, g.slots, D2H, 1
     )
     synchronize(device)
@@ -165,7 +166,7 @@ def test_a_pool_of_unknown_size(number: int, device: torch.device) -> None:
     g = GEOMETRIES[number]
     logical, caches = built(g, device, 1)
     chunk = torch.zeros(1, g.layers, 2, g.row, dtype=torch.bfloat16, device=device)
-    lmcache_ops.multi_layer_kv_transfer_unilateral(
+    ops.multi_layer_kv_transfer_unilateral(
         chunk, pointers(caches, device), torch.tensor([27, 3]).to(device), device, 0, D2H, number
     )
     synchronize(device)
@@ -177,7 +178,7 @@ def test_a_pool_of_unknown_size_whose_planes_lie_outside_of_blocks() -> None:
     _, caches = built(g, CPU, 1)
     chunk = torch.zeros(2, g.layers, 2, g.row, dtype=torch.bfloat16)
     with pytest.raises(LayoutError, match="page_buffer_size") as caught:
-        lmcache_ops.multi_layer_kv_transfer(
+        ops.multi_layer_kv_transfer(
             chunk, pointers(caches, CPU), torch.tensor([27, 3]), CPU, 0, D2H, 1
         )
     check_sentence(str(caught.value))
@@ -199,7 +200,7 @@ def test_blocks_of_a_shared_pool_lie_further_apart(
         pool[:, :dense] = bits(layer.reshape(g.blocks, dense), device)
     objects = g.logical(2).reshape(1, g.layers, g.slots, g.row)[:, :, :4]
     chunk = bits(objects, device)
-    lmcache_ops.multi_layer_kv_transfer(
+    ops.multi_layer_kv_transfer(
         chunk,
         pointers(pools, device),
         torch.tensor([4, 27, 0, 9]).to(device),
@@ -234,7 +235,7 @@ def test_a_step_of_other_caches_and_an_object_of_more_planes(
     objects = g.logical(2).reshape(g.kv, g.layers, g.slots, g.row)[:, :, :4]
     chunk = torch.zeros(2, g.layers, 4, g.row, dtype=torch.bfloat16, device=device)
     chunk[: g.kv] = bits(objects, device)
-    lmcache_ops.multi_layer_kv_transfer(
+    ops.multi_layer_kv_transfer(
         chunk,
         pointers(caches, device),
         slots.to(device),
@@ -282,7 +283,7 @@ def test_blocks_there_and_back(number: int, by: str, device: torch.device) -> No
     block_ids = ids if by == "tensors" else torch.tensor(ids).to(device)
 
     def transfer(direction: int, into: Any) -> None:
-        lmcache_ops.multi_layer_block_kv_transfer(
+        ops.multi_layer_block_kv_transfer(
             caches_argument(into, by, device),
             args,
             block_ids,
@@ -315,7 +316,7 @@ def test_blocks_skipped_over_all_objects(skip: int, device: torch.device) -> Non
     g = GEOMETRIES[7]
     logical, caches = built(g, device, 1)
     objects = [torch.zeros(object_shape(g, 2), dtype=torch.bfloat16) for _ in range(3)]
-    lmcache_ops.multi_layer_block_kv_transfer(
+    ops.multi_layer_block_kv_transfer(
         caches, objects, [3, 0, 6, 2, 5, 1], device, D2H, g.descriptor(), 2 * g.block_size, 7, skip
     )
     synchronize(device)
@@ -328,7 +329,7 @@ def test_a_last_object_may_be_shorter(device: torch.device) -> None:
     g = GEOMETRIES[2]
     logical, caches = built(g, device, 1)
     objects = [torch.zeros(object_shape(g, n), dtype=torch.bfloat16) for n in (2, 2, 1)]
-    lmcache_ops.multi_layer_block_kv_transfer(
+    ops.multi_layer_block_kv_transfer(
         caches, objects, [3, 0, 6, 2, 5], device, D2H, g.descriptor(), 2 * g.block_size, 2, 0
     )
     synchronize(device)
@@ -340,7 +341,7 @@ def test_a_block_that_stands_for_none_may_be_named_again() -> None:
     g = GEOMETRIES[1]
     logical, caches = built(g, CPU, 1)
     objects = [bits(object_rows(g, g.logical(2), [k, k + 1]), CPU) for k in (0, 2)]
-    lmcache_ops.multi_layer_block_kv_transfer(
+    ops.multi_layer_block_kv_transfer(
         caches, objects, [0, 0, 4, 5], CPU, H2D, g.descriptor(), 2 * g.block_size, 1, 0
     )
     logical[:, :, [0, 4, 5]] = g.logical(2)[:, :, [1, 2, 3]]
@@ -353,7 +354,7 @@ def test_an_object_in_pageable_memory_is_waited_for(accelerator: torch.device) -
     logical, caches = built(g, accelerator, 1)
     objects = [torch.zeros(object_shape(g, 2), dtype=torch.bfloat16)]
     delay(torch.accelerator.current_stream(accelerator))
-    lmcache_ops.multi_layer_block_kv_transfer(
+    ops.multi_layer_block_kv_transfer(
         caches, objects, [3, 0], accelerator, D2H, g.descriptor(), 2 * g.block_size, 1, 0
     )
     (result,) = arrays(objects)
@@ -375,7 +376,7 @@ def test_without_a_kernel_each_layer_takes_one_call(
     monkeypatch.setattr(pageable, "SIZES", Sizes(whole // 16, whole // 16, whole // 8))
     for _ in range(2):  # the second time nothing is prepared
         before = simdev.counted()
-        lmcache_ops.multi_layer_block_kv_transfer(
+        ops.multi_layer_block_kv_transfer(
             caches, objects, ids, DEVICE, direction, g.descriptor(), 2 * g.block_size, 1, 0
         )
         launches = simdev.counted()[0] - before[0]
@@ -399,8 +400,8 @@ def test_one_layer(number: int, token_major: bool, device: torch.device) -> None
     slots = torch.tensor([9, -1, 14], device=device)
     shape = (3, g.row) if g.kv == 1 else (3, 2, g.row) if token_major else (2, 3, g.row)
     buffer = torch.zeros(shape, dtype=torch.bfloat16, device=device)
-    lmcache_ops.single_layer_kv_transfer(buffer, caches[1], slots, D2H, number, token_major)
-    lmcache_ops.single_layer_kv_transfer(buffer, caches[0], slots, H2D, number, token_major)
+    ops.single_layer_kv_transfer(buffer, caches[1], slots, D2H, number, token_major)
+    ops.single_layer_kv_transfer(buffer, caches[0], slots, H2D, number, token_major)
     synchronize(device)
     expected = g.rows(logical)[:, 1, [9, 0, 14]]
     expected[:, 1] = 0
@@ -418,8 +419,8 @@ def test_one_layer_of_keys_and_values(token_major: bool, device: torch.device) -
     slots = torch.tensor([9, 2, 14], device=device)
     shape = (3, 2, g.row) if token_major else (2, 3, g.row)
     buffer = torch.zeros(shape, dtype=torch.bfloat16, device=device)
-    lmcache_ops.single_layer_kv_transfer_sgl(buffer, keys[1], values[1], slots, D2H, token_major)
-    lmcache_ops.single_layer_kv_transfer_sgl(buffer, keys[2], values[2], slots, H2D, token_major)
+    ops.single_layer_kv_transfer_sgl(buffer, keys[1], values[1], slots, D2H, token_major)
+    ops.single_layer_kv_transfer_sgl(buffer, keys[2], values[2], slots, H2D, token_major)
     synchronize(device)
     rows = g.rows(logical).copy()
     rows[:, 2, [9, 2, 14]] = rows[:, 1, [9, 2, 14]]
@@ -431,8 +432,8 @@ def test_a_layer_of_an_object_there_and_back(device: torch.device) -> None:
     logical, (keys, values) = built(g, device, 1)
     slots = torch.tensor([9, 2, 14], device=device)
     chunk = torch.zeros(2, g.layers, 3, g.row, dtype=torch.bfloat16, device=device)
-    lmcache_ops.load_and_reshape_flash(chunk, keys[1], values[1], slots, 1)
-    lmcache_ops.reshape_and_cache_back_flash(chunk, keys[0], values[0], slots, 1)
+    ops.load_and_reshape_flash(chunk, keys[1], values[1], slots, 1)
+    ops.reshape_and_cache_back_flash(chunk, keys[0], values[0], slots, 1)
     synchronize(device)
     np.testing.assert_array_equal(arrays(chunk)[:, 1], g.rows(logical)[:, 1, [9, 2, 14]])
     rows = g.rows(logical).copy()
@@ -561,7 +562,7 @@ def block_call(**changed: Any) -> None:
         "engine_kv_format": 1,
         "skip_prefix_n_blocks": 0,
     }
-    lmcache_ops.multi_layer_block_kv_transfer(**args | changed)
+    ops.multi_layer_block_kv_transfer(**args | changed)
 
 
 @pytest.mark.parametrize(
@@ -591,7 +592,7 @@ def test_an_object_of_another_length_than_the_slots() -> None:
     _, caches = built(g, CPU, 1)
     chunk = torch.zeros(2, g.layers, 3, g.row, dtype=torch.bfloat16)
     with pytest.raises(SlotError) as caught:
-        lmcache_ops.multi_layer_kv_transfer(
+        ops.multi_layer_kv_transfer(
             chunk, pointers(caches, CPU), torch.arange(4), CPU, g.slots, D2H, 1
         )
     check_sentence(str(caught.value))
@@ -625,9 +626,9 @@ def test_a_transfer_by_slots_that_cannot_be(changed: Any, error: type[Exception]
         "engine_kv_format": 6,
         **slot_arguments(g),
     }
-    lmcache_ops.multi_layer_kv_transfer(**args)
+    ops.multi_layer_kv_transfer(**args)
     with pytest.raises(error) as caught:
-        lmcache_ops.multi_layer_kv_transfer(**args | changed)
+        ops.multi_layer_kv_transfer(**args | changed)
     check_sentence(str(caught.value))
 
 
@@ -640,7 +641,7 @@ def test_a_slot_past_the_caches_moves_nothing() -> None:
             built_bits = [each.view(torch.int16) for each in (chunk, *caches)]
             before = [each.clone() for each in built_bits]
             with pytest.raises(SlotError) as caught:
-                lmcache_ops.multi_layer_kv_transfer(
+                ops.multi_layer_kv_transfer(
                     chunk,
                     caches_argument(caches, by, CPU),
                     torch.tensor([9, g.slots]),
@@ -663,7 +664,7 @@ def test_caches_in_the_place_of_others_that_were_freed(by: str) -> None:
         caches = [bits(each, CPU) for each in memory]
         gone = [weakref.ref(each) for each in memory]
         chunk = torch.zeros(2, g.layers, 2, g.row, dtype=torch.bfloat16)
-        lmcache_ops.multi_layer_kv_transfer(
+        ops.multi_layer_kv_transfer(
             chunk, caches_argument(caches, by, CPU), torch.tensor([9, 2]), CPU, g.slots, D2H, 1
         )
         np.testing.assert_array_equal(arrays(chunk), g.rows(logical)[:, :, [9, 2]])
@@ -679,9 +680,7 @@ def test_a_table_that_is_written_anew_is_read_anew() -> None:
         logical, caches = built(g, CPU, seed)
         table.copy_(pointers(caches, CPU))
         chunk = torch.zeros(2, g.layers, 2, g.row, dtype=torch.bfloat16)
-        lmcache_ops.multi_layer_kv_transfer(
-            chunk, table, torch.tensor([9, 2]), CPU, g.slots, D2H, 1
-        )
+        ops.multi_layer_kv_transfer(chunk, table, torch.tensor([9, 2]), CPU, g.slots, D2H, 1)
         np.testing.assert_array_equal(arrays(chunk), g.rows(logical)[:, :, [9, 2]])
 
 
@@ -695,9 +694,7 @@ def test_a_table_on_a_device_is_read_once_until_it_is_written(accelerator: torch
         slots = torch.tensor([9, 2])
         for again in range(2):
             with ReadBack() as waited:
-                lmcache_ops.multi_layer_kv_transfer(
-                    chunk, table, slots, accelerator, g.slots, D2H, 1
-                )
+                ops.multi_layer_kv_transfer(chunk, table, slots, accelerator, g.slots, D2H, 1)
             assert not (again and waited.seen)
         synchronize(accelerator)
         np.testing.assert_array_equal(arrays(chunk), g.rows(logical)[:, :, [9, 2]])
@@ -714,7 +711,7 @@ def test_a_bad_slot_on_a_device_is_raised_by_the_next_call_of_its_thread(
     table = pointers(caches, device)
 
     def store(slots: list[int]) -> None:
-        lmcache_ops.multi_layer_kv_transfer(
+        ops.multi_layer_kv_transfer(
             chunk, table, torch.tensor(slots).to(device), device, g.slots, D2H, 1
         )
         synchronize(device)
@@ -730,7 +727,7 @@ def test_a_bad_slot_on_a_device_is_raised_by_the_next_call_of_its_thread(
 def test_terms_are_a_users_variables(
     accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lmcache_ops.terms.cache_clear()
+    ops.terms.cache_clear()
     monkeypatch.setenv("PORTAKV_LMCACHE_OVERLAP", "everything")
     g = GEOMETRIES[1]
     _, caches = built(g, accelerator, 1)
@@ -738,15 +735,15 @@ def test_terms_are_a_users_variables(
     rest = pointers(caches, accelerator), torch.tensor([9, 2]), accelerator, g.slots, D2H, 1
     try:
         with pytest.raises(InvalidTerms):
-            lmcache_ops.multi_layer_kv_transfer(objects, *rest)
-        lmcache_ops.multi_layer_kv_transfer(objects.to(accelerator), *rest)
-        lmcache_ops.terms.cache_clear()
+            ops.multi_layer_kv_transfer(objects, *rest)
+        ops.multi_layer_kv_transfer(objects.to(accelerator), *rest)
+        ops.terms.cache_clear()
         monkeypatch.setenv("PORTAKV_LMCACHE_OVERLAP", "idle")
         monkeypatch.setenv("PORTAKV_LMCACHE_MAX_THREAD_BLOCKS", "2")
-        assert lmcache_ops.terms() == {"overlap": "idle", "max_thread_blocks": 2}
-        lmcache_ops.multi_layer_kv_transfer(objects, *rest)
+        assert ops.terms() == {"overlap": "idle", "max_thread_blocks": 2}
+        ops.multi_layer_kv_transfer(objects, *rest)
     finally:
-        lmcache_ops.terms.cache_clear()
+        ops.terms.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -762,10 +759,10 @@ def test_terms_are_a_users_variables(
 def test_a_variable_that_no_term_can_have(
     variable: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lmcache_ops.terms.cache_clear()
+    ops.terms.cache_clear()
     monkeypatch.setenv(variable, text)
     with pytest.raises(InvalidTerms) as caught:
-        lmcache_ops.terms()
+        ops.terms()
     check_sentence(str(caught.value), f"{variable}={text}")
 
 

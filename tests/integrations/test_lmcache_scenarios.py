@@ -20,7 +20,7 @@ if not SOURCES or os.environ.get("SIMDEV_NAME") != "mlu":
 
 from lmcache.v1.platform import resolve_device_ops  # noqa: E402
 
-from portakv.integrations.lmcache import OPS  # noqa: E402
+from portakv.integrations.lmcache.platform import OPS  # noqa: E402
 from portakv_conformance import simdev  # noqa: E402
 
 NAMES = [*next(iter(OPS.values())), "lmcache_memcpy_async"]

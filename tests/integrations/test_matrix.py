@@ -28,8 +28,8 @@ from portakv.integrations.interfaces import differences
 REACHED = {
     "lmcache": "from portakv.integrations.lmcache import CpuSpec\nCpuSpec().is_available()",
     "sglang": "from portakv.integrations.sglang import register\nregister()",
-    "transformers": "import portakv.integrations.transformers",
-    "vllm": "import portakv.integrations.vllm",
+    "transformers": "import portakv.integrations.transformers.caches",
+    "vllm": "import portakv.integrations.vllm.offloading",
 }
 RELEASES = (None, "0.1", "99.0")
 CODE = f"""

@@ -33,8 +33,9 @@ from support.guarded_memory import check_sentence
 from support.sglang_pools import DIM, HEADS, LAYERS, PAGE, device_pool
 
 from portakv import BackendUnavailable, LayoutError, SlotError
-from portakv.integrations import IntegrationError, kvcacheio
-from portakv.integrations import sglang as integration
+from portakv.integrations import IntegrationError
+from portakv.integrations.sglang import kvcacheio
+from portakv.integrations.sglang import platform
 
 load_plugins()
 
@@ -51,9 +52,9 @@ SGLANG_CASES = [
     ("mla", "page_first_direct", "direct"),
 ]  # fmt: skip
 LAYOUTS = {
-    "mha": tuple(integration.HOST),
+    "mha": tuple(platform.HOST),
     "unequal": ("page_first", "page_first_direct"),
-    "mla": tuple(integration.MLA_HOST),
+    "mla": tuple(platform.MLA_HOST),
 }
 CASES = [
     (kind, each, io) for kind, x in LAYOUTS.items() for each in x for io in ("kernel", "direct")
@@ -171,7 +172,7 @@ def test_backup_and_load(kind: str, layout: str, io: str, where: str, device: to
         pools.host.load_to_device_per_layer(
             pools.device_pool, on_host, on_device, layer, io_backend=io
         )
-    assert integration._ATTRIBUTE in pools.host.__dict__
+    assert platform._ATTRIBUTE in pools.host.__dict__
     after = pools.contents()
     rows = on_device.cpu()
     for actual, right in zip(after, before, strict=True):
@@ -439,11 +440,11 @@ def test_a_pool_that_was_destroyed(device: torch.device) -> None:
     pools.host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "direct")
     for layer in range(LAYERS):
         pools.host.load_to_device_per_layer(pools.device_pool, on_host, on_device, layer, "direct")
-    last = pools.host.__dict__[integration._ATTRIBUTE]._last
+    last = pools.host.__dict__[platform._ATTRIBUTE]._last
     pools.host.destroy()
     assert set(last) == {CPU, pools.buffers[0].device}
     assert all(each.done() for each in last.values())
-    assert integration._ATTRIBUTE not in pools.host.__dict__
+    assert platform._ATTRIBUTE not in pools.host.__dict__
     with pytest.raises(IntegrationError) as raised:
         pools.host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "direct")
     check_sentence(str(raised.value), "MHATokenToKVPoolHost")
@@ -518,10 +519,10 @@ def test_host_memory_that_sglang_registered_in_pieces_is_cut_there() -> None:
     at = pools.host.kv_buffer.data_ptr()
     half = pools.host.kv_buffer.nbytes // 2
     pieces = ((at, half), (at + half, half))
-    setattr(pools.host.kv_buffer, integration._RANGES, list(pieces))
-    assert integration._RANGES == common._CUDA_HOST_REGISTERED_RANGES_ATTR
+    setattr(pools.host.kv_buffer, platform._RANGES, list(pieces))
+    assert platform._RANGES == common._CUDA_HOST_REGISTERED_RANGES_ATTR
     pools.host.backup_from_device_all_layer(pools.device_pool, *pools.ids(2), "kernel")
-    state = pools.host.__dict__[integration._ATTRIBUTE]
+    state = pools.host.__dict__[platform._ATTRIBUTE]
     assert state._adopted.pieces == pieces
 
 

@@ -12,7 +12,7 @@ import pytest
 from support.command_line import run, run_json
 from support.sglang_stub import write_sglang
 
-from portakv.integrations.sglang_check import CLASS, MODULE, hicache_findings_of
+from portakv.integrations.sglang.check import CLASS, MODULE, hicache_findings_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "engines" / "sglang.md"
 

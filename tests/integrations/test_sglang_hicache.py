@@ -28,7 +28,7 @@ from support.sglang_pools import PAGE
 from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
 
 from portakv.integrations import IntegrationError
-from portakv.storage import disk_store
+from portakv.storage.tiers import disk as disk_store
 from support.waits import LIMIT, until
 
 ROOM: dict[str, Any] = {"host": 0, "staging": 4 << 20, "capacity": 16 << 20, "deadline": 20.0}

@@ -15,7 +15,7 @@ from support.waits import LIMIT
 
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
-from portakv.integrations.sglang_settings import KV, OTHERS, settings_of, terms_of
+from portakv.integrations.sglang.pools import KV, OTHERS, settings_of, terms_of
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -37,7 +37,7 @@ def test_a_walk_through_the_hooks(tmp_path: Path) -> None:
 def test_a_release_without_the_interface(without: str, tmp_path: Path) -> None:
     """It is named when SGLang imports the backend."""
     write_sglang(tmp_path, without)
-    done = run(tmp_path, "-c", "import portakv.integrations.sglang_hicache")
+    done = run(tmp_path, "-c", "import portakv.integrations.sglang.hicache")
     assert done.returncode == 1
     assert f"HiCacheStorage.{without}" in done.stderr.strip().splitlines()[-1]
 

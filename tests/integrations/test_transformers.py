@@ -35,7 +35,7 @@ from transformers import DynamicCache
 
 from portakv import BackendUnavailable, KVView, LayoutError, SlotError, integrations
 from portakv.integrations import IntegrationError
-from portakv.integrations import transformers as integration
+from portakv.integrations.transformers import caches as integration
 
 STEPS = 6
 

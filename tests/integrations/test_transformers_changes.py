@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.transformers_cases import CHANGES, DIM, KV_HEADS, LAYERS, pool_of, prompt, small
 from transformers import DynamicCache
 
-from portakv.integrations import transformers as integration
+from portakv.integrations.transformers import caches as integration
 
 
 @pytest.fixture(scope="module")

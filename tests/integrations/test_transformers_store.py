@@ -22,8 +22,8 @@ from transformers import DynamicCache
 from portakv import LayoutError
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
-from portakv.integrations.transformers import OffloadedCache, cache_argument
-from portakv.integrations.transformers_store import PrefixStore
+from portakv.integrations.transformers.caches import OffloadedCache, cache_argument
+from portakv.integrations.transformers.store import PrefixStore
 from portakv.serving import StoreTerms
 
 SIZE = 8
@@ -350,7 +350,7 @@ def turn(then=None, guard=True):
     from portakv.integrations.transformers_store import PrefixStore
 
     if not guard:
-        importlib.import_module("portakv.storage.disk_store").verify = lambda *_: True
+        importlib.import_module("portakv.storage.tiers.disk").verify = lambda *_: True
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).eval()
     tokens = torch.randint(1, 64, (1, 61), generator=torch.Generator().manual_seed(1))

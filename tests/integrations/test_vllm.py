@@ -43,7 +43,8 @@ from portakv import (
     integrations,
 )
 from portakv.integrations import IntegrationError
-from portakv.integrations.vllm import PortaKVOffloadingSpec, PortaKVOffloadingWorker
+from portakv.integrations.vllm import offloading
+from portakv.integrations.vllm.offloading import PortaKVOffloadingSpec, PortaKVOffloadingWorker
 from portakv_conformance import simdev
 
 NEW = hasattr(cpu_spec, "SharedOffloadRegion")
@@ -538,7 +539,7 @@ def test_a_job_that_failed_is_an_error_once_and_the_others_are_reported(
         return failed
 
     with monkeypatch.context() as patch:
-        patch.setattr("portakv.integrations.vllm.copy_rows", fail)
+        patch.setattr("portakv.integrations.vllm.offloading.copy_rows", fail)
         worker.submit_load(2, host_spec([0]), device_spec([[3]], [0]))
     worker.submit_load(3, host_spec([0]), device_spec([[4]], [0]))
     settle(accelerator)
@@ -732,7 +733,7 @@ def test_registrations_of_a_region_are_adopted() -> None:
     region = cpu_spec.SharedOffloadRegion("portakv-boundaries", 6, 0, 4096, 192, lambda: None)
     begin = region.base_tensor.data_ptr()
     region.pinned_addresses = [begin, begin + 2 * 4096, begin + 4 * 4096]
-    adopted = integrations.vllm._adopt(region)
+    adopted = offloading._adopt(region)
     assert [nbytes for _, nbytes in adopted.pieces] == [8192] * 3
     adopted.close()
     region.cleanup()

@@ -12,8 +12,7 @@ import torch
 
 from portakv import LayoutError, copy_rows
 from portakv.integrations import IntegrationError
-from portakv.integrations.vllm_canonical import Mapping, Run, Share, page_bytes
-from portakv.integrations.vllm_moves import moves_of
+from portakv.integrations.vllm.moves import RankMapping, Run, Share, moves_of, page_bytes
 
 LAYERS = 3
 HEADS = 4
@@ -178,7 +177,7 @@ def test_wrong_mappings_are_named() -> None:
     pages = [torch.zeros(BLOCKS, 64, dtype=torch.int8)]
     ref = SimpleNamespace(tensor_idx=0, page_size_bytes=64)
     with pytest.raises(LayoutError, match="none for tensor 1"):
-        page_bytes([[(ref, Mapping(64, (Run(0, 0, 64),)))]], 2)
+        page_bytes([[(ref, RankMapping(64, (Run(0, 0, 64),)))]], 2)
     ref.mapping = mapped(0, 1)
     with pytest.raises(LayoutError, match="Expected fragments in pages of 64"):
         Share(0, 1, True).groups_of([[ref]], pages, TOGETHER, Memory())

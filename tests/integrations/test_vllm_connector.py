@@ -20,37 +20,31 @@ from support.waits import LIMIT
 from portakv import copy_blocks, copy_rows
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
-from portakv.integrations.vllm_caches import (
-    check_hooks,
-    groups_of,
-    ids_of,
-    needs_all_tokens,
-    settings_of,
-    warn_of_policy,
-    whole_blocks,
-)
-from portakv.integrations.vllm_graphs import GraphWaits
-from portakv.integrations.vllm_handover import (
-    identity_of,
-    is_wanted,
-    parameters_for,
-    remote_rows_of,
-    share_caches,
-    worker_numbers,
-)
-from portakv.integrations.vllm_ranks import index_of
-from portakv.integrations.vllm_views import (
+from portakv.integrations.vllm.caches import (
     BY_DIM,
     FUSED,
     LATENT,
+    check_hooks,
+    groups_of,
+    identity_of,
+    ids_of,
+    is_wanted,
     kernels_of,
+    needs_all_tokens,
+    parameters_for,
+    remote_rows_of,
+    settings_of,
+    share_caches,
     view_across_layers,
     views_of,
+    warn_of_policy,
+    whole_blocks,
+    worker_numbers,
 )
+from portakv.integrations.vllm.ranks import GraphWaits, index_of
 from portakv.serving import Group
-from portakv.serving.handover_terms import RemoteRows
-from portakv.serving.local import GroupView, LocalIndex, StoreTerms
-from portakv.serving.no_store import NoStore
+from portakv.serving.handover_tickets import RemoteRows
+from portakv.serving.local import GroupView, LocalIndex, NoStore, StoreTerms
 from portakv.storage import prefix_keys
 from portakv.view import KVView
 
@@ -79,7 +73,7 @@ def test_walks_through_the_hooks_of_an_engine(
     counts = ast.literal_eval(done.stdout)
     assert counts["saves"] > 2 * walks
     assert counts["landed_blocks"] > least
-    # The process that has the store reports its tiers: the worker's, or the keeper's, whose figures
+    # The process that has the store reports its tiers: the worker's, or the server's, whose figures
     # are asked for from time to time, and may be older.
     least_seen = counts["stored_blocks"] if store == "alone" else 1
     assert counts["tier_blocks/disk/save/hit"] >= least_seen > 0
@@ -303,14 +297,14 @@ def test_layers_that_are_not_handed_over_are_named(configurations: tuple[Any, An
         settings_of(config, caches)
 
 
-def test_an_engine_without_a_store_has_no_keeper(configurations: tuple[Any, Any]) -> None:
+def test_an_engine_without_a_store_has_no_store_server(configurations: tuple[Any, Any]) -> None:
     config, caches = configurations
     config.parallel_config.world_size = 2
-    assert settings_of(config, caches).uses_keeper
+    assert settings_of(config, caches).uses_store_server
     config.kv_transfer_config.kv_role = "kv_producer"
     config.kv_transfer_config.kv_connector_extra_config = {}
     settings = settings_of(config, caches)
-    assert not settings.uses_keeper
+    assert not settings.uses_store_server
     index = index_of(settings)
     assert isinstance(index, NoStore)
     assert (index.leading([b"a"]), index.has(b"a"), index.losses) == (0, True, 0)

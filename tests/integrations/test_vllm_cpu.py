@@ -60,8 +60,8 @@ from support.waits import LIMIT
 from portakv.cli.explain import costs_in
 from portakv.integrations import IntegrationError
 from portakv.serving.local import TOKENS
-from portakv.storage.files import form_in
 from portakv.storage.image import MAGIC
+from portakv.storage.tiers.files import form_in
 
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
 HITS = [960, 448, 896]  # tokens of whole stored blocks before the last token
@@ -313,7 +313,7 @@ def differences() -> list[str]:
 
     from portakv import KVView, copy_rows
 
-    views = importlib.import_module("portakv.integrations.vllm_views")
+    views = importlib.import_module("portakv.integrations.vllm.caches")
     wrong = []
     for kernel, size, dtype in itertools.product(views.BY_DIM, (32, 64), views.PLAIN):
         blocks = 8
@@ -365,7 +365,7 @@ def test_a_second_engine_with_other_blocks(
     store = {**terms(tmp_path / "store"), "block_size": stored}
     with pytest.MonkeyPatch.context() as patch:
         if not guard:
-            views = importlib.import_module("portakv.integrations.vllm_views")
+            views = importlib.import_module("portakv.integrations.vllm.caches")
             fused = ("vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec",)
             patch.setattr(views, "FUSED", fused)
         leave_blocks(model, store, 32)
@@ -512,7 +512,7 @@ def test_states_of_mamba_are_refused_at_the_start(tmp_path: Path, case: Named) -
 def test_each_kind_of_layers_of_the_release_is_served_or_refused() -> None:
     """GDN has `MambaSpec` too. A kind that inherits from one that is served is not served."""
     interface: Any = importlib.import_module("vllm.v1.kv_cache_interface")
-    caches = importlib.import_module("portakv.integrations.vllm_caches")
+    caches = importlib.import_module("portakv.integrations.vllm.caches")
     kinds = [interface.KVCacheSpec]
     for kind in kinds:
         kinds += kind.__subclasses__()
@@ -602,9 +602,9 @@ def test_windows_slide_while_rows_are_read(
 
     def work() -> tuple[list[list[list[int]]], int]:
         engine = Engine(hybrid, terms(tmp_path / "store"), blocks=140)
-        read_late(engine.worker_connector.hand)
+        read_late(engine.worker_connector.worker_side)
         if not guard:
-            engine.connector.ledger.__class__ = NotHeld
+            engine.connector.scheduler_side.__class__ = NotHeld
         tokens = [engine.ask(MANY, 40).tokens]
         engine.forget()
         tokens.append(engine.ask(BEGINNINGS).tokens)
@@ -672,12 +672,12 @@ def test_preempted_requests(
         if ahead:
             schedule_ahead()
         # A stored block is one block, so that saves are many.
-        vars(importlib.import_module("portakv.integrations.vllm_caches"))["TOKENS"] = BLOCK
+        vars(importlib.import_module("portakv.integrations.vllm.caches"))["TOKENS"] = BLOCK
         engine = Engine(model, terms(tmp_path / "store"), blocks=90)
         assert engine.steps_in_flight == (2 if ahead else 1)
-        read_late(engine.worker_connector.hand)
+        read_late(engine.worker_connector.worker_side)
         if not guard:
-            engine.connector.ledger.__class__ = Careless
+            engine.connector.scheduler_side.__class__ = Careless
         turns = []
         for _ in range(3):
             turns.append(engine.ask(MANY, 40).tokens)

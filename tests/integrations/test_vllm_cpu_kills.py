@@ -49,8 +49,8 @@ from support.waits import LIMIT
 from portakv.cli import main
 from portakv.errors import PortaKVError
 from portakv.migrate.channel import Channel
-from portakv.serving.keeper_messages import PROTOCOL, AskProtocol, Protocol
 from portakv.serving.local import TOKENS
+from portakv.serving.server.messages import PROTOCOL, AskProtocol, ServerProtocol
 from portakv.storage import prefix_keys
 
 #: The tokens of each prompt's answer, by the number of the prompt.
@@ -107,11 +107,11 @@ def run_server(folder: str) -> None:
     raise RuntimeError(f"the server ended with {main(['store', 'serve', folder, *sizes])}")
 
 
-def note_sealed(hand: Any, path: Path) -> None:
+def note_sealed(worker_side: Any, path: Path) -> None:
     """Append to a file the key of each block that was stored, in hexadecimal digits."""
     keys = dict[int, Sequence[bytes]]()
-    save = hand.save
-    report = hand.report
+    save = worker_side.save
+    report = worker_side.report
 
     def note_keys(plan: Any) -> None:
         keys.update({job.number: job.keys for job in plan.saves})
@@ -125,8 +125,8 @@ def note_sealed(hand: Any, path: Path) -> None:
                 file.write("".join(f"{key.hex()}\n" for key in stored))
         return made
 
-    hand.save = note_keys
-    hand.report = note_ends
+    worker_side.save = note_keys
+    worker_side.report = note_ends
 
 
 def save_first() -> None:
@@ -135,13 +135,13 @@ def save_first() -> None:
     Only tokens show this fault. Attention does not depend on the order of blocks, so blocks that
     are merely swapped would not show.
     """
-    kept: Any = importlib.import_module("portakv.serving.keeper_blocks")
-    save = kept.KeptBlocks.save
+    kept: Any = importlib.import_module("portakv.serving.server.client")
+    save = kept.ServerBlocks.save
 
     def save_one(self: Any, view: Any, blocks: Any, keys: Any, **terms: Any) -> Any:
         return save(self, view, [blocks[0]] * len(blocks), keys, **terms)
 
-    kept.KeptBlocks.save = save_one
+    kept.ServerBlocks.save = save_one
 
 
 def answer_prompts(
@@ -153,7 +153,7 @@ def answer_prompts(
     for each time that prompts were served: their numbers, and the blocks that have landed so far.
     """
     engine = Engine(model, {"folder": str(folder / "store"), "shared": True, **SIZES})
-    note_sealed(engine.worker_connector.hand, folder / "sealed")
+    note_sealed(engine.worker_connector.worker_side, folder / "sealed")
     if not right:
         save_first()
     draw = random.Random(seed)
@@ -327,7 +327,7 @@ def knock(address: Path) -> None:
     while True:
         if address.exists():
             with closing(Channel()) as other, suppress(PortaKVError):
-                other.ask(address.read_text(), AskProtocol(PROTOCOL), Protocol, 1.0)
+                other.ask(address.read_text(), AskProtocol(PROTOCOL), ServerProtocol, 1.0)
         time.sleep(0.05)
 
 

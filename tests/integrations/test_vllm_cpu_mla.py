@@ -196,7 +196,7 @@ def differences() -> list[str]:
     from vllm import _custom_ops
 
     reference: Any = importlib.import_module("vllm.v1.attention.backends.mla.cpu_mla")
-    views: Any = importlib.import_module("portakv.integrations.vllm_views")
+    views: Any = importlib.import_module("portakv.integrations.vllm.caches")
 
     def write_by_cpu(cache: torch.Tensor, latent: Any, rope: Any, slots: Any) -> None:
         scale = torch.ones(())

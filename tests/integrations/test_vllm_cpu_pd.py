@@ -134,7 +134,7 @@ def test_prompts_are_handed_over(
 
     with pytest.MonkeyPatch.context() as patch:
         if not guard:
-            views = importlib.import_module("portakv.integrations.vllm_views")
+            views = importlib.import_module("portakv.integrations.vllm.caches")
             fused = ("vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec",)
             patch.setattr(views, "FUSED", fused)
         children = [start_child(prefill), start_child(decode)]
@@ -191,7 +191,7 @@ def test_rows_by_staging(
 
 def put_first_rows_alone() -> None:
     """Put only the rows of the first token of each slice into blocks."""
-    arrival: Any = importlib.import_module("portakv.migrate.arrival")
+    arrival: Any = importlib.import_module("portakv.migrate.staged_reader")
     copy = arrival.copy_checked
     arrival.copy_checked = lambda *args: copy(*args[:4], 1)
 
@@ -282,7 +282,7 @@ def test_rows_that_change_in_mid_pull_are_not_used(
 
 def list_leases() -> list[Any]:
     """Return a list that gets the lease of each offer of this process."""
-    offers: Any = importlib.import_module("portakv.migrate.offers")
+    offers: Any = importlib.import_module("portakv.migrate.owner")
     leases = list[Any]()
     make = offers.Lease
 
@@ -321,10 +321,10 @@ def test_prompts_of_an_engine_that_preempts(
 
     def prefill() -> tuple[dict[str, int], int]:
         serving = prefill_engine(model, blocks=79)
-        ledger = serving.engine.connector.ledger
+        scheduler_side = serving.engine.connector.scheduler_side
         if not guard:
-            ledger.__class__ = LentAndGivenBack
-        preempted = count_preemptions(ledger)
+            scheduler_side.__class__ = LentAndGivenBack
+        preempted = count_preemptions(scheduler_side)
         compute_prompts(serving, tmp_path, MANY, tokens=40)
         return serving.engine.counts, len(preempted)
 
@@ -451,7 +451,7 @@ def test_a_prefill_engine_that_is_restarted_at_its_address(
 
     def prefill(address: str, what: list[int], folder: Path) -> None:
         if not guard:
-            for name in ("portakv.migrate.offers", "portakv.serving.tickets"):
+            for name in ("portakv.migrate.owner", "portakv.serving.handover_tickets"):
                 repeat_bytes(name)
         serving = prefill_engine(model, hand_over={"address": address, "secret_file": str(secret)})
         note(folder / "address", serving.engine.worker_connector.store.handover.endpoint.address)
@@ -580,7 +580,7 @@ def test_two_ranks_hand_over_to_one(
 
     with pytest.MonkeyPatch.context() as patch:
         if not guard:
-            ranks: Any = importlib.import_module("portakv.integrations.vllm_ranks")
+            ranks: Any = importlib.import_module("portakv.integrations.vllm.ranks")
             part = ranks.Rank.part
 
             def swapped(self: Any, *args: Any, **terms: Any) -> Any:

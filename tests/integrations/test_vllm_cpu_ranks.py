@@ -101,7 +101,7 @@ def test_two_ranks_load_what_one_has_stored(
 
     with pytest.MonkeyPatch.context() as patch:
         if not guard:
-            ranks: Any = importlib.import_module("portakv.integrations.vllm_ranks")
+            ranks: Any = importlib.import_module("portakv.integrations.vllm.ranks")
             rank_of = ranks.rank_of
             patch.setattr(ranks, "rank_of", lambda config, _: rank_of(config, 0))
         answer, landed = in_a_child(second)
@@ -162,7 +162,7 @@ def test_ranks_load_from_a_bucket(
 
     with pytest.MonkeyPatch.context() as patch:
         if not guard:
-            ranks: Any = importlib.import_module("portakv.integrations.vllm_ranks")
+            ranks: Any = importlib.import_module("portakv.integrations.vllm.ranks")
             rank_of = ranks.rank_of
             patch.setattr(ranks, "rank_of", lambda config, _: rank_of(config, 0))
         in_a_child(second, dies=True)
@@ -257,7 +257,7 @@ def test_two_stages_load_what_two_ranks_have_stored(
 
     with pytest.MonkeyPatch.context() as patch:
         if not guard:
-            ranks: Any = importlib.import_module("portakv.integrations.vllm_ranks")
+            ranks: Any = importlib.import_module("portakv.integrations.vllm.ranks")
             patch.setattr(ranks, "stage_of", lambda *_: (0, LAYERS // 2, LAYERS))
         answers, landed, in_flight = in_a_child(second)
     assert in_flight == 2
@@ -270,14 +270,14 @@ def test_two_stages_load_what_two_ranks_have_stored(
 
 def refuse_idle_plans(worker: Any) -> None:
     """Let a stage fail if a plan calls the engine idle, whose other requests may be in flight."""
-    hand = connector_here().hand
-    load = hand.load
+    worker_side = connector_here().worker_side
+    load = worker_side.load
 
     def check(plan: Any) -> None:
         assert not plan.idle
         load(plan)
 
-    hand.load = check
+    worker_side.load = check
 
 
 @pytest.mark.parametrize(
@@ -361,11 +361,11 @@ def test_preempted_requests_of_stages(
     def work() -> tuple[list[list[list[int]]], int, int]:
         engine = Engine(model, terms(tmp_path / "store"), blocks=83, stages=2)
         engine.join()
-        engine.in_workers(lambda _: read_late(connector_here().hand))
-        ledger = engine.connector.ledger
+        engine.in_workers(lambda _: read_late(connector_here().worker_side))
+        scheduler_side = engine.connector.scheduler_side
         if not guard:
-            ledger.__class__ = Careless
-        preempted = count_preemptions(ledger)
+            scheduler_side.__class__ = Careless
+        preempted = count_preemptions(scheduler_side)
         turns = []
         for _ in range(2 if guard else 8):  # a block is given back early, but not in each turn
             turns.append(engine.ask(MANY, 30).tokens)
@@ -394,7 +394,7 @@ def test_two_engines_share_a_folder(
     def first() -> None:
         engine = Engine(model, store)
         engine.join()
-        assert engine.connector.index.keeper.serves
+        assert engine.connector.index.store_server.serves
         note(tmp_path / "first serves")
         engine.ask(FIRST)
         engine.forget()
@@ -411,7 +411,7 @@ def test_two_engines_share_a_folder(
         engine = Engine(model, store)
         engine.join()
         index = engine.connector.index
-        assert not index.keeper.serves
+        assert not index.store_server.serves
         await_that((tmp_path / "first has stored").exists)
         await_blocks(engine, FIRST)
         answers = [engine.ask(FIRST), engine.ask(SECOND)]
@@ -419,8 +419,8 @@ def test_two_engines_share_a_folder(
         engine.forget()
         losses = index.losses
         note(tmp_path / "second has stored")
-        await_that(lambda: index.keeper.serves and index.losses > losses)
-        await_blocks(engine, FIRST)  # they are listed once the keeper has the worker again
+        await_that(lambda: index.store_server.serves and index.losses > losses)
+        await_blocks(engine, FIRST)  # they are listed once the server has the worker again
         assert all(engine.in_workers(has_joined))  # which learns of that later
         answers.append(engine.ask(FIRST))
         return answers
@@ -432,11 +432,11 @@ def test_two_engines_share_a_folder(
     assert [each.cached for each in answers] == [FIRST_HITS, [0, 0], FIRST_HITS]
 
 
-def test_loads_by_layer_through_a_keeper(
+def test_loads_by_layer_through_a_store_server(
     model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
 ) -> None:
     """One worker, whose step computes with rows that land during it."""
-    case("loads by layer through a keeper")
+    case("loads by layer through a store server")
 
     def work() -> tuple[list[Answer], list[int]]:
         engine = Engine(model, terms(tmp_path / "store", shared=True, by_layer=True))
@@ -461,7 +461,7 @@ def test_copies_of_an_engine_share_a_folder(
 
     Without the guard, each copy opens the folder itself, and the second one does not start.
     """
-    case("DP 2 over one folder" if guard else "one keeper for both copies", not guard)
+    case("DP 2 over one folder" if guard else "one store server for both copies", not guard)
 
     async def serve() -> tuple[list[Answer], list[int]]:
         copies = Copies(model, terms(tmp_path / "store"))
@@ -480,7 +480,7 @@ def test_copies_of_an_engine_share_a_folder(
     def work() -> tuple[list[Answer], list[int]]:
         await_known_blocks()
         if not guard:
-            open_without_keeper(tmp_path / "refused")
+            open_without_store_server(tmp_path / "refused")
         return asyncio.run(serve())
 
     if not guard:
@@ -494,10 +494,10 @@ def test_copies_of_an_engine_share_a_folder(
     assert landed == [sum(SECOND_HITS) // TOKENS, sum(FIRST_HITS) // TOKENS]
 
 
-def open_without_keeper(path: Path) -> None:
+def open_without_store_server(path: Path) -> None:
     """Let each engine have its store, and wait for no folder; note in a file why one does not
     start."""
-    caches: Any = importlib.import_module("portakv.integrations.vllm_caches")
+    caches: Any = importlib.import_module("portakv.integrations.vllm.caches")
     local: Any = importlib.import_module("portakv.serving.local")
     workers_of = caches.workers_of
     opens = local.LocalIndex.open

@@ -43,8 +43,8 @@ from support.vllm_cpu import (
 from support.vllm_cpu_schedules import LONGEST_ANSWER, Asked, Walk, count_preemptions, prompts_of
 from support.vllm_cpu_table import Named, case_of
 
-from portakv.integrations.vllm_check import KEYS, TYPES
-from portakv.integrations.vllm_connectors_check import connector_findings_of
+from portakv.integrations.vllm.check import KEYS, TYPES
+from portakv.integrations.vllm.connectors_check import connector_findings_of
 from portakv.serving.local import TOKENS
 from portakv.serving.sizing import sizes_of
 
@@ -210,7 +210,7 @@ def test_probabilities_of_prompts_are_computed(
     def work() -> tuple[list[float], dict[str, int]]:
         leave_to_connectors()
         if not guard:
-            connector = importlib.import_module("portakv.integrations.vllm_connector")
+            connector = importlib.import_module("portakv.integrations.vllm.connector")
             vars(connector)["needs_all_tokens"] = lambda _: False
         engine = Engine(model, terms(tmp_path / "store"))
         engine.ask(PROMPTS[:1])
@@ -234,7 +234,7 @@ def test_loads_by_layer_in_steps_that_are_planned_ahead(
     def work() -> None:
         schedule_ahead()
         if not guard:
-            caches = importlib.import_module("portakv.integrations.vllm_caches")
+            caches = importlib.import_module("portakv.integrations.vllm.caches")
             vars(caches)["schedules_ahead"] = lambda _: False
         engine = Engine(model, terms(tmp_path / "store", host=0, by_layer=True))
         engine.ask(PROMPTS)
@@ -267,15 +267,15 @@ def test_random_schedules(guard: bool, model: Path, tmp_path: Path, case: Named)
 
     def work() -> tuple[dict[str, int], list[Asked]]:
         # A stored block is one block, so that saves are many.
-        vars(importlib.import_module("portakv.integrations.vllm_caches"))["TOKENS"] = BLOCK
+        vars(importlib.import_module("portakv.integrations.vllm.caches"))["TOKENS"] = BLOCK
         # A store that holds part of the blocks, so that they are saved again and again.
         store = terms(tmp_path / "store", host=8 << 20, capacity=24 << 20)
         engine = Engine(model, store, blocks=56, max_model_len=1024, scheduling_policy="priority")
         vars(importlib.import_module("support.late_copies"))["STALL"] = STALL
-        read_late(engine.worker_connector.hand)
+        read_late(engine.worker_connector.worker_side)
         if not guard:
-            engine.connector.ledger.__class__ = Careless
-        preempted = count_preemptions(engine.connector.ledger)
+            engine.connector.scheduler_side.__class__ = Careless
+        preempted = count_preemptions(engine.connector.scheduler_side)
         walk = Walk(engine, prompts, expected, draw)
         walk.run(REQUESTS)
         if guard:

@@ -57,7 +57,7 @@ PRIMARY = 38 * CHUNK
 def imported() -> None:
     """Import vLLM once; each engine runs in a forked child."""
     import_engine()
-    importlib.import_module("portakv.integrations.vllm_tier")
+    importlib.import_module("portakv.integrations.vllm.tier")
 
 
 @pytest.fixture(autouse=True)
@@ -226,7 +226,7 @@ def test_two_engines_have_one_folder(model: Path, own: Answer, tmp_path: Path, c
         answers = list[Answer]()
         loaded = engine.tier.tier.counts.get("loaded", 0)
         until = time.monotonic() + LIMIT / 2
-        # The engine goes on without a keeper that is late, and so without hits.
+        # The engine goes on without a server that is late, and so without hits.
         while not answers or answers[-1].cached != [HIT] * 3:
             assert time.monotonic() < until, answers
             engine.settle()

@@ -15,9 +15,8 @@ from support.waits import LIMIT
 
 from portakv.graph import Graph
 from portakv.graph.task import Task
-from portakv.integrations import vllm_metrics
-from portakv.integrations.vllm_events import Kinds, are_wanted, events_of
-from portakv.integrations.vllm_metrics import (
+from portakv.integrations.vllm import metrics
+from portakv.integrations.vllm.metrics import (
     SUPPORTED,
     Figures,
     disk_levels,
@@ -25,11 +24,12 @@ from portakv.integrations.vllm_metrics import (
     stats_of,
     tier_counters,
 )
+from portakv.integrations.vllm.ranks import Kinds, are_wanted, events_of
 from portakv.runtime import tracing
-from portakv.serving import Described, Group, Ledger, Report
+from portakv.serving import Described, Group, Report, SchedulerSide
 from portakv.serving.local import LocalIndex
 from portakv.storage import prefix_keys
-from portakv.storage.changes import Change
+from portakv.storage.calls import Change
 
 
 def test_counters_are_reported_as_what_they_have_grown_by() -> None:
@@ -129,7 +129,7 @@ def with_vllm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType(name)
     monkeypatch.setitem(sys.modules, name, module)
     exec(CLASSES_OF_METRICS, module.__dict__)
-    spec = importlib.util.spec_from_file_location("figures_with_vllm", vllm_metrics.__file__)
+    spec = importlib.util.spec_from_file_location("figures_with_vllm", metrics.__file__)
     assert spec is not None
     assert spec.loader is not None
     copied = importlib.util.module_from_spec(spec)
@@ -215,20 +215,20 @@ PARENT = f"00-{1:032x}-{2:016x}-01"
 def test_a_load_is_a_span_below_that_of_its_request(headers: Any, parent: str, on: bool) -> None:
     index = LocalIndex()
     index.leading = lambda keys: len(keys)  # type: ignore[method-assign]
-    ledger = Ledger(8, [Group(8)], 1, index)
+    scheduler_side = SchedulerSide(8, [Group(8)], 1, index)
     request = SimpleNamespace(trace_headers=headers)
     tracer = Spans()
     before = tracing.use(tracer if on else None)
     try:
-        ledger.add("a", [*range(25)])
-        tokens = ledger.leading("a", 0)
+        scheduler_side.add("a", [*range(25)])
+        tokens = scheduler_side.leading("a", 0)
         assert tokens == 24
         with parent_of(request):
-            ledger.allocated("a", 0, tokens, ((1, 2, 3),))
-        (job,) = ledger.plan().loads
+            scheduler_side.allocated("a", 0, tokens, ((1, 2, 3),))
+        (job,) = scheduler_side.plan().loads
         report = Report()
         report.end_load(job.number, frozenset({2}))
-        ledger.take(report)
+        scheduler_side.take(report)
     finally:
         tracing.use(before)
     counts = {"load.blocks": 3, "load.blocks_missing": 1}
@@ -272,13 +272,13 @@ def test_blocks_that_follow_each_other_are_one_event() -> None:
     """A block that nothing describes is no event; it may have been stored by an earlier engine."""
     tokens = [*range(100, 124)]
     keys = prefix_keys(tokens, 8)
-    ledger = Ledger(8, [Group(8)], 1, LocalIndex())
-    ledger.describe_blocks()
+    scheduler_side = SchedulerSide(8, [Group(8)], 1, LocalIndex())
+    scheduler_side.describe_blocks()
     adapter = SimpleNamespace(lora_int_id=4, lora_name="adapter")
     about = SimpleNamespace(lora_request=adapter)
-    ledger.add("a", tokens, about=about)
-    ledger.scheduled("a", 0, 24, ((1, 2, 3),), replaced=True)
-    assert ledger.described(keys[1]) == Described(keys[0], tuple(tokens[8:16]), about)
+    scheduler_side.add("a", tokens, about=about)
+    scheduler_side.scheduled("a", 0, 24, ((1, 2, 3),), replaced=True)
+    assert scheduler_side.described(keys[1]) == Described(keys[0], tuple(tokens[8:16]), about)
     unknown = prefix_keys(range(8), 8)
     made = events_of(
         [
@@ -288,7 +288,7 @@ def test_blocks_that_follow_each_other_are_one_event() -> None:
             *changes("disk", True, unknown),
             *changes("host", False, keys[:2]),
         ],
-        ledger.described,
+        scheduler_side.described,
         8,
         KINDS,
     )

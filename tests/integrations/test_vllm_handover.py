@@ -14,8 +14,8 @@ from support.vllm_stub import write_vllm
 from support.waits import LIMIT
 
 from portakv.errors import InvalidTerms
-from portakv.integrations.vllm_handover import roles_of
-from portakv.serving.handover_terms import HandoverTerms
+from portakv.integrations.vllm.caches import roles_of
+from portakv.serving.handover_tickets import HandoverTerms
 
 TESTS = Path(__file__).resolve().parents[1]
 

@@ -12,7 +12,7 @@ from torch.cuda import _sleep
 
 from portakv import BlockTransfer, KVView, copy_rows
 from portakv.host import pinned
-from portakv.integrations.vllm_lanes import Job, Lane
+from portakv.integrations.vllm.moves import Job, Lane
 
 BLOCKS = 64
 PAGE = 1 << 20

@@ -15,9 +15,9 @@ from support.waits import LIMIT
 from portakv.copy.layer_words import LayerWords
 from portakv.errors import InvalidTerms, StoreBusy
 from portakv.integrations import IntegrationError
-from portakv.integrations.vllm_caches import Settings, settings_of
-from portakv.integrations.vllm_ranks import (
-    KeptIndex,
+from portakv.integrations.vllm.caches import FUSED, LATENT, Settings, settings_of
+from portakv.integrations.vllm.ranks import (
+    JoinedIndex,
     Rank,
     WorkerStore,
     index_of,
@@ -25,10 +25,10 @@ from portakv.integrations.vllm_ranks import (
     read_views,
     stage_of,
 )
-from portakv.integrations.vllm_views import FUSED, LATENT
 from portakv.runtime import late_release
-from portakv.serving import Keeper, keeper_server
+from portakv.serving import StoreServer
 from portakv.serving.local import GroupView, LocalIndex
+from portakv.serving.server import server
 from portakv.storage import prefix_keys
 from portakv.view import KVView
 
@@ -69,20 +69,20 @@ def extra_terms(configurations: tuple[Any, Any]) -> dict[str, Any]:
     ],
     ids=["one", "shared", "executor uni", "executor mp", "TP 4", "PP 2", "DP 2"],
 )
-def test_who_uses_a_keeper(
+def test_who_uses_a_store_server(
     terms: dict[str, Any],
     shared: bool,
     count: int,
-    keeper: bool,
+    store_server: bool,
     configurations: tuple[Any, Any],
 ) -> None:
     change(configurations, **terms)
     extra_terms(configurations)["shared"] = shared
     settings = settings_of(*configurations)
     assert settings.workers.size == count
-    assert settings.uses_keeper is keeper
-    assert settings.reads_rows is keeper
-    assert settings.has_whole_blocks is not keeper
+    assert settings.uses_store_server is store_server
+    assert settings.reads_rows is store_server
+    assert settings.has_whole_blocks is not store_server
 
 
 def test_packed_blocks_have_the_size_of_the_engines(configurations: tuple[Any, Any]) -> None:
@@ -92,7 +92,7 @@ def test_packed_blocks_have_the_size_of_the_engines(configurations: tuple[Any, A
     settings = settings_of(*configurations)
     assert settings.block_size == SIZE
     assert settings.reads_rows
-    assert not settings.uses_keeper
+    assert not settings.uses_store_server
     assert not settings.has_whole_blocks
     terms["block_size"] = SIZE
     assert settings_of(*configurations).block_size == SIZE
@@ -120,9 +120,9 @@ def test_copies_of_an_engine_that_know_nothing_of_each_other(
 ) -> None:
     """vLLM gives them the size 1, and appends their number to the engine's name."""
     change(configurations, data_parallel_size=1)
-    assert not settings_of(*configurations).uses_keeper
+    assert not settings_of(*configurations).uses_store_server
     configurations[0].kv_transfer_config.engine_id = f"engine_dp{number}"
-    assert settings_of(*configurations).uses_keeper
+    assert settings_of(*configurations).uses_store_server
 
 
 @pytest.mark.parametrize(
@@ -354,8 +354,8 @@ def test_blocks_of_two_ranks_are_loaded_by_one(
     views = [view_of(configurations, settings, cache) for cache in caches]
     parts: list[Any] = [first.open([views[0]], 0)[0], second.open([views[1]], 1)[0]]
     index = index_of(settings)
-    assert isinstance(index, KeptIndex)
-    assert index.keeper.serves
+    assert isinstance(index, JoinedIndex)
+    assert index.store_server.serves
     assert first.wait(LIMIT)
     assert second.wait(LIMIT)
     saves = [
@@ -372,8 +372,8 @@ def test_blocks_of_two_ranks_are_loaded_by_one(
     group = view_of(other, settings, cache)
     blocks: Any = alone.open([group], 0)[0]
     joined = index_of(settings)
-    assert isinstance(joined, KeptIndex)
-    assert not joined.keeper.serves
+    assert isinstance(joined, JoinedIndex)
+    assert not joined.store_server.serves
     assert alone.wait(LIMIT)
     assert joined.leading(keys) == 4
     load = blocks.load(group.view, [0, 2, 4, 7], keys, deadline=LIMIT)
@@ -403,7 +403,7 @@ def test_blocks_of_two_stages_are_loaded_by_two_ranks(
         clients.append(client)
         saves.append((part, view))
     index = index_of(settings)
-    assert isinstance(index, KeptIndex)
+    assert isinstance(index, JoinedIndex)
     assert all(client.wait(LIMIT) for client in clients)
     for save in [part.save(view.view, [1, 3, 5, 6], keys) for part, view in saves]:
         save.synchronize(LIMIT)
@@ -461,13 +461,13 @@ def test_one_worker_has_its_own_store(configurations: tuple[Any, Any]) -> None:
 def test_a_shared_engine_with_the_folder_of_one_that_is_not(
     configurations: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper_server, "BUSY", 0.1)
+    monkeypatch.setattr(server, "BUSY", 0.1)
     settings, alone = worker_of(configurations, 2, 2, 1)
     alone.open([view_of(configurations, settings, rows(2))], 0)
     extra_terms(configurations)["shared"] = True
     settings, shared = worker_of(configurations, 2, 2, 1)
     shared.open([view_of(configurations, settings, rows(2))], 0)
-    with Keeper(settings.store, settings.engine):
+    with StoreServer(settings.store, settings.engine):
         with pytest.raises(InvalidTerms, match="set shared to true in each engine"):
             shared.wait(LIMIT)
         shared.close()
@@ -482,13 +482,13 @@ def test_an_engine_whose_worker_is_refused_starts_at_once(
     settings, first = worker_of(configurations, 2, 2, 1)
     first.open([view_of(configurations, settings, rows(2))], 0)
     serving = index_of(settings)
-    assert isinstance(serving, KeptIndex)
+    assert isinstance(serving, JoinedIndex)
     other = configuration(str(tmp_path / "store"), "other", BLOCKS, SIZE)
     extra_terms(other)["shared"] = True
     settings, second = worker_of(other, 4, 4, 1)
     second.open([view_of(other, settings, rows(4))], 0)
     index = index_of(settings)
-    assert isinstance(index, KeptIndex)
+    assert isinstance(index, JoinedIndex)
     assert index.leading([bytes(32)]) == 0
     assert not any("No worker has joined" in line for line in caplog.messages)
     assert any("Nothing is stored or loaded" in line for line in caplog.messages)

@@ -14,7 +14,7 @@ from support.kv_transfer import right
 
 from portakv.integrations import MATRIX
 from portakv.integrations.interfaces import lacks
-from portakv.integrations.vllm_check import HOOKS, OPTIONAL_HOOKS, findings_of
+from portakv.integrations.vllm.check import HOOKS, OPTIONAL_HOOKS, findings_of
 
 #: The hooks that each release lacks.
 LACKING: dict[str, set[str]] = {

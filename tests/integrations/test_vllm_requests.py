@@ -11,15 +11,17 @@ import pytest
 import torch
 from support.vllm_stub import configuration
 
-from portakv.integrations.vllm_caches import (
+from portakv.integrations.vllm.caches import (
     extra_of,
+    identity_of,
     is_served,
+    parameters_for,
+    remote_rows_of,
     salt_of,
     settings_of,
 )
-from portakv.integrations.vllm_handover import identity_of, parameters_for, remote_rows_of
-from portakv.serving import Group, Ledger
-from portakv.serving.handover_terms import RemoteRows
+from portakv.serving import Group, SchedulerSide
+from portakv.serving.handover_tickets import RemoteRows
 from portakv.serving.local import LocalIndex
 
 
@@ -108,13 +110,13 @@ def test_images_are_part_of_the_keys_of_the_blocks_that_they_touch() -> None:
 
 def test_requests_with_other_images_have_other_keys() -> None:
     index = LocalIndex()
-    ledger = Ledger(16, [Group(16)], 1, index)
+    scheduler_side = SchedulerSide(16, [Group(16)], 1, index)
     tokens = [7] * 48
     for name in ("a", "b"):
         asked = request(mm_features=[image(name, 20, 8)])
-        ledger.add(name, tokens, salt_of(asked), extra_of(asked, 16))
-        ledger.scheduled(name, 0, 48, ((1, 2, 3),), replaced=True)
-    first, second = (job.keys for job in ledger.plan().saves)
+        scheduler_side.add(name, tokens, salt_of(asked), extra_of(asked, 16))
+        scheduler_side.scheduled(name, 0, 48, ((1, 2, 3),), replaced=True)
+    first, second = (job.keys for job in scheduler_side.plan().saves)
     # The first block, before the image, is saved once.
     assert len(first) == 3
     assert len(second) == 2

@@ -17,8 +17,8 @@ from support.guarded_memory import refused
 from support.vllm_cases import Caches
 
 from portakv import BackendUnavailable, BlockTransfer, InvalidTerms, KVView, copy_rows
-from portakv.integrations import vllm as integration
-from portakv.integrations.vllm import PortaKVOffloadingWorker
+from portakv.integrations.vllm import offloading
+from portakv.integrations.vllm.offloading import PortaKVOffloadingWorker
 
 Make = Callable[..., PortaKVOffloadingWorker]
 
@@ -50,7 +50,7 @@ def test_a_worker_has_copied_before_its_first_job(
         recorded.append((src.layout.text, count))
         return copy_rows(src, dst, *ids, count=count, **terms)
 
-    monkeypatch.setattr(integration, "copy_rows", copy)
+    monkeypatch.setattr(offloading, "copy_rows", copy)
     make(caches, chunks=99)
     down = "layer | block (token dim)"
     up = "layer | block token dim"

@@ -12,9 +12,8 @@ import pytest
 from support.command_line import run
 
 from portakv.errors import InvalidTerms
-from portakv.integrations import findings
-from portakv.integrations.vllm_tier_check import tier_findings_of
-from portakv.integrations.vllm_tier_terms import tier_terms
+from portakv.integrations import checks
+from portakv.integrations.vllm.tier_check import tier_findings_of, tier_terms
 
 
 def right(at: Path, extra: dict[str, Any] | None = None, **tier: Any) -> dict[str, Any]:
@@ -116,7 +115,7 @@ def test_a_container_has_less_memory_than_its_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(findings, "LIMITS", (tmp_path / "missing", limit))
+    monkeypatch.setattr(checks, "LIMITS", (tmp_path / "missing", limit))
     limit.write_text("max\n")
     assert tier_findings_of(right(tmp_path)).errors == []
     limit.write_text(f"{1 << 29}\n")

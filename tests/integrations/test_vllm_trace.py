@@ -17,7 +17,7 @@ from support.vllm_replay import Differs, Order, Replay
 from support.vllm_stub import imported
 from support.vllm_trace import ENGINE, Event, Recorder, Trace, read_trace, write_trace
 
-from portakv.serving import Ledger
+from portakv.serving import SchedulerSide
 
 FULL = pytest.mark.full
 PATH = Path(__file__).with_name("vllm_trace.json")
@@ -161,7 +161,7 @@ def test_the_connector_answers_as_in_the_engine(connector: Any, trace: Trace) ->
     """Plans, reports, and what is told to the engine are equal; nothing is left at the end."""
     replay = play(connector, trace, "as recorded")
     assert replay.recorder.events == trace.events
-    left = replay.ledger.statistics()
+    left = replay.scheduler_side.statistics()
     assert (left["requests"], left["jobs"]) == (0, 0)
     assert left["failed_loads"] == 1
     assert left["landed_blocks"] > 5
@@ -210,7 +210,9 @@ def test_hooks_that_are_swapped_are_noticed(
 
 
 @pytest.mark.parametrize("wrong", [GivenBackAtOnce, NotStopped])
-def test_a_ledger_with_a_bug_is_noticed(wrong: type[Ledger], connector: Any, trace: Trace) -> None:
+def test_a_scheduler_side_with_a_bug_is_noticed(
+    wrong: type[SchedulerSide], connector: Any, trace: Trace
+) -> None:
     replay = Replay(connector, trace, wrong.__name__, wrong)
     with pytest.raises(Differs, match=r"build_connector_meta|request_finished"):
         replay.play()

@@ -18,11 +18,9 @@ from support.kv_transfer import BLOCK, WRONG_KEYS, WRONG_TERMS, right
 from support.vllm_stub import configuration, write_vllm
 
 from portakv.errors import PortaKVError
-from portakv.integrations.vllm_caches import check_hooks, settings_of
-from portakv.integrations.vllm_connectors_check import connector_findings_of
-from portakv.integrations.vllm_handover import check_groups
-from portakv.integrations.vllm_ranks import WorkerStore, index_of, read_views
-from portakv.integrations.vllm_views import FUSED
+from portakv.integrations.vllm.caches import FUSED, check_groups, check_hooks, settings_of
+from portakv.integrations.vllm.connectors_check import connector_findings_of
+from portakv.integrations.vllm.ranks import WorkerStore, index_of, read_views
 
 BLOCKS = 8
 HEADS = 2

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-from portakv.integrations import vllm_ranks
-from portakv.integrations.vllm_connector import PortaKVConnector
+from portakv.integrations.vllm import ranks
+from portakv.integrations.vllm.connector import PortaKVConnector
 from portakv.serving import Report
 
 #: The model that the tests name. vLLM takes the folder, and downloads nothing.
@@ -86,7 +86,7 @@ class Own(PortaKVConnector):
             number = self.loads.pop(name, None)
             if number is not None:
                 report.end_load(number, frozenset())
-        self.ledger.take(report)
+        self.scheduler_side.take(report)
 
 
 class Answering(Own):
@@ -150,7 +150,7 @@ def write_model() -> None:
 def pytest_configure() -> None:
     """Put the connector in its place before a test module takes another one."""
     write_model()
-    vllm_ranks.PATIENCE = 0.0  # no worker will join
+    ranks.PATIENCE = 0.0  # no worker will join
     registry = vars(importlib.import_module(FACTORY).KVConnectorFactory)["_registry"]
     for name in ("ExampleConnector", "NixlConnector", "SimpleCPUOffloadConnector"):
         registry[name] = lambda: Own

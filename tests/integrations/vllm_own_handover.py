@@ -3,11 +3,11 @@
 
     python -m pytest --noconftest -p vllm_own_handover tests/v1/kv_connector/unit/...
 
-vLLM's schedulers and block pools drive PortaKV's connector and its ledger, all unchanged. Requests
-carry tickets of a second engine, which computes their prompts by the same classes. `Worker` stands
-in for the workers: it moves no rows, and reports what a test reports. Each test runs in each role
-that fits it. A test that finds vLLM's scheduler empty also finds the ledger, and the second engine,
-empty.
+vLLM's schedulers and block pools drive PortaKV's connector and its scheduler side, all unchanged.
+Requests carry tickets of a second engine, which computes their prompts by the same classes.
+`Worker` stands in for the workers: it moves no rows, and reports what a test reports. Each test
+runs in each role that fits it. A test that finds vLLM's scheduler empty also finds the scheduler
+side, and the second engine, empty.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import pytest
 import vllm_own_connector
 
 from portakv.integrations import IntegrationError
-from portakv.integrations.vllm_connector import EndpointMetadata, PortaKVConnector, ReportMetadata
+from portakv.integrations.vllm.connector import EndpointMetadata, PortaKVConnector, ReportMetadata
 from portakv.migrate import Ticket
 from portakv.serving import Plan, Report
-from portakv.serving.tickets import Endpoint
+from portakv.serving.handover_tickets import Endpoint
 
 UNIT = "tests.v1.kv_connector.unit"
 utils: Any = importlib.import_module(f"{UNIT}.utils")
@@ -55,7 +55,7 @@ RELAYED = "_make_p_node_turn2_request"
 
 NO_TICKET = "without a ticket"
 NOT_LANDED = "without the end of the pull"
-NO_REPORT = "without the report to the ledger"
+NO_REPORT = "without the report to the scheduler side"
 NOT_RETAINED = "without retained blocks"
 #: Negative controls: tests that must fail, and the guard that they lack.
 CONTROLS = {
@@ -190,7 +190,7 @@ class Engine(PortaKVConnector):
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         metadata = super().build_connector_meta(scheduler_output)
-        self.ledger.take(self.worker.begin(metadata.plan))
+        self.scheduler_side.take(self.worker.begin(metadata.plan))
         return metadata
 
     def update_connector_output(self, connector_output: Any) -> None:
@@ -269,7 +269,7 @@ class Case:
     engines: list[Engine] = field(default_factory=list)
     prefill: Prefill | None = None
 
-    def hand(self, request: Any) -> Any:
+    def worker_side(self, request: Any) -> Any:
         """Return what a request carries whose prompt the second engine has computed."""
         if self.prefill is None:
             self.prefill = Prefill()
@@ -289,7 +289,7 @@ def create_vllm_config(**named: Any) -> Any:
     named.update(kv_role=role, kv_connector_extra_config=extra)
     named.update(kv_connector="Engine", kv_connector_module_path=__name__)
     config = make_config(**named)
-    config.parallel_config.distributed_executor_backend = "uni"  # no keeper of a store
+    config.parallel_config.distributed_executor_backend = "uni"  # no server of a store
     return config
 
 
@@ -297,12 +297,12 @@ def create_request(**named: Any) -> Any:
     """Return a request; it carries a ticket if another engine has computed its prompt."""
     request = make_request(**named)
     if named.get("do_remote_prefill") and case.variant.lacks != NO_TICKET:
-        request.kv_transfer_params = case.hand(request)
+        request.kv_transfer_params = case.worker_side(request)
     return request
 
 
 def assert_scheduler_empty(scheduler: Any) -> None:
-    """Check that nothing is left of requests: in vLLM, in the ledger and in the second engine."""
+    """Check that nothing is left of requests: in vLLM, the scheduler side and the second engine."""
     assert_empty_scheduler(scheduler)
     engine = scheduler.connector
     counts = engine.statistics()
@@ -318,7 +318,7 @@ def relayed(make: Callable[..., Any]) -> Callable[..., Any]:
 
     def made(*terms: Any, **named: Any) -> Any:
         request = make(*terms, **named)
-        request.kv_transfer_params = {**case.hand(request), "do_remote_decode": True}
+        request.kv_transfer_params = {**case.worker_side(request), "do_remote_decode": True}
         return request
 
     return made

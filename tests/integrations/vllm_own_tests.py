@@ -45,7 +45,7 @@ def pytest_configure() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.kv_offload.cpu import gpu_worker
 
-    from portakv.integrations import vllm as integration
+    from portakv.integrations.vllm import offloading
 
     if not current_platform.is_cuda_alike():  # the wheel finds no platform without its device
         name = os.environ.get("SIMDEV_NAME", "cpu")
@@ -54,7 +54,7 @@ def pytest_configure() -> None:
         type(current_platform).device_type = name
         type(current_platform).manual_seed_all = staticmethod(torch.manual_seed)
 
-    class CPUOffloadingWorker(integration.PortaKVOffloadingWorker):
+    class CPUOffloadingWorker(offloading.PortaKVOffloadingWorker):
         """With the arguments of vLLM's, and with the tensors of its handlers."""
 
         def __init__(

@@ -21,7 +21,7 @@ from vllm.v1.kv_offload.base import Medium
 from vllm.v1.kv_offload.file_mapper import FileMapper
 from vllm.v1.kv_offload.tiering.base import JobResult
 
-from portakv.integrations.vllm_tier import PortaKVTier
+from portakv.integrations.vllm.tier import PortaKVTier
 from portakv.runtime.finished import Finished
 from portakv.serving.pages import PageStore
 

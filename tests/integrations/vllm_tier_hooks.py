@@ -17,8 +17,8 @@ from support.vllm_tiering_stub import spec_of
 from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms
-from portakv.integrations import vllm_tier
-from portakv.integrations.vllm_tier import PortaKVTier, PortaKVTieringSpec
+from portakv.integrations.vllm import tier as vllm_tier
+from portakv.integrations.vllm.tier import PortaKVTier, PortaKVTieringSpec
 
 base: Any = vars(vllm_tier)  # with what it imports of vLLM
 LookupResult = base["LookupResult"]

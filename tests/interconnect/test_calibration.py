@@ -22,8 +22,7 @@ from support.simdev_cases import DEVICE, NAME
 
 from portakv import CopyPlan, PortaKVError
 from portakv.backends.base import Pending
-from portakv.interconnect import calibration
-from portakv.interconnect import choose as chosen
+from portakv.interconnect import calibration, choose
 from portakv.interconnect.batched_memcpy import BatchedMemcpy
 from portakv.interconnect.calibration import DELAYED, IDLE, Grid, Timed, Timer, calibrate
 from portakv.interconnect.choose import Host, HostLaunch
@@ -54,7 +53,7 @@ def _small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def replaced(monkeypatch: pytest.MonkeyPatch, **targets: str) -> None:
     names = BUILT_IN | targets
-    monkeypatch.setattr(chosen, "strategy_class", lambda name: resolve_name(names[name]))
+    monkeypatch.setattr(choose, "strategy_class", lambda name: resolve_name(names[name]))
 
 
 def altered(strategy: type[Strategy], launched: Callable[..., Any]) -> type[Strategy]:

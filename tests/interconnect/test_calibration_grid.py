@@ -15,7 +15,7 @@ from support.command_line import choose_tables, run
 from support.host_choice_cases import FIGURES, H200
 
 from portakv.cli import calibrate as verb
-from portakv.cli import sides as units
+from portakv.cli import sides
 from portakv.host import pinned
 from portakv.interconnect import calibration
 from portakv.interconnect.calibration import (
@@ -197,13 +197,13 @@ def test_the_table_that_is_printed(
 def test_bytes_that_are_read(text: str, nbytes: int | None) -> None:
     if nbytes is None:
         with pytest.raises(Exception, match="expected bytes above 0"):
-            units.read_bytes(text)
+            sides.read_bytes(text)
     else:
-        assert units.read_bytes(text) == nbytes
+        assert sides.read_bytes(text) == nbytes
 
 
 def test_bytes_and_times_that_are_written() -> None:
-    written = [units.in_bytes(n) for n in (1, 1023, 1024, 1536, 5 << 20, 3 << 40)]
+    written = [sides.in_bytes(n) for n in (1, 1023, 1024, 1536, 5 << 20, 3 << 40)]
     assert written == ["1 B", "1023 B", "1 KiB", "1.5 KiB", "5 MiB", "3 TiB"]
-    times = [units.in_time(s) for s in (1e-7, 8.52e-5, 4.712e-3, 1.2, 75.0)]
+    times = [sides.in_time(s) for s in (1e-7, 8.52e-5, 4.712e-3, 1.2, 75.0)]
     assert times == ["0.1 us", "85.2 us", "4.71 ms", "1.2 s", "75 s"]

@@ -32,7 +32,7 @@ from support.threads import run_threads
 
 from portakv import CopyPlan, Index, KVView, Unsupported
 from portakv.backends.base import Capabilities
-from portakv.interconnect import choose as chosen
+from portakv.interconnect import choose
 from portakv.interconnect import pick as picking
 from portakv.interconnect import pieces as pieces_of
 from portakv.interconnect.choose import Host, HostLaunch
@@ -56,7 +56,7 @@ def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(chosen, "costs_of", lambda device: H200)
+    monkeypatch.setattr(choose, "costs_of", lambda device: H200)
     with strategies(monkeypatch):
         yield
 
@@ -175,7 +175,7 @@ def test_pages_have_one_strategy_for_any_ids(
     downward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So their copies are repeated without a pick, and no runs are counted."""
-    monkeypatch.setattr(chosen, "costs_of", lambda device: UNMEASURED)
+    monkeypatch.setattr(choose, "costs_of", lambda device: UNMEASURED)
     monkeypatch.setattr(picking, "SHORT", 16 << 20)
     device = view("device")
     pinned = view("pinned")
@@ -205,8 +205,8 @@ def test_what_folds_counts_for_the_host_as_it_crosses(
     lie together); by torch (None) each is a call. The device pays for each row and for its piece.
     """
     if below is not None:
-        monkeypatch.setattr(chosen, "by_torch", lambda device: False)
-        monkeypatch.setattr(chosen, "link_of", lambda device: SimpleNamespace(fold_below=below))
+        monkeypatch.setattr(choose, "by_torch", lambda device: False)
+        monkeypatch.setattr(choose, "link_of", lambda device: SimpleNamespace(fold_below=below))
     monkeypatch.setattr(pieces_of, "TALL", tall)
     pieces = 30 * ROWS // 16 if folds else 30 * ROWS
     launch, move = ready(30)
@@ -313,7 +313,7 @@ POOLS = {
 def test_pools_of_strategies(layout: str, downward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages hold 16 tokens of 2 KiB in each layer. By ids of tokens that only the device has, only
     a kernel starts immediately; by pages that the host knows, runs of 32 KiB go to copy engines."""
-    monkeypatch.setattr(chosen, "costs_of", lambda device: UNMEASURED)
+    monkeypatch.setattr(choose, "costs_of", lambda device: UNMEASURED)
     sizes = {"layer": 4, "block": 128, "token": SIZE, "head": 8, "dim": 128}
     dims = layout.partition(" | ")[2]
     shape = [
@@ -445,7 +445,7 @@ def test_a_forced_strategy_carries_out_what_another_would() -> None:
 def test_costs_are_read_and_a_pick_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     devices: list[torch.device] = []
     with monkeypatch.context() as patch:
-        patch.setattr(chosen, "costs_of", devices.append)
+        patch.setattr(choose, "costs_of", devices.append)
         launch, move = ready(30)
     assert devices == [CPU]
     first = launch.pick(move)
@@ -466,7 +466,7 @@ def test_a_pick_under_way_when_its_strategy_goes_is_not_kept(
             launch.prepared("zero_copy")  # by another thread, say
             return result
 
-        monkeypatch.setattr(chosen, "pick", slow)
+        monkeypatch.setattr(choose, "pick", slow)
         assert launch.pick(move).strategy == "zero_copy"
         launch(*move, None, None)
         assert launched() == ["staged"]
@@ -498,7 +498,7 @@ def test_a_quick_pick_is_the_pick(data: st.DataObject) -> None:
     costs = data.draw(st.sampled_from([H200, UNMEASURED]))
     sure = ""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chosen, "costs_of", lambda device: costs)
+        patch.setattr(choose, "costs_of", lambda device: costs)
         for copy in (moved(src, dst, ids(), ids()) for _ in range(3)):
             quick = launch.pick(copy, quick=True)
             actual = launch.pick(copy).strategy

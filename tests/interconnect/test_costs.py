@@ -15,7 +15,7 @@ from support.threads import run_threads
 
 from portakv.interconnect import costs
 from portakv.interconnect.costs import FORMAT, Point, Table, costs_of, identity, read, store
-from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime import cuda
 
 pytestmark = pytest.mark.usefixtures("folder")
 CPU = torch.device("cpu")
@@ -249,5 +249,5 @@ def test_the_driver_of_a_table(
     if version_text is not None:
         file.write_text(version_text)
     monkeypatch.setattr(costs, "DRIVER_FILES", (file, file))
-    monkeypatch.setattr(_cuda_driver, "driver_version", version)
+    monkeypatch.setattr(cuda, "driver_version", version)
     assert costs.installed_driver() == driver

@@ -22,7 +22,7 @@ from portakv.interconnect import link
 from portakv.interconnect.link import LEAST_BATCH, MOST_DESCRIPTORS, CudaLink, TorchLink, link_of
 from portakv.interconnect.pieces import ALL, Pieces, to_2d_copies
 from portakv.plan.runs import Runs
-from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime import cuda
 from portakv_conformance import simdev
 
 CUDA = torch.device("cuda", 0)
@@ -94,7 +94,7 @@ def test_the_driver_copies_if_it_serves_the_device(accelerator: torch.device) ->
     if isinstance(made, CudaLink):
         assert link.why_not(accelerator) is None
         batches = made._copies.batched(scattered(LEAST_BATCH)) is not None
-        assert batches == (_cuda_driver.driver_version() >= 12080)
+        assert batches == (cuda.driver_version() >= 12080)
 
 
 @TO_DEVICE

@@ -37,14 +37,13 @@ from portakv.interconnect.zero_copy import (
     ZeroCopyKernel,
 )
 from portakv.registry.prepared import bring_table
-from portakv.runtime import cuda as _cuda_driver
-from portakv.runtime import nvrtc as _nvrtc
+from portakv.runtime import cuda, nvrtc
 from portakv.view import view as view_of
 
 CUDA = torch.device("cuda", 0)
 # One of them in every run.
 WIDER = [pytest.param(n, marks=[pytest.mark.full] * (n != 90)) for n in (80, 90, 100)]
-needs_nvrtc = pytest.mark.skipif(_nvrtc.missing() is not None, reason=str(_nvrtc.missing()))
+needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 
 
 @pytest.fixture
@@ -89,12 +88,12 @@ def test_devices_that_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None
     assert ZeroCopy.probe(CPU).reason == "it copies between a device and the host"
     other = ZeroCopy.probe(torch.device("xpu", 0))
     assert other == Decision("zero_copy", False, "the CUDA driver does not serve xpu devices")
-    monkeypatch.setattr(_cuda_driver, "why_not", lambda device: "update the driver")
+    monkeypatch.setattr(cuda, "why_not", lambda device: "update the driver")
     assert ZeroCopy.probe(CUDA).reason == "update the driver"
-    monkeypatch.setattr(_cuda_driver, "why_not", lambda device: None)
-    monkeypatch.setattr(_cuda_driver, "device_too_old", lambda device: "capability 6.0")
+    monkeypatch.setattr(cuda, "why_not", lambda device: None)
+    monkeypatch.setattr(cuda, "device_too_old", lambda device: "capability 6.0")
     assert ZeroCopy.probe(CUDA) == Decision("zero_copy", False, "capability 6.0")
-    monkeypatch.setattr(_cuda_driver, "device_too_old", lambda device: None)
+    monkeypatch.setattr(cuda, "device_too_old", lambda device: None)
     assert ZeroCopy.probe(CUDA).accepted
 
 
@@ -446,7 +445,7 @@ _PTX = {16: ".v4.u32", 8: ".u64", 4: ".u32", 2: ".u16", 1: ".u8"}
 @needs_nvrtc
 def test_nvrtc_keeps_all_vectors_of_a_thread_in_registers() -> None:
     for kernel in kernels():
-        text = _nvrtc.compile_text(kernel.source, "compute_80").decode()
+        text = nvrtc.compile_text(kernel.source, "compute_80").decode()
         assert text.count(".entry") == 1
         assert f".entry {NAME}(" in text
         assert f".maxntid {CUT.threads}" in text
@@ -460,7 +459,7 @@ def test_nvrtc_keeps_all_vectors_of_a_thread_in_registers() -> None:
 @pytest.mark.parametrize("architecture", WIDER)
 def test_nvrtc_makes_machine_code(architecture: int) -> None:
     for kernel in kernels()[:4]:
-        binary = _nvrtc.compile_text(kernel.source, f"sm_{architecture}")
+        binary = nvrtc.compile_text(kernel.source, f"sm_{architecture}")
         assert binary.startswith(b"\x7fELF")
 
 
@@ -620,7 +619,7 @@ def test_an_address_that_no_kernel_reaches() -> None:
 @pytest.mark.gpu
 def test_the_kernel_starts_with_as_many_threads_as_it_is_cut_for(gpu: ZeroCopy) -> None:
     """Registers of all instances of the table allow a block, without local memory."""
-    driver = _cuda_driver.bindings()
+    driver = cuda.bindings()
     attribute = driver.CUfunction_attribute
     for name in sorted(COPIES)[:12]:
         copied = COPIES[name]()

@@ -22,10 +22,10 @@ from portakv.copy.exponents import Sample
 from portakv.errors import InvalidTerms, LayoutError, TransferError, Unsupported
 from portakv.migrate import Channel, Owner, Reader, Shard
 from portakv.migrate.crossed import PullStatistics
-from portakv.migrate.late_answers import Kept, LateAnswers
-from portakv.migrate.messages import Answer, Choose, Chosen, Part
+from portakv.migrate.messages import Answer, BoxPart, Choose, Chosen
 from portakv.migrate.pull import Pull
 from portakv.migrate.pull_history import PullHistory
+from portakv.migrate.staged_owner import LateAnswers, RetainedSample
 
 INTO = [6, 1, 4, 2, 9]
 #: 10^9 bytes of raw rows a second, declared: rows of a CPU stay raw by the measured rates.
@@ -54,7 +54,7 @@ def samples(monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
     def rated(view: KVView, pack: Pack | None, link: float, _: object) -> EncodingChoice:
         return rated_choice(view, pack, link, PACKING)
 
-    where = "portakv.migrate.late_answers"
+    where = "portakv.migrate.staged_owner"
     monkeypatch.setattr(f"{where}.stays_raw", lambda view, pack, _: stays_raw(view, pack, PACKING))
     monkeypatch.setattr(f"{where}.rated_choice", rated)
     monkeypatch.setattr(f"{where}.Sample", sampled)
@@ -270,7 +270,7 @@ def test_the_rate_of_packing_is_measured_for_whole_shards(
             measured.append(view.layers)
         return rated_choice(view, pack, link, PACKING)
 
-    monkeypatch.setattr("portakv.migrate.late_answers.rated_choice", rated)
+    monkeypatch.setattr("portakv.migrate.staged_owner.rated_choice", rated)
     layer_by_layer(Both(made, Raw(), Raw(fill=0.0)))
     assert measured == [LAYERS] * LAYERS
 
@@ -329,7 +329,7 @@ def test_a_sample_is_kept(made: Sides, samples: list[Sample]) -> None:
 def test_another_sample_follows_many_bytes(
     made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("portakv.migrate.late_answers.SAMPLE_AGAIN", RAW_BYTES)
+    monkeypatch.setattr("portakv.migrate.staged_owner.SAMPLE_AGAIN", RAW_BYTES)
     both = Both(made, Raw(), Raw(fill=0.0))
     both.figures(SLOW)
     randomize(both.src)
@@ -513,19 +513,19 @@ def test_an_owner_that_takes_no_sample_sends_raw_rows(
     def fails(*_: object) -> None:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr("portakv.migrate.late_answers.Sample", fails)
+    monkeypatch.setattr("portakv.migrate.staged_owner.Sample", fails)
     both = Both(made, Raw(), Raw(fill=0.0))
     seen = both.figures(SLOW)
     assert not seen.packed
     assert "No sample was taken: no memory" in seen.raw_because
-    monkeypatch.setattr("portakv.migrate.late_answers.Sample", Sample)
+    monkeypatch.setattr("portakv.migrate.staged_owner.Sample", Sample)
     assert both.figures(SLOW).packed
 
 
 def test_an_owner_that_stays_busy_sends_raw_rows(
     made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("portakv.migrate.asking.PATIENCE", 0.1)
+    monkeypatch.setattr("portakv.migrate.staged_reader.PATIENCE", 0.1)
     monkeypatch.setattr(LateAnswers, "choose", lambda *_: Answer("busy", seconds=1e-3))
     seen = Both(made, Raw(), Raw(fill=0.0)).figures(SLOW)
     assert not seen.packed
@@ -536,13 +536,13 @@ def test_an_owner_that_stays_busy_sends_raw_rows(
 @pytest.mark.parametrize(("first", "count"), [(3, 16), (16, 15)])
 def test_an_owner_refuses_a_choice_for_parts_of_blocks(first: int, count: int) -> None:
     answers = LateAnswers(cast("Any", None))  # nothing is computed
-    request = Choose(bytes(16), bytes(16), Part(0, (0, 2), (0, 4), first, count), 1.0)
+    request = Choose(bytes(16), bytes(16), BoxPart(0, (0, 2), (0, 4), first, count), 1.0)
     with pytest.raises(LayoutError, match="whole blocks"):
         answers.choose(request, Raw().view, cast("Any", None), cast("Any", None))
 
 
 def test_a_kept_reason_needs_no_sample() -> None:
-    choice = Kept("The rows stay.").choice(Raw().view, SLOW)
+    choice = RetainedSample("The rows stay.").choice(Raw().view, SLOW)
     assert choice == EncodingChoice(None, "The rows stay.", SLOW)
 
 

@@ -31,12 +31,8 @@ from support.waits import until
 import portakv.migrate
 from portakv.errors import InvalidTerms, PeerError, SlotError, TransferTimeout
 from portakv.migrate import messages
-from portakv.migrate.channel import Channel
-from portakv.migrate.channel_client import answer_of
-from portakv.migrate.channel_server import KEPT
-from portakv.migrate.channel_sockets import ANSWER, BACK, HEAD, LIMIT
+from portakv.migrate.channel import ANSWER, BACK, HEAD, KEPT, LIMIT, Channel, Peer, answer_of
 from portakv.migrate.messages import VERSION, Message
-from portakv.migrate.peer import Peer
 
 TCP = "tcp://127.0.0.1:0"
 

@@ -12,8 +12,7 @@ from support.migrate_channels import SECRET
 from support.waits import LIMIT, until
 
 from portakv.errors import PeerError
-from portakv.migrate.channel import Channel
-from portakv.migrate.channel_sockets import Sockets
+from portakv.migrate.channel import Channel, Sockets
 
 TCP = "tcp://127.0.0.1:0"
 

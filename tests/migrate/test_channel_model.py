@@ -32,9 +32,8 @@ from support.channel_model import (
 )
 from support.waits import until
 
-from portakv.migrate import channel_client, channel_server, channel_sockets
-from portakv.migrate.channel import Channel
-from portakv.migrate.peer import Peer
+from portakv.migrate import channel as channel_client
+from portakv.migrate.channel import Channel, Peer
 
 KEPT = 4000  # bytes of all cached answers of a channel
 PEERS = 2  # clients of a channel
@@ -49,12 +48,12 @@ SIZE = st.sampled_from((0, 10, 1500))
 @pytest.fixture(autouse=True)
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give channels a few peers, little memory and fast heartbeats."""
-    monkeypatch.setattr(channel_server, "KEPT", KEPT)
-    monkeypatch.setattr(channel_server, "PEERS", PEERS)
-    monkeypatch.setattr(channel_sockets, "HEARTBEAT", 200)
-    monkeypatch.setattr(channel_sockets, "DEAD", 1000)
+    monkeypatch.setattr(channel_client, "KEPT", KEPT)
+    monkeypatch.setattr(channel_client, "PEERS", PEERS)
+    monkeypatch.setattr(channel_client, "HEARTBEAT", 200)
+    monkeypatch.setattr(channel_client, "DEAD", 1000)
     # Failures are planned; without the log they take no time.
-    monkeypatch.setattr(logging.getLogger(channel_server.__name__), "disabled", True)
+    monkeypatch.setattr(logging.getLogger(channel_client.__name__), "disabled", True)
 
 
 class ChannelMachine(RuleBasedStateMachine):
@@ -418,7 +417,7 @@ class Hoarding(Channel):
         self._server.__class__ = _EveryPeer
 
 
-class _EveryPeer(channel_server.Server):
+class _EveryPeer(channel_client.Server):
     def peer(self, name: bytes, fd: int, id: bytes) -> Peer | None:
         peer = super().peer(name, fd, id)
         if peer is None and fd in self._fds:

@@ -65,7 +65,7 @@ def test_another_thread_than_the_channels_makes_the_call_immediately(
 @pytest.mark.parametrize("pause", [60_000, 20])
 def test_a_question_for_a_moment_ends_after_it(monkeypatch: pytest.MonkeyPatch, pause: int) -> None:
     """Also if a requester looks seldom at its connection."""
-    monkeypatch.setattr("portakv.migrate.channel_client.LOOK", pause)
+    monkeypatch.setattr("portakv.migrate.channel.LOOK", pause)
     with server_and_asker(None) as (server, asker):
         release = threading.Event()
         answer: Any = lambda *_: release.wait(LIMIT) and Pong()  # noqa: E731
@@ -83,7 +83,7 @@ def test_a_request_behind_one_that_lost_its_connection_is_an_error_of_the_peer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first requester closes the connection while the second one waits for it."""
-    monkeypatch.setattr("portakv.migrate.channel_client.LOOK", 60_000)
+    monkeypatch.setattr("portakv.migrate.channel.LOOK", 60_000)
     with server_and_asker(None) as (server, asker):
         asked = threading.Event()
         assert asker.ask(server.address, Ping(b"up"), Pong).data == b"up"

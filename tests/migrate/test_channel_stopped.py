@@ -22,7 +22,7 @@ from support.waits import LIMIT, until
 
 from portakv.errors import PeerError
 from portakv.host import shared
-from portakv.migrate import channel_unix
+from portakv.migrate import channel
 from portakv.migrate.channel import Channel
 
 TCP = "tcp://127.0.0.1:0"
@@ -188,7 +188,7 @@ sys.stdin.read()
 def test_the_end_of_a_process_whose_name_is_no_text_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("portakv.migrate.channel_sockets.HEARTBEAT", 20)
+    monkeypatch.setattr("portakv.migrate.channel.HEARTBEAT", 20)
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
     command = [sys.executable, "-c", NAMED, str(Path(__file__).parents[1])]
     with (
@@ -211,8 +211,8 @@ def test_the_end_of_a_process_whose_name_is_no_text_is_seen(
 def test_a_process_that_shows_no_secret_keeps_no_descriptor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("portakv.migrate.channel_sockets.HEARTBEAT", 20)
-    monkeypatch.setattr("portakv.migrate.channel_sockets.HANDSHAKE", 100)
+    monkeypatch.setattr("portakv.migrate.channel.HEARTBEAT", 20)
+    monkeypatch.setattr("portakv.migrate.channel.HANDSHAKE", 100)
     with (
         closing(Channel()) as server,
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent,
@@ -223,7 +223,7 @@ def test_a_process_that_shows_no_secret_keeps_no_descriptor(
         assert silent.recv(64) == b""
 
 
-CONNECTION: Any = vars(channel_unix)["_Connection"]
+CONNECTION: Any = vars(channel)["_Connection"]
 
 
 class Answering:
@@ -236,7 +236,7 @@ class Answering:
         self.ended.append(fd)
 
     def reply(self, *_: object) -> bytes:
-        return bytes(2 * channel_unix.PACKET + 1)
+        return bytes(2 * channel.PACKET + 1)
 
     def run_later_calls(self) -> None: ...
 
@@ -272,7 +272,7 @@ def test_an_answer_without_one_of_its_packets_does_not_count() -> None:
         loop: Any = SimpleNamespace(
             watch=lambda *_: None, forget=lambda *_: None, run_later=lambda *_: None
         )
-        listener = channel_unix.UnixListener(b"", server, loop)
+        listener = channel.UnixListener(b"", server, loop)
         failing: Any = FailsOnce(here)
         connection = CONNECTION(failing, b"x")
         vars(listener)["_connections"][9] = connection

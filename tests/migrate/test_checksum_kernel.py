@@ -28,24 +28,34 @@ from support.sums_on_cpu import CPU, SMALL, HostDriver, LastTiles, ended_memory,
 from torch.cuda import _sleep
 
 from portakv.errors import TransferError, Unsupported
-from portakv.migrate import checksum as _checksum
-from portakv.migrate import checksum_kernel as _kernel
-from portakv.migrate.checksum import BoxSums, Part, box_checksums, kernel_of, load_kernel
-from portakv.migrate.checksum_kernel import AXES, CUT, SumKernel, driver_of, kernel_text
-from portakv.migrate.checksum_words import AXIS, MODULUS, key_of
-from portakv.runtime import hip
-from portakv.runtime import nvrtc as _nvrtc
+from portakv.migrate import checksum
+from portakv.migrate.checksum import (
+    AXES,
+    AXIS,
+    CUT,
+    MODULUS,
+    BoxSums,
+    SumKernel,
+    SummedPart,
+    box_checksums,
+    driver_of,
+    kernel_of,
+    kernel_text,
+    key_of,
+    load_kernel,
+)
+from portakv.runtime import hip, nvrtc
 from portakv.runtime.nvrtc import compile_kernel
 
 pytestmark = pytest.mark.xdist_group("checksum-kernel")
 needs_gxx = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-needs_nvrtc = pytest.mark.skipif(_nvrtc.missing() is not None, reason=str(_nvrtc.missing()))
+needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 FULL = pytest.mark.full
 GPU = torch.device("cuda", 0)
 DTYPES = [torch.int8, torch.bfloat16, torch.float32, torch.int64, torch.complex128]
 
 
-def sums_by(kernel: SumKernel, parts: Sequence[Part]) -> list[int]:
+def sums_by(kernel: SumKernel, parts: Sequence[SummedPart]) -> list[int]:
     """The checksums of numbers, which may repeat."""
     totals = [0] * (1 + max(part.number for part in parts))
     numbers, sums = kernel.sum_parts(parts)
@@ -54,7 +64,7 @@ def sums_by(kernel: SumKernel, parts: Sequence[Part]) -> list[int]:
     return [total % MODULUS for total in totals]
 
 
-def sums_by_torch(parts: Sequence[Part]) -> list[int]:
+def sums_by_torch(parts: Sequence[SummedPart]) -> list[int]:
     """The same by the operators of torch, on the host."""
     sums = BoxSums()
     sums.add([part._replace(tensor=part.tensor.cpu()) for part in parts])
@@ -62,7 +72,7 @@ def sums_by_torch(parts: Sequence[Part]) -> list[int]:
 
 
 @st.composite
-def drawn_parts(draw: st.DrawFn, device: torch.device = CPU) -> list[Part]:
+def drawn_parts(draw: st.DrawFn, device: torch.device = CPU) -> list[SummedPart]:
     """Parts of tensors, cut and turned: a few share numbers."""
     parts = []
     for _ in range(draw(st.integers(1, 4))):
@@ -78,7 +88,7 @@ def drawn_parts(draw: st.DrawFn, device: torch.device = CPU) -> list[Part]:
         tensor = tensor.permute(draw(st.permutations(range(len(shape)))))
         start = tuple(draw(st.integers(0, 1 << 33)) for _ in shape)
         unit = draw(st.sampled_from([4, 4, 2, 1]))
-        parts.append(Part(draw(st.integers(0, 3)), tensor, start, unit))
+        parts.append(SummedPart(draw(st.integers(0, 3)), tensor, start, unit))
     return parts
 
 
@@ -98,7 +108,7 @@ def usual() -> SumKernel:
 
 @needs_gxx
 @given(drawn_parts())
-def test_parts_have_the_sums_of_torch(small: SumKernel, parts: list[Part]) -> None:
+def test_parts_have_the_sums_of_torch(small: SumKernel, parts: list[SummedPart]) -> None:
     assert sums_by(small, parts) == sums_by_torch(parts)
 
 
@@ -124,7 +134,7 @@ LARGE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def test_large_parts_have_the_sums_of_torch(usual: SumKernel, case: str) -> None:
     words = noise(300_000, 4, dtype=torch.uint8).view(torch.int32)[:, 0]
     tensor = LARGE[case](words)
-    parts = [Part(0, tensor, (7,) * tensor.ndim, 4)]
+    parts = [SummedPart(0, tensor, (7,) * tensor.ndim, 4)]
     assert sums_by(usual, parts) == sums_by_torch(parts)
 
 
@@ -133,8 +143,8 @@ def test_many_parts_are_one_launch_and_one_sum_for_each_number() -> None:
     driver = HostDriver()
     kernel = SumKernel(CPU, driver, SMALL)
     tensors = [noise(4, 1 + n % 7, dtype=torch.float32, seed=n) for n in range(200)]
-    parts = [Part(n // 2, x, (n, 0)) for n, x in enumerate(tensors)]
-    parts.append(Part(3, torch.zeros(0, 5), (0, 0)))
+    parts = [SummedPart(n // 2, x, (n, 0)) for n, x in enumerate(tensors)]
+    parts.append(SummedPart(3, torch.zeros(0, 5), (0, 0)))
     assert sums_by(kernel, parts) == sums_by_torch(parts)
     assert len(driver.launches) == 1
     assert kernel.sum_parts([parts[-1]])[0] == []
@@ -147,12 +157,12 @@ def test_copies_of_parts_are_limited(
     most: int, launches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Words of a transposed tensor do not lie side by side: 168 bytes each are copied."""
-    monkeypatch.setattr(_kernel, "MOST_COPIED", most)
+    monkeypatch.setattr(checksum, "MOST_COPIED", most)
     driver = HostDriver()
     kernel = SumKernel(CPU, driver, SMALL)
     tensors = [noise(14, 16, dtype=torch.int8, seed=n) for n in range(6)]
     tensors = [x[:, :12].T.contiguous().T if n % 2 else x[:, :12] for n, x in enumerate(tensors)]
-    parts = [Part(n, x, (0, 0)) for n, x in enumerate(tensors)]
+    parts = [SummedPart(n, x, (0, 0)) for n, x in enumerate(tensors)]
     assert sums_by(kernel, parts) == sums_by_torch(parts)
     assert len(driver.launches) == launches
 
@@ -160,7 +170,7 @@ def test_copies_of_parts_are_limited(
 @needs_gxx
 def test_more_axes_than_the_kernel_has_are_several_parts() -> None:
     tensor = noise(*[2] * (AXES + 4), dtype=torch.int32)
-    parts = [Part(0, tensor, (*range(tensor.ndim),))]
+    parts = [SummedPart(0, tensor, (*range(tensor.ndim),))]
     kernel = host_kernel(SMALL)
     assert len(kernel.sum_parts(parts)[0]) == 8
     assert sums_by(kernel, parts) == sums_by_torch(parts)
@@ -172,7 +182,7 @@ def test_parts_of_more_words_than_32_bits_count(shape: tuple[int, ...]) -> None:
     """The last tile of a part that repeats one word: its positions alone decide the sum."""
     kernel = SumKernel(CPU, LastTiles(1), CUT)
     tensor = torch.full((1,), -5, dtype=torch.int32).expand(shape)
-    (_, sums) = kernel.sum_parts([Part(0, tensor, (1 << 40,) * len(shape))])
+    (_, sums) = kernel.sum_parts([SummedPart(0, tensor, (1 << 40,) * len(shape))])
     # Axes of one stride stay in order: rows come before columns.
     key = 1
     lengths = LastTiles.lengths(shape, CUT)
@@ -193,7 +203,7 @@ def test_nothing_outside_of_a_part_is_read(dtype: torch.dtype, columns: int, row
     for at_end in (True, False):
         with ended_memory(nbytes, at_end) as memory:
             memory.copy_(noise(nbytes, dtype=torch.uint8))
-            parts = [Part(0, memory.view(dtype).view(rows, columns), (1, 2))]
+            parts = [SummedPart(0, memory.view(dtype).view(rows, columns), (1, 2))]
             assert sums_by(kernel, parts) == sums_by_torch(parts)
 
 
@@ -208,7 +218,7 @@ def test_parts_of_a_device_with_a_kernel_use_it(
     reference = box_checksums(boxes)
     driver = HostDriver()
     kernel = SumKernel(CPU, driver)
-    monkeypatch.setattr(_checksum, "kernel_of", lambda device: kernel)
+    monkeypatch.setattr(checksum, "kernel_of", lambda device: kernel)
     assert box_checksums(boxes) == reference
     assert len(driver.launches) == 1
 
@@ -217,7 +227,7 @@ def test_the_host_and_devices_without_a_driver_have_no_kernel(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert kernel_of(CPU) is None
-    with caplog.at_level(logging.DEBUG, _checksum.__name__):
+    with caplog.at_level(logging.DEBUG, checksum.__name__):
         assert load_kernel(torch.device("xpu", 0), driver_of) is None
     assert "does not serve xpu devices" in caplog.text
 
@@ -297,7 +307,7 @@ def disassembler() -> str | None:
 def test_machine_code_starts_the_loads_of_a_batch_together(tmp_path: Path) -> None:
     """Four loads of 16 bytes stand within few instructions, and no register is spilled."""
     path = tmp_path / "kernel.cubin"
-    path.write_bytes(_nvrtc.compile_text(kernel_text(CUT), "sm_90"))
+    path.write_bytes(nvrtc.compile_text(kernel_text(CUT), "sm_90"))
     command = [str(disassembler()), str(path)]
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     operations = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", code)
@@ -310,7 +320,7 @@ def test_machine_code_starts_the_loads_of_a_batch_together(tmp_path: Path) -> No
 HIPRTC = """
 import torch
 torch.version.hip = "5.2.21153"
-from portakv.migrate.checksum_kernel import CUT, kernel_text
+from portakv.migrate.checksum import CUT, kernel_text
 from portakv.runtime import hip
 print(hip.compile_text(hip.driver(), kernel_text(CUT), "gfx90a")[:4])
 """
@@ -331,7 +341,7 @@ def test_a_gpu_has_the_kernel() -> None:
 
 @pytest.mark.gpu
 @given(drawn_parts(GPU))
-def test_parts_on_a_gpu_have_the_sums_of_torch(parts: list[Part]) -> None:
+def test_parts_on_a_gpu_have_the_sums_of_torch(parts: list[SummedPart]) -> None:
     kernel = kernel_of(GPU)
     assert kernel is not None
     assert sums_by(kernel, parts) == sums_by_torch(parts)
@@ -344,7 +354,7 @@ def test_large_parts_on_a_gpu_have_the_sums_of_torch(case: str) -> None:
     tensor = LARGE[case](words)
     kernel = kernel_of(GPU)
     assert kernel is not None
-    parts = [Part(0, tensor, (7,) * tensor.ndim, 4)]
+    parts = [SummedPart(0, tensor, (7,) * tensor.ndim, 4)]
     assert sums_by(kernel, parts) == sums_by_torch(parts)
 
 
@@ -361,7 +371,7 @@ def test_a_gpu_sums_after_the_work_of_the_current_stream() -> None:
         _sleep(1_000_000_000)  # about half a second
         for number, tensor in enumerate(tensors):
             tensor.fill_(number + 1)
-        sums.add([Part(number, x, (0,)) for number, x in enumerate(tensors)])
+        sums.add([SummedPart(number, x, (0,)) for number, x in enumerate(tensors)])
         assert not stream.query()
         results = sums.results(64)
     whole = [(torch.full((1 << 18,), number + 1, dtype=torch.int32), (0,)) for number in range(64)]

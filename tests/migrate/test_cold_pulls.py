@@ -27,10 +27,10 @@ from portakv.errors import (
 )
 from portakv.graph import Graph, Task
 from portakv.migrate import Reader, Ticket
-from portakv.migrate.connecting import WIDTH
-from portakv.migrate.issue import LONG
+from portakv.migrate.connections import WIDTH
 from portakv.migrate.messages import Handshake, Hello
-from portakv.migrate.pull import Part
+from portakv.migrate.pull import PartTransfer
+from portakv.migrate.reader import LONG
 
 NAME = bytes(range(16))
 #: As many stopped owners as the workers that copy on the host.
@@ -80,7 +80,7 @@ def couple(made: Sides, timeout: float = LIMIT) -> Couple:
     return both
 
 
-def begun(reader: Reader, owners: list[tuple[str, list[bytes]]]) -> list[Part]:
+def begun(reader: Reader, owners: list[tuple[str, list[bytes]]]) -> list[PartTransfer]:
     """Prepare for stopped owners, and return the ends when the handshakes are under way."""
     hung = [reader.prepare(address) for address, _ in owners]
     tasks = [task for each in hung for task in each.tasks]
@@ -89,7 +89,7 @@ def begun(reader: Reader, owners: list[tuple[str, list[bytes]]]) -> list[Part]:
     return hung
 
 
-def graph_of(part: Part) -> Graph:
+def graph_of(part: PartTransfer) -> Graph:
     """Return the graph of a reader, by one of its tasks."""
     graph = part.tasks[0].schedule.graph
     assert isinstance(graph, Graph)

@@ -15,7 +15,7 @@ from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import PortaKVError, Unsupported
-from portakv.migrate import Channel, Reader, ipc
+from portakv.migrate import Channel, Reader, shared_memory
 from portakv.migrate.shards import Shard
 
 SHAPE = 2, 2, 16, 16, 4, 8
@@ -54,7 +54,7 @@ def test_rows_are_read_behind_the_owners_stream_or_not_at_all(
         pytest.skip("it takes two CUDA devices")
     local = torch.full(SHAPE, -1, dtype=torch.int16, device="cuda:0")
     if not opens:
-        monkeypatch.setattr(ipc, "open_event", refuses)
+        monkeypatch.setattr(shared_memory, "open_event", refuses)
     # Not `sides`, which looks for what is left: NCCL keeps descriptors of a process's first group.
     with Peer() as owner, closing(Channel(timeout=20.0)) as channel:
         owner.do(OWNER, number=number, shape=SHAPE, layout=LAYOUT, model=MODEL)

@@ -17,9 +17,9 @@ from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms, PeerError, TransferError, Unsupported
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.gathers import Gathers
 from portakv.migrate.messages import Answer, Gather, Hello, Message, Stop
 from portakv.migrate.rendezvous import rendezvous
+from portakv.migrate.staged_owner import Gathers
 from portakv.migrate.transports import TRANSPORTS
 from portakv.migrate.transports.distributed import Join
 from portakv.migrate.transports.onesided import Taken, There, Where
@@ -153,7 +153,7 @@ def test_an_owner_that_cannot_bring_rows_says_so_at_once(
         offer = both.offer()
         with monkeypatch.context() as patch:
             if at == "staging":
-                patch.setattr("portakv.migrate.gathers.staging", full)
+                patch.setattr("portakv.migrate.staged_owner.staging", full)
             else:
                 offer.after = cast(Any, Held(threading.Event(), 0, error))
             with pytest.raises(PeerError):
@@ -278,7 +278,7 @@ def test_messages_of_a_pairing_before_are_not_sent_in_the_next(
     before = both.pull(offer)
     assert until(lambda: late.places == {1, 2}, LIMIT)
     if kind is Taken:  # the owner does not answer, so the reader closes its lane
-        monkeypatch.setattr("portakv.migrate.staged.STOPPING", 0.2)
+        monkeypatch.setattr("portakv.migrate.staged_reader.STOPPING", 0.2)
         both.owner.channel.serve(Stop, lambda *_: None)
     assert before.cancel()
     # Of two buffers that were requested, and of those after the last that has a receive.

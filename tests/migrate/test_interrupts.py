@@ -24,24 +24,26 @@ from portakv.migrate import (
     Channel,
     Offer,
     Owner,
-    Parameter,
     Pull,
     Reader,
     Shard,
     Ticket,
-    open_model,
     open_shared,
-    prepare_weights,
-    publish,
-    pull_weights,
     rendezvous,
     share,
-    share_model,
     shared_empty,
 )
 from portakv.migrate.rendezvous import ChannelStore
 from portakv.migrate.transports import TRANSPORTS
-from portakv.migrate.weights import Published
+from portakv.weights import (
+    Parameter,
+    open_model,
+    prepare_weights,
+    publish,
+    pull_weights,
+    share_model,
+)
+from portakv.weights.owner import Published
 from portakv_examples.channel_transport import ChannelTransport
 
 FILES = files_of("migrate", "graph", "runtime/interrupts.py")

@@ -24,11 +24,12 @@ from support.peer_process import Peer
 from support.pool_processes import Child
 
 from portakv.errors import HostMemoryError, InvalidTerms, PeerError, PortaKVError, Unsupported
-from portakv.migrate import Channel, Owner, Shard, ipc, publish
+from portakv.migrate import Channel, Owner, Shard, shared_memory
 from portakv.migrate.described import strided
 from portakv.view import KVView
+from portakv.weights import publish
 
-SHARE = "import os, torch\nfrom portakv.migrate import ipc\n"
+SHARE = "import os, torch\nfrom portakv.migrate import shared_memory as ipc\n"
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
@@ -47,7 +48,7 @@ def view_of(tensor: torch.Tensor, at: int, to: int) -> torch.Tensor:
 
 def sample(*shape: int) -> torch.Tensor:
     """Numbers in shared memory."""
-    tensor = ipc.shared_empty(shape, torch.float32)
+    tensor = shared_memory.shared_empty(shape, torch.float32)
     return tensor.copy_(torch.arange(tensor.numel(), dtype=torch.float32).view(shape))
 
 
@@ -58,7 +59,7 @@ def descriptors() -> list[str]:
 
 def test_both_processes_read_what_either_wrote(peer: Peer) -> None:
     local = sample(4, 6)
-    peer.do("remote = ipc.open_shared(data); remote[1] = -1", data=ipc.share(local))
+    peer.do("remote = ipc.open_shared(data); remote[1] = -1", data=shared_memory.share(local))
     assert bool((local[1] == -1).all())
     local[2] = 7
     assert peer.do("answer = remote.tolist()") == local.tolist()
@@ -66,7 +67,7 @@ def test_both_processes_read_what_either_wrote(peer: Peer) -> None:
         "own = torch.arange(24, dtype=torch.int16).share_memory_().view(2, 12)\n"
         "answer = ipc.share(own[1])"
     )
-    opened = ipc.open_shared(data)
+    opened = shared_memory.open_shared(data)
     assert opened.tolist() == list(range(12, 24))
     opened[3] = 99
     assert peer.do("answer = own[1, 3].item()") == 99
@@ -88,18 +89,18 @@ VIEWS = {
 def test_views_keep_their_shape_strides_and_offset(peer: Peer, view: str) -> None:
     part = VIEWS[view](sample(6, 7, 8))
     code = "x = ipc.open_shared(data); answer = x.tolist(), x.stride(), x.requires_grad"
-    assert peer.do(code, data=ipc.share(part)) == (part.tolist(), part.stride(), False)
+    assert peer.do(code, data=shared_memory.share(part)) == (part.tolist(), part.stride(), False)
 
 
 def test_suballocations_and_every_dtype_cross(peer: Peer) -> None:
-    whole = ipc.shared_empty(1 << 16, torch.uint8)
+    whole = shared_memory.shared_empty(1 << 16, torch.uint8)
     whole.copy_(torch.arange(1 << 16, dtype=torch.int32).to(torch.uint8))
     names = "bool uint8 int16 uint32 int64 float16 bfloat16 float8_e4m3fn complex64"
     for at, text in enumerate(names.split()):
         dtype = getattr(torch, text)
         part = whole[4096 * at + 24 : 4096 * at + 24 + 6 * 8].view(dtype)[1:]
         code = "x = ipc.open_shared(data); answer = str(x.dtype), bytes(x.view(torch.uint8))"
-        message = peer.do(code, data=ipc.share(part))
+        message = peer.do(code, data=shared_memory.share(part))
         assert message == (str(dtype), bytes(part.view(torch.uint8)))
 
 
@@ -108,7 +109,7 @@ def test_memory_whose_end_is_no_whole_element_crosses(peer: Peer) -> None:
     odd = view_of(pages, 4, 11999)
     part = odd[8:4008].view(torch.float32)
     assert part.untyped_storage().nbytes() % 4 == 3
-    message = peer.do("answer = ipc.open_shared(data).tolist()", data=ipc.share(part))
+    message = peer.do("answer = ipc.open_shared(data).tolist()", data=shared_memory.share(part))
     assert message == list(map(float, range(3, 1003)))
 
 
@@ -119,18 +120,18 @@ def test_memory_that_the_kernel_keeps_in_parts_crosses(peer: Peer) -> None:
     assert advise(page, ctypes.c_size_t(mmap.PAGESIZE), 10) == 0  # MADV_DONTFORK
     lines = Path("/proc/self/maps").read_text().split(f"{tensor.data_ptr():x}-")[1].splitlines()
     assert int(lines[0].split("-")[0].split()[0], 16) < tensor.data_ptr() + tensor.nbytes
-    message = peer.do("answer = ipc.open_shared(data)[-1].item()", data=ipc.share(tensor))
+    message = peer.do("answer = ipc.open_shared(data)[-1].item()", data=shared_memory.share(tensor))
     assert message == tensor.numel() - 1
 
 
 def test_whole_allocations_are_exported_and_let_go(peer: Peer) -> None:
     tensor = sample(100, 10)
-    exported = ipc.export(tensor[3].untyped_storage())
+    exported = shared_memory.export(tensor[3].untyped_storage())
     assert exported.tensor is not None
     assert exported.tensor.shape == (4000,)
     peer.do("remote = ipc.open_shared(handle)", handle=exported.handle)
     assert peer.do("answer = remote.view(torch.float32)[35].item()") == 35
-    again = ipc.open_shared(exported.handle)  # host memory: by its own process too
+    again = shared_memory.open_shared(exported.handle)  # host memory: by its own process too
     assert again.data_ptr() != tensor.data_ptr()
     for _ in range(2):
         exported.close()
@@ -140,8 +141,10 @@ def test_whole_allocations_are_exported_and_let_go(peer: Peer) -> None:
 
 def test_who_opened_memory_passes_it_on(peer: Peer) -> None:
     local = sample(10)
-    passed = peer.do("x = ipc.open_shared(data); answer = ipc.share(x[4:])", data=ipc.share(local))
-    third = Child(lambda pipe: ipc.open_shared(passed)[:1].fill_(50))
+    passed = peer.do(
+        "x = ipc.open_shared(data); answer = ipc.share(x[4:])", data=shared_memory.share(local)
+    )
+    third = Child(lambda pipe: shared_memory.open_shared(passed)[:1].fill_(50))
     assert third.end() == 0
     assert local[4] == 50
 
@@ -163,10 +166,10 @@ def test_tensors_of_one_file_are_one_region(peer: Peer) -> None:
         }
         first.copy_(torch.arange(3000) % 251)
         second.fill_(7)
-        regions, places = ipc.export_all(tensors, "Sharing tensors")
+        regions, places = shared_memory.export_all(tensors, "Sharing tensors")
         assert len(regions) == 2
         assert places["nothing"] is None
-        opened = [ipc.open_shared(region.handle) for region in regions]
+        opened = [shared_memory.open_shared(region.handle) for region in regions]
         assert all(x.dtype == torch.uint8 and x.ndim == 1 for x in opened)
         for what, place in places.items():
             if place is not None:
@@ -179,7 +182,7 @@ def test_tensors_of_one_file_are_one_region(peer: Peer) -> None:
         for region in regions:
             region.close()
         with pytest.raises(Unsupported, match=r"^Sharing tensors\['own'\]: it does not lie"):
-            ipc.export_all({"first": first, "own": torch.zeros(3)}, "Sharing tensors")
+            shared_memory.export_all({"first": first, "own": torch.zeros(3)}, "Sharing tensors")
 
 
 def test_many_regions_are_opened_without_descriptors(peer: Peer) -> None:
@@ -189,14 +192,14 @@ def test_many_regions_are_opened_without_descriptors(peer: Peer) -> None:
         "answer = [ipc.share(x[100:]) for x in tensors]"
     )
     before = descriptors()
-    opener = ipc.Opener(descriptors=False)
+    opener = shared_memory.Opener(descriptors=False)
     opened = [opener.open(one) for one in handles]
     assert descriptors() == before
     assert [x.tolist() for x in opened] == [[i] * 200 for i in range(40)]
     opened[3][7] = 99
     assert peer.do("answer = tensors[3][107].item()") == 99
     with pytest.raises(Unsupported, match="its file is not open here"):
-        ipc.share(opened[0])
+        shared_memory.share(opened[0])
     assert descriptors() == before
 
 
@@ -205,7 +208,7 @@ def test_many_regions_are_opened_without_descriptors(peer: Peer) -> None:
 
 def test_memory_outlives_the_tensor_that_was_shared(peer: Peer) -> None:
     local = sample(5000)
-    peer.do("x = ipc.open_shared(data)", data=ipc.share(local))
+    peer.do("x = ipc.open_shared(data)", data=shared_memory.share(local))
     del local
     gc.collect()
     assert peer.do("answer = x.sum().item()") == sum(range(5000))
@@ -213,26 +216,28 @@ def test_memory_outlives_the_tensor_that_was_shared(peer: Peer) -> None:
 
 def test_memory_outlives_its_owner() -> None:
     def work(pipe: Any) -> None:
-        tensor = ipc.shared_empty(5000, torch.int32).fill_(3)
-        pipe.send(ipc.share(tensor))
+        tensor = shared_memory.shared_empty(5000, torch.int32).fill_(3)
+        pipe.send(shared_memory.share(tensor))
         pipe.recv()
 
     owner = Child(work)
     data = owner.receive()
-    opened = ipc.open_shared(data)
+    opened = shared_memory.open_shared(data)
     owner.kill()
     assert opened.sum() == 15_000
     with pytest.raises(PeerError, match=f"process {owner.pid}, got a process that has ended"):
-        ipc.open_shared(data)
+        shared_memory.open_shared(data)
 
 
 def test_nothing_is_left_behind(peer: Peer) -> None:
     before = descriptors()
     for _ in range(3):
         local = sample(1000)
-        peer.do("x = ipc.open_shared(data); answer = ipc.share(x)", data=ipc.share(local))
-        again = ipc.open_shared(ipc.share(local))
-        other = ipc.open_shared(peer.do("own = x.clone().share_memory_(); answer = ipc.share(own)"))
+        peer.do("x = ipc.open_shared(data); answer = ipc.share(x)", data=shared_memory.share(local))
+        again = shared_memory.open_shared(shared_memory.share(local))
+        other = shared_memory.open_shared(
+            peer.do("own = x.clone().share_memory_(); answer = ipc.share(own)")
+        )
         assert torch.equal(again, other)
     result = Path("/dev/shm").glob("*portakv*")
     assert not [one for one in result if str(os.getpid()) in one.name]
@@ -244,25 +249,25 @@ def test_nothing_is_left_behind(peer: Peer) -> None:
 def test_memory_that_is_gone_is_not_opened(peer: Peer) -> None:
     data = peer.do("x = ipc.shared_empty(10, torch.uint8); answer = ipc.share(x); del x")
     with pytest.raises(PeerError, match="got none any more"):
-        ipc.open_shared(data)
+        shared_memory.open_shared(data)
     peer.do("xs = [ipc.shared_empty(10, torch.uint8) for _ in range(9)]")  # take its number
     with pytest.raises(PeerError, match=r"has another file.* share it again"):
-        ipc.open_shared(data)
+        shared_memory.open_shared(data)
 
 
 def test_a_forked_process_shares_and_opens() -> None:
     before = sample(6)
     local = sample(8)
-    data = ipc.share(local)
+    data = shared_memory.share(local)
 
     def work(pipe: Any) -> None:
-        opened = ipc.open_shared(data)
+        opened = shared_memory.open_shared(data)
         opened[0] = 40
-        pipe.send(ipc.share(before))
+        pipe.send(shared_memory.share(before))
         pipe.recv()
 
     child = Child(work)
-    remote = ipc.open_shared(child.receive())
+    remote = shared_memory.open_shared(child.receive())
     assert local[0] == 40
     assert torch.equal(remote, before)
     assert remote.data_ptr() != before.data_ptr()
@@ -277,21 +282,21 @@ def test_memory_of_one_process_is_refused_and_not_moved() -> None:
     tensor = torch.arange(10)
     address = tensor.data_ptr()
     with pytest.raises(Unsupported, match=r"does not lie in shared memory; .*shared_empty"):
-        ipc.share(tensor)
-    assert ipc.why_not(tensor) == (
+        shared_memory.share(tensor)
+    assert shared_memory.why_not(tensor) == (
         "it does not lie in shared memory; take it from `shared_empty`, or call its "
         "share_memory_() before any view holds its address"
     )
     assert tensor.data_ptr() == address
     assert not tensor.is_shared()
-    assert ipc.why_not(tensor.share_memory_()) is None
+    assert shared_memory.why_not(tensor.share_memory_()) is None
     with pytest.raises(Unsupported, match="shared memory"):
-        ipc.export(torch.arange(10).untyped_storage())
+        shared_memory.export(torch.arange(10).untyped_storage())
 
 
 def test_a_file_on_a_disk_is_no_shared_memory(tmp_path: Path) -> None:
     mapped = torch.from_file(str(tmp_path / "file"), shared=True, size=64, dtype=torch.uint8)
-    assert "shared memory" in str(ipc.why_not(mapped))
+    assert "shared memory" in str(shared_memory.why_not(mapped))
 
 
 @pytest.mark.filterwarnings("ignore:.*(quantiz|nested tensors):UserWarning")
@@ -305,50 +310,50 @@ def test_odd_tensors_are_refused() -> None:
         torch.nested.nested_tensor([numbers[0], numbers[1]]),
     ]
     for tensor in odd:
-        assert "not a plain tensor" in str(ipc.why_not(tensor))
-    assert "meta" in str(ipc.why_not(torch.empty(3, device="meta")))
+        assert "not a plain tensor" in str(shared_memory.why_not(tensor))
+    assert "meta" in str(shared_memory.why_not(torch.empty(3, device="meta")))
 
 
 def test_memory_of_a_device_that_is_not_here_is_refused() -> None:
-    data = lied(ipc.share(sample(4)), device="cuda", process={0: 0})
+    data = lied(shared_memory.share(sample(4)), device="cuda", process={0: 0})
     for device in ("cuda:17", "nonsense", "cpu"):
         with pytest.raises(Unsupported, match=r"device=.* is not"):
-            ipc.open_shared(data, device)
+            shared_memory.open_shared(data, device)
     with pytest.raises(Unsupported, match=r"device=meta is not"):
-        ipc.open_shared(ipc.share(sample(4)), "meta")
+        shared_memory.open_shared(shared_memory.share(sample(4)), "meta")
 
 
 def test_a_number_of_a_process_that_is_used_again_is_refused(peer: Peer) -> None:
     data = peer.do("x = ipc.shared_empty(10, torch.uint8); answer = ipc.share(x)")
-    assert ipc.open_shared(data).numel() == 10
+    assert shared_memory.open_shared(data).numel() == 10
     with pytest.raises(PeerError, match=f"process {peer.pid}, got a process that has ended"):
-        ipc.open_shared(lied(data, process={2: 12345}))
+        shared_memory.open_shared(lied(data, process={2: 12345}))
     with pytest.raises(PeerError, match="has ended"):
-        ipc.open_shared(lied(data, process={1: 1 << 40}))
+        shared_memory.open_shared(lied(data, process={1: 1 << 40}))
     with pytest.raises(Unsupported, match="container has a separate process namespace"):
-        ipc.open_shared(lied(data, process={0: 7}))
+        shared_memory.open_shared(lied(data, process={0: 7}))
 
 
 def test_hosts_and_devices_are_known_by_themselves(peer: Peer) -> None:
     """Fault 33: by the host's start and the device's UUID, not by a name or an address."""
-    assert peer.do("answer = ipc.host_id()") == ipc.host_id()
-    assert ipc.identity(torch.device("cpu")) == ipc.host_id()
-    assert len(ipc.host_id().split("/")[0]) == 36
-    data = lied(ipc.share(sample(4)), host="another/26")
+    assert peer.do("answer = ipc.host_id()") == shared_memory.host_id()
+    assert shared_memory.identity(torch.device("cpu")) == shared_memory.host_id()
+    assert len(shared_memory.host_id().split("/")[0]) == 36
+    data = lied(shared_memory.share(sample(4)), host="another/26")
     with pytest.raises(Unsupported, match=r"another host's, or a container's.* use a transport"):
-        ipc.open_shared(data)
+        shared_memory.open_shared(data)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
 def test_another_users_memory_is_refused() -> None:
-    data = ipc.share(local := sample(4))
+    data = shared_memory.share(local := sample(4))
 
     def work(pipe: Any) -> None:
         os.setuid(65534)
         # The kernel hides a process that changed its user from itself, unless it says otherwise.
         ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
         try:
-            ipc.open_shared(data)
+            shared_memory.open_shared(data)
         except Unsupported as error:
             pipe.send(str(error))
 
@@ -361,15 +366,15 @@ def test_another_users_memory_is_refused() -> None:
 
 def test_a_process_without_descriptors_is_told_so() -> None:
     """Not that the memory is gone, as each mapping has a descriptor."""
-    data = ipc.share(local := sample(4))
+    data = shared_memory.share(local := sample(4))
 
     def work(pipe: Any) -> None:
-        opened = [ipc.open_shared(data)]
+        opened = [shared_memory.open_shared(data)]
         few = len(os.listdir("/proc/self/fd")) + 8
         resource.setrlimit(resource.RLIMIT_NOFILE, (few, few))
         try:
             while True:
-                opened.append(ipc.open_shared(data))
+                opened.append(shared_memory.open_shared(data))
         except PeerError as error:
             pipe.send(str(error))
 
@@ -388,19 +393,19 @@ def test_no_file_but_one_in_memory_is_opened(peer: Peer, tmp_path: Path) -> None
         file = os.stat(path)
         handle = np.array([place, file.st_dev, file.st_ino], "<u8").tobytes()
         with pytest.raises(PeerError, match="has another file"):
-            ipc.open_shared(lied(data, words={0: handle}))
+            shared_memory.open_shared(lied(data, words={0: handle}))
         peer.do("os.close(fd)")
     with pytest.raises(PeerError, match="has another file"):
-        ipc.open_shared(lied(data, words={1: 11}))
+        shared_memory.open_shared(lied(data, words={1: 11}))
     for handle in (b"", b"x" * 23, b"\xff" * 24):
         with pytest.raises(PeerError):
-            ipc.open_shared(lied(data, words={0: handle}))
+            shared_memory.open_shared(lied(data, words={0: handle}))
 
 
 def test_changed_bytes_are_refused_and_nothing_is_opened() -> None:
     rng = random.Random(1)
-    data = ipc.share(sample(64, 3)[1:, :2])
-    exported = ipc.export(sample(10).untyped_storage())
+    data = shared_memory.share(sample(64, 3)[1:, :2])
+    exported = shared_memory.export(sample(10).untyped_storage())
     before = descriptors()
     words = set()
     for i in range(10_000):
@@ -409,25 +414,25 @@ def test_changed_bytes_are_refused_and_nothing_is_opened() -> None:
         if bad == was:
             continue
         with pytest.raises(PeerError) as caught:
-            ipc.open_shared(bad)
+            shared_memory.open_shared(bad)
         words.add(str(caught.value))
     assert len(words) == 1
     assert descriptors() == before
     for other in (None, "text", 5, b"", b"\0" * 16, sealed(b""), sealed(b"\x90"), [data]):
         expected = PeerError if isinstance(other, bytes) else InvalidTerms
         with pytest.raises(expected, match="got"):
-            ipc.open_shared(other)  # type: ignore[arg-type]
+            shared_memory.open_shared(other)  # type: ignore[arg-type]
 
 
 def test_lies_with_a_right_checksum_open_no_more_than_the_memory() -> None:
     rng = random.Random(2)
     local = sample(64, 3)
-    data = ipc.share(local[1:, :2])
+    data = shared_memory.share(local[1:, :2])
     before = descriptors()
     refused = 0
     for _ in range(3_000):
         try:
-            result = ipc.open_shared(sealed(mutated(rng, data[16:])))
+            result = shared_memory.open_shared(sealed(mutated(rng, data[16:])))
         except PortaKVError as error:
             refused += str(error).endswith(".")
             continue
@@ -453,7 +458,7 @@ def test_lies_with_a_right_checksum_open_no_more_than_the_memory() -> None:
     ]
     for lie in hostile:
         with pytest.raises(PeerError, match="got other bytes"):
-            ipc.open_shared(lied(data, **lie))
+            shared_memory.open_shared(lied(data, **lie))
 
 
 # --- what is set around it
@@ -461,22 +466,22 @@ def test_lies_with_a_right_checksum_open_no_more_than_the_memory() -> None:
 
 def test_settings_of_torch_change_nothing() -> None:
     local = sample(6)
-    data = ipc.share(local)
-    empty = ipc.share(local[:0])
+    data = shared_memory.share(local)
+    empty = shared_memory.share(local[:0])
     with torch.inference_mode():
-        opened = ipc.open_shared(data)
-        made = ipc.shared_empty(3, torch.int8)
-        none = ipc.open_shared(empty)
-        assert ipc.why_not(local[1:]) is None
-        exported = ipc.export(local.untyped_storage())
+        opened = shared_memory.open_shared(data)
+        made = shared_memory.shared_empty(3, torch.int8)
+        none = shared_memory.open_shared(empty)
+        assert shared_memory.why_not(local[1:]) is None
+        exported = shared_memory.export(local.untyped_storage())
     for tensor in (opened, made, none, exported.tensor):
         assert tensor is not None
         assert not tensor.is_inference()
     with torch.device("meta"):
-        opened = ipc.open_shared(data)
-        made = ipc.shared_empty(3, torch.int8)
-        none = ipc.open_shared(empty)
-        exported = ipc.export(local.untyped_storage())
+        opened = shared_memory.open_shared(data)
+        made = shared_memory.shared_empty(3, torch.int8)
+        none = shared_memory.open_shared(empty)
+        exported = shared_memory.export(local.untyped_storage())
     for tensor in (opened, made, none, exported.tensor):
         assert tensor is not None
         assert tensor.device.type == "cpu"
@@ -484,13 +489,13 @@ def test_settings_of_torch_change_nothing() -> None:
 
 
 def test_shared_memory_is_there_from_the_start() -> None:
-    tensor = ipc.shared_empty((3, 5), torch.bfloat16)
+    tensor = shared_memory.shared_empty((3, 5), torch.bfloat16)
     assert (tensor.shape, tensor.dtype, float(tensor.abs().sum())) == ((3, 5), torch.bfloat16, 0)
-    assert ipc.shared_empty(0, torch.uint8).shape == (0,)
-    assert ipc.shared_empty((4, 0), torch.float64).dtype == torch.float64
+    assert shared_memory.shared_empty(0, torch.uint8).shape == (0,)
+    assert shared_memory.shared_empty((4, 0), torch.float64).dtype == torch.float64
     with pytest.raises(HostMemoryError, match=r"bytes of shared memory.*Request less"):
-        ipc.shared_empty(1 << 60, torch.uint8)
-    handle = msgspec.msgpack.decode(ipc.share(tensor)[16:])["words"][0]
+        shared_memory.shared_empty(1 << 60, torch.uint8)
+    handle = msgspec.msgpack.decode(shared_memory.share(tensor)[16:])["words"][0]
     with pytest.raises(PermissionError):
         os.ftruncate(int.from_bytes(handle[:8], "little"), 1)  # would kill who has it mapped
 
@@ -499,7 +504,9 @@ def test_a_thousand_allocations_are_shared_by_one_look_at_the_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Counts reads, as a time would depend on the machine."""
-    tensors = {f"{n}": ipc.shared_empty(8, torch.uint8).fill_(n % 251) for n in range(100)}
+    tensors = {
+        f"{n}": shared_memory.shared_empty(8, torch.uint8).fill_(n % 251) for n in range(100)
+    }
     reads = list[str]()
     read_text = Path.read_text
 
@@ -510,7 +517,7 @@ def test_a_thousand_allocations_are_shared_by_one_look_at_the_process(
     monkeypatch.setattr(Path, "read_text", counted)
     with closing(Channel()) as channel, closing(publish(channel, tensors)):
         assert reads.count("/proc/self/maps") == 1
-        caches = [ipc.shared_empty((2, 4, 16, 2, 8), torch.float16) for _ in range(100)]
+        caches = [shared_memory.shared_empty((2, 4, 16, 2, 8), torch.float16) for _ in range(100)]
         reads.clear()
         owner = Owner(channel, Shard(KVView(caches, "vllm-nhd")), model="m")
         owner.close()
@@ -520,14 +527,14 @@ def test_a_thousand_allocations_are_shared_by_one_look_at_the_process(
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: ipc.share(cast(Any, None)),
-        lambda: ipc.shared_empty((-1,), torch.float32),
-        lambda: ipc.shared_empty(-1, torch.float32),
-        lambda: ipc.shared_empty(1, cast(Any, "float32")),
-        lambda: ipc.shared_empty(cast(Any, None), torch.float32),
-        lambda: ipc.shared_empty(cast(Any, "3"), torch.float32),
-        lambda: ipc.shared_empty(cast(Any, (1.5,)), torch.float32),
-        lambda: ipc.shared_empty(1 << 62, torch.float32),
+        lambda: shared_memory.share(cast(Any, None)),
+        lambda: shared_memory.shared_empty((-1,), torch.float32),
+        lambda: shared_memory.shared_empty(-1, torch.float32),
+        lambda: shared_memory.shared_empty(1, cast(Any, "float32")),
+        lambda: shared_memory.shared_empty(cast(Any, None), torch.float32),
+        lambda: shared_memory.shared_empty(cast(Any, "3"), torch.float32),
+        lambda: shared_memory.shared_empty(cast(Any, (1.5,)), torch.float32),
+        lambda: shared_memory.shared_empty(1 << 62, torch.float32),
     ],
 )
 def test_wrong_arguments_of_shared_memory_are_named(call: Callable[[], object]) -> None:

@@ -15,9 +15,9 @@ from support.peer_process import Peer, Refused
 from support.pool_processes import Child
 
 from portakv.errors import PeerError, PortaKVError, Unsupported
-from portakv.migrate import ipc
+from portakv.migrate import shared_memory
 
-SHARE = "import os, torch\nfrom portakv.migrate import ipc\n"
+SHARE = "import os, torch\nfrom portakv.migrate import shared_memory as ipc\n"
 SIMDEV = torch.device("privateuseone", 0)
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="it takes two CUDA devices")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -27,16 +27,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_device_without_a_way_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 21: by torch, or by the system below it."""
     tensor = torch.zeros(8, device=SIMDEV)
-    assert "_share_simdev_" in str(ipc.why_not(tensor))
+    assert "_share_simdev_" in str(shared_memory.why_not(tensor))
 
     def refuses(_: object) -> None:
         raise RuntimeError("pidfd_getfd: Operation not permitted\nException raised from ...")
 
     monkeypatch.setattr(torch.UntypedStorage, "_share_simdev_", refuses, raising=False)
     why = "torch rejects it for simdev:0 (pidfd_getfd: Operation not permitted); use a transport"
-    assert ipc.why_not(tensor) == why
+    assert shared_memory.why_not(tensor) == why
     with pytest.raises(Unsupported, match="pidfd_getfd"):
-        ipc.export(tensor.untyped_storage())
+        shared_memory.export(tensor.untyped_storage())
 
 
 @pytest.mark.simdev
@@ -59,42 +59,42 @@ def test_a_vendors_words_cross_unchanged_but_for_the_number(
         "release_ipc_counter_simdev": staticmethod(lambda *arguments: released.append(arguments)),
     }.items():
         monkeypatch.setattr(torch.UntypedStorage, f"_{end}", fake, raising=False)
-    data = ipc.share(tensor[1:])
+    data = shared_memory.share(tensor[1:])
     with pytest.raises(Unsupported, match="this process's own, and torch opens only other"):
-        ipc.open_shared(data)
+        shared_memory.open_shared(data)
     foreign = lied(data, process={0: 0})
-    result = ipc.open_shared(foreign, torch.device(SIMDEV.type, 1))
+    result = shared_memory.open_shared(foreign, torch.device(SIMDEV.type, 1))
     assert opened == [(1, *words)]
     assert result.cpu().tolist() == [[4, 5, 6, 7], [8, 9, 10, 11]]
-    exported = ipc.export(storage)
+    exported = shared_memory.export(storage)
     assert released == []
     exported.close()
     exported.close()
     assert released == [(b"/counter", 3)]
-    ipc.Held(foreign, result).close()  # another process's is not this one's to release
+    shared_memory.Held(foreign, result).close()  # another process's is not this one's to release
     assert len(released) == 1
     with pytest.raises(Unsupported, match="of type simdev, and device=cpu is not"):
-        ipc.open_shared(foreign, "cpu")
+        shared_memory.open_shared(foreign, "cpu")
 
 
 @pytest.mark.simdev
 def test_events_that_cannot_be_shared_say_so() -> None:
     with pytest.raises(Unsupported, match="interprocess=True"):
-        ipc.export_event(torch.Event(SIMDEV))
+        shared_memory.export_event(torch.Event(SIMDEV))
     event: Any = SimpleNamespace(ipc_handle=lambda: b"e" * 64, device=torch.device("cuda", 0))
-    data = ipc.export_event(event)
+    data = shared_memory.export_event(event)
     with pytest.raises(PortaKVError):
-        ipc.open_event(data, SIMDEV)
+        shared_memory.open_event(data, SIMDEV)
     with pytest.raises(PeerError, match="got other bytes"):
-        ipc.open_shared(lied(data, process={0: 0}, device="cpu"))
+        shared_memory.open_shared(lied(data, process={0: 0}, device="cpu"))
 
 
 @pytest.mark.simdev
 def test_a_device_without_a_uuid_is_like_none_of_another_process() -> None:
     """Fault 33: devices that look alike count as two."""
-    one, two = (ipc.identity(torch.device(SIMDEV.type, i)) for i in range(2))
-    assert one == ipc.identity(SIMDEV)
-    assert len({one, two, ipc.host_id()}) == 3
+    one, two = (shared_memory.identity(torch.device(SIMDEV.type, i)) for i in range(2))
+    assert one == shared_memory.identity(SIMDEV)
+    assert len({one, two, shared_memory.host_id()}) == 3
 
 
 # --- two processes and a CUDA device
@@ -121,7 +121,7 @@ def on_device(owner: Peer, code: str, **values: Any) -> Any:
 
 def opened_here(data: bytes, device: int = 0) -> torch.Tensor:
     try:
-        return ipc.open_shared(data, torch.device("cuda", device))
+        return shared_memory.open_shared(data, torch.device("cuda", device))
     except Unsupported as error:
         pytest.skip(f"this platform does not open it: {error}")
 
@@ -144,7 +144,7 @@ def test_device_tensors_cross_with_the_right_offsets(environment: dict[str, str]
         view = on_device(owner, "answer = ipc.share(xs[3].view(512, 1024).t()[3:9, ::2])")
         assert opened_here(view).stride() == (1, 2048)
         with pytest.raises(Unsupported, match="rejects"):
-            ipc.share(opened[3])  # torch passes none on
+            shared_memory.share(opened[3])  # torch passes none on
         with pytest.raises(Refused, match=r"Unsupported.*this process's"):
             owner.do("ipc.open_shared(ipc.share(xs[0]))")
         del opened, tensor
@@ -211,7 +211,7 @@ answer = ipc.share(x), ipc.export_event(event)
 """
         data, handle = on_device(owner, OWNER + code)
         opened = opened_here(data, index)
-        event = ipc.open_event(handle, torch.device("cuda", index))
+        event = shared_memory.open_event(handle, torch.device("cuda", index))
         for number in (1, 2, 3):
             owner.do(
                 "torch.cuda._sleep(400_000_000); x.fill_(number); event.record()", number=number
@@ -225,7 +225,7 @@ answer = ipc.share(x), ipc.export_event(event)
         with pytest.raises(Refused, match=r"Unsupported.*this process's"):
             owner.do("ipc.open_event(ipc.export_event(event), device)")
         with pytest.raises(Unsupported, match="interprocess=True"):
-            ipc.export_event(torch.cuda.Event())
+            shared_memory.export_event(torch.cuda.Event())
         owner.do("torch.cuda.synchronize()")
         del opened, event
 
@@ -234,7 +234,7 @@ answer = ipc.share(x), ipc.export_event(event)
 def test_devices_are_known_by_their_uuid() -> None:
     """Fault 33: another process numbers the devices in another order."""
     count = torch.cuda.device_count()
-    local = [ipc.identity(torch.device("cuda", i)) for i in range(count)]
+    local = [shared_memory.identity(torch.device("cuda", i)) for i in range(count)]
     assert len(set(local)) == count
     order = ",".join(map(str, reversed(range(count))))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -252,7 +252,7 @@ def test_a_forked_process_is_refused_device_memory() -> None:
 
     def work(pipe: Any) -> None:
         gc.disable()  # which would end objects of CUDA that other tests left, and so the process
-        pipe.send(ipc.why_not(tensor))
+        pipe.send(shared_memory.why_not(tensor))
         pipe.recv()
 
     child = Child(work)

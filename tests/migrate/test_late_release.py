@@ -15,7 +15,7 @@ from support.waits import LIMIT
 
 from portakv.copy.layer_words import LayerWords
 from portakv.host import _registration
-from portakv.migrate import ipc
+from portakv.migrate import shared_memory
 from portakv.runtime import late_release
 from portakv.runtime.devices import this_process
 
@@ -51,8 +51,10 @@ def test_memory_that_is_not_what_its_owner_says(
     made: Sides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader that finds this out has mapped it."""
-    known = ipc.proof
-    monkeypatch.setattr("portakv.migrate.ipc.proof", lambda _, device: known(bytes(16), device))
+    known = shared_memory.proof
+    monkeypatch.setattr(
+        "portakv.migrate.shared_memory.proof", lambda _, device: known(bytes(16), device)
+    )
     both = Couple(made)
     offer = both.offer()
     before = mappings()

@@ -44,10 +44,10 @@ from portakv.graph.task import Task
 from portakv.migrate import Shard, Ticket, messages
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Source
-from portakv.migrate.followed import Followed, incomplete
-from portakv.migrate.ipc import shared_empty
-from portakv.migrate.issue import Issuer
+from portakv.migrate.named import Followed, incomplete
 from portakv.migrate.pull import Pull
+from portakv.migrate.reader import Issuer
+from portakv.migrate.shared_memory import shared_empty
 
 METHODS = pytest.mark.parametrize("method", ["mapped", "staging"])
 UNITS = pytest.mark.parametrize("unit", ["layers", "tokens"])
@@ -643,7 +643,7 @@ def test_a_reader_that_closes_while_a_worker_begins_a_pull(
             may.wait(LIMIT)
         return incomplete(sources)
 
-    monkeypatch.setattr("portakv.migrate.by_name.incomplete", late)
+    monkeypatch.setattr("portakv.migrate.reader.incomplete", late)
     both = Writing(made)
     offer = both.offer(progress="layers")
     pulled = both.pull(offer, by_layer=True)

@@ -25,7 +25,7 @@ from support.waits import LIMIT, until
 
 from portakv.errors import OfferGone, PeerError, PortaKVError
 from portakv.migrate import Ticket
-from portakv.migrate.offers import Offer
+from portakv.migrate.owner import Offer
 
 INTO = [6, 1, 4]
 METHODS = pytest.mark.parametrize("method", ["mapped", "staging"])

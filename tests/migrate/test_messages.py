@@ -20,6 +20,7 @@ from portakv.migrate import messages
 from portakv.migrate.messages import (
     Answer,
     Begin,
+    BoxPart,
     Choose,
     Chosen,
     Close,
@@ -28,7 +29,6 @@ from portakv.migrate.messages import (
     Group,
     Hello,
     Message,
-    Part,
     Region,
     Stop,
     Stopped,
@@ -50,7 +50,7 @@ DESCRIBED = Described(
     ((0, 0, 0), (0, 64, 0)),
     16,
 )
-PART = Part(0, (0, 4), (1, 2), 16, 24)
+PART = BoxPart(0, (0, 4), (1, 2), 16, 24)
 TESTS = str(Path(__file__).resolve().parents[1])
 PATHS = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
 encode = msgspec.msgpack.encode

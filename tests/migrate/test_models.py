@@ -17,7 +17,7 @@ from support.hostile_bytes import lied, mutated
 from support.peer_process import Peer
 
 from portakv.errors import InvalidTerms, LayoutError, PeerError, Unsupported
-from portakv.migrate import open_model, share_model
+from portakv.weights import open_model, share_model
 
 MODEL = '''
 import torch

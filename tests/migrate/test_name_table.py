@@ -18,19 +18,20 @@ from support.migrate_pulls import MODEL, Rows, Sides, sides
 from support.waits import LIMIT
 
 from portakv.errors import InvalidTerms, OfferGone, PeerError
-from portakv.migrate import Ticket, ipc, messages, name_table
+from portakv.migrate import Ticket, messages, shared_memory, words
 from portakv.migrate.messages import Handshake, Hello
-from portakv.migrate.name_table import (
+from portakv.migrate.owner import Owner
+from portakv.migrate.words import (
     RING,
     TRIES,
     WAYS,
     Entry,
     NamesOfOwner,
     NameTable,
+    Words,
+    fence,
     open_names,
 )
-from portakv.migrate.offers import Owner
-from portakv.migrate.words import Words, fence
 
 KEY = bytes(range(32))
 EPOCH = b"e" * 16
@@ -62,7 +63,7 @@ def xored(one: bytes, two: bytes) -> bytes:
     return bytes(a ^ b for a, b in zip(one, two, strict=True))
 
 
-class Unbound(name_table.Hashed):
+class Unbound(words.Hashed):
     """A hash of a name whose records all have one mask."""
 
     def masked(self, ticket: bytes | memoryview, start: int) -> bytes:
@@ -75,7 +76,7 @@ class Tables:
     def __init__(self) -> None:
         self.owner = NameTable(KEY)
         self.owner.allocate()
-        self.reader = NamesOfOwner(self.owner.export(ipc.SharedFiles()).handle, KEY)
+        self.reader = NamesOfOwner(self.owner.export(shared_memory.SharedFiles()).handle, KEY)
 
     def add(self, offer: Listed) -> Listed:
         self.owner.add(offer)
@@ -86,7 +87,7 @@ class Tables:
 
     def record(self, offer: Listed) -> bytes:
         """Return the masked ticket of an offer in the page."""
-        at = 8 * WAYS * name_table.BUCKETS + offer.entry.start % RING + 24
+        at = 8 * WAYS * words.BUCKETS + offer.entry.start % RING + 24
         return self.page[at : at + len(offer.ticket)]
 
     @property
@@ -110,14 +111,14 @@ def test_a_name_is_found_until_it_is_removed(tables: Tables) -> None:
     for offer in offers:
         tables.owner.remove(offer.entry)
         assert tables.find(offer) == b""
-    assert not any(tables.page[: 8 * WAYS * name_table.BUCKETS])
+    assert not any(tables.page[: 8 * WAYS * words.BUCKETS])
 
 
 def test_another_name_epoch_or_key_finds_nothing(tables: Tables) -> None:
     offer = tables.add(Listed())
     assert tables.find(Listed()) == b""
     assert tables.reader.find(b"f" * 16, offer.name) == b""
-    other = NamesOfOwner(tables.owner.export(ipc.SharedFiles()).handle, b"k" * 32)
+    other = NamesOfOwner(tables.owner.export(shared_memory.SharedFiles()).handle, b"k" * 32)
     assert other.find(EPOCH, offer.name) == b""
 
 
@@ -138,8 +139,8 @@ def test_a_ticket_of_a_name_unmasks_no_later_one(
 ) -> None:
     """``bound`` False: the control, in which a mask does not depend on the record's position."""
     if not bound:
-        of = name_table.hashed
-        monkeypatch.setattr(name_table, "hashed", lambda *given: Unbound(*of(*given)))
+        of = words.hashed
+        monkeypatch.setattr(words, "hashed", lambda *given: Unbound(*of(*given)))
     name = token_bytes(16)
     first = tables.add(Listed(name=name))
     old = tables.record(first)
@@ -153,7 +154,7 @@ def test_a_ticket_of_a_name_unmasks_no_later_one(
 @pytest.fixture
 def small(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> Tables:
     """A table with a small ring."""
-    monkeypatch.setattr(name_table, "RING", SMALL)
+    monkeypatch.setattr(words, "RING", SMALL)
     return tables
 
 
@@ -184,7 +185,7 @@ def test_a_record_does_not_cross_the_end_of_the_ring(small: Tables) -> None:
 def test_a_bucket_that_is_full_loses_its_oldest_name(
     tables: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(name_table, "BUCKETS", 1)
+    monkeypatch.setattr(words, "BUCKETS", 1)
     offers = [tables.add(Listed()) for _ in range(WAYS + 2)]
     assert [bool(tables.find(offer)) for offer in offers] == [False] * 2 + [True] * WAYS
     for offer in offers[:2]:  # an entry that another name has got
@@ -290,10 +291,10 @@ def test_the_end_of_an_offer_removes_what_an_interrupt_has_left(
             tables.owner.page.slots[offer.entry.slot] = offer.entry.start
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("portakv.migrate.name_table.fence", interrupt)
+    monkeypatch.setattr("portakv.migrate.words.fence", interrupt)
     with pytest.raises(KeyboardInterrupt):
         tables.owner.add(offer)
-    monkeypatch.setattr("portakv.migrate.name_table.fence", fence)
+    monkeypatch.setattr("portakv.migrate.words.fence", fence)
     assert bool(tables.find(offer)) == written
     tables.owner.remove(offer.entry)
     assert tables.find(offer) == b""
@@ -331,14 +332,14 @@ def test_bytes_of_any_kind_in_the_page_raise_nothing(tables: Tables) -> None:
         tables.find(offer)
         page.slots[offer.entry.slot] = -seed.randrange(1, 1 << 62)
         tables.find(offer)
-    whole[: 8 * WAYS * name_table.BUCKETS] = 0xFF
+    whole[: 8 * WAYS * words.BUCKETS] = 0xFF
     assert tables.find(Listed()) == b""
 
 
 def test_other_memory_is_not_a_table() -> None:
     assert open_names(b"", KEY) is None
     assert open_names(b"no handle", KEY) is None
-    assert open_names(Words().export(ipc.SharedFiles()).handle, KEY) is None
+    assert open_names(Words().export(shared_memory.SharedFiles()).handle, KEY) is None
 
 
 # --- pulls
@@ -485,8 +486,8 @@ def test_a_name_of_an_earlier_epoch_finds_no_later_offer(
 ) -> None:
     """The page is the same. ``bound`` False: the control, in which hashes are of names alone."""
     if not bound:
-        of = name_table.hashed
-        monkeypatch.setattr(name_table, "hashed", lambda _, name, key: of(EPOCH, name, key))
+        of = words.hashed
+        monkeypatch.setattr(words, "hashed", lambda _, name, key: of(EPOCH, name, key))
     pair = Pair(made)
     name = token_bytes(16)
     old = pair.ticket(name)

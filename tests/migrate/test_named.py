@@ -29,13 +29,13 @@ from portakv.errors import (
     TransferTimeout,
 )
 from portakv.migrate import Channel, Ticket, messages
-from portakv.migrate.ipc import shared_empty
-from portakv.migrate.name_table import NamesOfOwner
+from portakv.migrate.channel import Peer
+from portakv.migrate.connections import Questions
 from portakv.migrate.named import MOMENT, Finder
-from portakv.migrate.offers import Owner
-from portakv.migrate.peer import Peer
-from portakv.migrate.questions import Questions
+from portakv.migrate.owner import Owner
 from portakv.migrate.reader import Reader
+from portakv.migrate.shared_memory import shared_empty
+from portakv.migrate.words import NamesOfOwner
 from portakv_conformance import simdev
 
 BLOCKS = [7, 3, 11]
@@ -226,7 +226,7 @@ def test_a_new_name_does_not_wait_for_the_pause_between_questions(
 ) -> None:
     """``asked``: the control, in which all names wait for the pause, which does not end."""
     pair = Pair(made)
-    monkeypatch.setattr("portakv.migrate.questions.PAUSE", 3600.0)
+    monkeypatch.setattr("portakv.migrate.connections.PAUSE", 3600.0)
     monkeypatch.setattr(Finder, "find_now", lambda *_: False)
     if asked:
         is_due = Questions.is_due

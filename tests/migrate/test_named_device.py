@@ -19,7 +19,7 @@ from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.migrate import Channel, Reader, Ticket
-from portakv.migrate.by_name import ByName
+from portakv.migrate.reader import ByName
 from portakv.migrate.shards import Shard
 
 pytestmark = pytest.mark.gpu

@@ -34,7 +34,7 @@ from support.waits import LIMIT, until
 from portakv.errors import OfferGone, TransferCancelled
 from portakv.migrate.channel import Peer
 from portakv.migrate.messages import Answer, Begin, Check, Close, Renew
-from portakv.migrate.offers import Offer
+from portakv.migrate.owner import Offer
 
 AT = st.integers(0, 99)
 EXPOSED = st.sampled_from(("mapped", "mapped", "staging"))

@@ -47,25 +47,15 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
-from portakv.migrate.asking import ask
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.exports import EVENTS
-from portakv.migrate.gathers import BUFFERS
-from portakv.migrate.ipc import shared_empty
-from portakv.migrate.messages import (
-    Answer,
-    Begin,
-    Check,
-    Gather,
-    Handshake,
-    Hello,
-    Part,
-    Ticket,
-)
-from portakv.migrate.offers import Owner
+from portakv.migrate.messages import Answer, Begin, BoxPart, Check, Gather, Handshake, Hello, Ticket
+from portakv.migrate.owner import EVENTS, Owner
 from portakv.migrate.pull import Pull
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
+from portakv.migrate.shared_memory import shared_empty
+from portakv.migrate.staged_owner import BUFFERS
+from portakv.migrate.staged_reader import ask
 
 SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes a tenth of a second
 NEVER = 1e-9  # 10^9 bytes a second: a pull of 75 tokens takes hours
@@ -132,7 +122,7 @@ def test_an_owner_that_is_busy_for_too_long_is_given_up_in_a_sentence() -> None:
     source = cast(Any, SimpleNamespace(owner=owner))
     pull = cast(Any, SimpleNamespace(over=False))
     with pytest.raises(PeerError, match="it sent no rows: it is busy"):
-        ask(source, Gather(b"", b"", (Part(0, (0, 1), (0, 1), 0, 1),), "", 1), pull, 0.0)
+        ask(source, Gather(b"", b"", (BoxPart(0, (0, 1), (0, 1), 0, 1),), "", 1), pull, 0.0)
 
 
 def test_an_owner_that_was_closed_offers_nothing(made: Sides) -> None:
@@ -313,7 +303,9 @@ def test_a_mapping_that_reads_other_bytes_is_not_used(
     made: Sides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fault 22. As an IOMMU that breaks P2P has it: the self-check rejects it, and rows move."""
-    monkeypatch.setattr("portakv.migrate.ipc.proof", lambda *_: Rows(1, 2).whole.flatten()[:32])
+    monkeypatch.setattr(
+        "portakv.migrate.shared_memory.proof", lambda *_: Rows(1, 2).whole.flatten()[:32]
+    )
     both = Couple(made)
     offer = both.offer()
     assert "does not show the bytes of its owner" in both.reader.explain(offer.ticket)

@@ -58,7 +58,7 @@ def change_slots(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor
             change(tensor)
         return scattered(src, *rest)
 
-    monkeypatch.setattr("portakv.migrate.arrival.scattered", changed)
+    monkeypatch.setattr("portakv.migrate.staged_reader.scattered", changed)
 
 
 def flip(slots: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from support.weight_cases import Array, local_of, whole_of
 
 from portakv.errors import InvalidTerms, LayoutError
 from portakv.migrate.checksum import box_checksums
-from portakv.migrate.parameters import Box, Parameter, items_of, part_of, plan
+from portakv.weights.parameters import Box, Parameter, items_of, part_of, plan
 
 
 def pulled(local: dict[str, Parameter], owners: Sequence[dict[str, Parameter]]) -> None:

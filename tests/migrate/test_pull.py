@@ -21,13 +21,14 @@ from support.migrate_pulls import LAYOUT, SMALL, Couple, Rows, Sides, sides
 from support.waits import LIMIT, until
 
 from portakv import CopyOptions, Index, InvalidTerms, KVView
-from portakv.migrate import Ticket, issue
+from portakv.migrate import Ticket
+from portakv.migrate import reader as issue
 from portakv.migrate.channel import Channel
-from portakv.migrate.ipc import shared_empty
-from portakv.migrate.offers import Owner
+from portakv.migrate.owner import Owner
 from portakv.migrate.plan import Planned, planned
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
+from portakv.migrate.shared_memory import shared_empty
 
 extents = st.integers(1, 4).flatmap(
     lambda layers: st.tuples(st.just(layers), st.integers(1, 4), st.integers(1, 200))

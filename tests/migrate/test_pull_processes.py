@@ -21,7 +21,7 @@ from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import OfferGone, PeerError, TransferError
-from portakv.migrate.connecting import WIDTH
+from portakv.migrate.connections import WIDTH
 from portakv.migrate.messages import Ticket
 from portakv.migrate.shards import Shard
 

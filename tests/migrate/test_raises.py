@@ -17,8 +17,8 @@ from support.migrate_pulls import Rows, Sides, sides
 from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms, OfferGone, Unsupported
-from portakv.migrate import ipc
-from portakv.migrate.marks import Progress, Raises
+from portakv.migrate import shared_memory
+from portakv.migrate.owner import Progress, Raises
 from portakv.migrate.words import Place, Words, WordsOfOwner
 
 UNITS = pytest.mark.parametrize("unit", ["layers", "tokens"])
@@ -35,7 +35,7 @@ def made() -> Iterator[Sides]:
 
 def test_a_mark_is_of_one_offer() -> None:
     words = Words(4)
-    remote = WordsOfOwner(words.export(ipc.SharedFiles()).handle)
+    remote = WordsOfOwner(words.export(shared_memory.SharedFiles()).handle)
     places = [words.take(os.urandom(16), ()) for _ in range(4)]
     assert [remote.mark(place) for place in places] == [0] * 4  # it was never written
     for number, place in enumerate(places):
@@ -49,7 +49,7 @@ def test_a_mark_is_of_one_offer() -> None:
 
 def test_an_offer_begins_without_the_mark_of_the_last_one_at_its_place() -> None:
     words = Words(1)
-    remote = WordsOfOwner(words.export(ipc.SharedFiles()).handle)
+    remote = WordsOfOwner(words.export(shared_memory.SharedFiles()).handle)
     first = words.take(os.urandom(16), ())
     words.mark(first, 7)
     words.end(first, "taken")
@@ -198,7 +198,7 @@ def test_no_mark_is_raised_inside_graph_capture(
 ) -> None:
     whole = torch.zeros((2, 2, 16, 16, 4, 8), dtype=torch.int16, device=accelerator)
     offer = made.owner(Rows.shard_of(whole)).offer([1], tokens=16, progress="layers")
-    monkeypatch.setattr("portakv.migrate.marks.capturing", lambda _: True)
+    monkeypatch.setattr("portakv.migrate.owner.capturing", lambda _: True)
     with pytest.raises(Unsupported, match="inside graph capture"):
         offer.raise_to(1)
     assert offer.mark == 0

@@ -17,7 +17,7 @@ from support.migrate_channels import Ping, Pong
 from support.waits import LIMIT, until
 
 from portakv.errors import PeerError
-from portakv.migrate import channel_unix
+from portakv.migrate import channel
 from portakv.migrate.channel import Channel
 from portakv.runtime import resources
 
@@ -27,7 +27,7 @@ sys.path[:0] = [{str(Path(__file__).parents[1])!r}]
 from support import no_descriptors as none
 from support.migrate_channels import Ping, Pong, SECRET, Server
 from portakv.errors import PortaKVError
-from portakv.migrate import channel_unix
+from portakv.migrate import channel as channel_unix
 from portakv.migrate.channel import Channel
 """
 
@@ -153,11 +153,11 @@ def test_descriptors_that_go_at_any_moment_end_no_process() -> None:
 
 _FEW = """
 from portakv.migrate import Owner, Reader, Shard
-from portakv.serving.keeper_client import KeeperClient
-from portakv.serving.keeper_server import Keeper
+from portakv.serving.server.client import StoreClient
+from portakv.serving.server.server import StoreServer
 from portakv.serving.kv_events import EventPublisher
 from portakv.serving.local import StoreTerms
-from portakv.serving.place import Place
+from portakv.serving.server.link import Place
 from portakv import KVView
 from portakv.storage import BlockForm, BlockStore, Disk
 import gc, tempfile, time, torch
@@ -192,8 +192,8 @@ made = {
     "ask": ask,
     "pull": pull,
     "events": lambda: EventPublisher("tcp://127.0.0.1:0").close(),
-    "keeper": lambda: Keeper(terms).close(),
-    "rank": lambda: KeeperClient(Place.of_folder(folder), [form], "engine").close(),
+    "housekeeper": lambda: StoreServer(terms).close(),
+    "rank": lambda: StoreClient(Place.of_folder(folder), [form], "engine").close(),
     "disk": lambda: BlockStore(form, staging=1 << 20, tiers=[Disk(folder, capacity=SIZE)]).close(),
 }[sys.argv[1]]
 made()  # what the process opens once
@@ -278,11 +278,12 @@ def test_no_thread_is_an_error() -> None:
 
 _MOUNTED = """
 import tempfile
-from portakv.serving.keeper_server import Keeper
+from portakv.serving.server.server import StoreServer
 from portakv.serving.local import StoreTerms
 try:
     server = Server(None)
-    with Keeper(StoreTerms.of({"folder": (sys.argv[1],), "host": 1 << 20, "capacity": 64 << 20})):
+    sizes = {"host": 1 << 20, "capacity": 64 << 20}
+    with StoreServer(StoreTerms.of({"folder": (sys.argv[1],), **sizes})):
         print(Channel().ask(server.address, Ping(b"served"), Pong).data)
 except PortaKVError as error:
     print(error)
@@ -314,9 +315,9 @@ def test_a_channel_and_a_store_need_no_shared_memory_folder(mount: str, tmp_path
 
 def test_no_folder_for_a_socket_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not an address or a port."""
-    monkeypatch.setattr(channel_unix, "FOLDERS", ("/proc", "/sys"))
+    monkeypatch.setattr(channel, "FOLDERS", ("/proc", "/sys"))
     with pytest.raises(PeerError) as refused:
         Channel()
-    for folder in channel_unix.FOLDERS:
+    for folder in channel.FOLDERS:
         assert re.search(rf"{folder} \([\w ]+; \d+ bytes and", str(refused.value))
     assert "port" not in str(refused.value)

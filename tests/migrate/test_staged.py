@@ -21,10 +21,10 @@ from support.waits import LIMIT, until
 from portakv.errors import OfferGone, PeerError, TransferCancelled, TransferError
 from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.channel import Channel
-from portakv.migrate.gathers import BUFFERS, MOST_WAITING, Gathers
-from portakv.migrate.messages import MOST_PARTS, Answer, Gather, Part, Renew, Stop, Ticket
-from portakv.migrate.offers import Owner
-from portakv.migrate.staged import BATCH, Taker
+from portakv.migrate.messages import MOST_PARTS, Answer, BoxPart, Gather, Renew, Stop, Ticket
+from portakv.migrate.owner import Owner
+from portakv.migrate.staged_owner import BUFFERS, MOST_WAITING, Gathers
+from portakv.migrate.staged_reader import BATCH, StagedReceiver
 from portakv.migrate.transports.base import Moving
 from portakv.migrate.transports.distributed import Join
 
@@ -147,11 +147,11 @@ def test_slices_of_a_cancelled_pull_are_not_taken_for_those_of_the_next(
     made: Sides, monkeypatch: pytest.MonkeyPatch, guarded: bool
 ) -> None:
     """Both sides stay in step by one transport. Without `Stop` the next pull gets old rows."""
-    monkeypatch.setattr("portakv.migrate.staged.STOPPING", LIMIT)  # also on a busy machine
+    monkeypatch.setattr("portakv.migrate.staged_reader.STOPPING", LIMIT)  # also on a busy machine
     both = Couple(made, "staging", transport="distributed")
     both.pull(both.offer()).synchronize(LIMIT)
     if not guarded:
-        monkeypatch.setattr(Taker, "stop", lambda *_: None)
+        monkeypatch.setattr(StagedReceiver, "stop", lambda *_: None)
     assert pull_after_a_cancelled_one(both, LIMIT if guarded else 3.0) == guarded
     assert len(messages(both.owner, Join)) == 1 or not guarded
 
@@ -159,7 +159,7 @@ def test_slices_of_a_cancelled_pull_are_not_taken_for_those_of_the_next(
 def test_pulls_that_are_cancelled_at_any_moment_leave_one_transport_in_step(
     made: Sides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("portakv.migrate.staged.STOPPING", LIMIT)  # also on a busy machine
+    monkeypatch.setattr("portakv.migrate.staged_reader.STOPPING", LIMIT)  # also on a busy machine
     both = Couple(made, "staging", transport="distributed")
     both.pull(both.offer()).synchronize(LIMIT)
     seed = random.Random(7)
@@ -260,7 +260,7 @@ def test_a_reader_that_takes_nothing_is_busy_after_some_requests(made: Sides) ->
     both.reader.explain(offer.ticket)
     parsed = Ticket.read(offer.ticket)
     channel = both.reader.channel
-    parts = (Part(0, (0, 2), (0, 4), 0, 16),)
+    parts = (BoxPart(0, (0, 2), (0, 4), 0, 16),)
     gather = Gather(parsed.epoch, parsed.offer, parts, "distributed", 1)
     answers = [
         channel.ask(parsed.address, replace(gather, tag=tag), Answer)

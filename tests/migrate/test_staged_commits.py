@@ -19,10 +19,10 @@ from support.waits import LIMIT, until
 
 from portakv.copy.handle import BlockTransfer
 from portakv.errors import OfferGone, TransferCancelled, TransferTimeout
-from portakv.migrate import arrival
-from portakv.migrate.checked_copy import copy_checked
+from portakv.migrate import staged_reader
 from portakv.migrate.messages import Answer, Check, Renew, Ticket
-from portakv.migrate.offers import Offer
+from portakv.migrate.owner import Offer
+from portakv.migrate.plan import copy_checked
 from portakv.migrate.pull import Pull
 from portakv.migrate.transports import TRANSPORTS
 
@@ -123,7 +123,7 @@ def test_requests_to_an_owner_do_not_wait_for_the_last_copy(
         return Pong(b"", 1)
 
     both.owner.channel.serve(Ping, silent)
-    monkeypatch.setattr(arrival, "copy_checked", copy)
+    monkeypatch.setattr(staged_reader, "copy_checked", copy)
     pulled = both.pull(both.offer())
     assert copying.wait(LIMIT)
     renewal = Renew(other.epoch, other.offer, LEASE)

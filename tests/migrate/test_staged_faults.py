@@ -17,7 +17,7 @@ from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import OfferGone, PeerError, PortaKVError, Unsupported
-from portakv.migrate import Channel, Owner, Reader, Shard, Ticket, gathers, shared_empty
+from portakv.migrate import Channel, Owner, Reader, Shard, Ticket, shared_empty, staged_owner
 from portakv.migrate.buffers import Staging
 from portakv.migrate.messages import Gather
 from portakv.migrate.transports import TRANSPORTS, distributed
@@ -89,7 +89,7 @@ def test_a_buffer_that_becomes_free_meanwhile_is_not_sent_twice(
     sent = untagged(monkeypatch)
     seen = list[bool]()
 
-    def free(buffer: gathers.StagingBuffer) -> bool:
+    def free(buffer: staged_owner.StagingBuffer) -> bool:
         was = buffer.sent is None or buffer.sent.free.is_set()
         if not was and "gather" in threading.current_thread().name:
             seen.append(was)
@@ -97,7 +97,7 @@ def test_a_buffer_that_becomes_free_meanwhile_is_not_sent_twice(
             buffer.sent.free.wait(LIMIT)
         return was
 
-    monkeypatch.setattr(gathers.StagingBuffer, "free", property(free))
+    monkeypatch.setattr(staged_owner.StagingBuffer, "free", property(free))
     sides.pull(timeout=20.0).synchronize(LIMIT)
     assert seen
     assert len(set(Counter(sent).values())) == 1  # each slice as often as all others

@@ -16,21 +16,23 @@ from msgspec.structs import replace
 from support.weight_cases import Channels, make_channels
 
 from portakv.errors import PeerError
-from portakv.migrate import publish
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import unsealed
-from portakv.migrate.published import Weights, WeightsTicket
-from portakv.migrate.weight_lanes import (
+from portakv.weights import publish
+from portakv.weights.owner import (
     Connect,
     Connected,
     OfLane,
+    Receiver,
     SendSlice,
+    Terms,
+    Weights,
+    WeightsTicket,
     pack,
     packed_bytes,
     unpacked,
 )
-from portakv.migrate.weight_receiver import Receiver, Terms
-from portakv.migrate.weight_take import Incoming
+from portakv.weights.pull import Incoming
 
 channels = pytest.fixture(make_channels)
 

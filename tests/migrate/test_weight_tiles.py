@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from support.weight_cases import Channels, make_channels, shared
 
 from portakv.errors import TransferError, Unsupported
-from portakv.migrate import Parameter, publish, pull_weights, weight_mapped, weight_tiles
-from portakv.migrate.weight_tiles import TILES, Tiles, cut, fits_tiles, tiles_of
-from portakv.migrate.weight_versions import Versioned
+from portakv.weights import Parameter, plan, publish, pull_weights
+from portakv.weights import pull as weight_mapped
+from portakv.weights.plan import TILES, Tiles, cut, fits_tiles, tiles_of
+from portakv.weights.versions import Versioned
 
 channels = pytest.fixture(make_channels)
 _sizes = st.lists(st.integers(1, 300).map(lambda n: n * TILES[-1]), max_size=6)
@@ -151,7 +152,7 @@ def test_without_a_backend_for_addresses_tensors_are_copied_as_before(
     def refuse(*arguments: object, **options: object) -> None:
         raise Unsupported("Copying", "of this test")
 
-    monkeypatch.setattr(weight_tiles, "copy_rows", refuse)
+    monkeypatch.setattr(plan, "copy_rows", refuse)
     # A separate size: tensors at the addresses of former ones would use the tiles of those.
     source = shared(values(3200, 1))
     owner = publish(channels(), {"w": source})

@@ -39,15 +39,12 @@ from portakv.errors import (
 )
 from portakv.graph.task import Task
 from portakv.migrate.channel import Channel
-from portakv.migrate.ipc import shared_empty
 from portakv.migrate.messages import unsealed
-from portakv.migrate.parameters import Box, Parameter
-from portakv.migrate.published import AskWeights, Weights, WeightsTicket
-from portakv.migrate.weight_pairs import copy_pairs
-from portakv.migrate.weights import (
-    publish,
-    pull_weights,
-)
+from portakv.migrate.shared_memory import shared_empty
+from portakv.weights.owner import AskWeights, Weights, WeightsTicket, publish
+from portakv.weights.parameters import Box, Parameter
+from portakv.weights.plan import copy_pairs
+from portakv.weights.pull import pull_weights
 
 channels = pytest.fixture(make_channels)
 

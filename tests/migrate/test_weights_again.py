@@ -29,12 +29,11 @@ from support.weight_cases import (
 
 from portakv.errors import LayoutError, OfferGone, PeerError
 from portakv.graph.graph import Graph
-from portakv.migrate import Parameter, prepare_weights, publish, pull_weights
-from portakv.migrate.parameters import Box, items_of
-from portakv.migrate.published import Weights
-from portakv.migrate.weight_owner import publications
-from portakv.migrate.weight_pairs import copy_pairs, runs_of
-from portakv.migrate.weight_versions import Checksums, Versioned, checksums
+from portakv.weights import Parameter, prepare_weights, publish, pull_weights
+from portakv.weights.owner import Weights, publications
+from portakv.weights.parameters import Box, items_of
+from portakv.weights.plan import copy_pairs, runs_of
+from portakv.weights.versions import Checksums, Versioned, checksums
 
 T = TypeVar("T")
 channels = pytest.fixture(make_channels)

@@ -20,18 +20,13 @@ from support.weight_cases import AtSlice, Channels, make_channels
 from torch.cuda import _sleep
 
 from portakv.errors import PeerError, TransferCancelled, TransferError
-from portakv.migrate import (
-    prepare_weights,
-    publish,
-    pull_weights,
-    weight_receiver,
-    weight_send,
-)
 from portakv.migrate.channel import Channel
 from portakv.migrate.staging import staging
 from portakv.migrate.transports import TRANSPORTS
-from portakv.migrate.weight_lanes import pack
 from portakv.runtime.devices import inside
+from portakv.weights import owner as weight_receiver
+from portakv.weights import prepare_weights, publish, pull_weights
+from portakv.weights.owner import pack
 from portakv_conformance import simdev
 
 channels = pytest.fixture(make_channels)
@@ -80,7 +75,7 @@ def test_host_staging_serves_two_kinds_of_device_and_one_device(
 ) -> None:
     """Buffers on the host are pinned for tensors of a device."""
     pinned = dict[str, bool]()
-    for side in (weight_send, weight_receiver):
+    for side in (weight_receiver, weight_receiver):
 
         def made(*args: Any, name: str = side.__name__, **terms: Any) -> torch.Tensor:
             memory = staging(*args, **terms)
@@ -102,7 +97,7 @@ def test_host_staging_serves_two_kinds_of_device_and_one_device(
         pull_weights(channel, owner.ticket, local)
         assert equal(local, remote)
     assert pinned == {
-        weight_send.__name__: there != cpu,
+        weight_receiver.__name__: there != cpu,
         weight_receiver.__name__: here != cpu,
     }
     owner.close()
@@ -163,7 +158,7 @@ def changes_are_noticed(
             delay()
         pack(full, parts)
 
-    monkeypatch.setattr(weight_send, "pack", slow)
+    monkeypatch.setattr(weight_receiver, "pack", slow)
     remote = weights(there)
     local = zeros(here)
     owner = publish(channels(), remote, staging=LITTLE, expose="staging")
@@ -199,7 +194,7 @@ def test_changes_and_cancellations_leave_the_lane_in_step(
     channels: Channels, simulated: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = len(WIRES)
-    monkeypatch.setattr("portakv.migrate.weight_take.STOPPING", 60.0)  # also on a busy machine
+    monkeypatch.setattr("portakv.weights.pull.STOPPING", 60.0)  # also on a busy machine
     changes_are_noticed(DEVICE, OTHER, simulated, channels, monkeypatch)
     assert len(WIRES) == before + 1
 
@@ -209,7 +204,7 @@ def test_a_lane_that_does_not_end_in_time_is_released_on_both_sides(
     channels: Channels, simulated: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cancelled pull waits for its slices on the device only for a moment."""
-    monkeypatch.setattr("portakv.migrate.weight_take.STOPPING", 0.0)
+    monkeypatch.setattr("portakv.weights.pull.STOPPING", 0.0)
     changes_are_noticed(DEVICE, OTHER, simulated, channels, monkeypatch)
 
 

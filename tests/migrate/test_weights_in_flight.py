@@ -24,8 +24,8 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.migrate import publish, pull_weights
-from portakv.migrate.weights import WeightsPull
+from portakv.weights import publish, pull_weights
+from portakv.weights.pull import WeightsPull
 
 channels = pytest.fixture(make_channels)
 

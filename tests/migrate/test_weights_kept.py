@@ -15,10 +15,10 @@ from support.sums_on_cpu import SMALL, HostDriver
 from support.weight_cases import Channels, find_wrong_copies, make_channels, shared, whole_of
 
 from portakv.errors import InvalidTerms, LayoutError
-from portakv.migrate import Parameter, checksum, publish, pull_weights
-from portakv.migrate.checksum import BoxSums, Part
-from portakv.migrate.checksum_kernel import CachedTables, SumKernel
-from portakv.migrate.parameters import Box, facts_of
+from portakv.migrate import checksum
+from portakv.migrate.checksum import BoxSums, CachedTables, SumKernel, SummedPart
+from portakv.weights import Parameter, publish, pull_weights
+from portakv.weights.parameters import Box, facts_of
 
 channels = pytest.fixture(make_channels)
 needs_gxx = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -90,11 +90,11 @@ def test_tables_of_copied_parts_are_not_launched_again(kernel: Followed) -> None
     for tensor, again in ((plain, True), (odd, False)):
         kept: CachedTables = {}
         sums = BoxSums()
-        sums.add([Part(0, tensor, (0, 0))], kept)
+        sums.add([SummedPart(0, tensor, (0, 0))], kept)
         assert sums.again(CPU, kept) == again
         assert not sums.again(CPU, {})
         once = BoxSums()
-        once.add([Part(0, tensor, (0, 0))])
+        once.add([SummedPart(0, tensor, (0, 0))])
         (expected,) = once.results(1)
         assert sums.results(1) == [expected * (1 + again) % (1 << 64)]
         tensor[1, 1] += 1

@@ -13,12 +13,11 @@ from support.waits import LIMIT
 from support.weight_cases import Channels, make_channels, shared, whole_of
 
 from portakv.errors import InvalidTerms, OfferGone, PeerError, TransferError, TransferTimeout
-from portakv.migrate import publish, pull_weights, weight_copy
 from portakv.migrate.channel import Channel
-from portakv.migrate.published import AskWeights
-from portakv.migrate.weight_owner import Owner
-from portakv.migrate.weight_pairs import copy_pairs
-from portakv.migrate.weight_versions import Versioned
+from portakv.weights import publish, pull, pull_weights
+from portakv.weights.owner import AskWeights, Owner
+from portakv.weights.plan import copy_pairs
+from portakv.weights.versions import Versioned
 
 channels = pytest.fixture(make_channels)
 
@@ -73,9 +72,9 @@ def test_a_change_after_the_last_byte_fails_the_pull(
 ) -> None:
     """Negative control: without the question at the end, the pull brings the former values."""
     owner, source, into = known(channels, followed)
-    wait = weight_copy.Copies.wait_for_bytes
+    wait = pull.Copies.wait_for_bytes
 
-    def change(copies: weight_copy.Copies) -> None:
+    def change(copies: pull.Copies) -> None:
         wait(copies)
         with owner.update():
             source.fill_(5)
@@ -84,7 +83,7 @@ def test_a_change_after_the_last_byte_fails_the_pull(
         return bool
 
     with monkeypatch.context() as patch:
-        patch.setattr(weight_copy.Copies, "wait_for_bytes", change)
+        patch.setattr(pull.Copies, "wait_for_bytes", change)
         if asked:
             with pytest.raises(TransferError, match="changed while they were pulled"):
                 pull_weights(followed, owner.ticket, {"w": into})
@@ -109,7 +108,7 @@ def test_a_change_between_the_begin_and_the_copies_fails_the_pull(
         copy_pairs(pairs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(weight_copy, "copy_pairs", change)
+        patch.setattr(pull, "copy_pairs", change)
         with pytest.raises(TransferError, match="changed while they were pulled"):
             pull_weights(followed, owner.ticket, {"w": into})
     pull_weights(followed, owner.ticket, {"w": into})

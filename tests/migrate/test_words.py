@@ -39,14 +39,15 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.migrate import housekeeping, ipc
+from portakv.migrate import reader as housekeeping
+from portakv.migrate import shared_memory
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.connections import Connection, Connections
-from portakv.migrate.housekeeping import IDLE, Housekeeper, Wakes
 from portakv.migrate.messages import Answer, Check, Close, Handshake, Hello, Renew, Ticket
-from portakv.migrate.offers import Owner
+from portakv.migrate.owner import Owner
+from portakv.migrate.owner import Ticket as TicketByName
 from portakv.migrate.pull import Pull
-from portakv.migrate.tickets import Ticket as TicketByName
+from portakv.migrate.reader import IDLE, Housekeeper, Wakes
 from portakv.migrate.words import PLACES, Place, Words, WordsOfOwner, fence, open_words
 
 SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes a tenth of a second
@@ -63,7 +64,7 @@ def made() -> Iterator[Sides]:
 def page() -> tuple[Words, WordsOfOwner]:
     """A page of words, as its owner and as a reader see it."""
     words = Words()
-    return words, WordsOfOwner(words.export(ipc.SharedFiles()).handle)
+    return words, WordsOfOwner(words.export(shared_memory.SharedFiles()).handle)
 
 
 # --- the page
@@ -90,7 +91,7 @@ def test_another_tag_at_a_place_never_holds(page: tuple[Words, WordsOfOwner]) ->
 
 def test_a_place_that_is_used_again_does_not_hold_for_its_last_offer() -> None:
     words = Words()
-    remote = WordsOfOwner(words.export(ipc.SharedFiles()).handle)
+    remote = WordsOfOwner(words.export(shared_memory.SharedFiles()).handle)
     first = words.take(os.urandom(16), ())
     words.end(first, "taken")
     for _ in range(PLACES - 1):  # released places are used last
@@ -133,7 +134,9 @@ def test_places_in_use_are_not_listed_at_each_offer() -> None:
 def test_a_tag_is_positive_and_leaves_bits_for_the_state() -> None:
     for data in (bytes(16), b"\xff" * 16):
         assert 0 < Place.of(3, data).tag < 1 << 60
-    assert not WordsOfOwner.has(WordsOfOwner(Words().export(ipc.SharedFiles()).handle), Place())
+    assert not WordsOfOwner.has(
+        WordsOfOwner(Words().export(shared_memory.SharedFiles()).handle), Place()
+    )
     assert open_words(b"") is None
     assert open_words(b"no handle") is None
     fence()
@@ -354,7 +357,7 @@ def test_rows_of_an_owner_that_died_after_it_had_offered_them_are_right(made: Si
 def test_long_copies_on_the_host_do_not_hold_up_the_call(made: Sides) -> None:
     """Also layer by layer; and a cancelled one copies no further layer."""
     shape = (2, 2, 64, 16, 4, 512)
-    remote, local = (ipc.shared_empty(shape, torch.int16).fill_(n) for n in (7, 3))
+    remote, local = (shared_memory.shared_empty(shape, torch.int16).fill_(n) for n in (7, 3))
     both = [Rows.shard_of(each) for each in (remote, local)]
     owner = made.owner(both[0])
     reader = made.reader(both[1])
@@ -581,14 +584,14 @@ def test_the_thread_outlives_a_failed_look() -> None:
                 raise RuntimeError("dictionary changed size during iteration")
             return super().items()
 
-    class Keeper(Housekeeper):
+    class StoreServer(Housekeeper):
         def __init__(self) -> None:
             super().__init__(torch.device("cpu"))
             self._pulls = Changed()
 
-    with closing(Keeper()) as keeper:
-        keeper.add(Pull((), math.inf, keeper.wake))
-        assert until(lambda: keeper.ends["committed"] == 1)
+    with closing(StoreServer()) as housekeeper:
+        housekeeper.add(Pull((), math.inf, housekeeper.wake))
+        assert until(lambda: housekeeper.ends["committed"] == 1)
     assert failed
 
 
@@ -598,7 +601,7 @@ def test_pulls_that_follow_each_other_wake_no_thread(counts: bool) -> None:
     a pull that ended between two turns of the thread counts as an idle one."""
     wakes = list[int]()
 
-    class Keeper(Housekeeper):
+    class StoreServer(Housekeeper):
         def wake(self) -> None:
             wakes.append(1)
             super().wake()
@@ -606,12 +609,12 @@ def test_pulls_that_follow_each_other_wake_no_thread(counts: bool) -> None:
         def _look_at_all(self) -> bool:
             return super()._look_at_all() and counts
 
-    with closing(Keeper(torch.device("cpu"))) as keeper:
+    with closing(StoreServer(torch.device("cpu"))) as housekeeper:
         for _ in range(2 * IDLE):
-            pull = Pull((), math.inf, keeper.report)
-            keeper.add(pull)
+            pull = Pull((), math.inf, housekeeper.report)
+            housekeeper.add(pull)
             assert pull.look()
-            assert until(lambda: not keeper.pulls)
+            assert until(lambda: not housekeeper.pulls)
     # A machine that stands still for seconds lets the thread wait.
     assert (len(wakes) < IDLE // 2) == counts
 

@@ -16,19 +16,11 @@ from support.waits import LIMIT
 
 from portakv import Index, KVView
 from portakv.errors import BackendUnavailable, InvalidTerms, LayoutError, PeerError, SlotError
-from portakv.migrate import (
-    Channel,
-    Owner,
-    Reader,
-    Shard,
-    open_model,
-    open_shared,
-    pull_weights,
-    share,
-)
-from portakv.migrate.ipc import shared_empty
+from portakv.migrate import Channel, Owner, Reader, Shard, open_shared, share
 from portakv.migrate.messages import Handshake, Hello
+from portakv.migrate.shared_memory import shared_empty
 from portakv.migrate.transports.onesided import Nixl
+from portakv.weights import open_model, pull_weights
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from portakv.runtime import kernel_cache as _kernel_cache
-from portakv.runtime import nvrtc as _nvrtc
+from portakv.runtime import kernel_cache, nvrtc
 from portakv.runtime.kernel_cache import cached, directory, holds, refusal
 
 KEY = ("source", "flags", "sm_90", "13.0")
@@ -26,7 +25,7 @@ BINARY = bytes(range(256)) * 16
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache directory that is not there yet."""
     result = tmp_path / "a" / "cache"
-    monkeypatch.setenv(_kernel_cache.ENVIRONMENT, str(result))
+    monkeypatch.setenv(kernel_cache.ENVIRONMENT, str(result))
     return result
 
 
@@ -53,7 +52,7 @@ def test_a_kernel_is_built_once_and_kept_privately(folder: Path) -> None:
 
 def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert directory() == tmp_path / "a" / "cache"
-    monkeypatch.delenv(_kernel_cache.ENVIRONMENT)
+    monkeypatch.delenv(kernel_cache.ENVIRONMENT)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert directory() == tmp_path / "xdg" / "portakv"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -72,21 +71,21 @@ def test_each_part_of_the_key_counts(part: int) -> None:
 
 
 def test_what_decides_a_binary_is_in_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_nvrtc, "architectures", lambda: [80, 90])
-    monkeypatch.setattr(_nvrtc, "nvrtc_version", lambda: "13.0")
+    monkeypatch.setattr(nvrtc, "architectures", lambda: [80, 90])
+    monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: "13.0")
     made = Mock(side_effect=lambda source, target: f"{source} {target}".encode())
-    monkeypatch.setattr(_nvrtc, "compile_text", made)
+    monkeypatch.setattr(nvrtc, "compile_text", made)
     for _ in range(2):
-        assert _nvrtc.compile_kernel("text", 90) == b"text sm_90"
-        assert _nvrtc.compile_kernel("text", 80) == b"text sm_80"
-        assert _nvrtc.compile_kernel("text", 86) == b"text compute_80"
-        assert _nvrtc.compile_kernel("other", 90) == b"other sm_90"
+        assert nvrtc.compile_kernel("text", 90) == b"text sm_90"
+        assert nvrtc.compile_kernel("text", 80) == b"text sm_80"
+        assert nvrtc.compile_kernel("text", 86) == b"text compute_80"
+        assert nvrtc.compile_kernel("other", 90) == b"other sm_90"
     assert made.call_count == 4
     for name, other in (("FLAGS", ("-std=c++20",)), ("nvrtc_version", lambda: "13.1")):
-        assert _nvrtc.compiled_before("text", 90)
+        assert nvrtc.compiled_before("text", 90)
         with monkeypatch.context() as changed:
-            changed.setattr(_nvrtc, name, other)
-            assert not _nvrtc.compiled_before("text", 90)
+            changed.setattr(nvrtc, name, other)
+            assert not nvrtc.compiled_before("text", 90)
 
 
 # Damage
@@ -200,7 +199,7 @@ for turn in range(40):
 def test_eight_processes_race(folder: Path) -> None:
     racers = [
         subprocess.Popen(
-            [sys.executable, "-c", _RACER, str(_kernel_cache.__file__)],
+            [sys.executable, "-c", _RACER, str(kernel_cache.__file__)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -16,8 +16,7 @@ from support.waits import LIMIT
 from portakv import KVView
 from portakv.copy.rows import copy_rows
 from portakv.runtime.openmp import one_thread
-from portakv.storage import BlockForm, BlockStore
-from portakv.storage import rows as storage_rows
+from portakv.storage import BlockForm, BlockStore, memory
 
 KEYS = [key_of(i) for i in range(4)]
 
@@ -60,9 +59,9 @@ def test_copies_of_a_stores_workers_use_no_other_thread(
         seen.append((is_main, torch.get_num_threads()))
         return copy_rows(*arguments, **terms)
 
-    monkeypatch.setattr(storage_rows, "copy_rows", noting)
+    monkeypatch.setattr(memory, "copy_rows", noting)
     if not limited:
-        monkeypatch.setattr(storage_rows, "on_one_core", nullcontext)
+        monkeypatch.setattr(memory, "on_one_core", nullcontext)
     view = KVView(torch.zeros(2, 4, 2, 4, 16), "layer block kv token (head dim)", heads=2)
     with BlockStore(BlockForm.of(view, model="m"), staging=1 << 20, host=1 << 20) as store:
         store.save(view, [0, 1, 2, 3], KEYS).synchronize(LIMIT)

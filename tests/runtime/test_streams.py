@@ -20,10 +20,10 @@ from support.guarded_memory import refused
 from support.threads import run_threads
 
 from portakv import KVView, TransferError, copy_blocks
-from portakv.copy import slices as block_slices
+from portakv.copy import slices
 from portakv.host.small import SmallCopy
 from portakv.registry.prepared import bring
-from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime import cuda
 from portakv.runtime import streams as _streams
 from portakv.runtime.devices import inside
 from portakv.runtime.streams import awaited_asleep, on_one_core, own_stream
@@ -47,15 +47,15 @@ def driver(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
     library = FakeLibrary(tmp_path_factory.getbasetemp(), None).library
-    monkeypatch.setattr(_cuda_driver, "library", lambda: library)
-    monkeypatch.setattr(_cuda_driver, "no_cuda", lambda device: None)
-    monkeypatch.setattr(_cuda_driver, "adopt", lambda device: None)
+    monkeypatch.setattr(cuda, "library", lambda: library)
+    monkeypatch.setattr(cuda, "no_cuda", lambda device: None)
+    monkeypatch.setattr(cuda, "adopt", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(_streams, "OwnStream", Stream)
     monkeypatch.setattr(_streams, "free_handles", defaultdict(list))
-    _cuda_driver.stream_maker.cache_clear()
+    cuda.stream_maker.cache_clear()
     yield
-    _cuda_driver.stream_maker.cache_clear()
+    cuda.stream_maker.cache_clear()
 
 
 @pytest.mark.usefixtures("driver")
@@ -93,8 +93,8 @@ def test_elsewhere_they_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("driver")
 def test_without_the_drivers_library_they_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    _cuda_driver.stream_maker.cache_clear()
-    monkeypatch.setattr(_cuda_driver, "library", Mock(side_effect=OSError("libcuda.so.1")))
+    cuda.stream_maker.cache_clear()
+    monkeypatch.setattr(cuda, "library", Mock(side_effect=OSError("libcuda.so.1")))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: "torch's")
     assert own_stream(CARD) == "torch's"
 
@@ -136,8 +136,8 @@ def test_transfers_in_slices_share_no_stream(monkeypatch: pytest.MonkeyPatch) ->
         assert all_began.wait(PATIENCE)
         bring(*args)
 
-    monkeypatch.setattr(block_slices, "own_stream", noted)
-    monkeypatch.setattr(block_slices, "bring", bring_together)
+    monkeypatch.setattr(slices, "own_stream", noted)
+    monkeypatch.setattr(slices, "bring", bring_together)
     rounds = []
     for _ in range(3):
         handed_out.clear()

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.keeper_host import KEYS, caches, same
+from support.store_server_host import KEYS, caches, same
 from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms
-from portakv.integrations.vllm_check import findings_of
-from portakv.serving import Keeper, KeeperClient, StoreTerms
+from portakv.integrations.vllm.check import findings_of
+from portakv.serving import StoreClient, StoreServer, StoreTerms
 from portakv.storage import BlockForm
 
 ROOT = Path(__file__).parents[2]
@@ -27,16 +27,16 @@ def stack() -> Iterator[ExitStack]:
         yield made
 
 
-def server(folder: Path) -> Keeper:
+def server(folder: Path) -> StoreServer:
     """Return what `portakv store serve FOLDER` makes."""
     terms = {"host": 1 << 20, "staging": 1 << 20, "capacity": 8 << 20}
-    return Keeper(StoreTerms(str(folder), **terms))  # type: ignore[arg-type]
+    return StoreServer(StoreTerms(str(folder), **terms))  # type: ignore[arg-type]
 
 
-def engine(folder: Path, shared: Any) -> Keeper:
+def engine(folder: Path, shared: Any) -> StoreServer:
     """Return what an engine with these terms makes."""
     sizes = {"host": 1 << 20, "staging": 1 << 20, "capacity": 8 << 20}
-    return Keeper(StoreTerms(str(folder), shared=shared, **sizes), "engine")  # type: ignore[arg-type]
+    return StoreServer(StoreTerms(str(folder), shared=shared, **sizes), "engine")  # type: ignore[arg-type]
 
 
 def test_a_server_that_restarts_serves_again(stack: ExitStack, tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_server_that_restarts_serves_again(stack: ExitStack, tmp_path: Path) -
     assert first.serves
     view = caches()
     form = BlockForm.of(view, "model")
-    client = stack.enter_context(KeeperClient(attached.place, [form], "engine"))
+    client = stack.enter_context(StoreClient(attached.place, [form], "engine"))
     assert client.wait(LIMIT)
     save = client.blocks[0].save(view, range(4), KEYS[:4])
     save.synchronize(LIMIT)

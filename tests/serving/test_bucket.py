@@ -21,12 +21,12 @@ from support.waits import LIMIT, until
 from portakv import KVView
 from portakv.errors import InvalidTerms, StoreError, TransferError
 from portakv.graph import Handle
-from portakv.serving import Group, Ledger
+from portakv.serving import Group, SchedulerSide
 from portakv.serving.bucket import BELIEVED, LOST, MISSING, MOST, BucketAnswers
-from portakv.serving.ledger import PATIENCE
 from portakv.serving.local import GroupView, LocalIndex, StoreTerms
+from portakv.serving.scheduler import PATIENCE
 from portakv.storage import Remote, prefix_keys
-from portakv.storage.form_store import FormStore
+from portakv.storage.store import FormStore
 
 SIZE = 8
 TOKENS = [*range(40)]
@@ -176,28 +176,28 @@ def test_an_index_that_asks_itself_does_wait(bucket: HeldBucket) -> None:
     index.close()
 
 
-def test_a_request_waits_for_a_bucket_no_longer_than_the_patience_of_a_ledger(
+def test_a_request_waits_for_a_bucket_no_longer_than_the_patience_of_a_scheduler_side(
     bucket: HeldBucket,
 ) -> None:
     now = 0.0
     index, _, _ = opened(bucket)
-    ledger = Ledger(SIZE, [Group(SIZE)], 1, index, lambda: now)
-    ledger.add("a", TOKENS)
+    scheduler_side = SchedulerSide(SIZE, [Group(SIZE)], 1, index, lambda: now)
+    scheduler_side.add("a", TOKENS)
     bucket.hold()
-    assert ledger.leading("a", 0) is None
+    assert scheduler_side.leading("a", 0) is None
     now += PATIENCE
-    assert ledger.leading("a", 0) == 0
+    assert scheduler_side.leading("a", 0) == 0
     bucket.release()
     index.close()
 
 
-def test_blocks_of_a_bucket_go_through_a_ledger(bucket: HeldBucket) -> None:
+def test_blocks_of_a_bucket_go_through_a_scheduler_side(bucket: HeldBucket) -> None:
     put(bucket, 5)
     index, _, _ = opened(bucket)
-    ledger = Ledger(SIZE, [Group(SIZE)], 1, index)
-    ledger.add("a", TOKENS)
+    scheduler_side = SchedulerSide(SIZE, [Group(SIZE)], 1, index)
+    scheduler_side.add("a", TOKENS)
     # The last token is the engine's.
-    assert until(lambda: ledger.leading("a", 0) == 4 * SIZE, LIMIT)
+    assert until(lambda: scheduler_side.leading("a", 0) == 4 * SIZE, LIMIT)
     index.close()
 
 
@@ -297,7 +297,7 @@ def test_a_lookup_that_cannot_begin_is_not_waited_for() -> None:
 
 
 def test_an_answer_that_becomes_old_is_asked_for_again() -> None:
-    """A ledger remembers an answer while its index reports no loss."""
+    """A scheduler side remembers an answer while its index reports no loss."""
     case = Clocked()
     first = case.answers.expired
     case.now += BELIEVED / 2

@@ -20,8 +20,8 @@ from portakv import KVView
 from portakv.copy.layer_words import LayerWords
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.transfer import Transfer
-from portakv.serving import GroupCache, Hand, Job, Plan, Report
-from portakv.serving.issuer import Issuer
+from portakv.serving import GroupCache, Job, Plan, Report, WorkerSide
+from portakv.serving.worker import Issuer
 from portakv.storage import BlockForm, BlockStore, prefix_keys
 
 KEYS = prefix_keys(range(16), 8)
@@ -39,8 +39,8 @@ class Case(NamedTuple):
     layers: list[torch.Tensor]
     view: KVView
 
-    def hand(self, words: LayerWords, deadline: float = LIMIT) -> Hand:
-        return Hand([GroupCache(self.view, self.store)], deadline, by_layer=True, words=words)
+    def worker_side(self, words: LayerWords, deadline: float = LIMIT) -> WorkerSide:
+        return WorkerSide([GroupCache(self.view, self.store)], deadline, by_layer=True, words=words)
 
 
 @pytest.fixture
@@ -81,22 +81,22 @@ class Model(threading.Thread):
             self.seen.append(set(layer[[3, 1]].flatten().tolist()))
 
 
-def ended(hand: Hand) -> tuple[Report, set[int]]:
+def ended(worker_side: WorkerSide) -> tuple[Report, set[int]]:
     """Return the report of a step and the blocks without rows."""
-    hand.save(Plan())
-    report = hand.report()
-    return report, hand.ended().failed[0]
+    worker_side.save(Plan())
+    report = worker_side.report()
+    return report, worker_side.ended().failed[0]
 
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
 def test_a_model_computes_with_the_rows_of_its_step(case: Case, guard: bool) -> None:
     """Without waits it reads what was there before."""
     words = Words()
-    hand = case.hand(words)
+    worker_side = case.worker_side(words)
     read = threading.Event()
     for key in KEYS:
         case.tier.faults[key] = [lambda: read.wait(LIMIT)]
-    hand.load(LOAD)
+    worker_side.load(LOAD)
     if not guard:
         words.rest()
     model = Model(words, case.layers)
@@ -104,7 +104,7 @@ def test_a_model_computes_with_the_rows_of_its_step(case: Case, guard: bool) -> 
         model.join(LIMIT)
     read.set()
     model.join(LIMIT)
-    report, failed = ended(hand)
+    report, failed = ended(worker_side)
     assert report.loaded == {7: frozenset()}
     assert failed == set()
     right = [{10 + at} for at in range(LAYERS)]
@@ -113,11 +113,11 @@ def test_a_model_computes_with_the_rows_of_its_step(case: Case, guard: bool) -> 
 
 def test_rows_of_host_memory_are_there_at_once(host: Case) -> None:
     words = Words()
-    hand = host.hand(words)
-    hand.load(LOAD)
+    worker_side = host.worker_side(words)
+    worker_side.load(LOAD)
     model = Model(words, host.layers)
     model.join(LIMIT)
-    assert ended(hand) == (Report(loaded={7: frozenset()}, ends={7: 1}), set())
+    assert ended(worker_side) == (Report(loaded={7: frozenset()}, ends={7: 1}), set())
     assert model.seen == [{10 + at} for at in range(LAYERS)]
 
 
@@ -125,14 +125,14 @@ def test_a_load_that_fails_lets_the_model_go_on(
     case: Case, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = Words()
-    hand = case.hand(words)
+    worker_side = case.worker_side(words)
     case.tier.faults[KEYS[1]] = ["error"] * LAYERS
-    hand.load(LOAD)
+    worker_side.load(LOAD)
     model = Model(words, case.layers)
     model.join(LIMIT)
     assert not model.is_alive()
     assert not words.expired
-    report, failed = ended(hand)
+    report, failed = ended(worker_side)
     assert report.loaded == {7: frozenset([1])}
     assert failed == {1}
     assert "did not land within" not in caplog.text
@@ -143,16 +143,16 @@ def test_a_load_past_its_deadline_lets_the_model_go_on(
 ) -> None:
     """The tier hangs; the load gives up, and nothing else looks at it. The log says so."""
     words = Words()
-    hand = case.hand(words, deadline=0.05)
+    worker_side = case.worker_side(words, deadline=0.05)
     hang = threading.Event()
     for key in KEYS:
         case.tier.faults[key] = [lambda: hang.wait(LIMIT)]
-    hand.load(LOAD)
+    worker_side.load(LOAD)
     model = Model(words, case.layers)
     model.join(LIMIT)
     assert not model.is_alive()
     assert not words.expired
-    report, failed = ended(hand)
+    report, failed = ended(worker_side)
     hang.set()
     assert report.loaded == {7: frozenset([0, 1])}
     assert failed == {3, 1}
@@ -164,14 +164,14 @@ def test_a_load_past_its_deadline_lets_the_model_go_on(
 def test_rows_after_a_wait_that_ended_by_its_limit_do_not_count(case: Case, guard: bool) -> None:
     """The load lands later, and the model has computed with what was there before."""
     words = Lazy(1e-3)
-    hand = case.hand(words)
-    hand.load(LOAD)
+    worker_side = case.worker_side(words)
+    worker_side.load(LOAD)
     model = Model(words, case.layers)
     model.join(LIMIT)
     assert words.expired
     if not guard:
         words.host.expired = 0
-    report, failed = ended(hand)
+    report, failed = ended(worker_side)
     assert (report.loaded == {7: frozenset([0, 1])}) is guard
     assert (failed == {3, 1}) is guard
 
@@ -207,11 +207,11 @@ def test_a_wait_that_reaches_its_limit_after_the_launch_is_reported(
 ) -> None:
     """The rows are there by then, but a device whose copies hang may have gone on without them."""
     words = Launched(guard)
-    hand = host.hand(words)
-    hand.load(LOAD)
+    worker_side = host.worker_side(words)
+    worker_side.load(LOAD)
     for layer in range(LAYERS):
-        hand.layer(layer)
-    report, failed = ended(hand)
+        worker_side.layer(layer)
+    report, failed = ended(worker_side)
     words.run()
     assert words.expired
     assert (report.loaded == {7: frozenset([0, 1])}) is guard
@@ -221,13 +221,13 @@ def test_a_wait_that_reaches_its_limit_after_the_launch_is_reported(
 def test_steps_without_loads_wait_for_nothing(case: Case) -> None:
     """Also after a step whose words nothing raised."""
     words = Lazy()
-    hand = case.hand(words)
-    hand.load(LOAD)
-    hand.save(Plan())
-    hand.load(Plan())
+    worker_side = case.worker_side(words)
+    worker_side.load(LOAD)
+    worker_side.save(Plan())
+    worker_side.load(Plan())
     assert words.lacking == []
     for layer in range(LAYERS):
-        hand.layer(layer)
+        worker_side.layer(layer)
 
 
 class Gate(Words):
@@ -254,31 +254,31 @@ class Gate(Words):
 def test_a_layer_is_there_while_the_next_ones_are_issued(host: Case, guard: bool) -> None:
     """The call returns before."""
     words = Gate(guard)
-    hand = host.hand(words)
-    hand.load(LOAD)
+    worker_side = host.worker_side(words)
+    worker_side.load(LOAD)
     assert words.reached.wait(LIMIT)
     assert words.lacking == [0, 1, 2][guard:]
-    assert hand.busy
+    assert worker_side.busy
     words.over.set()
     model = Model(words, host.layers)
     model.join(LIMIT)
-    assert ended(hand) == (Report(loaded={7: frozenset()}, ends={7: 1}), set())
+    assert ended(worker_side) == (Report(loaded={7: frozenset()}, ends={7: 1}), set())
     assert model.seen == [{10 + at} for at in range(LAYERS)]
 
 
 def test_the_last_load_of_a_step_raises_words_of_all(host: Case) -> None:
     """A word waits for the first load too, which is issued whole before."""
     words = Gate(True)
-    hand = host.hand(words)
+    worker_side = host.worker_side(words)
     first, second = (
         Job(at, "a", (key,), 0, None, ((at,),)) for at, key in zip((3, 1), KEYS, strict=True)
     )
-    hand.load(Plan(loads=(first, second)))
+    worker_side.load(Plan(loads=(first, second)))
     assert words.reached.wait(LIMIT)
     assert words.lacking == [1, 2]
     assert [set(layer[3].flatten().tolist()) for layer in host.layers] == [{10}, {11}, {12}]
     words.over.set()
-    report, failed = ended(hand)
+    report, failed = ended(worker_side)
     assert report.loaded == {3: frozenset(), 1: frozenset()}
     assert failed == set()
     assert words.lacking == []
@@ -288,10 +288,10 @@ def test_the_last_load_of_a_step_raises_words_of_all(host: Case) -> None:
 def test_no_hook_overtakes_the_thread_that_issues_loads(host: Case, hook: str) -> None:
     """A load that has not begun would count as ended."""
     words = Gate(True)
-    hand = host.hand(words)
-    hand.load(LOAD)
+    worker_side = host.worker_side(words)
+    worker_side.load(LOAD)
     assert words.reached.wait(LIMIT)
-    call = partial(hand.stop, Plan(stop=(1,))) if hook == "stop" else hand.report
+    call = partial(worker_side.stop, Plan(stop=(1,))) if hook == "stop" else worker_side.report
     answers = list[object]()
     waiting = threading.Thread(target=lambda: answers.append(call()))
     waiting.start()
@@ -301,7 +301,7 @@ def test_no_hook_overtakes_the_thread_that_issues_loads(host: Case, hook: str) -
     waiting.join(LIMIT)
     assert len(answers) == 1
     assert words.lacking == []
-    ended(hand)
+    ended(worker_side)
 
 
 @pytest.mark.parametrize("at_first", [True, False])

@@ -19,10 +19,10 @@ from support.waits import LIMIT, until
 from portakv import KVView
 from portakv.errors import InvalidTerms
 from portakv.migrate import Shard, Ticket, messages, shared_empty
-from portakv.serving import GroupCache, Hand, Plan, Report
+from portakv.serving import GroupCache, Plan, Report, WorkerSide
 from portakv.serving.handover import Handover
-from portakv.serving.handover_terms import HandoverTerms
-from portakv.serving.no_store import NoBlocks
+from portakv.serving.handover_tickets import HandoverTerms
+from portakv.serving.local import NoBlocks
 from portakv.serving.plan import NO_HANDOVERS, Handovers, OfferJob, PullJob, Renewal
 from portakv.storage import BlockForm
 
@@ -62,7 +62,7 @@ class Side:
         address = handing.address_of(0)
         self.handover = Handover([shard], model, handing, address=address, **terms)
         blocks_of = NoBlocks(BlockForm.of(view, MODEL))
-        self.hand = Hand([GroupCache(view, blocks_of)], handover=self.handover)
+        self.worker_side = WorkerSide([GroupCache(view, blocks_of)], handover=self.handover)
         self.heads = heads
         self.freed = set[str]()
         self.report = Report()
@@ -89,9 +89,9 @@ class Side:
         idle: bool = False,
     ) -> Side:
         """Carry out a plan, take what has ended, and return this side."""
-        self.hand.load(Plan(handovers=handovers, retained=retained, idle=idle))
-        self.report = self.report.merged(self.hand.report())
-        ended = self.hand.ended()
+        self.worker_side.load(Plan(handovers=handovers, retained=retained, idle=idle))
+        self.report = self.report.merged(self.worker_side.report())
+        ended = self.worker_side.ended()
         self.freed |= ended.freed
         self.loaded |= ended.loaded
         self.failed |= ended.failed[0]
@@ -162,7 +162,7 @@ def test_rows_are_handed_over(sides: ExitStack, sizes: tuple[int, int]) -> None:
     dst.step(Handovers(released=(src.ticket(name),)))
     assert until(lambda: bool(src.step().freed), LIMIT)
     assert src.report.offers == {"taken": 1}
-    assert src.hand.quiet
+    assert src.worker_side.quiet
     dst.loaded.clear()
     dst.report = Report()
     dst.pull([src.ticket(name)], into)

@@ -16,10 +16,10 @@ from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.migrate import Shard, Ticket, shared_empty
-from portakv.serving import GroupCache, Hand, Plan, Report
+from portakv.serving import GroupCache, Plan, Report, WorkerSide
 from portakv.serving.handover import Handover
-from portakv.serving.handover_terms import HandoverTerms
-from portakv.serving.no_store import NoBlocks
+from portakv.serving.handover_tickets import HandoverTerms
+from portakv.serving.local import NoBlocks
 from portakv.serving.plan import NO_HANDOVERS, Handovers, OfferJob, PullJob
 from portakv.storage import BlockForm
 
@@ -81,7 +81,7 @@ class Worker:
         shard = Shard(view, layers=(layer, past, LAYERS), heads=heads)
         self.handover = Handover([shard], MODEL, HandoverTerms(), leads=first)
         blocks_of = NoBlocks(BlockForm.of(view, MODEL))
-        self.hand = Hand([GroupCache(view, blocks_of)], handover=self.handover)
+        self.worker_side = WorkerSide([GroupCache(view, blocks_of)], handover=self.handover)
         self.report = Report()
         self.freed = set[str]()
         self.loaded = set[str]()
@@ -101,9 +101,9 @@ class Worker:
             block.select(at, token % size).copy_(self.expected.select(at, token))
 
     def step(self, handovers: Handovers = NO_HANDOVERS, retained: tuple[str, ...] = ()) -> None:
-        self.hand.load(Plan(handovers=handovers, retained=retained))
-        self.report = self.report.merged(self.hand.report())
-        ended = self.hand.ended()
+        self.worker_side.load(Plan(handovers=handovers, retained=retained))
+        self.report = self.report.merged(self.worker_side.report())
+        ended = self.worker_side.ended()
         self.freed |= ended.freed
         self.loaded |= ended.loaded
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages in the store of a keeper: several processes have the same ones, and any may end."""
+"""Pages in the store of a server: several processes have the same ones, and any may end."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms
 from portakv.serving import StoreTerms
-from portakv.serving.kept_page_store import KeptPageStore
-from portakv.serving.page_pool import PagePool
+from portakv.serving.page_tasks import PagePool, ServerPageStore
 
 PIECES = [512, 256]
 COUNT = 12
@@ -33,7 +32,7 @@ def terms_of(folder: Path, **more: Any) -> StoreTerms:
 
 def pool_of(folder: Path, identity: bytes = b"pool", model: str = "model") -> Any:
     pool = PagePool(PIECES, identity)
-    store = KeptPageStore(terms_of(folder), model, [pool.size])
+    store = ServerPageStore(terms_of(folder), model, [pool.size])
     pool.open(store)
     return store, pool
 
@@ -102,7 +101,7 @@ def test_pages_of_another_model_are_refused(tmp_path: Path, closing: ExitStack) 
 def test_terms_that_are_refused(more: dict[str, Any], tmp_path: Path) -> None:
     terms = StoreTerms(**{"folder": str(tmp_path / "kv"), "shared": True, **ROOM, **more})
     with pytest.raises(InvalidTerms, match="encoding" if "encoding" in more else "shared"):
-        KeptPageStore(terms, "model", [PagePool(PIECES).size])
+        ServerPageStore(terms, "model", [PagePool(PIECES).size])
 
 
 KILLED = """

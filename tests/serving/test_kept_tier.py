@@ -27,10 +27,10 @@ from support.store_damage import any_images_believed, flip_bits, swap_images
 from support.waits import LIMIT, until
 
 from portakv.serving import PageJob, StoreTerms
-from portakv.serving.kept_page_store import KeptPageStore
-from portakv.serving.known import Known, Record
+from portakv.serving.page_tasks import ServerPageStore
 from portakv.serving.page_tier import PageTier
 from portakv.serving.pages import PageSize
+from portakv.serving.server.index import Known, Record
 from portakv.storage.image import HEADER
 
 SIZE = 8192
@@ -44,7 +44,7 @@ class Engine:
     def __init__(self, folder: Path, **more: Any) -> None:
         terms = {"capacity": 4 << 20, "host": 0, "staging": 2 << 20, **more}
         made = StoreTerms(str(folder), shared=True, **terms)
-        self.store = KeptPageStore(made, "model", [PageSize(SIZE)], "identity")
+        self.store = ServerPageStore(made, "model", [PageSize(SIZE)], "identity")
         self.memory = np.zeros((SLOTS, SIZE), np.uint8)
         pages = self.store.pages(SIZE)
         self.tier = PageTier(self.store, pages, self.memory.data, reports=True)
@@ -147,8 +147,8 @@ def test_what_one_engine_has_stored_the_other_loads(tmp_path: Path, closing: Exi
 
 
 @pytest.mark.parametrize("every", [True, False])
-def test_losses_between_two_keepers_are_reported(every: bool) -> None:
-    """What the keeper before had, and the next one lacks, was lost meanwhile."""
+def test_losses_between_two_store_servers_are_reported(every: bool) -> None:
+    """What the server before had, and the next one lacks, was lost meanwhile."""
     before = Known()
     before.add("0 disk", [key(1), key(2)])
     after = Known()
@@ -224,7 +224,7 @@ def test_a_process_that_serves_and_hangs_costs_misses(tmp_path: Path, closing: E
     assert other.right(NAMES) == len(NAMES)
 
 
-def test_a_job_that_the_keeper_does_not_end_is_cancelled(
+def test_a_job_that_the_store_server_does_not_end_is_cancelled(
     tmp_path: Path, closing: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A save whose disk hangs ends after its deadline, and no page of it counts."""
@@ -240,7 +240,7 @@ def test_a_job_that_the_keeper_does_not_end_is_cancelled(
     assert not job.landed.any()
 
 
-def test_the_keeper_ends_a_load_from_a_disk_that_hangs(
+def test_the_store_server_ends_a_load_from_a_disk_that_hangs(
     tmp_path: Path, closing: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It does so itself, although no one asks for jobs that are late, and all workers hang."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Events of a store for routers: what is sent, that routers get it, and that a keeper sends it."""
+"""Events of a store for routers: what is sent, that routers get it, and that a server sends it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, PeerError
-from portakv.serving import Described, Keeper, KeeperClient, StoreTerms
+from portakv.serving import Described, StoreClient, StoreServer, StoreTerms
 from portakv.serving.kv_events import (
     MOST_BLOCKS,
     AllBlocksCleared,
@@ -26,7 +26,7 @@ from portakv.serving.kv_events import (
     events_of,
 )
 from portakv.storage import BlockForm, prefix_keys
-from portakv.storage.changes import Change
+from portakv.storage.calls import Change
 
 KEYS = prefix_keys(range(32), 8)
 NUMBERS = [int.from_bytes(key, "big") & ((1 << 64) - 1) for key in KEYS]
@@ -306,7 +306,7 @@ def test_wrong_addresses_are_refused(publisher: EventPublisher) -> None:
         EventPublisher("tcp://127.0.0.1:0", topic=1)  # type: ignore[arg-type]
 
 
-def test_a_keeper_publishes_what_its_store_has(
+def test_a_store_server_publishes_what_its_store_has(
     publisher: EventPublisher, router: Router, tmp_path: Path
 ) -> None:
     """Blocks that ranks save, those that a store has when it opens again, and its end."""
@@ -318,8 +318,8 @@ def test_a_keeper_publishes_what_its_store_has(
     )
     for again in (False, True):
         with (
-            Keeper(terms, events=publisher) as keeper,
-            KeeperClient(keeper.place, [form], "an engine") as client,
+            StoreServer(terms, events=publisher) as store_server,
+            StoreClient(store_server.place, [form], "an engine") as client,
         ):
             assert client.wait(LIMIT)
             if not again:

@@ -16,7 +16,9 @@ from typing import Any, Protocol
 
 import pytest
 import torch
-from support.keeper_processes import (
+from support.mark_cases import TOKENS, UNTOUCHED
+from support.migrate_pulls import Rows, Sides, sides
+from support.store_server_processes import (
     LAYERS,
     Rank,
     Worker,
@@ -26,8 +28,6 @@ from support.keeper_processes import (
     prompt,
     rows_of,
 )
-from support.mark_cases import TOKENS, UNTOUCHED
-from support.migrate_pulls import Rows, Sides, sides
 from support.waits import LIMIT, until
 
 from portakv.copy.layer_words import LayerWords
@@ -35,9 +35,10 @@ from portakv.errors import PeerError, PortaKVError
 from portakv.migrate import Reader
 from portakv.runtime import late_release
 from portakv.runtime.transfer import Transfer
-from portakv.serving import GroupCache, Hand, Job, Plan, keeper_moving
-from portakv.serving.hand import Ended
+from portakv.serving import GroupCache, Job, Plan, WorkerSide
 from portakv.serving.plan import Report
+from portakv.serving.server import client
+from portakv.serving.worker import Ended
 
 pytestmark = pytest.mark.xdist_group("keeper")
 GUARD = pytest.mark.parametrize("guard", [True, False], ids=["guarded", "control"])
@@ -143,7 +144,7 @@ def believing(base: type[LayerWords]) -> type[LayerWords]:
 
 
 def forgetful(base: type[LayerWords]) -> type[LayerWords]:
-    """Return words that are not raised once ``forgets`` is set: the negative control of keepers."""
+    """Return words that are not raised once ``forgets`` is set: the negative control of servers."""
 
     class Forgetful(base):  # type: ignore[misc, valid-type]
         forgets = False
@@ -328,32 +329,32 @@ def test_another_owner(
     model.words.close()
 
 
-# --- a keeper that is killed
+# --- a server that is killed
 
-_KEEPER = """
-from portakv.serving.keeper_server import Keeper
+_STORE_SERVER = """
+from portakv.serving.server.server import StoreServer
 from portakv.serving.local import StoreTerms
-keeper = Keeper(StoreTerms(folder=folder, **terms))
+store_server = StoreServer(StoreTerms(folder=folder, **terms))
 """
 
 
-def keeper(processes: ExitStack, folder: str) -> Worker:
-    """Return a process with a keeper."""
+def store_server(processes: ExitStack, folder: str) -> Worker:
+    """Return a process with a server."""
     made = processes.enter_context(Worker(nursery()))
     size = image_bytes()
     terms = {"staging": 16 * size, "host": 16 * size, "capacity": 64 << 20}
-    made.do(_KEEPER, folder=folder, terms=terms)
+    made.do(_STORE_SERVER, folder=folder, terms=terms)
     return made
 
 
-def reported(hand: Hand) -> tuple[Report, Ended]:
+def reported(worker_side: WorkerSide) -> tuple[Report, Ended]:
     """Return what the scheduler and the engine hear of a step."""
-    hand.save(Plan())
-    return hand.report(), hand.ended()
+    worker_side.save(Plan())
+    return worker_side.report(), worker_side.ended()
 
 
 @GUARD
-def test_the_keeper_of_a_load(
+def test_the_store_server_of_a_load(
     processes: ExitStack,
     device: torch.device,
     tmp_path: Path,
@@ -362,9 +363,9 @@ def test_the_keeper_of_a_load(
 ) -> None:
     """It is stopped when the step begins, and then killed. Without the guard the step ends when
     words are closed. In any case all blocks are reported as failed."""
-    monkeypatch.setattr(keeper_moving, "ASKING", LIMIT)
+    monkeypatch.setattr(client, "ASKING", LIMIT)
     folder = str(tmp_path / "store")
-    owner = keeper(processes, folder)
+    owner = store_server(processes, folder)
     rank = Rank(folder, device=device)
     processes.callback(rank.client.close)
     assert rank.client.wait(LIMIT)
@@ -373,17 +374,19 @@ def test_the_keeper_of_a_load(
 
     layers = rank.caches
     model = Model(device, layers, None if guard else forgetful)
-    hand = Hand([GroupCache(rank.view, rank.blocks)], LIMIT, by_layer=True, words=model.words)
+    worker_side = WorkerSide(
+        [GroupCache(rank.view, rank.blocks)], LIMIT, by_layer=True, words=model.words
+    )
     ids = tuple(range(BLOCKS))
     plans = [
         Plan(loads=(Job(number, "a", tuple(keys_of(tokens)), 0, None, (ids,)),))
         for number in (1, 2)
     ]
 
-    hand.load(plans[0])
+    worker_side.load(plans[0])
     model.step.begin()
     model.finish()
-    assert reported(hand)[0].loaded == {1: frozenset()}
+    assert reported(worker_side)[0].loaded == {1: frozenset()}
     right = rows_of(tokens, rank.size, rank.heads)
     for number, layer in enumerate(model.step.seen):
         assert torch.equal(layer[:BLOCKS].cpu(), torch.from_numpy(right[number]))
@@ -392,7 +395,7 @@ def test_the_keeper_of_a_load(
         layer.fill_(UNTOUCHED)
     owner.stop()
     model.words.forgets = not guard
-    hand.load(plans[1])
+    worker_side.load(plans[1])
     model.step.begin()
     assert not model.step.ended()
     owner.kill()
@@ -400,12 +403,12 @@ def test_the_keeper_of_a_load(
         model.finish()
         assert not model.words.expired
     else:
-        hand.stop(Plan(stop=(9,)))  # the load was issued, and has ended
+        worker_side.stop(Plan(stop=(9,)))  # the load was issued, and has ended
         assert not model.step.ended()
         model.words.close()
         model.finish()
         assert model.words.expired
-    report, ended = reported(hand)
+    report, ended = reported(worker_side)
     assert report.loaded == {2: frozenset(ids)}
     assert ended.failed == [{*ids}]
     for layer in model.step.seen:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed blocks of engines: in a process, and of ranks by a keeper; readers of either kind, blocks
+"""Packed blocks of engines: in a process, and of ranks by a server; readers of either kind, blocks
 that do not fit, and damage."""
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import InvalidTerms
-from portakv.serving import Keeper, KeeperClient, KeeperIndex, StoreTerms
-from portakv.serving.keeper_messages import AskKeys, Follow
-from portakv.serving.keeper_store import OpenStore
+from portakv.serving import ServerIndex, StoreClient, StoreServer, StoreTerms
 from portakv.serving.local import GroupView, LocalIndex, alike_in, forms_of
+from portakv.serving.server.messages import AskKeys, Follow
+from portakv.serving.server.server import OpenStore
 from portakv.storage import BlockForm, BlockStore, Disk, prefix_keys
-from portakv.storage.changes import Change
+from portakv.storage.calls import Change
 
 LAYOUT = "layer | kv block token head dim"
 LAYERS = 2
@@ -226,7 +226,7 @@ def test_a_bucket_has_packed_blocks_of_former_engines() -> None:
 
 
 class Host:
-    """A keeper, and ranks of it.
+    """A server, and ranks of it.
 
     Args:
         folder: of its disk; None: it has host memory alone.
@@ -235,7 +235,7 @@ class Host:
     def __init__(self, stack: ExitStack, folder: Path | None, name: str) -> None:
         self._stack = stack
         self.name = name
-        self.keeper = stack.enter_context(Keeper(terms(folder), name))
+        self.store_server = stack.enter_context(StoreServer(terms(folder), name))
 
     def rank(
         self, view: KVView, first: int = 0, encoding: str | None = "pack", layer: int = 0
@@ -244,14 +244,14 @@ class Host:
         heads = [(first, first + view.heads, HEADS)]
         layers = (layer, layer + view.layers, LAYERS)
         forms = forms_of([GroupView(view)], "model", None, heads, layers, encoding)
-        client = KeeperClient(self.keeper.place, forms, self.name)
+        client = StoreClient(self.store_server.place, forms, self.name)
         self._stack.enter_context(client)
         assert client.wait(LIMIT)
         return client.blocks[0]
 
     def leading(self) -> int:
         """Return how many blocks a scheduler finds."""
-        with KeeperIndex(self.keeper.place, self.name) as index:
+        with ServerIndex(self.store_server.place, self.name) as index:
             assert index.wait(LIMIT)
             count = index.leading(KEYS)
             assert count is not None
@@ -260,7 +260,7 @@ class Host:
 
 @pytest.fixture
 def host(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """Return a function that makes a keeper, which is closed at the end of a ``with``."""
+    """Return a function that makes a server, which is closed at the end of a ``with``."""
 
     @contextmanager
     def made(folder: Path | None = None) -> Iterator[Host]:
@@ -299,7 +299,7 @@ def test_stages_pack_their_layers_and_others_read_them(
         for each in saves:
             each.synchronize(LIMIT)
             assert each.landed.tolist() == ALL
-        assert at.keeper.statistics()["saved_raw"] == 1
+        assert at.store_server.statistics()["saved_raw"] == 1
         assert at.leading() == COUNT
     with host(tmp_path / "store") as at:
         for layer, stage in enumerate(stages):
@@ -315,7 +315,7 @@ def test_a_block_that_one_rank_cannot_pack_is_raw_for_both(host: Callable[..., A
     view = cache()
     with host() as at:
         ranks = save_in_halves(at, view)
-        assert at.keeper.statistics()["saved_raw"] == 1
+        assert at.store_server.statistics()["saved_raw"] == 1
         assert at.leading() == COUNT
         for number, rank in enumerate(ranks):
             target = empty(2)
@@ -340,7 +340,7 @@ def test_other_splits_read_what_two_ranks_have_packed(
 
 
 @pytest.mark.parametrize(("first", "second"), [("pack", None), (None, "pack")])
-def test_keepers_read_blocks_of_the_other_kind(
+def test_store_servers_read_blocks_of_the_other_kind(
     first: str | None, second: str | None, host: Callable[..., Any], tmp_path: Path
 ) -> None:
     view = cache()
@@ -354,7 +354,7 @@ def test_keepers_read_blocks_of_the_other_kind(
         assert same(target, part_of(view, 2, 4))
 
 
-def test_a_raw_engine_joins_a_keeper_of_packed_blocks(host: Callable[..., Any]) -> None:
+def test_a_raw_engine_joins_a_store_server_of_packed_blocks(host: Callable[..., Any]) -> None:
     view = cache()
     with host() as at:
         assert save(at.rank(view), view) == ALL
@@ -367,7 +367,7 @@ def test_an_index_learns_of_blocks_that_were_kept_raw(host: Callable[..., Any]) 
     view = cache()
     with host() as at:
         rank = at.rank(view)
-        with KeeperIndex(at.keeper.place, at.name) as index:
+        with ServerIndex(at.store_server.place, at.name) as index:
             assert index.wait(LIMIT)
             index.record()
             assert index.leading(KEYS) == 0
@@ -377,7 +377,7 @@ def test_an_index_learns_of_blocks_that_were_kept_raw(host: Callable[..., Any]) 
 
 
 class Published:
-    """Stands for the publisher of a keeper's changes; notes the changes and groups of each call."""
+    """Stands for the publisher of a server's changes; notes the changes and groups of each call."""
 
     def __init__(self) -> None:
         self.calls = list[tuple[list[tuple[bytes, str]], Sequence[str]]]()
@@ -392,7 +392,7 @@ class Published:
         self.calls.append(([(change.key, change.form) for change in changes], groups))
 
 
-def test_a_keeper_announces_lossy_blocks_to_no_engine(tmp_path: Path) -> None:
+def test_a_store_server_announces_lossy_blocks_to_no_engine(tmp_path: Path) -> None:
     """A folder may have fp8 blocks, which raw and packing engines do not read."""
     view = cache()
     raw, packed = (
@@ -410,7 +410,7 @@ def test_a_keeper_announces_lossy_blocks_to_no_engine(tmp_path: Path) -> None:
     assert alike_in(how.tiers(), [packed]) == [raw]
     assert lossy in how.tiers()[0].forms(raw)  # control
 
-    # Also if a keeper has the lossy form itself.
+    # Also if a server has the lossy form itself.
     published: Any = Published()
     opened = OpenStore(how, [raw, lossy], lambda: None, 10.0, published)
     try:
@@ -429,7 +429,7 @@ def test_a_keeper_announces_lossy_blocks_to_no_engine(tmp_path: Path) -> None:
         opened.close(5.0)
 
 
-def test_a_keeper_misses_damaged_blocks(host: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_store_server_misses_damaged_blocks(host: Callable[..., Any], tmp_path: Path) -> None:
     view = cache(noisy=False)
     with host(tmp_path / "store") as at:
         assert save(at.rank(view), view) == ALL

@@ -17,7 +17,7 @@ from portakv.errors import TransferTimeout
 from portakv.serving import PageSize, PageStore, StoreTerms, page_key
 from portakv.serving.page_tasks import Buffer, Opening, PageTask, PageTasks
 from portakv.serving.pages import sizes_in
-from portakv.storage.tier import Tier
+from portakv.storage.tiers.base import Tier
 
 SIZES = (4096, 10, 8192, 10, 12288)
 

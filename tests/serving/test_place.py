@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where processes find a keeper, and who may serve."""
+"""Where processes find a server, and who may serve."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from support.pool_processes import Child
 from portakv.errors import HostMemoryError, InvalidTerms, StoreError
 from portakv.host.shared import process_space, started
 from portakv.serving import Place, StoreTerms, place_of
-from portakv.serving.keeper_leases import ClientProcess
-from portakv.serving.keeper_processes import Processes
-from portakv.serving.keeper_service import check_process
+from portakv.serving.server.server import Processes, check_process
+from portakv.serving.server.state import ClientProcess
 
 ADDRESS = "ipc:///proc/12/fd/34"
 
@@ -153,7 +152,7 @@ def test_an_engine_without_a_folder_has_a_private_place() -> None:
     assert not (folder / sha256(engine.encode()).hexdigest()[:32]).exists()
 
 
-def test_terms_say_where_a_keeper_is_found(tmp_path: Path) -> None:
+def test_terms_say_where_a_store_server_is_found(tmp_path: Path) -> None:
     folders = [str(tmp_path / "a"), str(tmp_path / "b")]
     assert place_of(StoreTerms(folder=folders), "").name == folders[0]
     assert place_of(StoreTerms(), "an engine").name == Place.of_engine("an engine").name
@@ -204,6 +203,6 @@ def test_an_address_that_cannot_be_read_is_logged(
     with no_descriptors():
         assert place.address() == ""
     (text,) = caplog.messages
-    assert f"{tmp_path / 'keeper'} cannot be read: Too many open files" in text
+    assert f"{tmp_path / 'store_server'} cannot be read: Too many open files" in text
     assert place.address() == ADDRESS
     place.release()

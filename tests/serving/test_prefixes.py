@@ -18,7 +18,7 @@ from portakv import KVView
 from portakv.errors import InvalidTerms, StoreBusy, TransferError
 from portakv.serving import StoreTerms
 from portakv.serving.prefixes import Prefixes, check_terms
-from portakv.storage.rows import Crossing
+from portakv.storage.memory import Crossing
 
 SIZE = 8
 ROOM: dict[str, Any] = {"staging": 1 << 20, "block_size": SIZE}

@@ -14,7 +14,7 @@ from support import ready
 from support.hand_worker import caches
 
 from portakv.errors import StoreError
-from portakv.serving import start
+from portakv.serving import worker
 from portakv.storage import BlockForm, BlockStore
 
 
@@ -43,11 +43,11 @@ def test_the_caches_keep_their_bytes(
             made.append(("load", len(keys)))
             return super().load(view, blocks, keys, **terms)
 
-    monkeypatch.setattr(start, "BlockStore", Recording)
+    monkeypatch.setattr(worker, "BlockStore", Recording)
     memory, view = random_caches(blocks, engines)
     before = memory.view(torch.uint8).clone()
     form = BlockForm.of(view, "model", block_size=stored)
-    start.warm_up(view, form, by_layer)
+    worker.warm_up(view, form, by_layer)
     assert torch.equal(memory.view(torch.uint8), before)
     together = math.lcm(engines, stored)  # tokens of whole blocks of both
     some = blocks * engines // together
@@ -63,19 +63,19 @@ def test_a_store_that_cannot_be_opened_is_a_line_in_the_log(
     def fail(*_: Any, **__: Any) -> Any:
         raise StoreError("Expected memory, got none.")
 
-    monkeypatch.setattr(start, "BlockStore", fail)
+    monkeypatch.setattr(worker, "BlockStore", fail)
     _, view = caches(4, 8)
     with caplog.at_level(logging.WARNING):
-        start.warm_up(view, BlockForm.of(view, "model"))
+        worker.warm_up(view, BlockForm.of(view, "model"))
     assert "will be slow: Expected memory, got none." in caplog.text
 
 
 FIRST = """
 import sys, threading, torch
 from portakv import KVView
-from portakv.serving import Group, GroupCache, Hand, Ledger, Plan
+from portakv.serving import Group, GroupCache, WorkerSide, SchedulerSide, Plan
 from portakv.serving.local import GroupView, LocalIndex, StoreTerms
-from portakv.serving.start import warm_up
+from portakv.serving.worker import warm_up
 tensors = [torch.ones(32, 16, 2, 8, device="cpu") for _ in range(3)]
 view = KVView(tensors, "layer | block token head dim")
 index = LocalIndex.of("engine")
@@ -84,37 +84,37 @@ terms = StoreTerms(folder, 1 << 20, host=0, staging=1 << 20) if folder else Stor
 parts = index.open([GroupView(view)], terms, "model", 32)
 if sys.argv[2] == "warm":
     warm_up(view, parts[0].form)
-hand = Hand([GroupCache(view, parts[0])])
-ledger = Ledger(32, (Group(16),), 1, index)
+worker_side = WorkerSide([GroupCache(view, parts[0])])
+scheduler_side = SchedulerSide(32, (Group(16),), 1, index)
 before = {*sys.modules}
 tokens = [*range(96)]
 
 
 def step(plan):
-    hand.stop(plan)
-    hand.load(plan)
-    hand.save(plan)
-    ledger.take(hand.report())
-    hand.ended()
+    worker_side.stop(plan)
+    worker_side.load(plan)
+    worker_side.save(plan)
+    scheduler_side.take(worker_side.report())
+    worker_side.ended()
 
 
 def end():
-    while ledger.statistics()["jobs"]:
-        step(ledger.plan())
+    while scheduler_side.statistics()["jobs"]:
+        step(scheduler_side.plan())
 
 
-ledger.add("a", tokens)
-assert ledger.leading("a", 0) == 0
-ledger.scheduled("a", 0, 96, (tuple(range(6)),), True)
-step(ledger.plan())
+scheduler_side.add("a", tokens)
+assert scheduler_side.leading("a", 0) == 0
+scheduler_side.scheduled("a", 0, 96, (tuple(range(6)),), True)
+step(scheduler_side.plan())
 end()
-ledger.finished("a")
-ledger.add("b", [*tokens, 1])
-assert ledger.leading("b", 0) == 96
-ledger.allocated("b", 0, 96, (tuple(range(8, 15)),))
-step(ledger.plan())
+scheduler_side.finished("a")
+scheduler_side.add("b", [*tokens, 1])
+assert scheduler_side.leading("b", 0) == 96
+scheduler_side.allocated("b", 0, 96, (tuple(range(8, 15)),))
+step(scheduler_side.plan())
 end()
-assert ledger.statistics()["landed_blocks"] == 3
+assert scheduler_side.statistics()["landed_blocks"] == 3
 print(*sorted({*sys.modules} - before))
 index.close()
 """

@@ -13,12 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from portakv.serving.weights import (
-    SAMPLE,
-    checksum_if_here,
-    checksum_of_tensors,
-    checksum_of_weights,
-)
+from portakv.serving.local import SAMPLE, checksum_if_here, checksum_of_tensors, checksum_of_weights
 
 
 def written(folder: Path, name: str, content: bytes) -> Path:

@@ -25,10 +25,10 @@ from portakv import (
     Unsupported,
     copy_blocks,
 )
-from portakv.backends.pack_planes import pack_planes
+from portakv.backends.pack_kernel import pack_planes
 from portakv.copy.exponents import Sample
 from portakv.copy.pack_rates import Rates
-from portakv.storage import AutoEncoding, BlockForm, BlockStore, Disk, auto
+from portakv.storage import AutoEncoding, BlockForm, BlockStore, Disk, calls
 from portakv.storage.encoded import EncodedFigures
 
 NHD = "layer | kv block token head dim"
@@ -112,7 +112,7 @@ def figure(store: BlockStore, name: str) -> float:
     return value
 
 
-def known_of(store: BlockStore) -> auto.Known:
+def known_of(store: BlockStore) -> calls.Known:
     """Return the choice for the CPU, after a save."""
     assert store.chooser is not None
     return store.chooser.known[torch.device("cpu")]
@@ -225,7 +225,7 @@ class Samples:
             self.taken += 1
             return made(*terms)
 
-        monkeypatch.setattr(auto, "Sample", sample)
+        monkeypatch.setattr(calls, "Sample", sample)
 
 
 def test_a_choice_is_remembered_and_made_again_after_many_bytes(
@@ -237,7 +237,7 @@ def test_a_choice_is_remembered_and_made_again_after_many_bytes(
             assert save(store, normal(), range(block, block + 1)) == "packed"
         assert samples.taken == 1
         # Control: with a lower limit the next saves take samples, of which the second one counts.
-        monkeypatch.setattr(auto, "SAMPLE_AGAIN", 0)
+        monkeypatch.setattr(calls, "SAMPLE_AGAIN", 0)
         known_of(store).left = 0
         noise = random_bits()
         assert save(store, noise, range(4, 5)) == "packed"
@@ -460,7 +460,7 @@ def test_rates_that_could_not_be_measured_are_measured_again(
         return answer
 
     monkeypatch.setattr("portakv.copy.choose_encoding.rates_of", rates_of)
-    monkeypatch.setattr(auto, "stays_raw", lambda *_: "")  # as on a device that packs
+    monkeypatch.setattr(calls, "stays_raw", lambda *_: "")  # as on a device that packs
     layers = normal()
     with store_of(encoding=AutoEncoding(link_gbps=1.0)) as store:
         assert save(store, layers, range(1)) == "raw"
@@ -496,13 +496,13 @@ def test_a_device_without_memory_for_a_sample_keeps_the_choice(
         raise torch.OutOfMemoryError("full")
 
     layers = normal()
-    monkeypatch.setattr(auto, "SAMPLE_AGAIN", 0)
-    monkeypatch.setattr(auto, "Sample", full)
+    monkeypatch.setattr(calls, "SAMPLE_AGAIN", 0)
+    monkeypatch.setattr(calls, "Sample", full)
     with store_of(encoding=SLOW) as store:
         assert save(store, layers, range(1)) == "raw"
         assert "no memory" in store.explain()
         assert save(store, layers, range(1, 2)) == "raw"
-        monkeypatch.setattr(auto, "Sample", made)  # there is memory again
+        monkeypatch.setattr(calls, "Sample", made)  # there is memory again
         assert save(store, layers, range(2, 3)) == "raw"
         assert save(store, layers, range(3, 4)) == "packed"
         assert right(store, layers, range(4))
@@ -515,18 +515,18 @@ def test_a_sample_that_fails_fails_no_save(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("no memory could be pinned")
 
     layers = normal()
-    monkeypatch.setattr(auto, "SAMPLE_AGAIN", 0)
-    monkeypatch.setattr(auto, "Sample", failing)
+    monkeypatch.setattr(calls, "SAMPLE_AGAIN", 0)
+    monkeypatch.setattr(calls, "Sample", failing)
     with store_of(encoding=SLOW) as store:
         assert save(store, layers, range(1)) == "raw"
         assert "No sample was taken: no memory could be pinned" in store.explain()
-        monkeypatch.setattr(auto, "Sample", made)
+        monkeypatch.setattr(calls, "Sample", made)
         assert save(store, layers, range(1, 2)) == "raw"
         assert save(store, layers, range(2, 3)) == "packed"
-        monkeypatch.setattr(auto, "Sample", failing)
+        monkeypatch.setattr(calls, "Sample", failing)
         assert save(store, layers, range(3, 4)) == "packed"
         assert "The next sample was not taken: no memory could be pinned" in store.explain()
-        monkeypatch.setattr(auto, "Sample", made)
+        monkeypatch.setattr(calls, "Sample", made)
         assert save(store, layers, range(4, 5)) == "packed"
         assert save(store, layers, range(5, 6)) == "packed"
         assert "not taken" not in store.explain()
@@ -540,7 +540,7 @@ def test_a_link_of_a_cpu_is_that_of_the_tiers(tmp_path: Path) -> None:
         assert "declare link_gbps" in store.explain()
     with store_of(encoding=packing, tiers=[disk(tmp_path / "disk")]) as store:
         assert save(store, layers) == "packed"
-        assert known_of(store).choice.link_gbps == auto.TIER_GBPS
+        assert known_of(store).choice.link_gbps == calls.TIER_GBPS
 
 
 @pytest.mark.parametrize("encoding", ["auto", SLOW, FAST], ids=["measured", "slow", "fast"])

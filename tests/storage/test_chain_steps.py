@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from portakv.storage.chains import FIRST, Chains
+from portakv.storage.eviction import FIRST, Chains
 
 
 class CountedMark:

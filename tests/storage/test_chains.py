@@ -29,11 +29,11 @@ from support.waits import LIMIT
 from portakv import KVView
 from portakv.errors import InvalidTerms, TransferError
 from portakv.storage import image
-from portakv.storage.chains import FIRST, UNKNOWN, Chains, mark_of
-from portakv.storage.disk import Disk
+from portakv.storage.eviction import FIRST, UNKNOWN, Chains, mark_of
 from portakv.storage.form import BlockForm
-from portakv.storage.slots import Slots
 from portakv.storage.store import BlockStore
+from portakv.storage.tiers.disk import Disk
+from portakv.storage.tiers.folder import Slots
 
 MANY = 100  # blocks of the views
 

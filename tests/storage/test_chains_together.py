@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 from support.storage_cases import key_of
 
-from portakv.storage.chains import FIRST, UNKNOWN, Chains, mark_of, marks_of
+from portakv.storage.eviction import FIRST, UNKNOWN, Chains, mark_of, marks_of
 
 
 def evict_all(chains: Chains[bytes]) -> list[bytes]:

@@ -22,7 +22,7 @@ from portakv.errors import StoreError, TransferError
 from portakv.graph import Graph
 from portakv.runtime import interrupts
 from portakv.storage import BlockStore, Disk
-from portakv.storage.changes import Announced, Change, Snapshot
+from portakv.storage.calls import Announced, Change, Snapshot
 
 FORM = small_form()
 SIZE = FORM.image_bytes

@@ -11,7 +11,7 @@ from support.waits import LIMIT
 from portakv import CopyOptions, InvalidTerms, KVView
 from portakv.errors import BackendUnavailable, Unsupported
 from portakv.storage import BlockForm, BlockStore
-from portakv.storage.tier import TIERS
+from portakv.storage.tiers.base import TIERS
 
 KEYS = [key_of(i) for i in range(4)]
 LAYOUT = "layer block kv token (head dim)"

@@ -12,8 +12,7 @@ from support import slot_cases as cases
 from support.slot_cases import FORM, KEYS, Faulty, Tally
 
 from portakv.errors import InvalidTerms
-from portakv.storage.disk import Disk
-from portakv.storage.disk_store import DiskStore
+from portakv.storage.tiers.disk import Disk, DiskStore
 
 NO_ROWS = SimpleNamespace(memory=())
 

@@ -25,11 +25,10 @@ from support.slot_cases import FORM, KEYS, LARGE, Faulty, Tally
 from portakv.errors import InvalidTerms, StoreBusy, StoreError
 from portakv.graph.graph import Graph
 from portakv.storage import image
-from portakv.storage.disk import Disk
-from portakv.storage.disk_store import DiskStore
-from portakv.storage.files import lock
 from portakv.storage.form import BlockForm
 from portakv.storage.io.base import Ended, Engine, Request
+from portakv.storage.tiers.disk import Disk, DiskStore
+from portakv.storage.tiers.files import lock
 
 GRAPH: Any = Tally
 NO_ROWS = SimpleNamespace(memory=())

@@ -21,7 +21,7 @@ from support.threads import run_threads
 from support.waits import LIMIT
 
 from portakv.errors import InvalidTerms, StoreError
-from portakv.storage.io import io_uring as ring
+from portakv.storage.io import io_uring
 from portakv.storage.io.base import Engine, Request
 from portakv.storage.io.choose import choose
 from portakv.storage.io.io_uring import Ring
@@ -257,10 +257,10 @@ def test_a_request_under_way_outlives_close(
     def work() -> None:
         results.extend(engine.run([Request(readable, 0, AT, 10, False)]))
 
-    real = ring.system_call
+    real = io_uring.system_call
     results = list[int]()
     monkeypatch.setattr(os, "preadv", read)
-    monkeypatch.setattr(ring, "system_call", enter)
+    monkeypatch.setattr(io_uring, "system_call", enter)
     thread = threading.Thread(target=work)
     thread.start()
     assert submitted.wait(LIMIT)
@@ -353,7 +353,7 @@ def test_an_interrupted_caller_waits_for_the_memory(
 
 def refusing(call: int, code: int) -> Any:
     """Return a kernel that answers one system call with an error."""
-    real = ring.system_call
+    real = io_uring.system_call
     return lambda number, *rest: -code if number == call else real(number, *rest)
 
 
@@ -364,7 +364,7 @@ def test_threads_serve_if_io_uring_is_refused(
     code: int, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fault 24. The reason is kept; an engine that was forced is an error."""
-    monkeypatch.setattr(ring, "system_call", refusing(ring.SETUP, code))
+    monkeypatch.setattr(io_uring, "system_call", refusing(io_uring.SETUP, code))
     monkeypatch.delenv("PORTAKV_IO", raising=False)
     engine, decisions = choose()
     assert (engine.name, [each.accepted for each in decisions]) == ("threads", [False, True])

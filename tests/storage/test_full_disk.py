@@ -17,11 +17,10 @@ from support.slot_cases import FORM, KEYS, Faulty, Tally
 from support.waits import LIMIT, until
 
 from portakv.storage import image
-from portakv.storage.chains import FIRST, Chains, mark_of
-from portakv.storage.disk_store import DiskStore
+from portakv.storage.eviction import FIRST, PATIENCE, Chains, mark_of
 from portakv.storage.io.base import Engine
-from portakv.storage.occupancy import PATIENCE
-from portakv.storage.slots import Slots
+from portakv.storage.tiers.disk import DiskStore
+from portakv.storage.tiers.folder import Slots
 
 CALL = {key: place for place, key in enumerate(KEYS[:8])}
 OTHER = KEYS[20:30]  # blocks of another call

@@ -21,9 +21,8 @@ from support.slot_cases import FORM, IMAGE, KEYS, entries, opened, put, sizes
 
 from portakv.runtime import linux
 from portakv.storage import Disk
-from portakv.storage.files import cause_of, file_system_of, lock
-from portakv.storage.space import Space
-from portakv.storage.table import no_space_in
+from portakv.storage.tiers.files import cause_of, file_system_of, lock
+from portakv.storage.tiers.folder import Space, no_space_in
 
 
 @pytest.fixture

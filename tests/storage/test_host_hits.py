@@ -20,11 +20,10 @@ from support.waits import LIMIT
 from portakv import BackendUnavailable, CopyOptions, KVView, StoreError, TransferError
 from portakv.errors import TransferCancelled, TransferTimeout
 from portakv.graph.graph import Graph
-from portakv.storage import BlockStore, loans
-from portakv.storage import form_store as storing
-from portakv.storage import rows as rows_module
-from portakv.storage.host_cache import Cache
-from portakv.storage.loans import Loan
+from portakv.storage import BlockStore, memory
+from portakv.storage import memory as rows_module
+from portakv.storage import store as storing
+from portakv.storage.memory import Cache, Loan
 
 FORM = small_form()
 SIZE = FORM.image_bytes
@@ -267,7 +266,7 @@ class TestsOnADevice:
         target = cache(50, accelerator)
         blocks = range(8) if kind is range else kind([*range(8)])
         kept = list[bool]()
-        copy_rows = rows_module.copy_rows  # type: ignore[attr-defined]
+        copy_rows = rows_module.copy_rows
 
         def noted(src: KVView, dst: KVView, rows: Any, ids: Any, **terms: Any) -> Any:
             kept.extend(not each.temporary for each in (rows, ids))
@@ -289,7 +288,7 @@ class TestsOnADevice:
         target = cache(50, accelerator)
         torch.accelerator.synchronize(accelerator)
         copied = list[int]()
-        copy_rows = rows_module.copy_rows  # type: ignore[attr-defined]
+        copy_rows = rows_module.copy_rows
 
         def counted(src: KVView, dst: KVView, rows: Any, blocks: Any, **terms: Any) -> Any:
             copied.append(len(rows.host_ids()))
@@ -301,7 +300,7 @@ class TestsOnADevice:
             assert copied == [8], "the control: a short copy is one part"
             copied.clear()
 
-            monkeypatch.setattr(loans, "FIRST_PART", FORM.payload_bytes)
+            monkeypatch.setattr(memory, "FIRST_PART", FORM.payload_bytes)
             delay(current(accelerator))
             handle = store.load(target, [11, *range(7)], KEYS)
             assert copied == [1, 2, 5]
@@ -404,7 +403,7 @@ def test_a_question_about_a_loan_ends_no_capture() -> None:
 
 @pytest.mark.gpu
 def test_an_unguarded_question_ends_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loans, "ignoring_captures", nullcontext)
+    monkeypatch.setattr(memory, "ignoring_captures", nullcontext)
     with pytest.raises(RuntimeError, match="captur"):
         _captured_beside_a_question()
 

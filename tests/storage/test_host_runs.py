@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from portakv import CopyOptions, KVView, copy_rows
-from portakv.storage.host_runs import LONG, copy_long_runs
+from portakv.storage.memory import LONG, copy_long_runs
 from portakv.view import Index
 
 ROWS = 6

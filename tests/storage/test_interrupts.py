@@ -25,11 +25,10 @@ from portakv.graph.prometheus import Collector
 from portakv.graph.task import Lease, Task
 from portakv.graph.trace import Trace
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
-from portakv.storage.form_index import FormIndex
-from portakv.storage.form_store import FormStore
+from portakv.storage.eviction import Pins
 from portakv.storage.lent import LentCopy
-from portakv.storage.pins import Pins
-from portakv.storage.tier import Tier
+from portakv.storage.store import FormIndex, FormStore
+from portakv.storage.tiers.base import Tier
 
 FILES = files_of("storage", "graph", "runtime/interrupts.py")
 KEYS = [key_of(number) for number in range(6)]

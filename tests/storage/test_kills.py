@@ -21,9 +21,9 @@ from support.slot_cases import LARGE
 from support.storage_cases import key_of
 
 from portakv.storage import BlockForm, Disk, image
-from portakv.storage.chains import FIRST, mark_of
-from portakv.storage.disk_store import DiskStore
+from portakv.storage.eviction import FIRST, mark_of
 from portakv.storage.io.base import Ended, Request
+from portakv.storage.tiers.disk import DiskStore
 
 FORMS = [replace(LARGE, model=f"model {number}") for number in range(3)]
 ROOM = 24 * LARGE.image_bytes

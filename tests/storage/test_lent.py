@@ -44,9 +44,9 @@ from portakv.errors import (
 )
 from portakv.migrate import open_shared, share
 from portakv.storage import BlockStore, Disk
+from portakv.storage.calls import SLICE
 from portakv.storage.lent import LentCopy
-from portakv.storage.parts import SLICE
-from portakv.storage.rows import Rows
+from portakv.storage.memory import Rows
 
 
 @pytest.fixture

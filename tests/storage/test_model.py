@@ -21,7 +21,7 @@ from support.storage_cases import FakeTier, key_of
 from support.store_model import Call, Troubled, WatchedDisk, World
 from support.waits import LIMIT
 
-from portakv.storage.chains import FIRST
+from portakv.storage.eviction import FIRST
 from portakv.storage.form import BlockForm
 from portakv.storage.io.choose import choose
 from portakv.storage.store import BlockStore

@@ -27,7 +27,8 @@ from portakv import (
     Unsupported,
     copy_blocks,
 )
-from portakv.storage import BlockForm, BlockStore, Disk, form_store, rows, spare
+from portakv.storage import BlockForm, BlockStore, Disk, calls, memory
+from portakv.storage import store as form_store
 
 NHD = "layer | kv block token head dim"
 HND = "layer | kv block head token dim"
@@ -177,7 +178,7 @@ def test_flagged_slots_of_a_packed_view_are_missing(
     with pytest.raises(PackOverflow):
         copy_blocks(raw, image, PLACES, range(1, 6)).synchronize()
     if not guarded:
-        monkeypatch.setattr(spare, "flagged", lambda part, items: np.zeros(len(items), np.bool_))
+        monkeypatch.setattr(calls, "flagged", lambda part, items: np.zeros(len(items), np.bool_))
     with BlockStore(form, staging=4 << 20, host=1 << 20) as store:
         handle = store.save(image, range(1, 6), KEYS)
         with pytest.raises(TransferError, match="1 not packed") if guarded else nullcontext():
@@ -436,13 +437,13 @@ def test_few_copies_pack_the_blocks_of_a_save_that_no_tier_writes(
     there = KVView([layer.to(accelerator) for layer in cache()], NHD)
     monkeypatch.setattr(form_store, "SAVED", 1)  # a block in each task
     counts = list[int]()
-    copy = rows.Crossing.copy
+    copy = memory.Crossing.copy
 
     def counted(self: Any, inner: Any, outer: Any, items: Any, at: Any) -> None:
         counts.append(len(items))
         copy(self, inner, outer, items, at)
 
-    monkeypatch.setattr(rows.Crossing, "copy", counted)
+    monkeypatch.setattr(memory.Crossing, "copy", counted)
     tiers = [Disk(tmp_path, capacity=16 << 20)] if on_disk else []
     with BlockStore(form_of(), staging=4 << 20, host=4 << 20, tiers=tiers) as store:
         store.save(there, PLACES, KEYS, full="wait").synchronize(LIMIT)

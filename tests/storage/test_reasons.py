@@ -26,9 +26,9 @@ from portakv import KVView
 from portakv.errors import TransferError
 from portakv.runtime import linux
 from portakv.storage import BlockStore, Disk, Remote
-from portakv.storage.disk_store import DiskStore
-from portakv.storage.files import file_system_of
 from portakv.storage.io.base import Ended, Engine, Request
+from portakv.storage.tiers.disk import DiskStore
+from portakv.storage.tiers.files import file_system_of
 
 KEYS = [key_of(i) for i in range(8)]
 FORM = small_form()
@@ -454,7 +454,7 @@ def test_a_bucket_without_descriptors_is_not_reached() -> None:
         import torch
         from portakv import KVView
         from portakv.storage import BlockForm, BlockStore
-        from portakv.storage.remote import Remote
+        from portakv.storage.tiers.remote import Remote
         from support import no_descriptors
         view = KVView([torch.ones(8, 2, 4, 2, 8)], "layer | block kv token head dim")
         form = BlockForm.of(view, "m")

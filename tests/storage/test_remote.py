@@ -43,9 +43,8 @@ from portakv.graph.graph import Graph
 from portakv.graph.prometheus import Collector
 from portakv.storage.form import BlockForm
 from portakv.storage.image import HEADER, Row, seal
-from portakv.storage.remote import FAILURES, Remote
-from portakv.storage.remote_store import RemoteStore
 from portakv.storage.store import BlockStore
+from portakv.storage.tiers.remote import FAILURES, Remote, RemoteStore
 
 CANONICAL = "block layer head kv token dim"
 SMALL = BlockForm("m", "float16", 2, (8, 8), 16, (0, 4, 4), (0, 2, 2), CANONICAL)
@@ -284,7 +283,7 @@ def test_a_block_that_is_there_when_the_deadline_passes_is_no_miss(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fault 38."""
-    monkeypatch.setattr("portakv.storage.remote_store.POLL", 60.0)
+    monkeypatch.setattr("portakv.storage.tiers.remote.POLL", 60.0)
     case.lay(KEYS[0])
     ends = iter([False])
     assert load(case.tier_store(), KEYS[0], stop=lambda: next(ends, True))[0]
@@ -582,9 +581,9 @@ def test_a_store_is_refused_with_a_sentence_if_no_descriptor_is_left(tmp_path: P
     text = """if True:
         import os, resource, sys
         from portakv.errors import StoreError
-        from portakv.storage.disk import Disk
+        from portakv.storage.tiers.disk import Disk
         from portakv.storage.form import BlockForm
-        from portakv.storage.remote import Remote
+        from portakv.storage.tiers.remote import Remote
         from portakv.storage.store import BlockStore
         form = BlockForm("m", "float16", 2, (8, 8), 16, (0, 4, 4), (0, 2, 2),
             "block layer head kv token dim")
@@ -815,7 +814,7 @@ def test_a_lookup_that_hangs_does_not_keep_the_process(case: Case) -> None:
         import sys, threading, time
         from portakv.graph.graph import Graph
         from portakv.storage.form import BlockForm
-        from portakv.storage.remote import Remote
+        from portakv.storage.tiers.remote import Remote
         form = BlockForm("m", "float16", 2, (8, 8), 16, (0, 4, 4), (0, 2, 2), "block layer page")
         store = Remote("s3://b/x", endpoint=sys.argv[1], region="r", access_key_id="a",
             secret_access_key="b", client_options={"allow_http": True, "read_timeout": "86400s"})

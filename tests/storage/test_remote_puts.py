@@ -15,8 +15,7 @@ from support.small_bucket import Faults, SmallBucket
 from portakv.graph.graph import Graph
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Row, seal
-from portakv.storage.remote import Remote
-from portakv.storage.remote_store import RemoteStore
+from portakv.storage.tiers.remote import Remote, RemoteStore
 
 FORM = BlockForm(
     "m", "float16", 2, (8, 8), 16, (0, 4, 4), (0, 2, 2), "block layer head kv token dim"

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 from support.storage_cases import key_of
 
-from portakv.storage.chains import FIRST, mark_of
-from portakv.storage.request import Request
+from portakv.storage.calls import Request
+from portakv.storage.eviction import FIRST, mark_of
 
 KEYS = [key_of(number) for number in range(6)]
 ROOT = key_of(100)

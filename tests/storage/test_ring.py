@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 from support.storage_cases import aligned
 
-from portakv.storage.io import io_uring as ring
+from portakv.storage.io import io_uring
 from portakv.storage.io.base import Ended, Request
 from portakv.storage.io.io_uring import OneRing, Ring
 
 PAGE = 4096
 COUNT = 8
 SPACE = aligned(COUNT * PAGE)
-REAL = ring.system_call
+REAL = io_uring.system_call
 EINTR = -errno.EINTR
 EAGAIN = -errno.EAGAIN
 #: Answers one ``enter``, given its arguments; `REAL` carries it out.
@@ -55,10 +55,10 @@ def play(monkeypatch: pytest.MonkeyPatch, *steps: Step) -> list[Step]:
     left = list(steps)
 
     def system_call(number: int, *rest: int) -> int:
-        played = number == ring.ENTER and left
+        played = number == io_uring.ENTER and left
         return left.pop(0)(number, *rest) if played else REAL(number, *rest)
 
-    monkeypatch.setattr(ring, "system_call", system_call)
+    monkeypatch.setattr(io_uring, "system_call", system_call)
     return left
 
 
@@ -79,7 +79,7 @@ def reporting(one: OneRing, index: int, result: int) -> Step:
 
     def step(*numbers: int) -> int:
         done = REAL(*numbers)
-        one.queues.cqes["result"][(one.queues.cqes["key"] & ring.WORD) == index] = result
+        one.queues.cqes["result"][(one.queues.cqes["key"] & io_uring.WORD) == index] = result
         return done
 
     return step
@@ -93,7 +93,7 @@ def test_a_short_move_goes_on_at_every_place(
     """Fault 29. It is cut short at an odd byte."""
 
     def cut(*numbers: int) -> int:
-        which = (one.queues.sqes["key"] & ring.WORD) == index
+        which = (one.queues.sqes["key"] & io_uring.WORD) == index
         one.queues.sqes["nbytes"][which] = np.minimum(one.queues.sqes["nbytes"][which], 1001)
         return REAL(*numbers)
 
@@ -139,12 +139,12 @@ def test_no_more_requests_are_under_way_than_the_depth(
     seen = list[int]()
 
     def counted(number: int, *rest: int) -> int:
-        if number == ring.ENTER:
+        if number == io_uring.ENTER:
             seen.append(one.queues.in_flight())
             assert rest[2] >= min(1, seen[-1]), "it does not wait"
         return REAL(number, *rest)
 
-    monkeypatch.setattr(ring, "system_call", counted)
+    monkeypatch.setattr(io_uring, "system_call", counted)
     for write in (False, True):
         SPACE[:] = SPACE if write else 0
         assert one.run(ask(file, write), (lambda *_: None) if report else None) == [PAGE] * COUNT
@@ -182,13 +182,13 @@ def test_an_interrupt_at_any_line_leaves_no_request_under_way(
     """Fault 34. The kernel took all requests, or some, when Ctrl-C came."""
 
     def some(number: int, fd: int, put: int, least: int, *rest: int) -> int:
-        return REAL(number, fd, min(put, part), 0, *rest) if number == ring.ENTER else 0
+        return REAL(number, fd, min(put, part), 0, *rest) if number == io_uring.ENTER else 0
 
     lines = itertools.count()
     line = 0
 
     def at_line(frame: FrameType, event: str, _: object) -> Any:
-        if frame.f_code.co_filename != ring.__file__:
+        if frame.f_code.co_filename != io_uring.__file__:
             return None
         if event == "line" and next(lines) == line:
             raise KeyboardInterrupt
@@ -227,10 +227,10 @@ def test_a_request_that_fails_does_so_alone(
 @pytest.mark.parametrize("key", [0, 5, 1 << 40])
 def test_an_end_of_another_batch_poisons_the_ring(one: OneRing, file: int, key: int) -> None:
     """Fault 32. It is counted for no request of this one, whatever number it bears."""
-    one.queues.sqes[0] = np.zeros((), ring.SQE)  # a NOP
+    one.queues.sqes[0] = np.zeros((), io_uring.SQE)  # a NOP
     one.queues.sqes["key"][0] = key
     one.queues.words[one.queues.put] = 1
-    assert REAL(ring.ENTER, one.fd, 1, 0) == 1
+    assert REAL(io_uring.ENTER, one.fd, 1, 0) == 1
     SPACE[:] = 0
     assert one.run(ask(file)) == [PAGE] * COUNT
     assert right(file)
@@ -244,7 +244,7 @@ def test_an_end_that_is_told_twice_and_one_that_never_is(
 
     def confused(*numbers: int) -> int:
         done = REAL(*numbers)
-        one.queues.cqes["key"][(one.queues.cqes["key"] & ring.WORD) == 3] -= 1
+        one.queues.cqes["key"][(one.queues.cqes["key"] & io_uring.WORD) == 3] -= 1
         return done
 
     play(monkeypatch, confused)
@@ -266,13 +266,13 @@ def test_a_ring_that_fails_is_drained_and_replaced(
     except OSError as error:
         pytest.skip(str(error))
     play(monkeypatch, half, lambda *_: -errno.EBADFD)
-    played = ring.system_call
+    played = io_uring.system_call
 
     def counted(number: int, *rest: int) -> int:
-        made.append(number == ring.SETUP)
+        made.append(number == io_uring.SETUP)
         return played(number, *rest)
 
-    monkeypatch.setattr(ring, "system_call", counted)
+    monkeypatch.setattr(io_uring, "system_call", counted)
     SPACE[:] = 0
     ends = list[tuple[int, int]]()
     results = engine.run(ask(file), lambda *end: ends.append(end))
@@ -288,10 +288,10 @@ def test_an_older_kernel_has_a_ring_too(file: int, monkeypatch: pytest.MonkeyPat
     """It refuses flags that it does not know, of Linux 6.1."""
 
     def older(number: int, *rest: int) -> int:
-        flags = ctypes.c_uint32.from_address(rest[1] + 8).value if number == ring.SETUP else 0
+        flags = ctypes.c_uint32.from_address(rest[1] + 8).value if number == io_uring.SETUP else 0
         return -errno.EINVAL if flags & 0x2000 else REAL(number, *rest)
 
-    monkeypatch.setattr(ring, "system_call", older)
+    monkeypatch.setattr(io_uring, "system_call", older)
     try:
         engine = Ring(depth=COUNT // 2)
     except OSError as error:
@@ -312,10 +312,10 @@ def test_a_kernel_that_lacks_too_much_has_no_ring(
         if what == "its order of memory" and parameters[2] & 0x2000:
             return -errno.EINVAL
         done = REAL(number, *rest)
-        parameters[5] &= ~2 if what == "its features" else ring.WORD
+        parameters[5] &= ~2 if what == "its features" else io_uring.WORD
         return done
 
-    monkeypatch.setattr(ring, "system_call", older)
+    monkeypatch.setattr(io_uring, "system_call", older)
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="aarch64"))
     before = os.listdir("/proc/self/fd")
     with pytest.raises(OSError, match=r"too old|refused"):
@@ -329,9 +329,9 @@ def test_a_ring_goes_on_without_registered_buffers(
     """Fault 24. The limit of locked memory; it says so."""
 
     def limited(number: int, *rest: int) -> int:
-        return -errno.ENOMEM if number == ring.REGISTER else REAL(number, *rest)
+        return -errno.ENOMEM if number == io_uring.REGISTER else REAL(number, *rest)
 
-    monkeypatch.setattr(ring, "system_call", limited)
+    monkeypatch.setattr(io_uring, "system_call", limited)
     try:
         engine = Ring([(SPACE.ctypes.data, SPACE.nbytes)])
     except OSError as error:
@@ -344,7 +344,7 @@ def test_a_ring_goes_on_without_registered_buffers(
     monkeypatch.undo()
     engine = Ring([(SPACE.ctypes.data, SPACE.nbytes)])
     assert not engine.notes
-    monkeypatch.setattr(ring, "system_call", limited)  # as for the second ring of a process
+    monkeypatch.setattr(io_uring, "system_call", limited)  # as for the second ring of a process
     thread = threading.Thread(target=engine.run, args=(ask(file),))
     thread.start()
     thread.join()
@@ -371,11 +371,11 @@ def test_a_refusal_names_its_own_cause(
     def limited(which: int, *rest: int) -> int:
         return -number if which == refused else REAL(which, *rest)
 
-    monkeypatch.setattr(ring, "system_call", limited)
-    refused = ring.SETUP
+    monkeypatch.setattr(io_uring, "system_call", limited)
+    refused = io_uring.SETUP
     with pytest.raises(OSError, match="the kernel rejects io_uring") as error:
         OneRing([], COUNT)
-    refused = ring.REGISTER
+    refused = io_uring.REGISTER
     try:
         notes = OneRing([(SPACE.ctypes.data, SPACE.nbytes)], COUNT).notes
     except OSError as unavailable:
@@ -388,7 +388,7 @@ def test_a_refusal_names_its_own_cause(
 
 def test_buffers_are_registered_in_pieces(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that lies across two of them, or outside, goes without; a long one in moves."""
-    monkeypatch.setattr(ring, "LARGEST", 2 * PAGE + 512)
+    monkeypatch.setattr(io_uring, "LARGEST", 2 * PAGE + 512)
     at = SPACE.ctypes.data
     try:
         small = OneRing([(at + 4 * PAGE, 3 * PAGE), (at, 3 * PAGE)], COUNT)
@@ -397,7 +397,7 @@ def test_buffers_are_registered_in_pieces(file: int, monkeypatch: pytest.MonkeyP
     SPACE[:] = 0
     assert small.run(ask(file)) == [PAGE] * COUNT
     assert right(file)
-    opcodes = [ring.READ_FIXED, ring.READ_FIXED, ring.READ, ring.READ]
+    opcodes = [io_uring.READ_FIXED, io_uring.READ_FIXED, io_uring.READ, io_uring.READ]
     assert small.queues.sqes["opcode"].tolist() == opcodes * 2
     SPACE[:] = 0
     assert small.run([ask(file)[0]._replace(nbytes=SPACE.nbytes)]) == [SPACE.nbytes]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from support.storage_cases import key_of
 
-from portakv.storage.chains import FIRST, mark_of
-from portakv.storage.rows import Claim, Loan, Rows
+from portakv.storage.eviction import FIRST, mark_of
+from portakv.storage.memory import Claim, Loan, Rows
 
 
 def fill_rows(rows: Rows, *numbers: int, prefetched: bool = False) -> list[bool]:

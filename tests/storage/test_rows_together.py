@@ -11,11 +11,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from hypothesis.stateful import run_state_machine_as_test as run_model
 from support.storage_cases import key_of
 
-from portakv.storage import host_cache
-from portakv.storage.chains import FIRST, mark_of
-from portakv.storage.host_cache import ANY, UNUSED, Claim, Want
-from portakv.storage.loans import Loan, Loans
-from portakv.storage.sized_rows import MOST_EVICTED, SizedRows
+from portakv.storage import memory
+from portakv.storage.eviction import FIRST, mark_of
+from portakv.storage.memory import ANY, MOST_EVICTED, UNUSED, Claim, Loan, Loans, SizedRows, Want
 
 PAGE = 4096
 SIZES = [1, 3, 4, 10]  # pages
@@ -285,7 +283,7 @@ class ForgetsLoans(Loans):
 
 
 def test_without_a_look_at_loans_such_a_row_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_cache, "Loans", ForgetsLoans)
+    monkeypatch.setattr(memory, "Loans", ForgetsLoans)
     rows = rows_of(12)
     items = [prompt(rows, number, 1, 3)[0] for number in range(4)]
     Reads.rows = rows

@@ -19,8 +19,9 @@ from support.waits import LIMIT, until
 from portakv import KVView
 from portakv.errors import InvalidTerms, TransferCancelled, TransferError, TransferTimeout
 from portakv.graph import Task
-from portakv.storage import BlockStore, form_store, sources
-from portakv.storage.rows import Crossing
+from portakv.storage import BlockStore
+from portakv.storage import store as form_store
+from portakv.storage.memory import Crossing
 
 FORM = small_form()
 KEYS = [key_of(i) for i in range(8)]
@@ -475,7 +476,7 @@ def test_a_long_chunk_is_copied_before_the_next_one_takes_rows(
 ) -> None:
     """The control has one copy for all chunks, after all rows are taken."""
     monkeypatch.setattr(form_store, "LONG", 2 * FORM.image_bytes)
-    monkeypatch.setattr(sources, "APART", apart)
+    monkeypatch.setattr(form_store, "APART", apart)
     lent = list[int]()  # rows when a copy begins
     device = torch.device("cuda", 0)
     room = 16 * FORM.image_bytes

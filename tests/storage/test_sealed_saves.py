@@ -15,7 +15,7 @@ from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.storage import BlockForm, BlockStore, image
-from portakv.storage.chains import FIRST, mark_of
+from portakv.storage.eviction import FIRST, mark_of
 
 FORM = small_form()
 OTHER = small_form(notes="another group of layers")

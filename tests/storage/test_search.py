@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from portakv.storage.form import BlockForm
-from portakv.storage.remote import Remote
+from portakv.storage.tiers.remote import Remote
 
 SMALL = BlockForm(
     "m", "float16", 2, (8, 8), 16, (0, 4, 4), (0, 2, 2), "block layer head kv token dim"

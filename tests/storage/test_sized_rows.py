@@ -21,11 +21,9 @@ from support.waits import LIMIT
 
 from portakv import KVView, TransferError, copy_blocks
 from portakv.storage import BlockForm, BlockStore, Disk, Remote
-from portakv.storage.chains import FIRST, mark_of
-from portakv.storage.extents import Extents
-from portakv.storage.host_cache import ANY, Claim, Want
-from portakv.storage.sized_rows import MOST_EVICTED, SizedRows
-from portakv.storage.tier import Tier
+from portakv.storage.eviction import FIRST, mark_of
+from portakv.storage.memory import ANY, MOST_EVICTED, Claim, Extents, SizedRows, Want
+from portakv.storage.tiers.base import Tier
 
 PAGE = 4096
 SMALL = 3 * PAGE

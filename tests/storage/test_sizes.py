@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from portakv.storage.loans import FIRST_PART, copy_parts
-from portakv.storage.parts import BLOCKS, task_blocks
+from portakv.storage.calls import BLOCKS, task_blocks
+from portakv.storage.memory import FIRST_PART, copy_parts
 
 MB = 1 << 20
 

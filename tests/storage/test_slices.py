@@ -21,7 +21,7 @@ from portakv.errors import StoreError
 from portakv.graph import Graph
 from portakv.runtime.interrupts import abandoned
 from portakv.storage import BlockStore
-from portakv.storage.parts import SLICE
+from portakv.storage.calls import SLICE
 
 FORM = small_form(layers=2, heads=2)
 MANY = 3 * SLICE - 8

@@ -26,10 +26,9 @@ from support.waits import LIMIT
 import portakv
 from portakv.errors import StoreBusy, StoreError
 from portakv.runtime import linux
-from portakv.storage.files import form_in
 from portakv.storage.image import Header
-from portakv.storage.slots import Place, Slots
-from portakv.storage.table import SEGMENTS, records_in
+from portakv.storage.tiers.files import form_in
+from portakv.storage.tiers.folder import SEGMENTS, Place, Slots, records_in
 
 IMAGE = FORM.image_bytes
 

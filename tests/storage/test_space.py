@@ -25,10 +25,9 @@ from support.waits import LIMIT
 from portakv import KVView
 from portakv.runtime import linux
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
-from portakv.storage.chains import FIRST, mark_of
-from portakv.storage.disk_store import DiskStore
-from portakv.storage.slots import Slots
-from portakv.storage.space import Space
+from portakv.storage.eviction import FIRST, mark_of
+from portakv.storage.tiers.disk import DiskStore
+from portakv.storage.tiers.folder import Slots, Space
 
 IMAGE = FORM.image_bytes
 ROOM = 1 << 20  # of a folder: 128 blocks

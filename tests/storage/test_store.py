@@ -42,12 +42,12 @@ from portakv.errors import (
 )
 from portakv.graph.graph import Graph
 from portakv.graph.prometheus import Collector
-from portakv.storage import BlockStore, remote
-from portakv.storage.disk import Disk
-from portakv.storage.disk_store import DiskStore
+from portakv.storage import BlockStore
 from portakv.storage.form import BlockForm
-from portakv.storage.remote_store import RemoteStore
-from portakv.storage.tier import TierStore
+from portakv.storage.tiers import remote
+from portakv.storage.tiers.base import TierStore
+from portakv.storage.tiers.disk import Disk, DiskStore
+from portakv.storage.tiers.remote import RemoteStore
 
 KEYS = [key_of(i) for i in range(8)]
 NO_RETRY = {"max_retries": 0}

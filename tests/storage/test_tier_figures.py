@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from portakv.storage.tier_figures import tier_figures
+from portakv.storage.tiers.base import tier_figures
 
 SLOTS = {
     "io": "threads",

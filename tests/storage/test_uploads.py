@@ -18,7 +18,7 @@ from portakv import KVView
 from portakv.errors import TransferError
 from portakv.graph import Handle
 from portakv.storage import BlockForm, BlockStore, Disk, prefix_keys
-from portakv.storage.disk_store import DiskStore
+from portakv.storage.tiers.disk import DiskStore
 
 VIEW = KVView([torch.arange(16.0 * 2 * 8).reshape(16, 2, 8)], "layer | block token dim")
 FORM = BlockForm.of(VIEW, "model")

@@ -9,10 +9,8 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 from portakv.errors import PeerError, PortaKVError, SlotError, TransferTimeout
-from portakv.migrate.channel import Channel
-from portakv.migrate.channel_sockets import ANSWER, LIMIT
+from portakv.migrate.channel import ANSWER, LIMIT, Channel, Peer
 from portakv.migrate.messages import Message
-from portakv.migrate.peer import Peer
 from support import waits
 from support.migrate_channels import SECRET, Network
 

@@ -23,8 +23,7 @@ from portakv import CopyPlan, KVView
 from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.interconnect import zero_copy
 from portakv.interconnect.zero_copy import NAME, Cut, ZeroCopy
-from portakv.runtime import cuda as _cuda_driver
-from portakv.runtime import streams
+from portakv.runtime import cuda, streams
 from support import cuda_on_cpu
 from support.cuda_on_cpu import HOST_PLACES, why_not
 
@@ -114,9 +113,9 @@ def installed(cut: Cut = SMALL) -> Iterator[Driver]:
     driver = Driver()
     bindings = SimpleNamespace(cuLaunchKernel=driver.launch, CUstream=lambda raw: raw)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(_cuda_driver, "bindings", lambda: bindings)
-        patched.setattr(_cuda_driver, "load", driver.load)
-        patched.setattr(_cuda_driver.CudaDriver, "current", lambda self: nullcontext())
+        patched.setattr(cuda, "bindings", lambda: bindings)
+        patched.setattr(cuda, "load", driver.load)
+        patched.setattr(cuda.CudaDriver, "current", lambda self: nullcontext())
         patched.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
         patched.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
         patched.setattr(zero_copy, "device_address", lambda address, device: address)

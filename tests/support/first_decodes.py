@@ -23,8 +23,7 @@ import msgspec
 import portakv.migrate
 import portakv.serving
 from portakv.migrate import messages
-from portakv.migrate.channel_client import answer_of
-from portakv.migrate.channel_sockets import BACK
+from portakv.migrate.channel import BACK, answer_of
 from portakv.migrate.messages import (
     VERSION,
     Answer,

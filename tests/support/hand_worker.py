@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker of the model of an engine, whose rows lie in caches that a `Hand` saves and loads."""
+"""A worker of the model of an engine: a `WorkerSide` saves and loads the rows of its caches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from portakv import KVView
-from portakv.serving import GroupCache, Hand, Plan, Report
+from portakv.serving import GroupCache, Plan, Report, WorkerSide
 from support.serving_model import NOTHING, Engine
 
 LAYOUT = "layer | block kv token head dim"
@@ -35,7 +35,7 @@ class HandWorker:
 
     def __init__(self, engine: Engine, number: int) -> None:
         self._memory, view = caches(engine.draw.blocks, engine.draw.block_size, self.numbers)
-        self._hand = Hand([self.cache(engine, view, number)])
+        self._worker_side = WorkerSide([self.cache(engine, view, number)])
         self._said = Report()
         self.freed = set[str]()
 
@@ -46,11 +46,11 @@ class HandWorker:
 
     @property
     def busy(self) -> bool:
-        return self._hand.busy
+        return self._worker_side.busy
 
     @property
     def report(self) -> Report:
-        return self._said.merged(self._hand.report())
+        return self._said.merged(self._worker_side.report())
 
     @report.setter
     def report(self, empty: Report) -> None:
@@ -64,12 +64,12 @@ class HandWorker:
         self._memory[block, :, at] = row
 
     def before_step(self, plan: Plan) -> None:
-        self._hand.stop(plan)
+        self._worker_side.stop(plan)
 
     def after_step(self, plan: Plan) -> None:
-        self._hand.load(plan)
-        self._hand.save(plan)
-        self._said = self._said.merged(self._hand.report())
-        self.freed |= self._hand.ended().freed
-        if self._hand.busy:
+        self._worker_side.load(plan)
+        self._worker_side.save(plan)
+        self._said = self._said.merged(self._worker_side.report())
+        self.freed |= self._worker_side.ended().freed
+        if self._worker_side.busy:
             time.sleep(self.step)

@@ -9,7 +9,7 @@ from typing import Any
 
 from portakv.serving.local import StoreTerms
 from portakv.storage import Remote
-from portakv.storage.tier import Tier
+from portakv.storage.tiers.base import Tier
 from support.waits import LIMIT
 
 

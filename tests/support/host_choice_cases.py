@@ -17,7 +17,7 @@ import torch
 from portakv import CopyPlan, Index, KVView
 from portakv.backends.base import Capabilities, Decision
 from portakv.errors import Unsupported
-from portakv.interconnect import choose as chosen
+from portakv.interconnect import choose
 from portakv.interconnect.costs import unmeasured
 from portakv.interconnect.pick import Pick
 from portakv.interconnect.strategy import PAGEABLE, PINNED, Strategy
@@ -166,7 +166,7 @@ def strategies(monkeypatch: pytest.MonkeyPatch, **targets: str) -> Iterator[None
     Fake.prepared.clear()
     Fake.launched.clear()
     with monkeypatch.context() as patched:
-        patched.setattr(chosen, "strategy_class", lambda name: resolve_name(names[name]))
+        patched.setattr(choose, "strategy_class", lambda name: resolve_name(names[name]))
         yield
 
 

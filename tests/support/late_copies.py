@@ -12,7 +12,7 @@ LATE = 12  # steps by which a copy is late
 STALL = 1.0  # seconds without a step, after which it begins
 
 
-def read_late(hand: Any) -> None:
+def read_late(worker_side: Any) -> None:
     """Let each copy of a save or load that a worker makes begin some steps late.
 
     A copy that a step makes itself, or waits for, is not late. ``hand``: of this process.
@@ -20,8 +20,8 @@ def read_late(hand: Any) -> None:
     steps = [0]
     last = [time.monotonic()]  # step
     stopping = threading.Event()
-    stop = hand.stop
-    save = hand.save
+    stop = worker_side.stop
+    save = worker_side.save
 
     def stop_saves(plan: Any) -> None:
         stopping.set()
@@ -33,9 +33,9 @@ def read_late(hand: Any) -> None:
         last[0] = time.monotonic()
         save(plan)
 
-    hand.stop = stop_saves
-    hand.save = count_step
-    rows: Any = importlib.import_module("portakv.storage.rows")
+    worker_side.stop = stop_saves
+    worker_side.save = count_step
+    rows: Any = importlib.import_module("portakv.storage.memory")
     copy_rows = rows.copy_rows
     copy_long_runs = rows.copy_long_runs
     waited = threading.local()  # a copy that `copy_long_runs` leaves to `copy_rows`

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from msgspec.structs import replace
 
-from portakv.migrate.messages import Part, Ticket
-from portakv.migrate.offers import Offer, Owner
+from portakv.migrate.messages import BoxPart, Ticket
+from portakv.migrate.owner import Offer, Owner
 from support.migrate_pulls import MODEL, Couple, Sides, key_of
 
 POISON = -77  # no row has it, and no place of the reader before a pull
@@ -60,7 +60,7 @@ class Trusting(Owner):
     def __init__(self, *shards: Any, **options: Any) -> None:
         super().__init__(*shards, **{"model": MODEL, **options})
 
-    def _is_complete(self, offer: Offer, part: Part) -> bool:
+    def _is_complete(self, offer: Offer, part: BoxPart) -> bool:
         return True
 
 

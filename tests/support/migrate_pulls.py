@@ -19,11 +19,11 @@ import torch
 from portakv import CopyPlan, KVView
 from portakv.backends.base import Launch
 from portakv.migrate.channel import Channel
-from portakv.migrate.ipc import shared_empty
 from portakv.migrate.messages import Answer, Handshake, Hello, Sum
-from portakv.migrate.offers import Offer, Owner
+from portakv.migrate.owner import Offer, Owner
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
+from portakv.migrate.shared_memory import shared_empty
 from support import ready
 from support.peer_cases import ReadsPeers
 from support.waits import LIMIT, until

@@ -17,7 +17,7 @@ from portakv import CopyPlan, KVView
 from portakv.errors import PeerError
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.messages import Answer, Check, Renew
-from portakv.migrate.offers import Offer, Owner
+from portakv.migrate.owner import Offer, Owner
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
 from support.migrate_pulls import LAYOUT, MODEL, SMALL, Copies, Rows

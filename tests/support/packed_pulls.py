@@ -12,7 +12,7 @@ from portakv import KVView, Pack, copy_blocks
 from portakv.errors import PackOverflow
 from portakv.migrate import Shard
 from portakv.migrate.crossed import PullStatistics
-from portakv.migrate.ipc import shared_empty
+from portakv.migrate.shared_memory import shared_empty
 from support.migrate_pulls import Sides
 from support.waits import LIMIT
 

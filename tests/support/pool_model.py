@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from portakv.errors import PoolExhausted
 from portakv.host import pinned
 from portakv.host.pinned import HostMemoryError, PinnedMemory
-from portakv.host.pool import Block, PinnedPool, PoolExhausted
+from portakv.host.pool import Block, PinnedPool
 from support.waits import LIMIT
 
 

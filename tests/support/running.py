@@ -111,8 +111,8 @@ LARGE = {
     "tests/interconnect/test_staged.py::test_what_is_kept_of_a_transfer_serves_no_other",
     "tests/interconnect/test_zero_copy.py::test_every_cut",
     "tests/migrate/test_described.py::test_a_view_of_a_preset_is_rebuilt_at_other_addresses",
-    "tests/serving/test_keeper.py::test_walks_of_ranks_that_join_copy_stop_and_die",
-    "tests/serving/test_ledger.py::test_any_walk_of_an_engine",
+    "tests/serving/test_store_server.py::test_walks_of_ranks_that_join_copy_stop_and_die",
+    "tests/serving/test_scheduler_side.py::test_any_walk_of_an_engine",
     "tests/storage/test_store.py::test_two_splits_of_one_axis_are_read_beside_each_other",
 }
 #: Examples of a property test in each run; .ci/full draws more.

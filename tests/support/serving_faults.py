@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from portakv.serving import Ledger
+from portakv.serving import SchedulerSide
 from portakv.serving.plan import Blocks
 
 
-class GivenBackAtOnce(Ledger):
-    """A ledger that lets the engine free blocks which are still read."""
+class GivenBackAtOnce(SchedulerSide):
+    """A scheduler side that lets the engine free blocks which are still read."""
 
     def finished(self, request: str) -> bool:
         super().finished(request)
@@ -17,16 +17,16 @@ class GivenBackAtOnce(Ledger):
         return False
 
 
-class NotStopped(Ledger):
-    """A ledger that does not stop the saves of a request whose blocks are taken."""
+class NotStopped(SchedulerSide):
+    """A scheduler side that does not stop the saves of a request whose blocks are taken."""
 
     def preempted(self, request: str) -> None:
         super().preempted(request)
         self._next.stop.clear()
 
 
-class NotHeld(Ledger):
-    """A ledger that does not hold the blocks of a window while they are read."""
+class NotHeld(SchedulerSide):
+    """A scheduler side that does not hold the blocks of a window while they are read."""
 
     def scheduled(
         self, request: str, computed: int, until: int, blocks: Blocks = (), replaced: bool = False
@@ -36,11 +36,11 @@ class NotHeld(Ledger):
 
 
 class Careless(GivenBackAtOnce, NotStopped):
-    """A ledger with both bugs."""
+    """A scheduler side with both bugs."""
 
 
-class LentAndGivenBack(Ledger):
-    """A ledger that lets the engine free blocks which other engines may read."""
+class LentAndGivenBack(SchedulerSide):
+    """A scheduler side that lets the engine free blocks which other engines may read."""
 
     def finished(self, request: str) -> bool:
         state = self._requests.get(request)

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from secrets import token_bytes
 
 from portakv.migrate.messages import Named
-from portakv.serving import Ledger, Plan
-from portakv.serving.handover_terms import RemoteRows
+from portakv.serving import Plan, SchedulerSide
+from portakv.serving.handover_tickets import Endpoint, RemoteRows
 from portakv.serving.plan import OfferJob, PullJob
-from portakv.serving.tickets import Endpoint
 from support.serving_model import LIMIT, NOTHING, Draw, Engine, Load, Request, Store, Worker
 
-LEASE = 4.0  # seconds; the clock of a ledger ticks in fifths
+LEASE = 4.0  # seconds; the clock of a scheduler side ticks in fifths
 PATIENCE = 40  # steps for which a pull waits for its offer
 
 
@@ -151,13 +150,15 @@ class HandingEngine(Engine):
         prefills: half of its requests end with their prompt, and go on in another engine.
     """
 
-    def __init__(self, made: type[Ledger], seed: int, network: Network, prefills: bool) -> None:
+    def __init__(
+        self, made: type[SchedulerSide], seed: int, network: Network, prefills: bool
+    ) -> None:
         self.network = network
         self.prefills = prefills
         self.handing = set[Request]()
         super().__init__(made, seed, HandingStore, HandingWorker)
         if prefills:
-            self.ledger.open_offers([worker.endpoint for worker in self.workers], LEASE)
+            self.scheduler_side.open_offers([worker.endpoint for worker in self.workers], LEASE)
 
     def act(self) -> None:
         if not self.prefills and self.network.prompts and self.chance.random() < 0.5:
@@ -182,7 +183,7 @@ class HandingEngine(Engine):
             return
         request = Request(f"h{len(self.requests)}", tokens, wanted, handed=True)
         self.requests[request.name] = request
-        self.ledger.add(request.name, request.tokens, remote=rows)
+        self.scheduler_side.add(request.name, request.tokens, remote=rows)
         self.waiting.append(request)
 
     def advance(self, request: Request) -> None:
@@ -194,7 +195,7 @@ class HandingEngine(Engine):
             return
         self.running.remove(request)
         blocks = (tuple(request.blocks),)
-        rows = self.ledger.offer(request.name, len(request.tokens), blocks)
+        rows = self.scheduler_side.offer(request.name, len(request.tokens), blocks)
         self.finish(request)
         if rows is not None:
             self.network.prompts.append(([*request.tokens], rows))
@@ -215,7 +216,7 @@ class HandingEngine(Engine):
         return min(request.computed + request.load_tokens, len(request.tokens) - 1)
 
 
-def walk(made: type[Ledger], seed: int, steps: int) -> tuple[HandingEngine, HandingEngine]:
+def walk(made: type[SchedulerSide], seed: int, steps: int) -> tuple[HandingEngine, HandingEngine]:
     """Let two engines serve and hand requests over, and return them after the last request."""
     chance = random.Random(seed)
     network = Network(chance)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small model of a serving engine, with workers and a store, that judges a `Ledger`.
+"""A small model of a serving engine, with workers and a store, that judges a `SchedulerSide`.
 
 The engine has paged blocks with a prefix cache, chunked prefill, asynchronous loads, preemption and
 aborts. A row of a block is a number that only its token and all tokens before it give, so rows that
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from portakv.serving import Group, Job, Ledger, Plan, Report
+from portakv.serving import Group, Job, Plan, Report, SchedulerSide
 from portakv.serving.plan import PullJob
 from portakv.storage.keys import KeyChain
 
@@ -219,7 +219,7 @@ class Request:
     loads: int = 0
     preemptions: int = 0
     handed: bool = False  # another engine has computed its prompt
-    fresh: bool = False  # its blocks are not known to the ledger
+    fresh: bool = False  # its blocks are not known to the scheduler side
     ends: int = 0
     chain: KeyChain | None = None  # the keys of its first tokens
     noted: int = 0  # how many of them
@@ -364,7 +364,7 @@ class Pool:
 
 
 class Holder:
-    """What a ledger keeps blocks by."""
+    """What a scheduler side keeps blocks by."""
 
     def __init__(self, pool: Pool) -> None:
         self.hold = pool.hold
@@ -376,7 +376,7 @@ class Engine:
 
     def __init__(
         self,
-        made: type[Ledger],
+        made: type[SchedulerSide],
         seed: int,
         store: Callable[[random.Random, Draw], Any] = Store,
         worker: Callable[[Engine, int], Any] = Worker,
@@ -388,7 +388,7 @@ class Engine:
         now = itertools.count(0, 0.2).__next__  # each look at the clock takes a while
         self.pool = Pool(draw)
         holder = Holder(self.pool) if draw.window else None
-        self.ledger = made(draw.stored_size, groups, draw.workers, self.store, now, holder)
+        self.scheduler_side = made(draw.stored_size, groups, draw.workers, self.store, now, holder)
         self.workers = [worker(self, n) for n in range(draw.workers)]
         self.requests = dict[str, Request]()
         self.waiting = list[Request]()
@@ -409,7 +409,7 @@ class Engine:
             return
         request = Request(f"r{len(self.requests)}", tokens, wanted)
         self.requests[request.name] = request
-        self.ledger.add(request.name, request.tokens)
+        self.scheduler_side.add(request.name, request.tokens)
         self.waiting.append(request)
 
     def abort(self) -> None:
@@ -425,8 +425,8 @@ class Engine:
         self.finish(request)
 
     def finish(self, request: Request) -> None:
-        """End a request; its blocks stay if the ledger or a load still has them."""
-        retained = self.ledger.finished(request.name)
+        """End a request; its blocks stay if the scheduler side or a load still has them."""
+        retained = self.scheduler_side.finished(request.name)
         request.ends += 1
         loading = request.state == "loading"
         request.state = "retained" if retained else "ended"
@@ -465,17 +465,17 @@ class Engine:
         gone = list[str]()
         until = self._schedule_running(gone)
         for name in gone:
-            self.ledger.preempted(name)
+            self.scheduler_side.preempted(name)
         if not gone:
             self._schedule_waiting(until)
         for request, (new, past) in until.items():
             self.note_keys(request, past)
             blocks = tuple(request.blocks) if request.fresh else tuple(new)
-            self.ledger.scheduled(
+            self.scheduler_side.scheduled(
                 request.name, request.computed, past, (blocks,), replaced=request.fresh
             )
             request.fresh = False
-        plan = self.ledger.plan(idle=not until)
+        plan = self.scheduler_side.plan(idle=not until)
         for job in plan.loads:
             self.loads[job.number] = Load(self.requests[job.request], job)
         return plan, until
@@ -514,7 +514,7 @@ class Engine:
                 until[request] = new, past
                 if request.fresh:  # it was loaded, and is scheduled as if it had waited
                     blocks = (tuple(request.blocks),)
-                    self.ledger.allocated(request.name, request.computed, 0, blocks)
+                    self.scheduler_side.allocated(request.name, request.computed, 0, blocks)
         return until
 
     def _schedule_waiting(self, until: dict[Request, tuple[list[int], int]]) -> None:
@@ -522,7 +522,7 @@ class Engine:
         for request in [*self.waiting]:
             hit = self.pool.hit(request)
             computed = len(hit) * self.draw.block_size
-            tokens = self.ledger.leading(request.name, computed)
+            tokens = self.scheduler_side.leading(request.name, computed)
             if tokens is None:
                 continue
             most = len(request.tokens) if request.handed else len(request.tokens) - 1
@@ -537,7 +537,7 @@ class Engine:
             self.pool.slide(request, computed + tokens, self.draw.window)
             request.computed = computed
             request.load_tokens = tokens
-            self.ledger.allocated(request.name, computed, tokens, (tuple(request.blocks),))
+            self.scheduler_side.allocated(request.name, computed, tokens, (tuple(request.blocks),))
             if tokens:
                 request.loads += 1
                 most = 1 + request.preemptions + 3
@@ -573,11 +573,11 @@ class Engine:
             merged = merged.merged(worker.report)
             worker.report = Report()
         ended = self._loads_ended(merged)
-        self.ledger.take(merged)
+        self.scheduler_side.take(merged)
         for request, past in ended.values():
             self._loaded(request, past)
         freed = set.intersection(*(worker.freed for worker in self.workers))
-        self.ledger.freed(freed)
+        self.scheduler_side.freed(freed)
         for name in freed:
             request = self.requests[name]
             assert request.state == "retained", "a request is reported twice"
@@ -661,7 +661,7 @@ class Engine:
         assert self.idle, "a request does not end"
         assert {each.ends for each in self.requests.values()} <= {1}, "a request ended twice"
         assert len(self.pool.free) == self.draw.blocks, "a block is lost"
-        left = self.ledger.statistics()
+        left = self.scheduler_side.statistics()
         assert left["requests"] == 0
         assert left["jobs"] == 0
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from portakv.serving import Ledger, Plan
+from portakv.serving import Plan, SchedulerSide
 from support.serving_model import Draw, Engine, Request, Store, Worker
 
 PACE = 0.6  # the chance that a stage carries out its next step meanwhile
@@ -70,7 +70,7 @@ class StagedEngine(Engine):
 
     def __init__(
         self,
-        made: type[Ledger],
+        made: type[SchedulerSide],
         seed: int,
         store: Callable[[random.Random, Draw], Any] = StagedStore,
         worker: Callable[[Engine, int], Any] = Worker,

@@ -59,7 +59,7 @@ def tokens_of(pages: range) -> torch.Tensor:
 
 def walk(folder: str, in_place: bool) -> list[str]:
     """Return what was wrong."""
-    from portakv.integrations.sglang_hicache import PortaKVStorage
+    from portakv.integrations.sglang.hicache import PortaKVStorage
 
     terms = {"folder": folder, "host": 0, "staging": 1 << 20, "capacity": 4 << 20}
     config: Any = configuration(terms)

@@ -6,6 +6,6 @@ from __future__ import annotations
 from support import sglang_on_cpu  # noqa: F401
 
 # isort: split
-from portakv.integrations.sglang_hicache import PortaKVStorage
+from portakv.integrations.sglang.hicache import PortaKVStorage
 
 __all__ = ["PortaKVStorage"]

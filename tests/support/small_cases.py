@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from portakv.host import _small_methods, small
+from portakv.host import small
+from portakv.host import small as _small_methods
 from portakv.host.small import SmallCopy, to_device
-from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime import cuda
 from portakv.runtime.devices import capture_question
 from support.cuda_on_cpu import compiled, why_not
 from support.fake_libcuda import FakeLibrary
@@ -190,7 +191,7 @@ def installed(library: FakeLibrary, only: str | None = None) -> Iterator[Card]:
             "is_available": lambda: True,
         },
         torch.accelerator: {"current_device_index": lambda: card.current},
-        _cuda_driver: {
+        cuda: {
             "library": lambda: library.library,
             "bindings": lambda: card,
             "why_not": lambda device: None,

@@ -59,7 +59,7 @@ def cut_files(folder: Path, keep: int) -> None:
 @contextmanager
 def damaged_images_believed() -> Iterator[None]:
     """Let disk tiers take each payload for whole inside: the negative control of damage."""
-    disk_store: Any = importlib.import_module("portakv.storage.disk_store")
+    disk_store: Any = importlib.import_module("portakv.storage.tiers.disk")
     verify = disk_store.verify
     disk_store.verify = lambda *_: True
     try:
@@ -71,7 +71,7 @@ def damaged_images_believed() -> Iterator[None]:
 @contextmanager
 def damaged_objects_believed() -> Iterator[None]:
     """Let remote tiers take each payload for whole inside: the negative control of damage."""
-    remote_store: Any = importlib.import_module("portakv.storage.remote_store")
+    remote_store: Any = importlib.import_module("portakv.storage.tiers.remote")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(remote_store, "verify", lambda *_: True)
         yield
@@ -81,7 +81,7 @@ def damaged_objects_believed() -> Iterator[None]:
 def any_images_believed() -> Iterator[None]:
     """Let disk tiers believe headers too, so that an image serves for another one: the negative
     control of images that are swapped."""
-    store: Any = importlib.import_module("portakv.storage.disk_store").DiskStore
+    store: Any = importlib.import_module("portakv.storage.tiers.disk").DiskStore
     right = store.right
     store.right = lambda *_: True
     try:
@@ -94,7 +94,7 @@ def any_images_believed() -> Iterator[None]:
 def rows_in_use_taken() -> Iterator[None]:
     """Let saves take rows of staging that other saves still write: the negative control of staging
     that is full."""
-    rows: Any = importlib.import_module("portakv.storage.rows").Rows
+    rows: Any = importlib.import_module("portakv.storage.memory").Rows
     take = rows.take
 
     def take_any(self: Any, count: int, store: bool, *terms: Any) -> Any:

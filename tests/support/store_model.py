@@ -17,12 +17,11 @@ import torch
 
 from portakv import KVView
 from portakv.errors import TransferCancelled, TransferError, TransferTimeout
-from portakv.storage.disk import Disk
-from portakv.storage.disk_store import DiskStore
 from portakv.storage.form import BlockForm
 from portakv.storage.io.base import Ended, Engine, Request
 from portakv.storage.io.threads import carry
-from portakv.storage.slots import Slots
+from portakv.storage.tiers.disk import Disk, DiskStore
+from portakv.storage.tiers.folder import Slots
 from support.waits import LIMIT
 
 ORDER = ("block", "kv", "head", "token", "dim")

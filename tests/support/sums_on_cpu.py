@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from portakv.migrate.checksum_kernel import CUT, NAME, Cut, SumKernel
+from portakv.migrate.checksum import CUT, NAME, Cut, SumKernel
 from portakv.runtime.cuda import CudaDriver
 from support.cuda_on_cpu import compiled
 

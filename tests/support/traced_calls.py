@@ -312,7 +312,7 @@ def _steps(hooks: Any, folder: str) -> Made:
     names = map(str, itertools.count())
     vars(hooks.vllm_ranks)["PATIENCE"] = 0.0  # the worker comes after the scheduler
     store = SimpleNamespace(configurations=vllm_stub.configuration(folder, "e", many + 1, size))
-    ledger = hooks.HookLedger(size, [], 1, store, None, None)
+    scheduler_side = hooks.HookLedger(size, [], 1, store, None, None)
     draw = SimpleNamespace(blocks=many, block_size=size)
     worker = hooks.HookWorker(SimpleNamespace(draw=draw, store=store), 0)
     loads = range(32, 40)  # blocks of the engine
@@ -326,30 +326,30 @@ def _steps(hooks: Any, folder: str) -> Made:
     def step(looked_up: int | None, computed: int) -> None:
         """Look one prompt up and load it, compute another one, and end the requests before."""
         for name in running:
-            ledger.finished(name)
+            scheduler_side.finished(name)
         running[:] = [next(names)]
         if looked_up is not None:
             name = next(names)
-            ledger.add(name, prompt(looked_up))
-            stored = ledger.leading(name, 0)
+            scheduler_side.add(name, prompt(looked_up))
+            stored = scheduler_side.leading(name, 0)
             if stored != tokens:
                 raise RuntimeError(f"Expected {tokens} tokens of the store, got {stored}.")
-            ledger.allocated(name, 0, tokens, [loads])
+            scheduler_side.allocated(name, 0, tokens, [loads])
             running.append(name)
-        ledger.add(running[0], prompt(computed))
-        ledger.leading(running[0], 0)
-        ledger.scheduled(running[0], 0, tokens, [others], replaced=True)
-        plan = ledger.plan()
+        scheduler_side.add(running[0], prompt(computed))
+        scheduler_side.leading(running[0], 0)
+        scheduler_side.scheduled(running[0], 0, tokens, [others], replaced=True)
+        plan = scheduler_side.plan()
         worker.before_step(plan)
         for block in others:
             for at in range(size):
                 worker.write(block, at, block)
         worker.after_step(plan)
-        ledger.take(worker.report)
+        scheduler_side.take(worker.report)
         worker.report = type(worker.report)()
-        ledger.freed(worker.freed)
+        scheduler_side.freed(worker.freed)
         worker.freed = set()
-        ledger.end_step()
+        scheduler_side.end_step()
 
     try:
         step(None, 0)
@@ -363,7 +363,7 @@ def _steps(hooks: Any, folder: str) -> Made:
         yield Setting(call, lambda: time.sleep(STORED_WITHIN))
     finally:
         worker.connector.shutdown()
-        ledger.connector.shutdown()
+        scheduler_side.connector.shutdown()
 
 
 CALLS = [

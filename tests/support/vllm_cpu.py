@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from portakv.serving import Ledger
+from portakv.serving import SchedulerSide
 from portakv.serving.local import TOKENS
 from support.waits import LIMIT
 
@@ -435,7 +435,7 @@ class Engine:
         return results
 
     def join(self) -> None:
-        """Wait until all ranks have joined the keeper, and the scheduler has its index."""
+        """Wait until all ranks have joined the server, and the scheduler has its index."""
         assert all(self.in_workers(has_joined))
         assert self.connector.index.wait(LIMIT)
         self.in_workers(count_landed)
@@ -447,9 +447,9 @@ class Engine:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Return what the ledger has counted."""
-        ledger: Ledger = self.connector.ledger
-        return ledger.statistics()
+        """Return what the scheduler side has counted."""
+        scheduler_side: SchedulerSide = self.connector.scheduler_side
+        return scheduler_side.statistics()
 
 
 def fork_workers() -> None:
@@ -512,17 +512,17 @@ def make_room(worker: Any) -> None:
 
 
 def has_joined(worker: Any) -> bool:
-    """Return whether a worker joins its keeper in time."""
+    """Return whether a worker joins its server in time."""
     return bool(connector_here().store.wait(LIMIT))
 
 
 def count_landed(worker: Any) -> None:
     """Count the blocks that land in a worker from now on."""
-    hand = connector_here().hand
+    worker_side = connector_here().worker_side
     sizes = dict[int, int]()
-    hand.landed_blocks = 0
-    load = hand.load
-    report = hand.report
+    worker_side.landed_blocks = 0
+    load = worker_side.load
+    report = worker_side.report
 
     def note_sizes(plan: Any) -> None:
         sizes.update({job.number: len(job.keys) for job in plan.loads})
@@ -531,16 +531,16 @@ def count_landed(worker: Any) -> None:
     def note_landed() -> Any:
         made = report()
         for number, missing in made.loaded.items():
-            hand.landed_blocks += sizes[number] - len(missing)
+            worker_side.landed_blocks += sizes[number] - len(missing)
         return made
 
-    hand.load = note_sizes
-    hand.report = note_landed
+    worker_side.load = note_sizes
+    worker_side.report = note_landed
 
 
 def landed_blocks(worker: Any) -> int:
     """Return how many blocks have landed in a worker since `count_landed`."""
-    many: int = connector_here().hand.landed_blocks
+    many: int = connector_here().worker_side.landed_blocks
     return many
 
 
@@ -560,7 +560,7 @@ def note(path: Path, text: str = "") -> None:
 
 def store_as_on_an_accelerator() -> None:
     """Let a stored block be several of the engine's, as on an accelerator."""
-    caches = vars(importlib.import_module("portakv.integrations.vllm_caches"))
+    caches = vars(importlib.import_module("portakv.integrations.vllm.caches"))
     caches["TOKENS_ON_CPU"] = caches["TOKENS"]
 
 

@@ -45,7 +45,7 @@ def fork_copies() -> None:
 def await_known_blocks() -> None:
     """Let schedulers wait for the blocks of `KNOWN` requests, which their index lists a moment
     after another copy has stored them."""
-    module: Any = importlib.import_module("portakv.integrations.vllm_connector")
+    module: Any = importlib.import_module("portakv.integrations.vllm.connector")
     matched = module.PortaKVConnector.get_num_new_matched_tokens
 
     def wait(self: Any, request: Any, computed: int) -> Any:

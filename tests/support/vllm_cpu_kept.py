@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real engines over one keeper or bucket: blocks that they leave, wait for and lose."""
+"""Real engines over one server or bucket: blocks that they leave, wait for and lose."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def lose_a_block(worker: Any, reports: bool) -> None:
     """Let the fourth block of each load not land in the second rank or stage."""
     if worker.rank != 1:
         return
-    kept: Any = importlib.import_module("portakv.serving.keeper_blocks")
-    load = kept.KeptBlocks.load
+    kept: Any = importlib.import_module("portakv.serving.server.client")
+    load = kept.ServerBlocks.load
 
     def load_others(self: Any, view: Any, blocks: Any, keys: Any, **terms: Any) -> Any:
         some = [*keys]
         some[3] = bytes(32)
         return load(self, view, blocks, some, **terms)
 
-    kept.KeptBlocks.load = load_others
+    kept.ServerBlocks.load = load_others
     if not reports:
         connector_here().get_block_ids_with_load_errors = set

@@ -105,14 +105,14 @@ class Walk:
             self.wrong.append(asked)
 
 
-def count_preemptions(ledger: Any) -> list[str]:
+def count_preemptions(scheduler_side: Any) -> list[str]:
     """Return a list that gets the name of each request whose blocks are taken."""
     names = list[str]()
-    preempted = ledger.preempted
+    preempted = scheduler_side.preempted
 
     def note_name(name: str) -> None:
         names.append(name)
         preempted(name)
 
-    ledger.preempted = note_name
+    scheduler_side.preempted = note_name
     return names

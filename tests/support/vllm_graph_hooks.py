@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from portakv.integrations import vllm_connector
-from portakv.integrations.vllm_connector import PlanMetadata, PortaKVConnector
+from portakv.integrations.vllm import connector as vllm_connector
+from portakv.integrations.vllm.connector import PlanMetadata, PortaKVConnector
 from portakv.serving import Job, Plan
 from portakv.storage import prefix_keys
 from support.vllm_stub import configuration
@@ -33,7 +33,7 @@ def step(connector: Connector, plan: Plan, caches: dict[str, torch.Tensor]) -> l
         connector.wait_for_layer_load(name)
         seen.append(sorted(set(layer[2].flatten().tolist())))
     connector.wait_for_save()
-    while connector.hand.busy:
+    while connector.worker_side.busy:
         connector.get_finished([])
     connector.clear()
     return seen

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from portakv.integrations import vllm_connector
-from portakv.integrations.vllm_connector import PortaKVConnector
+from portakv.integrations.vllm import connector
+from portakv.integrations.vllm.connector import PortaKVConnector
 from support.vllm_stub import configuration
 from support.waits import LIMIT
 
@@ -27,7 +27,7 @@ from support.waits import LIMIT
 FORMAT = "vLLM %(levelname)s %(name)s: %(message)s"
 BLOCKS = 10
 PROMPT = [*range(100, 140)]
-Role: Any = vllm_connector.KVConnectorRole  # type: ignore[attr-defined]
+Role: Any = connector.KVConnectorRole  # type: ignore[attr-defined]
 
 
 class FlashAttentionBackend:
@@ -198,7 +198,7 @@ def main() -> None:
     # vLLM calls the hook again without a lookup when a load has ended.
     taken = SimpleNamespace(get_block_ids=lambda: ([1, 2, 3],))
     stores.scheduler.update_state_after_alloc(request_of("computed", {}), taken, 0)
-    computed = stores.scheduler.ledger.statistics()["computed"]
+    computed = stores.scheduler.scheduler_side.statistics()["computed"]
     print(
         json.dumps(
             {
@@ -215,8 +215,8 @@ def main() -> None:
                 "other": other,
                 "ended": ended,
                 "delivers": [x.scheduler.requires_kv_delivery for x in (prefill, decode)],
-                "prefill": prefill.scheduler.ledger.statistics(),
-                "decode": decode.scheduler.ledger.statistics(),
+                "prefill": prefill.scheduler.scheduler_side.statistics(),
+                "decode": decode.scheduler.scheduler_side.statistics(),
             }
         )
     )

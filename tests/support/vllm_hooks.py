@@ -2,7 +2,7 @@
 """Walks of the model engine through the hooks of vLLM's connector, without vLLM.
 
 `python -m support.vllm_hooks FOLDER FIRST LAST alone` makes walks of these numbers; with ``shared``
-in place of ``alone`` a keeper stores the engine's blocks. A module ``vllm`` as
+in place of ``alone`` a server stores the engine's blocks. A module ``vllm`` as
 `vllm_stub.write_vllm` makes it must be found.
 """
 
@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
-from portakv.integrations import vllm_caches, vllm_connector, vllm_metrics, vllm_ranks
-from portakv.integrations.vllm_connector import PlanMetadata, PortaKVConnector, ReportMetadata
+from portakv.integrations.vllm import caches as vllm_caches
+from portakv.integrations.vllm import connector as vllm_connector
+from portakv.integrations.vllm import metrics, ranks
+from portakv.integrations.vllm.connector import PlanMetadata, PortaKVConnector, ReportMetadata
 from portakv.serving import Group, Plan, Report
 from support.serving_model import NOTHING, Engine, Holder
 from support.vllm_stub import configuration
@@ -58,7 +60,7 @@ class HookStore:
 
 
 class HookLedger:
-    """A ledger behind the hooks of the scheduler."""
+    """A scheduler side behind the hooks of the scheduler."""
 
     def __init__(
         self,
@@ -152,7 +154,7 @@ class HookLedger:
 
     def statistics(self) -> dict[str, int]:
         assert not self.connector.has_pending_block_frees()
-        return self.connector.ledger.statistics()
+        return self.connector.scheduler_side.statistics()
 
 
 def ids_in_vllm(blocks: Iterable[Iterable[int]]) -> tuple[list[int], ...]:
@@ -180,7 +182,7 @@ class HookWorker:
 
     @property
     def busy(self) -> bool:
-        return self.connector.hand.busy
+        return self.connector.worker_side.busy
 
     @property
     def report(self) -> Report:
@@ -209,11 +211,11 @@ class HookWorker:
             self.connector.save_kv_layer("layer", self._memory, None)
         self.connector.start_load_kv(None)
         self.connector.wait_for_save()
-        if self.connector.hand.busy:
+        if self.connector.worker_side.busy:
             time.sleep(STEP)  # the store's workers go on
         self._end_step()
         self._steps += 1
-        if HookStore.shared and self._steps % 2:  # else a keeper takes longer than a walk
+        if HookStore.shared and self._steps % 2:  # else a server takes longer than a walk
             until = time.monotonic() + LIMIT
             while self.busy and time.monotonic() < until:
                 time.sleep(STEP)
@@ -238,24 +240,24 @@ class HookEngine(Engine):
 
     def step(self) -> None:
         super().step()
-        self.ledger.end_step()  # type: ignore[attr-defined]
+        self.scheduler_side.end_step()  # type: ignore[attr-defined]
 
 
 def reported(connector: Any) -> dict[str, int]:
     """Return the counters of tiers that a connector's next report has."""
-    connector.figures = vllm_metrics.Figures(0.0)
+    connector.figures = metrics.Figures(0.0)
     stats = connector.get_kv_connector_stats()
     counters = {} if stats is None else stats.data
     return {x: round(n) for x, n in counters.items() if x.startswith(("tier_blocks", "tier_bytes"))}
 
 
 def walk(seed: int, folder: str) -> Mapping[str, int]:
-    """Make one walk; return what the ledger and the tiers have counted."""
+    """Make one walk; return what the scheduler side and the tiers have counted."""
     HookStore.folder = folder
     HookStore.across = seed % 2 == 0
-    vllm_ranks.PATIENCE = 0.0  # the worker comes after the scheduler
+    ranks.PATIENCE = 0.0  # the worker comes after the scheduler
     engine = HookEngine(HookLedger, seed, HookStore, HookWorker)  # type: ignore[arg-type]
-    connector = engine.ledger.connector  # type: ignore[attr-defined]
+    connector = engine.scheduler_side.connector  # type: ignore[attr-defined]
     try:
         if HookStore.shared:
             assert all(worker.connector.store.wait(LIMIT) for worker in engine.workers)
@@ -270,7 +272,7 @@ def walk(seed: int, folder: str) -> Mapping[str, int]:
         for worker in engine.workers:
             worker.connector.shutdown()
         connector.shutdown()
-    return {**engine.ledger.statistics(), **tiers}
+    return {**engine.scheduler_side.statistics(), **tiers}
 
 
 def main() -> None:

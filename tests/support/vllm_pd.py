@@ -123,7 +123,7 @@ def go_on_with(
 def stop_halfway(folder: Path) -> None:
     """Let each pull of this process copy half of the layers, and the others when it may go on, or
     was stopped. Call it after the start of the engine, which rehearses a pull."""
-    issue = vars(importlib.import_module("portakv.migrate.issue"))
+    issue = vars(importlib.import_module("portakv.migrate.reader"))
     copy = issue["_copy_layers"]
 
     def copy_halves(step: Any, layers: range, pull: Any, options: Any, *rest: Any) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Play a recorded trace of hooks on PortaKV's connector, without vLLM, and compare its answers.
 
-The connector, its ledger, its hand and its store are the real ones; rows have a few bytes. A module
+The connector, both its sides and its store are the real ones; rows have a few bytes. A module
 ``vllm`` as `vllm_stub.write_vllm` makes it must be found.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from portakv.serving import Ledger
+from portakv.serving import SchedulerSide
 from support.vllm_stub import configuration
 from support.vllm_trace import ENGINE, LOSE, PART, SCHEDULER, Event, Recorder, Trace
 
@@ -31,14 +31,18 @@ class Replay:
     Args:
         module: of the connector.
         name: of the engine.
-        ledger: the class of the scheduler's ledger; None: the connector's.
+        scheduler side: the class of the scheduler's scheduler side; None: the connector's.
 
     Attributes:
         recorder: of the hooks that are called.
     """
 
     def __init__(
-        self, module: ModuleType, trace: Trace, name: str, ledger: type[Ledger] | None = None
+        self,
+        module: ModuleType,
+        trace: Trace,
+        name: str,
+        scheduler_side: type[SchedulerSide] | None = None,
     ) -> None:
         about = trace.about
         self._connector: Any = module.PortaKVConnector
@@ -52,7 +56,7 @@ class Replay:
         terms |= {"host": 1 << 20, "staging": 1 << 20}
         (group,) = self.configurations[1].kv_cache_groups
         group.layer_names = self._layers
-        self._ledger = ledger
+        self._scheduler_side = scheduler_side
         self._sides = dict[str, Any]()
         self._requests = dict[str, Any]()
         self._metadata: Any = None  # of the latest plan
@@ -60,10 +64,10 @@ class Replay:
         self.recorder = Recorder()
 
     @property
-    def ledger(self) -> Ledger:
-        """Return the ledger of the scheduler's side."""
-        ledger: Ledger = self._sides[SCHEDULER].ledger
-        return ledger
+    def scheduler_side(self) -> SchedulerSide:
+        """Return the scheduler side of the scheduler's side."""
+        scheduler_side: SchedulerSide = self._sides[SCHEDULER].scheduler_side
+        return scheduler_side
 
     def play(self) -> None:
         """Call the hooks of the trace. Raises `Differs` for the first answer that differs."""
@@ -99,8 +103,8 @@ class Replay:
             role = self._roles[event.side.upper()]
             config, caches = self.configurations
             self._sides[event.side] = made = self._connector(config, role, caches)
-            if event.side == SCHEDULER and self._ledger is not None:
-                made.ledger.__class__ = self._ledger
+            if event.side == SCHEDULER and self._scheduler_side is not None:
+                made.scheduler_side.__class__ = self._scheduler_side
             return None
         make: Callable[..., Sequence[Any]] = getattr(self, f"_for_{event.hook}", self._none)
         hook = getattr(self._sides[event.side], event.hook)

@@ -14,8 +14,8 @@ from support.stand_ins import imported_with
 BASE = "vllm/distributed/kv_transfer/kv_connector/v1/base.py"
 #: The modules of PortaKV that import vLLM, and those of the tests that import them.
 IMPORTERS = (
-    "portakv.integrations.vllm_events",
-    "portakv.integrations.vllm_metrics",
+    "portakv.integrations.vllm.ranks",
+    "portakv.integrations.vllm.metrics",
     "portakv.integrations.vllm_connector",
     "support.vllm_hooks",
 )

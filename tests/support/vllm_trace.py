@@ -19,7 +19,7 @@ import numpy as np
 from portakv.errors import PortaKVError
 from portakv.graph import Mask
 from portakv.serving import Plan, Report
-from portakv.serving.hand import Blocks, Ending, Moved
+from portakv.serving.worker import Blocks, Ending, Moved
 
 #: Steps after which a save has released its blocks, and after which a load or save has ended.
 RELEASED = 1
@@ -147,15 +147,15 @@ class Pace:
 
         store.open = open_paced
 
-    def count(self, hand: Any) -> None:
+    def count(self, worker_side: Any) -> None:
         """Count the steps of a hand, each of which ends with a call of `save`."""
-        save = hand.save
+        save = worker_side.save
 
         def count_step(plan: Plan) -> None:
             save(plan)
             self.steps += 1
 
-        hand.save = count_step
+        worker_side.save = count_step
 
 
 # --- what is written of arguments and answers
@@ -268,7 +268,7 @@ class Recorder:
             self.pace = Pace(connector.store)
         elif hook.startswith("register"):
             assert self.pace is not None
-            self.pace.count(connector.hand)
+            self.pace.count(connector.worker_side)
 
     def _arguments(self, hook: str, args: Sequence[Any]) -> list[Any]:
         """Return what is written of the arguments of a hook."""

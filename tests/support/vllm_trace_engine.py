@@ -41,7 +41,7 @@ def record(model: Path) -> Trace:
 def run(model: Path) -> Trace:
     """Return the trace of an engine in this process."""
     recorder = Recorder()
-    connector: Any = importlib.import_module("portakv.integrations.vllm_connector")
+    connector: Any = importlib.import_module("portakv.integrations.vllm.connector")
     with recorder.recording(connector.PortaKVConnector):
         recorder.part("the start of an engine")
         engine = Engine(model, STORE, blocks=BLOCKS, max_model_len=512)

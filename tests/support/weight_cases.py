@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from portakv.errors import TransferError
-from portakv.migrate import weight_copy
 from portakv.migrate.channel import Channel
-from portakv.migrate.published import AskWeights
-from portakv.migrate.weight_lanes import SendSlice
-from portakv.migrate.weight_pairs import copy_pairs
+from portakv.weights import pull as weight_copy
+from portakv.weights.owner import AskWeights, SendSlice
+from portakv.weights.plan import copy_pairs
 
 Array: TypeAlias = npt.NDArray[Any]
 

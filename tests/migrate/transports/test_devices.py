@@ -16,7 +16,7 @@ from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import PeerError, TransferCancelled, TransferError
-from portakv.migrate.offers import Owner
+from portakv.migrate.owner import Owner
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
 from portakv.migrate.transports.distributed import Distributed

@@ -292,7 +292,7 @@ def test_pulls_between_devices_that_are_cancelled_leave_one_group_in_step(
     remote = torch.zeros(9, 2, 8, 16, 4, 8, dtype=torch.int16, device=DEVICE)
     local = torch.zeros(9, 2, 16, 16, 4, 8, dtype=torch.int16, device=OTHER)
     views = [KVView([*x], LAYOUT) for x in (remote, local)]
-    monkeypatch.setattr("portakv.migrate.staged.STOPPING", 60.0)  # also on a busy machine
+    monkeypatch.setattr("portakv.migrate.staged_reader.STOPPING", 60.0)  # also on a busy machine
     seed = random.Random(4)
     before = len(WIRES)
     cancelled = 0

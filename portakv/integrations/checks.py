@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong with a configuration of an engine, and the checks that all engines share."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from portakv.arguments import size_text
+from portakv.errors import InvalidTerms, PortaKVError
+from portakv.integrations import why_not
+from portakv.integrations.interfaces import lacks
+from portakv.serving.bucket import bucket_of
+from portakv.serving.local import StoreTerms, existing_part
+from portakv.storage.tiers.folder import no_space_in
+
+#: The most memory of a container, by cgroups of both versions.
+LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+#: A check of a bucket tries once.
+ONE_TRY = {"retry_config": {"max_retries": 0}}
+
+
+@dataclass
+class Findings:
+    """What is wrong with a configuration.
+
+    Attributes:
+        errors: the engine would not start, or PortaKV would not be used.
+        warnings: the engine starts, and does not do what a user wants.
+        notes: what the configuration gives.
+        unchecked: what decides whether the engine starts, and was not checked.
+    """
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+
+def unknown_keys(config: Mapping[str, Any], known: Iterable[str], owner: str) -> Iterator[str]:
+    """Yield a sentence for each key that ``owner`` does not have."""
+    keys = [*known]
+    for name in config:
+        if name not in keys:
+            near = difflib.get_close_matches(name, keys, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            yield f"Expected a key of {owner}, got {name!r}.{hint} Correct it."
+
+
+def means_ours(name: object, names: Iterable[str]) -> bool:
+    """Return whether a name is one of ``names`` or was meant to be, with a typing error."""
+    text = str(name)
+    is_close = difflib.get_close_matches(text, [*names], n=1, cutoff=0.85)
+    return bool(is_close) or text.lower().startswith("porta")
+
+
+def other_values(config: Mapping[str, Any], expected: Mapping[str, str]) -> Iterator[str]:
+    """Yield a sentence for each key that must have one value, and has another one."""
+    for name, value in expected.items():
+        if config.get(name) != value:
+            yield f"Expected {name} {value!r}, got {config.get(name)!r}. Correct it."
+
+
+def check_release(
+    findings: Findings,
+    engine: str,
+    title: str,
+    needs: Iterable[str],
+    *,
+    who: str,
+    install: str = "another release",
+) -> bool:
+    """Compare the installed release of an engine with what ``who`` needs of it.
+
+    Returns False without a release that could be compared.
+    """
+    refusal = why_not(engine)
+    if refusal:
+        findings.warnings.append(refusal)
+        return False
+    findings.errors += [
+        f"The installed {title} has no {name.partition(':')[2]}, which {who} needs. Install "
+        f"{install}."
+        for name in lacks(needs)
+    ]
+    return True
+
+
+def check_places(terms: StoreTerms, findings: Findings, where: str) -> None:
+    """Check that this machine has the memory and the space of terms, and that a bucket answers.
+
+    ``where``: the key of the configuration that has the terms, for errors.
+    """
+    if not terms.attaches:  # the sizes of the store server count
+        check_memory(terms.host + terms.staging, findings, "host and staging")
+    check_space(terms, findings, where)
+
+
+def check_space(terms: StoreTerms, findings: Findings, where: str) -> None:
+    """Check as `check_places` does, but no memory."""
+    try:
+        terms.check_usable()
+    except InvalidTerms as error:
+        findings.errors.append(f"{where}: {error}")
+    findings.warnings += short_of(terms)
+    findings.notes += new_folders(terms)
+    check_bucket(terms, findings, where)
+
+
+def check_memory(nbytes: float, findings: Findings, what: str) -> None:
+    """Check that this machine, or this container, has so much memory, which an engine takes when
+    it starts.
+
+    ``what``: the keys that give it, for the error.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in LIMITS:
+        with suppress(OSError, ValueError):  # no such cgroup, or its limit is "max"
+            memory = min(memory, int(limit.read_text()))
+    if nbytes > memory:
+        findings.errors.append(
+            f"An engine would take {gib(int(nbytes))} of host memory by {what}, and this machine "
+            f"has {gib(memory)}. Give less."
+        )
+
+
+def short_of(terms: StoreTerms) -> Iterator[str]:
+    """Yield a sentence for terms without a folder, for a folder that gives files no space, and for
+    space that this machine lacks."""
+    if not terms.folders and terms.bucket is None:
+        yield (
+            "There is no folder: blocks are in host memory alone, and end with the engine. Name a "
+            "folder to keep them."
+        )
+    share = terms.capacity // max(1, len(terms.folders))
+    for folder in terms.folders:
+        existing = existing_part(folder)
+        if os.access(existing, os.W_OK | os.X_OK) and (why := no_space_in(Path(existing))):
+            yield f"No file in {existing} gets space: {why}. Free some, or pass another folder."
+        if terms.attaches:  # the capacity of the store server counts
+            continue
+        usage = shutil.disk_usage(existing)
+        taken = sum([512 * x.stat().st_blocks for x in Path(folder).glob("*") if x.is_file()])
+        if share > usage.free + taken:
+            yield (
+                f"capacity is {gib(share)}, and the file system of {existing} has "
+                f"{gib(usage.free)} free, {gib(usage.total)} in all. Give less."
+            )
+
+
+def new_folders(terms: StoreTerms) -> Iterator[str]:
+    """Yield a sentence for each folder that an engine will make."""
+    for folder in terms.folders:
+        existing = existing_part(folder)
+        if existing != os.path.abspath(folder):
+            yield (
+                f"{folder} does not exist: an engine makes it on the file system of {existing}. "
+                f"If that is not its disk, mount the disk first."
+            )
+
+
+def check_bucket(terms: StoreTerms, findings: Findings, where: str) -> None:
+    """Make the bucket of terms as an engine does, if there is one, and send it one request.
+
+    ``where``: as of `check_places`.
+    """
+    if terms.bucket is None:
+        return
+    try:
+        bucket = bucket_of(terms.bucket, {**terms.bucket_options, **ONE_TRY})
+    except PortaKVError as error:
+        findings.errors.append(f"{where}: {error}")
+        return
+    if not bucket.check():
+        findings.warnings.append(
+            f"The bucket {bucket.url} does not answer here: {bucket.last_error}. An engine starts "
+            f"without its blocks, and uses it once it answers. Correct the address, the "
+            f"credentials in the environment or bucket_options."
+        )
+
+
+def gib(nbytes: int) -> str:
+    """Return a number of bytes as a text."""
+    return size_text(nbytes) if nbytes >= 1 << 20 else f"{nbytes} bytes"

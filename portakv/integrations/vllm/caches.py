@@ -1,0 +1,883 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What PortaKV reads of vLLM's configuration, caches and requests for the connector."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import sha256
+from math import lcm
+from typing import Any, NamedTuple
+
+import torch
+
+from portakv.arguments import flag
+from portakv.errors import InvalidTerms
+from portakv.integrations import IntegrationError
+from portakv.runtime.bounded import Bounded
+from portakv.serving import Group, check_group
+from portakv.serving.handover_tickets import (
+    KEY,
+    HandoverTerms,
+    Identity,
+    RemoteRows,
+    parameters_of,
+    rows_in,
+)
+from portakv.serving.local import TOKENS, TOKENS_ON_CPU, GroupView, StoreTerms, checksum_if_here
+from portakv.serving.plan import Blocks
+from portakv.view import KVView
+
+# ------------------------------------------------------------------------------------------------
+# Views of vLLM's KV caches: pages that move whole, or keys and values by head and token.
+
+#: Attention backends that keep the key and the value of a token and a head next to each other.
+FUSED = (
+    "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend",
+    "vllm.v1.attention.backends.flashinfer.FlashInferBackend",
+    "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend",
+)
+#: Attention backends that keep one latent row for each token.
+LATENT = (
+    "vllm.v1.attention.backends.mla.amx_mla.AMXMLABackend",
+    "vllm.v1.attention.backends.mla.cpu_mla.CPUMLABackend",
+    "vllm.v1.attention.backends.mla.cutlass_mla.CutlassMLABackend",
+    "vllm.v1.attention.backends.mla.flashattn_mla.FlashAttnMLABackend",
+    "vllm.v1.attention.backends.mla.flashinfer_mla.FlashInferMLABackend",
+    "vllm.v1.attention.backends.mla.flashmla.FlashMLABackend",
+    "vllm.v1.attention.backends.mla.triton_mla.TritonMLABackend",
+)
+#: Attention on a CPU, by the kernels whose order of keys is known: a head's keys as [dim, token].
+BY_DIM = (
+    "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec",
+    "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec16",
+)
+#: What a user does if rows cannot be read, for blocks of a fixed size, for several workers, and for
+#: engines that hand requests over.
+BY_TOKEN = (
+    "Stored blocks of a fixed size need it: leave block_size out of kv_connector_extra_config."
+)
+BY_HEAD = "Several workers need it: run one worker, or choose the OffloadingConnector."
+HANDED = (
+    "Engines that hand requests over need it: leave hand_over out of kv_connector_extra_config and "
+    "set kv_role to 'kv_both', or choose another connector for this model."
+)
+#: The instruction set of kernels for bf16 on a CPU, and what a user does then.
+AMX = "amx"
+OTHER_DTYPE = " On a CPU with AMX, --dtype float32 chooses pages that PortaKV can read."
+#: The dtypes whose rows are numbers without scales.
+PLAIN = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def kernels_of(config: Any) -> dict[str, str]:
+    """Return the attention backend of each layer, with the kernels' instruction set if it has one.
+
+    A layer whose backend is not known has an empty name.
+    """
+    compilation = getattr(config, "compilation_config", None)
+    layers = getattr(compilation, "static_forward_context", None) or {}
+    made = dict[str, str]()
+    for name, layer in layers.items():
+        backend_of = getattr(layer, "get_attn_backend", None)
+        if backend_of is None:
+            continue
+        backend = backend_of()
+        parts = [f"{backend.__module__}.{backend.__qualname__}"]
+        if isa := getattr(layer, "isa", ""):
+            parts.append(str(isa))
+        made[name] = " ".join(parts)
+    return made
+
+
+def views_of(
+    kv_caches: Mapping[str, torch.Tensor],
+    kv_cache_config: Any,
+    kernels: Mapping[str, str] | None = None,
+    reason: str = BY_TOKEN,
+) -> list[GroupView]:
+    """Return a view of each group's layers.
+
+    Args:
+        kernels: by the name of a layer, its attention backend as `kernels_of` has it; then rows are
+            read by head and token. None: blocks are pages that move whole.
+        reason: why rows are read, and what a user does if they cannot be; for the error.
+
+    Layers of a group that share a tensor are one. Layers of several groups may share it too.
+
+    Raises `IntegrationError` for caches without an axis of blocks, and for kernels whose order of
+    rows in a page is not known.
+    """
+    blocks = kv_cache_config.num_blocks
+    views = list[GroupView]()
+    for group in kv_cache_config.kv_cache_groups:
+        names = list[str]()
+        seen = set[int]()
+        for name in group.layer_names:
+            address = kv_caches[name].data_ptr()
+            if address not in seen:
+                seen.add(address)
+                names.append(name)
+        tensors = [kv_caches[name] for name in names]
+        spec = group.kv_cache_spec
+        if kernels is None:
+            views.append(_pages(tensors, blocks, spec.block_size))
+        else:
+            used = [kernels.get(name, "") for name in names]
+            views.append(_rows(tensors, blocks, spec, used, reason))
+    return views
+
+
+def view_across_layers(kv_cache: torch.Tensor, kv_cache_config: Any) -> GroupView:
+    """Return the view of a cache whose blocks hold the rows of all layers next to each other.
+
+    Args:
+        kv_cache: of all layers; the engine's blocks are the outermost axis in memory.
+
+    Raises `IntegrationError` if blocks are not whole pages.
+    """
+    blocks = kv_cache_config.num_blocks
+    (group,) = kv_cache_config.kv_cache_groups
+    order = sorted(range(kv_cache.dim()), key=lambda axis: -kv_cache.stride()[axis])
+    pages = kv_cache.permute(order)
+    if pages.shape[0] != blocks or not pages[0].is_contiguous():
+        raise IntegrationError(
+            f"Expected one cache of {blocks} blocks with all layers of a block next to each other, "
+            f"got the shape {[*kv_cache.shape]} and the strides {[*kv_cache.stride()]}. Choose the "
+            f"OffloadingConnector for this model."
+        )
+    # The number of blocks may change from start to start.
+    page = [n for axis, n in enumerate(kv_cache.shape) if axis != order[0]]
+    notes = f"all layers: axes {order} of {page} {kv_cache.dtype}"
+    return GroupView(_whole([pages], 1), notes, group.kv_cache_spec.block_size)
+
+
+def layer_numbers(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> dict[str, int]:
+    """Return the position of each layer's tensor in the view of its group."""
+    numbers = dict[str, int]()
+    for group in kv_cache_config.kv_cache_groups:
+        seen = dict[int, int]()
+        for name in group.layer_names:
+            address = kv_caches[name].data_ptr()
+            numbers[name] = seen.setdefault(address, len(seen))
+    return numbers
+
+
+def _pages(tensors: Sequence[torch.Tensor], blocks: int, size: int) -> GroupView:
+    """Return a view whose blocks are pages that nothing looks into.
+
+    Its notes say where a row lies in a page: the shape of a block in the order of its memory. What
+    lies in a page also depends on the attention's kernel; a page that is moved whole is right for
+    each of them.
+    """
+    tensors = [_by_block(tensor, blocks) for tensor in tensors]
+    shapes = {(tuple(tensor.shape), tensor.stride()) for tensor in tensors}
+    shape, strides = shapes.pop()
+    outer = 1 if shape[0] == blocks else 2
+    if shapes or shape[outer - 1] != blocks or (outer == 2 and shape[0] != 2):
+        raise IntegrationError(
+            f"Expected caches of one shape whose first or second axis is {blocks} blocks, got "
+            f"{[*shape]} for the first layer. Choose the OffloadingConnector for this model."
+        )
+    # vLLM's tensors name the heads before the tokens, whatever their order in memory.
+    inner = sorted(range(outer, len(shape)), key=lambda axis: -strides[axis])
+    pages = [tensor.permute(*range(outer), *inner) for tensor in tensors]
+    notes = f"axes {inner} of {[*shape[outer:]]} {tensors[0].dtype}"
+    return GroupView(_whole(pages, outer), notes, size)
+
+
+def _whole(pages: Sequence[torch.Tensor], outer: int) -> KVView:
+    """Return a view in which each page counts as one row, so that a stored block may have several.
+
+    Args:
+        pages: of each layer, in the order of their memory.
+        outer: the axes that come before those of a page: blocks, or keys and values and blocks.
+
+    Raises `IntegrationError` for pages with gaps.
+    """
+    layout = "layer | block token dim" if outer == 1 else "layer | kv block token dim"
+    try:
+        rows = [page.view(*page.shape[:outer], 1, -1).view(torch.uint8) for page in pages]
+    except RuntimeError as error:
+        raise IntegrationError(
+            f"Expected caches whose pages have no gaps, got the shape {[*pages[0].shape]} and the "
+            f"strides {[*pages[0].stride()]}: {error}. Choose the OffloadingConnector for this "
+            f"model."
+        ) from None
+    return KVView(rows, layout)
+
+
+def _by_block(tensor: torch.Tensor, blocks: int) -> torch.Tensor:
+    """Return a cache whose first axis is the engine's blocks, if its kernel has smaller ones."""
+    many = tensor.shape[0]
+    if many > blocks and many % blocks == 0 and tensor.dim() == 4:
+        return tensor.view(blocks, many // blocks, *tensor.shape[1:])
+    return tensor
+
+
+def _rows(
+    tensors: Sequence[torch.Tensor], blocks: int, spec: Any, kernels: Sequence[str], reason: str
+) -> GroupView:
+    """Return a view that reads rows by head and token. Raises `IntegrationError`."""
+    (kernel, *others) = {*kernels}
+    size = spec.block_size
+    first = tensors[0]
+    heads = spec.num_kv_heads
+    wide = spec.head_size
+    both = (blocks, heads, size, 2 * wide)
+    latent = ((blocks, size, wide), (blocks, 1, size, wide))
+    known = not others and first.dtype in PLAIN
+    if known and all(tensor.shape == both for tensor in tensors):
+        if kernel in FUSED:
+            dims = (wide, wide)
+            view = KVView(tensors, "layer | block head token (kv dim)", kv=2, dim=dims)
+            return GroupView(view, "")
+        if kernel in BY_DIM:
+            pairs = [_keys_and_values(tensor) for tensor in tensors]
+            return GroupView(KVView(pairs, "layer kv | block head token dim"), "")
+    if known and kernel in LATENT and all(tensor.shape in latent for tensor in tensors):
+        planes = [tensor.reshape(blocks, size, wide) for tensor in tensors]
+        return GroupView(KVView(planes, "layer | block token dim"), "")
+    by_amx = kernel.split()[-1:] == [AMX]
+    raise IntegrationError(
+        f"Expected an attention backend whose pages PortaKV can read by token, got "
+        f"{' and '.join(sorted({*kernels})) or 'none'} with {first.dtype} {[*first.shape]}. "
+        f"{reason}{OTHER_DTYPE if by_amx else ''}"
+    )
+
+
+def _keys_and_values(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the keys and the values of a layer of vLLM's attention on a CPU.
+
+    ``tensor``: [blocks, heads, tokens, 2 * dim]. In a block and a head the keys come first, as
+    [dim, token], then the values, as [token, dim]. Both results are [blocks, heads, tokens, dim].
+    """
+    blocks, heads, tokens, wide = tensor.shape
+    dim = wide // 2
+    halves = tensor.view(blocks, heads, 2, tokens * dim)
+    keys = halves[:, :, 0].view(blocks, heads, dim, tokens).transpose(2, 3)
+    values = halves[:, :, 1].view(blocks, heads, tokens, dim)
+    return [keys, values]
+
+
+# ------------------------------------------------------------------------------------------------
+# What PortaKV reads of vLLM's configuration, caches and requests to hand requests over.
+
+#: Of each role whether its engine offers rows, and whether it pulls them.
+ROLES = {"kv_producer": (True, False), "kv_consumer": (False, True), "kv_both": (True, True)}
+#: The term of `HandoverTerms` in ``kv_connector_extra_config``.
+TERM = "hand_over"
+#: The term there that turns spans on.
+SPANS = "spans"
+#: How a request ends whose prompt was computed.
+COMPLETE = ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")
+#: What stands for all of a prompt's images, which blocks of several sizes have in common.
+WHOLE = 1 << 40
+#: Where torch puts host memory that processes share.
+SHARED_MEMORY = "/dev/shm"
+
+
+class Handing(NamedTuple):
+    """How an engine hands requests over.
+
+    Attributes:
+        terms: of the hand-over.
+        offers: it computes prompts for other engines.
+        pulls: it goes on with prompts that others have computed.
+    """
+
+    terms: HandoverTerms
+    offers: bool
+    pulls: bool
+
+
+class Roles(NamedTuple):
+    """What an engine does, by its role and terms.
+
+    Attributes:
+        handing: how it hands requests over; None: it does not.
+        stores: it has a store.
+        store: the terms of the store.
+        spans: it makes spans of loads, offers and pulls.
+    """
+
+    handing: Handing | None
+    stores: bool
+    store: Mapping[str, Any]
+    spans: bool = False
+
+
+def roles_of(role: object, extra: Mapping[str, Any]) -> Roles:
+    """Return what an engine does.
+
+    Args:
+        role: ``kv_role`` of vLLM's configuration.
+        extra: ``kv_connector_extra_config``.
+
+    Raises:
+        IntegrationError: another role.
+        InvalidTerms: wrong terms of the hand-over, or ``spans`` that is neither true nor false.
+    """
+    if role not in ROLES:
+        raise IntegrationError(
+            f"Expected kv_role {' or '.join(map(repr, ROLES))} for PortaKVConnector, got {role!r}. "
+            f"Correct it."
+        )
+    store = {name: value for name, value in extra.items() if name not in (TERM, SPANS)}
+    handing = None
+    if role != "kv_both" or TERM in extra:
+        try:
+            terms = HandoverTerms.of(extra.get(TERM, {}))
+        except InvalidTerms as error:
+            raise InvalidTerms(f"kv_connector_extra_config: {error}") from None
+        handing = Handing(terms, *ROLES[str(role)])
+    try:
+        spans = flag(SPANS, extra.get(SPANS, False))
+    except InvalidTerms as error:
+        raise InvalidTerms(f"kv_connector_extra_config: {error}") from None
+    return Roles(handing, role == "kv_both" or bool(store), store, spans)
+
+
+def share_caches(kv_caches: Iterable[torch.Tensor]) -> None:
+    """Move caches of the host to memory that other engines can map. All views of them follow.
+
+    Raises `IntegrationError` if there is not enough shared memory.
+    """
+    storages = {
+        cache.untyped_storage().data_ptr(): cache.untyped_storage()
+        for cache in kv_caches
+        if cache.device.type == "cpu" and not cache.is_shared()
+    }
+    nbytes = sum(storage.nbytes() for storage in storages.values())
+    free = _free_bytes()
+    if nbytes > free:
+        raise IntegrationError(
+            f"Expected {nbytes} bytes free in {SHARED_MEMORY} for the caches of an engine that "
+            f"offers rows, got {free}. Mount a larger one (docker: --shm-size), or give the engine "
+            f"a smaller cache."
+        )
+    for storage in storages.values():
+        storage.share_memory_()
+
+
+def _free_bytes() -> int:
+    """Return how many bytes more processes can share."""
+    try:
+        state = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return 0
+    return state.f_bavail * state.f_frsize
+
+
+def worker_numbers(parallel: Any) -> tuple[int, int]:
+    """Return the number of a worker in its engine, and among the workers of all copies of it."""
+    copy = getattr(parallel, "data_parallel_index", getattr(parallel, "data_parallel_rank", 0))
+    number = int(getattr(parallel, "rank", 0))
+    return number, int(copy or 0) * int(parallel.world_size) + number
+
+
+def identity_of(request: Any, model: str, salt: bytes, extra: Iterable[bytes]) -> Identity:
+    """Return what the rows of a request's prompt depend on."""
+    return Identity.of(model, request.prompt_token_ids, salt, extra)
+
+
+def remote_rows_of(request: Any, identify: Callable[[Any], Identity]) -> RemoteRows | None:
+    """Return the rows of a request that another engine has; None: it has none of them.
+
+    The log has a line if the request carries other ones. ``identify`` is called only if the
+    request carries any: it reads the whole prompt.
+    """
+    params = getattr(request, "kv_transfer_params", None) or {}
+    if not params.get("do_remote_prefill"):
+        return None
+    return rows_in(params, identify(request), len(request.prompt_token_ids))
+
+
+def is_wanted(request: Any) -> bool:
+    """Return whether another engine is to go on with a request that has ended here."""
+    params = getattr(request, "kv_transfer_params", None) or {}
+    if not params.get("do_remote_decode") or request.prompt_token_ids is None:
+        return False
+    computed = request.num_computed_tokens >= len(request.prompt_token_ids)
+    return request.status.name in COMPLETE and computed
+
+
+def parameters_for(
+    request: Any, rows: RemoteRows, identity: Identity, engine: str, workers: int
+) -> dict[str, Any]:
+    """Return the ``kv_transfer_params`` of a request that another engine goes on with.
+
+    Args:
+        engine: the name of this engine.
+        workers: how many it has.
+    """
+    return {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_engine_id": engine,
+        "remote_request_id": request.request_id,
+        "remote_num_tokens": rows.tokens,
+        "tp_size": workers,
+        KEY: parameters_of(rows, identity),
+    }
+
+
+def check_groups(groups: Sequence[Any]) -> None:
+    """Refuse layers whose rows are not handed over.
+
+    Raises `IntegrationError`.
+    """
+    if len(groups) > 1 or any(group.window is not None for group in groups):
+        raise IntegrationError(
+            f"Expected one group of layers that keep all tokens to hand requests over, got "
+            f"{len(groups)} groups or a sliding window. Leave {TERM} out and set kv_role to "
+            f"'kv_both', or choose another connector for this model."
+        )
+
+
+_log = logging.getLogger(__name__)
+#: The kinds of KV groups that the connector serves.
+SERVED = ("FullAttentionSpec", "MLAAttentionSpec", "SlidingWindowSpec")
+#: The most blocks of a group of layers in a stored block that several groups share: shorter prompts
+#: are not stored.
+MOST_BLOCKS = 4
+#: Hooks of vLLM's connectors that a model with several groups, or with a window, needs.
+HYBRID_HOOKS = ("bind_gpu_block_pool", "get_transfer_results")
+#: What vLLM appends to the name of each data-parallel copy of an engine.
+COPY = re.compile(r"_dp[0-9]+\Z")
+#: The id of a block that a group has given up, or never had.
+GONE = 0
+
+
+class Workers(NamedTuple):
+    """The workers of an engine.
+
+    Attributes:
+        size: how many there are, of all ranks.
+        local: there is one, in the scheduler's process, and no second copy of the engine.
+        stages: of a pipeline, which have equal shares of the workers.
+        copies: of the engine, by data parallelism, that may compute in step with each other.
+    """
+
+    size: int
+    local: bool
+    stages: int = 1
+    copies: int = 1
+
+
+class Settings(NamedTuple):
+    """What the configuration of an engine says.
+
+    Attributes:
+        engine: the name of the engine, which its scheduler and its worker have in common.
+        model: of the weights, and what else decides what a row is.
+        block_size: the tokens of a stored block.
+        groups: of layers.
+        store: where blocks are stored.
+        workers: that save and load them.
+        handing: how the engine hands requests over to other ones; None: it does not.
+        stores: it has a store. Else ``store`` has the usual terms, which nothing uses.
+        spans: it makes spans of loads, offers and pulls.
+    """
+
+    engine: str
+    model: str
+    block_size: int
+    groups: tuple[Group, ...]
+    store: StoreTerms
+    workers: Workers
+    handing: Handing | None = None
+    stores: bool = True
+    spans: bool = False
+
+    @property
+    def uses_store_server(self) -> bool:
+        """Return whether blocks are stored by the server of the host."""
+        return self.stores and (bool(self.store.shared) or not self.workers.local)
+
+    @property
+    def reads_rows(self) -> bool:
+        """Return whether blocks are stored by head and token: for engines of another shape, or
+        packed."""
+        read = self.store.block_size is not None or self.store.encoding is not None
+        return self.uses_store_server or read
+
+    @property
+    def has_whole_blocks(self) -> bool:
+        """Return whether a block may hold all layers next to each other: one run for a copy.
+
+        Not where layers are loaded one by one, or where rows are read by head and token, as other
+        engines read them.
+        """
+        apart = self.store.by_layer or self.reads_rows or self.handing is not None
+        return len(self.groups) == 1 and not apart
+
+    @property
+    def shows_idle(self) -> bool:
+        """Return whether an engine does nothing else if a step computes nothing.
+
+        Not with stages of a pipeline: requests that are in flight are left out of the next step.
+        Not with data parallelism: the ranks of some models compute in step with each other.
+        """
+        return self.workers.stages == 1 and self.workers.copies == 1
+
+    @property
+    def fails_by_request(self) -> bool:
+        """Return whether a load that fails is reported by its request, not by its blocks.
+
+        A report does not say of which group an id is, and where blocks before a window are
+        gone, a request cannot go on in the middle of a load.
+        """
+        return len(self.groups) > 1 or any(group.window for group in self.groups)
+
+
+def settings_of(config: Any, kv_cache_config: Any) -> Settings:
+    """Return the settings of an engine.
+
+    Raises:
+        IntegrationError: parallelism, or kinds of layers, that the connector does not serve.
+        InvalidTerms: wrong terms in ``kv_connector_extra_config``.
+    """
+    transfer = config.kv_transfer_config
+    workers = workers_of(config.parallel_config, transfer.engine_id)
+    role = getattr(transfer, "kv_role", "kv_both")
+    roles = roles_of(role, transfer.kv_connector_extra_config)
+    groups = groups_of(kv_cache_config)
+    if roles.handing is not None:
+        check_groups(groups)
+    if workers.stages > 1:
+        check_stages(config, groups)
+    try:
+        store = StoreTerms.of(roles.store)
+        size = stored_block(store, groups, _least_tokens(config, store))
+    except InvalidTerms as error:
+        raise InvalidTerms(f"kv_connector_extra_config: {error}") from None
+    if store.by_layer and workers.size > 1:
+        raise IntegrationError(
+            f"Expected one worker for by_layer, got {workers.size}: a worker does not know in time "
+            f"what another one lacks. Leave by_layer out of kv_connector_extra_config."
+        )
+    if store.by_layer and schedules_ahead(config):
+        raise IntegrationError(
+            "Expected --no-async-scheduling for by_layer, got asynchronous scheduling: there vLLM "
+            "cannot compute the blocks anew of a load that fails in its step. Add it, or leave "
+            "by_layer out of kv_connector_extra_config."
+        )
+    model = config.model_config
+    folder = os.path.abspath(model.model) if os.path.isdir(model.model) else model.model
+    names = (
+        folder,
+        model.revision,
+        model.quantization,
+        config.cache_config.cache_dtype,
+        _checksum_of(model, folder),
+        checksum_if_here(str(folder)),
+    )
+    name = ":".join(str(name) for name in names)
+    terms = name, size, tuple(groups), store, workers
+    does = {"handing": roles.handing, "stores": roles.stores, "spans": roles.spans}
+    return Settings(transfer.engine_id, *terms, **does)  # type: ignore[arg-type]
+
+
+def schedules_ahead(config: Any) -> bool:
+    """Return whether an engine schedules a step before the one before it has ended."""
+    return bool(getattr(getattr(config, "scheduler_config", None), "async_scheduling", False))
+
+
+def _least_tokens(config: Any, store: StoreTerms) -> int:
+    """Return the tokens that a stored block of an engine has at least."""
+    device = getattr(getattr(config, "device_config", None), "device_type", "")
+    return least_tokens(device, store)
+
+
+def least_tokens(device: str, store: StoreTerms) -> int:
+    """Return the tokens that a stored block has at least, unless ``block_size`` says otherwise.
+
+    Engines that share a store have one number, whatever their own blocks are. ``device``: the kind
+    of the engine's device.
+    """
+    return TOKENS_ON_CPU if device == "cpu" and not store.shared else TOKENS
+
+
+def stored_block(store: StoreTerms, groups: Sequence[Group], tokens: int) -> int:
+    """Return the tokens of a stored block: at least ``tokens``, unless ``block_size`` says
+    otherwise.
+
+    Raises `InvalidTerms` for terms that do not fit the blocks of the engine's groups of layers.
+    """
+    size = store.block_size or whole_blocks(groups, tokens)
+    if store.encoding is not None:
+        size = packed_block(store, groups)
+    for group in groups:
+        check_group(size, group)
+    return size
+
+
+def whole_blocks(groups: Sequence[Group], tokens: int = TOKENS) -> int:
+    """Return the tokens of a stored block that whole blocks of all groups fill: at least
+    ``tokens``, unless that is more than the window of a group.
+
+    Raises `InvalidTerms` if only very large blocks would do.
+    """
+    sizes = sorted({group.block_size for group in groups})
+    least = lcm(*sizes)
+    if least > MOST_BLOCKS * sizes[-1]:
+        raise InvalidTerms(
+            f"Expected block_size for a model whose groups of layers have blocks of {sizes} "
+            f"tokens, got none: whole blocks of all groups have {least}. Pass a multiple or a "
+            f"divisor of each."
+        )
+    size = least * -(-tokens // least)
+    windows = [group.window for group in groups if group.window is not None]
+    return size if size <= min(windows, default=size) else least
+
+
+def packed_block(store: StoreTerms, groups: Sequence[Group]) -> int:
+    """Return the tokens of a stored block that is packed: those of the engine's blocks.
+
+    Raises `InvalidTerms` for ``block_size`` with another value, and for groups whose blocks differ.
+    """
+    sizes = sorted({group.block_size for group in groups})
+    if len(sizes) > 1:
+        raise InvalidTerms(
+            f"Expected encoding for groups of layers with blocks of one size, got {sizes}: a "
+            f"packed block moves only whole. Leave encoding out."
+        )
+    (size,) = sizes
+    if store.block_size not in (None, size):
+        raise InvalidTerms(
+            f"Expected block_size to be {size} with encoding, as the engine's blocks have, got "
+            f"{store.block_size}: a packed block moves only whole. Leave block_size out, or start "
+            f"the engine with --block-size {store.block_size}."
+        )
+    return size
+
+
+def workers_of(parallel: Any, engine: str) -> Workers:
+    """Return the workers of an engine.
+
+    Raises `IntegrationError` for kinds of parallelism, and executors, that the connector does not
+    serve.
+    """
+    for name, kind in (
+        ("prefill_context_parallel_size", "prefill context"),
+        ("decode_context_parallel_size", "decode context"),
+    ):
+        many = getattr(parallel, name, 1)
+        if many != 1:
+            raise IntegrationError(
+                f"Expected tensor, pipeline or data parallelism for PortaKVConnector, got {many} "
+                f"ranks of {kind} parallelism. Leave --{name.replace('_', '-')} out, or choose the "
+                f"OffloadingConnector."
+            )
+    hosts = getattr(parallel, "nnodes", 1)
+    executor = getattr(parallel, "distributed_executor_backend", None)
+    if hosts != 1 or executor not in (None, "uni", "mp"):
+        raise IntegrationError(
+            f"Expected workers that are processes of one host for PortaKVConnector, got {hosts} "
+            f"hosts and the executor {executor!r}. Run one host with "
+            f"--distributed-executor-backend mp, or choose the OffloadingConnector."
+        )
+    copies = getattr(parallel, "data_parallel_size", 1)
+    # vLLM lets copies that know nothing of each other have the size 1, and numbers their names.
+    several = copies != 1 or COPY.search(engine) is not None
+    workers = parallel.world_size
+    local = workers == 1 and executor != "mp" and not several
+    return Workers(workers, local, getattr(parallel, "pipeline_parallel_size", 1), copies)
+
+
+def check_stages(config: Any, groups: Sequence[Group]) -> None:
+    """Refuse what cannot be served with several stages of pipeline parallelism.
+
+    Raises `IntegrationError`.
+    """
+    do = "Leave --pipeline-parallel-size out, or choose the OffloadingConnector."
+    if len(groups) > 1:
+        raise IntegrationError(
+            f"Expected one group of layers for pipeline parallelism, got {len(groups)}: a stage "
+            f"does not know its place among the layers of each group. {do}"
+        )
+    # In vLLM's first model runner, both hold for the stages before the last one.
+    if getattr(config, "speculative_config", None) is not None:
+        raise IntegrationError(
+            f"Expected no speculative decoding with pipeline parallelism, got one: only the last "
+            f"stage calls the hook wait_for_save then. {do}"
+        )
+    if getattr(config.model_config, "runner_type", "generate") == "pooling":
+        raise IntegrationError(
+            f"Expected a model that generates tokens for pipeline parallelism, got one that pools: "
+            f"only the last stage returns its reports then. {do}"
+        )
+
+
+def check_hooks(base: type, settings: Settings) -> None:
+    """Refuse what the installed release of vLLM has no hooks for.
+
+    Args:
+        base: vLLM's class of connectors.
+
+    Raises `IntegrationError`.
+    """
+    if not settings.fails_by_request:
+        return
+    lacks = [name for name in HYBRID_HOOKS if not hasattr(base, name)]
+    if lacks:
+        raise IntegrationError(
+            f"Expected a release of vLLM with the hook {lacks[0]} of connectors, for a model with "
+            f"several groups of layers or a sliding window, got one without it. Install a later "
+            f"release, or choose the OffloadingConnector."
+        )
+    check_by_layer(settings.store)
+
+
+def check_by_layer(store: StoreTerms) -> None:
+    """Raise `IntegrationError` for by_layer with a model that has several groups of layers, or a
+    sliding window."""
+    if store.by_layer:
+        raise IntegrationError(
+            "Expected a model with one group of layers that keep all tokens for by_layer, got "
+            "several groups or a sliding window. Leave by_layer out of kv_connector_extra_config."
+        )
+
+
+def _checksum_of(model: Any, name: str) -> str:
+    """Return a checksum of a model's configuration, with what the user has overridden.
+
+    The configuration repeats the path that the user gave; ``name`` stands for it.
+    """
+    config = getattr(model, "hf_config", None)
+    text = config.to_json_string(use_diff=False) if config is not None else ""
+    path, absolute = (f'"_name_or_path": {json.dumps(str(each))}' for each in (model.model, name))
+    return sha256(text.replace(path, absolute).encode()).hexdigest()[:16]
+
+
+def warn_of_policy(config: Any) -> None:
+    """Log a warning if a block that cannot be loaded would end its request with an error."""
+    policy = getattr(config.kv_transfer_config, "kv_load_failure_policy", "recompute")
+    if policy != "recompute":
+        _log.warning(
+            "kv_load_failure_policy is %r: a stored block that is damaged, or was evicted "
+            "meanwhile, ends its request with an error. Set it to 'recompute'.",
+            policy,
+        )
+
+
+def groups_of(kv_cache_config: Any) -> list[Group]:
+    """Return the groups of layers as a scheduler side takes them.
+
+    Raises `IntegrationError` for kinds of layers that the connector does not serve.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    kinds = [type(group.kv_cache_spec).__name__ for group in groups]
+    others = [kind for kind in kinds if kind not in SERVED]
+    if others or not kinds:
+        raise IntegrationError(
+            f"Expected layers of {', '.join(SERVED)} for PortaKVConnector, got "
+            f"{', '.join(others) or 'none'}. Choose the OffloadingConnector for this model."
+        )
+    made = list[Group]()
+    for kind, group in zip(kinds, groups, strict=True):
+        spec = group.kv_cache_spec
+        if getattr(spec, "non_causal", False):
+            raise IntegrationError(
+                "Expected causal attention for PortaKVConnector, got layers whose rows depend on "
+                "later tokens. Choose the OffloadingConnector for this model."
+            )
+        window = spec.sliding_window if kind == "SlidingWindowSpec" else None
+        made.append(Group(spec.block_size, window))
+    return made
+
+
+def ids_of(blocks: Iterable[Iterable[int]] | None) -> Blocks:
+    """Return the engine's blocks of each group; -1 in place of those that are gone."""
+    if not blocks:
+        return ()
+    return tuple(tuple(-1 if x == GONE else x for x in ids) for ids in blocks)
+
+
+class PoolHolder:
+    """Keeps blocks of vLLM's pool from reuse, as a request that shares them does."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None  # vLLM binds it after it has made the connector
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Keep blocks from reuse."""
+        self.pool.touch([self.pool.blocks[block] for block in blocks])
+
+    def give_back(self, blocks: Sequence[int]) -> None:
+        """Keep blocks no longer."""
+        self.pool.free_blocks([self.pool.blocks[block] for block in blocks])
+
+
+def is_served(request: Any) -> bool:
+    """Return whether what the rows of a request depend on is known by its keys.
+
+    Others are computed by the engine: requests with embeddings in place of tokens, with images or
+    sounds that have no identifier, and sessions whose later parts are added to them.
+    """
+    embeds = getattr(request, "prompt_embeds", None)
+    resumable = getattr(request, "resumable", False)
+    named = all(getattr(each, "identifier", None) for each in request.mm_features or ())
+    return embeds is None and named and not resumable
+
+
+def needs_all_tokens(request: Any) -> bool:
+    """Return whether an engine has to compute every token of a prompt, such as for
+    ``prompt_logprobs``. Releases up to 0.26 leave it to connectors to offer nothing then."""
+    return bool(getattr(request, "skip_reading_prefix_cache", False))
+
+
+def extra_of(request: Any, block_size: int) -> dict[int, bytes]:
+    """Return what the stored blocks of a request depend on besides its tokens and salt.
+
+    The tokens of an image or a sound are placeholders; its identifier names its content.
+
+    Returns:
+        By the number of a stored block, a checksum of the images and sounds that it touches, and of
+        their positions.
+    """
+    touching = dict[int, list[tuple[str, int]]]()
+    for feature in request.mm_features or ():
+        place = feature.mm_position
+        past = place.offset + place.length
+        for number in range(place.offset // block_size, -(-past // block_size)):
+            named = (feature.identifier, place.offset - number * block_size)
+            touching.setdefault(number, []).append(named)
+    return {number: sha256(repr(each).encode()).digest() for number, each in touching.items()}
+
+
+def salt_of(request: Any) -> bytes:
+    """Return what keeps the blocks of a request apart from those of other tenants and adapters."""
+    adapter = request.lora_request
+    parts = [request.cache_salt or ""]
+    if adapter is not None:
+        path = getattr(adapter, "lora_path", "")
+        parts += adapter.lora_name, path, _checksum_of_adapter(path)
+    if not any(parts):
+        return b""
+    texts = [part.encode() for part in parts]
+    if any(b"\0" in text for text in texts):  # which could pass for several parts
+        texts = [sha256(text).digest() for text in texts]
+    return sha256(b"\0".join(texts)).digest()
+
+
+def _checksum_of_adapter(folder: str) -> str:
+    """Return a checksum of the weights in an adapter's folder; empty if it is not a folder here.
+
+    An adapter may be trained further, and loaded again under its name. The weights are read once
+    for each change of a file.
+    """
+    try:
+        files = [entry.stat() for entry in os.scandir(folder)] if folder else []
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError:
+        return checksum_if_here(folder)  # which logs why it cannot be read
+    state = (folder, *sorted((each.st_ino, each.st_size, each.st_mtime_ns) for each in files))
+    return _adapters.get_or_make(state, lambda: checksum_if_here(folder))
+
+
+_adapters: Bounded[tuple[object, ...], str] = Bounded("checksums of adapters", 256)

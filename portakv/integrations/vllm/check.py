@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check a ``--kv-transfer-config`` before an engine starts with it. No engine is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from portakv.errors import BackendUnavailable, InvalidTerms
+from portakv.integrations import IntegrationError
+from portakv.integrations.checks import (
+    Findings,
+    check_places,
+    check_release,
+    gib,
+    other_values,
+    unknown_keys,
+)
+from portakv.integrations.interfaces import lacks
+from portakv.integrations.vllm.caches import (
+    ROLES,
+    Handing,
+    check_by_layer,
+    least_tokens,
+    roles_of,
+    stored_block,
+)
+from portakv.migrate.transports import check_transport
+from portakv.serving import Group
+from portakv.serving.local import StoreTerms, image_of
+from portakv.serving.sizing import Sizes
+
+CONNECTOR = "PortaKVConnector"
+MODULE = "portakv.integrations.vllm_connector"
+#: The keys of vLLM's configuration, and its name.
+OWNER = "vLLM's KVTransferConfig"
+KEYS = (
+    "kv_connector",
+    "engine_id",
+    "kv_buffer_device",
+    "kv_buffer_size",
+    "kv_role",
+    "kv_rank",
+    "kv_parallel_size",
+    "kv_ip",
+    "kv_port",
+    "kv_connector_extra_config",
+    "kv_connector_module_path",
+    "enable_permute_local_kv",
+    "kv_load_failure_policy",
+)
+#: The types of the values, as vLLM reads them from JSON.
+TYPES: dict[str, tuple[type, ...]] = {
+    "kv_connector": (str, type(None)),
+    "engine_id": (str, type(None)),
+    "kv_connector_module_path": (str, type(None)),
+    "kv_rank": (int, type(None)),
+    "kv_buffer_device": (str,),
+    "kv_ip": (str,),
+    "kv_port": (int,),
+    "kv_parallel_size": (int,),
+    "kv_buffer_size": (int, float),
+    "enable_permute_local_kv": (bool,),
+    "kv_connector_extra_config": (dict,),
+}
+#: The names of types in JSON.
+JSON_TYPES = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "an object",
+    type(None): "null",
+}
+#: What vLLM does with a request whose load has failed.
+POLICIES = ("fail", "recompute")
+#: The class of vLLM with the keys. Releases differ in them.
+FIELDS = "vllm.config.kv_transfer:KVTransferConfig"
+#: The tokens of a block that vLLM may choose without ``--block-size``.
+BLOCKS = (16, 32, 64, 128)
+BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base"
+#: Hooks that a release of vLLM may lack, and what the connector then does without.
+OPTIONAL_HOOKS = {
+    f"{BASE}:KVConnectorBase_V1.get_transfer_results": "models with a sliding window",
+    f"{BASE}:KVConnectorBase_V1.bind_gpu_block_pool": "models with a sliding window",
+    f"{BASE}:KVConnectorBase_V1.build_prom_metrics": "figures for Prometheus",
+    f"{BASE}:KVConnectorBase_V1.take_events": "KV events",
+    f"{BASE}:KVConnectorBase_V1.has_pending_block_frees": "waiting for blocks before a preemption",
+    f"{BASE}:KVConnectorBase_V1.requires_piecewise_for_cudagraph": "by_layer with CUDA graphs",
+    f"{BASE}:KVConnectorBase_V1.has_connector_metadata": 'by_layer "graph"',
+}
+#: Hooks without which the connector does not work.
+HOOKS = (
+    f"{BASE}:SupportsHMA",
+    f"{BASE}:KVConnectorWorkerMetadata",
+    f"{BASE}:KVConnectorBase_V1.on_new_request",
+    f"{BASE}:KVConnectorBase_V1.build_connector_worker_meta",
+    f"{BASE}:KVConnectorBase_V1.handle_preemptions",
+    f"{BASE}:KVConnectorBase_V1.get_block_ids_with_load_errors",
+)
+
+
+class Served(NamedTuple):
+    """What an engine is started with, next to its configuration, as far as it is known.
+
+    Attributes:
+        sizes: of the model; None: not known.
+        block_size: of ``--block-size``; None: vLLM chooses it.
+    """
+
+    sizes: Sizes | None = None
+    block_size: int | None = None
+
+
+def findings_of(
+    config: Mapping[str, Any], sizes: Sizes | None = None, block_size: int | None = None
+) -> Findings:
+    """Return what is wrong with the configuration of an engine's KV transfers.
+
+    The functions that refuse a configuration are those that the connector calls in the engine.
+
+    Args:
+        config: as vLLM's ``--kv-transfer-config`` has it.
+        sizes: of the model that the engine serves, if it is known.
+        block_size: of vLLM's ``--block-size``, if the engine is started with it.
+    """
+    served = Served(sizes, block_size)
+    findings = Findings()
+    findings.errors += _wrong_keys(config)
+    findings.errors += wrong_values(config)
+    if not findings.errors and config.get("kv_load_failure_policy", "fail") != "recompute":
+        findings.warnings.append(
+            "kv_load_failure_policy is not 'recompute': a stored block that is damaged, or was "
+            "evicted meanwhile, and a pull that fails end their request with an error. Set it to "
+            "'recompute'."
+        )
+    _check_model(sizes, findings)
+    extra = config.get("kv_connector_extra_config", {})
+    if isinstance(extra, Mapping):
+        _check_terms(config.get("kv_role"), extra, served, findings)
+    _check_release(findings)
+    findings.errors += keys_of_other_releases(config)
+    return findings
+
+
+def keys_of_other_releases(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each key that the installed release of vLLM does not have."""
+    if lacks([FIELDS]):  # it is not installed
+        return
+    for name in config:
+        if name in KEYS and lacks([f"{FIELDS}.{name}"]):
+            yield (
+                f"Expected keys of the installed vLLM's KVTransferConfig, got {name!r}, which "
+                f"other releases have. Leave it out."
+            )
+
+
+def wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each value that vLLM's KVTransferConfig refuses, of any connector."""
+    for name, types in TYPES.items():
+        value = config.get(name)
+        if name in config and type(value) not in types:
+            expected = " or ".join(JSON_TYPES[each] for each in types)
+            yield f"Expected {name} to be {expected}, got {value!r}. Correct it."
+    policy = config.get("kv_load_failure_policy", "fail")
+    if policy not in POLICIES:
+        expected = " or ".join(map(repr, POLICIES))
+        yield f"Expected kv_load_failure_policy to be {expected}, got {policy!r}. Correct it."
+
+
+def errors_of_keys(config: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the keys that every connector of vLLM has, and their values."""
+    wrong = [*unknown_keys(config, KEYS, OWNER), *wrong_values(config)]
+    return [*wrong, *keys_of_other_releases(config)]
+
+
+def _check_model(sizes: Sizes | None, findings: Findings) -> None:
+    """Say whether the connector serves the layers of a model."""
+    if sizes is None:
+        findings.unchecked.append(
+            "The model: which layers it has, and whether a block fits into staging and capacity. "
+            "Pass --model with its folder."
+        )
+        return
+    if sizes.refused:
+        findings.errors.append(
+            f"Expected a model whose layers keep rows of tokens for PortaKVConnector, got one of "
+            f"another kind: {sizes.refused}. Choose the OffloadingConnector for this model."
+        )
+    if sizes.unknown:
+        findings.unchecked.append(f"The sizes of the model's rows: {sizes.unknown}.")
+
+
+def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each key of vLLM's that is wrong."""
+    yield from unknown_keys(config, KEYS, OWNER)
+    yield from other_values(config, {"kv_connector": CONNECTOR, "kv_connector_module_path": MODULE})
+    role = config.get("kv_role")
+    if role not in ROLES:
+        yield f"Expected kv_role {' or '.join(map(repr, ROLES))}, got {role!r}. Correct it."
+
+
+def _check_terms(
+    role: object, extra: Mapping[str, Any], served: Served, findings: Findings
+) -> None:
+    """Check PortaKV's own terms."""
+    try:
+        roles = roles_of(role if role in ROLES else "kv_both", extra)
+    except InvalidTerms as error:
+        findings.errors.append(str(error))
+        return
+    if roles.handing is not None:
+        _check_handing(roles.handing, served.sizes, findings)
+    else:
+        findings.notes.append(
+            "This engine hands no prompt over to another engine, and takes none over. For prefill "
+            "and decode in two engines, add hand_over to kv_connector_extra_config."
+        )
+    if not roles.stores:
+        findings.notes.append(
+            "This engine stores no blocks: kv_connector_extra_config has no folder, host or bucket."
+        )
+        return
+    try:
+        terms = StoreTerms.of(roles.store)
+    except InvalidTerms as error:
+        findings.errors.append(f"kv_connector_extra_config: {error}")
+        return
+    check_places(terms, findings, "kv_connector_extra_config")
+    if terms.shared and not terms.folders:
+        findings.warnings.append(
+            "shared is true, and there is no folder by which other engines would find the store. "
+            "Name a folder."
+        )
+    findings.notes.append(_who_stores(terms))
+    if terms.encoding is not None:
+        findings.notes.append(_packed_blocks(terms))
+    size = _check_blocks(terms, served, findings)
+    sizes = served.sizes
+    if sizes is not None and sizes.windows and not sizes.refused:
+        try:
+            check_by_layer(terms)
+        except IntegrationError as error:
+            findings.errors.append(str(error))
+    if size is not None and sizes is not None and sizes.token:
+        _check_sizes(terms, sizes, size, findings)
+
+
+def _check_blocks(terms: StoreTerms, served: Served, findings: Findings) -> int | None:
+    """Compare the blocks of a store with those of the engine; return the tokens of the smallest
+    stored block that the engine may have, None if it has none."""
+    blocks = BLOCKS if served.block_size is None else (served.block_size,)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    least = least_tokens(device.type, terms)
+    sizes = list[int]()
+    refusals = list[str]()
+    for block in blocks:
+        try:
+            sizes.append(stored_block(terms, _groups(block, served.sizes), least))
+        except InvalidTerms as error:
+            refusals.append(f"kv_connector_extra_config: {error}")
+    if not sizes:
+        advice = "" if served.block_size else " Pass --block-size as vLLM has it, if it has."
+        findings.errors.append(f"{refusals[0]}{advice}")
+        return None
+    if refusals:
+        findings.unchecked.append(
+            f"Whether the engine's blocks fit, whose size vLLM chooses. Pass --block-size as vLLM "
+            f"has it. With some sizes vLLM would not start: {refusals[0]}"
+        )
+    return min(sizes)
+
+
+def _groups(block: int, sizes: Sizes | None) -> Sequence[Group]:
+    """Return groups of layers with blocks of a size, as far as the model is known."""
+    if sizes is None or sizes.window is None:
+        return [Group(block)]
+    return [Group(block), Group(block, sizes.window)]
+
+
+def _check_handing(handing: Handing, sizes: Sizes | None, findings: Findings) -> None:
+    """Read the secret of engines that hand requests over, look for their transport, and say who
+    reaches them."""
+    terms = handing.terms
+    try:
+        terms.secret()
+        check_transport(terms.transport, torch.device("cpu"))
+    except (InvalidTerms, BackendUnavailable) as error:
+        findings.errors.append(f"kv_connector_extra_config: hand_over: {error}")
+    if sizes is not None and sizes.windows:
+        findings.errors.append(
+            "Expected a model whose layers all keep all tokens for hand_over, got one with windows "
+            "or other kinds of layers. Leave hand_over out."
+        )
+    does = {
+        (True, False): "offers the rows of prompts that it computes",
+        (False, True): "pulls the rows of prompts that other engines have computed",
+        (True, True): "offers the rows of prompts, and pulls those of other engines",
+    }[handing.offers, handing.pulls]
+    reach = f"at {terms.address}" if terms.address else "of this host and this user"
+    findings.notes.append(f"The engine {does}; engines {reach} hand requests over to each other.")
+    if terms.peers and not handing.pulls:
+        findings.warnings.append(
+            "peers has no effect on an engine that pulls no rows: a decode engine connects to the "
+            "prefill engines. Move it to the decode engine's configuration."
+        )
+    elif terms.peers:
+        findings.notes.append(f"It connects to {', '.join(terms.peers)} when it starts.")
+    if handing.offers and terms.timeout > terms.lease:
+        findings.warnings.append(
+            f"timeout is {terms.timeout:g} s, longer than the lease of {terms.lease:g} s: rows are "
+            f"gone before a pull gives up. Make lease at least as long."
+        )
+
+
+def _who_stores(terms: StoreTerms) -> str:
+    """Return which engines the terms serve."""
+    if terms.by_layer:
+        one = (
+            "by_layer serves engines with one worker, without tensor parallelism, that are started "
+            "with --no-async-scheduling"
+        )
+        if terms.waits_in_graphs:
+            return f"{one}. CUDA graphs capture the waits of layers, which needs portakv[cuda]."
+        return f"{one}; vLLM uses piecewise CUDA graphs."
+    if terms.attaches:
+        return (
+            "A store server of this host serves the folder: `portakv store serve FOLDER`, whose "
+            "sizes count. Without that server nothing is stored or loaded."
+        )
+    if terms.shared and not terms.folders:
+        return "The ranks of this engine share one store. Other engines share it by a folder alone."
+    if terms.shared:
+        return "Engines of this host with the same folder and shared share one store."
+    return (
+        "If the engine has one worker, no other engine uses its store; set shared to true to share "
+        "the store. Ranks of tensor parallelism, and of data parallelism over a folder, share one."
+    )
+
+
+def _packed_blocks(terms: StoreTerms) -> str:
+    """Return which blocks are packed."""
+    size = "--block-size 64 costs an engine less than 16"
+    if terms.block_size is not None:
+        size = f"with block_size, it has to be --block-size {terms.block_size}"
+    return (
+        f"Blocks of bf16 rows are stored packed, others raw. Stored blocks have the size of the "
+        f"engine's blocks: {size}."
+    )
+
+
+def _check_sizes(terms: StoreTerms, sizes: Sizes, size: int, findings: Findings) -> None:
+    """Compare terms with the blocks of a model, of ``size`` tokens."""
+    whole = image_of(size * sizes.token)
+    # vLLM divides the layers of a model with windows into groups, each with separate blocks.
+    least = image_of(size * sizes.layer) if sizes.windows else whole
+    try:
+        terms.check_room([least])
+    except InvalidTerms as error:
+        findings.errors.append(
+            f"kv_connector_extra_config: {error} Blocks of {size} tokens of this model take "
+            f"{gib(size * sizes.token)}; {gib(sizes.staging)} of staging are enough."
+        )
+        return
+    try:
+        terms.check_room([whole])
+    except InvalidTerms as error:
+        findings.unchecked.append(
+            f"Whether a block of each of the engine's groups of layers fits; one of all layers "
+            f"does not. {error}"
+        )
+    if terms.staging < sizes.staging and not terms.attaches:
+        findings.warnings.append(
+            f"staging is {gib(terms.staging)}, less than {gib(sizes.staging)}: blocks of long "
+            f"prompts are not saved while it is full. Give it more."
+        )
+    places = {"host memory": terms.host}
+    if terms.folders:
+        places["the disk"] = terms.capacity
+    kept = ", ".join(f"{place} {sizes.tokens(size):,}" for place, size in places.items())
+    if terms.bucket is not None:
+        kept += ", the bucket as many as its own rules keep"
+    findings.notes.append(f"A token takes {sizes.token:,} bytes; tokens that fit: {kept}.")
+
+
+def _check_release(findings: Findings) -> None:
+    """Compare the installed release of vLLM with the hooks that the connector uses."""
+    if check_release(findings, "vllm", "vLLM", HOOKS, who="the connector"):
+        findings.notes += [
+            f"The installed vLLM has no {name.partition(':')[2]}: the connector serves without "
+            f"{OPTIONAL_HOOKS[name]}."
+            for name in lacks(OPTIONAL_HOOKS)
+        ]

@@ -1,0 +1,588 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The moves of a job of vLLM's offloading: pages of each group, checked before any page moves.
+
+The module imports no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portakv import (
+    BlockTransfer,
+    CopyOptions,
+    Index,
+    InvalidTerms,
+    KVView,
+    LayoutError,
+    PortaKVError,
+    SlotError,
+)
+from portakv.integrations import IntegrationError
+from portakv.integrations.arguments import check_ids
+from portakv.runtime.devices import inside
+
+# ------------------------------------------------------------------------------------------------
+# Jobs of vLLM's offloading, which end in order, and the time that their copies took on the
+# device.
+
+#: The terms of `copy_rows` that the key ``"portakv"`` of the configuration may hold.
+TERMS = ("backend", "max_gbps", "max_thread_blocks", "overlap")
+
+
+def worker_terms(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the terms of copies in the ``kv_connector_extra_config`` of the offloading worker.
+
+    Raises `InvalidTerms` for other terms, and for values that a term cannot have.
+    """
+    terms = extra.get("portakv", {})
+    if not isinstance(terms, Mapping) or not set(terms) <= set(TERMS):
+        raise InvalidTerms(
+            f"kv_connector_extra_config has portakv={terms!r}; expected a mapping with some of "
+            f"{', '.join(TERMS)}. Correct it, or leave it out."
+        )
+    CopyOptions(**terms)
+    return dict(terms)
+
+
+class Job(NamedTuple):
+    """A submitted job, with timing events of the device before and after its copies.
+
+    Without timing events the host's clock counts.
+    """
+
+    transfer: BlockTransfer
+    begin: torch.Event | None
+    end: torch.Event | None
+    nbytes: int = 0
+
+    def done(self) -> bool:
+        """Return whether the copies have ended and their time is known; never blocks.
+
+        The device completes ``end`` after the event of the transfer, so both are checked.
+        """
+        return self.transfer.done() and (self.end is None or self.end.query())
+
+    def synchronize(self) -> None:
+        """Block the host until the copies have ended and their time is known."""
+        self.transfer.synchronize()
+        if self.end is not None:
+            self.end.synchronize()
+
+    def seconds(self) -> float | None:
+        """Return the time that the copies of an ended job took.
+
+        On a device it excludes the time for which they waited for the model.
+        """
+        if self.begin is None or self.end is None:
+            return self.transfer.statistics.seconds
+        return float(self.begin.elapsed_time(self.end)) / 1000
+
+
+class Lane:
+    """Jobs on a separate stream, which end in the order of their submission.
+
+    Args:
+        device: the device of the stream; the host has none.
+        paced: the copies have a limited rate. A thread issues such copies later, so an event that
+            is recorded now would not come after them.
+    """
+
+    def __init__(self, device: torch.device, paced: bool = False) -> None:
+        self.device = device
+        self.paced = paced
+        self.stream = None if device.type == "cpu" else torch.Stream(device)
+        self.jobs: dict[int, Job] = {}
+
+    def submit(self, number: int, copy: Callable[[], BlockTransfer], nbytes: int = 0) -> None:
+        """Begin a job of so many bytes, whose copies ``copy`` issues on the current stream.
+
+        That is the lane's then; see `current`.
+        """
+        with self.current():
+            begin = self._event()
+            transfer = copy()
+            self.jobs[number] = Job(transfer, begin, self._event(), nbytes)
+
+    def current(self) -> AbstractContextManager[object]:
+        """Make the lane's stream current, after the work of the one that was current."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.accelerator.current_stream(self.device.index))
+        return inside(self.stream)
+
+    def use(self, view: KVView) -> None:
+        """Report to the allocator that copies of the lane use the memory of a view.
+
+        It does not hand out that memory while such a copy is in flight, also without references.
+        """
+        if self.stream is not None:
+            for tensor in view.used_on(self.stream):
+                if tensor.device == self.device:
+                    tensor.record_stream(self.stream)
+
+    def ended(self) -> Iterator[int]:
+        """Yield the numbers of the oldest jobs that have ended.
+
+        Raises the error of a job that failed, and removes that job.
+        """
+        for number, job in list(self.jobs.items()):
+            try:
+                if not job.done():
+                    return
+            except PortaKVError:
+                del self.jobs[number]
+                raise
+            yield number
+
+    def _event(self) -> torch.Event | None:
+        """Return a timing event that the stream records now, or None if there can be none."""
+        if self.stream is None or self.paced:
+            return None
+        try:
+            event = torch.Event(self.device, enable_timing=True)
+            event.record(self.stream)
+        except RuntimeError:  # the device has no timing events
+            return None
+        return event
+
+
+_DEVICE = "layer | block (token dim)"
+_HOST = "layer | block token dim"
+
+
+class CacheRef(Protocol):
+    """vLLM's `CanonicalKVCacheRef`: the pages of a group in one tensor."""
+
+    tensor_idx: int
+    page_size_bytes: int
+
+
+class ChunkSpec(Protocol):
+    """vLLM's `CPULoadStoreSpec`: the chunks of a job, group after group."""
+
+    block_ids: npt.NDArray[np.int64]
+
+
+class BlockSpec(ChunkSpec, Protocol):
+    """vLLM's `GPULoadStoreSpec`: the blocks of a job, group after group.
+
+    Attributes:
+        group_sizes: the number of blocks of each group.
+        block_indices: the number of each group's first block in its request.
+    """
+
+    group_sizes: Sequence[int]
+    block_indices: Sequence[int]
+
+
+class PageCopy(NamedTuple):
+    """Pages of one shape in a group, on both sides. One copy moves them all.
+
+    Attributes:
+        device: a view whose rows are pages.
+        host: a view whose blocks are chunks and whose rows are pages.
+        writers: how many workers have the same bytes, and write them to chunks in turns.
+        writer: the number of this worker among them.
+    """
+
+    device: KVView
+    host: KVView
+    writers: int = 1
+    writer: int = 0
+
+
+class Move(NamedTuple):
+    """The blocks of one group in a job.
+
+    Attributes:
+        parts: the memory of the group.
+        blocks: the blocks of the caches.
+        places: the pages in the chunks.
+        pages: the number of pages.
+    """
+
+    parts: Sequence[PageCopy]
+    blocks: Index
+    places: Index
+    pages: int
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that it copies."""
+        return self.pages * sum([part.device.form.token_bytes for part in self.parts])
+
+
+class _Group(NamedTuple):
+    """The ids of one group in a job.
+
+    Attributes:
+        blocks: the blocks of the caches.
+        chunks: the chunks that hold them.
+        skip: pages of the first chunk before the first block.
+    """
+
+    blocks: npt.NDArray[np.int64]
+    chunks: npt.NDArray[np.int64]
+    skip: int
+
+
+def parts_of(
+    refs: Iterable[CacheRef], pages: Sequence[torch.Tensor], host: Sequence[torch.Tensor]
+) -> list[PageCopy]:
+    """Return the tensors of a group; tensors of equal shape and strides are one part.
+
+    The parts leave padding out.
+
+    Raises:
+        LayoutError: a tensor is missing, or has narrower pages than the group names.
+    """
+    alike: dict[tuple[int, Hashable], dict[int, None]] = {}
+    for ref in refs:
+        at = ref.tensor_idx
+        width = ref.page_size_bytes
+        widest = pages[at].shape[1] if 0 <= at < len(pages) else 0
+        if not 0 < width <= widest:
+            raise LayoutError(
+                f"Expected a group in one of {len(pages)} tensors, with pages of up to {widest} "
+                f"bytes, got pages of {width} bytes in tensor {at}. Pass vLLM's canonical caches."
+            )
+        shape = (pages[at].shape, pages[at].stride(), host[at].shape, host[at].stride())
+        alike.setdefault((width, shape), {})[at] = None
+    return [
+        PageCopy(
+            KVView([pages[at][:, :width] for at in tensors], _DEVICE, block_size=1),
+            KVView([host[at][:, :, :width] for at in tensors], _HOST),
+        )
+        for (width, _), tensors in alike.items()
+    ]
+
+
+def sharing(groups: Iterable[Iterable[CacheRef]]) -> set[tuple[int, ...]]:
+    """Return the sets of groups that use one tensor, by their numbers."""
+    tensors_of = [{ref.tensor_idx for ref in refs} for refs in groups]
+    shared = set()
+    for tensor in set().union(*tensors_of):
+        users = tuple(number for number, used in enumerate(tensors_of) if tensor in used)
+        if len(users) > 1:
+            shared.add(users)
+    return shared
+
+
+def moves_of(
+    groups: Sequence[Sequence[PageCopy]],
+    together: Iterable[Sequence[int]],
+    blocks_per_chunk: int,
+    device: BlockSpec,
+    host: ChunkSpec,
+    store: bool,
+) -> list[Move]:
+    """Return the moves of a job, group by group.
+
+    Args:
+        groups: the parts of each group.
+        together: the sets of groups that use one tensor, by their numbers.
+        blocks_per_chunk: blocks of the engine in a chunk.
+        device: the blocks of the job.
+        host: the chunks of the job.
+        store: the job writes chunks; else it writes blocks.
+
+    Raises:
+        SlotError: the lists do not fit each other, an id is out of range, or a destination is
+            written twice.
+    """
+    ids_of = _ids_of_groups(len(groups), blocks_per_chunk, device, host)
+    moves = []
+    for parts, ids in zip(groups, ids_of, strict=True):
+        count = len(ids.blocks)
+        if not count or not parts:
+            continue
+        # Indices of one call go to a device without a wait.
+        blocks = Index.of(ids.blocks)
+        places = Index.of(ids.chunks, blocks_per_chunk).shifted(ids.skip)
+        check_ids(blocks, count, parts[0].device, not store)
+        check_ids(places, count, parts[0].host, store)
+        whole = [part for part in parts if not (store and part.writers > 1)]
+        if whole:
+            moves.append(Move(whole, blocks, places, count))
+        for part in parts:
+            if store and part.writers > 1:
+                moves += _own_turn(part, ids, blocks_per_chunk)
+    _check_shared(together, ids_of, store)
+    return moves
+
+
+def _own_turn(part: PageCopy, ids: _Group, blocks_per_chunk: int) -> list[Move]:
+    """Return the move of those pages of a part that this worker writes; none if there are none."""
+    within = np.arange(blocks_per_chunk)
+    pages = (ids.chunks[:, None] * blocks_per_chunk + within).reshape(-1)
+    pages = pages[ids.skip : ids.skip + len(ids.blocks)]
+    mine = pages % part.writers == part.writer
+    count = int(mine.sum())
+    if not count:
+        return []
+    return [Move([part], Index.of(ids.blocks[mine]), Index.of(pages[mine]), count)]
+
+
+def _ids_of_groups(
+    groups: int, blocks_per_chunk: int, device: BlockSpec, host: ChunkSpec
+) -> list[_Group]:
+    """Return the ids of each group of a job."""
+    ids_of = []
+    block = chunk = 0
+    for count, first in zip(device.group_sizes, device.block_indices, strict=True):
+        skip = first % blocks_per_chunk
+        used = -(-(skip + count) // blocks_per_chunk) if count else 0
+        blocks_of = device.block_ids[block : block + count]
+        ids_of.append(_Group(blocks_of, host.block_ids[chunk : chunk + used], skip))
+        block += count
+        chunk += used
+    blocks = len(device.block_ids)
+    chunks = len(host.block_ids)
+    if len(ids_of) != groups or blocks != block or chunks != chunk:
+        raise SlotError(
+            f"Expected {groups} groups, with {block} blocks in {chunk} chunks of "
+            f"{blocks_per_chunk}, got {blocks} blocks, {chunks} chunks and groups of "
+            f"{list(device.group_sizes)} blocks with first blocks {list(device.block_indices)}. "
+            f"Pass as many."
+        )
+    return ids_of
+
+
+def _check_shared(together: Iterable[Sequence[int]], ids_of: Sequence[_Group], store: bool) -> None:
+    """Raise `SlotError` if groups that use one tensor write one place twice."""
+    for numbers in together:
+        targets = [ids.chunks if store else ids.blocks for ids in ids_of]
+        ids, times = np.unique(np.concatenate([targets[n] for n in numbers]), return_counts=True)
+        twice = ids[times > 1]
+        if len(twice):
+            raise SlotError(
+                f"A job names {twice[0]} in its destination for more than one of the groups "
+                f"{numbers}, which use one tensor; expected one group for each "
+                f"{'chunk' if store else 'block'}. Nothing was moved. Correct the ids."
+            )
+
+
+# ------------------------------------------------------------------------------------------------
+# Pages of vLLM's ``canonical_layout``: a chunk whose bytes name no tensor parallelism.
+
+_CANONICAL_DEVICE = "layer | block head (token dim)"
+_CANONICAL_HOST = "layer | block token head dim"
+
+
+class CopyRun(Protocol):
+    """vLLM's `CopyRun`: fragments of one size, at a stride on each side."""
+
+    local_offset: int
+    canonical_offset: int
+    fragment_size: int
+    num_fragments: int
+    local_stride: int
+    canonical_stride: int
+
+
+class PageMapping(Protocol):
+    """vLLM's `CanonicalPageMapping`."""
+
+    canonical_page_size_bytes: int
+    runs: Sequence[CopyRun]
+    num_writers: int
+    writer_index: int
+
+
+class Region(Protocol):
+    """vLLM's `SharedOffloadRegion`: host memory that all workers of an engine share."""
+
+    def create_next_canonical_view(self, tensor_page_size: int) -> torch.Tensor: ...
+
+
+class Run(NamedTuple):
+    """Fragments of a page; the attributes are those of `CopyRun`."""
+
+    local_offset: int
+    canonical_offset: int
+    fragment_size: int
+    num_fragments: int = 1
+    local_stride: int = 0
+    canonical_stride: int = 0
+
+
+class RankMapping(NamedTuple):
+    """Where the bytes of a worker's page lie in the page of the whole model.
+
+    Attributes:
+        nbytes: of the page of the whole model.
+        runs: of the worker's page.
+        writers: how many workers have these bytes.
+        writer: the number of this worker among them. They take turns, by the number of the page.
+    """
+
+    nbytes: int
+    runs: tuple[Run, ...]
+    writers: int = 1
+    writer: int = 0
+
+
+class Share(NamedTuple):
+    """The part of a worker in chunks of the whole model.
+
+    Attributes:
+        rank: of the worker.
+        workers: how many there are.
+        shared: engines with other numbers of workers find the chunks.
+    """
+
+    rank: int
+    workers: int
+    shared: bool
+
+    def groups_of(
+        self,
+        groups: Sequence[Sequence[CacheRef]],
+        pages: Sequence[torch.Tensor],
+        blocks_per_chunk: int,
+        region: Region,
+    ) -> list[list[PageCopy]]:
+        """Return the parts of each group, with chunks in memory that all workers share.
+
+        Args:
+            groups: the tensors of each group.
+            pages: of each tensor, int8 ``[blocks, page]``.
+            blocks_per_chunk: blocks of the engine in a chunk.
+            region: the memory.
+
+        Raises `IntegrationError` and `LayoutError` as `mapping_of` and `canonical_parts_of` do.
+        """
+        mapped = [[(ref, mapping_of(ref, *self)) for ref in refs] for refs in groups]
+        host = [
+            region.create_next_canonical_view(width * blocks_per_chunk).unflatten(
+                1, (blocks_per_chunk, -1)
+            )
+            for width in page_bytes(mapped, len(pages))
+        ]
+        return [canonical_parts_of(refs, pages, host) for refs in mapped]
+
+
+def mapping_of(ref: CacheRef, rank: int, workers: int, shared: bool) -> RankMapping:
+    """Return the mapping of a tensor's pages; vLLM has none for packed and cross-layer pages.
+
+    Such a page is stored whole: it is the page of the model if there is one worker. Else the pages
+    of all workers lie side by side, for engines with as many workers.
+
+    Args:
+        ref: vLLM's, of the tensor.
+        rank, workers: of this worker, and how many there are.
+        shared: engines with other numbers of workers find the chunks.
+
+    Raises `IntegrationError` for pages of several workers without a mapping that are shared.
+    """
+    known: PageMapping | None = getattr(ref, "mapping", None)
+    if known is not None:
+        runs = tuple(
+            Run(
+                run.local_offset,
+                run.canonical_offset,
+                run.fragment_size,
+                run.num_fragments,
+                run.local_stride,
+                run.canonical_stride,
+            )
+            for run in known.runs
+        )
+        size = known.canonical_page_size_bytes
+        return RankMapping(size, runs, known.num_writers, known.writer_index)
+    width = ref.page_size_bytes
+    if workers > 1 and shared:
+        raise IntegrationError(
+            f"Expected pages for canonical_layout that vLLM can map to the whole model, got packed "
+            f"or cross-layer pages of {workers} workers. Leave canonical_layout out."
+        )
+    return RankMapping(workers * width, (Run(0, rank * width, width),))
+
+
+def page_bytes(groups: Iterable[Iterable[tuple[CacheRef, RankMapping]]], tensors: int) -> list[int]:
+    """Return the bytes of the whole model's page of each tensor.
+
+    Raises `LayoutError` for a tensor that no group uses.
+    """
+    widest = [0] * tensors
+    for refs in groups:
+        for ref, mapping in refs:
+            widest[ref.tensor_idx] = max(widest[ref.tensor_idx], mapping.nbytes)
+    if 0 in widest:
+        raise LayoutError(
+            f"Expected each of {tensors} tensors in a group, got none for tensor "
+            f"{widest.index(0)}. Pass vLLM's canonical caches."
+        )
+    return widest
+
+
+def canonical_parts_of(
+    refs: Iterable[tuple[CacheRef, RankMapping]],
+    pages: Sequence[torch.Tensor],
+    host: Sequence[torch.Tensor],
+) -> list[PageCopy]:
+    """Return the fragments of a group's pages; those of one shape in several tensors are one part.
+
+    Args:
+        refs: of the group, with their mappings.
+        pages: of each tensor, int8 ``[blocks, page]``.
+        host: of each tensor, int8 ``[chunks, blocks_per_chunk, page of the whole model]``.
+
+    Raises `LayoutError` for fragments outside of a page.
+    """
+    alike: dict[tuple[Run, int, int, Hashable], dict[int, None]] = {}
+    for ref, mapping in refs:
+        at = ref.tensor_idx
+        shape = (pages[at].shape, pages[at].stride(), host[at].shape, host[at].stride())
+        for run in mapping.runs:
+            _check(run, ref, mapping)
+            key = (run, mapping.writers, mapping.writer, shape)
+            alike.setdefault(key, {})[at] = None
+    return [
+        PageCopy(
+            KVView([_local(run, pages[at]) for at in tensors], _CANONICAL_DEVICE, block_size=1),
+            KVView([_whole(run, host[at]) for at in tensors], _CANONICAL_HOST),
+            writers,
+            writer,
+        )
+        for (run, writers, writer, _), tensors in alike.items()
+    ]
+
+
+def _check(run: Run, ref: CacheRef, mapping: RankMapping) -> None:
+    """Raise `LayoutError` for fragments outside of a page."""
+    last = run.num_fragments - 1
+    past = run.local_offset + last * run.local_stride + run.fragment_size
+    whole = run.canonical_offset + last * run.canonical_stride + run.fragment_size
+    if past > ref.page_size_bytes or whole > mapping.nbytes:
+        raise LayoutError(
+            f"Expected fragments in pages of {ref.page_size_bytes} and {mapping.nbytes} bytes, got "
+            f"{run}. Pass vLLM's canonical caches."
+        )
+
+
+def _local(run: Run, page: torch.Tensor) -> torch.Tensor:
+    """Return the fragments of a worker's pages, int8 ``[blocks, fragments, bytes]``."""
+    return torch.as_strided(
+        page,
+        (page.shape[0], run.num_fragments, run.fragment_size),
+        (page.stride(0), run.local_stride, 1),
+        page.storage_offset() + run.local_offset,
+    )
+
+
+def _whole(run: Run, page: torch.Tensor) -> torch.Tensor:
+    """Return the fragments of the whole model's pages, int8 ``[chunks, pages, fragments,
+    bytes]``."""
+    return torch.as_strided(
+        page,
+        (*page.shape[:2], run.num_fragments, run.fragment_size),
+        (*page.stride()[:2], run.canonical_stride, 1),
+        page.storage_offset() + run.canonical_offset,
+    )

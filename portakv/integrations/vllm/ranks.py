@@ -1,0 +1,468 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The blocks of vLLM's ranks and engines, in the store of the server of their host."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from portakv.copy.layer_words import LayerWords
+from portakv.errors import Unsupported
+from portakv.integrations import IntegrationError
+from portakv.integrations.vllm.caches import (
+    BY_HEAD,
+    HANDED,
+    Settings,
+    kernels_of,
+    views_of,
+    worker_numbers,
+)
+from portakv.migrate import Shard
+from portakv.serving import Blocks, Described, ServerIndex, StoreClient, StoreServer, place_of
+from portakv.serving.handover import Handover
+from portakv.serving.kv_events import medium_of, number_of, runs_of
+from portakv.serving.local import (
+    GroupView,
+    LocalIndex,
+    NoBlocks,
+    NoStore,
+    StoreTerms,
+    forms_of,
+    found_in,
+    log_start,
+)
+from portakv.serving.rehearsal import rehearse
+from portakv.serving.worker import warm_up
+from portakv.storage.calls import Change
+from portakv.storage.form import Range
+
+# ------------------------------------------------------------------------------------------------
+# The events by which vLLM tells routers which blocks the store has.
+
+
+class Kinds(NamedTuple):
+    """vLLM's classes of events, and how its events name a block by its key."""
+
+    stored: Any
+    removed: Any
+    hash_of: Callable[[bytes], Any] = number_of
+
+
+try:
+    from vllm.distributed.kv_events import BlockRemoved, BlockStored
+except ImportError:  # a release without events
+    KINDS = None
+else:
+    try:
+        from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+    except ImportError:  # a release whose events have no numbers
+        KINDS = Kinds(BlockStored, BlockRemoved)
+    else:
+        KINDS = Kinds(BlockStored, BlockRemoved, maybe_convert_block_hash)
+
+
+def are_wanted(config: Any, kinds: Kinds | None = KINDS) -> bool:
+    """Return whether an engine is to publish events, and its release of vLLM has them."""
+    events = getattr(config, "kv_events_config", None)
+    return kinds is not None and bool(getattr(events, "enable_kv_cache_events", False))
+
+
+def events_of(
+    changes: Iterable[Change],
+    describe: Callable[[bytes], Described | None],
+    block_size: int,
+    kinds: Kinds | None = KINDS,
+) -> list[Any]:
+    """Return vLLM's events of the changes of a store, in order.
+
+    Blocks that follow each other in a tier are one event. Blocks that were stored before the engine
+    started have no description, and no event.
+
+    Args:
+        describe: returns what a block has been made of.
+        block_size: the tokens of a stored block.
+    """
+    events = list[Any]()
+    if kinds is None:
+        return events
+    for run in runs_of(changes, describe):
+        medium = medium_of(run[0])
+        keys = [change.key for change in run]
+        hashes = [kinds.hash_of(key) for key in keys]
+        if not run[0].stored:
+            events.append(kinds.removed(block_hashes=hashes, medium=medium))
+            continue
+        described = [each for key in keys if (each := describe(key)) is not None]
+        if not described:
+            continue
+        after = described[0].after
+        adapter = getattr(described[0].about, "lora_request", None)
+        events.append(
+            kinds.stored(
+                block_hashes=hashes,
+                parent_block_hash=None if after is None else kinds.hash_of(after),
+                token_ids=[token for each in described for token in each.tokens],
+                block_size=block_size,
+                lora_id=getattr(adapter, "lora_int_id", None),
+                medium=medium,
+                lora_name=getattr(adapter, "lora_name", None),
+            )
+        )
+    return events
+
+
+# ------------------------------------------------------------------------------------------------
+# Waits for the layers of loads in vLLM's CUDA graphs.
+
+#: Seconds by which a wait of a graph outlasts the deadline of its load, and how many times as long
+#: it is: then the host's threads hang.
+LATER = 5.0
+LONGER = 2.0
+
+
+class GraphWaits:
+    """The waits of a worker's graphs.
+
+    Attributes:
+        words: of the layers that they wait for; None: not open, or they wait for none.
+    """
+
+    def __init__(self) -> None:
+        self.words: LayerWords | None = None
+
+    def open(self, views: Sequence[GroupView], terms: StoreTerms) -> None:
+        """Make the words, if the terms say that graphs wait.
+
+        Raises:
+            IntegrationError: no graph of the device can wait for words.
+        """
+        if not terms.waits_in_graphs:
+            return
+        view = views[0].view
+        try:
+            self.words = LayerWords(view.device, view.layers, LONGER * terms.deadline + LATER)
+        except Unsupported as error:
+            raise IntegrationError(
+                f'Expected a device whose graphs can wait for layers, for by_layer "graph": '
+                f"{error} Pass true, with which vLLM uses piecewise graphs."
+            ) from error
+
+    @property
+    def are_captured(self) -> bool:
+        """Return whether a graph with waits is captured at the moment."""
+        return self.words is not None and self.words.is_captured
+
+
+_log = logging.getLogger(__name__)
+#: Seconds for which the start of an engine waits until a rank of it has joined a server.
+PATIENCE = 30.0
+
+
+class Rank(NamedTuple):
+    """A rank of tensor parallelism.
+
+    Attributes:
+        number: of the rank.
+        size: how many ranks there are.
+        heads: the key-value heads of the model, in all ranks.
+    """
+
+    number: int
+    size: int
+    heads: int
+
+    def part(self, view_heads: int, latent: bool) -> tuple[int, int, int] | None:
+        """Return which heads of the model's a rank has: from, to, and of how many; None: all.
+
+        Ranks have equal parts if the model has fewer heads than ranks.
+
+        Args:
+            view_heads: the heads in the caches of the rank.
+            latent: all heads have one row in common, which each rank has.
+
+        Raises `IntegrationError` for caches of another number of heads.
+        """
+        if latent or self.size == 1:
+            return None
+        first = self.number * self.heads // self.size
+        past = first + max(1, self.heads // self.size)
+        if past - first != view_heads:
+            raise IntegrationError(
+                f"Expected {past - first} of the model's {self.heads} key-value heads in the "
+                f"caches of each of {self.size} ranks, got {view_heads}. Run one worker, or "
+                f"choose the OffloadingConnector for this model."
+            )
+        return first, past, self.heads
+
+
+def rank_of(config: Any, number: int) -> Rank:
+    """Return a rank of tensor parallelism by its number."""
+    size = getattr(config.parallel_config, "tensor_parallel_size", 1)
+    heads = config.model_config.get_total_num_kv_heads() if size > 1 else 1
+    return Rank(number, size, heads)
+
+
+def stage_of(config: Any, numbers: Mapping[str, int]) -> Range | None:
+    """Return which layers of the model a stage of pipeline parallelism has.
+
+    Args:
+        config: vLLM's configuration, of the worker.
+        numbers: the position of each layer in the caches, by name; see `layer_numbers`.
+
+    Returns:
+        From, to, and of how many; None: there is one stage, which has all layers.
+
+    Raises `IntegrationError` for caches that are not those of the stage's layers, one for each.
+    """
+    parallel = config.parallel_config
+    if getattr(parallel, "pipeline_parallel_size", 1) == 1:
+        return None
+    model = config.model_config
+    first, past = model.get_layers_start_end_indices(parallel)
+    places = sorted((number, _layer_of(name)) for name, number in numbers.items())
+    if places != [*enumerate(range(first, past))]:
+        raise IntegrationError(
+            f"Expected one cache for each of the layers {first} to {past - 1} in a stage of "
+            f"pipeline parallelism, got those of {', '.join(numbers) or 'none'}. Leave "
+            f"--pipeline-parallel-size out, or choose the OffloadingConnector for this model."
+        )
+    return first, past, model.get_total_num_hidden_layers()
+
+
+def _layer_of(name: str) -> int:
+    """Return the number in the name of a layer; -1 unless it has one number."""
+    numbers = [part for part in name.split(".") if part.isdecimal()]
+    return int(numbers[0]) if len(numbers) == 1 else -1
+
+
+class JoinedIndex(ServerIndex):
+    """The index of an engine's scheduler, whose process also serves if no other one does."""
+
+    def __init__(self, settings: Settings) -> None:
+        terms = settings.store
+        terms.check_usable()
+        self.store_server = StoreServer(terms, settings.engine)
+        try:
+            super().__init__(self.store_server.place, settings.engine, len(settings.groups))
+        except BaseException:
+            self.store_server.close()
+            raise
+
+    def await_ranks(self, timeout: float) -> bool:
+        """Wait until a rank has joined, or was refused, at most so many seconds; return whether
+        one has joined.
+
+        Without one, the log has a line. A rank that was refused may join later.
+        """
+        if self.answered(timeout):
+            return not self.is_refused
+        _log.warning(
+            "No worker has joined the store of PortaKV in %s yet. Until one does, nothing is "
+            "stored or loaded.",
+            self.store_server.place.name,
+        )
+        return False
+
+    def statistics(self) -> Mapping[str, Sequence[Mapping[str, object]]]:
+        """Return the figures of the server's store; none while another process serves."""
+        return self.store_server.figures()
+
+    def close(self) -> None:
+        """Leave the server, and serve no longer."""
+        super().close()
+        self.store_server.close()
+
+
+def index_of(settings: Settings) -> LocalIndex | JoinedIndex | NoStore:
+    """Return the index of an engine's scheduler.
+
+    With a server it waits until a worker has joined, or was refused. vLLM makes its workers before
+    the scheduler.
+
+    Raises `StoreError` for a folder that cannot be used, and `InvalidTerms` for the server of an
+    engine with another number of groups.
+    """
+    if not settings.stores:
+        return NoStore()
+    if not settings.uses_store_server:
+        index = LocalIndex.of(settings.engine)
+        found = found_in(index.statistics(), len(settings.groups))
+        _log_start(settings, found, "This process")
+        return index
+    kept = JoinedIndex(settings)
+    try:
+        joined = kept.await_ranks(PATIENCE)
+    except BaseException:
+        kept.close()
+        raise
+    if joined:
+        server = "This process" if kept.store_server.serves else "Another process of this host"
+        _log_start(settings, max(kept.counts(), default=0), server)
+    return kept
+
+
+def _log_start(settings: Settings, found: int, server: str) -> None:
+    """Log where an engine stores its blocks; see `log_start`."""
+    log_start(settings.store, f"blocks of {settings.block_size} tokens", found, server)
+
+
+class WorkerStore:
+    """Where one worker saves and loads blocks: its own store, or that of the host's server.
+
+    Args:
+        config: vLLM's configuration.
+
+    Attributes:
+        handover: offers rows to other engines, and pulls theirs; None: not open.
+        graphs: the waits of the worker's CUDA graphs.
+    """
+
+    def __init__(self, settings: Settings, config: Any) -> None:
+        self._settings = settings
+        self._config = config
+        self._opened: LocalIndex | StoreClient | None = None
+        self.handover: Handover | None = None
+        self.graphs = GraphWaits()
+
+    def views(self, kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> list[GroupView]:
+        """Return a view of each group's layers; see `read_views`."""
+        return read_views(self._settings, kv_caches, kv_cache_config, kernels_of(self._config))
+
+    def open(
+        self, views: Sequence[GroupView], number: int, layers: Mapping[str, int] | None = None
+    ) -> Sequence[Blocks]:
+        """Return the blocks of each group of layers, after copies that build kernels.
+
+        A server may serve later. Until then nothing is loaded, and saves are dropped.
+
+        Args:
+            views: of the groups, in the caches of this worker.
+            number: the rank of the worker in tensor parallelism.
+            layers: the position of each layer in the views, by name; see `layer_numbers`. None: the
+                views have all layers of the model.
+
+        Raises:
+            IntegrationError, InvalidTerms: caches that are no part of whole blocks; a device whose
+                graphs cannot wait, if they are to.
+            StoreError, StoreBusy: as `LocalIndex.open`.
+        """
+        self.graphs.open(views, self._settings.store)
+        if not self._settings.stores:
+            forms = forms_of(views, self._settings.model, None)
+            return [NoBlocks(form) for form in forms]
+        parts = self._open(views, number, layers or {})
+        for each, part in zip(views, parts, strict=True):
+            warm_up(each.view, part.form, bool(self._settings.store.by_layer))
+        return parts
+
+    def _open(
+        self, views: Sequence[GroupView], number: int, layers: Mapping[str, int]
+    ) -> Sequence[Blocks]:
+        settings = self._settings
+        terms = settings.store
+        engine = settings.engine
+        if not settings.uses_store_server:
+            index = LocalIndex.of(engine)
+            parts = index.open(views, terms, settings.model, settings.block_size)
+            self._opened = index
+            return parts
+        rank = rank_of(self._config, number)
+        heads = [rank.part(each.view.heads, latent=each.view.kv == 1) for each in views]
+        stage = stage_of(self._config, layers)
+        terms_of_rows = (settings.block_size, heads, stage, terms.encoding)
+        forms = forms_of(views, settings.model, *terms_of_rows)
+        client = StoreClient(place_of(terms, engine), forms, engine, views[0].view.device)
+        self._opened = client
+        return client.blocks
+
+    def hand_over(
+        self,
+        kv_caches: Mapping[str, torch.Tensor],
+        kv_cache_config: Any,
+        number: int,
+        layers: Mapping[str, int],
+    ) -> None:
+        """Open `handover` for this worker's caches, if the engine hands requests over, and make a
+        first hand-over within this process.
+
+        Args:
+            number: the rank of the worker in tensor parallelism.
+            layers: the position of each layer in the caches, by name; see `layer_numbers`.
+
+        Raises `IntegrationError` for caches whose rows cannot be read, and as `Handover`.
+        """
+        handing = self._settings.handing
+        if handing is None:
+            return
+        kernels = kernels_of(self._config)
+        (group,) = views_of(kv_caches, kv_cache_config, kernels, HANDED)
+        heads = rank_of(self._config, number).part(group.view.heads, latent=group.view.kv == 1)
+        shard = Shard(group.view, layers=stage_of(self._config, layers), heads=heads)
+        worker, place = worker_numbers(self._config.parallel_config)
+        self.handover = Handover(
+            [shard],
+            self._settings.model,
+            handing.terms,
+            offers=handing.offers,
+            pulls=handing.pulls,
+            address=handing.terms.address_of(place),
+            leads=worker == 0,
+        )
+        rehearse(self.handover)
+        self.handover.meet()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until blocks can be saved and loaded, at most so many seconds; return whether they
+        can.
+
+        Raises `InvalidTerms` with the sentence of a server that refuses the blocks.
+        """
+        opened = self._opened
+        return opened.wait(timeout) if isinstance(opened, StoreClient) else opened is not None
+
+    def statistics(self) -> Mapping[str, Sequence[Mapping[str, object]]]:
+        """Return the figures of this worker's own store; none without one."""
+        opened = self._opened
+        return opened.statistics() if isinstance(opened, LocalIndex) else {}
+
+    def close(self) -> None:
+        """End the waits of graphs, the loads and saves, and what is handed over."""
+        words = self.graphs.words
+        self.graphs.words = None
+        if words is not None:
+            words.close()
+        handover = self.handover
+        self.handover = None
+        if handover is not None:
+            handover.close()
+        opened = self._opened
+        self._opened = None
+        if opened is not None:
+            opened.close()
+
+
+def read_views(
+    settings: Settings,
+    kv_caches: Mapping[str, torch.Tensor],
+    kv_cache_config: Any,
+    kernels: Mapping[str, str],
+) -> list[GroupView]:
+    """Return a view of each group's layers, by head and token if blocks are stored so.
+
+    One worker stores pages as they are if nothing is known of what lies in them.
+
+    Raises `IntegrationError` as `views_of` does.
+    """
+    if not settings.reads_rows:
+        return views_of(kv_caches, kv_cache_config)
+    if settings.workers.size > 1:
+        return views_of(kv_caches, kv_cache_config, kernels, BY_HEAD)
+    try:
+        return views_of(kv_caches, kv_cache_config, kernels)
+    except IntegrationError:
+        if settings.store.block_size is not None:
+            raise
+        return views_of(kv_caches, kv_cache_config)

@@ -1,0 +1,1199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An `Owner` offers rows of its views to readers.
+
+It promises not to change the rows until the offer ends, and answers whether the promise held. It
+sends rows through staging buffers to readers that cannot map its memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from time import sleep
+from typing import Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, get_args
+from weakref import WeakValueDictionary
+
+import torch
+from msgspec.structs import replace
+
+from portakv import arguments
+from portakv.errors import InvalidTerms, LayoutError, OfferGone, PeerError, SlotError, Unsupported
+from portakv.graph.alarms import watch as watch
+from portakv.graph.graph import Graph
+from portakv.graph.task import Task
+from portakv.migrate import messages, shared_memory
+from portakv.migrate.channel import Channel, Peer
+from portakv.migrate.described import Regions, describe
+from portakv.migrate.figures import Figures as Figures
+from portakv.migrate.figures import owner_figures as owner_figures
+from portakv.migrate.messages import Named, offer_name
+from portakv.migrate.shards import Shard, check_length, device_of, index_of, names_of
+from portakv.migrate.staged_owner import BUFFERS, BlockList, Gathers, Offered
+from portakv.migrate.words import Entry as Entry
+from portakv.migrate.words import NameTable
+from portakv.migrate.words import Place as Place
+from portakv.migrate.words import Words as Words
+from portakv.runtime import tracing
+from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import capturing, refuse_capture
+from portakv.runtime.finished import Finished
+from portakv.runtime.interrupts import Condition, abandoned, uninterrupted
+from portakv.runtime.streams import StreamFence, ignore_captures_elsewhere
+from portakv.runtime.tracing import UNTRACED as UNTRACED
+from portakv.runtime.tracing import begin
+from portakv.runtime.transfer import event_pool
+from portakv.view.index import Ids as Ids
+from portakv.view.index import Index as Index
+
+# ------------------------------------------------------------------------------------------------
+# Tickets that any process can make: for offers by their names.
+
+
+class Ticket:
+    """Makes tickets for offers that have a name. Other tickets are made by `Owner.offer`."""
+
+    @staticmethod
+    def of(address: str, epoch: bytes, name: bytes) -> bytes:
+        """Return a ticket for the offer that an owner has made, or will make, under a name.
+
+        Any process can make it, such as a scheduler, before the offer exists. A pull of it waits
+        for the offer until its timeout. Whoever knows the name and the channel's secret may pull,
+        so take random bytes: names that can be guessed, such as request ids, are not enough.
+
+        Args:
+            address: of the owner's channel (`Channel.address`).
+            epoch: the owner's `Owner.epoch`, which changes when its memory does.
+            name: 16 to 64 bytes, used for one offer. A name that is used again after the end of
+                its offer brings the rows of the next one.
+
+        Raises `InvalidTerms` for other values.
+        """
+        arguments.text("address", address)
+        arguments.octets("epoch", epoch, 16, 16)
+        return Named(epoch, address, offer_name(name)).pack()
+
+
+# ------------------------------------------------------------------------------------------------
+# Describe and export the memory of an owner, for readers that map it.
+
+#: What readers on this host may map: whole allocations, or nothing
+Expose: TypeAlias = Literal["mapped", "staging"]
+#: The exports of this process's devices: torch opens device memory of other processes only.
+_exports: WeakValueDictionary[tuple[bytes, torch.device], Exports] = WeakValueDictionary()
+EVENTS = 64  # recorded after offers' rows, in turn: so many offers have separate events
+
+
+class DescribedShards(NamedTuple):
+    """Shards as data, and the allocations that they lie in."""
+
+    shards: tuple[messages.Described, ...]
+    storages: list[torch.UntypedStorage]
+
+
+def describe_all(shards: Sequence[Shard]) -> DescribedShards:
+    """Return shards as data; raise `LayoutError` if they lie in too many allocations."""
+    regions = Regions()
+    described = tuple(describe(shard, regions) for shard in shards)
+    if len(regions.storages) >= messages.MOST_REGIONS:
+        raise LayoutError(
+            f"Expected shards in at most {messages.MOST_REGIONS - 1} allocations, got "
+            f"{len(regions.storages)}. Make the tensors slices of fewer allocations."
+        )
+    return DescribedShards(described, regions.storages)
+
+
+class Exports:
+    """The memory of one epoch of an owner.
+
+    Attributes:
+        regions: the allocations and the proof, as readers get them.
+        allocations: those that readers may map.
+        words: the handle of the page of validity words; empty if nothing may be mapped, or if other
+            processes may write the rows after this one has died, when its words hold for ever.
+        names: the handle of the table of names; empty if there are no words.
+        events: recorded after offers' rows; none if the device cannot export them.
+    """
+
+    def __init__(
+        self,
+        described: DescribedShards,
+        epoch: bytes,
+        device: torch.device,
+        expose: str,
+        words: Words,
+        names: NameTable,
+    ) -> None:
+        self.allocations = list[shared_memory.Held]()
+        # The proof is exported like a region, after all others.
+        self._proof = shared_memory.proof(epoch, device)
+        regions = list[messages.Region]()
+        if expose == "mapped":
+            names.allocate()
+        files = shared_memory.SharedFiles()
+        for storage in [*described.storages, self._proof.untyped_storage()]:
+            described_as = storage.nbytes(), shared_memory.where(storage.device)
+            try:
+                if expose != "mapped":
+                    raise Unsupported("Mapping", "the owner exposes staged rows alone")
+                self.allocations.append(shared_memory.export(storage, files))
+                regions.append(messages.Region(*described_as, self.allocations[-1].handle))
+            except Unsupported as error:
+                # A reader that cannot map a region reads staged rows of it.
+                regions.append(messages.Region(*described_as, why=error.why))
+        self.regions = tuple(regions)
+        self.words = b""
+        self.names = b""
+        self.events = list[torch.Event]()
+        if self.allocations:
+            self.events = _events(device)
+            hosts = [x.data_ptr() for x in described.storages if x.device.type == "cpu"]
+            if not any(files.has_name(address) for address in hosts):
+                self.allocations.append(words.export(files))
+                self.words = self.allocations[-1].handle
+                self.allocations.append(names.export(files))
+                self.names = self.allocations[-1].handle
+        self.event_handles = tuple(shared_memory.export_event(event) for event in self.events)
+        if self.allocations and device.type != "cpu":
+            _exports[epoch, device] = self
+
+    def flat(self) -> list[torch.Tensor]:
+        """Return the regions as this process has them; empty after `close`."""
+        held = [each.tensor for each in self.allocations[: len(self.regions)]]
+        return [tensor for tensor in held if tensor is not None]
+
+    def close(self) -> None:
+        """Release the allocations: no process opens them from now on."""
+        for export in self.allocations:
+            export.close()
+
+
+def exports_here(epoch: bytes, device: torch.device) -> Exports | None:
+    """Return the exports of an epoch if they are this process's, and lie on this device."""
+    return _exports.get((epoch, device))
+
+
+def _events(device: torch.device) -> list[torch.Event]:
+    """Return events for readers' streams to wait for; none if the device cannot export them."""
+    if device.type == "cpu":
+        return []
+    try:
+        module = torch.get_device_module(device)
+        with module.device(device):
+            made = [module.Event(interprocess=True) for _ in range(EVENTS)]
+            for event in made:  # the first export binds an event to this device
+                shared_memory.export_event(event)
+    except (Unsupported, RuntimeError, TypeError):
+        return []
+    return made
+
+
+# ------------------------------------------------------------------------------------------------
+# The marks of offers that are made before their rows are complete.
+
+_log = logging.getLogger(__name__)
+#: The unit of a mark: whole layers, or tokens in all layers.
+Unit: TypeAlias = Literal["layers", "tokens"]
+SOON = 5e-5  # seconds between two looks at events, after one had ended
+LATER = 5e-4  # the most seconds between two looks
+PAST = "rows past the mark of an offer were requested; read its mark first."
+
+
+class Progress:
+    """The mark of an offer. The owner's lock guards all calls."""
+
+    def __init__(self, unit: Unit, end: int) -> None:
+        self.unit = unit
+        self.end = end
+        self.raised = 0  # the last raise; its stream may still work
+        self.mark = 0  # for readers
+
+    def raise_to(self, mark: object) -> int:
+        """Record a raise; raise `InvalidTerms` for a mark that is lower, or past the end."""
+        self.raised = arguments.whole("mark", mark, self.raised, self.end, f"of {self.unit}")
+        return self.raised
+
+    def covers(self, layers: int, tokens: int) -> bool:
+        """Return True if so many layers are complete, up to so many tokens."""
+        return (layers if self.unit == "layers" else tokens) <= self.mark
+
+
+def mark_event(device: torch.device) -> torch.Event | None:
+    """Return an event after the current stream's work; None on the host, where no work is left.
+
+    Raises `Unsupported` while that stream is captured into a graph.
+    """
+    if device.type == "cpu":
+        return None
+    if capturing(device):
+        raise refuse_capture(
+            "Raising a mark", "its event has to be seen; raise it after the capture"
+        )
+    return event_pool(device).recorded(None)
+
+
+def progress_of(unit: Unit | None, layers: int, tokens: int) -> Progress | None:
+    """Return the mark of a new offer of so many layers and tokens; None if it has no unit.
+
+    Raises `InvalidTerms` for another unit.
+    """
+    if unit is None:
+        return None
+    arguments.one_of("progress", unit, get_args(Unit))
+    return Progress(unit, layers if unit == "layers" else tokens)
+
+
+class _Raise(NamedTuple):
+    """A raise whose stream still works."""
+
+    progress: Progress
+    event: torch.Event
+    device: torch.device
+    show: Callable[[], object]
+    fail: Callable[[], object]
+
+
+class Raises:
+    """Shows marks after the work of their streams, in the order of each offer's raises.
+
+    A worker looks at the events as long as there are any: the caller's thread must not wait for its
+    stream, and no other thread of an owner may.
+    """
+
+    def __init__(self, change: threading.Condition) -> None:
+        self._change = change  # the owner's lock
+        self._pending = deque[_Raise]()
+        self._graph = Graph()
+        self._looking = False
+
+    def after(
+        self,
+        progress: Progress,
+        event: torch.Event,
+        device: torch.device,
+        show: Callable[[], object],
+        fail: Callable[[], object],
+    ) -> None:
+        """Call ``show`` under the owner's lock, which the caller has, when an event has ended;
+        ``fail`` if the device failed."""
+        self._pending.append(_Raise(progress, event, device, show, fail))
+        if not self._looking:
+            task = Task(lambda *_: self._look(), 1, queue=self._graph.queue("marks"), name="marks")
+            self._graph.submit([task], priority="urgent")
+            self._looking = True
+
+    @property
+    def pending(self) -> int:
+        """Return the number of raises whose streams still work."""
+        return len(self._pending)
+
+    def close(self) -> None:
+        """Show no further mark."""
+        with self._change:
+            self._pending.clear()
+        self._graph.close()
+
+    # --- in the worker
+
+    def _look(self) -> None:
+        """Look at the events until none is left."""
+        pause = SOON
+        looked_at = set[torch.device]()
+        while True:
+            with self._change:
+                pending = [*self._pending]
+                if not pending:
+                    self._looking = False
+                    return
+            for device in {one.device for one in pending} - looked_at:
+                ignore_captures_elsewhere(device)
+                looked_at.add(device)
+            ended = self._show_ended(pending)
+            pause = SOON if ended else min(2 * pause, LATER)
+            sleep(pause)
+
+    def _show_ended(self, pending: list[_Raise]) -> bool:
+        """Show the marks whose events have ended; return True if there are any."""
+        unended = set[Progress]()
+        shown = False
+        for one in pending:
+            if one.progress in unended:
+                continue
+            end = one.show
+            try:
+                if not one.event.query():
+                    unended.add(one.progress)
+                    continue
+                event_pool(one.device).release(one.event)
+            except Exception:  # torch raises errors of many kinds
+                _log.exception("The work before a mark failed on its device; the offer ends.")
+                end = one.fail
+            with self._change:
+                if one in self._pending:  # else the owner is closed
+                    self._pending.remove(one)
+                    end()
+            shown = True
+        return shown
+
+
+# ------------------------------------------------------------------------------------------------
+# The offers of an owner by name, and why its last offers have ended.
+
+MOST_FOUND = 1 << 19  # bytes of the tickets in an answer
+MOST_NAMED = MOST_FOUND - (64 << 10)  # bytes of the ids in one of them
+_REMEMBERED = 4096  # ended offers for which an owner still reports the reason
+
+
+class EndedOffers(Bounded[bytes, str]):
+    """Why the last offers have ended, as clauses for readers."""
+
+    __slots__ = ()
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, _REMEMBERED)
+
+
+class Nameable(Protocol):
+    """An offer, as this module sees it."""
+
+    name: bytes
+    ticket: bytes
+    entry: Entry
+
+    def holds(self) -> bool:
+        """Return True if the offer holds, for a caller that may have the owner's lock."""
+
+
+Held = TypeVar("Held", bound=Nameable)
+
+
+class Names(Generic[Held]):
+    """The offers of an owner by name. The owner's lock guards all calls.
+
+    Attributes:
+        table: the offers' tickets, for readers of this host.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self.table = NameTable(key)
+        self._offers = dict[bytes, Held]()
+        self._ended = EndedOffers("ended names")
+
+    def check_new(self, name: object, nbytes: int) -> None:
+        """Raise for a name that readers could not find, with so many bytes of ids.
+
+        Raises `InvalidTerms` for a wrong name and for a name of an offer that holds, which the
+        error does not show, and `SlotError` for too many bytes.
+        """
+        self._check_free(messages.offer_name(name))
+        if nbytes > MOST_NAMED:
+            raise SlotError(
+                f"Expected at most {MOST_NAMED} bytes of ids for an offer with a name, got "
+                f"{nbytes}. Offer blocks in place of slots, or without a name."
+            )
+
+    def _check_free(self, name: bytes) -> None:
+        """Raise `InvalidTerms` for a name of an offer that holds."""
+        offer = self._offers.get(name)
+        if offer is not None and offer.holds():
+            raise InvalidTerms(
+                "Expected name to be new, got the name of an offer that holds. Take random bytes."
+            )
+
+    def add(self, offer: Held) -> None:
+        """Let readers find an offer by its name, if it has one.
+
+        Raises `InvalidTerms` if another thread has used the name since `check_new`.
+        """
+        if offer.name:
+            self._check_free(offer.name)
+            self._ended.pop(offer.name, None)
+            self._offers[offer.name] = offer
+            self.table.add(offer)
+
+    def end(self, offer: Held, why: str) -> None:
+        """Record why an offer has ended."""
+        if offer.name and self._offers.get(offer.name) is offer:
+            self.table.remove(offer.entry)
+            del self._offers[offer.name]
+            self._ended[offer.name] = why
+
+    def find(self, names: Sequence[bytes]) -> messages.Found:
+        """Return the tickets of names, as many as an answer holds."""
+        tickets = list[bytes]()
+        why = list[str]()
+        left = MOST_FOUND
+        for name in names:
+            offer = self._offers.get(name)
+            holds = offer is not None and offer.holds()  # this may end it
+            ticket = offer.ticket if offer is not None and holds else b""
+            if len(ticket) > left:
+                ticket = b""
+            left -= len(ticket)
+            tickets.append(ticket)
+            why.append("" if holds else self._ended.get(name, ""))
+        return messages.Found(tuple(tickets), tuple(why))
+
+    def held(self, names: Sequence[bytes]) -> list[Held]:
+        """Return the offers of names that hold."""
+        offers = [self._offers.get(name) for name in names]
+        return [offer for offer in offers if offer is not None and offer.holds()]
+
+    def withdraw(self, name: bytes) -> Held | None:
+        """Return the offer of a name that holds. Without one, record that none will come, for
+        readers that wait for it."""
+        offer = self._offers.get(name)
+        if offer is None and name not in self._ended:
+            self._ended[name] = messages.REASONS["revoked"]
+        return offer
+
+
+# ------------------------------------------------------------------------------------------------
+# Check the arguments of `Owner.offer`, and record the span of an offer.
+
+begin_span = begin
+MOST_LEASE = 1e6  # seconds
+SECONDS = "a number of seconds above 0, at most 10^6"
+EXTENSION = "a number of seconds from 0 to 10^6"
+
+
+def block_lists(
+    shards: Sequence[Shard], blocks: Sequence[Ids | None], tokens: int
+) -> list[BlockList]:
+    """Return checked ids and the tokens of a block, for each shard; raise as `Owner.offer`."""
+    if len(blocks) != len(shards):
+        raise SlotError(
+            f"Expected blocks to be {len(shards)} lists, one for each shard, got {len(blocks)}. "
+            f"Pass a list for each."
+        )
+    names = names_of(len(shards))
+    return [block_list(*each, tokens) for each in zip(names, shards, blocks, strict=True)]
+
+
+def checked(
+    tokens: int, readers: int, lease: float, max_lease: float
+) -> tuple[int, int, float, float]:
+    """Return the tokens, the readers, the lease and the longest lease of an offer; raise as
+    `Owner.offer`."""
+    if (
+        type(tokens) is int
+        and 1 <= tokens <= 1 << 31
+        and type(readers) is int
+        and 1 <= readers <= 1 << 31
+        and type(lease) is float
+        and type(max_lease) is float
+        and 1e-9 <= lease <= max_lease <= MOST_LEASE
+    ):
+        return tokens, readers, lease, max_lease  # plain numbers, as in most calls
+    tokens = arguments.whole("tokens", tokens, 1, 1 << 31)
+    lease = arguments.number("lease", lease, 1e-9, MOST_LEASE, SECONDS)
+    readers = arguments.whole("readers", readers, 1, 1 << 31)
+    limits = f"a number of seconds from the lease of {lease:g} s to 10^6"
+    max_lease = arguments.number("max_lease", max_lease, lease, MOST_LEASE, limits)
+    return tokens, readers, lease, max_lease
+
+
+def checked_extension(seconds: float) -> float:
+    """Return the seconds of `Offer.extend`; raise as it does."""
+    return arguments.number("seconds", seconds, 0.0, MOST_LEASE, EXTENSION)
+
+
+def end_span(began: tracing.Began, state: str, tokens: int) -> None:
+    """Record the span of an offer that has ended, if the process makes spans."""
+    if began.at:
+        tracing.end("portakv offer", began, {"offer.state": state, "offer.tokens": tokens})
+
+
+def block_list(name: str, shard: Shard, block_ids: Ids | None, tokens: int) -> BlockList:
+    """Return the checked ids of a shard's blocks, and the tokens of a block; ``name``: of the
+    list in errors."""
+    if block_ids is None:
+        raise arguments.invalid(name, "ids", None, "Name the blocks to offer.")
+    view = shard.view
+    slots = view.slots
+    index = index_of(name, view, block_ids)
+    check_length(name, index, 0, tokens, slots)
+    if not index.on_host:
+        index = index.to_host()
+    if index.offset or index.ids is None:
+        index = Index(index.slots(tokens))
+    skips = index.check_named(name, tokens, slots, distinct=True)
+    used = index.host_ids()[: -(-tokens // index.step)]
+    if skips:
+        used = used.clip(min=-1)
+    ids = used.astype("<i4")
+    if ids.nbytes > messages.MOST_ID_BYTES:
+        raise SlotError(
+            f"Expected {name} to have at most {messages.MOST_ID_BYTES // 4} ids, "
+            f"got {len(ids)}. Offer blocks in place of slots, or make several offers."
+        )
+    return ids, index.step
+
+
+LOOK = 0.1  # seconds between two checks of a call that waits for the end of an offer
+UNKNOWN = messages.Answer("gone", messages.REASONS["gone"])
+NOT_SENT = "some of its rows could not be sent; the owner's log has the reason"
+SPOILT = messages.Answer("gone", NOT_SENT)
+
+
+@dataclass
+class Lease:
+    """The time for which an owner promises not to change rows, by the owner's clock."""
+
+    until: float
+    latest: float  # to which a reader may renew the lease
+
+    def renew(self, until: float) -> None:
+        """Lengthen the lease for a reader."""
+        self.until = max(self.until, min(until, self.latest))
+
+
+class Offer:
+    """Rows that their owner promises not to change until the offer ends; of rows that are still
+    being written, those up to its mark.
+
+    An offer ends when its readers have closed it, at its deadline, by `revoke`, or when readers
+    that started to read it are gone.
+
+    Methods come in pairs, such as `end` and `_end`: no interrupt may cut the private half in two,
+    so a helper thread runs it for the main thread.
+
+    Attributes:
+        ticket: bytes for the reader, which travel with the request. Any process that has the
+            ticket and the channel's secret may pull.
+        name: by which readers find the offer without its ticket; empty if it has none.
+        place: of the offer's validity word; ``entry``: of its name.
+    """
+
+    name = b""
+    place = Place()
+    entry = Entry()
+    began = UNTRACED
+    #: None: all rows were complete when the offer was made.
+    progress: Progress | None = None
+
+    def __init__(
+        self,
+        owner: Owner,
+        ids: Sequence[BlockList],
+        tokens: int,
+        lease: Lease,
+        readers: int,
+        after: StreamFence,
+    ):
+        self.number = secrets.token_bytes(16)
+        self.ticket = b""
+        self.ids = ids
+        self.tokens = tokens
+        self.lease = lease
+        self.readers = readers
+        self.after = after
+        # Readers that read it, with the function that stops watching each.
+        self.begun: dict[bytes, Callable[[], object]] = {}
+        self.through: set[bytes] = set()  # readers that have the rows, or are gone
+        self.spoilt: set[bytes] = set()  # readers to which some of the rows could not be sent
+        self._owner = owner
+        self._state = "held"
+
+    @cached_property
+    def indices(self) -> Sequence[Index]:
+        """Return the index of each shard, for the rows that the owner sends."""
+        return [Index(*each) for each in self.ids]
+
+    @property
+    def state(self) -> str:
+        """Return "held"; after the end "taken", "expired", "revoked", or "lost" with a reader."""
+        return uninterrupted(self._look)
+
+    def _look(self) -> str:
+        """Return the state now, for a caller that may have the owner's lock."""
+        with self._owner.change:
+            if self._state == "held" and self._owner.now() > self.lease.until:
+                self._end("expired")  # a caller that has the lock must not wait for a helper
+            return self._state
+
+    def holds(self) -> bool:
+        """Return True if the offer holds, for a caller that may have the owner's lock."""
+        return self._look() == "held"
+
+    def end(self, state: str) -> None:
+        """End the offer in a state, unless it has ended."""
+        uninterrupted(partial(self._end, state))
+
+    def _end(self, state: str) -> None:
+        """Record the end, stop to watch the readers, and wake the threads that wait for the end."""
+        owner = self._owner
+        with owner.change:
+            if self._state == "held":
+                # First the word: no reader commits rows that it reads from now on. A forked child
+                # has the same page, and must not end its parent's offers.
+                if not owner.channel.forked:
+                    owner.words.end(self.place, state)
+                self._state = state
+                owner.offers.pop(self.number, None)
+                owner.ended[self.number] = why = self._why_ended()
+                owner.names.end(self, why)
+                owner.counts[state] += 1
+                end_span(self.began, state, self.tokens)
+                for stop in self.begun.values():
+                    stop()
+                owner.ends.add(Ended(self, state, frozenset(self.through)))
+                owner.change.notify_all()
+
+    def _why_ended(self) -> str:
+        """Return why the offer ended, as a clause for a reader."""
+        if self._state == "taken" and len(self.through) >= self.readers:
+            return f"its readers ({self.readers}) have taken it; offer it with a larger readers="
+        if self._state == "taken":
+            return "its readers have taken it"
+        return messages.REASONS[self._state]
+
+    def taken(self, timeout: float | None = None) -> bool:
+        """Wait until the offer has ended, at most ``timeout`` seconds; return True if it has.
+
+        The owner may then use its blocks again.
+        """
+        seconds = arguments.seconds("timeout", timeout, optional=True)
+        return uninterrupted(partial(self._wait, seconds))
+
+    def _wait(self, seconds: float) -> bool:
+        """Wait for the end; return early if the caller was interrupted."""
+        owner = self._owner
+        until = owner.now() + seconds
+        with owner.change:
+            while self.state == "held":
+                now = owner.now()
+                if now >= until or abandoned():
+                    return False
+                owner.change.wait(min(until, self.lease.until + 1e-3, now + LOOK) - now)
+        return True
+
+    def revoke(self) -> None:
+        """End the offer immediately: no reader commits rows that it reads from now on."""
+        self.end("revoked")
+
+    def extend(self, seconds: float) -> bool:
+        """Hold the offer for ``seconds`` from now on, if its lease ends before; return False if it
+        has ended.
+
+        An owner may extend its offer beyond ``max_lease``, which limits readers.
+        """
+        return uninterrupted(partial(self._extend, checked_extension(seconds)))
+
+    def _extend(self, seconds: float) -> bool:
+        """Set the end of the lease, unless the offer has ended."""
+        with self._owner.change:
+            if self._look() != "held":
+                return False
+            self.lease.until = max(self.lease.until, self._owner.now() + seconds)
+            self.lease.latest = max(self.lease.latest, self.lease.until)
+            self._owner.change.notify_all()
+            return True
+
+    @property
+    def mark(self) -> int | None:
+        """Return the layers or tokens that readers may read; None if all were complete from the
+        start."""
+        return None if self.progress is None else self.progress.mark
+
+    def raise_to(self, mark: int) -> None:
+        """Let readers have the first ``mark`` layers or tokens, after the current stream's work.
+
+        Does not block: readers see the mark when the work that the stream has now has ended.
+
+        Raises:
+            InvalidTerms: a mark that is lower than the last one or past the end, or an offer that
+                was made without ``progress``.
+            OfferGone: the offer has ended. Its blocks may be used for other rows.
+            PeerError: the owner belongs to the process that this one was forked from.
+            Unsupported: the current stream is captured into a graph.
+        """
+        if self._owner.channel.forked:  # closing an owner ends its offers: see below
+            self._owner.refuse_closed()
+        event = mark_event(self._owner.device)
+        uninterrupted(partial(self._raise_to, mark, event))
+
+    def _raise_to(self, mark: int, event: torch.Event | None) -> None:
+        """Record a raise, and show it when its event has ended."""
+        owner = self._owner
+        with owner.change:
+            progress = self.progress
+            if progress is None:
+                raise InvalidTerms(
+                    "Expected an offer with a mark, got one whose rows were complete when it was "
+                    "made. Pass progress= to Owner.offer."
+                )
+            if self._look() != "held":
+                raise OfferGone(
+                    f"Expected an offer that holds, got one that has ended: {self._why_ended()}. "
+                    f"Write no more rows for it, and make another offer."
+                )
+            show = partial(self._show, progress, progress.raise_to(mark))
+            if event is None:
+                show()
+            else:
+                fail = partial(self._end, "revoked")
+                owner.raises.after(progress, event, owner.device, show, fail)
+
+    def _show(self, progress: Progress, mark: int) -> None:
+        """Let readers see a mark, unless the offer has ended. The caller has the owner's lock."""
+        if self._state == "held":
+            progress.mark = mark
+            self._owner.words.mark(self.place, mark)
+
+
+class Ended(NamedTuple):
+    """The end of an offer.
+
+    ``state``: as `Offer.state`. ``readers``: the ids of the channels (`Channel.id`) of readers that
+    have the rows, or were lost.
+    """
+
+    offer: Offer
+    state: str
+    readers: frozenset[bytes]
+
+
+class Owner:
+    """A process that offers rows to readers.
+
+    Methods come in pairs, such as `close` and `_end`: no interrupt may cut the private half in two,
+    so a helper thread runs it for the main thread.
+
+    Args:
+        channel: the channel at which readers reach it; a channel has at most one owner.
+        shards: the views with their windows, one for each group of layers that share block ids.
+        model: a fingerprint; readers of another model are rejected.
+        staging: the most bytes of the staging buffers of one reader that cannot map the memory, on
+            either side; they are as large as its pulls need.
+        staging_total: the most bytes of the staging buffers of all readers, on this side. A reader
+            that would need more waits for others to leave. None: no limit.
+        expose: "mapped": readers on this host may map whole allocations, to be read and written, so
+            all of them must trust each other; "staging": readers get copies of offered rows alone.
+        transport: the name of the transport for readers that cannot map; None: the reader's.
+
+    Raises:
+        LayoutError: no shard, a shard that cannot be described, or shards on several devices.
+        InvalidTerms: another ``expose``, no bytes of staging, or a channel that has an owner.
+    """
+
+    now = staticmethod(time.monotonic)
+    _closed = False
+    _exports: Exports | None = None
+
+    def __init__(
+        self,
+        channel: Channel,
+        *shards: Shard,
+        model: str,
+        staging: int = 512 << 20,
+        staging_total: int | None = None,
+        expose: Expose = "mapped",
+        transport: str | None = None,
+    ) -> None:
+        arguments.instance("channel", channel, Channel)
+        device = device_of(shards)
+        arguments.text("model", model)
+        staging = arguments.nbytes("staging", staging, BUFFERS << 12)
+        if staging_total is not None:
+            staging_total = arguments.nbytes("staging_total", staging_total, staging)
+        arguments.one_of("expose", expose, get_args(Expose))
+        self.channel = channel
+        self.model = model
+        self.change = Condition(threading.RLock())
+        self.counts = Counter[str]()
+        self._key = secrets.token_bytes(32)  # signs tickets, also those of later epochs
+        self._expose = expose
+        self.offers = dict[bytes, Offer]()
+        self.ended = EndedOffers("ended offers")
+        self.names: Names[Offer] = Names(self._key)
+        self.words = Words()
+        self.ends: Finished[Ended] = Finished()
+        self._gathers = Gathers(channel, staging, transport, device, staging_total)
+        uninterrupted(partial(self._start, shards), undo=lambda _: self.close())
+
+    def _start(self, shards: Sequence[Shard]) -> None:
+        """Serve the offers of the shards on the channel."""
+        channel = self.channel
+        self.raises = Raises(self.change)
+        channel.claim("an owner", self)
+        try:
+            self.reallocate(*shards)
+        except BaseException:  # also an interrupt: the channel must become free
+            channel.free("an owner", self)
+            raise
+        self._kinds: dict[type[messages.Message], Callable[..., messages.Message | None]] = {
+            messages.Hello: self._hello,
+            messages.Begin: self._begin,
+            messages.Renew: self._renew,
+            messages.Check: self._check,
+            messages.Close: self._close,
+            messages.Gather: self._gather,
+            messages.Sum: self._gather,
+            messages.Choose: self._gather,
+            messages.Stop: self._stop,
+            messages.Find: self._find,
+            messages.RenewNamed: self._renew_named,
+            messages.EndNamed: self._end_named,
+            messages.Marks: self._marks,
+            messages.Bye: self._bye,
+        }
+        for kind, answer in self._kinds.items():
+            channel.serve(kind, answer)
+        watch(self)
+
+    def reallocate(self, *shards: Shard) -> None:
+        """Replace the views: all offers end, and readers connect again."""
+        uninterrupted(partial(self._reallocate, shards))
+
+    def _reallocate(self, shards: Sequence[Shard]) -> None:
+        """Describe the new views, end all offers, and begin a new epoch."""
+        device = device_of(shards)
+        described = describe_all(shards)
+        with self.change:
+            self.revoke_all()
+            self.epoch = secrets.token_bytes(16)
+            self.shards = shards
+            self.device = device
+            if self._exports is not None:
+                self._exports.close()
+            pages = self.words, self.names.table
+            self._exports = Exports(described, self.epoch, device, self._expose, *pages)
+            self._events = self._exports.events
+            self._turn = 0
+            self._handshake = messages.Handshake(
+                epoch=self.epoch,
+                described=described.shards,
+                regions=self._exports.regions,
+                slots=BUFFERS,
+                slot_bytes=self._gathers.buffer_bytes,
+                transport=self._gathers.transport or "",
+                events=self._exports.event_handles,
+                key=self._key,
+                words=self._exports.words,
+                names=self._exports.names,
+            )
+
+    def offer(
+        self,
+        *blocks: Ids,
+        tokens: int,
+        lease: float = 30.0,
+        readers: int = 1,
+        max_lease: float = 3600.0,
+        name: bytes | None = None,
+        progress: Unit | None = None,
+    ) -> Offer:
+        """Offer the first ``tokens`` tokens of lists of blocks, one list for each shard.
+
+        A list may be an `Index`, such as one of slots. The rows are those after the current
+        stream's work. A negative id has its rows elsewhere.
+
+        Args:
+            lease: seconds after which the offer expires once its owner looks, unless its reader
+                renews it. Use the blocks again only after `Offer.state`, `Offer.taken`, `finished`
+                or `statistics` shows that it ended.
+            readers: the number of readers that may pull it.
+            max_lease: seconds after which no reader can renew it, at most 10^6.
+            name: 16 to 64 bytes by which readers find the offer; see `Ticket.of`. Take random
+                bytes, and another name for each offer.
+            progress: "layers" or "tokens": the rows are not complete yet, and readers get none
+                before `Offer.raise_to` says so: the first layers of each shard, or the first tokens
+                in all layers. None: they are complete after the current stream's work.
+
+        Raises:
+            SlotError: ids past the view or twice in a list, too few for the tokens, more than a
+                ticket holds, or not a list for each shard.
+            InvalidTerms: no token, no time, no reader, no such unit, or a name of another offer.
+            PeerError: the owner is closed, or belongs to the process that this one was forked from.
+        """
+        self.refuse_closed()
+        tokens, readers, lease, last = checked(tokens, readers, lease, max_lease)
+        mark = None
+        if progress is not None:
+            mark = progress_of(progress, max(shard.view.layers for shard in self.shards), tokens)
+        lists = block_lists(self.shards, blocks, tokens)
+        if name is not None:
+            with self.change:
+                self.names.check_new(name, sum(ids.nbytes for ids, _ in lists))
+        on = self.device
+        stream = None if on.type == "cpu" else torch.get_device_module(on).current_stream(on)
+        # No event exists that a reader's stream could wait for. Marks are shown after the work.
+        blind = self._exports and self._exports.allocations and not self._events
+        if stream and blind and mark is None:
+            stream.synchronize()
+        now = self.now()
+        event = self._record_event(stream)
+        after = StreamFence(on, None if event < 0 else self._events[event])
+        made = Offer(self, lists, tokens, Lease(now + lease, now + last), readers, after)
+        made.name = name or b""
+        made.progress = mark
+        made.began = begin_span()
+        try:
+            return self._enter(made, event, lease)
+        except BaseException:  # also an interrupt: no reader may get an offer without a handle
+            made.revoke()
+            raise
+
+    def _record_event(self, stream: torch.Stream | None) -> int:
+        """Record an event after the work of a stream, for readers' streams and for the rows that
+        the owner sends; return its number, -1 if the device exports no events."""
+        if not self._events:
+            return -1
+        with self.change:
+            event = self._turn = (self._turn + 1) % EVENTS
+            # An older offer's event, perhaps recorded on another stream.
+            self._events[event].wait(stream)
+            self._events[event].record(stream)
+        return event
+
+    def _enter(self, made: Offer, event: int, lease: float) -> Offer:
+        """Register an offer of rows after an event, and write its ticket."""
+        with self.change:
+            ids = tuple([each.tobytes() for each, _ in made.ids])
+            steps = tuple([step for _, step in made.ids])
+            made.place = self.words.take(
+                made.number, (offer.place for offer in self.offers.values())
+            )
+            terms = self.channel.address, made.tokens, ids, steps, lease, event, made.place.number
+            unit: Literal["", "layers", "tokens"] = ""
+            if made.progress is not None:
+                unit = made.progress.unit
+                self.words.mark(made.place, 0)
+            own = messages.Ticket(self.epoch, made.number, *terms, unit, made.began.traceparent)
+            made.ticket = own.pack(self._key)
+            self.offers[made.number] = made
+            if made.name:
+                self.names.add(made)
+            self.counts["offered"] += 1
+            looks = self.counts["offered"] % EVENTS == 0
+        if looks:  # outside of the lock, which a helper thread takes
+            self.statistics()  # offers without a request expire here
+        return made
+
+    def refuse_closed(self) -> None:
+        """Raise `PeerError` if no reader could reach an offer of this owner."""
+        why = ""
+        if self.channel.forked:
+            why = "belongs to the process that this one was forked from"
+        elif self._closed:
+            why = "is closed"
+        if why:
+            raise PeerError(
+                f"Expected an owner that readers reach, got one that {why}. Make another Owner."
+            )
+
+    def revoke(self, ticket: bytes) -> bool:
+        """End the offer of a ticket immediately; return False if it has ended before. Readers do
+        not wait any longer for a name that has no offer yet.
+
+        Raises `PeerError` for bytes that are not a ticket of this owner, and `InvalidTerms` for
+        another type.
+        """
+        named = messages.Named.read(messages.carried("ticket", ticket, "Pass Offer.ticket."))
+        parsed = named or messages.Ticket.read(ticket)
+        if named is None and not messages.is_signed(ticket, self._key):
+            raise messages.no_ticket()
+        if parsed.epoch != self.epoch:
+            return False  # all offers before `reallocate` have ended
+        if isinstance(parsed, messages.Named):
+            with self.change:
+                offer = self.names.withdraw(parsed.name)
+        else:
+            offer = self.offers.get(parsed.offer)
+        if offer is None or offer.state != "held":
+            return False
+        offer.revoke()
+        return offer.state == "revoked"
+
+    def finished(self) -> list[Ended]:
+        """Return the ends of offers since the last call, in their order, each with its ``offer``,
+        its ``state`` (as `Offer.state`), and the ids of the channels of its ``readers``.
+
+        The first call returns none: nothing is kept before it. At most 65,536 ends are kept. An
+        offer whose lease is over ends when its owner looks, as this call does.
+        """
+        self.ends.start()
+        self.statistics()
+        return self.ends.take()
+
+    def finished_fd(self) -> int:
+        """Return the descriptor that is readable while `finished` has ends; -1 after `close`.
+
+        For ``select``, ``epoll`` and event loops. A lease that is over does not make it readable.
+        Do not read or close it.
+        """
+        return self.ends.fileno()
+
+    def revoke_all(self) -> None:
+        """End every offer immediately."""
+        uninterrupted(self._revoke_all)
+
+    def _revoke_all(self) -> None:
+        """Revoke the offers one by one."""
+        for offer in [*self.offers.values()]:
+            offer.revoke()
+
+    def statistics(self) -> dict[str, int]:
+        """Return the number of active offers, of ends by reason, of answers, and of buffers in
+        use."""
+        return uninterrupted(self._statistics)
+
+    def figures(self) -> Figures:
+        """Return figures by the names of metrics, in the form of `Graph.statistics`."""
+        return owner_figures(self.statistics())
+
+    def _statistics(self) -> dict[str, int]:
+        """Count the offers and buffers, under the lock."""
+        with self.change:
+            exports = sum(offer.state == "held" for offer in [*self.offers.values()])
+            return {**self.counts, "held": exports, "slots": self._gathers.buffers}
+
+    def close(self) -> None:
+        """End every offer, and answer no further request."""
+        uninterrupted(self._end)
+
+    def _end(self) -> None:
+        """Free the channel, and release the offers, the exports and the staging buffers."""
+        if not self.channel.free("an owner", self):
+            return
+        self._closed = True
+        self.revoke_all()
+        if self._exports is not None:
+            self._exports.close()
+        for kind in self._kinds:
+            self.channel.serve(kind, lambda *_: UNKNOWN)
+        self.raises.close()
+        self._gathers.close()
+        self.ends.close()
+
+    # --- what readers ask, in the channel's thread
+
+    def _hello(self, peer: Peer, hello: messages.Hello) -> messages.Handshake | messages.Answer:
+        same = hello.model == self.model
+        self.counts["paired" if same else "refused"] += 1
+        if not same:
+            why = f"the owner's model is {self.model!r}, the reader's {hello.model!r}"
+            return messages.Answer("refused", why[:1024])
+        if not hello.transport:
+            return self._handshake
+        return replace(self._handshake, transport=self._gathers.agree(peer, hello, self.device))
+
+    def _current(self, about: messages.About) -> Offer | None:
+        offer = self.offers.get(about.offer)
+        exports = offer is not None and about.epoch == self.epoch and offer.holds()
+        return offer if exports else None
+
+    def _begin(self, peer: Peer, begin: messages.About) -> None:
+        with self.change:
+            offer = self._current(begin)
+            if offer is not None and peer.id not in offer.begun:
+                offer.begun[peer.id] = peer.on_gone(partial(self._less, offer, peer.id, "lost"))
+
+    def _less(self, offer: Offer, reader: bytes, state: str) -> None:
+        """Count a reader that has the rows of an offer, or is gone; each counts once."""
+        with self.change:
+            offer.begun.pop(reader, lambda: None)()
+            offer.through.add(reader)
+            if len(offer.through) >= offer.readers:
+                offer.end(state)
+
+    def _gone(self, about: messages.About) -> messages.Answer:
+        """Answer that an offer does not hold, and why."""
+        why = self.ended.get(about.offer) if about.epoch == self.epoch else None
+        return messages.Answer("gone", why) if why else UNKNOWN
+
+    def _check(self, peer: Peer, check: messages.Check) -> messages.Answer:
+        with self.change:
+            offer = self._current(check)
+            if offer is None:
+                self.counts["gone"] += 1
+                return self._gone(check)
+            return SPOILT if peer.id in offer.spoilt else messages.Answer("held")
+
+    def _close(self, peer: Peer, close: messages.Close) -> None:
+        with self.change:
+            offer = self._current(close)
+            if offer is None:
+                return
+            if close.taken and peer.id not in offer.spoilt:
+                self.counts["closed"] += 1
+                self._less(offer, peer.id, "taken")
+                return
+            # The reader has no rows: it may pull again until the lease expires, but for an offer of
+            # which rows could not be sent to it. Another of its pulls may still get zeros for them.
+            self.counts["failed"] += 1
+            offer.begun.pop(peer.id, lambda: None)()
+
+    def _renew(self, _: Peer, renew: messages.Renew) -> messages.Answer:
+        with self.change:
+            offer = self._current(renew)
+            if offer is None:
+                return self._gone(renew)
+            offer.lease.renew(self.now() + renew.seconds)
+            return messages.Answer("held", seconds=offer.lease.until - self.now())
+
+    def _find(self, _: Peer, find: messages.Find) -> messages.Found | messages.Answer:
+        with self.change:
+            if find.epoch != self.epoch:
+                return messages.Answer("gone", messages.REASONS["restarted"])
+            return self.names.find(find.names)
+
+    def _renew_named(self, _: Peer, renew: messages.RenewNamed) -> None:
+        with self.change:
+            for offer in self.names.held(renew.names if renew.epoch == self.epoch else ()):
+                offer.lease.renew(self.now() + renew.seconds)
+
+    def _end_named(self, _: Peer, end: messages.EndNamed) -> None:
+        with self.change:
+            for offer in self.names.held(end.names if end.epoch == self.epoch else ()):
+                offer.end("taken")
+
+    def _marks(self, peer: Peer, marks: messages.Marks) -> messages.Marked | messages.Answer:
+        with self.change:
+            if marks.epoch != self.epoch:
+                return messages.Answer("gone", messages.REASONS["restarted"])
+            shown = list[int]()
+            why = list[str]()
+            for number in marks.offers:
+                offer = self.offers.get(number)
+                if offer is None or not offer.holds():
+                    shown.append(0)
+                    why.append(self.ended.get(number, messages.REASONS["gone"]))
+                else:
+                    shown.append(offer.mark or 0)
+                    why.append(SPOILT.why if peer.id in offer.spoilt else "")
+            return messages.Marked(tuple(shown), tuple(why))
+
+    def _bye(self, peer: Peer, _: messages.Bye) -> None:
+        self._gathers.forget(peer)
+
+    def _gather(self, peer: Peer, request: messages.ForRows) -> messages.Answer:
+        with self.change:
+            offer = self._current(request)
+            if offer is None:
+                return self._gone(request)
+            self._begin(peer, request)
+            if peer.id in offer.spoilt:
+                return SPOILT
+            terms = offer.tokens, offer.after, offer.spoilt, offer.holds
+            rows = Offered(self.shards, lambda: offer.indices, *terms)
+            for part in request.parts:
+                rows.check(part)
+            if not all(self._is_complete(offer, part) for part in request.parts):
+                return messages.Answer("refused", PAST)
+            return self._gathers.answer(peer, request, rows)
+
+    def _is_complete(self, offer: Offer, part: messages.BoxPart) -> bool:
+        """Return True if rows do not reach past the mark of their offer."""
+        layers = part.layers[1] - self.shards[part.group].group.layers[0]
+        tokens = part.first + part.count
+        return offer.progress is None or offer.progress.covers(layers, tokens)
+
+    def _stop(self, peer: Peer, stop: messages.Stop) -> messages.Stopped:
+        return self._gathers.stop(peer, stop)

@@ -1,0 +1,694 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The owner's side of pulls through staging buffers.
+
+A worker gathers offered rows into staging buffers, which transports send. It also computes
+checksums of rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portakv.copy.choose_encoding import (
+    SAMPLE_AGAIN,
+    EncodingChoice,
+    Sampled,
+    best_of,
+    judged,
+    packs_of,
+    rated_choice,
+    stays_raw,
+)
+from portakv.copy.exponents import Sample
+from portakv.copy.rows import copy_rows
+from portakv.errors import LayoutError, PeerError, PortaKVError, TransferError, Unsupported
+from portakv.graph import Graph, Task
+from portakv.graph.graph import Queue
+from portakv.migrate.channel import Channel, Peer
+from portakv.migrate.checksum import Later, checksum_of
+from portakv.migrate.messages import (
+    Answer,
+    Box,
+    BoxPart,
+    Choose,
+    Chosen,
+    ForRows,
+    Gather,
+    Hello,
+    Message,
+    Stop,
+    Stopped,
+    Sum,
+)
+from portakv.migrate.shards import Shard, slices, within
+from portakv.migrate.staging import (
+    Chunks,
+    Rows,
+    Slots,
+    bring_ids,
+    has_ended,
+    part_of,
+    rows_bytes,
+    staged_bytes,
+    staging,
+    unfit_blocks,
+)
+from portakv.migrate.transports import check_transport, choose, forced
+from portakv.migrate.transports.base import Lane, Moving, Transport
+from portakv.runtime.bounded import Bounded
+from portakv.runtime.streams import StreamFence
+from portakv.view import Index, KVView
+
+# ------------------------------------------------------------------------------------------------
+# Compute the answers of an owner that take longer than its channel may: checksums of rows, and
+# choices of an encoding by a sample of rows. The worker of the owner computes them.
+
+#: The most windows of shards whose samples are kept: those of readers that pull layer by layer are
+#: single layers.
+MOST_KEPT = 1024
+_BUSY = Answer("busy", seconds=1e-3)
+
+
+@dataclass
+class RetainedSample:
+    """The facts by which rows of a window of a shard cross packed or raw.
+
+    Attributes:
+        why: why they stay raw whatever the rate of the transport, as a sentence; empty if not.
+        packing_gbps: 10^9 bytes of raw rows a second that packed copies reach at most.
+        sampled: the result of a sample; None: the rates alone decided.
+        left: raw bytes of requested rows until the next sample.
+    """
+
+    why: str = ""
+    packing_gbps: float | None = None
+    sampled: Sampled | None = None
+    left: int = 0
+
+    def choice(self, view: KVView, link_gbps: float) -> EncodingChoice | None:
+        """Return the choice for a transport of so many 10^9 bytes a second; None if only a sample
+        decides. Never blocks."""
+        if self.why:
+            return EncodingChoice(None, self.why, link_gbps)
+        rated = rated_choice(view, None, link_gbps, self.packing_gbps)
+        if rated.pack is None:
+            return rated
+        return None if self.sampled is None else judged(rated, self.sampled)
+
+
+class LateAnswers:
+    """The answers of one owner. Only the channel's thread calls it; see `Later`.
+
+    ``rows`` and ``after`` of its methods: return the rows, and the work that wrote them.
+    """
+
+    def __init__(self, queue: Queue) -> None:
+        self._sums = Later[int]("checksums of rows", queue)
+        self._looks = Later[RetainedSample]("samples of rows", queue)
+        self._kept: Bounded[tuple[bytes, int, Box], RetainedSample] = Bounded(
+            "samples of pulls", MOST_KEPT
+        )
+
+    def sum(self, request: Sum, rows: Callable[[], Rows], after: StreamFence) -> Answer:
+        """Return a checksum of rows, or that it does not exist yet."""
+        total = self._sums.answer(request, partial(_sum, request, rows, after))
+        return _BUSY if total is None else Answer("done", digest=total)
+
+    def choose(
+        self, request: Choose, view: KVView, rows: Callable[[], Rows], after: StreamFence
+    ) -> Answer:
+        """Return the choice for rows of a view, or that it does not exist yet.
+
+        Raises `LayoutError` for a part of a block. A sample that fails raises `TransferError`, and
+        nothing is kept of it.
+        """
+        part = request.part
+        unit = view.block_size
+        if not unit or part.first % unit or part.count % unit:
+            raise LayoutError(
+                f"Expected a request for whole blocks of {view}, got tokens {part.first} + "
+                f"{part.count}. Connect sides of one release."
+            )
+
+        # Most requests find a sample, and cost no turn of the worker.
+        key = request.epoch, part.group, part.box
+        kept = self._kept.get(key)
+        choice = None
+        if kept is not None and kept.left > 0 and not request.again:
+            choice = kept.choice(view, request.link_gbps)
+        if kept is None or choice is None:
+            kept = self._looks.answer(request, partial(_look, request, view, rows, after))
+            if kept is None:
+                return _BUSY
+            self._kept[key] = kept
+            kept.left = SAMPLE_AGAIN
+            choice = kept.choice(view, request.link_gbps)
+            assert choice is not None  # `_look` has looked at what this request needs
+
+        layers = part.layers[1] - part.layers[0]
+        kept.left -= rows_bytes(view, layers, part.count, part.heads[1] - part.heads[0])
+        return _chosen(choice)
+
+
+def _chosen(choice: EncodingChoice) -> Chosen:
+    """Return a choice as a message."""
+    return Chosen(
+        "done",
+        choice.why[:1024],
+        encoding="" if choice.pack is None else choice.pack.text,
+        packing_gbps=choice.packing_gbps,
+        ratio=choice.ratio,
+        escapes=choice.escapes,
+        fits=choice.fits,
+    )
+
+
+# --- in the worker
+
+
+def _sum(request: Sum, rows: Callable[[], Rows], after: StreamFence) -> int:
+    with torch.inference_mode(False), after.inside():
+        view, ids = rows()
+        return checksum_of(view, ids, request.part)
+
+
+def _look(
+    request: Choose, view: KVView, rows: Callable[[], Rows], after: StreamFence
+) -> RetainedSample:
+    """Measure the rate of packing, and take a sample if the rates do not decide already.
+
+    The rate is that of the whole view: another measurement for each window of it would hold up the
+    worker, which sends the rows of all pulls.
+    """
+    with torch.inference_mode(False), after.inside():
+        why = stays_raw(view, None, None)
+        if why:
+            return RetainedSample(why)
+        rated = rated_choice(view, None, request.link_gbps, None)
+        if rated.packing_gbps is None:
+            raise TransferError(rated.why)
+        if rated.pack is None:
+            return RetainedSample(packing_gbps=rated.packing_gbps)
+
+        window, ids = rows()
+        unit = window.form.block_size
+        slots = ids.slots(request.part.count, every=unit)
+        blocks = slots[slots >= 0] // unit
+        if not len(blocks):
+            raise TransferError("No sample was taken: the owner has none of the blocks.")
+        try:
+            sampled = best_of(window, Sample(window, blocks, packs_of(None)), None)
+        except (PortaKVError, RuntimeError) as error:  # such as a lack of memory
+            raise TransferError(f"No sample was taken: {error}") from error
+        return RetainedSample(packing_gbps=rated.packing_gbps, sampled=sampled)
+
+
+_log = logging.getLogger(__name__)
+#: Block ids of a shard, int32, and the tokens of a block.
+BlockList: TypeAlias = tuple[npt.NDArray[np.int32], int]
+BUFFERS = 4  # for each reader: one is filled, two are on the wire, one is emptied
+MOMENT = 1e-3  # seconds for which the worker waits for a buffer if it has nothing else to do
+#: Requests of a reader that are not sent yet. A reader has at most one for each of its buffers.
+MOST_WAITING = 16
+
+
+class Offered(NamedTuple):
+    """The rows of an offer.
+
+    Attributes:
+        shards: of the owner, when a reader requested the rows.
+        indices: returns the index of each shard, for the worker. All parts of the offer share the
+            indices, with their ids on a device.
+        after: the work that wrote the rows.
+        spoilt: the readers to which some of the rows could not be sent.
+        holds: returns False once the offer has ended.
+    """
+
+    shards: Sequence[Shard]
+    indices: Callable[[], Sequence[Index]]
+    tokens: int
+    after: StreamFence
+    spoilt: set[bytes]
+    holds: Callable[[], bool]
+
+    def check(self, part: BoxPart) -> None:
+        """Raise `LayoutError` if the rows of a part were not offered."""
+        shard = self.shards[part.group] if part.group < len(self.shards) else None
+        some = 0 < part.count <= self.tokens - part.first
+        if shard is None or not within(part.box, shard.group.box) or not some:
+            raise LayoutError(
+                f"Expected offered rows, got layers {part.layers} x heads {part.heads} of group "
+                f"{part.group}, tokens {part.first} + {part.count}. Request offered rows."
+            )
+
+    def slots(self, gather: Gather, part: BoxPart) -> Slots | None:
+        """Return how a part is packed for its reader; None: it is sent raw. Raises as
+        `Slots.requested`."""
+        view = self.shards[part.group].view
+        return Slots.requested(view, gather.encoding, part.first, part.count)
+
+    def sizes(self, gather: Gather) -> list[int]:
+        """Return the bytes of each part in a staging buffer; raise as `slots`."""
+        known = dict[tuple[int, int, int, int], int]()  # most parts are alike
+        sizes = list[int]()
+        for part in gather.parts:
+            layers = part.layers[1] - part.layers[0]
+            heads = part.heads[1] - part.heads[0]
+            slots = self.slots(gather, part)
+            key = part.group, layers, part.count, heads
+            if key not in known:
+                view = self.shards[part.group].view.as_bytes()
+                if slots is None:
+                    known[key] = rows_bytes(view, layers, part.count, heads)
+                else:
+                    known[key] = slots.nbytes(view, layers, part.count, heads)
+            sizes.append(known[key])
+        return sizes
+
+    def rows(self, part: BoxPart, slots: Slots | None = None) -> Rows:
+        """Return the rows of a part, as bytes if they are sent raw."""
+        return self._rows(part, as_bytes=slots is None)
+
+    def rows_to_sample(self, part: BoxPart) -> Rows:
+        """Return the rows of a part, with their types."""
+        return self._rows(part, as_bytes=False)
+
+    def _rows(self, part: BoxPart, as_bytes: bool) -> Rows:
+        """Return the rows of a part."""
+        shard = self.shards[part.group]
+        view = shard.view.as_bytes() if as_bytes else shard.view
+        window = part_of(view, **slices(part.box, shard.group.box))
+        return Rows(window, self.indices()[part.group].shifted(part.first))
+
+
+class StagingBuffer:
+    """A staging buffer of one reader."""
+
+    def __init__(self, memory: torch.Tensor, dirty: list[torch.Tensor]) -> None:
+        self.memory = memory
+        self.chunks = Chunks(memory)
+        # Memory that contains bytes of earlier users; buffers of one allocation share the list.
+        self.dirty = dirty
+        self.sent: Moving | None = None
+
+    @property
+    def free(self) -> bool:
+        """Return True if the reader has the bytes that were sent last."""
+        return self.sent is None or self.sent.free.is_set()
+
+    def clean(self) -> None:
+        """Zero the memory before its first use, so that no earlier user's bytes are sent."""
+        for memory in self.dirty:
+            zero(memory)
+        self.dirty.clear()
+
+
+def zero(memory: torch.Tensor) -> None:
+    """Zero memory of a buffer, ordered after the current stream's work."""
+    memory.zero_()
+
+
+class Sending:
+    """The parts of one request, of these ``sizes`` in bytes, which cross by one lane through
+    ``buffers`` staging buffers."""
+
+    def __init__(
+        self, gather: Gather, sizes: Sequence[int], offered: Offered, lane: Lane, buffers: int
+    ) -> None:
+        self.gather = gather
+        self.sizes = sizes
+        self.offered = offered
+        self.lane = lane
+        self.buffers = buffers
+        self.begun = 0  # parts that are sent, or filled to be sent
+        self.parts = len(gather.parts)  # parts that are sent in all
+        self.stopped = False  # the reader wants no more rows
+
+    @property
+    def over(self) -> bool:
+        """Return True if no more parts are sent."""
+        return self.begun >= self.parts or self.lane.gone is not None
+
+
+class Filling(NamedTuple):
+    """A part of a request, by its number, and the buffer that it crosses in."""
+
+    sending: Sending
+    number: int
+    buffer: StagingBuffer
+
+
+class Line:
+    """The transport on which a reader and the owner agreed, and the reader's requests in order."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+        self.sendings = deque[Sending]()
+        self.last = 0  # tag of the last request
+        self.active = False  # a task continues, or will when a buffer is free
+
+    def current(self) -> Sending | None:
+        """Return the request whose parts are sent now; drop those that are over."""
+        while self.sendings and self.sendings[0].over:
+            self.sendings.popleft()
+        return self.sendings[0] if self.sendings else None
+
+
+class Gathers:
+    """The staging buffers and transports of an owner, for all of its readers. No call blocks."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        staging_bytes: int,
+        transport: str | None,
+        device: torch.device,
+        most_bytes: int | None = None,
+    ) -> None:
+        check_transport(transport, device)
+        self._rows = device
+        self._most_bytes = most_bytes  # of all buffers of all readers
+        self._channel = channel
+        self.buffer_bytes = staging_bytes // BUFFERS // 4096 * 4096
+        self.transport = forced(transport)
+        self._transports = dict[str, Transport]()  # by name
+        self._lines = dict[Peer, Line]()  # of readers; each agreement makes another
+        self._buffers = dict[tuple[Peer, int], StagingBuffer]()
+        self._lock = threading.Lock()  # a reader that is gone gets no buffer
+        self._graph = Graph()
+        # One worker: readers take turns, after as many parts as they have buffers.
+        self._queue = self._graph.queue("gather")
+        self._late = LateAnswers(self._queue)
+
+    @property
+    def buffers(self) -> int:
+        """Return the number of buffers in use."""
+        return len(self._buffers)
+
+    def agree(self, peer: Peer, hello: Hello, device: torch.device) -> str:
+        """Choose the transport for a reader, and return its name.
+
+        Its buffers are on the device of both sides' rows, or on the host. Raises `Unsupported` or
+        `BackendUnavailable` if there is no such transport.
+        """
+        if hello.device.partition(" ")[0] != device.type:
+            device = torch.device("cpu")
+        name = self.transport or hello.transport
+        if name != hello.transport:
+            why = f"the reader uses {hello.transport!r}; pass both the same transport="
+            raise Unsupported(f"The owner's transport {name!r}", why)
+        self.forget(peer)  # the reader takes no more of the rows that were sent to it before
+        transport = self._transports.get(f"{name} {device}") or choose(device, name)
+        self._transports[f"{name} {device}"] = transport
+        self._lines[peer] = Line(transport)
+        for kind in transport.asks:
+            self._channel.serve(kind, self._answer_transport)
+        peer.on_gone(partial(self.forget, peer))
+        return transport.name
+
+    def _answer_transport(self, peer: Peer, request: object) -> Message | None:
+        """Answer a message of a reader's transport by the transport here."""
+        line = self._lines.get(peer)
+        if line is None or not isinstance(request, line.transport.asks):
+            raise PeerError("Expected the agreed transport, got another. Connect again.")
+        return line.transport.answer(peer, self._channel, request)
+
+    def forget(self, peer: Peer) -> None:
+        """Release the buffers of a reader that is gone or needs them no more."""
+        with self._lock:
+            line = self._lines.pop(peer, None)
+            self._buffers = {key: one for key, one in self._buffers.items() if key[0] is not peer}
+        if line is not None:
+            line.transport.forget(peer)
+
+    def send(self, peer: Peer, gather: Gather, offered: Offered) -> Answer:
+        """Have the worker send rows in parts, after earlier requests of the reader.
+
+        Only one thread calls this method, after `Offered.check` of each part.
+        """
+        line = self._lines.get(peer)
+        if line is None or line.transport.name != gather.transport:
+            return Answer("refused", f"{gather.transport} was not agreed on; connect again.")
+
+        with self._lock:
+            line.current()
+            full = len(line.sendings) >= MOST_WAITING
+        if full:
+            return Answer("busy", "earlier requests are not sent yet", seconds=1e-3)
+
+        # Allocate in this thread, so that the reader gets the error if there is no memory.
+        sizes = offered.sizes(gather)
+        needs = max(sizes)
+        count = self._reserve(peer, line.transport, len(gather.parts), needs)
+        if not count:
+            why = "earlier pulls use its staging buffers"
+            if self._most_bytes is not None:
+                why = f"staging buffers of all readers have {self._most_bytes} bytes in total"
+            return Answer("busy", why, seconds=1e-2)
+
+        # The parts stay with this lane: those that the reader no longer waits for end with it.
+        lane = line.transport.lane(peer, self._channel)
+        with self._lock:
+            line.last = gather.tag
+            line.sendings.append(Sending(gather, sizes, offered, lane, count))
+            begins = not line.active
+            line.active = True
+        if begins:  # after the answer: the worker would hold the interpreter meanwhile
+            self._channel.after_answer(partial(self._continue, peer, line))
+        return Answer("done")
+
+    def stop(self, peer: Peer, stop: Stop) -> Stopped:
+        """Read no more rows for a request; send only the parts that its reader waits for."""
+        line = self._lines.get(peer)
+        if line is None or line.last < stop.tag:  # no such request arrived
+            return Stopped(0)
+        with self._lock:
+            for sending in line.sendings:
+                if sending.gather.tag == stop.tag:
+                    sending.stopped = True
+                    sending.parts = min(max(sending.begun, stop.parts), sending.parts)
+                    return Stopped(sending.parts)
+        return Stopped(1 << 31)  # all parts were sent
+
+    def sum(self, request: Sum, offered: Offered) -> Answer:
+        """Have the worker compute a checksum; the reader repeats its request until it exists.
+
+        The caller has called `Offered.check` of the part.
+        """
+        return self._late.sum(request, partial(offered.rows, request.part), offered.after)
+
+    def choose(self, request: Choose, offered: Offered) -> Answer:
+        """Choose how rows cross; the reader repeats its request until the worker has a sample.
+
+        The caller has called `Offered.check` of the part. Raises as `LateAnswers.choose`.
+        """
+        part = request.part
+        view = offered.shards[part.group].view
+        rows = partial(offered.rows_to_sample, part)
+        return self._late.choose(request, view, rows, offered.after)
+
+    def answer(self, peer: Peer, request: ForRows, offered: Offered) -> Answer:
+        """Answer a request for rows by `send`, `sum` or `choose`."""
+        if isinstance(request, Sum):
+            return self.sum(request, offered)
+        if isinstance(request, Choose):
+            return self.choose(request, offered)
+        return self.send(peer, request, offered)
+
+    def _reserve(self, peer: Peer, transport: Transport, parts: int, needs: int) -> int:
+        """Return the number of buffers that parts may cross in: as many as the total has room for.
+
+        A buffer that has to grow must be free.
+        """
+        for number in range(min(parts, BUFFERS)):
+            buffer = self._buffers.get((peer, number))
+            if buffer is not None and buffer.memory.nbytes >= min(needs, self.buffer_bytes):
+                continue
+            grows = buffer is None or (buffer.free and not self._lines[peer].active)
+            if not grows or not self._has_space(needs, buffer, transport):
+                return number
+            # Use a private stream: work may still use memory that was freed on a caller's stream.
+            with StreamFence(transport.device).inside():
+                self._new_buffer(peer, number, needs, transport)
+        return min(parts, BUFFERS)
+
+    def _has_space(self, needs: int, old: StagingBuffer | None, transport: Transport) -> bool:
+        """Return True if one more buffer, in place of an old one, stays below the total."""
+        if self._most_bytes is None:
+            return True
+        with self._lock:
+            used = sum(buffer.memory.nbytes for buffer in self._buffers.values())
+        if transport.knows_once:
+            new = BUFFERS * self.buffer_bytes
+        else:
+            new = staged_bytes(needs, self.buffer_bytes) - (old.memory.nbytes if old else 0)
+        return used + new <= self._most_bytes
+
+    def _new_buffer(self, peer: Peer, number: int, needs: int, transport: Transport) -> None:
+        """Allocate a buffer, or all buffers of a reader if the transport learns them only once."""
+        if transport.knows_once:
+            whole = staging(BUFFERS * self.buffer_bytes, transport.device, rows=self._rows)
+            dirty = [whole]  # the library can reach all of it after the first buffer
+            parts = dict(enumerate(whole.view(BUFFERS, -1)))
+        else:
+            memory = staging(needs, transport.device, self.buffer_bytes, self._rows)
+            dirty = [memory]
+            parts = {number: memory}
+
+        with self._lock:
+            for each, part in parts.items():
+                self._buffers[peer, each] = StagingBuffer(part, dirty)
+
+    def close(self) -> None:
+        """Cancel the gathers in flight and close the transports."""
+        self._lines = {}
+        self._graph.close()
+        for transport in self._transports.values():
+            transport.close()
+
+    # --- in the worker, and in the threads that end buffers
+
+    def _continue(self, peer: Peer, line: Line) -> None:
+        """Have the worker send the next part to a reader."""
+        task = Task(lambda *_: self._advance(peer, line), 1, queue=self._queue, name="gather")
+        with suppress(TransferError):  # the owner is closed
+            self._graph.submit([task], priority="urgent")
+
+    def _advance(self, peer: Peer, line: Line) -> None:
+        """Send parts to a reader while its buffers are free.
+
+        If others wait, they get a turn after as many parts as a reader has buffers.
+        """
+        sent = 0
+        while sent < BUFFERS or not self._others_wait:
+            part = self._next_part(peer, line)
+            if part is None:
+                return
+            sent += 1
+            try:
+                self._bring(peer, line, part)
+            except Exception:  # a reader that waits for this part would take the next in its place
+                _log.exception("A staging buffer could not be sent; its reader gets an error.")
+                gone = PeerError("The owner could not send a buffer; it did not cross.")
+                part.sending.lane.close(gone)
+        self._continue(peer, line)
+
+    def _next_part(self, peer: Peer, line: Line) -> Filling | None:
+        """Return the next part for a reader and its buffer.
+
+        None: there is no part, or its buffer is not free in a moment. The end of the buffer's last
+        transfer then has the worker continue.
+        """
+        while True:
+            with self._lock:
+                sending = line.current()
+                if sending is None or self._lines.get(peer) is not line:
+                    line.active = False
+                    return None
+                buffer = self._buffers[peer, sending.begun % sending.buffers]
+                sent = buffer.sent
+                if buffer.free:  # it may become free at any time: one look decides
+                    sending.begun += 1
+                    return Filling(sending, sending.begun - 1, buffer)
+            assert sent is not None  # a buffer that was never sent is free
+            # A task costs more than such a wait.
+            if self._others_wait or not sent.free.wait(MOMENT):
+                sent.on_free(partial(self._continue, peer, line))
+                return None
+
+    @property
+    def _others_wait(self) -> bool:
+        """Return True if the worker has more to do than its present task."""
+        return len(self._graph.live) > 1
+
+    def _bring(self, peer: Peer, line: Line, filling: Filling) -> None:
+        """Fill a buffer with a part and send it.
+
+        Sends zeros in place of rows that the reader cannot commit: after an error, of which the
+        offer keeps a note, after the end of the offer, and if the reader wants no more.
+        """
+        sending, number, buffer = filling
+        offered = sending.offered
+        part = sending.gather.parts[number]
+        full = buffer.memory[: sending.sizes[number]]
+        tag = sending.gather.tag + number
+        try:
+            if not sending.stopped and peer.id not in offered.spoilt and offered.holds():
+                slots = offered.slots(sending.gather, part)
+                with torch.inference_mode(False), offered.after.inside():
+                    self._fill(buffer, full, part.count, offered.rows(part, slots), slots)
+                    self._move(peer, line, sending, buffer, full, tag)
+                return
+        except Exception:  # whatever failed, the reader must not wait for its bytes
+            _log.exception(
+                "Rows could not be gathered into a staging buffer; the reader gets an error."
+            )
+            offered.spoilt.add(peer.id)
+        # Use the stream of a failed gather, whose copies may still run.
+        with torch.inference_mode(False), StreamFence(buffer.memory.device).inside():
+            buffer.clean()
+            full.zero_()  # as many bytes as the reader waits for
+            self._move(peer, line, sending, buffer, full, tag)
+
+    def _fill(
+        self,
+        buffer: StagingBuffer,
+        full: torch.Tensor,
+        count: int,
+        rows: Rows,
+        slots: Slots | None = None,
+    ) -> None:
+        """Gather rows into a buffer, and pack them if they cross in slots; positions without rows,
+        and padding, become zeros.
+
+        The slots of blocks that do not fit say so to the reader.
+        """
+        on_host = buffer.memory.device.type == "cpu"
+        if not on_host:
+            device = buffer.memory.device
+            buffer.memory.record_stream(torch.accelerator.current_stream(device.index))
+        bring_ids(rows.ids, rows.view.device)  # once: all parts of the offer share them
+
+        buffer.clean()
+        if slots is None:
+            planes, into = buffer.chunks.of(rows.view, count)
+        else:
+            planes, into = buffer.chunks.packed(rows.view, count, slots)
+        written = sum(plane.nbytes for plane in planes)
+        skips = rows.ids.check(count, rows.view.slots, "offered")
+        if skips or written < full.nbytes:
+            zero(full)
+
+        copy = copy_rows(rows.view, into, rows.ids, count=count)
+        if on_host:
+            has_ended(copy, wait=True)
+            unfit_blocks(copy)
+        else:
+            # The transport sends after the copy; ids were checked when they were offered.
+            copy.wait()
+
+    def _move(
+        self,
+        peer: Peer,
+        line: Line,
+        sending: Sending,
+        buffer: StagingBuffer,
+        full: torch.Tensor,
+        tag: int,
+    ) -> None:
+        """Have the transport send a full buffer, unless its reader is gone or connected again."""
+        with self._lock:
+            here = self._lines.get(peer) is line
+        if here:  # outside of the lock: a device may delay the call; `forget` closes the lane
+            buffer.sent = sending.lane.move(full, tag)

@@ -1,0 +1,745 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Take rows from owners through staging buffers.
+
+A `Taker` requests all rows of one offer together. The owner sends them in slices. While one slice
+crosses, the owner fills the buffer of the next, and the reader empties the buffer of the one
+before. The functions run in the workers of a pull.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import groupby
+from math import inf
+from time import monotonic, sleep
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from msgspec.structs import replace
+
+from portakv import arguments
+from portakv.copy.choose_encoding import EncodingChoice
+from portakv.copy.handle import BlockTransfer
+from portakv.errors import (
+    PackOverflow,
+    PeerError,
+    PortaKVError,
+    TransferCancelled,
+    TransferError,
+    TransferTimeout,
+)
+from portakv.graph import Graph, Outcome, Task
+from portakv.layout.encodings import Pack
+from portakv.migrate.buffers import StagingBuffer
+from portakv.migrate.checksum import MODULUS, checksum_of
+from portakv.migrate.connections import Source
+from portakv.migrate.crossed import Crossed as Crossed
+from portakv.migrate.crossing import Crossing, crossings, flagged, runs, scattered
+from portakv.migrate.messages import (
+    Answer,
+    Choose,
+    Chosen,
+    ForRows,
+    Gather,
+    Refused,
+    Stop,
+    Stopped,
+    Sum,
+)
+from portakv.migrate.plan import Slice, Step, copy_checked
+from portakv.migrate.pull import CANCELLED, Pull, known
+from portakv.migrate.staging import Chunks, Slots, has_ended, part_of, rows_bytes, unfit_blocks
+from portakv.migrate.transports.base import Lane, Moving
+from portakv.runtime.streams import StreamFence
+from portakv.runtime.worker import RateLimit
+
+# ------------------------------------------------------------------------------------------------
+# The slices in which the rows of a pull arrive in staging buffers.
+
+PACED = 0.1  # seconds of a slice at a limited rate: a larger slice would be a burst
+#: The slices of a pull that is large enough: one is filled while another crosses. On devices each
+#: slice costs the host 0.5 ms, more than the wire of 128 MiB (benchmarks/notes/migration.md).
+SLICES_ON_HOST = 8
+SLICES_ON_DEVICE = 4
+#: The bytes below which slices are not made smaller: each has its cost on both sides.
+LEAST_ON_HOST = 32 << 20
+LEAST_ON_DEVICE = 128 << 20
+
+
+#: What landed of a slice that landed, as tasks have it.
+_LANDED = np.ones(1, np.bool_)
+
+
+class Arrival(Task):
+    """The end of a slice of a step, for a pull and its layers. The task ``whole`` takes the slice,
+    among others.
+
+    Attributes:
+        staged_bytes: of the slice in a staging buffer.
+        slots: how the slice is packed there; None: it crosses raw.
+        again: the slices that bring its blocks that did not fit, raw.
+        whole_slice: the slice of which this one brings such blocks.
+        unfit: the positions in the step of its blocks that hold no rows anywhere.
+    """
+
+    again: Sequence[Arrival] = ()
+    whole_slice: Arrival | None = None
+    unfit: Sequence[int] = ()
+    _left = 0  # of `again`, the slices that have not ended
+
+    def __init__(
+        self,
+        step: Step,
+        part: Slice,
+        whole: Task,
+        staged_bytes: int,
+        slots: Slots | None = None,
+    ) -> None:
+        # Not the constructor of a task: no caller passes terms of slices that need its checks.
+        self.outcome = Outcome(1)
+        self.step = step
+        self.part = part
+        self.whole = whole
+        self.staged_bytes = staged_bytes
+        self.slots = slots
+        self._over = threading.Event()
+
+    def scattering(self, chunks: Chunks) -> Callable[[], BlockTransfer]:
+        """Return a function that copies the rows of the slice from a staging buffer, after the work
+        of the stream that is current then."""
+        layers, first, tokens = self.part
+        dst_index = self.step.dst_index.shifted(first)
+        window = slice(layers.start, layers.stop)
+        if self.slots is not None:
+            dst = part_of(self.step.cut.dst, window)
+            packed = chunks.packed(dst, tokens, self.slots)[1]
+            return partial(scattered, packed, dst, dst_index, tokens)
+        dst = part_of(self.step.cut.dst.as_bytes(), window)
+        src = chunks.of(dst, tokens)[1]
+        return partial(copy_checked, src, dst, None, dst_index, tokens)
+
+    @property
+    def encoding(self) -> str:
+        """Return the encoding that the owner's messages name; empty: raw rows."""
+        return "" if self.slots is None else self.slots.pack.text
+
+    @property
+    def packed_blocks(self) -> int:
+        """Return the number of blocks that cross in slots; 0 for a raw slice."""
+        return 0 if self.slots is None else self.part.tokens // self.slots.unit
+
+    def cross_in(self, slots: Slots | None) -> None:
+        """Have the slice, which was not requested yet, cross in other slots, or raw."""
+        view = self.step.cut.dst.as_bytes()
+        extents = len(self.part.layers), self.part.tokens, view.heads
+        self.slots = slots
+        if slots is None:
+            self.staged_bytes = rows_bytes(view, *extents)
+        else:
+            self.staged_bytes = slots.nbytes(view, *extents)
+
+    def end_with(self, copy: BlockTransfer) -> int:
+        """End the slice by its copy, which has ended; return the number of blocks that did not fit.
+
+        The slice then ends with the slices that bring them raw, which are in `again`. If no raw
+        rows of them exist, `end_unfit` ends the slice.
+        """
+        unfit = unfit_blocks(copy) if copy.completions else []
+        if unfit and self.slots is not None:
+            if self.step.cut.packed:
+                before = self.part.first // self.slots.unit
+                self.unfit = [before + at for at in unfit]
+                return 0
+            self.again = [*self._raw_slices(unfit, self.slots.unit)]
+            self._left = len(self.again)
+            return len(unfit)
+        self.end()
+        whole = self.whole_slice
+        if whole is not None:
+            whole._left -= 1
+            if not whole._left:
+                whole.end()
+        return 0
+
+    def _raw_slices(self, blocks: Sequence[int], unit: int) -> Iterator[Arrival]:
+        """Yield slices that bring blocks of this one raw, by their positions in it."""
+        layers, first, _ = self.part
+        view = self.step.cut.dst.as_bytes()
+        for start, count in runs(blocks):
+            part = Slice(layers, first + start * unit, count * unit)
+            nbytes = rows_bytes(view, len(layers), part.tokens, view.heads)
+            again = Arrival(self.step, part, self.whole, nbytes)
+            again.whole_slice = self
+            yield again
+
+    def end(self, error: BaseException | None = None) -> None:
+        """End the slice, unless it has ended."""
+        if not self.ended:
+            if error is None:
+                self.outcome.end("landed", _LANDED, None)
+            else:
+                self.outcome.end("failed", None, error)
+            self._over.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if self.whole.schedule.graph is None:
+            return False  # nothing takes the slice: its task was not submitted
+        until = monotonic() + arguments.seconds("timeout", timeout, optional=True)
+        while not self._over.wait(min(0.05, max(0.0, until - monotonic()))):
+            if self.whole.wait(0.0):  # it never ran, or this process was forked
+                if self.whole.ended:
+                    self.end(self.whole.error or TransferCancelled(CANCELLED))
+                return True
+            if monotonic() >= until:
+                return False
+        return True
+
+
+def end_unfit(taken: Sequence[Arrival], errors: list[PackOverflow]) -> None:
+    """End the slices with blocks that hold no rows, after a task has taken all of its slices.
+
+    ``errors`` first gets an error for each step, which names such blocks of all of its slices. The
+    error of a slice names those of its layers.
+    """
+    spoilt = [each for each in taken if each.unfit]
+    steps = {id(each.step): each.step for each in spoilt}
+    of_step = defaultdict[int, set[int]](set)
+    of_layers = defaultdict[tuple[int, range], set[int]](set)
+    for each in spoilt:
+        of_step[id(each.step)].update(each.unfit)
+        of_layers[id(each.step), each.part.layers].update(each.unfit)
+
+    errors += [flagged(step, sorted(of_step[number])) for number, step in steps.items()]
+    for each in spoilt:
+        each.end(flagged(each.step, sorted(of_layers[id(each.step), each.part.layers])))
+
+
+class InFlight(NamedTuple):
+    """A slice on its way into a staging buffer."""
+
+    arrival: Arrival
+    buffer: StagingBuffer
+    moving: Moving
+    lane: Lane
+
+
+class Scattered(NamedTuple):
+    """A slice whose copy from the staging buffer was issued."""
+
+    arrival: Arrival
+    moving: Moving
+    lane: Lane
+    copy: BlockTransfer
+
+    def has_ended(self, wait: bool) -> bool:
+        """Return True if the copy has ended, or wait for it. Blocks that do not fit are no
+        error."""
+        # Without completions it had ended when it was issued.
+        return not self.copy.completions or has_ended(self.copy, wait)
+
+
+def arrivals(
+    steps: Sequence[Step], max_gbps: float | None, whole: Task, crossed: Crossed
+) -> list[Arrival]:
+    """Return the slices of steps that a task takes, packed slices first.
+
+    They are small enough that several are under way, large enough that their number costs little,
+    and not longer than a moment at a limited rate. ``crossed``: names the encoding, and gets the
+    reason for rows that cross raw.
+    """
+    parts = list[Crossing]()
+    for step in steps:
+        some, why = crossings(step, crossed.pack)
+        parts += some
+        crossed.why = crossed.why or why
+    nbytes = sum(step.nbytes for step in steps)
+    on_host = steps[0].cut.dst.device.type == "cpu"
+    slices = SLICES_ON_HOST if on_host else SLICES_ON_DEVICE
+    most = max(LEAST_ON_HOST if on_host else LEAST_ON_DEVICE, -(-int(nbytes) // slices))
+    if max_gbps is not None:
+        most = min(most, int(PACED * 1e9 * max_gbps))
+    made = [arrival for part in parts for arrival in _arrivals_of(part, most, whole)]
+    if any(part.slots for part in parts):
+        made.sort(key=lambda each: each.slots is None)  # slices of one encoding are one request
+    return made
+
+
+def _arrivals_of(crossing: Crossing, most: int, whole: Task) -> Iterator[Arrival]:
+    """Yield the slices of one step, of at most ``most`` bytes if they can be so small.
+
+    They are cut by their raw bytes, so that a buffer has space for blocks that do not fit.
+    """
+    step, slots = crossing
+    view = step.cut.dst.as_bytes()
+    known = dict[tuple[int, int], int]()  # most slices are alike
+    for part in step.slices(most, 1 if slots is None else slots.unit):
+        key = len(part.layers), part.tokens
+        if key not in known:
+            if slots is None:
+                known[key] = rows_bytes(view, *key, view.heads)
+            else:
+                known[key] = slots.nbytes(view, *key, view.heads)
+        yield Arrival(step, part, whole, known[key], slots)
+
+
+# ------------------------------------------------------------------------------------------------
+# Send the requests of a pull's workers to its owners: for rows, for checksums, and for the choice
+# of an encoding.
+
+PATIENCE = 30.0  # seconds for which a busy owner gets the request again
+
+
+def ask(
+    source: Source,
+    request: ForRows,
+    pull: Pull,
+    patience: float = PATIENCE,
+    by: Callable[..., Answer] | None = None,
+) -> Answer:
+    """Return an owner's answer to a request for rows; ask again while the owner is busy.
+
+    ``by``: `Channel.ask` of the owner's channel, or of the channel of an agreement with it.
+    """
+    until = monotonic() + patience
+    owner = source.owner
+    asks = by or owner.channel.ask
+    chooses = isinstance(request, Choose)
+    kind: Any = Answer | Chosen if chooses else Answer
+    while not pull.over:
+        answer = _once(partial(asks, owner.address, request, kind), pull)
+        if answer.state == "done":
+            return answer
+        if answer.state == "gone":
+            raise source.ticket.gone(answer.why)
+        if answer.state != "busy" or monotonic() > until:
+            left_out = "chose no encoding" if chooses else "sent no rows"
+            raise Refused(f"{owner.address} {left_out}: {answer.why or 'it is busy.'}")
+        pause = answer.seconds if answer.seconds > 0 else 1e-3
+        sleep(min(pause, 0.05))  # at most this long, because the pull may end meanwhile
+    raise TransferCancelled(CANCELLED)
+
+
+def _once(asks: Callable[..., Answer], pull: Pull) -> Answer:
+    """Return an owner's answer; raise `TransferCancelled` if the pull has ended meanwhile."""
+    try:
+        return asks(stop=lambda: pull.over)
+    except TransferTimeout:
+        if pull.over:
+            raise TransferCancelled(CANCELLED) from None
+        raise
+
+
+def verified(step: Step, pull: Pull, *_: object) -> None:
+    """Compare the rows that a step copied with the owner's rows, by checksums."""
+    whole = step.owner_part(range(step.cut.dst.layers), 0, step.tokens)
+    source = Source(step.ticket, step.owner)
+    local = 0
+    remote = 0
+    for start, end in step.runs():
+        part = replace(whole, first=whole.first + start, count=end - start)
+        dst_index = step.dst_index.shifted(start)
+        local += checksum_of(step.cut.dst, dst_index, part)
+        request = Sum(step.ticket.epoch, step.ticket.offer, part)
+        remote += ask(source, request, pull, inf).digest
+    if (local - remote) % MODULUS:
+        raise TransferError(
+            f"Expected the bytes of the rows of {step.owner.address}, got others (checksums "
+            f"{local:x} and {remote:x}); no rows were committed. Pull again, or by another "
+            f"transport."
+        )
+
+
+# --- the choice of an encoding
+
+
+def leave_to_owner(arrivals: list[Arrival], pull: Pull, crossed: Crossed) -> None:
+    """Have the owner choose how the slices cross that were made for packed rows.
+
+    ``arrivals``: all slices of an offer, which get their slots, or none. ``crossed`` gets the
+    choices, one for each step.
+    """
+    steps = {id(each.step): each.step for each in arrivals if each.slots is not None}
+    for step in steps.values():
+        choice = _choice_of(step, pull, crossed.most_gbps)
+        crossed.choices.append(choice)
+        if choice.pack is None:  # it concerns more rows than a reason for parts of blocks
+            crossed.why = _clause(choice.why)
+        for each in arrivals:
+            if each.step is step and each.slots is not None:
+                unit = each.slots.unit
+                each.cross_in(None if choice.pack is None else Slots(choice.pack, unit))
+    arrivals.sort(key=lambda each: each.slots is None)  # slices of one encoding are one request
+
+
+def _choice_of(step: Step, pull: Pull, most_gbps: float) -> EncodingChoice:
+    """Return the owner's choice for the whole blocks of a step, at the rate of its transport.
+
+    The rows cross raw as long as the rate is not known, and if the owner makes no choice that this
+    release knows.
+    """
+    source = Source(step.ticket, step.owner)
+    history = step.owner.staging.history
+    link = min(history.gbps, most_gbps)
+    if link == inf:
+        name = step.owner.staging.transport.name
+        return EncodingChoice(None, f"No recent pull has measured the rate of {name}.")
+
+    part = step.owner_part(range(step.cut.dst.layers), 0, step.tokens)
+    terms = part, link, history.needs_sample(step.window)
+    request = Choose(step.ticket.epoch, step.ticket.offer, *terms)
+    try:
+        answer = ask(source, request, pull)
+    except Refused as error:  # it stays busy, or is of a release that does not know the request
+        return EncodingChoice(None, f"The owner made no choice: {error}", link)
+    if not isinstance(answer, Chosen):
+        return EncodingChoice(None, "The owner made no choice: its answer has none.", link)
+
+    pack = None
+    if answer.encoding:
+        try:
+            pack = _checked(answer.encoding, step)
+        except PortaKVError as error:  # also the format of a later release
+            return EncodingChoice(None, f"The owner chose {answer.encoding!r}: {error}", link)
+    figures = answer.packing_gbps, answer.ratio, answer.escapes, answer.fits
+    return EncodingChoice(pack, answer.why or "The owner gave no reason.", link, *figures)
+
+
+def _checked(text: str, step: Step) -> Pack:
+    """Return the parameters that an owner chose for a step; raise if slots of them are no smaller
+    than the rows, for which the staging buffers have space."""
+    pack = Pack.of_text(text)
+    unit = step.owner.handshake.described[step.cut.group].block_size
+    for plane in Slots(pack, unit).planes(step.cut.dst):
+        if plane.slot_bytes >= plane.raw_bytes:
+            raise PeerError(
+                f"Expected slots of less than {plane.raw_bytes} bytes, got {plane.slot_bytes}. "
+                f"Connect sides of one release."
+            )
+    return pack
+
+
+def _clause(sentence: str) -> str:
+    """Return a sentence as a clause."""
+    return f"{sentence[:1].lower()}{sentence[1:]}".rstrip(".")
+
+
+#: Slices of a request, after which another pull of the owner's rows gets a turn; fewer at a limited
+#: rate.
+BATCH = 16
+MOST_PACED = 8
+LOOK = 0.05  # seconds between two looks at the pulls that need a lane
+STOPPING = 0.5  # seconds for the answer of an owner that is to stop, and for its last slices
+
+
+class StagedReceiver:
+    """Takes the rows of one offer for a pull: one request, and its slices in their order.
+
+    No host waits between the slices of a device: streams order all copies.
+
+    Attributes:
+        commits: the pull has no other part, so the worker that took the rows also ends the pull.
+            It asks whether the offer held while the last copies of a device run; copies on the
+            host have ended before.
+    """
+
+    commits = False
+
+    def __init__(
+        self,
+        graph: Graph,
+        steps: Sequence[Step],
+        pull: Pull,
+        max_gbps: float | None,
+        crossed: Crossed,
+    ) -> None:
+        first = steps[0]
+        self._graph = graph
+        self._crossed = crossed
+        self._source = Source(first.ticket, first.owner)
+        self._stage = first.owner.staging
+        self._pull = pull
+        if pull.after is None:
+            pull.after = StreamFence(first.cut.dst.device)
+        self._after = pull.after
+        self._rate = RateLimit(max_gbps or inf)
+        queue = graph.queue(f"take:{first.owner.number}", width=first.owner.handshake.slots)
+        self.task = Task(self._run, 1, queue=queue, name="take")
+        self.arrivals = arrivals(steps, max_gbps, self.task, crossed)
+        self._in_flight = deque[InFlight]()
+        self._scattered = deque[Scattered]()
+        self._answers: list[Answer | PortaKVError] | None = None  # whether the offer held
+
+    def _run(self, *_: object) -> None:
+        """Take all slices, and end the pull if no other worker does."""
+        try:
+            self._take_all()
+        finally:
+            if self.commits:
+                self._pull.confirm([self._source], self._answers)
+
+    def _take_all(self) -> None:
+        """Take all slices; return after the last copy, with or without an error."""
+        error: BaseException | None = None
+        self._stage.takers.add(self)
+        try:
+            with torch.inference_mode(False), self._after.inside():
+                if self._crossed.auto:
+                    leave_to_owner(self.arrivals, self._pull, self._crossed)
+                    self._note_choices()
+                start = self._stage.history.begin()
+                self._take_each(self.arrivals)
+                if self._crossed.packed:
+                    self._settle(wait=True)  # only then it is known which blocks did not fit
+                    end_unfit(self.arrivals, self._pull.requested.unfit)
+                    self._take_each([x for each in self.arrivals for x in each.again])
+                if self.commits:
+                    for placing in self._scattered:
+                        self._await(placing.moving.wait)
+                    # The answer is read here: other requests to the owner wait for it.
+                    self._answers = self._pull.ask(self._source)
+                self._settle(wait=True)
+                takers = [*self._stage.takers]  # of all pulls, since they share the transport
+                if start is not None and all(taker.measures for taker in takers):
+                    self._stage.history.end(start)
+        except BaseException as caught:
+            error = caught
+            # The others of the pull need not go on, and no mark is waited for.
+            self._pull.stop(known(caught) or TransferCancelled(CANCELLED))
+            raise
+        finally:
+            self._stage.takers.discard(self)
+            self._release(error)
+
+    def _note_choices(self) -> None:
+        """Note the owner's choices of an encoding in the trace of the reader."""
+        graph = self._graph
+        for choice in self._crossed.choices:
+            graph.trace.note("encoding", graph.clock(), choice.figures())
+
+    def _take_each(self, some: Sequence[Arrival]) -> None:
+        """Take slices by requests for some of them, and issue their copies."""
+        for encoding, alike in groupby(some, lambda each: each.encoding):
+            listed = [*alike]
+            self._crossed.packed |= bool(encoding)
+            batch = BATCH if self._crossed.most_gbps == inf else MOST_PACED
+            for start in range(0, len(listed), batch):
+                self._take(listed[start : start + batch])
+        while self._in_flight:
+            self._scatter()
+
+    @property
+    def measures(self) -> bool:
+        """Return True if the slices cross raw, and as fast as the transport takes them."""
+        return self._crossed.most_gbps == inf and not self._crossed.packed
+
+    @property
+    def over(self) -> bool:
+        """Return True if the pull waits for no slice any more."""
+        return self._pull.over
+
+    def _take(self, batch: Sequence[Arrival]) -> None:
+        """Request slices, and post the transport's receives for all of them in their order."""
+        stage = self._stage
+        with self._turn():
+            lane = stage.lane()
+            lane.meet(stop=lambda: self._pull.over)
+            tag = stage.tag + 1
+            stage.tag += len(batch)
+            posted = 0
+            try:
+                self._request(batch, tag)
+                for number, arrival in enumerate(batch):
+                    nbytes = arrival.staged_bytes
+                    self._pace(nbytes)
+                    self._check(inf)
+                    buffer = self._free_buffer(lane, nbytes)
+                    try:
+                        moving = lane.move(buffer.memory[:nbytes], tag + number)
+                    except BaseException:
+                        stage.buffers.put(buffer)
+                        raise
+                    buffer.moving = moving
+                    buffer.lane = lane
+                    self._in_flight.append(InFlight(arrival, buffer, moving, lane))
+                    posted += 1
+            except BaseException:
+                self.stop(lane, batch, tag, posted)
+                raise
+
+    def _request(self, batch: Sequence[Arrival], tag: int) -> None:
+        """Have the owner send slices under the tags from ``tag`` on."""
+        ticket = self._source.ticket
+        parts = tuple(each.step.owner_part(*each.part) for each in batch)
+        name = self._stage.transport.name
+        encoding = batch[0].encoding
+        gather = Gather(ticket.epoch, ticket.offer, parts, name, tag, encoding)
+        ask(self._source, gather, self._pull, by=self._stage.channel.ask)
+
+    def _free_buffer(self, lane: Lane, nbytes: int) -> StagingBuffer:
+        """Return a free staging buffer; empty the oldest of this pull if there is none."""
+        pool = self._stage.buffers
+        buffer = pool.take(0.0)
+        until = monotonic() + PATIENCE
+        while buffer is None:
+            if self._in_flight:
+                self._scatter()
+            self._check(until)
+            buffer = pool.take(0.0 if self._in_flight else 0.05)
+        most = self._source.owner.handshake.slot_bytes
+        try:
+            buffer.prepare(lane, nbytes, most, self._await)
+        except BaseException:
+            pool.put(buffer)
+            raise
+        return buffer
+
+    def _scatter(self) -> None:
+        """Copy the rows of the oldest slice from its staging buffer, after its bytes."""
+        arrival, buffer, moving, lane = self._in_flight[0]
+        scatter = arrival.scattering(buffer.chunks)  # the host's part, while the bytes arrive
+        self._await(moving.follow)
+        copy = scatter()
+        placing = Scattered(arrival, moving, lane, copy)
+        self._scattered.append(placing)
+        if buffer.memory.device.type == "cpu":  # no stream orders the next bytes after the copy
+            placing.has_ended(wait=True)
+        buffer.copy = copy
+        self._in_flight.popleft()
+        self._stage.buffers.put(buffer)
+        self._settle(wait=False)
+
+    def _settle(self, wait: bool) -> None:
+        """End the slices whose bytes and copies have ended, or wait for all."""
+        while self._scattered:
+            placing = self._scattered[0]
+            arrival, moving, _, copy = placing
+            if not wait and not moving.over.is_set():
+                return
+            self._await(moving.wait)
+            if not placing.has_ended(wait):
+                return
+            unfit = arrival.end_with(copy)
+            self._count(arrival, unfit)
+            self._scattered.popleft()
+
+    def _count(self, arrival: Arrival, unfit: int) -> None:
+        """Count a slice that has ended, and its blocks that did not fit."""
+        nbytes = arrival.staged_bytes
+        history = self._stage.history
+        self._crossed.nbytes += nbytes
+        self._crossed.blocks_raw += unfit
+        if arrival.slots is None:
+            history.count(nbytes, limited=self._crossed.most_gbps < inf)
+        else:
+            history.count_packed(nbytes, arrival.step.window, arrival.packed_blocks, unfit)
+
+    def _release(self, error: BaseException | None) -> None:
+        """Wait for the copies in flight, return the buffers, and end the slices."""
+        for each in self._in_flight:
+            self._stage.buffers.put(each.buffer)
+        until = monotonic() + STOPPING
+        for placing in self._scattered:
+            self._end(placing, until)
+        self._in_flight.clear()
+        self._scattered.clear()
+        for arrival in self.arrivals:
+            arrival.end(error)
+
+    def _end(self, placing: Scattered, until: float) -> None:
+        """Wait for a copy that follows bytes on their way, so that nothing is written afterwards.
+
+        Bytes that do not come in time end with their lane, unless another pull needs the lane.
+        """
+        with suppress(PortaKVError):  # the pull has an error before
+            while True:
+                try:
+                    placing.copy.synchronize(max(0.0, until - monotonic()))
+                    return
+                except TransferTimeout:
+                    if not all(taker.over for taker in [*self._stage.takers]):
+                        until = monotonic() + LOOK
+                        continue
+                ended = PeerError("Its pull ended before the buffers had crossed.")
+                placing.lane.close(ended)
+                placing.copy.synchronize()
+                return
+
+    def stop(self, lane: Lane, batch: Sequence[Arrival], tag: int, posted: int) -> None:
+        """Stop a request of which ``posted`` slices have a receive.
+
+        Both sides stay in step: the owner sends no more slices than it says, and this side receives
+        them. Otherwise the lane is closed.
+        """
+        owner = self._source.owner
+        if owner.gone or lane.gone is not None:
+            return
+        try:
+            stop = Stop(tag, posted)
+            answer = self._stage.channel.ask(owner.address, stop, Stopped, STOPPING)
+        except PortaKVError:
+            lane.close(PeerError("The owner did not stop; its buffers did not cross."))
+            lane.skip(range(tag + posted, tag + len(batch)))
+            return
+        rest = batch[posted : answer.parts]
+        if len(rest) > owner.handshake.slots:  # it has no buffers for so many
+            lane.close(PeerError("The owner sent too many slices; its buffers did not cross."))
+            lane.skip(range(tag + posted, tag + len(batch)))
+            return
+        try:
+            for number, arrival in enumerate(rest, posted):
+                lane.move(self._stage.spare(arrival.staged_bytes), tag + number)
+        except Exception:  # such as no memory: the next pull would take these slices for its own
+            lane.close(PeerError("A pull did not receive all slices that its owner sent."))
+
+    def _pace(self, nbytes: int) -> None:
+        """Wait for the turn of a slice at the pull's rate."""
+        start = self._rate.start_of(nbytes)
+        left = self._rate.left(start)
+        while left and not self._pull.over:
+            if self._in_flight and self._in_flight[0].moving.over.is_set():
+                self._scatter()
+            else:
+                sleep(min(left, 0.01))
+            left = self._rate.left(start)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Hold the owner's turn, after a pull that has waited for it longer."""
+        stage = self._stage
+        self._acquire(stage.next)
+        try:
+            self._acquire(stage.turn)
+        finally:
+            stage.next.release()
+        try:
+            yield
+        finally:
+            stage.turn.release()
+
+    def _acquire(self, lock: threading.Lock) -> None:
+        """Take a lock that other pulls hold; meanwhile empty the buffers, which they may need."""
+        until = monotonic() + PATIENCE
+        while not lock.acquire(timeout=0.0 if self._in_flight else 0.05):
+            if self._in_flight:
+                self._scatter()
+            self._check(until)
+
+    def _check(self, until: float) -> None:
+        """Raise if the pull no longer waits for a staging buffer."""
+        if self._pull.over:
+            raise TransferCancelled(CANCELLED)
+        if monotonic() > until:
+            raise TransferTimeout(
+                f"No staging buffer was free for {PATIENCE:g} s. Pull again later."
+            )
+
+    def _await(self, ended: Callable[[float], bool]) -> None:
+        """Wait for the bytes of a buffer, as long as the pull waits."""
+        until = monotonic() + PATIENCE
+        while not ended(0.05):
+            self._check(until)

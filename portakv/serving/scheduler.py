@@ -1,0 +1,700 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler's side of an engine, which knows what can be loaded, and who uses what.
+
+It is a state machine: it starts no thread, waits for nothing, and sends nothing. An engine's hooks
+call it, and carry its plans to the workers and their reports back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from secrets import token_bytes
+from typing import NamedTuple, Protocol
+
+from portakv.errors import InvalidTerms
+from portakv.runtime import tracing
+from portakv.runtime.bounded import Bounded
+from portakv.serving.handover_tickets import Endpoint, RemoteRows, Tickets
+from portakv.serving.plan import NO_PLAN, Blocks, Job, NextPlan, Plan, PullJob, Report
+from portakv.storage.keys import KeyChain
+
+#: The most keys that are remembered because a load did not bring them.
+MOST_FAILED = 1 << 16
+#: The most blocks whose tokens are remembered.
+MOST_DESCRIBED = 1 << 16
+#: Seconds for which a request waits for an index that asks another host.
+PATIENCE = 2.0
+_NONE = frozenset[int]()
+
+
+class Index(Protocol):
+    """What a scheduler side queries about the stored blocks."""
+
+    def leading(self, keys: Sequence[bytes], /) -> int | None:
+        """Return how many leading blocks can be loaded; None if another host has yet to answer."""
+
+    def has(self, key: bytes, /) -> bool:
+        """Return whether a block can be loaded, as far as is known here."""
+
+    @property
+    def losses(self) -> int:
+        """Return a number that changes if a block may have been lost."""
+
+
+class BlockHolder(Protocol):
+    """What keeps an engine from reusing blocks."""
+
+    def hold(self, blocks: Sequence[int], /) -> None:
+        """Keep blocks, which a request has now, from reuse after the request gives them up."""
+
+    def give_back(self, blocks: Sequence[int], /) -> None:
+        """Keep blocks no longer, once for each time that they were kept."""
+
+
+class Group(NamedTuple):
+    """A group of layers whose blocks the engine hands out together.
+
+    Attributes:
+        block_size: the tokens of one of its blocks.
+        window: the latest tokens whose rows the engine keeps; None: those of all tokens. The engine
+            gives up blocks before the window while a request runs, without a word.
+    """
+
+    block_size: int
+    window: int | None = None
+
+
+class Described(NamedTuple):
+    """What a stored block has been made of.
+
+    Attributes:
+        after: the key of the block before it; None: it begins a prompt.
+        tokens: of the block.
+        about: what the engine adds about the request.
+    """
+
+    after: bytes | None
+    tokens: tuple[int, ...]
+    about: object
+
+
+class _Answer(NamedTuple):
+    """How many stored blocks an index has from one on, until it loses blocks."""
+
+    first: int
+    stored: int
+    losses: int
+
+
+@dataclass
+class _Request:
+    """What is known of a request.
+
+    Attributes:
+        tokens: its tokens; the engine appends to them.
+        extra: by the number of a stored block, what its key depends on besides its tokens.
+        blocks: of each group, the engine's blocks from the first token on.
+        considered: stored blocks before this number are saved, or are not to be.
+        limit: no stored block from this number on is offered: a load did not bring it.
+        promised: the first stored block and the past token of the latest answer.
+        load: a load or pull that is in flight, or planned.
+        remote: rows that another engine has, before they are pulled.
+        offered: its rows are offered to other engines.
+        reading: the numbers of saves that may still read blocks.
+        about: what the engine adds about it.
+        forgotten: its keys name blocks that must not be stored any more.
+        queried: when an index was first queried that has yet to answer.
+        answered: the latest answer of the index.
+    """
+
+    name: str
+    tokens: Sequence[int]
+    chain: KeyChain
+    extra: Mapping[int, bytes]
+    blocks: list[list[int]]
+    considered: int = 0
+    limit: int | None = None
+    promised: int = 0
+    load: Job | PullJob | None = None
+    remote: RemoteRows | None = None
+    offered: bool = False
+    reading: set[int] = field(default_factory=set)
+    queried: float | None = None
+    answered: _Answer | None = None
+    ended: bool = False
+    forgotten: bool = False
+    about: object = None
+
+    def keys(self, count: int) -> list[bytes]:
+        """Return the keys of the first so many stored blocks, whose tokens are there, or of more.
+
+        The list is not a copy: a step of a long request costs no more than that of a short one.
+        """
+        made = len(self.chain.keys)
+        if made < count:
+            size = self.chain.block_size
+            extra = None
+            if self.extra:
+                extra = [self.extra.get(number) for number in range(made, count)]
+            self.chain.extend(self.tokens[made * size : count * size], extra)
+        return self.chain.keys
+
+
+@dataclass
+class _Live:
+    """A load, save or pull that has not ended.
+
+    Attributes:
+        ends: in how many workers it has ended.
+        releases: in how many workers a save's blocks are no longer read.
+        missing: the positions of keys that did not land, or were not stored, in any worker; of a
+            pull that failed the position 0.
+        held: blocks that a save reads, and that the engine may give up before.
+        began: where the span of a load begins.
+        loads: it is a load.
+    """
+
+    job: Job | PullJob
+    request: _Request
+    ends: int = 0
+    releases: int = 0
+    missing: frozenset[int] = _NONE
+    held: tuple[int, ...] = ()
+    began: tracing.Began = field(default_factory=tracing.begin)
+    loads: bool = False
+
+
+@dataclass
+class _Keys:
+    """What is known of keys.
+
+    Attributes:
+        saving: the numbers of saves that have not ended.
+        failed: those that a load did not bring.
+        described: what blocks have been made of, if that is wanted.
+        generation: part of all keys, other bytes after `SchedulerSide.forget`.
+    """
+
+    saving: dict[bytes, int] = field(default_factory=dict)
+    failed: Bounded[bytes, None] = field(
+        default_factory=lambda: Bounded("keys that a load did not bring", MOST_FAILED)
+    )
+    described: Bounded[bytes, Described] | None = None
+    generation: bytes = b""
+
+
+class SchedulerSide:
+    """Decides for the requests of one engine which blocks its workers load and save.
+
+    The engine's scheduler calls, in the order of a request's life: `add`; `leading` when it looks
+    for computed tokens; `allocated` after it took blocks; `scheduled` in each step that computes
+    tokens of it; `preempted` if it takes the blocks away; `finished`; and `freed` when the workers
+    have reported a request that was retained. Once a step it calls `plan`, and `take` for reports.
+    A request that was not added, or that has ended, is left alone: nothing is loaded or saved.
+
+    Engines hand requests over to each other: `offer` before `finished` in the one that has computed
+    a prompt, and the result as ``remote`` of `add` in the one that goes on. `open_offers` says
+    where workers offer rows.
+
+    Args:
+        block_size: the tokens of a stored block. A multiple of each group's block size, or a
+            divisor of it, and no more than a group's window.
+        groups: of the engine's layers.
+        workers: how many of them report each load and save.
+        index: of the stored blocks.
+        now: returns the time in seconds.
+        holder: keeps blocks from reuse that a save reads, of groups with a window. Without one, the
+            engine must not give them up while a request runs.
+
+    Raises `InvalidTerms` for sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        block_size: int,
+        groups: Sequence[Group],
+        workers: int,
+        index: Index,
+        now: Callable[[], float] = time.monotonic,
+        holder: BlockHolder | None = None,
+    ) -> None:
+        for group in groups:
+            check_group(block_size, group)
+        self.counts = Counter[str]()
+        self._size = block_size
+        self._groups = groups
+        self._workers = workers
+        self._index = index
+        self._now = now
+        self._holder = holder
+        self._requests = dict[str, _Request]()
+        self._jobs = dict[int, _Live]()  # by number
+        self._tickets = Tickets(now)
+        self._keys = _Keys()
+        self._next = NextPlan()
+
+    @property
+    def _windows(self) -> bool:
+        return any(group.window for group in self._groups)
+
+    # --- what the scheduler says and asks
+
+    def add(
+        self,
+        request: str,
+        tokens: Sequence[int],
+        salt: bytes = b"",
+        extra: Mapping[int, bytes] | None = None,
+        about: object = None,
+        remote: RemoteRows | None = None,
+    ) -> None:
+        """Take note of a request.
+
+        Args:
+            tokens: of the prompt; the engine appends the generated ones to the same sequence.
+            salt: keeps tenants and adapters apart.
+            extra: by the number of a stored block, what else its rows depend on, such as an image.
+            about: an object for `Described`.
+            remote: the rows of all tokens of the prompt, which another engine has.
+
+        Raises `InvalidTerms` for a name that a request has which has not ended.
+        """
+        if request in self._requests:
+            raise InvalidTerms(
+                f"Expected a new name for a request, got {request!r}, which is in use. Report its "
+                f"end by finished() first."
+            )
+        chain = KeyChain(self._size, self._keys.generation + salt)
+        blocks = [list[int]() for _ in self._groups]
+        state = _Request(request, tokens, chain, extra or {}, blocks, about=about, remote=remote)
+        self._requests[request] = state
+        if remote is not None:
+            self._tickets.expect(request, remote)
+
+    def leading(self, request: str, computed: int) -> int | None:
+        """Return how many tokens can be loaded that follow the computed ones.
+
+        None: another host has yet to answer; ask again in the next step. The last token is left to
+        the engine, which needs its logits, unless another engine has its row: then the engine
+        computes that row again.
+        """
+        state = self._requests.get(request)
+        if state is None:
+            return 0
+        if state.remote is not None and state.remote.tokens > computed:
+            return state.remote.tokens - computed
+        first = computed // self._size
+        most = (len(state.tokens) - 1) // self._size
+        if state.limit is not None:
+            most = min(most, state.limit)
+        count = self._count_stored(state, first, most) if most > first else 0
+        if count is None:
+            now = self._now()
+            if state.queried is None:
+                state.queried = now
+            if now - state.queried < PATIENCE:
+                return None
+            self.counts["unanswered"] += 1
+            count = 0
+        state.queried = None
+        state.promised = first
+        return max(0, (first + count) * self._size - computed)
+
+    def allocated(self, request: str, computed: int, tokens: int, blocks: Blocks) -> None:
+        """Plan the load that the scheduler has decided on after `leading`.
+
+        Args:
+            computed: tokens whose rows the engine has already; their blocks are not written.
+            tokens: how many to load, at most as many as `leading` returned; 0: none.
+            blocks: of each group, all blocks of the request.
+        """
+        state = self._requests.get(request)
+        if state is None:
+            return
+        state.blocks = [[*ids] for ids in blocks]
+        state.considered = 0
+        if state.remote is not None:
+            self._pull(state, computed, tokens)
+            return
+        if not tokens:
+            return
+        first = state.promised
+        past = -(-(computed + tokens) // self._size)
+        keys = state.keys(past)
+        state.considered = past
+        state.load = self._job(state, first, past, keys, computed)
+        self._jobs[state.load.number].loads = True
+        self._next.loads.append(state.load)
+        self.counts["loads"] += 1
+        self.counts["promised"] += tokens
+
+    def note_computed(self, tokens: int) -> None:
+        """Count tokens that the scheduler has found nowhere, so that the engine computes them."""
+        self.counts["computed"] += tokens
+
+    def scheduled(
+        self, request: str, computed: int, until: int, blocks: Blocks = (), replaced: bool = False
+    ) -> None:
+        """Take note of a step that computes tokens of a request, and plan what is saved after it.
+
+        Args:
+            computed: tokens whose rows existed before the step.
+            until: tokens whose rows exist after it; those of drafted tokens do not count.
+            blocks: of each group, blocks that the request got since the last call.
+            replaced: these are all its blocks.
+        """
+        state = self._requests.get(request)
+        if state is None or state.forgotten:
+            return
+        for ids, new in zip(state.blocks, blocks, strict=False):
+            if replaced:
+                ids.clear()
+            ids += new
+        past = min(until, len(state.tokens)) // self._size
+        first = state.considered
+        if past > first and self._windows:  # blocks before the window are gone
+            first = max(first, computed // self._size)
+        if past <= first:
+            return
+        keys = state.keys(past)
+        state.considered = past
+        for run in _runs(n for n in range(first, past) if self._is_wanted(keys[n])):
+            self._save(state, run.start, run.stop, keys)
+
+    def open_offers(self, endpoints: Sequence[Endpoint], lease: float) -> None:
+        """Take note of where each worker offers rows, and for how many seconds it keeps them."""
+        self._tickets.open(endpoints, lease)
+
+    def awaits(self, request: str) -> bool:
+        """Return whether a request is to pull the rows of another engine."""
+        state = self._requests.get(request)
+        return state is not None and state.remote is not None
+
+    def offer(self, request: str, tokens: int, blocks: Blocks) -> RemoteRows | None:
+        """Plan to keep the rows of a request that ends now, for another engine.
+
+        The request is retained until an engine has taken them or their lease is over.
+
+        Args:
+            tokens: the first ones of the request, whose rows have been computed.
+            blocks: of each group, all blocks of the request.
+
+        Returns:
+            What the other engine's scheduler side needs; None: nothing is offered.
+        """
+        state = self._requests.get(request)
+        if state is None or state.forgotten or not self._tickets.offers:
+            return None
+        state.offered = True
+        self.counts["offers"] += 1
+        return self._tickets.offer(request, tokens, blocks)
+
+    def preempted(self, request: str) -> None:
+        """Take note that the scheduler took all blocks of a request; it may go on later."""
+        state = self._requests.get(request)
+        if state is None:
+            return
+        for job in [each for each in self._next.saves if each.request == request]:
+            self._withdraw(job)
+        # The workers release them before anything is written, whatever they report later.
+        self._next.stop += sorted(state.reading)
+        state.reading.clear()
+        state.blocks = [list[int]() for _ in self._groups]
+        state.considered = 0
+        state.queried = None
+
+    def finished(self, request: str) -> bool:
+        """Take note of the end of a request, and return whether its blocks are retained.
+
+        True: the engine keeps the blocks until the workers have reported the request, and calls
+        `freed` then. A request that ends during a load is not retained: the engine keeps its blocks
+        until the end of the load.
+        """
+        state = self._requests.get(request)
+        if state is None:
+            return False
+        state.ended = True
+        if state.remote is not None:
+            state.remote = None
+            self._tickets.release(request)
+        retained = bool(state.reading) or state.offered
+        if retained:
+            self._next.retained.append(request)
+        elif state.load is None:
+            del self._requests[request]
+        return retained
+
+    def forget(self) -> bool:
+        """Offer no block again that was saved until now, such as after other weights were loaded.
+
+        Requests of now are neither loaded nor saved any more. Later ones have other keys, also
+        those of the same tokens; what is stored stays until tiers evict it. Other engines take no
+        rows that this one has offered.
+
+        Returns False if a load has not ended, whose request will read rows that were saved before.
+        """
+        self._keys.generation = token_bytes(16)
+        for job in [*self._next.saves]:
+            self._withdraw(job)
+        self._tickets.revoke()
+        for name, state in self._requests.items():
+            state.limit = 0
+            state.forgotten = True
+            if state.remote is not None:
+                state.remote = None
+                self._tickets.release(name)
+        return all(state.load is None for state in self._requests.values())
+
+    def freed(self, requests: Iterable[str]) -> None:
+        """Take note that all workers have reported requests that were retained."""
+        for request in requests:
+            self._requests.pop(request, None)
+
+    @property
+    def retains(self) -> bool:
+        """Return whether an engine keeps blocks until saves are released.
+
+        It does not wait for blocks that other engines take.
+        """
+        if any(live.held for live in self._jobs.values()):
+            return True
+        ended = [state for state in self._requests.values() if state.ended and state.load is None]
+        return any(not state.offered for state in ended)
+
+    # --- what the workers do
+
+    def plan(self, idle: bool = False) -> Plan:
+        """Return what the workers do in this step; `NO_PLAN` if that is nothing.
+
+        ``idle``: the step computes nothing.
+        """
+        made = self._next.plan(self._tickets.plan(), idle)
+        if made is not NO_PLAN:
+            self._next = NextPlan()
+        return made
+
+    def describe_blocks(self) -> None:
+        """Remember from now on what the blocks of loads and saves have been made of."""
+        if self._keys.described is None:
+            self._keys.described = Bounded("blocks that a scheduler side describes", MOST_DESCRIBED)
+
+    def described(self, key: bytes) -> Described | None:
+        """Return what a block has been made of, if that is remembered."""
+        return None if self._keys.described is None else self._keys.described.get(key)
+
+    def take(self, report: Report) -> None:
+        """Take note of what workers have seen. Each worker's part comes once, in any order."""
+        for number, workers in report.released.items():
+            self._release(number, workers)
+        for number, workers in report.ends.items():
+            missing = report.loaded.get(number, _NONE) | report.saved.get(number, _NONE)
+            self._end(number, workers, missing)
+        for how, many in report.offers.items():
+            self.counts[f"offers_{how}"] += many
+
+    def statistics(self) -> dict[str, int]:
+        """Return the requests and jobs now, the keys that failed, and the counters."""
+        now = {"requests": len(self._requests), "jobs": len(self._jobs)}
+        return {**now, "failed_keys": len(self._keys.failed), **self.counts}
+
+    def _count_stored(self, state: _Request, first: int, most: int) -> int | None:
+        """Return how many stored blocks can be loaded from one on; None: not known yet.
+
+        A waiting request is looked up in each step: blocks that were there are not looked up again
+        until a block was lost.
+        """
+        losses = self._index.losses
+        known = 0
+        answer = state.answered
+        if answer is not None and (answer.first, answer.losses) == (first, losses):
+            known = min(answer.stored, most - first)
+        keys = state.keys(most)[first + known : most]
+        more = self._index.leading(keys) if keys else 0
+        if more is None:
+            return None
+        state.answered = _Answer(first, known + more, losses)
+        if not self._keys.failed:
+            return known + more
+        past = first + known + more
+        offered = enumerate(state.keys(past)[first:past])
+        return next((n for n, key in offered if key in self._keys.failed), past - first)
+
+    def _is_wanted(self, key: bytes) -> bool:
+        """Return whether a computed block is to be saved: no one saves it, and no load finds it."""
+        return key not in self._keys.saving and (
+            key in self._keys.failed or not self._index.has(key)
+        )
+
+    def _save(self, state: _Request, first: int, past: int, keys: Sequence[bytes]) -> None:
+        """Plan a save of consecutive stored blocks."""
+        # The first stored block of a save begins where a block of the engine begins.
+        most = max(group.block_size for group in self._groups)
+        first = first * self._size // most * most // self._size if most > self._size else first
+        job = self._job(state, first, past, keys, first * self._size)
+        if any(-1 in ids for ids in job.blocks):
+            del self._jobs[job.number]
+            return
+        self._keys.saving.update(dict.fromkeys(job.keys, job.number))
+        state.reading.add(job.number)
+        if self._holder is not None and self._windows:
+            groups = zip(self._groups, job.blocks, strict=True)
+            held = tuple(block for group, ids in groups if group.window for block in ids)
+            self._jobs[job.number].held = held
+            self._holder.hold(held)
+        self._next.saves.append(job)
+        self.counts["saves"] += 1
+
+    def _pull(self, state: _Request, computed: int, tokens: int) -> None:
+        """Plan a pull of the rows that another engine has; let it use them again if the engine
+        wants none of them."""
+        remote = state.remote
+        assert remote is not None
+        state.remote = None
+        if not tokens:
+            self._tickets.release(state.name)
+            return
+        self.counts["begun"] += 1
+        number = self.counts["begun"]
+        blocks = list[tuple[int, ...]]()
+        for group, ids in zip(self._groups, state.blocks, strict=True):
+            size = group.block_size
+            here = computed // size
+            # A pull takes the blocks that the offered tokens fill, and a request has more.
+            blocks.append((-1,) * here + (*ids[here : -(-remote.tokens // size)],))
+        past = computed + tokens
+        state.load = PullJob(number, state.name, remote.tickets, computed, past, tuple(blocks))
+        self._jobs[number] = _Live(state.load, state)
+        self._tickets.pull(state.load)
+        self.counts["pulls"] += 1
+
+    def _job(
+        self, state: _Request, first: int, past: int, keys: Sequence[bytes], begin: int
+    ) -> Job:
+        """Return a job of stored blocks, which touches no block of the engine before ``begin``."""
+        blocks = list[tuple[int, ...]]()
+        for group, ids in zip(self._groups, state.blocks, strict=True):
+            size = group.block_size
+            some = ids[first * self._size // size : -(-past * self._size // size)]
+            untouched = begin // size - first * self._size // size
+            blocks.append((*[-1] * untouched, *some[untouched:]))
+        after = keys[first - 1] if first else None
+        self.counts["begun"] += 1
+        number = self.counts["begun"]
+        if self._keys.described is not None:
+            for at in range(first, past):
+                before = keys[at - 1] if at else None
+                tokens = tuple(state.tokens[at * self._size : (at + 1) * self._size])
+                self._keys.described[keys[at]] = Described(before, tokens, state.about)
+        job = Job(number, state.name, tuple(keys[first:past]), first, after, tuple(blocks))
+        self._jobs[number] = _Live(job, state)
+        return job
+
+    def _withdraw(self, job: Job) -> None:
+        """Forget a save that no worker knows."""
+        self._next.saves.remove(job)
+        live = self._jobs.pop(job.number)
+        live.missing = frozenset(range(len(job.keys)))
+        self._end_save(job, live)
+
+    def _release(self, number: int, workers: int) -> None:
+        """Note that some workers read the blocks of a save no longer."""
+        live = self._jobs.get(number)
+        if live is None:
+            return
+        live.releases += workers
+        if live.releases >= self._workers:
+            live.request.reading.discard(number)
+            self._give_back(live)
+
+    def _give_back(self, live: _Live) -> None:
+        """Let the engine reuse the blocks that a save no longer reads."""
+        if self._holder is not None and live.held:
+            self._holder.give_back(live.held)
+            live.held = ()
+
+    def _end(self, number: int, workers: int, missing: frozenset[int]) -> None:
+        """Note that a load or save has ended in some workers."""
+        live = self._jobs.get(number)
+        if live is None:
+            return
+        live.ends += workers
+        live.missing |= missing
+        if live.ends < self._workers:
+            return
+        del self._jobs[number]
+        if isinstance(live.job, PullJob):
+            self._end_pull(live.job, live)
+        elif live.loads:
+            self._end_load(live.job, live)
+        else:
+            self._end_save(live.job, live)
+
+    def _end_pull(self, job: PullJob, live: _Live) -> None:
+        """Let the other engine use its blocks again."""
+        self._tickets.release(job.request)
+        if live.missing:
+            self.counts["failed_pulls"] += 1
+        else:
+            self.counts["pulled_tokens"] += job.tokens - job.first
+        if live.request.load is job:
+            self._end_loading(live.request)
+
+    def _end_load(self, job: Job, live: _Live) -> None:
+        """Offer no block again that did not land, until it was saved anew."""
+        state = live.request
+        self.counts["landed_blocks"] += len(job.keys) - len(live.missing)
+        if live.missing:
+            self.counts["failed_loads"] += 1
+            for position in live.missing:
+                self._keys.failed[job.keys[position]] = None
+            state.limit = job.first + min(live.missing)
+            state.considered = min(state.considered, state.limit)
+        counts = {"load.blocks": len(job.keys), "load.blocks_missing": len(live.missing)}
+        tracing.end("portakv load", live.began, counts)
+        if state.load is job:  # not a later load of a request that was preempted
+            self._end_loading(state)
+
+    def _end_loading(self, state: _Request) -> None:
+        """Note that the engine has the blocks of a request again."""
+        state.load = None
+        if state.ended:
+            self._requests.pop(state.name, None)
+
+    def _end_save(self, job: Job, live: _Live) -> None:
+        """Forget the keys of a save; blocks that were stored may be offered again."""
+        live.request.reading.discard(job.number)
+        self._give_back(live)
+        for position, key in enumerate(job.keys):
+            if self._keys.saving.get(key) == job.number:
+                del self._keys.saving[key]
+            if position not in live.missing:
+                self._keys.failed.pop(key, None)
+                self.counts["stored_blocks"] += 1
+
+
+def check_group(block_size: int, group: Group) -> None:
+    """Raise `InvalidTerms` if stored blocks of a size do not fit a group's blocks."""
+    if block_size < 1 or (block_size % group.block_size and group.block_size % block_size):
+        raise InvalidTerms(
+            f"Expected stored blocks of a multiple or a divisor of {group.block_size} tokens, the "
+            f"engine's block size, got {block_size}. Pass another block_size."
+        )
+    if group.window is not None and block_size > group.window:
+        raise InvalidTerms(
+            f"Expected stored blocks of at most {group.window} tokens, the window of a group of "
+            f"layers, got {block_size}. Pass a smaller block_size."
+        )
+
+
+def _runs(numbers: Iterable[int]) -> list[range]:
+    """Return ascending numbers as runs of consecutive ones."""
+    runs = list[range]()
+    for number in numbers:
+        if runs and runs[-1].stop == number:
+            runs[-1] = range(runs[-1].start, number + 1)
+        else:
+            runs.append(range(number, number + 1))
+    return runs

@@ -1,0 +1,1084 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`StoreClient`: the blocks of a rank, in the store of the server of its host."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from typing import Literal, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import torch
+
+from portakv.arguments import flag, instance, items, one_of, seconds, text
+from portakv.errors import InvalidTerms, PortaKVError, StoreError, TransferError, TransferTimeout
+from portakv.graph import SLACK, Graph, Mask, Priority, Task
+from portakv.host import pinned
+from portakv.migrate.channel import Channel, Peer
+from portakv.migrate.shared_memory import open_shared
+from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import inside, this_process
+from portakv.runtime.interrupts import Condition, uninterrupted
+from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.runtime.transfer import Completion, Transfer
+from portakv.serving.server.link import ASKING, PATIENT, Link, Place, Session, Sides, this_client
+from portakv.serving.server.messages import (
+    KEY,
+    MOST_KEYS,
+    UNFIT,
+    Delete,
+    Done,
+    Grant,
+    Join,
+    Joined,
+    Load,
+    Lock,
+    Progress,
+    Report,
+    Save,
+    Stop,
+    Unlock,
+    ids_in,
+    joined_after,
+    joined_keys,
+)
+from portakv.serving.server.server import rows_here
+from portakv.serving.server.state import cells_of, whole_form
+from portakv.storage import BlockForm
+from portakv.storage.calls import copy_fitting
+from portakv.storage.eviction import Pins
+from portakv.storage.form import Slices
+from portakv.storage.keys import check_keys, predecessors
+from portakv.storage.memory import Crossing, Loan
+from portakv.storage.store import SHORT_COPY
+from portakv.storage.tiers.base import After, Keys
+from portakv.view import IdList, KVView
+
+# ------------------------------------------------------------------------------------------------
+# The rows of a server's store, mapped by a rank.
+
+
+class RowSides(NamedTuple):
+    """How a rank copies between rows and its view.
+
+    Attributes:
+        inner: the rank's part of the rows; None: the rows have nothing of it.
+        outer: arguments of `KVView.slice` for the rank's view.
+        cells: what is copied of each block.
+    """
+
+    inner: KVView | None
+    outer: Slices
+    cells: int
+
+
+class RankForm:
+    """The part of a rank of the blocks of one group of layers.
+
+    Attributes:
+        form: of the part.
+        whole: of whole blocks.
+        cells: of the part; see `cells_of`.
+    """
+
+    def __init__(self, form: BlockForm) -> None:
+        self.form = form
+        self.whole = whole_form(form)
+        self.cells = cells_of(form)
+
+
+class MappedRows:
+    """The rows of a server's store in this process.
+
+    Args:
+        handle: as the server has shared them.
+        device: that copies from and to them; None or the CPU: none, so they are not registered.
+
+    Raises `PeerError` and `Unsupported` as `open_shared` does.
+
+    Attributes:
+        pinned: copies of a device run at the link, and the host does not wait for them.
+    """
+
+    def __init__(self, handle: bytes, device: torch.device | None) -> None:
+        here = rows_here.get(handle)
+        self.pinned = False
+        self._memory: pinned.PinnedMemory | None = None
+        self._tensor = open_shared(handle) if here is None else here
+        self._sides: Bounded[tuple[int, str], RowSides] = Bounded("sides of mapped rows", 256)
+        if device is None or device.type == "cpu":
+            return
+        self.pinned = self._tensor.is_pinned()
+        if not self.pinned and pinned.why_not_register() is None:
+            with inside(device):
+                self._memory = pinned.register(self._tensor, unit=self._tensor.shape[1])
+            self._tensor = self._memory.view(torch.uint8, self._tensor.shape)
+            self.pinned = self._memory.pinned
+
+    def sides(self, group: RankForm, form: str) -> RowSides:
+        """Return how a rank copies rows of a form, by its JSON; empty: of whole blocks."""
+        return self._sides.get_or_make((id(group), form), lambda: self._made(group, form))
+
+    def copy(
+        self,
+        group: RankForm,
+        form: str,
+        crossing: Crossing,
+        view: KVView,
+        rows: Sequence[int],
+        at: Sequence[int],
+        saves: bool,
+    ) -> tuple[int, Mask]:
+        """Copy blocks between rows of a form and a rank's view.
+
+        Args:
+            form: its JSON; empty: of whole blocks.
+            rows, at: the number of each row, and the place of its block among those of the
+                crossing.
+            saves: the copy goes into the rows.
+
+        Returns:
+            What is copied of each block, as `cells_of` has it; and the blocks that do not fit into
+            packed slots, bool ``[rows]``.
+        """
+        sides = self.sides(group, form)
+        unfit: Mask = np.zeros(len(rows), np.bool_)
+        if sides.inner is None:
+            return sides.cells, unfit
+        outer = view.slice(**sides.outer) if form else view
+        if saves:
+            unfit, _ = copy_fitting(crossing, sides.inner, outer, np.array(rows), np.array(at))
+        else:
+            crossing.copy(sides.inner, outer, rows, at)
+        return sides.cells, unfit
+
+    def _made(self, group: RankForm, form: str) -> RowSides:
+        other = BlockForm.from_json(form) if form else group.whole
+        common = group.form.part_of(other)
+        if common is None:
+            return RowSides(None, {}, 0)
+        of_rows, of_view = common
+        with torch.inference_mode(False):  # copies write them in any mode
+            inner = other.view(self._tensor).slice(**of_rows)
+        cells = cells_of(other) & group.cells
+        return RowSides(inner, of_view, cells)
+
+    def close(self) -> None:
+        """Release the registration; views that are in use retain the memory."""
+        if self._memory is not None:
+            self._memory.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# A load or a save through a server, as its caller sees it.
+
+#: Seconds after its deadline for which a load waits for the server to end it.
+GRACE = 0.5
+#: Seconds between two looks of a caller that waits.
+LOOK = 1.0
+
+
+@dataclass(eq=False)
+class Piece:
+    """A request of a transfer, of at most `MOST_KEYS` keys. The client's lock guards it.
+
+    Attributes:
+        number: of the request.
+        packs: a save of packed blocks: those that do not fit get rows once more, so that nothing is
+            released before the server says that no rows follow.
+        first: the number of its first block in the transfer.
+        blocks: how many it has.
+        asking: the first answer of the server has not come.
+        more: further rows may follow.
+        closed: no copy begins any more: the transfer was cancelled, is late, or lost its server.
+        queued: leases whose copies have not begun.
+        copying: leases whose copies are under way in workers.
+        issued: leases whose copies were issued on the caller's stream.
+        granted: how many blocks have rows, as whole blocks.
+        landed: the blocks that were copied from rows of whole blocks, bool ``[blocks]``.
+        covered: of other blocks the cells that were copied.
+        stored: the blocks of a save that are stored; None: it has not ended.
+    """
+
+    number: int
+    first: int
+    blocks: int
+    saves: bool
+    packs: bool = False
+    asking: bool = True
+    more: bool = True
+    closed: bool = False
+    queued: int = 0
+    copying: int = 0
+    issued: int = 0
+    granted: int = 0
+    covered: dict[int, int] = field(default_factory=dict)
+    stored: Mask | None = None
+
+    def __post_init__(self) -> None:
+        self.landed: Mask = np.zeros(self.blocks, np.bool_)
+
+    @property
+    def issued_all(self) -> bool:
+        """Return whether nothing is under way, or follows, but what was issued."""
+        left = self.asking or self.queued or (self.more and self.granted < self.blocks)
+        return not self.copying and (self.closed or not left)
+
+    @property
+    def released(self) -> bool:
+        """Return whether no copy is under way, and none follows."""
+        return self.issued_all and not self.issued
+
+    @property
+    def ended(self) -> bool:
+        """Return whether the request has ended."""
+        return self.released and (self.closed or not self.saves or self.stored is not None)
+
+
+class ServerTransfer:
+    """A load or a save through a server. It never raises: what did not land is in `landed`.
+
+    Attributes:
+        released: of a save, ends when nothing reads the caller's blocks; None of a load.
+        layers: of a load by layer, what to wait for before each layer; empty for others.
+        cells: of a block, which a load has to copy.
+        issued: the end of the copy on the caller's stream, if the call issued one.
+        issued_blocks: the blocks of that copy, bool ``[blocks]``.
+    """
+
+    def __init__(
+        self,
+        changed: threading.Condition,
+        pieces: Sequence[Piece],
+        cells: int,
+        until: float | None = None,
+        give_up: Callable[[ServerTransfer], object] = lambda _: None,
+    ) -> None:
+        self.pieces = pieces
+        self.cells = cells
+        self.layers: Sequence[ServerTransfer | Transfer] = ()
+        self.issued: Completion | None = None
+        self.issued_blocks: Mask | None = None
+        self._ordered = False  # a stream waits for what was issued
+        saves = any(piece.saves for piece in pieces)
+        self.released = Released(changed, pieces) if saves else None
+        self._changed = changed
+        self._until = until
+        self._give_up = give_up
+        self._call: Callable[[], object] | None = None
+
+    def when_ended(self, call: Callable[[], object]) -> None:
+        """Have a function called once when it has ended, or now if it has.
+
+        It is called under the client's lock, in any thread: it must be quick, and wait for nothing.
+        """
+        self._call = call
+        self.look()
+
+    def look(self) -> bool:
+        """Return whether it has ended, and call the function of `when_ended` then."""
+        with self._changed:
+            if not all(piece.ended for piece in self.pieces):
+                return False
+            call = self._call
+            self._call = None
+            if call is not None:
+                call()
+            return True
+
+    def done(self) -> bool:
+        """Return whether it has ended; never block, never raise."""
+        ended = self._ended()
+        if not ended and self._until is not None and time.monotonic() > self._until + GRACE:
+            self.cancel()
+            ended = self._ended()
+        return ended
+
+    def _ended(self) -> bool:
+        with self._changed:
+            return all(piece.ended for piece in self.pieces)
+
+    @property
+    def is_issued(self) -> bool:
+        """Return whether all copies were issued: `wait` orders a stream, and blocks no host."""
+        with self._changed:
+            return self.issued is not None and all(piece.issued_all for piece in self.pieces)
+
+    @property
+    def landed(self) -> Mask:
+        """Return the blocks that landed, or are stored, bool ``[blocks]``.
+
+        After `wait`, the blocks of a copy that was issued count: the stream finds their bytes.
+        """
+        result = np.zeros(sum(piece.blocks for piece in self.pieces), np.bool_)
+        if self._ordered and self.issued_blocks is not None:
+            result |= self.issued_blocks
+        with self._changed:
+            for piece in self.pieces:
+                some = result[piece.first : piece.first + piece.blocks]
+                if piece.saves:
+                    some |= False if piece.stored is None else piece.stored
+                else:
+                    some |= piece.landed
+                    some[[at for at, cells in piece.covered.items() if cells == self.cells]] = True
+        return result
+
+    def cancel(self) -> bool:
+        """Copy no further block; return whether some blocks will not be copied."""
+        with self._changed:
+            left = [piece for piece in self.pieces if not piece.closed and not piece.ended]
+            for piece in left:
+                piece.closed = True
+            self._changed.notify_all()
+        if left:
+            self.look()
+            self._give_up(self)
+        return bool(left)
+
+    def synchronize(self, timeout: float | None = None) -> None:
+        """Block until it has ended. Raises `TransferTimeout` after so many seconds."""
+        until = None if timeout is None else time.monotonic() + timeout
+        while not self.done():
+            left = LOOK if until is None else min(LOOK, until - time.monotonic())
+            if left <= 0:
+                raise TransferTimeout(
+                    f"The transfer timed out after {timeout:g} s, and goes on. Wait again, or call "
+                    f"done()."
+                )
+            with self._changed:
+                if not all(piece.ended for piece in self.pieces):
+                    self._changed.wait(left)
+
+    def wait(self, stream: torch.Stream | None = None) -> None:
+        """Make the current stream (or ``stream``) wait; block the host for what others copy."""
+        issued = self.issued
+        if issued is not None:
+            issued.wait(stream)
+            self._ordered = True
+        while not self.done():
+            with self._changed:
+                if all(piece.issued_all for piece in self.pieces):
+                    return
+                self._changed.wait(LOOK)
+
+
+class Released:
+    """The end of the copies of a save, after which nothing reads the caller's blocks."""
+
+    def __init__(self, changed: threading.Condition, pieces: Sequence[Piece]) -> None:
+        self._changed = changed
+        self._pieces = pieces
+
+    def done(self) -> bool:
+        """Return whether nothing reads the caller's blocks; never block for long."""
+        with self._changed:
+            return all(piece.released for piece in self._pieces)
+
+    def wait(self, stream: torch.Stream | None = None) -> None:
+        """Block until nothing reads the caller's blocks."""
+        with self._changed:
+            while not all(piece.released for piece in self._pieces):
+                self._changed.wait(LOOK)
+
+
+# ------------------------------------------------------------------------------------------------
+# The requests of a rank to its server, and how far their copies are.
+
+#: What workers do: copies of loads and of saves, and waits for copies that were issued.
+Kind: TypeAlias = Literal["load", "save", "end"]
+#: The name and the width of the queue of each kind.
+_QUEUES = {"load": ("host-device", 2), "save": ("device-host", 2), "end": ("ends", 1)}
+
+
+class Copying(Protocol):
+    """What has rows copied for a request."""
+
+    def piece_ended(self) -> None:
+        """Note that a request has ended, under the lock of all pieces."""
+
+    def copy_later(self, session: Session, piece: Piece, grants: Sequence[Grant], /) -> None:
+        """Have workers copy rows."""
+
+
+class Requests:
+    """The requests of a rank that have not ended. Any thread may call.
+
+    Attributes:
+        changed: the lock of all pieces, notified at each change.
+        graph: its workers copy.
+        process: whose requests they are.
+    """
+
+    def __init__(self) -> None:
+        self.process = this_process()
+        self.changed = Condition()
+        self.graph = Graph()
+        self._numbers = count(1)
+        self._open = dict[int, tuple[Copying, Piece]]()  # by number
+        self._copies = 0  # copies
+
+    @property
+    def idle(self) -> bool:
+        """Return whether no copy is under way."""
+        return not self._copies
+
+    def begin(self, copying: Copying, keys: int, saves: bool, packs: bool = False) -> list[Piece]:
+        """Return the requests of a load or save of so many keys; ``packs``: see `Piece`."""
+        pieces = list[Piece]()
+        with self.changed:
+            for first in range(0, keys, MOST_KEYS):
+                many = min(MOST_KEYS, keys - first)
+                piece = Piece(next(self._numbers), first, many, saves, packs)
+                pieces.append(piece)
+                self._open[piece.number] = copying, piece
+        return pieces
+
+    def next_number(self) -> int:
+        """Return a number that no request of this rank has."""
+        return next(self._numbers)
+
+    def find(self, number: int) -> tuple[Copying, Piece] | None:
+        """Return a request that has not ended."""
+        return self._open.get(number)
+
+    def take(self, piece: Piece, progress: Progress, answer: bool = False) -> None:
+        """Note what the server says about a request. ``answer``: for the first time."""
+        with self.changed:
+            piece.queued += len(progress.grants)
+            for grant in progress.grants:
+                if not (grant.form or piece.packs):
+                    piece.granted += len(grant.places) // 4
+            piece.asking = piece.asking and not answer
+            piece.more = piece.more and progress.more
+            if progress.stored is not None:
+                piece.stored = np.frombuffer(progress.stored, np.bool_).copy()
+            self._note(piece)
+
+    def drop(self, piece: Piece) -> None:
+        """End a request that the server does not answer."""
+        with self.changed:
+            piece.closed = True
+            piece.asking = False
+            self._note(piece)
+
+    def close_all(self) -> None:
+        """Begin no further copy, and wait for no further rows."""
+        with self.changed:
+            for _, piece in [*self._open.values()]:
+                piece.closed = True
+                self._note(piece)
+
+    def start_copy(self, piece: Piece, issued: bool = False) -> bool:
+        """Note that a copy begins; return False if it must not.
+
+        ``issued``: on the stream of the caller, not by a worker.
+        """
+        with self.changed:
+            piece.queued -= 1
+            if piece.closed:
+                self._note(piece)
+                return False
+            piece.copying += not issued
+            piece.issued += issued
+            self._copies += 1
+            return True
+
+    def end_copy(self, piece: Piece, grant: Grant, cells: int, issued: bool = False) -> None:
+        """Note that a copy has ended, which brought cells of blocks."""
+        places = ids_in(grant.places) if cells else []
+        with self.changed:
+            piece.copying -= not issued
+            piece.issued -= issued
+            self._copies -= 1
+            if not grant.form:
+                piece.landed[places] = True
+            for place in places if grant.form else []:
+                piece.covered[place] = piece.covered.get(place, 0) | cells
+            self._note(piece)
+
+    def run(self, kind: Kind, work: Callable[[], object], priority: Priority = "urgent") -> None:
+        """Have a worker do something."""
+        name, width = _QUEUES[kind]
+
+        def call(task: Task, mask: Mask) -> None:
+            work()
+
+        task = Task(call, 1, queue=self.graph.queue(name, width=width), name=kind)
+        self.graph.submit([task], priority=priority)
+
+    def close(self, timeout: float) -> None:
+        """End all requests, and wait for copies under way, at most so many seconds."""
+        self.close_all()
+        with self.changed:
+            self.changed.wait_for(lambda: self.idle, timeout)
+
+    def _note(self, piece: Piece) -> None:
+        """Wake who waits for a request, and forget it if it has ended; under the lock."""
+        if piece.ended:
+            copying, _ = self._open.pop(piece.number, (None, piece))
+            if copying is not None:
+                copying.piece_ended()
+        self.changed.notify_all()
+
+
+# ------------------------------------------------------------------------------------------------
+# Locks and deletions of blocks in the store of a server.
+
+
+class ServerLocks:
+    """The locks of a process on blocks of one group of layers. `StoreClient` makes it.
+
+    It never raises for a server that is gone, which locks and deletes nothing.
+    """
+
+    def __init__(self, requests: Requests, link: Link, group: int) -> None:
+        self._requests = requests
+        self._link = link
+        self._group = group
+
+    def pin(self, keys: Keys) -> Pins:
+        """Keep blocks from eviction until `Pins.release`, as far as the server has them.
+
+        Waits for the server's answer, two seconds at most. The end of the session, such as that of
+        the server, ends the pins too.
+        """
+        checked = check_keys(keys)
+        pins = Pins(len(checked))
+        for first in range(0, len(checked), MOST_KEYS):
+            some = checked[first : first + MOST_KEYS]
+            number = self._requests.next_number()
+            session = self._link.session
+            if session is None:
+                break
+            done = self._done(Lock(session.number, number, self._group, joined_keys(some)))
+            places = [first + at for at in np.flatnonzero(done).tolist()]
+            release = partial(self._unlock, session, number)
+            for place in places:
+                pins.add(place, release if place == places[0] else bool)
+            if not places:
+                release()
+        return pins
+
+    def delete(self, keys: Keys) -> Mask:
+        """Forget blocks, for all processes; return which were there, bool ``[keys]``.
+
+        Waits for the server's answer, two seconds at most.
+        """
+        checked = check_keys(keys)
+        gone = np.zeros(len(checked), np.bool_)
+        for first in range(0, len(checked), MOST_KEYS):
+            some = checked[first : first + MOST_KEYS]
+            session = self._link.session
+            if session is None:
+                break
+            message = Delete(session.number, self._group, joined_keys(some))
+            gone[first : first + len(some)] = self._done(message)
+        return gone
+
+    def _done(self, message: Lock | Delete) -> Mask:
+        """Return for which blocks the server has done a request; for none without an answer."""
+        count = len(message.keys) // KEY
+        session = None if self._requests.process.forked else self._link.session
+        if session is not None and session.number == message.session:
+            with suppress(PortaKVError):  # the session has ended, or ends now
+                answer = self._link.ask(session, message, Done, ASKING)
+                done: Mask = np.frombuffer(answer.done, np.bool_).copy()
+                return done
+        return np.zeros(count, np.bool_)
+
+    def _unlock(self, session: Session, number: int) -> None:
+        """Tell the server of the end of locks, in a worker."""
+        with suppress(TransferError):  # the client was closed, and its locks have ended
+            tell = partial(self._link.tell, session, Unlock(session.number, number))
+            self._requests.run("load", tell)
+
+
+# ------------------------------------------------------------------------------------------------
+# A load or a save through a server: what it asks for, and its copies.
+
+_log = RateLimitedLog(logging.getLogger(__name__))
+#: Seconds between two looks at a copy that was issued.
+POLL = 5e-4
+
+
+class Hit(NamedTuple):
+    """Rows that the caller's thread copies for a request."""
+
+    piece: Piece
+    grant: Grant
+
+
+class Moving:
+    """A load or a save of one group of layers.
+
+    Args:
+        requests, link: of the rank.
+        group: the number of the group.
+        part: of the rank.
+        crossing: between rows and blocks of the view.
+    """
+
+    def __init__(
+        self,
+        requests: Requests,
+        link: Link,
+        group: int,
+        part: RankForm,
+        view: KVView,
+        crossing: Crossing,
+    ) -> None:
+        self._requests = requests
+        self._link = link
+        self._session = link.session
+        self._group = group
+        self._part = part
+        self._view = view
+        self._crossing = crossing
+        self._priority: Priority = "urgent"
+        self._saves = False
+        self._transfer: ServerTransfer | None = None
+
+    def save(
+        self, keys: list[bytes], after: Sequence[bytes | None], priority: Priority
+    ) -> ServerTransfer:
+        """Begin a save. A worker requests rows and copies into them.
+
+        ``after``: for each key the one that it follows.
+        """
+        self._priority = priority
+        self._saves = True
+        transfer = self._begin(len(keys), None)
+        session = self._session
+        if session is None:
+            return transfer
+        try:
+            for piece in transfer.pieces:
+                some = slice(piece.first, piece.first + piece.blocks)
+                before = joined_after(after[some], keys[some])
+                words = session.number, piece.number, self._group, joined_keys(keys[some])
+                request = Save(*words, before, priority)
+                self._run(partial(self._ask_later, session, piece, request))
+        except BaseException:  # also an interrupt: no caller has a handle
+            self._withdraw(transfer)
+            raise
+        return transfer
+
+    def load(
+        self, keys: list[bytes], deadline: float | None, priority: Priority, by_layer: bool = False
+    ) -> ServerTransfer:
+        """Begin a load: request rows, and copy those that are there."""
+        self._priority = priority
+        transfer = self._begin(len(keys), deadline)
+        if by_layer:
+            transfer.layers = [transfer] * self._view.layers
+        session = self._session
+        if session is None:
+            return transfer
+        here = self._copies_here(session, len(keys))
+        hits = list[Hit]()
+        try:
+            for piece in transfer.pieces:
+                some = joined_keys(keys[piece.first : piece.first + piece.blocks])
+                words = session.number, piece.number, self._group, some
+                grants = self._ask(session, piece, Load(*words, deadline or 0.0, priority))
+                later = list[Grant]()
+                for grant in grants:
+                    if here and not grant.form:
+                        hits.append(Hit(piece, grant))
+                    else:
+                        later.append(grant)
+                self.copy_later(session, piece, later)
+            if hits:
+                self._issue(session, transfer, len(keys), hits)
+        except BaseException as error:  # also an interrupt: no caller has a handle
+            self._withdraw(transfer)
+            if not isinstance(error, Exception):  # no one knows the rows of an answer that is lost
+                self._link.lose(session, "A load was interrupted.")
+            raise
+        return transfer
+
+    def _withdraw(self, transfer: ServerTransfer) -> None:
+        """Copy no further block of a transfer that no caller has, and forget it."""
+        transfer.cancel()
+        for piece in transfer.pieces:
+            self._requests.drop(piece)
+
+    def _begin(self, keys: int, deadline: float | None) -> ServerTransfer:
+        """Return the transfer, which has ended if there is no server.
+
+        Raises the errors of copies that are impossible.
+        """
+        session = self._session
+        if session is not None:
+            rows: MappedRows = session.data
+            inner = rows.sides(self._part, "").inner
+            assert inner is not None  # a rank has a part of whole blocks
+            self._crossing.prepare(inner)
+        until = None if deadline is None else time.monotonic() + deadline
+        packs = self._saves and bool(self._part.form.encoding)
+        pieces = self._requests.begin(self, keys, self._saves, packs)
+        changed = self._requests.changed
+        transfer = ServerTransfer(changed, pieces, self._part.cells, until, self._give_up)
+        self._transfer = transfer
+        # A session that ended before they began has ended none of them.
+        if session is None or self._link.session is not session:
+            self._session = None
+            for piece in pieces:
+                self._requests.drop(piece)
+        return transfer
+
+    def _copies_here(self, session: Session, keys: int) -> bool:
+        """Return whether the caller's thread copies the rows that are there.
+
+        It issues a copy to a device, which it does not wait for, and makes a short one on the host.
+        """
+        if self._view.device.type == "cpu":
+            return keys * self._part.form.payload_bytes <= SHORT_COPY
+        rows: MappedRows = session.data
+        return rows.pinned
+
+    def _give_up(self, transfer: ServerTransfer) -> None:
+        """Tell the server that nothing waits for a transfer any longer."""
+        session = self._session
+        if session is not None and self._link.session is session:
+            for piece in transfer.pieces:
+                stop = Stop(session.number, piece.number)
+                with suppress(TransferError):  # the client was closed meanwhile
+                    self._run(partial(self._link.tell, session, stop))
+
+    def _ask_later(self, session: Session, piece: Piece, request: Save) -> None:
+        """Request rows in a worker, and have them copied."""
+        self.copy_later(session, piece, self._ask(session, piece, request))
+
+    def _ask(self, session: Session, piece: Piece, request: Load | Save) -> Sequence[Grant]:
+        """Request rows, and return those that are there; without an answer the request ends."""
+        if not piece.closed:
+            try:
+                timeout = PATIENT if self._saves else ASKING
+                answer = self._link.ask(session, request, Progress, timeout)
+                self._requests.take(piece, answer, answer=True)
+                return answer.grants
+            except PortaKVError as error:
+                kind = "save" if self._saves else "load"
+                _log.warning(kind, "A %s of %d blocks ends: %s", kind, piece.blocks, error)
+        self._requests.drop(piece)
+        return ()
+
+    def piece_ended(self) -> None:
+        """See whether the transfer has ended, of which a request has."""
+        if self._transfer is not None and self._transfer.look():
+            self._transfer = None
+
+    # --- copies
+
+    def copy_later(self, session: Session, piece: Piece, grants: Sequence[Grant]) -> None:
+        """Have workers copy rows."""
+        for grant in grants:
+            self._run(partial(self._copy, session, piece, grant))
+
+    def _run(self, work: partial[None]) -> None:
+        self._requests.run("save" if self._saves else "load", work, self._priority)
+
+    def _copy(self, session: Session, piece: Piece, grant: Grant) -> None:
+        """Copy rows in a worker, and report that."""
+        if not self._requests.start_copy(piece):
+            self._report(session, grant, False)
+            return
+        rows: MappedRows = session.data
+        cells = 0
+        landed = False
+        unfit: Mask | None = None
+        try:
+            at = [piece.first + place for place in ids_in(grant.places)]
+            items = ids_in(grant.rows)
+            terms = (self._part, grant.form, self._crossing, self._view)
+            cells, unfit = rows.copy(*terms, items, at, piece.saves)
+            landed = True
+        except PortaKVError as error:
+            _log.warning("copy", "A copy failed: %s", error)
+        finally:
+            self._requests.end_copy(piece, grant, cells)
+            self._report(session, grant, landed, unfit)
+
+    def _report(
+        self, session: Session, grant: Grant, landed: bool, unfit: Mask | None = None
+    ) -> None:
+        """Report the end of a copy to the server. ``unfit``: the blocks that were not packed."""
+        mask = np.full(len(grant.places) // 4, landed, np.uint8)
+        if unfit is not None:
+            mask[unfit] = UNFIT
+        self._link.tell(session, Report(session.number, grant.lease, mask.tobytes()))
+
+    def _issue(
+        self, session: Session, transfer: ServerTransfer, blocks: int, hits: Sequence[Hit]
+    ) -> None:
+        """Copy rows on the caller's current stream."""
+        mapped: MappedRows = session.data
+        inner = mapped.sides(self._part, "").inner
+        assert inner is not None  # a rank has a part of whole blocks
+        loan = Loan((), self._crossing)
+        loan.rows = [None] * blocks
+        begun = list[Hit]()
+        landed = False
+        note = partial(self._note_issued, session, transfer, loan, hits, begun)
+        try:
+            undo = partial(self._undo_issued, begun)
+            uninterrupted(partial(self._start_issued, loan, hits, begun), undo)
+            if begun:
+                by_layer = bool(transfer.layers) and None not in loan.rows
+                _, layers = self._crossing.issue(inner, loan, by_layer)
+                transfer.layers = layers or transfer.layers
+            landed = True
+        finally:
+            uninterrupted(partial(note, landed))
+
+    def _start_issued(self, loan: Loan, hits: Sequence[Hit], begun: list[Hit]) -> None:
+        """Note that copies begin, whose rows become those of a loan; add those that may."""
+        begun += [hit for hit in hits if self._requests.start_copy(hit.piece, issued=True)]
+        rows = [*loan.rows]
+        for piece, grant in begun:
+            for place, row in zip(ids_in(grant.places), ids_in(grant.rows), strict=True):
+                rows[piece.first + place] = row
+        loan.rows = rows
+
+    def _undo_issued(self, begun: list[Hit], _: object) -> None:
+        """Note that copies have ended that were not issued."""
+        some = [*begun]
+        begun.clear()
+        self._end_issued(some, False)
+
+    def _note_issued(
+        self,
+        session: Session,
+        transfer: ServerTransfer,
+        loan: Loan,
+        hits: Sequence[Hit],
+        begun: Sequence[Hit],
+        landed: bool,
+    ) -> None:
+        """Note the copy that was issued, if one was, and have its end followed."""
+        if loan.end is None:
+            loan.cancel()
+        transfer.issued = loan.end
+        transfer.issued_blocks = np.array([row is not None for row in loan.rows])
+        if loan.ended():
+            self._end_issued(begun, landed)
+            begun = ()
+        self._requests.run("end", partial(self._follow, session, loan, hits, begun, landed))
+
+    def _follow(
+        self,
+        session: Session,
+        loan: Loan,
+        hits: Sequence[Hit],
+        begun: Sequence[Hit],
+        landed: bool,
+    ) -> None:
+        """Wait in a worker for a copy that was issued, and report its end."""
+        while not loan.ended():
+            time.sleep(POLL)
+        self._end_issued(begun, landed)
+        for _, grant in hits:
+            self._report(session, grant, landed)
+
+    def _end_issued(self, begun: Sequence[Hit], landed: bool) -> None:
+        """Note the end of a copy that was issued."""
+        cells = self._part.cells if landed else 0
+        for piece, grant in begun:
+            self._requests.end_copy(piece, grant, cells, issued=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# The blocks of a group of layers of a rank, in the store of a server.
+
+
+class ServerBlocks:
+    """The blocks of one group of layers of a rank. `StoreClient` makes it.
+
+    It saves and loads as a `FormStore` does, but never raises for a server that is gone, and waits
+    for no tier.
+
+    Attributes:
+        form: of the rank's part of the blocks.
+    """
+
+    def __init__(self, requests: Requests, link: Link, group: int, part: RankForm) -> None:
+        self.form = part.form
+        self._requests = requests
+        self._link = link
+        self._group = group
+        self._part = part
+
+    def save(
+        self,
+        view: KVView,
+        blocks: IdList,
+        keys: Keys,
+        *,
+        after: After = None,
+        priority: Priority = "background",
+    ) -> ServerTransfer:
+        """Save the rank's part of blocks of a view; see `FormStore.save`.
+
+        A block is stored once all ranks of the engine have saved their parts of it, in calls with
+        equal keys. Blocks that find no free staging are dropped.
+
+        Raises `InvalidTerms`, `LayoutError` and `SlotError` as `FormStore.save` does.
+        """
+        checked = _checked(keys, priority)
+        before = predecessors(after, checked)
+        return self._moving(view, blocks, len(checked), True).save(checked, before, priority)
+
+    def load(
+        self,
+        view: KVView,
+        blocks: IdList,
+        keys: Keys,
+        *,
+        priority: Priority = "urgent",
+        deadline: float | None = None,
+        by_layer: bool = False,
+        missing: Literal["skip"] = "skip",
+    ) -> ServerTransfer:
+        """Load the rank's part of blocks into a view; see `FormStore.load`.
+
+        Blocks that do not come within ``deadline`` seconds are missing. The call sends one request
+        for each 1,024 keys to the server. It copies blocks of the host tier itself, ordered on the
+        current stream of the view's device, except for a large copy on the host. Workers copy the
+        others. ``by_layer``: `ServerTransfer.layers` has an end for each layer, which is the end of
+        all layers unless the call copies all blocks.
+
+        Raises `InvalidTerms`, `LayoutError` and `SlotError` as `FormStore.load` does.
+        """
+        checked = _checked(keys, priority)
+        one_of("missing", missing, ("skip",))
+        flag("by_layer", by_layer)
+        if deadline is not None:
+            seconds("deadline", deadline)
+        moving = self._moving(view, blocks, len(checked), False)
+        return moving.load(checked, deadline, priority, by_layer)
+
+    def _moving(self, view: KVView, blocks: IdList, keys: int, saves: bool) -> Moving:
+        """Return a transfer of blocks of a view. Raises `StoreError` in a forked process."""
+        if self._requests.process.forked:
+            raise StoreError(
+                "Expected the client of a store server of this process, got one of the process "
+                "that this one was forked from. Make another."
+            )
+        crossing = Crossing(view, blocks, keys, self.form.block_size, store=saves)
+        return Moving(self._requests, self._link, self._group, self._part, view, crossing)
+
+
+def _checked(keys: Keys, priority: Priority) -> list[bytes]:
+    """Return keys of 32 bytes that differ; reject wrong terms."""
+    checked = check_keys(keys)
+    one_of("priority", priority, SLACK)
+    if len({*checked}) < len(checked):
+        raise InvalidTerms("Expected keys that differ, got one twice. Pass each key once.")
+    return checked
+
+
+class StoreClient:
+    """The blocks of a rank of an engine, in the store of the server of its host.
+
+    It finds the server whenever one serves. As long as none does, nothing is loaded, and what is
+    saved is dropped; the log has a line about it.
+
+    Args:
+        place: where the processes of the host find the server.
+        forms: of the rank's part of the blocks of each group of layers, with its layers and heads
+            among those of the model.
+        engine: its name. All ranks that save together have the same one.
+        device: of the rank's caches, for which the rows of the store are registered.
+
+    Raises `InvalidTerms` for wrong arguments.
+
+    Attributes:
+        blocks: of each group of layers.
+        locks: of each group of layers, on its blocks.
+        link: the connection to the server.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        forms: Sequence[BlockForm],
+        engine: str = "",
+        device: torch.device | None = None,
+    ) -> None:
+        instance("place", place, Place)
+        parts = [RankForm(instance("forms", x, BlockForm)) for x in items("forms", forms, "forms")]
+        texts = tuple(part.form.json() for part in parts)
+        self._device = device
+        self._mapped: MappedRows | None = None
+        self._requests = Requests()
+        name = text("engine", engine, least=0)
+        client = this_client()  # before the channel, which an error would leave open
+        channel = Channel()
+        self._hello = partial(Join, name, client, channel.address, texts)
+        channel.serve(Progress, self._progress)
+        sides = Sides(self._hello, Joined, lambda: self._requests.idle, self._began, self._ended)
+        self.link = Link(place, channel, sides)
+        self.blocks = [
+            ServerBlocks(self._requests, self.link, number, part)
+            for number, part in enumerate(parts)
+        ]
+        self.locks = [
+            ServerLocks(self._requests, self.link, number) for number, _ in enumerate(parts)
+        ]
+        self.link.start()
+
+    def __enter__(self) -> StoreClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def wait(self, timeout: float = 10.0) -> bool:
+        """Wait for a server, at most so many seconds; return whether one serves.
+
+        Raises `InvalidTerms` with the sentence of a server that refuses the blocks of this rank.
+        """
+        return self.link.wait(seconds("timeout", timeout))
+
+    def close(self, timeout: float = 10.0) -> None:
+        """End the loads and saves, and leave the server."""
+        timeout = seconds("timeout", timeout)
+        if self._requests.process.forked:
+            return
+        self._requests.close(timeout)
+        self.link.close()
+        self._requests.graph.close(timeout)
+        if self._mapped is not None and self._requests.idle:
+            self._mapped.close()
+
+    def _began(self, address: str, joined: Joined) -> MappedRows:
+        """Map the rows of a server, in place of those of the server before."""
+        if self._mapped is not None:
+            self._mapped.close()
+            self._mapped = None
+        self._mapped = MappedRows(joined.rows, self._device)
+        return self._mapped
+
+    def _ended(self, session: Session) -> None:
+        self._requests.close_all()
+
+    def _progress(self, peer: Peer, progress: Progress) -> None:
+        """Take rows of the server, in the thread of the channel."""
+        session = self.link.session
+        if session is None or session.number != progress.session:
+            return
+        waiting = self._requests.find(progress.number)
+        if waiting is not None:
+            copying, piece = waiting
+            self._requests.take(piece, progress)
+            copying.copy_later(session, piece, progress.grants)
+        for grant in progress.grants if waiting is None else ():  # nothing waits for these rows
+            report = Report(session.number, grant.lease, bytes(len(grant.places) // 4))
+            self._requests.run("load", partial(self.link.tell, session, report))

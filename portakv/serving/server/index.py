@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ServerIndex`: a copy of the index of a server, which the server's feed keeps current."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+
+from portakv.arguments import instance, seconds, text, whole
+from portakv.errors import InvalidTerms
+from portakv.migrate.channel import Channel, Peer
+from portakv.runtime.devices import this_process
+from portakv.serving.bucket import ServerBucket
+from portakv.serving.server.link import PATIENT, Link, Place, Session, Sides, this_client
+from portakv.serving.server.messages import (
+    AskKeys,
+    Changed,
+    Changes,
+    Follow,
+    Followed,
+    KeysPage,
+    LookedUp,
+    LookUp,
+    joined_keys,
+    keys_in,
+    tier_of,
+)
+from portakv.storage.calls import Change
+
+#: The most changes that wait for `ServerIndex.take_events`.
+EVENTS = 1 << 16
+
+
+class Known:
+    """The blocks of one form that a server has, and in which tiers."""
+
+    def __init__(self) -> None:
+        #: By key a number with a bit for each tier.
+        self.tiers = dict[bytes, int]()
+        self._names = dict[str, int]()  # the bits of tiers, by their names
+
+    def add(self, tier: str, keys: Iterable[bytes]) -> None:
+        """Note that a tier has blocks. ``tier``: as `tier_of` returns it."""
+        bit = self._bit(tier)
+        tiers = self.tiers
+        for key in keys:
+            tiers[key] = tiers.get(key, 0) | bit
+
+    def change(self, changed: Changed) -> None:
+        """Note a block that a tier has stored, or lost."""
+        bit = self._bit(tier_of(changed.form, changed.tier))
+        left = self.tiers.get(changed.key, 0) & ~bit
+        if changed.stored:
+            left |= bit
+        if left:
+            self.tiers[changed.key] = left
+        else:
+            self.tiers.pop(changed.key, None)
+
+    def _bit(self, tier: str) -> int:
+        return 1 << self._names.setdefault(tier, len(self._names))
+
+
+class Record:
+    """The changes that wait for `ServerIndex.take_events`. The lock of the index guards it.
+
+    Attributes:
+        events: the changes.
+        kept: whether changes are kept.
+        every: those of all groups, and the losses that were missed between two sessions.
+        left: of each group what was known in the session before.
+    """
+
+    def __init__(self) -> None:
+        self.events = deque[Change](maxlen=EVENTS)
+        self.kept = False
+        self.every = False
+        self.left: Sequence[Known] = ()
+
+    def note(self, changed: Changed, forms: Sequence[Sequence[int]]) -> None:
+        """Note a change, if it is of a group that counts; ``forms``: the numbers of each group."""
+        counted = forms if self.every else forms[:1]
+        if self.kept and any(changed.form in some for some in counted):
+            self.events.append(change_of(changed))
+
+    def note_missed(self, before: Sequence[Known], read: Sequence[Known]) -> None:
+        """Note the blocks that were known before a snapshot, and are not in it."""
+        pairs = [*zip(before or self.left, read, strict=False)]
+        self.left = ()
+        for old, new in pairs if self.kept and self.every else ():
+            missed = old.tiers.keys() - new.tiers.keys()
+            self.events += [Change(0, key, "", False, "evicted") for key in missed]
+
+
+class ServerIndex:
+    """What a scheduler knows of the blocks of a server; an `Index` of a `SchedulerSide`.
+
+    It holds a copy of the server's index, which the server keeps current. So an answer needs no
+    message, except about blocks that only a bucket has, which the server looks up. It knows no
+    blocks while there is no server, or no rank of the engine has joined.
+
+    Args:
+        place: where the processes of the host find the server.
+        engine: the name with which the ranks of the engine join.
+        groups: of layers, as the ranks have them. A block can be loaded if all groups have it.
+
+    Raises `InvalidTerms` for wrong arguments.
+    """
+
+    def __init__(self, place: Place, engine: str = "", groups: int = 1) -> None:
+        instance("place", place, Place)
+        text("engine", engine, least=0)
+        self._groups = whole("groups", groups, 1, 64)
+        self._known: list[Known] = []  # of each group
+        self._followed = Followed(0, (), ())
+        self._number = 0  # of the last change
+        self._losses = 0
+        self._record = Record()
+        self._waiting: list[Changed] | None = None  # changes, while a snapshot is read
+        self._lock = threading.Lock()
+        self._process = this_process()
+        self._channel = Channel()
+        self._channel.serve(Changes, self._take)
+        self._channel.serve(LookedUp, self._looked_up)
+        hello = Follow(engine, this_client(), self._channel.address, groups)
+        sides = Sides(lambda _: hello, Followed, lambda: True, self._began, self._ended, self._look)
+        self._bucket = ServerBucket(lambda: self._link.wake())
+        self._link = Link(place, self._channel, sides)
+        self._link.start()
+
+    def __enter__(self) -> ServerIndex:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def leading(self, keys: Sequence[bytes]) -> int | None:
+        """Return how many leading blocks can be loaded; None if a bucket has yet to answer."""
+        groups = self._groups_here()
+        if groups and self._followed.bucket:
+            return self._bucket.leading_in(keys, [known.tiers for known in groups])
+        count = len(keys) if groups else 0
+        for known in groups:
+            tiers = known.tiers
+            count = next((n for n in range(count) if keys[n] not in tiers), count)
+        return count
+
+    def has(self, key: bytes) -> bool:
+        """Return whether a block can be loaded."""
+        groups = self._groups_here()
+        if groups and self._followed.bucket and self._bucket.has(key):
+            return True
+        return bool(groups) and all(key in known.tiers for known in groups)
+
+    def holds(self, group: int, keys: Sequence[bytes]) -> list[bool]:
+        """Return for each key whether the block of one group can be loaded, as far as is known.
+
+        Raises `InvalidTerms` for a number that no group has.
+        """
+        whole("group", group, 0, self._groups - 1)
+        groups = self._groups_here()
+        if not groups:
+            return [False] * len(keys)
+        tiers = groups[group].tiers
+        return [key in tiers for key in keys]
+
+    def counts(self) -> list[int]:
+        """Return how many blocks of each group can be loaded; nothing without a server."""
+        return [len(known.tiers) for known in self._groups_here()]
+
+    @property
+    def losses(self) -> int:
+        """Return a number that changes if a block may have been lost."""
+        return self._losses + self._bucket.expired if self._followed.bucket else self._losses
+
+    def record(self, every: bool = False) -> None:
+        """Keep changes from now on for `take_events`.
+
+        ``every``: of the blocks of all groups, and the losses that were missed between two
+        sessions, of tiers without a name.
+        """
+        with self._lock:
+            self._record.every = every
+            self._record.kept = True
+
+    def take_events(self) -> list[Change]:
+        """Return the changes of the server's store since the last call, at most the latest
+        `EVENTS`.
+
+        Of a block of several groups, those of the first group, unless `record` says otherwise. Some
+        are missing if changes were missed.
+        """
+        with self._lock:
+            made = [*self._record.events]
+            self._record.events.clear()
+        return made
+
+    def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Return the bytes of blocks that a scheduler side has counted."""
+        size = sum(self._followed.nbytes)
+        return {
+            "landed_bytes": counts.get("landed_blocks", 0) * size,
+            "stored_bytes": counts.get("stored_blocks", 0) * size,
+        }
+
+    def wait(self, timeout: float = 10.0) -> bool:
+        """Wait for a server, at most so many seconds; return whether its index is here.
+
+        Raises `InvalidTerms` with the sentence of a server that has another number of groups, or
+        that refuses the ranks of the engine.
+        """
+        return self._link.wait(seconds("timeout", timeout))
+
+    def answered(self, timeout: float = 10.0) -> bool:
+        """Wait as `wait` does; return whether the index is here, or a server has refused the ranks.
+
+        The log has the sentence of a refusal. The server may take the ranks later. Raises as `wait`
+        for another reason.
+        """
+        limit = seconds("timeout", timeout)
+        try:
+            return self._link.wait(limit)
+        except InvalidTerms:
+            if not self._link.refused:
+                raise
+            return True
+
+    @property
+    def is_refused(self) -> bool:
+        """Return whether a server has refused the ranks of the engine."""
+        return bool(self._link.refused)
+
+    def close(self) -> None:
+        """Leave the server."""
+        if not self._process.forked:
+            self._link.close()
+
+    def _groups_here(self) -> list[Known]:
+        """Return what is known of each group; nothing in a forked process, where it stands
+        still."""
+        return [] if self._process.forked else self._known
+
+    @property
+    def _forms(self) -> list[tuple[int, ...]]:
+        """Return for each group the numbers of the forms of its blocks, its own first."""
+        followed = self._followed
+        pairs = zip(followed.forms, followed.alike, strict=True)
+        return [(form, *alike) for form, alike in pairs]
+
+    # --- for the link
+
+    def _began(self, address: str, followed: Followed) -> None:
+        """Read the index."""
+        with self._lock:
+            self._followed = followed
+        self._read(address, followed.session)
+
+    def _ended(self, session: Session) -> None:
+        with self._lock:
+            self._followed = Followed(0, (), self._followed.nbytes)
+            self._record.left = self._known or self._record.left
+            self._known = []
+            self._losses += 1
+        self._bucket.forget()
+
+    def _look(self, session: Session) -> None:
+        """Send lookups in the bucket, and read the index again if changes were missed."""
+        for number, keys in self._bucket.take():
+            self._link.tell(session, LookUp(session.number, number, joined_keys(keys)))
+        if self._number < 0:
+            self._read(session.address, session.number)
+
+    def _read(self, address: str, session: int) -> None:
+        """Read a snapshot of the index, and apply the changes that have come since."""
+        with self._lock:
+            self._waiting = []
+        read = [*map(partial(self._read_group, address, session), range(self._groups))]
+        with self._lock:
+            waiting = self._waiting or ()
+            self._waiting = None
+            if self._followed.session != session:  # it has ended
+                return
+            self._losses += 1
+            known = [each for each, _ in read]
+            self._record.note_missed(self._known, known)
+            self._known = known
+            # Changes before a snapshot do no harm: those after them follow in order.
+            self._number = min(number for _, number in read)
+            self.apply(waiting)
+
+    def _read_group(self, address: str, session: int, group: int) -> tuple[Known, int]:
+        """Return the blocks of a group, and the number of the last change before them."""
+        known = Known()
+        more = True
+        page = 0
+        while more:
+            question = AskKeys(session, group, page)
+            answer = self._channel.ask(address, question, KeysPage, PATIENT)
+            for tier, keys in answer.tiers:
+                known.add(tier, keys_in(keys))
+            more = answer.more
+            page += 1
+        return known, answer.number
+
+    def _take(self, peer: Peer, message: Changes) -> None:
+        """Take changes, in the thread of the channel."""
+        with self._lock:
+            if message.session != self._followed.session:
+                return
+            if self._waiting is not None:
+                self._waiting += message.changes
+            elif self._number >= 0:
+                self.apply(message.changes)
+
+    def _looked_up(self, peer: Peer, message: LookedUp) -> None:
+        """Take the end of a lookup, in the thread of the channel."""
+        if message.session == self._followed.session:
+            self._bucket.looked_up(message.number, message.count, message.answers)
+
+    def apply(self, changes: Iterable[Changed]) -> None:
+        """Apply changes in order, under the lock; after a gap have all read again."""
+        for changed in changes:
+            if changed.number <= self._number:
+                continue
+            if changed.number > self._number + 1:  # some are missing: read all again
+                self._number = -1
+                self._link.wake()
+                return
+            self._number = changed.number
+            forms = self._forms
+            for known, some in zip(self._known, forms, strict=True):
+                if changed.form in some:
+                    known.change(changed)
+            self._losses += not changed.stored
+            self._record.note(changed, forms)
+
+
+def change_of(changed: Changed) -> Change:
+    """Return a change as a store announces it."""
+    return Change(changed.number, changed.key, changed.tier, changed.stored, changed.why)

@@ -1,0 +1,513 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Link`: the connection of a process to the server of its host, made again whenever it ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache, partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakSet
+
+from portakv.errors import InvalidTerms, PeerError, PortaKVError, StoreError, TransferError
+from portakv.host.shared import process_space, started
+from portakv.migrate.channel import Channel, Peer
+from portakv.migrate.messages import Message, Refused
+from portakv.runtime.interrupts import Condition
+from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.runtime.resources import start_thread
+from portakv.serving.server.messages import (
+    PROTOCOL,
+    Alive,
+    AskProtocol,
+    Farewell,
+    Later,
+    Leave,
+    Process,
+    ServerProtocol,
+)
+from portakv.storage.tiers.files import (
+    cause_of,
+    check_folder,
+    lock,
+    make_folder,
+    read_file,
+    unusable,
+)
+
+# ------------------------------------------------------------------------------------------------
+# Where the processes of a host find the server that serves them.
+
+#: The file in a folder of a disk tier. The process that has it locked serves the folder.
+NAME = "keeper"
+#: Memory in which the processes of a host share files, and the folder of this user there.
+_MEMORY = Path("/dev/shm")
+_warnings = RateLimitedLog(logging.getLogger(__name__))
+_ADDRESS = re.compile(r"ipc:///proc/[0-9]{1,10}/fd/[0-9]{1,10}\n")
+
+
+class Place:
+    """A file with the address of a server, which only this user may write.
+
+    The process that serves has the file locked. The kernel drops the lock with the process, so
+    that another one may serve.
+
+    Args:
+        file: in a private folder.
+        temporary: remove the file after use.
+    """
+
+    def __init__(self, file: Path, temporary: bool = False) -> None:
+        self._file = file
+        self._temporary = temporary
+        self._lock = -1  # the descriptor of the file while this process serves
+
+    def __repr__(self) -> str:
+        return f"Place({str(self._file)!r})"
+
+    @classmethod
+    def of_folder(cls, folder: str | Path) -> Place:
+        """Return the place of the server of a folder of a disk tier."""
+        return cls(Path(folder) / NAME)
+
+    @classmethod
+    def of_engine(cls, engine: str) -> Place:
+        """Return the place of the server of an engine without a folder, in memory of this host."""
+        name = sha256(engine.encode(errors="replace")).hexdigest()[:32]
+        return cls(_MEMORY / f".portakv-{os.geteuid()}" / name, temporary=True)
+
+    @property
+    def name(self) -> str:
+        """Return the folder, for messages."""
+        return str(self._file.parent)
+
+    @property
+    def claimed(self) -> bool:
+        """Return whether this process serves."""
+        return self._lock >= 0
+
+    def address(self) -> str:
+        """Return the address of the channel of the server, as far as is known; empty without one.
+
+        The server may have ended since then. Raises `StoreError` for a file of another user. The
+        log says why a file that is there cannot be read.
+        """
+        try:
+            text = read_file(self._file, 256).decode(errors="replace")
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+        except OSError as error:
+            text = "The address of the store server in %s cannot be read: %s."
+            _warnings.warning(f"{self._file}", text, self._file, cause_of(error), lines=1)
+            return ""
+        return text.strip() if _ADDRESS.fullmatch(text) else ""
+
+    def claim(self) -> bool:
+        """Lock the file; return whether this process serves now. Another one may serve.
+
+        Raises `StoreError` for a folder or a file that cannot be used, or that others may write.
+        """
+        if self.claimed:
+            return True
+        folder = self._file.parent
+        try:
+            make_folder(folder)
+            check_folder(folder)
+            if folder.stat().st_mode & 0o022:
+                raise StoreError(
+                    f"Expected a folder that only this user may write, got {folder}, which others "
+                    f"may write. Run chmod go-w on it, or pass another."
+                )
+            self._lock = lock(self._file)
+        except OSError as error:
+            raise unusable(folder, error) from None
+        if self.claimed:
+            _watch_forks()
+            _claimed.add(self)
+            os.ftruncate(self._lock, 0)  # the address of a server that has ended
+        return self.claimed
+
+    def publish(self, address: str) -> None:
+        """Write the address of this process's channel.
+
+        Raises `StoreError` if the device is full. This process does not serve then.
+        """
+        try:
+            os.pwrite(self._lock, f"{address}\n".encode(), 0)
+        except OSError as error:
+            self.drop()  # another one may serve, or this one later
+            raise unusable(self._file, error) from None
+
+    def release(self) -> None:
+        """Serve no longer."""
+        if self.claimed:
+            # An address that stays is that of a channel that is closed, so no client joins there.
+            with suppress(OSError):
+                os.ftruncate(self._lock, 0)
+                if self._temporary:
+                    self._file.unlink(missing_ok=True)
+            self.drop()
+
+    def drop(self) -> None:
+        """Close the file, in a forked process too, which must not keep the lock."""
+        descriptor = self._lock
+        self._lock = -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+_claimed: WeakSet[Place] = WeakSet()
+
+
+@cache
+def _watch_forks() -> None:
+    """Close the files in a forked child: it would keep the lock of its parent."""
+
+    def drop_all() -> None:
+        for place in [*_claimed]:
+            place.drop()
+
+    os.register_at_fork(after_in_child=drop_all)
+
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+#: Seconds for an answer to a load, for which an engine waits: no longer for a server that hangs,
+#: and once, since the session then ends. Seconds for all other answers.
+ASKING = 2.0
+PATIENT = 5.0
+#: Seconds between two signs of life, and between tries to reach a server that is not there, is
+#: not ready, or has refused.
+BEAT = 1.0
+ABSENT = 0.2
+BUSY = 0.05
+REFUSED = 2.0
+#: What the log says of the end of a session, whose server said that it ends or did not.
+ENDED = "The store server of %s has ended: blocks count as missing until another one serves. %s"
+GONE = "The store server of %s is gone: blocks count as missing until another one serves. %s"
+#: Seconds without a server after which a warning is logged.
+LONELY = 30.0
+
+
+class Session(NamedTuple):
+    """A session of a server. ``data``: what its user has made at its begin."""
+
+    address: str
+    number: int
+    data: Any
+
+
+class Known(NamedTuple):
+    """The last server that answered: its address, and whether it has the version of this
+    process."""
+
+    address: str
+    alike: bool
+
+
+class Refusal(NamedTuple):
+    """Why a session could not begin; empty: it could, or no one refused it."""
+
+    why: str
+    by_store_server: bool
+
+
+NONE = Refusal("", False)
+
+
+class Said(NamedTuple):
+    """The last line in the log since the last session, other than that of its end, and the level
+    of the loudest one."""
+
+    text: str
+    level: int
+
+
+NOTHING = Said("", logging.INFO)
+
+
+class Sides(NamedTuple):
+    """What the user of a link does.
+
+    Attributes:
+        hello: returns the request for a session, from the number of the session before.
+        kind: the type of its answer.
+        ready: returns whether a session may begin: nothing of the session before is under way.
+        began: makes the data of a session from the server's address and the answer with which it
+            begins.
+        ended: is called with a session that has ended, in any thread, before the next one begins;
+            be quick.
+        look: is called with a session now and then, and after `Link.wake`.
+    """
+
+    hello: Callable[[int], Message]
+    kind: type[Any]
+    ready: Callable[[], bool]
+    began: Callable[[str, Any], object]
+    ended: Callable[[Session], object]
+    look: Callable[[Session], object] = lambda _: None
+
+
+class Link:
+    """The connection of a process to the server of a place.
+
+    A thread makes it, looks whether it stands, and makes it again.
+
+    Args:
+        place: where the address of the server stands.
+        channel: of the process, to which the server also sends; the link closes it.
+
+    Attributes:
+        session: of the server; None while there is none.
+    """
+
+    def __init__(self, place: Place, channel: Channel, sides: Sides) -> None:
+        self.session: Session | None = None
+        self._place = place
+        self._channel = channel
+        self._sides = sides
+        self._before = 0  # the number of the last session
+        self._known = Known("", True)
+        self._changed = Condition()
+        self._refusal = NONE
+        self._said = NOTHING
+        channel.serve(Farewell, self._farewell)
+        self._wake = threading.Event()
+        self._stopped = False
+        self._thread = threading.Thread(
+            target=self._run, name="portakv store server link", daemon=True
+        )
+
+    def start(self) -> None:
+        """Start the thread. Raises `StoreError` if the system gives no more."""
+        try:
+            start_thread(self._thread, StoreError)
+        except StoreError:
+            self._channel.close()
+            raise
+
+    def wake(self) -> None:
+        """Have the thread look at the session now."""
+        self._wake.set()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for a session, at most so many seconds; return whether there is one.
+
+        Returns at once if the server is of another version, which a later one may not be. Raises
+        `InvalidTerms` with the sentence of a server that refuses the blocks of this process.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self.session or self._refusal.why or not self._known.alike, timeout
+            )
+            if self.session is None and self._refusal.why:
+                raise InvalidTerms(self._refusal.why)
+            return self.session is not None
+
+    @property
+    def refused(self) -> bool:
+        """Return whether a server refused the session, or that of the ranks of this engine."""
+        return self._refusal.by_store_server
+
+    def ask(self, session: Session, message: Message, kind: type[T], timeout: float = PATIENT) -> T:
+        """Return the answer of the server. Raises `PeerError` and the like without one.
+
+        The session ends if the server does not answer within so many seconds.
+        """
+        try:
+            return self._channel.ask(session.address, message, kind, timeout)
+        except Refused:
+            self._wake.set()  # look whether the session stands
+            raise
+        except TransferError as error:
+            self.lose(session, str(error))
+            raise
+
+    def tell(self, session: Session, message: Message) -> None:
+        """Send a message, if the session stands. The session ends if the server does not take
+        it."""
+        if self.session is not session:
+            return
+        try:
+            self._channel.tell(session.address, message, PATIENT)
+        except PortaKVError as error:
+            self.lose(session, str(error))
+
+    def lose(self, session: Session, why: str, in_order: bool = False) -> None:
+        """End a session, and log why; ``in_order``: its server said that it ends."""
+        with self._changed:
+            if self.session is not session:
+                return
+            self.session = None
+            self._sides.ended(session)  # under the lock: before the thread can join again
+            self._changed.notify_all()
+        if not self._stopped:
+            level = logging.INFO if in_order else logging.WARNING
+            self._said = Said("", level)
+            _log.log(level, ENDED if in_order else GONE, self._place.name, why)
+        self._wake.set()
+
+    def close(self) -> None:
+        """End the session and the thread, and close the channel."""
+        self._stopped = True
+        self._wake.set()
+        self._thread.join()
+        session = self.session
+        if session is not None:
+            if self._sides.ready():
+                self.tell(session, Leave(session.number))
+            self.lose(session, "")
+        self._channel.close()
+
+    # --- the thread
+
+    def _run(self) -> None:
+        """Have a session, until the link is closed."""
+        since = time.monotonic()
+        while not self._stopped:
+            with self._changed:
+                session = self.session
+            try:
+                pause = self._join() if session is None else self._look(session)
+            except Exception as error:  # the next try may succeed
+                self._say(f"A process failed to reach its store server, and tries again: {error!r}")
+                pause = REFUSED
+            now = time.monotonic()
+            if self.session is not None:
+                since = now
+            elif now > since + LONELY and not self._said.text:  # the log has no reason yet
+                self._say(
+                    f"No store server serves {self._place.name}: nothing is stored or loaded."
+                )
+            self._wake.wait(pause)
+            self._wake.clear()
+
+    def _look(self, session: Session) -> float:
+        """Look whether a session stands; return the seconds until the next look."""
+        try:
+            self._channel.ask(session.address, Alive(session.number), Alive, PATIENT)
+            self._sides.look(session)
+        except PortaKVError as error:
+            self.lose(session, str(error))
+            return 0.0
+        return BEAT
+
+    def _join(self) -> float:
+        """Try to begin a session; return the seconds until the next step."""
+        try:
+            address = self._place.address()
+        except PortaKVError as error:
+            self._refuse(str(error))
+            return REFUSED
+        if not address or address != self._known.address:
+            self._forget_store_server()
+        if not address or not self._sides.ready():
+            return ABSENT
+        try:
+            if not self._speaks_to(address):
+                return REFUSED
+            kind: Any = self._sides.kind | Later
+            answer = self._channel.ask(address, self._sides.hello(self._before), kind, PATIENT)
+        except Refused as error:
+            self._refuse(sentence_of(error), by_store_server=True)
+            return REFUSED
+        except TransferError:
+            return ABSENT
+        if isinstance(answer, Later):
+            return BUSY
+        return self._begin(address, answer)
+
+    def _forget_store_server(self) -> None:
+        """Forget why the last server did not serve this process; another one may."""
+        with self._changed:
+            if self._refusal.why or not self._known.alike:
+                self._said = self._said._replace(text="")
+            self._known = Known("", True)
+            self._refusal = NONE
+
+    def _speaks_to(self, address: str) -> bool:
+        """Return whether a server has the version of this process."""
+        if self._known == (address, True):
+            return True
+        version = self._channel.ask(address, AskProtocol(PROTOCOL), ServerProtocol, PATIENT).version
+        alike = version == PROTOCOL
+        with self._changed:
+            self._known = Known(address, alike)
+            self._changed.notify_all()
+        if not alike:
+            self._say(
+                f"Expected a store server of version {PROTOCOL} in {self._place.name}, got version "
+                f"{version}: nothing is stored or loaded. Run one release of PortaKV on a host."
+            )
+        return alike
+
+    def _begin(self, address: str, answer: Any) -> float:
+        """Begin a session; return the seconds until the next step."""
+        self._before = answer.session
+        try:
+            session = Session(address, answer.session, self._sides.began(address, answer))
+        except PeerError:  # the server has ended since its answer; another one may serve soon
+            return ABSENT
+        except PortaKVError as error:
+            self._refuse(str(error))
+            return REFUSED
+        with self._changed:
+            self.session = session
+            self._refusal = NONE
+            self._changed.notify_all()
+        # The return of a server is as loud as its loss, or as why there was none.
+        _log.log(self._said.level, "The store server of %s serves this process.", self._place.name)
+        self._said = NOTHING
+        self._channel.watch(address, partial(self._gone, session.number))
+        return 0.0
+
+    def _farewell(self, peer: Peer, message: Farewell) -> Farewell:
+        """End a session whose server ends in order, in the thread of the channel."""
+        session = self.session
+        if session is not None and session.number == message.session:
+            self.lose(session, "", in_order=True)
+        return message
+
+    def _gone(self, number: int) -> None:
+        """End a session whose connection has ended.
+
+        A connection may outlive sessions, so it retains the number alone.
+        """
+        session = self.session
+        if session is not None and session.number == number:
+            self.lose(session, "Its connection ended.")
+
+    def _refuse(self, why: str, by_store_server: bool = False) -> None:
+        """Note why there is no session, and log it once."""
+        with self._changed:
+            self._refusal = Refusal(why, by_store_server)
+            self._changed.notify_all()
+        self._say(
+            f"Nothing is stored or loaded through the store server of {self._place.name}: {why}"
+        )
+
+    def _say(self, text: str) -> None:
+        """Log a line, once."""
+        if self._said.text != text:
+            self._said = Said(text, logging.WARNING)
+            _log.warning("%s", text)
+
+
+def this_client() -> Process:
+    """Return the namespace, the number and the start of this process."""
+    pid = os.getpid()
+    return process_space(), pid, started(pid) or 0
+
+
+def sentence_of(error: PeerError) -> str:
+    """Return what a server says, without the sentence of the channel before it."""
+    text = str(error)
+    _, mark, sentence = text.partition(" was rejected: ")
+    return sentence if mark else text

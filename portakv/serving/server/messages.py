@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The messages between a server and its clients: schemas with limits, for the channel.
+
+Clients request rows and report their copies. The server answers, and sends the rows that it lends
+later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from portakv.migrate.messages import Handle, Message, Seconds, Small, Text, prepare
+from portakv.storage.tiers.base import After
+
+#: The version of these messages. A client of another version is a client of no server.
+PROTOCOL = 5
+#: The most keys of a request, which is cut into several ones above it.
+MOST_KEYS = 1024
+#: The most changes of a message, and keys of a page of an index.
+MOST_CHANGES = 512
+MOST_PAGE = 16384
+KEY = 32  # bytes of a key
+#: In `Report.landed`: a block does not fit into packed slots.
+UNFIT = 2
+
+Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]  # of a session, of a request, or of a lease
+Keys = Annotated[bytes, Meta(max_length=KEY * MOST_KEYS)]  # one after the other
+Page = Annotated[bytes, Meta(max_length=KEY * MOST_PAGE)]
+Ids = Annotated[bytes, Meta(max_length=4 * MOST_KEYS)]  # int32, little-endian
+Mask = Annotated[bytes, Meta(max_length=MOST_KEYS)]  # a byte each, 0 or 1, or `UNFIT`
+FormText = Annotated[str, Meta(max_length=16384)]  # the JSON of a form
+#: The namespace, the number and the start of a process.
+Process = tuple[Number, Number, Number]
+
+
+class AskProtocol(Message, frozen=True):
+    """Request the version of the server's messages. This message is the same in all versions."""
+
+    purpose: ClassVar[str] = "The handshake with the store server at"
+
+    version: Number
+
+
+class ServerProtocol(Message, frozen=True):
+    """The answer to `AskProtocol`."""
+
+    version: Number
+
+
+class Join(Message, frozen=True):
+    """Request a session for a rank of an engine.
+
+    ``address``: the channel of the rank. ``forms``: its parts of the blocks of each group of
+    layers. ``before``: an earlier session of this client, none of whose copies is under way; or 0.
+    """
+
+    purpose: ClassVar[str] = "Joining the store server at"
+
+    engine: Text
+    process: Process
+    address: Text
+    forms: Annotated[tuple[FormText, ...], Meta(min_length=1, max_length=64)]
+    before: Number = 0
+
+
+class Joined(Message, frozen=True):
+    """The answer to `Join`: a session, and the rows of the store, for `open_shared`."""
+
+    session: Number
+    rows: Handle
+
+
+class Follow(Message, frozen=True):
+    """Request a session for an index of the blocks of each group of an engine."""
+
+    purpose: ClassVar[str] = "Following the store server at"
+
+    engine: Text
+    process: Process
+    address: Text
+    groups: Small
+
+
+class Followed(Message, frozen=True):
+    """The answer to `Follow`: a session, and of each group its number in `Changes` and the bytes
+    of a block.
+
+    ``bucket``: the store has a bucket, which answers `LookUp` alone. ``alike``: the numbers of the
+    other forms of each group's blocks: packed ones of raw blocks, raw ones of packed blocks.
+    """
+
+    session: Number
+    forms: tuple[Small, ...]
+    nbytes: tuple[Number, ...]
+    bucket: bool = False
+    alike: tuple[tuple[Small, ...], ...] = ()
+
+
+class Later(Message, frozen=True):
+    """The answer to a request that the server cannot answer yet: ask again soon."""
+
+
+class OfSession(Message, frozen=True):
+    """The base of messages within a session."""
+
+    session: Number
+
+
+class Alive(OfSession, frozen=True):
+    """Request an `Alive` of the same session, which says that the session goes on."""
+
+    purpose: ClassVar[str] = "A sign of life from the store server at"
+
+
+class Load(OfSession, frozen=True):
+    """Request the rows of blocks of a group, to copy them from there.
+
+    ``seconds``: after which blocks that have no rows yet are missing; 0: never.
+    """
+
+    purpose: ClassVar[str] = "Requesting rows of the store server at"
+
+    number: Number
+    group: Small
+    keys: Keys
+    seconds: Seconds
+    priority: Literal["urgent", "normal", "background"]
+
+
+class Save(OfSession, frozen=True):
+    """Request rows for blocks of a group, to copy them there.
+
+    ``after``: as `joined_after` returns it.
+    """
+
+    purpose: ClassVar[str] = "Requesting space of the store server at"
+
+    number: Number
+    group: Small
+    keys: Keys
+    after: Keys
+    priority: Literal["urgent", "normal", "background"]
+
+
+class Grant(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Rows that a client may use until it reports the end of the lease.
+
+    ``places``: the numbers of their blocks in the request. ``form``: the JSON of the form of the
+    images in them, or nothing for the group's form of whole blocks.
+    """
+
+    lease: Number
+    places: Ids
+    rows: Ids
+    form: FormText = ""
+
+
+class Progress(OfSession, frozen=True):
+    """Rows for a request, as its answer or later. ``more``: other rows may follow.
+
+    ``stored``: for each block of a save that has ended, whether it is stored.
+    """
+
+    purpose: ClassVar[str] = "Lending rows to"
+
+    number: Number
+    grants: Annotated[tuple[Grant, ...], Meta(max_length=MOST_KEYS)] = ()
+    more: bool = True
+    stored: Mask | None = None
+
+
+class Report(OfSession, frozen=True):
+    """One-way: the copy of a lease has ended. ``landed``: for each of its blocks, if it was
+    made, or `UNFIT`."""
+
+    purpose: ClassVar[str] = "Reporting a copy to the store server at"
+
+    lease: Number
+    landed: Mask
+
+
+class Stop(OfSession, frozen=True):
+    """One-way: nothing waits for a request any longer."""
+
+    purpose: ClassVar[str] = "Stopping a request of the store server at"
+
+    number: Number
+
+
+class Lock(OfSession, frozen=True):
+    """Request that blocks of a group are not evicted before `Unlock` of the number, or the end of
+    the session."""
+
+    purpose: ClassVar[str] = "Locking blocks of the store server at"
+
+    number: Number
+    group: Small
+    keys: Keys
+
+
+class Unlock(OfSession, frozen=True):
+    """One-way: the locks of a number end."""
+
+    purpose: ClassVar[str] = "Unlocking blocks of the store server at"
+
+    number: Number
+
+
+class Delete(OfSession, frozen=True):
+    """Request that blocks of a group are forgotten, locked or not."""
+
+    purpose: ClassVar[str] = "Deleting blocks of the store server at"
+
+    group: Small
+    keys: Keys
+
+
+class Done(OfSession, frozen=True):
+    """The answer to `Lock` and `Delete`: for which blocks that was done."""
+
+    done: Mask
+
+
+class Leave(OfSession, frozen=True):
+    """One-way: a session ends, none of whose copies is under way."""
+
+    purpose: ClassVar[str] = "Leaving the store server at"
+
+
+class Farewell(OfSession, frozen=True):
+    """Tell a client or a follower that the server ends in order; its answer is the same."""
+
+    purpose: ClassVar[str] = "Taking leave of"
+
+
+class AskKeys(OfSession, frozen=True):
+    """Request a page of the keys of a group. Page 0 takes the snapshot of the later pages."""
+
+    purpose: ClassVar[str] = "Requesting the index of the store server at"
+
+    group: Small
+    page: Small
+
+
+class KeysPage(Message, frozen=True):
+    """The answer to `AskKeys`.
+
+    ``number``: of the last change before the snapshot. ``tiers``: the names of the tiers, as
+    `tier_of` returns them, with keys of each. ``more``: another page follows.
+    """
+
+    number: Number
+    tiers: tuple[tuple[Text, Page], ...]
+    more: bool
+
+
+class LookUp(OfSession, frozen=True):
+    """One-way: look up blocks of all groups in the bucket; `LookedUp` follows."""
+
+    purpose: ClassVar[str] = "A lookup in the bucket of the store server at"
+
+    number: Number
+    keys: Annotated[bytes, Meta(min_length=KEY, max_length=KEY * MOST_KEYS)]
+
+
+class LookedUp(OfSession, frozen=True):
+    """One-way, from the server: the lookup of a number has ended.
+
+    ``count``: how many leading blocks can be loaded.
+    ``answers``: the bucket answered in time.
+    """
+
+    purpose: ClassVar[str] = "Reporting a lookup to"
+
+    number: Number
+    count: Number
+    answers: bool
+
+
+class Changed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A block that was stored in a tier, or lost. ``form``: a number of `Followed`."""
+
+    number: Number
+    form: Small
+    key: Annotated[bytes, Meta(max_length=KEY)]
+    tier: Text
+    stored: bool
+    why: Text = ""
+
+
+class Changes(OfSession, frozen=True):
+    """One-way, from the server: blocks that were stored or lost, in order."""
+
+    purpose: ClassVar[str] = "Announcing blocks to"
+
+    changes: Annotated[tuple[Changed, ...], Meta(min_length=1, max_length=MOST_CHANGES)]
+
+
+def tier_of(form: int, tier: str) -> str:
+    """Return the name of a tier for the blocks of a form, by its number in `Followed`."""
+    return f"{form} {tier}"
+
+
+def joined_keys(keys: Sequence[bytes]) -> bytes:
+    """Return keys as the bytes of a message."""
+    return b"".join(keys)
+
+
+def keys_in(data: bytes) -> list[bytes]:
+    """Return the keys in the bytes of a message."""
+    return [data[first : first + KEY] for first in range(0, len(data), KEY)]
+
+
+def joined_after(after: Sequence[bytes | None], keys: Sequence[bytes]) -> bytes:
+    """Return what keys follow as the bytes of a message.
+
+    The key before the first one, or nothing, if each other key follows the one before it; else a
+    key for each, zeros at the beginning of a prompt.
+    """
+    if [*after[1:]] == [*keys[:-1]]:
+        return after[0] or b""
+    return b"".join(key or bytes(KEY) for key in after)
+
+
+def after_in(data: bytes) -> After:
+    """Return what keys follow of the bytes of a message."""
+    if len(data) <= KEY:
+        return data or None
+    return [key if any(key) else None for key in keys_in(data)]
+
+
+def ids_to_bytes(ids: Sequence[int]) -> bytes:
+    """Return numbers as the bytes of a message."""
+    return np.asarray(ids, "<i4").tobytes()
+
+
+def ids_in(data: bytes) -> list[int]:
+    """Return the numbers in the bytes of a message."""
+    numbers: list[int] = np.frombuffer(data, "<i4").tolist()
+    return numbers
+
+
+prepare(globals())

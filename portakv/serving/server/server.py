@@ -1,0 +1,859 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`StoreServer`: serves one block store to the processes of a host."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from secrets import randbits
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from portakv.arguments import instance, seconds, text
+from portakv.errors import (
+    HostMemoryError,
+    InvalidTerms,
+    PeerError,
+    PortaKVError,
+    StoreBusy,
+    StoreError,
+)
+from portakv.graph.alarms import watch
+from portakv.graph.meter import Metered
+from portakv.host.shared import process_space, started
+from portakv.migrate.channel import Channel, Peer
+from portakv.migrate.messages import Message
+from portakv.migrate.shared_memory import share
+from portakv.runtime import resources
+from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import this_process
+from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.serving.bucket import LookupWorkers
+from portakv.serving.local import SHARE, StoreTerms, alike_in
+from portakv.serving.server.link import Place
+from portakv.serving.server.messages import (
+    MOST_CHANGES,
+    MOST_PAGE,
+    PROTOCOL,
+    Alive,
+    AskKeys,
+    AskProtocol,
+    Changed,
+    Changes,
+    Delete,
+    Done,
+    Farewell,
+    Follow,
+    Followed,
+    Join,
+    Joined,
+    KeysPage,
+    Later,
+    Leave,
+    Load,
+    Lock,
+    LookedUp,
+    LookUp,
+    Progress,
+    Report,
+    Save,
+    ServerProtocol,
+    Stop,
+    Unlock,
+    joined_keys,
+    keys_in,
+    tier_of,
+)
+from portakv.serving.server.state import PATIENCE, ClientProcess, ServerState, whole_form
+from portakv.serving.watched import answer
+from portakv.storage.calls import Change
+from portakv.storage.form import BlockForm
+from portakv.storage.store import BlockStore
+
+if TYPE_CHECKING:
+    from portakv.serving.kv_events import EventPublisher
+
+
+# ------------------------------------------------------------------------------------------------
+# The processes of a server's clients, and their ends.
+
+
+class Processes:
+    """The processes of clients, each with a descriptor that is readable once it has ended.
+
+    One thread uses it.
+    """
+
+    def __init__(self) -> None:
+        # A process without a descriptor is looked at; -1.
+        self._watched = dict[ClientProcess, int]()
+
+    def watch(self, processes: Iterable[ClientProcess]) -> None:
+        """Watch these processes from now on, and no others."""
+        present = {process for process in processes if process.key[1] != os.getpid()}
+        for process in [*self._watched]:
+            if process not in present:
+                self._forget(process)
+        for process in present:
+            if self._watched.get(process, -1) < 0:
+                self._watched[process] = _descriptor_of(process)
+
+    def descriptors(self) -> list[int]:
+        """Return the descriptors of processes."""
+        return [descriptor for descriptor in self._watched.values() if descriptor >= 0]
+
+    def take_ended(self, ready: set[int]) -> list[ClientProcess]:
+        """Return the processes that have ended, and watch them no longer.
+
+        ``ready``: the descriptors that are readable.
+        """
+        ended = list[ClientProcess]()
+        for process, descriptor in [*self._watched.items()]:
+            if descriptor in ready or (descriptor < 0 and _has_ended(process)):
+                self._forget(process)
+                ended.append(process)
+        return ended
+
+    def close(self) -> None:
+        """Watch no process any longer."""
+        self.watch(())
+
+    def _forget(self, process: ClientProcess) -> None:
+        descriptor = self._watched.pop(process)
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _has_ended(process: ClientProcess) -> bool:
+    """Return whether a process has ended. False also if the system does not say now: rows that the
+    process may write must not be lent to others."""
+    (_, pid, began) = process.key
+    try:
+        return started(pid) != began
+    except HostMemoryError:
+        return False
+
+
+def _descriptor_of(process: ClientProcess) -> int:
+    """Return a descriptor of a process; -1 if it has ended, or the system gives none.
+
+    A process without a descriptor is looked at instead, so no error of the system is lost.
+    """
+    (_, pid, _) = process.key
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        return -1
+    if not _has_ended(process):
+        return descriptor
+    os.close(descriptor)  # of a later process of that number
+    return -1
+
+
+# ------------------------------------------------------------------------------------------------
+# What a server announces to the processes that follow the index of its store.
+
+
+@dataclass(eq=False)
+class Follower:
+    """A session of a process that follows the index.
+
+    Attributes:
+        forms: the names of the forms of each group of its engine.
+        pages: the pages of the snapshot that it reads.
+    """
+
+    session: int
+    address: str
+    forms: Sequence[str]
+    pages: list[KeysPage] = field(default_factory=list)
+
+
+class Feed:
+    """The followers of a store's index. Any thread may call.
+
+    Args:
+        store: with several forms, by their names.
+    """
+
+    def __init__(self, store: BlockStore) -> None:
+        self._store = store
+        self._numbers = {name: number for number, name in enumerate(store.forms)}
+        self._followers = dict[int, Follower]()  # by session
+        self._lock = threading.Lock()
+
+    def follow(self, ask: Follow, forms: Sequence[str]) -> Follower:
+        """Return a new session of a follower. Raises `InvalidTerms` for another number of
+        groups."""
+        if ask.groups != len(forms):
+            raise InvalidTerms(
+                f"Expected the index of {len(forms)} groups of layers, as the ranks of the engine "
+                f"have, got {ask.groups}. Pass as many."
+            )
+        made = Follower(randbits(62), ask.address, forms)
+        with self._lock:
+            self._followers[made.session] = made
+        return made
+
+    def followed(self, follower: Follower, bucket: bool) -> Followed:
+        """Return the answer to a new follower. ``bucket``: the store has a bucket."""
+        forms = self._store.forms
+        return Followed(
+            follower.session,
+            tuple(self._numbers[form] for form in follower.forms),
+            tuple(forms[form].payload_bytes for form in follower.forms),
+            bucket,
+            tuple(tuple(self._numbers[x] for x in self._alike(form)) for form in follower.forms),
+        )
+
+    def _alike(self, name: str) -> list[str]:
+        """Return the names of the store's other forms of the same blocks, packed or raw ones.
+
+        Blocks of a lossy form count for no other form.
+        """
+        forms = self._store.forms
+        raw = forms[name].raw
+        return [
+            other
+            for other, form in forms.items()
+            if form.raw == raw and other != name and not form.lossy
+        ]
+
+    def __contains__(self, session: int) -> bool:
+        return session in self._followers
+
+    def follower(self, session: int) -> Follower | None:
+        """Return the follower of a session that has not ended."""
+        return self._followers.get(session)
+
+    def followers(self) -> list[Follower]:
+        """Return the sessions."""
+        with self._lock:
+            return [*self._followers.values()]
+
+    def lost(self, follower: Follower) -> None:
+        """End a session."""
+        with self._lock:
+            self._followers.pop(follower.session, None)
+
+    def leave(self, session: int) -> None:
+        """End the session of a number, if there is one."""
+        with self._lock:
+            self._followers.pop(session, None)
+
+    def page(self, ask: AskKeys) -> KeysPage:
+        """Return a page of the keys of a group; the first one takes a snapshot.
+
+        Raises `PeerError` for a session that has ended, or for a page out of order.
+        """
+        follower = self._followers.get(ask.session)
+        if follower is None or ask.group >= len(follower.forms):
+            raise PeerError(
+                "Expected a session of this store server, got one that has ended. Join anew."
+            )
+        if ask.page == 0:
+            follower.pages = [*self._pages(follower.forms[ask.group])]
+        if ask.page >= len(follower.pages):
+            raise PeerError("Expected pages in order, got one past the last. Begin with page 0.")
+        page = follower.pages[ask.page]
+        if not page.more:
+            follower.pages = []
+        return page
+
+    def _pages(self, form: str) -> Iterator[KeysPage]:
+        """Yield a snapshot of the blocks of a form, and of those that are alike, in pages."""
+        number: int | None = None
+        keys = dict[str, list[bytes]]()
+        for name in (form, *self._alike(form)):
+            snapshot = self._store.of(name).keys()
+            if number is None:  # changes after the first snapshot are applied to all
+                number = snapshot.number
+            for tier, listed in snapshot.keys.items():
+                keys[tier_of(self._numbers[name], tier)] = listed
+        return _pages(number or 0, keys)
+
+    def announce(self, changes: Sequence[Change]) -> Iterator[tuple[Follower, Changes]]:
+        """Yield the messages about changes for each follower."""
+        followers = self.followers()
+        if not followers:
+            return
+        items = [
+            Changed(
+                each.number,
+                self._numbers[each.form],
+                each.key,
+                each.tier,
+                each.stored,
+                each.why,
+            )
+            for each in changes
+        ]
+        for first in range(0, len(items), MOST_CHANGES):
+            some = tuple(items[first : first + MOST_CHANGES])
+            for follower in followers:
+                yield follower, Changes(follower.session, some)
+
+
+def _pages(number: int, keys: dict[str, list[bytes]]) -> Iterator[KeysPage]:
+    """Yield a snapshot in pages."""
+    pieces = [*_pieces(keys)] or [("", b"")]
+    for place, piece in enumerate(pieces, 1):
+        yield KeysPage(number, (piece,), place < len(pieces))
+
+
+def _pieces(keys: dict[str, list[bytes]]) -> Iterable[tuple[str, bytes]]:
+    """Yield the keys of each tier in pieces of a page."""
+    for tier, listed in keys.items():
+        for first in range(0, len(listed), MOST_PAGE):
+            yield tier, joined_keys(listed[first : first + MOST_PAGE])
+
+
+# ------------------------------------------------------------------------------------------------
+# The store of a server, with its clients and its followers.
+
+
+class OpenStore:
+    """A store whose rows other processes map, and what is known of these processes.
+
+    Args:
+        terms: where blocks are stored.
+        forms: of whole blocks.
+        wake: is called when the state has something to do.
+        patience: seconds for which a save waits for all ranks of its engine.
+        events: gets the changes of the store, for routers.
+
+    Raises `StoreError`, `StoreBusy`, `HostMemoryError` and `InvalidTerms` as `BlockStore` does.
+
+    Attributes:
+        handle: the rows, for `open_shared`.
+        bucket: the store has a bucket.
+        looked_up: the ends of lookups in the bucket, for the followers that requested them.
+    """
+
+    def __init__(
+        self,
+        terms: StoreTerms,
+        forms: Sequence[BlockForm],
+        wake: Callable[[], object],
+        patience: float,
+        events: EventPublisher | None = None,
+    ) -> None:
+        terms.check_room([form.raw.image_bytes for form in forms])
+        tiers = terms.tiers()
+        named = {form.name: form for form in [*forms, *alike_in(tiers, forms)]}
+        # Ranks register their mappings. The server copies to no device, and needs no context.
+        self.store = BlockStore(
+            named,
+            staging=terms.staging,
+            host=terms.host,
+            tiers=tiers,
+            shared=True,
+            pin=False,
+        )
+        self.state = ServerState(wake, patience)
+        watch(self.state)
+        self.bucket = terms.bucket is not None
+        self.looked_up = deque[tuple[Follower, LookedUp]]()
+        self._wake = wake
+        self._events = events
+        self.feed = Feed(self.store)
+        try:
+            self.handle = share(self.store.rows.tensor)
+            for name, form in named.items():
+                self.state.stores[form.digest] = self.store.of(name)
+            self.store.finished()  # from now on handles and changes are kept
+            self.store.listen()
+            self._publish_all()
+        except BaseException:
+            self.store.close()
+            raise
+        rows_here[self.handle] = self.store.rows.tensor
+
+    def changes(self) -> list[Change]:
+        """Return the changes of the store since the last call, and publish them to routers."""
+        changes = self.store.listen()
+        self._publish(changes)
+        return changes
+
+    def _publish(self, changes: Sequence[Change]) -> None:
+        """Publish changes to routers, for which packed and raw blocks of a group are the same."""
+        if self._events is None:
+            return
+        groups = dict[BlockForm, str]()
+        names = {
+            name: groups.setdefault(form if form.lossy else form.raw, name)
+            for name, form in self.store.forms.items()
+        }
+        some = [change._replace(form=names[change.form]) for change in changes]
+        self._events.publish(some, [*groups.values()])
+
+    def _publish_all(self) -> None:
+        """Publish to routers the blocks that the store has when it opens."""
+        if self._events is None:
+            return
+        self._events.clear()
+        for form in self.store.forms:
+            for tier, keys in self.store.of(form).keys().keys.items():
+                self._publish([Change(0, key, tier, True, "", form) for key in keys])
+
+    def has(self, forms: Sequence[BlockForm]) -> bool:
+        """Return whether the store has the forms of whole blocks."""
+        return all(form.digest in self.state.stores for form in forms)
+
+    def forms_of(self, engine: str) -> list[str]:
+        """Return the names of the forms of an engine's groups; none before a rank has joined."""
+        return [digest.hex() for digest in self.state.forms_of(engine)]
+
+    def look_up(self, follower: Follower, number: int, keys: Sequence[bytes]) -> None:
+        """Look up blocks in the bucket, in a worker, and have ``looked_up`` hold how that ended.
+
+        Raises `TransferError` after the store was closed.
+        """
+
+        def ended(count: int, answers: bool) -> None:
+            message = LookedUp(follower.session, number, count, answers)
+            self.looked_up.append((follower, message))
+            self._wake()
+
+        if self.bucket:
+            LookupWorkers([*map(self.store.of, follower.forms)]).begin(keys, ended)
+
+    def close(self, timeout: float) -> PortaKVError | None:
+        """End all sessions and close the store; return the error of a store that hangs."""
+        rows_here.pop(self.handle, None)
+        self.state.close()
+        if self._events is not None:
+            self._events.clear()
+        try:
+            self.store.close(timeout)
+        except PortaKVError as error:
+            return error
+        return None
+
+
+#: The rows of the servers of this process, by their handles: its own clients need not map them.
+rows_here: Bounded[bytes, torch.Tensor] = Bounded("rows of store servers", 16)
+
+
+# ------------------------------------------------------------------------------------------------
+# What a server answers to messages of its clients.
+
+#: Seconds for which the refusal of a rank counts for its engine. The rank tries again before.
+REFUSED = 5.0
+#: Seconds that a message to a client may take. A client that does not take it has lost its session.
+TELLING = 0.2
+#: Seconds for which a server that ends waits for its clients to know.
+LEAVING = 1.0
+#: The most engines whose ranks have been refused.
+ENGINES = 256
+
+
+class Service:
+    """Answers the messages of clients, in the thread of a channel.
+
+    A store is opened at the first `Join`, which names its forms. That takes seconds, so another
+    thread does it, and the client asks again.
+
+    Args:
+        channel: of the server.
+        wake: is called when ``wanted`` has changed.
+        figures: of the server, for `portakv top`.
+
+    Attributes:
+        opened: the store, if it is open.
+        wanted: the forms of whole blocks that a client waits for; none if no client does.
+        refusal: the forms for which the store could not be opened, and why.
+        ends: whether the server ends, so that no session begins.
+    """
+
+    def __init__(self, channel: Channel, wake: Callable[[], object], figures: Metered) -> None:
+        self.opened: OpenStore | None = None
+        self.wanted: Sequence[BlockForm] = ()
+        self.refusal: tuple[Sequence[BlockForm], PortaKVError] | None = None
+        self.ends = False
+        # Why the last rank of an engine was refused, and until when that counts.
+        self._refused: Bounded[str, tuple[str, float]] = Bounded("refused engines", ENGINES)
+        self._wake = wake
+        self._channel = channel
+        channel.serve(AskProtocol, lambda *_: ServerProtocol(PROTOCOL))
+        channel.serve(Join, self._join)
+        channel.serve(Follow, self._follow)
+        channel.serve(Alive, self._alive)
+        channel.serve(Load, self._load)
+        channel.serve(Save, self._save)
+        channel.serve(Report, self._report)
+        channel.serve(Stop, self._stop)
+        channel.serve(Lock, self._lock)
+        channel.serve(Unlock, self._unlock)
+        channel.serve(Delete, self._delete)
+        channel.serve(Leave, self._leave)
+        channel.serve(AskKeys, self._page)
+        channel.serve(LookUp, self._look_up)
+        answer(channel, figures)
+
+    def tell(self, address: str, message: Message, lost: Callable[[], object]) -> None:
+        """Send a message to a client, whose session ends if it does not take the message."""
+        try:
+            self._channel.tell(address, message, TELLING)
+        except PortaKVError as error:
+            _log.warning("client", "A client of a store server is gone: %s", error)
+            lost()
+
+    def take_leave(self) -> None:
+        """Tell clients and followers that the server ends in order; no session begins any more."""
+        self.ends = True
+        opened = self.opened
+        if opened is None:
+            return
+        requests = [(each.address, Farewell(each.session)) for each in opened.state.clients()]
+        requests += [(each.address, Farewell(each.session)) for each in opened.feed.followers()]
+        # The answers come before the connections end. A client without one may have ended, too.
+        with suppress(PortaKVError):
+            self._channel.ask_all(requests, Farewell, LEAVING)
+
+    def _join(self, peer: Peer, ask: Join) -> Joined | Later:
+        """Begin a session of a rank, or have the store opened for it; note a refusal."""
+        try:
+            answer = self._begin(peer, ask)
+        except PortaKVError as error:
+            self._refused[ask.engine] = str(error), time.monotonic() + REFUSED
+            raise
+        if isinstance(answer, Joined):
+            self._refused.pop(ask.engine, None)
+        return answer
+
+    def _begin(self, peer: Peer, ask: Join) -> Joined | Later:
+        forms = [whole_form(BlockForm.from_json(text)) for text in ask.forms]
+        opened = self.opened
+        if self.ends:
+            return Later()
+        if opened is None or not (opened.has(forms) or opened.state.clients()):
+            refusal = self.refusal
+            self.refusal = None
+            if refusal is not None and refusal[0] == forms:
+                raise refusal[1]
+            self.wanted = forms
+            self._wake()
+            return Later()
+        check_process(ask.process)
+        client = opened.state.join(ask)
+        peer.on_gone(partial(self._gone, client.session))
+        self._wake()  # to watch its process
+        return Joined(client.session, opened.handle)
+
+    def _follow(self, peer: Peer, ask: Follow) -> Followed | Later:
+        """Begin a session of a process that follows the index.
+
+        Raises `InvalidTerms` with the sentence for the ranks of its engine if they were refused.
+        """
+        opened = self.opened
+        forms = opened.forms_of(ask.engine) if opened is not None else []
+        if self.ends:
+            return Later()
+        if opened is None or not forms:
+            why, until = self._refused.get(ask.engine, ("", 0.0))
+            if time.monotonic() < until:
+                raise InvalidTerms(why)
+            return Later()
+        follower = opened.feed.follow(ask, forms)
+        peer.on_gone(partial(self._gone, follower.session))
+        return opened.feed.followed(follower, opened.bucket)
+
+    def _alive(self, peer: Peer, ask: Alive) -> Alive:
+        opened = self._open()
+        if ask.session not in opened.feed:
+            opened.state.client(ask.session)
+        return Alive(ask.session)
+
+    def _load(self, peer: Peer, ask: Load) -> Progress:
+        return self._open().state.load(ask)
+
+    def _save(self, peer: Peer, ask: Save) -> Progress:
+        return self._open().state.save(ask)
+
+    def _report(self, peer: Peer, report: Report) -> None:
+        if self.opened is not None:
+            self.opened.state.report(report.session, report.lease, report.landed)
+
+    def _stop(self, peer: Peer, stop: Stop) -> None:
+        if self.opened is not None:
+            self.opened.state.stop(stop.session, stop.number)
+
+    def _lock(self, peer: Peer, ask: Lock) -> Done:
+        return Done(ask.session, self._open().state.lock(ask))
+
+    def _unlock(self, peer: Peer, message: Unlock) -> None:
+        if self.opened is not None:
+            self.opened.state.unlock(message.session, message.number)
+
+    def _delete(self, peer: Peer, ask: Delete) -> Done:
+        return Done(ask.session, self._open().state.delete(ask))
+
+    def _leave(self, peer: Peer, leave: Leave) -> None:
+        if self.opened is not None:
+            self.opened.state.leave(leave.session)
+            self.opened.feed.leave(leave.session)
+
+    def _gone(self, session: int) -> None:
+        """End a session whose connection has ended.
+
+        A connection may outlive a store, so it retains the number alone.
+        """
+        if self.opened is not None:
+            self.opened.state.lose(session)
+            self.opened.feed.leave(session)
+
+    def _page(self, peer: Peer, ask: AskKeys) -> KeysPage:
+        return self._open().feed.page(ask)
+
+    def _look_up(self, peer: Peer, ask: LookUp) -> None:
+        """Begin a lookup in the bucket. One that cannot begin has no answer."""
+        opened = self.opened
+        follower = None if opened is None else opened.feed.follower(ask.session)
+        if opened is not None and follower is not None:
+            with suppress(PortaKVError):  # the store closes
+                opened.look_up(follower, ask.number, keys_in(ask.keys))
+
+    def _open(self) -> OpenStore:
+        if self.opened is None:
+            raise PeerError(
+                "Expected a session of this store server, got one that has ended. Join anew."
+            )
+        return self.opened
+
+
+def check_process(process: tuple[int, int, int]) -> None:
+    """Raise `StoreError` for a process whose end cannot be seen from here."""
+    (space, pid, began) = process
+    if space != process_space():
+        raise StoreError(
+            f"Expected a process of the store server's namespace of processes, got one of another "
+            f"container. Run both in one namespace (docker: --pid), as user {os.geteuid()}."
+        )
+    if started(pid) != began:
+        raise StoreError(f"Expected a process that runs, got {pid}, which has ended. Join anew.")
+
+
+_logger = logging.getLogger(__name__)
+_log = RateLimitedLog(_logger)
+#: Seconds between two tries to serve, and between two looks at what takes too long.
+LOOK = 0.25
+#: Seconds for which a folder may be busy: a process that was killed may have writes under way.
+BUSY = 10.0
+
+
+class StoreServer:
+    """Serves one block store to the processes of a host, or stands by.
+
+    One process for each folder serves: the first one that may. The others stand by, and one of
+    them serves when that process has ended, except those whose terms have ``shared="attach"``. A
+    store is opened when the first rank joins, whose blocks name its forms; ranks of other blocks
+    are refused as long as ranks have joined.
+
+    Args:
+        terms: where blocks are stored, and how much memory the store takes.
+        engine: the name of the engine, by which its processes find a server without a folder.
+        patience: seconds for which a save waits for all ranks of its engine.
+        events: an `EventPublisher` for routers, which the caller closes after the server.
+
+    Raises `InvalidTerms` for wrong terms, `StoreError` for a folder that cannot be used, and
+    `PeerError` or `StoreError` if the process has no descriptor or thread left.
+    """
+
+    def __init__(
+        self,
+        terms: StoreTerms,
+        engine: str = "",
+        patience: float = PATIENCE,
+        events: EventPublisher | None = None,
+    ) -> None:
+        self.terms = instance("terms", terms, StoreTerms)
+        self.place = place_of(terms, engine)
+        self._patience = seconds("patience", patience, above=True)
+        self._events = events
+        self._busy_since: float | None = None
+        self._stopped = threading.Event()
+        self._process = this_process()
+        self._processes = Processes()
+        self._thread = threading.Thread(target=self._run, name="portakv store server", daemon=True)
+        self._channel = Channel()
+        with ExitStack() as undo:
+            undo.callback(self._channel.close)
+            try:
+                self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            except OSError as error:
+                why = resources.reason(error)
+                raise StoreError(f"Expected a descriptor for a store server, but {why}.") from None
+            undo.callback(os.close, self._event)
+            self._service = Service(self._channel, self._wake, self)
+            undo.callback(self.place.release)
+            self._serve_if_possible()
+            resources.start_thread(self._thread, StoreError)
+            undo.pop_all()
+        atexit.register(self._take_leave)  # before the channel closes at the interpreter's end
+
+    def __enter__(self) -> StoreServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def serves(self) -> bool:
+        """Return whether this process serves; others may."""
+        return self.place.claimed
+
+    def statistics(self) -> dict[str, int]:
+        """Return the sessions, leases and requests now, and the counters."""
+        opened = self._service.opened
+        return {} if opened is None else opened.state.statistics()
+
+    def figures(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the figures of the store, as `BlockStore.statistics`, those of the server, and
+        those of its channel; only the last ones while the store is closed, and none after
+        `close`."""
+        figures = dict[str, list[dict[str, Any]]]()
+        if not self._stopped.is_set():
+            figures = self._channel.figures()
+        opened = self._service.opened
+        if opened is not None:
+            figures |= opened.state.figures()
+            with suppress(StoreError):  # it was closed meanwhile
+                figures |= opened.store.statistics()
+        return figures
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Serve no longer: close the store within so many seconds. Clients go on with misses."""
+        timeout = seconds("timeout", timeout)
+        if self._process.forked or self._stopped.is_set():
+            return
+        atexit.unregister(self._take_leave)
+        self._stopped.set()
+        self._wake()
+        self._thread.join()
+        self._take_leave()
+        self._channel.close()
+        self._close_store(timeout)
+        self.place.release()
+        os.close(self._event)
+
+    def _take_leave(self) -> None:
+        """Tell clients and followers that this server ends in order."""
+        if not self._process.forked:
+            self._service.take_leave()
+
+    # --- the thread
+
+    def _wake(self) -> None:
+        with suppress(OSError):  # the counter is full, or the server was closed
+            os.eventfd_write(self._event, 1)
+
+    def _run(self) -> None:
+        """Go on until the server is closed."""
+        while not self._stopped.is_set():
+            try:
+                self._wait()
+                self._serve_if_possible()
+                self._open_if_wanted()
+                self._advance()
+            except Exception as error:  # the other clients must be served
+                _log.warning("step", "A store server failed, and goes on: %r. Report it.", error)
+                self._stopped.wait(LOOK)
+
+    def _wait(self) -> None:
+        """Wait until something happens, or for `LOOK` seconds; note processes that have ended."""
+        poll = select.poll()
+        poll.register(self._event, select.POLLIN)
+        opened = self._service.opened
+        if opened is not None and not opened.store.graph.closed.is_set():
+            poll.register(opened.store.finished_fd(), select.POLLIN)
+            poll.register(opened.store.listen_fd(), select.POLLIN)
+            self._processes.watch(opened.state.processes())
+        for descriptor in self._processes.descriptors():
+            poll.register(descriptor, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll(LOOK * 1000)}
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._event)
+        for process in self._processes.take_ended(ready):
+            if opened is not None:
+                opened.state.process_ended(process)
+
+    def _serve_if_possible(self) -> None:
+        """Serve, unless another process does, or the terms leave it to a store server."""
+        if self.terms.attaches:
+            return
+        if not self.place.claimed and self.place.claim():
+            self.place.publish(self._channel.address)
+            _logger.info("This process keeps the blocks in %s.", self.place.name)
+
+    def _open_if_wanted(self) -> None:
+        """Open the store for the forms that a client waits for."""
+        service = self._service
+        wanted = service.wanted
+        if not wanted or not self.serves:
+            return
+        self._close_store(BUSY)
+        refusal: PortaKVError | None = None
+        try:
+            service.opened = OpenStore(self.terms, wanted, self._wake, self._patience, self._events)
+        except StoreBusy as error:
+            now = time.monotonic()
+            self._busy_since = self._busy_since or now
+            if now < self._busy_since + BUSY:
+                return
+            refusal = StoreBusy(f"{error} {SHARE}")
+        except PortaKVError as error:
+            refusal = error
+        self._busy_since = None
+        service.wanted = ()
+        if refusal is not None:
+            service.refusal = wanted, refusal
+            _log.warning("open", "The store of a store server cannot be opened: %s", refusal)
+
+    def _close_store(self, timeout: float) -> None:
+        """Close the store, if it is open."""
+        opened = self._service.opened
+        self._service.opened = None
+        self._processes.close()
+        error = None if opened is None else opened.close(timeout)
+        if error is not None:
+            _log.warning("close", "The store of a store server could not be closed: %s", error)
+
+    def _advance(self) -> None:
+        """Go on with what the store has done, and tell clients and routers."""
+        if self._events is not None:
+            self._events.answer()
+        opened = self._service.opened
+        if opened is None or opened.store.graph.closed.is_set():  # the interpreter ends
+            return
+        opened.store.graph.sweep()  # loads end in time also if a disk holds all workers
+        for handle in opened.store.finished():
+            opened.state.ended(handle)
+        opened.state.advance()
+        for client, progress in opened.state.take():
+            self._service.tell(client.address, progress, partial(opened.state.lost, client))
+        while opened.looked_up:
+            follower, answer = opened.looked_up.popleft()
+            self._service.tell(follower.address, answer, partial(opened.feed.lost, follower))
+        for follower, changes in opened.feed.announce(opened.changes()):
+            self._service.tell(follower.address, changes, partial(opened.feed.lost, follower))
+
+
+def place_of(terms: StoreTerms, engine: str) -> Place:
+    """Return where the processes of an engine find their server.
+
+    Raises `InvalidTerms` for an engine without a name, if there is no folder.
+    """
+    if terms.folders:
+        return Place.of_folder(terms.folders[0])
+    return Place.of_engine(text("engine", engine))

@@ -1,0 +1,862 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ServerState`: which rows of a store are lent to which process, and for what.
+
+Ranks of engines copy blocks between their caches and rows of the server's store, which they map.
+This is the state machine of the server: it opens no socket, starts no thread and waits for nothing.
+
+The rules, in order of their weight:
+
+- Rows that were lent to a client serve nothing else before the client has reported the end of its
+  copy, or its process has ended. The end of a session ends neither: its process may be stopped,
+  and write when it goes on.
+- A block of a save is sealed only after the parts that ranks have reported cover it.
+- Numbers of sessions and of leases are never used again, so a late report names nothing.
+- Each request ends, whatever clients do.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from hashlib import blake2b
+from itertools import accumulate
+from secrets import randbits
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from portakv.arguments import shown
+from portakv.errors import InvalidTerms, PeerError
+from portakv.graph import Handle
+from portakv.graph.trace import Figures
+from portakv.serving.server.messages import (
+    UNFIT,
+    Delete,
+    Grant,
+    Join,
+    Load,
+    Lock,
+    Progress,
+    Save,
+    after_in,
+    ids_to_bytes,
+    keys_in,
+)
+from portakv.storage.eviction import Pins
+from portakv.storage.form import BlockForm
+from portakv.storage.lent import Borrowed, LentCopy
+from portakv.storage.store import FormStore
+
+# ------------------------------------------------------------------------------------------------
+# Parts of blocks: those of ranks, and the whole blocks that a server stores.
+
+
+def whole_form(part: BlockForm) -> BlockForm:
+    """Return the form of whole blocks, with all layers and heads, that a part belongs to."""
+    layers = part.layers[2]
+    heads = part.heads[2]
+    return replace(part, layers=(0, layers, layers), heads=(0, heads, heads))
+
+
+def cells_of(form: BlockForm) -> int:
+    """Return a number with a bit for each head of each layer of a form, of those of the model."""
+    across = form.heads[2]
+    heads = sum(1 << head for head in range(*form.heads[:2]))
+    return sum(heads << across * layer for layer in range(*form.layers[:2]))
+
+
+def unlike(form: BlockForm, stored: Sequence[BlockForm]) -> InvalidTerms:
+    """Return the error for blocks of another form than the stored ones."""
+    got = asdict(form)
+    nearest = min((asdict(each) for each in stored), key=partial(_differences, got), default={})
+    names = [name for name in got if got[name] != nearest.get(name)]
+    expected = ", ".join(f"{name}={shown(nearest.get(name))}" for name in names)
+    values = ", ".join(f"{name}={shown(got[name])}" for name in names)
+    return InvalidTerms(
+        f"Expected blocks with {expected}, as the store server stores them, got {values}. Start "
+        f"the engine with the same terms, or give it another folder."
+    )
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> int:
+    return sum(one[name] != other[name] for name in one)
+
+
+# ------------------------------------------------------------------------------------------------
+# What a server's state knows of: processes, sessions, loads and saves, and rows that are lent.
+
+#: A copy that a store has lent.
+Copy: TypeAlias = LentCopy | Borrowed
+#: What the saves of all ranks of an engine have in common: engine, form, checksum of the keys.
+SaveKey: TypeAlias = tuple[str, bytes, bytes]
+
+
+@dataclass(eq=False)
+class ClientProcess:
+    """A process with clients.
+
+    Attributes:
+        key: its namespace, its number and its start.
+        leases: all rows that were lent to it and that it may still use.
+    """
+
+    key: tuple[int, int, int]
+    leases: set[Lease] = field(default_factory=set)
+
+
+class RankPart(NamedTuple):
+    """The part of a rank of the blocks of one group of layers.
+
+    ``cells`` has a bit for each head of each layer; see `cells_of`.
+    """
+
+    store: FormStore
+    cells: int
+
+
+@dataclass(eq=False)
+class Client:
+    """A session of a rank.
+
+    Attributes:
+        parts: of each group of layers.
+        address: of its channel.
+        requests: the loads and saves that have not ended, by the client's numbers.
+        leases: the rows that it copies, by the numbers of leases.
+        locks: the blocks that it keeps from eviction, by its numbers.
+        gone: the session has ended.
+    """
+
+    session: int
+    engine: str
+    process: ClientProcess
+    parts: list[RankPart]
+    address: str
+    requests: dict[int, LoadWork | SaveWork] = field(default_factory=dict)
+    leases: dict[int, Lease] = field(default_factory=dict)
+    locks: dict[int, Pins] = field(default_factory=dict)
+    gone: bool = False
+
+
+@dataclass(eq=False)
+class Lease:
+    """Rows of a copy that a client makes.
+
+    ``cells``: the part of each block that it writes. ``places``: of the rows in the copy, in
+    order.
+    ``since``: when it began.
+    """
+
+    number: int
+    client: Client
+    lent: Lent
+    cells: int
+    places: Sequence[int]
+    since: float = 0.0
+
+
+@dataclass(eq=False)
+class Lent:
+    """A copy that the store has lent, and the clients that make it.
+
+    Attributes:
+        leases: those that have not been reported.
+        assigned: the cells that clients write, or have written.
+        covered: the cells of each block that clients have written.
+        unfit: by place the cells of blocks that do not fit into packed slots.
+        raw: the places of blocks that clients write once more, raw; None: not yet.
+        ended: the store has its rows back.
+    """
+
+    work: LoadWork | SaveWork
+    copy: Copy
+    leases: set[Lease] = field(default_factory=set)
+    assigned: int = 0
+    covered: list[int] = field(default_factory=list)
+    unfit: dict[int, int] = field(default_factory=dict)
+    raw: Sequence[int] | None = None
+    ended: bool = False
+
+    def note(self, place: int, cells: int, landed: int) -> None:
+        """Note what a client reports of a block: see `Report.landed`."""
+        if landed == UNFIT:
+            self.unfit[place] = self.unfit.get(place, 0) | cells
+        elif landed:
+            self.covered[place] |= cells
+
+    def tried(self, place: int) -> int:
+        """Return the cells of a block that clients have written, or could not pack."""
+        return self.covered[place] | self.unfit.get(place, 0)
+
+    def begin_raw(self, cells: int) -> bool:
+        """Begin anew with the blocks that do not fit; return whether there are some.
+
+        They begin once clients have tried all of ``cells``, as packed and raw bytes of a block
+        have the same row.
+        """
+        if self.raw is not None or self.copy.raw is None:
+            return False
+        self.raw = [place for place in self.unfit if self.tried(place) == cells]
+        for place in self.raw:
+            self.covered[place] = 0
+        self.assigned = 0
+        return bool(self.raw)
+
+    def end(self, cells: int) -> None:
+        """Give the rows back; blocks that lack a cell of ``cells`` have not landed."""
+        self.ended = True
+        self.work.lents.pop(self, None)
+        landed = np.array([not cells & ~each for each in self.covered], np.bool_)
+        if not self.raw:
+            self.copy.end(landed)
+            return
+        raw = np.zeros(len(landed), np.bool_)
+        raw[[*self.raw]] = True
+        self.copy.end(landed, raw)
+
+
+@dataclass(eq=False)
+class LoadWork:
+    """A load of one client.
+
+    Attributes:
+        granted: blocks whose rows were lent, as whole blocks.
+        abandoned: nothing waits for further rows.
+    """
+
+    client: Client
+    number: int
+    part: RankPart
+    blocks: int
+    handle: Handle | None = None
+    lents: dict[Lent, None] = field(default_factory=dict)
+    granted: int = 0
+    abandoned: bool = False
+
+
+@dataclass(eq=False)
+class SaveWork:
+    """A save that all ranks of an engine ask for.
+
+    Attributes:
+        began: the time.
+        expected: the clients that will ask for it.
+        requesters: the clients that have requested it, with their numbers.
+        abandoned: no rank copies any further block.
+        complete: no further rows follow.
+        stored: which blocks are stored; None: it has not ended.
+    """
+
+    key: SaveKey
+    part: RankPart
+    blocks: int
+    began: float
+    expected: set[Client]
+    handle: Handle | None = None
+    lents: dict[Lent, None] = field(default_factory=dict)
+    requesters: dict[Client, int] = field(default_factory=dict)
+    abandoned: bool = False
+    complete: bool = False
+    stored: bytes | None = None
+
+    def awaits(self, client: Client) -> bool:
+        """Return whether a client has yet to ask for it."""
+        return client not in self.requesters and (self.stored is None or client in self.expected)
+
+    @property
+    def awaited(self) -> bool:
+        """Return True if another rank may ask for it."""
+        return any(not (each.gone or each in self.requesters) for each in self.expected)
+
+
+#: Seconds for which a save waits for all ranks of its engine, and the server remembers how it
+#: ended for ranks that ask later.
+PATIENCE = 10.0
+REMEMBERED = 60.0
+#: Bytes of a lease, which one worker of a client copies, unless a block is larger.
+PIECE = 32 << 20
+#: The most bytes of the rows that a message lends, below the channel's limit, and of a lease
+#: without its rows.
+MESSAGE = 48 << 10
+HEAD = 32
+
+
+#: The names of `ServerState.counts`.
+COUNTED = (
+    "joined",
+    "lent",
+    "late_reports",
+    "saved_raw",
+    "saves_abandoned",
+    "saves_without_all_ranks",
+)
+
+
+@dataclass
+class _News:
+    """What a client learns next about a request."""
+
+    grants: list[Grant] = field(default_factory=list)
+    more: bool = True
+    stored: bytes | None = None
+
+
+class _Copier:
+    """Takes the copies of a load or save from the store, under the lock of its graph."""
+
+    def __init__(self, work: LoadWork | SaveWork, begun: Callable[[object, Copy], object]) -> None:
+        self._work = work
+        self._begun = begun
+
+    def begin(self, copy: Copy, /) -> None:
+        self._begun(self._work, copy)
+
+
+class ServerState:
+    """The clients of a server, and the rows that are lent to them.
+
+    Any thread may call. Messages for clients collect until `take`.
+
+    Args:
+        wake: is called, in any thread, when `advance` has something to do.
+        patience: seconds for which a save waits for all ranks of its engine.
+        now: returns the time in seconds.
+
+    Attributes:
+        stores: the stores of the forms of whole blocks, by the checksums of the forms.
+        counts: what has happened.
+    """
+
+    def __init__(
+        self,
+        wake: Callable[[], object] = bool,
+        patience: float = PATIENCE,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stores = dict[bytes, FormStore]()
+        self.counts = Counter[str]()
+        self._wake = wake
+        self._patience = patience
+        self._now = now
+        self._lock = threading.RLock()
+        self._clients = dict[int, Client]()  # by session
+        self._processes = dict[tuple[int, int, int], ClientProcess]()
+        self._works = dict[Handle, LoadWork | SaveWork]()  # that have not ended
+        self._saves = dict[SaveKey, list[SaveWork]]()
+        self._begun = deque[tuple[Any, Copy]]()  # from the store, which has its lock
+        # What clients learn next, by client and number of the request.
+        self._news = dict[tuple[Client, int], _News]()
+
+    # --- sessions
+
+    def join(self, join: Join) -> Client:
+        """Return a new session.
+
+        Raises `InvalidTerms` for parts of other blocks than stored ones, and for groups of layers
+        with equal blocks.
+        """
+        parts = [self._part(BlockForm.from_json(text)) for text in join.forms]
+        if len({id(part.store) for part in parts}) < len(parts):
+            raise InvalidTerms(
+                "Expected groups of layers whose blocks differ, got groups with equal forms. Tell "
+                "them apart by notes= of BlockForm.of."
+            )
+        with self._lock:
+            process = self._processes.setdefault(join.process, ClientProcess(join.process))
+            before = self._clients.get(join.before)
+            if before is not None and before.process is process:
+                self.lost(before)
+            for lease in [*process.leases]:
+                if lease.client.gone and lease.client.session == join.before:
+                    self._return(lease)
+            client = Client(randbits(62), join.engine, process, parts, join.address)
+            self._clients[client.session] = client
+            self.counts["joined"] += 1
+            return client
+
+    def lose(self, session: int) -> None:
+        """End the session of a number, if there is one."""
+        with self._lock:
+            client = self._clients.get(session)
+            if client is not None:
+                self.lost(client)
+
+    def lost(self, client: Client) -> None:
+        """End a session: the client asks for nothing and copies nothing new.
+
+        Its process may still use its rows; see `process_ended`.
+        """
+        with self._lock:
+            if client.gone:
+                return
+            client.gone = True
+            del self._clients[client.session]
+            for pins in client.locks.values():
+                pins.release()
+            client.locks.clear()
+            client.leases.clear()  # a late report names nothing
+            requests = [*client.requests.values()]
+            client.requests.clear()
+            for key in [key for key in self._news if key[0] is client]:
+                del self._news[key]
+            for work in requests:
+                if isinstance(work, LoadWork):
+                    self._abandon_load(work)
+            for save in [each for saves in self._saves.values() for each in saves]:
+                self._settle_all(save)
+            self._wake()
+
+    def leave(self, session: int) -> Client | None:
+        """End a session whose client copies nothing any more, and return it."""
+        with self._lock:
+            client = self._clients.get(session)
+            if client is None:
+                return None
+            self.lost(client)
+            for lease in [*client.process.leases]:
+                if lease.client is client:
+                    self._return(lease)
+            return client
+
+    def process_ended(self, process: ClientProcess) -> None:
+        """End the sessions of a process that has ended; others may have its rows."""
+        with self._lock:
+            for client in [*self._clients.values()]:
+                if client.process is process:
+                    self.lost(client)
+            for lease in [*process.leases]:
+                self._return(lease)
+            self._processes.pop(process.key, None)
+            self._wake()
+
+    def close(self) -> None:
+        """End all sessions and all copies. The store must lend and seal nothing from here on."""
+        with self._lock:
+            for client in [*self._clients.values()]:
+                self.lost(client)
+            self._drain()
+            lents = {lent for work in self._works.values() for lent in work.lents}
+            for process in self._processes.values():
+                lents |= {lease.lent for lease in process.leases}
+                process.leases.clear()
+            for lent in lents:
+                lent.leases.clear()
+                lent.covered = [0] * len(lent.covered)
+                lent.end(-1)
+            self._works.clear()
+            self._saves.clear()
+
+    def clients(self) -> list[Client]:
+        """Return the sessions."""
+        with self._lock:
+            return [*self._clients.values()]
+
+    def forms_of(self, engine: str) -> list[bytes]:
+        """Return the checksums of the forms of an engine's groups; none before a rank has
+        joined."""
+        with self._lock:
+            ranks = [client for client in self._clients.values() if client.engine == engine]
+            return [part.store.form.digest for part in ranks[0].parts] if ranks else []
+
+    def processes(self) -> list[ClientProcess]:
+        """Return the processes that have a session, or rows."""
+        with self._lock:
+            present = {client.process for client in self._clients.values()}
+            for process in [*self._processes.values()]:
+                if not (process in present or process.leases):
+                    del self._processes[process.key]
+            return [*self._processes.values()]
+
+    def client(self, session: int) -> Client:
+        """Return a session. Raises `PeerError` if it has ended."""
+        client = self._clients.get(session)
+        if client is None:
+            raise PeerError(
+                "Expected a session of this store server, got one that has ended. Join anew."
+            )
+        return client
+
+    # --- loads and saves
+
+    def load(self, ask: Load) -> Progress:
+        """Begin a load, and return the rows that are there. If those are all, it has ended here.
+
+        Raises `PeerError` for a session that has ended, and the errors of `FormStore.load_lent`.
+        """
+        with self._lock:
+            client = self.client(ask.session)
+            keys = keys_in(ask.keys)
+            part = self._part_of(client, ask.group)
+            work = LoadWork(client, ask.number, part, len(keys))
+            borrowed = part.store.borrow(keys, True)
+            if borrowed is not None:
+                self._lend(work, borrowed)
+                self._learn(client, ask.number).more = False
+                return self._progress(client, ask.number)
+            begin = partial(part.store.load_lent, priority=ask.priority, missing="skip", packs=True)
+            self._begin(work, keys, partial(begin, deadline=ask.seconds or None))
+            client.requests[ask.number] = work
+            self._drain()
+            if work.granted == work.blocks:
+                self._learn(client, ask.number).more = False
+            return self._progress(client, ask.number)
+
+    def save(self, ask: Save) -> Progress:
+        """Begin a save, or join the one that another rank of the engine has begun.
+
+        Returns the rows that are there. Raises as `load` does.
+        """
+        with self._lock:
+            client = self.client(ask.session)
+            part = self._part_of(client, ask.group)
+            digest = blake2b(ask.keys, digest_size=16, key=blake2b(ask.after).digest()).digest()
+            key = client.engine, part.store.form.digest, digest
+            begun = self._saves.get(key, [])
+            save = next((each for each in begun if each.awaits(client)), None)
+            if save is None:
+                save = self._begin_save(client, part, key, ask)
+            save.requesters[client] = ask.number
+            client.requests[ask.number] = save
+            self._drain()
+            for lent in [*save.lents]:
+                self._grant(lent, client, ask.number)
+            self._settle_all(save)
+            if save.stored is not None:
+                self._end_request(client, ask.number, save.stored)
+            elif save.complete or save.abandoned:
+                self._learn(client, ask.number).more = False
+            return self._progress(client, ask.number)
+
+    def _begin_save(self, client: Client, part: RankPart, key: SaveKey, ask: Save) -> SaveWork:
+        """Begin a save of all ranks of an engine."""
+        ranks = self._ranks(client, part)
+        keys = keys_in(ask.keys)
+        save = SaveWork(key, part, len(keys), self._now(), {*ranks})
+        together = 0
+        for cells in ranks.values():
+            together |= cells
+        if together != cells_of(part.store.form):
+            # Ranks have yet to join, without whom no block can be stored.
+            save.stored = bytes(len(keys))
+            self.counts["saves_without_all_ranks"] += 1
+        else:
+            begin = partial(part.store.save_lent, priority=ask.priority, full="drop", packs=True)
+            self._begin(save, keys, partial(begin, after=after_in(ask.after)))
+        self._saves.setdefault(key, []).append(save)
+        return save
+
+    def _begin(
+        self, work: LoadWork | SaveWork, keys: list[bytes], begin: Callable[..., Handle]
+    ) -> None:
+        """Have the store begin a load or a save. After an error nothing of it is left."""
+        try:
+            work.handle = begin(_Copier(work, self._note_begun), keys)
+        except BaseException:
+            work.abandoned = True
+            self._drain()
+            raise
+        self._works[work.handle] = work
+
+    def _ranks(self, client: Client, part: RankPart) -> dict[Client, int]:
+        """Return the clients of an engine that have a part of the same blocks, with their cells."""
+        ranks = dict[Client, int]()
+        for each in self._clients.values():
+            for other in each.parts if each.engine == client.engine else ():
+                if other.store is part.store:
+                    ranks[each] = other.cells
+        return ranks
+
+    def report(self, session: int, number: int, landed: bytes) -> None:
+        """Note that a client has ended the copy of a lease. A report of an ended session, or of a
+        lease that has ended, is dropped."""
+        with self._lock:
+            client = self._clients.get(session)
+            lease = None if client is None else client.leases.pop(number, None)
+            if lease is None:
+                self.counts["late_reports"] += 1
+                return
+            self._return(lease, landed)
+
+    def stop(self, session: int, number: int) -> None:
+        """Note that nothing waits for a request of a client any longer."""
+        with self._lock:
+            client = self._clients.get(session)
+            work = None if client is None else client.requests.get(number)
+            if work is None:
+                return
+            if isinstance(work, SaveWork):
+                self._abandon(work)
+            else:
+                self._abandon_load(work)
+            self._wake()
+
+    # --- locks
+
+    def lock(self, ask: Lock) -> bytes:
+        """Keep blocks from eviction until `unlock`; return a byte for each: 1 if it is kept.
+
+        Raises `PeerError` for a session that has ended.
+        """
+        with self._lock:
+            client = self.client(ask.session)
+            pins = self._part_of(client, ask.group).store.pin(keys_in(ask.keys))
+            before = client.locks.pop(ask.number, None)
+            if before is not None:
+                before.release()
+            client.locks[ask.number] = pins
+            return pins.held.astype(np.uint8).tobytes()
+
+    def unlock(self, session: int, number: int) -> None:
+        """End the locks of a number of a client."""
+        with self._lock:
+            client = self._clients.get(session)
+            pins = None if client is None else client.locks.pop(number, None)
+            if pins is not None:
+                pins.release()
+
+    def delete(self, ask: Delete) -> bytes:
+        """Forget blocks, locked or not; return a byte for each: 1 if it was there.
+
+        Raises `PeerError` for a session that has ended.
+        """
+        with self._lock:
+            part = self._part_of(self.client(ask.session), ask.group)
+            return part.store.delete(keys_in(ask.keys)).astype(np.uint8).tobytes()
+
+    # --- what the store does
+
+    def ended(self, handle: Handle) -> None:
+        """Note the end of a load or a save of the store."""
+        with self._lock:
+            self._drain()
+            work = self._works.pop(handle, None)
+            if isinstance(work, LoadWork):
+                self._end_request(work.client, work.number, None)
+            elif work is not None:
+                work.complete = True
+                work.stored = handle.landed.astype(np.uint8).tobytes()
+                for client, number in work.requesters.items():
+                    self._end_request(client, number, work.stored)
+                self._forget_save(work)
+
+    def advance(self) -> None:
+        """Go on with what the store has lent, and give up what takes too long."""
+        with self._lock:
+            self._drain()
+            now = self._now()
+            for save in [each for saves in self._saves.values() for each in saves]:
+                late = now > save.began + self._patience
+                if late and save.stored is None and not save.complete:
+                    self._abandon(save)
+                if save.stored is not None and now > save.began + REMEMBERED:
+                    save.expected.clear()
+                self._forget_save(save)
+                self._note_complete(save)
+            for work in [*self._works.values()]:
+                self._settle_all(work)
+
+    def take(self) -> list[tuple[Client, Progress]]:
+        """Return the news of clients, once."""
+        with self._lock:
+            return [(client, self._progress(client, number)) for client, number in [*self._news]]
+
+    def statistics(self) -> dict[str, int]:
+        """Return the sessions, leases and requests now, and the counters."""
+        with self._lock:
+            leases = sum(len(process.leases) for process in self._processes.values())
+            now = {"sessions": len(self._clients), "leases": leases, "requests": len(self._works)}
+            return {**now, **self.counts}
+
+    def oldest_lease(self) -> float:
+        """Return the seconds since the oldest rows that are lent were lent; 0 if none are."""
+        with self._lock:
+            leases = [one for process in self._processes.values() for one in process.leases]
+            now = self._now()
+            return now - min([one.since for one in leases], default=now)
+
+    def figures(self) -> Figures:
+        """Return figures by the names of metrics, in the form of `Graph.statistics`."""
+        counts = self.statistics()
+        figures: Figures = {"keeper_oldest_lease_seconds": [{"value": self.oldest_lease()}]}
+        for name in ("sessions", "leases", "requests"):
+            figures[f"keeper_{name}"] = [{"value": counts[name]}]
+        for name in COUNTED:
+            figures[f"keeper_{name}_total"] = [{"value": counts.get(name, 0)}]
+        return figures
+
+    # --- steps, under the lock
+
+    def _part(self, form: BlockForm) -> RankPart:
+        """Return the part of stored blocks that a form describes. Raises `InvalidTerms`."""
+        whole = whole_form(form)
+        store = self.stores.get(whole.digest)
+        if store is None:
+            raise unlike(whole, [each.form for each in self.stores.values()])
+        return RankPart(store, cells_of(form))
+
+    def _part_of(self, client: Client, group: int) -> RankPart:
+        """Return the part of a client of a group. Raises `InvalidTerms` for another number."""
+        if group >= len(client.parts):
+            raise InvalidTerms(
+                f"Expected one of {len(client.parts)} groups of layers, got number {group}. Join "
+                f"with the forms of all groups."
+            )
+        return client.parts[group]
+
+    def _note_begun(self, work: object, copy: Copy) -> None:
+        """Take a copy from the store, which has the lock of its graph: no other lock may follow."""
+        self._begun.append((work, copy))
+        self._wake()
+
+    def _drain(self) -> None:
+        """Lend the rows that the store has lent since the last call."""
+        while self._begun:
+            self._lend(*self._begun.popleft())
+
+    def _lend(self, work: LoadWork | SaveWork, copy: Copy) -> None:
+        """Lend the rows of a copy to the clients that make it."""
+        lent = Lent(work, copy, covered=[0] * len(copy.rows))
+        work.lents[lent] = None
+        if isinstance(work, LoadWork):
+            if copy.form == work.part.store.form:
+                work.granted += len(copy.blocks)
+            self._grant(lent, work.client, work.number)
+        else:
+            for client, number in work.requesters.items():
+                self._grant(lent, client, number)
+        self._settle(lent)
+
+    def _grant(self, lent: Lent, client: Client, number: int) -> None:
+        """Lend the rows of a copy to a client, unless others write all of its part."""
+        work = lent.work
+        if client.gone or lent.ended or work.abandoned:
+            return
+        cells = -1
+        form = lent.copy.form
+        every: Sequence[int] = range(len(lent.copy.rows))
+        if lent.raw is not None and lent.copy.raw is not None:
+            form = lent.copy.raw
+            every = lent.raw
+        if isinstance(work, SaveWork):
+            cells = next(x.cells for x in client.parts if x.store is work.part.store)
+            if not cells & ~lent.assigned:
+                return
+            lent.assigned |= cells
+        text = "" if form == work.part.store.form else form.json()
+        grants = self._learn(client, number).grants
+        step = max(1, PIECE // form.image_bytes)
+        for first in range(0, len(every), step):
+            self.counts["lent"] += 1  # counts all, so that no number is used again
+            some = every[first : first + step]
+            lease = Lease(self.counts["lent"], client, lent, cells, some, self._now())
+            lent.leases.add(lease)
+            client.leases[lease.number] = lease
+            client.process.leases.add(lease)
+            places = ids_to_bytes([lent.copy.blocks[at] for at in some])
+            rows = ids_to_bytes([lent.copy.rows[at] for at in some])
+            grants.append(Grant(lease.number, places, rows, text))
+
+    def _return(self, lease: Lease, landed: Iterable[int] = ()) -> None:
+        """Take rows back from a client that uses them no longer."""
+        lease.client.leases.pop(lease.number, None)
+        lease.client.process.leases.discard(lease)
+        lent = lease.lent
+        lent.leases.discard(lease)
+        for place, good in zip(lease.places, landed, strict=False):
+            lent.note(place, lease.cells, good)
+        self._settle(lent)
+
+    def _settle(self, lent: Lent) -> None:
+        """Give rows back to the store if no client uses them, and none will."""
+        if lent.ended or lent.leases:
+            return
+        work = lent.work
+        if isinstance(work, LoadWork):
+            lent.end(-1)
+            return
+        whole = cells_of(work.part.store.form)
+        over = work.abandoned or lent.copy.cancelled
+        complete = all(lent.tried(place) == whole for place in range(len(lent.covered)))
+        if not (complete or over or not work.awaited):
+            return
+        if not over and lent.begin_raw(whole):
+            self.counts["saved_raw"] += len(lent.raw or ())
+            for client, number in work.requesters.items():
+                self._grant(lent, client, number)
+        if lent.leases:
+            self._wake()  # to tell the clients
+            return
+        lent.end(whole)
+        if work.part.store.form.encoding:
+            self._wake()  # to tell the clients that no rows follow; see `Piece.packs`
+
+    def _settle_all(self, work: LoadWork | SaveWork) -> None:
+        for lent in [*work.lents]:
+            self._settle(lent)
+
+    def _abandon_load(self, load: LoadWork) -> None:
+        """Lend no further rows for a load."""
+        load.abandoned = True
+        if load.handle is not None:
+            load.handle.cancel()
+
+    def _abandon(self, save: SaveWork) -> None:
+        """Have no rank copy a further block of a save."""
+        if save.abandoned or save.handle is None:
+            return
+        save.abandoned = True
+        self.counts["saves_abandoned"] += 1
+        save.handle.cancel()
+        self._end_rows(save)
+        self._settle_all(save)
+
+    def _note_complete(self, save: SaveWork) -> None:
+        """Tell ranks that no rows follow, once nothing reads their blocks any more."""
+        released = None if save.handle is None else save.handle.released
+        if save.complete or save.stored is not None or released is None or not released.done():
+            return
+        save.complete = True
+        self._end_rows(save)
+
+    def _end_rows(self, save: SaveWork) -> None:
+        """Tell the ranks that requested a save that no rows follow."""
+        for client, number in save.requesters.items():
+            if not client.gone and number in client.requests:
+                self._learn(client, number).more = False
+
+    def _forget_save(self, save: SaveWork) -> None:
+        """Forget a save that has ended, and that no other rank will ask for."""
+        if save.stored is None or save.awaited:
+            return
+        left = [each for each in self._saves.get(save.key, ()) if each is not save]
+        self._saves.pop(save.key, None)
+        if left:
+            self._saves[save.key] = left
+
+    def _learn(self, client: Client, number: int) -> _News:
+        """Return the news of a client about a request, to be changed."""
+        return self._news.setdefault((client, number), _News())
+
+    def _end_request(self, client: Client, number: int, stored: bytes | None) -> None:
+        """Tell a client that a request has ended."""
+        if client.gone or client.requests.pop(number, None) is None:
+            return
+        news = self._learn(client, number)
+        news.more = False
+        news.stored = stored
+
+    def _progress(self, client: Client, number: int) -> Progress:
+        """Return the news of a client about a request, once; what a message cannot hold follows."""
+        news = self._news.pop((client, number), _News())
+        sizes = accumulate(len(x.places) + len(x.rows) + len(x.form) + HEAD for x in news.grants)
+        fit = max(1, sum(size <= MESSAGE for size in sizes))
+        grants = (*news.grants[:fit],)
+        if len(grants) == len(news.grants):
+            return Progress(client.session, number, grants, news.more, news.stored)
+        self._news[client, number] = replace(news, grants=news.grants[fit:])
+        self._wake()
+        return Progress(client.session, number, grants)

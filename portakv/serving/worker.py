@@ -1,0 +1,715 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker's side of an engine, which carries out plans on its part of the caches."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from math import lcm
+from queue import SimpleQueue
+from secrets import token_bytes
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from portakv.copy.layer_words import LayerWords
+from portakv.copy.layers import calling_for_layers
+from portakv.errors import PortaKVError, StoreError
+from portakv.graph import Mask
+from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
+from portakv.runtime.resources import start_thread
+from portakv.runtime.streams import StreamFence
+from portakv.serving.handover import Handover
+from portakv.serving.plan import Job, Plan, Report
+from portakv.serving.rehearsal import rehearse as rehearse
+from portakv.storage.form import BlockForm
+from portakv.storage.store import BlockStore
+from portakv.storage.tiers.base import After, Keys
+from portakv.view import IdList, KVView
+
+# ------------------------------------------------------------------------------------------------
+# A thread that makes calls for an engine, which waits for none of them.
+
+_log = RateLimitedLog(logging.getLogger(__name__))
+
+
+class Calls:
+    """Makes calls in their order, in a thread.
+
+    ``name``: of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._queue = SimpleQueue[Callable[[], object] | None]()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        start_thread(self._thread, StoreError)
+
+    @property
+    def closed(self) -> bool:
+        """Return whether no more calls are added."""
+        return self._closed
+
+    def add(self, call: Callable[[], object]) -> bool:
+        """Have a call made; return False after `close`."""
+        with self._lock:
+            if not self._closed:
+                self._queue.put(call)
+            return not self._closed
+
+    def wait(self) -> None:
+        """Wait until the calls that were added have been made."""
+        made = threading.Event()
+        if self.add(made.set):
+            made.wait()
+        else:
+            self._thread.join()
+
+    def close(self, timeout: float) -> None:
+        """Make the calls that were added, and end the thread; wait at most so many seconds."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._queue.put(None)
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while (call := self._queue.get()) is not None:
+            try:
+                call()
+            except Exception as error:  # the next calls must be made
+                _log.warning("call", "A call about pages failed: %r. Report it.", error)
+
+
+# ------------------------------------------------------------------------------------------------
+# A thread that issues the loads of a step, whose layers wait by words.
+
+
+class Issuer:
+    """Issue the loads of steps in a thread, so that the model's thread goes on meanwhile.
+
+    To issue a load layer by layer takes the host about as long as a part of a step. The word of a
+    layer is raised while later layers are issued.
+
+    Args:
+        words: of the layers that steps wait for.
+        at_first: issue the first load of each size before the call returns. It may build kernels
+            and take memory, for which some drivers wait until the device is idle; so the device
+            must not wait for it.
+    """
+
+    def __init__(self, words: LayerWords, at_first: bool) -> None:
+        self._words = words
+        self._at_first = at_first
+        self._sizes = set[int]()
+        self._thread = ThreadPoolExecutor(1, "portakv-loads")
+        self._issuing: Future[None] | None = None
+
+    def issue(
+        self, loads: Sequence[Callable[[], None]], fence: StreamFence, size: int, alone: bool
+    ) -> None:
+        """Begin a step with loads.
+
+        Args:
+            loads: calls that issue one load each, and have the words follow it.
+            fence: their order after the model's work.
+            size: of all loads, in any unit; sizes differ by powers of two.
+            alone: the last load has one copy by layer. Its layers are those of the words.
+        """
+        words = self._words
+        words.begin()
+
+        def issue() -> None:
+            try:
+                with fence.inside():
+                    for load in loads[:-1]:
+                        load()
+                    with calling_for_layers(words.issued) if alone else nullcontext():
+                        loads[-1]()
+            finally:
+                words.commit()
+
+        try:
+            self._issuing = self._thread.submit(issue)
+        except RuntimeError:  # the interpreter ends
+            issue()
+        kind = size.bit_length()
+        if self._at_first and kind not in self._sizes:
+            self._sizes.add(kind)
+            self.join()
+
+    def join(self) -> None:
+        """Wait until the loads of the present step were issued; raise what stopped them."""
+        issuing = self._issuing
+        if issuing is not None:
+            self._issuing = None
+            issuing.result()
+
+
+# ------------------------------------------------------------------------------------------------
+# Copies before an engine's first step, so that its first save and load stall no step.
+
+#: Bytes of the long copy: more than those that a kernel moves by itself while a model runs.
+LONG = 65 << 20
+
+
+def warm_up(view: KVView, form: BlockForm, by_layer: bool = False) -> None:
+    """Save blocks of a view, one and many, and load them again, by a store that is closed then.
+
+    Kernels are built or read from disk, which takes up to a second for the first copy of a process.
+    The view keeps its bytes. If the store cannot be opened or fails, the log has a line, and the
+    first save and load take longer.
+
+    Args:
+        view: a cache whose blocks nothing uses yet.
+        form: of its stored blocks.
+        by_layer: loads are by layer.
+    """
+    whole = view.block_size
+    assert whole is not None
+    together = lcm(whole, form.block_size)  # tokens of whole blocks of both
+    keys = together // form.block_size
+    some = view.slots // together
+    long = min(some, -(-LONG // (keys * form.image_bytes)))
+    try:
+        for count in sorted({min(1, some), long}):
+            nbytes = count * keys * form.image_bytes
+            if nbytes:
+                blocks = range(count * together // whole)
+                names = [token_bytes(32) for _ in range(count * keys)]
+                # Half of the staging is for saves.
+                with BlockStore(form, staging=2 * nbytes, host=nbytes) as store:
+                    store.save(view, blocks, names).synchronize()
+                    store.load(view, blocks, names, by_layer=by_layer).synchronize()
+    except (PortaKVError, RuntimeError) as error:  # also without memory of the device
+        _log.warning("warm up", "The first save or load of an engine will be slow: %s", error)
+
+
+#: The most bytes of a load for which the model's stream waits: 80 ms at 50 GB/s, for which a
+#: request that comes meanwhile would wait as well. A step computes 8,192 tokens of an 8B model in
+#: 250.
+ORDERED = 4 << 30
+#: Seconds for which a step waits for saves of several requests of which one is preempted.
+MOMENT = 0.5
+PAUSE = 1e-3
+
+
+class Ending(Protocol):
+    """The end of copies."""
+
+    def done(self) -> bool:
+        """Return whether the copies have ended; never block."""
+
+    def wait(self, stream: torch.Stream | None = None, /) -> object:
+        """Have the current stream (or ``stream``) wait for the copies, or block until they have
+        ended."""
+
+
+class Moved(Ending, Protocol):
+    """A load or a save: the handle of a `FormStore`, or a `ServerTransfer`."""
+
+    @property
+    def landed(self) -> Mask:
+        """Return the blocks that landed, bool ``[blocks]``."""
+
+    @property
+    def is_issued(self) -> bool:
+        """Return whether all copies were issued: `wait` orders a stream, and blocks no host."""
+
+    @property
+    def layers(self) -> Sequence[Ending]:
+        """Return the end of each layer of a load by layer; empty for others."""
+
+    @property
+    def released(self) -> Ending | None:
+        """Return the end of the copies of a save; None for a load."""
+
+    def cancel(self) -> bool:
+        """Start no further block."""
+
+
+class Blocks(Protocol):
+    """Where blocks are stored: a `FormStore`, or the `ServerBlocks` of a `StoreClient`."""
+
+    @property
+    def form(self) -> BlockForm:
+        """Return the form of the blocks."""
+
+    def save(self, view: KVView, blocks: IdList, keys: Keys, *, after: After = None) -> Moved:
+        """Save blocks of a view; see `FormStore.save`."""
+
+    def load(
+        self,
+        view: KVView,
+        blocks: IdList,
+        keys: Keys,
+        *,
+        deadline: float | None = None,
+        by_layer: bool = False,
+        missing: Literal["skip"] = "skip",
+    ) -> Moved:
+        """Load blocks into a view; see `FormStore.load`."""
+
+
+class GroupCache(NamedTuple):
+    """The caches of a group of layers in one worker, and where its blocks are stored."""
+
+    view: KVView
+    store: Blocks
+
+
+class Ended(NamedTuple):
+    """What an engine learns from a worker.
+
+    Attributes:
+        loaded: requests whose load or pull has ended, of which the engine did not wait for.
+        failed: for each group, the engine's blocks of loads and pulls that have no rows of their
+            own.
+        incomplete: requests with such blocks.
+        freed: requests that were retained, whose blocks are read no longer.
+    """
+
+    loaded: set[str]
+    failed: list[set[int]]
+    incomplete: set[str]
+    freed: set[str]
+
+
+class _Part(NamedTuple):
+    """The part of a load or save in one group.
+
+    Attributes:
+        handle: of its copies, and perhaps of those of other jobs.
+        first: it begins at this position of the job's keys.
+        start: the place of that key among those of the handle.
+    """
+
+    handle: Moved
+    first: int = 0
+    start: int = 0
+
+
+@dataclass
+class _Work:
+    """A load or save of this worker.
+
+    Attributes:
+        parts: of each group that has rows to move.
+        failed: it could not begin in all groups.
+        released: nothing reads the blocks of a save any longer.
+        waited: the model's stream waits for it.
+        began: when a load began.
+    """
+
+    job: Job
+    parts: list[_Part] = field(default_factory=list)
+    failed: bool = False
+    released: bool = False
+    waited: bool = False
+    began: float = field(default_factory=time.monotonic)
+
+    def ended(self) -> bool:
+        """Return whether all groups have ended, however they did."""
+        return self.waited or all(_is_done(part.handle) for part in self.parts)
+
+    def cancel(self) -> None:
+        """Start no further block."""
+        for part in self.parts:
+            part.handle.cancel()
+
+    def missing(self) -> frozenset[int]:
+        """Return the positions of keys that did not land in all groups."""
+        landed = np.full(len(self.job.keys), not self.failed)
+        for handle, first, start in self.parts:
+            landed[first:] &= handle.landed[start : start + len(landed) - first]
+        return frozenset(np.flatnonzero(~landed).tolist())
+
+
+class WorkerSide:
+    """Loads and saves the blocks of one worker, as the plans of a `SchedulerSide` say.
+
+    An engine's worker calls, once a step and in this order: `stop` before anything of the step is
+    written; `load` when its loads may begin; `save` after the work of the step is on the current
+    stream; `report` and then `ended`. No call but `stop` waits; with ``by_layer`` also `layer` and
+    `save` do, and `load` for a moment if it begins a pull: see `Handover.begin`.
+
+    A failure of the store is no error of the engine: what could not be loaded is reported as
+    missing, and what could not be saved is not stored. The log has a line about it.
+
+    With words a thread issues the loads of a step, layer by layer, while the model's thread goes
+    on.
+
+    Args:
+        groups: in the order of the scheduler side's groups.
+        deadline: seconds after which a load gives up what has not landed; None: never.
+        by_layer: the engine computes with the rows of a load in the step that begins it, and calls
+            `layer` before each layer. It waits for pulls outside of its steps.
+        handover: offers rows to other engines, and pulls theirs; None: the plans have none.
+        words: of the layers, with ``by_layer``: `layer` waits by them, so that graphs can capture
+            its calls; None: it waits for the loads of the present step.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[GroupCache],
+        deadline: float | None = 10.0,
+        by_layer: bool = False,
+        handover: Handover | None = None,
+        words: LayerWords | None = None,
+    ) -> None:
+        self._groups = groups
+        self._deadline = deadline
+        self._by_layer = by_layer
+        self._handover = handover
+        self._words = words
+        self._waiting = list[_Work]()  # loads that the step waits for
+        self._loads = dict[int, _Work]()
+        self._saves = dict[int, _Work]()
+        self._retained = set[str]()
+        self._ended = self._nothing()
+        self._issuer = None  # of loads whose layers wait by words
+        if words is not None:
+            self._issuer = Issuer(words, at_first=groups[0].view.device.type != "cpu")
+
+    @property
+    def busy(self) -> bool:
+        """Return whether a load, save, pull or offer has not ended, or was not reported."""
+        return bool(self._loads or self._saves) or self._hands_over
+
+    @property
+    def quiet(self) -> bool:
+        """Return whether `report` and `ended` have nothing to say."""
+        return not (self.busy or self._retained)
+
+    @property
+    def _hands_over(self) -> bool:
+        return self._handover is not None and self._handover.busy
+
+    def stop(self, plan: Plan) -> None:
+        """Wait until the saves that a plan stops read no block any longer; drop what they can.
+
+        Saves of other requests that began in the same calls go on, unless some of them have not
+        released their blocks after `MOMENT`.
+        """
+        if not plan.stop:
+            return
+        self._await_issue()
+        stopped = [work for number, work in self._saves.items() if number in plan.stop]
+        others = [work for number, work in self._saves.items() if number not in plan.stop]
+        shared = {id(part.handle) for work in others for part in work.parts}
+        handles = [part.handle for work in stopped for part in work.parts]
+        for handle in handles:
+            if id(handle) not in shared:
+                handle.cancel()
+        until = time.monotonic() + MOMENT
+        for handle in handles:
+            released = handle.released
+            if released is not None:
+                if id(handle) in shared and not _ends_by(until, released):
+                    handle.cancel()  # such as with a server that hangs
+                released.wait()
+
+    def load(self, plan: Plan) -> None:
+        """Begin the loads of a plan, ordered after the current stream's work.
+
+        They run on another stream, so that the model does not wait for them. If the engine does
+        nothing else, the model's stream waits for a single one. Then it counts as ended, and the
+        engine prepares the next step meanwhile.
+        """
+        self._await_issue()
+        # Noted here too: an engine may leave out `save` in a step that computes nothing.
+        self._retained.update(plan.retained)
+        if self._handover is not None:
+            self._handover.begin(plan.handovers, plan.idle)
+        if not plan.loads:
+            if self._words is not None:
+                self._words.rest()
+            return
+        alone = plan.idle and len(plan.loads) == 1 and not self._loads and not self._by_layer
+        works = [_Work(job) for job in plan.loads]
+        self._loads |= {work.job.number: work for work in works}
+        if self._by_layer:
+            self._waiting += works
+        fence = StreamFence(self._groups[0].view.device)
+        if self._issuer is not None:
+            loads = [partial(self._begin, work) for work in works]
+            size = sum(len(job.keys) for job in plan.loads)
+            self._issuer.issue(loads, fence, size, alone=len(self._groups) == 1)
+            return
+        with fence.inside():
+            for work in works:
+                self._begin(work)
+        if alone:
+            self._order(works[0])
+
+    def _await_issue(self) -> None:
+        """Wait until the loads of the present step were issued."""
+        if self._issuer is not None:
+            self._issuer.join()
+
+    def _order(self, work: _Work) -> None:
+        """Let the current stream wait for a load whose copies were all issued; then it has ended
+        for whatever comes after on that stream."""
+        handles = [part.handle for part in work.parts]
+        sizes = [store.form.payload_bytes for _, store in self._groups]
+        if work.failed or len(work.job.keys) * sum(sizes) > ORDERED:
+            return
+        if handles and all(handle.is_issued for handle in handles):
+            for handle in handles:
+                _wait(handle)
+            work.waited = True
+
+    def layer(self, number: int) -> None:
+        """Let the current stream wait for a layer of the loads of this step.
+
+        A graph that is captured waits for the loads of each step that replays it, if there are
+        words. ``number``: of the layer in its group.
+        """
+        if self._words is not None:
+            if self._waiting or self._words.is_captured:
+                self._words.wait(number)
+            return
+        for work in self._waiting:
+            for part in work.parts:
+                if number < len(part.handle.layers):
+                    _wait(part.handle.layers[number])
+
+    def save(self, plan: Plan) -> None:
+        """Begin the saves of a plan, ordered after the current stream's work.
+
+        What a step computed after rows that did not land is wrong, and not saved.
+        """
+        self._await_issue()
+        wrong = self._end_waiting() if self._waiting else set()
+        if plan.saves:
+            for job in plan.saves:
+                self._saves[job.number] = _Work(job, failed=job.request in wrong)
+            self._begin_saves(
+                [self._saves[job.number] for job in plan.saves if job.request not in wrong]
+            )
+        self._retained.update(plan.retained)
+
+    def _end_waiting(self) -> set[str]:
+        """Wait for the loads that this step waits for; return the requests that lack rows."""
+        wrong = set[str]()
+        expired = False
+        if self._words is not None:
+            # A device that waits may reach the limit long after the step was launched, and the
+            # engine has to learn it before it uses the step's tokens.
+            self._words.end_waits()
+            expired = self._words.expired
+        for work in self._waiting:
+            for part in work.parts:
+                _wait(part.handle)
+            work.waited = True
+            if expired:
+                work.failed = True  # its rows came after the model had gone on
+            if work.missing():
+                wrong.add(work.job.request)
+        self._waiting = []
+        return wrong
+
+    def report(self) -> Report:
+        """Return what has ended since the last report."""
+        self._await_issue()
+        made = Report()
+        for number, work in [*self._loads.items()]:
+            if work.ended():
+                del self._loads[number]
+                missing = work.missing()
+                made.end_load(number, missing)
+                self._note_load(work.job, missing)
+                if missing:
+                    self._note_late(work, len(missing))
+        for number, work in [*self._saves.items()]:
+            if not work.released and all(_is_released(part.handle) for part in work.parts):
+                work.released = True
+                made.release(number)
+            if work.released and work.ended():
+                del self._saves[number]
+                made.end_save(number, work.missing())
+        if self._hands_over:
+            self._report_handovers(made)
+        return made
+
+    def _note_late(self, work: _Work, missing: int) -> None:
+        """Log that a load lacks blocks, if it has lasted until its deadline."""
+        if self._deadline is not None and time.monotonic() >= work.began + self._deadline:
+            text = "%d of %d blocks did not land within %g s, and are computed. %s"
+            _log.warning("late", text, missing, len(work.job.keys), self._deadline, SLOW_DEVICE)
+
+    def _report_handovers(self, made: Report) -> None:
+        """Note which pulls and offers have ended, for the scheduler and for the engine."""
+        assert self._handover is not None
+        for job, landed in self._handover.ended_pulls():
+            made.end_load(job.number, frozenset() if landed else frozenset({0}))
+            self._ended.loaded.add(job.request)
+            if landed:
+                continue
+            self._ended.incomplete.add(job.request)
+            for failed, ids in zip(self._ended.failed, job.blocks, strict=True):
+                failed.update(block for block in ids if block >= 0)
+        for state in self._handover.ended_offers():
+            made.end_offer(state)
+
+    def ended(self) -> Ended:
+        """Return what the engine is to learn since the last call."""
+        reading = {work.job.request for work in self._saves.values() if not work.released}
+        if self._handover is not None:
+            reading |= self._handover.lending
+        freed = self._retained - reading
+        self._retained -= freed
+        ended = self._ended._replace(freed=freed)
+        self._ended = self._nothing()
+        return ended
+
+    def _nothing(self) -> Ended:
+        return Ended(set(), [set() for _ in self._groups], set(), set())
+
+    def _begin(self, work: _Work) -> None:
+        """Begin a load in all groups; in none that is reported, if one fails."""
+        try:
+            for number in range(len(self._groups)):
+                part = self._load(work.job, number)
+                if part is not None:
+                    work.parts.append(part)
+                    if self._words is not None:
+                        self._words.follow(part.handle.layers)
+        except PortaKVError as error:
+            _fail([work], error)
+
+    def _begin_saves(self, works: Sequence[_Work]) -> None:
+        """Begin the saves of a step, those of whole blocks in one call for each group.
+
+        Each call of a store occupies the host for about as long as a copy of one block takes, and
+        requests that decode in step with each other fill their blocks in the same step.
+        """
+        for together in self._joined(works):
+            try:
+                for number in range(len(self._groups)):
+                    self._save(together, number)
+            except PortaKVError as error:
+                _fail(together, error)
+
+    def _joined(self, works: Sequence[_Work]) -> list[list[_Work]]:
+        """Return the saves that one call can begin, which has each key once."""
+        joined = list[_Work]()
+        apart = list[list[_Work]]()
+        keys = set[bytes]()
+        for work in works:
+            if self._has_whole_blocks(work.job) and keys.isdisjoint(work.job.keys):
+                joined.append(work)
+                keys.update(work.job.keys)
+            else:
+                apart.append([work])
+        return [joined, *apart] if joined else apart
+
+    def _has_whole_blocks(self, job: Job) -> bool:
+        """Return whether the keys of a save fill the engine's blocks of all groups."""
+        for (view, store), blocks in zip(self._groups, job.blocks, strict=True):
+            if len(blocks) * (view.block_size or 0) != len(job.keys) * store.form.block_size:
+                return False
+        return True
+
+    def _load(self, job: Job, number: int) -> _Part | None:
+        """Begin a load of one group, from the first block on that the engine has; None: it has no
+        block."""
+        view, store = self._groups[number]
+        blocks = job.blocks[number]
+        size = store.form.block_size
+        whole = view.block_size
+        assert whole is not None
+        gone = next((at for at, block in enumerate(blocks) if block >= 0), len(blocks))
+        first = gone * whole // size
+        keys = [*job.keys[first:]]
+        if not keys:
+            return None
+        blocks = blocks[first * size // whole :]
+        lacking = -(-len(keys) * size // whole) - len(blocks)
+        blocks = (*blocks, *(-1,) * lacking)
+        handle = store.load(
+            view,
+            blocks,
+            keys,
+            deadline=self._deadline,
+            missing="skip",
+            by_layer=self._by_layer,
+        )
+        return _Part(handle, first)
+
+    def _save(self, works: Sequence[_Work], number: int) -> None:
+        """Begin a save of one group."""
+        view, store = self._groups[number]
+        blocks = [block for work in works for block in work.job.blocks[number]]
+        keys = [key for work in works for key in work.job.keys]
+        before = [key for work in works for key in (work.job.after, *work.job.keys[:-1])]
+        after = works[0].job.after if len(works) == 1 else before
+        handle = store.save(view, blocks, keys, after=after)
+        start = 0
+        for work in works:
+            work.parts.append(_Part(handle, 0, start))
+            start += len(work.job.keys)
+
+    def _note_load(self, job: Job, missing: Collection[int]) -> None:
+        """Note the end of a load for the engine, with the blocks that have no rows."""
+        if not self._by_layer:
+            self._ended.loaded.add(job.request)
+        if missing:
+            self._ended.incomplete.add(job.request)
+        for number, (view, store) in enumerate(self._groups):
+            ids = job.blocks[number]
+            whole = view.block_size
+            assert whole is not None
+            for position in missing:
+                for at in _covered(position, store.form.block_size, whole):
+                    if at < len(ids) and ids[at] >= 0:
+                        self._ended.failed[number].add(ids[at])
+
+
+def _fail(works: Sequence[_Work], error: PortaKVError) -> None:
+    """Note that loads or saves could not begin, and cancel what has begun of them."""
+    _log.warning("begin", "A load or save of an engine could not begin: %s", error)
+    for work in works:
+        work.failed = True
+        work.cancel()
+
+
+def _covered(position: int, size: int, whole: int) -> Iterator[int]:
+    """Yield the positions of the engine's blocks that a stored block covers."""
+    yield from range(position * size // whole, -(-(position + 1) * size // whole))
+
+
+def _is_done(transfer: Ending) -> bool:
+    """Return whether a transfer has ended; how it did is in the blocks that landed."""
+    try:
+        return transfer.done()
+    except PortaKVError:
+        return True
+
+
+def _ends_by(until: float, copies: Ending) -> bool:
+    """Return whether copies end by a time of `time.monotonic`."""
+    while not _is_done(copies):
+        if time.monotonic() > until:
+            return False
+        time.sleep(PAUSE)
+    return True
+
+
+def _wait(transfer: Ending) -> None:
+    """Let the current stream wait for a transfer; how it ended is in the blocks that landed."""
+    with suppress(PortaKVError):
+        transfer.wait()
+
+
+def _is_released(handle: Moved) -> bool:
+    """Return whether nothing reads the blocks of a save any longer."""
+    return handle.released is None or _is_done(handle.released)

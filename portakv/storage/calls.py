@@ -1,0 +1,1714 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plan a call of a block store.
+
+The plan locates each part of a block in a tier or in rows, and makes the tasks of the transfer
+graph that bring it into rows and into a view. It joins transfers that other calls have started.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import count, pairwise, repeat
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from weakref import WeakSet
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portakv.arguments import invalid
+from portakv.copy.choose_encoding import (
+    SAMPLE_AGAIN,
+    EncodingChoice,
+    best_of,
+    check_terms,
+    judged,
+    rated_choice,
+    stays_raw,
+)
+from portakv.copy.exponents import Sample
+from portakv.errors import InvalidTerms, PackOverflow, PortaKVError, Unsupported
+from portakv.graph import Graph, Guard, Handle, Lease, Mask, Missing, Priority, Queue, Task, Workers
+from portakv.graph.trace import COUNTED, Counts
+from portakv.layout.encodings import FLAG_AT, PACKED, Pack, PackedPlane
+from portakv.runtime.finished import Finished
+from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.storage import image
+from portakv.storage.encoded import EncodedFigures
+from portakv.storage.eviction import FIRST, Changed, mark_of, marks_of
+from portakv.storage.form import BlockForm, Slices
+from portakv.storage.memory import Claim, Crossing, Rows, SizedRows, Want, end_later
+from portakv.storage.reasons import OVERFLOWED, Explanation, Reason, Reasons, Report
+from portakv.storage.tiers.base import Keys
+from portakv.storage.tiers.base import TierStore as TierStore
+from portakv.view import KVView
+
+# ------------------------------------------------------------------------------------------------
+# What a call of a block store asks for.
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a call of a user asks for.
+
+    ``after``: for each key of a save the key that it follows; None: it begins a prompt. ``lent``:
+    others make its copies.
+    """
+
+    kind: str
+    keys: list[bytes]
+    priority: Priority
+    deadline: float | None = None
+    after: Sequence[bytes | None] = ()
+    lent: bool = False
+
+    @cached_property
+    def roots(self) -> list[bytes | None]:
+        """Return for each block of a save the key of another call that its chain follows."""
+        own = {*self.keys}
+        if self._is_one_chain and self.after[0] not in own:
+            return [self.after[0]] * len(self.keys)
+        known = dict[bytes | None, bytes | None]()
+        for key, before in zip(self.keys, self.after, strict=True):
+            known[key] = known.get(before) if before in own else before
+        return [*known.values()]
+
+    @cached_property
+    def _is_one_chain(self) -> bool:
+        """Return True if each block of a save follows the block before it."""
+        return bool(self.after) and [*self.after[1:]] == self.keys[:-1]
+
+    def before(self, blocks: Sequence[int]) -> list[bytes]:
+        """Return the keys of other calls that the chains of some blocks follow."""
+        if not self.after:
+            return []
+        some = blocks[:1] if self._is_one_chain else blocks
+        roots = dict.fromkeys(map(self.roots.__getitem__, some))
+        return [key for key in roots if key is not None]
+
+    @cached_property
+    def order(self) -> dict[bytes, int]:
+        """Return the position of each key: no block of the call evicts an earlier one."""
+        order = dict.fromkeys(self.before(range(len(self.keys))), -1)
+        order.update(zip(self.keys, range(len(self.keys)), strict=True))
+        return order
+
+    @cached_property
+    def follows(self) -> list[int]:
+        """Return the marks of the predecessors of a save's blocks."""
+        if self._is_one_chain:
+            return [_mark(self.after[0]), *self.marks[:-1]]
+        return [*map(_mark, self.after)]
+
+    @cached_property
+    def marks(self) -> list[int]:
+        """Return the marks of the keys."""
+        return marks_of(self.keys)
+
+
+def _mark(key: bytes | None) -> int:
+    """Return the mark of a predecessor."""
+    return FIRST if key is None else mark_of(key)
+
+
+# ------------------------------------------------------------------------------------------------
+# What a store announces: handles that have ended, and blocks that were stored or lost.
+
+#: Seconds between two looks at copies that were issued.
+LOOK = 5e-4
+
+
+class Change(NamedTuple):
+    """A block that was stored in a tier, or lost.
+
+    Attributes:
+        number: counts all changes; a listener that misses a number has missed changes.
+        key: 32 bytes.
+        tier: "host", "disk", or that of another package; a second disk is "disk 2".
+        stored: False if it was lost.
+        why: of a block that was lost: "evicted", "damaged" or "deleted".
+        form: the name of its form, of a store with several forms; else empty.
+    """
+
+    number: int
+    key: bytes
+    tier: str
+    stored: bool
+    why: str = ""
+    form: str = ""
+
+
+class Snapshot(NamedTuple):
+    """The keys of each tier after the change of a number.
+
+    The snapshot may have later changes already: apply those after ``number`` once more.
+    """
+
+    number: int
+    keys: dict[str, list[bytes]]
+
+
+@runtime_checkable
+class Listed(Protocol):
+    """A tier store with an index that others may follow.
+
+    A `TierStore` need not be one: that of an object store has no index.
+    """
+
+    tier: str
+
+    def keys(self) -> list[bytes]:
+        """Return the keys of all blocks."""
+
+    def announce(self, changed: Changed, /) -> None:
+        """Report from now on each block that is stored or lost.
+
+        The index changes before the report. Reports come from any thread, under any lock of the
+        tier.
+        """
+
+
+def _named(tier_stores: Iterable[Listed]) -> dict[str, Listed]:
+    """Return tier stores by the names of their tiers: "disk", and "disk 2" for a second one."""
+    named = dict[str, Listed]()
+    for each in tier_stores:
+        same = sum(other.tier == each.tier for other in named.values())
+        named[f"{each.tier} {same + 1}" if same else each.tier] = each
+    return named
+
+
+class Announced:
+    """Handles and changes that wait for their consumers, once there are consumers.
+
+    Attributes:
+        handles: those that have ended.
+        changes: blocks that were stored or lost, with numbers in order.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.handles = Finished[Handle]()
+        self.changes = Finished[Change]()
+        self._graph = graph
+        self._issued = deque[tuple[Handle, Task | None]]()
+        self._lock = threading.Lock()  # reports come from several tiers
+        self._beginning = threading.Lock()
+        self._begun = False  # changes are announced
+        self._number = 0
+
+    def close(self) -> None:
+        """Announce nothing from now on."""
+        self.handles.close()
+        self.changes.close()
+
+    def follow(self, handle: Handle, barrier: Task | None) -> None:
+        """Announce a handle at its end, under the graph's lock.
+
+        ``barrier``: the task with which the part of the workers ends.
+        """
+        if barrier is None or barrier.ended:
+            self.handles.add(handle)
+        else:
+            barrier.on_end = partial(self.handles.add, handle)
+
+    def follow_issued(self, handle: Handle, barrier: Task | None) -> None:
+        """Announce a handle at its end, of which a part was issued.
+
+        Nothing reports the end of such a copy, so a worker looks for it.
+        """
+        self._issued.append((handle, barrier))
+        task = Task(self._look, 1, queue=self._graph.queue("ends"), name="end")
+        self._graph.submit([task], priority="urgent")
+
+    def _look(self, *unused: object) -> None:
+        """Look for the ends of issued copies until all have ended, in any order."""
+        while self._issued and not self._graph.closed.is_set():
+            for _ in range(len(self._issued)):
+                handle, barrier = self._issued.popleft()
+                if handle.issued_ended():
+                    self._graph.run(partial(self.follow, handle, barrier))
+                else:
+                    self._issued.append((handle, barrier))
+            time.sleep(LOOK)
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Return whether the consumer of changes has taken them all."""
+        return self._begun and self.changes.is_idle
+
+    def listen(self, forms: Mapping[str, Sequence[Listed]]) -> Finished[Change]:
+        """Return the changes of the tier stores of forms, which are kept from the first call on."""
+        with self._beginning:  # two first calls
+            if not self.changes.started:
+                self.changes.start()
+                for form, tier_stores in forms.items():
+                    for name, each in _named(tier_stores).items():
+                        each.announce(partial(self._report, form, name))
+                self._begun = True
+        return self.changes
+
+    def snapshot(self, forms: Mapping[str, Sequence[Listed]], form: str) -> Snapshot:
+        """Return the keys of a form's tier stores, and listen to all from the first call on."""
+        self.listen(forms)
+        with self._lock:
+            number = self._number  # before the keys, in which later changes may be
+        named = _named(forms[form])
+        return Snapshot(number, {name: each.keys() for name, each in named.items()})
+
+    def _report(self, form: str, tier: str, key: bytes, stored: bool, why: str) -> None:
+        """Number a change, and keep it."""
+        with self._lock:
+            self._number += 1
+            self.changes.add(Change(self._number, key, tier, stored, why, form))
+
+
+# ------------------------------------------------------------------------------------------------
+# The parts of a block that lie in tiers, the stages in which they cross into a view, and the
+# sizes of the tasks that move them.
+
+#: Bytes of a task of a save, and of a load, unless a block is larger. A load in 16 MiB pieces left
+#: a disk's queue too short on an H200 machine: 1.6 GB/s, by 32 MiB 2.1. An urgent load waits for
+#: one piece of a save.
+SAVED = 16 << 20
+LOADED = 32 << 20
+#: Bytes of a long task of a save, which no tier stores. Each task takes the host some 0.1 ms if its
+#: copy was issued. One that packs takes 0.85 ms; 16 MiB of raw rows cross at 23 GB/s, 128 at 52.
+LONG = 128 << 20
+#: Bytes of a task whose copy is issued by itself, before the next task takes rows.
+APART = 64 << 20
+#: Bytes up to which tasks share no work of a call.
+SHARED = 1 << 20
+#: Blocks of a task at most: the end of a task takes the graph's lock for 4 us a block, and urgent
+#: work waits for it.
+BLOCKS = 256
+#: Blocks of a call that are planned before others may take the graph's lock.
+SLICE = 256
+#: Bytes of a block below which a read keeps the interpreter more than the disk.
+SMALL = 64 << 10
+PARTS = 8  # of the device's stage by layer, if blocks are read as a whole
+
+
+class Stage(NamedTuple):
+    """The rows that cross together between rows and a view.
+
+    ``layers`` of the view, their segment (None: the image), and both sides of the copy.
+    """
+
+    layers: range
+    segment: int | None
+    inner: KVView
+    outer: KVView
+
+
+@dataclass(eq=False)
+class FormPart:
+    """Blocks of one form, and the rectangle that they share with the store's form.
+
+    ``cells`` has a bit for each head of each layer of the rectangle. ``part_slices`` and
+    ``own_slices`` are the rectangle in a view of this form and in a view of the store's form.
+    """
+
+    form: BlockForm
+    tier_stores: list[TierStore]
+    part_slices: Slices
+    own_slices: Slices
+    rows: KVView  # that rectangle of all rows of the store
+    cells: int
+
+    def name(self, key: bytes) -> bytes:
+        """Return the name of this part of a block among the rows."""
+        return self.form.digest + key
+
+    def names(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Return the name of this part of each block among the rows."""
+        digest = self.form.digest
+        return [digest + key for key in keys]
+
+    def stages(self, view: KVView, by_layer: bool) -> list[Stage]:
+        """Return the stages between rows and a view, in order of their layers."""
+        first = self.part_slices["layers"].start
+        past = self.part_slices["layers"].stop
+        segmented = by_layer and len(self.form.segments) > 1
+        outer = view.slice(**self.own_slices)
+        if segmented:
+            ends = [0, *(segment.past_layer for segment in self.form.segments)]
+        else:
+            many = min(PARTS, past - first) if by_layer else 1
+            ends = np.linspace(first, past, 1 + many, dtype=int).tolist()
+        result = list[Stage]()
+        to = self.own_slices["layers"].start
+        for number, (a, b) in enumerate(pairwise(min(max(x, first), past) - first for x in ends)):
+            if a < b:
+                sides = self.rows.slice(layers=slice(a, b)), outer.slice(layers=slice(a, b))
+                result.append(Stage(range(to + a, to + b), number if segmented else None, *sides))
+        return result
+
+
+class Arrival(NamedTuple):
+    """Blocks ``at`` of a call that arrive in ``rows`` of a lease.
+
+    They are complete for stage n after the tasks ``ends[n]`` have ended.
+    """
+
+    lease: Lease
+    ends: dict[int, list[Task]]
+    at: Sequence[int]
+    rows: Sequence[int]
+
+    def cross(self, crossing: Crossing, stage: Stage, _: Task, mask: Mask) -> None:
+        """Copy the blocks of a mask from their rows into the view, as the task of a stage."""
+        left = np.flatnonzero(mask)
+        items = np.array(self.lease.items)[np.array(self.rows)[left]]
+        crossing.copy(stage.inner, stage.outer, items, np.array(self.at)[left])
+
+
+def parts_of(
+    form: BlockForm,
+    forms: Iterable[BlockForm],
+    tier_stores: Sequence[TierStore],
+    rows: torch.Tensor,
+) -> list[FormPart]:
+    """Return the parts of blocks of a form that lie in tiers and in rows of a tensor.
+
+    The form itself comes first, then the others by their first cell, the largest first among
+    equals.
+    """
+    parts = list[FormPart]()
+    across = form.heads[1] - form.heads[0]
+    for other in forms:
+        if slices := form.part_of(other):
+            stores = [tier_store for tier_store in tier_stores if tier_store.form == other]
+            layers = slices[1]["layers"]
+            heads = slices[1]["heads"]
+            cells = sum(1 << n for n in range(heads.start, heads.stop))
+            cells = sum(cells << across * n for n in range(layers.start, layers.stop))
+            parts.append(
+                FormPart(other, stores, *slices, other.view(rows).slice(**slices[0]), cells)
+            )
+    return parts[:1] + sorted(parts[1:], key=lambda x: (x.cells & -x.cells, -x.cells.bit_count()))
+
+
+def task_blocks(
+    blocks: list[int], size: int, nbytes: int, rows: int, least: int, widths: Sequence[int]
+) -> list[list[int]]:
+    """Return the blocks of each task, at most ``nbytes`` and ``rows`` of them.
+
+    At least ``least`` tasks share the blocks, or all workers of a queue of some width. Few bytes
+    are one task, unless the workers share them, as each task costs its steps.
+    """
+    if len(blocks) * size <= SHARED:
+        least = 1
+    share = -(-len(blocks) // max([least, *widths]))
+    most = max(1, min(rows, nbytes // size, share, BLOCKS))
+    return [blocks[first : first + most] for first in range(0, len(blocks), most)]
+
+
+# ------------------------------------------------------------------------------------------------
+# The rows of saves that wait for a remote tier, and that other saves may need.
+
+
+class Uploads:
+    """The writes of the saves of one form to remote tiers, except of saves that wait for rows.
+
+    Callers hold the graph's lock.
+
+    Attributes:
+        rows: how many hold a block until it is written.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._tasks = dict[Task, int]()  # with their rows, in order
+
+    def begin(self, task: Task, rows: int) -> None:
+        """Note a task that writes rows, until its end."""
+        self.rows += rows
+        self._tasks[task] = rows
+        task.on_end = partial(self._end, task)
+
+    def _end(self, task: Task) -> None:
+        self.rows -= self._tasks.pop(task)
+
+    def waiting(self) -> list[Task]:
+        """Return the tasks that no worker has begun, and whose rows nothing else needs."""
+        queued = [task for task in self._tasks if task.state == "queued"]
+        uses = Counter(task.lease for task in queued)  # several if there are several remote tiers
+        return [x for x in queued if x.lease is not None and x.lease.users == uses[x.lease]]
+
+    def make_way(self, every: Iterable[Uploads], rows: Rows, graph: Graph, count: int) -> int:
+        """Drop uploads that wait for a slow tier if a save needs their rows, the latest first.
+
+        They keep half of the rows that saves may have. So a remote tier that is slower than saves
+        costs no block of a nearer tier. The order is that of all forms together, since an engine
+        may need a block of all its groups of layers. Call it under the graph's lock.
+
+        Args:
+            every: the uploads of all forms that share the rows, this one among them.
+            count: the rows that the save needs.
+
+        Returns:
+            How many rows were given back.
+        """
+        every = [*every]
+        half = (rows.most + rows.host) // 2
+        first = sum(each.rows for each in every)
+        left = first
+        if left <= half or not rows.lacks(count):
+            return 0
+        waiting = [task for each in every for task in each.waiting()]
+        for task in sorted(waiting, key=lambda task: task.schedule.number, reverse=True):
+            if left <= half or not rows.lacks(count):
+                break
+            graph.cancel(task, "dropped")
+            left = sum(each.rows for each in every)
+        return first - left
+
+
+# ------------------------------------------------------------------------------------------------
+# Blocks of a save that do not fit into packed slots: they are stored raw, in the raw form of the
+# same store, under the same key.
+
+#: Why a store does not keep a block of a packed view.
+FLAGGED = (
+    "Expected packed blocks, got one that did not fit into its slots when it was packed. Save this "
+    "block from a raw view"
+)
+#: Why a store does not keep a block that does not fit, although it has the raw form.
+NO_ROOM = (
+    "Expected host memory for the raw rows of a block that does not fit into packed slots, got "
+    "none, as other transfers have it. Give the store more staging"
+)
+#: Returns what rows of so many bytes are needed for.
+Wanted: TypeAlias = Callable[[int], Want]
+
+
+def flagged(part: FormPart, items: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Return which rows of a packed form have a slot with the flag of a plane that did not fit.
+
+    Other encodings have no flags: every block fits them.
+    """
+    planes = [plane for plane in part.form.planes if isinstance(plane, PackedPlane)]
+    if not planes:
+        return np.zeros(len(items), np.bool_)
+    slots = part.rows.tensors
+    assert isinstance(slots, torch.Tensor)  # of the rows of a store
+    if slots.shape[-1] == planes[0].slot_bytes:  # kv is an axis
+        planes = planes[:1]
+    chosen = torch.from_numpy(items)
+    result = np.zeros(len(items), np.bool_)
+    start = 0
+    for plane in planes:
+        flags = slots[..., start + plane.head_at + FLAG_AT][chosen]
+        result |= (flags != PACKED).flatten(1).any(1).numpy()
+        start += plane.slot_bytes
+    return result
+
+
+class Spare:
+    """The raw form of a packed form, if the store has both.
+
+    Attributes:
+        own: the part of the form itself, whatever its encoding.
+        raw: the part of the raw form; None if the form is raw itself, or the store lacks it.
+        twin: the part of the other form whose blocks a save need not bring: ``raw``, or the packed
+            form after `pair`.
+        figures: counts the blocks of a packed form, and those that are raw instead.
+        rows: the host memory that has the blocks.
+    """
+
+    def __init__(self, parts: Sequence[FormPart], rows: Rows) -> None:
+        own = parts[0]
+        form = own.form
+        twins = [part for part in parts[1:] if form.encoding and part.form == form.raw]
+        self.own = own
+        self.raw = twins[0] if twins else None
+        self.twin = self.raw
+        self.figures = EncodedFigures()
+        self.rows = rows
+        self._stores = dict[TierStore, TierStore]()
+        if self.raw is not None:
+            self._stores = _pairs(own, self.raw)
+
+    def pair(self, packed: Spare) -> None:
+        """Take the packed form of a store that chooses between both as the other form of this raw
+        one."""
+        self.twin = packed.own
+        self.figures = packed.figures
+        self._stores = _pairs(self.own, packed.own)
+
+    def alone(self, packed: Spare) -> Spare:
+        """Return this raw form without the packed form of its store, whose figures it counts in."""
+        result = Spare([self.own], self.rows)
+        result.figures = packed.figures
+        return result
+
+    @property
+    def parts(self) -> tuple[FormPart, ...]:
+        """Return the parts that have blocks of the form: its own, and that of the other form."""
+        return (self.own,) if self.twin is None else (self.own, self.twin)
+
+    def store(self, tier_store: TierStore) -> TierStore | None:
+        """Return the store of the other form in the tier of a store of the form itself."""
+        return self._stores.get(tier_store)
+
+    def known(self, tier_store: TierStore, keys: Keys) -> list[bool]:
+        """Return which blocks a tier has in either form."""
+        known = tier_store.known(keys)
+        other = self.store(tier_store)
+        if other is None:
+            return known
+        return [a or b for a, b in zip(known, other.known(keys), strict=True)]
+
+    def wants(self, tier_store: TierStore, keys: Keys) -> list[bool]:
+        """Return which blocks a save has to bring to a tier, which may have them in the other
+        form."""
+        wanted = tier_store.wants(keys)
+        other = self.store(tier_store)
+        if other is None:
+            return wanted
+        return [a and not b for a, b in zip(wanted, other.known(keys), strict=True)]
+
+    def cached(self, rows: Rows, keys: Keys) -> list[bool]:
+        """Return which blocks the host tier has in either form."""
+        cached = rows.has_each(self.own.names(keys))
+        if self.twin is None:
+            return cached
+        return [a or b for a, b in zip(cached, rows.has_each(self.twin.names(keys)), strict=True)]
+
+    def stored(self, keys: Keys, rows: Rows, coming: Container[bytes]) -> Mask:
+        """Return which blocks are where saves put them; see `FormBlocks.stored`.
+
+        ``coming``: the names of blocks whose transfer has not ended.
+        """
+        writable = [tier_store for tier_store in self.own.tier_stores if tier_store.writable]
+        there = np.ones(len(keys), np.bool_)
+        for tier_store in writable:
+            if tier_store.tier != "remote":
+                there &= self.known(tier_store, keys)
+        if not writable:
+            names = self.own.names(keys)
+            cached = self.cached(rows, keys)
+            there[:] = [a or name in coming for a, name in zip(cached, names, strict=True)]
+        return there
+
+
+def _pairs(own: FormPart, twin: FormPart) -> dict[TierStore, TierStore]:
+    """Return the store of another form in the tier of each writable store of a form.
+
+    Each tier opens the own forms of a store, all of them writable.
+    """
+    ours, others = ([store for store in part.tier_stores if store.writable] for part in (own, twin))
+    return dict(zip(ours, others, strict=False))
+
+
+def copy_fitting(
+    crossing: Crossing,
+    inner: KVView,
+    outer: KVView,
+    items: npt.NDArray[np.int64],
+    at: npt.NDArray[np.int64],
+) -> tuple[Mask, str]:
+    """Copy blocks of a view into rows, packed if the rows are.
+
+    Args:
+        inner, outer: the views of the rows and of the caller's blocks.
+        items, at: the number of each row, and the place of its block in the call.
+
+    Returns which blocks do not fit into packed slots, bool ``[items]``, and the sentence that says
+    so. The rows of these blocks hold slots that nothing can read.
+    """
+    try:
+        crossing.copy(inner, outer, items, at)
+    except PackOverflow as error:
+        refused: Mask = np.isin(items, error.dst_blocks)
+        if np.count_nonzero(refused) != len({*error.dst_blocks}):
+            raise  # not rows of this copy
+        return refused, str(error)
+    return np.zeros(len(items), np.bool_), ""
+
+
+class SpareRows:
+    """The images in the rows of one transfer: blocks of a save that did not fit have raw ones.
+
+    ``part``: of the images of all other rows.
+    """
+
+    def __init__(self, spare: Spare, part: FormPart) -> None:
+        self._spare = spare
+        self._part = part
+        self._raw = set[int]()
+
+    @property
+    def packs(self) -> bool:
+        """Return True if a save packs blocks, and keeps raw those that do not fit."""
+        return self._spare.raw is not None
+
+    @property
+    def most_bytes(self) -> int:
+        """Return the bytes of the largest image that a row may hold."""
+        forms = self.raw_form, self._part.form
+        return max(form.image_bytes for form in forms if form is not None)
+
+    def part(self, row: int) -> FormPart:
+        """Return the part whose image a row holds."""
+        raw = self._spare.raw
+        return raw if raw is not None and row in self._raw else self._part
+
+    def image_bytes(self, row: int) -> int:
+        """Return the bytes of the image of a row."""
+        return self.part(row).form.image_bytes
+
+    def take(self, count: int, passing: bool, want: Wanted) -> list[int] | None:
+        """Return rows of a memory that has rows of several sizes; None if they are not free.
+
+        ``passing``: see `Want`; the rows have room for any image of the transfer.
+        """
+        rows = self._spare.rows
+        assert isinstance(rows, SizedRows)
+        size = self.most_bytes if passing else self._part.form.image_bytes
+        return rows.take_sized(count, want(size))
+
+    def seal(
+        self, items: Sequence[int], row: int, key: bytes, generation: int, follows: int
+    ) -> tuple[int, ...]:
+        """Make an image of the payload in a row, as `image.seal` does."""
+        form = self.part(row).form
+        return image.seal(self.image_in(items, row), form, key, generation, follows)
+
+    def predecessor(self, items: Sequence[int], row: int) -> int:
+        """Return the mark of the block that the image in a row follows."""
+        return image.predecessor(self.image_in(items, row))
+
+    def image_in(self, items: Sequence[int], row: int) -> image.Row:
+        """Return the image of a row, whose number in the memory is ``items[row]``."""
+        return self._spare.rows.image(items[row], self.image_bytes(row))
+
+    def settle(self, items: list[int], mask: Mask, want: Wanted) -> None:
+        """Move the images of a mask into rows of the host tier of their sizes, if there are any."""
+        rows = self._spare.rows
+        if isinstance(rows, SizedRows):
+            for row in np.flatnonzero(mask).tolist():
+                rows.settle(items, row, want(self.image_bytes(row)))
+
+    def _make_room(self, items: list[int], refused: list[int], want: Wanted) -> list[int]:
+        """Give rows of the raw size to blocks that do not fit; return those that get none."""
+        rows = self._spare.rows
+        if self.raw_form is None or not isinstance(rows, SizedRows):
+            return []
+        terms = want(self.raw_form.image_bytes)
+        return [row for row in refused if not rows.replace(items, row, terms)]
+
+    def copy(
+        self,
+        crossing: Crossing,
+        view: KVView,
+        mask: Mask,
+        lines: tuple[list[int], Sequence[int]],
+        keys: Keys,
+        report: Report,
+        want: Wanted,
+    ) -> Mask:
+        """Copy blocks of a view into rows, packed if the form is, and raw those that do not fit.
+
+        Args:
+            mask: the blocks to copy, by their place in the transfer.
+            lines: for each place the number of its row, and the number of its block in the call.
+            keys: the key of each place.
+            report: gets the reason for each block that the store cannot keep raw.
+            want: returns what rows of a size are needed for.
+
+        Returns the blocks that are in rows.
+        """
+        items, blocks = (np.array(each) for each in lines)
+        rows = np.flatnonzero(mask)
+        own = self._spare.own
+        unfit, why = copy_fitting(crossing, own.rows, view, items[rows], blocks[rows])
+        refused = rows[unfit]
+        if not len(refused):
+            if view.form.encoding:
+                self._leave_out_flagged(mask, items, keys, report)
+            kept = np.flatnonzero(mask)
+            self._count(view.device, items[kept], len(rows) - len(kept), 0)
+            return mask
+        fits = items[rows[~unfit]]
+        misfits = len(refused)
+        raw = self._spare.raw
+        if raw is None:
+            self._count(view.device, fits, misfits, 0)
+            mask[refused] = False
+            for row in refused.tolist():
+                report(keys[row], Reason(OVERFLOWED, why))
+            return mask
+        for row in self._make_room(lines[0], refused.tolist(), want):
+            mask[row] = False
+            report(keys[row], Reason(OVERFLOWED, NO_ROOM))
+        refused = refused[mask[refused]]
+        self._count(view.device, fits, misfits, len(refused))
+        items = np.array(lines[0])
+        crossing.copy(raw.rows, view, items[refused], blocks[refused])
+        self.hold_raw(refused.tolist())
+        return mask
+
+    @property
+    def raw_form(self) -> BlockForm | None:
+        """Return the form of raw images in rows; None if the store cannot keep them."""
+        raw = self._spare.raw
+        return None if raw is None else raw.form
+
+    def hold_raw(self, rows: Iterable[int]) -> None:
+        """Note that rows hold raw images, of blocks that do not fit."""
+        self._raw.update(rows)
+
+    def _count(self, device: torch.device, items: Any, misfits: int, followed: int) -> None:
+        """Count blocks of the form itself that came from a device into rows ``items``, those that
+        did not fit, and how many of these follow raw."""
+        figures = self._spare.figures
+        form = self._spare.own.form
+        if form.encoding:
+            rows = self._spare.rows
+            one = rows.image(items[0], form.image_bytes) if len(items) else None
+            figures.add_packed(device, form, len(items), misfits, followed, one)
+        else:
+            figures.add_raw(form, len(items))
+
+    def _leave_out_flagged(
+        self, mask: Mask, items: npt.NDArray[np.int64], keys: Keys, report: Report
+    ) -> None:
+        """Take blocks out of the mask whose slots were copied as they are and have no rows."""
+        rows = np.flatnonzero(mask)
+        for row in rows[flagged(self._spare.own, items[rows])].tolist():
+            mask[row] = False
+            report(keys[row], Reason(OVERFLOWED, FLAGGED))
+
+    def names(self, keys: Keys, rows: Sequence[int], names: Sequence[bytes]) -> list[bytes]:
+        """Return the names of blocks in rows, of which ``names`` has those of the form itself."""
+        return [self.part(row).name(keys[row]) if row in self._raw else names[row] for row in rows]
+
+    def write(
+        self,
+        graph: Graph,
+        tier_store: TierStore,
+        rows: Sequence[int],
+        keys: Keys,
+        terms: tuple[Any, ...],
+        report: Report,
+    ) -> list[bool]:
+        """Write the images of rows to a tier, each to the store of its form.
+
+        ``terms``: of `TierStore.write` the queue, the rows, generations and checksums, and the
+        rest. Returns which are stored.
+        """
+        queue, data, generations, checksums, *rest = terms
+        raw = [n for n, row in enumerate(rows) if row in self._raw]
+        if not raw:
+            return tier_store.write(queue, keys, data, generations, checksums, *rest, report=report)
+        landed = [False] * len(rows)
+        packed = [n for n in range(len(rows)) if n not in raw]
+        for store, some in ((tier_store, packed), (self._spare.store(tier_store), raw)):
+            if store is None or not some:
+                continue
+            if store is not tier_store:
+                with graph.lock:
+                    queue = store.queue_for_write(sum(data[n].nbytes for n in some))
+            made = store.write(
+                queue,
+                [keys[n] for n in some],
+                [data[n] for n in some],
+                [generations[n] for n in some],
+                [checksums[n] for n in some],
+                *rest,
+                report=report,
+            )
+            for n, stored in zip(some, made, strict=True):
+                landed[n] = stored
+        return landed
+
+
+# ------------------------------------------------------------------------------------------------
+# `encoding="auto"`: a store has the packed and the raw form of its blocks, and chooses one of
+# them for each save.
+
+#: The most of a disk or an object store that is believed, unless its rate is declared: a drive with
+#: four lanes of PCIe 4.0.
+TIER_GBPS = 7.0
+#: The names of the two forms of such a store.
+PACKED_FORM = "packed"
+RAW = "raw"
+
+
+@dataclass(frozen=True, slots=True)
+class AutoEncoding:
+    """Terms of a store that packs blocks where it pays; ``encoding="auto"`` has the usual ones.
+
+    Attributes:
+        pack: the parameters of packed blocks; `portakv.choose_encoding` chooses them by a sample.
+            None: those of the form of the store if that is packed, else the usual ones.
+        link_gbps: 10^9 bytes a second of the slowest link that blocks cross. None: that of the link
+            between the device and the host, measured, and at most 7 if the store has tiers. Rows
+            of a CPU have 7 with tiers, and stay raw without.
+        packing_gbps: 10^9 bytes of raw rows a second that packed copies reach at most. None:
+            measured, over the link between the device and the host; where `reference` packs, such
+            as on a CPU, rows stay raw.
+
+    Raises:
+        InvalidTerms: a value that a term cannot have.
+    """
+
+    pack: Pack | None = None
+    link_gbps: float | None = None
+    packing_gbps: float | None = None
+
+    def __post_init__(self) -> None:
+        check_terms(self.pack, self.link_gbps, self.packing_gbps)
+
+
+#: What a store takes as its encoding; None: blocks are stored as their forms say.
+Encoding: TypeAlias = Literal["auto"] | AutoEncoding | None
+
+
+def terms_of(encoding: object) -> AutoEncoding | None:
+    """Return the terms of an encoding; None without one. Raises `InvalidTerms` for anything
+    else."""
+    if encoding is None or isinstance(encoding, AutoEncoding):
+        return encoding
+    if isinstance(encoding, str) and encoding == "auto":
+        return AutoEncoding()
+    do = "Pass one of these; a packed form is made by BlockForm.of(encoding=...)."
+    raise invalid("encoding", "'auto', an AutoEncoding or None", encoding, do)
+
+
+def forms_for(form: BlockForm, terms: AutoEncoding) -> tuple[dict[str, BlockForm], str]:
+    """Return the forms of a store that chooses, by their names, and why it has only the raw one, as
+    a sentence. Raises `InvalidTerms` for a lossy form."""
+    if form.lossy:
+        got = f"one in {form.encoding!r}"
+        raise InvalidTerms(
+            f"Expected form to be one of raw or packed blocks with encoding='auto', got {got}, "
+            f"which does not keep every bit. Leave encoding out, or pass the raw form."
+        )
+    pack = terms.pack
+    if pack is None:
+        pack = Pack.of_text(form.encoding) if form.encoding else Pack()
+    raw = form.raw
+    try:
+        return {PACKED_FORM: raw.packed(pack), RAW: raw}, ""
+    except Unsupported as error:
+        return {RAW: raw}, str(error)
+
+
+class Known:
+    """The choice for a device.
+
+    Attributes:
+        choice: the present choice.
+        rated: the choice by the rates; None: no sample changes the choice.
+        rates_missing: the rates could not be measured, and are measured again.
+        left: raw bytes of saves until the next sample, or the next rates.
+        pending: a sample whose result has not been looked at.
+        trouble: the reason why the latest sample was not taken, as a sentence; empty if it was.
+    """
+
+    def __init__(
+        self,
+        choice: EncodingChoice,
+        rated: EncodingChoice | None = None,
+        rates_missing: bool = False,
+    ) -> None:
+        self.choice = choice
+        self.rated = rated
+        self.rates_missing = rates_missing
+        self.left = SAMPLE_AGAIN
+        self.pending: Sample | None = None
+        self.trouble = ""
+
+
+class Chooser:
+    """Chooses for the saves of a store, and remembers the choices.
+
+    Args:
+        form: the packed form; None: the store has only the raw one.
+        why: then, the reason, as a sentence.
+        terms: the terms of the store.
+        tiers: the store has tiers besides the host's memory.
+        figures: counts the blocks of both forms.
+        graph: its trace gets each new choice with its figures.
+
+    Attributes:
+        known: the choice for each device.
+    """
+
+    def __init__(
+        self,
+        form: BlockForm | None,
+        why: str,
+        terms: AutoEncoding,
+        tiers: bool,
+        figures: EncodedFigures,
+        graph: Graph,
+    ) -> None:
+        self._terms = terms
+        self._form = form
+        self._pack = None if form is None else Pack.of_text(form.encoding)
+        self._why = why
+        self._most = TIER_GBPS if tiers else float("inf")
+        self._figures = figures
+        self._graph = graph
+        self._lock = threading.Lock()
+        self.known: dict[torch.device, Known] = {}
+
+    def packs(self, view: KVView, ids: npt.NDArray[np.int64]) -> bool:
+        """Return True if blocks of a view are to be packed.
+
+        ``ids``: the numbers of the view's blocks, whose rows are ready on the current stream.
+        """
+        form = self._form
+        if form is None:
+            self._note_once(view.device)
+            return False
+        if view.form.encoding:
+            return True
+        if view.block_size != form.block_size or not len(ids):
+            return False
+        with self._lock:
+            known = self.known.get(view.device)
+            if known is None or (known.rates_missing and known.left <= 0):
+                known = self.known[view.device] = self._begin(view, ids)
+                self._note(known.choice)
+            elif known.rated is not None:
+                self._again(known, known.rated, view, ids)
+            known.left -= len(ids) * form.raw.payload_bytes
+            return known.choice.pack is not None
+
+    def _note(self, choice: EncodingChoice) -> None:
+        """Note a choice in the trace."""
+        self._graph.trace.note("encoding", self._graph.clock(), choice.figures())
+
+    def lines(self) -> list[str]:
+        """Return the choice for each device, with the reason, a line each."""
+        with self._lock:
+            known = {device: (each.choice, each.trouble) for device, each in self.known.items()}
+        lines = list[str]()
+        for device, (choice, trouble) in known.items():
+            which = "raw" if choice.pack is None else "packed"
+            lines.append(f"Saves from {device} are {which}. {choice.why} {trouble}".rstrip())
+        return lines or ["No save has chosen between packed and raw blocks yet."]
+
+    def _note_once(self, device: torch.device) -> None:
+        """Note that rows of a device stay raw, as the store has only the raw form."""
+        with self._lock:
+            if device not in self.known:
+                known = self.known[device] = Known(EncodingChoice(None, self._why))
+                self._note(known.choice)
+
+    def _begin(self, view: KVView, ids: npt.NDArray[np.int64]) -> Known:
+        """Return the first choice for a device; wait for its sample."""
+        terms = self._terms
+        pack = self._pack
+        assert pack is not None
+        why = stays_raw(view, pack, terms.packing_gbps)
+        if why:
+            return Known(EncodingChoice(None, why))
+        rated = rated_choice(view, pack, terms.link_gbps, terms.packing_gbps, self._most)
+        if rated.pack is None:
+            return Known(rated, rates_missing=rated.packing_gbps is None)
+        self._figures.forget_misfits(view.device)
+        try:
+            best = best_of(view, Sample(view, ids, (pack,)), pack)
+        except torch.OutOfMemoryError:
+            why = f"No sample was taken, as {view.device} had no memory left for it."
+            return Known(EncodingChoice(None, why), rated)
+        except (PortaKVError, RuntimeError) as error:  # such as a lack of pinned memory
+            return Known(EncodingChoice(None, f"No sample was taken: {error}"), rated)
+        return Known(judged(rated, best), rated)
+
+    def _again(
+        self, known: Known, rated: EncodingChoice, view: KVView, ids: npt.NDArray[np.int64]
+    ) -> None:
+        """Look at a sample that is complete, or take the next one if it is time."""
+        pack = self._pack
+        assert pack is not None
+        if known.pending is not None:
+            if not known.pending.ready:
+                return
+            choice = judged(rated, best_of(view, known.pending, pack))
+            known.pending = None
+            known.trouble = ""
+            if (choice.pack is None) != (known.choice.pack is None):
+                self._note(choice)
+            known.choice = choice
+        elif known.left <= 0 or self._figures.sample_is_out_of_date(view.device):
+            known.left = SAMPLE_AGAIN
+            self._figures.forget_misfits(view.device)
+            try:
+                known.pending = Sample(view, ids, (pack,))
+            except (PortaKVError, RuntimeError) as error:  # the choice stays
+                known.trouble = f"The next sample was not taken: {error}"
+                self._note(replace(known.choice, why=known.trouble))
+
+
+CACHED = "kept"  # a location: the host tier
+NOT_COMING = (None, 0)
+RELEASE = "release"  # the name of the barrier of `Handle.released`
+
+
+#: Tier stores with the queues that read a block, nearest first.
+Queues: TypeAlias = tuple[tuple[TierStore, Queue], ...]
+#: The place of a part of a block: `CACHED`, a transfer that brings it, or tier stores.
+Location: TypeAlias = "str | InFlight | Queues"
+#: A task at which blocks of a call end: their numbers in the call and in the task.
+Ending: TypeAlias = tuple[Task, Sequence[int], Sequence[int]]
+
+
+class SharedState:
+    """The state that the calls of a store share, under the graph's lock.
+
+    ``begun``: reads and saves that have not ended. ``in_transit``: the last of them by part and
+    key, with the row of the block. ``barriers``: the last task of each call. ``hits``: the keys of
+    loads that callers' threads made, whose use is not recorded yet, with their forms.
+    ``announced``: what the store announces. ``generation``: of the newest block of a save.
+    """
+
+    def __init__(self, graph: Graph, rows: Rows) -> None:
+        self.graph = graph
+        self.rows = rows
+        self.tier_stores = list[TierStore]()
+        self.in_transit = dict[bytes, tuple[InFlight, int]]()
+        self.barriers = WeakSet[Task]()
+        self.begun = set[InFlight]()
+        self.hits = deque[tuple[FormBlocks, list[bytes]]]()
+        self.announced = Announced(graph)
+        self.log = RateLimitedLog(logging.getLogger(__name__))
+        self.generation = 0
+        self.forms = dict[str, FormBlocks]()  # by their names, once tiers are open
+        self.closed = False
+
+    def record_hits(self) -> None:
+        """Record the use of blocks that callers' threads loaded, and forget loads that ended."""
+        while self.hits:
+            form, keys = self.hits.popleft()
+            self.rows.use([form.own.name(key) for key in keys])
+            form.touch(keys)
+        self.rows.forget_loans()
+
+
+class FormBlocks:
+    """The blocks of one form of a store: where they are, and how often they were read and written.
+
+    Attributes:
+        name: the form's name; empty if the store was made for one form without a name.
+        parts: the parts that make up a block, ``own`` first: the part of the form itself.
+        apart: the checksums of the store's other forms that have no part of a block.
+        tier_stores: the tier stores that learn of a use of the blocks.
+        most_bytes: of the largest part of a block.
+        counts: of a form with a name, what its calls moved, for figures.
+        uploads: its rows that wait for remote tiers.
+        spare: the raw form of a packed one.
+    """
+
+    def __init__(
+        self, shared: SharedState, name: str, parts: list[FormPart], apart: Iterable[bytes]
+    ) -> None:
+        self.shared = shared
+        self.name = name
+        self.parts = parts
+        self.own = parts[0]
+        self.spare = Spare(parts, shared.rows)
+        self.most_bytes = max(part.form.image_bytes for part in parts)
+        self.apart = frozenset(apart)
+        self.tier_stores = [x for x in shared.tier_stores if x.form.digest not in self.apart]
+        self.counts = Counts()
+        self.uploads = Uploads()
+
+    def count(self, tier: str, op: str, result: str, blocks: int) -> None:
+        """Count blocks of a form with a name, in any thread."""
+        if self.name and blocks:
+            nbytes = blocks * self.own.form.image_bytes if result == "hit" else 0
+            self.counts.new.append((tier, op, result, blocks, nbytes))
+            if len(self.counts.new) >= COUNTED:
+                self.shared.graph.run(self.counts.sum_up)
+
+    def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
+        """Record the use of keys, the first key last, so that a prefix outlives its suffix.
+
+        ``follows``: the predecessors of the blocks of the form itself, from a save.
+        """
+        own = self.own
+        for tier_store in self.tier_stores:
+            known = [follows] if follows and tier_store.form == own.form else []
+            tier_store.touch(keys, *known)
+        rows = self.shared.rows
+        for part in self.parts if rows.host else ():
+            rows.touch(part.names(keys), follows if part is own else ())
+
+    def locations(self, keys: Sequence[bytes]) -> list[list[tuple[FormPart, Location]]]:
+        """Return for each block the parts that cover it, with their locations.
+
+        The list of a block that is nowhere is empty. Most blocks are in the form itself.
+        """
+        own = self.own
+        located = self.locate(own, keys)
+        same = {location: [(own, location)] for location in {*located} if location}
+        return [
+            same[location] if location else self._covering(key)
+            for key, location in zip(keys, located, strict=True)
+        ]
+
+    def _covering(self, key: bytes) -> list[tuple[FormPart, Location]]:
+        """Return other parts that cover a block, once if possible, with their locations.
+
+        If a cell is nowhere, the whole block may be in a remote tier; else the list is empty.
+        """
+        own = self.own
+        result = list[tuple[FormPart, Location]]()
+        cover = 0
+        while cover != own.cells:
+            cell = ~cover & (cover + 1)  # the first cell that is not covered
+            parts = sorted(self.parts[1:], key=lambda part: bool(part.cells & cover))
+            locations = (
+                (x, location)
+                for x in parts
+                if x.cells & cell and (location := self.locate(x, [key])[0])
+            )
+            if not (one := next(locations, None)):
+                (location,) = self.locate(own, [key], far=True)
+                return [(own, location)] if location else []
+            result.append(one)
+            cover |= one[0].cells
+        return result
+
+    def locate(self, part: FormPart, keys: Sequence[bytes], far: bool = False) -> list[Location]:
+        """Return the location of a part of each block.
+
+        That is `CACHED`, an `InFlight`, or tier stores with their queues, the nearest first; none
+        for a block that is nowhere. A remote tier is assumed to have the blocks of a nearer tier,
+        besides those that it is known to have; with ``far``, any block.
+        """
+        result: list[Location] = [CACHED] * len(keys)
+        names = part.names(keys)
+        cached = self.shared.rows.has_each(names)
+        left = [i for i, there in enumerate(cached) if not there]
+        some = [keys[i] for i in left]
+        known = [tier_store.known(some) for tier_store in part.tier_stores]
+        coming = self.shared.in_transit
+        for number, i in enumerate(left):
+            queues: Queues = ()
+            stored = False
+            for tier_store, has in zip(part.tier_stores, known, strict=True):
+                if has[number] or (tier_store.tier == "remote" and (far or queues)):
+                    queues = (*queues, (tier_store, tier_store.queue(keys[i])))
+                stored |= has[number]
+            in_flight, _ = coming.get(names[i], NOT_COMING)
+            joins = in_flight and in_flight.joins(stored)
+            result[i] = in_flight if in_flight and joins else queues
+        return result
+
+    def stored(self, keys: Sequence[bytes]) -> Mask:
+        """Return which blocks of the form itself are where saves put them.
+
+        That is in every writable tier that evicts blocks, or in the host tier if there is no other.
+        """
+        return self.spare.stored(keys, self.shared.rows, self.shared.in_transit)
+
+    def continues(self, before: Sequence[bytes], tier_store: TierStore | None) -> bool:
+        """Return True if a tier store (None: the host tier) can provide the blocks of keys.
+
+        Blocks after such keys may evict others. A block is stored, is being saved, or may be in a
+        remote tier.
+        """
+        return all(self._has(key, tier_store) for key in before)
+
+    def _has(self, key: bytes, tier_store: TierStore | None) -> bool:
+        parts = self.spare.parts
+        coming = [self.shared.in_transit.get(part.name(key), NOT_COMING)[0] for part in parts]
+        if any(in_flight and in_flight.store for in_flight in coming):
+            return True
+        if any(other.tier == "remote" for other in self.own.tier_stores):
+            return True
+        if tier_store is None:
+            return any(self.locate(part, [key])[0] for part in parts)
+        return self.spare.known(tier_store, [key])[0]
+
+
+class Call:
+    """One call of a user, and its plan.
+
+    Attributes:
+        located: the blocks that have a location, bool ``[blocks]``.
+        ends: the tasks at which blocks of the call end, each with the numbers of these blocks in
+            the call and in the task, and with the layers that it completes.
+        gathers: the tasks of a save that read the caller's blocks.
+        in_transit: its transfers that have not ended, and 1 for its plan.
+    """
+
+    def __init__(
+        self,
+        form: FormBlocks,
+        kind: str,
+        keys: list[bytes],
+        priority: Priority,
+        deadline: float | None = None,
+        after: Sequence[bytes | None] = (),
+        lent: bool = False,
+    ) -> None:
+        """Begin the plan of a `Request` for blocks of a form."""
+        request = Request(kind, keys, priority, deadline, after, lent)
+        self.form = form
+        self.request = request
+        many = len(request.keys)
+        self.barrier = Task(None, many, name=request.kind)
+        self.located: Mask = np.ones(many, np.bool_)
+        self.excused: Mask = np.zeros(many, np.bool_)  # need not land: no tier admits them yet
+        self.ends = list[tuple[Ending, range]]()
+        self.gathers = list[Ending]()
+        self.in_transit = 1
+        self.explanation = Explanation(request.keys)
+        self._guard = Guard()  # of `ends`, until the barrier follows them
+        self._tasks = list[tuple[int, Task]]()  # tasks with the numbers of their stages
+        self._leases = list[Lease]()  # leases of pinned rows
+
+    @property
+    def shared(self) -> SharedState:
+        """Return the state that it shares with the other calls of the store."""
+        return self.form.shared
+
+    def slices(self, blocks: Sequence[int], whole: bool = False) -> list[Sequence[int]]:
+        """Return the blocks that are planned together, before others may take the graph's lock.
+
+        ``whole``: all of them, as tasks of one submission run in the order of their stages.
+        """
+        most = max(1, len(blocks)) if whole else SLICE
+        return [blocks[first : first + most] for first in range(0, len(blocks), most)]
+
+    def groups(self, blocks: Sequence[int]) -> dict[tuple[FormPart, Location], list[int]]:
+        """Return blocks by part and location, and mark the located ones."""
+        groups = dict[tuple[FormPart, Location], list[int]]()
+        located = self.form.locations([self.request.keys[i] for i in blocks])
+        self.located[blocks] = [*map(bool, located)]
+        last: list[tuple[FormPart, Location]] | None = None
+        for i, locations in zip(blocks, located, strict=True):
+            if locations is not last:  # most blocks lie where the block before lies
+                last = locations
+                some = [groups.setdefault(location, []) for location in locations]
+            for each in some:
+                each.append(i)
+        return groups
+
+    def bring(
+        self, part: FormPart, location: Location, some: list[int], segments: list[int | None]
+    ) -> Iterator[Arrival]:
+        """Bring blocks from a location into rows, for stages of these segments."""
+        graph = self.shared.graph
+        rows = self.shared.rows
+        names = {i: part.name(self.request.keys[i]) for i in some}
+        if isinstance(location, InFlight):  # another call brings them
+            location.calls.append((self, some))
+            self.explanation.sources.append(location.reasons)
+            every = [*location.ends.values()]
+            ends = [[location.ends[x]] if x in location.ends else every for x in segments]
+            items = [self.shared.in_transit[names[i]][1] for i in some]
+            self.explanation.tasks += [(end, some, items) for end in every]
+            yield Arrival(location, dict(enumerate(ends)), some, items)
+        elif isinstance(location, str):  # its rows stay until the tasks that use them have ended
+            least = 1 if self.request.lent else 2  # the copier has no workers to share them
+            for at in self.chunks(part, some, LOADED, len({*segments}), least=least):
+                lease = Lease(rows, 0, ended=self._unpin)
+                self._leases.append(lease)
+                lease.items = [rows.find(names[i]) for i in at]
+                graph.count("host", "load", "hit", len(at), len(at) * part.form.image_bytes)
+                self.form.count("host", "load", "hit", len(at))
+                yield Arrival(lease, {n: [] for n, _ in enumerate(segments)}, at, range(len(at)))
+        else:
+            yield from self._read(part, location, some, segments)
+
+    def _unpin(self, lease: Lease) -> None:
+        """Release the rows of the host tier that a lease has, once."""
+        items = lease.items
+        lease.items = None
+        self.shared.rows.unpin(items)
+
+    def _read(
+        self, part: FormPart, tier_stores: Queues, some: list[int], segments: list[int | None]
+    ) -> Iterator[Arrival]:
+        """Read blocks from the first tier store, and blocks that do not land from the next one.
+
+        If the segments need more than staging holds together, each segment has a separate lease, so
+        that the first layers do not wait for the last.
+        """
+        pieces = [*dict.fromkeys(segments)]
+        apart = len(pieces) > 1 and len(some) > self.shared.rows.staging
+        # A disk reads 8 MiB sooner in two pieces than in four, which leave saves no worker.
+        queues = [queue for tier_store, queue in tier_stores[:1] if tier_store.tier != "disk"]
+        for at in self.chunks(part, some, LOADED, len(pieces), *queues):
+            for group in [[x] for x in pieces] if apart else [pieces]:
+                in_flight = InFlight(self, part, at, apart=str(group).encode() if apart else b"")
+                for segment in group:
+                    before = list[Task]()
+                    order = (pieces.index(segment), len(pieces))
+                    for tier_store, queue in tier_stores:
+                        work = partial(in_flight.read, tier_store, segment)
+                        rescue = bool(before)
+                        task = self.task(at, work, queue, in_flight, before, order, rescue)
+                        task.alone = tier_store.tier == "disk" and task.nbytes < SMALL * len(at)
+                        before = [task]
+                    in_flight.ends[segment] = before[0]
+                ends = {
+                    n: [in_flight.ends[x]] for n, x in enumerate(segments) if x in in_flight.ends
+                }
+                yield Arrival(in_flight, ends, at, range(len(at)))
+
+    def cross(
+        self, arrival: Arrival, stages: Sequence[Stage], crossing: Crossing, queue: Queue
+    ) -> None:
+        """Plan the copies of blocks from their rows into a view."""
+        many = range(len(arrival.at))
+        for number, ends in arrival.ends.items():
+            after = [(end, many, arrival.rows) for end in ends]
+            work = partial(arrival.cross, crossing, stages[number])
+            order = (number, len(stages))
+            task = self.task(arrival.at, work, queue, arrival.lease, after, order)
+            self.ends.append(((task, arrival.at, many), stages[number].layers))
+
+    def chunks(
+        self,
+        part: FormPart,
+        blocks: list[int],
+        nbytes: int,
+        pieces: int,
+        *queues: Queue,
+        least: int = 2,
+    ) -> list[list[int]]:
+        """Return the blocks of each task: at least ``least`` tasks share them, or all workers."""
+        most = self.shared.rows.most // (4 if pieces > 1 else 1)
+        size = part.form.image_bytes
+        return task_blocks(blocks, size, pieces * nbytes, most, least, [x.width for x in queues])
+
+    def task(
+        self,
+        at: Sequence[int],
+        work: Callable[[Task, Mask], Any],
+        queue: Workers,
+        lease: Lease,
+        after: Sequence[Task | Ending],
+        order: tuple[int, int] = (0, 1),
+        rescue: bool = False,
+    ) -> Task:
+        """Plan ``work(task, mask)`` on rows of a lease, for stage ``order[0]`` of ``order[1]``."""
+        nbytes = len(at) * self.form.most_bytes // order[1]
+        task = Task(
+            work,
+            len(at),
+            queue=queue,
+            nbytes=nbytes,
+            after=after,
+            rescue=rescue,
+            lease=lease,
+            name=self.request.kind,
+        )
+        self._tasks.append((order[0], task))
+        self.explanation.tasks.append((task, at, range(len(at))))
+        return task
+
+    def gather(self, in_flight: InFlight, crossing: Crossing, view: KVView, queue: Queue) -> Task:
+        """Plan the task of a save that brings blocks of the view into rows, and seals them."""
+        at = in_flight.calls[0][1]
+        task = self.task(at, partial(in_flight.gather, crossing, view), queue, in_flight, ())
+        task.schedule.soon = in_flight.until is not None  # it waits for no staging either
+        in_flight.ends[None] = task
+        in_flight.last = [task]
+        if in_flight.copied is None:
+            self.gathers.append((task, at, range(len(at))))
+        return task
+
+    def submit(self, *barriers: Task) -> None:
+        """Start the planned tasks, those of the first stages first."""
+        tasks = [*(task for _, task in sorted(self._tasks, key=itemgetter(0))), *barriers]
+        self._tasks.clear()
+        # A call that joins a task may have a later deadline.
+        late = self.request.deadline if barriers else None
+        if tasks:
+            self.shared.graph.submit(tasks, priority=self.request.priority, deadline=late)
+        self._guard.follow([end for (end, *_), _ in self.ends[self._guard.followed :]])
+        if barriers:
+            self._guard.release()
+
+    def drop(self) -> None:
+        """Drop a plan that failed: no other call may wait for tasks that never start."""
+        shared = self.shared
+        for in_flight in shared.begun:
+            if not in_flight.users:
+                in_flight.end_copy()
+                shared.graph.give(in_flight)
+        shared.begun = {in_flight for in_flight in shared.begun if in_flight.users}
+        shared.in_transit = {name: x for name, x in shared.in_transit.items() if x[0].users}
+        for lease in self._leases:
+            if not lease.users and lease.items:
+                shared.rows.unpin(lease.items)
+        started = [end for end, _ in self.ends if end[0].schedule.graph]
+        if started and not shared.graph.closed.is_set():  # its earlier slices
+            self.barrier.after = started
+            self._tasks.clear()
+            self.submit(self.barrier)
+            shared.graph.cancel(self.barrier)
+
+    def transfer_ended(self) -> None:
+        """Note the end of a transfer, or of the plan.
+
+        After the last one the call's blocks count as used, the last first, so that a prefix
+        outlives its suffix: transfers store them in any order.
+        """
+        self.in_transit -= 1
+        stores = self.request.kind == "save" or self.shared.rows.host
+        if not self.in_transit and stores:
+            self.form.touch(self.request.keys)
+
+    def handle(
+        self,
+        view: KVView | None,
+        layers: int = 0,
+        missing: Missing = "raise",
+        eligible: Callable[[], Mask] | None = None,
+        follow: bool = True,
+    ) -> Handle:
+        """Start a call with one barrier at its end and, by layer, one barrier for each layer.
+
+        ``follow``: announce the handle at its end.
+        """
+        blocks = self.located if eligible is None else eligible
+        self.transfer_ended()
+        many = len(self.request.keys)
+        barriers = [Task(None, many, eligible=blocks) for _ in range(layers)]
+        for layer, barrier in enumerate(barriers):
+            barrier.after = [end for end, has in self.ends if layer in has]
+        self.barrier.eligible = blocks
+        self.barrier.after = [end for end, _ in self.ends]
+        released = None
+        if self.request.kind == "save":
+            released = Task(None, many, after=self.gathers, name=RELEASE)
+        else:
+            self.explanation.located = self.located
+        self.submit(*barriers, *([released] if released else []), self.barrier)
+        self.shared.barriers.add(self.barrier)
+        why = self.explanation.sentence
+        graph = self.shared.graph
+        handle = Handle(graph, self.barrier, barriers, missing, view, self.excused, why)
+        handle.form = self.form.name
+        if released:
+            handle.add_release(released)
+        if follow and self.shared.announced.handles.started:
+            self.shared.announced.follow(handle, self.barrier)
+        return handle
+
+
+class InFlight(Lease):
+    """Rows that a transfer fills.
+
+    Row i has block ``keys[i]`` of the part after all of ``ends`` landed it: one task for each
+    segment, or the task of None. Later calls use the rows as well, unless their name has a suffix
+    ``apart``. ``calls`` are all calls with their blocks, the maker first. A save ends with the
+    tasks ``last``; it is dropped if it has no rows at ``until``. If it writes a tier, it has a
+    generation, and checksums by row. ``copied`` waits for its copy, if that was issued.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        part: FormPart,
+        at: list[int],
+        until: float | None = None,
+        apart: bytes = b"",
+    ) -> None:
+        shared = call.shared
+        super().__init__(shared.rows, len(at), call.request.kind == "save", until, InFlight.over)
+        self.part = part
+        self.calls = [(call, at)]
+        self.keys = [call.request.keys[i] for i in at]
+        self.ends = dict[int | None, Task]()
+        self.last = list[Task]()
+        self.generation = 0
+        self.sums = dict[int, Sequence[int]]()
+        self.copied: Callable[[], object] | None = None
+        self.reasons = Reasons()  # reasons of blocks that were not read, or not written
+        self.spare = SpareRows(call.form.spare, part)
+        # Rows that are not cached as they are: of a segment, or of a copier that may pack.
+        self.passing = bool(apart) or (call.request.lent and self.store and self.spare.packs)
+        call.explanation.sources.append(self.reasons)
+        self.names = part.names(self.keys)
+        if apart:
+            self.names = [name + apart for name in self.names]
+        shared.begun.add(self)
+        shared.in_transit.update(zip(self.names, zip(repeat(self), count()), strict=False))
+        call.in_transit += 1
+
+    def take(self) -> list[int] | None:
+        """Return rows, under the graph's lock; a save also takes rows of the host tier."""
+        rows = self.calls[0][0].shared.rows
+        if rows.sized:
+            return self.spare.take(self.count, self.passing, self._want)
+        if not (self.store and rows.host):
+            return rows.take(self.count, self.store)
+        return rows.take(self.count, True, self._claim(), self.calls[0][1][-1])
+
+    def joins(self, stored: bool) -> bool:
+        """Return True if a load may use the rows: not those of a save of packed blocks, whose rows
+        may become raw. ``stored``: a tier has the block."""
+        return self.wanted and not (self.store and (stored or bool(self.part.form.encoding)))
+
+    @property
+    def wanted(self) -> bool:
+        """Return True if a call that is neither cancelled nor late waits for the rows."""
+        return any(not call.barrier.outcome.cut for call, _ in self.calls)
+
+    def over(self) -> None:
+        """Return the rows, under the graph's lock, and cache rows whose blocks landed whole.
+
+        The call's blocks count as used before that if it has more blocks than the host tier.
+        """
+        if self._is_copied_still():
+            return
+        landed = np.zeros(self.count, np.bool_)
+        call = self.calls[0][0]
+        shared = call.shared
+        if self.items and (None in self.ends or len(self.ends) == len(self.part.form.segments)):
+            landed = np.logical_and.reduce([end.landed for end in self.ends.values()])
+        prefetched = all(call.request.kind == "prefetch" for call, _ in self.calls)
+        shared.record_hits()
+        claim = self._claim()
+        if shared.rows.crowded(claim):
+            call.form.touch(call.request.keys)
+        shared.begun.discard(self)
+        self._warn_dropped()
+        for name in self.names:
+            if shared.in_transit.get(name, (None,))[0] is self:
+                del shared.in_transit[name]
+        whole: list[int] = np.flatnonzero(landed).tolist()
+        if whole and shared.rows.host:
+            items = [self.items[row] for row in whole]
+            names = self.spare.names(self.keys, whole, self.names)
+            sizes = [self.spare.image_bytes(row) for row in whole]
+            shared.rows.keep(items, names, self._follows(whole), prefetched, claim, sizes)
+        call.transfer_ended()
+
+    def _claim(self) -> Claim:
+        """Return the cached rows that the blocks may evict, under the graph's lock."""
+        call = self.calls[0][0]
+        evict = call.form.continues(call.request.before(self.calls[0][1]), None)
+        return Claim(call.request.order, call.form.apart, evict)
+
+    def _want(self, nbytes: int) -> Want:
+        """Return what rows of a size are needed for, in any thread."""
+        call, at = self.calls[0]
+        with call.shared.graph.lock:
+            claim = self._claim()
+        prefetched = call.request.kind == "prefetch"
+        return Want(nbytes, self.store, claim, at[-1], prefetched, self.passing)
+
+    def _follows(self, rows: Sequence[int]) -> list[int]:
+        """Return the marks of the predecessors of blocks in rows."""
+        call, blocks = self.calls[0]
+        if self.store:
+            return [call.request.follows[blocks[row]] for row in rows]
+        return [self.spare.predecessor(self.items, row) for row in rows]
+
+    def _is_copied_still(self) -> bool:
+        """Return True if the copy of a save that was cancelled still writes the rows.
+
+        A worker then waits for its end, and calls `over` once more.
+        """
+        if self.copied is None:
+            return False
+        return end_later(self.calls[0][0].shared.graph, self, self.end_copy)
+
+    def _warn_dropped(self) -> None:
+        """Log that tasks were dropped, because staging was full or a queue was slow."""
+        tasks = dict.fromkeys([*self.ends.values(), *self.last])
+        dropped = [task for task in tasks if task.state == "dropped"]
+        if dropped:
+            queues = ", ".join(dict.fromkeys(task.queue.name for task in dropped if task.queue))
+            text = "A %s dropped %d blocks on %s, the first is %s: no free staging, or a slow queue"
+            values = self.calls[0][0].request.kind, self.count, queues, self.keys[0].hex()
+            self.calls[0][0].shared.log.warning("dropped", text, *values)
+
+    # --- the work of tasks, in workers, for the blocks of a mask ---
+
+    def read(self, tier_store: TierStore, segment: int | None, _: Task, mask: Mask) -> Mask:
+        """Read blocks, or a segment of them, into the rows."""
+        rows, keys, data = self._of(mask)
+        segments = None if segment is None else [segment]
+        mask[rows] = tier_store.read(keys, data, segments, self._is_cancelled, self.reasons.report)
+        self._count(tier_store, mask, len(rows))
+        return mask
+
+    def end_copy(self) -> None:
+        """Wait for the copy of a save, if it was issued: it writes the rows until then."""
+        copied = self.copied
+        if copied:
+            try:
+                copied()
+            finally:
+                self.copied = None  # it retains the view
+
+    def gather(self, crossing: Crossing, view: KVView, _: Task, mask: Mask) -> Mask:
+        """Copy blocks of a view into the rows, and `seal` them."""
+        if self.copied is None:
+            lines = (self.items, self.calls[0][1])
+            report = self.reasons.report
+            mask = self.spare.copy(crossing, view, mask, lines, self.keys, report, self._want)
+        else:
+            self.end_copy()
+        self.seal(_, mask)
+        return mask
+
+    def seal(self, _: Task, mask: Mask) -> None:
+        """Make images of the payloads in the rows, if a tier stores them: only tiers read
+        headers."""
+        if self.passing:
+            self.spare.settle(self.items, mask, self._want)
+        if not self.generation:
+            return
+        call, blocks = self.calls[0]
+        for row in np.flatnonzero(mask).tolist():
+            name = self.keys[row], self.generation, call.request.follows[blocks[row]]
+            self.sums[row] = self.spare.seal(self.items, row, *name)
+
+    def write(self, tier_store: TierStore, queue: Queue, _: Task, mask: Mask) -> Mask:
+        """Write images to a tier."""
+        rows, keys, data = self._of(mask)
+        call = self.calls[0][0]
+        generations = [self.generation] * len(rows)
+        sums = [self.sums[row] for row in rows]
+        with call.shared.graph.lock:
+            before = call.request.before(self.calls[0][1])
+            evict = call.form.continues(before, tier_store)
+        terms = queue, data, generations, sums, call.request.order, evict
+        report = self.reasons.report
+        mask[rows] = self.spare.write(call.shared.graph, tier_store, rows, keys, terms, report)
+        self._count(tier_store, mask, len(rows))
+        return mask
+
+    def _count(self, tier_store: TierStore, mask: Mask, blocks: int) -> None:
+        """Count so many blocks, of which those of the mask landed, for the figures of the form."""
+        call = self.calls[0][0]
+        landed = int(np.count_nonzero(mask))
+        op = "save" if call.request.kind == "save" else "load"
+        call.form.count(tier_store.tier, op, "hit", landed)
+        call.form.count(tier_store.tier, op, "miss", blocks - landed)
+
+    def _of(self, mask: Mask) -> tuple[list[int], list[bytes], list[Any]]:
+        """Return the numbers, keys and bytes of rows."""
+        rows: list[int] = np.flatnonzero(mask).tolist()
+        return (
+            rows,
+            [self.keys[i] for i in rows],
+            [self.spare.image_in(self.items, i) for i in rows],
+        )
+
+    def _is_cancelled(self) -> bool:
+        """Return True if a read may stop; needs no lock, as no call is wanted again."""
+        self.calls[0][0].shared.graph.sweep()
+        return not self.wanted

@@ -1,0 +1,1541 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keys of the host tier with their rows: which go next, which stay, and who listens."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from bisect import bisect_left, insort
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import pairwise
+from math import gcd
+from threading import get_ident
+from types import MappingProxyType
+from typing import Any, NamedTuple
+from weakref import ref
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portakv.arguments import invalid, naming, shown
+from portakv.copy.options import USUAL, CopyOptions
+from portakv.copy.rows import copy_rows as copy_rows
+from portakv.errors import InvalidTerms, LayoutError, SlotError
+from portakv.graph import Graph, Lease, Task
+from portakv.host import pinned
+from portakv.host.shared import unnamed
+from portakv.plan.plan import CopyPlan
+from portakv.runtime.devices import capturing, refuse_capture
+from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.linux import require_linux
+from portakv.runtime.streams import (
+    StreamFence,
+    completion,
+    ignoring_captures,
+    on_one_core,
+    side_stream,
+)
+from portakv.runtime.transfer import Completion, Transfer
+from portakv.storage.eviction import FIRST, UNKNOWN, Chains, Changed, marks_of
+from portakv.storage.form import BlockForm
+from portakv.storage.image import Row
+from portakv.view import IdList, Index, KVView
+from portakv.view.destination import note_written
+
+# ------------------------------------------------------------------------------------------------
+# The end of a copy that outlives its transfer.
+
+
+def end_later(graph: Graph, lease: Lease, end: Callable[[], object]) -> bool:
+    """Have a worker call ``end``, which waits for a copy into the rows of a lease.
+
+    The lease ends once more after that. Without workers, call ``end`` here and return False.
+    """
+
+    def wait(*_: object) -> None:
+        with suppress(Exception):  # of the device; the rows go back anyway
+            end()
+
+    if graph.closed.is_set():  # no worker is left
+        wait()
+        return False
+    task = Task(wait, 1, queue=graph.queue("ends"), lease=lease, name="end")
+    graph.submit([task], priority="urgent")
+    return True
+
+
+# ------------------------------------------------------------------------------------------------
+# Free pages of memory, in runs of any length.
+
+
+class Extents:
+    """The free pages of a range, from which runs of pages are taken and to which they return.
+
+    A run is taken from the shortest extent that has room for it, so that runs of one size fill the
+    holes that they leave. Callers hold a lock.
+
+    Runs that lie next to each other are often evicted one after the other: a chain from its end, or
+    single blocks as they came. So a run takes the end of its extent that is farther from the run
+    that goes next, and what is left of the extent grows by that one.
+
+    Args:
+        pieces: the first page of each piece of memory, and the page past it. No run crosses the end
+            of a piece.
+
+    Attributes:
+        free: the number of free pages.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[int, int]]) -> None:
+        self.free = 0
+        self._ends = dict[int, int]()  # the page past each extent, by its first page
+        self._starts = dict[int, int]()  # the first page of each extent, by the page past it
+        self._sizes = dict[int, dict[int, None]]()  # the first pages of the extents of each length
+        self._lengths = list[int]()  # the lengths that extents have, in order
+        self._past = frozenset(past for _, past in pieces)
+        self._evicted = range(0)  # the last pages that were evicted
+        self._descends = False  # the last evicted pages lie before those evicted before them
+        for first, past in pieces:
+            if first < past:
+                self._add(first, past)
+                self.free += past - first
+
+    def take(self, count: int, most: int) -> list[int]:
+        """Return the first pages of at most ``most`` runs of so many pages; fewer if no extent has
+        room for more.
+
+        What is left of the shortest extent with room is the shortest one again. So all runs of an
+        extent are taken together.
+        """
+        runs = list[int]()
+        while len(runs) < most:
+            at = bisect_left(self._lengths, count)
+            if at == len(self._lengths):
+                break
+            length = self._lengths[at]
+            first = next(iter(self._sizes[length]))
+            past = first + length
+            pages = count * min(length // count, most - len(runs))
+            self._remove(first, past)
+            if self._descends:
+                runs += range(past - count, past - pages - 1, -count)
+                past -= pages
+            else:
+                runs += range(first, first + pages, count)
+                first += pages
+            if first < past:
+                self._add(first, past)
+            self.free -= pages
+        return runs
+
+    def pass_on(self, first: int, count: int) -> bool:
+        """Return True if pages that were evicted can be taken again as they are; return False, and
+        do nothing, if free pages lie next to them.
+
+        No extent has so many pages. So `give` and `take` would return the same pages.
+        """
+        past = first + count
+        if first in self._starts or past in self._ends:
+            return False
+        self._note_evicted(first, past)
+        return True
+
+    def _note_evicted(self, first: int, past: int) -> None:
+        """Note the last pages that were evicted, and the direction in which they go."""
+        before = self._evicted
+        if first == before.stop or past == before.start:
+            self._descends = past == before.start
+        self._evicted = range(first, past)
+
+    def give(self, first: int, count: int, evicted: bool = False) -> None:
+        """Return pages, which join the free ones next to them; ``evicted``: in the order in which
+        others go."""
+        self.free += count
+        past = first + count
+        if evicted:
+            self._note_evicted(first, past)
+        if first in self._starts and first not in self._past:
+            before = self._starts[first]
+            self._remove(before, first)
+            first = before
+        if past in self._ends and past not in self._past:
+            after = self._ends[past]
+            self._remove(past, after)
+            past = after
+        self._add(first, past)
+
+    def _add(self, first: int, past: int) -> None:
+        length = past - first
+        self._ends[first] = past
+        self._starts[past] = first
+        if length not in self._sizes:
+            self._sizes[length] = {}
+            insort(self._lengths, length)
+        self._sizes[length][first] = None
+
+    def _remove(self, first: int, past: int) -> None:
+        length = past - first
+        del self._ends[first]
+        del self._starts[past]
+        alike = self._sizes[length]
+        del alike[first]
+        if not alike:
+            del self._sizes[length]
+            del self._lengths[bisect_left(self._lengths, length)]
+
+
+# ------------------------------------------------------------------------------------------------
+# The memory of a block store's rows: pinned where a device is there, private or shared.
+
+PAGE = 4096  # bytes; O_DIRECT reads to multiples of it
+
+
+def row_memory(count: int, row_bytes: int, pin: bool, shared: bool) -> tuple[torch.Tensor, bool]:
+    """Return rows, uint8 ``[count, row_bytes]``, at a multiple of `PAGE`, and True if they are
+    pinned.
+
+    ``shared``: other processes can map them, as `portakv.host.shared.unnamed` describes. Raises
+    `HostMemoryError` if there is not enough memory, and `Unsupported` on another system than Linux.
+    """
+    require_linux("a block store")
+    nbytes = count * row_bytes
+    pin = pin and pinned.why_not() is None
+    with torch.inference_mode(False):  # transfers write it in any mode
+        if shared:
+            space, pin = _shared(nbytes, row_bytes, pin)
+        elif pin:
+            buffer = pinned.allocate(nbytes + PAGE, unit=row_bytes)
+            pin = buffer.pinned
+            space = buffer.tensor
+        else:  # numpy asks for large pages, which make the requests of a disk fewer
+            space = torch.from_numpy(np.empty(nbytes + PAGE, np.uint8))
+        first = -space.data_ptr() % PAGE
+        return space[first : first + nbytes].view(-1, row_bytes), pin
+
+
+def _shared(nbytes: int, unit: int, pin: bool) -> tuple[torch.Tensor, bool]:
+    """Return shared memory, uint8 ``[nbytes]``, and True if it is registered with a device."""
+    mapping = unnamed(nbytes)  # begins with a page
+    if not pin:
+        return torch.frombuffer(mapping, dtype=torch.uint8), False
+    with pinned.register(mapping, unit=unit) as buffer:
+        return buffer.tensor, buffer.pinned  # the tensor retains the registration
+
+
+# ------------------------------------------------------------------------------------------------
+# Copies of long runs on the host, by the C library: one pass, on one core, without the
+# interpreter.
+
+#: The shortest run that is copied so. A torch copy of runs reads and writes the bytes twice.
+LONG = 64 << 10
+_PLAN = "a plan of runs on the host"
+
+
+def copy_long_runs(
+    src: KVView, dst: KVView, src_index: Index, dst_index: Index, options: CopyOptions
+) -> bool:
+    """Copy rows between views of host memory; return False, and copy nothing, if another copy
+    serves them better.
+
+    Serves views whose rows are runs of `LONG` bytes, by options that ask for nothing else. The
+    indices were checked; rows of negative ids are left out.
+    """
+    if src.device.type != "cpu" or dst.device.type != "cpu" or options != USUAL:
+        return False
+    if "PORTAKV_BACKEND" in os.environ or src.form.encoding or dst.form.encoding:
+        return False
+    plan = _plan_of(src, dst, src_index, dst_index)
+    if plan is None:
+        return False
+    count = src_index.length
+    assert count is not None  # it has ids
+    runs = plan.runs(src, dst, src_index, dst_index, count)
+    for begin, end, nbytes in zip(
+        runs.src.tolist(), runs.dst.tolist(), runs.nbytes.tolist(), strict=True
+    ):
+        ctypes.memmove(end, begin, nbytes)
+    note_written(dst)
+    return True
+
+
+def _plan_of(src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> CopyPlan | None:
+    """Return the plan of a copy whose runs are long; None for other copies."""
+    key = _PLAN, dst.form, src_index.plan_step, dst_index.plan_step
+    if key not in src.derived:
+        plan: CopyPlan | None = None
+        if min(src.form.token_bytes, dst.form.token_bytes) >= LONG:
+            plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step)
+            if plan.run < LONG:
+                plan = None
+        src.derived[key] = plan
+    result: CopyPlan | None = src.derived[key]
+    return result
+
+
+# ------------------------------------------------------------------------------------------------
+# Rows of the host tier that a load reads in the thread of its caller.
+
+#: Bytes of the first part of a copy that a caller's thread issues; a copy of less than twice as
+#: many is one part.
+FIRST_PART = 32 << 20
+
+
+class Loan:
+    """Keys of the host tier that keep their rows until the end of a copy.
+
+    Attributes:
+        keys: the keys.
+        rows: the row of each key; None for a key without one.
+        stream: the stream of the copy, once it may have begun; None on the host.
+        end: the end of the copy, once it was issued.
+    """
+
+    __slots__ = ("_caller", "_thread", "end", "keys", "rows", "stream")
+
+    def __init__(self, keys: Sequence[bytes], caller: object) -> None:
+        self.keys = keys
+        self.rows: Sequence[int | None] = ()
+        self.stream: torch.Stream | None = None
+        self.end: Completion | None = None
+        self._caller = ref(caller)
+        self._thread = get_ident()
+
+    def cancel(self) -> None:
+        """End a loan that nothing reads."""
+        self.end = Completion()
+
+    def was_left(self) -> bool:
+        """Return True if this thread was interrupted before a copy could begin.
+
+        Only a thread that is not inside the loan's call any more, but whose traceback retains it,
+        may ask.
+        """
+        return self._thread == get_ident() and self.end is None and self.stream is None
+
+    def ended(self) -> bool:
+        """Return True if no copy reads the rows; never block.
+
+        A loan without an end, whose caller is gone, was interrupted. If its copy may have begun,
+        the present work of the stream is its end.
+        """
+        gone = self._caller() is None  # read first: the end is set while the caller lives
+        if self.end is None:
+            if not gone:
+                return False
+            if self.stream is None:
+                return True
+            self.end = completion(self.stream.device, self.stream)
+        event = self.end.event
+        if event is None:
+            return self.end.ended()
+        with ignoring_captures(event.device):
+            return self.end.ended()
+
+
+class Loans:
+    """The loans of a host tier. All calls but `begin` and `end_left` are made under the tier's
+    lock."""
+
+    def __init__(self) -> None:
+        self._all = list[Loan]()
+        self._counted = list[Loan]()  # the loans of `_keys`
+        self._keys: frozenset[bytes] = frozenset()
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def begin(self, keys: Sequence[bytes], caller: object) -> Loan:
+        """Return a new loan, which ends with its copy, or with the life of ``caller`` if no copy
+        was issued.
+
+        Callers look for rows after this call. It needs no lock.
+        """
+        loan = Loan(keys, caller)
+        self._all.append(loan)
+        return loan
+
+    def end_left(self) -> None:
+        """End the loans of this thread whose calls were interrupted; needs no lock."""
+        for loan in [*self._all]:
+            if loan.was_left():
+                loan.cancel()
+
+    def __contains__(self, key: object) -> bool:
+        """Return True if a loan has a key, also one that has ended and was not forgotten."""
+        now = [*self._all]
+        if now != self._counted:
+            self._keys = frozenset(key for loan in now for key in loan.keys)
+            self._counted = now
+        return key in self._keys
+
+    def forget_ended(self) -> None:
+        """Forget the loans that have ended."""
+        for loan in [*self._all]:
+            if loan.ended():
+                self._all.remove(loan)
+
+    def rows(self) -> set[int]:
+        """Return the rows of all loans."""
+        return {row for loan in [*self._all] for row in loan.rows if row is not None}
+
+
+def copy_parts(many: int, nbytes: int) -> list[slice]:
+    """Return the parts of a copy of so many blocks, each of ``nbytes``.
+
+    The first part is short, so that its copy begins soon. Each next part has twice as many blocks.
+    """
+    most = max(1, FIRST_PART // nbytes)
+    parts = list[slice]()
+    first = 0
+    while many - first > 2 * most:
+        parts.append(slice(first, first + most))
+        first += most
+        most *= 2
+    return [*parts, slice(first, many)]
+
+
+# The groups of cached rows.
+USED = "used"
+UNUSED = "prefetched and not used"
+#: A position before all keys of a call; those that its first blocks follow have -1.
+BEFORE = -2
+
+
+class New:
+    """Keys that got a row and are in no chain yet, of a group, with the marks that they follow."""
+
+    def __init__(self, group: Hashable) -> None:
+        self.group = group
+        self.keys = list[bytes]()
+        self.follows = list[Hashable]()
+        self.leading = set[Hashable]()  # the same marks
+
+    def add(self, key: bytes, follows: int) -> None:
+        """Add a key that follows a mark."""
+        mark = mark_in_form(key, follows)
+        self.keys.append(key)
+        self.follows.append(mark)
+        self.leading.add(mark)
+
+
+class Cache:
+    """The rows of the host tier, by their keys. Callers hold the lock of ``chains``."""
+
+    def __init__(self) -> None:
+        self.chains = Chains[bytes]()  # the keys that have a row, in two groups
+        self.rows = dict[bytes, int]()
+        self.unused = set[bytes]()  # keys of rows that were prefetched and not used since
+        self.pins: Counter[int] = Counter()  # by row
+        self.loans = Loans()
+        self.listeners = dict[bytes, Changed]()  # by the checksum of a form
+        self._names = dict[int, bytes]()  # keys of pinned rows
+        self._passed = set[bytes]()  # keys of loans that `next` passed over
+
+    def report(self, key: bytes, stored: bool, why: str) -> None:
+        """Report a key that gets a row, or loses it, to the listener of its form."""
+        changed = self.listeners.get(key[:-32])
+        if changed is not None:
+            changed(key[-32:], stored, why)
+
+    def let_go(self, new: New) -> None:
+        """Let rows go in their turn that got their keys, and forget that they are new."""
+        if not new.keys:
+            return
+        marks = map(mark_in_form, new.keys, marks_of([key[-32:] for key in new.keys]))
+        self.chains.add_all(new.keys, [*marks], new.follows, new.group)
+        new.keys.clear()
+        new.follows.clear()
+        new.leading.clear()
+
+    def pin(self, key: bytes, row: int) -> None:
+        """Retain the row of a key until `unpin`; the key is used now."""
+        self.use(key)
+        self.pins[row] += 1
+        self._names[row] = key
+        self.chains.pin(key)
+
+    def unpin(self, row: int) -> None:
+        """Release a pin of a row."""
+        self.pins[row] -= 1
+        if not self.pins[row]:
+            del self.pins[row]
+            self.chains.unpin(self._names.pop(row))
+
+    def use(self, key: bytes) -> None:
+        """Count a prefetched key as used."""
+        if key in self.unused:
+            self.unused.remove(key)
+            self.chains.move(key, USED)
+
+    def next(self, group: Hashable | None = None) -> bytes | None:
+        """Return the key that goes next, of a group or of all; None if none can go."""
+        if self._passed:
+            self.loans.forget_ended()
+            for key in {x for x in self._passed if x not in self.loans}:
+                self._passed.remove(key)
+                if key in self.rows and self.rows[key] not in self.pins:
+                    self.chains.unpin(key)
+        following = self.chains.next(group)
+        while following is not None and following in self.loans:
+            self.loans.forget_ended()
+            if following in self.loans:
+                self._passed.add(following)
+                self.chains.pin(following)
+            following = self.chains.next(group)
+        return following
+
+    def choose(self, count: int, may_go: Callable[[bytes], bool]) -> list[bytes]:
+        """Return the keys that go next, so many, one after the other; fewer if one may not go."""
+        chosen = list[bytes]()
+        try:
+            while len(chosen) < count:
+                key = self.next()
+                if key is None or not may_go(key):
+                    break
+                self.chains.set_aside(key)
+                chosen.append(key)
+        finally:
+            for key in reversed(chosen):
+                self.chains.put_back(key)
+        return chosen
+
+    def evict_next(
+        self, goes: Callable[[bytes], bool], group: Hashable | None, evicted: Callable[[int], bool]
+    ) -> None:
+        """Take the keys that go next, of a group or of all, from their rows, one after the other.
+
+        Ends before a key for which ``goes(key)`` returns False, or that a load reads since `next`;
+        and after a row for which ``evicted(row)`` returns False.
+        """
+        rows = self.rows
+        unused = self.unused
+        loans = self.loans
+        more = True
+
+        def leaves(key: bytes) -> bool:
+            nonlocal more
+            if not more or not goes(key):
+                return False
+            row = rows.pop(key)  # no load finds it from here on
+            if key in loans:
+                rows[key] = row
+                return False
+            unused.discard(key)
+            more = evicted(row)
+            return True
+
+        while more:
+            count = len(rows)
+            if self.next(group) is None:  # passes over the keys of loans
+                return
+            self.chains.remove_next(leaves, group)
+            if len(rows) == count:
+                return
+
+    def evict(self, keys: Sequence[bytes]) -> list[int]:
+        """Take keys from their rows, in the order in which they go, and return the rows; none if a
+        load reads one of them since `next`."""
+        rows = [self.rows.pop(key) for key in keys]  # no load finds them from here on
+        if any(key in self.loans for key in keys):
+            self.rows.update(zip(keys, rows, strict=True))
+            return []
+        for key in keys:
+            self.chains.remove(key)
+            self.unused.discard(key)
+        return rows
+
+
+class Claim(NamedTuple):
+    """The cached rows that the blocks of a call may evict.
+
+    Attributes:
+        own: positions of the call's keys, by the last 32 bytes. No block evicts an earlier one.
+        apart: the forms (all bytes of a key before these) whose rows are not the call's.
+        evict: False if the blocks may evict none.
+    """
+
+    own: Mapping[bytes, int] = MappingProxyType({})
+    apart: Collection[bytes] = ()
+    evict: bool = True
+
+    def place_of(self, key: bytes) -> int:
+        """Return the position of a cached key in the call, past all if it has none."""
+        if key[:-32] in self.apart:
+            return len(self.own)
+        return self.own.get(key[-32:], len(self.own))
+
+
+#: Of rows without a call: they may evict any.
+ANY = Claim()
+
+
+class Want(NamedTuple):
+    """What a transfer needs rows for.
+
+    Attributes:
+        nbytes: bytes of an image, a multiple of 4,096.
+        store: the transfer is a save.
+        claim: the cached rows that its blocks may evict.
+        place: the position of the last block in the call.
+        prefetched: the transfer is a prefetch.
+        passing: the rows serve the transfer alone, if staging has them: their blocks are not
+            cached, or only after `SizedRows.settle` moved them.
+    """
+
+    nbytes: int
+    store: bool
+    claim: Claim = ANY
+    place: int = BEFORE
+    prefetched: bool = False
+    passing: bool = False
+
+
+class HostIndex:
+    """The keys of the host tier of one form, by its checksum; see `changes.Listed`."""
+
+    tier = "host"
+
+    def __init__(self, cache: Cache, form: bytes) -> None:
+        self._cache = cache
+        self._form = form
+
+    def keys(self) -> list[bytes]:
+        """Return the keys that have a row."""
+        past = len(self._form)
+        with self._cache.chains.lock:  # a row that a load reads may leave for a moment
+            names = self._cache.rows.copy()
+        return [name[past:] for name in names if name[:past] == self._form]
+
+    def announce(self, changed: Changed) -> None:
+        """Report from now on each key that gets a row, or loses it."""
+        self._cache.listeners[self._form] = changed
+        self._cache.chains.changed = self._cache.report
+
+
+def mark_in_form(key: bytes, mark: int) -> Hashable:
+    """Return the mark of a block among those of all forms.
+
+    A block without a predecessor begins a prompt: rows exist only in releases that note
+    predecessors.
+    """
+    return FIRST if mark in (FIRST, UNKNOWN) else (key[:-32], mark)
+
+
+# ------------------------------------------------------------------------------------------------
+# Rows of host memory, for staging and for the host tier of a block store.
+
+FOREVER = 1e9  # seconds
+_TRIED = "copies of a block store"  # the key of a view's copies that were tried before
+
+
+class Rows:
+    """Rows of host memory: staging buffers, and the host tier.
+
+    Loads and saves have ``staging`` rows together, of which saves have at most half. At most
+    ``host`` rows are cached, or lent to saves beyond that half. So no load waits for rows of the
+    host tier. No call blocks, and any thread may call. ``shared``: the rows lie in memory without a
+    name that other processes can map: row i of ``tensor`` is row i there.
+
+    Attributes:
+        tensor: uint8 ``[staging + host, row_bytes]``, at a multiple of 4,096 bytes.
+        array: the same, of numpy.
+        pinned: False if the memory is pageable.
+        evicted: rows that lost their key to another key.
+        sized: rows have the sizes of their images; see `SizedRows`.
+    """
+
+    sized = False
+
+    def __init__(
+        self, row_bytes: int, staging: int, host: int, pin: bool = True, shared: bool = False
+    ) -> None:
+        self.row_bytes = row_bytes
+        self.staging = int(staging)
+        self.host = int(host)
+        self.evicted = 0
+        count = self.staging + self.host
+        self.tensor, self.pinned = row_memory(count, row_bytes, pin, shared)
+        self.array: npt.NDArray[np.uint8] = self.tensor.numpy()
+        self._cache = Cache()
+        self._lock = self._cache.chains.lock  # no call is made while it is locked
+        self._free = deque(range(count))
+        self._lent: dict[int, bool] = {}  # True if it is lent to a save
+        self._saved = 0  # rows that are lent to saves
+
+    @property
+    def most(self) -> int:
+        """Return the rows that one lease may have, and that saves have of staging together."""
+        return max(1, self.staging // 2)
+
+    @property
+    def memory(self) -> tuple[tuple[int, int], ...]:
+        """Return the address and the bytes of the rows, for an I/O engine to register."""
+        return ((self.tensor.data_ptr(), self.tensor.nbytes),)
+
+    def image(self, item: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Return the bytes of a row, uint8 ``[nbytes or more]``."""
+        row: npt.NDArray[np.uint8] = self.array[item]
+        return row
+
+    def holds(self, nbytes: int) -> int:
+        """Return the number of images of so many bytes for which the host tier has rows."""
+        return self.host
+
+    def take(
+        self, count: int, store: bool, claim: Claim | None = None, place: int = BEFORE
+    ) -> list[int] | None:
+        """Return rows for a transfer, all or none.
+
+        Saves have at most `most` rows of staging together. With a claim, a save also takes rows of
+        the host tier, in place of the next rows to evict: its blocks would evict them at its end.
+        ``place``: the position of its last block in the call.
+        """
+        with self._lock:
+            saved = self._saved + count * store
+            loaded = len(self._lent) + count - saved
+            if loaded + min(saved, self.most) > self.staging:
+                return None
+            beyond = saved - self.most
+            if store and beyond > 0 and not (claim and self._evict_for_saves(beyond, claim, place)):
+                return None
+            items = [self._free.popleft() for _ in range(count)]
+            self._lent.update(dict.fromkeys(items, store))
+            self._saved = saved
+            return items
+
+    def lacks(self, count: int) -> bool:
+        """Return True if saves may not have so many rows more, whatever is evicted."""
+        return self._saved + count > self.most + self.host
+
+    def _evict_for_saves(self, beyond: int, claim: Claim, place: int) -> bool:
+        """Evict rows until saves may have so many rows of the host tier; return False, and evict
+        none, if some may not go."""
+        if beyond > self.host:
+            return False
+        count = len(self._cache.rows) + beyond - self.host
+        if count <= 0:
+            return True
+        if not claim.evict:
+            return False
+        victims = self._cache.choose(count, lambda key: claim.place_of(key) > place)
+        return len(victims) == count and self._take_from(victims)
+
+    def _evict(
+        self, claim: Claim, place: int, group: Hashable | None = None, new: New | None = None
+    ) -> bool:
+        """Evict the next row, of a group or of all, for a block at a position of a call; return
+        False if it may not go.
+
+        ``new``: keys that go in their turn if no other row may go, or if they follow it.
+        """
+        if not claim.evict:
+            return False
+        cache = self._cache
+        victim = cache.next(group)
+        if new is not None and new.keys:
+            goes = victim is not None and claim.place_of(victim) > place
+            if victim is None or not goes or cache.chains.mark(victim) in new.leading:
+                cache.let_go(new)
+                victim = cache.next(group)
+        if victim is None or claim.place_of(victim) <= place:
+            return False
+        return self._take_from([victim])
+
+    def _take_from(self, keys: Sequence[bytes]) -> bool:
+        """Free the rows of keys; return False, and free none, if a load reads one of them."""
+        items = self._cache.evict(keys)
+        self._free += items
+        self.evicted += len(items)
+        return bool(items)
+
+    def give(self, items: Sequence[int]) -> None:
+        """End a transfer: its rows that it did not `keep` become free."""
+        with self._lock:
+            for item in items:
+                store = self._lent.pop(item, None)
+                if store is not None:
+                    self._saved -= store
+                    self._free.append(item)
+
+    def keep(
+        self,
+        items: Sequence[int],
+        keys: Sequence[bytes],
+        follows: Sequence[int],
+        prefetched: bool = False,
+        claim: Claim = ANY,
+        sizes: Sequence[int] | None = None,
+    ) -> list[bool]:
+        """Cache lent rows under keys that follow marks, in place of the next rows to evict.
+
+        Returns which rows are cached: not one whose key has a row, or for which no row may be
+        evicted. A row of a save beyond `most` evicts none. At most half of the rows of the host
+        tier are ``prefetched`` and not used yet. ``sizes``: the bytes of each image; all rows have
+        room for the largest.
+        """
+        with self._lock:
+            if not self.host:
+                return [False] * len(items)
+            return self._keep(items, keys, follows, prefetched, claim)
+
+    def _keep(
+        self,
+        items: Sequence[int],
+        keys: Sequence[bytes],
+        follows: Sequence[int],
+        prefetched: bool,
+        claim: Claim,
+    ) -> list[bool]:
+        """Cache lent rows under keys that follow marks; return which are cached."""
+        cache = self._cache
+        most = self.most
+        most_unused = max(1, self.host // 2)
+        new = New(UNUSED if prefetched else USED)
+        cached = [False] * len(items)
+        for number, (item, key) in enumerate(zip(items, keys, strict=True)):
+            if key in cache.rows:
+                continue
+            saved = self._saved - self._lent[item]
+            full = len(cache.rows) + max(0, saved - most) >= self.host
+            crowded = prefetched and len(cache.unused) >= most_unused
+            if crowded or full:
+                place = claim.own.get(key[-32:], BEFORE)
+                if not self._evict(claim, place, UNUSED if crowded else None, new):
+                    continue
+            del self._lent[item]
+            self._saved = saved
+            cache.rows[key] = item
+            if prefetched:
+                cache.unused.add(key)
+            new.add(key, follows[number])
+            cached[number] = True
+        cache.let_go(new)
+        return cached
+
+    def find(self, key: bytes) -> int | None:
+        """Return the row of a key, which stays until `unpin`; None if it has none."""
+        with self._lock:
+            item = self._cache.rows.get(key)
+            if item is not None:
+                self._cache.pin(key, item)
+            return item
+
+    def borrow(self, keys: Sequence[bytes], caller: object) -> Loan:
+        """Return the rows of keys, which stay until the end of the loan's copy.
+
+        A loan without a copy ends with the life of ``caller``. Takes no lock, so that the main
+        thread may call it (see `uninterrupted`).
+        """
+        loan = self._cache.loans.begin(keys, caller)
+        loan.rows = [*map(self._cache.rows.get, keys)]
+        return loan
+
+    def in_use(self) -> int:
+        """Return the number of cached rows that transfers read."""
+        return uninterrupted(self._in_use)
+
+    def _in_use(self) -> int:
+        with self._lock:
+            self._cache.loans.forget_ended()
+            return len({*self._cache.pins} | self._cache.loans.rows())
+
+    def loans(self) -> int:
+        """Return the number of loans that have not ended."""
+        return uninterrupted(self._loans)
+
+    def _loans(self) -> int:
+        with self._lock:
+            self._cache.loans.forget_ended()
+            return len(self._cache.loans)
+
+    def unpin(self, items: Sequence[int]) -> None:
+        """Release the pin of `find`."""
+        with self._lock:
+            for item in items:
+                self._cache.unpin(item)
+
+    def delete(self, keys: Sequence[bytes]) -> list[bool]:
+        """Free the rows of keys; return which are free: not a row that is pinned or read."""
+        cache = self._cache
+        with self._lock:
+            there = [key in cache.rows and cache.rows[key] not in cache.pins for key in keys]
+            for number, key in enumerate(keys):
+                if there[number]:
+                    there[number] = self._take_from([key])
+            return there
+
+    def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
+        """Record the use of keys, the first key last, so that a prefix outlives its suffix.
+
+        ``follows``: the predecessor of each key, for keys whose predecessor is not known yet.
+        """
+        cache = self._cache
+        with self._lock:
+            if cache.rows.keys().isdisjoint(keys):
+                return
+            cache.chains.touch(*[key for key in reversed(keys) if key in cache.rows])
+            for key, mark in zip(keys, follows, strict=False):
+                if key in cache.rows:
+                    cache.chains.learn(key, mark_in_form(key, mark))
+
+    def use(self, keys: Sequence[bytes]) -> None:
+        """Count prefetched keys as used."""
+        with self._lock:
+            for key in keys:
+                self._cache.use(key)
+
+    def end_left_loans(self) -> None:
+        """End the loans of this thread whose calls were interrupted before their copies."""
+        self._cache.loans.end_left()
+
+    def forget_loans(self) -> None:
+        """Forget the loans that have ended, also those of loads that found no row."""
+        with self._lock:
+            self._cache.loans.forget_ended()
+
+    def by_use(self) -> list[bytes]:
+        """Return the keys that have a row, the least recently used first."""
+        with self._lock:
+            return self._cache.chains.by_use()
+
+    def nbytes_by_form(self) -> dict[bytes, int]:
+        """Return the bytes of the cached rows of each form, by its checksum."""
+        with self._lock:
+            rows = Counter(key[:-32] for key in self._cache.rows)
+        return {form: count * self.row_bytes for form, count in rows.items()}
+
+    def listed(self, form: bytes) -> HostIndex:
+        """Return the index of the blocks of a form, by its checksum."""
+        return HostIndex(self._cache, form)
+
+    def crowded(self, claim: Claim) -> bool:
+        """Return True if the next row to evict belongs to a call."""
+        with self._lock:
+            return claim.place_of(self._cache.next() or b"") < len(claim.own)
+
+    def has(self, key: bytes) -> bool:
+        """Return True if a key has a row."""
+        return key in self._cache.rows
+
+    def has_each(self, keys: Sequence[bytes]) -> list[bool]:
+        """Return which keys have a row."""
+        return [*map(self._cache.rows.__contains__, keys)]
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of rows by their state."""
+        cached = len(self._cache.rows)
+        return {"free": len(self._free), "lent": len(self._lent), "kept": cached}
+
+    def nbytes_by_state(self) -> dict[str, int]:
+        """Return the bytes of rows by their state."""
+        return {state: rows * self.row_bytes for state, rows in self.counts().items()}
+
+    def sentence(self) -> str:
+        """Return how many rows there are, for `BlockStore.explain`."""
+        kind = "pinned" if self.pinned else "pageable"
+        return f"{self.staging} {kind} rows of staging, {self.host} of the host tier."
+
+
+def _wrong_count(got: int, needed: int, whole: int, many: int, size: int) -> InvalidTerms:
+    """Return the error for another number of a view's blocks than keys name."""
+    wanted = "1 id" if needed == 1 else f"{needed} ids"
+    given = "1 key" if many == 1 else f"{many} keys"
+    return InvalidTerms(
+        f"Expected blocks to be {wanted}, of the view's blocks of {whole} tokens for {given} of "
+        f"{size}, got {got}. Pass the blocks that the keys name."
+    )
+
+
+def _check_places(fine: npt.NDArray[np.int64]) -> None:
+    """Raise `SlotError` for a key whose rows have no place in the view: its block would land
+    nowhere. ``fine``: ids ``[keys, parts]``."""
+    nowhere = np.flatnonzero((fine < 0).all(1))
+    if len(nowhere):
+        raise SlotError(
+            f"Expected blocks to have a block of the view for each key, got negative ids alone for "
+            f"keys[{nowhere[0]}]. Leave the key out."
+        )
+
+
+class Crossing:
+    """Copies between rows, seen as ``inner``, and ``blocks`` of a view.
+
+    ``many`` stored blocks of ``size`` tokens name the view's tokens. A load writes no row of a
+    block with a negative id. ``ends``: of the copies of a save that were issued.
+    """
+
+    def __init__(
+        self,
+        view: KVView,
+        blocks: IdList,
+        many: int,
+        size: int,
+        store: bool = False,
+        options: CopyOptions = USUAL,
+    ) -> None:
+        whole = view.block_size if isinstance(view, KVView) else None
+        if not whole:
+            got = repr(view) if isinstance(view, KVView) else shown(view)
+            raise LayoutError(
+                f"Expected view to be a paged view, got {got}. Name a block axis in its layout."
+            )
+        if capturing(view.device):
+            why = "workers on the host move blocks; save and load outside of it"
+            raise refuse_capture("A transfer of a block store", why)
+        try:
+            if blocks is None:  # an index of all blocks in a copy
+                raise invalid("blocks", "ids of the view's blocks", blocks, "Name them in a list.")
+            ids = Index(blocks, whole).host_ids()
+            if not isinstance(blocks, list | tuple | range):
+                # A copy: workers read it later, when the caller may have changed the ids.
+                ids = ids.copy()
+            # For this call: the ids of an index that is kept are sent by a copy that may wait for
+            # the stream.
+            index = Index.of(ids, whole)
+            needed = -(-many * size // whole)
+            if len(ids) != needed:
+                raise _wrong_count(len(ids), needed, whole, many, size)
+            held = len(ids) * whole
+            skips = index.check_named("blocks", held, view.slots, distinct=not store)
+            if skips and store:
+                at = int(np.flatnonzero(ids < 0)[0])
+                raise SlotError(
+                    f"Expected blocks to be ids from 0 to {view.slots // whole - 1} in a save, the "
+                    f"blocks of the view, got {ids[at]} at position {at}. Leave it and its key out."
+                )
+        except (SlotError, LayoutError):
+            # Only now: a list without an error does not pay for it.
+            with naming("blocks", "whole numbers in a list, an array or a tensor"):
+                raise
+        self._size = size
+        self._store = store
+        self._options = options
+        self._step = gcd(whole, size)
+        self._whole = index  # of all blocks
+        if whole > self._step:
+            parts = whole // self._step
+            ids = (ids[:, None] * parts + np.arange(parts)).reshape(-1)[: many * size // self._step]
+            self._whole = Index.of(ids, self._step)
+        self._fine = ids.reshape(many, size // self._step)
+        if skips:
+            _check_places(self._fine)
+        self._view = view
+        self._after: StreamFence | None = None
+        self._stream: torch.Stream | None = None  # of the maker
+        self.ends = list[Completion]()
+
+    @property
+    def on_device(self) -> bool:
+        """Return True if the view lies on a device."""
+        return self._view.device.type != "cpu"
+
+    @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        """Return the numbers of the view's blocks, or of their parts."""
+        ids: npt.NDArray[np.int64] = self._fine.reshape(-1)
+        return ids
+
+    @property
+    def waits_for_nothing(self) -> bool:
+        """Return True if the host issues copies from the view without a wait for its device.
+
+        On others ids go to the device by a copy that waits; see `registry.prepared.ASYNCHRONOUS`.
+        """
+        return self._view.device.type == "cuda"
+
+    def prepare(self, inner: KVView) -> None:
+        """Prepare copies by workers, after the present work of the current stream.
+
+        Raises the errors of a copy that is impossible, by an empty one.
+        """
+        view = self._view
+        self._after = StreamFence(view.device)
+        if self.on_device:
+            self._stream = torch.accelerator.current_stream(view.device.index)
+        tried: set[object] = view.derived.setdefault(_TRIED, set())
+        kind = inner.form, self._size, self._step, self._store, self._options
+        if kind in tried:
+            view.check_memory()
+        else:
+            with torch.inference_mode(False), self._after.inside():
+                copy_rows(*self._sides(inner, view, [], []), options=self._options).synchronize()
+            tried.add(kind)
+
+    def issue(
+        self, inner: KVView, loan: Loan, by_layer: bool = False
+    ) -> tuple[Transfer, Sequence[Transfer]]:
+        """Copy the rows of a loan into the view, ordered on the current stream of the view's
+        device; the host does not wait for a device.
+
+        Returns the transfer, and ``by_layer`` the transfers of its layers.
+        """
+        items = [row for row in loan.rows if row is not None]
+        at: Sequence[int] = range(len(items))
+        if len(items) < len(loan.rows):
+            at = [i for i, row in enumerate(loan.rows) if row is not None]
+        device = self._view.device
+        if device.type == "cpu":
+            try:
+                return self._issue(inner, items, at, by_layer)
+            finally:
+                loan.cancel()
+        loan.stream = torch.accelerator.current_stream(device.index)
+        try:
+            transfer, layers = self._issue(inner, items, at, by_layer)
+        finally:  # a part of the copy may have been issued
+            # The rows stay, also if the store and the handle are dropped.
+            loan.end = completion(device, loan.stream, inner)
+        whole = Transfer((*transfer.completions, loan.end), transfer, transfer.carried)
+        return whole, layers
+
+    def _issue(
+        self, inner: KVView, items: Sequence[int], at: Sequence[int], by_layer: bool
+    ) -> tuple[Transfer, Sequence[Transfer]]:
+        """Copy rows to places of the view; return the transfer, and those of its layers."""
+        form = inner.form
+        nbytes = self._size * form.token_bytes // (form.block_size if form.opaque else 1)
+        parts = copy_parts(len(items), nbytes) if self.on_device and not by_layer else []
+        if len(parts) > 1:  # the device copies a part while the host describes the next one
+            transfers = list[Transfer]()
+            for some in parts:
+                rows, blocks = self._indices(items[some], at[some])
+                transfers.append(copy_rows(inner, self._view, rows, blocks, options=self._options))
+            return Transfer.join(transfers), ()
+        options = replace(self._options, by_layer=True) if by_layer else self._options
+        if len(items) == len(self._fine):
+            rows = Index.of(items, self._size)
+            blocks = self._whole
+        else:
+            rows, blocks = self._indices(items, at)
+        transfer = copy_rows(inner, self._view, rows, blocks, options=options)
+        return transfer, transfer.layers if by_layer else ()
+
+    def wait(self, end: Completion) -> None:
+        """Wait for the end of a copy in any thread, also while another one captures a graph.
+
+        Polls with a limit: without one, torch keeps a core busy.
+        """
+        with ignoring_captures(self._view.device):
+            Transfer((end,)).synchronize(FOREVER)
+
+    def begin(self, inner: KVView, items: Sequence[int], at: Sequence[int]) -> None:
+        """Copy blocks from the view on a device into rows, and note the end of the copy.
+
+        The copy is ordered after the work that the maker's stream had, which does not wait for it.
+        """
+        rows, blocks = self._indices(items, at)
+        device = self._view.device
+        assert self._after is not None  # `prepare` was called
+        assert self._stream is not None
+        side = side_stream(self._stream, "device", "host")
+        with ignoring_captures(device), torch.inference_mode(False), self._after.on(side):
+            try:
+                copy_rows(self._view, inner, blocks, rows, options=self._options)
+            finally:  # a part of the copy may have been issued
+                self.ends.append(completion(device, side, self._view))
+
+    def copy(self, inner: KVView, outer: KVView, items: Any, at: Any) -> None:
+        """Copy blocks between rows ``items`` and places ``at`` of the view, and wait for the end.
+
+        Each side has its own view. On a device the copy uses a private stream of this thread, after
+        the work that the maker's stream had. Only workers call it.
+        """
+        assert self._after is not None  # `prepare` was called
+        sides = self._sides(inner, outer, items, at)
+        if copy_long_runs(*sides, self._options):
+            return
+        with torch.inference_mode(False), self._after.inside():
+            with on_one_core(self._view.device):
+                transfer = copy_rows(*sides, options=self._options)
+            transfer.synchronize()
+
+    def _sides(
+        self, inner: KVView, outer: KVView, items: Any, at: Any
+    ) -> tuple[KVView, KVView, Index, Index]:
+        """Return source, destination and their indices, for rows and places of the view."""
+        rows, blocks = self._indices(items, at)
+        return (outer, inner, blocks, rows) if self._store else (inner, outer, rows, blocks)
+
+    def _indices(self, items: Any, at: Any) -> tuple[Index, Index]:
+        """Return the index of rows, and that of the view's blocks at places."""
+        rows = Index.of(np.array(items, np.int64), self._size)
+        blocks = self._fine[np.array(at, np.int64)].reshape(-1)
+        return rows, Index.of(blocks, self._step)
+
+
+# ------------------------------------------------------------------------------------------------
+# Rows of host memory for a store whose forms have images of several sizes.
+
+#: Bytes between two boundaries of registrations of pinned memory, which no row may cross.
+PIECE = 511 << 30
+#: Rows that one row may evict. If memory has no run of its size after that, it is not cached.
+MOST_EVICTED = 8
+#: Bytes of images in rows of staging that the end of a transfer copies: a millisecond under a lock.
+MOST_MOVED = 8 << 20
+
+
+class SizedRows(Rows):
+    """Rows of host memory of several sizes: staging buffers, and the host tier.
+
+    Two zones of one tensor have one purpose each. Rows of staging have the size of the largest
+    image; they are never cached, so that no transfer waits for the host tier. Rows of the host tier
+    have the size of their image. A transfer takes rows of the host tier first, in place of the next
+    rows to evict, since its blocks would evict them at its end. Blocks that find no row there, as
+    all rows are read or may not go, take rows of staging, and are not cached.
+
+    Attributes:
+        tensor: uint8 ``[pages, 4096]``; row i begins at page i. `BlockForm.view` takes it.
+        row_bytes: bytes of the largest image.
+        staging, host: rows of that size which staging has, and for which the host tier has bytes.
+    """
+
+    sized = True
+
+    def __init__(
+        self,
+        sizes: Collection[int],
+        staging: int,
+        host: int,
+        pin: bool = True,
+        shared: bool = False,
+    ) -> None:
+        """Make rows for images of some sizes, with so many bytes of staging and of the host
+        tier."""
+        largest = max(sizes)
+        pages = largest // PAGE
+        first = staging // largest * pages  # of the host tier
+        super().__init__(PAGE, first, host // PAGE, pin=pin, shared=shared)
+        self.row_bytes = largest
+        self.host = max(1, host // largest) if host >= min(sizes) else 0
+        past = first + host // PAGE
+        piece = PIECE // PAGE
+        uncut = [x for x in range(0, first, pages) if x // piece == (x + pages - 1) // piece]
+        self.staging = len(uncut)
+        self._free = deque(uncut)
+        cuts = [first, *range((first // piece + 1) * piece, past, piece), past]
+        self._space = Extents([*pairwise(cuts)])
+        self._first = first
+        self._past = past
+        self._pages = dict[int, int]()  # of the rows of the host tier that are lent or cached
+        self._staged = 0  # rows of staging that are lent
+        self._given = set[int]()  # rows that `keep` freed, and that their transfer gives next
+        self._flat = self.array.reshape(-1)
+
+    def image(self, item: int, nbytes: int) -> Row:
+        """Return the bytes of a row, uint8 ``[nbytes]``."""
+        return self._flat[item * PAGE : item * PAGE + nbytes]
+
+    def holds(self, nbytes: int) -> int:
+        """Return the number of images of so many bytes for which the host tier has bytes."""
+        return (self._past - self._first) * PAGE // nbytes if self.host else 0
+
+    def take(
+        self, count: int, store: bool, claim: Claim | None = None, place: int = BEFORE
+    ) -> list[int] | None:
+        """Return rows for a transfer of the largest images, as `take_sized` does."""
+        return self.take_sized(count, Want(self.row_bytes, store, claim or ANY, place))
+
+    def take_sized(self, count: int, want: Want) -> list[int] | None:
+        """Return rows for a transfer, all or none.
+
+        The first rows are those of the host tier. Saves have at most `most` rows of staging
+        together.
+        """
+        with self._lock:
+            items = list[int]()
+            if self.host and not want.passing:
+                items = self._host_rows(count, want)
+            rest = self._staging_rows(count - len(items), want.store)
+            if rest is None and want.passing and self.host:
+                items = self._host_rows(count, want)
+                rest = [] if len(items) == count else None
+            if rest is None:
+                self._release(items)
+                return None
+            items += rest
+            self._lent.update(dict.fromkeys(items, want.store))
+            return items
+
+    def replace(self, items: list[int], number: int, want: Want) -> bool:
+        """Lend a larger row in place of a lent row, whose bytes are lost; return False if there is
+        none, and the row has its size.
+
+        ``items[number]`` becomes the new row.
+        """
+        with self._lock:
+            old = items[number]
+            if old < self._first or self._pages[old] * PAGE >= want.nbytes:
+                return True
+            before = self._pages[old] * PAGE
+            self._give([old])  # first, as the pages next to it may be free
+            made = self._host_rows(1, want) or self._staging_rows(1, want.store) or []
+            # The pages of the row are free if there is no other one.
+            items[number] = made[0] if made else self._host_rows(1, Want(before, want.store))[0]
+            self._lent[items[number]] = want.store
+            return bool(made)
+
+    def settle(self, items: list[int], number: int, want: Want) -> None:
+        """Move an image of a lent row into a row of the host tier of its size, if there is one.
+
+        ``items[number]`` becomes the new row. Only the transfer of the rows may use them meanwhile.
+        """
+        old = items[number]
+        with self._lock:
+            if not self.host or self._pages.get(old, 0) * PAGE == want.nbytes:
+                return
+            made = self._host_rows(1, want)
+            self._lent.update(dict.fromkeys(made, want.store))
+        for new in made:
+            self.image(new, want.nbytes)[:] = self.image(old, want.nbytes)
+            items[number] = new
+            self.give([old])
+
+    def give(self, items: Sequence[int]) -> None:
+        """End a transfer: its rows that it did not `keep` become free."""
+        with self._lock:
+            self._give(items)
+
+    def keep(
+        self,
+        items: Sequence[int],
+        keys: Sequence[bytes],
+        follows: Sequence[int],
+        prefetched: bool = False,
+        claim: Claim = ANY,
+        sizes: Sequence[int] | None = None,
+    ) -> list[bool]:
+        """Cache lent rows under keys that follow marks.
+
+        ``sizes``: the bytes of each image; pages of a row after it become free. None: those of the
+        largest. At most half of the host tier is ``prefetched`` and not used yet.
+
+        Images in rows of staging are copied into rows of the host tier, `MOST_MOVED` bytes of them,
+        or one. They evict others, or take the place of the last ones of ``items``, so that the
+        first blocks are cached. So the raw rows of a block that did not fit end no prompt whose
+        other blocks fill the tier.
+
+        Returns which rows are cached: not one whose key has a row, or for which there is no row of
+        the host tier.
+        """
+        cache = self._cache
+        new = New(UNUSED if prefetched else USED)
+        cached = [False] * len(items)
+        sizes = [self.row_bytes] * len(items) if sizes is None else sizes
+        left = [*items]  # the last ones may become free
+        apart = self._too_many(items, sizes)
+        with self._lock:
+            for number, key in enumerate(keys):
+                if number == len(left):
+                    break
+                if key in cache.rows or number in apart:
+                    continue
+                place = claim.own.get(key[-32:], BEFORE)
+                want = Want(sizes[number], False, claim, place, prefetched)
+                row = self._row_to_keep(left, number, want, new)
+                if row is None:
+                    continue
+                cache.rows[key] = row
+                if prefetched:
+                    cache.unused.add(key)
+                new.add(key, follows[number])
+                cached[number] = True
+            cache.let_go(new)
+        return cached
+
+    def _too_many(self, items: Sequence[int], sizes: Sequence[int]) -> set[int]:
+        """Return the numbers of rows of staging after `MOST_MOVED` bytes of them, or one."""
+        result = set[int]()
+        moved = 0
+        for number, item in enumerate(items):
+            if item < self._first:
+                moved += sizes[number]
+                if moved > max(MOST_MOVED, sizes[number]):
+                    result.add(number)
+        return result
+
+    def _row_to_keep(self, left: list[int], number: int, want: Want, new: New) -> int | None:
+        """Return a row of the host tier with the image of a lent row, which is no longer lent; None
+        if there is none for it. ``new``: keys that got a row before."""
+        crowded = want.prefetched and self._crowded(want.nbytes)
+        if crowded and not self._evict(want.claim, want.place, UNUSED, new):
+            return None
+        item = left[number]
+        if item < self._first:
+            self._cache.let_go(new)
+            return self._moved(left, number, want)
+        del self._lent[item]
+        self._trim(item, want.nbytes // PAGE)
+        return item
+
+    def _moved(self, left: list[int], number: int, want: Want) -> int | None:
+        """Return a row of the host tier with the image of a row of staging; None if there is none
+        for it.
+
+        The last rows of ``left`` become free if that makes room, at most as many as one row may
+        evict.
+        """
+        made = self._host_rows(1, want)
+        most = max(number + 1, len(left) - MOST_EVICTED)
+        while not made and len(left) > most:
+            last = left.pop()
+            self._give([last])
+            self._given.add(last)
+            made = self._host_rows(1, want)
+        if not made:
+            return None
+        self.image(made[0], want.nbytes)[:] = self.image(left[number], want.nbytes)
+        return made[0]
+
+    def lacks(self, count: int) -> bool:
+        """Return True if saves may not have so many rows more, whatever is evicted."""
+        return sum(self._lent.values()) + count > self.most + self.host
+
+    def nbytes_by_form(self) -> dict[bytes, int]:
+        """Return the bytes of the cached rows of each form, by its checksum."""
+        result = Counter[bytes]()
+        with self._lock:
+            for key, item in self._cache.rows.items():
+                result[key[:-32]] += self._pages[item] * PAGE
+        return result
+
+    def nbytes_by_state(self) -> dict[str, int]:
+        """Return the bytes of rows by their state."""
+        with self._lock:
+            kept = sum(self._pages[item] for item in self._cache.rows.values()) * PAGE
+            free = len(self._free) * self.row_bytes + self._space.free * PAGE
+            lent = sum(self._pages.values()) * PAGE - kept + self._staged * self.row_bytes
+        return {"free": free, "lent": lent, "kept": kept}
+
+    def sentence(self) -> str:
+        """Return how many rows there are, for `BlockStore.explain`."""
+        kind = "pinned" if self.pinned else "pageable"
+        nbytes = (self._past - self._first) * PAGE
+        return (
+            f"{self.staging} {kind} rows of staging, and {nbytes} bytes of the host tier, in which "
+            f"each block takes the size of its form."
+        )
+
+    def _host_rows(self, count: int, want: Want) -> list[int]:
+        """Return rows of the host tier, as many as may be had, in the order of their addresses.
+
+        All are taken in one pass. They are those that rows taken one after the other would be, and
+        the same keys are evicted. Their order leaves a copy fewer runs.
+        """
+        pages = want.nbytes // PAGE
+        items = self._space.take(pages, count)
+        if len(items) < count and want.claim.evict:
+            self._evict_for(items, count, want)
+        self._pages.update(dict.fromkeys(items, pages))
+        items.sort()
+        return items
+
+    def _evict_for(self, items: list[int], count: int, want: Want) -> None:
+        """Add rows of the host tier to rows that were taken, up to ``count``, in place of the next
+        rows to evict. No extent has a run of their size.
+
+        A row evicts at most `MOST_EVICTED` others.
+        """
+        pages = want.nbytes // PAGE
+        space = self._space
+        place = want.place
+        place_of = want.claim.place_of
+        left = MOST_EVICTED
+
+        def goes(key: bytes) -> bool:
+            return place_of(key) > place
+
+        def evicted(item: int) -> bool:
+            """Take runs once a row is free; return True if another row may go."""
+            nonlocal left
+            self.evicted += 1
+            past = self._pages.pop(item)
+            if past == pages and space.pass_on(item, pages):
+                items.append(item)
+                left = MOST_EVICTED
+            else:
+                space.give(item, past, evicted=True)
+                runs = space.take(pages, count - len(items))
+                items.extend(runs)
+                left = MOST_EVICTED if runs else left - 1
+            return len(items) < count and left > 0 and not want.prefetched
+
+        before = -1
+        while len(items) < count and left > 0 and self.evicted != before:
+            before = self.evicted
+            crowded = want.prefetched and self._crowded(want.nbytes)
+            self._cache.evict_next(goes, UNUSED if crowded else None, evicted)
+
+    def _staging_rows(self, count: int, store: bool) -> list[int] | None:
+        """Return rows of staging, all or none."""
+        saved = self._saved + count * store
+        staged = self._staged + count
+        if count and (staged > self.staging or (store and saved > self.most)):
+            return None
+        self._saved = saved
+        self._staged = staged
+        return [self._free.popleft() for _ in range(count)]
+
+    def _crowded(self, nbytes: int) -> bool:
+        """Return True if half of the host tier, counted in images of so many bytes, is prefetched
+        and not used."""
+        return len(self._cache.unused) >= max(1, self.holds(nbytes) // 2)
+
+    def _trim(self, item: int, pages: int) -> None:
+        """Free the pages of a row after those of its image."""
+        past = self._pages[item]
+        if past > pages:
+            self._space.give(item + pages, past - pages)
+            self._pages[item] = pages
+
+    def _give(self, items: Iterable[int]) -> None:
+        """Free lent rows."""
+        for item in items:
+            if item in self._given:  # by `keep`; the number may be that of another row now
+                self._given.remove(item)
+                continue
+            store = self._lent.pop(item, None)
+            if store is None:
+                continue
+            if item < self._first:
+                self._staged -= 1
+                self._saved -= store
+                self._free.append(item)
+            else:
+                self._release([item])
+
+    def _release(self, items: Iterable[int]) -> None:
+        """Free the pages of rows of the host tier."""
+        for item in items:
+            self._space.give(item, self._pages.pop(item))
+
+    def _take_from(self, keys: Sequence[bytes]) -> bool:
+        """Free the rows of keys; return False, and free none, if a load reads one of them."""
+        items = self._cache.evict(keys)
+        for item in items:
+            self._space.give(item, self._pages.pop(item), evicted=True)
+        self.evicted += len(items)
+        return bool(items)
+
+
+def rows_for(
+    own: Sequence[BlockForm],
+    forms: Sequence[BlockForm],
+    staging: int,
+    host: int,
+    pin: bool = True,
+    shared: bool = False,
+) -> Rows:
+    """Return rows for a store of its own forms, with so many bytes of staging and of host tier.
+
+    They have several sizes if the store packs blocks and has their raw form too. ``forms``: all
+    forms whose images they hold, the own ones among them.
+    """
+    sizes = {form.image_bytes for form in forms}
+    if host and any(form.encoding and form.raw in own for form in own):
+        return SizedRows(sizes, staging, host, pin=pin, shared=shared)
+    size = max(sizes)
+    return Rows(size, staging // size, host // size, pin=pin, shared=shared)

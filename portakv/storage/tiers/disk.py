@@ -1,0 +1,735 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Disk` is a tier of folders, one for each device. A folder may be added or lost."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal, NamedTuple
+
+from portakv.arguments import invalid, number, one_of, whole
+from portakv.errors import InvalidTerms, StoreBusy, StoreError
+from portakv.graph.graph import Graph, Queue
+from portakv.runtime.bounded import Bounded
+from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.storage import reasons
+from portakv.storage.eviction import Chains, Changed, mark_of
+from portakv.storage.form import HEADER, BlockForm, size_notes
+from portakv.storage.image import Header, Row, header, predecessor, verify
+from portakv.storage.io.base import DEPTH, LOST, Engine, Request
+from portakv.storage.io.choose import ENGINES, choose
+from portakv.storage.reasons import Reason, Report
+from portakv.storage.tiers.files import PAGE, cause_of, forms_in, open_to_others
+from portakv.storage.tiers.folder import Place, Slots, Space, Track
+
+# ------------------------------------------------------------------------------------------------
+# `DiskStore` reads and writes the blocks of one form in all folders of a disk tier.
+
+#: Seconds after which a read lets other threads have the interpreter, and for how long. No time at
+#: all would let none in: a thread that waits has to wake first.
+TURN = 3e-4
+PAUSE = 5e-5
+
+_warnings = RateLimitedLog(logging.getLogger(__name__))
+
+
+@dataclass
+class _Left:
+    """The blocks of a write that have no slot yet.
+
+    Attributes:
+        numbers: the numbers of these blocks among the keys of the write, in their order.
+        tries: the folders to try for a slot, and which may evict a block.
+        own: positions of the call's keys.
+        gaps: marks of blocks of the write that are not stored, and of blocks after them.
+    """
+
+    numbers: deque[int]
+    tries: Sequence[tuple[Slots, bool]]
+    own: Mapping[bytes, int] | None
+    gaps: set[int] = field(default_factory=set)
+
+    def known_reasons(self) -> set[str]:
+        """Return why folders take no blocks for now, which is logged where it begins."""
+        return set[str]().union(*[slots.health.reasons() for slots, _ in self.tries])
+
+
+class _Turn:
+    """The time for which a read of many blocks keeps the interpreter.
+
+    A thread that waits for the interpreter gets it after 5 ms, or when another one sleeps.
+    """
+
+    def __init__(self) -> None:
+        self._until = time.perf_counter() + TURN
+
+    def pass_on(self) -> None:
+        """Sleep for a moment if the turn is over, in which another thread wakes and goes on."""
+        if time.perf_counter() > self._until:
+            time.sleep(PAUSE)
+            self._until = time.perf_counter() + TURN
+
+
+@dataclass(eq=False)
+class _Pinned:
+    """A block that is read, which stays in its slot until the read has ended."""
+
+    number: int  # among the keys of the read
+    slots: Slots
+    place: Place
+    spans_left: int  # that did not come yet
+    right: bool = False
+    lost: bool = False  # its bytes are wrong, or the device has lost them: it is forgotten
+    failure: Reason | None = None
+
+    def fail(self, result: int) -> None:
+        """Note a span that did not come (a negative errno), or bytes that are not right."""
+        self.lost = self.lost or result >= 0 or -result in LOST
+        kind = reasons.DAMAGED if self.lost else reasons.UNREACHABLE
+        where = str(self.slots.folder.parent)
+        if result < 0:
+            where = f"{where}: {os.strerror(-result)}"
+        self.failure = Reason(kind, where)
+
+    def log(self, key: bytes, report: Report) -> None:
+        """Report why the block did not land, and warn of a failure."""
+        folder = self.slots.folder
+        report(key, self.failure or Reason(reasons.LATE, str(folder.parent)))
+        if self.failure is None:
+            return
+        what = f"is {self.failure.kind} ({self.failure.where})"
+        if self.lost:
+            what += ", and its slot is freed"
+        text = "Block %s in %s %s"
+        _warnings.warning(f"{self.failure.kind} {folder}", text, key.hex(), folder, what)
+
+
+class Pin(NamedTuple):
+    """A block that stays in its slot until `release`."""
+
+    slots: Slots
+    place: Place
+
+    def release(self) -> None:
+        """Let the block go in its turn."""
+        self.slots.unpin(self.place)
+
+
+class _Taken(NamedTuple):
+    """A slot that was taken for a block; ``number``: of the block among the keys of the write."""
+
+    number: int
+    slots: Slots
+    slot: int
+
+
+@dataclass(eq=False, repr=False)
+class DiskStore:
+    """The blocks of one form in all folders of a disk tier.
+
+    The store that ``owns_engine`` closes the I/O engine of all stores: it is closed last.
+    """
+
+    graph: Graph
+    form: BlockForm
+    parts: list[tuple[Slots, Queue]]
+    engine: Engine
+    writable: bool
+    found: list[str]  # sentences for `explain` from the opening
+    offered: Bounded[bytes, None] | None = None  # once, if the second time is to be waited for
+    owns_engine: bool = False
+    tier = "disk"
+
+    def offer_twice(self) -> None:
+        """Admit a block when it is offered the second time."""
+        count = sum(slots.limit for slots, _ in self.parts)
+        self.offered = Bounded("keys offered once", count)
+
+    @property
+    def notes(self) -> list[str]:
+        """Return sentences for `explain`: of the opening, and of the folders as they are now."""
+        self.look()
+        notes = [*self.found]
+        known = " ".join(notes)
+        notes += [f"{self.engine.name}: {x}" for x in self.engine.notes if x not in known]
+        for slots, _ in self.parts:
+            notes += slots.health.sentences()
+        return notes
+
+    @property
+    def generation(self) -> int:
+        """Return the highest generation at the start."""
+        return max(slots.generation for slots, _ in self.parts)
+
+    @property
+    def where(self) -> str:
+        """Return the folders, for messages."""
+        return ", ".join(str(slots.folder.parent) for slots, _ in self.parts)
+
+    def has(self, keys: Sequence[bytes], _: float | None = None) -> list[bool]:
+        """Return which blocks are stored."""
+        first, *others = [slots.index for slots, _queue in self.parts]
+        there = [*map(first.__contains__, keys)]
+        for index in others:
+            there = [a or key in index for a, key in zip(there, keys, strict=True)]
+        return there
+
+    known = has  # no request is needed
+
+    def wants(self, keys: Sequence[bytes]) -> list[bool]:
+        """Return which blocks are missing and admitted."""
+        lacks = [not there for there in self.has(keys)]
+        once = self.offered
+        if once is not None:
+            for i, key in enumerate(keys):
+                if lacks[i] and once.pop(key, self) is self:
+                    once[key] = None
+                    lacks[i] = False
+        return lacks
+
+    def queue(self, key: bytes) -> Queue:
+        """Return the queue that reads a block."""
+        if len(self.parts) == 1:
+            return self.parts[0][1]
+        return next((queue for slots, queue in self.parts if key in slots.index), self.parts[0][1])
+
+    def queue_for_write(self, nbytes: int) -> Queue:
+        """Return the queue of the folder with the fewest bytes queued.
+
+        Among equal folders, the one with the fewest blocks written.
+        """
+        if len(self.parts) == 1:
+            return self.parts[0][1]
+        return min(self.parts, key=lambda x: (x[1].queued_bytes, len(x[0].index) + x[0].evicted))[1]
+
+    def keys(self) -> list[bytes]:
+        """Return the keys of all blocks."""
+        return [key for slots, _ in self.parts for key in slots.index.copy()]
+
+    def announce(self, changed: Changed) -> None:
+        """Report from now on each block that is stored or lost."""
+        for slots, _ in self.parts:
+            slots.chains.changed = changed
+
+    def pin(self, keys: Sequence[bytes]) -> list[Pin | None]:
+        """Return the pin of each block, which stays until its end; None if it is gone."""
+        pins: list[Pin | None] = [None] * len(keys)
+        left = [*range(len(keys))]
+        for slots, _ in self.parts:
+            places = dict(zip(left, slots.pin([keys[i] for i in left]), strict=True))
+            for i, place in places.items():
+                pins[i] = None if place is None else Pin(slots, place)
+            left = [i for i, place in places.items() if place is None]
+        return pins
+
+    def delete(self, keys: Sequence[bytes]) -> list[bool]:
+        """Forget blocks, also for a later start; return which were there.
+
+        Reads of them that are under way end as if they were there.
+        """
+        pins = self.pin(keys)
+        for pin in pins:
+            if pin is not None:
+                pin.slots.unpin(pin.place, good=False, why=reasons.DELETED)
+        return [pin is not None for pin in pins]
+
+    def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
+        """Record the use of a prefix; ``follows``: the predecessor of each of its blocks."""
+        for slots, _ in self.parts:
+            slots.touch(keys, follows)
+
+    def read(
+        self,
+        keys: Sequence[bytes],
+        rows: Sequence[Row],
+        segments: Sequence[int] | None = None,
+        stop: Callable[[], bool] | None = None,
+        report: Report = reasons.ignore,
+    ) -> list[bool]:
+        """Read images, or only some segments of them, into rows; return which blocks arrived
+        correctly.
+
+        A block that was not read, because the I/O engine failed or nothing waits for it, is a miss
+        this time.
+        """
+        spans = self._spans(segments)
+        pinned = self._pin(keys, len(spans), report)
+        turn = _Turn()
+
+        def ended(number: int, result: int) -> None:
+            """Verify a block whose last span arrived, while the disk reads others."""
+            turn.pass_on()
+            index, span = divmod(number, len(spans))
+            block = pinned[index]
+            start, end = spans[span]
+            if result != end - start:
+                block.fail(result)
+                return
+            block.spans_left -= 1
+            if not block.spans_left and block.failure is None:
+                expected = block.place.header
+                block.right = self.right(rows[block.number], expected, segments)
+                if not block.right:
+                    block.fail(result)
+
+        try:
+            if stop is None or not stop():
+                self.engine.run(self._requests(pinned, rows, spans), ended)
+        finally:
+            for slots, _ in self.parts:
+                own = [block for block in pinned if block.slots is slots]
+                slots.unpin(*[block.place for block in own if not block.lost])
+                slots.unpin(*[block.place for block in own if block.lost], good=False)
+
+        self._count_read(len(keys), pinned, sum(end - start for start, end in spans))
+        landed = [False] * len(keys)
+        for block in pinned:
+            landed[block.number] = block.right
+            if not block.right:
+                block.log(keys[block.number], report)
+        return landed
+
+    def _count_read(self, blocks: int, pinned: Sequence[_Pinned], nbytes: int) -> None:
+        """Count the blocks of a read by their results; ``nbytes``: of each."""
+        hits = sum(block.right for block in pinned)
+        wrong = sum(block.lost for block in pinned)
+        self.graph.count(self.tier, "load", "hit", hits, hits * nbytes)
+        self.graph.count(self.tier, "load", "fault", wrong)
+        self.graph.count(self.tier, "load", "late", len(pinned) - hits - wrong)
+        self.graph.count(self.tier, "load", "miss", blocks - len(pinned))
+
+    def _requests(
+        self, pinned: list[_Pinned], rows: Sequence[Row], spans: list[tuple[int, int]]
+    ) -> list[Request]:
+        """Return the reads of all spans of pinned blocks into their rows."""
+        size = self.form.image_bytes
+        requests = []
+        for block in pinned:
+            slot = block.place.slot
+            address = rows[block.number].__array_interface__["data"][0]  # `ctypes` takes longer
+            for start, end in spans:
+                offset = slot * size + start
+                requests.append(
+                    Request(block.slots.fd, offset, address + start, end - start, False)
+                )
+        return requests
+
+    def _spans(self, segments: Sequence[int] | None) -> list[tuple[int, int]]:
+        """Return the parts of an image for a read of segments.
+
+        The parts are whole pages, and the header comes with the first segment.
+        """
+        if segments is None:
+            return [(0, self.form.image_bytes)]
+        spans = []
+        for part in (self.form.segments[i] for i in segments):
+            start = HEADER + part.offset if part.offset else 0
+            pages = -(-(part.offset + part.nbytes) // PAGE)
+            spans.append((start, HEADER + pages * PAGE))
+        return spans
+
+    def _pin(self, keys: Sequence[bytes], spans: int, report: Report) -> list[_Pinned]:
+        """Pin the blocks that are stored. The missing blocks were evicted after the load was
+        planned."""
+        pinned = list[_Pinned]()
+        left = [*range(len(keys))]
+        for slots, _ in self.parts:
+            places = dict(zip(left, slots.pin([keys[i] for i in left]), strict=True))
+            pinned += [_Pinned(i, slots, place, spans) for i, place in places.items() if place]
+            left = [i for i, place in places.items() if not place]
+        for i in left:
+            report(keys[i], Reason(reasons.EVICTED, self.where))
+        return pinned
+
+    def write(
+        self,
+        queue: Queue,
+        keys: Sequence[bytes],
+        rows: Sequence[Row],
+        generations: Sequence[int],
+        checksums: Sequence[Sequence[int]],
+        own: Mapping[bytes, int] | None = None,
+        evict: bool = True,
+        report: Report = reasons.ignore,
+    ) -> list[bool]:
+        """Write sealed images in the queue's folder; return which blocks are stored now.
+
+        Drops a block that would evict an earlier block of the call, whose keys ``own`` lists.
+        Without ``evict``, drops a block that would evict any. A folder that cannot evict, because
+        all of its blocks have successors, leaves the block to the other folders.
+        """
+        self.touch([*own] if own else ())  # the call's stored blocks go after other blocks
+        landed = self.has(keys)
+        new = [i for i, there in enumerate(landed) if not there]
+        size = self.form.image_bytes
+
+        left = _Left(deque(new), self._tries(queue, evict), own)
+        taken = 0
+        while left.numbers:
+            taken_now = list[_Taken]()
+            results = list[int]()
+            try:
+                self._take_some(taken_now, left, keys, rows, report)
+                requests = [
+                    Request(slots.fd, slot * size, rows[i].ctypes.data, size, True)
+                    for i, slots, slot in taken_now
+                ]
+                results = self.engine.run(requests)
+            finally:  # the first block first, so a kill leaves no block without its predecessor
+                for each, result in zip(taken_now, results or [0] * len(taken_now), strict=True):
+                    i = each.number
+                    known = keys[i], generations[i], checksums[i]
+                    landed[i] = self._seal(each, result, *known, report)
+                    if not landed[i] or (left.gaps and predecessor(rows[i]) in left.gaps):
+                        left.gaps.add(mark_of(keys[i]))
+            taken += len(taken_now)
+        self.touch([keys[i] for i in new])  # a prefix outlives its suffix
+        hits = sum(landed[i] for i in new)
+        self.graph.count(self.tier, "save", "hit", hits, hits * size)
+        self.graph.count(self.tier, "save", "fault", taken - hits)
+        self.graph.count(self.tier, "save", "dropped", len(new) - taken)
+        return landed
+
+    def _tries(self, queue: Queue, evict: bool) -> list[tuple[Slots, bool]]:
+        """Return the folders to try for a slot in order, the queue's first, and which may evict a
+        block.
+
+        A folder with free slots comes before a folder that has to evict. Of several folders each
+        has two turns to evict: a block of the same call goes only in the folder that has the last
+        one, which may change between the turns.
+        """
+        first = next(slots for slots, each in self.parts if each is queue)
+        folders = [first, *(slots for slots, _ in self.parts if slots is not first)]
+        free = [(slots, False) for slots in folders] if len(folders) > 1 else []
+        evicting = [(slots, evict) for slots in folders]
+        return [*free, *evicting, *(evicting if len(folders) > 1 else [])]
+
+    def _take_some(
+        self,
+        taken: list[_Taken],
+        left: _Left,
+        keys: Sequence[bytes],
+        rows: Sequence[Row],
+        report: Report,
+    ) -> None:
+        """Take slots for the first blocks that are left; leave out blocks for which no folder has
+        one.
+
+        In one folder, ends before a block that has to wait for other writes while slots are taken:
+        writes that wait for each other would not end. In several, sealed blocks would go before
+        their successors have slots. A block after a gap evicts none.
+        """
+        several = len(self.parts) > 1
+        while left.numbers:
+            number = left.numbers[0]
+            key = keys[number]
+            follows = predecessor(rows[number])
+            waits = several or not taken
+            place = self._take(left, key, follows, waits)
+            if isinstance(place, Reason):
+                if not waits:
+                    return
+                left.gaps.add(mark_of(key))
+                report(key, place)
+                if place.where not in left.known_reasons():
+                    topic = f"dropped {place.where}"
+                    _warnings.warning(topic, "Block %s: %s", key.hex(), place.where, lines=1)
+            else:
+                if follows in left.gaps:
+                    left.gaps.add(mark_of(key))
+                taken.append(_Taken(number, *place))
+            left.numbers.popleft()
+
+    def _take(
+        self, left: _Left, key: bytes, follows: int, waits: bool
+    ) -> tuple[Slots, int] | Reason:
+        """Take a slot for a block in the first folder with space; return the reason if none has.
+        ``waits``: for other writes, after which a folder may have."""
+        tries = left.tries
+        reason = Reason(
+            reasons.DROPPED, f"{tries[0][0].folder.parent}: no slot is free or may be evicted"
+        )
+        for slots, evicts in tries:
+            try:
+                slot = slots.take(
+                    key, left.own, follows, evicts and follows not in left.gaps, waits
+                )
+            except OSError as error:  # the folder cannot be listed, as without a free descriptor
+                where = f"{slots.folder.parent}: {cause_of(error)}"
+                reason = Reason(reasons.UNREACHABLE, where)
+                continue
+            if slot is not None:
+                return slots, slot
+            health = slots.health
+            if health.lost or health.table_fault:
+                reason = Reason(reasons.UNREACHABLE, health.lost or health.table_fault)
+            elif health.shortage is not None:
+                reason = Reason(reasons.DROPPED, health.shortage.why)
+        return reason
+
+    def _seal(
+        self,
+        place: _Taken,
+        result: int,
+        key: bytes,
+        generation: int,
+        checksums: Sequence[int],
+        report: Report,
+    ) -> bool:
+        """Record a block whose write ended with a result; return True if it is stored.
+
+        After a failure, give the slot back and report the reason.
+        """
+        slots = place.slots
+        slot = place.slot
+        size = self.form.image_bytes
+        stored = False
+        if result == size:
+            stored = slots.seal(slot, key, generation, checksums)
+            why = slots.health.table_fault
+        else:
+            slots.give(slot, broken=result == -errno.EIO)
+            why = os.strerror(-result) if result < 0 else "the write was cut short"
+        if not stored:
+            where = f"{slots.folder.parent}: {why}"
+            report(key, Reason(reasons.UNREACHABLE, where))
+            text = "Block %s could not be written: %s"
+            _warnings.warning(f"not written {where}", text, key.hex(), where)
+        return stored
+
+    def look(self) -> None:
+        """Look whether the folders are still there, and how much space they have.
+
+        A file system that hangs holds this up.
+        """
+        for slots, _ in self.parts:
+            slots.look()
+            slots.health.measure()
+
+    def statistics(self) -> dict[str, Any]:
+        """Return the figures of the slots by folder, as `look` left them."""
+        figures = dict[str, Any]()
+        for slots, _ in self.parts:
+            figures[str(slots.folder)] = {
+                "io": self.engine.name,
+                "used": len(slots.index),
+                "count": slots.count,
+                "limit": slots.limit,
+                "configured": slots.health.configured,
+                "broken": slots.broken,
+                "missing": slots.health.missing,
+                "free_bytes": slots.health.free_bytes,
+                "lost": bool(slots.health.lost),
+                "writable": self.writable,
+                "evicted": slots.evicted,
+                "direct": slots.direct,
+            }
+        return figures
+
+    def close(self) -> None:
+        """Put all on the devices, and close the folders."""
+        for slots, _ in self.parts:
+            slots.close()
+        if self.owns_engine:
+            self.engine.close()
+
+    def right(self, row: Row, expected: Header, segments: Sequence[int] | None) -> bool:
+        """Return True if the segments in a row, header first, have their sealed checksums."""
+        if (segments is None or 0 in segments) and header(row, self.form) != expected:
+            return False
+        return verify(row, self.form, expected.checksums, expected.generation, segments)
+
+
+class Disk:
+    """A tier of blocks in ``folders``.
+
+    Args:
+        capacity: bytes of all forms and folders together, which may be a float such as 64e9; a
+            fraction of a byte is cut. Each folder has an equal part. Saves allocate the space.
+        admit: "second" stores a block when it is offered the second time.
+        workers: the number of tasks that read or write in a folder at a time.
+        io: "ring", "threads" or an I/O engine; None: the first that runs.
+        depth: the most requests under way at a time for each worker of a folder, 1 to 32,768.
+            Thousands of small blocks may gain by 1,024 or 2,048. "threads" has as many threads for
+            all workers, at most 8; an engine that is passed as an object has its own depth.
+        track: shows the progress of a recovery, as `rich.progress.track` does: it passes items on.
+    """
+
+    def __init__(
+        self,
+        *folders: str | Path,
+        capacity: int,
+        admit: Literal["always", "second"] = "always",
+        workers: int = 4,
+        io: str | Engine | None = None,
+        depth: int = DEPTH,
+        track: Track = lambda items, _: items,
+    ) -> None:
+        if not folders:
+            raise invalid("folders", "one folder or more", folders, "Pass a folder.")
+        for folder in folders:
+            if not isinstance(folder, str | Path) or not str(folder):
+                raise invalid("folders", "texts or Paths", folder, "Pass a path.")
+            if "\0" in str(folder) or not _can_encode(str(folder)):
+                raise invalid("folders", "paths that the system can hold", folder, "Pass a path.")
+            if "://" in str(folder):
+                raise InvalidTerms("Expected folders, got a URL. Pass the URL to `Remote`.")
+        if len({os.path.realpath(folder) for folder in folders}) < len(folders):
+            raise invalid("folders", "different folders", folders, "Pass each once.")
+        if io is not None and (isinstance(io, str) or not hasattr(io, "run")):
+            ENGINES.check("io", io)
+        if not callable(track):
+            raise invalid("track", "a function", track, "Leave it out, or pass one.")
+        number("capacity", capacity, 1, (1 << 63) - 1024, "a number of bytes, 1 or more")
+
+        self.folders = [Path(folder) for folder in folders]
+        self.capacity = int(capacity)
+        self.admit = one_of("admit", admit, ("always", "second"))
+        self.workers = whole("workers", workers, 1, 1 << 16)
+        self.io = io
+        self.depth = whole("depth", depth, 1, 1 << 15)  # the most entries of a ring
+        self.track = track
+        self._present: list[BlockForm] = []  # at the last look
+
+    def forms(self, form: BlockForm) -> list[BlockForm]:
+        """Return the other forms of the same cache that lie in the folders."""
+        self._present = self._stored()
+        return [other for other in self._present if other != form and form.same_cache(other)]
+
+    def _stored(self) -> list[BlockForm]:
+        """Return all forms that lie in the folders and can be read."""
+        forms = dict[BlockForm, None]()
+        for folder in self.folders:
+            forms |= dict.fromkeys(forms_in(folder))
+        return [*forms]
+
+    def open(
+        self, graph: Graph, rows: Any, forms: Sequence[BlockForm], own: int = 1
+    ) -> list[DiskStore]:
+        """Return a tier store of each of the first ``own`` forms, which are created, and a tier
+        store to read each other form.
+
+        Leaves out, with a note: another form that cannot be opened, and a folder after the first
+        one that another block store has. Requests go to ``rows.memory``.
+
+        Raises `StoreBusy` for the first folder, and `StoreError` for any folder of an own form.
+        """
+        engine = self.io
+        notes = list[str]()
+        if engine is None or isinstance(engine, str):
+            engine, answers = choose(rows.memory, engine, self.depth)
+            notes = [str(each) for each in answers]
+        with ExitStack() as undo:
+            undo.callback(engine.close)
+            opening = _Opening(self, graph, engine, undo, notes)
+            for number, form in enumerate(forms):
+                opening.open_form(form, own=number < own)
+            first = opening.tier_stores[0]
+            first.owns_engine = True
+            for tier_store in opening.tier_stores if self.admit == "second" else ():
+                if tier_store.writable:
+                    tier_store.offer_twice()
+            folders = ", ".join(map(str, self.folders))
+            for note in filter(None, map(open_to_others, self.folders)):
+                first.found.append(note)
+                _warnings.warning(note, "%s", note, lines=1)
+            for note in size_notes(forms[:own], self._present):
+                first.found.append(note)
+                _warnings.warning(f"{note} {folders}", "%s: %s", folders, note)
+            undo.pop_all()
+        return opening.tier_stores
+
+
+class _Opening:
+    """Open the forms of a disk tier one after the other, the store's own forms first.
+
+    The own forms have one lock, since each may take slots of another one.
+    """
+
+    def __init__(
+        self, disk: Disk, graph: Graph, engine: Engine, undo: ExitStack, notes: list[str]
+    ) -> None:
+        self.disk = disk
+        self.graph = graph
+        self.engine = engine
+        self.undo = undo
+        self.notes = notes  # for the next store of a tier
+        self.tier_stores = list[DiskStore]()
+        self.capacity = disk.capacity // len(disk.folders)
+        self.spaces = {folder: Space(folder, self.capacity) for folder in disk.folders}
+        self.busy = set[Path]()
+        self.lock = Lock()
+
+    def open_form(self, form: BlockForm, own: bool) -> None:
+        """Open a form in every folder that has it, or makes it if it is the store's ``own``."""
+        # Of all folders, as a prefix may lie in several.
+        chains = Chains[bytes](self.lock if own else None)
+        opened = dict[Path, Slots]()
+        for folder in self.disk.folders:
+            slots = self._open_folder(folder, form, own, chains, bool(opened))
+            if slots is not None:
+                opened[folder] = slots
+        siblings = [*opened.values()]
+        for slots in siblings:
+            slots.fit(siblings)
+        if own:
+            for folder in opened:
+                self.spaces[folder].others = [other for other in opened if other != folder]
+        if opened:
+            parts = [
+                (slots, self.graph.queue(f"disk:{folder}", width=self.disk.workers))
+                for folder, slots in opened.items()
+            ]
+            self.tier_stores.append(
+                DiskStore(self.graph, form, parts, self.engine, own, self.notes)
+            )
+            self.notes = []
+
+    def _open_folder(
+        self, folder: Path, form: BlockForm, own: bool, chains: Chains[bytes], others: bool
+    ) -> Slots | None:
+        """Open a form in one folder.
+
+        Returns None, with a note, if the store works without it: ``others`` have opened the own
+        form, or the form is only read.
+        """
+        place = folder / form.name
+        if folder in self.busy or not (own or (place / "form.json").exists()):
+            return None
+        capacity = self.capacity if own else None
+        space = self.spaces[folder]
+        try:
+            slots = Slots(place, form, capacity, self.engine, self.disk.track, chains, space)
+        except StoreError as error:
+            # The other folders serve without a folder that another store has.
+            if own and isinstance(error, StoreBusy) and others:
+                self.busy.add(folder)
+                self.notes.append(f"It does without {folder}. {error}")
+                return None
+            if own:
+                raise
+            self.tier_stores[0].found.append(str(error))
+            return None
+        self.undo.callback(slots.close)
+        if own:
+            space.writers.add(slots)
+        else:
+            space.readers.add(slots)
+        return slots
+
+
+def _can_encode(path: str) -> bool:
+    """Return whether a path can be handed to the system; a lone surrogate cannot."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True

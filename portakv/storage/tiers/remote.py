@@ -1,0 +1,1130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tier of a block store that lies in an object store: S3, GCS, Azure, HTTP, a folder, memory.
+
+Retry and resume are obstore's, by settings. This module makes requests, stops them for a while
+after failures, and shows no secret. `portakv.storage.tiers.remote` has the blocks of a form.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import unquote
+from weakref import WeakSet
+
+import numpy as np
+
+from portakv.arguments import kind_of
+from portakv.errors import InvalidTerms, StoreError
+from portakv.extras import installing
+from portakv.graph.graph import Graph, Queue
+from portakv.graph.task import Task
+from portakv.runtime import resources
+from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import this_process
+from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.storage import reasons
+from portakv.storage.form import BlockForm, size_notes
+from portakv.storage.image import HEADER, Row, header, verify
+from portakv.storage.reasons import Reason, Report
+from portakv.storage.tiers import compressed
+from portakv.storage.tiers.compressed import Compressor, check_compress
+
+# ------------------------------------------------------------------------------------------------
+# `RemoteStore` reads and writes the blocks of one form in an object store.
+
+Keys = Sequence[bytes]
+Stop = Callable[[], bool]
+Result = TypeVar("Result")
+FORM = b"form.json"  # lies next to the blocks; it is not a key
+#: Bytes of a piece of a body that is copied as it comes.
+PIECE = 4 << 20
+#: Seconds between two looks at the deadline while an answer or a body is awaited.
+POLL = 0.1
+#: Descriptors of an event loop.
+_DESCRIPTORS = 3
+#: Seconds for which a block is believed to be there, and not to be there.
+THERE = 60.0
+MISSING = 5.0
+#: Seconds for which a block that came wrong twice counts as missing, unless it is saved again.
+FAULTY = 60.0
+#: Which side changed the bytes of a block.
+OBJECT = "the object is damaged"
+PATH = "the bytes changed on the way here, and the object is left as it is"
+UNKNOWN = "the store has no MD5 that says whether the object is damaged or the path to it"
+UNREADABLE = "the object is compressed, and backports.zstd is not installed here"
+UNDECIDED = "there was no time to find out whether the object is damaged or the path to it"
+#: After these the next save writes the block again.
+MENDED_BY_SAVES = (OBJECT, UNKNOWN)
+
+
+class Failure(Exception):
+    """A request that failed; ``reason`` says how, without secrets."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason.where)
+        self.reason = reason
+
+
+class _Stopped(Exception):
+    """A request was left because its caller does not wait any more."""
+
+
+class _Fetched(NamedTuple):
+    """The end of an object's fetch and the object's version.
+
+    ``result`` is ``hit``, ``miss``, ``late``, ``fault``, or ``unreadable`` if the package that
+    decompresses it is not installed. ``md5`` is that of a compressed object with a fault, if all
+    of it came.
+    """
+
+    result: str
+    e_tag: str | None = None
+    version: str | None = None
+    nbytes: int = 0
+    md5: str | None = None
+
+    def same_object(self, other: _Fetched | Fault) -> bool:
+        """Return True if both are of one version of the object."""
+        return (self.e_tag, self.version) == (other.e_tag, other.version)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A version of an object whose bytes were wrong twice.
+
+    It counts as missing until a time, and the next save may have to ``rewrite`` it.
+    """
+
+    e_tag: str | None
+    version: str | None
+    until: float
+    rewrite: bool
+    side: str
+
+
+class RemoteStore:
+    """The blocks of one form in an object store."""
+
+    tier = "remote"
+    generation = 0
+
+    def __init__(self, remote: Any, graph: Graph, form: BlockForm, own: bool) -> None:
+        self._remote = remote
+        self._graph = graph
+        self.where = remote.url
+        self.form = form
+        self.writable = own
+        self.notes = [remote.last_error or "ready"]
+        queue = graph.queue(f"remote:{remote.url}", remote.workers)
+        # A second queue, so that a lookup does not wait for blocks.
+        self._heads = graph.queue(f"remote:{remote.url} lookup", remote.workers)
+        self.queue: Callable[[object], Queue] = lambda _: queue
+        self.queue_for_write = self.queue
+        # Until when a block, or the form, is believed to be there; negative: until when it is not.
+        self.verdicts: Bounded[bytes, float] = Bounded("remote verdicts", 1 << 17)
+        self._faults: Bounded[bytes, Fault] = Bounded("remote faults", 1 << 14)
+        # True if ETags of objects in one part are their MD5; None until a fault needs the answer.
+        self._tags_are_md5: bool | None = None
+
+    def forget(self) -> None:
+        """Believe nothing about any block."""
+        self.verdicts.clear()
+        self._faults.clear()
+
+    def has(self, keys: Keys, timeout: float | None = None) -> list[bool]:
+        """Return which blocks are stored; blocks without an answer after ``timeout`` seconds count
+        as missing.
+
+        One task requests each block that is not known.
+        """
+        graph = self._graph
+        now = self._remote.now()
+        until = graph.clock() + (3e9 if timeout is None else timeout)
+        ask = self._there
+        left = [key for key in keys if abs(self.verdicts.get(key, 0.0)) <= now]
+        works = [lambda _, mask, key=key: mask & ask(key) for key in left if not self._fault(key)]
+        tasks = [Task(work, 1, queue=self._heads, name="lookup") for work in works]
+        graph.submit(tasks, priority="urgent")
+        try:
+            for task in tasks:
+                task.wait(max(0.0, until - graph.clock()))
+        finally:
+            late = [task for task in tasks if not task.ended]
+            if late:
+                graph.run(lambda: [graph.cancel(task) for task in late])
+        return self.known(keys)
+
+    def known(self, keys: Keys) -> list[bool]:
+        """Return which blocks are believed to be there."""
+        now = self._remote.now()
+        return [self.verdicts.get(key, 0.0) > now for key in keys]
+
+    def wants(self, keys: Keys) -> list[bool]:
+        """Return which blocks a save has to bring; the other blocks need no request."""
+        faults = [self._fault(key) for key in keys]
+        left_alone = [fault is not None and not fault.rewrite for fault in faults]
+        known = self.known(keys)
+        return [not (a or b) for a, b in zip(known, left_alone, strict=True)]
+
+    def _fault(self, key: bytes) -> Fault | None:
+        """Return the fault for which a block counts as missing now."""
+        fault = self._faults.get(key)
+        return fault if fault and self._remote.now() < fault.until else None
+
+    def _there(self, key: bytes) -> bool:
+        """Return whether a block is there; ask the store if that is not known."""
+        until = self.verdicts.get(key, 0.0)
+        now = self._remote.now()
+        if self._fault(key):
+            return False
+        if abs(until) > now:
+            return until > 0
+
+        remote = self._remote
+        meta = remote.ask(remote.obs.head, remote.store, self._path(key), miss=False)
+        if meta is None:
+            return False
+        if meta and self._is_faulty_still(key, meta):
+            return False
+        self.verdicts[key] = now + THERE if meta else -now - MISSING
+        return bool(meta)
+
+    def _is_faulty_still(self, key: bytes, meta: Any) -> bool:
+        """Return whether the object is the version that was damaged; note it for longer then."""
+        fault = self._faults.pop(key, None)
+        if not fault or not fault.e_tag or fault.side != OBJECT:
+            return False
+        if (meta["e_tag"], meta["version"]) != (fault.e_tag, fault.version):
+            return False
+        self._note_fault(key, fault.e_tag, fault.version, fault.side)
+        return True
+
+    def _note_fault(self, key: bytes, e_tag: str | None, version: str | None, side: str) -> None:
+        rewrite = side in MENDED_BY_SAVES
+        until = self._remote.now() + FAULTY
+        self._faults[key] = Fault(e_tag, version, until, rewrite, side)
+        self.verdicts.pop(key, None)
+
+    def _believe_there(self, key: bytes) -> None:
+        self._faults.pop(key, None)
+        self.verdicts[key] = self._remote.now() + THERE
+
+    def _path(self, key: bytes) -> str:
+        return f"1/{self.form.name}/{key.hex()[:2]}/{key.hex()}"
+
+    @property
+    def _form_path(self) -> str:
+        return f"1/{self.form.name}/{FORM.decode()}"
+
+    # --- reading ---
+
+    def read(
+        self,
+        keys: Keys,
+        rows: Sequence[Row],
+        segments: Sequence[int] | None = None,
+        stop: Stop = bool,
+        report: Report = reasons.ignore,
+    ) -> list[bool]:
+        """Read images, or headers and some segments, into rows; return which arrived whole and
+        correct.
+
+        A request in flight when ``stop()`` becomes True is left within `POLL` seconds.
+        """
+        landed: list[bool] = []
+        try:
+            begun = new_loop()
+        except OSError as error:
+            for key in keys:
+                report(key, Reason(reasons.UNREACHABLE, f"{self._remote.url}: {error}"))
+            return [False] * len(keys)
+        with closing(begun) as loop:
+            for key, row in zip(keys, rows, strict=True):
+                fetch = partial(self._fetch_now, loop, key, stop=stop)
+                try:
+                    outcome = self._read_one(fetch, key, row, segments, report)
+                except Failure as failure:
+                    outcome = "error"
+                    report(key, failure.reason)
+                landed.append(outcome == "hit")
+                nbytes = self._nbytes(segments) if outcome == "hit" else 0
+                self._graph.count(self.tier, "load", outcome, 1, nbytes)
+        return landed
+
+    def _nbytes(self, segments: Sequence[int] | None) -> int:
+        """Return the bytes of the payload that a read brings."""
+        every = range(len(self.form.segments))
+        return sum(self.form.segments[i].nbytes for i in (every if segments is None else segments))
+
+    def _read_one(
+        self,
+        fetch: Callable[..., _Fetched],
+        key: bytes,
+        row: Row,
+        segments: Sequence[int] | None,
+        report: Report,
+    ) -> str:
+        """Fetch a block, once more if it came wrong, and return how that ended."""
+        where = self._remote.url
+        fetched = fetch(row, segments)
+        known = self._fault(key)
+        if fetched.result == "fault" and known and fetched.same_object(known):
+            report(key, Reason(reasons.DAMAGED, f"{where}: {known.side}"))
+            return "fault"
+
+        if fetched.result == "unreadable":
+            self._note_fault(key, fetched.e_tag, fetched.version, UNREADABLE)
+            self._remote.log.warning("unreadable", "%s: %s", self._address(key), UNREADABLE)
+            report(key, Reason(reasons.UNREADABLE, f"{where}: {UNREADABLE}"))
+            return "error"
+
+        if fetched.result == "fault":
+            first = fetched
+            self._graph.count(self.tier, "load", "refetched")
+            text = "%s came wrong and is fetched again"
+            self._remote.log.warning("refetched", text, self._address(key))
+            fetched = fetch(row, segments)
+            # Of an object that was written in between nothing is known.
+            side = "the object changed while it was read"
+            if fetched.result == "fault" and fetched.same_object(first):
+                side = self._sick_side(fetch, row, segments, fetched)
+                self._note_fault(key, fetched.e_tag, fetched.version, side)
+                self._warn(key, side)
+            if fetched.result == "fault":
+                report(key, Reason(reasons.DAMAGED, f"{where}: {side}"))
+        if fetched.result == "hit":
+            self._believe_there(key)
+            return "hit"
+
+        # A lookup of a block that did not come asks again, however that ended.
+        believed = self.verdicts.pop(key, 0.0) > 0
+        if fetched.result == "miss":
+            if believed:
+                # The process that deleted the block may have deleted it.
+                self.verdicts.pop(FORM, None)
+            report(key, Reason(reasons.EVICTED if believed else reasons.MISSING, where))
+        if fetched.result == "late":
+            report(key, Reason(reasons.LATE, where))
+        return fetched.result
+
+    def _warn(self, key: bytes, side: str) -> None:
+        """Log that a block counts as missing, because one side changed its bytes."""
+        text = "%s came wrong twice: %s. It counts as missing for %g s%s"
+        # A save does not mend what the way to the bucket does to bytes.
+        saved = ", or until it is saved" if side in MENDED_BY_SAVES else ""
+        self._remote.log.warning("faults", text, self._address(key), side, FAULTY, saved)
+
+    def _address(self, key: bytes) -> str:
+        return f"{self._remote.url}/{self._path(key)}"
+
+    def _sick_side(
+        self,
+        fetch: Callable[..., _Fetched],
+        row: Row,
+        segments: Sequence[int] | None,
+        fetched: _Fetched,
+    ) -> str:
+        """Return which side changed the bytes of an object.
+
+        Compares the MD5 of the received bytes with the ETag, which is the MD5 of an object that was
+        written in one part.
+        """
+        image_bytes = self.form.image_bytes
+        if fetched.nbytes != image_bytes and not self._may_be_compressed(fetched.nbytes):
+            return OBJECT
+        e_tag = re.fullmatch('"?([0-9a-f]{32})"?', fetched.e_tag or "")
+        if not e_tag:
+            return UNKNOWN
+        if segments is not None:  # an ETag is that of the whole object
+            row = np.empty(image_bytes, np.uint8)
+            try:
+                whole = fetch(row, None)
+            except Failure:
+                return UNDECIDED
+            if whole.result == "hit":
+                return PATH
+            if whole.result != "fault" or not whole.same_object(fetched):
+                return UNDECIDED
+            fetched = whole
+
+        if (fetched.md5 or _md5(row[:image_bytes])) == e_tag[1]:
+            return OBJECT
+        return PATH if self._has_md5_tags() else UNKNOWN
+
+    def _has_md5_tags(self) -> bool:
+        """Return True if the form's ETag is its MD5.
+
+        In a bucket that encrypts by keys of a key service, ETags look the same but are not.
+        """
+        if self._tags_are_md5 is None:
+            remote = self._remote
+            meta = remote.ask(remote.obs.head, remote.store, self._form_path, miss=False)
+            if not meta:
+                return False
+            digest = _md5(self.form.json().encode())
+            self._tags_are_md5 = (meta["e_tag"] or "").strip('"') == digest
+        return self._tags_are_md5
+
+    def _fetch_now(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        key: bytes,
+        row: Row,
+        segments: Sequence[int] | None,
+        stop: Stop,
+    ) -> _Fetched:
+        """Fetch a block and wait for it. Raises `Failure`."""
+
+        def run() -> _Fetched:
+            return loop.run_until_complete(self._fetch(key, row, segments, stop))
+
+        result: _Fetched = self._remote.attempt(run, miss=_Fetched("miss"))
+        return result
+
+    async def _fetch(
+        self, key: bytes, row: Row, segments: Sequence[int] | None, stop: Stop
+    ) -> _Fetched:
+        """Fetch an object, or its header and some segments, into a row, and verify it."""
+        try:
+            return await self._fetch_until(key, row, segments, stop)
+        except _Stopped:
+            return _Fetched("late")
+        except self._remote.obs.exceptions.BaseError as error:
+            if re.search("status code: 416|Invalid range|range was invalid", str(error)):
+                return _Fetched("fault")  # an object of no bytes
+            raise
+
+    async def _fetch_until(
+        self, key: bytes, row: Row, segments: Sequence[int] | None, stop: Stop
+    ) -> _Fetched:
+        """Do what `_fetch` does. Raises `_Stopped`, and the errors of obstore."""
+        spans = self._spans(segments)
+        for span in spans:
+            fetched, response = await self._request(key, span, segments is None, stop)
+            if span == spans[0] and self._may_be_compressed(fetched.nbytes):
+                if segments is None:
+                    return await self._receive_compressed(key, row, fetched, response, stop)
+                page = row[:HEADER]
+                await _receive(response, page, span, stop)
+                return await self._fetch_compressed(key, row, segments, fetched, stop)
+            if fetched.nbytes != self.form.image_bytes:
+                return fetched
+            await _receive(response, row, span, stop)
+
+        right = self._is_right(row, key, segments)
+        return fetched._replace(result="hit" if right else "fault")
+
+    async def _request(
+        self, key: bytes, span: tuple[int, int], whole: bool, stop: Stop
+    ) -> tuple[_Fetched, Any]:
+        """Request a span of an object, or all of it; return its version, and the response."""
+        if stop():
+            raise _Stopped
+        remote = self._remote
+        options = {} if whole else {"range": span}
+        work = remote.obs.get_async(remote.store, self._path(key), options=options)
+        response = await _until_stopped(work, stop)
+        meta = response.meta
+        return _Fetched("fault", meta["e_tag"], meta["version"], meta["size"]), response
+
+    # --- compressed objects ---
+
+    def _may_be_compressed(self, nbytes: int) -> bool:
+        """Return True if a compressed object can have this size, and an image cannot."""
+        return HEADER < nbytes < self.form.image_bytes
+
+    async def _receive_compressed(
+        self, key: bytes, row: Row, fetched: _Fetched, response: Any, stop: Stop
+    ) -> _Fetched:
+        """Receive all of a compressed object, and write its image into a row."""
+        data = np.empty(fetched.nbytes, np.uint8)
+        await _receive(response, data, (0, fetched.nbytes), stop)
+        terms = compressed.terms_of(data[:HEADER], self.form)
+        right = terms is not None and terms.nbytes == fetched.nbytes
+        if terms is not None and right:
+            codec = _codec()
+            if codec is None:
+                return fetched._replace(result="unreadable")
+            compressed.restore_header(data[:HEADER], row, self.form)
+            for number in range(len(self.form.segments)):
+                start, end = terms.span(number)
+                part = data[start:end]
+                right &= compressed.restore(part, row, self.form, terms, number, codec)
+        if right and self._is_right(row, key, None):
+            return fetched._replace(result="hit")
+        return fetched._replace(result="fault", md5=_md5(data))
+
+    async def _fetch_compressed(
+        self, key: bytes, row: Row, segments: Sequence[int], fetched: _Fetched, stop: Stop
+    ) -> _Fetched:
+        """Fetch some segments of a compressed object whose first page is in a row."""
+        terms = compressed.terms_of(row[:HEADER], self.form)
+        if terms is None or terms.nbytes != fetched.nbytes:
+            return fetched
+        codec = _codec()
+        if codec is None:
+            return fetched._replace(result="unreadable")
+        compressed.restore_header(row[:HEADER], row, self.form)
+        for number in segments:
+            span = terms.span(number)
+            again, response = await self._request(key, span, False, stop)
+            if not again.same_object(fetched) or again.nbytes != fetched.nbytes:
+                return again
+            data = np.empty(span[1] - span[0], np.uint8)
+            await _receive(response, data, (0, len(data)), stop)
+            if not compressed.restore(data, row, self.form, terms, number, codec):
+                return fetched
+        right = self._is_right(row, key, segments)
+        return fetched._replace(result="hit" if right else "fault")
+
+    def _spans(self, segments: Sequence[int] | None) -> list[tuple[int, int]]:
+        """Return the parts of an image for a read: the whole image, or the header and segments."""
+        if segments is None:
+            return [(0, self.form.image_bytes)]
+        spans = [(0, HEADER)]
+        for number in segments:
+            part = self.form.segments[number]
+            start = HEADER + part.offset
+            spans.append((start, start + part.nbytes))
+        return spans
+
+    def _is_right(self, row: Row, key: bytes, segments: Sequence[int] | None) -> bool:
+        """Return True if a row has the header of a key, and segments with its checksums."""
+        head = header(row, self.form)
+        if isinstance(head, str) or head.key != key:
+            return False
+        return verify(row, self.form, head.checksums, head.generation, segments)
+
+    # --- writing ---
+
+    def write(
+        self,
+        _: Queue,
+        keys: Keys,
+        rows: Sequence[Row],
+        *known: object,
+        report: Report = reasons.ignore,
+    ) -> list[bool]:
+        """Put sealed images, and the form next to them; return which are there now."""
+        remote = self._remote
+        if not self.known([FORM])[0] and remote.ask(
+            remote.put, self._form_path, self.form.json().encode()
+        ):
+            self.verdicts[FORM] = remote.now() + THERE
+
+        landed: list[bool] = []
+        for key, row in zip(keys, rows, strict=True):
+            try:
+                self._write_one(key, row)
+                landed.append(True)
+            except Failure as failure:
+                self._graph.count(self.tier, "save", "error")
+                report(key, failure.reason)
+                landed.append(False)
+        return landed
+
+    def _write_one(self, key: bytes, row: Row) -> None:
+        """Write a block unless a correct one is stored. Raises `Failure`."""
+        fault = self._fault(key)
+        if fault and not fault.rewrite:
+            return
+        # The first request asks for the object: no bytes go for a block that another writer has
+        # written.
+        if not fault and self._there(key):
+            return
+        fault = self._fault(key)  # the answer may have been the damaged version
+        nbytes = self.form.image_bytes
+        compressor = self._remote.compressor
+        data = compressor.object_of(row, self.form) if compressor else row[:nbytes]
+        self._remote.attempt(self._remote.put, self._path(key), data, fault)
+        self._graph.count(self.tier, "save", "hit", 1, nbytes)
+        self._believe_there(key)
+
+    def touch(self, *_: object) -> None:
+        """Do nothing: the bucket's rules delete objects, and connections stay."""
+
+    close = touch
+
+    def statistics(self) -> dict[str, Any]:
+        """Return figures next to the graph's counts."""
+        remote = self._remote
+        figures = {
+            "url": remote.url,
+            "left_alone": remote.left_alone,
+            "error": remote.last_error,
+        }
+        if remote.compressor:
+            figures["compressed"] = remote.compressor.statistics()
+        return figures
+
+
+def _codec() -> Any:
+    """Return what decompresses, or None if it is not installed."""
+    try:
+        return compressed.zstd()
+    except StoreError:
+        return None
+
+
+def _md5(data: Any) -> str:
+    """Return the MD5 of a buffer in hex."""
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+async def _until_stopped(work: Awaitable[Result], stop: Stop) -> Result:
+    """Return the result of ``work``, or raise `_Stopped` within `POLL` seconds after ``stop()``
+    became true; the request is dropped then."""
+    task = asyncio.ensure_future(work)
+    while True:
+        await asyncio.wait([task], timeout=POLL)
+        if task.done():
+            return task.result()
+        if stop():
+            task.cancel()
+            await asyncio.wait([task])
+            if not task.cancelled():
+                task.exception()  # it ended meanwhile; asyncio logs errors that no one reads
+            raise _Stopped
+
+
+async def _receive(response: Any, row: Row, span: tuple[int, int], stop: Stop) -> None:
+    """Copy a body into a span of a row, or raise `_Stopped`."""
+    at, end = span
+    if end - at <= PIECE + HEADER:  # a stream would copy it once more
+        body = await _until_stopped(response.bytes_async(), stop)
+        row[at : at + len(body)] = np.frombuffer(body, np.uint8)
+        return
+    pieces = aiter(response.stream(PIECE))
+    while at < end:
+        try:
+            piece = await _until_stopped(anext(pieces), stop)
+        except StopAsyncIteration:  # the body was too short, which the checksums find
+            return
+        row[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+        at += len(piece)
+        if at < end and stop():
+            raise _Stopped
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    """Return a new event loop.
+
+    Raises `OSError` if too few descriptors are free. asyncio would leave a part of a loop then, and
+    print a traceback when that goes.
+    """
+    if resources.free(_DESCRIPTORS) < _DESCRIPTORS:
+        none_free = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        raise OSError(resources.reason(none_free))
+    return asyncio.new_event_loop()
+
+
+_log = logging.getLogger(__name__)
+#: After so many failures in a row the store is left alone for `PAUSE` seconds, then for twice as
+#: long, up to `LONGEST`.
+FAILURES = 5
+PAUSE = 1.0
+LONGEST = 60.0
+#: Bytes of each part of an upload in parts.
+PART = 16 << 20
+MOST_WORKERS = 1024
+#: Puts of an object of which the store says that it exists, and has none.
+PUTS = 3
+NO_CONDITIONS = (
+    "%r takes no conditional puts: from now on each put replaces the object. Pass "
+    "conditional_put='disabled', and none is tried."
+)
+#: Codes of S3 with which a store refuses a header that it does not know, by status 400. Answers
+#: with other codes say what else is wrong.
+REFUSED_HEADER = ("BadRequest", "InvalidArgument", "InvalidRequest", "NotImplemented")
+#: Free descriptors for a remote tier. Without one obstore's threads cannot begin, and they never do
+#: in that process then.
+DESCRIPTORS = 16
+#: Settings of obstore, unless the caller passes others; `read_timeout` for reading alone.
+CLIENT: Any = {"connect_timeout": "2s", "read_timeout": "2s", "timeout": "60s"}
+BACKOFF = {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(seconds=2), "base": 2}
+RETRY: Any = {"max_retries": 5, "retry_timeout": timedelta(seconds=30), "backoff": BACKOFF}
+
+
+class _CircuitBreaker:
+    """The failures of a store in a row, after which requests to it stop for a while.
+
+    Attributes:
+        last_error: how the last failed request failed, without secrets.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.last_error = ""
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failures = 0  # in a row
+        self._pause = PAUSE
+        self._until = 0.0  # when a store that is left alone is tried again
+
+    @property
+    def open(self) -> bool:
+        """Return True while the store gets no requests, except for probes."""
+        return self._failures >= FAILURES
+
+    def admits(self) -> bool:
+        """Return True if a request may go out now; while the breaker is open it is a probe."""
+        with self._lock:
+            if not self.open:
+                return True
+            if self._clock() < self._until:
+                return False
+            # This request is the probe; no other request goes out before it has ended.
+            self._pause = min(LONGEST, 2 * self._pause)
+            self._until = self._clock() + LONGEST
+            return True
+
+    def note(self, error: str | None) -> None:
+        """Count a failure, or begin anew after a success."""
+        with self._lock:
+            self._failures = 0 if error is None else self._failures + 1
+            if self._failures <= FAILURES:
+                self._pause = PAUSE
+            self._until = self._clock() + self._pause
+            if error is not None:
+                self.last_error = error
+
+
+class _Puts:
+    """Writes objects to obstore's store ``sink``, those above ``multipart`` bytes in parts."""
+
+    def __init__(self, sink: Any, multipart: int) -> None:
+        self._sink = sink
+        self._multipart = multipart
+        self._conditions = True  # the store takes puts with a condition, as far as is known
+
+    def put(self, obs: Any, path: str, data: Any, replaces: Fault | None) -> bool:
+        """Write an object once, by obstore; return True if this put has shown that the store takes
+        no conditions. Raises the errors of obstore."""
+        if len(data) > self._multipart:
+            parts = {"chunk_size": PART, "max_concurrency": 4}
+            obs.put(self._sink, path, data, use_multipart=True, **parts)
+            return False
+
+        put = partial(obs.put, self._sink, path, data, use_multipart=False)
+        if not self._conditions:
+            put()
+            return False
+        mode: Any = "create"
+        if replaces:
+            known = {"e_tag": replaces.e_tag, "version": replaces.version}
+            mode = {name: value for name, value in known.items() if value} or "overwrite"
+        errors = obs.exceptions
+        try:
+            put(mode=mode)
+        except (NotImplementedError, errors.NotSupportedError):
+            put()
+        except (errors.PreconditionError, FileNotFoundError):
+            if not replaces:
+                raise
+            # Another writer was first and its object stays, or the faulty object was deleted.
+            put(mode="create")
+        except errors.GenericError as error:
+            if mode == "overwrite" or not _may_refuse_conditions(str(error)):
+                raise
+            put()  # its error names what else is wrong
+            self._conditions = False
+            return True
+        return False
+
+
+class Remote:
+    """A tier of blocks below a prefix of an object store.
+
+    The URL is ``s3://bucket/prefix``, ``gs://``, ``az://``, ``http(s)://`` (finds no other forms:
+    it cannot list), ``file:///folder``, or ``memory://`` (lives as long as this object).
+
+    Args:
+        workers: the number of requests at a time; multipart: images above so many bytes go in
+            parts, 16 MiB or more.
+        compress: ``"zstd"`` compresses the blocks that are written; None writes images. Blocks of
+            both kinds are read, whatever it is.
+        settings: settings of obstore's store: region, endpoint, credential_provider, ...; entries
+            of ``client_options`` and ``retry_config`` replace those of `CLIENT` and `RETRY`.
+
+    Raises:
+        InvalidTerms: an address or a number that is not valid.
+        StoreError: obstore is not installed, or rejects the address or a setting; ``compress``
+            without the package for it.
+    """
+
+    now: Callable[[], float] = time.monotonic
+    #: Seconds after which the search for other forms ends. No search begins in as many seconds
+    #: after one that failed or ended so, so that a store with several forms waits once for a bucket
+    #: that is silent.
+    search_seconds = 3.0
+    _process: Any = None  # the process that made the first one
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        workers: int = 8,
+        multipart: int = 64 << 20,
+        compress: str | None = None,
+        **settings: Any,
+    ) -> None:
+        if resources.free(DESCRIPTORS) < DESCRIPTORS:
+            none_free = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            raise StoreError(
+                f"Expected descriptors for a remote tier, but {resources.reason(none_free)}."
+            )
+        try:
+            import obstore
+        except (ImportError, OSError) as x:
+            raise StoreError(
+                f"Expected obstore for a remote tier, got: {x}. {installing('remote')} brings it."
+            ) from None
+        check_remote(url, workers, multipart, settings, compress)
+        #: What compresses blocks; None if they are written as they are.
+        self.compressor = Compressor() if compress else None
+        Remote._process = Remote._process or this_process()
+        self._obs = obstore
+        self.url = _shown(url)
+        self.workers = workers
+
+        self.store, sink = uninterrupted(partial(self._connect, url, settings))
+        self._puts = _Puts(sink, multipart)
+        self._breaker = _CircuitBreaker(lambda: self.now())
+        self.log = RateLimitedLog(_log, lambda: self.now())
+        self._present: list[BlockForm] = []  # at the last look
+        self._next_search = 0.0  # not before this time
+        self.tier_stores: WeakSet[RemoteStore] = WeakSet()
+
+    @property
+    def left_alone(self) -> bool:
+        """Return True while the store gets no requests, after failures in a row."""
+        return self._breaker.open
+
+    @property
+    def last_error(self) -> str:
+        """Return how the last failed request failed, without secrets; empty if none failed."""
+        return self._breaker.last_error
+
+    def __repr__(self) -> str:
+        return f"Remote({self.url!r})"
+
+    @property
+    def obs(self) -> Any:
+        """Return obstore. Raises `StoreError` in a forked process, where its calls never return."""
+        if self._process.forked:
+            raise StoreError(
+                f"Expected {self!r} in the process that made it, got a forked one, where obstore "
+                f"hangs. Start the process by spawn."
+            )
+        return self._obs
+
+    def _connect(self, url: str, settings: dict[str, Any]) -> tuple[Any, Any]:
+        """Return obstore's store to read from, and the one to write to. Raises `StoreError`."""
+        kind = self.url.partition(":")[0]
+        plain_http = kind == "http" or os.environ.get("AWS_ALLOW_HTTP", False)
+        reading = CLIENT | {"allow_http": plain_http} | settings.pop("client_options", {})
+        writing = {name: value for name, value in reading.items() if name != "read_timeout"}
+        retry = RETRY | settings.pop("retry_config", {})
+        options = settings
+        settings = {"retry_config": retry, **options}
+        if kind == "file":
+            settings["mkdir"] = True
+        make = self.obs.store.from_url
+        try:
+            # Its threads begin here: if they cannot, it panics, and so does each later call.
+            self.obs.put(self.obs.store.MemoryStore(), "a", b"")
+            store = make(url, client_options=reading, **settings)
+            if kind == "memory":
+                return store, store
+            # `read_timeout` would end a body on its way out, too.
+            return store, make(url, client_options=writing, **settings)
+        except BaseException as error:  # also obstore's panic, which is not an Exception
+            text = _clean(error).rstrip(".")
+        for name in options:
+            others = {key: value for key, value in settings.items() if key != name}
+            with suppress(BaseException):  # obstore's panic again
+                make(url, client_options=reading, **others)
+                raise_for = f"Expected {name}= as obstore takes it, got a value that it refuses"
+                break
+        else:
+            raise_for = "Expected a url and settings as obstore takes them, got an error"
+        raise StoreError(f"{raise_for} for {self.url}: {text}. Correct it.")
+
+    def ask(self, work: Callable[..., Any], *terms: Any, miss: Any = None) -> Any:
+        """Return the result of `attempt`, or None if the store failed or gets no requests now."""
+        try:
+            return self.attempt(work, *terms, miss=miss)
+        except Failure:
+            return None
+
+    def attempt(self, work: Callable[..., Any], *terms: Any, miss: Any = None) -> Any:
+        """Return the result of ``work``; ``miss`` if the object does not exist.
+
+        Raises `Failure` if the store fails, which is logged once a minute, or gets no requests now.
+        """
+        if not self._breaker.admits():
+            where = f"{self.url}: left alone for a while after {self.last_error}"
+            raise Failure(Reason(reasons.UNREACHABLE, where))
+
+        result = miss
+        failure: Reason | None = None
+        try:
+            result = work(*terms)
+        except Exception as error:  # obstore raises many types, and those of its clients
+            missing = isinstance(error, FileNotFoundError) and miss is not None
+            if not missing or re.search("NoSuchBucket|ContainerNotFound", str(error)):
+                failure = self._reason(error)
+        self._note(failure)
+        if failure:
+            raise Failure(failure)
+        return result
+
+    def _reason(self, error: Exception) -> Reason:
+        """Return how a request failed, without secrets."""
+        refusals = self.obs.exceptions.PermissionDeniedError, PermissionError
+        refused = isinstance(error, (*refusals, self.obs.exceptions.UnauthenticatedError))
+        refused = refused or re.search(r"status code: 4(?!04|08|09|29)\d\d", str(error)) is not None
+        kind = reasons.REFUSED if refused else reasons.UNREACHABLE
+        return Reason(kind, f"{self.url}: {type(error).__name__}: {_clean(error)}")
+
+    def _note(self, failure: Reason | None) -> None:
+        """Count a failure, or begin anew after a success; log the failure."""
+        if failure is None:
+            self._breaker.note(None)
+            return
+        self._breaker.note(failure.where.removeprefix(f"{self.url}: "))
+        text = "%r failed; its blocks are misses, and saves do not write there: %s"
+        self.log.warning("failed", text, self, self.last_error, lines=1)
+
+    def put(self, path: str, data: Any, replaces: Fault | None = None) -> bool:
+        """Write an object that does not exist, or that ``replaces`` a faulty version; return True.
+
+        Raises the errors of obstore. A store without such conditions, or an upload in parts,
+        replaces any object: two writers have the same block for one key, and each object is one
+        writer's.
+        """
+        if self.url.startswith("memory:"):
+            # This store retains the caller's buffer, which the caller uses again.
+            data = bytes(data)
+        for _ in range(PUTS):
+            try:
+                replaced_any = self._puts.put(self.obs, path, data, replaces)
+            except self.obs.exceptions.AlreadyExistsError as error:
+                # S3 says so as well if a delete that ran meanwhile has won (409), and the object
+                # exists after a put whose answer was lost.
+                conflict = error
+            else:
+                if replaced_any:
+                    self.log.warning("conditions", NO_CONDITIONS, self)
+                return True
+            if self._is_there(path, replaces):
+                return True
+        raise conflict
+
+    def _is_there(self, path: str, fault: Fault | None) -> bool:
+        """Return whether the store has an object, other than a faulty version."""
+        try:
+            meta = self.obs.head(self.store, path)
+        except FileNotFoundError:
+            return False
+        return fault is None or (meta["e_tag"], meta["version"]) != (fault.e_tag, fault.version)
+
+    def forms(self, form: BlockForm) -> list[BlockForm]:
+        """Return other forms of the same cache that lie there."""
+        return uninterrupted(partial(self._find_forms, form))
+
+    def _find_forms(self, form: BlockForm) -> list[BlockForm]:
+        """List the forms in the bucket.
+
+        An interrupted request would block the others, so a helper runs this for `forms`.
+        """
+        if type(self.store).__name__ != "HTTPStore" and self.now() >= self._next_search:
+            self._search()
+        return [other for other in self._present if other != form and form.same_cache(other)]
+
+    def _search(self) -> None:
+        """List the forms, and read those that are not known.
+
+        The next search reads those for which no time is left.
+        """
+        known = {f"1/{other.name}": other for other in self._present}
+        self._present = []
+        until = self.now() + self.search_seconds
+        lists = self.obs.list_with_delimiter_async
+        listed = self.ask(_within, self.search_seconds, lists, self.store, "1/")
+        for path in listed["common_prefixes"] if listed else ():
+            if path in known:  # a name is a checksum of the form
+                self._present.append(known[path])
+                continue
+            left = until - self.now()
+            if left <= 0:
+                continue
+            text = self.ask(_within, left, self._read_small, f"{path}/form.json", miss=b"")
+            with suppress(StoreError, ValueError):  # the text is not a form
+                other = BlockForm.from_json((text or b"").decode())
+                if path == f"1/{other.name}":
+                    self._present.append(other)
+        if listed is None or self.now() >= until:
+            self._next_search = self.now() + self.search_seconds
+
+    async def _read_small(self, path: str) -> bytes:
+        response = await self.obs.get_async(self.store, path)
+        return bytes(await response.bytes_async())
+
+    def open(
+        self, graph: Graph, _: object, forms: Sequence[BlockForm], own: int = 1
+    ) -> list[RemoteStore]:
+        """Return a tier store of each of the first ``own`` forms, which are written, and of the
+        other forms that `forms` found."""
+        written = forms[:own]
+        some = [x for x in forms if x in written or x in self._present]
+        tier_stores = [RemoteStore(self, graph, form, form in written) for form in some]
+        for note in size_notes(written, self._present):
+            self.log.warning(note, "%s: %s", self.url, note)
+            tier_stores[0].notes.append(note)
+        self.tier_stores.update(tier_stores)
+        return [*tier_stores]
+
+    def check(self) -> bool:
+        """Return whether the store answers a request, whose failure `last_error` describes then.
+
+        A store over HTTP cannot list, gets no request, and counts as one that answers.
+        """
+        if type(self.store).__name__ == "HTTPStore":
+            return True
+        listed = uninterrupted(partial(self.ask, self.obs.list_with_delimiter, self.store, "1/"))
+        return listed is not None
+
+    def wipe(self) -> int:
+        """Delete all blocks of all forms; return how many objects there were. Raises
+        `StoreError`."""
+        gone = 0
+        obs = self.obs
+        try:
+            for batch in obs.list(self.store, "1/", chunk_size=1000):
+                obs.delete(self.store, [one["path"] for one in batch])
+                gone += len(batch)
+        except Exception as error:  # obstore raises many types, and those of its clients
+            raise StoreError(
+                f"Expected to wipe {self!r}, got: {_clean(error)}. Wipe it again."
+            ) from None
+        finally:
+            for tier_store in [*self.tier_stores]:
+                tier_store.forget()
+        return gone
+
+
+def _may_refuse_conditions(error: str) -> bool:
+    """Return whether a store may have refused a put for its condition: by status 501, or by 400
+    without a code that says what else is wrong."""
+    status = re.search(r"status code: (\d{3})", error)
+    if status is None or status[1] not in ("400", "501"):
+        return False
+    code = re.search(r"<Code>(\w+)", error)
+    return status[1] == "501" or code is None or code[1] in REFUSED_HEADER
+
+
+def _within(seconds: float, work: Callable[..., Awaitable[Any]], *terms: Any) -> Any:
+    """Return the result of a request; raise `TimeoutError` if it does not end in time."""
+
+    async def request() -> Any:
+        try:
+            return await asyncio.wait_for(work(*terms), seconds)
+        except asyncio.TimeoutError:
+            raise TimeoutError(f"no answer in {seconds:.1f} s") from None
+
+    def run() -> Any:
+        with closing(new_loop()) as loop:
+            return loop.run_until_complete(request())
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        pass
+    else:  # a thread runs one event loop at a time
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(run).result()
+    return run()
+
+
+def check_remote(
+    url: object,
+    workers: Any = 8,
+    multipart: Any = PART,
+    settings: Mapping[str, Any] | None = None,
+    compress: object = None,
+) -> None:
+    """Raise `InvalidTerms` that names the first argument of `Remote` that cannot be right.
+
+    Needs no package for object stores, and sends no request.
+    """
+    settings = settings or {}
+    if not isinstance(url, str):
+        raise InvalidTerms(
+            f"Expected url= as text, got {kind_of(url)}. Pass s3://bucket/prefix or the like."
+        )
+    if "?" in url:
+        raise InvalidTerms(
+            f"Expected url= without a query, got one after {_shown(url)}. Pass settings by name."
+        )
+    if {".", ".."} & {*unquote(url).split("/")}:
+        raise InvalidTerms(
+            f"Expected url= without . and .. in its path, got {_shown(url)}. Write the path out."
+        )
+    whole = isinstance(workers, int) and not isinstance(workers, bool)
+    if not whole or not 1 <= workers <= MOST_WORKERS:
+        raise InvalidTerms(
+            f"Expected workers= as an integer from 1 to {MOST_WORKERS}, got {workers!r}. Pass 8."
+        )
+    whole = isinstance(multipart, int) and not isinstance(multipart, bool)
+    if not whole or not PART <= multipart < 1 << 63:
+        raise InvalidTerms(
+            f"Expected multipart= as {PART} bytes or more, which one part has, got {multipart!r}. "
+            f"Pass 64 << 20."
+        )
+    check_compress(compress)
+    for name in ("client_options", "retry_config"):
+        if not isinstance(settings.get(name, {}), dict):
+            raise InvalidTerms(
+                f"Expected {name}= as a dict, got {kind_of(settings[name])}. Pass the "
+                f"entries of obstore that differ from PortaKV's."
+            )
+
+
+def _shown(url: str) -> str:
+    """Return an address without parts that may be secret: all up to the last @, and the query."""
+    head, at, shown = url.rpartition("@")
+    if at:
+        kind = re.match(r"\w*://", head)
+        # After a query has begun, the @ may be its own.
+        shown = (kind[0] if kind else "") + ("" if re.search("[?#]", head) else shown)
+    return re.split("[?#]", shown)[0]
+
+
+def _clean(error: BaseException) -> str:
+    """Return the first line of an error without keys of blocks and parts that may be secret.
+
+    Removes queries, names before a host, quoted values, and the texts of the server (except its
+    code) and of a provider.
+    """
+    text = str(error).partition("\n")[0]
+    code = re.search(r"<Code>(\w+)", str(error))
+    text = re.sub(r"^.*(?=Error performing)|(?<=status code: ...).*|[0-9a-f]{64}", "", text)
+    text = re.sub(r'(provider: \w+).*|"[^"]*"|\?\S*|//\S*@', r"\1", text)[:300]
+    if "HTTP error: builder error" in text:
+        text += " (plain http needs client_options={'allow_http': True})"
+    return f"{text} ({code[1]})" if code else text

@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Describe the parameters of a model, and choose which owner provides which part of each.
+
+A parameter is a tensor and the boxes of the whole tensor that it contains. Nothing here moves a
+byte: `portakv.weights.pull` does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from operator import add, attrgetter, sub
+from typing import Annotated, NamedTuple
+
+import torch
+from msgspec import Meta, structs
+
+from portakv.arguments import instance, invalid, items, text, whole
+from portakv.errors import InvalidTerms, LayoutError
+from portakv.migrate.messages import Box as Ends
+from portakv.migrate.messages import Bytes, Dims, Message, Small, Text, prepare
+from portakv.migrate.shards import deal
+from portakv.runtime.writable import READ_ONLY, writable
+from portakv.view.bound import reach
+from portakv.view.overlap import overlaps_itself
+
+
+class Box(NamedTuple):
+    """A box: ``extents`` elements from ``offset`` on of a whole tensor, here from ``start`` on."""
+
+    offset: Dims
+    start: Dims
+    extents: Dims
+
+    @property
+    def ends(self) -> Ends:
+        """Return from and to on each axis of the whole tensor."""
+        return tuple(zip(self.offset, map(add, self.offset, self.extents), strict=True))
+
+    def part(self, ends: Ends) -> Box:
+        """Return the part of the box between these ends."""
+        pairs = isinstance(ends, Sequence) and len(ends) == len(self.offset)
+        if not pairs or not all(isinstance(x, Sequence) and len(x) == 2 for x in ends):
+            raise invalid("ends", f"{len(self.offset)} pairs (from, to)", ends)
+        first = tuple(a for a, _ in ends)
+        start = map(add, map(sub, first, self.offset), self.start)
+        return Box(first, tuple(start), tuple(b - a for a, b in ends))
+
+
+@dataclass(frozen=True, eq=False)
+class Parameter:
+    """A tensor, and the boxes of a tensor of ``shape`` that it contains; by default all of it.
+
+    ``packing`` names how values were repacked after loading (Marlin, ...). ``block``: the elements
+    on each axis that share a scale; boxes begin and end at its multiples. Scales are separate
+    parameters. Elements in no box, such as padding, are not modified.
+    """
+
+    tensor: torch.Tensor
+    shape: Sequence[int] | None = None
+    boxes: Sequence[Box] | None = None
+    packing: str = ""
+    block: Sequence[int] = ()
+
+    @classmethod
+    def split(
+        cls,
+        tensor: torch.Tensor,
+        axis: int,
+        parts: Sequence[int],
+        cut: tuple[int, int],
+        unit: int = 1,
+    ) -> Parameter:
+        """Return the parameter of rank ``cut[0]`` of ``cut[1]``, of a tensor that is cut along
+        ``axis``.
+
+        ``parts``: the whole extents on that axis of each fused part (query, key, value), or one
+        extent. Each part is cut at multiples of ``unit`` (a head's rows). Ranks that outnumber
+        these share.
+        """
+        instance("tensor", tensor, torch.Tensor)
+        if not tensor.ndim:
+            raise invalid("tensor", "a tensor with an axis to split", tensor)
+        whole("axis", axis, -tensor.ndim, tensor.ndim - 1)
+        parts = [whole("parts", part) for part in items("parts", parts, "extents")]
+        if not isinstance(cut, tuple) or len(cut) != 2:
+            raise invalid("cut", "a tuple (rank, ranks)", cut)
+        whole("cut", cut[1], 1)
+        whole("cut", cut[0], 0, cut[1] - 1)
+        whole("unit", unit, 1)
+        local = tuple(tensor.shape)
+        boxes = list[Box]()
+        at = 0
+        done = 0
+        axis += len(local) if axis < 0 else 0
+        before = local[:axis]
+        after = local[axis + 1 :]
+        for part in parts:
+            first, past = (part // unit * (cut[0] + x) // cut[1] * unit for x in (0, 1))
+            n = max(unit, past - first)
+            offset, start = ((*[0] * axis, x, *[0] * len(after)) for x in (done + first, at))
+            boxes.append(Box(offset, start, (*before, n, *after)))
+            at = at + n
+            done = done + part
+        if local[axis : axis + 1] != (at,) or any(x % unit or x < unit for x in parts):
+            raise LayoutError(
+                f"Expected a tensor with {at} elements along axis {axis}, for its cut {cut} of "
+                f"parts {parts}, which are multiples of unit {unit}, got {local}. Correct it, "
+                f"or give boxes."
+            )
+        return cls(tensor, (*before, done, *after), (*boxes,))
+
+
+Parameters = Mapping[str, Parameter | torch.Tensor]  # by name; a plain tensor is whole
+_DEFAULTS = None, None, "", ()  # `_terms_of` a whole tensor
+_dtype_of = attrgetter("dtype")
+_kind_of = attrgetter("device", "dtype", "shape", "layout")
+
+
+class Item(Message, frozen=True):
+    """The description of a parameter.
+
+    ``tie``: the first name of its memory. ``local`` and ``strides``: of the tensor itself.
+    ``place``: the region of its first element, and the byte offset there; None: no memory.
+    """
+
+    dtype: Annotated[str, Meta(max_length=32)]
+    shape: Dims
+    boxes: Annotated[tuple[Box, ...], Meta(max_length=1024)]
+    packing: Text
+    block: Dims
+    tie: Text
+    local: Dims
+    strides: Dims
+    place: tuple[Small, Bytes] | None = None
+
+    def __post_init__(self) -> None:
+        of = self.shape
+        blocks = self.block or (1,) * len(self.shape)
+        for offset, _, extents in self.boxes:
+            axes = zip(offset, map(add, offset, extents), of, blocks, strict=False)
+            if len({*map(len, (offset, extents, of, blocks))}) > 1 or any(
+                k < 1 or a < 0 or b > n or a % k or (b % k and b < n) for a, b, n, k in axes
+            ):
+                raise LayoutError(
+                    f"Expected a box in the shape {of} that cuts no block of {blocks}, got "
+                    f"{extents} elements from {offset} on. Correct the box."
+                )
+
+
+class Cell(NamedTuple):
+    """A box of the reader's parameter, and its start ``src`` in an owner's tensor."""
+
+    name: str
+    owner: int
+    box: Box
+    src: Dims
+
+
+def part_of(tensor: torch.Tensor, start: Dims, extents: Dims) -> torch.Tensor:
+    """Return a part of a tensor; raise `LayoutError` if the tensor does not contain it."""
+    part = tensor.detach()
+    if part.shape != extents or any(start):  # else it is the whole tensor
+        axes = zip(start, extents, tensor.shape, strict=False)
+        part = part[tuple(slice(a, a + n) for a, n, _ in axes)]
+    if part.shape != extents or part.is_meta:
+        raise LayoutError(
+            f"Expected a box in a tensor of shape {tuple(tensor.shape)} with memory, got "
+            f"{tuple(extents)} elements from {tuple(start)} on, on {tensor.device}. Correct the "
+            f"box."
+        )
+    return part
+
+
+def named(argument: str, parameters: Parameters) -> dict[str, Parameter]:
+    """Return parameters by name, all checked."""
+    if not isinstance(parameters, Mapping):
+        raise invalid(argument, "a mapping of names to tensors", parameters)
+    named = dict[str, Parameter]()
+    for name, value in parameters.items():
+        if type(name) is not str or not name.isascii() or not 0 < len(name) < 1024:
+            text(f"a name in {argument}", name)
+        whole = isinstance(value, Parameter)
+        parameter = value if isinstance(value, Parameter) else _whole(value)
+        tensor = parameter.tensor
+        if not isinstance(tensor, torch.Tensor):
+            instance(f"{argument}[{name!r}]", tensor, torch.Tensor)
+        if why := _odd(tensor):
+            raise LayoutError(f"Expected {name} to be a plain tensor, got {why}. Pass its parts.")
+        if whole:
+            text(f"packing of {argument}[{name!r}]", parameter.packing, least=0)
+            _check_boxes(name, parameter)
+        named[name] = parameter
+    return named
+
+
+def _whole(tensor: torch.Tensor) -> Parameter:
+    """Return the parameter of a whole tensor.
+
+    The class has the other fields' defaults. `Parameter(tensor)` sets each of them by
+    `object.__setattr__`, at half of the cost of a pull's checks.
+    """
+    made = object.__new__(Parameter)
+    vars(made)["tensor"] = tensor
+    return made
+
+
+def tensors_of(parameters: Parameters) -> dict[str, torch.Tensor]:
+    """Return the tensors of checked parameters by name."""
+    return {n: x.tensor if isinstance(x, Parameter) else x for n, x in parameters.items()}
+
+
+def facts_of(parameters: Parameters) -> tuple[object, ...] | None:
+    """Return all that the checks and the plan of a pull depend on, as a key; None if there is none.
+
+    Parameters with equal keys pass or fail the same checks. The key retains no tensor.
+    """
+    tensors = [*tensors_of(parameters).values()]
+    try:
+        # Each `map` makes its calls without a step of Python for a tensor.
+        facts = (
+            tuple(parameters),
+            # Tied parameters have one address. Checksums are computed there.
+            tuple(map(torch.Tensor.data_ptr, tensors)),
+            tuple(map(_kind_of, tensors)),
+            tuple(map(torch.Tensor.stride, tensors)),
+            tuple(map(torch.Tensor.is_conj, tensors)),
+            tuple(map(torch.Tensor.is_neg, tensors)),
+        )
+        terms = _terms(parameters, _terms_of)
+        try:
+            hash(terms)  # the only part that may have no hash
+        except TypeError:  # boxes or shapes that are lists
+            terms = _terms(parameters, _fixed_terms_of)
+            hash(terms)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):  # the checks say why
+        return None
+    return *facts, terms
+
+
+def is_fixed(parameters: Parameters) -> bool:
+    """Return whether nothing can change the terms of parameters, as it can those in lists."""
+    terms = [(x.shape, x.boxes, x.block) for x in parameters.values() if isinstance(x, Parameter)]
+    try:
+        hash(tuple(terms))
+    except TypeError:
+        return False
+    return True
+
+
+def forms_of(tensors: Sequence[torch.Tensor]) -> tuple[tuple[object, ...], ...]:
+    """Return all about tensors that operations in place can change and the checks depend on.
+
+    An address belongs to one device. Whether a tensor is a conjugate view is fixed for its life.
+    """
+    return (
+        tuple(map(torch.Tensor.data_ptr, tensors)),
+        tuple(map(torch.Tensor.size, tensors)),
+        tuple(map(torch.Tensor.stride, tensors)),
+        tuple(map(_dtype_of, tensors)),
+    )
+
+
+def _terms(parameters: Parameters, terms_of: Callable[[Parameter], object]) -> tuple[object, ...]:
+    """Return the terms of each parameter; those of a plain tensor are the defaults."""
+    values = parameters.values()
+    return tuple([terms_of(x) if isinstance(x, Parameter) else _DEFAULTS for x in values])
+
+
+def _terms_of(parameter: Parameter) -> object:
+    """Return the terms of a parameter; nothing can change them if they have a hash."""
+    boxes = parameter.boxes
+    if type(boxes) is list:
+        boxes = tuple(boxes)
+    return parameter.shape, boxes, parameter.packing, parameter.block
+
+
+def _fixed_terms_of(parameter: Parameter) -> object:
+    """Return the terms of a parameter as tuples of numbers, which nothing can change."""
+    shape = None if parameter.shape is None else tuple(parameter.shape)
+    boxes = parameter.boxes
+    if boxes is not None:
+        boxes = tuple(Box(*map(tuple, box)) for box in boxes)
+    return shape, boxes, parameter.packing, tuple(parameter.block)
+
+
+def _odd(tensor: torch.Tensor) -> str:
+    """Return why no plain bytes of a tensor can be copied; empty if they can."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return f"one of layout {'nested' if tensor.is_nested else tensor.layout}"
+    if tensor.is_quantized:
+        return "a quantized one"
+    if tensor.is_conj() or tensor.is_neg():
+        return "a conjugate or negative view"
+    if tensor.is_meta:
+        return "one without memory (meta)"
+    return ""
+
+
+def _check_boxes(name: str, parameter: Parameter) -> None:
+    """Raise `InvalidTerms` for shapes, blocks or boxes that are not whole numbers."""
+    boxes = parameter.boxes if parameter.boxes is not None else ()
+    try:
+        numbers: list[object] = [*(parameter.shape or ()), *parameter.block]
+        for box in boxes:
+            offset, start, extents = box
+            numbers += [*offset, *start, *extents]
+            if not len(offset) == len(start) == len(extents):
+                raise TypeError
+    except (TypeError, ValueError):
+        numbers = [None]
+    if not all(type(each) is int and 0 <= each < 1 << 48 for each in numbers):
+        expected = "whole numbers in boxes, shape and block, of one length for each box"
+        raise InvalidTerms(f"Expected {name} to have {expected}, got others. Pass `Box` of tuples.")
+
+
+def check_destinations(parameters: Mapping[str, Parameter]) -> None:
+    """Raise `LayoutError` for a destination that has several elements at one address, or that the
+    host may not write."""
+    for name, parameter in parameters.items():
+        tensor = parameter.tensor
+        if not tensor.is_contiguous() and overlaps_itself(tensor):
+            raise LayoutError(
+                f"Expected {name} to have memory for each element, got an expanded tensor, or "
+                f"another one whose elements share some. Pass a contiguous one."
+            )
+        first = tensor.data_ptr()
+        nbytes = reach(tensor.shape, tensor.stride()) * tensor.itemsize
+        if tensor.is_cpu and not writable(first, first + nbytes):
+            raise LayoutError(f"Expected {name} to be writable, got a tensor: {READ_ONLY}.")
+
+
+def items_of(parameters: Mapping[str, Parameter]) -> dict[str, Item]:
+    """Return the descriptions of parameters; several names of one memory are tied."""
+    first = dict[object, str]()
+    items = dict[str, Item]()
+    for name, x in parameters.items():
+        tensor = x.tensor
+        local = tuple(x.tensor.shape)
+        shape = local if x.shape is None else tuple(x.shape)
+        zeros = (0,) * len(local)
+        boxes = tuple(Box(*map(tuple, b)) for b in x.boxes or [Box(zeros, zeros, local)])
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        packed = x.packing, tuple(x.block)
+        item = Item(dtype, shape, boxes, *packed, "", local, tensor.stride())
+        for box in boxes:
+            part_of(tensor, box.start, box.extents)
+        memory = tensor.data_ptr() or name, tensor.device, item
+        items[name] = structs.replace(item, tie=first.setdefault(memory, name))
+    return items
+
+
+def _unlike(dst: Mapping[str, Item], src: Mapping[str, Item]) -> Iterator[tuple[str, str]]:
+    """Yield each parameter that both sides describe differently, and the difference."""
+    both = [x for x in dst if x in src]
+    tied = defaultdict[object, list[str]](list)
+    for name in both:
+        for side in (dst, src):
+            tied[id(side), side[name].tie].append(name)
+    for name in both:
+        for what in ("dtype", "shape", "packing", "block"):
+            here = getattr(dst[name], what)
+            there = getattr(src[name], what)
+            if here != there:
+                yield name, f"its {what} is {here!r} here and {there!r} there"
+        here, there = (tied[id(side), side[name].tie] for side in (dst, src))
+        if here != there:
+            yield name, f"{here} are one tensor here, and {there} there"
+
+
+def plan(
+    dst: Mapping[str, Item], owners: Sequence[Mapping[str, Item]], some: bool = False
+) -> list[Cell]:
+    """Return the cells of each parameter, each from the first owner that has it.
+
+    One `LayoutError` lists all that does not match. ``some``: owners may have further parameters.
+    """
+    surplus = [] if some else [x for src in owners for x in src if x not in dst]
+    unlike = [x for src in owners for x in _unlike(dst, src)]
+    wrong = [f"{name}: it was not requested" for name in surplus]
+    wrong += [f"{name}: {why}" for name, why in unlike]
+    bad = {name for name, _ in unlike}
+    cells = list[Cell]()
+    for name, item in dst.items():
+        candidates = [(i, box) for i, x in enumerate(owners) if name in x for box in x[name].boxes]
+        wrong += [] if candidates else [f"{name}: no owner has it"]
+        boxes = item.boxes if candidates and name not in bad else ()
+        for box in (x for x in boxes if prod(x.extents)):
+            dealt, holes = deal(
+                box.ends, {n: (x.ends, None) for n, (_, x) in enumerate(candidates)}
+            )
+            for n, ends, _ in dealt:
+                owner, src = candidates[n]
+                cells.append(Cell(name, owner, box.part(ends), src.part(ends).start))
+            for hole in (box.part(ends) for ends, _ in holes):
+                wrong.append(f"{name}: no owner has {hole.extents} elements from {hole.offset} on")
+    if wrong:
+        raise LayoutError(
+            f"Expected {len(dst)} weights that match {len(owners)} owners, got the differences "
+            f"below; nothing was pulled. Correct them on either side:\n"
+            + "\n".join(dict.fromkeys(wrong))
+        )
+    return cells
+
+
+prepare(globals())

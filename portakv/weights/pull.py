@@ -1,0 +1,937 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pull a model's weights from processes that serve it, whatever TP and PP either side has.
+
+`publish` makes tensors available; `pull_weights` fills the tensors of another process. Memory that
+a pull opened stays open for the next pull, until the connection to the owner ends.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from math import inf, prod
+from operator import is_
+from time import monotonic
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast, overload
+from weakref import ref
+
+import torch
+from torch.autograd.graph import increment_version
+
+from portakv.arguments import flag, instance, invalid, items, rate, seconds
+from portakv.errors import PeerError, PortaKVError, TransferError, Unsupported
+from portakv.graph.graph import Graph
+from portakv.graph.task import Task
+from portakv.migrate.channel import Channel
+from portakv.migrate.checksum import BoxSums, SummedPart
+from portakv.migrate.figures import WEIGHTS
+from portakv.migrate.figures import count_weights as count_weights
+from portakv.migrate.messages import carried
+from portakv.migrate.shared_memory import Opener
+from portakv.migrate.transports import check_transport
+from portakv.migrate.transports.base import Moving
+from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import capturing, inside, refuse_capture
+from portakv.runtime.streams import StreamFence, completion, side_stream
+from portakv.runtime.transfer import Completion, Pending, Transfer
+from portakv.runtime.worker import RateLimit
+from portakv.weights.owner import (
+    BUFFERS,
+    MOST_BOX_BYTES,
+    MOST_BOXES_OF_SLICE,
+    Owner,
+    Receiver,
+    Reply,
+    Sender,
+    SendSlice,
+    Terms,
+    begin_all,
+    box_bytes,
+    packed_bytes,
+    unpacked,
+)
+from portakv.weights.owner import Published as Published
+from portakv.weights.owner import publish as publish
+from portakv.weights.parameters import (
+    Cell,
+    Parameters,
+    check_destinations,
+    facts_of,
+    forms_of,
+    is_fixed,
+    items_of,
+    named,
+    part_of,
+    plan,
+    tensors_of,
+)
+from portakv.weights.plan import (
+    Batch,
+    Piece,
+    Plan,
+    TiledPieces,
+    Tiles,
+    copy_pairs,
+    fits_tiles,
+    plan_of,
+    split,
+    tiled_on,
+    tiles_of,
+)
+
+if TYPE_CHECKING:
+    from portakv.weights.owner import Weights
+
+
+# ------------------------------------------------------------------------------------------------
+# The reader's side of pulls of weights through staging buffers.
+
+_LOOK = 0.05  # seconds between two looks at a cancellation
+_TURN = 2e-3  # seconds between two looks at a lane that another pull uses
+_ASK = 1.0  # seconds without bytes after which a pull requests the version
+STOPPING = 0.5  # seconds for the slices in flight of a pull that has failed
+
+
+class Wanted(NamedTuple):
+    """A box that is requested from an owner, and the reader's tensor that contains it."""
+
+    cell: Cell
+    tensor: torch.Tensor
+
+
+class _Slice(NamedTuple):
+    """A slice that was requested, and what it is copied to."""
+
+    receiver: Receiver
+    owner: Sender
+    buffer: torch.Tensor
+    moving: Moving
+    into: list[torch.Tensor]
+    then: list[Callable[[], object]]  # called after the copies from the buffer
+
+
+class Incoming:
+    """The slices of one pull, which arrive in the order of the requests.
+
+    Use it as a context manager: no other pull uses its lanes until the end. ``terms``: by the
+    numbers of the owners that send weights.
+    """
+
+    def __init__(self, terms: Mapping[int, Terms], owners: Sequence[Sender]) -> None:
+        self._terms = terms
+        self._owners = owners
+        self._receivers = dict[int, Receiver]()
+        self._in_flight = deque[_Slice]()
+        self._copied = deque[_Slice]()  # copied on a stream that follows the bytes
+
+    def __enter__(self) -> Incoming:
+        """Wait for each lane. All pulls do so in one order, so no two wait for each other."""
+        try:
+            for number in sorted(self._terms, key=self._order):
+                self._receivers[number] = self._claimed(number)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _order(self, number: int) -> tuple[str, bytes, str]:
+        owner = self._owners[number]
+        return owner.address, owner.id, str(self._terms[number].device)
+
+    def _claimed(self, number: int) -> Receiver:
+        """Return the lane to an owner, after another pull has left it."""
+        owner = self._owners[number]
+        while True:
+            receiver = owner.receiver(self._terms[number])
+            if receiver.claim(self):
+                if receiver.usable and receiver.tag == receiver.ended:
+                    return receiver
+                receiver.free(self)  # another pull has left it closed, or out of step
+                receiver.release()
+            owner.check()
+            owner.pause(_TURN)
+
+    def request(self, number: int, wanted: Sequence[Wanted]) -> None:
+        """Request boxes of an owner, in as many slices as they need."""
+        owner = self._owners[number]
+        receiver = self._receivers[number]
+        for some, nbytes in slices(wanted, receiver.buffer_bytes):
+            boxes = tuple((owner.number(x.cell.name), x.cell.src, x.cell.box.extents) for x in some)
+            into = [part_of(x.tensor, x.cell.box.start, x.cell.box.extents) for x in some]
+            buffer = self._buffer(receiver)
+            with torch.inference_mode(False):
+                buffer = buffer[:nbytes]
+            request = SendSlice(owner.id, receiver.id, receiver.tag + 1, nbytes, boxes)
+            answer, moving = self._accepted(owner, receiver, request, buffer)
+            self._in_flight.append(_Slice(receiver, owner, buffer, moving, into, []))
+            owner.judge(answer)  # only now, because the owner sends the slice in any case
+
+    def _accepted(
+        self, owner: Sender, receiver: Receiver, request: SendSlice, buffer: torch.Tensor
+    ) -> tuple[Weights, Moving]:
+        """Return the owner's answer after it has accepted a request, and the transfer of its bytes
+        into a buffer."""
+        pause = 5e-4
+        while True:
+            owner.check()
+            try:
+                answer = owner.request_slice(request)
+                if answer.state == "held":
+                    receiver.tag = request.tag
+                    return answer, receiver.lane.move(buffer, request.tag)
+            except BaseException:  # the owner may send the slice, which the next would take
+                receiver.release()
+                raise
+            owner.judge(answer)
+            owner.pause(pause)
+            pause = min(2 * pause, 0.05)
+
+    def then(self, call: Callable[[], object]) -> None:
+        """Call ``call`` after the copies of all slices that were requested until now."""
+        if self._in_flight:
+            self._in_flight[-1].then.append(call)
+        else:
+            call()
+
+    def finish(self) -> None:
+        """Copy all slices, and wait until their bytes have landed. Raises the error of a slice."""
+        while self._in_flight:
+            self._land()
+        while self._copied:
+            self._settle()
+
+    def __exit__(self, *_: object) -> None:
+        """Leave all lanes; release those whose slices do not arrive any more."""
+        until = monotonic() + STOPPING
+        for each in [*self._copied, *self._in_flight]:
+            if not each.moving.free.wait(max(0.0, until - monotonic())) or each.moving.error:
+                each.receiver.release()
+            each.receiver.ended += 1
+        self._copied.clear()
+        self._in_flight.clear()
+        self._wait_for_copies()
+        for receiver in self._receivers.values():
+            receiver.free(self)
+
+    def _wait_for_copies(self) -> None:
+        """Wait until no copy reads a staging buffer: the next pull of a lane has another stream."""
+        buffers = [each for receiver in self._receivers.values() for each in receiver.buffers]
+        for device in {each.device for each in buffers if not each.is_cpu}:
+            torch.accelerator.current_stream(device.index).synchronize()
+
+    def _buffer(self, receiver: Receiver) -> torch.Tensor:
+        """Return the next staging buffer of a lane, after its last bytes were copied."""
+        buffer = receiver.buffers[(receiver.tag + 1) % BUFFERS]
+        while any(_same(each.buffer, buffer) for each in self._in_flight):
+            self._land()
+        while any(_same(each.buffer, buffer) for each in self._copied):
+            self._settle()
+        return buffer
+
+    def _land(self) -> None:
+        """Copy the oldest slice from its staging buffer, after its bytes."""
+        oldest = self._in_flight[0]
+        _await(oldest, oldest.moving.follow)
+        self._in_flight.popleft()
+        self._copied.append(oldest)
+        device = oldest.buffer.device
+        if device.type != "cpu":
+            oldest.buffer.record_stream(torch.accelerator.current_stream(device.index))
+        packed = unpacked(oldest.buffer, [(each.dtype, each.shape) for each in oldest.into])
+        copy_pairs([*zip(oldest.into, packed, strict=True)])
+        for call in oldest.then:
+            call()
+
+    def _settle(self) -> None:
+        """Wait until the oldest slice that was copied has landed, and no library touches it."""
+        oldest = self._copied[0]
+        _await(oldest, oldest.moving.wait)
+        _await(oldest, oldest.moving.free.wait)
+        self._copied.popleft()
+        oldest.receiver.ended += 1
+
+
+def _await(slice: _Slice, ended: Callable[[float], bool]) -> None:
+    """Wait for the bytes of a slice, as long as the pull may and the weights stay."""
+    last = monotonic()
+    while not ended(_LOOK):
+        slice.owner.check()
+        if monotonic() - last > _ASK:
+            slice.owner.confirm()
+            last = monotonic()
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return True if two parts of staging buffers begin at one address."""
+    return one.data_ptr() == other.data_ptr()
+
+
+def slices(wanted: Sequence[Wanted], most: int) -> Iterator[tuple[list[Wanted], int]]:
+    """Yield boxes in slices, each with its packed bytes, which are at most ``most``; split larger
+    boxes."""
+    some = list[Wanted]()
+    nbytes = 0
+    encoded = 0
+    for cell, tensor in wanted:
+        itemsize = tensor.itemsize
+        for part in split(cell, most // itemsize):
+            extents = part.box.extents
+            size = packed_bytes((prod(extents) * itemsize,))
+            message = box_bytes(len(extents))
+            full = nbytes + size > most or encoded + message > MOST_BOX_BYTES
+            if some and (full or len(some) == MOST_BOXES_OF_SLICE):
+                yield some, nbytes
+                some = []
+                nbytes = 0
+                encoded = 0
+            some.append(Wanted(part, tensor))
+            nbytes += size
+            encoded += message
+    if some:
+        yield some, nbytes
+
+
+# ------------------------------------------------------------------------------------------------
+# Weights in memory of owners that this process has mapped: what a pull reads there, and where it
+# writes it.
+
+#: What a copy writes, and what it reads.
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class Mapped:
+    """The mapped memory of the owners of one pull.
+
+    Args:
+        owners: of the weights, some of which may be mapped.
+        tensors: the reader's, by name.
+        devices: of the tensors.
+    """
+
+    def __init__(
+        self,
+        owners: Sequence[Owner],
+        tensors: Mapping[str, torch.Tensor],
+        devices: Collection[torch.device],
+    ) -> None:
+        self._owners = owners
+        self._tensors = tensors
+        self._tiled = any(map(tiled_on, devices))
+        self._openers = dict[torch.device, Opener]()
+        self._sources = dict[int, torch.Tensor]()  # by the numbers of cells
+
+    def open(self, plan: Plan, number: int) -> None:
+        """Open the memory of one owner of a plan, unless it is open.
+
+        Raises `PeerError` if it does not fit, and `Unsupported` if it cannot be mapped.
+        """
+        publication = self._owners[number].publication
+        opened = publication.sources(plan, number, self._tensors, self._openers)
+        self._sources.update(zip(plan.numbers[number], opened, strict=True))
+
+    def pair(self, piece: Piece) -> Pair:
+        """Return what a piece writes, and what it reads."""
+        cell = piece.cell
+        tensor = self._tensors[cell.name]
+        if piece.of_tensor:
+            into = tensor.detach() if tensor.requires_grad else tensor
+        else:
+            into = part_of(tensor, cell.box.start, cell.box.extents)
+        if piece.of_cell:
+            return into, self._sources[piece.number]
+        return into, self._owners[cell.owner].publication.source(cell, tensor, self._openers)
+
+    def copy_tiles(self, batch: Batch) -> Sequence[Piece]:
+        """Copy the pieces of a batch that tiles copy, and return the others."""
+        if not self._tiled:
+            return batch.pieces
+        sources = self._sources
+        read_at = [sources[piece.number].data_ptr() for piece in batch.pieces if piece.copied]
+        tiled = batch.tiled
+        if tiled is None or tiled.read_at != read_at:
+            tiled = batch.tiled = self._in_tiles(batch, read_at)
+        for tiles in tiled.tiles:
+            tiles.issue()
+        # As torch's own copies do: who publishes these tensors notices it.
+        increment_version([self._tensors[name] for name in tiled.names])
+        return tiled.rest
+
+    def _in_tiles(self, batch: Batch, read_at: list[int]) -> TiledPieces:
+        """Return the pieces of a batch in tiles, as far as tiles can copy them."""
+        tiles = list[Tiles]()
+        names = list[str]()
+        rest = list[Piece]()
+        fitting = defaultdict[torch.device, list[tuple[Piece, Pair]]](list)
+        for piece in batch.pieces:
+            device = self._tensors[piece.cell.name].device
+            if piece.copied and tiled_on(device) and fits_tiles(*(pair := self.pair(piece))):
+                fitting[device].append((piece, pair))
+            else:
+                rest.append(piece)
+        for some in fitting.values():
+            pieces, pairs = zip(*some, strict=True)
+            made = tiles_of(pairs)
+            if made is None:
+                rest += pieces
+            else:
+                tiles.append(made)
+                names += [piece.cell.name for piece in pieces]
+        return TiledPieces(read_at, tiles, names, rest)
+
+
+# ------------------------------------------------------------------------------------------------
+# Carry out the copies of a pull of weights, with the checksums of what landed.
+
+_WINDOW = 2  # batches of a device in flight
+
+
+class Copies:
+    """The copies of one pull, and the checksums of what landed.
+
+    The bytes come from the memory of owners or, if it cannot be mapped, through staging buffers.
+    """
+
+    def __init__(
+        self,
+        owners: Sequence[Owner],
+        tensors: Mapping[str, torch.Tensor],
+        devices: Collection[torch.device],
+        transport: str | None = None,
+    ) -> None:
+        self._owners = owners
+        self._tensors = tensors
+        self._devices = devices
+        self._transport = transport
+        self._mapped = Mapped(owners, tensors, devices)
+        self._cells = list[Cell]()
+        self._terms = dict[int, Terms]()  # by the number of an owner that is not mapped
+        self._sums = BoxSums()
+        # The ends of the batches in flight; streams that compute checksums after a batch's copy.
+        self._in_flight = deque[list[Completion]]()
+        self._streams = dict[torch.device, torch.Stream]()
+
+    def open(self, plan: Plan) -> None:
+        """Open all memory of a plan that is not open yet, or connect to the owners that send it.
+
+        Raises `PeerError` if it does not fit, and `Unsupported` if it can neither be mapped nor
+        sent.
+        """
+        self._cells = plan.cells
+        for number, owner in enumerate(self._owners):
+            cells = plan.numbers[number]
+            try:
+                self._mapped.open(plan, number)
+            except Unsupported as error:
+                self._terms[number] = Terms(self._device(cells), self._transport, str(error))
+                owner.receiver(self._terms[number])
+
+    def _device(self, cells: Sequence[int]) -> torch.device:
+        """Return the device of all tensors of these cells, or the host."""
+        devices = {self._tensors[self._cells[n].name].device for n in cells}
+        return devices.pop() if len(devices) == 1 else torch.device("cpu")
+
+    def explain(self) -> list[str]:
+        """Return for each owner how its weights cross, and why."""
+        lines = list[str]()
+        for number, owner in enumerate(self._owners):
+            how = "its memory is mapped"
+            if number in self._terms:
+                receiver = owner.receiver(self._terms[number])
+                how = f"{receiver.transport.name} sends it through staging buffers: {receiver.why}"
+            lines.append(f"{owner.address}: {how}.")
+        return lines
+
+    def incoming(self) -> Incoming:
+        """Return the slices that owners send, a context in which `copy` may be called."""
+        return Incoming(self._terms, self._owners)
+
+    def copy(self, batch: Batch, incoming: Incoming) -> None:
+        """Copy a batch. The copies and their checksums may be in flight afterwards."""
+        pairs = list[tuple[torch.Tensor, torch.Tensor]]()
+        wanted = defaultdict[int, list[Wanted]](list)
+        # With owners that send, tiles of the mapped ones would be a plan for each mixture.
+        rest = batch.pieces if self._terms else self._mapped.copy_tiles(batch)
+        for piece in rest:
+            owner = piece.cell.owner
+            if not piece.copied:
+                continue
+            if owner in self._terms:
+                wanted[owner].append(Wanted(piece.cell, self._tensors[piece.cell.name]))
+            else:
+                pairs.append(self._mapped.pair(piece))
+        for number, some in wanted.items():
+            incoming.request(number, some)
+        copy_pairs(pairs)
+        incoming.then(partial(self._compare, batch))
+
+    def _compare(self, batch: Batch) -> None:
+        """Compute checksums of a batch after its copies, and wait for an earlier batch."""
+        devices = [device for device in self._devices if device.type != "cpu"]
+        self._in_flight.append([completion(device, None) for device in devices])
+        while len(self._in_flight) > _WINDOW:
+            for end in self._in_flight.popleft():
+                end.synchronize()
+        for device in self._devices:
+            with self._after_copies(device):
+                if not self._sums.again(device, batch.tables):
+                    self._sums.add(self._parts(batch, device), batch.tables)
+
+    def _parts(self, batch: Batch, device: torch.device) -> list[SummedPart]:
+        """Return what landed on a device with a batch, tied names too."""
+        parts = list[SummedPart]()
+        for piece in batch.pieces:
+            tensor = self._tensors[piece.cell.name]
+            if tensor.device == device:
+                (offset, start, extents) = piece.cell.box
+                into = part_of(tensor, start, extents)
+                parts.append(SummedPart(piece.number, into, offset, piece.unit))
+        return parts
+
+    def _after_copies(self, device: torch.device) -> AbstractContextManager[object]:
+        """Make a stream current that follows the copies, while the next batch is copied."""
+        if device.type == "cpu":
+            return nullcontext()
+        current = torch.accelerator.current_stream(device.index)
+        stream = self._streams[device] = side_stream(current, "weights", "checksums")
+        stream.wait_stream(current)
+        return inside(stream)
+
+    def wait_for_bytes(self) -> None:
+        """Wait until no copy reads an owner's memory; checksums may still be computed."""
+        for device in self._devices:
+            if device.type != "cpu":
+                torch.accelerator.current_stream(device.index).synchronize()
+
+    def synchronize(self) -> None:
+        """Wait until nothing of this pull runs on a device."""
+        self.wait_for_bytes()
+        for stream in self._streams.values():
+            stream.synchronize()
+
+    def sums(self, count: int) -> list[int]:
+        """Return the checksums of what landed, by the numbers of cells, after `wait_for_bytes`."""
+        for stream in self._streams.values():
+            stream.synchronize()
+        return self._sums.results(count)
+
+
+# ------------------------------------------------------------------------------------------------
+# Carry out a pull of weights, in the thread that calls.
+
+# Bytes that are copied and compared together. Between two kernels of tiles the link is idle for
+# some 30 us, and the checksums of the last batch are waited for.
+_BATCH = 2 << 30
+_PACED = 32 << 20  # the same with a rate, or on the host
+
+_referent = ref.__call__  # by `map`: without a step of Python for each
+
+_Plans: TypeAlias = Bounded[object, Plan]
+# By the facts of tensors, which have passed all checks: the plans of their pulls, by the owners'
+# descriptions.
+_known: Bounded[object, _Plans] = Bounded("checked destinations of weights", 16)
+
+
+class _Latest(NamedTuple):
+    """Parameters that passed all checks.
+
+    Attributes:
+        values: the tensors or `Parameter` of the mapping; weak.
+        forms: of the tensors, by `forms_of`.
+    """
+
+    values: list[ref[object]]
+    forms: object
+    plans: _Plans
+
+
+# By names: a pull into the very same objects compares a third of the facts.
+_latest: Bounded[tuple[str, ...], _Latest] = Bounded("latest destinations of weights", 16)
+
+
+@dataclass(frozen=True)
+class PullRequest:
+    """The checked arguments of a pull.
+
+    Attributes:
+        parameters: as they were passed.
+        tensors: of the parameters, by name.
+        devices: of the tensors.
+        plans: the plans of pulls into tensors with these facts.
+        begun: of `begin_all`.
+    """
+
+    channel: Channel
+    tickets: Sequence[bytes]
+    parameters: Parameters
+    tensors: Mapping[str, torch.Tensor]
+    devices: frozenset[torch.device]
+    plans: _Plans
+    some: bool
+    rate: float | None
+    limit: float
+    until: float
+    transport: str | None = None
+    begun: dict[bytes, Reply] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        """Return the bytes of a batch."""
+        on_host = any(device.type == "cpu" for device in self.devices)
+        return _PACED if self.rate or on_host else _BATCH
+
+
+def checked(
+    channel: Channel,
+    tickets: bytes | Sequence[bytes],
+    parameters: Parameters,
+    some: bool,
+    max_gbps: float | None,
+    timeout: float | None,
+    transport: str | None,
+) -> PullRequest:
+    """Return the arguments of a pull; raise `InvalidTerms` or `LayoutError` for wrong ones."""
+    limit = seconds("timeout", timeout, above=True, optional=True)
+    until = time.monotonic() + limit
+    instance("channel", channel, Channel)
+    flag("some", some)
+    parameters, tensors, plans = _checked_destinations(parameters)
+    if max_gbps is not None:
+        max_gbps = rate("max_gbps", max_gbps)
+    devices = frozenset({tensor.device for tensor in tensors.values()})
+    if any(map(capturing, devices)):
+        raise refuse_capture("Pulling weights", "processes exchange messages; do it before")
+    device = next((x.device for x in tensors.values()), torch.device("cpu"))
+    check_transport(transport, device)
+    packed = _check_tickets(tickets)
+    return PullRequest(
+        channel=channel,
+        tickets=packed,
+        parameters=parameters,
+        tensors=tensors,
+        devices=devices,
+        plans=plans,
+        some=some,
+        rate=max_gbps,
+        limit=limit,
+        until=until,
+        transport=transport,
+    )
+
+
+def _checked_destinations(
+    parameters: Parameters,
+) -> tuple[Parameters, dict[str, torch.Tensor], _Plans]:
+    """Return parameters that can be filled, their tensors, and the plans of pulls into tensors with
+    the same facts.
+
+    Parameters with the facts of others that passed all checks are not checked again.
+    """
+    if isinstance(parameters, Mapping):
+        listed = dict(parameters.items())  # once: another mapping may make tensors
+        latest = _latest.get(tuple(listed))
+        if latest is not None and all(map(is_, map(_referent, latest.values), listed.values())):
+            tensors = tensors_of(listed)
+            if forms_of([*tensors.values()]) == latest.forms:
+                return listed, tensors, latest.plans
+        facts = facts_of(listed)
+        known = None if facts is None else _known.get(facts)
+        if known is not None:
+            _note_latest(listed, known)
+            return listed, tensors_of(listed), known
+        parameters = listed
+    checked = named("parameters", parameters)
+    check_destinations(checked)
+    plans = _Plans("plans of weights", 4)
+    facts = facts_of(checked)
+    if facts is not None:
+        plans = _known.setdefault(facts, plans)
+    return checked, tensors_of(checked), plans
+
+
+def _note_latest(parameters: Parameters, plans: _Plans) -> None:
+    """Note parameters that passed all checks, if nothing can change their terms."""
+    if is_fixed(parameters):
+        values: list[ref[object]] = [ref(value) for value in parameters.values()]
+        forms = forms_of([*tensors_of(parameters).values()])
+        _latest[tuple(parameters)] = _Latest(values, forms, plans)
+
+
+def begun(channel: object, tickets: object, timeout: object) -> dict[bytes, Reply]:
+    """Ask the owners for the begin of a pull, while its arguments are checked; see `begin_all`.
+
+    Asks nothing for wrong arguments, which `checked` refuses.
+    """
+    listed = [tickets] if isinstance(tickets, bytes) else tickets
+    known = timeout is None or (isinstance(timeout, int | float) and timeout > 0)
+    if not (isinstance(channel, Channel) and known and isinstance(listed, list | tuple)):
+        return {}
+    limit = float(cast("float", timeout or inf))
+    return begin_all(channel, [x for x in listed if isinstance(x, bytes)], limit)
+
+
+def opened(
+    request: PullRequest, stopped: Callable[[], bool] = bool
+) -> tuple[Sequence[Owner], Plan, Copies]:
+    """Return the owners of a pull, its plan, and its copies, for which all owners are open."""
+    owners = [
+        Owner(
+            request.channel,
+            ticket,
+            request.limit,
+            request.until,
+            stopped,
+            request.begun.pop(ticket, None),
+        )
+        for ticket in request.tickets
+    ]
+    planned = _plan(request, owners)
+    copies = Copies(owners, request.tensors, request.devices, request.transport)
+    copies.open(planned)
+    return owners, planned, copies
+
+
+def pull(request: PullRequest, stopped: Callable[[], bool]) -> int:
+    """Pull weights in this thread, and return the bytes."""
+    owners, planned, copies = opened(request, stopped)
+    pace = RateLimit(request.rate) if request.rate else None
+    try:
+        with copies.incoming() as incoming:
+            for batch in planned.batches:
+                owner = owners[batch.pieces[0].cell.owner]
+                _wait_for_turn(pace, batch.nbytes, owner)
+                copies.copy(batch, incoming)
+            incoming.finish()
+        # While the devices copy. A change that comes after the answers is noticed at the end.
+        answers = [owner.sums(planned, number) for number, owner in enumerate(owners)]
+        copies.wait_for_bytes()
+        # Nothing is read there any more. The last checksums are computed while the owners answer.
+        confirmations = [owner.begin_to_confirm() for owner in owners]
+        here = copies.sums(len(planned.cells))
+    except PeerError:
+        for owner in owners:
+            owner.confirm()  # the end of a publication is the better reason
+        raise
+    finally:
+        copies.synchronize()
+
+    wrong = list[str]()
+    for numbers, there, owner in zip(planned.numbers, answers, owners, strict=True):
+        if there != [here[n] for n in numbers]:
+            differs = [n for n, sum in zip(numbers, there, strict=True) if here[n] != sum]
+            wrong += [planned.cells[n].name for n in differs]
+            owner.refuse()
+    for confirm in confirmations:
+        confirm()
+    if wrong:
+        names = ", ".join(dict.fromkeys(wrong))
+        raise TransferError(
+            f"Expected the owners' checksums of {len(request.tensors)} weights, got others of "
+            f"{names}. Do not use any of the weights; pull again."
+        )
+    return planned.nbytes
+
+
+def _plan(request: PullRequest, owners: Sequence[Owner]) -> Plan:
+    """Return the plan of a pull, cached by the facts of both sides."""
+    digests = tuple(owner.publication.digest for owner in owners)
+    return request.plans.get_or_make(
+        (digests, request.some, request.batch), lambda: _make_plan(request, owners)
+    )
+
+
+def _make_plan(request: PullRequest, owners: Sequence[Owner]) -> Plan:
+    described = items_of(named("parameters", request.parameters))
+    cells = plan(described, [x.publication.items for x in owners], request.some)
+    itemsizes = {name: tensor.itemsize for name, tensor in request.tensors.items()}
+    return plan_of(cells, described, itemsizes, request.batch, len(owners))
+
+
+def _check_tickets(tickets: bytes | Sequence[bytes]) -> Sequence[bytes]:
+    """Return the tickets as a list; raise `InvalidTerms` for other arguments and for an empty
+    list."""
+    do = "Pass Published.ticket."
+    if isinstance(tickets, bytes | str | bytearray | memoryview):
+        return [carried("tickets", tickets, do)]
+    if not items("tickets", tickets, "tickets"):
+        raise invalid("tickets", "one ticket or more", tickets, do)
+    if not isinstance(tickets, Sequence):
+        raise invalid("tickets", "bytes, or a list of them", tickets, do)
+    return [carried(f"tickets[{number}]", one, do) for number, one in enumerate(tickets)]
+
+
+def _wait_for_turn(pace: RateLimit | None, nbytes: int, owner: Owner) -> None:
+    """Wait until the rate allows so many bytes; raise `TransferTimeout` after the pull's time."""
+    if pace:
+        start = pace.start_of(nbytes)
+        while (wait := pace.left(start)) > 0.0:
+            owner.check()
+            time.sleep(min(wait, 0.1, max(0.0, owner.until - time.monotonic())))
+    owner.check()
+
+
+_WORKERS = 4  # pulls at the same time whose callers do not wait
+
+# The graph whose workers run pulls; a forked process makes another.
+_graphs: Bounded[int, Graph] = Bounded("graphs of pulls of weights", 1)
+
+
+class WeightsPull(Transfer):
+    """A pull of weights in flight, which `pull_weights` returns with ``wait=False``.
+
+    The tensors are valid after `synchronize` or `done` returned without an error, which raise the
+    errors of `pull_weights`, and `TransferCancelled`. Until then they must not be read or written.
+    """
+
+    def __init__(self, request: PullRequest) -> None:
+        fences = [StreamFence(device) for device in request.devices]
+        self._stopped = threading.Event()
+        self._result = list[int]()
+        result = self._result
+        stopped = self._stopped
+        graph = _graphs.get_or_make(os.getpid(), Graph)
+
+        def ends() -> bool:
+            """Return True for a cancelled pull, and at the end of the process."""
+            return stopped.is_set() or graph.closed.is_set()
+
+        def work(*_: object) -> None:
+            with ExitStack() as stack:
+                for fence in fences:
+                    stack.enter_context(fence.inside())
+                result.append(WEIGHTS.pull(partial(pull, request, ends)))
+
+        self._task = Task(work, 1, queue=graph.queue("weights", _WORKERS), name="pull")
+        super().__init__([Completion(pendings=cast("tuple[Pending, ...]", (self._task,)))])
+        try:
+            graph.submit([self._task])
+        except BaseException:  # the caller does not get the handle of the pull
+            stopped.set()
+            raise
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that were pulled; 0 before the end and after an error."""
+        return sum(self._result)
+
+    @property
+    def ended(self) -> bool:
+        """Return True if the pull has ended, with or without an error; never block or raise."""
+        return self._task.ended
+
+    @property
+    def error(self) -> PortaKVError | None:
+        """Return the error of a pull that has ended; never block or raise."""
+        error = self._task.error if self._task.ended else None
+        if error is None or isinstance(error, PortaKVError):
+            return error
+        failure = TransferError(f"The pull of weights failed: {error!r}.")
+        failure.__cause__ = error
+        return failure
+
+    def cancel(self) -> bool:
+        """Copy no further batch; return False if the pull has ended."""
+        self._stopped.set()
+        return not self._task.ended
+
+    def wait(self, stream: torch.Stream | None = None) -> None:
+        """Block the host, because no stream orders the checksums. Raises as `done`."""
+        super().wait(stream)
+        self._finish()
+
+    def _finish(self) -> None:
+        super()._finish()
+        if not self._task.ended:
+            raise TransferError(
+                "The pull runs in the process that this one was forked from. Wait for it there."
+            )
+        if (error := self.error) is not None:
+            raise error
+
+
+@overload
+def pull_weights(
+    channel: Channel,
+    tickets: bytes | Sequence[bytes],
+    parameters: Parameters,
+    *,
+    some: bool = False,
+    max_gbps: float | None = None,
+    timeout: float | None = 600.0,
+    transport: str | None = None,
+    wait: Literal[True] = True,
+) -> int: ...
+@overload
+def pull_weights(
+    channel: Channel,
+    tickets: bytes | Sequence[bytes],
+    parameters: Parameters,
+    *,
+    some: bool = False,
+    max_gbps: float | None = None,
+    timeout: float | None = 600.0,
+    transport: str | None = None,
+    wait: Literal[False],
+) -> WeightsPull: ...
+def pull_weights(
+    channel: Channel,
+    tickets: bytes | Sequence[bytes],
+    parameters: Parameters,
+    *,
+    some: bool = False,
+    max_gbps: float | None = None,
+    timeout: float | None = 600.0,
+    transport: str | None = None,
+    wait: bool = True,
+) -> int | WeightsPull:
+    """Fill tensors from owners that publish the same names, and return the bytes.
+
+    Blocks until checksums agree, or with ``wait=False`` returns a `WeightsPull` immediately. Copies
+    on the current stream, or then on a separate stream that is ordered after it. The memory of
+    owners on this host is mapped, and stays open for the next pull. Other owners send the weights
+    by a transport.
+
+    Args:
+        tickets: preferred owners first.
+        some: owners have further parameters (the reader is one stage of a pipeline).
+        max_gbps: the most 10^9 bytes in a second.
+        timeout: seconds for the whole pull; None for no limit.
+        transport: the name of the transport for memory that cannot be mapped. None: the transport
+            that the owner names, else the first that runs here.
+        wait: block until the end.
+
+    Raises `LayoutError`, which lists all differences, and `InvalidTerms`, before it writes a byte.
+    After any other error the tensors are undefined until a pull succeeds: `OfferGone`, `PeerError`,
+    `TransferTimeout`, `Unsupported` if an owner's memory can neither be mapped nor sent,
+    `TransferError` if weights changed meanwhile, or with the names whose checksums differ.
+    """
+    replies = begun(channel, tickets, timeout) if wait is True else {}
+    request = checked(channel, tickets, parameters, some, max_gbps, timeout, transport)
+    if flag("wait", wait):
+        request.begun.update(replies)
+        return WEIGHTS.pull(partial(pull, request, bool))
+    return WeightsPull(request)
+
+
+def prepare_weights(
+    channel: Channel,
+    tickets: bytes | Sequence[bytes],
+    parameters: Parameters,
+    *,
+    some: bool = False,
+    timeout: float | None = 600.0,
+    transport: str | None = None,
+) -> str:
+    """Open the owners' memory, or connect to those whose memory cannot be mapped, and plan the
+    copies, so that `pull_weights` does not have to.
+
+    Returns a line for each owner: how its weights cross, and why. Writes nothing. Takes the
+    arguments, and raises the errors, of `pull_weights`.
+    """
+    request = checked(channel, tickets, parameters, some, None, timeout, transport)
+    return "\n".join(opened(request)[-1].explain())
