@@ -164,7 +164,7 @@ def working(folder: Path) -> Iterator[Work]:
 
 def _engine_counters() -> list[str]:
     """Return the counters of an engine, which none runs here, with values of their labels."""
-    values = {"side": ("scheduler", "worker"), "hook": ("hook",)}
+    values = {"side": ("scheduler", "worker"), "hook": ("hook",), "seconds": ("0.0001", "inf")}
     names = list[str]()
     for name, metric in ENGINE.items():
         made = [name]

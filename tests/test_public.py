@@ -90,6 +90,8 @@ def names_in(module: str) -> set[str]:
             names.add(node.name)
         elif isinstance(node, ast.ImportFrom):
             names.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_NAMES":
+            names.update(ast.literal_eval(node.value))  # which `__getattr__` loads
         elif isinstance(node, ast.Assign):
             names.update(each.id for each in node.targets if isinstance(each, ast.Name))
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
@@ -185,7 +187,7 @@ def test_pages_import_public_names_alone() -> None:
         ("from portakv.host import pinned", []),
         ("from portakv.storage import BlockStore\nimport portakv.storage", []),
         ("import torch\nfrom portakv_examples.memory_tier import MemoryTier", []),
-        ("from portakv.storage.tiers import folder as slots", [Name("portakv.storage", "slots")]),
+        ("from portakv.storage.tiers import folder", [Name("portakv.storage.tiers", "folder")]),
         ("from portakv.view.view import KVView", [Name("portakv.view.view", "KVView")]),
         ("import portakv.runtime.ticks", [Name("portakv.runtime.ticks")]),
     ],

@@ -81,7 +81,7 @@ __all__ = [
 ]
 
 #: Names of `portakv.weights`, which builds on this package.
-_WEIGHTS = {
+_NAMES = {
     "Box",
     "Parameter",
     "count_weights",
@@ -94,6 +94,6 @@ _WEIGHTS = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WEIGHTS:
+    if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module("portakv.weights"), name)

@@ -51,7 +51,7 @@ def test_without_transformers_the_model_names_the_extra(monkeypatch: pytest.Monk
 def test_a_release_of_transformers_that_is_not_served_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in (demo.EXAMPLE, "portakv.integrations.transformers"):
+    for name in (demo.EXAMPLE, "portakv.integrations.transformers.caches"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     real = metadata.version
 

@@ -26,7 +26,7 @@ from portakv.serving import pages
 from portakv.serving.page_tasks import UNFETCHED, ServerPages
 from portakv.storage.eviction import Pins
 
-MODULE = "portakv.integrations.lmcache_l2"
+MODULE = "portakv.integrations.lmcache.l2"
 SIZE = 4096
 #: The bytes of an object.
 Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
@@ -485,7 +485,7 @@ def test_the_methods_are_those_of_the_stand_in(module: ModuleType) -> None:
 def configuration(folder: Path, **other: Any) -> dict[str, Any]:
     return {
         "type": "plugin",
-        "module_path": MODULE,
+        "module_path": "portakv.integrations.lmcache_l2",
         "class_name": "PortaKVL2Adapter",
         "adapter_params": {"folder": str(folder), "capacity": 1 << 20},
         **other,

@@ -57,7 +57,7 @@ def extra_terms(configurations: tuple[Any, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("terms", "shared", "count", "keeper"),
+    ("terms", "shared", "count", "store_server"),
     [
         ({}, False, 1, False),
         ({}, True, 1, True),

@@ -203,6 +203,6 @@ def test_an_address_that_cannot_be_read_is_logged(
     with no_descriptors():
         assert place.address() == ""
     (text,) = caplog.messages
-    assert f"{tmp_path / 'store_server'} cannot be read: Too many open files" in text
+    assert f"{tmp_path / 'keeper'} cannot be read: Too many open files" in text
     assert place.address() == ADDRESS
     place.release()

@@ -74,6 +74,7 @@ MODULES = (
     "vllm.v1.executor.multiproc_executor",
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_worker",
+    "portakv.integrations.vllm.connector",
     "portakv.integrations.vllm_connector",
 )
 

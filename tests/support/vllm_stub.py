@@ -16,6 +16,7 @@ BASE = "vllm/distributed/kv_transfer/kv_connector/v1/base.py"
 IMPORTERS = (
     "portakv.integrations.vllm.ranks",
     "portakv.integrations.vllm.metrics",
+    "portakv.integrations.vllm.connector",
     "portakv.integrations.vllm_connector",
     "support.vllm_hooks",
 )
@@ -129,7 +130,7 @@ def imported(folder: Path) -> Iterator[tuple[ModuleType, ModuleType]]:
     All of them are forgotten at the end.
     """
     write_vllm(folder)
-    with imported_with(folder, "vllm", IMPORTERS) as (_, _, connector, hooks):
+    with imported_with(folder, "vllm", IMPORTERS) as (_, _, connector, _, hooks):
         yield connector, hooks
 
 
