@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv.backends.rows_kernel import LoadedKernels
+from portakv.backends.rows_launch import LoadedKernels
 from portakv.errors import PortaKVError
 from portakv.migrate import Pull, open_shared, share
 from portakv_benchmarks.engines.models import PAIRS

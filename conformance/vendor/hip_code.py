@@ -28,7 +28,7 @@ import torch
 
 from portakv import CopyPlan, KVView
 from portakv.backends.hip import Hip
-from portakv.backends.pack_kernel import ALIGNMENT, PACKS, UNPACKS, PackKernel
+from portakv.backends.pack_kernel import PACKS, UNPACKS, VECTOR, PackKernel
 from portakv.backends.rows_kernel import NAMES, RowsKernel
 from portakv.layout.encodings import Pack
 from portakv.plan.packing import PackPlan
@@ -204,9 +204,7 @@ def _build(tools: Sequence[str], folder: Path, targets: Sequence[str]) -> list[C
         text = folder / f"kernel{number}.hip"
         text.write_text(f"#include <hip/hip_runtime.h>\n{kernel.source}")
         for target in targets:
-            code = Code(
-                name, target, ALIGNMENT if isinstance(kernel, PackKernel) else kernel.vector
-            )
+            code = Code(name, target, VECTOR if isinstance(kernel, PackKernel) else kernel.vector)
             built = folder / f"kernel{number}.{target}.o"
             command = [hipcc, "-x", "hip", *FLAGS, f"--offload-arch={target}", "--cuda-device-only"]
             done = _run([*command, "--no-gpu-bundle-output", "-c", str(text), "-o", str(built)])

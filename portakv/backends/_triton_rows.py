@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from portakv.backends.rows_kernel import SideArguments, split_loops
+from portakv.backends._sides import SideArguments, split_loops
 from portakv.errors import Unsupported
 from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Move, Nest

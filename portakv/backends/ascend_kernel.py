@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from portakv.backends._sides import SideArguments
 from portakv.backends._vendor_rows import GuardedRows
-from portakv.backends.rows_kernel import SideArguments
 from portakv.errors import TransferError, Unsupported
 from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Move, Nest

@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 
 from portakv.backends.base import Decision
-from portakv.backends.pack_kernel import PackingRowsBackend
-from portakv.runtime import cuda, nvrtc
+from portakv.backends.pack_launch import PackingRowsBackend
+from portakv.runtime import cuda as _cuda
+from portakv.runtime import nvrtc as _nvrtc
 
 
 class Cuda(PackingRowsBackend):
@@ -16,14 +17,14 @@ class Cuda(PackingRowsBackend):
     name = "cuda"
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(device, cuda.CudaDriver(device))
+        super().__init__(device, _cuda.CudaDriver(device))
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
         if device.type != "cuda":
             return Decision(cls.name, False, f"it runs on cuda devices, not on {device.type}")
-        why = cuda.not_served(device) or nvrtc.missing() or cuda.driver_too_old()
-        why = why or cuda.device_too_old(device)
+        why = _cuda.not_served(device) or _nvrtc.missing() or _cuda.driver_too_old()
+        why = why or _cuda.device_too_old(device)
         if why is not None:
             return Decision(cls.name, False, why)
-        return Decision(cls.name, True, f"NVRTC {nvrtc.nvrtc_version()} compiles its kernel")
+        return Decision(cls.name, True, f"NVRTC {_nvrtc.nvrtc_version()} compiles its kernel")

@@ -14,9 +14,9 @@ import ctypes
 import torch
 
 from portakv.backends.base import Decision
-from portakv.backends.pack_kernel import PackingRowsBackend
+from portakv.backends.pack_launch import PackingRowsBackend
 from portakv.backends.rows_kernel import Tuning
-from portakv.runtime import hip
+from portakv.runtime import hip as _hip_driver
 from portakv.runtime.hip import Card, Driver, DriverMissing
 
 
@@ -35,7 +35,7 @@ class Hip(PackingRowsBackend):
     @staticmethod
     def open_driver() -> Driver:
         """Return the libraries of HIP; raise `DriverMissing` if they cannot be loaded."""
-        return hip.driver()
+        return _hip_driver.driver()
 
     @staticmethod
     def find_card(device: torch.device, driver: Driver) -> Card:
@@ -61,7 +61,7 @@ class Hip(PackingRowsBackend):
             why = _no_device(driver, device)
             if why is not None:
                 return Decision(cls.name, False, why)
-            version = hip.hiprtc_version(driver)
+            version = _hip_driver.hiprtc_version(driver)
             card = cls.find_card(device, driver)
         except (DriverMissing, RuntimeError) as error:
             return Decision(cls.name, False, str(error))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from portakv.backends.base import MoveLaunch
-from portakv.backends.pack_kernel import pack_planes, unpack_planes
+from portakv.backends.pack_planes import pack_planes, unpack_planes
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.devices import inside

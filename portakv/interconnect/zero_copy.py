@@ -18,14 +18,8 @@ from typing import NamedTuple
 import torch
 
 from portakv.backends.base import PEERS, Capabilities, Decision, Launch
-from portakv.backends.rows_kernel import (
-    LoadedKernels,
-    Request,
-    RowsAgain,
-    RowsKernel,
-    RowsLaunch,
-    Tuning,
-)
+from portakv.backends.rows_kernel import Request, RowsKernel, Tuning
+from portakv.backends.rows_launch import LoadedKernels, RowsAgain, RowsLaunch
 from portakv.errors import Unsupported
 from portakv.interconnect.strategy import PINNED, SMALL, Move, Strategy, StrategyLaunch, Terms
 from portakv.plan.plan import CopyPlan, Nest

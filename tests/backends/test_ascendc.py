@@ -28,7 +28,7 @@ from support.each_backend import Carrier
 from support.guarded_memory import refused
 
 from portakv import TransferError, Unsupported
-from portakv.backends import ascend_kernel
+from portakv.backends import ascend_kernel as _ascendc
 from portakv.backends.ascend_kernel import Memory, find_kernel, open_kernel
 from portakv.plan.plan import Move
 from portakv.runtime.devices import Unusable
@@ -203,7 +203,7 @@ def test_every_byte_lands(name: str, setting: Setting, monkeypatch: pytest.Monke
 def test_the_arguments_are_as_large_as_the_kernel_says() -> None:
     library = ascendc_emulated.library()
     case = COPIES["gather"]()
-    arguments = ascend_kernel.Arguments(case.plan())
+    arguments = _ascendc.Arguments(case.plan())
     assert [len(nest) for nest in arguments.nests] == [library.portakv_emulated_nest_bytes()]
     sides = case.src.view(), case.dst.view(), case.src.index(), case.dst.index()
     (copied,) = arguments.copies([1], Move(*sides, case.count), 0)
@@ -216,7 +216,7 @@ def test_memory_that_was_not_given_is_not_touched(monkeypatch: pytest.MonkeyPatc
     def shorter(move: Move, further: Any) -> list[tuple[int, int, bool]]:
         return [(at, nbytes - written, written) for at, nbytes, written in reached(move, further)]
 
-    reached = ascend_kernel.reached
+    reached = _ascendc.reached
     monkeypatch.setattr(ascendc_emulated, "reached", shorter)
     copied = gathered(64)
     with refused(TransferError, "emulated AscendC kernel", "lies in no allocation"):
@@ -282,7 +282,7 @@ function(ascendc_include_directories name)
 endfunction()
 """
 SOUND = {
-    "portakv_ascend_abi": f"unsigned portakv_ascend_abi() {{ return {ascend_kernel.ABI}; }}",
+    "portakv_ascend_abi": f"unsigned portakv_ascend_abi() {{ return {_ascendc.ABI}; }}",
     "portakv_ascend_emulated": "unsigned portakv_ascend_emulated() { return EMULATED; }",
     "portakv_ascend_platform": (
         "int portakv_ascend_platform(unsigned* blocks, unsigned* bytes) "
@@ -315,10 +315,10 @@ def built(tmp_path: Path) -> Built:
 @pytest.fixture(autouse=True)
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Hide every library, and forget the libraries that a test loads."""
-    monkeypatch.delenv(ascend_kernel.VARIABLE, raising=False)
-    monkeypatch.setattr(ascend_kernel, "files", lambda package: tmp_path / "native")
+    monkeypatch.delenv(_ascendc.VARIABLE, raising=False)
+    monkeypatch.setattr(_ascendc, "files", lambda package: tmp_path / "native")
     yield
-    ascend_kernel.KERNELS.clear()
+    _ascendc.KERNELS.clear()
 
 
 def sound(emulated: int = 0, **changed: str) -> str:
@@ -352,7 +352,7 @@ def test_where_it_is_sought(built: Built, tmp_path: Path, monkeypatch: pytest.Mo
     script, cmake = ((ASCEND / x).read_text() for x in ("run_in_cann.sh", "CMakeLists.txt"))
     assert '--install "$work" --prefix "$here/lib"' in script
     assert "install(TARGETS portakv_ascend portakv_ascend_kernel DESTINATION .)" in cmake
-    monkeypatch.setenv(ascend_kernel.VARIABLE, built(sound(), name="own.so"))
+    monkeypatch.setenv(_ascendc.VARIABLE, built(sound(), name="own.so"))
     assert find_kernel(False)[1] == "by the AscendC kernel in own.so"
 
 
@@ -491,7 +491,7 @@ def test_the_command_of_the_page_judges_the_kernel(by: str, emulation: str, tmp_
             "--report",
             str(tmp_path),
         ],
-        env={**os.environ, ascend_kernel.VARIABLE: emulation if by == "kernel" else ""},
+        env={**os.environ, _ascendc.VARIABLE: emulation if by == "kernel" else ""},
         capture_output=True,
         text=True,
     )

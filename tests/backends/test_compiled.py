@@ -20,7 +20,8 @@ from support.paged_cases import chunk, dense, paged, pool, rows_of
 
 from portakv import BackendUnavailable, CopyPlan, Index, KVView, copy_rows
 from portakv.backends import compiled as module
-from portakv.backends.compiled import Compiled, Program
+from portakv.backends._compiled_program import Program
+from portakv.backends.compiled import Compiled
 from portakv.registry import registry
 
 pytestmark = pytest.mark.xdist_group("inductor")  # one process imports it

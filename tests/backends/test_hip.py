@@ -20,12 +20,12 @@ from support.cuda_cases import COPIES, Copy, by, chunk, pool, seed_bug
 from support.guarded_memory import refused, same
 
 from portakv import AdaptiveConnector, BackendUnavailable, TransferError, Unsupported
-from portakv.backends import rows_kernel
+from portakv.backends import rows_launch
 from portakv.backends.hip import Hip
 from portakv.backends.rows_kernel import RowsKernel
 from portakv.registry import registry
 from portakv.registry.self_check import self_check
-from portakv.runtime import hip
+from portakv.runtime import hip as _hip_driver
 from portakv.runtime.cuda import raw_stream
 from portakv.runtime.hip import Card
 from portakv_conformance.vendor.hip_emulated import (
@@ -128,7 +128,7 @@ def test_what_the_driver_or_torch_does_not_tell_is_the_reason(
 
 @pytest.mark.parametrize(("number", "release"), [(50221153, "5.2.21153"), (60325422, "6.3.25422")])
 def test_a_release_is_read_from_its_number(number: int, release: str) -> None:
-    assert hip.hip_release(number) == release
+    assert _hip_driver.hip_release(number) == release
 
 
 # Which libraries it loads, and which backend is chosen
@@ -138,8 +138,8 @@ def test_a_release_is_read_from_its_number(number: int, release: str) -> None:
 def libraries(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """Return the places of libraries, of which there are none at first."""
     places: dict[str, list[str]] = {}
-    monkeypatch.setattr(hip, "places", lambda stem, _=None: iter(places.get(stem, [])))
-    monkeypatch.setattr(hip, "driver", hip.driver.__wrapped__)
+    monkeypatch.setattr(_hip_driver, "places", lambda stem, _=None: iter(places.get(stem, [])))
+    monkeypatch.setattr(_hip_driver, "driver", _hip_driver.driver.__wrapped__)
     monkeypatch.setattr(torch.version, "hip", "6.3")
     return places
 
@@ -177,19 +177,19 @@ def test_the_dtk_s_runtime_with_hiprtc(libraries: dict[str, list[str]], tmp_path
     place.write_bytes(built())
     libraries["amdhip64"] = ["/nowhere/libamdhip64.so"]
     libraries["galaxyhip"] = [str(place)]
-    driver = hip.driver()
+    driver = _hip_driver.driver()
     assert driver.runtime is driver.compiler
     assert driver.error(100).startswith("hipErrorNoDevice (100)")
 
 
 def test_a_loaded_library_is_preferred_then_one_beside(tmp_path: Path) -> None:
     """The C library stands for it: whatever torch loaded comes before every other copy."""
-    places = list(hip.places("c"))
+    places = list(_hip_driver.places("c"))
     assert Path(places[0]).name.startswith("libc.so")
     assert Path(places[0]).is_absolute()
     assert places[-4:] == ["libc.so", "libc.so.7", "libc.so.6", "libc.so.5"]
     (tmp_path / "libportakv_none.so.7").touch()
-    nearby = list(hip.places("portakv_none", tmp_path))
+    nearby = list(_hip_driver.places("portakv_none", tmp_path))
     assert nearby[0] == str(tmp_path / "libportakv_none.so.7")
 
 
@@ -312,10 +312,10 @@ def test_a_text_is_compiled_once_and_kept_on_disk() -> None:
     second = HipEmulated(CPU)
     plan = COPIES["gather"]().plan()
     source = RowsKernel(plan.nests[0], plan).source
-    assert not hip.compiled_before(fake_driver(), source, "gfx906")
+    assert not _hip_driver.compiled_before(fake_driver(), source, "gfx906")
     first.prepare(plan)
-    assert hip.compiled_before(fake_driver(), source, "gfx906")
-    assert not hip.compiled_before(fake_driver(), source, "gfx90a")
+    assert _hip_driver.compiled_before(fake_driver(), source, "gfx906")
+    assert not _hip_driver.compiled_before(fake_driver(), source, "gfx90a")
     with failing("hiprtcCompileProgram", 6):
         first.prepare(plan)
         second.prepare(plan)
@@ -376,11 +376,11 @@ def test_nothing_is_loaded_during_capture(monkeypatch: pytest.MonkeyPatch) -> No
     copied = COPIES["gather"]()
     reason = "same call once before the capture"
     with monkeypatch.context() as patched, refused(Unsupported, reason, watch=copied.dst.tensors):
-        patched.setattr(rows_kernel, "capturing", lambda device: True)
+        patched.setattr(rows_launch, "capturing", lambda device: True)
         with failing("hiprtcCompileProgram", 6):
             launch(backend, copied)
     backend.prepare(copied.plan())
-    monkeypatch.setattr(rows_kernel, "capturing", lambda device: True)
+    monkeypatch.setattr(rows_launch, "capturing", lambda device: True)
     launch(backend, copied)  # what was loaded before can be captured
 
 

@@ -21,7 +21,8 @@ from support.guarded_memory import refused
 from portakv import Unsupported
 from portakv.backends import ascend_kernel, rows_kernel
 from portakv.backends.base import Backend
-from portakv.backends.rows_kernel import RowsLaunch, kernel_text
+from portakv.backends.rows_kernel import kernel_text
+from portakv.backends.rows_launch import RowsLaunch
 from portakv_conformance.vendor.ascendc_emulated import AscendC
 from portakv_conformance.vendor.hip_emulated import HipEmulated
 

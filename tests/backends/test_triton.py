@@ -17,7 +17,7 @@ from support.own_process import own_process
 from support.paged_cases import chunk, dense, paged, pool, rows_of
 
 from portakv import CopyPlan, Index
-from portakv.backends import triton
+from portakv.backends import triton as triton_backend
 from portakv.backends._triton_rows import NestKernel
 from portakv.backends.triton import Triton, compile_kernel
 
@@ -50,7 +50,7 @@ def test_an_interpreter_asked_for_too_late_or_for_a_gpu(monkeypatch: pytest.Monk
 @pytest.mark.gpu
 def test_another_length_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Mock(wraps=compile_kernel)
-    monkeypatch.setattr(triton, "compile_kernel", counted)
+    monkeypatch.setattr(triton_backend, "compile_kernel", counted)
     backend = Triton(CUDA)
     caches = pool("cuda", blocks=300)
     for tokens in (1, 2, 7, 64, 1000):

@@ -18,7 +18,7 @@ from support.command_line import run
 from support.own_process import own_process
 
 from portakv import AdaptiveConnector, BackendUnavailable, backends
-from portakv.backends import ascend_kernel
+from portakv.backends import ascend_kernel as _ascendc
 from portakv.backends.ascend import CALLS, Ascend
 from portakv.backends.base import Backend
 from portakv.backends.mlu import Mlu
@@ -51,8 +51,8 @@ BOTH_WAYS = f"__version__ = '1.4.0'\ndef reshape_paged_cache({FIVE}, direction=F
 def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
     """Yield a function that returns a backend's decision if its vendor's package is a module of
     some text, or is not there."""
-    monkeypatch.delenv(ascend_kernel.VARIABLE, raising=False)
-    monkeypatch.setattr(ascend_kernel, "files", lambda package: tmp_path)  # whatever was built here
+    monkeypatch.delenv(_ascendc.VARIABLE, raising=False)
+    monkeypatch.setattr(_ascendc, "files", lambda package: tmp_path)  # whatever was built here
     packages = {"torch_npu", "torch_mlu_ops", "torch_mlu"}
     for name in (*packages, "triton", "portakv.backends._triton_kernel"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -220,7 +220,7 @@ def test_a_kernel_that_is_named_and_cannot_be_used_is_a_rejection(
     loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named = tmp_path / "libportakv_ascend.so"
-    monkeypatch.setenv(ascend_kernel.VARIABLE, str(named))
+    monkeypatch.setenv(_ascendc.VARIABLE, str(named))
     assert loaded() == (
         f"ascend: rejected, PORTAKV_ASCENDC names {named}, and there is no such file (bash "
         f"native/ascend/run_in_cann.sh npu builds it, and PORTAKV_ASCENDC names it); without "

@@ -62,8 +62,8 @@ VENDOR = "portakv_conformance.vendor"
     ("portakv.backends.cuda",
      "portakv.backends.cuda.py portakv.runtime.nvrtc.py portakv_native.cuda/rows.cuh"),
     # What any kernel is given counts here, and the text of the CUDA kernel does not.
-    ("portakv.backends.compiled", "portakv.backends.strided.py portakv.backends.rows_kernel.py"),
-    ("portakv.backends.triton", "portakv.backends._triton_rows.py portakv.backends.rows_kernel.py"),
+    ("portakv.backends.compiled", "portakv.backends.strided.py portakv.backends._sides.py"),
+    ("portakv.backends.triton", "portakv.backends._triton_rows.py portakv.backends._sides.py"),
     ("portakv.backends.hip", "portakv.runtime.hip.py portakv_native.cuda/pack.cuh"),
     ("portakv.backends.ascend", "portakv_native.ascend/rows.h"),
     ("portakv.backends.reference", "portakv.backends.reference.py portakv.backends.strided.py"),

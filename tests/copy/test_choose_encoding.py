@@ -20,7 +20,7 @@ from portakv import (
     choose_encoding,
     copy_blocks,
 )
-from portakv.backends.pack_kernel import pack_planes
+from portakv.backends.pack_planes import pack_planes
 from portakv.copy import pack_rates
 from portakv.copy.exponents import Sample, escapes_of
 from portakv.copy.pack_rates import rates_of

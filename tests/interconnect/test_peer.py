@@ -21,7 +21,8 @@ from portakv import CopyPlan, DeviceMismatch, KVView, Unsupported
 from portakv.backends import rows_kernel
 from portakv.backends.base import PEERS, Decision
 from portakv.backends.hip import Hip
-from portakv.backends.rows_kernel import RowsBackend, RowsKernel, Tuning
+from portakv.backends.rows_kernel import RowsKernel, Tuning
+from portakv.backends.rows_launch import RowsBackend
 from portakv.backends.triton import Triton
 from portakv.interconnect import peer, zero_copy
 from portakv.interconnect.strategy import Terms

@@ -94,8 +94,8 @@ def test_what_is_sent_arrives(message: Message) -> None:
 @pytest.mark.parametrize(
     ("message", "digest"),
     [
-        (Gather(OWNER, OFFER, (PART, PART), "distributed", 7), "685444a3cf487a41"),
-        (Gather(OWNER, OFFER, (PART,), "distributed", 7, "pack/1:4"), "d3ee691293667cb6"),
+        (Gather(OWNER, OFFER, (PART, PART), "distributed", 7), "19fc2c01fc937822"),
+        (Gather(OWNER, OFFER, (PART,), "distributed", 7, "pack/1:4"), "41f3531488f30da8"),
         (Sum(OWNER, OFFER, PART), "4a093ee5098cee45"),
         (Answer("busy", "no slot", 0.5, 3), "e82b3b1b5bb2bd77"),
     ],

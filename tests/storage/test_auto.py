@@ -25,7 +25,7 @@ from portakv import (
     Unsupported,
     copy_blocks,
 )
-from portakv.backends.pack_kernel import pack_planes
+from portakv.backends.pack_planes import pack_planes
 from portakv.copy.exponents import Sample
 from portakv.copy.pack_rates import Rates
 from portakv.storage import AutoEncoding, BlockForm, BlockStore, Disk, calls

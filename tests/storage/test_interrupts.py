@@ -364,7 +364,6 @@ def ending(folder: Path) -> Steps:
 
 #: Public names that no scenario calls in the caller's thread, and why.
 NOT_CALLED = {
-    "Graph.link": "it is `Graph.queue`",
     "Graph.end": "runs in a helper or a worker",
     "Graph.end_at": "runs in a helper or a worker",
     "Graph.place": "runs in a helper or a worker",

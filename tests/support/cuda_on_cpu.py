@@ -21,7 +21,8 @@ import torch
 
 from portakv import CopyPlan, KVView
 from portakv.backends.base import Backend, Capabilities, Decision, Launch
-from portakv.backends.rows_kernel import NAMES, LoadedKernels, RowsKernel, RowsLaunch
+from portakv.backends.rows_kernel import NAMES, RowsKernel
+from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
 from portakv.runtime.cuda import CudaDriver
 from portakv_conformance.vendor.hip_emulated import SHIM
 

@@ -17,7 +17,7 @@ from portakv import KVView
 from portakv.backends.base import Capabilities, Decision
 from portakv.backends.cuda import Cuda
 from portakv.backends.pack_kernel import PACKS, UNPACKS
-from portakv.backends.rows_kernel import RowsBackend
+from portakv.backends.rows_launch import RowsBackend
 from portakv.layout.encodings import Pack
 from portakv_conformance.draw.planes import EDGES, at_edge, every_pattern, usual
 from portakv_conformance.judge.slots import SlotShape, packed_slot, usual_slot
