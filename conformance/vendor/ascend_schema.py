@@ -179,6 +179,8 @@ def _variables(work: Path) -> dict[str, str]:
     for name in _PACKAGES:
         installed = Path(str(importlib.import_module(name).__file__)).parent
         (site / name).symlink_to(installed, target_is_directory=True)
+    command = Path(str(importlib.import_module("portakv_command").__file__))
+    (site / command.name).symlink_to(command)
     return {
         "PYTHONPATH": str(site),
         standins.EMULATION: _ENTER,
@@ -221,7 +223,7 @@ def run(
     if done.returncode not in accepted:
         ending = f"{done.returncode}: {done.stderr.strip()[-2000:]}"
         raise JobError(f"{' '.join(command[:6])} ended with {ending}")
-    return done.stdout
+    return done.stdout or done.stderr
 
 
 def _print(report: JsonObject, file: Path) -> None:
