@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The block store of an engine whose scheduler and only worker are one process."""
+"""`StoreTerms`, and the store of an engine whose scheduler and only worker are one process."""
 
 from __future__ import annotations
 
