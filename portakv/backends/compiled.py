@@ -2,8 +2,8 @@
 """`compiled`: a plan as one indexed copy, through ``torch.compile``.
 
 One kernel moves all planes of a nest, in one allocation or in several. It is compiled only in
-`prepare`, for each shape that a model fixes (see `_compiled_program`). The kernel guards ids
-itself: to clean them before it would read device ids on the host, and wait for the device.
+`prepare`, for each shape that a model fixes. The kernel guards ids itself: to clean them before it
+would read device ids on the host, and wait for the device.
 """
 
 from __future__ import annotations

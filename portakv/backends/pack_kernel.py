@@ -339,7 +339,7 @@ def _raw_loop(step: Step) -> Loop:
 
 
 # ------------------------------------------------------------------------------------------------
-# Load and launch the kernels of `pack_kernel` on any device, through its driver.
+# Load and launch the kernels that pack and unpack on any device, through its driver.
 
 
 class PackingRowsBackend(RowsBackend):

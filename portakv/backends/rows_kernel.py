@@ -414,7 +414,7 @@ class SideWords(SideArguments):
 
 
 # ------------------------------------------------------------------------------------------------
-# Load and launch the kernels of `rows_kernel` on any device, through its driver.
+# Load and launch the row kernel on any device, through its driver.
 
 
 class RowsDriver(Protocol):

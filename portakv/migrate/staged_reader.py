@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Take rows from owners through staging buffers.
 
-A `Taker` requests all rows of one offer together. The owner sends them in slices. While one slice
-crosses, the owner fills the buffer of the next, and the reader empties the buffer of the one
-before. The functions run in the workers of a pull.
+A `StagedReceiver` requests all rows of one offer together. The owner sends them in slices. While
+one slice crosses, the owner fills the buffer of the next, and the reader empties the buffer of the
+one before. The functions run in the workers of a pull.
 """
 
 from __future__ import annotations

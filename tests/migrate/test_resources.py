@@ -192,7 +192,7 @@ made = {
     "ask": ask,
     "pull": pull,
     "events": lambda: EventPublisher("tcp://127.0.0.1:0").close(),
-    "housekeeper": lambda: StoreServer(terms).close(),
+    "server": lambda: StoreServer(terms).close(),
     "rank": lambda: StoreClient(Place.of_folder(folder), [form], "engine").close(),
     "disk": lambda: BlockStore(form, staging=1 << 20, tiers=[Disk(folder, capacity=SIZE)]).close(),
 }[sys.argv[1]]
@@ -218,7 +218,7 @@ made()
 """
 
 
-@pytest.mark.parametrize("what", ["unix", "tcp", "ask", "pull", "events", "keeper", "rank", "disk"])
+@pytest.mark.parametrize("what", ["unix", "tcp", "ask", "pull", "events", "server", "rank", "disk"])
 def test_few_descriptors_are_an_error_or_enough(what: str) -> None:
     """With none, a few or 110 free ones; nothing leaks, and it works again."""
     code, text = ran(_FEW, what)

@@ -137,7 +137,7 @@ def test_a_key_of_one_form_is_not_there_under_another(kind: str, tmp_path: Path)
 def test_keys_without_their_form_are_there_under_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control of the test before."""
     monkeypatch.setattr(
-        "portakv.storage.calls.Part.names", lambda self, keys: [bytes(16) + key for key in keys]
+        "portakv.storage.calls.FormPart.names", lambda self, keys: [bytes(16) + key for key in keys]
     )
     with opened(host=40) as store:
         save(store.of("full"))
