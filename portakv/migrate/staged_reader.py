@@ -38,7 +38,7 @@ from portakv.layout.encodings import Pack
 from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.checksum import MODULUS, checksum_of
 from portakv.migrate.connections import Source
-from portakv.migrate.crossed import Crossed as Crossed
+from portakv.migrate.crossed import Crossed
 from portakv.migrate.crossing import Crossing, crossings, flagged, runs, scattered
 from portakv.migrate.messages import (
     Answer,
