@@ -167,7 +167,7 @@ class Engine:
     def _saving(self) -> bool:
         """Return whether a load or save of PortaKV's connectors has not ended."""
         scheduler_sides = (
-            getattr(each, "ledger", None) for each in self.connector.children.values()
+            getattr(each, "scheduler_side", None) for each in self.connector.children.values()
         )
         return any(
             scheduler_side is not None and scheduler_side.statistics()["jobs"]

@@ -95,7 +95,7 @@ def serve(engine: Engine, ids: Sequence[int]) -> Served:
 
 def _landed(engine: Engine) -> int:
     """Return how many stored blocks PortaKV's connector has brought."""
-    scheduler_side = getattr(engine.connector.children[TurnsConnector.turn], "ledger", None)
+    scheduler_side = getattr(engine.connector.children[TurnsConnector.turn], "scheduler_side", None)
     return 0 if scheduler_side is None else int(scheduler_side.counts["landed_blocks"])
 
 

@@ -137,7 +137,7 @@ class Staging:
         self.turn = threading.Lock()
         self.next = threading.Lock()
         self.tag = 0  # of the last slice that was requested
-        #: What takes slices of this owner now; see `staged.Taker`.
+        #: What takes slices of this owner now; see `staged_reader.StagedReceiver`.
         self.takers = set[Takes]()
         self.history = PullHistory()
         empty = (StagingBuffer(staging(0, device), rows) for _ in range(count))

@@ -397,7 +397,7 @@ _CREDENTIALS = Struct("iII")
 
 
 class Served(Protocol):
-    """What a listener calls; `channel_server.Server` has it."""
+    """What a listener calls; `Server` has it."""
 
     def begin(self, fd: int) -> None:
         """Note a new connection."""

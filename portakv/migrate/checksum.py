@@ -38,7 +38,7 @@ from portakv.runtime.cuda import ArgumentLists
 from portakv.view import Index, KVView
 
 # ------------------------------------------------------------------------------------------------
-# The words of parts of tensors, and the keys of their positions; `checksum` defines their sum.
+# The words of parts of tensors, and the keys of their positions.
 
 MODULUS = 1 << 64
 #: The integers that words are read as, by bytes.

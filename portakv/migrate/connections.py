@@ -55,10 +55,7 @@ from portakv.migrate.owner import exports_here
 from portakv.migrate.shards import Shard, device_of, unlike
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports.base import Transport
-from portakv.migrate.words import NamesOfOwner as NamesOfOwner
-from portakv.migrate.words import Place as Place
-from portakv.migrate.words import WordsOfOwner as WordsOfOwner
-from portakv.migrate.words import open_names, open_words
+from portakv.migrate.words import NamesOfOwner, Place, WordsOfOwner, open_names, open_words
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.runtime.interrupts import Condition, uninterrupted

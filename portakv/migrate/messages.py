@@ -34,7 +34,7 @@ MOST_NAME = 64
 OfferName = Annotated[bytes, Meta(min_length=LEAST_NAME, max_length=MOST_NAME)]
 MOST_NAMES = 256  # of one question
 MOST_PARTS = 64  # of one request for rows
-Handle = Annotated[bytes, Meta(max_length=4096)]  # made by `ipc`, for `ipc` alone
+Handle = Annotated[bytes, Meta(max_length=4096)]  # made by `shared_memory` for itself alone
 Key = Annotated[bytes, Meta(max_length=64)]  # of a MAC
 Seconds = Annotated[float, Meta(ge=0, le=1e6)]
 Figure = Annotated[float, Meta(ge=0, le=1e9)]  # of a choice: a rate, a ratio, a share
@@ -447,7 +447,7 @@ class Ticket(About, frozen=True, omit_defaults=True):
 
 
 class Named(Message, frozen=True):
-    """The offer of an owner that has a name, as `tickets.Ticket.of` makes it."""
+    """The offer of an owner that has a name, as `owner.Ticket.of` makes it."""
 
     epoch: Id
     address: Text

@@ -24,32 +24,26 @@ from msgspec.structs import replace
 
 from portakv import arguments
 from portakv.errors import InvalidTerms, LayoutError, OfferGone, PeerError, SlotError, Unsupported
-from portakv.graph.alarms import watch as watch
+from portakv.graph.alarms import watch
 from portakv.graph.graph import Graph
 from portakv.graph.task import Task
 from portakv.migrate import messages, shared_memory
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.described import Regions, describe
-from portakv.migrate.figures import Figures as Figures
-from portakv.migrate.figures import owner_figures as owner_figures
+from portakv.migrate.figures import Figures, owner_figures
 from portakv.migrate.messages import Named, offer_name
 from portakv.migrate.shards import Shard, check_length, device_of, index_of, names_of
 from portakv.migrate.staged_owner import BUFFERS, BlockList, Gathers, Offered
-from portakv.migrate.words import Entry as Entry
-from portakv.migrate.words import NameTable
-from portakv.migrate.words import Place as Place
-from portakv.migrate.words import Words as Words
+from portakv.migrate.words import Entry, NameTable, Place, Words
 from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import Condition, abandoned, uninterrupted
 from portakv.runtime.streams import StreamFence, ignore_captures_elsewhere
-from portakv.runtime.tracing import UNTRACED as UNTRACED
-from portakv.runtime.tracing import begin
+from portakv.runtime.tracing import UNTRACED, begin
 from portakv.runtime.transfer import event_pool
-from portakv.view.index import Ids as Ids
-from portakv.view.index import Index as Index
+from portakv.view.index import Ids, Index
 
 # ------------------------------------------------------------------------------------------------
 # Tickets that any process can make: for offers by their names.

@@ -30,7 +30,6 @@ from portakv.errors import (
 from portakv.graph import Graph, Task
 from portakv.migrate.connections import Source, Sources
 from portakv.migrate.crossed import Crossed, PullStatistics, joined_error
-from portakv.migrate.crossed import Encoding as Encoding
 from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
 from portakv.migrate.named import LateLayer, Wanted, forked_error
 from portakv.migrate.words import fence

@@ -896,8 +896,7 @@ class Follower:
 
 # ------------------------------------------------------------------------------------------------
 # Begin pulls that wait: for owners that are not connected yet and for offers by name, in a worker
-# when the offers exist, see `named`; and for the rows of offers that are not complete, see
-# `followed`.
+# when the offers exist, see `named`; and for the rows of offers that are not complete.
 
 
 class ByName:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Take rows from owners through staging buffers.
 
-A `Taker` requests all rows of one offer together. The owner sends them in slices. While one slice
-crosses, the owner fills the buffer of the next, and the reader empties the buffer of the one
-before. The functions run in the workers of a pull.
+A `StagedReceiver` requests all rows of one offer together. The owner sends them in slices. While
+one slice crosses, the owner fills the buffer of the next, and the reader empties the buffer of the
+one before. The functions run in the workers of a pull.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from portakv.layout.encodings import Pack
 from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.checksum import MODULUS, checksum_of
 from portakv.migrate.connections import Source
-from portakv.migrate.crossed import Crossed as Crossed
+from portakv.migrate.crossed import Crossed
 from portakv.migrate.crossing import Crossing, crossings, flagged, runs, scattered
 from portakv.migrate.messages import (
     Answer,

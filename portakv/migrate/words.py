@@ -65,7 +65,10 @@ class Words:
         self._full = False  # the last list of free places was empty, and no offer with one ended
 
     def export(self, files: shared_memory.SharedFiles) -> shared_memory.Held:
-        """Return the page, for readers to open; raise `Unsupported` as `ipc.export` does."""
+        """Return the page, for readers to open.
+
+        Raises `Unsupported` as `shared_memory.export` does.
+        """
         return shared_memory.export(self._page.untyped_storage(), files)
 
     def take(self, offer: bytes, in_use: Iterable[Place]) -> Place:
@@ -99,7 +102,7 @@ class WordsOfOwner:
     """The page of another process, or of this one."""
 
     def __init__(self, handle: bytes) -> None:
-        """Map the page; raise `Unsupported` or `PeerError` as `ipc.open_shared` does."""
+        """Map the page; raise `Unsupported` or `PeerError` as `shared_memory.open_shared` does."""
         page = shared_memory.open_shared(handle, "cpu").view(torch.int64)
         self._words = page.numpy().data.toreadonly()
         self._places = len(self._words) // 2
@@ -251,7 +254,7 @@ class NameTable:
             self.page = _Page(shared_memory.shared_empty(_NBYTES, torch.uint8), to_read=False)
 
     def export(self, files: shared_memory.SharedFiles) -> shared_memory.Held:
-        """Return the page, for readers to open; raise `Unsupported` as `ipc.export` does.
+        """Return the page, for readers to open; raise `Unsupported` as `shared_memory.export` does.
 
         ``files`` are those of a time after `allocate`, which the caller has called.
         """
@@ -308,7 +311,7 @@ class NamesOfOwner:
     """The table of another process, or of this one."""
 
     def __init__(self, handle: bytes, key: bytes) -> None:
-        """Map the page; raise `Unsupported` or `PeerError` as `ipc.open_shared` does."""
+        """Map the page; raise `Unsupported` or `PeerError` as `shared_memory.open_shared` does."""
         page = shared_memory.open_shared(handle, "cpu").view(torch.uint8)
         if page.numel() != _NBYTES:
             raise PeerError("Expected a table of names, got other memory. Use one release.")

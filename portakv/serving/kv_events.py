@@ -21,7 +21,7 @@ from portakv.errors import PeerError
 from portakv.migrate.channel import started_context
 from portakv.migrate.messages import prepare
 from portakv.runtime.resources import reason
-from portakv.serving.scheduler import Described as Described
+from portakv.serving.scheduler import Described
 from portakv.storage.calls import Change
 
 # ------------------------------------------------------------------------------------------------

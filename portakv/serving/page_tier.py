@@ -107,7 +107,7 @@ class _Followed:
 
 
 class _Events:
-    """The pages that were stored and lost; kept from the first call of `store.changes` on."""
+    """The pages that were stored and lost; kept from the first call of `PageStore.changes` on."""
 
     def __init__(self, store: PageStore | ServerPageStore) -> None:
         self._store = store

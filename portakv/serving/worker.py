@@ -28,7 +28,6 @@ from portakv.runtime.resources import start_thread
 from portakv.runtime.streams import StreamFence
 from portakv.serving.handover import Handover
 from portakv.serving.plan import Job, Plan, Report
-from portakv.serving.rehearsal import rehearse as rehearse
 from portakv.storage.form import BlockForm
 from portakv.storage.store import BlockStore
 from portakv.storage.tiers.base import After, Keys

@@ -46,8 +46,7 @@ from portakv.storage.eviction import FIRST, Changed, mark_of, marks_of
 from portakv.storage.form import BlockForm, Slices
 from portakv.storage.memory import Claim, Crossing, Rows, SizedRows, Want, end_later
 from portakv.storage.reasons import OVERFLOWED, Explanation, Reason, Reasons, Report
-from portakv.storage.tiers.base import Keys
-from portakv.storage.tiers.base import TierStore as TierStore
+from portakv.storage.tiers.base import Keys, TierStore
 from portakv.view import KVView
 
 # ------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Chains` chooses the block of a tier that goes next, so that no block goes before the blocks that
-follow from it."""
+"""Which blocks of a tier stay, and which one goes next.
+
+`Chains` lets no block go before the blocks that follow from it.
+"""
 
 from __future__ import annotations
 

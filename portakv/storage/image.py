@@ -6,7 +6,7 @@ verifies it.
 
 Header, little endian: magic 8 bytes, form checksum 16, key 32, generation u64, payload bytes u64,
 segments u32, flags u32, 48 checksums u64, one for each segment; u64 the mark of the predecessor
-(`chains`), 0 in images of older releases; zeros; in the last 8 bytes the seal, a checksum of all
+(`eviction`), 0 in images of older releases; zeros; in the last 8 bytes the seal, a checksum of all
 bytes before it.
 """
 

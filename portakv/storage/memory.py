@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keys of the host tier with their rows: which go next, which stay, and who listens."""
+"""Rows of host memory for a block store, and the index of its host tier."""
 
 from __future__ import annotations
 
@@ -595,7 +595,7 @@ class Want(NamedTuple):
 
 
 class HostIndex:
-    """The keys of the host tier of one form, by its checksum; see `changes.Listed`."""
+    """The keys of the host tier of one form, by its checksum; see `calls.Listed`."""
 
     tier = "host"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask the owner of published weights, and open its memory."""
+"""Publish a model's weights, and send them; a reader's connections to owners of weights."""
 
 from __future__ import annotations
 

@@ -31,7 +31,6 @@ from portakv.graph.task import Task
 from portakv.migrate.channel import Channel
 from portakv.migrate.checksum import BoxSums, SummedPart
 from portakv.migrate.figures import WEIGHTS
-from portakv.migrate.figures import count_weights as count_weights
 from portakv.migrate.messages import carried
 from portakv.migrate.shared_memory import Opener
 from portakv.migrate.transports import check_transport
@@ -56,8 +55,6 @@ from portakv.weights.owner import (
     packed_bytes,
     unpacked,
 )
-from portakv.weights.owner import Published as Published
-from portakv.weights.owner import publish as publish
 from portakv.weights.parameters import (
     Cell,
     Parameters,

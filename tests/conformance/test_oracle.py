@@ -94,7 +94,7 @@ HANDS: list[tuple[str, Any, Any, dict[str, Any], tuple[Any, ...]]] = [
 @pytest.mark.parametrize(
     ("layout", "tensors", "by_hand", "extents", "facts"),
     HANDS,
-    ids=[worker_side[0] for worker_side in HANDS],
+    ids=[each[0] for each in HANDS],
 )
 def test_rows_are_those_of_plain_indexing(
     layout: str, tensors: Any, by_hand: Any, extents: dict[str, Any], facts: tuple[Any, ...]

@@ -48,7 +48,7 @@ NEEDED = {
     ("build_connector_meta", "handle_preemptions"): "the plan says which saves stop",
     ("handle_preemptions", "save_kv_layer"): "blocks are released before layers write",
     ("bind_connector_metadata", "start_load_kv"): "loads are those of the plan",
-    ("start_load_kv", "wait_for_save"): "a hand begins loads before saves",
+    ("start_load_kv", "wait_for_save"): "a worker side begins loads before saves",
     ("save_kv_layer", "wait_for_save"): "saves read what the step has written",
     ("wait_for_save", "get_transfer_results"): "requests that are retained are known",
     ("get_transfer_results", "get_block_ids_with_load_errors"): "a failed load has both",

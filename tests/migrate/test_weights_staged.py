@@ -109,9 +109,10 @@ def test_weights_of_another_process_arrive_without_shared_memory(channels: Chann
 
 _OTHER_HOST = """
 import torch
-from portakv.migrate import Channel, ipc, publish
+from portakv.migrate import Channel, shared_memory
+from portakv.weights import publish
 
-ipc.host_id = lambda: "another host"
+shared_memory.host_id = lambda: "another host"
 channel = Channel("tcp://127.0.0.1:0", secret=secret, timeout=20.0)
 weights = {f"{n}": torch.full((n + 1, 700), n).share_memory_() for n in range(9)}
 published = publish(channel, weights)

@@ -584,12 +584,12 @@ def test_the_thread_outlives_a_failed_look() -> None:
                 raise RuntimeError("dictionary changed size during iteration")
             return super().items()
 
-    class StoreServer(Housekeeper):
+    class Changing(Housekeeper):
         def __init__(self) -> None:
             super().__init__(torch.device("cpu"))
             self._pulls = Changed()
 
-    with closing(StoreServer()) as housekeeper:
+    with closing(Changing()) as housekeeper:
         housekeeper.add(Pull((), math.inf, housekeeper.wake))
         assert until(lambda: housekeeper.ends["committed"] == 1)
     assert failed
@@ -601,7 +601,7 @@ def test_pulls_that_follow_each_other_wake_no_thread(counts: bool) -> None:
     a pull that ended between two turns of the thread counts as an idle one."""
     wakes = list[int]()
 
-    class StoreServer(Housekeeper):
+    class Counting(Housekeeper):
         def wake(self) -> None:
             wakes.append(1)
             super().wake()
@@ -609,7 +609,7 @@ def test_pulls_that_follow_each_other_wake_no_thread(counts: bool) -> None:
         def _look_at_all(self) -> bool:
             return super()._look_at_all() and counts
 
-    with closing(StoreServer(torch.device("cpu"))) as housekeeper:
+    with closing(Counting(torch.device("cpu"))) as housekeeper:
         for _ in range(2 * IDLE):
             pull = Pull((), math.inf, housekeeper.report)
             housekeeper.add(pull)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hand whose layers wait by words: loads that land, fail, are late or never raise a word."""
+"""A worker side whose layers wait by words: loads that land, fail, are late or raise no word."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def host(case: Case) -> Iterator[Case]:
 
 
 class Model(threading.Thread):
-    """A model that computes as a replayed graph does: without any call of a hand."""
+    """A model that computes as a replayed graph does: without any call of a `WorkerSide`."""
 
     def __init__(self, words: LayerWords, layers: list[torch.Tensor]) -> None:
         super().__init__()

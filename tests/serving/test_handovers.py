@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ledgers of two engines that hand requests over, by random walks and step by step."""
+"""The scheduler sides of two engines that hand requests over, by random walks and step by step."""
 
 from __future__ import annotations
 

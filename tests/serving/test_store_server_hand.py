@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hands whose blocks a server stores, in the model of an engine with ranks or with stages."""
+"""Worker sides whose blocks a server stores, in the model of an engine with ranks or stages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class KeptStore:
         form = self.form(view, 0)
         whole = BlockForm.of(view, "model", block_size=self.size).image_bytes
         room = chance.choice([6, 40]) * max(whole, 2 * form.image_bytes)
-        name = f"hands {os.getpid()} {id(self)}"
+        name = f"sides {os.getpid()} {id(self)}"
         self.store_server = StoreServer(StoreTerms(host=room, staging=2 * room), name)
         self.index = ServerIndex(self.store_server.place, name)
         self.name = name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hand of a worker over a block store, in the model of an engine and step by step."""
+"""A worker's side over a block store, in the model of an engine and step by step."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def store() -> Iterator[BlockStore]:
 
 
 def reported(worker_side: WorkerSide) -> Report:
-    """Return what a hand reports until it has nothing to do."""
+    """Return what a worker side reports until it has nothing to do."""
     made = Report()
     while worker_side.busy:
         made = made.merged(worker_side.report())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of a hand that begin some steps late, as on a busy machine."""
+"""Copies of a worker side that begin some steps late, as on a busy machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STALL = 1.0  # seconds without a step, after which it begins
 def read_late(worker_side: Any) -> None:
     """Let each copy of a save or load that a worker makes begin some steps late.
 
-    A copy that a step makes itself, or waits for, is not late. ``hand``: of this process.
+    A copy that a step makes itself, or waits for, is not late. ``worker_side``: of this process.
     """
     steps = [0]
     last = [time.monotonic()]  # step

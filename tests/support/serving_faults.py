@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ledgers with a bug, which walks and real engines must find."""
+"""Scheduler sides with a bug, which walks and real engines must find."""
 
 from __future__ import annotations
 

@@ -329,7 +329,7 @@ class Pool:
         request.blocks[:past] = [GONE] * past
 
     def hold(self, blocks: Sequence[int]) -> None:
-        """Keep blocks from reuse, for a ledger."""
+        """Keep blocks from reuse, for a scheduler side."""
         for block in blocks:
             assert block != GONE, "a block is held that is gone"
             assert self._references[block], "a block is held that nothing has"
@@ -372,7 +372,7 @@ class Holder:
 
 
 class Engine:
-    """The scheduler of a serving engine, whose hooks call a ledger."""
+    """The scheduler of a serving engine, whose hooks call a `SchedulerSide`."""
 
     def __init__(
         self,

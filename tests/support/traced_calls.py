@@ -312,7 +312,7 @@ def _steps(hooks: Any, folder: str) -> Made:
     names = map(str, itertools.count())
     vars(hooks.vllm_ranks)["PATIENCE"] = 0.0  # the worker comes after the scheduler
     store = SimpleNamespace(configurations=vllm_stub.configuration(folder, "e", many + 1, size))
-    scheduler_side = hooks.HookLedger(size, [], 1, store, None, None)
+    scheduler_side = hooks.HookSchedulerSide(size, [], 1, store, None, None)
     draw = SimpleNamespace(blocks=many, block_size=size)
     worker = hooks.HookWorker(SimpleNamespace(draw=draw, store=store), 0)
     loads = range(32, 40)  # blocks of the engine

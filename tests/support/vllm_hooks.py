@@ -59,7 +59,7 @@ class HookStore:
         """Nothing is damaged; the host tier evicts."""
 
 
-class HookLedger:
+class HookSchedulerSide:
     """A scheduler side behind the hooks of the scheduler."""
 
     def __init__(
@@ -256,7 +256,7 @@ def walk(seed: int, folder: str) -> Mapping[str, int]:
     HookStore.folder = folder
     HookStore.across = seed % 2 == 0
     ranks.PATIENCE = 0.0  # the worker comes after the scheduler
-    engine = HookEngine(HookLedger, seed, HookStore, HookWorker)  # type: ignore[arg-type]
+    engine = HookEngine(HookSchedulerSide, seed, HookStore, HookWorker)  # type: ignore[arg-type]
     connector = engine.scheduler_side.connector  # type: ignore[attr-defined]
     try:
         if HookStore.shared:

@@ -31,7 +31,7 @@ class Replay:
     Args:
         module: of the connector.
         name: of the engine.
-        scheduler side: the class of the scheduler's scheduler side; None: the connector's.
+        scheduler_side: the class of the connector's `scheduler_side`; None: the connector's.
 
     Attributes:
         recorder: of the hooks that are called.
@@ -65,7 +65,7 @@ class Replay:
 
     @property
     def scheduler_side(self) -> SchedulerSide:
-        """Return the scheduler side of the scheduler's side."""
+        """Return the `SchedulerSide` of the scheduler's connector."""
         scheduler_side: SchedulerSide = self._sides[SCHEDULER].scheduler_side
         return scheduler_side
 

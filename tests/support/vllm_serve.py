@@ -206,7 +206,7 @@ class Serve(Running):
 
     def lines(self) -> list[str]:
         """Return the lines that PortaKV has logged: of its modules, and those without a form."""
-        own = ("local.py", "rate_limited_log.py", "vllm_ranks.py", "keeper", "portakv")
+        own = ("local.py", "rate_limited_log.py", "ranks.py", "[link.py", "[server.py", "portakv")
         return [line for line in self.logged().splitlines() if any(name in line for name in own)]
 
 

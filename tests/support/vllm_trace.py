@@ -148,7 +148,7 @@ class Pace:
         store.open = open_paced
 
     def count(self, worker_side: Any) -> None:
-        """Count the steps of a hand, each of which ends with a call of `save`."""
+        """Count the steps of a worker side, each of which ends with a call of `save`."""
         save = worker_side.save
 
         def count_step(plan: Plan) -> None:

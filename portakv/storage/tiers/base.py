@@ -32,7 +32,8 @@ Promises of an implementation:
 A tier store with a method ``look`` looks at its medium there, before figures are read for operators
 and their alarms. An engine reads `statistics` in its steps, without that.
 
-A tier store with an index that another process may follow also has `changes.Listed`'s methods.
+A tier store with an index that another process may follow also has the methods of
+`portakv.storage.calls.Listed`.
 
 `portakv conform --contract tier NAME` runs these promises over a tier.
 """

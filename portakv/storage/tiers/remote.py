@@ -2,7 +2,7 @@
 """The tier of a block store that lies in an object store: S3, GCS, Azure, HTTP, a folder, memory.
 
 Retry and resume are obstore's, by settings. This module makes requests, stops them for a while
-after failures, and shows no secret. `portakv.storage.tiers.remote` has the blocks of a form.
+after failures, and shows no secret. `RemoteStore` has the blocks of a form.
 """
 
 from __future__ import annotations
