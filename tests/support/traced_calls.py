@@ -310,7 +310,7 @@ def _steps(hooks: Any, folder: str) -> Made:
     tokens = 8 * size  # of a request
     many = 64
     names = map(str, itertools.count())
-    vars(hooks.vllm_ranks)["PATIENCE"] = 0.0  # the worker comes after the scheduler
+    vars(hooks.ranks)["PATIENCE"] = 0.0  # the worker comes after the scheduler
     store = SimpleNamespace(configurations=vllm_stub.configuration(folder, "e", many + 1, size))
     scheduler_side = hooks.HookSchedulerSide(size, [], 1, store, None, None)
     draw = SimpleNamespace(blocks=many, block_size=size)
