@@ -121,7 +121,8 @@ def _save_chain(
     """Save blocks of a chain, each call after the end of the call before it."""
     for at in range(first, past, CALL):
         after = keys[at - 1] if at else None
-        saved = store.save(view, range(CALL), keys[at : at + CALL], after=after)
+        some = keys[at : min(at + CALL, past)]
+        saved = store.save(view, range(len(some)), some, after=after)
         saved.synchronize(60)
         if not saved.landed.all():
             raise RuntimeError(f"{int((~saved.landed).sum())} blocks from {at} on were not saved")
@@ -130,4 +131,5 @@ def _save_chain(
 def _load_chain(store: BlockStore, view: KVView, keys: Sequence[bytes]) -> None:
     """Load a whole chain; a block that does not land raises."""
     for at in range(0, len(keys), CALL):
-        store.load(view, range(CALL), keys[at : at + CALL]).synchronize(60)
+        some = keys[at : at + CALL]
+        store.load(view, range(len(some)), some).synchronize(60)
