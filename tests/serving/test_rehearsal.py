@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.waits import LIMIT, until
 
 from portakv import CopyPlan, KVView, copy_rows
 from portakv.backends.rows_kernel import RowsKernel
@@ -111,9 +112,12 @@ def test_the_caches_keep_their_bytes(
     if handover.owner is not None:
         assert handover.owner.counts["taken"] == handover.owner.counts["offered"] > 0
     if handover.reader is not None:
-        ends = handover.reader.statistics()
+        reader = handover.reader
+        # A pull leaves the reader a moment after its end.
+        assert until(lambda: reader.statistics()["pulls"] == 0, LIMIT)
+        ends = reader.statistics()
         assert ends["committed"] > 0
-        assert ends["failed"] == ends["pulls"] == 0
+        assert ends["failed"] == 0
 
 
 def test_the_caches_of_a_device_keep_their_bytes(
