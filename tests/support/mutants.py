@@ -288,8 +288,9 @@ class _Pass:
         sys.setprofile(before)
         if self._passed:
             row = {"test": item.nodeid, "seconds": self._seconds, "functions": self._functions()}
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            # One call for a line: several processes write into the file.
+            with self._file.open("ab", buffering=0) as file:
+                file.write(json.dumps(row).encode() + b"\n")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._seconds += report.duration
@@ -338,7 +339,7 @@ class Judge:
 
     def run(self, tree: Path, words: Sequence[str], seconds: float, **values: str) -> int | None:
         """Run tests in a copy; return the exit code, or None after so many seconds."""
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
         command += ["-p", "support.mutants", "-k", f"not {LEFT_OUT}", *words]
         paths = [str(tree / "src"), str(tree / "tests"), os.environ.get("PYTHONPATH", "")]
         environment = {
@@ -384,15 +385,15 @@ def first_pass(
 ) -> list[Entered]:
     """Run the tests of the packages once, or read what an earlier run noted."""
 
-    def work(package: str) -> None:
+    for package in packages:
         part = notes_of(file, commit, package)
         if part.exists():
-            return
+            continue
         tree = judge.idle.get()
         notes = tree / "entered"
         notes.unlink(missing_ok=True)
+        words = [f"-n{jobs if jobs > 1 else 0}", "--maxfail=1000000", f"tests/{package}"]
         try:
-            words = ["--maxfail=1000000", f"tests/{package}"]
             code = judge.run(tree, words, PASS, **{ENTERED: str(notes)})
         finally:
             judge.idle.put(tree)
@@ -400,9 +401,6 @@ def first_pass(
             raise SystemExit(f"Expected tests/{package} to run, got the exit code {code}.")
         shutil.move(notes, part)
         print(f"tests/{package}: noted, exit code {code}", flush=True)
-
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(work, packages))
     entered = []
     for package in packages:
         notes = notes_of(file, commit, package)
@@ -450,7 +448,7 @@ def verdict(mutant: Mutant, judge: Judge, entered: Sequence[Entered]) -> dict[st
             seconds = START + TIMES * sum(each.seconds for each in chosen)
             path.write_text(applied(mutant.change, text), encoding="utf-8")
             try:
-                code = judge.run(tree, files, seconds, **{CHOSEN: str(names)})
+                code = judge.run(tree, ["-n0", *files], seconds, **{CHOSEN: str(names)})
             finally:
                 path.write_text(text, encoding="utf-8")
             state = "hung" if code is None else "survived" if code == 0 else "killed"
