@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// The plan of a copy between two forms, before any address or id is known.
+//
+// A plan is one nest of loops, or one for each kv if they differ: units x strided loops x one
+// contiguous run. The structs mirror the dataclasses of portakv/plan/loops.py.
+#ifndef PORTAKV_PLAN_H
+#define PORTAKV_PLAN_H
+
+#include <cstdint>
+#include <vector>
+
+#include "form.h"
+
+namespace portakv {
+
+// The location of the units of one side. Words: table, offset, steps of a unit's number.
+//
+// The number of a unit walks through `units`, outermost (unbounded) first: n % extent from the
+// innermost on, as in positional notation.
+struct Side {
+  int64_t table;
+  int64_t offset;
+  std::vector<Step> units;
+};
+
+// Steps that both sides take together. Words: the six members in their order.
+//
+// `axes` names the axes that were merged into the loop: base-8 digits of `Axis`, the outermost axis
+// in the most significant digit.
+struct Loop {
+  int64_t axes;
+  int64_t extent;
+  int64_t src_table;
+  int64_t src_stride;
+  int64_t dst_table;
+  int64_t dst_stride;
+
+  // Return true if a side looks its address up for each step.
+  bool tabled() const { return src_table != 0 || dst_table != 0; }
+};
+
+// One nest. Words: src side, dst side, a count of loops and the loops, run, vector.
+//
+// Loops are in their order from the outermost one on. `vector` is the widest access in bytes that
+// everything in the nest allows.
+struct Nest {
+  Side src;
+  Side dst;
+  std::vector<Loop> loops;
+  int64_t run;
+  int64_t vector;
+};
+
+// Words: unit, a count of nests and the nests, then 1 or 0 for each side: src_anywhere,
+// dst_anywhere.
+struct Plan {
+  int64_t unit;  // tokens moved for each index read
+  std::vector<Nest> nests;
+  // A side without ids may begin between two units if its tokens lie at one stride from one address.
+  bool src_anywhere;
+  bool dst_anywhere;
+};
+
+// Read a plan from its words; raise `Malformed`.
+Plan read_plan(const int64_t *words);
+
+void write_plan(const Plan &plan, Writer &writer);
+
+}  // namespace portakv
+
+#endif
