@@ -42,6 +42,41 @@ PORTAKV_API const char *portakv_core_sources(void);
 // Return PORTAKV_CORE_ABI of the header that the library was built with.
 PORTAKV_API int portakv_core_abi(void);
 
+// --- Plans ------------------------------------------------------------------------------------
+
+// Codes of the functions below. The values of a refusal's sentence are in `out`.
+enum {
+  PORTAKV_MALFORMED = -1,           // the words are not those of forms, or products pass 64 bits
+  PORTAKV_NO_MEMORY = -2,           // an allocation failed
+  PORTAKV_PLAN_UNLIKE = -10,        // the forms differ in kv, layers, heads, widths or pages
+  PORTAKV_PLAN_UNIT = -11,          // the unit divides the steps and block sizes not; the largest
+  PORTAKV_PLAN_PAGES = -12,         // no unit holds whole opaque pages
+  PORTAKV_PLAN_NO_FACTOR = -13,     // tokens moved together, tokens of a block
+  PORTAKV_PLAN_NO_REFINEMENT = -14  // axis, counts of steps of both sides, then their extents
+};
+
+// The words that `out` has room for at least, so that the values of every refusal fit.
+#define PORTAKV_PLAN_LEAST 128
+
+// Plan a copy between two forms, and write the words of the plan to `out`.
+//
+// src, dst            words of the forms (form.h)
+// src_step, dst_step  tokens for each id of that side; 0 for a side without ids
+// unit                tokens moved together; 0 for the most that both sides allow
+// Return the words of the plan, more than `capacity` if `out` is too small; or a code.
+PORTAKV_API int64_t portakv_plan_make(const int64_t *src, const int64_t *dst, int64_t src_step,
+                                      int64_t dst_step, int64_t unit, int64_t *out,
+                                      int64_t capacity);
+
+// Plan a copy that packs the blocks of one form into those of another, or unpacks them.
+//
+// raw, packed   words of the forms
+// packs         1 from raw to packed, 0 from packed to raw
+// equal_planes  1 if the packed planes of all kv have one geometry
+// Write a count of nests and the nests (PackNest in plan.h) to `out`; return as above.
+PORTAKV_API int64_t portakv_plan_pack(const int64_t *raw, const int64_t *packed, int packs,
+                                      int equal_planes, int64_t *out, int64_t capacity);
+
 #ifdef __cplusplus
 }
 #endif
