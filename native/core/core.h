@@ -34,9 +34,6 @@
 extern "C" {
 #endif
 
-// Codes of more than one subject.
-#define PORTAKV_MALFORMED (-1)  // words that describe nothing that the core can work with
-
 // --- The library ------------------------------------------------------------------------------
 
 // Return the hash of the sources that the library was built from, in hexadecimal digits.
@@ -45,11 +42,47 @@ PORTAKV_API const char *portakv_core_sources(void);
 // Return PORTAKV_CORE_ABI of the header that the library was built with.
 PORTAKV_API int portakv_core_abi(void);
 
+// --- Plans ------------------------------------------------------------------------------------
+
+// Codes of the functions below. The values of a refusal's sentence are in `out`.
+enum {
+  PORTAKV_MALFORMED = -1,           // the words are not those of forms, or products pass 64 bits
+  PORTAKV_NO_MEMORY = -2,           // an allocation failed
+  PORTAKV_PLAN_UNLIKE = -10,        // the forms differ in kv, layers, heads, widths or pages
+  PORTAKV_PLAN_UNIT = -11,          // the unit divides the steps and block sizes not; the largest
+  PORTAKV_PLAN_PAGES = -12,         // no unit holds whole opaque pages
+  PORTAKV_PLAN_NO_FACTOR = -13,     // tokens moved together, tokens of a block
+  PORTAKV_PLAN_NO_REFINEMENT = -14  // axis, counts of steps of both sides, then their extents
+};
+
+// The words that `out` has room for at least, so that the values of every refusal fit.
+#define PORTAKV_PLAN_LEAST 128
+
+// Plan a copy between two forms, and write the words of the plan to `out`.
+//
+// src, dst            words of the forms (form.h)
+// src_step, dst_step  tokens for each id of that side; 0 for a side without ids
+// unit                tokens moved together; 0 for the most that both sides allow
+// Return the words of the plan, more than `capacity` if `out` is too small; or a code.
+PORTAKV_API int64_t portakv_plan_make(const int64_t *src, const int64_t *dst, int64_t src_step,
+                                      int64_t dst_step, int64_t unit, int64_t *out,
+                                      int64_t capacity);
+
+// Plan a copy that packs the blocks of one form into those of another, or unpacks them.
+//
+// raw, packed   words of the forms
+// packs         1 from raw to packed, 0 from packed to raw
+// equal_planes  1 if the packed planes of all kv have one geometry
+// Write a count of nests and the nests (PackNest in plan.h) to `out`; return as above.
+PORTAKV_API int64_t portakv_plan_pack(const int64_t *raw, const int64_t *packed, int packs,
+                                      int equal_planes, int64_t *out, int64_t capacity);
+
 // --- Kernels that copy rows -------------------------------------------------------------------
 
-// Codes below 0; those above 0 are the driver's.
-#define PORTAKV_ROWS_TOO_MANY_LOOPS (-20)  // the argument of the kernels does not hold a nest
-#define PORTAKV_ROWS_TOO_MANY_UNITS (-21)  // the kernels count the units of a view in 32 bits
+enum {
+  PORTAKV_ROWS_LOOPS = -40,  // the kernels' argument does not hold a nest; its loops, its planes
+  PORTAKV_ROWS_UNITS = -41   // the kernels count the units of a view in 32 bits
+};
 
 // The launches of a plan by its kernels, with all values that no call changes. Any number of threads
 // may use one.
@@ -66,11 +99,10 @@ typedef struct portakv_rows_side {
 } portakv_rows_side;
 
 // Write the words of one nest of a plan as a kernel: `RowsShape` of rows.h has their order, and
-// `RowsOptions` that of `options`. Return their number, which may exceed the capacity;
-// PORTAKV_ROWS_TOO_MANY_LOOPS with detail = loops of the nest, planes; or PORTAKV_MALFORMED.
+// `RowsOptions` that of `options`. Return their number, which may exceed the capacity; or a code,
+// with the values of its sentence in `out`.
 PORTAKV_API int64_t portakv_rows_describe(const int64_t *plan, int64_t nest,
-                                          const int64_t *options, int64_t *out, int64_t capacity,
-                                          int64_t *detail);
+                                          const int64_t *options, int64_t *out, int64_t capacity);
 
 // Return the launches of a plan; null if its words are malformed or memory is short. The caller
 // closes it.
@@ -90,7 +122,7 @@ PORTAKV_API void portakv_rows_close(portakv_rows *rows);
 
 // Order a copy of `count` tokens, whole units, on a stream of the current device. `status` is the
 // device's address of the word for the first bad id; 0: none. Return 0, the driver's error, or
-// PORTAKV_ROWS_TOO_MANY_UNITS. Launches before the one that failed stay ordered.
+// PORTAKV_ROWS_UNITS. Launches before the one that failed stay ordered.
 PORTAKV_API int portakv_rows_run(const portakv_rows *rows, const portakv_rows_side *src,
                                  const portakv_rows_side *dst, int64_t count, uint64_t status,
                                  void *stream);

@@ -290,7 +290,7 @@ Request request_of(const RowsSide &fixed, const portakv_rows_side &side, int64_t
 extern "C" {
 
 int64_t portakv_rows_describe(const int64_t *plan_words, int64_t nest, const int64_t *options,
-                              int64_t *out, int64_t capacity, int64_t *detail) {
+                              int64_t *out, int64_t capacity) {
   try {
     const Plan plan = read_plan(plan_words);
     if (nest < 0 || nest >= static_cast<int64_t>(plan.nests.size())) return PORTAKV_MALFORMED;
@@ -300,9 +300,11 @@ int64_t portakv_rows_describe(const int64_t *plan_words, int64_t nest, const int
     write_shape(rows_shape(plan.nests[static_cast<size_t>(nest)], plan.unit, known), writer);
     return writer.count();
   } catch (const TooManyLoops &refused) {
-    detail[0] = refused.loops;
-    detail[1] = refused.planes;
-    return PORTAKV_ROWS_TOO_MANY_LOOPS;
+    out[0] = refused.loops;
+    out[1] = refused.planes;
+    return PORTAKV_ROWS_LOOPS;
+  } catch (const std::bad_alloc &) {
+    return PORTAKV_NO_MEMORY;
   } catch (...) {
     return PORTAKV_MALFORMED;
   }
@@ -343,7 +345,7 @@ int portakv_rows_run(const portakv_rows *rows, const portakv_rows_side *src,
   const int64_t unit = rows->unit;
   const int64_t units = count / unit;
   // The kernel counts units in 32 bits.
-  if (std::max(src->slots, dst->slots) / unit > kMaxNumbers) return PORTAKV_ROWS_TOO_MANY_UNITS;
+  if (std::max(src->slots, dst->slots) / unit > kMaxNumbers) return PORTAKV_ROWS_UNITS;
   alignas(16) unsigned char buffer[kMostBytes];
   for (const Kernel &kernel : rows->kernels) {
     const RowsShape &shape = kernel.shape;
