@@ -127,6 +127,12 @@ PORTAKV_API int portakv_rows_run(const portakv_rows *rows, const portakv_rows_si
                                  const portakv_rows_side *dst, int64_t count, uint64_t status,
                                  void *stream);
 
+// The same for sides that were filled before: each has its ids at another address and begins at the
+// position `first` of them, or it has no ids, and its one tensor lies at another address.
+PORTAKV_API int portakv_rows_again(const portakv_rows *rows, const portakv_rows_side *src,
+                                   const portakv_rows_side *dst, int64_t src_at, int64_t dst_at,
+                                   int64_t first, int64_t count, uint64_t status, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -388,4 +388,23 @@ int portakv_rows_run(const portakv_rows *rows, const portakv_rows_side *src,
   return 0;
 }
 
+int portakv_rows_again(const portakv_rows *rows, const portakv_rows_side *src,
+                       const portakv_rows_side *dst, int64_t src_at, int64_t dst_at, int64_t first,
+                       int64_t count, uint64_t status, void *stream) {
+  const auto placed = [first](const portakv_rows_side &side, const int64_t *at) {
+    portakv_rows_side result = side;
+    if (side.ids != 0) {
+      result.ids = *at;
+      result.offset = first;
+    } else {
+      result.addresses = at;
+      result.offset = 0;
+    }
+    return result;
+  };
+  const portakv_rows_side from = placed(*src, &src_at);
+  const portakv_rows_side to = placed(*dst, &dst_at);
+  return portakv_rows_run(rows, &from, &to, count, status, stream);
+}
+
 }  // extern "C"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from types import ModuleType
-from typing import Any, SupportsInt
+from typing import Any, NoReturn, SupportsInt
 
 import torch
 
@@ -108,6 +108,11 @@ def function(library: ctypes.CDLL, name: str, *arguments: Any) -> Callable[..., 
     entry.argtypes = arguments
     entry.restype = ctypes.c_int
     return entry
+
+
+def entry_of(name: str) -> int:
+    """Return the address of a function of the driver."""
+    return ctypes.cast(library()[name], ctypes.c_void_p).value or 0
 
 
 # Values of CUpointer_attribute and CUresult, which HIP shares.
@@ -315,7 +320,7 @@ class Caller:
         self._wrap = wrap
         self._last: tuple[int | None, object] = (None, None)  # a handle, as a number and wrapped
 
-    def handle(self, stream: torch.Stream | None) -> object:
+    def number(self, stream: torch.Stream | None) -> int | None:
         """Return the driver's handle of ``stream``, or of the current stream of this device.
 
         Returns None if another device is current; the caller must then make this device current.
@@ -325,7 +330,13 @@ class Caller:
         index = self._index
         if not self._alone and self._current() != index:
             return None
-        raw = self._raw(index) if stream is None else raw_stream(stream)
+        return self._raw(index) if stream is None else raw_stream(stream)
+
+    def handle(self, stream: torch.Stream | None) -> object:
+        """Return the handle as `number` does, in the type that a call takes."""
+        raw = self.number(stream)
+        if raw is None:
+            return None
         last = self._last
         if last[0] != raw:
             last = self._last = (raw, self._wrap(raw))
@@ -337,7 +348,7 @@ class CudaDriver(Caller):
 
     ``launch`` takes a function, the blocks along x, y and z, the threads along x, y and z, the
     bytes of shared memory, a stream's handle, the address of the list of parameters, and 0. It
-    returns ``success`` or an error.
+    returns ``success`` or an error. ``entry`` is the address of that function, for the core.
     """
 
     success: object = (0,)
@@ -347,6 +358,7 @@ class CudaDriver(Caller):
         super().__init__(device, driver.CUstream)
         self.device = device
         self.launch: Callable[..., object] = driver.cuLaunchKernel
+        self.entry = entry_of("cuLaunchKernel")
 
     def load(self, source: str, names: Iterable[str]) -> dict[str, object]:
         """Load kernels as the function `load` does."""
@@ -356,9 +368,17 @@ class CudaDriver(Caller):
         """Make the device this thread's current one, with a context."""
         return inside(self.device)
 
+    def address(self, function: Any) -> int:
+        """Return a kernel's handle as a number."""
+        return int(function)
+
     def check(self, result: Any, what: str) -> None:
         """Raise `TransferError` for a result that is not ``success``."""
         check(result[0], what)
+
+    def refuse(self, error: int, what: str) -> NoReturn:
+        """Raise `TransferError` for an error of the function at `entry`."""
+        raise refused(error_name(error, library()), what)
 
     def word(self, address: int) -> int:
         """Return the device's address of pinned memory, which equals the host's."""

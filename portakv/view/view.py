@@ -361,8 +361,18 @@ class KVView:
         """Return the table of addresses as an int64 array on the host; callers do not write it."""
         result: npt.NDArray[np.int64] | None = self.derived.get("addresses")
         if result is None:
-            result = self.derived["addresses"] = np.array(self.origins, dtype=np.int64)
+            # The first array stays: launches in other threads may read it by its address.
+            made = np.array(self.origins, dtype=np.int64)
+            result = self.derived.setdefault("addresses", made)
         return result
+
+    @property
+    def addresses_at(self) -> int:
+        """Return the address of `addresses`, for calls of the core during which the view lives."""
+        at: int | None = self.derived.get("addresses at")
+        if at is None:
+            at = self.derived["addresses at"] = self.addresses.__array_interface__["data"][0]
+        return at
 
     @property
     def table(self) -> torch.Tensor:

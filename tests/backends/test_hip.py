@@ -267,7 +267,7 @@ def launch(backend: Hip, copied: Copy, status: torch.Tensor | None = None, **mor
 def test_the_text_has_nothing_of_nvidia_or_of_warps() -> None:
     """Code under NVIDIA's own conditions does not count."""
     plan = COPIES["gather"]().plan()
-    text = RowsKernel(plan.nests[0], plan).source
+    text = RowsKernel(plan).source
     nvidia = r"^#if[^\n]*(__CUDA_ARCH__|__CUDACC_RTC__).*?^#(else|endif)|^ *//[^\n]*"
     code = re.sub(nvidia, "", text, flags=re.MULTILINE | re.DOTALL)
     assert "portakv_rows" in code
@@ -311,7 +311,7 @@ def test_a_text_is_compiled_once_and_kept_on_disk() -> None:
     first = HipEmulated(CPU)
     second = HipEmulated(CPU)
     plan = COPIES["gather"]().plan()
-    source = RowsKernel(plan.nests[0], plan).source
+    source = RowsKernel(plan).source
     assert not _hip_driver.compiled_before(fake_driver(), source, "gfx906")
     first.prepare(plan)
     assert _hip_driver.compiled_before(fake_driver(), source, "gfx906")
@@ -325,7 +325,7 @@ def test_what_the_fake_refuses() -> None:
     """A launch that a device would refuse must not pass here."""
     backend = HipEmulated(CPU)
     plan = COPIES["gather"]().plan()
-    (loaded,) = backend._kernels.functions([RowsKernel(plan.nests[0], plan)])
+    (loaded,) = backend._kernels.functions([RowsKernel(plan)])
     refused_by = fake_driver().runtime.hipModuleLaunchKernel
     argument = ctypes.create_string_buffer(4096)
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
