@@ -276,11 +276,15 @@ class Card:
                 f"{self.architecture!r}; use a newer torch for ROCm"
             )
         self.launch: Callable[..., object] = driver.runtime.hipModuleLaunchKernel
-        launch = ctypes.cast(driver.runtime["hipModuleLaunchKernel"], ctypes.c_void_p)
-        self.entry = launch.value or 0
         # A runtime need not copy a module's code, so that the code is retained here.
         self._loaded: list[tuple[ctypes.c_void_p, bytes]] = []
         self._process = this_process()
+
+    @property
+    def entry(self) -> int:
+        """Return the address of hipModuleLaunchKernel, for the core."""
+        launch = self._driver.runtime["hipModuleLaunchKernel"]
+        return ctypes.cast(launch, ctypes.c_void_p).value or 0
 
     def _facts(self) -> tuple[str, str]:
         facts = torch.cuda.get_device_properties(self.device)

@@ -145,6 +145,9 @@ class HostDriver(CudaDriver):
         assert stream is None, "the host has no streams"
         return 0
 
+    def handle(self, stream: torch.Stream | None) -> int:
+        return self.number(stream)
+
     def address(self, function: Any) -> int:
         self._functions.append(function)
         return len(self._functions)
