@@ -137,7 +137,10 @@ def test_every_kernel_compiles_to_machine_code(architecture: int) -> None:
 
 def chosen(tables: bool) -> list[tuple[str, RowsKernel]]:
     """One kernel for each width, or for each pair of tables too."""
-    kinds = {(k.vector, k.src.kind * tables, k.dst.kind * tables): s for s, k in KERNELS.items()}
+    kinds = {}
+    for source, kernel in KERNELS.items():
+        shape = kernel.shape
+        kinds[shape.vector, shape.src.lookup * tables, shape.dst.lookup * tables] = source
     return [(source, KERNELS[source]) for source in kinds.values()]
 
 
