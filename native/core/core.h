@@ -133,6 +133,10 @@ PORTAKV_API int portakv_rows_again(const portakv_rows *rows, const portakv_rows_
                                    const portakv_rows_side *dst, int64_t src_at, int64_t dst_at,
                                    int64_t first, int64_t count, uint64_t status, void *stream);
 
+// Check the machine and the build. Return 0, or the number of the first check that fails, from 1 on
+// in the order of self_test.cpp.
+PORTAKV_API int portakv_core_self_test(void);
+
 #ifdef __cplusplus
 }
 #endif
