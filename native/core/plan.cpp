@@ -124,7 +124,9 @@ bool all_begin_anywhere(const std::vector<Chain> &chains, int64_t step) {
 }
 
 // Return the tokens of a block, or the greatest common divisor of several; 0 if there are no blocks.
-int64_t block_tokens(const std::vector<Chain> &chains) {
+// A unit of opaque pages is one page, also where a page is one token.
+int64_t block_tokens(const Form &form, const std::vector<Chain> &chains) {
+  if (form.opaque) return form.block_size;
   int64_t result = 0;
   for (const Chain &chain : chains) {
     if (chain.size() < 2) continue;
@@ -523,8 +525,8 @@ bool make_plan(const Form &src, const Form &dst, int64_t src_step, int64_t dst_s
 
   // 0 if any number of tokens can be moved together.
   int64_t most = common_divisor(src_step, dst_step);
-  most = common_divisor(most, block_tokens(sides.src_chains));
-  most = common_divisor(most, block_tokens(sides.dst_chains));
+  most = common_divisor(most, block_tokens(src, sides.src_chains));
+  most = common_divisor(most, block_tokens(dst, sides.dst_chains));
   if (unit < 0 || (unit > 0 && most % unit != 0)) return refuse(refusal, PORTAKV_PLAN_UNIT, {most});
 
   plan.src_anywhere = all_begin_anywhere(sides.src_chains, src_step);
