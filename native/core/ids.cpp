@@ -16,8 +16,8 @@ namespace portakv {
 Places::Places(const portakv_ids &list) : first(0), past(0) {
   if (list.data == nullptr || list.length <= 0 || list.offset < 0 || list.count <= 0) return;
   if (list.step <= 0 || list.step > kPastAnyView) return;
-  if (list.offset > kPastAnyView || list.count > kPastAnyView) return;
-  const int64_t end = list.offset + list.count;  // of at most 2^63 - 1, since neither is above 2^62
+  if (list.offset >= kPastAnyView || list.count >= kPastAnyView) return;
+  const int64_t end = list.offset + list.count;
   first = std::min(list.offset / list.step, list.length);
   past = std::min((end - 1) / list.step + 1, list.length);
 }
