@@ -387,11 +387,13 @@ int64_t write_last(const portakv_ids_last_call &call) {
   const portakv_ids &list = call.ids;
   if (list.data == nullptr || list.length <= 0) return 0;
   return with_ids(list, [&](const auto &ids) {
-    int64_t largest = -1;
+    // No id of 0 or more is above the number that has the bits of all of them.
+    uint64_t bits = 0;
     for (int64_t place = 0; place < list.length; place++) {
-      largest = std::max(largest, ids[place]);
+      const int64_t id = ids[place];
+      bits |= id < 0 ? 0 : static_cast<uint64_t>(id);
     }
-    return with_seen(list.length, largest, [&](auto seen) {
+    return with_seen(list.length, static_cast<int64_t>(bits), [&](auto seen) {
       int64_t replaced = 0;
       for (int64_t place = list.length - 1; place >= 0; place--) {
         const int64_t id = ids[place];

@@ -48,10 +48,9 @@ def as_ids(ids: object) -> torch.Tensor:
 def _read(ids: object) -> tuple[torch.Tensor, npt.NDArray[np.int64] | None]:
     """Return ids as `as_ids` does, and their memory as a contiguous int64 array if they have it."""
     if type(ids) is torch.Tensor:
-        array = _array_of_tensor(ids) if ids.is_cpu else None
-        if array is not None:
-            usual = array.dtype is _INT64 and array.strides == (8,)
-            return ids, array if usual else None
+        read = _read_tensor(ids) if ids.is_cpu else None
+        if read is not None:
+            return read
     elif isinstance(ids, np.ndarray):
         if ids.dtype is _INT64 and ids.strides == (8,) and ids.flags.writeable:
             return torch.from_numpy(ids), ids
@@ -67,10 +66,12 @@ def _read(ids: object) -> tuple[torch.Tensor, npt.NDArray[np.int64] | None]:
     return ids, None
 
 
-def _array_of_tensor(ids: torch.Tensor) -> npt.NDArray[Any] | None:
-    """Return the memory of a tensor on the host as an array, which no longer lets it be resized.
+def _read_tensor(
+    ids: torch.Tensor,
+) -> tuple[torch.Tensor, npt.NDArray[np.int64] | None] | None:
+    """Return a tensor on the host as `_read` does; None: `_check_tensor` has to look at it.
 
-    None: the tensor is not a list of ids, or `_check_tensor` has to look at it.
+    A tensor that numpy has seen cannot be resized.
     """
     try:
         array = ids.numpy()
@@ -78,10 +79,11 @@ def _array_of_tensor(ids: torch.Tensor) -> npt.NDArray[Any] | None:
     except (RuntimeError, TypeError):  # it is no plain tensor
         return None
     dtype = array.dtype
+    if dtype is _INT64 and array.strides == (8,):
+        return (ids, array) if memory and _in_storage(ids) else None
     if not memory or array.ndim != 1 or not (dtype is _INT64 or dtype is _INT32):
         return None
-    dense = array.strides == (array.itemsize,)
-    return array if _in_storage(ids, 1 if dense else ids.stride(0)) else None
+    return (ids, None) if _in_storage(ids, ids.stride(0)) else None
 
 
 def _read_list(listed: list[Any]) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
