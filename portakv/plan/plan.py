@@ -22,7 +22,7 @@ from portakv.plan.loops import Loop, close, refine
 from portakv.plan.loops import Nest as Nest
 from portakv.plan.loops import Side as Side
 from portakv.plan.move import Move as Move
-from portakv.plan.runs import Expansion, Factors, Runs, factors, summed
+from portakv.plan.runs import Runs, check_count, plan_words, runs_of
 from portakv.view.form import Form, KVRows, Step, Steps, merge_steps
 from portakv.view.index import MOST_STEP, Index
 from portakv.view.view import KVView
@@ -163,15 +163,20 @@ class CopyPlan:
             SlotError: an argument that is not a view or an index, an id past the end of its view, a
                 range past the list, or a range or an index that does not consist of whole units.
         """
-        return summed(self.factors(Move(src, dst, src_index, dst_index, count)))
+        self.check_sides(src, dst, src_index, dst_index)
+        check_count(self.unit, count)
+        room = int(count) // self.unit * self.runs_per_unit
+        return runs_of(self.words, Move(src, dst, src_index, dst_index, count), room)
 
-    def factors(self, move: Move, ordered: bool = True) -> list[Factors]:
-        """Return for each nest the runs of a copy, before multiplication; raise as `runs` does.
+    @cached_property
+    def words(self) -> bytes:
+        """Return the plan as the core reads it."""
+        return plan_words(self.unit, self.nests)
 
-        ``ordered``: the lines of a nest are in the order of the source; else in any order.
-        """
-        self.check_sides(move.src, move.dst, move.src_index, move.dst_index)
-        return factors(self._expansions, self.unit, move, ordered)
+    @cached_property
+    def runs_per_unit(self) -> int:
+        """Return the runs of one unit, before neighbours are merged."""
+        return sum(prod(loop.extent for loop in nest.loops) for nest in self.nests)
 
     @cached_property
     def by_unit(self) -> bool:
@@ -182,10 +187,6 @@ class CopyPlan:
     def run(self) -> int:
         """Return the bytes of the shortest contiguous run."""
         return min(nest.run for nest in self.nests)
-
-    @cached_property
-    def _expansions(self) -> list[Expansion]:
-        return [Expansion(nest, self.unit) for nest in self.nests]
 
     def check_sides(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> None:
         """Raise as `runs` does for views and indices that the plan was not made for."""
