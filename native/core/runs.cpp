@@ -11,6 +11,8 @@ namespace portakv {
 
 namespace {
 
+constexpr int64_t kMostPlaces = int64_t{1} << 40;  // that loops lead to
+
 // A place on one side, relative to the origin: entries of the address table, and bytes.
 struct Place {
   int64_t entry;
@@ -103,6 +105,9 @@ Split split_loops(const Nest &nest) {
   split.outer = nest.loops;
   bool src = tabled(nest.src);
   bool dst = tabled(nest.dst);
+  split.by_line[0] = src;
+  split.by_line[1] = dst;
+  if (!src && !dst) return split;
   // A loop that is taken into the lines for one side may need a look-up of the other side, which
   // then takes more loops.
   for (bool more = true; more;) {
@@ -127,12 +132,17 @@ Split split_loops(const Nest &nest) {
 
 // Return the places that loops lead to on a side (0: source), the innermost loop fastest.
 std::vector<Place> walk(const std::vector<Loop> &loops, int side) {
+  if (loops.empty()) return {{0, 0}};
   std::vector<Place> places{{0, 0}};
   std::vector<Place> next;
   for (const Loop &loop : loops) {
     const int64_t table = side == 0 ? loop.src_table : loop.dst_table;
     const int64_t stride = side == 0 ? loop.src_stride : loop.dst_stride;
+    if (loop.extent < 1 || loop.extent > kMostPlaces / static_cast<int64_t>(places.size())) {
+      throw Malformed("a plan has too many planes");
+    }
     next.clear();
+    next.reserve(places.size() * static_cast<size_t>(loop.extent));
     for (const Place &place : places) {
       for (int64_t i = 0; i < loop.extent; i++) {
         next.push_back({place.entry + i * table, place.offset + i * stride});

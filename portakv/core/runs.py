@@ -26,8 +26,9 @@ _OUTSIDE = -1  # PORTAKV_RUNS_OUTSIDE
 _NO_MEMORY = -3  # PORTAKV_RUNS_NO_MEMORY
 _EDGES = -4  # PORTAKV_RUNS_EDGES
 
-#: A buffer of so many times the words of a column is not retained for the column.
-_SPARE = 16
+#: A buffer of more rows than `_FEW`, and of so many times the rows that it has, is not retained.
+_FEW = 1024
+_SPARE = 4
 
 _copy = Struct("=17q").pack
 _request = Struct("=32q").pack
@@ -69,24 +70,23 @@ def pointer_to(array: Int64) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(array)) if array.size else 0  # type: ignore[arg-type]  # arrays are buffers
 
 
-def list_runs(plan: bytes, copy: Sequence[int], room: int) -> tuple[Int64, Int64, Int64] | None:
+def list_runs(plan: bytes, copy: Sequence[int], room: int) -> list[Int64] | None:
     """Return the runs of a copy: source, destination and bytes. None: a position is outside.
 
     ``room``: their number, or more; if they are more, they are listed twice.
     """
     try:
         words = _copy(*copy)
-    except StructError:
+    except StructError:  # a number past 64 bits
         return None
     while True:
         out = np.empty(3 * room + 1, dtype=np.int64)
         number = _functions().runs_list(plan, words, pointer_to(out), room)
+        if 0 <= number <= room:
+            return _columns(out[:-1], 3, number, room)
         if number == _OUTSIDE:
             return None
-        if _known(number) <= room:
-            src, dst, nbytes = (_column(out, at * room, number) for at in range(3))
-            return src, dst, nbytes
-        room = number
+        room = _known(number)
 
 
 def count_groups(
@@ -95,7 +95,7 @@ def count_groups(
     """Return the number of groups of units that follow each other. None: a position is outside."""
     try:
         words = _copy(*copy)
-    except StructError:
+    except StructError:  # a number past 64 bits
         return None
     number = _functions().runs_groups(words, unit, src_limit, dst_limit, most)
     return None if number == _OUTSIDE else _known(number)
@@ -113,18 +113,18 @@ def list_pieces(plan: bytes, request: Sequence[int], room: int) -> list[Int64] |
     """
     try:
         words = _request(*request)
-    except StructError:
+    except StructError:  # a number past 64 bits
         return None
     while True:
         out = np.empty(6 * room + 1, dtype=np.int64)
         number = _functions().pieces_list(plan, words, pointer_to(out), room)
+        if 0 <= number <= room:
+            return _columns(out[1:], 6 if out[0] else 3, number, room)
         if number == _OUTSIDE:
             return None
         if number == _EDGES:
             raise NeedsEdges
-        if _known(number) <= room:
-            return _columns(out, number, room)
-        room = number
+        room = _known(number)
 
 
 def fold_runs(runs: Sequence[int], room: int) -> list[Int64]:
@@ -132,25 +132,24 @@ def fold_runs(runs: Sequence[int], room: int) -> list[Int64]:
     words = _listed(*runs)
     while True:
         out = np.empty(6 * room + 1, dtype=np.int64)
-        number = _known(_functions().pieces_fold(words, pointer_to(out), room))
-        if number <= room:
-            return _columns(out, number, room)
-        room = number
+        number = _functions().pieces_fold(words, pointer_to(out), room)
+        if 0 <= number <= room:
+            return _columns(out[1:], 6 if out[0] else 3, number, room)
+        room = _known(number)
 
 
-def _columns(out: Int64, number: int, room: int) -> list[Int64]:
-    columns = 6 if out[0] else 3
-    return [_column(out, 1 + at * room, number) for at in range(columns)]
-
-
-def _column(out: Int64, first: int, number: int) -> Int64:
-    """Return a part of a buffer; a copy if the buffer would retain much more memory."""
-    column = out[first : first + number]
-    return column.copy() if out.size > _SPARE * number + 64 else column
+def _columns(out: Int64, columns: int, number: int, room: int) -> list[Int64]:
+    """Return the columns of a buffer; copies if the buffer would retain much more memory."""
+    if not room:
+        return [out] * columns
+    found = [out[at : at + number] for at in range(0, columns * room, room)]
+    if room > _FEW and room > _SPARE * number:
+        return [column.copy() for column in found]
+    return found
 
 
 def _known(number: int) -> int:
-    """Return a number of the core; raise for an error of its own."""
+    """Return a number of the core; raise an error for a code."""
     if number >= 0:
         return number
     if number == _NO_MEMORY:

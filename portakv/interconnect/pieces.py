@@ -9,6 +9,7 @@ neighbours follow them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from math import prod
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ LARGE = 4096
 Mask = npt.NDArray[np.bool_]
 
 
+_NOTHING = (0,) * 6  # three empty lists
 _ONES = np.ones(4096, dtype=np.int64)
 _ONES.setflags(write=False)  # the heights of most lists of pieces
 
@@ -154,21 +156,19 @@ def pieces_of(plan: CopyPlan, move: Move, below: int = ALL, merged: bool = False
     src, dst, src_index, dst_index, count = move
     plan.check_sides(src, dst, src_index, dst_index)
     check_count(plan.unit, count)
-    copy = *side_words(src, src_index), *side_words(dst, dst_index), count
-    limits = _limits(below)
-    room = int(count) // plan.unit * plan.runs_per_unit
     # Units that are all bytes at one address join no other, and wide runs join others in their
     # plane alone. Their pieces need no edges of allocations, which take longer than the pieces.
     separate = plan.by_unit and (_whole_entries(plan, src) or _whole_entries(plan, dst))
     edged = not separate and (plan.by_unit or merged or not below <= APART <= plan.run)
+    limits = below, LEAST_HEIGHT, TALL, APART, LARGE, MAX_PITCH, separate, merged
+    copy = *side_words(src, src_index), *side_words(dst, dst_index), count, *limits
+    room = int(count) // plan.unit * plan.runs_per_unit
+    uncrossed = _Uncrossed(src, dst) if edged else _Uncrossed()
     try:
-        uncrossed = _Uncrossed(src, dst) if edged else _Uncrossed()
-        request = *copy, *limits, separate, merged, edged, *uncrossed.words
-        columns = list_pieces(plan.words, request, room)
+        columns = list_pieces(plan.words, (*copy, edged, *uncrossed.words), room)
     except NeedsEdges:
         uncrossed = _Uncrossed(src, dst)
-        request = *copy, *limits, separate, merged, True, *uncrossed.words
-        columns = list_pieces(plan.words, request, room)
+        columns = list_pieces(plan.words, (*copy, True, *uncrossed.words), room)
     if columns is None:
         raise outside(move)
     return _pieces(columns)
@@ -184,13 +184,9 @@ def to_2d_copies(
     columns = [np.ascontiguousarray(column) for column in runs]
     uncrossed = _Uncrossed(*(view for view in (src, dst) if view is not None))
     number = runs.nbytes.size
-    words = *map(pointer_to, columns), number, *_limits(below), *uncrossed.words
+    limits = below, LEAST_HEIGHT, TALL, APART, LARGE, MAX_PITCH
+    words = *map(pointer_to, columns), number, *limits, *uncrossed.words
     return _pieces(fold_runs(words, number))
-
-
-def _limits(below: int) -> tuple[int, ...]:
-    """Return the limits of folding as the core reads them."""
-    return below, LEAST_HEIGHT, TALL, APART, LARGE, MAX_PITCH
 
 
 class _Uncrossed:
@@ -199,20 +195,17 @@ class _Uncrossed:
     ``words``: the lists as the core reads them, while this object lives.
     """
 
-    def __init__(self, *views: KVView) -> None:
-        self._arrays: list[Int64] = []
-        self.words = [0] * 6
-        boundaries = pinned.boundaries()
-        if boundaries:
-            self._add(0, np.array(boundaries, dtype=np.int64))
-        for at, view in enumerate(views, 1):
-            if view.entries > 1:
-                self._add(at, view.edges())
+    __slots__ = ("_arrays", "words")
 
-    def _add(self, at: int, addresses: Int64) -> None:
-        self._arrays.append(addresses)
-        self.words[2 * at] = pointer_to(addresses)
-        self.words[2 * at + 1] = addresses.size
+    def __init__(self, *views: KVView) -> None:
+        boundaries = pinned.boundaries()
+        self.words: tuple[int, ...] = _NOTHING
+        if not (boundaries or views):
+            return
+        self._arrays = [np.array(boundaries, dtype=np.int64)]
+        self._arrays += [view.edges() for view in views if view.entries > 1]
+        lists = [(pointer_to(array), array.size) for array in self._arrays]
+        self.words = (*chain.from_iterable(lists), *_NOTHING)[: len(_NOTHING)]
 
 
 def _whole_entries(plan: CopyPlan, view: KVView) -> bool:

@@ -40,8 +40,8 @@ from portakv.backends.base import Backend, Decision
 from portakv.backends.reference import Reference
 from portakv.errors import BackendUnavailable, PortaKVError
 from portakv.host import pinned
-from portakv.interconnect import staged, staging
 from portakv.interconnect import slices as schedule
+from portakv.interconnect import staged, staging
 from portakv.interconnect.batched_memcpy import LEAST_RUN, BatchedMemcpy
 from portakv.interconnect.link import TorchLink
 from portakv.interconnect.pageable import Pageable
