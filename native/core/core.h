@@ -46,6 +46,41 @@ PORTAKV_API int portakv_core_abi(void);
 // in the order of self_test.cpp.
 PORTAKV_API int portakv_core_self_test(void);
 
+// --- Plans ------------------------------------------------------------------------------------
+
+// Codes of the functions below. The values of a refusal's sentence are in `out`.
+enum {
+  PORTAKV_MALFORMED = -1,           // the words are not those of forms, or products pass 64 bits
+  PORTAKV_NO_MEMORY = -2,           // an allocation failed
+  PORTAKV_PLAN_UNLIKE = -10,        // the forms differ in kv, layers, heads, widths or pages
+  PORTAKV_PLAN_UNIT = -11,          // the unit divides the steps and block sizes not; the largest
+  PORTAKV_PLAN_PAGES = -12,         // no unit holds whole opaque pages
+  PORTAKV_PLAN_NO_FACTOR = -13,     // tokens moved together, tokens of a block
+  PORTAKV_PLAN_NO_REFINEMENT = -14  // axis, counts of steps of both sides, then their extents
+};
+
+// The words that `out` has room for at least, so that the values of every refusal fit.
+#define PORTAKV_PLAN_LEAST 128
+
+// Plan a copy between two forms, and write the words of the plan to `out`.
+//
+// src, dst            words of the forms (form.h)
+// src_step, dst_step  tokens for each id of that side; 0 for a side without ids
+// unit                tokens moved together; 0 for the most that both sides allow
+// Return the words of the plan, more than `capacity` if `out` is too small; or a code.
+PORTAKV_API int64_t portakv_plan_make(const int64_t *src, const int64_t *dst, int64_t src_step,
+                                      int64_t dst_step, int64_t unit, int64_t *out,
+                                      int64_t capacity);
+
+// Plan a copy that packs the blocks of one form into those of another, or unpacks them.
+//
+// raw, packed   words of the forms
+// packs         1 from raw to packed, 0 from packed to raw
+// equal_planes  1 if the packed planes of all kv have one geometry
+// Write a count of nests and the nests (PackNest in plan.h) to `out`; return as above.
+PORTAKV_API int64_t portakv_plan_pack(const int64_t *raw, const int64_t *packed, int packs,
+                                      int equal_planes, int64_t *out, int64_t capacity);
+
 // --- Runs and pieces --------------------------------------------------------------------------
 //
 // A copy is words: the memory and the positions of the source and of the destination, then the
@@ -62,10 +97,8 @@ PORTAKV_API int portakv_core_self_test(void);
 // and return the number of rows that there are: if that is more than `room`, call again with more.
 
 enum {
-  PORTAKV_RUNS_OUTSIDE = -1,    // a position past its list of ids, or past its view
-  PORTAKV_RUNS_MALFORMED = -2,  // words that describe no copy
-  PORTAKV_RUNS_NO_MEMORY = -3,
-  PORTAKV_RUNS_EDGES = -4,  // call again with the edges of allocations
+  PORTAKV_RUNS_OUTSIDE = -20,  // a position past its list of ids, or past its view
+  PORTAKV_RUNS_EDGES = -21     // call again with the edges of allocations
 };
 
 // List the runs of a copy: source, destination, bytes. They are in the order of the source, equal
@@ -83,11 +116,12 @@ PORTAKV_API int64_t portakv_runs_groups(const int64_t *copy, int64_t unit, int64
 // List the pieces of a copy: `out` is a word, 1 if a piece has several rows, and six columns
 // (destination, source, width, height, pitch of the destination, pitch of the source), of which
 // only three are written if all pieces have one row. `request` is the words of a copy, of Limits
-// (pieces.h), three flags, and three lists of addresses that no piece crosses, each a pointer and a
-// number: where registrations meet, and the edges of the allocations of each side. The flags are
-//   separate    each unit is all bytes at one address of a side, so that no units merge
-//   merged      runs that meet where planes end are merged, too
-//   edged       the edges of allocations are listed; else they are asked for if runs could cross any
+// (pieces.h), then
+//   src_whole, dst_whole  all bytes at each address of a side; 0: unknown, or it has one address
+//   merged                1: runs that meet where planes end are merged, too
+//   edged                 1: the edges of allocations are listed; 0: they are asked for if needed
+// and three lists of addresses that no piece crosses, each a pointer and a number: where
+// registrations meet, and the edges of the allocations of each side.
 PORTAKV_API int64_t portakv_pieces_list(const int64_t *plan, const int64_t *request, int64_t *out,
                                         int64_t room);
 

@@ -22,7 +22,7 @@ struct Malformed : std::runtime_error {
 };
 
 // No layout needs a tenth of these; they bound what one call can allocate and what `detail` holds.
-constexpr int64_t kMostSteps = 16;  // of one axis
+constexpr int64_t kMostSteps = 16;    // of one axis
 constexpr int64_t kMostParts = 4096;  // of one form
 
 // Return a product; raise `Malformed` where it passes 64 bits.
@@ -37,6 +37,15 @@ inline int64_t product(int64_t a, int64_t b) {
 #endif
   if (past) throw Malformed("a product passes 64 bits");
   return result;
+}
+
+// Return a difference; raise `Malformed` where it passes 64 bits.
+inline int64_t difference(int64_t a, int64_t b) {
+  constexpr int64_t most = std::numeric_limits<int64_t>::max();
+  constexpr int64_t least = std::numeric_limits<int64_t>::min();
+  const bool past = b < 0 ? a > most + b : a < least + b;
+  if (past) throw Malformed("a difference passes 64 bits");
+  return a - b;
 }
 
 // One factor of an axis. Words: extent, table, stride.
@@ -126,7 +135,11 @@ class Reader {
   Steps steps(int64_t most = kMostSteps) {
     static_assert(sizeof(Step) == 3 * sizeof(int64_t), "a step is three words");
     const int64_t n = count(most);
-    return Steps(reinterpret_cast<const Step *>(words(3 * n)), static_cast<size_t>(n));
+    const Steps result(reinterpret_cast<const Step *>(words(3 * n)), static_cast<size_t>(n));
+    for (const Step &step : result) {
+      if (step.extent < 0) throw Malformed("an extent is negative");
+    }
+    return result;
   }
 
  private:

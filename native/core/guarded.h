@@ -17,9 +17,9 @@ int64_t guarded(Body &&body) {
   } catch (const Outside &) {
     return PORTAKV_RUNS_OUTSIDE;
   } catch (const Malformed &) {
-    return PORTAKV_RUNS_MALFORMED;
+    return PORTAKV_MALFORMED;
   } catch (...) {
-    return PORTAKV_RUNS_NO_MEMORY;
+    return PORTAKV_NO_MEMORY;
   }
 }
 

@@ -329,7 +329,8 @@ struct Request {
   Positions dst;
   int64_t count;
   Limits limits;
-  int64_t separate;  // 1: each unit is all bytes at one address of a side, so that no units merge
+  int64_t src_whole;  // all bytes at each address of a side; 0: unknown, or there is one address
+  int64_t dst_whole;
   int64_t merged;    // 1: runs that meet where planes end are merged, too
   int64_t edged;     // 1: the edges of allocations are listed; else they are asked for if needed
   Edges registered;  // where two registrations meet
@@ -374,23 +375,28 @@ void write_rows(std::vector<Row> &rows, const Limits &limits, Columns &out) {
 
 void write_pieces(const Plan &plan, const Request &request, Columns &out) {
   const Limits &limits = request.limits;
-  const Lines kind = request.separate != 0 ? Lines::kSeparate : Lines::kMerged;
-  const std::vector<Factors> several =
-      expand(plan, request.src, request.dst, request.count, kind);
-  if (request.separate != 0) {
-    write_plain(several, request, out);
+  const bool units = by_unit(plan);
+  // Each unit is all bytes at one address of a side, so that no units join.
+  if (units && plan.nests.size() == 1 &&
+      (plan.nests[0].run == request.src_whole || plan.nests[0].run == request.dst_whole)) {
+    write_plain(expand(plan, request.src, request.dst, request.count, Lines::kSeparate), request,
+                out);
     return;
   }
   // Wide runs stay separate pieces in any order. Each lies in the allocation of its plane, so the
-  // ends of allocations need no look-up.
-  const bool apart = limits.below <= limits.apart && limits.apart <= shortest_run(plan);
-  const bool cuts = request.registered.number > 0;
-  if (apart && request.merged == 0 && !by_unit(plan) && !planes_meet(several, cuts)) {
+  // edges of allocations need no look-up.
+  const bool apart = limits.below <= limits.apart && limits.apart <= shortest_run(plan) &&
+                     request.merged == 0 && !units;
+  const bool edged = request.edged != 0 || (request.src.entries <= 1 && request.dst.entries <= 1);
+  if (!apart && !edged) throw NeedsEdges();
+  const std::vector<Factors> several =
+      expand(plan, request.src, request.dst, request.count, Lines::kMerged);
+  if (apart && !planes_meet(several, request.registered.number > 0)) {
     write_plain(several, request, out);
     return;
   }
 
-  if (request.edged == 0) throw NeedsEdges();
+  if (!edged) throw NeedsEdges();
   const std::vector<int64_t> edges =
       sorted_edges({request.registered, request.src_edges, request.dst_edges});
   size_t runs = 0;

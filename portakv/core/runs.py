@@ -2,7 +2,8 @@
 """Call the core to expand plans into runs, and into pieces that cross a link.
 
 Arguments are the words that `native/core/core.h` describes. A position that lies outside of its
-list or view is no error here: the result is None, and the caller finds the sentence.
+list or view is no error here: the result is None, and the caller finds the sentence. ``plan`` is
+the address of a plan's words.
 """
 
 from __future__ import annotations
@@ -18,29 +19,29 @@ import numpy as np
 import numpy.typing as npt
 
 from portakv.core.library import pylibrary
+from portakv.core.plan import NO_MEMORY
 from portakv.errors import PortaKVError
 
 Int64 = npt.NDArray[np.int64]
 
-_OUTSIDE = -1  # PORTAKV_RUNS_OUTSIDE
-_NO_MEMORY = -3  # PORTAKV_RUNS_NO_MEMORY
-_EDGES = -4  # PORTAKV_RUNS_EDGES
+_OUTSIDE = -20  # PORTAKV_RUNS_OUTSIDE
+_EDGES = -21  # PORTAKV_RUNS_EDGES
 
 #: A buffer of more rows than `_FEW`, and of so many times the rows that it has, is not retained.
 _FEW = 1024
 _SPARE = 4
 
 _copy = Struct("=17q").pack
-_request = Struct("=32q").pack
+_request = Struct("=33q").pack
 _listed = Struct("=16q").pack
 
 
 class _Functions(NamedTuple):
     """Functions of the core. They are short, so they hold the interpreter."""
 
-    runs_list: Callable[[bytes, bytes, int, int], int]
+    runs_list: Callable[[int, bytes, int, int], int]
     runs_groups: Callable[[bytes, int, int, int, int], int]
-    pieces_list: Callable[[bytes, bytes, int, int], int]
+    pieces_list: Callable[[int, bytes, int, int], int]
     pieces_fold: Callable[[bytes, int, int], int]
 
 
@@ -50,9 +51,9 @@ def _functions() -> _Functions:
     pointer = ctypes.c_void_p
     number = ctypes.c_int64
     arguments: dict[str, list[Any]] = {
-        "runs_list": [words, words, pointer, number],
+        "runs_list": [pointer, words, pointer, number],
         "runs_groups": [words, number, number, number, number],
-        "pieces_list": [words, words, pointer, number],
+        "pieces_list": [pointer, words, pointer, number],
         "pieces_fold": [words, pointer, number],
     }
     core = pylibrary()
@@ -70,7 +71,7 @@ def pointer_to(array: Int64) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(array)) if array.size else 0  # type: ignore[arg-type]  # arrays are buffers
 
 
-def list_runs(plan: bytes, copy: Sequence[int], room: int) -> list[Int64] | None:
+def list_runs(plan: int, copy: Sequence[int], room: int) -> list[Int64] | None:
     """Return the runs of a copy: source, destination and bytes. None: a position is outside.
 
     ``room``: their number, or more; if they are more, they are listed twice.
@@ -105,7 +106,7 @@ class NeedsEdges(Exception):
     """Pieces could cross the edges of allocations, which were not listed."""
 
 
-def list_pieces(plan: bytes, request: Sequence[int], room: int) -> list[Int64] | None:
+def list_pieces(plan: int, request: Sequence[int], room: int) -> list[Int64] | None:
     """Return the pieces of a copy. None: a position is outside. Raise `NeedsEdges`.
 
     The result is six columns, or the first three if all pieces have one row: destination, source,
@@ -152,6 +153,6 @@ def _known(number: int) -> int:
     """Return a number of the core; raise an error for a code."""
     if number >= 0:
         return number
-    if number == _NO_MEMORY:
+    if number == NO_MEMORY:
         raise MemoryError("The core has no memory for the runs of a copy.")
     raise PortaKVError("Expected a plan and positions that fit each other. Report this as a bug.")

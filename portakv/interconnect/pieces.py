@@ -156,19 +156,18 @@ def pieces_of(plan: CopyPlan, move: Move, below: int = ALL, merged: bool = False
     src, dst, src_index, dst_index, count = move
     plan.check_sides(src, dst, src_index, dst_index)
     check_count(plan.unit, count)
-    # Units that are all bytes at one address join no other, and wide runs join others in their
-    # plane alone. Their pieces need no edges of allocations, which take longer than the pieces.
-    separate = plan.by_unit and (_whole_entries(plan, src) or _whole_entries(plan, dst))
-    edged = not separate and (plan.by_unit or merged or not below <= APART <= plan.run)
-    limits = below, LEAST_HEIGHT, TALL, APART, LARGE, MAX_PITCH, separate, merged
-    copy = *side_words(src, src_index), *side_words(dst, dst_index), count, *limits
+    limits = below, LEAST_HEIGHT, TALL, APART, LARGE, MAX_PITCH
+    sides = *side_words(src, src_index), *side_words(dst, dst_index)
+    whole = _whole_bytes(src), _whole_bytes(dst)
+    copy = *sides, count, *limits, *whole, merged
+    words = plan.words.buffer_info()[0]
     room = int(count) // plan.unit * plan.runs_per_unit
-    uncrossed = _Uncrossed(src, dst) if edged else _Uncrossed()
+    uncrossed = _Uncrossed()
     try:
-        columns = list_pieces(plan.words, (*copy, edged, *uncrossed.words), room)
+        columns = list_pieces(words, (*copy, False, *uncrossed.words), room)
     except NeedsEdges:
         uncrossed = _Uncrossed(src, dst)
-        columns = list_pieces(plan.words, (*copy, True, *uncrossed.words), room)
+        columns = list_pieces(words, (*copy, True, *uncrossed.words), room)
     if columns is None:
         raise outside(move)
     return _pieces(columns)
@@ -208,9 +207,9 @@ class _Uncrossed:
         self.words = (*chain.from_iterable(lists), *_NOTHING)[: len(_NOTHING)]
 
 
-def _whole_entries(plan: CopyPlan, view: KVView) -> bool:
-    """Return whether a run of a plan is all bytes at one of a view's several addresses."""
-    return view.entries > 1 and [view.entry_bytes] == [nest.run for nest in plan.nests]
+def _whole_bytes(view: KVView) -> int:
+    """Return all bytes at each of a view's several addresses; 0 if unknown, or for one address."""
+    return view.entry_bytes if view.entries > 1 else 0
 
 
 def _pieces(columns: Sequence[Int64]) -> Pieces:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs: a plan expanded on the host into contiguous bytes, for copy engines, files, networks.
 
-The core expands; this module describes plans and copies to it.
+The core expands plans; this module describes copies to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from portakv.core.runs import list_runs, pointer_to
 from portakv.errors import SlotError
-from portakv.plan.loops import Nest, Side
 from portakv.plan.move import Move
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -28,25 +27,6 @@ class Runs(NamedTuple):
     src: Int64
     dst: Int64
     nbytes: Int64
-
-
-def plan_words(unit: int, nests: Sequence[Nest]) -> bytes:
-    """Return a plan as the core reads it; the names of axes are left out."""
-    words = [unit, len(nests)]
-    for nest in nests:
-        words += [*_side_words(nest.src), *_side_words(nest.dst), len(nest.loops)]
-        for loop in nest.loops:
-            words += [0, loop.extent]
-            words += [loop.src_table, loop.src_stride, loop.dst_table, loop.dst_stride]
-        words += [nest.run, nest.vector]
-    return np.array([*words, 0, 0], dtype=np.int64).tobytes()
-
-
-def _side_words(side: Side) -> list[int]:
-    words = [side.table, side.offset, len(side.units)]
-    for step in side.units:
-        words += [step.extent, step.table, step.stride]
-    return words
 
 
 def side_words(view: KVView, index: Index) -> tuple[int, ...]:
@@ -92,14 +72,14 @@ def outside(move: Move) -> SlotError:
     )
 
 
-def runs_of(words: bytes, move: Move, room: int) -> Runs:
+def runs_of(words: array[int], move: Move, room: int) -> Runs:
     """Return the runs of a copy; raise as `CopyPlan.runs` does.
 
-    ``room``: the most runs that the copy has.
+    ``words``: of the plan. ``room``: the most runs that the copy has.
     """
     src, dst, src_index, dst_index, count = move
     copy = (*side_words(src, src_index), *side_words(dst, dst_index), count)
-    columns = list_runs(words, copy, room)
+    columns = list_runs(words.buffer_info()[0], copy, room)
     if columns is None:
         raise outside(move)
     return Runs(*columns)

@@ -7,6 +7,8 @@ tokens). It is hashable and holds integers and strings only, so it can be sent t
 
 from __future__ import annotations
 
+import threading
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -133,6 +135,10 @@ class Form:
     table_on_device: bool = False
     encoding: tuple[Any, ...] = ()  # of `Plane`; what reads the planes of one encoding knows it
     _hash: int = field(default=0, init=False, compare=False, repr=False)
+    #: The words of `address`, with the address: made at the first use, then never replaced.
+    _words: tuple[array[int], int] | None = field(
+        default=None, init=False, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         # Forms key the cache of launches on the hot path: hash the nested tuples only once.
@@ -146,6 +152,22 @@ class Form:
     def __reduce__(self) -> tuple[object, ...]:
         # The hash of a string differs between processes, so a form is made anew on arrival.
         return type(self), tuple(getattr(self, each.name) for each in fields(self) if each.init)
+
+    @property
+    def address(self) -> int:
+        """Return the address of this form's words, which `native/core/form.h` lists.
+
+        The words are there as long as the form is.
+        """
+        words = self._words
+        if words is None:
+            with _words_lock:
+                words = self._words
+                if words is None:
+                    made = array("q", _words_of(self))
+                    words = made, made.buffer_info()[0]
+                    object.__setattr__(self, "_words", words)
+        return words[1]
 
     @property
     def lists(self) -> bool:
@@ -206,6 +228,24 @@ class Form:
     def token_bytes(self) -> int:
         """Return the bytes of one token in all layers, heads and kv (opaque pages: of one page)."""
         return self.layers * self.heads * sum(self.widths)
+
+
+#: Held while a form gets its words, so that no thread has the address of words that are replaced.
+_words_lock = threading.Lock()
+
+
+def _words_of(form: Form) -> list[int]:
+    """Return the words of a form in the order of `native/core/form.h`."""
+    words = [len(form.parts), form.layers, form.heads, form.block_size, form.opaque, form.alignment]
+    words += form.widths
+    for part in form.parts:
+        words += part.table, part.offset
+        for name in PART_AXES:
+            steps = part.axis(name)
+            words.append(len(steps))
+            for step in steps:
+                words += step.extent, step.table, step.stride
+    return words
 
 
 @lru_cache(maxsize=4096)

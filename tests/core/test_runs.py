@@ -178,11 +178,11 @@ def test_a_buffer_of_any_size(room: int) -> None:
     plan, part = _copied()
     src, dst, src_index, dst_index, count = part
     copy = *side_words(src, src_index), *side_words(dst, dst_index), count
-    found = core.list_runs(plan.words, copy, room)
+    found = core.list_runs(plan.words.buffer_info()[0], copy, room)
     assert found is not None
     assert all(map(np.array_equal, found, plan.runs(*part)))
-    request = *copy, 0, 8, 32, 1 << 16, 4096, 1 << 30, 0, 0, 1, *[0] * 6
-    pieces = core.list_pieces(plan.words, request, room)
+    request = *copy, 0, 8, 32, 1 << 16, 4096, 1 << 30, 0, 0, 0, 1, *[0] * 6
+    pieces = core.list_pieces(plan.words.buffer_info()[0], request, room)
     assert pieces is not None
     assert len(pieces) == 3
     assert sorted(pieces[1].tolist()) == found[0].tolist()
@@ -213,12 +213,6 @@ def test_ids_that_changed_after_their_check() -> None:
         plan.runs(*part)
 
 
-def _word(nbytes: bytes, at: int, value: int) -> bytes:
-    words = np.frombuffer(nbytes, dtype=np.int64).copy()
-    words[at] = value
-    return bytes(words)
-
-
 #: Places of words in a plan of one nest without tables: unit, nests, steps of the source's units,
 #: and loops.
 @pytest.mark.parametrize(
@@ -228,8 +222,10 @@ def test_words_that_describe_no_plan(at: int, value: int) -> None:
     plan, part = _copied()
     src, dst, src_index, dst_index, count = part
     copy = *side_words(src, src_index), *side_words(dst, dst_index), count
+    words = plan.words[:]
+    words[at] = value
     with pytest.raises(PortaKVError, match="Report this as a bug"):
-        core.list_runs(_word(plan.words, at, value), copy, 64)
+        core.list_runs(words.buffer_info()[0], copy, 64)
 
 
 def test_an_entry_past_the_table_is_no_address() -> None:
@@ -240,7 +236,7 @@ def test_an_entry_past_the_table_is_no_address() -> None:
     sides = side_words(src, Index()), side_words(dst, Index())
     short = sides[0][0], 2, *sides[0][2:]
     with pytest.raises(PortaKVError, match="Report this as a bug"):
-        core.list_runs(plan.words, (*short, *sides[1], 8), 64)
+        core.list_runs(plan.words.buffer_info()[0], (*short, *sides[1], 8), 64)
 
 
 def test_one_call_of_the_core_whatever_the_runs() -> None:
