@@ -42,6 +42,10 @@ PORTAKV_API const char *portakv_core_sources(void);
 // Return PORTAKV_CORE_ABI of the header that the library was built with.
 PORTAKV_API int portakv_core_abi(void);
 
+// Check the machine and the build. Return 0, or the number of the first check that fails, from 1 on
+// in the order of self_test.cpp.
+PORTAKV_API int portakv_core_self_test(void);
+
 // --- Views ------------------------------------------------------------------------------------
 
 // Codes of the functions below.

@@ -30,6 +30,8 @@ FITTING = 5
 
 #: A tensor, or the containers that a layout names, outermost first.
 Tensors: TypeAlias = "torch.Tensor | Sequence[Tensors] | Mapping[Any, Tensors]"
+#: A declared extent. Only widths may be several, one for each kv.
+Declared: TypeAlias = int | Sequence[int] | None
 #: Shape, strides and dtype of a tensor.
 Kind: TypeAlias = tuple[torch.Size, tuple[int, ...], torch.dtype]
 #: Sorted, disjoint ranges [first byte, past the last byte).
@@ -218,11 +220,11 @@ def bind_layout(
     layout: str,
     /,
     *,
-    layers: int | None = None,
-    kv: int | None = None,
-    block_size: int | None = None,
-    heads: int | None = None,
-    dim: int | Sequence[int] | None = None,
+    layers: Declared = None,
+    kv: Declared = None,
+    block_size: Declared = None,
+    heads: Declared = None,
+    dim: Declared = None,
     reinterpret: bool = False,
     encoding: object = None,
     **unknown: object,
@@ -251,11 +253,11 @@ def bind_layout(
 @lru_cache(maxsize=256, typed=True)
 def _bound(
     layout: str,
-    layers: int | None,
-    kv: int | None,
-    block_size: int | None,
-    heads: int | None,
-    dim: int | tuple[int, ...] | None,
+    layers: Declared,
+    kv: Declared,
+    block_size: Declared,
+    heads: Declared,
+    dim: Declared,
     reinterpret: bool,
     encoding: object,
 ) -> BoundLayout:
@@ -265,7 +267,10 @@ def _bound(
     for name, value in extents.items():
         if value is None:
             continue
-        extent: Extent = value if isinstance(value, tuple) else positive(name, value)
+        if name == "dim" and isinstance(value, tuple):
+            extent: Extent = value
+        else:
+            extent = positive(name, value)
         if declared.setdefault(name, extent) != extent:
             raise LayoutError(
                 f"Expected {name}={always[name]} for preset {layout!r}, got {extent}. Declare "
