@@ -273,6 +273,65 @@ PORTAKV_API int64_t portakv_pieces_list(const int64_t *plan, const int64_t *requ
 // addresses as above.
 PORTAKV_API int64_t portakv_pieces_fold(const int64_t *runs, int64_t *out, int64_t room);
 
+// --- Views ------------------------------------------------------------------------------------
+
+// Codes of the functions below.
+enum {
+  // The tensors contradict the layout or the declared extents.
+  PORTAKV_VIEW_CONTRADICTION = -1,
+  // The bytes of a slot of a packed view are not contiguous.
+  PORTAKV_VIEW_SLOTS_APART = -2,
+  // A number passes 64 bits, or memory for the answer is missing.
+  PORTAKV_VIEW_PAST_64_BITS = -3,
+  // `portakv_view_read_tensors` does not read such tensors or containers; `portakv_view_read` may.
+  PORTAKV_VIEW_NOT_PLAIN = -4
+};
+
+// Read tensors that words describe. Return the number of words of the answer, or a code. The answer
+// is whole if it is not longer than `capacity`.
+//
+// bound       a layout with its declared extents: the words of `Bound` in view.h
+// sizes       the extent of each container level
+// tensors     number of tensors, number of kinds, 1 if addresses follow; then for each tensor the
+//             addresses of its first byte and of its storage, if they follow, and its kind; then for
+//             each kind: bytes of an element, word of the dtype, dimensions, shape, strides in
+//             elements
+// place       the position in `PLACES` of portakv/view/form.py
+// table_on_device  1 if a device alone knows the addresses
+// alignment   the bytes that divide all addresses; 0: of the addresses that follow
+// out         slots, the numbers of entries, of spans and of the form's words; then the tensors
+//             that are entries, the first byte and the byte past the last of each span, and the
+//             words of `View::form` in view.h
+PORTAKV_API int64_t portakv_view_read(const int64_t *bound, const int64_t *sizes,
+                                      const int64_t *tensors, int64_t place,
+                                      int64_t table_on_device, int64_t alignment, int64_t *out,
+                                      int64_t capacity);
+
+// The objects of torch that `portakv_view_read_tensors` uses. Python owns them.
+typedef struct {
+  const void *exchange;  // torch.Tensor's DLPackExchangeAPI
+  void *tensor;          // the types whose tensors are plain: torch.Tensor
+  void *parameter;       // and torch.nn.Parameter
+  void *storage_offset;  // unbound methods of torch.Tensor
+  void *is_neg;
+  void *is_conj;
+  void *is_pinned;
+  void *requires_grad;  // the names of attributes
+  void *dtype;
+  void *uint8;  // the dtypes of plain bytes
+  void *int8;
+  void *forms;  // a dictionary of forms by their words, as bytes
+} PortakvTorch;
+
+// Read a tensor, or plain tensors in lists, tuples and dicts as the layout names them. The caller
+// holds the interpreter.
+//
+// Return a tuple: the form of these words, or the words of `View::form` as bytes if `forms` has no
+// form or the view is packed; the addresses of the entries; the tensors at the entries; the spans,
+// as a list of pairs; slots; True if a tensor requires grad. Return a code as an integer if the
+// tensors cannot be read. Return NULL if a method of a tensor raised an error.
+PORTAKV_API void *portakv_view_read_tensors(const int64_t *bound, void *tensors);
+
 #ifdef __cplusplus
 }
 #endif
