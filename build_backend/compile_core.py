@@ -9,7 +9,8 @@
                                                         with more flags, for a checker
 
 It needs Python and a C++17 compiler, and neither packages nor a network. The compiler is the first
-of $CXX, c++, g++ and clang++ that links a small file, else the package `ziglang`.
+of $CXX, c++, g++ and clang++ that links a small file, else the package `ziglang`. The latter
+compiles its C++ runtime each time, unless $ZIG_GLOBAL_CACHE_DIR names a folder that keeps it.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ GLIBC = "2.17"
 LANGUAGE = ["-std=c++17"]
 CODE = ["-O2", "-fPIC", "-fvisibility=hidden", "-ffunction-sections", "-fdata-sections"]
 WARNINGS = ["-Wall", "-Wextra"]
-#: The linker exports these names alone. Its script also hides the templates of the standard library,
-#: which headers mark as visible.
+#: The linker exports these names alone, and hides the templates of the standard library, which its
+#: headers mark as visible.
 EXPORTS = "{ global: portakv_*; local: *; };\n"
 #: A compiler counts if it links this.
 PROBE = """
@@ -71,7 +72,7 @@ class CannotCompile(Exception):
 
 
 def compiler() -> list[str] | None:
-    """Return the command of the first local compiler that links a C++17 program; None: none does."""
+    """Return the command of the first local compiler that links C++17; None: none does."""
     named = shlex.split(os.environ.get("CXX", ""))
     for command in (named, ["c++"], ["g++"], ["clang++"]):
         if command and shutil.which(command[0]) and links(command):
@@ -94,7 +95,7 @@ def ziglang(architecture: str) -> list[str] | None:
     if importlib.util.find_spec("ziglang") is None:
         return None
     command = [sys.executable, "-m", "ziglang", "c++"]
-    if sys.platform == "linux":
+    if sys.platform == "linux" and architecture in ARCHITECTURES:
         command += ["-target", f"{architecture}-linux-gnu.{GLIBC}"]
     return command
 
@@ -160,7 +161,8 @@ def build(output: Path = LIBRARY, target: str = "", flags: Sequence[str] = ()) -
         # Beside the library, since a file moves in one step within one file system only.
         temporary = output.with_name(f".{output.name}.{os.getpid()}")
         try:
-            run([*command, *linking(exports), *flags, *objects, "-o", str(temporary)])
+            link = [*command, *linking(exports), *flags, *objects, "-o", str(temporary)]
+            run(link, Path(scratch))
             os.replace(temporary, output)
         finally:
             temporary.unlink(missing_ok=True)
@@ -173,20 +175,18 @@ def compile_all(command: list[str], folder: Path, flags: Sequence[str]) -> list[
     prefix = f"-ffile-prefix-map={SOURCES}=core"
     common = [*command, *LANGUAGE, *CODE, *WARNINGS, prefix, define, *flags]
     units = [path for path in sources.sources_of(SOURCES) if path.suffix == ".cpp"]
-    objects = []
+    objects = [str(folder / f"{number}.o") for number in range(len(units))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = []
-        for number, unit in enumerate(units):
-            made = str(folder / f"{number}.o")
-            objects.append(made)
-            compiled.append(pool.submit(run, [*common, "-c", str(unit), "-o", made]))
-        for each in compiled:
+        started = []
+        for unit, made in zip(units, objects, strict=True):
+            started.append(pool.submit(run, [*common, "-c", str(unit), "-o", made], folder))
+        for each in started:
             each.result()
     return objects
 
 
 def linking(exports: Path) -> list[str]:
-    """Return the flags that make a shared library of this platform, with the same bytes each time."""
+    """Return the flags that make a shared library here, with the same bytes each time."""
     if sys.platform == "darwin":
         return ["-dynamiclib", "-Wl,-dead_strip", "-Wl,-install_name,@rpath/libportakv_core.so"]
     if sys.platform != "linux":
@@ -206,14 +206,22 @@ def linking(exports: Path) -> list[str]:
     ]
 
 
-def run(command: list[str]) -> None:
+def run(command: list[str], scratch: Path) -> None:
     """Run a compiler; print its warnings.
 
     Raises:
         CannotCompile: it fails; the message has its output.
     """
+    # Not in the home folder, which may be read-only.
+    around = {"ZIG_GLOBAL_CACHE_DIR": str(scratch / "zig"), **os.environ}
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command,
+        env=around,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if done.returncode != 0:
         raise CannotCompile(

@@ -539,6 +539,7 @@ bool make_plan(const Form &src, const Form &dst, int64_t src_step, int64_t dst_s
 bool make_pack_plan(const Form &raw, const Form &packed, bool packs, bool equal_planes,
                     std::vector<PackNest> &nests, Refusal &refusal) {
   if (raw.parts.size() != packed.parts.size()) return refuse(refusal, PORTAKV_PLAN_UNLIKE);
+  if (packed.block_size < 1) throw Malformed("packed rows have no blocks");
   nests.resize(raw.parts.size());
   for (size_t k = 0; k < nests.size(); k++) {
     if (!make_pack_nest(raw, packed, packs, k, nests[k], refusal)) return false;
