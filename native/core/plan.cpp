@@ -112,8 +112,8 @@ bool split_chain(const Chain &chain, int64_t unit, std::vector<Step> &outer,
   return true;
 }
 
-// Return true if a side may begin between two units: it has no ids, and its tokens lie at one stride
-// from one address.
+// Return true if a side may begin between two units: it has no ids, and its tokens lie at one
+// stride from one address.
 bool begins_anywhere(const Chain &chain, int64_t step) {
   return step == 0 && chain.size() == 1 && chain[0].table == 0;
 }
@@ -123,7 +123,7 @@ bool all_begin_anywhere(const std::vector<Chain> &chains, int64_t step) {
                      [step](const Chain &chain) { return begins_anywhere(chain, step); });
 }
 
-// Return the tokens of a block, or the greatest common divisor of several; 0 if there are no blocks.
+// Return the tokens of a block, or the greatest common divisor of several; 0 without blocks.
 // A unit of opaque pages is one page, also where a page is one token.
 int64_t block_tokens(const Form &form, const std::vector<Chain> &chains) {
   if (form.opaque) return form.block_size;
@@ -376,7 +376,11 @@ bool fit(const Sides &sides, int64_t unit, Plan &plan, Refusal &refusal) {
     if (!make_nest(sides, k, unit, plan.nests[k], refusal)) return false;
   }
   join(plan.nests, same_shape<Nest>);
-  for (Nest &nest : plan.nests) close(nest);
+  plan.run = 0;
+  for (Nest &nest : plan.nests) {
+    close(nest);
+    plan.run = plan.run == 0 ? nest.run : std::min(plan.run, nest.run);
+  }
   return true;
 }
 
@@ -568,6 +572,7 @@ Plan read_plan(const int64_t *words) {
   const int64_t nests = reader.count(kMostParts);
   plan.nests.reserve(static_cast<size_t>(nests));
   for (int64_t k = 0; k < nests; k++) plan.nests.push_back(read_nest(reader));
+  plan.run = reader.word();
   plan.src_anywhere = reader.word() != 0;
   plan.dst_anywhere = reader.word() != 0;
   return plan;
@@ -583,6 +588,7 @@ void write_plan(const Plan &plan, Writer &writer) {
     writer.word(nest.run);
     writer.word(nest.vector);
   }
+  writer.word(plan.run);
   writer.word(plan.src_anywhere);
   writer.word(plan.dst_anywhere);
 }

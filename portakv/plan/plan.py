@@ -179,10 +179,10 @@ class CopyPlan:
         """Return True if the number of a unit selects the entry of a table of addresses."""
         return any(side.tabled for nest in self.nests for side in nest.sides)
 
-    @cached_property
+    @property
     def run(self) -> int:
         """Return the bytes of the shortest contiguous run."""
-        return min(nest.run for nest in self.nests)
+        return self.words[-3]
 
     @cached_property
     def _expansions(self) -> list[Expansion]:

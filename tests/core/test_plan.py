@@ -125,6 +125,7 @@ def check_drawn(seed: int, cases: int) -> None:
         context = f"seed {seed}: {src} -> {dst}, steps {steps}\n{plan}"
         moves = planned(plan, tokens)
         assert np.array_equal(in_order(moves), in_order(expected(src, dst, tokens))), context
+        assert plan.run == min(nest.run for nest in plan.nests)
         for nest in plan.nests:
             check_nest(nest, min(src.alignment, dst.alignment))
     assert made > cases // 2
