@@ -81,6 +81,55 @@ PORTAKV_API int64_t portakv_plan_make(const int64_t *src, const int64_t *dst, in
 PORTAKV_API int64_t portakv_plan_pack(const int64_t *raw, const int64_t *packed, int packs,
                                       int equal_planes, int64_t *out, int64_t capacity);
 
+// --- Runs and pieces --------------------------------------------------------------------------
+//
+// A copy is words: the memory and the positions of the source and of the destination, then the
+// number of positions. A side's words are
+//   addresses   a pointer to the table of addresses; the address itself if the table has one entry
+//   entries     of the table
+//   ids         a pointer to ids; negative ids skip their positions
+//   id_bytes    8 or 4; 0: no ids, position p is slot p + offset
+//   number      of ids
+//   step        tokens of an id
+//   offset      tokens that are passed over before the first position
+//   slots       tokens of the view
+// `plan` is the words of a plan (plan.h). Functions that list write columns of `room` words each,
+// and return the number of rows that there are: if that is more than `room`, call again with more.
+
+enum {
+  PORTAKV_RUNS_OUTSIDE = -20,  // a position past its list of ids, or past its view
+  PORTAKV_RUNS_EDGES = -21     // call again with the edges of allocations
+};
+
+// List the runs of a copy: source, destination, bytes. They are in the order of the source, equal
+// sources in the order of the destination, and neighbours on both sides are merged.
+PORTAKV_API int64_t portakv_runs_list(const int64_t *plan, const int64_t *copy, int64_t *out,
+                                      int64_t room);
+
+// Return the number of groups of units. In a group the numbers of units rise by one on both sides,
+// and no unit but the first is a multiple of a side's limit (0: no limit). Ids are not checked.
+// `most`: sort up to so many units by the source before; among more units, those that fall by one
+// on both sides also form groups. 0: neither.
+PORTAKV_API int64_t portakv_runs_groups(const int64_t *copy, int64_t unit, int64_t src_limit,
+                                        int64_t dst_limit, int64_t most);
+
+// List the pieces of a copy: `out` is a word, 1 if a piece has several rows, and six columns
+// (destination, source, width, height, pitch of the destination, pitch of the source), of which
+// only three are written if all pieces have one row. `request` is the words of a copy, of Limits
+// (pieces.h), then
+//   src_whole, dst_whole  all bytes at each address of a side; 0: unknown, or it has one address
+//   merged                1: runs that meet where planes end are merged, too
+//   edged                 1: the edges of allocations are listed; 0: they are asked for if needed
+// and three lists of addresses that no piece crosses, each a pointer and a number: where
+// registrations meet, and the edges of the allocations of each side.
+PORTAKV_API int64_t portakv_pieces_list(const int64_t *plan, const int64_t *request, int64_t *out,
+                                        int64_t room);
+
+// List the pieces of runs that are in the order of the source, neighbours merged. `runs` is
+// pointers to three columns (source, destination, bytes), their number, Limits, and three lists of
+// addresses as above.
+PORTAKV_API int64_t portakv_pieces_fold(const int64_t *runs, int64_t *out, int64_t room);
+
 #ifdef __cplusplus
 }
 #endif

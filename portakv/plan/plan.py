@@ -8,7 +8,7 @@ contiguous run. Its cost does not depend on the number of tokens or blocks that 
 from __future__ import annotations
 
 from functools import cached_property
-from math import gcd
+from math import gcd, prod
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from portakv.plan.loops import Nest as Nest
 from portakv.plan.loops import Side as Side
 from portakv.plan.loops import nests_of, refusal_of
 from portakv.plan.move import Move as Move
-from portakv.plan.runs import Expansion, Factors, Runs, factors, summed
+from portakv.plan.runs import Runs, check_count, runs_of
 from portakv.view.form import Form
 from portakv.view.index import MOST_STEP, Index
 from portakv.view.view import KVView
@@ -164,29 +164,20 @@ class CopyPlan:
             SlotError: an argument that is not a view or an index, an id past the end of its view, a
                 range past the list, or a range or an index that does not consist of whole units.
         """
-        return summed(self.factors(Move(src, dst, src_index, dst_index, count)))
-
-    def factors(self, move: Move, ordered: bool = True) -> list[Factors]:
-        """Return for each nest the runs of a copy, before multiplication; raise as `runs` does.
-
-        ``ordered``: the lines of a nest are in the order of the source; else in any order.
-        """
-        self.check_sides(move.src, move.dst, move.src_index, move.dst_index)
-        return factors(self._expansions, self.unit, move, ordered)
+        self.check_sides(src, dst, src_index, dst_index)
+        check_count(self.unit, count)
+        room = int(count) // self.unit * self.runs_per_unit
+        return runs_of(self.words, Move(src, dst, src_index, dst_index, count), room)
 
     @cached_property
-    def by_unit(self) -> bool:
-        """Return True if the number of a unit selects the entry of a table of addresses."""
-        return any(side.tabled for nest in self.nests for side in nest.sides)
+    def runs_per_unit(self) -> int:
+        """Return the runs of one unit, before neighbours are merged."""
+        return sum(prod(loop.extent for loop in nest.loops) for nest in self.nests)
 
     @property
     def run(self) -> int:
         """Return the bytes of the shortest contiguous run."""
         return self.words[-3]
-
-    @cached_property
-    def _expansions(self) -> list[Expansion]:
-        return [Expansion(nest, self.unit) for nest in self.nests]
 
     def check_sides(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> None:
         """Raise as `runs` does for views and indices that the plan was not made for."""
