@@ -366,6 +366,22 @@ bool make_nest(const Sides &sides, size_t k, int64_t unit, Nest &nest, Refusal &
   return true;
 }
 
+// Fill in what holds for all nests together.
+void sum_up(Plan &plan) {
+  plan.vector = plan.nests.empty() ? 0 : plan.nests[0].vector;
+  plan.run = plan.nests.empty() ? 0 : plan.nests[0].run;
+  plan.runs = 0;
+  plan.bytes = 0;
+  for (const Nest &nest : plan.nests) {
+    int64_t runs = 1;
+    for (const Loop &loop : nest.loops) runs = product(runs, loop.extent);
+    plan.vector = std::min(plan.vector, nest.vector);
+    plan.run = std::min(plan.run, nest.run);
+    plan.runs = sum(plan.runs, runs);
+    plan.bytes = sum(plan.bytes, product(runs, nest.run));
+  }
+}
+
 // Plan with one unit.
 bool fit(const Sides &sides, int64_t unit, Plan &plan, Refusal &refusal) {
   if (sides.src.opaque && unit % sides.src.block_size != 0) return false;
@@ -376,11 +392,8 @@ bool fit(const Sides &sides, int64_t unit, Plan &plan, Refusal &refusal) {
     if (!make_nest(sides, k, unit, plan.nests[k], refusal)) return false;
   }
   join(plan.nests, same_shape<Nest>);
-  plan.run = 0;
-  for (Nest &nest : plan.nests) {
-    close(nest);
-    plan.run = plan.run == 0 ? nest.run : std::min(plan.run, nest.run);
-  }
+  for (Nest &nest : plan.nests) close(nest);
+  sum_up(plan);
   return true;
 }
 
@@ -572,7 +585,10 @@ Plan read_plan(const int64_t *words) {
   const int64_t nests = reader.count(kMostParts);
   plan.nests.reserve(static_cast<size_t>(nests));
   for (int64_t k = 0; k < nests; k++) plan.nests.push_back(read_nest(reader));
+  plan.vector = reader.word();
   plan.run = reader.word();
+  plan.runs = reader.word();
+  plan.bytes = reader.word();
   plan.src_anywhere = reader.word() != 0;
   plan.dst_anywhere = reader.word() != 0;
   return plan;
@@ -588,7 +604,10 @@ void write_plan(const Plan &plan, Writer &writer) {
     writer.word(nest.run);
     writer.word(nest.vector);
   }
+  writer.word(plan.vector);
   writer.word(plan.run);
+  writer.word(plan.runs);
+  writer.word(plan.bytes);
   writer.word(plan.src_anywhere);
   writer.word(plan.dst_anywhere);
 }

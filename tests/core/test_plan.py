@@ -126,6 +126,9 @@ def check_drawn(seed: int, cases: int) -> None:
         moves = planned(plan, tokens)
         assert np.array_equal(in_order(moves), in_order(expected(src, dst, tokens))), context
         assert plan.run == min(nest.run for nest in plan.nests)
+        assert plan.vector == min(nest.vector for nest in plan.nests)
+        assert plan.token_bytes == sum(nest.unit_bytes for nest in plan.nests) // plan.unit
+        assert plan.runs_per_unit == sum(nest.unit_bytes // nest.run for nest in plan.nests)
         for nest in plan.nests:
             check_nest(nest, min(src.alignment, dst.alignment))
     assert made > cases // 2
