@@ -4,50 +4,37 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
+import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
+from support.core_build import ROOT, SCRIPT, SOURCES, copy_of_the_build, declared, loaded
 from support.waits import LIMIT
 
 from portakv.core.sources import hash_of
 
 pytestmark = [pytest.mark.wheel, pytest.mark.xdist_group("release library")]
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ROOT / "native" / "core"
 ARCHITECTURES = ("x86_64", "aarch64")
 #: A program of Debian that runs another processor's programs, and that processor's glibc.
 EMULATOR = "qemu-aarch64-static"
 FOREIGN = Path("/usr/aarch64-linux-gnu")
 #: The names of versions of glibc's functions that a library needs.
 VERSION = re.compile(rb"GLIBC_(\d+)\.(\d+)")
-DECLARED = re.compile(r"^PORTAKV_API [^;(]*?(\w+)\(", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
-def compile_core() -> Iterator[Any]:
-    """build_backend/compile_core.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "build_backend"))
-        module: Any = importlib.import_module("compile_core")
-        yield module
-
-
-@pytest.fixture(scope="module")
-def zig(compile_core: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def zig(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment with the release of ziglang that builds use."""
     environment = tmp_path_factory.mktemp("zig")
     venv.create(environment, with_pip=True, symlinks=True)
-    run(environment / "bin/python", "-m", "pip", "install", "-q", compile_core.ZIGLANG)
+    run(environment / "bin/python", "-m", "pip", "install", "-q", loaded().ZIGLANG)
     return environment / "bin/python"
 
 
@@ -55,28 +42,27 @@ def zig(compile_core: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(zig: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Architecture -> its library, and "again" -> the first one, built in another folder."""
     folder = tmp_path_factory.mktemp("built")
-    tree = folder / "another folder"
-    shutil.copytree(ROOT / "build_backend", tree / "build_backend")
-    shutil.copytree(SOURCES, tree / "native/core")
-    (tree / "src/portakv/core").mkdir(parents=True)
-    shutil.copy(ROOT / "portakv/core/sources.py", tree / "src/portakv/core")
+    tree = copy_of_the_build(folder / "another folder")
+    # Both builds for one architecture may share the compiled C++ runtime.
+    cache = os.environ.get("ZIG_GLOBAL_CACHE_DIR", str(folder / "cache"))
     builds = {name: (ROOT, name) for name in ARCHITECTURES}
     builds["again"] = (tree, ARCHITECTURES[0])
     with ThreadPoolExecutor(2) as pool:
         ended = []
         for name, (root, target) in builds.items():
-            script = root / "build_backend/compile_core.py"
+            script = root / SCRIPT
             words = ["--target", target, "--output", str(folder / f"{name}.so")]
-            ended.append(pool.submit(run, zig, script, *words))
+            ended.append(pool.submit(run, zig, script, *words, ZIG_GLOBAL_CACHE_DIR=cache))
         for each in ended:
             each.result()
     return {name: folder / f"{name}.so" for name in builds}
 
 
-def run(*words: str | Path) -> str:
+def run(*words: str | Path, **variables: str) -> str:
     """Run a command, and return what it prints; its output joins the failure."""
     done = subprocess.run(
         [str(word) for word in words],
+        env={**os.environ, **variables},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -85,11 +71,6 @@ def run(*words: str | Path) -> str:
     )
     assert done.returncode == 0, f"{words} ended with {done.returncode}:\n{done.stdout}"
     return done.stdout
-
-
-def test_the_tools_of_a_release_are_those_of_the_build(compile_core: Any) -> None:
-    pins = (ROOT / ".ci/tools.txt").read_text(encoding="utf-8").splitlines()
-    assert compile_core.ZIGLANG in pins
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -107,7 +88,7 @@ def test_it_exports_the_functions_of_the_header_alone(
         pytest.skip("there is no nm")
     listed = run("nm", "-D", "--defined-only", built[architecture]).splitlines()
     exported = {line.split()[-1] for line in listed}
-    assert exported == set(DECLARED.findall((SOURCES / "core.h").read_text()))
+    assert exported == declared()
 
 
 def test_two_builds_have_the_same_bytes(built: dict[str, Path]) -> None:
@@ -136,15 +117,15 @@ def test_the_library_of_aarch64_passes_its_self_test(
     """Emulated: the order of writes that two threads see is this machine's, which is stricter."""
     program = tmp_path / "run_self_test"
     source = Path(__file__).with_name("run_self_test.c")
-    compiler = [zig, "-m", "ziglang", "cc", "-target", "aarch64-linux-gnu.2.17"]
-    run(*compiler, "-O2", source, "-o", program, "-ldl")
+    target = ["-target", "aarch64-linux-gnu.2.17"]
+    run(zig, "-m", "ziglang", "cc", *target, "-O2", source, "-o", program, "-ldl")
     printed = run(EMULATOR, "-L", FOREIGN, program, built["aarch64"])
     assert printed == hash_of(SOURCES) + "\n"
 
 
-def test_a_target_needs_ziglang(compile_core: Any, tmp_path: Path) -> None:
+def test_a_target_needs_ziglang(tmp_path: Path) -> None:
     """Also where a compiler is: a release is built the same everywhere."""
-    script = ROOT / "build_backend/compile_core.py"
+    script = ROOT / SCRIPT
     output = tmp_path / "library.so"
     done = subprocess.run(
         [sys.executable, "-S", str(script), "--target", "aarch64", "--output", str(output)],
@@ -153,5 +134,5 @@ def test_a_target_needs_ziglang(compile_core: Any, tmp_path: Path) -> None:
         timeout=LIMIT,
     )
     assert done.returncode == 1
-    assert f"Run `pip install {compile_core.ZIGLANG}`." in done.stderr
+    assert f"Run `pip install {loaded().ZIGLANG}`." in done.stderr
     assert not output.exists()
