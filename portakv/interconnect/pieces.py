@@ -45,8 +45,8 @@ APART = 64 << 10
 ALL = 1 << 62
 
 #: From this many runs on, factors are folded before they are multiplied: 57,088 runs of a
-#: layer-first pool take 3.5 ms of one core instead of 24. Runs that meet only at the ends of planes
-#: are not merged.
+#: layer-first pool take 0.03 ms of one core instead of 2.7. Runs that meet only at the ends of
+#: planes are not merged.
 LARGE = 4096
 
 Mask = npt.NDArray[np.bool_]
@@ -263,6 +263,7 @@ class RunCounter:
         self._nests = plan.nests
         self._dense = dense
         self._bytes = plan.token_bytes
+        self._runs = plan.runs_per_unit
         self._below = fold_below
 
     @classmethod
@@ -301,8 +302,7 @@ class RunCounter:
 
     def unmerged(self, count: int) -> Shape:
         """Return the shape for a kernel that follows the plan's loops and merges nothing."""
-        units = count // self._unit
-        runs = units * sum(prod(loop.extent for loop in nest.loops) for nest in self._nests)
+        runs = count // self._unit * self._runs
         return Shape(count * self._bytes, runs, runs)
 
 
