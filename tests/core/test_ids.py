@@ -85,7 +85,7 @@ def cases(draw: st.DrawFn) -> Case:
     total = len(ids) * step
     offset = draw(st.integers(0, total) | st.sampled_from([0, 0, min(step, total)]))
     count = draw(st.just(total - offset) | st.integers(0, total - offset))
-    above = max(ids, default=0) + 1
+    above = max([0, *ids]) + 1
     slots = draw(
         st.sampled_from([above * step, (above - 1) * step, above * step - 1, PAST_ANY_VIEW, 0])
         | st.integers(0, 64 * step)
@@ -219,7 +219,7 @@ def long_lists(draw: st.DrawFn) -> Case:
     elif kind == "even":
         ids = np.arange(count) * max(1, span // count)
     else:
-        first = rng.permutation(max(1, span // 16))[: -(-count // 16)]
+        first = rng.permutation(np.unique(rng.integers(0, max(1, span // 16), -(-count // 16))))
         ids = (first[:, None] * 16 + np.arange(16)).reshape(-1)[:count]
     faults = draw(st.lists(st.sampled_from([-1, span, INT64[1], 0, 1]), max_size=3))
     for fault in faults:
