@@ -53,7 +53,7 @@ enum {
   PORTAKV_MALFORMED = -1,           // the words are not those of forms, or products pass 64 bits
   PORTAKV_NO_MEMORY = -2,           // an allocation failed
   PORTAKV_PLAN_UNLIKE = -10,        // the forms differ in kv, layers, heads, widths or pages
-  PORTAKV_PLAN_UNIT = -11,          // the unit divides the steps and block sizes not; the largest
+  PORTAKV_PLAN_UNIT = -11,          // the unit does not divide the largest unit, which is the value
   PORTAKV_PLAN_PAGES = -12,         // no unit holds whole opaque pages
   PORTAKV_PLAN_NO_FACTOR = -13,     // tokens moved together, tokens of a block
   PORTAKV_PLAN_NO_REFINEMENT = -14  // axis, counts of steps of both sides, then their extents

@@ -48,6 +48,12 @@ inline int64_t difference(int64_t a, int64_t b) {
   return a - b;
 }
 
+// Return a sum of numbers that are not negative; raise `Malformed` where it passes 64 bits.
+inline int64_t sum(int64_t a, int64_t b) {
+  if (a > std::numeric_limits<int64_t>::max() - b) throw Malformed("a sum passes 64 bits");
+  return a + b;
+}
+
 // One factor of an axis. Words: extent, table, stride.
 //
 // `extent` 0 means unbounded: blocks, or the tokens of a chunk. `table` counts entries of the

@@ -112,8 +112,8 @@ bool split_chain(const Chain &chain, int64_t unit, std::vector<Step> &outer,
   return true;
 }
 
-// Return true if a side may begin between two units: it has no ids, and its tokens lie at one stride
-// from one address.
+// Return true if a side may begin between two units: it has no ids, and its tokens lie at one
+// stride from one address.
 bool begins_anywhere(const Chain &chain, int64_t step) {
   return step == 0 && chain.size() == 1 && chain[0].table == 0;
 }
@@ -123,7 +123,7 @@ bool all_begin_anywhere(const std::vector<Chain> &chains, int64_t step) {
                      [step](const Chain &chain) { return begins_anywhere(chain, step); });
 }
 
-// Return the tokens of a block, or the greatest common divisor of several; 0 if there are no blocks.
+// Return the tokens of a block, or the greatest common divisor of several; 0 without blocks.
 // A unit of opaque pages is one page, also where a page is one token.
 int64_t block_tokens(const Form &form, const std::vector<Chain> &chains) {
   if (form.opaque) return form.block_size;
@@ -366,6 +366,22 @@ bool make_nest(const Sides &sides, size_t k, int64_t unit, Nest &nest, Refusal &
   return true;
 }
 
+// Fill in what holds for all nests together.
+void sum_up(Plan &plan) {
+  plan.vector = plan.nests.empty() ? 0 : plan.nests[0].vector;
+  plan.run = plan.nests.empty() ? 0 : plan.nests[0].run;
+  plan.runs = 0;
+  plan.bytes = 0;
+  for (const Nest &nest : plan.nests) {
+    int64_t runs = 1;
+    for (const Loop &loop : nest.loops) runs = product(runs, loop.extent);
+    plan.vector = std::min(plan.vector, nest.vector);
+    plan.run = std::min(plan.run, nest.run);
+    plan.runs = sum(plan.runs, runs);
+    plan.bytes = sum(plan.bytes, product(runs, nest.run));
+  }
+}
+
 // Plan with one unit.
 bool fit(const Sides &sides, int64_t unit, Plan &plan, Refusal &refusal) {
   if (sides.src.opaque && unit % sides.src.block_size != 0) return false;
@@ -377,6 +393,7 @@ bool fit(const Sides &sides, int64_t unit, Plan &plan, Refusal &refusal) {
   }
   join(plan.nests, same_shape<Nest>);
   for (Nest &nest : plan.nests) close(nest);
+  sum_up(plan);
   return true;
 }
 
@@ -539,6 +556,7 @@ bool make_plan(const Form &src, const Form &dst, int64_t src_step, int64_t dst_s
 bool make_pack_plan(const Form &raw, const Form &packed, bool packs, bool equal_planes,
                     std::vector<PackNest> &nests, Refusal &refusal) {
   if (raw.parts.size() != packed.parts.size()) return refuse(refusal, PORTAKV_PLAN_UNLIKE);
+  if (packed.block_size < 1) throw Malformed("packed rows have no blocks");
   nests.resize(raw.parts.size());
   for (size_t k = 0; k < nests.size(); k++) {
     if (!make_pack_nest(raw, packed, packs, k, nests[k], refusal)) return false;
@@ -567,6 +585,10 @@ Plan read_plan(const int64_t *words) {
   const int64_t nests = reader.count(kMostParts);
   plan.nests.reserve(static_cast<size_t>(nests));
   for (int64_t k = 0; k < nests; k++) plan.nests.push_back(read_nest(reader));
+  plan.vector = reader.word();
+  plan.run = reader.word();
+  plan.runs = reader.word();
+  plan.bytes = reader.word();
   plan.src_anywhere = reader.word() != 0;
   plan.dst_anywhere = reader.word() != 0;
   return plan;
@@ -582,6 +604,10 @@ void write_plan(const Plan &plan, Writer &writer) {
     writer.word(nest.run);
     writer.word(nest.vector);
   }
+  writer.word(plan.vector);
+  writer.word(plan.run);
+  writer.word(plan.runs);
+  writer.word(plan.bytes);
   writer.word(plan.src_anywhere);
   writer.word(plan.dst_anywhere);
 }

@@ -57,12 +57,16 @@ struct Nest {
   int64_t vector;
 };
 
-// Words: unit, a count of nests and the nests, then 1 or 0 for each side: src_anywhere,
-// dst_anywhere.
+// Words: unit, a count of nests and the nests, vector, run, runs, bytes, then 1 or 0 for each side:
+// src_anywhere, dst_anywhere.
 struct Plan {
   int64_t unit;  // tokens moved for each index read
   std::vector<Nest> nests;
-  // A side without ids may begin between two units if its tokens lie at one stride from one address.
+  int64_t vector;  // the least of the nests
+  int64_t run;     // bytes of the shortest run of the nests
+  int64_t runs;    // of one unit, in all nests
+  int64_t bytes;   // of one unit, in all nests
+  // True if a side may begin between two units: it has no ids, and one stride from one address.
   bool src_anywhere;
   bool dst_anywhere;
 };

@@ -8,7 +8,7 @@ contiguous run. Its cost does not depend on the number of tokens or blocks that 
 from __future__ import annotations
 
 from functools import cached_property
-from math import gcd, prod
+from math import gcd
 
 import numpy as np
 import torch
@@ -26,6 +26,13 @@ from portakv.view.index import MOST_STEP, Index
 from portakv.view.view import KVView
 
 _MOST_UNIT = 2**63 - 1
+#: The last words of a plan, from the end.
+_VECTOR = -6
+_RUN = -5
+_RUNS = -4
+_BYTES = -3
+_SRC_ANYWHERE = -2
+_DST_ANYWHERE = -1
 
 
 class CopyPlan:
@@ -97,12 +104,12 @@ class CopyPlan:
     @property
     def vector(self) -> int:
         """Return the least vector of the nests, in bytes."""
-        return min(nest.vector for nest in self.nests)
+        return self.words[_VECTOR]
 
     @property
     def token_bytes(self) -> int:
         """Return the bytes that one token moves (an opaque page: its share)."""
-        return sum(nest.unit_bytes for nest in self.nests) // self.unit
+        return self.words[_BYTES] // self.unit
 
     @cached_property
     def tabled(self) -> bool:
@@ -114,7 +121,7 @@ class CopyPlan:
 
         A side without ids may start anywhere if its tokens lie at one stride from one address.
         """
-        return not self.words[-2 if side == "src" else -1]
+        return not self.words[_SRC_ANYWHERE if side == "src" else _DST_ANYWHERE]
 
     def split(self, move: Move) -> list[tuple[int, int, int]]:
         """Return the sections of a copy, each (first position, tokens, tokens of a unit).
@@ -169,15 +176,15 @@ class CopyPlan:
         room = int(count) // self.unit * self.runs_per_unit
         return runs_of(self.words, Move(src, dst, src_index, dst_index, count), room)
 
-    @cached_property
+    @property
     def runs_per_unit(self) -> int:
         """Return the runs of one unit, before neighbours are merged."""
-        return sum(prod(loop.extent for loop in nest.loops) for nest in self.nests)
+        return self.words[_RUNS]
 
-    @cached_property
+    @property
     def run(self) -> int:
         """Return the bytes of the shortest contiguous run."""
-        return min(nest.run for nest in self.nests)
+        return self.words[_RUN]
 
     def check_sides(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> None:
         """Raise as `runs` does for views and indices that the plan was not made for."""

@@ -4,53 +4,36 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.core_build import ROOT, SCRIPT, SOURCES, copy_of_the_build, declared, loaded
 from support.waits import LIMIT
 
 from portakv.core.library import ABI, HERE, NAME, check, library, pylibrary
 from portakv.core.sources import hash_of, sources_of
 from portakv.errors import PortaKVError
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ROOT / "native" / "core"
-#: A declaration of `core.h`, up to the function's name.
-DECLARED = re.compile(r"^PORTAKV_API [^;(]*?(\w+)\(", re.MULTILINE)
-
 
 @pytest.fixture(scope="module")
-def compile_core() -> Iterator[Any]:
-    """build_backend/compile_core.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "build_backend"))
-        module: Any = importlib.import_module("compile_core")
-        if module.compiler() is None:
-            pytest.skip("there is no C++ compiler")
-        yield module
-
-
-def copy_of_the_build(folder: Path) -> Path:
-    """Return a tree with what a build of the core reads."""
-    shutil.copytree(ROOT / "build_backend", folder / "build_backend")
-    shutil.copytree(SOURCES, folder / "native" / "core")
-    (folder / "src/portakv/core").mkdir(parents=True)
-    shutil.copy(ROOT / "portakv/core/sources.py", folder / "src/portakv/core")
-    return folder
+def compile_core() -> Any:
+    """The module that compiles the core."""
+    module = loaded()
+    if module.compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    return module
 
 
 def build(tree: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run the command that builds the core of a tree."""
     return subprocess.run(
-        [sys.executable, str(tree / "build_backend/compile_core.py"), *words],
+        [sys.executable, str(tree / SCRIPT), *words],
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
@@ -160,7 +143,7 @@ def test_a_library_of_another_contract_is_rejected(
 def test_it_exports_the_functions_of_the_header_alone(compile_core: Any) -> None:
     listed = tool("nm", "-D", "--defined-only", str(HERE / NAME)).splitlines()
     exported = {line.split()[-1] for line in listed}
-    assert exported == set(DECLARED.findall((SOURCES / "core.h").read_text()))
+    assert exported == declared()
     assert all(name.startswith("portakv_") for name in exported)
 
 
@@ -256,7 +239,7 @@ def test_without_a_compiler_one_sentence_says_what_to_install(tmp_path: Path) ->
     tree = copy_of_the_build(tmp_path)
     # -S: without the packages of this environment, which may hold ziglang.
     done = subprocess.run(
-        [sys.executable, "-S", str(tree / "build_backend/compile_core.py")],
+        [sys.executable, "-S", str(tree / SCRIPT)],
         env={"PATH": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -274,3 +257,8 @@ def test_an_unknown_architecture_is_rejected(tmp_path: Path) -> None:
     done = build(copy_of_the_build(tmp_path), "--target", "vax")
     assert done.returncode == 1
     assert "Expected a target of x86_64, aarch64, got 'vax'." in done.stderr
+
+
+def test_a_release_has_the_ziglang_of_every_build() -> None:
+    pins = (ROOT / ".ci/tools.txt").read_text(encoding="utf-8").splitlines()
+    assert loaded().ZIGLANG in pins

@@ -22,7 +22,7 @@ Positions = npt.NDArray[np.int64]
 #: Plans that were written down before the core made them, with drawn forms and refusals.
 CORPUS = Path(__file__).with_name("plans.jsonl")
 FEW = 1_500
-MANY = 40_000
+MANY = 80_000
 
 
 def walk(steps: Steps, count: int) -> tuple[Positions, Positions]:
@@ -119,12 +119,16 @@ def check_drawn(seed: int, cases: int) -> None:
         except Unsupported:
             continue
         tokens = plan.unit * random.choice((1, 2, 3))
-        if tokens * rows.layers * rows.heads * sum(rows.widths) > 1 << 17:
+        if tokens * rows.layers * rows.heads * sum(rows.widths) > 1 << 14:
             continue
         made += 1
         context = f"seed {seed}: {src} -> {dst}, steps {steps}\n{plan}"
         moves = planned(plan, tokens)
         assert np.array_equal(in_order(moves), in_order(expected(src, dst, tokens))), context
+        assert plan.run == min(nest.run for nest in plan.nests)
+        assert plan.vector == min(nest.vector for nest in plan.nests)
+        assert plan.token_bytes == sum(nest.unit_bytes for nest in plan.nests) // plan.unit
+        assert plan.runs_per_unit == sum(nest.unit_bytes // nest.run for nest in plan.nests)
         for nest in plan.nests:
             check_nest(nest, min(src.alignment, dst.alignment))
     assert made > cases // 2
