@@ -338,6 +338,8 @@ struct Request {
   Edges dst_edges;
 };
 
+static_assert(sizeof(Request) == 33 * sizeof(int64_t), "a request is words");
+
 // A request has no edges of allocations, and its runs may cross some.
 struct NeedsEdges {};
 
@@ -496,6 +498,7 @@ int64_t portakv_pieces_fold(const int64_t *words, int64_t *out, int64_t room) {
       Limits limits;
       Edges edges[3];
     } listed;
+    static_assert(sizeof listed == 16 * sizeof(int64_t), "listed runs are words");
     std::memcpy(&listed, words, sizeof listed);
     const auto column = [](int64_t pointer) { return reinterpret_cast<const int64_t *>(pointer); };
     const std::vector<int64_t> edges =

@@ -171,9 +171,9 @@ Place locate(const std::vector<Step> &steps, int64_t number) {
 
 // Return the start of each line on a side: an address if the plane is the only one or if the
 // address is looked up by line, else a distance from the plane.
-std::vector<int64_t> starts(const Side &side, const Positions &at, const std::vector<int64_t> &units,
-                            int64_t unit, const std::vector<Place> &inner, bool by_line,
-                            bool one_plane) {
+std::vector<int64_t> starts(const Side &side, const Positions &at,
+                            const std::vector<int64_t> &units, int64_t unit,
+                            const std::vector<Place> &inner, bool by_line, bool one_plane) {
   if (side.units.empty()) throw Malformed("a side has no steps for its units");
   int64_t base = side.offset;
   // Only if tokens lie at one stride may a unit begin between multiples.
@@ -264,16 +264,17 @@ void sort_by_digits(std::vector<Run> &runs) {
   const uint64_t range = static_cast<uint64_t>(most) - static_cast<uint64_t>(least);
   // Runs lie at multiples of some power of two, whose bits need no pass.
   uint64_t used = 0;
-  for (const Run &run : runs) used |= static_cast<uint64_t>(run.src) - static_cast<uint64_t>(least);
+  const auto from_least = [least](const Run &run) {
+    return static_cast<uint64_t>(run.src) - static_cast<uint64_t>(least);
+  };
+  for (const Run &run : runs) used |= from_least(run);
   int shift = 0;
   while (shift < 63 && !(used >> shift & 1)) shift++;
 
   std::vector<Run> other(runs.size());
   std::vector<size_t> places(kDigits);
   for (; shift < 64 && range >> shift != 0; shift += kBits) {
-    const auto digit = [&](const Run &run) {
-      return (static_cast<uint64_t>(run.src) - static_cast<uint64_t>(least)) >> shift & (kDigits - 1);
-    };
+    const auto digit = [&](const Run &run) { return from_least(run) >> shift & (kDigits - 1); };
     std::fill(places.begin(), places.end(), 0);
     for (const Run &run : runs) places[digit(run)]++;
     size_t before = 0;
@@ -377,6 +378,8 @@ struct Copy {
   Positions dst;
   int64_t count;
 };
+
+static_assert(sizeof(Copy) == 17 * sizeof(int64_t), "a copy is words");
 
 // Return the number of groups of neighbours among units that are in order; see core.h.
 int64_t count_groups(const Units &units, const int64_t *limits, bool falls) {
