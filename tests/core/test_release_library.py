@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import re
 import shutil
@@ -42,6 +43,8 @@ def built(zig: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     """Architecture -> its library, and "again" -> the first one, built in another folder."""
     folder = tmp_path_factory.mktemp("built")
     tree = copy_of_the_build(folder / "another folder")
+    # Both builds for one architecture may share the compiled C++ runtime.
+    cache = os.environ.get("ZIG_GLOBAL_CACHE_DIR", str(folder / "cache"))
     builds = {name: (ROOT, name) for name in ARCHITECTURES}
     builds["again"] = (tree, ARCHITECTURES[0])
     with ThreadPoolExecutor(2) as pool:
@@ -49,16 +52,17 @@ def built(zig: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
         for name, (root, target) in builds.items():
             script = root / SCRIPT
             words = ["--target", target, "--output", str(folder / f"{name}.so")]
-            ended.append(pool.submit(run, zig, script, *words))
+            ended.append(pool.submit(run, zig, script, *words, ZIG_GLOBAL_CACHE_DIR=cache))
         for each in ended:
             each.result()
     return {name: folder / f"{name}.so" for name in builds}
 
 
-def run(*words: str | Path) -> str:
+def run(*words: str | Path, **variables: str) -> str:
     """Run a command, and return what it prints; its output joins the failure."""
     done = subprocess.run(
         [str(word) for word in words],
+        env={**os.environ, **variables},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
