@@ -16,11 +16,8 @@ import torch
 
 from portakv.core.library import library, pylibrary
 
-#: The codes of `native/core/core.h`.
-CONTRADICTION = -1
-SLOTS_APART = -2
+#: The code of `native/core/core.h` for which the tensors themselves show no reason.
 PAST_64_BITS = -3
-NOT_PLAIN = -4
 
 #: The version of DLPack's exchange API that the core is written for.
 _DLPACK = 1

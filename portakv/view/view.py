@@ -68,7 +68,6 @@ class KVView:
     # blocks_overlap: blocks begin inside of others, and the caller names only those that are apart.
     # derived: objects that slices, launches and strategies made of this view; they live as long
     __slots__ = (
-        "_aliases",
         "_memory",
         "_origins",
         "_owners",
@@ -217,7 +216,6 @@ class KVView:
         self._memory: tuple[tuple[torch.UntypedStorage, int, int], ...] | None = None
         self.blocks_overlap = False
         self.derived: dict[Hashable, Any] = {}
-        self._aliases: tuple[torch.Tensor, ...] | None = None
         self._storages: tuple[torch.UntypedStorage, ...] | None = None
         if persistent:
             assert self._owners is not None
@@ -267,10 +265,12 @@ class KVView:
             self._owners = self._raw.tensors(self.origins, self.device)
         if self._storages is None:
             return self._owners
-        if self._aliases is None:
+        aliases: tuple[torch.Tensor, ...] | None = self.derived.get("owners")
+        if aliases is None:
             pairs = zip(self._owners, self._storages, strict=True)
-            self._aliases = tuple(_alias(owner, storage) for owner, storage in pairs)
-        return self._aliases
+            made = tuple(_alias(owner, storage) for owner, storage in pairs)
+            aliases = self.derived.setdefault("owners", made)
+        return aliases
 
     @property
     def storages(self) -> tuple[torch.UntypedStorage, ...]:
@@ -715,6 +715,6 @@ def _alias(owner: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
     """Return a tensor over the storage of an owner, also if the owner has another one now."""
     if owner.untyped_storage()._cdata == storage._cdata:
         return owner.detach()
-    empty = torch.empty(0, dtype=owner.dtype, device=owner.device)
+    empty = torch.empty(0, dtype=owner.dtype, device=storage.device)
     count = storage.nbytes() // owner.dtype.itemsize
     return empty.set_(storage, 0, (count,), (1,))

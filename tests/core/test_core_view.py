@@ -7,6 +7,7 @@ import gc
 import random
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -370,3 +371,35 @@ def test_nothing_is_retained_by_a_reading() -> None:
             bound.read(conjugated)
     gc.collect()
     assert [sys.getrefcount(layer) for layer in layers] == before
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["asked later", "asked before"])
+@pytest.mark.parametrize(
+    "other",
+    [torch.zeros(2, 2), torch.zeros(9, dtype=torch.float64)],
+    ids=["smaller", "of another dtype"],
+)
+def test_a_kept_view_has_tensors_over_the_memory_that_it_read(
+    other: torch.Tensor, asked: bool
+) -> None:
+    layers = [noise(5, 8).clone() for _ in range(3)]
+    expected = [layer.clone() for layer in layers]
+    view = KVView(layers, "layer | token dim")
+    gone = weakref.ref(layers[1].untyped_storage())
+    begins = [layer.data_ptr() for layer in layers]
+    if asked:
+        assert [owner.data_ptr() for owner in view.owners] == begins
+    layers[1].data = other
+    gc.collect()
+    assert gone() is not None
+    assert [owner.data_ptr() for owner in view.owners] == begins
+    view.check_memory()
+    part = view.slice(layers=1)
+    assert part.origins == (begins[1],)
+    assert part.owners[0].untyped_storage().data_ptr() == begins[1]
+    plane = part.plane(0, 0, expected[1].dtype)
+    assert torch.equal(plane.squeeze(1), expected[1])
+    del plane
+    del view, part
+    gc.collect()
+    assert gone() is None
