@@ -216,7 +216,7 @@ def test_a_vendor_s_backend_is_one_class_in_its_file(vendor: str) -> None:
     "module", modules(LIBRARY / "backends"), ids=lambda module: str(module.name)
 )
 def test_a_backend_knows_plans_and_launches_alone(module: Path) -> None:
-    known = {"plan", "view", "errors", "backends", "runtime", "selection"}
+    known = {"core", "plan", "view", "errors", "backends", "runtime", "selection"}
     # The geometry of packed slots is integers, and no layout.
     names = set(imported(module)) - {"portakv.layout.packing"}
     assert {name.split(".")[1] for name in names} <= known

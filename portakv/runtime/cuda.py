@@ -12,7 +12,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import cache
+from functools import cache, cached_property
 from types import ModuleType
 from typing import Any, NoReturn, SupportsInt
 
@@ -108,11 +108,6 @@ def function(library: ctypes.CDLL, name: str, *arguments: Any) -> Callable[..., 
     entry.argtypes = arguments
     entry.restype = ctypes.c_int
     return entry
-
-
-def entry_of(name: str) -> int:
-    """Return the address of a function of the driver."""
-    return ctypes.cast(library()[name], ctypes.c_void_p).value or 0
 
 
 # Values of CUpointer_attribute and CUresult, which HIP shares.
@@ -348,7 +343,7 @@ class CudaDriver(Caller):
 
     ``launch`` takes a function, the blocks along x, y and z, the threads along x, y and z, the
     bytes of shared memory, a stream's handle, the address of the list of parameters, and 0. It
-    returns ``success`` or an error. ``entry`` is the address of that function, for the core.
+    returns ``success`` or an error.
     """
 
     success: object = (0,)
@@ -358,7 +353,6 @@ class CudaDriver(Caller):
         super().__init__(device, driver.CUstream)
         self.device = device
         self.launch: Callable[..., object] = driver.cuLaunchKernel
-        self.entry = entry_of("cuLaunchKernel")
 
     def load(self, source: str, names: Iterable[str]) -> dict[str, object]:
         """Load kernels as the function `load` does."""
@@ -367,6 +361,11 @@ class CudaDriver(Caller):
     def current(self) -> AbstractContextManager[object]:
         """Make the device this thread's current one, with a context."""
         return inside(self.device)
+
+    @cached_property
+    def entry(self) -> int:
+        """The address of cuLaunchKernel, for the core."""
+        return ctypes.cast(library()["cuLaunchKernel"], ctypes.c_void_p).value or 0
 
     def address(self, function: Any) -> int:
         """Return a kernel's handle as a number."""

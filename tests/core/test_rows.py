@@ -18,7 +18,8 @@ from portakv.core.plan import MALFORMED, Refused
 from portakv.core.rows import shape_of
 
 OPTIONS = array("q", [1, 0, 0, 0, 0])
-LAYER, DIM = 1, 5
+LAYER = 1
+DIM = 5
 
 
 def words(loops: list[tuple[int, int]], units: int = 1) -> array[int]:
