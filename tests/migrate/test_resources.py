@@ -197,8 +197,8 @@ made = {
     "disk": lambda: BlockStore(form, staging=1 << 20, tiers=[Disk(folder, capacity=SIZE)]).close(),
 }[sys.argv[1]]
 made()  # what the process opens once
-most = none.limit(120)
-for spare in (*range(12), 18, 30, 50, 110):
+most = none.limit(240)
+for spare in (*range(12), 18, 30, 50, 230):
     with none.left(spare):
         before = none.count(most)
         try:
@@ -214,25 +214,17 @@ for spare in (*range(12), 18, 30, 50, 110):
             time.sleep(0.01)
         else:
             sys.exit(f"{none.count(most) - before} descriptors are left")
-for attempt in range(10):
-    try:
-        made()
-        break
-    except PortaKVError as error:  # of a connection from before, as a last one may be under way
-        assert "too many open files: `ulimit -n` allows" in str(error), str(error)
-        time.sleep(0.1)
-else:
-    made()
+made()
 """
 
 
 @pytest.mark.parametrize("what", ["unix", "tcp", "ask", "pull", "events", "server", "rank", "disk"])
 def test_few_descriptors_are_an_error_or_enough(what: str) -> None:
-    """With none, a few or 110 free ones; nothing leaks, and it works again."""
+    """With none, a few or 230 free ones; nothing leaks, and it works again."""
     code, text = ran(_FEW, what)
     assert code == 0, text
     assert "refused 0" in text
-    assert "made 110" in text
+    assert "made 230" in text
 
 
 _SOFT = """
