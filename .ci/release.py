@@ -5,8 +5,9 @@
     python .ci/release.py build FOLDER           the files of the last commit, in a new folder
     python .ci/release.py notes vX.Y.Z           print the changelog's section, for .ci/attach
 
-The source distribution is made from the last commit, and the wheel from the source distribution.
-Every time in the files is that of the commit.
+The source distribution is made from the last commit, and the wheels from the source distribution,
+one for each architecture. ziglang builds their compiled core on any machine. Every time in the
+files is that of the commit.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ RUNTIME_EXTRAS = (
     "triton",
     "zstd",
 )
+#: The architectures of the wheels.
+ARCHITECTURES = ("x86_64", "aarch64")
 #: A section of the changelog: `## 0.1.0, 2026-12-01`, or `## Unreleased: 0.1.0` before that.
 SECTION = r"^## (?:(Unreleased): )?{version}(?:, (\d{{4}}-\d\d-\d\d))?$"
 #: Where files of a tag are at the host of the repository.
@@ -164,7 +167,8 @@ def build(root: Path, folder: Path, surroundings: Mapping[str, str]) -> dict[str
         with tarfile.open(source) as packed:
             packed.extractall(unpacked, filter="data")
         (inside,) = unpacked.iterdir()
-        make("--wheel", inside, folder, around)
+        for architecture in ARCHITECTURES:
+            make("--wheel", inside, folder, {**around, "PORTAKV_CORE_TARGET": architecture})
         bill_of_materials(inside, folder, around)
     return {path.name: digest(path) for path in sorted(folder.iterdir())}
 
@@ -256,12 +260,18 @@ def digest(path: Path) -> str:
 
 
 def print_what(folder: Path) -> None:
-    """Print what the wheel holds, by package, and what it requires."""
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+    """Print what the wheels hold, by package, and what they require. They differ in the core."""
+    first, *others = sorted(folder.glob("*.whl"))
+    with zipfile.ZipFile(first) as archive:
         names = archive.namelist()
         (path,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         about = HeaderParser().parsestr(archive.read(path).decode())
+    for other in others:
+        with zipfile.ZipFile(other) as archive:
+            if sorted(archive.namelist()) != sorted(names):
+                raise Refused(
+                    f"Expected the files of {first.name} in {other.name}, got other ones."
+                )
     required = [each for each in about.get_all("Requires-Dist", []) if "extra ==" not in each]
     print(f"{about['Name']} {about['Version']}, Python {about['Requires-Python']}")
     print(f"requires  {', '.join(required)}")

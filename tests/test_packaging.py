@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import threading
 import venv
 import zipfile
@@ -43,6 +44,8 @@ TRAVELS = {
     "portakv_native": NATIVE_SUFFIXES,
     "portakv_conformance": (".toml", ".c", ".cpp", ".h", *TEMPLATES),
 }
+#: What an installation compiles. Its sources are in the source distribution, and in no wheel.
+CORE_LIBRARY = "portakv/core/libportakv_core.so"
 #: Packages of a clone alone.
 STAYS = {"portakv_benchmarks", "portakv_examples"}
 #: The verbs of the command from the base package, and a verb that an extra serves: the exit code,
@@ -157,7 +160,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seeded in seeded_sources():
         (tree / "native" / seeded).parent.mkdir(parents=True, exist_ok=True)
         (tree / "native" / seeded).write_text("// seeded by a test\n")
-    # By way of the source distribution, as a release is made.
+    # By way of the source distribution, as a release is made. A library of this clone stays behind.
+    (tree / CORE_LIBRARY).write_text("a library that an editable installation left")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tree / "dist", tree)
     (built,) = (tree / "dist").glob("*.whl")
     return built
@@ -217,9 +221,24 @@ def metadata(wheel: Path, name: str) -> email.message.Message:
 
 
 @pytest.mark.wheel
-def test_the_wheel_is_pure_python(wheel: Path) -> None:
-    assert metadata(wheel, "WHEEL").get_all("Tag") == ["py3-none-any"]
-    assert metadata(wheel, "WHEEL")["Root-Is-Purelib"] == "true"
+def test_the_wheel_serves_every_python_on_this_platform(wheel: Path) -> None:
+    platform = re.sub(r"\W", "_", sysconfig.get_platform())
+    assert metadata(wheel, "WHEEL").get_all("Tag") == [f"py3-none-{platform}"]
+    assert metadata(wheel, "WHEEL")["Root-Is-Purelib"] == "false"
+    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+
+
+@pytest.mark.wheel
+def test_the_source_distribution_holds_what_compiles_the_core(wheel: Path) -> None:
+    """And no compiled library: each machine makes its own."""
+    (archive,) = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        files = [each.name for each in packed.getmembers() if each.isfile()]
+    held = {name.partition("/")[2] for name in files}
+    sources = {x.relative_to(ROOT).as_posix() for x in (ROOT / "native/core").rglob("*.*")}
+    backend = {x.relative_to(ROOT).as_posix() for x in (ROOT / "build_backend").glob("*.py")}
+    assert sources | backend <= held
+    assert [name for name in held if name.endswith(".so")] == []
 
 
 @pytest.mark.wheel
@@ -238,9 +257,11 @@ def test_the_wheel_holds_every_file_that_travels(wheel: Path, folders: dict[str,
         for name, folder in folders.items()
         for path in folder.rglob("*")
         if not (path.parent / "pyproject.toml").exists()  # an example that is a separate project
+        if not path.is_relative_to(ROOT / "native" / "core")
         if path.suffix in (".py", ".typed", *TRAVELS.get(name, ())) or path.name == "CMakeLists.txt"
     }
     expected |= {f"portakv_native/{seeded}" for seeded in seeded_sources()}
+    expected.add(CORE_LIBRARY)
     expected.add("portakv_command.py")  # the script `portakv`, which stands apart from the package
     with zipfile.ZipFile(wheel) as archive:
         actual = {path for path in archive.namelist() if ".dist-info/" not in path}
@@ -256,6 +277,14 @@ def test_the_installed_wheel_imports(clean: Path, module: str) -> None:
     """It imports from the environment's own folder, without the repository on the path."""
     where = run(clean / "python", "-I", "-c", f"import {module} as it; print(it.__file__)")
     assert Path(where.strip()).is_relative_to(clean.parent)
+
+
+@pytest.mark.wheel
+def test_the_installed_core_loads(clean: Path) -> None:
+    code = (
+        "from portakv.core.library import library as core; print(core().portakv_core_self_test())"
+    )
+    assert run(clean / "python", "-I", "-c", code) == "0\n"
 
 
 @pytest.mark.wheel

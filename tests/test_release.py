@@ -241,7 +241,8 @@ def tree_of(clone: Path, *scripts: str) -> Path:
 
 def built(clone: Path, version: str = "1.2.3") -> list[str]:
     """Write the files of a release, and return their names."""
-    names = [f"a-{version}.tar.gz", f"a-{version}-py3-none-any.whl", f"a-{version}.cdx.json"]
+    wheels = [f"a-{version}-py3-none-manylinux_2_17_{x}.whl" for x in ("aarch64", "x86_64")]
+    names = [f"a-{version}.tar.gz", *wheels, f"a-{version}.cdx.json"]
     (clone / "dist").mkdir()
     for name in names:
         (clone / "dist" / name).touch()
@@ -264,7 +265,7 @@ def test_attach_makes_a_release_with_its_files(tmp_path: Path, clone: Path) -> N
     assert done.stdout == "A line.\n"
     words = (tree / "gh").read_text(encoding="utf-8").splitlines()
     assert words[:6] == ["release", "create", "v1.2.3", "--verify-tag", "--title", "PortaKV 1.2.3"]
-    assert words[-3:] == files
+    assert words[-4:] == files
 
 
 def test_a_dry_run_of_attach_makes_no_release(tmp_path: Path, clone: Path) -> None:
@@ -276,7 +277,7 @@ def test_a_dry_run_of_attach_makes_no_release(tmp_path: Path, clone: Path) -> No
     assert done.returncode == 0, done.stderr
     command, *text = done.stdout.splitlines()
     assert command.startswith("gh release create v1.2.3 ")
-    assert command.split()[-3:] == files
+    assert command.split()[-4:] == files
     assert text == ["A line."]
     assert not (tree / "gh").exists()
 

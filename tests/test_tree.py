@@ -24,16 +24,17 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "portakv"
 TREE = {
     "portakv": "cli storage migrate connector graph copy interconnect registry backends plan host "
-    "view runtime layout",
+    "view runtime layout core",
     "portakv/backends": "base reference compiled triton cuda hip ascend mlu",
     "portakv/integrations": "lmcache vllm sglang transformers kvcacheio",
     "portakv/migrate": "transports",
     "portakv/host": "pinned pool shared memcpy small",
-    "native": "cuda host ascend",
+    "native": "core cuda host ascend",
     "native/ascend": "emulation",
     "conformance": "judge draw run evidence report cases mutants simdev vendor results",
     "benchmarks": "device host migration plugs shared storage bars.toml results",
-    ".": "examples docs tests pyproject.toml constraints.txt README.md .ci/run .ci/full",
+    ".": "examples docs tests build_backend pyproject.toml constraints.txt README.md .ci/run "
+    ".ci/full",
 }
 #: A private name of another object than a test's own or torch's, and how many; none may be added.
 PRIVATE = re.compile(
@@ -215,7 +216,7 @@ def test_a_vendor_s_backend_is_one_class_in_its_file(vendor: str) -> None:
     "module", modules(LIBRARY / "backends"), ids=lambda module: str(module.name)
 )
 def test_a_backend_knows_plans_and_launches_alone(module: Path) -> None:
-    known = {"plan", "view", "errors", "backends", "runtime", "selection"}
+    known = {"core", "plan", "view", "errors", "backends", "runtime", "selection"}
     # The geometry of packed slots is integers, and no layout.
     names = set(imported(module)) - {"portakv.layout.packing"}
     assert {name.split(".")[1] for name in names} <= known

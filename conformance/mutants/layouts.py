@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 
 from portakv.backends.base import Pending
 from portakv.plan.plan import CopyPlan
 from portakv.view.form import Form, KVRows, Step
 from portakv_conformance.mutants.base import Call, HostRows
-
-_plan = lru_cache(maxsize=256)(CopyPlan)
 
 
 class _Misread(HostRows):
@@ -19,7 +16,7 @@ class _Misread(HostRows):
         plan = call.plan
         forms = self.forms(call)
         if forms != (plan.src, plan.dst):
-            plan = _plan(*forms, plan.src_step, plan.dst_step, plan.unit)
+            plan = CopyPlan(*forms, plan.src_step, plan.dst_step, plan.unit)
         return super().carry(replace(call, plan=plan))
 
     def forms(self, call: Call) -> tuple[Form, Form]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from portakv.plan.loops import widest_vector
 from portakv.plan.plan import CopyPlan, Nest
+from portakv.view.form import widest_vector
 from portakv_conformance.mutants.base import Call, HostRows, Runs, Values, store
 
 

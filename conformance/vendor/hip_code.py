@@ -134,7 +134,7 @@ def _of(
 ) -> tuple[str, RowsKernel]:
     plan = CopyPlan(src.form, dst.form, src_step, dst_step)
     assert (len(plan.nests), plan.vector) == (1, vector), f"{name}: {plan}"
-    return name, RowsKernel(plan.nests[0], plan)
+    return name, RowsKernel(plan)
 
 
 def read_code(
@@ -204,7 +204,8 @@ def _build(tools: Sequence[str], folder: Path, targets: Sequence[str]) -> list[C
         text = folder / f"kernel{number}.hip"
         text.write_text(f"#include <hip/hip_runtime.h>\n{kernel.source}")
         for target in targets:
-            code = Code(name, target, VECTOR if isinstance(kernel, PackKernel) else kernel.vector)
+            vector = VECTOR if isinstance(kernel, PackKernel) else kernel.shape.vector
+            code = Code(name, target, vector)
             built = folder / f"kernel{number}.{target}.o"
             command = [hipcc, "-x", "hip", *FLAGS, f"--offload-arch={target}", "--cuda-device-only"]
             done = _run([*command, "--no-gpu-bundle-output", "-c", str(text), "-o", str(built)])

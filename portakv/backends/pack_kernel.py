@@ -8,31 +8,36 @@ request changes become the argument ``PackOf``, packed here as that file declare
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from math import prod
+from typing import cast
 
-from portakv.backends.rows_kernel import (
-    MAX_INNER,
-    MAX_OUTER,
-    MAX_UNITS,
-    REQUEST,
-    SPAN,
-    SPAN_AT,
-    TABLES_AT,
-    SideWords,
-    extents,
-    kernel_text,
-)
+from portakv.backends._sides import SideArguments
+from portakv.backends.rows_kernel import MAX_ENTRIES, extents, kernel_text
 from portakv.plan.loops import Loop
 from portakv.plan.move import Move
 from portakv.plan.packing import PackNest, PackPlan
+from portakv.plan.plan import CopyPlan, Nest
 from portakv.view.form import Step, Steps
+from portakv.view.view import KVView
 
 #: The names of the entries in a kernel's text: one packs, the other unpacks.
 PACKS = "portakv_pack"
 UNPACKS = "portakv_unpack"
 #: Bytes of a vector of 8 values, the only access to raw rows.
 VECTOR = 16
+# Array lengths in `Side` of rows.cuh.
+MAX_UNITS = 3
+MAX_OUTER = 4
+MAX_INNER = 6
+MAX_NUMBERS = 2**32  # of units in a view: the kernel counts them in 32 bits
+# `Copy` of rows.cuh up to its sides: two requests; units, start, unit, ahead; status.
+REQUEST = struct.Struct("<12q4Iq")
+SPAN = struct.Struct("<2I")
+SPAN_AT = 12 * 8
+_SIDE_BYTES = 16 * MAX_UNITS + 16 * MAX_OUTER + 8 * MAX_INNER
+TABLES_AT = REQUEST.size + 2 * _SIDE_BYTES
 #: Threads of one launch, of which HIP takes fewer than 2^32; a larger copy is split.
 MAX_THREADS = 2**32 - 1024
 #: Planes of a thread block, if a warp takes a plane.
@@ -172,3 +177,55 @@ class PackKernel:
 def _raw_loop(step: Step) -> Loop:
     """Return a loop of which only the raw side's stride is read."""
     return Loop(("token",), step.extent, 0, step.stride, 0, step.stride)
+
+
+class SideWords(SideArguments):
+    """A side of a kernel that packs or unpacks.
+
+    Attributes:
+        kind: as in `SideArguments`, or ``PLANES``: a table of ``entries`` that travels with the
+            arguments.
+        ids: True if it has ids.
+        fixed: the values that a plan fixes, as the kernel's text declares them.
+    """
+
+    def __init__(
+        self,
+        nest: PackNest,
+        plan: PackPlan,
+        name: str,
+        outer: Sequence[Loop],
+        inner: Sequence[Loop],
+    ) -> None:
+        # A side reads of them only what packed nests and plans have as well.
+        super().__init__(cast("Nest", nest), cast("CopyPlan", plan), name, outer, inner)
+        self.ids = self.per_id > 0
+        self.entries = 0
+        self.countable = MAX_NUMBERS
+        loops = zip(outer, self.walks, strict=True)
+        entries = 1 + sum((x.extent - 1) * table for x, (table, _) in loops)
+        if getattr(plan, name).table_on_device:
+            self.kind = "UNITS"  # also for one address, which the host does not know
+        elif self.kind == "UNITS" and not self.side.tabled and entries <= MAX_ENTRIES:
+            self.kind = "PLANES"
+            self.entries = entries
+        walks = [(x.table, x.stride) for x in self.side.units]
+        walks += [(0, 0)] * (MAX_UNITS - len(walks)) + self.walks
+        walks += [(0, 0)] * (MAX_OUTER - len(self.walks))
+        numbers = [*chain(*walks), *self.strides, *[0] * (MAX_INNER - len(self.strides))]
+        self.fixed = struct.pack(f"<{len(numbers)}q", *numbers)
+
+    @property
+    def shape(self) -> str:
+        """The type of the side in the kernel's text."""
+        bounded = extents([x.extent for x in self.side.units[1:]])
+        ids = str(self.ids).lower()
+        return f"SideShape<{ids}, {self.per_id or 1}, {self.kind}, {self.entries}, {bounded}>"
+
+    def table(self, view: KVView) -> bytes:
+        """Return the entries that travel in the arguments."""
+        packed: bytes | None = view.derived.get(self)
+        if packed is None:
+            entries = view.origins[self.side.table :][: self.entries]
+            packed = view.derived[self] = struct.pack(f"<{self.entries}q", *entries)
+        return packed

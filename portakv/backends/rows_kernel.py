@@ -1,57 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The row kernel's source text and arguments for a plan, for every compiler and driver.
+"""The row kernel's source text for a plan and the cut of its launches, for every compiler.
 
-Values that a model fixes become template parameters of ``native/cuda/rows.cuh``. Values that a
-request changes become the argument ``Copy``, packed here as that file declares it.
+Values that a model fixes become template parameters of ``native/cuda/rows.cuh``. The core packs the
+values that a request changes, and launches (`native/core/rows.h`).
 """
 
 from __future__ import annotations
 
 import re
-import struct
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from array import array
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from itertools import chain
-from math import prod
 from posixpath import normpath
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple
 
-from portakv.backends._sides import Request as Request
-from portakv.backends._sides import SideArguments, split_loops
+from portakv.core.plan import Refused
+from portakv.core.rows import LOOPS, SideShape, shape_of
 from portakv.errors import Unsupported
-from portakv.plan.loops import Loop
-from portakv.plan.packing import PackNest, PackPlan
-from portakv.plan.plan import CopyPlan, Move, Nest
+from portakv.plan.plan import CopyPlan
 from portakv.runtime.bounded import Bounded
-from portakv.view.index import Index
-from portakv.view.view import KVView
 
 #: Threads of a block, unless a device needs another number.
 THREADS = 128
 #: Names of the entries in a kernel's text, by the vectors that one thread moves.
 NAMES = {1: "portakv_rows", 2: "portakv_rows_2"}
-# Array lengths in `Side`.
-MAX_UNITS = 3
-MAX_OUTER = 4
-MAX_INNER = 6
-MAX_PLANES = 65535  # blocks along y
-# Addresses that travel in the arguments: with both sides below the classic limit of 4 KiB.
+#: Addresses that travel in the arguments: with both sides below the classic limit of 4 KiB.
 MAX_ENTRIES = 192
-# `Copy` up to its sides: two requests; units, start, unit, ahead; status.
-REQUEST = struct.Struct("<12q4Iq")
-SPAN = struct.Struct("<2I")
-SPAN_AT = 12 * 8
-_SIDE_BYTES = 16 * MAX_UNITS + 16 * MAX_OUTER + 8 * MAX_INNER
-TABLES_AT = REQUEST.size + 2 * _SIDE_BYTES
-# Vectors of one launch are counted in 32 bits; a larger copy is split.
+#: Vectors of one launch are counted in 32 bits; a larger copy is split.
 MAX_VECTORS = 2**31
-MAX_NUMBERS = 2**32  # of units in a view: the kernel counts them in 32 bits
-SECTOR = 32  # bytes of device memory that are written together
-
-
-#: Packs a repeated launch; see `RowsKernel.packer`.
-Packer: TypeAlias = Callable[[bytearray, int, int, int, int, int, int], None]
+#: How a side finds the address of a plane, as ``native/cuda/rows.cuh`` names it.
+LOOKUPS = ("NONE", "PLANES", "UNITS")
 
 
 class Tuning(NamedTuple):
@@ -97,16 +75,16 @@ def _read(name: str) -> str:
 
 
 class RowsKernel:
-    """One nest of a plan: its instance of the kernel, and the packing of its arguments.
+    """One nest of a plan: its instance of the kernel, and the cut of its launches.
 
     Args:
+        nest: the number of the nest.
         threads: of a block.
         tunings: the cuts of launches, by their size; None: `TUNING`. A peer's rows always use
             `PEER_TUNING`.
 
     Attributes:
-        row: vectors of one unit in one plane.
-        planes: blocks along y.
+        shape: what the plan fixes.
         most_units: the most units of one launch.
 
     Raises:
@@ -116,73 +94,31 @@ class RowsKernel:
     #: The file of ``native`` that its text begins with, and the names of its entries.
     file = "cuda/rows.cuh"
     names: Mapping[int, str] = NAMES
+    #: The planes follow the source's order, not the destination's.
+    by_source = False
 
     def __init__(
         self,
-        nest: Nest,
         plan: CopyPlan,
+        nest: int = 0,
         threads: int = THREADS,
         tunings: tuple[Tuning, ...] | None = None,
     ) -> None:
         peer = PEER_TUNING if plan.src.place == "peer" else None
         self.threads = threads
-        self._tunings = peer or tunings or TUNING
-        self.unit = plan.unit
-        self.vector = nest.vector
-        outer, inner = split_loops(nest.loops)
-        self.row = prod(x.extent for x in inner) * (nest.run // nest.vector)
-        self.planes = prod(x.extent for x in outer)
-        if (
-            len(outer) > MAX_OUTER
-            or len(inner) > MAX_INNER
-            or max(len(nest.src.units), len(nest.dst.units)) > MAX_UNITS
-            or self.planes > MAX_PLANES
-            or self.row >= MAX_VECTORS
-        ):
+        self.tunings = peer or tunings or TUNING
+        try:
+            self.shape = shape_of(plan.words, nest, options_of(plan, self.by_source))
+        except Refused as refused:
+            if refused.code != LOOPS:
+                raise
+            loops, planes = refused.values[:2]
             raise Unsupported(
-                f"A nest of {len(nest.loops)} loops over {self.planes} planes",
-                f"the kernel takes {MAX_OUTER} loops over planes, {MAX_INNER} inside a unit and "
-                f"{MAX_PLANES} planes; use backend 'reference'",
-            )
-        self.src, self.dst = (SideWords(nest, plan, x, outer, inner) for x in ("src", "dst"))
-        self._nest = nest
-        self._dst_table_at = TABLES_AT + 8 * max(1, self.src.entries)
-        self._unit_bytes = self.row * self.planes * self.vector
-        self.most_units = max(1, (MAX_VECTORS - 1) // self.lanes)
-
-    @cached_property
-    def lanes(self) -> int:
-        """The places of threads for the vectors of one unit in one plane.
-
-        ``native/cuda/rows.cuh`` says why some units have more of them than vectors: rows at ids of
-        the destination that end inside a sector, if a quarter more suffices.
-        """
-        if self.inner or not self.dst.ids or self.run % SECTOR == 0:
-            return self.row
-        each = SECTOR // self.vector
-        lanes = -(-(self.row + each - 1) // each) * each
-        return lanes if 4 * lanes <= 5 * self.row else self.row
-
-    @property
-    def run(self) -> int:
-        """The bytes of a contiguous run."""
-        return self._nest.run
-
-    @property
-    def outer(self) -> list[int]:
-        """The extents of the loops over planes."""
-        return [loop.extent for loop in split_loops(self._nest.loops)[0]]
-
-    @property
-    def inner(self) -> list[int]:
-        """The extents of the loops inside a unit of a plane."""
-        return [loop.extent for loop in split_loops(self._nest.loops)[1]]
-
-    @property
-    def fixed(self) -> bytes:
-        """The argument with all values that do not change."""
-        tables = max(1, self.src.entries) + max(1, self.dst.entries)
-        return bytes(REQUEST.size) + self.src.fixed + self.dst.fixed + bytes(8 * tables)
+                f"A nest of {loops} loops over {planes} planes",
+                "the kernel takes 4 loops over planes, 6 inside a unit and 65535 planes; use "
+                "backend 'reference'",
+            ) from None
+        self.most_units = max(1, (MAX_VECTORS - 1) // self.shape.lanes)
 
     @property
     def source(self) -> str:
@@ -191,10 +127,10 @@ class RowsKernel:
             [
                 kernel_text(self.file),
                 "using namespace portakv;",
-                f"typedef {extents(self.inner)} Inner;",
-                f"typedef {extents(self.outer)} Outer;",
-                f"typedef {self.src.shape} Src;",
-                f"typedef {self.dst.shape} Dst;",
+                f"typedef {extents(self.shape.inner)} Inner;",
+                f"typedef {extents(self.shape.outer)} Outer;",
+                f"typedef {side_text(self.shape.src)} Src;",
+                f"typedef {side_text(self.shape.dst)} Dst;",
                 "typedef CopyOf<Src, Dst> Argument;",
                 *(self.entry(each, name) for each, name in self.names.items()),
             ]
@@ -202,135 +138,38 @@ class RowsKernel:
 
     def entry(self, each: int, name: str) -> str:
         """Return the definition of one entry, which follows the types of its shape."""
-        run = self.run // self.vector
-        call = f"copy_rows<{self.vector}, {run}, {self.lanes}, {each}, Inner, Outer, Src, Dst>"
+        sizes = self.shape.vector, self.shape.run, self.shape.lanes, each
+        call = f"copy_rows<{', '.join(map(str, sizes))}, Inner, Outer, Src, Dst>"
         argument = "const PORTAKV_CONSTANT Argument copy"
         return f'extern "C" __global__ void {name}({argument}) {{ {call}(copy); }}\n'
 
-    def tuned(self, units: int) -> tuple[int, int]:
-        """Return (vectors that one thread moves, vectors to prefetch ahead) for so many units."""
-        payload = units * self._unit_bytes
-        for tuning in self._tunings:
-            if payload >= tuning.payload:
-                return tuning.each, tuning.ahead // self.vector
-        raise AssertionError("the last tuning is for any payload")
-
     @property
-    def small(self) -> int:
-        """The units below which a thread moves one vector and prefetches nothing."""
-        others = [x.payload for x in self._tunings if (x.each, x.ahead) != (1, 0)]
-        return -(-min(others, default=0) // self._unit_bytes)
-
-    def grid(self, units: int, each: int) -> tuple[int, int]:
-        """Return the blocks along x and y of a launch of so many units."""
-        return -(-units * self.lanes // (self.threads * each)), self.planes
-
-    def pack(self, buffer: bytearray, move: Move, status: int, ahead: int) -> None:
-        """Pack a request's addresses and counts into the argument; `pack_span` completes it."""
-        src, dst = self.requests(move)
-        REQUEST.pack_into(buffer, 0, *src, *dst, 0, 0, self.unit, ahead, status)
-        if self.src.entries:
-            table = self.src.table(move.src)
-            buffer[TABLES_AT : TABLES_AT + len(table)] = table
-        if self.dst.entries:
-            table = self.dst.table(move.dst)
-            buffer[self._dst_table_at : self._dst_table_at + len(table)] = table
-
-    def requests(self, move: Move) -> tuple[Request, Request]:
-        """Return the values that a request adds to each side; see `SideArguments.request`."""
-        src = self.src.request(move.src, move.src_index)
-        dst = self.dst.request(move.dst, move.dst_index)
-        return src, dst
-
-    def packer(self, move: Move) -> Packer | None:
-        """Return a function that packs as `pack` and `pack_span` do, for one repeated launch.
-
-        It takes the buffer, the addresses of the source and of the destination as `base.Again` has
-        them, the first unit, the units, the vectors to prefetch ahead, and the status word. Returns
-        None if a side without ids is not one tensor.
-        """
-        sides = (self.src, move.src_index), (self.dst, move.dst_index)
-        if any(y.ids is None and (x.kind != "NONE" or x.side.table) for x, y in sides):
-            return None
-        (pack_src, pack_dst) = map(_settled, self.requests(move), sides)
-        pack = REQUEST.pack_into
-        unit = self.unit
-        return lambda buffer, src, dst, first, units, ahead, status: pack(
-            buffer, 0, *pack_src(src, first), *pack_dst(dst, first), units, 0, unit, ahead, status
-        )
-
-    def spans(self, units: int) -> list[tuple[int, int]]:
-        """Return (first unit, units) of each launch."""
-        most = self.most_units
-        if 0 < units <= most:
-            return [(0, units)]
-        return [(start, min(most, units - start)) for start in range(0, units, most)]
-
-    def pack_span(self, buffer: bytearray, start: int, units: int) -> None:
-        """Pack the units that this launch moves."""
-        SPAN.pack_into(buffer, SPAN_AT, units, start)
+    def cut(self) -> list[int]:
+        """The words by which the core cuts launches; `portakv_rows_open` has their order."""
+        tunings = [number for tuning in self.tunings for number in tuning]
+        return [self.threads, self.most_units, 0, len(self.tunings), *tunings]
 
 
-def _settled(request: Request, side: tuple[SideArguments, Index]) -> Callable[[int, int], Request]:
-    """Return a function that makes a side's request from an address and the first unit."""
-    base, table, _, wide, _, limit = request
-    if side[1].ids is not None:
-        return lambda ids, first: (base, table, ids, wide, first, limit)
-    offset = side[0].side.offset
-    return lambda address, first: (address + offset, 0, 0, 0, 0, 0)
+def kernels_of(
+    plan: CopyPlan, threads: int = THREADS, tunings: tuple[Tuning, ...] | None = None
+) -> list[RowsKernel]:
+    """Return the kernel of each nest of a plan; raise `Unsupported` as `RowsKernel` does."""
+    return [RowsKernel(plan, nest, threads, tunings) for nest in range(plan.words[1])]
 
 
-def extents(numbers: list[int]) -> str:
+def options_of(plan: CopyPlan, by_source: bool = False) -> array[int]:
+    """Return the words of `RowsOptions` in ``native/core/rows.h``."""
+    on_device = plan.src.table_on_device, plan.dst.table_on_device
+    return array("q", [plan.src_step, plan.dst_step, *on_device, by_source])
+
+
+def extents(numbers: Sequence[int]) -> str:
+    """Return loops of these extents as a type in a kernel's text."""
     return f"Extents<{', '.join(map(str, numbers))}>"
 
 
-class SideWords(SideArguments):
-    """A side of the rows kernel.
-
-    Attributes:
-        kind: as in `SideArguments`, or ``PLANES``: a table of ``entries`` that travels with the
-            arguments.
-        ids: True if it has ids.
-        fixed: the values that a plan fixes, as the kernel's text declares them.
-    """
-
-    def __init__(
-        self,
-        nest: Nest | PackNest,
-        plan: CopyPlan | PackPlan,
-        name: str,
-        outer: Sequence[Loop],
-        inner: Sequence[Loop],
-    ) -> None:
-        # A side reads of them only what packed nests and plans have as well.
-        super().__init__(cast("Nest", nest), cast("CopyPlan", plan), name, outer, inner)
-        self.ids = self.per_id > 0
-        self.entries = 0
-        self.countable = MAX_NUMBERS
-        loops = zip(outer, self.walks, strict=True)
-        entries = 1 + sum((x.extent - 1) * table for x, (table, _) in loops)
-        if getattr(plan, name).table_on_device:
-            self.kind = "UNITS"  # also for one address, which the host does not know
-        elif self.kind == "UNITS" and not self.side.tabled and entries <= MAX_ENTRIES:
-            self.kind = "PLANES"
-            self.entries = entries
-        walks = [(x.table, x.stride) for x in self.side.units]
-        walks += [(0, 0)] * (MAX_UNITS - len(walks)) + self.walks
-        walks += [(0, 0)] * (MAX_OUTER - len(self.walks))
-        numbers = [*chain(*walks), *self.strides, *[0] * (MAX_INNER - len(self.strides))]
-        self.fixed = struct.pack(f"<{len(numbers)}q", *numbers)
-
-    @property
-    def shape(self) -> str:
-        """The type of the side in the kernel's text."""
-        bounded = extents([x.extent for x in self.side.units[1:]])
-        ids = str(self.ids).lower()
-        return f"SideShape<{ids}, {self.per_id or 1}, {self.kind}, {self.entries}, {bounded}>"
-
-    def table(self, view: KVView) -> bytes:
-        """Return the entries that travel in the arguments."""
-        packed: bytes | None = view.derived.get(self)
-        if packed is None:
-            entries = view.origins[self.side.table :][: self.entries]
-            packed = view.derived[self] = struct.pack(f"<{self.entries}q", *entries)
-        return packed
+def side_text(side: SideShape) -> str:
+    """Return the type of a side in a kernel's text."""
+    ids = str(side.ids).lower()
+    lookup = LOOKUPS[side.lookup]
+    return f"SideShape<{ids}, {side.per_id}, {lookup}, {side.entries}, {extents(side.bounded)}>"

@@ -7,15 +7,24 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any, NoReturn, Protocol
 
 import torch
 
 from portakv.backends.base import PEERS, Backend, Capabilities, Launch, MoveLaunch, places_on
-from portakv.backends.rows_kernel import THREADS, Packer, RowsKernel, Tuning
+from portakv.backends.rows_kernel import (
+    LOOKUPS,
+    THREADS,
+    RowsKernel,
+    Tuning,
+    kernels_of,
+    options_of,
+)
+from portakv.core.rows import UNITS, Rows, pack_side
+from portakv.errors import Unsupported
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.cuda import ArgumentLists
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -28,10 +37,15 @@ class RowsDriver(Protocol):
     def success(self) -> object: ...
     @property
     def launch(self) -> Callable[..., object]: ...
+    @property
+    def entry(self) -> int: ...
     def load(self, source: str, names: Iterable[str]) -> dict[str, object]: ...
+    def address(self, function: object) -> int: ...
     def handle(self, stream: torch.Stream | None) -> object: ...
+    def number(self, stream: torch.Stream | None) -> int | None: ...
     def current(self) -> AbstractContextManager[object]: ...
     def check(self, result: Any, what: str) -> None: ...
+    def refuse(self, error: int, what: str) -> NoReturn: ...
     def word(self, address: int) -> int: ...
 
 
@@ -89,8 +103,9 @@ class RowsBackend(Backend):
         return Capabilities(places, skips_negative=True, guards=True, capturable=True)
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        kernels = [RowsKernel(nest, plan, self.threads, self.tunings) for nest in plan.nests]
-        return RowsLaunch(kernels, self._kernels.functions(kernels), self._driver)
+        kernels = kernels_of(plan, self.threads, self.tunings)
+        functions = self._kernels.functions(kernels)
+        return RowsLaunch(plan, kernels, functions, self._driver, self.device)
 
 
 class RowsLaunch(MoveLaunch):
@@ -100,118 +115,122 @@ class RowsLaunch(MoveLaunch):
         kernels: one for each nest.
         functions: the entries of each kernel, as `LoadedKernels` returns them.
         driver: of the device that the kernels are loaded on.
+        home: that device, where they read tables of addresses.
     """
 
     def __init__(
         self,
+        plan: CopyPlan,
         kernels: Sequence[RowsKernel],
         functions: Sequence[dict[int, object]],
         driver: RowsDriver,
+        home: torch.device,
     ) -> None:
-        self._parts = list(zip(kernels, functions, strict=True))
-        self._unit = kernels[0].unit
         self._driver = driver
-        kinds = zip(*((kernel.src.kind, kernel.dst.kind) for kernel in kernels), strict=True)
-        self.tables = tuple("UNITS" in side for side in kinds)
-        self._handle = driver.handle
-        self._launch = driver.launch
-        self._success = driver.success
-        self._arguments = ArgumentLists([kernel.fixed for kernel in kernels], driver.current)
+        self._home = home
+        self._most = min(kernel.most_units for kernel in kernels) * plan.unit
+        self._unit = plan.unit
+        shapes = [kernel.shape for kernel in kernels]
+        #: For each side, whether a kernel reads the table of addresses.
+        self.tables = (
+            any(LOOKUPS[shape.src.lookup] == "UNITS" for shape in shapes),
+            any(LOOKUPS[shape.dst.lookup] == "UNITS" for shape in shapes),
+        )
+        #: For each side, whether a launch without ids begins at one address, its first.
+        self._dense = (
+            all(LOOKUPS[x.src.lookup] == "NONE" and not x.src.table for x in shapes),
+            all(LOOKUPS[x.dst.lookup] == "NONE" and not x.dst.table for x in shapes),
+        )
+        handles = [
+            driver.address(entries[each]) if each in entries else 0
+            for entries in functions
+            for each in (1, 2)
+        ]
+        cuts = chain.from_iterable(kernel.cut for kernel in kernels)
+        options = options_of(plan, kernels[0].by_source)
+        self._rows = Rows(plan.words, options, cuts, handles, driver.entry)
 
     def again(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
     ) -> RowsAgain | None:
         """See `base.Repeatable`."""
-        parts = []
-        fixed = []
-        move = Move(src, dst, src_index, dst_index, 0)
-        for kernel, functions in self._parts:
-            packer = kernel.packer(move)
-            if packer is None:
+        for index, dense in zip((src_index, dst_index), self._dense, strict=True):
+            if index.ids is None and not dense:
                 return None
-            filled = bytearray(kernel.fixed)
-            kernel.pack(filled, move, 0, 0)
-            fixed.append(bytes(filled))
-            parts.append((packer, functions, kernel))
-        return RowsAgain(parts, fixed, self._driver)
+        return RowsAgain(self, Move(src, dst, src_index, dst_index, 0))
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         """Order a copy on a stream of the driver's; see `MoveLaunch`."""
-        handle = self._handle(stream)
+        handle = self._driver.number(stream)
         if handle is None:
             with self._driver.current():
                 self.enqueue(move, stream, status)
             return
-        units = move.count // self._unit
-        arguments = self._arguments
         word = 0 if status is None else self._driver.word(status.data_ptr())
-        for at, (kernel, functions) in enumerate(self._parts):
-            buffer = arguments.buffers[at]
-            threads = kernel.threads
-            each, ahead = kernel.tuned(units)
-            kernel.pack(buffer, move, word, ahead)
-            for start, span in kernel.spans(units):
-                kernel.pack_span(buffer, start, span)
-                blocks, planes = kernel.grid(span, each)
-                result = self._launch(
-                    functions[each],
-                    blocks,
-                    planes,
-                    1,
-                    threads,
-                    1,
-                    1,
-                    0,
-                    handle,
-                    arguments.addresses[at],
-                    0,
-                )
-                if result != self._success:
-                    self._driver.check(result, "The launch")
+        src, dst = self.sides(move)
+        error = self._rows.run(src, dst, move.count, word, handle)
+        if error:
+            self.refuse(error, max(move.src.slots, move.dst.slots))
+
+    def sides(self, move: Move) -> tuple[bytes, bytes]:
+        """Return both sides of a copy as the core takes them."""
+        src_table, dst_table = self.tables
+        return (
+            self._side(move.src, move.src_index, src_table),
+            self._side(move.dst, move.dst_index, dst_table),
+        )
+
+    def _side(self, view: KVView, index: Index, by_table: bool) -> bytes:
+        table = 0
+        if by_table:
+            held = view.table_on(self._home)
+            table = (view.table if held is None else held).data_ptr()
+        ids = index.ids  # contiguous and on the device: the library places them
+        at = 0
+        wide = False
+        if ids is not None:
+            at = ids.data_ptr()
+            wide = ids.dtype is torch.int64
+        addresses = view.addresses_at if view.known else 0
+        return pack_side(addresses, table, at, wide, index.offset, view.slots)
+
+    def refuse(self, error: int, tokens: int) -> NoReturn:
+        """Raise the error of a launch that the core or the driver refused, of a view of so many
+        tokens.
+
+        Raises:
+            Unsupported: a view has more units than the kernel counts.
+            TransferError: the driver's error.
+        """
+        if error == UNITS:
+            raise Unsupported(
+                f"A view of {tokens} tokens in units of {self._unit}",
+                f"the kernel counts {2**32} units; use backend 'reference'",
+            )
+        self._driver.refuse(error, "The launch")
 
 
 class RowsAgain:
-    """A repeated launch; see `base.Again`.
+    """A repeated launch; see `base.Again`."""
 
-    Its call is one straight function: every frame costs time in a registered call.
-    """
-
-    def __init__(
-        self,
-        parts: list[tuple[Packer, dict[int, object], RowsKernel]],
-        fixed: list[bytes],
-        driver: RowsDriver,
-    ) -> None:
-        self._unit = unit = parts[0][2].unit
-        self.most = min(kernel.most_units for *_, kernel in parts) * unit
-        self._parts = [
-            (pack, functions, k.grid, k.threads, k.small, k.tuned) for pack, functions, k in parts
-        ]
-        self._driver = driver
-        self._arguments = ArgumentLists(fixed, driver.current)
-        self._handle = driver.handle
-        self._launch = driver.launch
-        self._word = driver.word
-        self._success = driver.success
+    def __init__(self, launch: RowsLaunch, move: Move) -> None:
+        self._launch = launch
+        self._src, self._dst = launch.sides(move)
+        # The sides name these arrays; the memory of the views is not retained.
+        self._addresses = [view.addresses for view in (move.src, move.dst) if view.known]
+        self._tokens = max(move.src.slots, move.dst.slots)
+        self.most = launch._most
+        self._number = launch._driver.number
+        self._word = launch._driver.word
+        self._again = launch._rows.again
 
     def __call__(self, src: int, dst: int, first: int, count: int, status: int) -> None:
-        handle = self._handle(None)
+        handle = self._number(None)
         if handle is None:
-            with self._driver.current():
+            with self._launch._driver.current():
                 self(src, dst, first, count, status)
             return
-        arguments = self._arguments
         word = self._word(status) if status else 0
-        units = count // self._unit
-        first //= self._unit
-        for part, buffer, address in zip(
-            self._parts, arguments.buffers, arguments.addresses, strict=True
-        ):
-            pack, functions, grid, threads, small, tuned = part
-            each, ahead = (1, 0) if units < small else tuned(units)
-            pack(buffer, src, dst, first, units, ahead, word)
-            result = self._launch(
-                functions[each], *grid(units, each), 1, threads, 1, 1, 0, handle, address, 0
-            )
-            if result != self._success:
-                self._driver.check(result, "The launch")
+        error = self._again(self._src, self._dst, src, dst, first, count, word, handle)
+        if error:
+            self._launch.refuse(error, self._tokens)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv.backends.rows_kernel import RowsKernel
+from portakv.backends.rows_kernel import kernels_of
 from portakv.cli.console import Column, Report, print_json, print_prose, print_table
 from portakv.cli.sides import (
     Extents,
@@ -179,7 +179,7 @@ def _sources(pair: Pair) -> Iterator[str]:
             ends = [(pages, cache.step), (rows, chunk.step)]
             for (src, src_step), (dst, dst_step) in (ends, ends[::-1]):
                 plan = CopyPlan(src.form, dst.form, src_step, dst_step)
-                yield from (RowsKernel(nest, plan).source for nest in plan.nests)
+                yield from (kernel.source for kernel in kernels_of(plan))
 
 
 def _arrangements(side: Side) -> list[KVView]:

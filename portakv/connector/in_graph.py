@@ -65,7 +65,9 @@ class Allocations:
         for leaf in self.leaves:
             number = numbers[leaf.untyped_storage().data_ptr()]
             self._places.append((number, leaf.data_ptr() - self._addresses[number]))
-        self._storages = [storage for storage, _, _ in regions(self.leaves)]
+        self._storages = [
+            storage for storage, _, _ in regions(leaf.untyped_storage() for leaf in self.leaves)
+        ]
         self.read_sizes()
 
     def read_sizes(self) -> None:

@@ -20,7 +20,6 @@ from portakv.runtime.transfer import NOTHING, Transfer
 from portakv.runtime.worker import Worker
 from portakv.view.destination import note_written
 from portakv.view.form import Form
-from portakv.view.index import Index
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +61,12 @@ def token_bytes(form: Form) -> float:
     return form.token_bytes / (form.block_size if form.opaque else 1)
 
 
-def _skipped(tokens: int, indices: Sequence[Index]) -> int:
+def _skipped(move: Move) -> int:
     """Return the number of tokens that negative ids on the host skip."""
-    skipped = [index.slots(tokens) < 0 for index in indices if index.skips]
-    return int(np.count_nonzero(np.logical_or.reduce(skipped)))
+    sides = ((move.src_index, move.src), (move.dst_index, move.dst))
+    count = move.count
+    skipped = [index.slots(count) < 0 for index, view in sides if index.skips(count, view.slots)]
+    return int(np.count_nonzero(np.logical_or.reduce(skipped))) if skipped else 0
 
 
 class BlockTransfer(Transfer):
@@ -94,9 +95,7 @@ class BlockTransfer(Transfer):
         self._form = form = move.src.form
         self._block = src_index.plan_step or dst_index.plan_step or form.block_size or 1
         # Counted now: the caller may change its ids after the call.
-        self._requested = move.count
-        if skips and (src_index.skips or dst_index.skips):
-            self._requested -= _skipped(move.count, (src_index, dst_index))
+        self._requested = move.count - _skipped(move) if skips else move.count
         self._began = began
         self._worker = worker
         self._layers = layers

@@ -115,7 +115,7 @@ def copy_blocks(
     Args:
         src, dst: paged views; or chunks of consecutive tokens, if that side's blocks are None.
         src_blocks, dst_blocks: block ids, int32 or int64; negative ids are skipped. Or an `Index`
-            of them with ``step=block_size``, which is checked once for all of its uses.
+            of them with ``step=block_size``, which is read once for all of its uses.
         count: tokens to move, so that the last blocks may be moved in part. None: all.
         skip: tokens to leave out at the beginning of both lists, or a pair of numbers.
 

@@ -93,9 +93,7 @@ def settle(
     pieces = _pieces(ready, move, choice)
     src_index = move.src_index
     dst_index = move.dst_index
-    clean = (src_index.on_host or src_index.is_clean(move.count, src.slots)) and (
-        dst_index.on_host or dst_index.is_clean(move.count, dst.slots)
-    )
+    clean = src_index.is_clean(move.count, src.slots) and dst_index.is_clean(move.count, dst.slots)
     guarded = skips or not clean
     if guarded and not _take(pieces, move, clean, context.captured):
         guarded = False

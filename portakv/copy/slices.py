@@ -82,9 +82,8 @@ def in_slices(
 
     def issue(piece: Slice) -> Transfer:
         part = _part(guarded, piece)
-        for view, index in ((part.src, part.src_index), (part.dst, part.dst_index)):
+        for view in (part.src, part.dst):
             view.check_memory()  # it may be released after the call, while a slice runs
-            index.note_checked(part.count, view.slots)
         transfer = launch(settle(part, choice, here, passed=_PASSED), here)
         return awaited_asleep(transfer, device)  # the worker waits for it
 

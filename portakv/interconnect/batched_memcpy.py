@@ -6,16 +6,11 @@ No kernel runs on the device. The host pays for each piece.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Hashable
-
 import torch
 
 from portakv.backends.base import Capabilities, Decision, Launch
-from portakv.host import pinned
 from portakv.interconnect.link import link_of
-from portakv.interconnect.pieces import Pieces, pieces_of
+from portakv.interconnect.pieces import pieces_of
 from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import streams
@@ -23,9 +18,6 @@ from portakv.runtime import streams
 #: The least bytes of a plan's run. The host spends longer on describing a shorter run than any
 #: other strategy takes to move it: at 1 us a run, 16 bytes are 0.016 GB/s.
 LEAST_RUN = 16
-
-#: The most pieces that one launch caches, of all its index lists; 48 bytes each.
-MOST_CACHED = 1 << 18
 
 
 class BatchedMemcpy(Strategy):
@@ -70,13 +62,13 @@ class _Copies(StrategyLaunch):
         super().__init__(plan, device)
         self._plan = plan
         self._link = link_of(device)
-        self._lock = threading.Lock()
-        # The pieces of the latest index lists, and their number plus one for each list.
-        self.cached: OrderedDict[Hashable, Pieces] = OrderedDict()
-        self.number = 0
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
-        pieces = self._pieces(move)
+        # Every id is checked on the host before anything is moved.
+        if not move.ids_on_host:
+            src_index = move.src_index.to_host()
+            move = move._replace(src_index=src_index, dst_index=move.dst_index.to_host())
+        pieces = pieces_of(self._plan, move, self._link.fold_below)
         try:
             self._link.copy(pieces, move.src, move.dst, stream)
         except BaseException:  # some of the pieces may be on their way
@@ -88,43 +80,3 @@ class _Copies(StrategyLaunch):
         issued have ended."""
         host = move.dst if self.downward else move.src
         streams.completion(self.device, stream, *host.retained)
-
-    def _pieces(self, move: Move) -> Pieces:
-        """Return the pieces of a copy, cached with ids that may be met again."""
-        key = None if move.src_index.temporary or move.dst_index.temporary else _key(move)
-        pieces = None if key is None else self.cached.get(key)
-        if pieces is None:
-            # Every id is checked on the host before anything is moved.
-            if not move.ids_on_host:
-                src_index = move.src_index.to_host()
-                move = move._replace(src_index=src_index, dst_index=move.dst_index.to_host())
-            pieces = pieces_of(self._plan, move, self._link.fold_below)
-            if key is not None:
-                self._cache(key, pieces)
-        return pieces
-
-    def _cache(self, key: Hashable, pieces: Pieces) -> None:
-        with self._lock:
-            if pieces.number > MOST_CACHED or key in self.cached:
-                return
-            self.cached[key] = pieces
-            self.number += pieces.number + 1
-            while self.number > MOST_CACHED:
-                self.number -= self.cached.popitem(last=False)[1].number + 1
-
-
-def _key(move: Move) -> Hashable:
-    """Return what the pieces of a copy depend on."""
-    src, dst, src_index, dst_index, count = move
-    return (
-        src.origins,
-        dst.origins,
-        src.slots,
-        dst.slots,
-        count,
-        pinned.boundaries(),
-        src_index.ids_token,
-        src_index.offset,
-        dst_index.ids_token,
-        dst_index.offset,
-    )

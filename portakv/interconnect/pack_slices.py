@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from portakv.host import pinned
-from portakv.interconnect.pieces import Pieces, to_2d_copies
+from portakv.interconnect.pieces import Pieces, pieces_of
 from portakv.interconnect.slices import BothStages, Sizes, Slice, cached_slices, cuts
 from portakv.interconnect.staging import dense_rows
 from portakv.plan.packing import Move, PackPlan
@@ -127,10 +127,10 @@ class PackSlice(Slice[PreparedPack]):
             dense = dense.as_slots()
             host = host.as_slots()
         if self.stages.downward:
-            runs = link.runs(dense, host, inside, outside, count)
-            return to_2d_copies(runs, dense, host, fold_below)
-        runs = link.runs(host, dense, outside, inside, count)
-        return to_2d_copies(runs, host, dense, fold_below)
+            move = Move(dense, host, inside, outside, count)
+        else:
+            move = Move(host, dense, outside, inside, count)
+        return pieces_of(link, move, fold_below, merged=True)
 
 
 def pack_slices(

@@ -16,10 +16,10 @@ from typing import Generic, NamedTuple, TypeAlias, TypeVar
 import torch
 
 from portakv.errors import Unsupported
-from portakv.interconnect.pieces import Pieces, to_2d_copies
+from portakv.interconnect.pieces import Pieces, pieces_of
 from portakv.interconnect.staging import DenseRows, Order, dense_rows
 from portakv.plan.packing import PackPlan
-from portakv.plan.plan import CopyPlan
+from portakv.plan.plan import CopyPlan, Move
 from portakv.registry.prepared import Prepared, PreparedPack, prepared
 from portakv.registry.registry import Choice
 from portakv.runtime.bounded import Bounded
@@ -294,10 +294,10 @@ class Slice(Generic[Ready]):
         link = self.stages.of(dense, self.slots)[1]
         count = self.cut.count
         if self.stages.downward:
-            runs = link.runs(dense, planes, self.buffer_index, self.host_index, count)
-            return to_2d_copies(runs, dense, planes, fold_below)
-        runs = link.runs(planes, dense, self.host_index, self.buffer_index, count)
-        return to_2d_copies(runs, planes, dense, fold_below)
+            move = Move(dense, planes, self.buffer_index, self.host_index, count)
+        else:
+            move = Move(planes, dense, self.host_index, self.buffer_index, count)
+        return pieces_of(link, move, fold_below, merged=True)
 
 
 #: Slices and stages of rows as they are.

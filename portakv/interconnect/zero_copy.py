@@ -10,7 +10,6 @@ a limited rate, and host memory in short runs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
@@ -18,11 +17,11 @@ from typing import NamedTuple
 import torch
 
 from portakv.backends.base import PEERS, Capabilities, Decision, Launch
-from portakv.backends.rows_kernel import Request, RowsKernel, Tuning
+from portakv.backends.rows_kernel import RowsKernel, Tuning
 from portakv.backends.rows_launch import LoadedKernels, RowsAgain, RowsLaunch
 from portakv.errors import Unsupported
 from portakv.interconnect.strategy import PINNED, SMALL, Move, Strategy, StrategyLaunch, Terms
-from portakv.plan.plan import CopyPlan, Nest
+from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import bring_table
 from portakv.runtime import cuda, streams
 from portakv.runtime.devices import capturing, refuse_fork, this_process
@@ -45,7 +44,6 @@ COMPUTING = {"d2h": 3, "h2d": 4}
 #: separately.
 PEER_BLOCKS = {"compute": 14, "idle": 64}
 IDLE = Terms(overlap="idle")
-_HOST = torch.device("cpu")
 #: Vectors of one launch, counted in 32 bits with space for one turn past the end. A larger copy is
 #: split.
 MAX_VECTORS = 2**30
@@ -90,7 +88,7 @@ def _limits_of(direction: str, peer: bool, terms: Terms) -> BlockLimits:
 class ZeroCopyKernel(RowsKernel):
     """One nest of a plan between a device and pinned memory, or a peer's memory.
 
-    Tables of the other side's addresses lie on ``device``. The ``terms`` limit the thread blocks.
+    The ``terms`` limit the thread blocks.
 
     Raises:
         Unsupported: as `RowsKernel` does; or a unit has more vectors than the kernel counts.
@@ -99,66 +97,45 @@ class ZeroCopyKernel(RowsKernel):
     file = "host/direct.cuh"
     names: Mapping[int, str] = MappingProxyType({1: NAME})
 
-    def __init__(
-        self, nest: Nest, plan: CopyPlan, device: torch.device = _HOST, terms: Terms = IDLE
-    ) -> None:
-        self._reads_host = plan.src.place != "device"
-        if self._reads_host:
-            # A plan follows the destination's order; the link wants neighbours on the host's side.
-            loops = sorted(nest.loops, key=lambda x: (not x.tabled, -abs(x.src_stride)))
-            nest = replace(nest, loops=tuple(loops))
+    def __init__(self, plan: CopyPlan, nest: int = 0, terms: Terms = IDLE) -> None:
+        reads_host = plan.src.place != "device"
+        # A plan follows the destination's order; the link wants neighbours on the host's side.
+        self.by_source = reads_host
         peer = plan.src.place == "peer"
-        self.cut = cut = PEER_CUT if peer else CUT
-        super().__init__(nest, plan, cut.threads, (Tuning(0, 1, 0),))
-        self._whole = self.row * self.planes
-        if self._whole >= MAX_VECTORS:
+        cut = PEER_CUT if peer else CUT
+        super().__init__(plan, nest, cut.threads, (Tuning(0, 1, 0),))
+        shape = self.shape
+        whole = shape.row * shape.planes
+        if whole >= MAX_VECTORS:
             raise Unsupported(
-                f"A unit of {plan.unit} tokens in {self._whole} vectors of {self.vector} B",
+                f"A unit of {plan.unit} tokens in {whole} vectors of {shape.vector} B",
                 f"the kernel counts {MAX_VECTORS}; use backend 'staged'",
             )
-        self.most_units = (MAX_VECTORS - 1) // self._whole
-        self._device = device
-        direction = "h2d" if self._reads_host else "d2h"
-        self._together = min(cut.planes, self.planes)
+        self.most_units = (MAX_VECTORS - 1) // whole
+        self._together = min(cut.planes, shape.planes)
         self._strips = max(1, cut.each // self._together)
         # A block takes several planes together, and passes through single planes.
-        self._length = self.row
-        self._groups = -(-self.planes // self._together)
+        self._length = shape.row
+        self._groups = -(-shape.planes // self._together)
         if self._together == 1:
-            self._length = self._whole
+            self._length = whole
             self._groups = 1
-        self._limits = _limits_of(direction, peer, terms)
-        side = self.src if self._reads_host else self.dst
-        #: The host side's addresses are also read from device memory.
-        self.wants_table = side.kind == "UNITS"
-        self._first = 8 * side.side.table
+        self._limits = _limits_of("h2d" if reads_host else "d2h", peer, terms)
 
     def entry(self, each: int, name: str) -> str:
         """Return the definition of one entry, as `RowsKernel.entry` does."""
-        sizes = self.vector, self.run // self.vector, self._strips, self._together
+        sizes = self.shape.vector, self.shape.run, self._strips, self._together
         of = f"{', '.join(map(str, sizes))}, Inner, Outer, Src, Dst"
         entry = f"void PORTAKV_AT_MOST({self.threads}) {name}(const PORTAKV_CONSTANT Argument copy)"
         return f'extern "C" __global__ {entry} {{ copy_direct<{of}>(copy); }}\n'
 
-    def grid(self, units: int, each: int) -> tuple[int, int]:
-        """Return the thread blocks of a launch, at most as many as have work."""
-        limits = self._limits
-        large = units * self._whole * self.vector > limits.small_bytes
-        most = limits.large if large else limits.small
+    @property
+    def cut(self) -> list[int]:
+        """The words by which the core cuts launches: at most as many blocks as have work."""
         width = self.threads * self._strips
-        return min(most, -(-units * self._length // width) * self._groups), 1
-
-    def requests(self, move: Move) -> tuple[Request, Request]:
-        """Return the values as `RowsKernel.requests`, with the host's addresses on the device."""
-        src, dst = super().requests(move)
-        if not self.wants_table:
-            return src, dst
-        sent = (move.src if self._reads_host else move.dst).table_on(self._device)
-        assert sent is not None  # the launch sent it
-        table = sent.data_ptr() + self._first
-        if self._reads_host:
-            return (src[0], table, *src[2:]), dst
-        return src, (dst[0], table, *dst[2:])
+        staying = 1, *self._limits, width, self._length, self._groups
+        tunings = [number for tuning in self.tunings for number in tuning]
+        return [self.threads, self.most_units, *staying, len(self.tunings), *tunings]
 
 
 _WIDEST = 16  # bytes of a vector that fills the link
@@ -209,8 +186,8 @@ class ZeroCopy(Strategy):
         return unreached(host, self.device)
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        kernels = [ZeroCopyKernel(nest, plan, self.device, self.terms) for nest in plan.nests]
-        rows = _Rows(kernels, self._kernels.functions(kernels), self._driver)
+        kernels = [ZeroCopyKernel(plan, nest, self.terms) for nest in range(plan.words[1])]
+        rows = _Rows(plan, kernels, self._kernels.functions(kernels), self._driver, self.device)
         return _ZeroCopyLaunch(plan, self.device, rows)
 
 

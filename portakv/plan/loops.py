@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loop nests over two sides together: common refinement of axes, merging, vector width."""
+"""Loop nests over two sides together, read from the words of the plans that the core makes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import TypeVar
 
@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.errors import Unsupported
+from portakv.core.plan import NO_FACTOR, NO_MEMORY, NO_REFINEMENT, Refused
+from portakv.errors import LayoutError, Unsupported
 from portakv.view.form import Step, Steps
-from portakv.view.form import widest_vector as widest_vector
 
+#: The axes of loops, in the order of the digits that name them in words, from 1 on.
+AXES = ("layer", "block", "token", "head", "dim", "kv")
 _PLANES = frozenset({"layer", "kv"})
 Numbers = TypeVar("Numbers", torch.Tensor, npt.NDArray[np.int64])
 
@@ -149,66 +151,78 @@ def _walk(table: int, stride: int) -> str:
     return " + ".join(moves)
 
 
-def refine(axis: str, src: Steps, dst: Steps) -> list[Loop]:
-    """Split one axis into the coarsest factors common to both sides, outermost first.
+class WordReader:
+    """Reads the records of a plan from its words, whose order `native/core/plan.h` lists."""
 
-    Raises:
-        Unsupported: the factors have no common refinement.
-    """
-    left = list(src)
-    right = list(dst)
-    loops = []
-    while left or right:
-        # A side without remaining steps has extent 1, and so has the other side.
-        s = left.pop()
-        d = right.pop()
-        inner, outer = sorted((s.extent, d.extent))
-        if outer % inner:
-            raise Unsupported(
-                f"Copying axis {axis!r} between factors {[x.extent for x in src]} and "
-                f"{[x.extent for x in dst]}",
-                "they have no common refinement; go through a view whose factors divide both",
-            )
-        loops.append(Loop((axis,), inner, s.table, s.stride, d.table, d.stride))
-        for side, step in ((left, s), (right, d)):
-            if step.extent > inner:
-                rest = step.extent // inner
-                side.append(Step(rest, step.table * inner, step.stride * inner))
-    return [loop for loop in reversed(loops) if loop.extent > 1]
+    def __init__(self, words: Sequence[int]) -> None:
+        self._words = iter(words)
 
+    def word(self) -> int:
+        """Return the next word."""
+        return next(self._words)
 
-def merge_loops(loops: Iterable[Loop]) -> list[Loop]:
-    """Merge loops that are contiguous on both sides, whatever their order; sort outermost first."""
-    left = sorted(loops, key=lambda x: (x.tabled, abs(x.dst_stride), abs(x.src_stride)))
-    merged: list[Loop] = []
-    while left:
-        inner = left.pop(0)
-        next_steps = tuple(inner.extent * step for step in _steps(inner))
-        outer = next((loop for loop in left if _steps(loop) == next_steps), None)
-        if outer is None:
-            merged.append(inner)
-            continue
-        left.remove(outer)
-        axes = inner.axes if outer.axes == inner.axes else outer.axes + inner.axes
-        extent = outer.extent * inner.extent
-        left.insert(0, Loop(axes, extent, *_steps(inner)))
-    return merged[::-1]
+    def steps(self) -> Steps:
+        """Return steps: a count, then the steps."""
+        word = self.word
+        return tuple([Step(word(), word(), word()) for _ in range(word())])
+
+    def side(self) -> Side:
+        """Return one side."""
+        return Side(self.word(), self.word(), self.steps())
+
+    def loops(self) -> tuple[Loop, ...]:
+        """Return loops: a count, then the loops."""
+        word = self.word
+        return tuple(
+            [
+                Loop(axes_named(word()), word(), word(), word(), word(), word())
+                for _ in range(word())
+            ]
+        )
+
+    def nest(self) -> Nest:
+        """Return one nest."""
+        return Nest(self.side(), self.side(), self.loops(), self.word(), self.word())
 
 
-def _steps(loop: Loop) -> tuple[int, int, int, int]:
-    return loop.src_table, loop.src_stride, loop.dst_table, loop.dst_stride
+def nests_of(words: Sequence[int]) -> tuple[Nest, ...]:
+    """Return the nests of a plan's words."""
+    reader = WordReader(words)
+    reader.word()  # the unit
+    return tuple([reader.nest() for _ in range(reader.word())])
 
 
-def close(nest: Nest) -> Nest:
-    """Return a nest with its loops merged, its run taken out of them, and its vector."""
-    loops = []
-    run = 1
-    for loop in merge_loops(nest.loops):
-        if (loop.src_stride, loop.dst_stride) == (1, 1) and not loop.tabled:
-            run = loop.extent
-        else:
-            loops.append(loop)
-    numbers = [nest.vector, run, nest.src.offset, nest.dst.offset]
-    numbers += [stride for loop in loops for stride in (loop.src_stride, loop.dst_stride)]
-    numbers += [step.stride for step in nest.src.units + nest.dst.units]
-    return replace(nest, loops=tuple(loops), run=run, vector=widest_vector(numbers))
+def axes_named(digits: int) -> tuple[str, ...]:
+    """Return the axes that the base-8 digits of a loop name, outermost first."""
+    names = []
+    while digits:
+        names.append(AXES[digits % 8 - 1])
+        digits //= 8
+    return tuple(names[::-1])
+
+
+def refusal_of(refused: Refused) -> Exception:
+    """Return the error for two sides that the core cannot loop over together."""
+    code = refused.code
+    values = refused.values
+    if code == NO_FACTOR:
+        unit = values[0]
+        extent = values[1]
+        return Unsupported(
+            f"Moving {unit} tokens together through blocks of {extent}",
+            "they have no common factor; use a smaller unit",
+        )
+    if code == NO_REFINEMENT:
+        axis = AXES[values[0] - 1]
+        count = values[1]
+        extents = values[3 : 3 + count + values[2]].tolist()
+        return Unsupported(
+            f"Copying axis {axis!r} between factors {extents[:count]} and {extents[count:]}",
+            "they have no common refinement; go through a view whose factors divide both",
+        )
+    if code == NO_MEMORY:
+        return MemoryError("The core has no memory for a plan.")
+    return LayoutError(
+        "Expected forms whose steps reach every position of their axes and whose strides fit in "
+        "64 bits, got others. Pass the forms of two views."
+    )

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import torch
 
+from portakv.core.plan import Refused, pack_words
 from portakv.errors import LayoutError, Unsupported
 from portakv.layout.encodings import DTYPES, PACK, PackedPlane
-from portakv.plan.loops import Loop, Side, merge_loops, refine, widest_vector
+from portakv.plan.loops import Loop, Side, WordReader, refusal_of
 from portakv.plan.move import Move as Move
-from portakv.plan.plan import slot_chain, split_chain
 from portakv.view.form import Form, Steps
 
 
@@ -102,7 +101,7 @@ class PackPlan:
         for step in (src_step, dst_step, unit or 0):
             if step not in (0, self.unit):
                 raise _in_part(f"{step} tokens for each id", self.unit)
-        self.nests = _join([self._nest(kv) for kv in range(src.kv)])
+        self.nests = self._nests()
 
     @property
     def encoding(self) -> str:
@@ -130,32 +129,28 @@ class PackPlan:
                 raise _in_part(f"{tokens} tokens", self.unit)
         return [(0, move.count, self.unit)]
 
-    def _nest(self, kv: int) -> PackNest:
-        """Return the nest of one kv."""
-        raw_part = self.raw.parts[kv]
-        packed_part = self.packed.parts[kv]
-        raw_units, tokens = split_chain(slot_chain(self.raw, raw_part), self.unit)
-        raw_side = Side(raw_part.table, raw_part.offset, raw_units)
-        packed_side = Side(packed_part.table, packed_part.offset, packed_part.block)
-        src_part = self.src.parts[kv]
-        dst_part = self.dst.parts[kv]
-        loops: list[Loop] = []
-        for axis in ("layer", "head"):
-            loops += refine(axis, src_part.axis(axis), dst_part.axis(axis))
-        sides = (raw_side, packed_side) if self.packs else (packed_side, raw_side)
-        return PackNest(
-            *sides,
-            tuple(loops),
-            self.packed.encoding[kv],
-            tokens,
-            raw_part.dim,
-            _vector(
-                self.raw,
-                raw_side,
-                raw_part.layer + raw_part.head + tokens + raw_part.dim[:-1],
-                raw_part.dim[-1].extent,
-            ),
-            _vector(self.packed, packed_side, packed_part.layer + packed_part.head, 16),
+    def _nests(self) -> tuple[PackNest, ...]:
+        planes = self.packed.encoding
+        equal_planes = len(set(planes)) == 1
+        try:
+            words = pack_words(self.raw.address, self.packed.address, self.packs, equal_planes)
+        except Refused as refused:
+            raise refusal_of(refused) from None
+        reader = WordReader(words)
+        return tuple(
+            [
+                PackNest(
+                    reader.side(),
+                    reader.side(),
+                    reader.loops(),
+                    planes[kv],
+                    reader.steps(),
+                    self.raw.parts[kv].dim,
+                    reader.word(),
+                    reader.word(),
+                )
+                for kv in range(reader.word())
+            ]
         )
 
     def __str__(self) -> str:
@@ -176,12 +171,6 @@ class PackPlan:
                 f"{plane.most_escapes} escapes"
             )
         return "\n".join(lines)
-
-
-def _vector(form: Form, side: Side, steps: Steps, run: int) -> int:
-    """Return the widest access of one side in bytes, whose innermost run has so many."""
-    strides = [step.stride for step in (*steps, *side.units)]
-    return widest_vector([form.alignment, run, side.offset, *strides])
 
 
 def _in_part(what: str, unit: int) -> Unsupported:
@@ -238,39 +227,3 @@ def check_sides(raw: Form, packed: Form, verb: str) -> None:
                 f"Expected raw rows of kv {kv} with {plane.values // size} values for each head "
                 f"like the packed side, got {values}. Declare dim alike."
             )
-
-
-def _join(nests: list[PackNest]) -> tuple[PackNest, ...]:
-    """Return one nest with a kv loop if all kv differ by equal distances, else one for each kv."""
-    first = nests[0]
-    origins = [(n.src.table, n.src.offset, n.dst.table, n.dst.offset) for n in nests]
-    steps = {
-        tuple(after - before for before, after in zip(one, other, strict=True))
-        for one, other in pairwise(origins)
-    }
-    if len({_shape(nest) for nest in nests}) == 1 and len(steps) < 2:
-        loops = [*first.loops, *(Loop(("kv",), len(nests), *step) for step in steps)]
-        raw_vector = min(nest.raw_vector for nest in nests)
-        packed_vector = min(nest.packed_vector for nest in nests)
-        nests = [_with_loops(first, loops, raw_vector, packed_vector)]
-    return tuple(
-        _with_loops(nest, merge_loops(nest.loops), nest.raw_vector, nest.packed_vector)
-        for nest in nests
-    )
-
-
-def _shape(nest: PackNest) -> tuple[object, ...]:
-    return nest.loops, nest.src.units, nest.dst.units, nest.plane, nest.tokens, nest.dim
-
-
-def _with_loops(nest: PackNest, loops: list[Loop], raw_vector: int, packed_vector: int) -> PackNest:
-    return PackNest(
-        nest.src,
-        nest.dst,
-        tuple(loops),
-        nest.plane,
-        nest.tokens,
-        nest.dim,
-        raw_vector,
-        packed_vector,
-    )

@@ -7,25 +7,32 @@ contiguous run. Its cost does not depend on the number of tokens or blocks that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import cached_property
-from itertools import pairwise
-from math import gcd, prod
+from math import gcd
 
 import numpy as np
 import torch
 
 from portakv.arguments import as_whole, flag, kind_of
+from portakv.core.plan import PAGES, UNIT, UNLIKE, Refused, plan_words
 from portakv.errors import LayoutError, SlotError, Unsupported
-from portakv.plan.loops import Loop, close, refine
 from portakv.plan.loops import Nest as Nest
 from portakv.plan.loops import Side as Side
+from portakv.plan.loops import nests_of, refusal_of
 from portakv.plan.move import Move as Move
-from portakv.plan.runs import Expansion, Factors, Runs, factors, summed
-from portakv.view.form import Form, KVRows, Step, Steps, merge_steps
+from portakv.plan.runs import Runs, check_count, runs_of
+from portakv.view.form import Form
 from portakv.view.index import MOST_STEP, Index
 from portakv.view.view import KVView
+
+_MOST_UNIT = 2**63 - 1
+#: The last words of a plan, from the end.
+_VECTOR = -6
+_RUN = -5
+_RUNS = -4
+_BYTES = -3
+_SRC_ANYWHERE = -2
+_DST_ANYWHERE = -1
 
 
 class CopyPlan:
@@ -62,45 +69,47 @@ class CopyPlan:
                 f"Expected two forms for a plan, such as view.form, got {kind_of(src)} and "
                 f"{kind_of(dst)}. Pass the forms of two views."
             )
-        wanted = 1 if unit is None else unit
         flag("reinterpret", reinterpret)
-        numbers = [as_whole(number) for number in (src_step, dst_step, wanted)]
+        numbers = [as_whole(src_step), as_whole(dst_step), as_whole(1 if unit is None else unit)]
         if None in numbers or not (0 <= src_step <= MOST_STEP and 0 <= dst_step <= MOST_STEP):
             raise SlotError(
                 f"Expected integers as the steps and the unit of a plan, got steps {src_step!r} "
                 f"and {dst_step!r} and unit={unit!r}. Pass tokens for each id, or 0 for a side "
                 f"without ids."
             )
-        src_step = int(src_step)
-        dst_step = int(dst_step)
-        steps = (src_step, dst_step)
-        unit = None if unit is None else int(unit)
         if reinterpret:
             src = src.untyped()
-        _check_forms(src, dst)
         self.src = src
         self.dst = dst
-        self.src_step = src_step
-        self.dst_step = dst_step
-        # 0 if any number of tokens can be moved together.
-        largest = gcd(src_step, dst_step, *_block_tokens(src), *_block_tokens(dst))
-        if unit is not None and (unit < 1 or largest % unit):
-            raise Unsupported(
-                f"A plan with unit {unit}", f"the steps and block sizes allow divisors of {largest}"
-            )
-        most = largest or 1
-        units = [unit] if unit else (n for n in range(most, 0, -1) if most % n == 0)
-        self.unit, self.nests = _fit(src, dst, steps, units)
+        self.src_step = int(src_step)
+        self.dst_step = int(dst_step)
+        # The core knows no number types and no encodings.
+        if src.dtypes != dst.dtypes or src.encoding or dst.encoding:
+            _check_forms(src, dst)
+        # The core takes 0 for the most that both sides allow, and no word holds a larger unit.
+        wanted = 0 if unit is None else unit if 0 < unit <= _MOST_UNIT else -1
+        try:
+            words = plan_words(src.address, dst.address, self.src_step, self.dst_step, wanted)
+        except Refused as refused:
+            raise _error_of(refused, src, dst, unit) from None
+        self.unit = words[0]
+        #: The words of the plan, which `native/core/plan.h` lists.
+        self.words = words
+
+    @cached_property
+    def nests(self) -> tuple[Nest, ...]:
+        """Return one `Nest`, or one for each kv."""
+        return nests_of(self.words)
 
     @property
     def vector(self) -> int:
         """Return the least vector of the nests, in bytes."""
-        return min(nest.vector for nest in self.nests)
+        return self.words[_VECTOR]
 
     @property
     def token_bytes(self) -> int:
         """Return the bytes that one token moves (an opaque page: its share)."""
-        return sum(nest.unit_bytes for nest in self.nests) // self.unit
+        return self.words[_BYTES] // self.unit
 
     @cached_property
     def tabled(self) -> bool:
@@ -112,8 +121,7 @@ class CopyPlan:
 
         A side without ids may start anywhere if its tokens lie at one stride from one address.
         """
-        form, step = (self.src, self.src_step) if side == "src" else (self.dst, self.dst_step)
-        return not all(_starts(form, part, step) for part in form.parts)
+        return not self.words[_SRC_ANYWHERE if side == "src" else _DST_ANYWHERE]
 
     def split(self, move: Move) -> list[tuple[int, int, int]]:
         """Return the sections of a copy, each (first position, tokens, tokens of a unit).
@@ -163,29 +171,20 @@ class CopyPlan:
             SlotError: an argument that is not a view or an index, an id past the end of its view, a
                 range past the list, or a range or an index that does not consist of whole units.
         """
-        return summed(self.factors(Move(src, dst, src_index, dst_index, count)))
+        self.check_sides(src, dst, src_index, dst_index)
+        check_count(self.unit, count)
+        room = int(count) // self.unit * self.runs_per_unit
+        return runs_of(self.words, Move(src, dst, src_index, dst_index, count), room)
 
-    def factors(self, move: Move, ordered: bool = True) -> list[Factors]:
-        """Return for each nest the runs of a copy, before multiplication; raise as `runs` does.
+    @property
+    def runs_per_unit(self) -> int:
+        """Return the runs of one unit, before neighbours are merged."""
+        return self.words[_RUNS]
 
-        ``ordered``: the lines of a nest are in the order of the source; else in any order.
-        """
-        self.check_sides(move.src, move.dst, move.src_index, move.dst_index)
-        return factors(self._expansions, self.unit, move, ordered)
-
-    @cached_property
-    def by_unit(self) -> bool:
-        """Return True if the number of a unit selects the entry of a table of addresses."""
-        return any(side.tabled for nest in self.nests for side in nest.sides)
-
-    @cached_property
+    @property
     def run(self) -> int:
         """Return the bytes of the shortest contiguous run."""
-        return min(nest.run for nest in self.nests)
-
-    @cached_property
-    def _expansions(self) -> list[Expansion]:
-        return [Expansion(nest, self.unit) for nest in self.nests]
+        return self.words[_RUN]
 
     def check_sides(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> None:
         """Raise as `runs` does for views and indices that the plan was not made for."""
@@ -286,6 +285,7 @@ def _tokens(count: int) -> str:
 
 
 def _check_forms(src: Form, dst: Form) -> None:
+    """Raise unless the rows of two forms hold the same bytes."""
     if src.encoding or dst.encoding:
         raise Unsupported(
             "A plan of rows for a packed view",
@@ -348,104 +348,24 @@ def _unequal_widths(src: Form, dst: Form, k: int) -> LayoutError:
     )
 
 
-def slot_chain(form: Form, part: KVRows) -> Steps:
-    """Return the steps of a slot number: blocks, then the token in its block."""
-    if not form.opaque:
-        return merge_steps((*part.block, *part.token))
-    # Tokens of an opaque page have no separate place.
-    return (*part.block, Step(form.block_size, 0, 0)) if form.block_size > 1 else part.block
+def _error_of(refused: Refused, src: Form, dst: Form, unit: int | None) -> Exception:
+    """Return the error for a plan that the core refuses to make.
 
-
-def _block_tokens(form: Form) -> list[int]:
-    """Return the tokens of a block of each part that has blocks."""
-    inner = [slot_chain(form, part)[1:] for part in form.parts]
-    return [_extent(steps) for steps in inner if steps]
-
-
-def _extent(steps: Steps) -> int:
-    return prod(step.extent for step in steps)
-
-
-def _fit(
-    src: Form, dst: Form, steps: tuple[int, int], units: Iterable[int]
-) -> tuple[int, tuple[Nest, ...]]:
-    """Return the first of ``units`` for which every part has a nest, and the nests."""
-    refused = Unsupported(
-        f"Moving opaque pages of {src.block_size} tokens by smaller pieces",
-        "a page moves only whole; use copy_blocks, or an index with step=block_size",
-    )
-    for unit in units:
-        if src.opaque and unit % src.block_size:
-            continue
-        try:
-            return unit, _join([_nest(src, dst, steps, k, unit) for k in range(src.kv)])
-        except Unsupported as error:
-            refused = error
-    raise refused
-
-
-def _nest(src: Form, dst: Form, steps: tuple[int, int], k: int, unit: int) -> Nest:
-    """Return the nest of one kv before its loops are merged.
-
-    Its vector divides the origins of both sides.
+    Raises:
+        LayoutError, Unsupported: the forms do not hold the same bytes.
     """
-    src_part = src.parts[k]
-    dst_part = dst.parts[k]
-    src_units, src_tokens = split_chain(slot_chain(src, src_part), unit)
-    dst_units, dst_tokens = split_chain(slot_chain(dst, dst_part), unit)
-    loops = []
-    for axis in ("layer", "head", "dim"):
-        loops += refine(axis, src_part.axis(axis), dst_part.axis(axis))
-    if not src.opaque:
-        loops += refine("token", src_tokens, dst_tokens)
-    begins = [*_starts(src, src_part, steps[0]), *_starts(dst, dst_part, steps[1])]
-    sides = (
-        Side(src_part.table, src_part.offset, src_units),
-        Side(dst_part.table, dst_part.offset, dst_units),
-    )
-    return Nest(*sides, tuple(loops), 1, gcd(src.alignment, dst.alignment, *begins))
-
-
-def _starts(form: Form, part: KVRows, step: int) -> list[int]:
-    """Return the bytes between the places where a side may begin between two units; empty if it may
-    not."""
-    chain = slot_chain(form, part)
-    return [] if step or len(chain) > 1 or chain[0].table else [chain[0].stride]
-
-
-def split_chain(chain: Steps, unit: int) -> tuple[Steps, Steps]:
-    """Return the steps of a unit's number, and the steps of the tokens inside a unit."""
-    outer: Steps = ()
-    inner: Steps = ()
-    for step in reversed(chain):
-        if unit == 1:
-            outer = (step, *outer)
-        elif step.extent and unit % step.extent == 0:
-            inner = (step, *inner)
-            unit //= step.extent
-        elif step.extent % unit == 0:
-            inner = (replace(step, extent=unit), *inner)
-            outer = (Step(step.extent // unit, step.table * unit, step.stride * unit), *outer)
-            unit = 1
-        else:
-            raise Unsupported(
-                f"Moving {unit} tokens together through blocks of {step.extent}",
-                "they have no common factor; use a smaller unit",
-            )
-    return outer, inner
-
-
-def _join(nests: list[Nest]) -> tuple[Nest, ...]:
-    """Return one nest with a kv loop if all kv differ by equal distances, else one nest for each
-    kv."""
-    shapes = {(nest.loops, nest.src.units, nest.dst.units) for nest in nests}
-    origins = [(n.src.table, n.src.offset, n.dst.table, n.dst.offset) for n in nests]
-    steps = {_distances(kv, next_kv) for kv, next_kv in pairwise(origins)}
-    if len(shapes) == 1 and len(steps) < 2:
-        loops = [Loop(("kv",), len(nests), *step) for step in steps]
-        nests = [replace(nests[0], loops=(*nests[0].loops, *loops))]
-    return tuple(close(nest) for nest in nests)
-
-
-def _distances(origin: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
-    return tuple(after - before for before, after in zip(origin, other, strict=True))
+    code = refused.code
+    values = refused.values
+    if code == UNLIKE:
+        _check_forms(src, dst)
+    if code == UNIT:
+        largest = values[0]
+        return Unsupported(
+            f"A plan with unit {unit}", f"the steps and block sizes allow divisors of {largest}"
+        )
+    if code == PAGES:
+        return Unsupported(
+            f"Moving opaque pages of {src.block_size} tokens by smaller pieces",
+            "a page moves only whole; use copy_blocks, or an index with step=block_size",
+        )
+    return refusal_of(refused)

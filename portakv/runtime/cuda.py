@@ -12,9 +12,9 @@ import struct
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import cache
+from functools import cache, cached_property
 from types import ModuleType
-from typing import Any, SupportsInt
+from typing import Any, NoReturn, SupportsInt
 
 import torch
 
@@ -315,7 +315,7 @@ class Caller:
         self._wrap = wrap
         self._last: tuple[int | None, object] = (None, None)  # a handle, as a number and wrapped
 
-    def handle(self, stream: torch.Stream | None) -> object:
+    def number(self, stream: torch.Stream | None) -> int | None:
         """Return the driver's handle of ``stream``, or of the current stream of this device.
 
         Returns None if another device is current; the caller must then make this device current.
@@ -325,7 +325,13 @@ class Caller:
         index = self._index
         if not self._alone and self._current() != index:
             return None
-        raw = self._raw(index) if stream is None else raw_stream(stream)
+        return self._raw(index) if stream is None else raw_stream(stream)
+
+    def handle(self, stream: torch.Stream | None) -> object:
+        """Return the handle as `number` does, in the type that a call takes."""
+        raw = self.number(stream)
+        if raw is None:
+            return None
         last = self._last
         if last[0] != raw:
             last = self._last = (raw, self._wrap(raw))
@@ -356,9 +362,22 @@ class CudaDriver(Caller):
         """Make the device this thread's current one, with a context."""
         return inside(self.device)
 
+    @cached_property
+    def entry(self) -> int:
+        """The address of cuLaunchKernel, for the core."""
+        return ctypes.cast(library()["cuLaunchKernel"], ctypes.c_void_p).value or 0
+
+    def address(self, function: Any) -> int:
+        """Return a kernel's handle as a number."""
+        return int(function)
+
     def check(self, result: Any, what: str) -> None:
         """Raise `TransferError` for a result that is not ``success``."""
         check(result[0], what)
+
+    def refuse(self, error: int, what: str) -> NoReturn:
+        """Raise `TransferError` for an error of the function at `entry`."""
+        raise refused(error_name(error, library()), what)
 
     def word(self, address: int) -> int:
         """Return the device's address of pinned memory, which equals the host's."""

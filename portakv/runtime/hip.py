@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 
@@ -280,6 +280,12 @@ class Card:
         self._loaded: list[tuple[ctypes.c_void_p, bytes]] = []
         self._process = this_process()
 
+    @property
+    def entry(self) -> int:
+        """Return the address of hipModuleLaunchKernel, for the core."""
+        launch = self._driver.runtime["hipModuleLaunchKernel"]
+        return ctypes.cast(launch, ctypes.c_void_p).value or 0
+
     def _facts(self) -> tuple[str, str]:
         facts = torch.cuda.get_device_properties(self.device)
         return str(facts.name), str(getattr(facts, "gcnArchName", ""))
@@ -310,8 +316,16 @@ class Card:
         self._loaded.append((module, binary))
         return functions
 
+    def address(self, function: Any) -> int:
+        """Return a kernel's handle as a number."""
+        return int(function.value)
+
     def handle(self, stream: torch.Stream | None) -> object:
         """Return the handle of a stream as `cuda.Caller.handle` does."""
+        return self.number(stream)
+
+    def number(self, stream: torch.Stream | None) -> int | None:
+        """Return the handle of a stream as `cuda.Caller.number` does."""
         if self._process.forked:
             raise refuse_fork("HIP")
         return self.stream(stream) if self.is_current() else None
@@ -331,6 +345,10 @@ class Card:
     def check(self, result: Any, what: str) -> None:
         """Raise `TransferError` for a result that is not ``success``."""
         self._driver.check(result, what)
+
+    def refuse(self, error: int, what: str) -> NoReturn:
+        """Raise `TransferError` for an error of the function at `entry`."""
+        raise refused(self._driver.error(error), what, "HIP")
 
     def word(self, address: int) -> int:
         """Return the device's address of pinned memory, which differs for registered memory."""

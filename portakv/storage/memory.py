@@ -232,7 +232,6 @@ def _shared(nbytes: int, unit: int, pin: bool) -> tuple[torch.Tensor, bool]:
 
 #: The shortest run that is copied so. A torch copy of runs reads and writes the bytes twice.
 LONG = 64 << 10
-_PLAN = "a plan of runs on the host"
 
 
 def copy_long_runs(
@@ -264,16 +263,10 @@ def copy_long_runs(
 
 def _plan_of(src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> CopyPlan | None:
     """Return the plan of a copy whose runs are long; None for other copies."""
-    key = _PLAN, dst.form, src_index.plan_step, dst_index.plan_step
-    if key not in src.derived:
-        plan: CopyPlan | None = None
-        if min(src.form.token_bytes, dst.form.token_bytes) >= LONG:
-            plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step)
-            if plan.run < LONG:
-                plan = None
-        src.derived[key] = plan
-    result: CopyPlan | None = src.derived[key]
-    return result
+    if min(src.form.token_bytes, dst.form.token_bytes) < LONG:
+        return None
+    plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step)
+    return plan if plan.run >= LONG else None
 
 
 # ------------------------------------------------------------------------------------------------

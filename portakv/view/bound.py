@@ -3,37 +3,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from portakv.arguments import flag, kind_of
+from portakv.core import view as core
 from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout.encodings import Encoding, as_encoding
 from portakv.layout.extents import declare, factor_extent, positive, solve
-from portakv.layout.language import Factor, Layout, parse
+from portakv.layout.language import AXES, Layout, parse
 from portakv.layout.presets import Extent, resolve, suggested
-from portakv.runtime.bounded import Bounded
-from portakv.view.form import Form, build_parts, same_form, widest_vector
+from portakv.view.form import PLACES, Form, form_of, plain_reader
 from portakv.view.packed import PackedExtents
 
 _STRIDED = torch.strided
+_HOST = torch.device("cpu")
 #: Presets at most that an error about a layout names.
 FITTING = 5
-#: Tensors of these are bytes, whatever they stand for: fp8 and packed formats are kept so.
-_BYTES = frozenset({torch.uint8, torch.int8})
 
 #: A tensor, or the containers that a layout names, outermost first.
 Tensors: TypeAlias = "torch.Tensor | Sequence[Tensors] | Mapping[Any, Tensors]"
-Grid = npt.NDArray[np.int64]
-#: The walk of a container factor: table entries, and bytes for each kv, of one step.
-Walks = dict[Factor, tuple[int, tuple[int, ...]]]
+#: A declared extent. Only widths may be several, one for each kv.
+Declared: TypeAlias = int | Sequence[int] | None
+#: Shape, strides and dtype of a tensor.
+Kind: TypeAlias = tuple[torch.Size, tuple[int, ...], torch.dtype]
 #: Sorted, disjoint ranges [first byte, past the last byte).
 Spans = list[tuple[int, int]]
 #: Form, origins, owners and spans of a view, as `KVView` documents them; None: found when needed.
@@ -48,7 +48,16 @@ class BoundLayout:
     With ``encoding`` the tensors hold packed blocks.
     """
 
-    __slots__ = ("_forms", "_known", "declared", "layout", "packed", "reinterpret")
+    __slots__ = (
+        "_address",
+        "_planes",
+        "_read",
+        "_words",
+        "declared",
+        "layout",
+        "packed",
+        "reinterpret",
+    )
 
     def __init__(
         self,
@@ -66,13 +75,14 @@ class BoundLayout:
             self.packed = PackedExtents.of(text, dict(extents), encoding)
             self.layout = replace(parse(self.packed.text), text=text)
             self.declared = declare(self.layout, self.packed.extents)
-        # The facts that tensors of one key share: form, slots, device, first byte and past the
-        # last.
-        self._known: Bounded[tuple[Any, ...], tuple[Form, int, torch.device, int]]
-        self._known = Bounded("forms of tensors", 256)
-        # The same for tensors in containers: form, slots, table entries, bytes of each.
-        self._forms: Bounded[tuple[Any, ...], tuple[Form, int, list[int], list[int]]]
-        self._forms = Bounded("forms of tensors in containers", 256)
+        # The planes of each kv, which belong to the forms of packed views.
+        self._planes = self.packed.planes_of(len(self.declared)) if self.packed else ()
+        # The core's function that reads plain tensors; None: torch is too old for it.
+        reader = plain_reader()
+        self._read = reader.read if reader else None
+        # What the core reads of the layout, and the address of these words.
+        self._words = self._as_words(reader.address if reader else 0)
+        self._address, _ = self._words.buffer_info()
 
     def read(self, tensors: Tensors) -> Facts:
         """Return the form, the addresses and the other facts of tensors.
@@ -81,70 +91,40 @@ class BoundLayout:
             LayoutError: tensors that contradict the layout or the extents.
             DeviceMismatch: tensors on different devices.
         """
-        if (
-            self.layout.containers
-            or not isinstance(tensors, torch.Tensor)
-            or tensors.layout is not _STRIDED
-            or tensors.is_nested
-            or tensors.is_conj()
-            or tensors.is_neg()
-        ):
-            return self._read_all(tensors)
-        address = address_of(tensors)
-        if not address:
-            return self._read_all(tensors)
-        # The storage offset shows whether the storage's base is as aligned as the address.
-        key = (
-            tensors.shape,
-            tensors.stride(),
-            tensors.dtype,
-            tensors.device,
-            address & 15,
-            tensors.storage_offset() & 15,
-            tensors.is_cpu and tensors.is_pinned(),
-        )
-        known = self._known.get(key)
-        if known is None:
-            facts = self._read_all(tensors)
-            (form, _, _, spans), slots, device, _ = facts
-            self._known[key] = form, slots, device, spans[0][1] - spans[0][0] if spans else 0
-            return facts
-        form, slots, device, nbytes = known
-        spans = [(address, address + nbytes)] if nbytes else []
-        return (form, (address,), (tensors,), spans), slots, device, tensors.requires_grad
+        answer = self._read(self._address, tensors) if self._read is not None else None
+        if answer.__class__ is not tuple:
+            # The core reads plain tensors alone, and names no error.
+            return self._read_by_methods(tensors)
+        form, origins, owners, spans, slots, grad = answer
+        if form.__class__ is bytes:
+            form = form_of(form, self._planes)
+        device = owners[0].device if form.place == "device" else _HOST
+        return (form, origins, owners, spans), slots, device, grad
 
-    def _read_all(self, tensors: Tensors) -> Facts:
+    def _read_by_methods(self, tensors: Tensors) -> Facts:
+        """Read tensors that hide their memory from the core, or that an error will name."""
         flat, sizes = flatten_tensors(self.layout, tensors)
-        device = _one_device(flat)
-        begins = [tensor.data_ptr() for tensor in flat]
+        device, begins = _device_and_addresses(flat)
         place = "device"
         if device.type == "cpu":
             place = "pinned" if all(tensor.is_pinned() for tensor in flat) else "pageable"
-        # Where tensors lie counts within a storage alone, and how a storage is aligned.
-        bases = [tensor.untyped_storage().data_ptr() for tensor in flat]
-        number = {base: nth for nth, base in enumerate(dict.fromkeys(bases))}
-        lie = [
-            (number[base], begin - base, base & 15, tensor.shape, tensor.stride(), tensor.dtype)
-            for tensor, begin, base in zip(flat, begins, bases, strict=True)
-        ]
-        key = place, *sizes, *lie
-        known = self._forms.get(key)
-        if known is None:
-            if self.packed is not None:
-                self.packed.check(flat)
-            values, factors, grid = self._contained(sizes)
-            picks = _pick_per_kv(factors, flat, grid, len(values))
-            entries, walks = _tabulate(factors, grid, len(values), begins, bases)
-            # Torch addresses memory from its storage's base, so the base has to be aligned as well.
-            form, slots = self._form(values, picks, walks, widest_vector(begins + bases), place)
-            lengths = [reach(t.shape, t.stride()) * t.element_size() for t in flat]
-            known = self._forms[key] = form, slots, entries, lengths
-        form, slots, entries, lengths = known
+        kinds: dict[Kind, int] = {}
+        words = [len(flat), 0, 1]
+        for begin, tensor in zip(begins, flat, strict=True):
+            base = tensor.untyped_storage().data_ptr()
+            kind = tensor.shape, tensor.stride(), tensor.dtype
+            words += begin, base, kinds.setdefault(kind, len(kinds))
+        words[1] = len(kinds)
+        for kind in kinds:
+            words += _words_of_kind(*kind)
+        read = core.read_words(self._address, sizes, words, PLACES.index(place), False, 0)
+        if isinstance(read, int):
+            self._raise(read, flat, sizes)
+        owners = tuple([flat[entry] for entry in read.entries])
+        origins = tuple([begins[entry] for entry in read.entries])
         grad = any(tensor.requires_grad for tensor in flat)
-        owners = tuple(flat[i] for i in entries)
-        origins = tuple(begins[i] for i in entries)
-        rows = form, origins, owners, _spans(zip(begins, lengths, strict=True))
-        return rows, slots, device, grad
+        form = form_of(read.form, self._planes)
+        return (form, origins, owners, read.spans), read.slots, device, grad
 
     def read_table(
         self, sizes: Sequence[int], like: torch.Tensor, alignment: int, place: str, on_device: bool
@@ -158,106 +138,137 @@ class BoundLayout:
         Raises:
             LayoutError: sizes or tensors that contradict the layout or the extents.
         """
-        values, factors, grid = self._contained(sizes)
-        entries, walks = _tabulate(factors, grid, len(values))
-        picks = [like] * len(values)
-        form, slots = self._form(values, picks, walks, alignment, place, on_device)
-        return form, slots, entries
+        count = prod(sizes)
+        kind = _words_of_kind(like.shape, like.stride(), like.dtype)
+        words = [count, 1, 0, *[0] * count, *kind]
+        number = PLACES.index(place)
+        read = core.read_words(self._address, sizes, words, number, on_device, alignment)
+        if isinstance(read, int):
+            self._raise(read, [like] * count, sizes)
+        return form_of(read.form, self._planes), read.slots, read.entries
 
-    def _contained(self, sizes: Sequence[int]) -> tuple[list[dict[str, int]], list[Factor], Grid]:
-        """Return the extents of each kv that nested containers of these sizes imply.
-
-        Also returns the factors that they walk through, and the position of each tensor, in order.
-        """
-        values = [dict(known) for known in self.declared]
-        pairs = zip(self.layout.containers, sizes, strict=True)
-        solve(self.layout, values, [(group, [size] * len(values)) for group, size in pairs])
-        factors = [f for group in self.layout.containers for f in group.factors]
-        extents = [factor_extent(f, values[0]) or 1 for f in factors]
-        return values, factors, np.arange(prod(sizes)).reshape(extents)
-
-    def _form(
-        self,
-        values: list[dict[str, int]],
-        picks: Sequence[torch.Tensor],
-        walks: Walks,
-        alignment: int,
-        place: str,
-        table_on_device: bool = False,
-    ) -> tuple[Form, int]:
-        """Return the form of tensors of which each kv has one in ``picks``, and the slots."""
+    def _as_words(self, torch_objects: int) -> array[int]:
+        """Return the words of this layout, which `Bound` in `native/core/view.h` lists."""
         layout = self.layout
+        packed = self.packed
+        flags = (
+            layout.paged,
+            layout.opaque,
+            layout.open_end,
+            self.reinterpret,
+            packed is not None,
+            packed is not None and packed.slot_is_last,
+        )
+        words = array("q", [torch_objects, len(self.declared)])
+        words.append(sum(1 << bit for bit, each in enumerate(flags) if each))
+        words.append(packed.block_size if packed else 0)
+        words.append(len(layout.containers))
+        words.append(len(layout.dims))
         try:
-            dims = [_read_dims(layout, tensor) for tensor in picks]
-            sizes_of_each = zip(*(of_kv.sizes for of_kv in dims), strict=True)
-            solve(layout, values, list(zip(layout.dims, sizes_of_each, strict=True)))
+            for known in self.declared:
+                words.extend(known.get(axis, -1) for axis in AXES)
+            for group in layout.containers + layout.dims:
+                words.append(len(group.factors))
+                for factor in group.factors:
+                    part = ("", "/", "%").index(factor.part)
+                    words.extend((AXES.index(factor.axis), part, factor.n))
+        except OverflowError:
+            raise _past_64_bits(layout) from None
+        return words
+
+    def _raise(self, code: int, flat: Sequence[torch.Tensor], sizes: Sequence[int]) -> NoReturn:
+        """Raise the error of tensors in containers of these sizes that the core cannot read."""
+        layout = self.layout
+        if code == core.PAST_64_BITS:
+            raise _past_64_bits(layout)
+        packed = self.packed
+        if packed is not None:
+            packed.check(flat)
+        values = [dict(known) for known in self.declared]
+        pairs = zip(layout.containers, sizes, strict=True)
+        solve(layout, values, [(group, [size] * len(values)) for group, size in pairs])
+        picks = _pick_per_kv(layout, values, flat)
+        try:
+            dims = [_sizes_of_dims(layout, tensor) for tensor in picks]
+            solve(layout, values, list(zip(layout.dims, zip(*dims, strict=True), strict=True)))
         except LayoutError as error:
             kinds = dict.fromkeys(f"shape {tuple(t.shape)}, strides {t.stride()}" for t in picks)
             text = f"{error} The tensors have {'; '.join(kinds)}."
-            fitting = [] if self.packed else _fitting(layout, values[0], [*picks])
+            fitting = [] if packed else _fitting(layout, values[0], [*picks])
             if fitting:
                 text += f" Presets with such shapes: {', '.join(fitting)}."
             raise LayoutError(text) from None
-        strides = [of_kv.strides for of_kv in dims]
-        itemsizes = [tensor.element_size() for tensor in picks]
-        known = values[0]
-        axis = "page" if layout.opaque else "dim"
-        dtypes = tuple("" if t.dtype in _BYTES else str(t.dtype).partition(".")[2] for t in picks)
-        form = Form(
-            parts=build_parts(layout, values, strides, itemsizes, walks),
-            layers=known["layer"],
-            heads=known["head"],
-            widths=tuple(v[axis] * size for v, size in zip(values, itemsizes, strict=True)),
-            block_size=known["token"] if layout.paged else 0,
-            opaque=layout.opaque,
-            alignment=alignment,
-            place=place,
-            dtypes=dtypes if any(dtypes) and not (layout.opaque or self.reinterpret) else (),
-            table_on_device=table_on_device,
-        )
-        slots = known["token"] * known.get("block", 1)
-        if self.packed is not None:
-            if form.dtypes:
-                raise LayoutError(
-                    f"Expected tensors of uint8 for the packed view {layout.text!r}, got "
-                    f"{', '.join(form.dtypes)}. Pass tensor.view(torch.uint8)."
-                )
-            form = self.packed.form(form, layout.text)
-            slots *= self.packed.block_size
-        return same_form(form), slots
+        assert packed is not None, f"The core cannot read {layout.text!r}: code {code}."
+        if not self.reinterpret:
+            packed.check_dtypes(layout.text, [tensor.dtype for tensor in picks])
+        raise packed.apart(layout.text)
 
 
-_bound = lru_cache(maxsize=256)(BoundLayout)
+def _words_of_kind(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> list[int]:
+    """Return the words of tensors of one shape, strides and dtype for `portakv_view_read`."""
+    return [dtype.itemsize, core.dtype_words()[dtype], len(shape), *shape, *strides]
+
+
+def _past_64_bits(layout: Layout) -> LayoutError:
+    return LayoutError(
+        f"Expected extents and strides of {layout.text!r} whose bytes have 64-bit numbers, got "
+        f"larger ones. Declare the extents of the memory."
+    )
 
 
 def bind_layout(
     layout: str,
     /,
     *,
+    layers: Declared = None,
+    kv: Declared = None,
+    block_size: Declared = None,
+    heads: Declared = None,
+    dim: Declared = None,
     reinterpret: bool = False,
     encoding: object = None,
-    **extents: int | Sequence[int] | None,
+    **unknown: object,
 ) -> BoundLayout:
     """Return a layout (string or preset) bound to declared extents; None means undeclared.
 
     ``reinterpret``: rows are bytes, whatever the dtypes of the tensors. ``encoding``: how the
     tensors are packed; None: they hold rows.
     """
-    text, always = resolve(layout)
-    declared = dict(always)
-    unknown = extents.keys() - {"layers", "kv", "block_size", "heads", "dim"}
     if unknown:
         raise LayoutError(
             f"Expected extents among layers, kv, block_size, heads and dim, got "
             f"{', '.join(sorted(unknown))}. Declare one of those; a connector takes its layout as "
             f"kv_layout."
         )
+    if isinstance(dim, (list, tuple)):
+        # Plain integers: equal numbers of other types must not pass for them.
+        dim = tuple(positive("dim", one) for one in dim)
+    terms = layout, layers, kv, block_size, heads, dim, reinterpret, encoding
+    try:
+        return _bound(*terms)
+    except TypeError:  # a term that is not hashable, which the error names
+        return _bound.__wrapped__(*terms)
+
+
+@lru_cache(maxsize=256, typed=True)
+def _bound(
+    layout: str,
+    layers: Declared,
+    kv: Declared,
+    block_size: Declared,
+    heads: Declared,
+    dim: Declared,
+    reinterpret: bool,
+    encoding: object,
+) -> BoundLayout:
+    text, always = resolve(layout)
+    declared = dict(always)
+    extents = {"layers": layers, "kv": kv, "block_size": block_size, "heads": heads, "dim": dim}
     for name, value in extents.items():
         if value is None:
             continue
-        # Plain integers: equal numbers of other types must not pass for them.
-        if name == "dim" and isinstance(value, (list, tuple)):
-            extent: Extent = tuple(positive(name, one) for one in value)
+        if name == "dim" and isinstance(value, tuple):
+            extent: Extent = value
         else:
             extent = positive(name, value)
         if declared.setdefault(name, extent) != extent:
@@ -266,7 +277,7 @@ def bind_layout(
                 f"{name}={always[name]}, or write the layout string."
             )
     bits = flag("reinterpret", reinterpret)
-    return _bound(text, tuple(sorted(declared.items())), bits, as_encoding(encoding))
+    return BoundLayout(text, tuple(sorted(declared.items())), bits, as_encoding(encoding))
 
 
 def flatten_tensors(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[int]]:
@@ -344,56 +355,15 @@ def _pairs_of_a_cache(value: object) -> str:
     )
 
 
-def _by_kv(array: Grid, axes: Sequence[Factor], but: int = -1) -> Grid:
-    """Return a row for each kv, or one for all if no axis, other than number ``but``, is ``kv``."""
-    at = next((i for i, factor in enumerate(axes) if factor.axis == "kv" and i != but), None)
-    rows = array[None] if at is None else np.moveaxis(array, at, 0)
-    return rows.reshape(len(rows), -1)
+def _device_and_addresses(tensors: Sequence[torch.Tensor]) -> tuple[torch.device, list[int]]:
+    """Return the device of tensors and the address of each.
 
-
-def _tabulate(
-    factors: Sequence[Factor],
-    grid: Grid,
-    kv: int,
-    begins: Sequence[int] = (),
-    bases: Sequence[int] = (),
-) -> tuple[list[int], Walks]:
-    """Collapse a grid of tensors into the smallest table.
-
-    Returns the tensors that stay entries, and the walk of each container factor through them.
-    Tensors of one allocation at equal distances become a stride, so that a block that is contiguous
-    over all layers is one run. The rest stays a table. Raw addresses without tensors also stay a
-    table: nothing shows which of them lie in one allocation.
+    Raises:
+        LayoutError: a tensor whose bytes are not its values, or that has no memory.
+        DeviceMismatch: tensors on different devices.
     """
-    # Blocks stand outermost: then no step of another axis depends on how many there are.
-    rank = {"block": 0, "token": 1}
-    order = sorted(range(len(factors)), key=lambda i: rank.get(factors[i].axis, 2))
-    grid = grid.transpose(order)
-    axes = [factors[i] for i in order]
-    where = np.array(begins, dtype=np.int64)
-    storages = np.array(bases, dtype=np.int64)
-    walks: Walks = {}
-    for at, factor in enumerate(axes if begins else ()):
-        # Memory objects come and go: whether they lie at equal distances must not change a form.
-        if factor.axis in ("block", "token"):
-            continue
-        steps = _by_kv(np.diff(where[grid], axis=at), axes, at)
-        # Torch has no negative strides, so descending tensors stay a table.
-        equal = (steps == steps[:, :1]).all() and steps.min(initial=0) >= 0
-        if equal and not np.diff(storages[grid], axis=at).any():
-            distances = tuple(steps[:, 0].tolist()) if steps.size else (0,)
-            walks[factor] = 0, distances if len(distances) == kv else distances * kv
-            grid = grid.take([0], axis=at)
-    entries = 1
-    for factor, extent in zip(reversed(axes), reversed(grid.shape), strict=True):
-        if factor not in walks:
-            walks[factor] = (entries, (0,) * kv)
-            entries *= extent
-    return grid.reshape(-1).tolist(), walks
-
-
-def _one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
     device = tensors[0].device
+    begins = []
     for tensor in tensors:
         if tensor.device != device:
             raise DeviceMismatch(
@@ -401,18 +371,20 @@ def _one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
                 f"{tensor.device}. Make a view (and a connector) for each device."
             )
         _check_bytes(tensor)
-        if device.type != "meta" and tensor.numel() and not address_of(tensor):
+        begin = address_of(tensor)
+        if not begin and device.type != "meta" and tensor.numel():
             raise LayoutError(
                 f"Expected allocated tensors, got {kind_of(tensor)} of shape "
                 f"{tuple(tensor.shape)} that owns no memory, as inside torch.vmap or "
                 f"torch.func.grad. Pass allocated tensors, outside of function transforms."
             )
+        begins.append(begin)
     if device.type == "meta":
         raise LayoutError(
             "Expected tensors with memory, got some on device meta, which has no memory. Pass "
             "allocated tensors."
         )
-    return device
+    return device, begins
 
 
 def _check_bytes(tensor: torch.Tensor) -> None:
@@ -451,12 +423,25 @@ def as_dtype(dtype: object) -> torch.dtype:
 
 
 def _pick_per_kv(
-    factors: Sequence[Factor], flat: Sequence[torch.Tensor], grid: Grid, kv: int
+    layout: Layout, values: Sequence[Mapping[str, int]], flat: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """Return a tensor for each kv; raise `LayoutError` if the tensors of a kv differ."""
+    extents = [factor_extent(f, values[0]) or 1 for g in layout.containers for f in g.factors]
+    axes = [factor.axis for group in layout.containers for factor in group.factors]
+    if prod(extents) != len(flat):
+        raise LayoutError(
+            f"Expected containers of {layout.text!r} that are equally long for each kv, got "
+            f"unequal widths. Declare one width, or name dim right of `|`."
+        )
+    kv = 1
+    inside = len(flat)  # tensors of one kv that follow each other
+    if "kv" in axes:
+        at = axes.index("kv")
+        kv = extents[at]
+        inside = prod(extents[at + 1 :])
     picks = []
-    for numbers in _by_kv(grid, factors):
-        row = [flat[number] for number in numbers]
+    for k in range(kv):
+        row = [tensor for number, tensor in enumerate(flat) if number // inside % kv == k]
         kinds = dict.fromkeys((tensor.shape, tensor.stride(), tensor.dtype) for tensor in row)
         if len(kinds) > 1:
             one, other = (f"{tuple(n)} strides {s} {dtype}" for n, s, dtype in list(kinds)[:2])
@@ -465,18 +450,15 @@ def _pick_per_kv(
                 f"{other}. Make a separate view for each group of equal tensors."
             )
         picks.append(row[0])
-    return picks if len(picks) == kv else picks * kv
+    return picks if len(picks) == len(values) else picks * len(values)
 
 
-class _Dims(NamedTuple):
-    """The sizes and the strides, in elements, of the dimensions that a layout names."""
+def _sizes_of_dims(layout: Layout, tensor: torch.Tensor) -> list[int]:
+    """Return the sizes of a tensor's dimensions; the last one of a layout may cover several.
 
-    sizes: list[int]
-    strides: list[int]
-
-
-def _read_dims(layout: Layout, tensor: torch.Tensor) -> _Dims:
-    """Return the dimensions of a tensor; the last one of a layout may cover several of them."""
+    Raises:
+        LayoutError: another number of dimensions, or ones that are not contiguous together.
+    """
     shape = list(tensor.shape)
     strides = list(tensor.stride())
     groups = layout.dims
@@ -498,7 +480,7 @@ def _read_dims(layout: Layout, tensor: torch.Tensor) -> _Dims:
         if size != 1:
             strides[-1] = stride
         shape[-1] *= size
-    return _Dims(shape, strides)
+    return shape
 
 
 def _fitting(layout: Layout, known: Mapping[str, int], picks: list[torch.Tensor]) -> list[str]:
@@ -507,7 +489,8 @@ def _fitting(layout: Layout, known: Mapping[str, int], picks: list[torch.Tensor]
     That one is the first of `suggested`. ``known``: the extents of the containers. Layouts that fit
     any shape are left out.
     """
-    outer = {f.axis: known[f.axis] for group in layout.containers for f in group.factors}
+    named = [f.axis for group in layout.containers for f in group.factors]
+    outer = {axis: known[axis] for axis in named if axis in known}
     names = dict[str, str]()  # by the string of the layout
     for preset in suggested():
         other = parse(preset.layout)
@@ -530,14 +513,3 @@ def _fitting(layout: Layout, known: Mapping[str, int], picks: list[torch.Tensor]
 def reach(size: Sequence[int], stride: Sequence[int]) -> int:
     """Return the number of elements from the first to past the last of a tensor."""
     return 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if all(size) else 0
-
-
-def _spans(tensors: Iterable[tuple[int, int]]) -> Spans:
-    """Return the ranges that tensors at addresses cover, each of so many bytes."""
-    merged: Spans = []
-    for first, past in sorted({(at, at + nbytes) for at, nbytes in tensors if nbytes}):
-        if merged and first < merged[-1][1]:
-            first, end = merged.pop()
-            past = max(past, end)
-        merged.append((first, past))
-    return merged

@@ -7,17 +7,19 @@ tokens). It is hashable and holds integers and strings only, so it can be sent t
 
 from __future__ import annotations
 
+import threading
+from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
-from itertools import product
+from functools import cache
+from itertools import islice, product
 from math import prod
 from typing import Any
 
+from portakv.core.view import TensorReader, dtype_names, tensor_reader
 from portakv.errors import LayoutError
-from portakv.layout.extents import factor_extent
-from portakv.layout.language import Factor, Group, Layout
+from portakv.runtime.bounded import Bounded
 
 #: Where memory can be: on the device, pinned or pageable on the host, in another process, or a
 #: peer's, whose memory the device reads over a link: another device's, perhaps of another process.
@@ -133,6 +135,10 @@ class Form:
     table_on_device: bool = False
     encoding: tuple[Any, ...] = ()  # of `Plane`; what reads the planes of one encoding knows it
     _hash: int = field(default=0, init=False, compare=False, repr=False)
+    #: The words of `address`, with the address: made at the first use, then never replaced.
+    _words: tuple[array[int], int] | None = field(
+        default=None, init=False, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         # Forms key the cache of launches on the hot path: hash the nested tuples only once.
@@ -146,6 +152,22 @@ class Form:
     def __reduce__(self) -> tuple[object, ...]:
         # The hash of a string differs between processes, so a form is made anew on arrival.
         return type(self), tuple(getattr(self, each.name) for each in fields(self) if each.init)
+
+    @property
+    def address(self) -> int:
+        """Return the address of this form's words, which `native/core/form.h` lists.
+
+        The words are there as long as the form is.
+        """
+        words = self._words
+        if words is None:
+            with _words_lock:
+                words = self._words
+                if words is None:
+                    made = array("q", _words_of(self))
+                    words = made, made.buffer_info()[0]
+                    object.__setattr__(self, "_words", words)
+        return words[1]
 
     @property
     def lists(self) -> bool:
@@ -208,78 +230,79 @@ class Form:
         return self.layers * self.heads * sum(self.widths)
 
 
-@lru_cache(maxsize=4096)
+#: Held while a form gets its words, so that no thread has the address of words that are replaced.
+_words_lock = threading.Lock()
+
+
+def _words_of(form: Form) -> list[int]:
+    """Return the words of a form in the order of `native/core/form.h`."""
+    words = [len(form.parts), form.layers, form.heads, form.block_size, form.opaque, form.alignment]
+    words += form.widths
+    for part in form.parts:
+        words += part.table, part.offset
+        for name in PART_AXES:
+            steps = part.axis(name)
+            words.append(len(steps))
+            for step in steps:
+                words += step.extent, step.table, step.stride
+    return words
+
+
+#: Forms by their words and by themselves, so that equal forms are one object.
+_forms: Bounded[Any, Form] = Bounded("forms", 8192)
+
+
 def same_form(form: Form) -> Form:
     """Return the first form that was equal to this one, so that look-ups compare by identity."""
+    return _forms.setdefault(form, form)
+
+
+@cache
+def plain_reader() -> TensorReader | None:
+    """Return the core's reader of plain tensors, which finds known forms; None: torch is too old
+    for it."""
+    return tensor_reader(_forms)
+
+
+def form_of(words: bytes, encoding: tuple[Any, ...] = ()) -> Form:
+    """Return the form of the words of `View::form` in `native/core/view.h`.
+
+    ``encoding`` is that of the form. Equal words have one form.
+    """
+    key = (words, encoding) if encoding else words
+    form = _forms.get(key)
+    if form is None:
+        form = _forms[key] = same_form(_read_form(words, encoding))
     return form
 
 
-def build_parts(
-    layout: Layout,
-    values: Sequence[Mapping[str, int]],
-    strides: Sequence[Sequence[int]],
-    itemsizes: Sequence[int],
-    walks: Mapping[Factor, tuple[int, Sequence[int]]],
-) -> tuple[KVRows, ...]:
-    """Return the parts of a form.
-
-    Args:
-        values: the extents of each kv.
-        strides, itemsizes: the strides of its dimensions in elements, and the bytes of an element.
-        walks: the advance of one step of each container factor: table entries, bytes for each kv.
-    """
+def _read_form(words: bytes, encoding: tuple[Any, ...]) -> Form:
+    numbers = iter(array("q", words))
+    kv, layers, heads, block_size, opaque, alignment = islice(numbers, 6)
+    widths = tuple(islice(numbers, kv))
     parts = []
-    for k, itemsize in enumerate(itemsizes):
-        steps: dict[Factor, Step] = {}
-        table = 0
-        offset = 0
-        for factor, (entries, distances) in walks.items():
-            if factor.axis == "kv":
-                table = k * entries
-                offset = k * distances[k]
-            else:
-                steps[factor] = Step(factor_extent(factor, values[k]) or 0, entries, distances[k])
-        for group, stride in zip(layout.dims, strides[k], strict=True):
-            # The layout names kv once, so at most one dimension or container adds to the offset.
-            offset += _add_steps(steps, group, stride * itemsize, values, k)
-        parts.append(KVRows(table, offset, **_steps_by_axis(layout, steps, itemsize)))
-    return tuple(parts)
-
-
-def _add_steps(
-    steps: dict[Factor, Step],
-    group: Group,
-    stride: int,
-    values: Sequence[Mapping[str, int]],
-    k: int,
-) -> int:
-    """Add the steps of one dimension for kv ``k``; return the byte offset of that kv in it.
-
-    The planes of a dimension that contains kv follow each other, and may differ in width.
-    """
-    offset = 0
-    spans = [stride] * len(values)  # for each kv, the bytes of the factors further in
-    for factor in reversed(group.factors):
-        if factor.axis == "kv":
-            offset = sum(spans[:k])
-            spans = [sum(spans)] * len(values)
-            continue
-        extents = [factor_extent(factor, known) or 0 for known in values]
-        steps[factor] = Step(extents[k], 0, spans[k])
-        spans = [span * extent for span, extent in zip(spans, extents, strict=True)]
-    return offset
-
-
-def _steps_by_axis(layout: Layout, steps: Mapping[Factor, Step], itemsize: int) -> dict[str, Steps]:
-    """Return the steps of each axis of a part, outermost first."""
-    axes: dict[str, list[Step]] = {name: [] for name in PART_AXES}
-    # A quotient is outside of its remainder, wherever the layout names them.
-    for factor, step in sorted(steps.items(), key=lambda item: item[0].part == "%"):
-        axes["dim" if factor.axis == "page" else factor.axis].append(step)
-    axes["dim"].append(Step(itemsize, 0, 1))  # the bytes of an element
-    unbounded = axes["block" if layout.paged else "token"]
-    unbounded[0] = replace(unbounded[0], extent=0)
-    return {name: merge_steps(axes[name]) for name in PART_AXES}
+    for _ in range(kv):
+        table, offset = islice(numbers, 2)
+        axes = []
+        for _ in PART_AXES:
+            count = next(numbers)
+            axes.append(tuple(Step(*islice(numbers, 3)) for _ in range(count)))
+        parts.append(KVRows(table, offset, *axes))
+    place, on_device = islice(numbers, 2)
+    dtypes = tuple(dtype_names()[word] for word in numbers)
+    return Form(
+        parts=tuple(parts),
+        layers=layers,
+        heads=heads,
+        widths=widths,
+        block_size=block_size,
+        opaque=opaque == 1,
+        alignment=alignment,
+        place=PLACES[place],
+        dtypes=dtypes if any(dtypes) else (),
+        table_on_device=on_device == 1,
+        encoding=encoding,
+    )
 
 
 def widest_vector(numbers: Iterable[int]) -> int:

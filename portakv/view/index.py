@@ -15,11 +15,12 @@ import numpy.typing as npt
 import torch
 
 from portakv.arguments import as_whole, flag, kind_of, shown
+from portakv.core import ids as core
 from portakv.errors import SlotError, Unsupported
 from portakv.view.bound import address_of
 
 # ------------------------------------------------------------------------------------------------
-# Lists of ids as tensors: their types, their checks, and repeated ids.
+# Lists of ids as tensors: their types, and which are refused.
 
 IdList: TypeAlias = "torch.Tensor | npt.NDArray[np.signedinteger[Any]] | Sequence[int]"
 _INT = frozenset({int})
@@ -28,6 +29,7 @@ ID_DTYPES = (torch.int64, torch.int32)
 PAST_ANY_VIEW = 2**62
 #: The most tokens of an id.
 MOST_STEP = 2**31 - 1
+_INT32 = np.dtype(np.int32)
 _INT64 = np.dtype(np.int64)
 #: Numbers that Python looks through, or reckons with, faster than numpy (8 ids: 1 us in place of 6;
 #: the addresses of 6 pages: 3 us in place of 12).
@@ -40,52 +42,65 @@ def as_ids(ids: object) -> torch.Tensor:
     Raises:
         SlotError: another type, dtype or rank, or a tensor that owns no memory.
     """
-    array = host_array(ids)
-    if array is not None:
-        return ids if isinstance(ids, torch.Tensor) else torch.from_numpy(array)
-    if isinstance(ids, np.ndarray):
+    return _read(ids)[0]
+
+
+def _read(ids: object) -> tuple[torch.Tensor, npt.NDArray[np.int64] | None]:
+    """Return ids as `as_ids` does, and their memory as a contiguous int64 array if they have it."""
+    if type(ids) is torch.Tensor:
+        read = _read_tensor(ids) if ids.is_cpu else None
+        if read is not None:
+            return read
+    elif isinstance(ids, np.ndarray):
+        if ids.dtype is _INT64 and ids.strides == (8,) and ids.flags.writeable:
+            return torch.from_numpy(ids), ids
         ids = _tensor_of(ids)
+    elif isinstance(ids, (list, tuple, range)):
+        return _read_list(ids if type(ids) is list else list(ids))
     if not isinstance(ids, torch.Tensor):
         raise SlotError(
             f"Expected an index as a tensor, an array or a list of integers, got {kind_of(ids)}. "
             f"Convert it to one of these."
         )
     _check_tensor(ids)
-    return ids
+    return ids, None
 
 
-def host_array(ids: object) -> npt.NDArray[np.int64] | None:
-    """Return the contiguous int64 array of a list, or an array or the memory of a tensor that is
-    one already; None for all else. Raise `SlotError` as `as_ids` does."""
-    if type(ids) is torch.Tensor:
-        return _array_of_tensor(ids) if ids.is_cpu else None
-    if isinstance(ids, np.ndarray):
-        usual = ids.dtype is _INT64 and ids.strides == (8,) and ids.flags.writeable
-        return ids if usual else None
-    return _array_of(ids) if isinstance(ids, (list, tuple, range)) else None
+def _read_tensor(
+    ids: torch.Tensor,
+) -> tuple[torch.Tensor, npt.NDArray[np.int64] | None] | None:
+    """Return a tensor on the host as `_read` does; None: `_check_tensor` has to look at it.
 
-
-def _array_of_tensor(ids: torch.Tensor) -> npt.NDArray[np.int64] | None:
+    A tensor that numpy has seen cannot be resized.
+    """
     try:
         array = ids.numpy()
         memory = ids.data_ptr() or not array.size  # a function transform shows none
     except (RuntimeError, TypeError):  # it is no plain tensor
         return None
-    usual = memory and array.dtype is _INT64 and array.strides == (8,)
-    return array if usual and _in_storage(ids) else None
+    dtype = array.dtype
+    if dtype is _INT64 and array.strides == (8,):
+        return (ids, array) if memory and _in_storage(ids) else None
+    if not memory or array.ndim != 1 or not (dtype is _INT64 or dtype is _INT32):
+        return None
+    return (ids, None) if _in_storage(ids, ids.stride(0)) else None
 
 
-def _array_of(ids: list[Any] | tuple[Any, ...] | range) -> npt.NDArray[np.int64]:
-    for each in () if {*map(type, ids)} <= _INT else ids:
+def _read_list(listed: list[Any]) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
+    result = core.read_list(listed)
+    if result is not None:
+        return result
+    for each in listed:
         if isinstance(each, bool) or not isinstance(each, (int, np.integer)):
             raise SlotError(f"Expected integers in an index, got {shown(each)}. Pass ids.")
     try:
-        return np.array(ids, dtype=np.int64)
+        array = np.array(listed, dtype=np.int64)
     except OverflowError:
         raise SlotError(
             "Expected integers of at most 64 bits in an index, got a larger number. Pass ids that "
             "the view has."
         ) from None
+    return torch.from_numpy(array), array
 
 
 def _tensor_of(ids: npt.NDArray[Any]) -> torch.Tensor:
@@ -142,26 +157,6 @@ def _in_storage(ids: torch.Tensor, step: int = 1) -> bool:
     many = ids.numel()
     past = ids.storage_offset() + step * (many - 1) + 1
     return not many or past * ids.itemsize <= ids.untyped_storage().nbytes()
-
-
-def out_of_range(used: npt.NDArray[np.int64], most: int) -> bool:
-    """Return True if a number is negative or above ``most``. There is at least one number."""
-    # A negative number read as unsigned is huge, so one pass shows if all are in range.
-    return int(np.maximum.reduce(used.view(np.uint64))) > most
-
-
-def has_repeats(used: npt.NDArray[np.int64]) -> bool:
-    """Return True if a number occurs twice."""
-    if used.size <= SHORT:
-        return len(set(used.tolist())) < used.size
-    largest = int(np.maximum.reduce(used.view(np.uint64)))  # a negative number reads as huge
-    if largest < 64 * used.size:
-        # One byte for each number is faster than a sort: 16,384 ids take 20 - 72 us, a sort 460.
-        seen = np.zeros(largest + 1, np.bool_)
-        seen[used] = True
-        return int(np.count_nonzero(seen)) < used.size
-    ordered = np.sort(used)
-    return bool((ordered[1:] == ordered[:-1]).any())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -310,27 +305,22 @@ def _slots_at(
 Ids: TypeAlias = "Index | IdList"
 _ANY = frozenset(ID_DTYPES)
 _HOST = torch.device("cpu")
-_INT32 = 2**31 - 1
-_MOST = 256  # checks that one list of ids remembers
+_MOST_INT32 = 2**31 - 1
+_MOST = 256  # ranges that are marked clean in one list of ids
 
 
 class _Store:
-    """Share the copies and the checks of one list among all of its indices."""
+    """Share the copies of one list among all of its indices."""
 
-    __slots__ = ("array", "checked", "copies", "token")
+    __slots__ = ("array", "clean", "copies", "token")
 
     def __init__(self, array: npt.NDArray[np.int64] | None = None) -> None:
         self.token = object()  # stands for the list, and holds none of its memory
         # The ids as a contiguous int64 array on the host, and contiguous in other places or dtypes.
         self.array = array
         self.copies: list[torch.Tensor] = []
-        # For (offset, count, slots, distinct): True if an id of that range is negative.
-        self.checked: dict[tuple[int, int, int, bool | None], bool] = {}
-
-    def remember(self, key: tuple[int, int, int, bool | None], skips: bool) -> None:
-        if len(self.checked) >= _MOST:
-            self.checked.clear()
-        self.checked[key] = skips
+        # The ranges of ids on a device that passed a check: offset, count, slots.
+        self.clean: set[tuple[int, int, int]] = set()
 
 
 class UnitNumbers(NamedTuple):
@@ -402,19 +392,14 @@ class Index:
     def __init__(
         self, ids: IdList | None = None, step: int = 1, offset: int = 0, *, trusted: bool = False
     ) -> None:
-        tokens = as_whole(step)
-        passed_over = as_whole(offset)
+        tokens = step if type(step) is int else as_whole(step)
+        passed_over = offset if type(offset) is int else as_whole(offset)
         if tokens is None or not 0 < tokens <= MOST_STEP or passed_over is None or passed_over < 0:
             raise SlotError(
                 f"Expected an integer step from 1 to {MOST_STEP} and an integer offset of at least "
                 f"0, got Index(step={step!r}, offset={offset!r}). Pass such numbers."
             )
-        array = host_array(ids)
-        made: torch.Tensor | None
-        if array is not None:
-            made = ids if isinstance(ids, torch.Tensor) else torch.from_numpy(array)
-        else:
-            made = None if ids is None else as_ids(ids)
+        made, array = (None, None) if ids is None else _read(ids)
         self._set(made, tokens, passed_over, _Store(array), False, flag("trusted", trusted))
 
     def _set(
@@ -558,13 +543,9 @@ class Index:
         if self.ids is None:
             return self
         if self.on_host:
-            host_ids = self.host_ids()
-            if not has_repeats(host_ids):
+            retained = core.without_repeats(self.ids)
+            if retained is None:
                 return self
-            _, from_end = np.unique(host_ids[::-1], return_index=True)
-            last = host_ids.size - 1 - from_end
-            retained = np.full_like(host_ids, -1)
-            retained[last] = host_ids[last]
             ids = torch.from_numpy(retained)
         else:
             order = self.ids.argsort(stable=True)
@@ -607,12 +588,12 @@ class Index:
         ids = self.ids
         if ids.dtype not in dtypes and torch.int64 not in dtypes:
             largest = int(self.host_ids().max(initial=0)) if self.on_host else 0
-            if largest > _INT32:
+            if largest > _MOST_INT32:
                 raise Unsupported(
                     f"An index with id {largest}",
                     "the backend reads int32 ids only; use another backend",
                 )
-            ids = ids.clamp(-1, _INT32).to(torch.int32)  # an invalid id stays invalid
+            ids = ids.clamp(-1, _MOST_INT32).to(torch.int32)  # an invalid id stays invalid
         ids = ids.to(device, ids.dtype if ids.dtype in dtypes else torch.int64).contiguous()
         if self.on_host:
             # A copy of device ids is ordered on one stream only, so it is not cached.
@@ -670,9 +651,7 @@ class Index:
         if not (self.temporary and self.on_host) or self.ids is None:
             return self
         array = self.host_ids().copy()
-        store = _Store(array)
-        store.checked.update(self._store.checked)
-        return self._derived(torch.from_numpy(array), self.offset, store)
+        return self._derived(torch.from_numpy(array), self.offset, _Store(array))
 
     def host_ids(self) -> npt.NDArray[np.int64]:
         """Return the ids as a contiguous int64 array on the host; wait for a device with them."""
@@ -696,7 +675,11 @@ class Index:
         first = self.offset // unit
         per_id = self.step // unit
         if self.ids is not None and per_id == 1:
-            return self.ids_on(device)[first : first + count // unit].long()
+            ids = self.ids_on(device)
+            number = count // unit
+            if first or number != ids.numel():
+                ids = ids[first : first + number]
+            return ids if ids.dtype is torch.int64 else ids.long()
         at = torch.arange(first, first + count // unit, dtype=torch.int64, device=device)
         if self.ids is None:
             return at
@@ -713,23 +696,23 @@ class Index:
         past = first + count // unit
         if self.ids is None:
             return UnitNumbers(np.arange(first, past, dtype=np.int64), self.offset % unit)
-        ids = self.host_ids()
-        if unchecked:  # an invalid id stays invalid when it is multiplied
-            ids = np.clip(ids, -1, PAST_ANY_VIEW // self.step)
         per_id = self.step // unit
-        if per_id == 1:
-            return UnitNumbers(ids[first:past], 0)
-        at = np.arange(first, past, dtype=np.int64)
-        return UnitNumbers(ids[at // per_id] * per_id + at % per_id, 0)
+        if per_id == 1 and not unchecked:
+            return UnitNumbers(self.host_ids()[first:past], 0)
+        # An invalid id stays invalid when it is multiplied.
+        return UnitNumbers(core.units(self._on_host(), self.step, self.offset, count, unit), 0)
 
     def slots(self, count: int, every: int = 1) -> npt.NDArray[np.int64]:
         """Return the slots of ``count`` positions, or of each ``every``-th, on the host; negative
         if skipped."""
-        at = np.arange(self.offset, self.offset + count, every, dtype=np.int64)
         if self.ids is None:
-            return at
-        ids = np.clip(self.host_ids()[at // self.step], -1, PAST_ANY_VIEW // self.step)
-        return np.where(ids < 0, -1, ids * self.step + at % self.step)
+            return np.arange(self.offset, self.offset + count, every, dtype=np.int64)
+        return core.slots(self._on_host(), self.step, self.offset, count, every)
+
+    def _on_host(self) -> torch.Tensor:
+        """Return the ids on the host; wait for a device with them."""
+        assert self.ids is not None
+        return self.ids if self.on_host else torch.from_numpy(self.host_ids())
 
     def check_length(self, count: int, slots: int, side: str) -> None:
         """Raise `SlotError` if ``count`` positions run past the list, or past a view of
@@ -747,8 +730,7 @@ class Index:
             )
 
     def check(self, count: int, slots: int, side: str, *, distinct: bool = False) -> bool:
-        """Validate host ids for ``count`` positions in a view of ``slots`` slots, and remember the
-        result.
+        """Validate host ids for ``count`` positions in a view of ``slots`` slots.
 
         Returns:
             True if an id is negative, so that positions are to be skipped; False also without ids
@@ -757,27 +739,13 @@ class Index:
         Raises:
             SlotError: a slot past the end, or with ``distinct`` one that occurs twice.
         """
-        if self.ids is None or not self.on_host:
+        ids = self.ids
+        if ids is None or not self.on_host:
             return False
-        key = (self.offset, count, slots, distinct)
-        known = self._store.checked.get(key)
-        if known is None and not distinct:  # what is distinct was checked for the rest, too
-            known = self._store.checked.get((self.offset, count, slots, True))
-            if known is not None:
-                self._store.remember(key, known)
-        if known is not None:
-            return known
-        used = self.host_ids()[self.offset // self.step : -(-(self.offset + count) // self.step)]
-        skips = False
-        if used.size:
-            odd, twice = _faults(used, slots // self.step - 1, distinct)
-            skips = odd and bool(used.min() < 0)
-            if skips and twice:  # negative ids may occur more than once
-                twice = has_repeats(used[used >= 0])
-            if odd or twice:
-                self._check_slots(count, slots, side, twice)
-        self._store.remember(key, skips)
-        return skips
+        code = core.check(ids, self.step, self.offset, count, slots, distinct)
+        if code < 0:
+            raise self._slot_error(count, slots, side, distinct)
+        return code == core.NEGATIVE
 
     def check_named(self, name: str, count: int, slots: int, *, distinct: bool = False) -> bool:
         """Validate host ids as `check` does, for a list that a caller passed as ``name``.
@@ -785,87 +753,91 @@ class Index:
         Raises:
             SlotError: names the argument, the id at fault and its place in the list.
         """
-        try:
-            return self.check(count, slots, name, distinct=distinct)
-        except SlotError:
-            raise self._fault(name, count, slots) from None
+        code = self._judge(count, slots, distinct)
+        if code < 0:
+            raise self._named_error(name, count, slots, distinct)
+        return code == core.NEGATIVE
 
-    def _fault(self, name: str, count: int, slots: int) -> SlotError:
-        """Return the error of the first id that is past the view's ``slots`` slots, or else of the
-        first that occurs twice."""
-        first = self.offset // self.step
-        used = self.host_ids()[first : -(-(self.offset + count) // self.step)]
-        one = "block" if self.step > 1 else "slot"
-        most = slots // self.step - 1
-        past = np.flatnonzero(used > most)
-        if past.size:
-            at = int(past[0])
+    def _judge(self, count: int, slots: int, distinct: bool) -> int:
+        """Return the core's code for ids on the host: `core.CLEAN`, or what they have."""
+        ids = self.ids
+        if ids is None or not self.on_host:
+            return core.CLEAN
+        return core.check(ids, self.step, self.offset, count, slots, distinct)
+
+    def _slot_error(self, count: int, slots: int, side: str, distinct: bool) -> SlotError:
+        """Return the error of the first slot past the view's ``slots`` slots, or else of the
+        smallest that occurs twice."""
+        assert self.ids is not None
+        fault = core.fault(self.ids, self.step, self.offset, count, slots, distinct)
+        of = ""
+        if not fault.times:
+            if self.step > 1:
+                of = f" (of id {fault.id}, {self.step} slots each)"
             return SlotError(
-                f"Expected {name} to be ids from 0 to {most}, the {one}s of the view, got "
-                f"{used[at]} at position {first + at}. Correct this id."
+                f"Expected the {side} index to stay inside the view's {slots} slots, got slot "
+                f"{fault.slot}{of} at position {fault.position}; nothing was moved. Correct the "
+                f"index: its last id is {slots // self.step - 1}."
             )
-        seen = dict[int, int]()
-        for at, number in enumerate(used.tolist(), first):
-            if number >= 0 and seen.setdefault(number, at) != at:
-                break
+        if self.step > 1:
+            of = f" (of id {fault.slot // self.step})"
         return SlotError(
-            f"Expected {name} to name each {one} once, got {number} at positions {seen[number]} "
-            f"and {at}. Name it once."
+            f"Expected each slot once in the {side} index, got slot {fault.slot}{of}, which occurs "
+            f"{fault.times} times; nothing was moved. Name it once, or pass "
+            f"Index.without_repeats(), which keeps the last."
         )
 
-    @property
-    def skips(self) -> bool:
-        """True if `check` found a negative id on the host."""
-        return True in self._store.checked.values()
+    def _named_error(self, name: str, count: int, slots: int, distinct: bool) -> SlotError:
+        """Return the error of the first id that is past the view's ``slots`` slots, or else of the
+        first that occurs twice."""
+        assert self.ids is not None
+        fault = core.fault(self.ids, self.step, self.offset, count, slots, distinct)
+        one = "block" if self.step > 1 else "slot"
+        if fault.past_place >= 0:
+            return SlotError(
+                f"Expected {name} to be ids from 0 to {slots // self.step - 1}, the {one}s of the "
+                f"view, got {fault.past_id} at position {fault.past_place}. Correct this id."
+            )
+        return SlotError(
+            f"Expected {name} to name each {one} once, got {fault.again_id} at positions "
+            f"{fault.first_place} and {fault.again_place}. Name it once."
+        )
+
+    def skips(self, count: int, slots: int) -> bool:
+        """Return True if ids that the host knows, and that passed `check`, skip positions."""
+        ids = self.ids
+        if ids is None:
+            return False
+        if not self.on_host:
+            if self._store.array is None:
+                return False
+            ids = torch.from_numpy(self._store.array)
+        code = core.check(ids, self.step, self.offset, count, slots, False)
+        return code == core.NEGATIVE
 
     def checked_copy(
         self, first: int, count: int, slots: int, distinct: bool
     ) -> torch.Tensor | None:
-        """Return the newest copy of host ids, if `check` passed them from ``first`` on."""
-        store = self._store
-        if (first, count, slots, distinct) not in store.checked or not store.copies:
+        """Return the newest copy of host ids, if they pass `check` from position ``first`` on.
+
+        None also if ids have no copy, or do not cover the positions.
+        """
+        copies = self._store.copies
+        if not copies or first < 0 or count < 0 or first + count > (self.length or 0):
             return None
-        return store.copies[-1]
+        code = self.shifted(first)._judge(count, slots, distinct)
+        return copies[-1] if code >= 0 else None
 
     def mark_clean(self, count: int, slots: int) -> None:
-        """Remember that a check of ids on a device passed: no id is negative or past the end."""
-        self._store.remember((self.offset, count, slots, None), False)
-
-    def note_checked(self, count: int, slots: int) -> None:
-        """Remember that the host's ids passed `check`, as distinct ones, in a longer list that this
-        index is a part of: none is negative."""
-        self._store.remember((self.offset, count, slots, True), False)
+        """Note that a check of ids on a device passed: no id is negative or past the end."""
+        clean = self._store.clean
+        if len(clean) >= _MOST:
+            clean.clear()
+        clean.add((self.offset, count, slots))
 
     def is_clean(self, count: int, slots: int) -> bool:
         """Return True if ids need no guard: they are on the host, trusted, or were marked clean."""
-        return (
-            self.on_host or self.trusted or (self.offset, count, slots, None) in self._store.checked
-        )
-
-    def _check_slots(self, count: int, slots: int, side: str, distinct: bool) -> None:
-        expanded = self.slots(count)
-        past = np.flatnonzero(expanded >= slots)
-        if past.size:
-            at = int(past[0])
-            of = ""
-            if self.step > 1:
-                slot_id = int(self.host_ids()[(at + self.offset) // self.step])
-                of = f" (of id {slot_id}, {self.step} slots each)"
-            raise SlotError(
-                f"Expected the {side} index to stay inside the view's {slots} slots, got slot "
-                f"{int(expanded[at])}{of} at position {at}; nothing was moved. Correct the index: "
-                f"its last id is {slots // self.step - 1}."
-            )
-        values, times = np.unique(expanded[expanded >= 0], return_counts=True)
-        if distinct and (times > 1).any():
-            at = int(np.argmax(times > 1))
-            slot = int(values[at])
-            of = f" (of id {slot // self.step})" if self.step > 1 else ""
-            raise SlotError(
-                f"Expected each slot once in the {side} index, got slot {slot}{of}, which occurs "
-                f"{int(times[at])} times; nothing was moved. Name it once, or pass "
-                f"Index.without_repeats(), which keeps the last."
-            )
+        return self.on_host or self.trusted or (self.offset, count, slots) in self._store.clean
 
     def __repr__(self) -> str:
         ids = "None" if self.ids is None else f"<{self.ids.numel()} ids on {self.ids.device}>"
@@ -878,13 +850,3 @@ def index_of(ids: Ids | None, step: int = 1) -> Index:
 
 
 CONSECUTIVE = Index()  # without ids a copy caches nothing in it
-
-
-def _faults(used: npt.NDArray[np.int64], most: int, distinct: bool) -> tuple[bool, bool]:
-    """Return whether a number is negative or above ``most``, and with ``distinct`` whether one
-    occurs twice. There is at least one number."""
-    if used.size <= SHORT:
-        listed = used.tolist()
-        odd = min(listed) < 0 or max(listed) > most
-        return odd, distinct and len(set(listed)) < len(listed)
-    return out_of_range(used, most), distinct and has_repeats(used)

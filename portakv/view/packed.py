@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from portakv.errors import InvalidTerms, LayoutError, Unsupported
 from portakv.layout.encodings import PACK, Encoding, Pack, Plane, plane_of
 from portakv.layout.presets import Extent
-from portakv.view.form import Form, Step
+
+#: Tensors of these are bytes, whatever they stand for: fp8 and packed formats are kept so.
+BYTES = frozenset({torch.uint8, torch.int8})
 
 _PAGE = re.compile(r"\bpage\b")
 
@@ -88,7 +90,7 @@ class PackedExtents:
     def check(self, tensors: Iterable[torch.Tensor]) -> None:
         """Raise `LayoutError` if a tensor cannot hold slots, in words of slots."""
         sizes = {plane.slot_bytes for plane in self.planes}
-        alone = self.text.endswith("(token dim)")  # the slot is the last axis
+        alone = self.slot_is_last
         for memory in tensors:
             last = memory.shape[-1] if memory.dim() else 0
             if memory.dtype.itemsize != 1 or (alone and last not in sizes):
@@ -98,17 +100,27 @@ class PackedExtents:
                     f"got {last} of {memory.dtype}. Make slots of plane(...).slot_bytes bytes."
                 )
 
-    def form(self, rows: Form, layout: str) -> Form:
-        """Return the form of packed blocks, from the form of their slots as rows.
+    def check_dtypes(self, layout: str, dtypes: Iterable[torch.dtype]) -> None:
+        """Raise `LayoutError` unless the tensors of each kv hold bytes."""
+        names = ["" if each in BYTES else str(each).partition(".")[2] for each in dtypes]
+        if any(names):
+            raise LayoutError(
+                f"Expected tensors of uint8 for the packed view {layout!r}, got "
+                f"{', '.join(names)}. Pass tensor.view(torch.uint8)."
+            )
 
-        Raises:
-            Unsupported: slots that are not contiguous.
-        """
-        planes = self.planes if len(self.planes) == rows.kv else self.planes * rows.kv
-        for part, plane in zip(rows.parts, planes, strict=True):
-            if part.dim != (Step(plane.slot_bytes, 0, 1),):
-                raise Unsupported(
-                    f"The packed view {layout!r}",
-                    "the bytes of a slot must be contiguous; make `page` the innermost axis",
-                )
-        return replace(rows, block_size=self.block_size, opaque=True, encoding=planes)
+    def planes_of(self, kv: int) -> tuple[Plane, ...]:
+        """Return the geometry of the plane of each kv."""
+        return self.planes if len(self.planes) == kv else self.planes * kv
+
+    def apart(self, layout: str) -> Unsupported:
+        """Return the error for slots that are not contiguous."""
+        return Unsupported(
+            f"The packed view {layout!r}",
+            "the bytes of a slot must be contiguous; make `page` the innermost axis",
+        )
+
+    @property
+    def slot_is_last(self) -> bool:
+        """Return True if the slot is the last axis of a tensor."""
+        return self.text.endswith("(token dim)")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -117,9 +117,8 @@ def slice_range(name: str, requested: slice | int | None, extent: int) -> range:
     return result
 
 
-def spans_within(spans: Spans, owners: Sequence[torch.Tensor]) -> Spans:
-    """Return the parts of sorted, disjoint spans that lie in the storages of ``owners``."""
-    storages = (owner.untyped_storage() for owner in owners)
+def spans_within(spans: Spans, storages: Sequence[torch.UntypedStorage]) -> Spans:
+    """Return the parts of sorted, disjoint spans that lie in ``storages``."""
     ends = [past for _, past in spans]
     result = []
     for start, end in sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages}):
@@ -142,16 +141,16 @@ def cover(spans: Spans, ranges: Sequence[tuple[int, int]]) -> bool:
     return True
 
 
-def regions(owners: Sequence[torch.Tensor]) -> tuple[tuple[torch.UntypedStorage, int, int], ...]:
-    """Return each storage of some tensors once, with its address and its bytes."""
-    storages = [owner.untyped_storage() for owner in owners]
-    # Owners may share a storage, for which torch makes an object for each of them.
+def regions(
+    storages: Iterable[torch.UntypedStorage],
+) -> tuple[tuple[torch.UntypedStorage, int, int], ...]:
+    """Return each storage once, with its address and its bytes."""
+    # Tensors may share a storage, for which torch makes an object for each of them.
     distinct = {storage._cdata: storage for storage in storages}
     return tuple((each, each.data_ptr(), each.nbytes()) for each in distinct.values())
 
 
-def storage_edges(owners: Sequence[torch.Tensor]) -> npt.NDArray[np.int64]:
-    """Return the first byte of the storage of each tensor, and then the byte past each."""
-    storages = [owner.untyped_storage() for owner in owners]
+def storage_edges(storages: Iterable[torch.UntypedStorage]) -> npt.NDArray[np.int64]:
+    """Return the first byte of each storage, and then the byte past each."""
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     return np.array([*sizes, *map(sum, sizes.items())], dtype=np.int64)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from operator import methodcaller
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
@@ -35,7 +34,7 @@ T = TypeVar("T")
 Addresses: TypeAlias = "int | Sequence[Addresses] | npt.NDArray[Any] | torch.Tensor"
 
 _HOST = torch.device("cpu")
-_detached = methodcaller("detach")
+_storage_of = torch.Tensor.untyped_storage
 _TABLE = "table on"  # with a device: its table, and the event after the table's creation
 
 
@@ -74,6 +73,7 @@ class KVView:
         "_owners",
         "_raw",
         "_spans",
+        "_storages",
         "_table",
         "blocks_overlap",
         "derived",
@@ -203,6 +203,7 @@ class KVView:
         persistent: bool,
         raw: RawMemory | None = None,
         table: torch.Tensor | None = None,
+        storages: tuple[torch.UntypedStorage, ...] | None = None,
     ) -> None:
         self.layout = layout
         self.tensors = tensors
@@ -215,9 +216,11 @@ class KVView:
         self._memory: tuple[tuple[torch.UntypedStorage, int, int], ...] | None = None
         self.blocks_overlap = False
         self.derived: dict[Hashable, Any] = {}
+        self._storages: tuple[torch.UntypedStorage, ...] | None = None
         if persistent:
-            # Aliases keep the memory that was read, also if a caller gives a tensor another one.
-            self._owners = tuple(map(_detached, self.owners))
+            assert self._owners is not None
+            # Storages keep the memory that was read, also if a caller gives a tensor another one.
+            self._storages = storages or tuple(map(_storage_of, self._owners))
             self._memory = ()
 
     @property
@@ -260,14 +263,26 @@ class KVView:
         if self._owners is None:
             assert self._raw is not None
             self._owners = self._raw.tensors(self.origins, self.device)
-        return self._owners
+        if self._storages is None:
+            return self._owners
+        aliases: tuple[torch.Tensor, ...] | None = self.derived.get("owners")
+        if aliases is None:
+            pairs = zip(self._owners, self._storages, strict=True)
+            made = tuple(_alias(owner, storage) for owner, storage in pairs)
+            aliases = self.derived.setdefault("owners", made)
+        return aliases
+
+    @property
+    def storages(self) -> tuple[torch.UntypedStorage, ...]:
+        """Return the storage of the tensor at each address, which keeps the memory."""
+        return self._storages or tuple(map(_storage_of, self.owners))
 
     def edges(self) -> npt.NDArray[np.int64]:
         """Return the ranges of allocations in any order; of raw memory, those of its tensors."""
         if self._raw is not None:
             begins = self.addresses
             return np.concatenate([begins, begins + self._raw.nbytes])
-        return self._with_memory("edges", lambda: storage_edges(self.owners))
+        return self._with_memory("edges", lambda: storage_edges(self.storages))
 
     def _with_memory(self, key: str, make: Callable[[], T]) -> T:
         """Return what was made for the storages of the last check; else make it."""
@@ -361,8 +376,18 @@ class KVView:
         """Return the table of addresses as an int64 array on the host; callers do not write it."""
         result: npt.NDArray[np.int64] | None = self.derived.get("addresses")
         if result is None:
-            result = self.derived["addresses"] = np.array(self.origins, dtype=np.int64)
+            # The first array stays: launches in other threads may read it by its address.
+            made = np.array(self.origins, dtype=np.int64)
+            result = self.derived.setdefault("addresses", made)
         return result
+
+    @property
+    def addresses_at(self) -> int:
+        """Return the address of `addresses`, for calls of the core during which the view lives."""
+        at: int | None = self.derived.get("addresses at")
+        if at is None:
+            at = self.derived["addresses at"] = self.addresses.__array_interface__["data"][0]
+        return at
 
     @property
     def table(self) -> torch.Tensor:
@@ -448,7 +473,8 @@ class KVView:
 
         ``size`` and ``stride`` count elements of ``dtype``. Copies nothing.
         """
-        storage = self.owners[entry].untyped_storage()
+        kept = self._storages
+        storage = kept[entry] if kept else self.owners[entry].untyped_storage()
         start = self.origins[entry] + offset - storage.data_ptr()
         if start < 0 or start + reach(size, stride) * dtype.itemsize > storage.nbytes():
             raise self.replaced()
@@ -470,7 +496,7 @@ class KVView:
 
     def _check_storages(self) -> None:
         """Raise `LayoutError` unless the storages of the tensors cover the spans of the view."""
-        checked = regions(self.owners)
+        checked = regions(self.storages)
         ranges = sorted((start, start + nbytes) for _, start, nbytes in checked)
         if not cover(self.spans, ranges):
             raise self.replaced()
@@ -556,16 +582,20 @@ class KVView:
         table = None
         origins = None
         owners = None
+        storages = None
         if self._origins is not None:
             origins = sliced.origins(self._origins)
         elif self._table is not None:
             table = sliced.table(self._table)
         if self._raw is None:
-            owners = tuple(self.owners[entry] for entry in sliced.sources)
-            if spans and len(owners) < sliced.copies * len(self.owners):
-                spans = spans_within(spans, owners)
+            assert self._owners is not None
+            whole = self.storages
+            owners = tuple(self._owners[entry] for entry in sliced.sources)
+            storages = tuple(whole[entry] for entry in sliced.sources)
+            if spans and len(owners) < sliced.copies * len(self._owners):
+                spans = spans_within(spans, storages)
 
-        view = self._with((sliced.form, origins, owners, spans), table)
+        view = self._with((sliced.form, origins, owners, spans), table, storages)
         # The spans follow from the origins later, so the bytes at each address have to be right.
         if spans is None and self._raw and self._raw.nbytes:
             nbytes = self._raw.nbytes - min(sliced.gained.values())
@@ -649,12 +679,19 @@ class KVView:
             view.follow_table(device)
         return view
 
-    def _with(self, rows: Rows, table: torch.Tensor | None) -> KVView:
+    def _with(
+        self,
+        rows: Rows,
+        table: torch.Tensor | None,
+        storages: tuple[torch.UntypedStorage, ...] | None = None,
+    ) -> KVView:
+        """Return a view of ``rows`` of this one; ``storages`` are theirs, None: of all rows."""
         view = KVView.__new__(KVView)
         facts = rows, self.slots, self.device, self.requires_grad
         own = table if self.form.table_on_device else None
         persistent = self._memory is not None
-        view._set(self.layout, self.tensors, facts, persistent, self._raw, own)
+        kept = storages or self._storages
+        view._set(self.layout, self.tensors, facts, persistent, self._raw, own, kept)
         view.memory_device = self.memory_device
         view.blocks_overlap = self.blocks_overlap
         return view
@@ -672,3 +709,12 @@ class KVView:
             f"KVView({self.layout.text!r}: {form.layers} layers, {form.kv} kv, {form.heads} heads, "
             f"{tokens} tokens, widths {form.widths} B, {kinds} on {place})"
         )
+
+
+def _alias(owner: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
+    """Return a tensor over the storage of an owner, also if the owner has another one now."""
+    if owner.untyped_storage()._cdata == storage._cdata:
+        return owner.detach()
+    empty = torch.empty(0, dtype=owner.dtype, device=storage.device)
+    count = storage.nbytes() // owner.dtype.itemsize
+    return empty.set_(storage, 0, (count,), (1,))

@@ -20,9 +20,10 @@ import pytest
 import torch
 from support.command_line import python, rejection
 from support.cuda_cases import COPIES
+from support.cuda_on_cpu import ARGUMENT_BYTES
 
 from portakv.backends.cuda import Cuda
-from portakv.backends.rows_kernel import MAX_ENTRIES, NAMES, RowsKernel
+from portakv.backends.rows_kernel import LOOKUPS, MAX_ENTRIES, NAMES, RowsKernel, kernels_of
 from portakv.runtime import nvrtc as _nvrtc
 
 DEVICE = torch.device("cuda", 0)
@@ -41,8 +42,7 @@ def kernels() -> dict[str, RowsKernel]:
     result: dict[str, RowsKernel] = {}
     for make in COPIES.values():
         plan = make().plan()
-        for nest in plan.nests:
-            kernel = RowsKernel(nest, plan)
+        for kernel in kernels_of(plan):
             result.setdefault(kernel.source, kernel)
     return result
 
@@ -54,7 +54,7 @@ KERNELS = kernels()
 
 
 def test_the_table_has_every_shape_of_kernel() -> None:
-    shapes = list(KERNELS.values())
+    shapes = [kernel.shape for kernel in KERNELS.values()]
     assert {kernel.vector for kernel in shapes} == {16, 8, 4, 2, 1}
     assert {len(kernel.inner) for kernel in shapes} >= {0, 1, 2, 3}
     assert {len(kernel.outer) for kernel in shapes} == {0, 1, 2}
@@ -62,17 +62,16 @@ def test_the_table_has_every_shape_of_kernel() -> None:
         (a, b) for a in (False, True) for b in (False, True)
     }
     for sides in ([kernel.src for kernel in shapes], [kernel.dst for kernel in shapes]):
-        assert {side.kind for side in sides} == {"NONE", "PLANES", "UNITS"}
-        assert {len(side.side.units) for side in sides} == {1, 2, 3}
+        assert {LOOKUPS[side.lookup] for side in sides} == {"NONE", "PLANES", "UNITS"}
+        assert {1 + len(side.bounded) for side in sides} == {1, 2, 3}
         assert max(side.per_id for side in sides) > 1
-    assert {kernel.unit for kernel in shapes} == {1, 4}
 
 
 def test_arguments_stay_below_the_classic_limit() -> None:
     """4,096 bytes: more takes a device of 7.0 and CUDA 12.1 (CUDA C++ programming guide)."""
-    without_tables = min(len(kernel.fixed) for kernel in KERNELS.values())
-    assert without_tables + 2 * 8 * (MAX_ENTRIES - 1) <= 4096
-    assert not any(k.src.entries > MAX_ENTRIES for k in KERNELS.values())
+    assert ARGUMENT_BYTES + 2 * 8 * MAX_ENTRIES <= 4096
+    shapes = [kernel.shape for kernel in KERNELS.values()]
+    assert not any(x.src.entries > MAX_ENTRIES for x in shapes)
 
 
 # Machine code
@@ -138,7 +137,10 @@ def test_every_kernel_compiles_to_machine_code(architecture: int) -> None:
 
 def chosen(tables: bool) -> list[tuple[str, RowsKernel]]:
     """One kernel for each width, or for each pair of tables too."""
-    kinds = {(k.vector, k.src.kind * tables, k.dst.kind * tables): s for s, k in KERNELS.items()}
+    kinds = {}
+    for source, kernel in KERNELS.items():
+        shape = kernel.shape
+        kinds[shape.vector, shape.src.lookup * tables, shape.dst.lookup * tables] = source
     return [(source, KERNELS[source]) for source in kinds.values()]
 
 
@@ -149,12 +151,12 @@ def chosen(tables: bool) -> list[tuple[str, RowsKernel]]:
 @pytest.mark.full
 def test_machine_code_has_the_vector_width(tables: bool, architecture: int, tmp_path: Path) -> None:
     """The machine code is disassembled, which takes longer than to compile it."""
-    assert {kernel.vector for _, kernel in chosen(tables)} == set(_SASS)
+    assert {kernel.shape.vector for _, kernel in chosen(tables)} == set(_SASS)
     for number, (source, kernel) in enumerate(chosen(tables)):
         binary = _nvrtc.compile_kernel(source, architecture)
         code = _disassembled(binary, tmp_path / f"{number}.cubin")
         assert f".target\tsm_{architecture}" in code
-        _judge_sass(code, kernel.vector)
+        _judge_sass(code, kernel.shape.vector)
 
 
 @needs_nvrtc
@@ -168,7 +170,7 @@ def test_ptx_has_the_vector_width(tables: bool, monkeypatch: pytest.MonkeyPatch)
         text = binary.decode()
         assert ".target sm_80" in text
         assert [f".entry {name}(" in text for name in NAMES.values()] == [True, True]
-        vector = _PTX[kernel.vector]
+        vector = _PTX[kernel.shape.vector]
         loads = set(re.findall(r"\bld\.(?!param|volatile)\S+", text))
         assert loads <= {f"ld.global{kind}" for kind in (vector, ".u64", ".s32")}
         assert f"ld.global{vector}" in loads

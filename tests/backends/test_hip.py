@@ -267,7 +267,7 @@ def launch(backend: Hip, copied: Copy, status: torch.Tensor | None = None, **mor
 def test_the_text_has_nothing_of_nvidia_or_of_warps() -> None:
     """Code under NVIDIA's own conditions does not count."""
     plan = COPIES["gather"]().plan()
-    text = RowsKernel(plan.nests[0], plan).source
+    text = RowsKernel(plan).source
     nvidia = r"^#if[^\n]*(__CUDA_ARCH__|__CUDACC_RTC__).*?^#(else|endif)|^ *//[^\n]*"
     code = re.sub(nvidia, "", text, flags=re.MULTILINE | re.DOTALL)
     assert "portakv_rows" in code
@@ -311,7 +311,7 @@ def test_a_text_is_compiled_once_and_kept_on_disk() -> None:
     first = HipEmulated(CPU)
     second = HipEmulated(CPU)
     plan = COPIES["gather"]().plan()
-    source = RowsKernel(plan.nests[0], plan).source
+    source = RowsKernel(plan).source
     assert not _hip_driver.compiled_before(fake_driver(), source, "gfx906")
     first.prepare(plan)
     assert _hip_driver.compiled_before(fake_driver(), source, "gfx906")
@@ -325,7 +325,7 @@ def test_what_the_fake_refuses() -> None:
     """A launch that a device would refuse must not pass here."""
     backend = HipEmulated(CPU)
     plan = COPIES["gather"]().plan()
-    (loaded,) = backend._kernels.functions([RowsKernel(plan.nests[0], plan)])
+    (loaded,) = backend._kernels.functions([RowsKernel(plan)])
     refused_by = fake_driver().runtime.hipModuleLaunchKernel
     argument = ctypes.create_string_buffer(4096)
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
@@ -364,11 +364,11 @@ def test_a_launch_makes_its_device_current_and_takes_the_stream() -> None:
     backend = HipOnOther(CPU)
     copied = COPIES["gather"]()
     launch(backend, copied)
-    # Loading, arguments, launching.
-    assert (OtherCard.entered, last_launch()[1]) == (3, 0x5EED)
+    # Loading, launching.
+    assert (OtherCard.entered, last_launch()[1]) == (2, 0x5EED)
     stream: Any = SimpleNamespace(cuda_stream=0xCAFE)
     launch(backend, copied, stream=stream)
-    assert (OtherCard.entered, last_launch()[1]) == (5, 0xCAFE)
+    assert (OtherCard.entered, last_launch()[1]) == (3, 0xCAFE)
 
 
 def test_nothing_is_loaded_during_capture(monkeypatch: pytest.MonkeyPatch) -> None:

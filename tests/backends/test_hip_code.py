@@ -14,7 +14,7 @@ from support.command_line import bash, python
 
 from portakv.backends import rows_kernel
 from portakv.backends.pack_kernel import PackKernel
-from portakv.backends.rows_kernel import RowsKernel
+from portakv.backends.rows_kernel import LOOKUPS, RowsKernel
 from portakv_conformance.evidence import evidence
 from portakv_conformance.vendor import hip_code
 from portakv_conformance.vendor.hip_code import Code, kernels, read_code
@@ -294,12 +294,13 @@ def test_code_that_packs_and_is_wrong(old: str, new: str, why: str) -> None:
 
 def test_the_kernels_have_every_vector_and_table() -> None:
     all_kernels = [kernel for _, kernel in kernels() if isinstance(kernel, RowsKernel)]
-    assert {kernel.vector for kernel in all_kernels} == {16, 8, 4, 2, 1}
-    for sides in ([k.src for k in all_kernels], [k.dst for k in all_kernels]):
-        assert {side.kind for side in sides} >= {"NONE", "PLANES"}
+    assert {kernel.shape.vector for kernel in all_kernels} == {16, 8, 4, 2, 1}
+    shapes = [kernel.shape for kernel in all_kernels]
+    for sides in ([shape.src for shape in shapes], [shape.dst for shape in shapes]):
+        assert {LOOKUPS[side.lookup] for side in sides} >= {"NONE", "PLANES"}
         assert {side.ids for side in sides} == {False, True}
-    assert "UNITS" in {kernel.dst.kind for kernel in all_kernels}
-    assert {kernel.unit for kernel in all_kernels} == {1, 4}
+    assert "UNITS" in {LOOKUPS[kernel.shape.dst.lookup] for kernel in all_kernels}
+    assert {side.per_id for shape in shapes for side in (shape.src, shape.dst)} == {1}
     packing = [kernel for _, kernel in kernels() if isinstance(kernel, PackKernel)]
     assert {kernel.name for kernel in packing} == {"portakv_pack", "portakv_unpack"}
     # Four planes of a warp, or one plane of three, four and 18 warps.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.command_line import new_python, registered
-from support.cuda_cases import COPIES, Copy, by, chunk, gathered, pool, seed_bug
+from support.cuda_cases import COPIES, seed_bug
 from support.cuda_on_cpu import FLAGS, CudaOnCpu, HostDriver, why_not
 from support.each_backend import Carrier
 from support.guarded_memory import refused
@@ -117,15 +117,6 @@ def test_tensors_without_ids_have_no_address_in_common() -> None:
 @pytest.mark.parametrize(
     ("backend", "limit", "name"),
     [
-        *(
-            (CudaOnCpu, limit, name)
-            for limit, name in (
-                ("MAX_OUTER", "gather"),
-                ("MAX_INNER", "NZ blocks"),
-                ("MAX_UNITS", "split tokens"),
-                ("MAX_PLANES", "blocks"),
-            )
-        ),
         (AscendC, "MAX_LOOPS", "NZ blocks"),
         (AscendC, "MAX_UNITS", "gather"),
     ],
@@ -134,20 +125,10 @@ def test_plans_with_more_than_the_arguments_hold(
     backend: type[Backend], limit: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = COPIES[name]().plan()
-    module = rows_kernel if backend is CudaOnCpu else ascend_kernel
     backend(CPU).prepare(plan)
-    monkeypatch.setattr(module, limit, int(backend is CudaOnCpu))
+    monkeypatch.setattr(ascend_kernel, limit, 0)
     with refused(Unsupported, "kernel takes", "reference"):
         backend(CPU).prepare(plan)
-
-
-def test_a_view_of_more_units_than_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_kernel, "MAX_NUMBERS", 11)
-    carrier = Carrier(CudaOnCpu, CPU)
-    copied = gathered(48)
-    with refused(Unsupported, "12 tokens", "reference", watch=copied.dst.tensors):
-        carrier.copies(copied)
-    carrier.copies(Copy(by(pool(), [2, 1], 4), chunk(8), 8))  # 3 units of 4
 
 
 # The table of copies can fail

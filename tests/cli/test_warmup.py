@@ -17,7 +17,7 @@ from support.command_line import run, run_json
 from support.guarded_memory import check_sentence
 
 from portakv import CopyPlan, KVView
-from portakv.backends.rows_kernel import RowsKernel
+from portakv.backends.rows_kernel import kernels_of
 from portakv.cli.sides import load_shapes
 from portakv.runtime import hip as _hip_driver
 from portakv.runtime import nvrtc
@@ -102,7 +102,7 @@ def _needed(device: torch.device) -> list[str]:
                 CopyPlan(cache_form, chunk_form, step, 0),
                 CopyPlan(chunk_form, cache_form, 0, step),
             ]
-            sources += [RowsKernel(nest, plan).source for plan in plans for nest in plan.nests]
+            sources += [kernel.source for plan in plans for kernel in kernels_of(plan)]
     return sources
 
 

@@ -19,6 +19,7 @@ from portakv.backends.strided import HostRows
 from portakv.interconnect.pageable import extent
 from portakv.interconnect.staging import dense_rows
 from portakv.plan.plan import CopyPlan
+from portakv.view.bound import bind_layout
 
 OUTWARD = pytest.mark.parametrize("outward", [True, False], ids=["to rows", "from rows"])
 
@@ -192,7 +193,8 @@ def test_memory_that_is_elsewhere_or_too_short_is_refused(
     around them, they are the same rows."""
     arena = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (60, 20), dtype=np.uint8))
     whole = arena[20:40].clone() if ends is None else torch.from_numpy(arena.numpy()[20:40])
-    rows = KVView(whole[:, : 20 - gap], "token dim")
+    # A view for one call retains no storage: its tensor decides which memory it has.
+    rows = KVView.through(bind_layout("token dim"), whole[:, : 20 - gap])
     target = random(20, 20 - gap)
     others = KVView(target, "token dim")
     sides = (others, rows) if outward else (rows, others)

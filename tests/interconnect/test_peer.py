@@ -15,6 +15,7 @@ from support.cuda_cases import COPIES, Copy
 from support.cuda_on_cpu import HostDriver
 from support.direct_on_cpu import CPU, Loads, installed, why_not
 from support.guarded_memory import filled, refused
+from support.launches import launches
 from support.peer_cases import ReadsPeers, ReadsWrong, Two, answering, judge, reading, two_of
 
 from portakv import CopyPlan, DeviceMismatch, KVView, Unsupported
@@ -81,10 +82,12 @@ def test_no_launch_prefetches_a_peers_rows(
 ) -> None:
     monkeypatch.setattr(rows_kernel, "TUNING", (Tuning(0, 2, 1 << 20),))
     plan = between(COPIES["gather"]())
-    kernel = RowsKernel(plan.nests[0], plan, tunings=own)
-    assert {kernel.tuned(units) for units in (1, 1 << 10, 1 << 30)} == {(1, 0)}
+    kernel = RowsKernel(plan, tunings=own)
+    for units in (1, 1 << 10, 1 << 30):
+        assert {(x.each, x.ahead) for x in launches(plan, kernel, units)} == {(1, 0)}
     local = between(COPIES["gather"](), "device")
-    assert RowsKernel(local.nests[0], local, tunings=own).tuned(1)[1] > 0
+    (single,) = launches(local, RowsKernel(local, tunings=own), 1)
+    assert single.ahead > 0
 
 
 # The kernel with few thread blocks
@@ -104,10 +107,10 @@ def test_no_launch_prefetches_a_peers_rows(
 def test_thread_blocks_of_a_peers_rows(terms: Terms, most: int) -> None:
     """Small copies have as many as large ones, and the strategy reports the number."""
     plan = between(COPIES["gather"]())
-    kernel = ZeroCopyKernel(plan.nests[0], plan, CPU, terms)
-    assert kernel.cut == PEER_CUT
-    assert kernel.grid(1 << 20, 1)[0] == most
-    assert kernel.grid(1, 1)[0] == 1
+    kernel = ZeroCopyKernel(plan, terms=terms)
+    assert kernel.threads == PEER_CUT.threads
+    assert [x.blocks for x in launches(plan, kernel, 1 << 20)] == [most]
+    assert [x.blocks for x in launches(plan, kernel, 1)] == [1]
     reason = ZeroCopy(CUDA, terms=terms).check(plan).reason
     assert reason == f"reads the peer's rows by {most} thread blocks at most"
 

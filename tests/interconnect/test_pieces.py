@@ -173,13 +173,9 @@ def test_allocations_are_never_joined() -> None:
     judge(one, to_2d_copies(one, src))
 
 
-@pytest.mark.parametrize("few", [0, 1 << 20], ids=["sorted", "plain"])
-def test_memory_at_addresses_is_cut_where_each_tensor_ends(
-    few: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_at_addresses_is_cut_where_each_tensor_ends() -> None:
     """Tensors that touch on both sides are not merged, since they may be separate allocations; no
     tensor is made of an address for that."""
-    monkeypatch.setattr(folding, "FEW", few)
     order = [3, 0, 1, 5, 4, 2]
     views = [
         KVView.at(

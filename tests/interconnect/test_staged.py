@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Strategies that copy by pieces: every byte of any layout; slices and staging of `staged`, what is
 kept of them, order on streams, failures, threads, memory that is pinned in other parts; and the ids
-and lists of `batched_memcpy`."""
+of `batched_memcpy`."""
 
 from __future__ import annotations
 
@@ -40,17 +40,16 @@ from portakv.backends.base import Backend, Decision
 from portakv.backends.reference import Reference
 from portakv.errors import BackendUnavailable, PortaKVError
 from portakv.host import pinned
-from portakv.interconnect import batched_memcpy, staged, staging
 from portakv.interconnect import slices as schedule
+from portakv.interconnect import staged, staging
 from portakv.interconnect.batched_memcpy import LEAST_RUN, BatchedMemcpy
 from portakv.interconnect.link import TorchLink
 from portakv.interconnect.pageable import Pageable
-from portakv.interconnect.pieces import ALL, Pieces, to_2d_copies
+from portakv.interconnect.pieces import ALL, Pieces, pieces_of
 from portakv.interconnect.slices import RowSlice, Slice
 from portakv.interconnect.staged import Staged
 from portakv.interconnect.staging import dense_rows
 from portakv.interconnect.strategy import Strategy, Terms
-from portakv.plan.runs import Factors
 from portakv.registry.registry import Choice
 from portakv.runtime.transfer import copies_holding_memory
 
@@ -255,19 +254,19 @@ def test_slices_cross_before_the_pieces_of_later_ones_are_made(
     """Else the link is idle until the host has expanded the whole transfer."""
     small_slices(monkeypatch, 4096)
     transfer = Transfers(Staged(DEVICE), downward)
-    made = to_2d_copies
+    made = pieces_of
     copy = TorchLink.copy
     order = list[str]()
 
-    def pieces(*arguments: Any) -> Any:
+    def pieces(*arguments: Any, **terms: Any) -> Any:
         order.append("made")
-        return made(*arguments)
+        return made(*arguments, **terms)
 
     def crossed(*arguments: Any) -> None:
         order.append("crossed")
         copy(*arguments)
 
-    monkeypatch.setattr(schedule, "to_2d_copies", pieces)
+    monkeypatch.setattr(schedule, "pieces_of", pieces)
     monkeypatch.setattr(TorchLink, "copy", crossed)
     for again in (False, True):  # what is kept is not made again
         order.clear()
@@ -530,47 +529,14 @@ def test_an_id_past_the_end_moves_nothing(accelerator: torch.device, on_host: bo
 
 
 @pytest.mark.simdev
-def test_a_list_that_is_used_again_is_expanded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_that_changed_are_read_again() -> None:
+    """Another index of the same tensor may be made after its ids have changed."""
     transfer = Transfers(BatchedMemcpy(DEVICE), True)
-    expansions = list[int]()
-    real = CopyPlan.factors
-
-    def factors(self: CopyPlan, *args: object) -> list[Factors]:
-        expansions.append(1)
-        return real(self, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(CopyPlan, "factors", factors)
     ids = torch.randperm(150)[:TOKENS]
-    index = Index(ids)
-    for again, expected in ((index, 1), (index, 1), (index.shifted(3), 2), (index.shifted(3), 2)):
-        transfer.device_index = again
-        transfer.go(tokens=32)
-        assert len(expansions) == expected
-    known = len(transfer.prepared().copies.cached)
-    transfer.device_index = Index.of(ids)  # for one call: it is never met again
-    transfer.go(tokens=32)
-    assert (len(expansions), len(transfer.prepared().copies.cached)) == (3, known)
-    # Another index of the same tensor may be made after its ids have changed.
-    ids.copy_(ids.flip(0))
-    transfer.device_index = Index(ids)
-    transfer(tokens=32)
-    assert len(expansions) == 4
-
-
-@pytest.mark.simdev
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batched_memcpy, "MOST_CACHED", 500)
-    monkeypatch.setattr(TorchLink, "copy", lambda *args: None)
-    transfer = Transfers(BatchedMemcpy(DEVICE), True)
-    indices = list[Index]()
-    for seed in range(30):
-        indices.append(Index(torch.randperm(190)[: 8 + seed].tolist()))
-        transfer.device_index = indices[-1]
-        transfer.go(tokens=8 + seed if seed < 24 else 32)
-        copies = transfer.prepared().copies
-        number = sum(pieces.number + 1 for pieces in copies.cached.values())
-        assert 0 < copies.number == number <= 500
-        assert indices[-1].ids_token in next(reversed(copies.cached))
+    for _ in range(2):
+        transfer.device_index = Index(ids)
+        transfer(tokens=32)
+        ids.copy_(ids.flip(0))
 
 
 @pytest.mark.parametrize("strategy", [BatchedMemcpy, Staged])

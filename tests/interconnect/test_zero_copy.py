@@ -15,15 +15,18 @@ from typing import Any
 import pytest
 import torch
 from support.cuda_cases import COPIES, NHD, Copy, End, by, chunk, objects, pool, seed_bug
+from support.cuda_on_cpu import ARGUMENT_BYTES
 from support.device_cases import LONG, current, delay, on, settle
 from support.direct_on_cpu import CPU, SMALL, Driver, Loads, Stores, compiled, installed, why_not
 from support.each_backend import Elsewhere
 from support.engine_cases import DOWNWARD
 from support.foreign_cases import blind
 from support.guarded_memory import filled, refused, tensors_in
+from support.launches import launches
 
 from portakv import CopyPlan, Index, KVView, TransferError, Unsupported
 from portakv.backends.base import PEERS, Capabilities, Decision, Launch
+from portakv.backends.rows_kernel import LOOKUPS
 from portakv.interconnect import zero_copy
 from portakv.interconnect.strategy import PINNED, Terms
 from portakv.interconnect.strategy import SMALL as SMALL_BYTES
@@ -147,9 +150,11 @@ def test_beside_a_model_a_large_launch_has_few(strategy: type[Stores], terms: Te
     direction = "h2d" if strategy is Loads else "d2h"
     most = terms.max_thread_blocks or BLOCKS
     computing = zero_copy.COMPUTING[direction] if terms == Terms() else most
-    kernel = ZeroCopyKernel(plan.nests[0], plan, CPU, terms)
+    kernel = ZeroCopyKernel(plan, terms=terms)
     small = SMALL_BYTES[direction] // plan.token_bytes
-    assert [kernel.grid(units, 2)[0] for units in (small, small + 1)] == [most, computing]
+    (few,) = launches(plan, kernel, small)
+    (many,) = launches(plan, kernel, small + 1)
+    assert (few.blocks, many.blocks) == (most, computing)
 
 
 CUTS = [SMALL, Cut(), Cut(64, 4), Cut(2, 1), *(Cut(8, 4, planes) for planes in (2, 4, 5, 8))]
@@ -222,10 +227,12 @@ def test_the_most_vectors_are_divided_exactly() -> None:
 def test_the_argument_is_as_the_kernel_takes_it() -> None:
     for name in ("gather", "scatter", "memory objects, blocks", "NZ blocks", "two nests"):
         plan = COPIES[name]().plan()
-        for nest in plan.nests:
-            kernel = ZeroCopyKernel(nest, plan)
+        for nest in range(len(plan.nests)):
+            kernel = ZeroCopyKernel(plan, nest)
             library = compiled(kernel.source)
-            assert library.argument_bytes() == len(kernel.fixed)
+            sides = kernel.shape.src, kernel.shape.dst
+            tables = 8 * sum(max(1, side.entries) for side in sides)
+            assert library.argument_bytes() == ARGUMENT_BYTES + tables
             # Of the six words of each request the table's is the second.
             assert (library.src_table_at(), library.dst_table_at()) == (8, 8 * 7)
 
@@ -235,7 +242,8 @@ def test_tables_of_the_host_lie_on_the_device(strategy: type[Stores]) -> None:
     source, target = (objects(), pool()) if strategy is Loads else (pool(), objects())
     copied = Copy(by(source, [11, 0, 5], 1), target, 3)
     plan = between(copied, *strategy.sides)
-    assert ZeroCopyKernel(plan.nests[0], plan).wants_table
+    shape = ZeroCopyKernel(plan).shape
+    assert LOOKUPS[(shape.src if strategy is Loads else shape.dst).lookup] == "UNITS"
     assert judged(copied, strategy) == 0
 
 
@@ -247,8 +255,8 @@ def test_neighbours_on_the_hosts_side_are_walked_together(strategy: type[Stores]
         plan = between(copied, *strategy.sides)
         host = src if strategy is Loads else dst
         # Walked innermost: 2 heads of a token where the host has tokens first, else 4 tokens.
-        inner = [4, 2] if host is nhd else [2, 4]
-        assert ZeroCopyKernel(plan.nests[0], plan).inner == inner
+        inner = (4, 2) if host is nhd else (2, 4)
+        assert ZeroCopyKernel(plan).shape.inner == inner
         assert judged(copied, strategy) == 0
 
 
@@ -432,9 +440,10 @@ def kernels() -> list[ZeroCopyKernel]:
     chosen = {}
     for make in COPIES.values():
         plan = make().plan()
-        for nest in plan.nests:
-            kernel = ZeroCopyKernel(nest, plan)
-            chosen[kernel.vector, kernel.src.kind, kernel.dst.kind] = kernel
+        for nest in range(len(plan.nests)):
+            kernel = ZeroCopyKernel(plan, nest)
+            shape = kernel.shape
+            chosen[shape.vector, shape.src.lookup, shape.dst.lookup] = kernel
     assert {vector for vector, _, _ in chosen} == {16, 8, 4, 2, 1}
     return list(chosen.values())
 
@@ -450,7 +459,7 @@ def test_nvrtc_keeps_all_vectors_of_a_thread_in_registers() -> None:
         assert f".entry {NAME}(" in text
         assert f".maxntid {CUT.threads}" in text
         assert ".local" not in text
-        stores = f"st.global{_PTX[kernel.vector]}"
+        stores = f"st.global{_PTX[kernel.shape.vector]}"
         assert text.count(f"{stores} ") + text.count(f"{stores}\t") == CUT.each
         assert "ld.u" not in text, "a generic load"
 
@@ -467,7 +476,7 @@ def test_nests_of_one_shape_have_one_text() -> None:
     def text(layers: int, tokens: int) -> str:
         plan = Copy(by(pool(layers=layers), [1, 0, 2][:tokens]), chunk(tokens, layers), tokens)
         made = plan.plan()
-        return ZeroCopyKernel(made.nests[0], made).source
+        return ZeroCopyKernel(made).source
 
     assert text(3, 2) == text(3, 3)
     assert text(3, 2) != text(2, 2), "the number of planes is in the text"

@@ -15,7 +15,7 @@ import torch
 from support.waits import LIMIT, until
 
 from portakv import CopyPlan, KVView, copy_rows
-from portakv.backends.rows_kernel import RowsKernel
+from portakv.backends.rows_kernel import kernels_of
 from portakv.interconnect.zero_copy import ZeroCopyKernel
 from portakv.migrate import Shard, shared_empty
 from portakv.plan.plan import Move
@@ -210,8 +210,8 @@ def texts(src: KVView, dst: KVView, units: set[int]) -> set[str]:
     for unit in units:
         own = CopyPlan(replace(src.form, place="device"), into, *steps, unit)
         peer = CopyPlan(replace(src.form, place="peer"), into, *steps, unit)
-        made |= {RowsKernel(nest, plan).source for plan in (own, peer) for nest in plan.nests}
-        made |= {ZeroCopyKernel(nest, peer).source for nest in peer.nests}
+        made |= {kernel.source for plan in (own, peer) for kernel in kernels_of(plan)}
+        made |= {ZeroCopyKernel(peer, nest).source for nest in range(len(peer.nests))}
     return made
 
 

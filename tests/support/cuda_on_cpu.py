@@ -15,23 +15,35 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from portakv import CopyPlan, KVView
 from portakv.backends.base import Backend, Capabilities, Decision, Launch
-from portakv.backends.rows_kernel import NAMES, RowsKernel
+from portakv.backends.rows_kernel import NAMES, kernels_of
 from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
 from portakv.runtime.cuda import CudaDriver
 from portakv_conformance.vendor.hip_emulated import SHIM
 
 THREADS = 128
+CPU = torch.device("cpu")
+#: Of the argument, as the core packs it, up to its tables.
+ARGUMENT_BYTES = 440
 #: Further flags for g++, from the environment: a process under a sanitizer sets them.
 FLAGS = "PORTAKV_TEST_GXX_FLAGS"
 # `offsetof` of a class with a base is supported by g++, with a warning; and it does
 # not see that an address is used only where both numbers were found.
 _STRICT = ["-Wall", "-Wextra", "-Werror", "-Wno-invalid-offsetof", "-Wno-maybe-uninitialized"]
+#: cuLaunchKernel, of which the list of parameters is read.
+LAUNCH = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_void_p,
+    *[ctypes.c_uint] * 7,
+    ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_void_p,
+)
 HOST_PLACES = frozenset((a, b) for a in ("pageable", "pinned") for b in ("pageable", "pinned"))
 _HEAD = f'#include "{SHIM}"\n#include "{Path(__file__).with_name("cuda_on_cpu.h")}"\n'
 # After the text: the grid, what the compiler makes of the argument, and where it prefetched.
@@ -92,14 +104,15 @@ class CudaOnCpu(Backend):
 
     def prepare(self, plan: CopyPlan) -> Launch:
         driver = HostDriver()
-        kernels = [RowsKernel(nest, plan) for nest in plan.nests]
+        kernels = kernels_of(plan)
         functions = LoadedKernels(driver, lambda: False).functions(kernels)
         for kernel, function in zip(kernels, functions, strict=True):
             entry: Any = function[1]
             library, _ = entry
-            assert len(kernel.fixed) == library.argument_bytes()
-            assert kernel._dst_table_at == library.dst_table_at()
-        return _Launch(kernels, functions, driver)
+            sizes = [max(1, side.entries) for side in (kernel.shape.src, kernel.shape.dst)]
+            assert library.dst_table_at() == ARGUMENT_BYTES + 8 * sizes[0]
+            assert library.argument_bytes() == ARGUMENT_BYTES + 8 * sum(sizes)
+        return _Launch(plan, kernels, functions, driver, CPU)
 
 
 class _Launch(RowsLaunch):
@@ -118,33 +131,52 @@ class HostDriver(CudaDriver):
 
     def __init__(self) -> None:
         self.readable: Sequence[tuple[int, int]] = ()
+        self._functions = list[Any]()
+        self._failures = list[BaseException]()
+        self._entry = LAUNCH(self._launch)
+        self.entry = ctypes.cast(self._entry, ctypes.c_void_p).value or 0
 
     def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
         assert source.count("(void)address;") == 1, "where the kernel prefetches was not found"
         numbers = {name: each for each, name in NAMES.items()}
         return {name: (compiled(source), numbers[name]) for name in names}
 
-    def handle(self, stream: torch.Stream | None) -> int:
+    def number(self, stream: torch.Stream | None) -> int:
         assert stream is None, "the host has no streams"
         return 0
+
+    def handle(self, stream: torch.Stream | None) -> int:
+        return self.number(stream)
+
+    def address(self, function: Any) -> int:
+        self._functions.append(function)
+        return len(self._functions)
 
     def current(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def launch(
-        self, function: Any, blocks: int, planes: int, _z: int, threads: int, *rest: int
-    ) -> int:
+    def _launch(self, handle: int, *rest: Any) -> int:
+        """Call `run`, and keep what it raises: the core is in between."""
+        try:
+            self.run(self._functions[handle - 1], *rest)
+        except BaseException as failure:
+            self._failures.append(failure)
+            return 1
+        return 0
+
+    def run(
+        self, function: Any, blocks: int, planes: int, _z: int, threads: int, *rest: Any
+    ) -> None:
         library, each = function
-        argument = ctypes.cast(rest[-2], ctypes.POINTER(ctypes.c_void_p))[0]
+        argument = rest[-2][0]
         library.run_kernel(ctypes.c_void_p(argument), each, blocks, planes, threads)
         into = (ctypes.c_void_p * (1 << 12))()
         for address in into[: library.prefetched(into)]:
             inside = any(first <= (address or 0) < past for first, past in self.readable)
             assert inside, "prefetched elsewhere"
-        return 0
 
-    def check(self, answer: int, what: str) -> None:
-        raise AssertionError(what)
+    def refuse(self, error: int, what: str) -> NoReturn:
+        raise self._failures.pop()
 
     def word(self, address: int) -> int:
         return address

@@ -25,7 +25,7 @@ from portakv.interconnect import zero_copy
 from portakv.interconnect.zero_copy import NAME, Cut, ZeroCopy
 from portakv.runtime import cuda, streams
 from support import cuda_on_cpu
-from support.cuda_on_cpu import HOST_PLACES, why_not
+from support.cuda_on_cpu import HOST_PLACES, LAUNCH, why_not
 
 __all__ = ["CPU", "SMALL", "Driver", "Loads", "Stores", "installed", "why_not"]
 CPU = torch.device("cpu")
@@ -46,6 +46,18 @@ def compiled(source: str) -> ctypes.CDLL:
     return cuda_on_cpu.compiled(source, _ENTRIES)
 
 
+class Library:
+    """The driver's library, with the one function that launches."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._launch = LAUNCH(driver.launch)
+
+    def __getitem__(self, name: str) -> Any:
+        if name != "cuLaunchKernel":
+            raise AttributeError(name)
+        return self._launch
+
+
 @dataclass
 class Driver:
     """The strategy's requests to the driver: the blocks, threads and stream of each launch, and the
@@ -53,23 +65,25 @@ class Driver:
 
     retained: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
     launches: list[tuple[int, int, int]] = field(default_factory=list)
+    libraries: list[Any] = field(default_factory=list)
     error: int = 0
 
     def load(self, source: str, names: Iterable[str], device: torch.device) -> dict[str, Any]:
-        return dict.fromkeys(names, compiled(source))
+        self.libraries.append(compiled(source))
+        return dict.fromkeys(names, len(self.libraries))
 
     def hold(self, device: torch.device, stream: torch.Stream | None, *host: torch.Tensor) -> None:
         self.retained.append(host)
 
-    def launch(self, library: Any, x: int, y: int, z: int, *rest: Any) -> tuple[int]:
-        threads, of_y, of_z, shared, stream, address, extra = rest
-        assert (y, z, of_y, of_z, shared, extra) == (1, 1, 1, 1, 0, 0)
+    def launch(self, handle: int, x: int, y: int, z: int, *rest: Any) -> int:
+        threads, of_y, of_z, shared, stream, parameters, extra = rest
+        assert (y, z, of_y, of_z, shared, extra) == (1, 1, 1, 1, 0, None)
         assert x >= 1, "a launch of no blocks is an error of the driver's"
-        argument = ctypes.cast(address, ctypes.POINTER(ctypes.c_void_p))[0]
         self.launches.append((x, threads, stream))
         if not self.error:
-            library.run_direct(ctypes.c_void_p(argument), x, threads)
-        return (self.error,)
+            library = self.libraries[handle - 1]
+            library.run_direct(ctypes.c_void_p(parameters[0]), x, threads)
+        return self.error
 
 
 class Stores(ZeroCopy):
@@ -111,10 +125,12 @@ def _bring_table(
 def installed(cut: Cut = SMALL) -> Iterator[Driver]:
     """Launch `Loads` and `Stores` on the host."""
     driver = Driver()
-    bindings = SimpleNamespace(cuLaunchKernel=driver.launch, CUstream=lambda raw: raw)
+    library = Library(driver)
+    bindings = SimpleNamespace(cuLaunchKernel=None, CUstream=lambda raw: raw)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(cuda, "bindings", lambda: bindings)
         patched.setattr(cuda, "load", driver.load)
+        patched.setattr(cuda, "library", lambda: library)
         patched.setattr(cuda.CudaDriver, "current", lambda self: nullcontext())
         patched.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
         patched.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)

@@ -335,6 +335,8 @@ class Judge:
                 if (ROOT / name).exists():
                     (tree / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy2(ROOT / name, tree / name, follow_symlinks=False)
+            build = [sys.executable, str(tree / "build_backend" / "compile_core.py")]
+            subprocess.run(build, stdout=subprocess.DEVNULL, check=True)
             self.idle.put(tree)
 
     def run(self, tree: Path, words: Sequence[str], seconds: float, **values: str) -> int | None:

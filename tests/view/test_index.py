@@ -197,9 +197,29 @@ def test_a_copy_that_was_made_elsewhere_is_found() -> None:
     copy = torch.tensor([4, 1], dtype=torch.int32)
     index.add_copy(copy)
     assert index.ids_on(HERE, NARROW) is copy
-    assert index.checked_copy(0, 2, 9, True) is None
-    index.check(2, 9, "destination", distinct=True)
+
+
+def test_a_copy_of_ids_is_used_only_if_they_pass_a_check() -> None:
+    index = Index([4, 1, 4])
+    assert index.checked_copy(0, 2, 9, True) is None  # there is no copy
+    copy = index.ids_on(HERE, NARROW)
     assert index.checked_copy(0, 2, 9, True) is copy
+    assert index.checked_copy(0, 3, 9, False) is copy
+    assert index.checked_copy(1, 2, 9, True) is copy
+    for first, count, slots, distinct in ((0, 3, 9, True), (0, 2, 4, True), (1, 3, 9, False)):
+        assert index.checked_copy(first, count, slots, distinct) is None
+    assert index.checked_copy(-1, 2, 9, False) is None
+
+
+def test_a_check_remembers_nothing() -> None:
+    ids = torch.tensor([4, 1, 5])
+    index = Index(ids)
+    assert index.check(3, 6, "destination", distinct=True) is False
+    ids[1] = 5
+    with pytest.raises(SlotError, match="slot 5, which occurs 2 times"):
+        index.check(3, 6, "destination", distinct=True)
+    ids[1] = -1
+    assert index.check(3, 6, "destination", distinct=True) is True
 
 
 @pytest.mark.parametrize("first", [0, 3])

@@ -1,0 +1,339 @@
+// SPDX-License-Identifier: Apache-2.0
+// The contract of PortaKV's compiled core: every function that Python calls, with its rules.
+//
+// ABI        Plain C. Python loads the library by ctypes: by `PyDLL` where a function reads Python
+//            objects, because the caller then holds the interpreter; by `CDLL` where it does not,
+//            because ctypes then releases the interpreter. No header of Python, torch, CUDA or HIP
+//            is needed to build it. Drivers come by `dlopen`.
+// Units      Sizes, strides, offsets and addresses are bytes unless a comment says otherwise.
+// Ownership  The caller owns every buffer that it passes, and the core keeps no pointer to it after
+//            the call. What a function allocates, another function named here releases. Returned
+//            strings are constants of the library.
+// Errors     A function that can fail returns a code, 0 for success, and writes the values that the
+//            error's sentence needs into a struct of the caller. No exception leaves the library.
+// Threads    Any number of threads may call any function. State lives in objects that Python owns
+//            and closes; only the functions of drivers are global.
+#ifndef PORTAKV_CORE_H
+#define PORTAKV_CORE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+// Marks the functions that the library exports. Their names begin with `portakv_`: the linker hides
+// every other symbol.
+#if defined(_WIN32)
+#define PORTAKV_API __declspec(dllexport)
+#else
+#define PORTAKV_API __attribute__((visibility("default")))
+#endif
+
+// The version of this header, which `portakv.core.library` compares with its own.
+#define PORTAKV_CORE_ABI 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// --- The library ------------------------------------------------------------------------------
+
+// Return the hash of the sources that the library was built from, in hexadecimal digits.
+PORTAKV_API const char *portakv_core_sources(void);
+
+// Return PORTAKV_CORE_ABI of the header that the library was built with.
+PORTAKV_API int portakv_core_abi(void);
+
+// Check the machine and the build. Return 0, or the number of the first check that fails, from 1 on
+// in the order of self_test.cpp.
+PORTAKV_API int portakv_core_self_test(void);
+
+// --- Plans ------------------------------------------------------------------------------------
+
+// Codes of the functions below. The values of a refusal's sentence are in `out`.
+enum {
+  PORTAKV_MALFORMED = -1,           // the words are not those of forms, or products pass 64 bits
+  PORTAKV_NO_MEMORY = -2,           // an allocation failed
+  PORTAKV_PLAN_UNLIKE = -10,        // the forms differ in kv, layers, heads, widths or pages
+  PORTAKV_PLAN_UNIT = -11,          // the unit does not divide the largest unit, which is the value
+  PORTAKV_PLAN_PAGES = -12,         // no unit holds whole opaque pages
+  PORTAKV_PLAN_NO_FACTOR = -13,     // tokens moved together, tokens of a block
+  PORTAKV_PLAN_NO_REFINEMENT = -14  // axis, counts of steps of both sides, then their extents
+};
+
+// The words that `out` has room for at least, so that the values of every refusal fit.
+#define PORTAKV_PLAN_LEAST 128
+
+// Plan a copy between two forms, and write the words of the plan to `out`.
+//
+// src, dst            words of the forms (form.h)
+// src_step, dst_step  tokens for each id of that side; 0 for a side without ids
+// unit                tokens moved together; 0 for the most that both sides allow
+// Return the words of the plan, more than `capacity` if `out` is too small; or a code.
+PORTAKV_API int64_t portakv_plan_make(const int64_t *src, const int64_t *dst, int64_t src_step,
+                                      int64_t dst_step, int64_t unit, int64_t *out,
+                                      int64_t capacity);
+
+// Plan a copy that packs the blocks of one form into those of another, or unpacks them.
+//
+// raw, packed   words of the forms
+// packs         1 from raw to packed, 0 from packed to raw
+// equal_planes  1 if the packed planes of all kv have one geometry
+// Write a count of nests and the nests (PackNest in plan.h) to `out`; return as above.
+PORTAKV_API int64_t portakv_plan_pack(const int64_t *raw, const int64_t *packed, int packs,
+                                      int equal_planes, int64_t *out, int64_t capacity);
+
+// --- Kernels that copy rows -------------------------------------------------------------------
+
+enum {
+  PORTAKV_ROWS_LOOPS = -40,  // the kernels' argument does not hold a nest; its loops, its planes
+  PORTAKV_ROWS_UNITS = -41   // the kernels count the units of a view in 32 bits
+};
+
+// The launches of a plan by its kernels, with all values that no call changes. Any number of threads
+// may use one.
+typedef struct portakv_rows portakv_rows;
+
+// What a call says of one side.
+typedef struct portakv_rows_side {
+  const int64_t *addresses;  // of the view, in memory of the host; none is read of a `table` alone
+  int64_t table;             // where a device reads those addresses; 0: it need not
+  int64_t ids;               // where the kernel reads ids; 0: consecutive tokens
+  int64_t wide;              // the ids are int64, else int32
+  int64_t offset;            // tokens that are passed over
+  int64_t slots;             // tokens of the view
+} portakv_rows_side;
+
+// Write the words of one nest of a plan as a kernel: `RowsShape` of rows.h has their order, and
+// `RowsOptions` that of `options`. Return their number, which may exceed the capacity; or a code,
+// with the values of its sentence in `out`.
+PORTAKV_API int64_t portakv_rows_describe(const int64_t *plan, int64_t nest,
+                                          const int64_t *options, int64_t *out, int64_t capacity);
+
+// Return the launches of a plan; null if its words are malformed or memory is short. The caller
+// closes it.
+//
+// cuts       For each nest: threads of a block, the most units of a launch, 0; or 1 and, of a copy
+//            by a few blocks that stay, the bytes up to which it is small, the most blocks of a
+//            small and of a large one, the vectors of a block's turn, the vectors of a unit in a
+//            group of planes, the groups; then a count of tunings and for each the least bytes of a
+//            copy, the vectors of a thread, the bytes to prefetch ahead.
+// functions  For each nest two of the driver's handles, by the vectors that a thread moves.
+// launch     cuLaunchKernel, or a function of another driver with its arguments.
+PORTAKV_API portakv_rows *portakv_rows_open(const int64_t *plan, const int64_t *options,
+                                            const int64_t *cuts, const int64_t *functions,
+                                            void *launch);
+
+PORTAKV_API void portakv_rows_close(portakv_rows *rows);
+
+// Order a copy of `count` tokens, whole units, on a stream of the current device. `status` is the
+// device's address of the word for the first bad id; 0: none. Return 0, the driver's error, or
+// PORTAKV_ROWS_UNITS. Launches before the one that failed stay ordered.
+PORTAKV_API int portakv_rows_run(const portakv_rows *rows, const portakv_rows_side *src,
+                                 const portakv_rows_side *dst, int64_t count, uint64_t status,
+                                 void *stream);
+
+// The same for sides that were filled before: each has its ids at another address and begins at the
+// position `first` of them, or it has no ids, and its one tensor lies at another address.
+PORTAKV_API int portakv_rows_again(const portakv_rows *rows, const portakv_rows_side *src,
+                                   const portakv_rows_side *dst, int64_t src_at, int64_t dst_at,
+                                   int64_t first, int64_t count, uint64_t status, void *stream);
+
+// Check the machine and the build. Return 0, or the number of the first check that fails, from 1 on
+// in the order of self_test.cpp.
+PORTAKV_API int portakv_core_self_test(void);
+
+// --- Ids --------------------------------------------------------------------------------------
+//
+// Position p of one side of a copy, with q = p + offset, is slot ids[q / step] * step + q % step.
+// A negative id skips its positions. Each call is one struct, since ctypes passes one pointer in a
+// tenth of the time of ten numbers. The calls are short: they hold the interpreter.
+
+// A list of ids in host memory, and the positions of it that one side of a copy uses.
+typedef struct portakv_ids {
+  const void *data;  // the first id; any alignment
+  int64_t width;     // bytes of an id: 4 or 8, signed
+  int64_t stride;    // from one id to the next one; may be negative
+  int64_t length;    // ids
+  int64_t step;      // tokens of an id
+  int64_t offset;    // tokens of the first ids that are passed over
+  int64_t count;     // positions
+} portakv_ids;
+
+// Codes of `portakv_ids_*`.
+enum {
+  PORTAKV_IDS_CLEAN = 0,     // every id names slots of the view
+  PORTAKV_IDS_NEGATIVE = 1,  // the same, but for negative ids
+  PORTAKV_IDS_PAST = -1,     // a slot lies past the end of the view
+  PORTAKV_IDS_TWICE = -2,    // a slot occurs twice
+  PORTAKV_IDS_OTHER = -3,    // a list that is not one of Python's integers of at most 64 bits
+  PORTAKV_IDS_MEMORY = -4,   // out of memory
+};
+
+// What is wrong with ids. A place is an id's in the list, -1 for none.
+typedef struct portakv_ids_fault {
+  int64_t position;     // PAST: the first position whose slot is past the end
+  int64_t slot;         // that slot; TWICE: the smallest slot that occurs twice
+  int64_t id;           // PAST: the id of that slot
+  int64_t times;        // TWICE: how often the slot occurs
+  int64_t past_place;   // the first id of which any slot is past the end, used or not
+  int64_t past_id;
+  int64_t first_place;  // TWICE: the first id that occurs again, its first place
+  int64_t again_place;  // and its second place
+  int64_t again_id;
+} portakv_ids_fault;
+
+typedef struct portakv_ids_check_call {
+  portakv_ids ids;
+  int64_t slots;             // of the view
+  int64_t distinct;          // other than 0: no slot may occur twice
+  portakv_ids_fault *fault;  // written with PAST and TWICE; may be NULL
+} portakv_ids_check_call;
+
+// Check the ids that the positions use. A slot past the end is found before one that occurs twice.
+PORTAKV_API int portakv_ids_check(const portakv_ids_check_call *call);
+
+// Read a Python list of integers. The caller holds the interpreter. Return 0, or OTHER for a list
+// of another length, or with an item of another type than int or of more than 64 bits.
+PORTAKV_API int portakv_ids_read_list(void *list, int64_t *out, int64_t length);
+
+typedef struct portakv_ids_slots_call {
+  portakv_ids ids;
+  int64_t every;
+  int64_t *out;  // [(count + every - 1) / every]
+} portakv_ids_slots_call;
+
+// Write the slot of each `every`-th position: -1 where the id is negative, 2^62 or the last before
+// it for an id past that. Return how many slots the ids cover.
+PORTAKV_API int64_t portakv_ids_slots(const portakv_ids_slots_call *call);
+
+typedef struct portakv_ids_units_call {
+  portakv_ids ids;  // its offset and its count are whole units
+  int64_t unit;     // tokens; divides the step
+  int64_t *out;     // [count / unit]
+} portakv_ids_units_call;
+
+// Write slot / unit of each unit of tokens: any negative number where the id is negative. Return
+// how many units the ids cover.
+PORTAKV_API int64_t portakv_ids_units(const portakv_ids_units_call *call);
+
+typedef struct portakv_ids_last_call {
+  portakv_ids ids;  // its positions do not matter
+  int64_t *out;     // [length]; NULL: write nothing
+} portakv_ids_last_call;
+
+// Write all ids, with -1 in place of each id of 0 or more that a later one equals. Return how many
+// those are, or MEMORY.
+PORTAKV_API int64_t portakv_ids_last(const portakv_ids_last_call *call);
+
+// --- Runs and pieces --------------------------------------------------------------------------
+//
+// A copy is words: the memory and the positions of the source and of the destination, then the
+// number of positions. A side's words are
+//   addresses   a pointer to the table of addresses; the address itself if the table has one entry
+//   entries     of the table
+//   ids         a pointer to ids; negative ids skip their positions
+//   id_bytes    8 or 4; 0: no ids, position p is slot p + offset
+//   number      of ids
+//   step        tokens of an id
+//   offset      tokens that are passed over before the first position
+//   slots       tokens of the view
+// `plan` is the words of a plan (plan.h). Functions that list write columns of `room` words each,
+// and return the number of rows that there are: if that is more than `room`, call again with more.
+
+enum {
+  PORTAKV_RUNS_OUTSIDE = -20,  // a position past its list of ids, or past its view
+  PORTAKV_RUNS_EDGES = -21     // call again with the edges of allocations
+};
+
+// List the runs of a copy: source, destination, bytes. They are in the order of the source, equal
+// sources in the order of the destination, and neighbours on both sides are merged.
+PORTAKV_API int64_t portakv_runs_list(const int64_t *plan, const int64_t *copy, int64_t *out,
+                                      int64_t room);
+
+// Return the number of groups of units. In a group the numbers of units rise by one on both sides,
+// and no unit but the first is a multiple of a side's limit (0: no limit). Ids are not checked.
+// `most`: sort up to so many units by the source before; among more units, those that fall by one
+// on both sides also form groups. 0: neither.
+PORTAKV_API int64_t portakv_runs_groups(const int64_t *copy, int64_t unit, int64_t src_limit,
+                                        int64_t dst_limit, int64_t most);
+
+// List the pieces of a copy: `out` is a word, 1 if a piece has several rows, and six columns
+// (destination, source, width, height, pitch of the destination, pitch of the source), of which
+// only three are written if all pieces have one row. `request` is the words of a copy, of Limits
+// (pieces.h), then
+//   src_whole, dst_whole  all bytes at each address of a side; 0: unknown, or it has one address
+//   merged                1: runs that meet where planes end are merged, too
+//   edged                 1: the edges of allocations are listed; 0: they are asked for if needed
+// and three lists of addresses that no piece crosses, each a pointer and a number: where
+// registrations meet, and the edges of the allocations of each side.
+PORTAKV_API int64_t portakv_pieces_list(const int64_t *plan, const int64_t *request, int64_t *out,
+                                        int64_t room);
+
+// List the pieces of runs that are in the order of the source, neighbours merged. `runs` is
+// pointers to three columns (source, destination, bytes), their number, Limits, and three lists of
+// addresses as above.
+PORTAKV_API int64_t portakv_pieces_fold(const int64_t *runs, int64_t *out, int64_t room);
+
+// --- Views ------------------------------------------------------------------------------------
+
+// Codes of the functions below.
+enum {
+  // The tensors contradict the layout or the declared extents.
+  PORTAKV_VIEW_CONTRADICTION = -1,
+  // The bytes of a slot of a packed view are not contiguous.
+  PORTAKV_VIEW_SLOTS_APART = -2,
+  // A number passes 64 bits, or memory for the answer is missing.
+  PORTAKV_VIEW_PAST_64_BITS = -3,
+  // `portakv_view_read_tensors` does not read such tensors or containers; `portakv_view_read` may.
+  PORTAKV_VIEW_NOT_PLAIN = -4
+};
+
+// Read tensors that words describe. Return the number of words of the answer, or a code. The answer
+// is whole if it is not longer than `capacity`.
+//
+// bound       a layout with its declared extents: the words of `Bound` in view.h
+// sizes       the extent of each container level
+// tensors     number of tensors, number of kinds, 1 if addresses follow; then for each tensor the
+//             addresses of its first byte and of its storage, if they follow, and its kind; then for
+//             each kind: bytes of an element, word of the dtype, dimensions, shape, strides in
+//             elements
+// place       the position in `PLACES` of portakv/view/form.py
+// table_on_device  1 if a device alone knows the addresses
+// alignment   the bytes that divide all addresses; 0: of the addresses that follow
+// out         slots, the numbers of entries, of spans and of the form's words; then the tensors
+//             that are entries, the first byte and the byte past the last of each span, and the
+//             words of `View::form` in view.h
+PORTAKV_API int64_t portakv_view_read(const int64_t *bound, const int64_t *sizes,
+                                      const int64_t *tensors, int64_t place,
+                                      int64_t table_on_device, int64_t alignment, int64_t *out,
+                                      int64_t capacity);
+
+// The objects of torch that `portakv_view_read_tensors` uses. Python owns them.
+typedef struct {
+  const void *exchange;  // torch.Tensor's DLPackExchangeAPI
+  void *tensor;          // the types whose tensors are plain: torch.Tensor
+  void *parameter;       // and torch.nn.Parameter
+  void *storage_offset;  // unbound methods of torch.Tensor
+  void *is_neg;
+  void *is_conj;
+  void *is_pinned;
+  void *requires_grad;  // the names of attributes
+  void *dtype;
+  void *uint8;  // the dtypes of plain bytes
+  void *int8;
+  void *forms;  // a dictionary of forms by their words, as bytes
+} PortakvTorch;
+
+// Read a tensor, or plain tensors in lists, tuples and dicts as the layout names them. The caller
+// holds the interpreter.
+//
+// Return a tuple: the form of these words, or the words of `View::form` as bytes if `forms` has no
+// form or the view is packed; the addresses of the entries; the tensors at the entries; the spans,
+// as a list of pairs; slots; True if a tensor requires grad. Return a code as an integer if the
+// tensors cannot be read. Return NULL if a method of a tensor raised an error.
+PORTAKV_API void *portakv_view_read_tensors(const int64_t *bound, void *tensors);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// Lists of ids in host memory, as the core reads them.
+#ifndef PORTAKV_IDS_H
+#define PORTAKV_IDS_H
+
+#include <cstdint>
+#include <cstring>
+
+#include "core.h"
+
+namespace portakv {
+
+// No view has this slot, and a distance from it does not pass 64 bits. An id past it counts as it.
+constexpr int64_t kPastAnyView = int64_t{1} << 62;
+
+// Reads ids of one type that lie next to each other, at any address.
+template <typename Id>
+struct DenseIds {
+  const char *data;
+
+  int64_t operator[](int64_t place) const {
+    Id id;
+    std::memcpy(&id, data + place * static_cast<int64_t>(sizeof(Id)), sizeof(Id));
+    return id;
+  }
+};
+
+// Reads ids of 4 or 8 bytes that lie at any stride.
+struct SpacedIds {
+  const char *data;
+  int64_t stride;
+  int64_t width;
+
+  int64_t operator[](int64_t place) const {
+    const char *at = data + place * stride;
+    return width == 4 ? DenseIds<int32_t>{at}[0] : DenseIds<int64_t>{at}[0];
+  }
+};
+
+// Return function(ids) with the reader that fits the list. Readers of dense ids are the fast ones.
+template <typename Function>
+auto with_ids(const portakv_ids &list, Function function) {
+  const char *data = static_cast<const char *>(list.data);
+  if (list.width == 8 && list.stride == 8) return function(DenseIds<int64_t>{data});
+  if (list.width == 4 && list.stride == 4) return function(DenseIds<int32_t>{data});
+  return function(SpacedIds{data, list.stride, list.width});
+}
+
+// The places of the ids that positions use: from `first` on, before `past`. Both lie in the list.
+struct Places {
+  int64_t first;
+  int64_t past;
+
+  explicit Places(const portakv_ids &list);
+
+  int64_t count() const { return past - first; }
+};
+
+}  // namespace portakv
+
+#endif

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load the compiled core, for the modules that call it.
+
+`native/core/core.h` is the contract. Each module that calls the core declares the prototypes of
+the functions that it uses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+from portakv.errors import PortaKVError
+
+from .sources import hash_of
+
+#: PORTAKV_CORE_ABI of the `core.h` that this package is written for.
+ABI = 1
+NAME = "libportakv_core.so"
+HERE = Path(__file__).resolve().parent
+#: The folder of a clone, or the folder of the installed packages.
+ROOT = HERE.parent.parent
+BUILD = "build_backend/compile_core.py"
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Return the core for functions that read no Python object; calls release the interpreter.
+
+    Raises:
+        PortaKVError: the library is missing, does not load, or was built from other sources.
+    """
+    path = HERE / NAME
+    check(path, ROOT)
+    return ctypes.CDLL(str(path))
+
+
+@cache
+def pylibrary() -> ctypes.PyDLL:
+    """Return the core for functions that read Python objects; calls hold the interpreter.
+
+    Raises:
+        PortaKVError: the library is missing, does not load, or was built from other sources.
+    """
+    path = HERE / NAME
+    check(path, ROOT)
+    return ctypes.PyDLL(str(path))
+
+
+def check(path: Path, root: Path) -> None:
+    """Raise an error unless the library at ``path`` is built from the sources below ``root``.
+
+    An installed release has no sources; only the version of the contract is compared there.
+
+    Raises:
+        PortaKVError: the library is missing, does not load, or was built from other sources.
+    """
+    clone = (root / BUILD).exists()
+    remedy = "Install PortaKV again."
+    if clone:
+        remedy = f"Run `python {BUILD}` in {root}, then start Python again."
+    if not path.exists():
+        raise PortaKVError(f"Expected the compiled core at {path}, got no file. {remedy}")
+    try:
+        built = ctypes.CDLL(str(path))
+        abi = int(built.portakv_core_abi())
+        built.portakv_core_sources.restype = ctypes.c_char_p
+        sources = built.portakv_core_sources().decode()
+    except (OSError, AttributeError) as error:
+        raise PortaKVError(
+            f"Expected a compiled core that loads, got: {error}. {remedy}"
+        ) from error
+    if abi != ABI:
+        raise PortaKVError(
+            f"Expected version {ABI} of the compiled core's contract, got {abi}. {remedy}"
+        )
+    if clone and sources != hash_of(root / "native" / "core"):
+        raise PortaKVError(
+            f"Expected a compiled core of the sources in {root / 'native' / 'core'}, got an older "
+            f"one. {remedy}"
+        )

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Call the core's planner: words of forms in, words of nests out."""
+
+from __future__ import annotations
+
+from array import array
+from ctypes import c_int, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+from .library import pylibrary
+
+# The codes of `core.h`.
+MALFORMED = -1
+NO_MEMORY = -2
+UNLIKE = -10
+UNIT = -11
+PAGES = -12
+NO_FACTOR = -13
+NO_REFINEMENT = -14
+
+#: The words of the longest plan that needs a single call. A usual plan has 40.
+_ROOM = 256
+_EMPTY = array("q", [0])
+
+
+class Refused(Exception):
+    """The core has no plan: ``code`` says why, ``values`` are those of the error's sentence."""
+
+    def __init__(self, code: int, values: array[int]) -> None:
+        super().__init__(code)
+        self.code = code
+        self.values = values
+
+
+def plan_words(src: int, dst: int, src_step: int, dst_step: int, unit: int) -> array[int]:
+    """Return the words of a plan; `core.h` describes the arguments of `portakv_plan_make`.
+
+    Args:
+        src, dst: addresses of the words of the two forms.
+
+    Raises:
+        Refused: there is no plan.
+    """
+    make = _functions()[0]
+    room = _ROOM
+    while True:
+        out = _EMPTY * room
+        count = make(src, dst, src_step, dst_step, unit, out.buffer_info()[0], room)
+        if count < 0:
+            raise Refused(count, out)
+        if count <= room:
+            return out[:count]
+        room = count
+
+
+def pack_words(raw: int, packed: int, packs: bool, equal_planes: bool) -> array[int]:
+    """Return the words of the nests of a copy that packs or unpacks; see `portakv_plan_pack`.
+
+    Args:
+        raw, packed: addresses of the words of the two forms.
+
+    Raises:
+        Refused: there is no plan.
+    """
+    pack = _functions()[1]
+    room = _ROOM
+    while True:
+        out = _EMPTY * room
+        count = pack(raw, packed, packs, equal_planes, out.buffer_info()[0], room)
+        if count < 0:
+            raise Refused(count, out)
+        if count <= room:
+            return out[:count]
+        room = count
+
+
+@cache
+def _functions() -> tuple[Any, Any]:
+    """Return `portakv_plan_make` and `portakv_plan_pack` with their prototypes.
+
+    Calls keep the interpreter: they are shorter than taking it back.
+    """
+    core = pylibrary()
+    make = core.portakv_plan_make
+    make.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64)
+    make.restype = c_int64
+    pack = core.portakv_plan_pack
+    pack.argtypes = (c_void_p, c_void_p, c_int, c_int, c_void_p, c_int64)
+    pack.restype = c_int64
+    return make, pack

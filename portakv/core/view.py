@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read tensors through a bound layout in the core: `native/core/view.h` and `tensors.h`.
+
+The module knows words and torch; `portakv.view.bound` knows what they mean.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from portakv.core.library import library, pylibrary
+
+#: The code of `native/core/core.h` for which the tensors themselves show no reason.
+PAST_64_BITS = -3
+
+#: The version of DLPack's exchange API that the core is written for.
+_DLPACK = 1
+_EXCHANGE = b"dlpack_exchange_api"
+
+#: Code, bits and lanes by which DLPack describes a dtype.
+_DESCRIBED = {
+    "bool": (6, 8, 1),
+    "uint8": (1, 8, 1),
+    "uint16": (1, 16, 1),
+    "uint32": (1, 32, 1),
+    "uint64": (1, 64, 1),
+    "int8": (0, 8, 1),
+    "int16": (0, 16, 1),
+    "int32": (0, 32, 1),
+    "int64": (0, 64, 1),
+    "float16": (2, 16, 1),
+    "float32": (2, 32, 1),
+    "float64": (2, 64, 1),
+    "bfloat16": (4, 16, 1),
+    "complex32": (5, 32, 1),
+    "complex64": (5, 64, 1),
+    "complex128": (5, 128, 1),
+    "float8_e4m3fn": (10, 8, 1),
+    "float8_e4m3fnuz": (11, 8, 1),
+    "float8_e5m2": (12, 8, 1),
+    "float8_e5m2fnuz": (13, 8, 1),
+    "float8_e8m0fnu": (14, 8, 1),
+    "float4_e2m1fn_x2": (17, 4, 2),
+}
+#: Added to the position of a dtype that DLPack does not describe.
+_UNDESCRIBED = 1 << 32
+
+
+class _Torch(ctypes.Structure):
+    """`PortakvTorch` of `core.h`."""
+
+    _fields_ = (
+        ("exchange", ctypes.c_void_p),
+        ("tensor", ctypes.py_object),
+        ("parameter", ctypes.py_object),
+        ("storage_offset", ctypes.py_object),
+        ("is_neg", ctypes.py_object),
+        ("is_conj", ctypes.py_object),
+        ("is_pinned", ctypes.py_object),
+        ("requires_grad", ctypes.py_object),
+        ("dtype", ctypes.py_object),
+        ("uint8", ctypes.py_object),
+        ("int8", ctypes.py_object),
+        ("forms", ctypes.py_object),
+    )
+
+
+class Words(NamedTuple):
+    """The answer of `read_words`."""
+
+    form: bytes
+    slots: int
+    #: Numbers of the tensors that stay in the table of addresses.
+    entries: list[int]
+    #: Sorted, disjoint ranges [first byte, past the last byte).
+    spans: list[tuple[int, int]]
+
+
+class TensorReader(NamedTuple):
+    """The core's function that reads plain tensors."""
+
+    #: Takes the address of a bound layout's words, and tensors; see `portakv_view_read_tensors`.
+    read: Callable[[int, object], Any]
+    #: The address of the `PortakvTorch`, which is the first word of bound layouts.
+    address: int
+    #: The `PortakvTorch` itself, which has to stay.
+    objects: object
+
+
+def tensor_reader(forms: dict[Any, Any]) -> TensorReader | None:
+    """Return the core's reader of plain tensors; ``forms`` are known forms by their words.
+
+    None: this torch does not describe tensors by the exchange API of DLPack.
+    """
+    exchange = _exchange_api()
+    if not exchange:
+        return None
+    tensor = torch.Tensor
+    objects = _Torch(
+        exchange,
+        tensor,
+        torch.nn.Parameter,
+        tensor.storage_offset,
+        tensor.is_neg,
+        tensor.is_conj,
+        tensor.is_pinned,
+        "requires_grad",
+        "dtype",
+        torch.uint8,
+        torch.int8,
+        forms,
+    )
+    function = pylibrary().portakv_view_read_tensors
+    function.argtypes = (ctypes.c_void_p, ctypes.py_object)
+    function.restype = ctypes.py_object
+    return TensorReader(function, ctypes.addressof(objects), objects)
+
+
+def _exchange_api() -> int:
+    """Return the address of the exchange API of torch's tensors; 0 if there is none to use."""
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return 0
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+    pointer.restype = ctypes.c_void_p
+    address: int = pointer(capsule, _EXCHANGE)
+    major = ctypes.c_uint32.from_address(address).value
+    return address if major == _DLPACK else 0
+
+
+def read_words(
+    bound: int,
+    sizes: Sequence[int],
+    tensors: Sequence[int],
+    place: int,
+    table_on_device: bool,
+    alignment: int,
+) -> Words | int:
+    """Read tensors that words describe; the arguments are those of `portakv_view_read`.
+
+    Returns a code if they cannot be read.
+    """
+    function = _read_function()
+    size_words = array("q", sizes)
+    tensor_words = array("q", tensors)
+    capacity = 256 + 8 * len(tensors)
+    while True:
+        out = array("q", bytes(8 * capacity))
+        count = function(
+            bound,
+            size_words.buffer_info()[0],
+            tensor_words.buffer_info()[0],
+            place,
+            table_on_device,
+            alignment,
+            out.buffer_info()[0],
+            capacity,
+        )
+        if count <= capacity:
+            break
+        capacity = count
+    if count < 0:
+        return int(count)
+    slots, entries, spans, _ = out[:4]
+    begin = 4 + entries
+    past = begin + 2 * spans
+    firsts = out[begin:past:2]
+    ends = out[begin + 1 : past : 2]
+    form = out[past:count].tobytes()
+    return Words(form, slots, out[4:begin].tolist(), list(zip(firsts, ends, strict=True)))
+
+
+@cache
+def _read_function() -> Any:
+    function = library().portakv_view_read
+    function.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+    )
+    function.restype = ctypes.c_int64
+    return function
+
+
+@cache
+def dtype_words() -> dict[torch.dtype, int]:
+    """Return the word of each dtype: the fields of DLPack's description, or a number of its own."""
+    dtypes = {each for each in vars(torch).values() if isinstance(each, torch.dtype)}
+    words = {}
+    for number, dtype in enumerate(sorted(dtypes, key=str)):
+        fields = _DESCRIBED.get(name_of(dtype))
+        words[dtype] = _UNDESCRIBED + number
+        if fields is not None:
+            code, bits, lanes = fields
+            words[dtype] = code | bits << 8 | lanes << 16
+    return words
+
+
+@cache
+def dtype_names() -> dict[int, str]:
+    """Return the name of the dtype of each word; "" for 0, which stands for bytes."""
+    names = {word: name_of(dtype) for dtype, word in dtype_words().items()}
+    return {**names, 0: ""}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, such as ``float16``."""
+    return str(dtype).partition(".")[2]

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels that copy rows, as the core describes them: what their argument does not hold."""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.cuda_on_cpu import CudaOnCpu, why_not
+from support.guarded_memory import refused
+
+from portakv import CopyPlan, Index, KVView, Unsupported
+from portakv.backends.rows_kernel import RowsKernel
+from portakv.core.plan import MALFORMED, Refused
+from portakv.core.rows import shape_of
+
+OPTIONS = array("q", [1, 0, 0, 0, 0])
+LAYER = 1
+DIM = 5
+
+
+def words(loops: list[tuple[int, int]], units: int = 1) -> array[int]:
+    """The words of a plan of one nest: loops, each an axis and an extent, and steps of a unit."""
+    steps = [0, 0, 64, *[2, 0, 32] * (units - 1)]
+    side = [0, 0, units, *steps]
+    nest = [each for axis, extent in loops for each in (axis, extent, 0, 64, 0, 64)]
+    return array("q", [1, 1, *side, *side, len(loops), *nest, 16, 16, 1, 1])
+
+
+def kernel(plan: array[int]) -> RowsKernel:
+    form = SimpleNamespace(place="device", table_on_device=False)
+    standin: Any = SimpleNamespace(words=plan, src=form, dst=form, src_step=1, dst_step=0)
+    return RowsKernel(standin)
+
+
+@pytest.mark.parametrize(
+    ("most", "more", "loops", "planes"),
+    [
+        (words([(LAYER, 3)] * 4), words([(LAYER, 3)] * 5), 5, 243),
+        (words([(DIM, 3)] * 6), words([(DIM, 3)] * 7), 7, 1),
+        (words([], units=3), words([], units=4), 0, 1),
+        (words([(LAYER, 65535)]), words([(LAYER, 65536)]), 1, 65536),
+        (words([(DIM, 2**31 - 1)]), words([(DIM, 2**31)]), 1, 1),
+    ],
+    ids=["over planes", "inside a unit", "of a unit's number", "planes", "vectors of a row"],
+)
+def test_what_the_argument_does_not_hold(
+    most: array[int], more: array[int], loops: int, planes: int
+) -> None:
+    assert kernel(most).shape.vector == 16
+    with refused(Unsupported, f"A nest of {loops} loops over {planes} planes", "'reference'"):
+        kernel(more)
+
+
+def test_a_plan_has_no_such_nest() -> None:
+    with pytest.raises(Refused) as error:
+        shape_of(words([]), 1, OPTIONS)
+    assert error.value.code == MALFORMED
+
+
+@pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+def test_a_view_of_more_units_than_are_counted() -> None:
+    """All of its rows are one."""
+    dst = KVView(torch.zeros(2, 16, dtype=torch.uint8), "token dim")
+    ids = Index(torch.tensor([1, 0]))
+    for slots, counted in ((2**32, True), (2**32 + 1, False)):
+        rows = torch.full((1, 16), 7, dtype=torch.uint8).expand(slots, 16)
+        src = KVView(rows, "token dim")
+        launch = CudaOnCpu(torch.device("cpu")).prepare(CopyPlan(src.form, dst.form, 1, 0))
+        if counted:
+            launch(src, dst, ids, Index(), 2, None, None)
+            assert bool((dst.tensors == 7).all())
+            continue
+        with refused(Unsupported, f"{slots} tokens", "'reference'"):
+            launch(src, dst, ids, Index(), 2, None, None)

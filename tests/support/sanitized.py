@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the tests of the compiled core under sanitizers, then draw further cases.
+
+    python tests/support/sanitized.py                 the tests, and a minute of drawn cases
+    python tests/support/sanitized.py --seconds 3600  an hour of drawn cases
+    python tests/support/sanitized.py --seed 7        the cases of one seed
+
+The library is built with the address and the undefined-behaviour sanitizer into a copy of the
+package. Views, ids, plans and pieces are drawn and judged as the tests do it.
+Each round has a seed of its own, which is printed before it begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
+#: The tests of the core that call it; the others build it.
+TESTS = ("test_core_view.py", "test_ids.py", "test_plan.py", "test_runs.py", "test_rows.py")
+#: Tests of hypothesis that a round runs with its seed, in so many examples each.
+EXAMPLES = 300
+
+
+def sanitizers() -> list[str]:
+    """Return the libraries that have to be loaded first; empty: the compiler has none of them.
+
+    The sanitizer looks for the function that throws exceptions when it starts.
+    """
+    found = []
+    for name in ("libasan.so", "libubsan.so", "libstdc++.so.6"):
+        command = ["g++", f"-print-file-name={name}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found.append(done.stdout.strip())
+    return found if all(map(os.path.isabs, found)) else []
+
+
+def build(folder: Path) -> dict[str, str]:
+    """Make a copy of the package with a sanitized library; return the environment that loads it."""
+    shutil.copytree(ROOT / "portakv", folder / "portakv")
+    for name in ("portakv_conformance", "portakv_native"):
+        (folder / name).symlink_to((ROOT / "src" / name).resolve())
+    command = [sys.executable, str(ROOT / "build_backend" / "compile_core.py")]
+    command += ["--output", str(folder / "portakv/core/libportakv_core.so")]
+    subprocess.run([*command, *(f"--flag={flag}" for flag in FLAGS)], check=True)
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join(sanitizers()),
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "tests")]),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def rounds(seconds: float, seed: int | None) -> None:
+    """Draw cases for so many seconds, in this process; those of one seed if there is one."""
+    import portakv.core.library
+
+    assert ROOT not in Path(portakv.core.library.__file__).parents, "the library is not sanitized"
+    began = time.monotonic()
+    number = 0
+    while seed is not None or time.monotonic() - began < seconds:
+        chosen = random.SystemRandom().randrange(1 << 32) if seed is None else seed
+        print(f"seed {chosen}", flush=True)
+        for draw in draws(chosen):
+            draw()
+        number += 1
+        if seed is not None:
+            break
+    print(f"{number} rounds, no fault", flush=True)
+
+
+def draws(seed: int) -> list[Callable[[], object]]:
+    """Return what a round of one seed runs."""
+    import hypothesis
+    from core import test_core_view, test_ids, test_plan, test_runs
+
+    chance = random.Random(seed)
+    slow = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile(
+        "drawn", max_examples=EXAMPLES, database=None, deadline=None, suppress_health_check=slow
+    )
+    hypothesis.settings.load_profile("drawn")
+
+    return [
+        lambda: [test_core_view.check_drawn(chance) for _ in range(EXAMPLES)],
+        lambda: test_plan.check_drawn(seed, EXAMPLES),
+        hypothesis.seed(seed)(test_ids.test_the_core_does_what_the_definition_says),
+        hypothesis.seed(seed)(test_ids.test_long_lists_dense_and_far_apart),
+        hypothesis.seed(seed)(test_runs.test_pieces_are_the_copy),
+    ]
+
+
+def main() -> int:
+    """Build, run the tests, draw; return the exit code of what failed first, else 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=60, help="of drawn cases")
+    parser.add_argument("--seed", type=int, help="draw the cases of one seed; run no tests")
+    parser.add_argument("--rounds", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rounds:
+        rounds(args.seconds, args.seed)
+        return 0
+    if not sanitizers():
+        print("g++ has no sanitizers here: nothing was run")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="portakv-sanitized-") as folder:
+        environment = build(Path(folder))
+        words = ["-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
+        words += ["-c", str(ROOT / "pyproject.toml")]
+        tests = [str(ROOT / "tests/core" / name) for name in TESTS]
+        own = [str(Path(__file__)), "--rounds", f"--seconds={args.seconds}"]
+        commands = [[*words, *tests], own] if args.seed is None else [[*own, f"--seed={args.seed}"]]
+        for command in commands:
+            # Not in the clone, whose package would come first.
+            command = [sys.executable, *command]
+            done = subprocess.run(command, env=environment, cwd=folder, check=False)
+            if done.returncode:
+                return done.returncode or 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
