@@ -140,7 +140,8 @@ def test_host_ids_in_a_kept_index(rig: Again) -> None:
             pytest.raises(SlotError, match="slot 6, which occurs 2 times"),
         ):
             rig.connector.to_gpu(make_chunk(5), None, index, start, end)
-    assert rig.taken == [False, False, True, True, False, False, True, False, True, True]
+    # Other positions of the index need no long way first: each call checks its own.
+    assert rig.taken == [False, False, True, True, True, False, True, False, True, True]
     bad = Index([1, 2, SLOTS, 3, 4])
     for _ in range(2):
         with untouched(rig.caches), pytest.raises(SlotError, match=f"slot {SLOTS}"):
