@@ -6,6 +6,7 @@ For a third party's backend every file of its package counts. For a backend of P
 
 - its own file, and the files that it imports from these two packages (never ``base``);
 - the drivers and compilers that it imports from ``portakv.runtime``, and from ``portakv_native``;
+- the launches of kernels that it imports from ``portakv.core``, with their sources in ``native``;
 - the files next to these that they name.
 
 So a new comment elsewhere in the library does not expire every result. The same rules hash an
@@ -28,6 +29,8 @@ _NATIVE = "portakv_native"
 # Drivers and compilers. The other modules of `portakv.runtime` serve every backend alike.
 _RUNTIME = "portakv.runtime"
 _DRIVERS = ("cuda", "devices", "hip", "kernel_cache", "nvrtc")
+#: What packs and launches kernels. The rest of the core serves every backend alike.
+_LAUNCHES = "portakv.core.rows"
 _COUNTED = (f"{_OURS}.", f"{_VENDOR}.", f"{_NATIVE}.")
 _SUFFIXES = frozenset((".py", ".pyi", ".c", ".cc", ".cpp", ".h", ".hpp", ".cu", ".cuh", ".toml"))
 
@@ -77,6 +80,10 @@ def _ours(module: str, path: Path, files: dict[str, Path]) -> dict[str, Path]:
         if name.startswith(f"{_NATIVE}."):
             native = _files_in(_file_of(name).parent)
             files |= {f"{name}/{inner}": file for inner, file in native.items()}
+        elif name == _LAUNCHES:
+            core = _file_of(_NATIVE).parent / "core"
+            files[f"{name}.py"] = _file_of(name)
+            files |= {f"{_NATIVE}.core/{x}": core / x for x in ("rows.cpp", "rows.h")}
         elif not (name.startswith(_COUNTED) or name in drivers):
             continue
         elif name != f"{_OURS}.base" and f"{name}.py" not in files:

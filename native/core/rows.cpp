@@ -154,11 +154,11 @@ RowsShape rows_shape(const Nest &nest, int64_t unit, const RowsOptions &options)
   shape.dst = side_of(nest.dst, options.dst_step, unit, options.dst_on_device != 0, dst_outer,
                       shape.outer, dst_inner);
   // rows.cuh says why some units have more places than vectors: rows at ids of the destination that
-  // end inside a sector, if a quarter more suffices.
+  // end inside a sector, if a quarter more suffices. A row may begin at any vector of a sector.
   shape.lanes = shape.row;
   if (shape.inner.empty() && shape.dst.ids && nest.run % kSector != 0) {
     const int64_t each = kSector / nest.vector;
-    const int64_t lanes = rounded_up(shape.row, each) * each;
+    const int64_t lanes = rounded_up(shape.row + each - 1, each) * each;
     if (4 * lanes <= 5 * shape.row) shape.lanes = lanes;
   }
   return shape;

@@ -27,7 +27,8 @@ def words(loops: list[tuple[int, int]], units: int = 1) -> array[int]:
     steps = [0, 0, 64, *[2, 0, 32] * (units - 1)]
     side = [0, 0, units, *steps]
     nest = [each for axis, extent in loops for each in (axis, extent, 0, 64, 0, 64)]
-    return array("q", [1, 1, *side, *side, len(loops), *nest, 16, 16, 1, 1])
+    tail = [16, 16, 1, 16, 1, 1]  # of the whole plan: vector, run, runs, bytes, where it may begin
+    return array("q", [1, 1, *side, *side, len(loops), *nest, 16, 16, *tail])
 
 
 def kernel(plan: array[int]) -> RowsKernel:
@@ -53,6 +54,27 @@ def test_what_the_argument_does_not_hold(
     assert kernel(most).shape.vector == 16
     with refused(Unsupported, f"A nest of {loops} loops over {planes} planes", "'reference'"):
         kernel(more)
+
+
+@pytest.mark.parametrize("vector", [1, 2, 4, 8, 16])
+def test_a_row_has_a_place_for_each_vector_wherever_it_begins(vector: int) -> None:
+    """In a sector of 32 bytes: of the destination's rows at ids, where a quarter more suffices."""
+    options = array("q", [0, 1, 0, 0, 0])
+    wide = 0
+    for row in range(1, 300):
+        plan = words([])
+        plan[-8:-6] = array("q", [row * vector, vector])
+        shape = shape_of(plan, 0, options)
+        each = 32 // vector
+        if row * vector % 32 == 0:
+            assert shape.lanes == row
+        if shape.lanes == row:
+            continue
+        wide += 1
+        assert shape.lanes >= row + each - 1
+        assert shape.lanes % each == 0
+        assert 4 * shape.lanes <= 5 * row
+    assert wide > 50
 
 
 def test_a_plan_has_no_such_nest() -> None:

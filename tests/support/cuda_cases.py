@@ -174,6 +174,11 @@ COPIES: dict[str, Callable[[], Copy]] = {
     # Rows that end inside a sector, which their lanes follow.
     **{f"scatter to {width} B rows": partial(scattered, width) for width in (656, 272, 144, 132)},
     "scatter to 656 B rows that begin inside a sector": lambda: scattered(656, shift=48),
+    # Rows whose places, if they end at a sector, are fewer than a row that begins inside one needs.
+    **{
+        f"scatter to {width} B rows at an odd address": partial(scattered, width, shift=1)
+        for width in (28, 157)
+    },
     "scatter of 656 B rows to slots": lambda: Copy(
         by(rows(656, 16)[0], SLOTS[::-1]), by(rows(656, 80)[0], SLOTS), 7
     ),
