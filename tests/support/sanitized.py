@@ -44,12 +44,15 @@ def sanitizers() -> list[str]:
     return found if all(map(os.path.isabs, found)) else []
 
 
-def build(folder: Path) -> dict[str, str]:
-    """Make a copy of the package with a sanitized library; return the environment that loads it."""
+def build(folder: Path, tree: Path = ROOT) -> dict[str, str]:
+    """Make a copy of the package with a sanitized library; return the environment that loads it.
+
+    ``tree`` has the sources of the library.
+    """
     shutil.copytree(ROOT / "portakv", folder / "portakv")
     for name in ("portakv_conformance", "portakv_native"):
         (folder / name).symlink_to((ROOT / "src" / name).resolve())
-    command = [sys.executable, str(ROOT / "build_backend" / "compile_core.py")]
+    command = [sys.executable, str(tree / "build_backend" / "compile_core.py")]
     command += ["--output", str(folder / "portakv/core/libportakv_core.so")]
     subprocess.run([*command, *(f"--flag={flag}" for flag in FLAGS)], check=True)
     return {
