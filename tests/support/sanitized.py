@@ -86,15 +86,15 @@ def rounds(seconds: float, seed: int | None) -> None:
 def draws(seed: int) -> list[Callable[[], object]]:
     """Return what a round of one seed runs."""
     import hypothesis
-    from core import test_core_view, test_ids, test_plan, test_runs
 
-    chance = random.Random(seed)
     slow = [hypothesis.HealthCheck.too_slow]
     hypothesis.settings.register_profile(
         "drawn", max_examples=EXAMPLES, database=None, deadline=None, suppress_health_check=slow
     )
     hypothesis.settings.load_profile("drawn")
+    from core import test_core_view, test_ids, test_plan, test_runs  # which take the profile
 
+    chance = random.Random(seed)
     return [
         lambda: [test_core_view.check_drawn(chance) for _ in range(EXAMPLES)],
         lambda: test_plan.check_drawn(seed, EXAMPLES),
