@@ -85,7 +85,7 @@ PORTAKV_API int64_t portakv_plan_pack(const int64_t *raw, const int64_t *packed,
 
 enum {
   PORTAKV_ROWS_LOOPS = -40,  // the kernels' argument does not hold a nest; its loops, its planes
-  PORTAKV_ROWS_UNITS = -41   // the kernels count the units of a view in 32 bits
+  PORTAKV_ROWS_UNITS = -41   // the kernels count units, of a view and of a copy, in 32 bits
 };
 
 // The launches of a plan by its kernels, with all values that no call changes. Any number of threads
@@ -108,7 +108,7 @@ typedef struct portakv_rows_side {
 PORTAKV_API int64_t portakv_rows_describe(const int64_t *plan, int64_t nest,
                                           const int64_t *options, int64_t *out, int64_t capacity);
 
-// Return the launches of a plan; null if its words are malformed or memory is short. The caller
+// Return the launches of a plan; null if words are malformed or memory is short. The caller
 // closes it.
 //
 // cuts       For each nest: threads of a block, the most units of a launch, 0; or 1 and, of a copy
@@ -118,6 +118,7 @@ PORTAKV_API int64_t portakv_rows_describe(const int64_t *plan, int64_t nest,
 //            copy, the vectors of a thread, the bytes to prefetch ahead.
 // functions  For each nest two of the driver's handles, by the vectors that a thread moves.
 // launch     cuLaunchKernel, or a function of another driver with its arguments.
+// A thread moves one or two vectors.
 PORTAKV_API portakv_rows *portakv_rows_open(const int64_t *plan, const int64_t *options,
                                             const int64_t *cuts, const int64_t *functions,
                                             void *launch);

@@ -232,6 +232,7 @@ Cut read_cut(Reader &reader) {
     tuning.payload = reader.word();
     tuning.each = reader.word();
     tuning.ahead = reader.word();
+    if (tuning.each < 1 || tuning.each > 2) throw Malformed("there is no such entry");
     cut.tunings.push_back(tuning);
   }
   return cut;
@@ -344,8 +345,8 @@ int portakv_rows_run(const portakv_rows *rows, const portakv_rows_side *src,
                      const portakv_rows_side *dst, int64_t count, uint64_t status, void *stream) {
   const int64_t unit = rows->unit;
   const int64_t units = count / unit;
-  // The kernel counts units in 32 bits.
-  if (std::max(src->slots, dst->slots) / unit > kMaxNumbers) return PORTAKV_ROWS_UNITS;
+  // The kernel counts units in 32 bits, those of the views and those of the copy.
+  if (std::max({src->slots, dst->slots, count}) / unit > kMaxNumbers) return PORTAKV_ROWS_UNITS;
   alignas(16) unsigned char buffer[kMostBytes];
   for (const Kernel &kernel : rows->kernels) {
     const RowsShape &shape = kernel.shape;

@@ -29,6 +29,11 @@ from portakv.runtime.devices import capturing, refuse_capture
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
+#: CUDA_ERROR_INVALID_CONTEXT, and HIP's error of that name: a thread that has no context yet.
+NO_CONTEXT = 201
+#: Units of a view or a copy, which the kernels count in 32 bits.
+COUNTED = 2**32
+
 
 class RowsDriver(Protocol):
     """The driver of one device; `runtime.cuda.CudaDriver` documents each function."""
@@ -169,8 +174,11 @@ class RowsLaunch(MoveLaunch):
         word = 0 if status is None else self._driver.word(status.data_ptr())
         src, dst = self.sides(move)
         error = self._rows.run(src, dst, move.count, word, handle)
+        if error == NO_CONTEXT:  # the first work of a thread
+            with self._driver.current():
+                error = self._rows.run(src, dst, move.count, word, handle)
         if error:
-            self.refuse(error, max(move.src.slots, move.dst.slots))
+            self.refuse(error, move.src.slots, move.dst.slots, move.count)
 
     def sides(self, move: Move) -> tuple[bytes, bytes]:
         """Return both sides of a copy as the core takes them."""
@@ -194,18 +202,20 @@ class RowsLaunch(MoveLaunch):
         addresses = view.addresses_at if view.known else 0
         return pack_side(addresses, table, at, wide, index.offset, view.slots)
 
-    def refuse(self, error: int, tokens: int) -> NoReturn:
-        """Raise the error of a launch that the core or the driver refused, of a view of so many
-        tokens.
+    def refuse(self, error: int, src: int, dst: int, count: int) -> NoReturn:
+        """Raise the error of a launch that the core or the driver refused, of a copy of ``count``
+        tokens between views of so many tokens.
 
         Raises:
             Unsupported: a view has more units than the kernel counts.
             TransferError: the driver's error.
         """
         if error == UNITS:
+            views = [slots for slots in (src, dst) if slots // self._unit > COUNTED]
+            what = f"A view of {views[0]} tokens" if views else f"A copy of {count} tokens"
             raise Unsupported(
-                f"A view of {tokens} tokens in units of {self._unit}",
-                f"the kernel counts {2**32} units; use backend 'reference'",
+                f"{what} in units of {self._unit}",
+                f"the kernel counts {COUNTED} units; use backend 'reference'",
             )
         self._driver.refuse(error, "The launch")
 
@@ -218,7 +228,7 @@ class RowsAgain:
         self._src, self._dst = launch.sides(move)
         # The sides name these arrays; the memory of the views is not retained.
         self._addresses = [view.addresses for view in (move.src, move.dst) if view.known]
-        self._tokens = max(move.src.slots, move.dst.slots)
+        self._slots = move.src.slots, move.dst.slots
         self.most = launch._most
         self._number = launch._driver.number
         self._word = launch._driver.word
@@ -232,5 +242,8 @@ class RowsAgain:
             return
         word = self._word(status) if status else 0
         error = self._again(self._src, self._dst, src, dst, first, count, word, handle)
+        if error == NO_CONTEXT:
+            with self._launch._driver.current():
+                error = self._again(self._src, self._dst, src, dst, first, count, word, handle)
         if error:
-            self._launch.refuse(error, self._tokens)
+            self._launch.refuse(error, *self._slots, count)

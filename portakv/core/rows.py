@@ -10,6 +10,8 @@ from ctypes import c_char_p, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
 from typing import Any, NamedTuple
 
+from portakv.errors import PortaKVError
+
 from .library import library
 from .plan import Refused
 
@@ -102,7 +104,10 @@ class Rows:
         self._again = core.again
         self.address = core.open(_at(plan), _at(options), _at(words), _at(handles), launch)
         if not self.address:
-            raise MemoryError("The core has no memory for the launches of a plan.")
+            raise PortaKVError(
+                "Expected launches of one or two vectors for each thread, and memory for them, got "
+                "a refusal of the core. Pass such tunings, or free memory."
+            )
 
     def run(self, src: bytes, dst: bytes, count: int, status: int, stream: int) -> int:
         """Order a copy, and return 0, `UNITS` or the driver's error; see `portakv_rows_run`.

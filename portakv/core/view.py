@@ -125,9 +125,11 @@ def tensor_reader(forms: dict[Any, Any]) -> TensorReader | None:
 def _exchange_api() -> int:
     """Return the address of the exchange API of torch's tensors; 0 if there is none to use."""
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if capsule is None:
+    # The core looks for the interpreter's functions among those that all libraries share.
+    if capsule is None or not hasattr(ctypes.CDLL(None), "PyList_Size"):
         return 0
-    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    # A separate object, without the declarations of other modules.
+    pointer = ctypes.pythonapi["PyCapsule_GetPointer"]
     pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
     pointer.restype = ctypes.c_void_p
     address: int = pointer(capsule, _EXCHANGE)

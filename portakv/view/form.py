@@ -7,7 +7,6 @@ tokens). It is hashable and holds integers and strings only, so it can be sent t
 
 from __future__ import annotations
 
-import threading
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -136,8 +135,8 @@ class Form:
     encoding: tuple[Any, ...] = ()  # of `Plane`; what reads the planes of one encoding knows it
     _hash: int = field(default=0, init=False, compare=False, repr=False)
     #: The words of `address`, with the address: made at the first use, then never replaced.
-    _words: tuple[array[int], int] | None = field(
-        default=None, init=False, compare=False, repr=False
+    _words: dict[None, tuple[array[int], int]] = field(
+        default_factory=dict, init=False, compare=False, repr=False
     )
 
     def __post_init__(self) -> None:
@@ -159,14 +158,11 @@ class Form:
 
         The words are there as long as the form is.
         """
-        words = self._words
+        words = self._words.get(None)
         if words is None:
-            with _words_lock:
-                words = self._words
-                if words is None:
-                    made = array("q", _words_of(self))
-                    words = made, made.buffer_info()[0]
-                    object.__setattr__(self, "_words", words)
+            made = array("q", _words_of(self))
+            # Of several threads the first one counts: the core may read its words already.
+            words = self._words.setdefault(None, (made, made.buffer_info()[0]))
         return words[1]
 
     @property
@@ -228,10 +224,6 @@ class Form:
     def token_bytes(self) -> int:
         """Return the bytes of one token in all layers, heads and kv (opaque pages: of one page)."""
         return self.layers * self.heads * sum(self.widths)
-
-
-#: Held while a form gets its words, so that no thread has the address of words that are replaced.
-_words_lock = threading.Lock()
 
 
 def _words_of(form: Form) -> list[int]:

@@ -312,15 +312,22 @@ _MOST = 256  # ranges that are marked clean in one list of ids
 class _Store:
     """Share the copies of one list among all of its indices."""
 
-    __slots__ = ("array", "clean", "copies", "token")
+    __slots__ = ("_made", "array", "clean", "copies", "token")
 
     def __init__(self, array: npt.NDArray[np.int64] | None = None) -> None:
         self.token = object()  # stands for the list, and holds none of its memory
         # The ids as a contiguous int64 array on the host, and contiguous in other places or dtypes.
         self.array = array
+        self._made: dict[None, npt.NDArray[np.int64]] = {}
         self.copies: list[torch.Tensor] = []
         # The ranges of ids on a device that passed a check: offset, count, slots.
         self.clean: set[tuple[int, int, int]] = set()
+
+    def keep(self, array: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the first array that any thread kept: no later one takes its place, since the
+        core reads it by its address."""
+        self.array = self._made.setdefault(None, array)
+        return self.array
 
 
 class UnitNumbers(NamedTuple):
@@ -659,7 +666,7 @@ class Index:
         if store.array is None:
             assert self.ids is not None
             ids = self.ids if self.on_host else self.ids.cpu()
-            store.array = np.ascontiguousarray(ids.numpy(), dtype=np.int64)
+            return store.keep(np.ascontiguousarray(ids.numpy(), dtype=np.int64))
         return store.array
 
     def known_ids(self) -> npt.NDArray[np.int64] | None:

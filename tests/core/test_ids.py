@@ -341,6 +341,27 @@ def test_threads_share_an_index() -> None:
     assert not wrong
 
 
+def test_threads_that_make_one_array_of_ids_share_the_first() -> None:
+    """The core reads it by its address, so none may take its place."""
+    apart = torch.arange(80_000)[::2]
+    for _ in range(20):
+        index = Index(apart)
+        begin = threading.Barrier(4)
+        made: list[np.ndarray[Any, Any]] = []
+
+        def make(index: Index = index, begin: threading.Barrier = begin, made: Any = made) -> None:
+            begin.wait()
+            made.append(index.host_ids())
+
+        threads = [threading.Thread(target=make) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len({id(each) for each in made}) == 1
+        assert np.array_equal(made[0], apart.numpy())
+
+
 def test_ids_that_change_during_a_check_harm_no_memory() -> None:
     """Their result is undefined. Sanitizers see what the core reads and writes."""
     count = 4096

@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from support.cuda_on_cpu import CudaOnCpu, why_not
+from support.cuda_on_cpu import CudaOnCpu, HostDriver, why_not
 from support.guarded_memory import refused
 
 from portakv import CopyPlan, Index, KVView, Unsupported
 from portakv.backends.rows_kernel import RowsKernel
+from portakv.backends.rows_launch import NO_CONTEXT
 from portakv.core.plan import MALFORMED, Refused
-from portakv.core.rows import shape_of
+from portakv.core.rows import Rows, shape_of
+from portakv.errors import PortaKVError
 
 OPTIONS = array("q", [1, 0, 0, 0, 0])
 LAYER = 1
@@ -81,6 +85,62 @@ def test_a_plan_has_no_such_nest() -> None:
     with pytest.raises(Refused) as error:
         shape_of(words([]), 1, OPTIONS)
     assert error.value.code == MALFORMED
+
+
+@pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+@pytest.mark.parametrize("repeated", [False, True])
+def test_the_first_launch_of_a_thread_makes_its_context(
+    repeated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fresh(HostDriver):
+        """A driver that launches only after a context was made current."""
+
+        ready = False
+
+        @contextmanager
+        def current(self) -> Iterator[None]:
+            self.ready = True
+            yield
+
+        def _launch(self, handle: int, *rest: Any) -> int:
+            return super()._launch(handle, *rest) if self.ready else NO_CONTEXT
+
+    class OnFresh(CudaOnCpu):
+        driver = Fresh
+
+    rows = torch.arange(64, dtype=torch.uint8).view(4, 16)
+    landed = torch.zeros(2, 16, dtype=torch.uint8)
+    src = KVView(rows, "token dim")
+    dst = KVView(landed, "token dim")
+    ids = Index(torch.tensor([3, 1]))
+    launch: Any = OnFresh(torch.device("cpu")).prepare(CopyPlan(src.form, dst.form, 1, 0))
+    launch._driver.readable = src.spans
+    assert ids.ids is not None
+    if repeated:
+        again = launch.again(src, dst, ids, Index())
+        again(ids.ids.data_ptr(), dst.origins[0], 0, 2, 0)
+    else:
+        launch(src, dst, ids, Index(), 2, None, None)
+    assert torch.equal(landed, rows[[3, 1]])
+
+
+@pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+def test_a_copy_of_more_units_than_are_counted() -> None:
+    """Its positions are beyond what any list here holds: nothing reads them."""
+    rows = torch.zeros(2, 16, dtype=torch.uint8)
+    src = KVView(rows, "token dim")
+    dst = KVView(torch.zeros(2, 16, dtype=torch.uint8), "token dim")
+    ids = Index(torch.tensor([1, 0]))
+    launch = CudaOnCpu(torch.device("cpu")).prepare(CopyPlan(src.form, dst.form, 1, 1))
+    with refused(Unsupported, f"A copy of {2**32 + 1} tokens", "'reference'"):
+        launch(src, dst, ids, ids, 2**32 + 1, None, None)
+
+
+@pytest.mark.parametrize("each", [0, 3, -1])
+def test_a_thread_moves_one_or_two_vectors(each: int) -> None:
+    cut = [128, 1 << 20, 0, 1, 0, each, 0]
+    with pytest.raises(PortaKVError, match="one or two vectors for each thread"):
+        Rows(words([]), OPTIONS, cut, (1, 2), 1)
 
 
 @pytest.mark.skipif(why_not() is not None, reason=why_not() or "")

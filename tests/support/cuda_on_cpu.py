@@ -91,6 +91,8 @@ class CudaOnCpu(Backend):
     """The CUDA kernel on the host."""
 
     name = "cuda-on-cpu"
+    #: The driver of a launch.
+    driver: type[HostDriver]
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
@@ -103,7 +105,7 @@ class CudaOnCpu(Backend):
         return Capabilities(places=HOST_PLACES, skips_negative=True, guards=True)
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        driver = HostDriver()
+        driver = self.driver()
         kernels = kernels_of(plan)
         functions = LoadedKernels(driver, lambda: False).functions(kernels)
         for kernel, function in zip(kernels, functions, strict=True):
@@ -180,3 +182,6 @@ class HostDriver(CudaDriver):
 
     def word(self, address: int) -> int:
         return address
+
+
+CudaOnCpu.driver = HostDriver
