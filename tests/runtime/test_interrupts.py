@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -213,11 +214,16 @@ def test_work_alongside_runs_while_its_caller_goes_on() -> None:
 def test_an_interrupt_abandons_work_alongside() -> None:
     main = threading.main_thread().ident or 0
     ended = list[bool]()
+    asked = threading.Event()
 
     def work() -> None:
+        assert asked.wait(LIMIT)
+        time.sleep(0.05)  # the caller waits for the result by now; before, nothing is abandoned
         signal.pthread_kill(main, signal.SIGINT)
         ended.append(settles(abandoned))
 
     with pytest.raises(KeyboardInterrupt):
-        alongside(work)()
+        result = alongside(work)
+        asked.set()
+        result()
     assert settles(lambda: ended == [True])
