@@ -222,8 +222,8 @@ def test_an_interrupt_abandons_work_alongside() -> None:
         signal.pthread_kill(main, signal.SIGINT)
         ended.append(settles(abandoned))
 
+    result = alongside(work)
+    asked.set()
     with pytest.raises(KeyboardInterrupt):
-        result = alongside(work)
-        asked.set()
         result()
     assert settles(lambda: ended == [True])
