@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core.h"
+#include "guarded.h"
 
 namespace portakv {
 
@@ -618,7 +619,7 @@ using namespace portakv;
 
 int64_t portakv_plan_make(const int64_t *src, const int64_t *dst, int64_t src_step,
                           int64_t dst_step, int64_t unit, int64_t *out, int64_t capacity) {
-  try {
+  return guarded([&]() -> int64_t {
     Plan plan;
     Refusal refusal;
     if (!make_plan(read_form(src), read_form(dst), src_step, dst_step, unit, plan, refusal)) {
@@ -627,16 +628,12 @@ int64_t portakv_plan_make(const int64_t *src, const int64_t *dst, int64_t src_st
     Writer writer(out, capacity);
     write_plan(plan, writer);
     return writer.count();
-  } catch (const Malformed &) {
-    return PORTAKV_MALFORMED;
-  } catch (...) {
-    return PORTAKV_NO_MEMORY;
-  }
+  });
 }
 
 int64_t portakv_plan_pack(const int64_t *raw, const int64_t *packed, int packs, int equal_planes,
                           int64_t *out, int64_t capacity) {
-  try {
+  return guarded([&]() -> int64_t {
     std::vector<PackNest> nests;
     Refusal refusal;
     if (!make_pack_plan(read_form(raw), read_form(packed), packs != 0, equal_planes != 0, nests,
@@ -654,9 +651,5 @@ int64_t portakv_plan_pack(const int64_t *raw, const int64_t *packed, int packs, 
       writer.word(nest.packed_vector);
     }
     return writer.count();
-  } catch (const Malformed &) {
-    return PORTAKV_MALFORMED;
-  } catch (...) {
-    return PORTAKV_NO_MEMORY;
-  }
+  });
 }

@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "core.h"
+#include "guarded.h"
 
 namespace portakv {
 namespace {
@@ -292,23 +293,21 @@ extern "C" {
 
 int64_t portakv_rows_describe(const int64_t *plan_words, int64_t nest, const int64_t *options,
                               int64_t *out, int64_t capacity) {
-  try {
+  return guarded([&]() -> int64_t {
     const Plan plan = read_plan(plan_words);
     if (nest < 0 || nest >= static_cast<int64_t>(plan.nests.size())) return PORTAKV_MALFORMED;
     RowsOptions known;
     std::memcpy(&known, options, sizeof known);
     Writer writer(out, capacity);
-    write_shape(rows_shape(plan.nests[static_cast<size_t>(nest)], plan.unit, known), writer);
+    try {
+      write_shape(rows_shape(plan.nests[static_cast<size_t>(nest)], plan.unit, known), writer);
+    } catch (const TooManyLoops &refused) {
+      out[0] = refused.loops;
+      out[1] = refused.planes;
+      return PORTAKV_ROWS_LOOPS;
+    }
     return writer.count();
-  } catch (const TooManyLoops &refused) {
-    out[0] = refused.loops;
-    out[1] = refused.planes;
-    return PORTAKV_ROWS_LOOPS;
-  } catch (const std::bad_alloc &) {
-    return PORTAKV_NO_MEMORY;
-  } catch (...) {
-    return PORTAKV_MALFORMED;
-  }
+  });
 }
 
 portakv_rows *portakv_rows_open(const int64_t *plan_words, const int64_t *options,

@@ -31,9 +31,7 @@ def library() -> ctypes.CDLL:
     Raises:
         PortaKVError: the library is missing, does not load, or was built from other sources.
     """
-    path = HERE / NAME
-    check(path, ROOT)
-    return ctypes.CDLL(str(path))
+    return ctypes.CDLL(_checked())
 
 
 @cache
@@ -43,9 +41,15 @@ def pylibrary() -> ctypes.PyDLL:
     Raises:
         PortaKVError: the library is missing, does not load, or was built from other sources.
     """
+    return ctypes.PyDLL(_checked())
+
+
+@cache
+def _checked() -> str:
+    """Return the path of the library after `check`, which reads all sources of a clone, once."""
     path = HERE / NAME
     check(path, ROOT)
-    return ctypes.PyDLL(str(path))
+    return str(path)
 
 
 def check(path: Path, root: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from ctypes import c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
@@ -42,16 +43,7 @@ def plan_words(src: int, dst: int, src_step: int, dst_step: int, unit: int) -> a
     Raises:
         Refused: there is no plan.
     """
-    make = _functions()[0]
-    room = _ROOM
-    while True:
-        out = _EMPTY * room
-        count = make(src, dst, src_step, dst_step, unit, out.buffer_info()[0], room)
-        if count < 0:
-            raise Refused(count, out)
-        if count <= room:
-            return out[:count]
-        room = count
+    return _words(_functions()[0], src, dst, src_step, dst_step, unit)
 
 
 def pack_words(raw: int, packed: int, packs: bool, equal_planes: bool) -> array[int]:
@@ -63,11 +55,15 @@ def pack_words(raw: int, packed: int, packs: bool, equal_planes: bool) -> array[
     Raises:
         Refused: there is no plan.
     """
-    pack = _functions()[1]
+    return _words(_functions()[1], raw, packed, packs, equal_planes)
+
+
+def _words(function: Callable[..., int], *arguments: int) -> array[int]:
+    """Return the words that a function writes, in as much room as they take."""
     room = _ROOM
     while True:
         out = _EMPTY * room
-        count = pack(raw, packed, packs, equal_planes, out.buffer_info()[0], room)
+        count = function(*arguments, out.buffer_info()[0], room)
         if count < 0:
             raise Refused(count, out)
         if count <= room:

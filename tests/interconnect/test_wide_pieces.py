@@ -13,9 +13,8 @@ import torch
 from portakv import Index, KVView
 from portakv.errors import SlotError
 from portakv.interconnect.link import FOLD_BELOW, _Lists
-from portakv.interconnect.pieces import APART, Pieces, pieces_of
+from portakv.interconnect.pieces import APART, SHORT, Pieces, pieces_of
 from portakv.plan.plan import CopyPlan, Move
-from portakv.view.index import SHORT
 
 PAGE = APART
 BLOCKS = 2 * SHORT
