@@ -84,13 +84,14 @@ PORTAKV_API int64_t portakv_plan_pack(const int64_t *raw, const int64_t *packed,
 // --- Kernels that copy rows -------------------------------------------------------------------
 
 enum {
-  PORTAKV_ROWS_LOOPS = -40,  // the kernels' argument does not hold a nest; its loops, its planes
-  PORTAKV_ROWS_UNITS = -41   // the kernels count units, of a view and of a copy, in 32 bits
+  PORTAKV_ROWS_LOOPS = -40,       // the kernels' argument does not hold a nest; its loops, its planes
+  PORTAKV_ROWS_UNITS = -41,       // the kernels count units, of a view and of a copy, in 32 bits
+  PORTAKV_ROWS_NOT_LOADED = -42,  // the kernel of a nest was not added
+  PORTAKV_ROWS_NO_TABLE = -43     // a kernel reads a side's table on the device, and there is none
 };
 
-// The launches of a plan by its kernels, with all values that no call changes. Any number of threads
-// may use one.
-typedef struct portakv_rows portakv_rows;
+// The loaded kernels of a device by their shapes. Any number of threads may use and add to one.
+typedef struct portakv_kernels portakv_kernels;
 
 // What a call says of one side.
 typedef struct portakv_rows_side {
@@ -108,39 +109,33 @@ typedef struct portakv_rows_side {
 PORTAKV_API int64_t portakv_rows_describe(const int64_t *plan, int64_t nest,
                                           const int64_t *options, int64_t *out, int64_t capacity);
 
-// Return the launches of a plan; null if words are malformed or memory is short. The caller
-// closes it.
+// Return a table without kernels; null if memory is short. The caller closes it, when no thread uses
+// it. `launch` is cuLaunchKernel, or a function of another driver with its arguments.
+PORTAKV_API portakv_kernels *portakv_kernels_open(void *launch);
+
+PORTAKV_API void portakv_kernels_close(portakv_kernels *kernels);
+
+// Add the kernel of a shape, unless there is one. Return 0 or a code.
 //
-// cuts       For each nest: threads of a block, the most units of a launch, 0; or 1 and, of a copy
-//            by a few blocks that stay, the bytes up to which it is small, the most blocks of a
-//            small and of a large one, the vectors of a block's turn, the vectors of a unit in a
-//            group of planes, the groups; then a count of tunings and for each the least bytes of a
-//            copy, the vectors of a thread, the bytes to prefetch ahead.
-// functions  For each nest two of the driver's handles, by the vectors that a thread moves.
-// launch     cuLaunchKernel, or a function of another driver with its arguments.
-// A thread moves one or two vectors.
-PORTAKV_API portakv_rows *portakv_rows_open(const int64_t *plan, const int64_t *options,
-                                            const int64_t *cuts, const int64_t *functions,
-                                            void *launch);
+// shape, count  words of `portakv_rows_describe`
+// cut           Threads of a block, the most units of a launch, 0; or 1 and, of a copy by a few
+//               blocks that stay, the bytes up to which it is small, the most blocks of a small and
+//               of a large one, the vectors of a block's turn, the vectors of a unit in a group of
+//               planes, the groups; then a count of tunings and for each the least bytes of a copy,
+//               the vectors of a thread (one or two), the bytes to prefetch ahead.
+// functions     Two of the driver's handles, by the vectors that a thread moves.
+PORTAKV_API int64_t portakv_kernels_add(portakv_kernels *kernels, const int64_t *shape,
+                                        int64_t count, const int64_t *cut,
+                                        const int64_t *functions);
 
-PORTAKV_API void portakv_rows_close(portakv_rows *rows);
-
-// Order a copy of `count` tokens, whole units, on a stream of the current device. `status` is the
-// device's address of the word for the first bad id; 0: none. Return 0, the driver's error, or
-// PORTAKV_ROWS_UNITS. Launches before the one that failed stay ordered.
-PORTAKV_API int portakv_rows_run(const portakv_rows *rows, const portakv_rows_side *src,
-                                 const portakv_rows_side *dst, int64_t count, uint64_t status,
-                                 void *stream);
-
-// The same for sides that were filled before: each has its ids at another address and begins at the
-// position `first` of them, or it has no ids, and its one tensor lies at another address.
-PORTAKV_API int portakv_rows_again(const portakv_rows *rows, const portakv_rows_side *src,
-                                   const portakv_rows_side *dst, int64_t src_at, int64_t dst_at,
-                                   int64_t first, int64_t count, uint64_t status, void *stream);
-
-// Check the machine and the build. Return 0, or the number of the first check that fails, from 1 on
-// in the order of self_test.cpp.
-PORTAKV_API int portakv_core_self_test(void);
+// Order a copy of `count` tokens, whole units, on a stream of the current device by the kernels of
+// its nests. `status` is the device's address of the word for the first bad id; 0: none. Return 0,
+// the driver's error, or a code. After a code nothing was launched; after the driver's error the
+// launches before it stay ordered.
+PORTAKV_API int64_t portakv_rows_run(const portakv_kernels *kernels, const int64_t *plan,
+                                     const int64_t *options, const portakv_rows_side *src,
+                                     const portakv_rows_side *dst, int64_t count, uint64_t status,
+                                     void *stream);
 
 // --- Ids --------------------------------------------------------------------------------------
 //

@@ -47,12 +47,6 @@ bool over_planes(const Loop &loop) {
   return true;
 }
 
-int64_t product_of(const std::vector<int64_t> &extents) {
-  int64_t result = 1;
-  for (int64_t extent : extents) result = product(result, extent);
-  return result;
-}
-
 int64_t rounded_up(int64_t number, int64_t divisor) { return (number + divisor - 1) / divisor; }
 
 // One step of a loop on one side.
@@ -62,8 +56,8 @@ struct Walk {
 };
 
 RowsSide side_of(const Side &side, int64_t step, int64_t unit, bool on_device,
-                 const std::vector<Walk> &outer, const std::vector<int64_t> &extents,
-                 const std::vector<int64_t> &inner) {
+                 const Walk *outer, const Extents &extents, const int64_t *inner,
+                 size_t inner_count) {
   RowsSide result{};
   result.ids = step > 0;
   result.per_id = step > 0 ? step / unit : 1;
@@ -74,9 +68,9 @@ RowsSide side_of(const Side &side, int64_t step, int64_t unit, bool on_device,
   for (const Step &each : side.units) by_unit = by_unit || each.table != 0;
   bool looks_up = by_unit;
   int64_t entries = 1;
-  for (size_t i = 0; i < outer.size(); i++) {
+  for (size_t i = 0; i < extents.count; i++) {
     looks_up = looks_up || outer[i].table != 0;
-    entries += product(extents[i] - 1, outer[i].table);
+    entries += product(extents.values[i] - 1, outer[i].table);
   }
   if (on_device) {
     result.lookup = kByUnit;  // also for one address, which the host does not know
@@ -94,16 +88,16 @@ RowsSide side_of(const Side &side, int64_t step, int64_t unit, bool on_device,
     *next++ = i < side.units.size() ? side.units[i].stride : 0;
   }
   for (size_t i = 0; i < kMaxOuter; i++) {
-    *next++ = i < outer.size() ? outer[i].table : 0;
-    *next++ = i < outer.size() ? outer[i].stride : 0;
+    *next++ = i < extents.count ? outer[i].table : 0;
+    *next++ = i < extents.count ? outer[i].stride : 0;
   }
-  for (size_t i = 0; i < kMaxInner; i++) *next++ = i < inner.size() ? inner[i] : 0;
-  for (size_t i = 1; i < side.units.size(); i++) result.bounded.push_back(side.units[i].extent);
+  for (size_t i = 0; i < kMaxInner; i++) *next++ = i < inner_count ? inner[i] : 0;
+  for (size_t i = 1; i < side.units.size(); i++) result.bounded.push(side.units[i].extent);
   return result;
 }
 
-void write_extents(const std::vector<int64_t> &extents, Writer &writer) {
-  writer.word(static_cast<int64_t>(extents.size()));
+void write_extents(const Extents &extents, Writer &writer) {
+  writer.word(static_cast<int64_t>(extents.count));
   for (int64_t extent : extents) writer.word(extent);
 }
 
@@ -119,45 +113,60 @@ void write_side(const RowsSide &side, Writer &writer) {
 }  // namespace
 
 RowsShape rows_shape(const Nest &nest, int64_t unit, const RowsOptions &options) {
-  std::vector<Loop> loops = nest.loops;
+  const std::vector<Loop> *loops = &nest.loops;
+  std::vector<Loop> sorted;
   if (options.by_source) {
     // A plan follows the destination's order; a link wants neighbours on the host's side.
-    std::stable_sort(loops.begin(), loops.end(), [](const Loop &a, const Loop &b) {
+    sorted = nest.loops;
+    std::stable_sort(sorted.begin(), sorted.end(), [](const Loop &a, const Loop &b) {
       if (a.tabled() != b.tabled()) return a.tabled();
       return std::abs(a.src_stride) > std::abs(b.src_stride);
     });
+    loops = &sorted;
   }
   RowsShape shape{};
-  std::vector<Walk> src_outer, dst_outer;
-  std::vector<int64_t> src_inner, dst_inner;
-  for (const Loop &loop : loops) {
-    if (loop.tabled() || over_planes(loop)) {
-      shape.outer.push_back(loop.extent);
-      src_outer.push_back({loop.src_table, loop.src_stride});
-      dst_outer.push_back({loop.dst_table, loop.dst_stride});
-    } else {
-      shape.inner.push_back(loop.extent);
-      src_inner.push_back(loop.src_stride);
-      dst_inner.push_back(loop.dst_stride);
-    }
-  }
+  shape.planes = 1;
   shape.vector = nest.vector;
   shape.run = nest.run / nest.vector;
-  shape.row = product(product_of(shape.inner), shape.run);
-  shape.planes = product_of(shape.outer);
-  if (shape.outer.size() > kMaxOuter || shape.inner.size() > kMaxInner ||
+  shape.row = shape.run;
+  Walk src_outer[kMaxOuter];
+  Walk dst_outer[kMaxOuter];
+  int64_t src_inner[kMaxInner];
+  int64_t dst_inner[kMaxInner];
+  size_t outer = 0;
+  size_t inner = 0;
+  for (const Loop &loop : *loops) {
+    if (loop.tabled() || over_planes(loop)) {
+      shape.planes = product(shape.planes, loop.extent);
+      if (outer < kMaxOuter) {
+        shape.outer.push(loop.extent);
+        src_outer[outer] = {loop.src_table, loop.src_stride};
+        dst_outer[outer] = {loop.dst_table, loop.dst_stride};
+      }
+      outer++;
+    } else {
+      shape.row = product(shape.row, loop.extent);
+      if (inner < kMaxInner) {
+        shape.inner.push(loop.extent);
+        src_inner[inner] = loop.src_stride;
+        dst_inner[inner] = loop.dst_stride;
+      }
+      inner++;
+    }
+  }
+  if (outer > kMaxOuter || inner > kMaxInner ||
       std::max(nest.src.units.size(), nest.dst.units.size()) > kMaxUnits ||
       shape.planes > kMaxPlanes || shape.row >= kMaxVectors) {
     throw TooManyLoops{static_cast<int64_t>(nest.loops.size()), shape.planes};
   }
   shape.src = side_of(nest.src, options.src_step, unit, options.src_on_device != 0, src_outer,
-                      shape.outer, src_inner);
+                      shape.outer, src_inner, inner);
   shape.dst = side_of(nest.dst, options.dst_step, unit, options.dst_on_device != 0, dst_outer,
-                      shape.outer, dst_inner);
+                      shape.outer, dst_inner, inner);
   // rows.cuh says why some units have more places than vectors: rows at ids of the destination that
   // end inside a sector, if a quarter more suffices. A row may begin at any vector of a sector.
   shape.lanes = shape.row;
-  if (shape.inner.empty() && shape.dst.ids && nest.run % kSector != 0) {
+  if (inner == 0 && shape.dst.ids && nest.run % kSector != 0) {
     const int64_t each = kSector / nest.vector;
     const int64_t lanes = rounded_up(shape.row + each - 1, each) * each;
     if (4 * lanes <= 5 * shape.row) shape.lanes = lanes;
@@ -178,41 +187,6 @@ void write_shape(const RowsShape &shape, Writer &writer) {
 }
 
 namespace {
-
-// How a kernel's launch is cut: the vectors that a thread moves, and the grid, by the units.
-struct Cut {
-  struct Tuning {
-    int64_t payload;  // the least bytes that the tuning is for
-    int64_t each;     // vectors that one thread moves
-    int64_t ahead;    // bytes to prefetch ahead in copy order
-  };
-  // A copy by a few thread blocks that stay until all is moved.
-  struct Staying {
-    int64_t small_bytes;
-    int64_t small;    // the most thread blocks of a launch up to `small_bytes`
-    int64_t large;    // and of a larger one
-    int64_t width;    // vectors that a block moves in one turn
-    int64_t length;   // vectors of a unit in the planes that a block walks through
-    int64_t groups;   // of such planes
-  };
-  int64_t threads;
-  int64_t most_units;  // of one launch
-  std::vector<Tuning> tunings;
-  bool stays;
-  Staying staying;
-};
-
-struct Kernel {
-  RowsShape shape;
-  Cut cut;
-  void *functions[2];  // by the vectors that a thread moves, less one
-  Argument fixed;      // with all values that no call changes
-};
-
-// cuLaunchKernel and hipModuleLaunchKernel.
-using LaunchKernel = int (*)(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
-                             unsigned block_x, unsigned block_y, unsigned block_z,
-                             unsigned shared_bytes, void *stream, void **parameters, void **extra);
 
 Cut read_cut(Reader &reader) {
   Cut cut{};
@@ -240,32 +214,19 @@ Cut read_cut(Reader &reader) {
 }
 
 // The blocks along x and y of a launch of so many units.
-void grid_of(const Kernel &kernel, int64_t units, int64_t each, unsigned *x, unsigned *y) {
-  const Cut &cut = kernel.cut;
+void grid_of(const RowsShape &shape, const Cut &cut, int64_t units, int64_t each, unsigned *x,
+             unsigned *y) {
   if (!cut.stays) {
-    *x = static_cast<unsigned>(rounded_up(units * kernel.shape.lanes, cut.threads * each));
-    *y = static_cast<unsigned>(kernel.shape.planes);
+    *x = static_cast<unsigned>(rounded_up(units * shape.lanes, cut.threads * each));
+    *y = static_cast<unsigned>(shape.planes);
     return;
   }
-  const int64_t bytes = units * kernel.shape.row * kernel.shape.planes * kernel.shape.vector;
+  const int64_t bytes = units * shape.row * shape.planes * shape.vector;
   const int64_t most = bytes > cut.staying.small_bytes ? cut.staying.large : cut.staying.small;
   const int64_t turns = rounded_up(units * cut.staying.length, cut.staying.width);
   *x = static_cast<unsigned>(std::min(most, turns * cut.staying.groups));
   *y = 1;
 }
-
-}  // namespace
-}  // namespace portakv
-
-using namespace portakv;
-
-struct portakv_rows {
-  int64_t unit;  // tokens
-  std::vector<Kernel> kernels;
-  LaunchKernel launch;
-};
-
-namespace {
 
 Request request_of(const RowsSide &fixed, const portakv_rows_side &side, int64_t unit) {
   Request request{};
@@ -287,7 +248,146 @@ Request request_of(const RowsSide &fixed, const portakv_rows_side &side, int64_t
   return request;
 }
 
+// A nest of one copy with its kernel.
+struct Launch {
+  RowsShape shape;
+  const Kernel *kernel;
+};
+
+// Launch one nest; return the driver's error.
+int launch_nest(const portakv_kernels &kernels, const Launch &nest, int64_t unit,
+                const portakv_rows_side &src, const portakv_rows_side &dst, int64_t units,
+                uint64_t status, void *stream) {
+  const RowsShape &shape = nest.shape;
+  const Cut &cut = nest.kernel->cut;
+  alignas(16) unsigned char buffer[kMostBytes];
+  Argument argument{};
+  argument.from = request_of(shape.src, src, unit);
+  argument.to = request_of(shape.dst, dst, unit);
+  argument.unit = static_cast<uint32_t>(unit);
+  argument.status = static_cast<int64_t>(status);
+  std::memcpy(argument.src, shape.src.steps, sizeof argument.src);
+  std::memcpy(argument.dst, shape.dst.steps, sizeof argument.dst);
+  const int64_t payload = units * shape.row * shape.planes * shape.vector;
+  int64_t each = 1;
+  for (const Cut::Tuning &tuning : cut.tunings) {
+    if (payload < tuning.payload) continue;
+    each = tuning.each;
+    argument.ahead = static_cast<uint32_t>(tuning.ahead / shape.vector);
+    break;
+  }
+  auto *tables = reinterpret_cast<int64_t *>(buffer + sizeof(Argument));
+  for (const RowsSide *side : {&shape.src, &shape.dst}) {
+    const portakv_rows_side &view = side == &shape.src ? src : dst;
+    if (side->entries != 0) {
+      std::memcpy(tables, view.addresses + side->table, 8 * static_cast<size_t>(side->entries));
+    }
+    tables += std::max<int64_t>(1, side->entries);
+  }
+  void *parameters[] = {buffer};
+  for (int64_t start = 0; start < units; start += cut.most_units) {
+    const int64_t part = std::min(cut.most_units, units - start);
+    argument.start = static_cast<uint32_t>(start);
+    argument.units = static_cast<uint32_t>(part);
+    std::memcpy(buffer, &argument, sizeof argument);
+    unsigned x = 0;
+    unsigned y = 0;
+    grid_of(shape, cut, part, each, &x, &y);
+    const int error =
+        kernels.launch(nest.kernel->functions[each - 1], x, y, 1,
+                       static_cast<unsigned>(cut.threads), 1, 1, 0, stream, parameters, nullptr);
+    if (error != 0) return error;
+  }
+  return 0;
+}
+
+size_t bucket_of(const int64_t *words, size_t count, size_t buckets) {
+  uint64_t hash = 1469598103934665603u;  // FNV-1a, by words
+  for (size_t i = 0; i < count; i++) hash = (hash ^ static_cast<uint64_t>(words[i])) * 1099511628211u;
+  return static_cast<size_t>(hash ^ hash >> 32) % buckets;
+}
+
+// More words than a shape has.
+constexpr size_t kShapeWords = 64;
+
+// A nest needs a table of addresses that the device has not.
+bool lacks_table(const RowsSide &fixed, const portakv_rows_side &side) {
+  return fixed.lookup == kByUnit && side.table == 0;
+}
+
 }  // namespace
+
+int64_t run_rows(const portakv_kernels &kernels, const Plan &plan, const RowsOptions &options,
+                 const portakv_rows_side &src, const portakv_rows_side &dst, int64_t count,
+                 uint64_t status, void *stream) {
+  const int64_t unit = plan.unit;
+  // The kernel counts units in 32 bits, those of the views and those of the copy.
+  if (std::max({src.slots, dst.slots, count}) / unit > kMaxNumbers) return PORTAKV_ROWS_UNITS;
+  // Every kernel is found before the first one is launched.
+  constexpr size_t kFew = 2;
+  Launch few[kFew];
+  std::vector<Launch> many;
+  Launch *launches = few;
+  if (plan.nests.size() > kFew) {
+    many.resize(plan.nests.size());
+    launches = many.data();
+  }
+  for (size_t n = 0; n < plan.nests.size(); n++) {
+    RowsShape &shape = launches[n].shape;
+    shape = rows_shape(plan.nests[n], unit, options);
+    if (lacks_table(shape.src, src) || lacks_table(shape.dst, dst)) return PORTAKV_ROWS_NO_TABLE;
+    int64_t words[kShapeWords];
+    Writer writer(words, kShapeWords);
+    write_shape(shape, writer);
+    launches[n].kernel = kernels.find(words, static_cast<size_t>(writer.count()));
+    if (launches[n].kernel == nullptr) return PORTAKV_ROWS_NOT_LOADED;
+  }
+  for (size_t n = 0; n < plan.nests.size(); n++) {
+    const int error =
+        launch_nest(kernels, launches[n], unit, src, dst, count / unit, status, stream);
+    if (error != 0) return error;
+  }
+  return 0;
+}
+
+}  // namespace portakv
+
+using namespace portakv;
+
+portakv_kernels::portakv_kernels(LaunchKernel launch_) : launch(launch_) {
+  for (std::atomic<Kernel *> &bucket : buckets_) bucket.store(nullptr, std::memory_order_relaxed);
+}
+
+portakv_kernels::~portakv_kernels() {
+  for (std::atomic<Kernel *> &bucket : buckets_) {
+    for (Kernel *kernel = bucket.load(std::memory_order_acquire); kernel != nullptr;) {
+      Kernel *next = kernel->next;
+      delete kernel;
+      kernel = next;
+    }
+  }
+}
+
+void portakv_kernels::add(Kernel *kernel) {
+  std::atomic<Kernel *> &bucket =
+      buckets_[bucket_of(kernel->shape.data(), kernel->shape.size(), kBuckets)];
+  kernel->next = bucket.load(std::memory_order_relaxed);
+  while (!bucket.compare_exchange_weak(kernel->next, kernel, std::memory_order_release,
+                                       std::memory_order_relaxed)) {
+  }
+}
+
+const Kernel *portakv_kernels::find(const int64_t *words, size_t count) const {
+  const Kernel *kernel =
+      buckets_[bucket_of(words, count, kBuckets)].load(std::memory_order_acquire);
+  for (; kernel != nullptr; kernel = kernel->next) {
+    if (kernel->shape.size() == count &&
+        std::memcmp(kernel->shape.data(), words, 8 * count) == 0) {
+      return kernel;
+    }
+  }
+  return nullptr;
+}
 
 extern "C" {
 
@@ -310,101 +410,41 @@ int64_t portakv_rows_describe(const int64_t *plan_words, int64_t nest, const int
   });
 }
 
-portakv_rows *portakv_rows_open(const int64_t *plan_words, const int64_t *options,
-                                const int64_t *cuts, const int64_t *functions, void *launch) {
-  try {
-    const Plan plan = read_plan(plan_words);
+portakv_kernels *portakv_kernels_open(void *launch) {
+  return new (std::nothrow) portakv_kernels(reinterpret_cast<LaunchKernel>(launch));
+}
+
+void portakv_kernels_close(portakv_kernels *kernels) { delete kernels; }
+
+int64_t portakv_kernels_add(portakv_kernels *kernels, const int64_t *shape, int64_t count,
+                            const int64_t *cut, const int64_t *functions) {
+  return guarded([&]() -> int64_t {
+    if (kernels->find(shape, static_cast<size_t>(count)) != nullptr) return 0;
+    auto kernel = std::make_unique<Kernel>();
+    kernel->shape.assign(shape, shape + count);
+    Reader reader(cut);
+    kernel->cut = read_cut(reader);
+    for (size_t each = 0; each < 2; each++) {
+      kernel->functions[each] = reinterpret_cast<void *>(functions[each]);
+    }
+    kernels->add(kernel.release());
+    return 0;
+  });
+}
+
+int64_t portakv_rows_run(const portakv_kernels *kernels, const int64_t *plan,
+                         const int64_t *options, const portakv_rows_side *src,
+                         const portakv_rows_side *dst, int64_t count, uint64_t status,
+                         void *stream) {
+  return guarded([&]() -> int64_t {
     RowsOptions known;
     std::memcpy(&known, options, sizeof known);
-    auto rows = std::make_unique<portakv_rows>();
-    rows->unit = plan.unit;
-    rows->launch = reinterpret_cast<LaunchKernel>(launch);
-    Reader reader(cuts);
-    for (size_t i = 0; i < plan.nests.size(); i++) {
-      Kernel kernel{};
-      kernel.shape = rows_shape(plan.nests[i], plan.unit, known);
-      kernel.cut = read_cut(reader);
-      for (size_t each = 0; each < 2; each++) {
-        kernel.functions[each] = reinterpret_cast<void *>(functions[2 * i + each]);
-      }
-      kernel.fixed.unit = static_cast<uint32_t>(plan.unit);
-      std::memcpy(kernel.fixed.src, kernel.shape.src.steps, sizeof kernel.fixed.src);
-      std::memcpy(kernel.fixed.dst, kernel.shape.dst.steps, sizeof kernel.fixed.dst);
-      rows->kernels.push_back(std::move(kernel));
+    try {
+      return run_rows(*kernels, read_plan(plan), known, *src, *dst, count, status, stream);
+    } catch (const TooManyLoops &) {
+      return PORTAKV_ROWS_LOOPS;
     }
-    return rows.release();
-  } catch (...) {
-    return nullptr;
-  }
-}
-
-void portakv_rows_close(portakv_rows *rows) { delete rows; }
-
-int portakv_rows_run(const portakv_rows *rows, const portakv_rows_side *src,
-                     const portakv_rows_side *dst, int64_t count, uint64_t status, void *stream) {
-  const int64_t unit = rows->unit;
-  const int64_t units = count / unit;
-  // The kernel counts units in 32 bits, those of the views and those of the copy.
-  if (std::max({src->slots, dst->slots, count}) / unit > kMaxNumbers) return PORTAKV_ROWS_UNITS;
-  alignas(16) unsigned char buffer[kMostBytes];
-  for (const Kernel &kernel : rows->kernels) {
-    const RowsShape &shape = kernel.shape;
-    Argument argument = kernel.fixed;
-    argument.from = request_of(shape.src, *src, unit);
-    argument.to = request_of(shape.dst, *dst, unit);
-    argument.status = static_cast<int64_t>(status);
-    const int64_t payload = units * shape.row * shape.planes * shape.vector;
-    int64_t each = 1;
-    for (const Cut::Tuning &tuning : kernel.cut.tunings) {
-      if (payload < tuning.payload) continue;
-      each = tuning.each;
-      argument.ahead = static_cast<uint32_t>(tuning.ahead / shape.vector);
-      break;
-    }
-    auto *tables = reinterpret_cast<int64_t *>(buffer + sizeof(Argument));
-    for (const RowsSide *side : {&shape.src, &shape.dst}) {
-      const portakv_rows_side &view = side == &shape.src ? *src : *dst;
-      if (side->entries != 0) {
-        std::memcpy(tables, view.addresses + side->table, 8 * static_cast<size_t>(side->entries));
-      }
-      tables += std::max<int64_t>(1, side->entries);
-    }
-    void *parameters[] = {buffer};
-    const int64_t most = kernel.cut.most_units;
-    for (int64_t start = 0; start < units; start += most) {
-      const int64_t part = std::min(most, units - start);
-      argument.start = static_cast<uint32_t>(start);
-      argument.units = static_cast<uint32_t>(part);
-      std::memcpy(buffer, &argument, sizeof argument);
-      unsigned x = 0;
-      unsigned y = 0;
-      grid_of(kernel, part, each, &x, &y);
-      const int error = rows->launch(kernel.functions[each - 1], x, y, 1,
-                                     static_cast<unsigned>(kernel.cut.threads), 1, 1, 0, stream,
-                                     parameters, nullptr);
-      if (error != 0) return error;
-    }
-  }
-  return 0;
-}
-
-int portakv_rows_again(const portakv_rows *rows, const portakv_rows_side *src,
-                       const portakv_rows_side *dst, int64_t src_at, int64_t dst_at, int64_t first,
-                       int64_t count, uint64_t status, void *stream) {
-  const auto placed = [first](const portakv_rows_side &side, const int64_t *at) {
-    portakv_rows_side result = side;
-    if (side.ids != 0) {
-      result.ids = *at;
-      result.offset = first;
-    } else {
-      result.addresses = at;
-      result.offset = 0;
-    }
-    return result;
-  };
-  const portakv_rows_side from = placed(*src, &src_at);
-  const portakv_rows_side to = placed(*dst, &dst_at);
-  return portakv_rows_run(rows, &from, &to, count, status, stream);
+  });
 }
 
 }  // extern "C"

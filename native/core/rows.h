@@ -6,9 +6,12 @@
 #ifndef PORTAKV_ROWS_H
 #define PORTAKV_ROWS_H
 
+#include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
+#include "core.h"
 #include "plan.h"
 
 namespace portakv {
@@ -30,14 +33,24 @@ enum Lookup : int64_t {
   kByUnit = 2,      // entries in device memory, also chosen by the number of a unit
 };
 
+// The extents of a few loops. Words: a count and so many extents.
+struct Extents {
+  size_t count = 0;
+  int64_t values[kMaxInner];
+
+  void push(int64_t extent) { values[count++] = extent; }
+  const int64_t *begin() const { return values; }
+  const int64_t *end() const { return values + count; }
+};
+
 // What a plan fixes about one side. Words: ids, per_id, lookup, entries, the bounded extents of a
-// unit's number (a count and so many), table.
+// unit's number, table.
 struct RowsSide {
   bool ids;
   int64_t per_id;  // units of one id; 1 without ids
   Lookup lookup;
   int64_t entries;  // of the table in the argument
-  std::vector<int64_t> bounded;
+  Extents bounded;
   int64_t table;    // the origin's entry of the view's table
   int64_t offset;   // bytes from there
   int64_t stride;   // bytes from one unit to the next, within the innermost step
@@ -45,15 +58,15 @@ struct RowsSide {
 };
 
 // One nest of a plan as a kernel. Words: vector, run, lanes, row, planes, the extents of the loops
-// inside a unit, and those over planes (each a count and so many), then the two sides.
+// inside a unit, and those over planes, then the two sides.
 struct RowsShape {
   int64_t vector;  // bytes
   int64_t run;     // vectors
   int64_t lanes;   // places of threads for the vectors of one unit in one plane
   int64_t row;     // vectors of one unit in one plane
   int64_t planes;
-  std::vector<int64_t> inner;
-  std::vector<int64_t> outer;
+  Extents inner;
+  Extents outer;
   RowsSide src;
   RowsSide dst;
 };
@@ -77,6 +90,68 @@ struct TooManyLoops {
 RowsShape rows_shape(const Nest &nest, int64_t unit, const RowsOptions &options);
 
 void write_shape(const RowsShape &shape, Writer &writer);
+
+// cuLaunchKernel and hipModuleLaunchKernel.
+using LaunchKernel = int (*)(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                             unsigned block_x, unsigned block_y, unsigned block_z,
+                             unsigned shared_bytes, void *stream, void **parameters, void **extra);
+
+// How a kernel's launch is cut: the vectors that a thread moves, and the grid, by the units.
+struct Cut {
+  struct Tuning {
+    int64_t payload;  // the least bytes that the tuning is for
+    int64_t each;     // vectors that one thread moves
+    int64_t ahead;    // bytes to prefetch ahead in copy order
+  };
+  // A copy by a few thread blocks that stay until all is moved.
+  struct Staying {
+    int64_t small_bytes;
+    int64_t small;   // the most thread blocks of a launch up to `small_bytes`
+    int64_t large;   // and of a larger one
+    int64_t width;   // vectors that a block moves in one turn
+    int64_t length;  // vectors of a unit in the planes that a block walks through
+    int64_t groups;  // of such planes
+  };
+  int64_t threads;
+  int64_t most_units;  // of one launch
+  std::vector<Tuning> tunings;
+  bool stays;
+  Staying staying;
+};
+
+// A loaded kernel.
+struct Kernel {
+  std::vector<int64_t> shape;  // its words
+  Cut cut;
+  void *functions[2];  // by the vectors that a thread moves, less one
+  Kernel *next;        // of the same bucket
+};
+
+}  // namespace portakv
+
+// The loaded kernels of a device, by the words of their shapes. It only grows, and a reader takes no
+// lock: a forked child may find any lock taken.
+struct portakv_kernels {
+  explicit portakv_kernels(portakv::LaunchKernel launch_);
+  ~portakv_kernels();
+
+  void add(portakv::Kernel *kernel);
+  const portakv::Kernel *find(const int64_t *words, size_t count) const;
+
+  const portakv::LaunchKernel launch;
+
+ private:
+  static constexpr size_t kBuckets = 256;
+  std::atomic<portakv::Kernel *> buckets_[kBuckets];
+};
+
+namespace portakv {
+
+// Order a copy of `count` tokens, whole units, on a stream of the current device; see
+// `portakv_rows_run`, whose result this returns. Throw `TooManyLoops` and `Malformed`.
+int64_t run_rows(const portakv_kernels &kernels, const Plan &plan, const RowsOptions &options,
+                 const portakv_rows_side &src, const portakv_rows_side &dst, int64_t count,
+                 uint64_t status, void *stream);
 
 }  // namespace portakv
 

@@ -15,7 +15,7 @@ from posixpath import normpath
 from typing import NamedTuple
 
 from portakv.core.plan import Refused
-from portakv.core.rows import LOOPS, SideShape, shape_of
+from portakv.core.rows import LOOPS, RowsShape, SideShape, describe
 from portakv.errors import Unsupported
 from portakv.plan.plan import CopyPlan
 from portakv.runtime.bounded import Bounded
@@ -84,7 +84,8 @@ class RowsKernel:
             `PEER_TUNING`.
 
     Attributes:
-        shape: what the plan fixes.
+        words: what the plan fixes, as the core describes it.
+        shape: the same.
         most_units: the most units of one launch.
 
     Raises:
@@ -108,7 +109,7 @@ class RowsKernel:
         self.threads = threads
         self.tunings = peer or tunings or TUNING
         try:
-            self.shape = shape_of(plan.words, nest, options_of(plan, self.by_source))
+            self.words = describe(plan.words, nest, options_of(plan, self.by_source))
         except Refused as refused:
             if refused.code != LOOPS:
                 raise
@@ -118,6 +119,7 @@ class RowsKernel:
                 "the kernel takes 4 loops over planes, 6 inside a unit and 65535 planes; use "
                 "backend 'reference'",
             ) from None
+        self.shape = RowsShape.of(self.words)
         self.most_units = max(1, (MAX_VECTORS - 1) // self.shape.lanes)
 
     @property
@@ -145,7 +147,7 @@ class RowsKernel:
 
     @property
     def cut(self) -> list[int]:
-        """The words by which the core cuts launches; `portakv_rows_open` has their order."""
+        """The words by which the core cuts launches; `portakv_kernels_add` has their order."""
         tunings = [number for tuning in self.tunings for number in tuning]
         return [self.threads, self.most_units, 0, len(self.tunings), *tunings]
 

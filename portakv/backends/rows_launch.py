@@ -6,8 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
-from itertools import chain
+from functools import cached_property, partial
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -21,7 +20,7 @@ from portakv.backends.rows_kernel import (
     kernels_of,
     options_of,
 )
-from portakv.core.rows import UNITS, Rows, pack_side
+from portakv.core.rows import UNITS, Kernels, pack_side
 from portakv.errors import Unsupported
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import Bounded
@@ -85,6 +84,14 @@ class LoadedKernels:
             for kernel, functions in zip(kernels, loaded, strict=True)
         ]
 
+    def add_to(self, table: Kernels, kernels: Sequence[RowsKernel]) -> None:
+        """Load row kernels and add them to a table of the core; raise as `functions`."""
+        for kernel, entries in zip(kernels, self.functions(kernels), strict=True):
+            handles = [
+                self._driver.address(entries[each]) if each in entries else 0 for each in (1, 2)
+            ]
+            table.add(kernel.words, kernel.cut, handles)
+
     def _load(self, kernel: KernelText) -> dict[str, object]:
         if self._capturing():
             raise refuse_capture()
@@ -107,10 +114,21 @@ class RowsBackend(Backend):
         places = places_on(self.device) | PEERS
         return Capabilities(places, skips_negative=True, guards=True, capturable=True)
 
+    @cached_property
+    def kernels(self) -> Kernels:
+        """The kernels of copies inside the device."""
+        return Kernels(self._driver.entry)
+
+    @cached_property
+    def _peer_kernels(self) -> Kernels:
+        """The kernels that read a peer's rows: their launches are cut otherwise."""
+        return Kernels(self._driver.entry)
+
     def prepare(self, plan: CopyPlan) -> Launch:
         kernels = kernels_of(plan, self.threads, self.tunings)
-        functions = self._kernels.functions(kernels)
-        return RowsLaunch(plan, kernels, functions, self._driver, self.device)
+        table = self._peer_kernels if plan.src.place == "peer" else self.kernels
+        self._kernels.add_to(table, kernels)
+        return RowsLaunch(plan, kernels, table, self._driver, self.device)
 
 
 class RowsLaunch(MoveLaunch):
@@ -118,7 +136,7 @@ class RowsLaunch(MoveLaunch):
 
     Args:
         kernels: one for each nest.
-        functions: the entries of each kernel, as `LoadedKernels` returns them.
+        table: has these kernels.
         driver: of the device that the kernels are loaded on.
         home: that device, where they read tables of addresses.
     """
@@ -127,13 +145,12 @@ class RowsLaunch(MoveLaunch):
         self,
         plan: CopyPlan,
         kernels: Sequence[RowsKernel],
-        functions: Sequence[dict[int, object]],
+        table: Kernels,
         driver: RowsDriver,
         home: torch.device,
     ) -> None:
         self._driver = driver
         self._home = home
-        self._most = min(kernel.most_units for kernel in kernels) * plan.unit
         self._unit = plan.unit
         shapes = [kernel.shape for kernel in kernels]
         #: For each side, whether a kernel reads the table of addresses.
@@ -141,28 +158,9 @@ class RowsLaunch(MoveLaunch):
             any(LOOKUPS[shape.src.lookup] == "UNITS" for shape in shapes),
             any(LOOKUPS[shape.dst.lookup] == "UNITS" for shape in shapes),
         )
-        #: For each side, whether a launch without ids begins at one address, its first.
-        self._dense = (
-            all(LOOKUPS[x.src.lookup] == "NONE" and not x.src.table for x in shapes),
-            all(LOOKUPS[x.dst.lookup] == "NONE" and not x.dst.table for x in shapes),
-        )
-        handles = [
-            driver.address(entries[each]) if each in entries else 0
-            for entries in functions
-            for each in (1, 2)
-        ]
-        cuts = chain.from_iterable(kernel.cut for kernel in kernels)
-        options = options_of(plan, kernels[0].by_source)
-        self._rows = Rows(plan.words, options, cuts, handles, driver.entry)
-
-    def again(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
-    ) -> RowsAgain | None:
-        """See `base.Repeatable`."""
-        for index, dense in zip((src_index, dst_index), self._dense, strict=True):
-            if index.ids is None and not dense:
-                return None
-        return RowsAgain(self, Move(src, dst, src_index, dst_index, 0))
+        self._table = table
+        self._plan = plan.words
+        self._options = options_of(plan, kernels[0].by_source)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         """Order a copy on a stream of the driver's; see `MoveLaunch`."""
@@ -172,11 +170,11 @@ class RowsLaunch(MoveLaunch):
                 self.enqueue(move, stream, status)
             return
         word = 0 if status is None else self._driver.word(status.data_ptr())
-        src, dst = self.sides(move)
-        error = self._rows.run(src, dst, move.count, word, handle)
+        call = self._plan, self._options, *self.sides(move), move.count, word, handle
+        error = self._table.run(*call)
         if error == NO_CONTEXT:  # the first work of a thread
             with self._driver.current():
-                error = self._rows.run(src, dst, move.count, word, handle)
+                error = self._table.run(*call)
         if error:
             self.refuse(error, move.src.slots, move.dst.slots, move.count)
 
@@ -218,32 +216,3 @@ class RowsLaunch(MoveLaunch):
                 f"the kernel counts {COUNTED} units; use backend 'reference'",
             )
         self._driver.refuse(error, "The launch")
-
-
-class RowsAgain:
-    """A repeated launch; see `base.Again`."""
-
-    def __init__(self, launch: RowsLaunch, move: Move) -> None:
-        self._launch = launch
-        self._src, self._dst = launch.sides(move)
-        # The sides name these arrays; the memory of the views is not retained.
-        self._addresses = [view.addresses for view in (move.src, move.dst) if view.known]
-        self._slots = move.src.slots, move.dst.slots
-        self.most = launch._most
-        self._number = launch._driver.number
-        self._word = launch._driver.word
-        self._again = launch._rows.again
-
-    def __call__(self, src: int, dst: int, first: int, count: int, status: int) -> None:
-        handle = self._number(None)
-        if handle is None:
-            with self._launch._driver.current():
-                self(src, dst, first, count, status)
-            return
-        word = self._word(status) if status else 0
-        error = self._again(self._src, self._dst, src, dst, first, count, word, handle)
-        if error == NO_CONTEXT:
-            with self._launch._driver.current():
-                error = self._again(self._src, self._dst, src, dst, first, count, word, handle)
-        if error:
-            self._launch.refuse(error, *self._slots, count)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterable
-from ctypes import c_char_p, c_int, c_int64, c_uint64, c_void_p
+from ctypes import c_char_p, c_int64, c_uint64, c_void_p
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from .plan import Refused
 # The codes of `core.h`.
 LOOPS = -40
 UNITS = -41
+NOT_LOADED = -42
+NO_TABLE = -43
 
 #: More words than a kernel has: it has at most 16 extents for each of its axes.
 _ROOM = 256
@@ -51,9 +53,24 @@ class RowsShape(NamedTuple):
     src: SideShape
     dst: SideShape
 
+    @classmethod
+    def of(cls, words: Iterable[int]) -> RowsShape:
+        """Return the shape of words that `describe` returned."""
+        numbers = iter(words)
 
-def shape_of(plan: array[int], nest: int, options: array[int]) -> RowsShape:
-    """Return one nest of a plan as a kernel; see `portakv_rows_describe`.
+        def extents() -> tuple[int, ...]:
+            return tuple(next(numbers) for _ in range(next(numbers)))
+
+        def side() -> SideShape:
+            ids, per_id, lookup, entries = (next(numbers) for _ in range(4))
+            return SideShape(bool(ids), per_id, lookup, entries, extents(), next(numbers))
+
+        vector, run, lanes, row, planes = (next(numbers) for _ in range(5))
+        return cls(vector, run, lanes, row, planes, extents(), extents(), side(), side())
+
+
+def describe(plan: array[int], nest: int, options: array[int]) -> array[int]:
+    """Return the words of one nest of a plan as a kernel; see `portakv_rows_describe`.
 
     Args:
         plan: the words of the plan.
@@ -66,73 +83,51 @@ def shape_of(plan: array[int], nest: int, options: array[int]) -> RowsShape:
     count = _functions().describe(_at(plan), nest, _at(options), _at(out), _ROOM)
     if count < 0:
         raise Refused(count, out)
-    words = iter(out[:count])
-
-    def extents() -> tuple[int, ...]:
-        return tuple(next(words) for _ in range(next(words)))
-
-    def side() -> SideShape:
-        ids, per_id, lookup, entries = (next(words) for _ in range(4))
-        return SideShape(bool(ids), per_id, lookup, entries, extents(), next(words))
-
-    vector, run, lanes, row, planes = (next(words) for _ in range(5))
-    return RowsShape(vector, run, lanes, row, planes, extents(), extents(), side(), side())
+    return out[:count]
 
 
-class Rows:
-    """The launches of a plan by its kernels, which any thread may call; see `portakv_rows_open`.
+class Kernels:
+    """The loaded kernels of a device by their shapes, for any thread; see `portakv_kernels_open`.
 
     Args:
-        cuts: the words of every kernel's cut.
-        functions: for each kernel the driver's two handles.
         launch: the address of the driver's function.
+
+    Attributes:
+        address: of the table, for calls of the core.
     """
 
-    def __init__(
+    def __init__(self, launch: int) -> None:
+        core = _functions()
+        self._close = core.close
+        self._run = core.run
+        self.address: int = core.open(launch)
+        if not self.address:
+            raise _refused()
+
+    def add(self, shape: array[int], cut: Iterable[int], functions: Iterable[int]) -> None:
+        """Add the kernel of a shape, unless there is one; see `portakv_kernels_add`."""
+        words = array("q", cut)
+        handles = array("q", functions)
+        code = _functions().add(self.address, _at(shape), len(shape), _at(words), _at(handles))
+        if code:
+            raise _refused()
+
+    def run(
         self,
         plan: array[int],
         options: array[int],
-        cuts: Iterable[int],
-        functions: Iterable[int],
-        launch: int,
-    ) -> None:
-        core = _functions()
-        words = array("q", cuts)
-        handles = array("q", functions)
-        self._close = core.close
-        self._run = core.run
-        self._again = core.again
-        self.address = core.open(_at(plan), _at(options), _at(words), _at(handles), launch)
-        if not self.address:
-            raise PortaKVError(
-                "Expected launches of one or two vectors for each thread, and memory for them, got "
-                "a refusal of the core. Pass such tunings, or free memory."
-            )
-
-    def run(self, src: bytes, dst: bytes, count: int, status: int, stream: int) -> int:
-        """Order a copy, and return 0, `UNITS` or the driver's error; see `portakv_rows_run`.
-
-        ``src`` and ``dst`` are sides by `pack_side`.
-        """
-        result: int = self._run(self.address, src, dst, count, status, stream)
-        return result
-
-    def again(
-        self,
         src: bytes,
         dst: bytes,
-        src_at: int,
-        dst_at: int,
-        first: int,
         count: int,
         status: int,
         stream: int,
     ) -> int:
-        """Order a copy between sides at other addresses as `run` does; see
-        `portakv_rows_again`."""
-        result: int = self._again(
-            self.address, src, dst, src_at, dst_at, first, count, status, stream
-        )
+        """Order a copy, and return 0, a code or the driver's error; see `portakv_rows_run`.
+
+        ``src`` and ``dst`` are sides by `pack_side`.
+        """
+        at = plan.buffer_info()[0], options.buffer_info()[0]
+        result: int = self._run(self.address, *at, src, dst, count, status, stream)
         return result
 
     def __del__(self) -> None:
@@ -140,12 +135,19 @@ class Rows:
             self._close(self.address)
 
 
+def _refused() -> PortaKVError:
+    return PortaKVError(
+        "Expected launches of one or two vectors for each thread, and memory for them, got a "
+        "refusal of the core. Pass such tunings, or free memory."
+    )
+
+
 class _Functions(NamedTuple):
     describe: Any
     open: Any
     close: Any
+    add: Any
     run: Any
-    again: Any
 
 
 def _at(words: array[int]) -> int:
@@ -160,20 +162,20 @@ def _functions() -> _Functions:
     describe = core.portakv_rows_describe
     describe.argtypes = (c_void_p, c_int64, c_void_p, c_void_p, c_int64)
     describe.restype = c_int64
-    make = core.portakv_rows_open
-    make.argtypes = (c_void_p,) * 5
+    make = core.portakv_kernels_open
+    make.argtypes = (c_void_p,)
     make.restype = c_void_p
-    close = core.portakv_rows_close
+    close = core.portakv_kernels_close
     close.argtypes = (c_void_p,)
     close.restype = None
+    add = core.portakv_kernels_add
+    add.argtypes = (c_void_p, c_void_p, c_int64, c_void_p, c_void_p)
+    add.restype = c_int64
     run = core.portakv_rows_run
-    run.argtypes = (c_void_p, c_char_p, c_char_p, c_int64, c_uint64, c_void_p)
-    run.restype = c_int
-    again = core.portakv_rows_again
-    again.argtypes = (
-        *(c_void_p, c_char_p, c_char_p),
-        *(c_int64, c_int64, c_int64, c_int64),
-        *(c_uint64, c_void_p),
+    run.argtypes = (
+        *(c_void_p, c_void_p, c_void_p),
+        *(c_char_p, c_char_p),
+        *(c_int64, c_uint64, c_void_p),
     )
-    again.restype = c_int
-    return _Functions(describe, make, close, run, again)
+    run.restype = c_int64
+    return _Functions(describe, make, close, add, run)

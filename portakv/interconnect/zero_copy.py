@@ -18,14 +18,15 @@ import torch
 
 from portakv.backends.base import PEERS, Capabilities, Decision, Launch
 from portakv.backends.rows_kernel import RowsKernel, Tuning
-from portakv.backends.rows_launch import LoadedKernels, RowsAgain, RowsLaunch
+from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
+from portakv.core.rows import Kernels
 from portakv.errors import Unsupported
 from portakv.interconnect.strategy import PINNED, SMALL, Move, Strategy, StrategyLaunch, Terms
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import bring_table
 from portakv.runtime import cuda, streams
 from portakv.runtime.devices import capturing, refuse_fork, this_process
-from portakv.view.index import Index
+from portakv.view.form import PLACES
 from portakv.view.view import KVView
 
 NAME = "portakv_direct"
@@ -155,6 +156,11 @@ class ZeroCopy(Strategy):
     def _kernels(self) -> LoadedKernels:
         return LoadedKernels(self._driver, lambda: capturing(self.device))
 
+    @cached_property
+    def _tables(self) -> dict[str, Kernels]:
+        """The kernels by the place that they read: their launches are cut otherwise for each."""
+        return {place: Kernels(self._driver.entry) for place in PLACES}
+
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
         if device.type == "cpu":
@@ -187,7 +193,9 @@ class ZeroCopy(Strategy):
 
     def prepare(self, plan: CopyPlan) -> Launch:
         kernels = [ZeroCopyKernel(plan, nest, self.terms) for nest in range(plan.words[1])]
-        rows = _Rows(plan, kernels, self._kernels.functions(kernels), self._driver, self.device)
+        table = self._tables[plan.src.place]
+        self._kernels.add_to(table, kernels)
+        rows = _Rows(plan, kernels, table, self._driver, self.device)
         return _ZeroCopyLaunch(plan, self.device, rows)
 
 
@@ -225,12 +233,6 @@ class _ZeroCopyLaunch(StrategyLaunch):
             # A graph's memory belongs to its owner.
             if self._pinned and host.retained and not captured:
                 streams.completion(self.device, stream, *host.retained)
-
-    def again(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
-    ) -> RowsAgain | None:
-        """Return the packed launch as `base.Repeatable`; its caller retains host memory."""
-        return self._rows.again(src, dst, src_index, dst_index)
 
     def repeatable(self, move: Move) -> Launch:
         """Return the launch of the kernel alone; see `Prepared`."""

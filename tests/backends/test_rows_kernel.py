@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.command_line import new_python, registered
 from support.cuda_cases import COPIES, seed_bug
-from support.cuda_on_cpu import FLAGS, CudaOnCpu, HostDriver, why_not
+from support.cuda_on_cpu import FLAGS, CudaOnCpu, why_not
 from support.each_backend import Carrier
 from support.guarded_memory import refused
 
@@ -22,7 +22,6 @@ from portakv import Unsupported
 from portakv.backends import ascend_kernel, rows_kernel
 from portakv.backends.base import Backend
 from portakv.backends.rows_kernel import kernel_text
-from portakv.backends.rows_launch import RowsLaunch
 from portakv_conformance.vendor.ascendc_emulated import AscendC
 from portakv_conformance.vendor.hip_emulated import HipEmulated
 
@@ -63,52 +62,6 @@ def test_a_text_has_what_it_includes_in_its_place_once() -> None:
     assert direct.count(rows) == 1
     assert "#include" not in direct
     assert direct.index("void copy_rows(") < direct.index("void copy_direct(")
-
-
-REPEATED = ["gather", "scatter", "gather int32", "blocks", "memory objects, blocks"]
-
-
-@pytest.mark.parametrize("name", REPEATED)
-def test_a_repeated_launch_moves_what_the_first_one_does(name: str) -> None:
-    """It gets other addresses, ids and counts, and reports a bad id by its position."""
-    copied = COPIES[name]()
-    src = copied.src.view()
-    dst = copied.dst.view()
-    src_index = copied.src.index()
-    dst_index = copied.dst.index()
-    launch = CudaOnCpu(CPU).prepare(copied.plan())
-    assert isinstance(launch, RowsLaunch)
-    assert isinstance(launch._driver, HostDriver)
-    launch._driver.readable = src.spans
-    repeat = launch.again(src, dst, src_index, dst_index)
-    assert repeat is not None
-    assert repeat.most >= copied.count
-    status = torch.zeros(1, dtype=torch.int64)
-    view, index, end = next(
-        side
-        for side in ((src, src_index, copied.src), (dst, dst_index, copied.dst))
-        if side[1].ids is not None
-    )
-    assert index.ids is not None
-    assert end.ids is not None
-    bad = len(end.ids) - 1
-    index.ids[bad] = view.slots // index.step
-    end.ids = index.ids.tolist()
-    read_at, written_at = (
-        view.origins[0] if index.ids is None else index.ids.data_ptr()
-        for view, index in ((src, src_index), (dst, dst_index))
-    )
-    copied.check(lambda: repeat(read_at, written_at, 0, copied.count, status.data_ptr()))
-    assert int(status) == 1 + bad * index.step
-
-
-def test_tensors_without_ids_have_no_address_in_common() -> None:
-    """Keys and values in tensors of their own: a repeat would be given one address for both."""
-    copied = COPIES["two nests"]()
-    sides = (copied.src.view(), copied.dst.view(), copied.src.index(), copied.dst.index())
-    launch = CudaOnCpu(CPU).prepare(copied.plan())
-    assert isinstance(launch, RowsLaunch)
-    assert launch.again(*sides) is None
 
 
 # What it refuses

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.cuda_on_cpu import CudaOnCpu, HostDriver, why_not
+from support.cuda_on_cpu import LAUNCH, CudaOnCpu, HostDriver, why_not
 from support.guarded_memory import refused
 
 from portakv import CopyPlan, Index, KVView, Unsupported
 from portakv.backends.rows_kernel import RowsKernel
 from portakv.backends.rows_launch import NO_CONTEXT
 from portakv.core.plan import MALFORMED, Refused
-from portakv.core.rows import Rows, shape_of
+from portakv.core.rows import NO_TABLE, NOT_LOADED, Kernels, RowsShape, describe, pack_side
 from portakv.errors import PortaKVError
 
 OPTIONS = array("q", [1, 0, 0, 0, 0])
@@ -68,7 +69,7 @@ def test_a_row_has_a_place_for_each_vector_wherever_it_begins(vector: int) -> No
     for row in range(1, 300):
         plan = words([])
         plan[-8:-6] = array("q", [row * vector, vector])
-        shape = shape_of(plan, 0, options)
+        shape = RowsShape.of(describe(plan, 0, options))
         each = 32 // vector
         if row * vector % 32 == 0:
             assert shape.lanes == row
@@ -83,15 +84,12 @@ def test_a_row_has_a_place_for_each_vector_wherever_it_begins(vector: int) -> No
 
 def test_a_plan_has_no_such_nest() -> None:
     with pytest.raises(Refused) as error:
-        shape_of(words([]), 1, OPTIONS)
+        describe(words([]), 1, OPTIONS)
     assert error.value.code == MALFORMED
 
 
 @pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
-@pytest.mark.parametrize("repeated", [False, True])
-def test_the_first_launch_of_a_thread_makes_its_context(
-    repeated: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_launch_of_a_thread_makes_its_context() -> None:
     class Fresh(HostDriver):
         """A driver that launches only after a context was made current."""
 
@@ -115,12 +113,7 @@ def test_the_first_launch_of_a_thread_makes_its_context(
     ids = Index(torch.tensor([3, 1]))
     launch: Any = OnFresh(torch.device("cpu")).prepare(CopyPlan(src.form, dst.form, 1, 0))
     launch._driver.readable = src.spans
-    assert ids.ids is not None
-    if repeated:
-        again = launch.again(src, dst, ids, Index())
-        again(ids.ids.data_ptr(), dst.origins[0], 0, 2, 0)
-    else:
-        launch(src, dst, ids, Index(), 2, None, None)
+    launch(src, dst, ids, Index(), 2, None, None)
     assert torch.equal(landed, rows[[3, 1]])
 
 
@@ -140,7 +133,44 @@ def test_a_copy_of_more_units_than_are_counted() -> None:
 def test_a_thread_moves_one_or_two_vectors(each: int) -> None:
     cut = [128, 1 << 20, 0, 1, 0, each, 0]
     with pytest.raises(PortaKVError, match="one or two vectors for each thread"):
-        Rows(words([]), OPTIONS, cut, (1, 2), 1)
+        Kernels(1).add(words([]), cut, (1, 2))
+
+
+def test_a_copy_whose_kernel_was_not_added() -> None:
+    plan = words([])
+    addresses = array("q", [0])
+    side = pack_side(addresses.buffer_info()[0], 0, 0, 0, 0, 16)
+    assert Kernels(0).run(plan, OPTIONS, side, side, 1, 0, 0) == NOT_LOADED
+
+
+def test_a_kernel_reads_no_table_that_the_device_has_not() -> None:
+    plan = words([])
+    side = pack_side(0, 0, 0, 0, 0, 16)
+    table = Kernels(0)
+    on_device = array("q", [1, 0, 1, 0, 0])
+    assert table.run(plan, on_device, side, side, 1, 0, 0) == NO_TABLE
+
+
+def test_kernels_are_found_by_all_words_of_their_shapes() -> None:
+    """More kernels than the table has buckets, each with its own handle."""
+    launched: list[int] = []
+
+    def launch(function: int, *rest: Any) -> int:
+        launched.append(function)
+        return 0
+
+    entry = LAUNCH(launch)
+    table = Kernels(ctypes.cast(entry, ctypes.c_void_p).value or 0)
+    plans = [words([(LAYER, layers)]) for layers in range(2, 700)]
+    for number, plan in enumerate(plans, 1):
+        one = kernel(plan)
+        table.add(one.words, one.cut, (number, 0))
+        table.add(one.words, one.cut, (-1, 0))  # it has that one
+    addresses = array("q", [0])
+    side = pack_side(addresses.buffer_info()[0], 0, 0, 0, 0, 16)
+    for plan in plans:
+        assert table.run(plan, OPTIONS, side, side, 1, 0, 0) == 0
+    assert launched == [*range(1, len(plans) + 1)]
 
 
 @pytest.mark.skipif(why_not() is not None, reason=why_not() or "")

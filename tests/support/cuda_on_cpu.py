@@ -23,6 +23,7 @@ from portakv import CopyPlan, KVView
 from portakv.backends.base import Backend, Capabilities, Decision, Launch
 from portakv.backends.rows_kernel import NAMES, kernels_of
 from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
+from portakv.core.rows import Kernels
 from portakv.runtime.cuda import CudaDriver
 from portakv_conformance.vendor.hip_emulated import SHIM
 
@@ -104,17 +105,23 @@ class CudaOnCpu(Backend):
     def capabilities(self) -> Capabilities:
         return Capabilities(places=HOST_PLACES, skips_negative=True, guards=True)
 
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._driver = self.driver()
+        self._loaded = LoadedKernels(self._driver, lambda: False)
+        self.kernels = Kernels(self._driver.entry)
+
     def prepare(self, plan: CopyPlan) -> Launch:
-        driver = self.driver()
         kernels = kernels_of(plan)
-        functions = LoadedKernels(driver, lambda: False).functions(kernels)
+        self._loaded.add_to(self.kernels, kernels)
+        functions = self._loaded.functions(kernels)
         for kernel, function in zip(kernels, functions, strict=True):
             entry: Any = function[1]
             library, _ = entry
             sizes = [max(1, side.entries) for side in (kernel.shape.src, kernel.shape.dst)]
             assert library.dst_table_at() == ARGUMENT_BYTES + 8 * sizes[0]
             assert library.argument_bytes() == ARGUMENT_BYTES + 8 * sum(sizes)
-        return _Launch(plan, kernels, functions, driver, CPU)
+        return _Launch(plan, kernels, self.kernels, self._driver, CPU)
 
 
 class _Launch(RowsLaunch):

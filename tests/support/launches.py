@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from portakv import CopyPlan
 from portakv.backends.rows_kernel import RowsKernel, options_of
-from portakv.core.rows import Rows, pack_side
+from portakv.core.rows import Kernels, pack_side
 from support.cuda_on_cpu import LAUNCH
 
 #: Where the argument has the vectors to prefetch ahead.
@@ -40,8 +40,9 @@ def launches(plan: CopyPlan, kernel: RowsKernel, units: int) -> list[Launched]:
     entry = LAUNCH(launch)
     options = options_of(plan, kernel.by_source)
     address = ctypes.cast(entry, ctypes.c_void_p).value or 0
-    rows = Rows(plan.words, options, kernel.cut, (1, 2), address)
+    table = Kernels(address)
+    table.add(kernel.words, kernel.cut, (1, 2))
     addresses = array("q", [0] * 256)
     side = pack_side(addresses.buffer_info()[0], 0, 0, 0, 0, 1 << 30)
-    assert rows.run(side, side, units * plan.unit, 0, 0) == 0
+    assert table.run(plan.words, options, side, side, units * plan.unit, 0, 0) == 0
     return asked
