@@ -309,6 +309,7 @@ typedef struct {
   void *tensor;          // the types whose tensors are plain: torch.Tensor
   void *parameter;       // and torch.nn.Parameter
   void *storage_offset;  // unbound methods of torch.Tensor
+  void *untyped_storage;
   void *is_neg;
   void *is_conj;
   void *is_pinned;
@@ -327,6 +328,80 @@ typedef struct {
 // as a list of pairs; slots; True if a tensor requires grad. Return a code as an integer if the
 // tensors cannot be read. Return NULL if a method of a tensor raised an error.
 PORTAKV_API void *portakv_view_read_tensors(const int64_t *bound, void *tensors);
+
+// --- Copies inside a device -------------------------------------------------------------------
+//
+// One call reads the tensors and the ids, checks them, plans the copy and launches its row kernels.
+// It keeps nothing. The caller holds the interpreter, which the launch releases.
+
+enum {
+  PORTAKV_COPY_OTHERWISE = -50,  // nothing was launched: the call is none of these, or is wrong
+  PORTAKV_COPY_DRIVER = -1000,   // less the driver's error; launches before it stay ordered
+  PORTAKV_COPY_TO_THE_END = -1   // of an end, or of a count: as many as there are
+};
+
+// Tensors and storages that must be as they were. Their owner keeps them and these arrays.
+typedef struct portakv_watch {
+  void *const *tensors;      // plain tensors of torch
+  const int64_t *addresses;  // of the first byte of each
+  int64_t count;
+  void *const *storages;
+  const int64_t *sizes;  // the bytes of each
+  int64_t storage_count;
+} portakv_watch;
+
+// Return 1 if each tensor has its address and each storage its bytes, else 0. The caller holds the
+// interpreter. `torch` is a PortakvTorch.
+PORTAKV_API int portakv_watch_unchanged(const void *torch, const portakv_watch *watch);
+
+// A view that outlives the call, on the device of the kernels.
+typedef struct portakv_copy_view {
+  const int64_t *form;       // words
+  const int64_t *dtypes;     // for each kv the word of its dtype, 0 for bytes
+  const int64_t *addresses;  // in memory of the host
+  int64_t table;             // where the device reads them; 0: it cannot
+  int64_t slots;
+  const int64_t *spans;  // sorted, disjoint: the first byte and the byte past the last of each
+  int64_t span_count;
+  int64_t device_type;  // as DLPack numbers it
+  int64_t device_id;
+  int64_t writable;         // a copy may write it
+  int64_t table_on_device;  // the device alone knows the addresses
+  const portakv_watch *watch;  // its memory; null: that of raw addresses, which nothing shows
+} portakv_copy_view;
+
+// Copy between rows of caches, by slots, and a chunk from its first token on.
+//
+// store       1 from the caches to the chunk, 0 the other way
+// bound       the layout of the chunk, with the address of a PortakvTorch
+// chunk       a tensor, or tensors in containers as the layout names them
+// ids         a list of integers, or a tensor of int32 or int64: a slot for each token
+// offset      ids that are passed over
+// start, end  the range of the remaining ids that is copied; the end may be TO_THE_END
+// list, room  memory that the kernels reach, with room for so many int64 ids of the host: the caller
+//             keeps it until the copy has ended. May be null.
+// status      as for `portakv_rows_run`; it is used only if ids lie on the device
+// Return the tokens times 4, plus 2 if `status` may be written, plus 1 if ids of the host skip
+// positions; or a code.
+PORTAKV_API int64_t portakv_copy_chunk(const portakv_kernels *kernels,
+                                       const portakv_copy_view *caches, int64_t store,
+                                       const int64_t *bound, void *chunk, void *ids, int64_t offset,
+                                       int64_t start, int64_t end, int64_t *list, int64_t room,
+                                       uint64_t status, void *stream);
+
+// Copy between two views by the ids of either side, or None for consecutive tokens.
+//
+// torch               a PortakvTorch
+// src_step, dst_step  tokens of an id; of a side without ids they do not matter
+// src_offset, ...     tokens that are passed over
+// count               tokens, or TO_THE_END of the ids
+// The others and the result are those of `portakv_copy_chunk`.
+PORTAKV_API int64_t portakv_copy_views(const portakv_kernels *kernels, const void *torch,
+                                       const portakv_copy_view *src, const portakv_copy_view *dst,
+                                       void *src_ids, void *dst_ids, int64_t src_step,
+                                       int64_t dst_step, int64_t src_offset, int64_t dst_offset,
+                                       int64_t count, int64_t *list, int64_t room, uint64_t status,
+                                       void *stream);
 
 #ifdef __cplusplus
 }

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of DLPack's exchange API and of Python's C API that reading tensors needs. Declared here,
+// Tensors of Python, and the part of DLPack's exchange API and of Python's C API that reading tensors needs. Declared here,
 // so that no header of Python or torch is needed to build the library.
 #ifndef PORTAKV_TENSORS_H
 #define PORTAKV_TENSORS_H
 
 #include <cstddef>
 #include <cstdint>
+
+#include "core.h"
+#include "few.h"
+#include "view.h"
 
 namespace portakv {
 
@@ -59,6 +63,10 @@ enum DlDeviceType : int32_t {
 
 enum DlTypeCode : uint8_t { kDlInt = 0, kDlUInt = 1, kDlComplex = 5 };
 
+constexpr bool is_host(int32_t type) {
+  return type == kDlCpu || type == kDlCudaHost || type == kDlRocmHost;
+}
+
 // --- Python -----------------------------------------------------------------------------------
 
 using Object = void *;
@@ -76,6 +84,7 @@ struct Python {
   Object (*tuple_item)(Object, ptrdiff_t);  // borrowed
   Object (*new_tuple)(ptrdiff_t);
   int (*set_tuple_item)(Object, ptrdiff_t, Object);  // takes the reference
+  ptrdiff_t (*size)(Object);
   ptrdiff_t (*dict_size)(Object);
   int (*dict_next)(Object, ptrdiff_t *, Object *, Object *);  // borrowed
   Object (*dict_item)(Object, Object);                        // borrowed
@@ -88,6 +97,9 @@ struct Python {
   Object (*new_bytes)(const char *, ptrdiff_t);
   Object (*error)();  // borrowed; null: there is none
   void (*clear_error)();
+  void *(*leave)();       // PyEval_SaveThread
+  void (*enter)(void *);  // PyEval_RestoreThread
+  Object none;
   Object list_type;
   Object tuple_type;
   Object dict_type;
@@ -95,6 +107,107 @@ struct Python {
 
 // Return the functions; null if the process has no interpreter.
 const Python *python();
+
+// A tensor or container that the core does not read.
+struct NotPlain {};
+
+// Python has an error that the caller raises.
+struct Raised {};
+
+// A reference to an object of Python.
+class Owned {
+ public:
+  Owned(const Python &python, Object object) : python_(python), object_(object) {}
+  ~Owned() {
+    if (object_) python_.release(object_);
+  }
+  Owned(const Owned &) = delete;
+  Owned &operator=(const Owned &) = delete;
+
+  Object get() const { return object_; }
+  Object hand_over() {
+    const Object object = object_;
+    object_ = nullptr;
+    return object;
+  }
+
+ private:
+  const Python &python_;
+  Object object_;
+};
+
+// Asks single tensors of torch.
+class Asker {
+ public:
+  Asker(const Python &python_, const PortakvTorch &torch_) : python(python_), torch(torch_) {}
+
+  // Describe a tensor; throw `NotPlain` for another type than torch.Tensor or, if `parameters`,
+  // torch.nn.Parameter, and for a tensor without memory: an empty one, or a transform's.
+  DlTensor describe(Object tensor, bool parameters) const;
+  // Return the elements from the first of a tensor's storage to its own first.
+  int64_t storage_offset(Object tensor) const;
+  // Return the bytes of a tensor's storage, which can have been resized.
+  int64_t storage_bytes(Object tensor) const;
+  // Return true if memory is as it was.
+  bool unchanged(const portakv_watch &watch) const;
+  bool holds(Object unbound, Object tensor) const;
+  bool truth(Object answer) const;
+  // Return an object; throw `Raised` for null.
+  static Object raised(Object result);
+
+  const Python &python;
+  const PortakvTorch &torch;
+
+ private:
+  Object method(Object unbound, Object tensor) const;
+};
+
+// The address of a tensor's first byte.
+inline int64_t begin_of(const DlTensor &facts) {
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(facts.data) + facts.byte_offset);
+}
+
+// Reads the tensors of one view. Its functions throw `NotPlain`, `Raised`, and what `read_view`
+// throws.
+class TensorReader {
+ public:
+  TensorReader(const Python &python, const PortakvTorch &torch, const Bound &bound)
+      : ask_(python, torch), bound_(bound) {}
+  ~TensorReader();
+
+  // Read a tensor, or plain tensors in containers as the layout names them.
+  void read(Object tensors);
+  // Return the answer of `portakv_view_read_tensors`: a new reference.
+  Object answer() const;
+
+  const View &view() const { return view_; }
+  const Tensors &tensors() const { return tensors_; }
+  const Few<Object, 40> &objects() const { return flat_; }
+  const Asker &ask() const { return ask_; }
+  DlDevice device() const { return device_; }
+  bool requires_grad() const { return requires_grad_; }
+
+ private:
+  void walk(Object item, size_t level);
+  ptrdiff_t enter(size_t level, ptrdiff_t length);
+  void describe(size_t n);
+  void check_bytes(Object tensor, bool is_unsigned) const;
+  void ask_hidden(size_t n);
+  bool all_pinned() const;
+  Object form_or_words() const;
+  Object integer(int64_t value) const;
+
+  const Asker ask_;
+  const Bound &bound_;
+  Few<Object, 40> flat_;  // references to the tensors in order
+  Few<int64_t, 8> sizes_;
+  Tensors tensors_;
+  View view_;
+  DlDevice device_ = {};
+  bool on_host_ = false;
+  bool is_complex_ = false;
+  bool requires_grad_ = false;
+};
 
 }  // namespace portakv
 

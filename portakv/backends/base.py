@@ -12,7 +12,7 @@ The library calls a backend in this order:
 
 The registry runs a self-check, from the claims to a launch, before it chooses a backend. If
 `check` or `prepare` rejects a plan, the registry tries the next backend, unless the caller forced
-this one. Two more methods are optional: `Backend.hides`, and `Repeatable.again` of a launch.
+this one. One more method is optional: `Backend.hides`.
 
 A copy that packs or unpacks rows has a `PackPlan`. The registry passes it only to a backend that
 claims its encoding, to `Backend.check_pack` and `Backend.prepare_pack` in place of `check` and
@@ -22,13 +22,15 @@ claims its encoding, to `Backend.check_pack` and `Backend.prepare_pack` in place
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import product
-from typing import Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 
+from portakv.core.rows import Kernels
 from portakv.errors import Unsupported
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
@@ -39,6 +41,8 @@ from portakv.view.index import Index
 from portakv.view.view import KVView
 
 _HOST = torch.device("cpu")
+#: Why a backend executes a plan inside its device.
+TAKES = "takes the plan"
 #: Rows on a different device than the one that a kernel runs on. The kernel reads them: no kernel
 #: writes into the memory of a different device.
 PEERS = frozenset({("peer", "device")})
@@ -214,6 +218,32 @@ class Repeatable(Launch, Protocol):
 FormatCheck = Callable[[torch.Tensor], str]
 
 
+class RowKernels(NamedTuple):
+    """The row kernels of a device, for copies that the core makes as a whole."""
+
+    table: Kernels
+    driver: RowsDriver
+
+
+class RowsDriver(Protocol):
+    """The driver of one device; `runtime.cuda.CudaDriver` documents each function."""
+
+    @property
+    def success(self) -> object: ...
+    @property
+    def launch(self) -> Callable[..., object]: ...
+    @property
+    def entry(self) -> int: ...
+    def load(self, source: str, names: Iterable[str]) -> dict[str, object]: ...
+    def address(self, function: object) -> int: ...
+    def handle(self, stream: torch.Stream | None) -> object: ...
+    def number(self, stream: torch.Stream | None) -> int | None: ...
+    def current(self) -> AbstractContextManager[object]: ...
+    def check(self, result: Any, what: str) -> None: ...
+    def refuse(self, error: int, what: str) -> NoReturn: ...
+    def word(self, address: int) -> int: ...
+
+
 class Backend(ABC):
     """One method of executing plans on one device.
 
@@ -224,6 +254,8 @@ class Backend(ABC):
         emulated: the device or the driver is emulated.
         carrier: the executor of plans if the backend has several, such as ``the AscendC kernel``.
         library: the path of a library that was built for the backend beforehand.
+        row_kernels: the core's table of the row kernels that copy inside the device, and the
+            driver that launches them. None: the backend's launches do all.
     """
 
     name: str = ""
@@ -231,6 +263,7 @@ class Backend(ABC):
     emulated: bool = False
     carrier: str = ""
     library: str = ""
+    row_kernels: RowKernels | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -269,7 +302,7 @@ class Backend(ABC):
             return decision
         """
         why = refusal(self.capabilities(), plan)
-        accepts = "takes the plan"
+        accepts = TAKES
         if plan.src.place == "peer":
             accepts = "reads the peer's rows, with the whole device"
         return Decision(self.name, why is None, why or accepts)

@@ -4,14 +4,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 import torch
 
-from portakv.backends.base import PEERS, Backend, Capabilities, Launch, MoveLaunch, places_on
+from portakv.backends.base import (
+    PEERS,
+    Backend,
+    Capabilities,
+    Launch,
+    MoveLaunch,
+    RowKernels,
+    RowsDriver,
+    places_on,
+)
 from portakv.backends.rows_kernel import (
     LOOKUPS,
     THREADS,
@@ -32,25 +40,6 @@ from portakv.view.view import KVView
 NO_CONTEXT = 201
 #: Units of a view or a copy, which the kernels count in 32 bits.
 COUNTED = 2**32
-
-
-class RowsDriver(Protocol):
-    """The driver of one device; `runtime.cuda.CudaDriver` documents each function."""
-
-    @property
-    def success(self) -> object: ...
-    @property
-    def launch(self) -> Callable[..., object]: ...
-    @property
-    def entry(self) -> int: ...
-    def load(self, source: str, names: Iterable[str]) -> dict[str, object]: ...
-    def address(self, function: object) -> int: ...
-    def handle(self, stream: torch.Stream | None) -> object: ...
-    def number(self, stream: torch.Stream | None) -> int | None: ...
-    def current(self) -> AbstractContextManager[object]: ...
-    def check(self, result: Any, what: str) -> None: ...
-    def refuse(self, error: int, what: str) -> NoReturn: ...
-    def word(self, address: int) -> int: ...
 
 
 class KernelText(Protocol):
@@ -115,9 +104,9 @@ class RowsBackend(Backend):
         return Capabilities(places, skips_negative=True, guards=True, capturable=True)
 
     @cached_property
-    def kernels(self) -> Kernels:
-        """The kernels of copies inside the device."""
-        return Kernels(self._driver.entry)
+    def row_kernels(self) -> RowKernels:  # type: ignore[override]
+        """See `Backend`."""
+        return RowKernels(Kernels(self._driver.entry), self._driver)
 
     @cached_property
     def _peer_kernels(self) -> Kernels:
@@ -126,7 +115,7 @@ class RowsBackend(Backend):
 
     def prepare(self, plan: CopyPlan) -> Launch:
         kernels = kernels_of(plan, self.threads, self.tunings)
-        table = self._peer_kernels if plan.src.place == "peer" else self.kernels
+        table = self._peer_kernels if plan.src.place == "peer" else self.row_kernels.table
         self._kernels.add_to(table, kernels)
         return RowsLaunch(plan, kernels, table, self._driver, self.device)
 

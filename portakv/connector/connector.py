@@ -21,8 +21,8 @@ from torch.compiler import is_compiling
 from portakv.connector import in_graph
 from portakv.connector.in_graph import Allocations, first_tensor, flatten
 from portakv.copy.context import Context
+from portakv.copy.inside import ChunkCopies
 from portakv.copy.options import Check, CopyOptions, options_from, refuse_options
-from portakv.copy.repeat_chunks import ChunkRepeats
 from portakv.copy.request import Ids, MemoryObject, Tensors, whole
 from portakv.copy.schedule import check_issue, issue
 from portakv.copy.settle import Passed, check_rows
@@ -114,7 +114,7 @@ class Registration:
     Attributes:
         view: the caches.
         allocations: the tensors that a compiler sees in their place.
-        repeats: repeated transfers to and from the caches.
+        direct: transfers to and from the caches that the core makes as a whole.
 
     Raises:
         LayoutError: caches that contradict the layout.
@@ -140,9 +140,12 @@ class Registration:
             view.table  # noqa: B018 - made now, so that no transfer has to
         self.allocations = Allocations(kv_caches)
         self._facts = _facts(self.allocations.leaves)
-        self.repeats = ChunkRepeats(view, self.allocations.unchanged, choice, owner)
         self._layout = chunk_layout
-        self._bound: dict[tuple[str, int], BoundLayout] = {}
+        self._bound = bound_chunks = dict[tuple[str, int], BoundLayout]()
+        self.direct = ChunkCopies(
+            *(view, self.allocations.memory, choice, owner),
+            lambda itemsize: bound_chunks.get((chunk_layout, itemsize)),
+        )
 
     def holds(self, kv_caches: Tensors) -> bool:
         """Return True if these are its caches, or tensors at the same addresses with the same
@@ -159,13 +162,14 @@ class Registration:
     def check_memory(self) -> None:
         """Raise `LayoutError` if the memory of a cache was freed or replaced, or became too
         small."""
-        if self.allocations.unchanged():
+        memory = self.allocations.memory
+        if memory.unchanged:
             return
-        if not self.allocations.in_place():
+        if not memory.in_place:
             raise self.view.replaced()
         # Only the size of a storage differs: it may still contain all rows of the caches.
         self.view.check_memory()
-        self.allocations.read_sizes()
+        memory.read_sizes()
 
     def move(self, store: bool, job: Job) -> Move:
         """Return the copy between the caches and a chunk."""
@@ -187,6 +191,7 @@ class Registration:
         """
         index, count = slot_range(slots, start, end)
         chunk = self.chunk(memory_obj)
+        chunk.check_memory()  # a storage can have been resized before
         if chunk.slots < count:
             raise SlotError(
                 f"Expected a memory_obj of {count} tokens or more, got one of {chunk.slots}. Pass "
@@ -440,7 +445,8 @@ class AdaptiveConnector:
         self.device = self._choice.backend.device
         self._bound = bind_layout(kv_layout, reinterpret=options.reinterpret, **extents)
         self._options = replace(options, reinterpret=False)  # the views are bytes by their binding
-        self._usual = self._options.terms is None and not (options.by_layer or options.late)
+        usual = not (options.by_layer or options.late or self._options.strict)
+        self._usual = usual and self._options.terms is None
         check_chunk_layout(chunk_layout)
         self._kv_layout = kv_layout
         self._chunk_layout = chunk_layout
@@ -609,18 +615,14 @@ class AdaptiveConnector:
         caches = self._caches(kv_caches)
         stream = self._options.stream if stream is None else stream
         if stream is None and self._usual:
-            transfer = caches.repeats.transfer(store, memory_obj, slot_mapping, start, end)
+            transfer = caches.direct.transfer(store, memory_obj, slot_mapping, start, end)
             if transfer is not None:
                 return transfer
         caches.check_memory()
         job = caches.job(memory_obj, slot_mapping, start, end)
         context = Context.of(self.device, stream)
         checked = caches.checked(store, job, context, self._options.strict)
-        transfer = self._submit(checked, context)
-        # A repeat looks at no ids, and no graph records one.
-        if self._usual and not (self._options.strict or context.captured):
-            caches.repeats.remember(store, job.chunk, slot_mapping)
-        return self._keep(transfer)
+        return self._keep(self._submit(checked, context))
 
     def _move_batch(
         self, store: bool, kv_caches: Caches, batch: Batch, stream: torch.Stream | None

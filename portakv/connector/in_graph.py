@@ -19,13 +19,12 @@ from weakref import WeakValueDictionary
 import torch
 
 from portakv.arguments import kind_of
+from portakv.core.call import Watch
 from portakv.errors import LayoutError, TransferError
 from portakv.runtime.eager import eagerly as eagerly
 from portakv.view import KVView
 from portakv.view.bound import Tensors
 from portakv.view.slices import regions
-
-_data_ptr = torch.Tensor.data_ptr  # found once, as every repeated transfer uses it
 
 NAMESPACE = "portakv"
 TO_THE_END = -(1 << 62)  # stands for None among the ends of ranges, which an op takes as integers
@@ -50,6 +49,7 @@ class Allocations:
         leaves: the tensors of the caches, flat.
         tensors: the allocations.
         levels: the length of each level of the containers.
+        memory: of the tensors, as it was when they were read.
     """
 
     def __init__(self, nest: object) -> None:
@@ -57,7 +57,6 @@ class Allocations:
         groups: dict[int, list[torch.Tensor]] = {}
         for leaf in self.leaves:
             groups.setdefault(leaf.untyped_storage().data_ptr(), []).append(leaf)
-        self._leaf_addresses = [leaf.data_ptr() for leaf in self.leaves]
         numbers = {storage: number for number, storage in enumerate(groups)}
         self.tensors = [_allocation(group) for group in groups.values()]
         self._addresses = [one.data_ptr() for one in self.tensors]
@@ -65,27 +64,8 @@ class Allocations:
         for leaf in self.leaves:
             number = numbers[leaf.untyped_storage().data_ptr()]
             self._places.append((number, leaf.data_ptr() - self._addresses[number]))
-        self._storages = [
-            storage for storage, _, _ in regions(leaf.untyped_storage() for leaf in self.leaves)
-        ]
-        self.read_sizes()
-
-    def read_sizes(self) -> None:
-        """Note the present sizes of the storages, with which `unchanged` compares later ones."""
-        # The length of an untyped storage is its bytes. `len` costs less than `nbytes`.
-        self._sizes = [*map(len, self._storages)]
-
-    def in_place(self) -> bool:
-        """Return True if each tensor lies at its address."""
-        return [*map(_data_ptr, self.leaves)] == self._leaf_addresses
-
-    def unchanged(self) -> bool:
-        """Return True if no tensor was freed, resized or moved to other memory."""
-        # A storage can shrink without a move. Each repeated transfer passes here, so this method
-        # calls no other one.
-        return [*map(_data_ptr, self.leaves)] == self._leaf_addresses and [
-            *map(len, self._storages)
-        ] == self._sizes
+        storages = regions(leaf.untyped_storage() for leaf in self.leaves)
+        self.memory = Watch(self.leaves, [storage for storage, _, _ in storages])
 
     def are(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Return True if these are the allocations themselves, not a compiler's copies."""

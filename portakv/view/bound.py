@@ -46,13 +46,16 @@ class BoundLayout:
     """A layout and declared extents; with ``reinterpret`` rows are bytes, whatever the dtype.
 
     With ``encoding`` the tensors hold packed blocks.
+
+    Attributes:
+        address: of the words that the core reads; see `Bound` of `native/core/view.h`.
     """
 
     __slots__ = (
-        "_address",
         "_planes",
         "_read",
         "_words",
+        "address",
         "declared",
         "layout",
         "packed",
@@ -82,7 +85,7 @@ class BoundLayout:
         self._read = reader.read if reader else None
         # What the core reads of the layout, and the address of these words.
         self._words = self._as_words(reader.address if reader else 0)
-        self._address, _ = self._words.buffer_info()
+        self.address, _ = self._words.buffer_info()
 
     def read(self, tensors: Tensors) -> Facts:
         """Return the form, the addresses and the other facts of tensors.
@@ -91,7 +94,7 @@ class BoundLayout:
             LayoutError: tensors that contradict the layout or the extents.
             DeviceMismatch: tensors on different devices.
         """
-        answer = self._read(self._address, tensors) if self._read is not None else None
+        answer = self._read(self.address, tensors) if self._read is not None else None
         if answer.__class__ is not tuple:
             # The core reads plain tensors alone, and names no error.
             return self._read_by_methods(tensors)
@@ -117,7 +120,7 @@ class BoundLayout:
         words[1] = len(kinds)
         for kind in kinds:
             words += _words_of_kind(*kind)
-        read = core.read_words(self._address, sizes, words, PLACES.index(place), False, 0)
+        read = core.read_words(self.address, sizes, words, PLACES.index(place), False, 0)
         if isinstance(read, int):
             self._raise(read, flat, sizes)
         owners = tuple([flat[entry] for entry in read.entries])
@@ -142,7 +145,7 @@ class BoundLayout:
         kind = _words_of_kind(like.shape, like.stride(), like.dtype)
         words = [count, 1, 0, *[0] * count, *kind]
         number = PLACES.index(place)
-        read = core.read_words(self._address, sizes, words, number, on_device, alignment)
+        read = core.read_words(self.address, sizes, words, number, on_device, alignment)
         if isinstance(read, int):
             self._raise(read, [like] * count, sizes)
         return form_of(read.form, self._planes), read.slots, read.entries

@@ -24,9 +24,10 @@ from support.connector_cases import (
     rows,
     scattered,
 )
+from support.cuda_on_cpu import CudaOnCpu, why_not
 from support.guarded_memory import filled, refused, same, untouched
-from support.packed_backend import Packing
 from support.threads import run_threads
+from support.whole_copies import watch_whole_copies
 
 from portakv import AdaptiveConnector, DeviceMismatch, LayoutError, SlotError
 
@@ -221,43 +222,45 @@ def test_lazy_caches_at_the_registered_addresses_are_refused(
             move(chunk, [lazy(each) for each in numbers], slots)
 
 
-@pytest.mark.simdev
 @pytest.mark.parametrize("lazy", [conjugated, negated], ids=["conj", "neg"])
 @pytest.mark.parametrize("store", [True, False])
-def test_a_repeat_refuses_a_lazy_chunk(lazy: Callable[..., torch.Tensor], store: bool) -> None:
-    numbers = torch.zeros(2, 5, 8, dtype=torch.complex64).to(simulated.DEVICE)
+@pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+def test_the_core_makes_no_copy_of_a_lazy_chunk(
+    lazy: Callable[..., torch.Tensor], store: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = torch.zeros(2, 5, 8, dtype=torch.complex64)
     chunk = numbers if lazy is conjugated else numbers.imag
-    caches = [torch.zeros(6, 4, 2, 4, dtype=chunk.dtype).to(simulated.DEVICE) for _ in range(2)]
-    slots = torch.tensor([9, 2, 17, 6, 0]).to(simulated.DEVICE)
-    with registered_backend(packing=Packing):
+    caches = [torch.zeros(6, 4, 2, 4, dtype=chunk.dtype) for _ in range(2)]
+    slots = torch.tensor([9, 2, 17, 6, 0])
+    with registered_backend(rows=CudaOnCpu):
         connector = AdaptiveConnector(
-            simulated.DEVICE, "packing", "layer | block token head dim", "layer token (head dim)"
+            "cpu", "rows", "layer | block token head dim", "layer token (head dim)"
         )
         connector.register_kv_caches(caches)
         move = connector.from_gpu if store else connector.to_gpu
+        whole = watch_whole_copies(monkeypatch)
         for _ in range(2):
-            Packing.words.clear()
             move(chunk, None, slots).synchronize()
-        assert len(Packing.words) == 1, "the second copy was not repeated"
+        assert whole == [False, True]
         with refused(LayoutError, "conjugated or negated", watch=[*caches, chunk]):
             move(lazy(numbers), None, slots)
 
 
-@pytest.mark.simdev
-def test_a_repeat_refuses_lazily_negated_ids() -> None:
+@pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+def test_the_core_makes_no_copy_by_lazily_negated_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes of these ids are negative, which would skip their rows."""
-    chunk = torch.zeros(2, 2, 8).to(simulated.DEVICE)
-    caches = [torch.zeros(6, 4, 2, 4).to(simulated.DEVICE) for _ in range(2)]
-    slots = torch.tensor([9, 2]).to(simulated.DEVICE)
-    with registered_backend(packing=Packing):
+    chunk = torch.zeros(2, 2, 8)
+    caches = [torch.zeros(6, 4, 2, 4) for _ in range(2)]
+    slots = torch.tensor([9, 2])
+    with registered_backend(rows=CudaOnCpu):
         connector = AdaptiveConnector(
-            simulated.DEVICE, "packing", "layer | block token head dim", "layer token (head dim)"
+            "cpu", "rows", "layer | block token head dim", "layer token (head dim)"
         )
         connector.register_kv_caches(caches)
+        whole = watch_whole_copies(monkeypatch)
         for _ in range(2):
-            Packing.words.clear()
             connector.from_gpu(chunk, None, slots).synchronize()
-        assert len(Packing.words) == 1, "the second copy was not repeated"
+        assert whole == [False, True]
         with refused(SlotError, "lazily negated", watch=[*caches, chunk]):
             connector.from_gpu(chunk, None, torch._neg_view(-slots))
 

@@ -20,7 +20,13 @@ from typing import Any, NoReturn
 import torch
 
 from portakv import CopyPlan, KVView
-from portakv.backends.base import Backend, Capabilities, Decision, Launch
+from portakv.backends.base import (
+    Backend,
+    Capabilities,
+    Decision,
+    Launch,
+    RowKernels,
+)
 from portakv.backends.rows_kernel import NAMES, kernels_of
 from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
 from portakv.core.rows import Kernels
@@ -109,11 +115,11 @@ class CudaOnCpu(Backend):
         super().__init__(device)
         self._driver = self.driver()
         self._loaded = LoadedKernels(self._driver, lambda: False)
-        self.kernels = Kernels(self._driver.entry)
+        self.row_kernels = RowKernels(Kernels(self._driver.entry), self._driver)
 
     def prepare(self, plan: CopyPlan) -> Launch:
         kernels = kernels_of(plan)
-        self._loaded.add_to(self.kernels, kernels)
+        self._loaded.add_to(self.row_kernels.table, kernels)
         functions = self._loaded.functions(kernels)
         for kernel, function in zip(kernels, functions, strict=True):
             entry: Any = function[1]
@@ -121,7 +127,7 @@ class CudaOnCpu(Backend):
             sizes = [max(1, side.entries) for side in (kernel.shape.src, kernel.shape.dst)]
             assert library.dst_table_at() == ARGUMENT_BYTES + 8 * sizes[0]
             assert library.argument_bytes() == ARGUMENT_BYTES + 8 * sum(sizes)
-        return _Launch(plan, kernels, self.kernels, self._driver, CPU)
+        return _Launch(plan, kernels, self.row_kernels.table, self._driver, self.device)
 
 
 class _Launch(RowsLaunch):

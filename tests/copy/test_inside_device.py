@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transfers that are made again and again: the second is repeated, and is as right, and
-refuses as much, as the first."""
+"""Copies that the core makes as a whole on a device: as right, and refusing as much, as others."""
 
 from __future__ import annotations
 
@@ -22,17 +21,17 @@ from support.device_cases import (
     make_chunk,
 )
 from support.guarded_memory import untouched
+from support.whole_copies import watch_whole_copies
 
 from portakv import Index, LayoutError, SlotError, Transfer, TransferError
-from portakv.copy.repeat_chunks import ChunkRepeats
 
 pytestmark = pytest.mark.gpu
 
 IDS = [9, 2, 17, 6, 0]
 
 
-class Again(Rig):
-    """A rig that records for each of its transfers whether it was repeated."""
+class Recorded(Rig):
+    """A rig that records for each of its transfers whether the core made it as a whole."""
 
     def __init__(self, backend: str, device: torch.device = DEVICE) -> None:
         super().__init__(device, backend)
@@ -60,40 +59,33 @@ class Again(Rig):
             check_canaries(tensor)
 
 
-@pytest.fixture(params=["cuda", "triton"])
-def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Again:
-    rig = Again(request.param)
-    find = ChunkRepeats.transfer
-
-    def transfer(self: ChunkRepeats, *arguments: Any) -> Any:
-        repeat = find(self, *arguments)
-        rig.taken.append(repeat is not None)
-        return repeat
-
-    monkeypatch.setattr(ChunkRepeats, "transfer", transfer)
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    rig = Recorded("cuda")
+    rig.taken = watch_whole_copies(monkeypatch)
     return rig
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_stores_and_loads_again_with_everything_new(rig: Again, dtype: torch.dtype) -> None:
+def test_stores_and_loads_again_with_everything_new(rig: Recorded, dtype: torch.dtype) -> None:
     for ids in (IDS, [3, 1, -1, 23, 8], [0, 1, 2, 3, 4], [-1, -2, -3, -4, -5]):
         rig.moved(True, ids, rig.ids(ids).to(dtype))
         rig.moved(False, ids, rig.ids(ids).to(dtype))
     assert rig.taken == [False, False] + [True] * 6
 
 
-def test_ranges_of_the_slot_mapping_and_shorter_ones(rig: Again) -> None:
+def test_ranges_of_the_slot_mapping_and_shorter_ones(rig: Recorded) -> None:
     ids = rig.ids(range(SLOTS))
     for start, end in ((0, 5), (3, 8), (7, 9), (19, SLOTS), (4, None)):
         chunk = make_chunk(5 if end else SLOTS - start)
         rig.moved(True, range(start, end or SLOTS), ids, start, end, chunk=chunk)
-    assert rig.taken == [False, True, True, True, False]
+    assert rig.taken == [False, True, True, True, True]
     for start, end in ((-1, 3), (4, 3), (0, SLOTS + 1), (0, 6)):
         with untouched(rig.caches), pytest.raises(SlotError):
             rig.connector.from_gpu(make_chunk(5), None, ids, start, end)
 
 
-def test_the_caches_may_be_named_each_time_or_change(rig: Again) -> None:
+def test_the_caches_may_be_named_each_time_or_change(rig: Recorded) -> None:
     rig.connector.unregister_kv_caches()
     first = make_caches()
     second = make_caches()
@@ -111,22 +103,22 @@ def off_alignment() -> torch.Tensor:
     return torch.empty(like.numel() + 1, dtype=like.dtype, device=DEVICE)[1:].view(like.shape)
 
 
-def test_what_does_not_fit_goes_the_long_way(rig: Again) -> None:
+def test_what_does_not_fit_goes_the_long_way(rig: Recorded) -> None:
     rig.moved(True, IDS, rig.ids(IDS))
     wide = torch.stack([rig.ids(IDS)] * 2, dim=1)
     for ids in (IDS, torch.tensor(IDS), wide[:, 0]):  # a list, host ids, ids that lie apart
         rig.moved(True, IDS, ids)
     rig.moved(True, IDS, rig.ids(IDS), chunk=off_alignment())
-    assert rig.taken == [False] * 5
+    assert rig.taken == [False, True, True, False, False]
 
 
-def test_a_first_chunk_off_its_alignment_does_not_slow_later_ones(rig: Again) -> None:
+def test_a_first_chunk_off_its_alignment_does_not_slow_later_ones(rig: Recorded) -> None:
     for chunk in (off_alignment(), make_chunk(5), make_chunk(5)):
         rig.moved(True, IDS, rig.ids(IDS), chunk=chunk)
     assert rig.taken == [False, False, True]  # one for each alignment
 
 
-def test_host_ids_in_a_kept_index(rig: Again) -> None:
+def test_host_ids_in_a_kept_index(rig: Recorded) -> None:
     slots = [9, 2, -1, 6, 0, 4, 8, 6]
     index = Index(slots)
     for start, end in ((0, 5), (0, 5), (3, 8), (3, 8), (0, 5)):
@@ -140,7 +132,6 @@ def test_host_ids_in_a_kept_index(rig: Again) -> None:
             pytest.raises(SlotError, match="slot 6, which occurs 2 times"),
         ):
             rig.connector.to_gpu(make_chunk(5), None, index, start, end)
-    # Other positions of the index need no long way first: each call checks its own.
     assert rig.taken == [False, False, True, True, True, False, True, False, True, True]
     bad = Index([1, 2, SLOTS, 3, 4])
     for _ in range(2):
@@ -148,7 +139,7 @@ def test_host_ids_in_a_kept_index(rig: Again) -> None:
             rig.connector.to_gpu(make_chunk(5), None, bad)
 
 
-def test_refusals_are_those_of_the_long_way(rig: Again) -> None:
+def test_refusals_are_those_of_the_long_way(rig: Recorded) -> None:
     whole = torch.cat([cache.flatten() for cache in rig.caches])
     caches = [part.view(rig.caches[0].shape) for part in whole.chunk(len(rig.caches))]
     rig.connector.register_kv_caches(caches)
@@ -165,8 +156,8 @@ def test_refusals_are_those_of_the_long_way(rig: Again) -> None:
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_bad_ids_in_a_repeat(rig: Again, waits: bool) -> None:
-    other = Again("cuda")
+def test_bad_ids(rig: Recorded, waits: bool) -> None:
+    other = Recorded("cuda")
     bad = [4, SLOTS, 1, 2, 3]
     chunk = make_chunk(5)
     rig.start().synchronize()
@@ -181,7 +172,7 @@ def test_bad_ids_in_a_repeat(rig: Again, waits: bool) -> None:
     assert rig.taken[-1]
 
 
-def test_many_transfers_that_nobody_waits_for(rig: Again) -> None:
+def test_many_transfers_that_nobody_waits_for(rig: Recorded) -> None:
     chunks = [make_chunk(5) for _ in range(300)]
     lists = [[(n * 5 + i) % SLOTS for i in range(5)] for n in range(300)]
     ids = [rig.ids(one) for one in lists]
@@ -195,7 +186,7 @@ def test_many_transfers_that_nobody_waits_for(rig: Again) -> None:
 
 
 @pytest.mark.parametrize("again", [True, False])
-def test_in_a_graph_that_is_replayed(rig: Again, again: bool) -> None:
+def test_in_a_graph_that_is_replayed(rig: Recorded, again: bool) -> None:
     chunk = make_chunk(5)
     ids = rig.ids(IDS)
     for _ in range(1 + again):
@@ -220,7 +211,7 @@ def test_in_a_graph_that_is_replayed(rig: Again, again: bool) -> None:
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "compiled"])
 def test_a_transfer_does_not_stand_behind_another_streams_work(backend: str) -> None:
-    rig = Again(backend)
+    rig = Recorded(backend)
     chunks = [make_chunk(5), make_chunk(5)]
     ids = rig.ids(IDS)
     busy = torch.cuda.Stream(DEVICE)
@@ -242,8 +233,8 @@ def test_a_transfer_does_not_stand_behind_another_streams_work(backend: str) -> 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="it takes two CUDA devices")
 @pytest.mark.parametrize("backend", ["cuda", "triton", "compiled", "reference"])
 def test_a_transfer_of_a_device_that_is_not_current_is_not_done_early(backend: str) -> None:
-    rig = Again(backend, torch.device("cuda", 1))
-    # The first compiles, which takes longer than the sleep; after it copies are repeated.
+    rig = Recorded(backend, torch.device("cuda", 1))
+    # The first compiles, which takes longer than the sleep.
     rig.start()
     for _ in range(2):
         chunk = rig.chunk()

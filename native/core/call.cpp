@@ -1,0 +1,363 @@
+// SPDX-License-Identifier: Apache-2.0
+// One copy inside a device, from what its caller passes to the launch: tensors and ids are read and
+// checked, the copy is planned and its kernels are launched. Nothing is kept from call to call.
+//
+// What a call does not fit ends it before anything is launched: Python then finds the reason and
+// its sentence, or copies otherwise.
+#include <algorithm>
+#include <cstring>
+
+#include "core.h"
+#include "few.h"
+#include "form.h"
+#include "ids.h"
+#include "plan.h"
+#include "rows.h"
+#include "tensors.h"
+#include "view.h"
+
+namespace portakv {
+namespace {
+
+// This file does not make such a copy.
+struct Otherwise {};
+
+void require(bool fits) {
+  if (!fits) throw Otherwise();
+}
+
+// One side of a copy.
+struct End {
+  const int64_t *form;
+  const int64_t *dtypes;
+  const Span *spans;
+  size_t span_count;
+  bool table_on_device;
+  portakv_rows_side rows;  // its ids are set by `place`
+  int64_t step;            // tokens of an id, 0 without ids
+};
+
+End end_of(const portakv_copy_view &view) {
+  static_assert(sizeof(Span) == 2 * sizeof(int64_t), "a span is two words");
+  End end{};
+  end.form = view.form;
+  end.dtypes = view.dtypes;
+  end.spans = reinterpret_cast<const Span *>(view.spans);
+  end.span_count = static_cast<size_t>(view.span_count);
+  end.table_on_device = view.table_on_device != 0;
+  end.rows.addresses = view.addresses;
+  end.rows.table = view.table;
+  end.rows.slots = view.slots;
+  return end;
+}
+
+// --- Ids --------------------------------------------------------------------------------------
+
+// Ids as a caller passes them. Without any, `list.data` is null.
+struct Ids {
+  portakv_ids list;
+  bool on_host;
+};
+
+// Ids of the host that kernels of a device read: memory that both reach.
+class Room {
+ public:
+  Room(int64_t *first, int64_t count) : next_(first), left_(first ? count : 0) {}
+
+  int64_t *take(int64_t count) {
+    require(count <= left_);
+    int64_t *result = next_;
+    next_ += count;
+    left_ -= count;
+    return result;
+  }
+
+ private:
+  int64_t *next_;
+  int64_t left_;
+};
+
+Ids read_ids(const Asker &ask, Object ids, DlDevice device, Room &room) {
+  Ids result{};
+  const Object type = ask.python.type(ids);
+  ask.python.release(type);  // the ids hold it
+  if (type == ask.python.list_type) {
+    const int64_t length = ask.python.list_size(ids);
+    int64_t *out = room.take(length);
+    require(portakv_ids_read_list(ids, out, length) == 0);
+    result.list = {out, 8, 8, length, 0, 0, 0};
+    result.on_host = true;
+    return result;
+  }
+  const DlTensor facts = ask.describe(ids, false);
+  require(facts.ndim == 1 && facts.dtype.code == kDlInt && facts.dtype.lanes == 1);
+  require(facts.dtype.bits == 32 || facts.dtype.bits == 64);
+  require(!ask.holds(ask.torch.is_neg, ids));
+  const int64_t width = facts.dtype.bits / 8;
+  const int64_t length = facts.shape[0];
+  const int64_t stride = facts.strides ? width * facts.strides[0] : width;
+  // A storage can have been resized.
+  const int64_t reach = ask.storage_offset(ids) * width + (length - 1) * stride + width;
+  require(length > 0 && stride >= 0 && reach <= ask.storage_bytes(ids));
+  result.list = {reinterpret_cast<const void *>(begin_of(facts)), width, stride, length, 0, 0, 0};
+  result.on_host = is_host(facts.device.type);
+  if (!result.on_host) {
+    require(facts.device.type == device.type && facts.device.id == device.id);
+    require(stride == width || length == 1);
+  }
+  return result;
+}
+
+// What a check of both sides' ids found.
+struct Found {
+  bool guarded = false;  // a kernel judges ids of the device
+  bool skips = false;    // ids of the host skip positions
+};
+
+// Check the ids that positions use, and give them to the kernels of a device.
+void place(Ids &ids, int64_t step, int64_t offset, int64_t count, bool distinct, bool device_is_host,
+           Room &room, End &end, Found &found) {
+  portakv_ids &list = ids.list;
+  list.step = step;
+  list.offset = offset;
+  list.count = count;
+  end.rows.offset = offset;
+  if (list.data == nullptr) {
+    require(offset >= 0 && offset <= end.rows.slots && count <= end.rows.slots - offset);
+    return;
+  }
+  end.step = step;
+  require(offset >= 0 && offset / step <= list.length);
+  require(count <= list.length * step - offset);
+  end.rows.ids = reinterpret_cast<intptr_t>(list.data);
+  end.rows.wide = list.width == 8;
+  if (!ids.on_host) {
+    found.guarded = true;
+    return;
+  }
+  const portakv_ids_check_call check{list, end.rows.slots, distinct, nullptr};
+  const int code = portakv_ids_check(&check);
+  require(code >= 0);
+  found.skips = found.skips || code == PORTAKV_IDS_NEGATIVE;
+  const bool dense = list.stride == list.width || list.length == 1;
+  if (device_is_host && dense) return;
+  const Places used(list);
+  int64_t *out = room.take(used.count());
+  with_ids(list, [&](const auto &each) {
+    for (int64_t at = used.first; at < used.past; at++) out[at - used.first] = each[at];
+  });
+  end.rows.ids = reinterpret_cast<intptr_t>(out);
+  end.rows.wide = 1;
+  end.rows.offset = offset % step;
+}
+
+// --- Memory -----------------------------------------------------------------------------------
+
+bool overlap(const End &a, const End &b) {
+  const End &few = a.span_count < b.span_count ? a : b;
+  const End &many = a.span_count < b.span_count ? b : a;
+  const Span *past_all = many.spans + many.span_count;
+  for (size_t i = 0; i < few.span_count; i++) {
+    const Span &span = few.spans[i];
+    const Span *after = std::lower_bound(
+        many.spans, past_all, span.past,
+        [](const Span &each, int64_t address) { return each.first < address; });
+    if (after != many.spans && after[-1].past > span.first) return true;
+  }
+  return false;
+}
+
+void check_memory(const Asker &ask, const portakv_copy_view &view) {
+  require(view.watch == nullptr || ask.unchanged(*view.watch));
+}
+
+// Return true if no two elements of a tensor share a byte, as far as its strides show in order.
+bool elements_apart(const int64_t *shape, const int64_t *strides, size_t ndim) {
+  size_t order[64];
+  size_t count = 0;
+  for (size_t n = 0; n < ndim && count < 64; n++) {
+    if (shape[n] > 1) order[count++] = n;
+  }
+  std::sort(order, order + count, [&](size_t a, size_t b) { return strides[a] < strides[b]; });
+  int64_t reach = 1;
+  for (size_t i = 0; i < count; i++) {
+    const size_t n = order[i];
+    if (strides[n] < reach) return false;
+    reach = sum(reach, product(shape[n] - 1, strides[n]));
+  }
+  return ndim <= 64;
+}
+
+// A view with one tensor that a copy writes: it alone can be judged without the sentences.
+void check_written(const TensorReader &reader) {
+  require(!reader.requires_grad());
+  const Tensors &tensors = reader.tensors();
+  require(tensors.begins.size() == 1);
+  const Kind &kind = tensors.kind[0];
+  require(elements_apart(tensors.shape(kind), tensors.strides(kind), kind.ndim));
+}
+
+// Check that the storages still hold the tensors: they can have been resized.
+void check_storages(const TensorReader &reader) {
+  const Tensors &tensors = reader.tensors();
+  require(reader.view().spans.size() == tensors.begins.size());
+  for (size_t n = 0; n < tensors.begins.size(); n++) {
+    const Kind &kind = tensors.kind[tensors.kinds[n]];
+    int64_t past = tensors.begins[n] + kind.itemsize;
+    for (size_t axis = 0; axis < kind.ndim; axis++) {
+      const int64_t steps = tensors.shape(kind)[axis] - 1;
+      past = sum(past, product(product(steps, tensors.strides(kind)[axis]), kind.itemsize));
+    }
+    require(past <= tensors.bases[n] + reader.ask().storage_bytes(reader.objects()[n]));
+  }
+}
+
+// --- The copy ---------------------------------------------------------------------------------
+
+// Plan a copy between two ends, and launch it. Return what `portakv_copy_chunk` returns.
+int64_t copy(const portakv_kernels &kernels, const Python &python, const End &src, const End &dst,
+             int64_t count, const Found &found, uint64_t status, void *stream) {
+  require(count > 0 && !overlap(src, dst));
+  const Form from = read_form(src.form);
+  const Form to = read_form(dst.form);
+  require(from.parts.size() == to.parts.size());
+  for (size_t k = 0; k < from.parts.size(); k++) {
+    const int64_t read = src.dtypes[k];
+    const int64_t written = dst.dtypes[k];
+    require(read == written || read == 0 || written == 0);
+  }
+  Plan plan;
+  Refusal refusal;
+  require(make_plan(from, to, src.step, dst.step, 0, plan, refusal));
+  // What begins or ends inside a unit is copied in parts.
+  for (int64_t tokens :
+       {count, src.rows.offset, dst.rows.offset, src.rows.slots, dst.rows.slots}) {
+    require(tokens % plan.unit == 0);
+  }
+  const RowsOptions options{src.step, dst.step, src.table_on_device, dst.table_on_device, 0};
+  void *const thread = python.leave();  // a driver with a full queue blocks
+  int64_t error = PORTAKV_MALFORMED;
+  try {
+    error = run_rows(kernels, plan, options, src.rows, dst.rows, count,
+                     found.guarded ? status : 0, stream);
+  } catch (...) {
+  }
+  python.enter(thread);
+  if (error > 0) return PORTAKV_COPY_DRIVER - error;
+  require(error == 0);
+  return count << 2 | int64_t{found.guarded} << 1 | int64_t{found.skips};
+}
+
+template <class Body>
+int64_t made(Body &&body) {
+  const Python *functions = python();
+  if (!functions) return PORTAKV_COPY_OTHERWISE;
+  try {
+    return body(*functions);
+  } catch (const Raised &) {
+    functions->clear_error();
+  } catch (...) {
+  }
+  return PORTAKV_COPY_OTHERWISE;
+}
+
+}  // namespace
+}  // namespace portakv
+
+using namespace portakv;
+
+extern "C" {
+
+int64_t portakv_copy_chunk(const portakv_kernels *kernels, const portakv_copy_view *caches,
+                           int64_t store, const int64_t *bound, void *chunk, void *ids,
+                           int64_t offset, int64_t start, int64_t end, int64_t *list, int64_t room,
+                           uint64_t status, void *stream) {
+  return made([&](const Python &python) -> int64_t {
+    const Bound layout(bound);
+    require(layout.torch != nullptr && !layout.packed);
+    const PortakvTorch &torch = *static_cast<const PortakvTorch *>(layout.torch);
+    check_memory(Asker(python, torch), *caches);
+    TensorReader reader(python, torch, layout);
+    reader.read(chunk);
+    const DlDevice device = reader.device();
+    require(device.type == caches->device_type && device.id == caches->device_id);
+    if (store) {
+      check_written(reader);
+    } else {
+      require(caches->writable != 0);
+    }
+    check_storages(reader);
+
+    const View &view = reader.view();
+    Few<int64_t, 40> addresses;
+    for (size_t i = 0; i < view.entries.size(); i++) {
+      addresses.push_back(reader.tensors().begins[static_cast<size_t>(view.entries[i])]);
+    }
+    const Form form = read_form(view.form.data());
+    const size_t kv = form.parts.size();
+    const int64_t *const last = view.form.data() + view.form.size();
+    End dense{};
+    dense.form = view.form.data();
+    dense.dtypes = last - kv;
+    dense.spans = view.spans.data();
+    dense.span_count = view.spans.size();
+    dense.rows.addresses = addresses.data();
+    dense.rows.slots = view.slots;
+
+    Room lists(list, room);
+    Ids slots = read_ids(reader.ask(), ids, device, lists);
+    const int64_t length = slots.list.length - offset;
+    const int64_t past = end == PORTAKV_COPY_TO_THE_END ? length : end;
+    require(0 <= start && start < past && past <= length);
+    const int64_t count = past - start;
+    // Without an end, the slots fill the chunk, whose last block may be filled in part.
+    const int64_t spare = view.slots - count;
+    require(spare >= 0);
+    require(end != PORTAKV_COPY_TO_THE_END || spare < std::max<int64_t>(1, form.block_size));
+
+    End paged = end_of(*caches);
+    Found found;
+    place(slots, 1, offset + start, count, !store, is_host(device.type), lists, paged, found);
+    const End &src = store ? paged : dense;
+    const End &dst = store ? dense : paged;
+    return copy(*kernels, python, src, dst, count, found, status, stream);
+  });
+}
+
+int64_t portakv_copy_views(const portakv_kernels *kernels, const void *torch,
+                           const portakv_copy_view *src, const portakv_copy_view *dst,
+                           void *src_ids, void *dst_ids, int64_t src_step, int64_t dst_step,
+                           int64_t src_offset, int64_t dst_offset, int64_t count, int64_t *list,
+                           int64_t room, uint64_t status, void *stream) {
+  return made([&](const Python &python) -> int64_t {
+    require(dst->writable != 0);
+    require(src->device_type == dst->device_type && src->device_id == dst->device_id);
+    const DlDevice device{static_cast<int32_t>(src->device_type),
+                          static_cast<int32_t>(src->device_id)};
+    const Asker ask(python, *static_cast<const PortakvTorch *>(torch));
+    check_memory(ask, *src);
+    check_memory(ask, *dst);
+    Room lists(list, room);
+    Ids read{};
+    Ids written{};
+    if (src_ids != python.none) read = read_ids(ask, src_ids, device, lists);
+    if (dst_ids != python.none) written = read_ids(ask, dst_ids, device, lists);
+    const int64_t src_tokens = read.list.length * src_step - src_offset;
+    const int64_t dst_tokens = written.list.length * dst_step - dst_offset;
+    if (count == PORTAKV_COPY_TO_THE_END) {
+      require(read.list.data || written.list.data);
+      count = read.list.data ? src_tokens : dst_tokens;
+      require(!read.list.data || !written.list.data || src_tokens == dst_tokens);
+    }
+    require(count > 0);
+    End from = end_of(*src);
+    End to = end_of(*dst);
+    Found found;
+    const bool on_host = is_host(device.type);
+    place(read, src_step, src_offset, count, false, on_host, lists, from, found);
+    place(written, dst_step, dst_offset, count, true, on_host, lists, to, found);
+    return copy(*kernels, python, from, to, count, found, status, stream);
+  });
+}
+
+}  // extern "C"

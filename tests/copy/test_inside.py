@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies that the core makes as a whole, by the CUDA kernel on the host: their bytes are those that
+torch's indexing gives, and what is wrong has the same error as on the general way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.cuda_on_cpu import CudaOnCpu, why_not
+from support.whole_copies import watch_whole_copies
+
+from portakv import AdaptiveConnector, Index, PortaKVError
+from portakv.copy.inside import ChunkCopies
+from portakv.registry.registry import REGISTRY
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+
+LAYERS = 3
+BLOCKS = 5
+SIZE = 4
+HEADS = 2
+SLOTS = BLOCKS * SIZE
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _backend() -> Iterator[None]:
+    REGISTRY.register(CudaOnCpu.name, CudaOnCpu)
+    yield
+    REGISTRY.unregister(CudaOnCpu.name)
+
+
+def caches_of(dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    shape = 2, BLOCKS, SIZE, HEADS, dim
+    numbers = torch.arange(LAYERS * 2 * SLOTS * HEADS * dim) % 251
+    return [*numbers.view(LAYERS, *shape).to(dtype).clone()]
+
+
+def chunk_of(tokens: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((2, LAYERS, tokens, HEADS * dim), 77, dtype=torch.int64).to(dtype)
+
+
+def rows_of(caches: list[torch.Tensor], ids: list[int]) -> torch.Tensor:
+    """The rows of a chunk, [kv, layer, token, bytes]."""
+    stacked = torch.stack([cache.view(2, SLOTS, -1) for cache in caches], dim=1)
+    return stacked[:, :, ids]
+
+
+def connector_of(caches: list[torch.Tensor]) -> AdaptiveConnector:
+    connector = AdaptiveConnector("cpu", backend=CudaOnCpu.name)
+    connector.register_kv_caches(caches)
+    return connector
+
+
+def as_passed(kind: str, ids: list[int]) -> Any:
+    """Ids as a caller may pass them."""
+    wide = torch.tensor([[each, -1] for each in ids])
+    return {
+        "list": ids,
+        "int64": torch.tensor(ids),
+        "int32": torch.tensor(ids, dtype=torch.int32),
+        "apart": wide[:, 0],
+        "index": Index(ids),
+        "index of a tensor": Index(torch.tensor(ids, dtype=torch.int32)),
+        "after others": Index([-5, 9999, *ids], offset=2),
+        "array": np.array(ids),
+    }[kind]
+
+
+KINDS = ["list", "int64", "int32", "apart", "index", "index of a tensor", "after others", "array"]
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    dim=st.sampled_from([1, 3, 4, 7, 8, 16]),
+    dtype=st.sampled_from([torch.uint8, torch.float16, torch.float32]),
+    order=st.permutations(range(SLOTS)),
+    skipped=st.sets(st.integers(0, SLOTS - 1), max_size=3),
+    ends=st.tuples(st.integers(0, SLOTS), st.integers(0, SLOTS)).filter(lambda x: x[0] != x[1]),
+)
+@settings(max_examples=60, deadline=None)
+def test_bytes_are_those_of_torch(
+    kind: str,
+    dim: int,
+    dtype: torch.dtype,
+    order: list[int],
+    skipped: set[int],
+    ends: tuple[int, int],
+) -> None:
+    start, end = sorted(ends)
+    ids = [-3 if place in skipped else slot for place, slot in enumerate(order)]
+    here = ids[start:end]
+    used = [place for place, slot in enumerate(here) if slot >= 0]
+    slots = [here[place] for place in used]
+    caches = caches_of(dim, dtype)
+    connector = connector_of(caches)
+    with pytest.MonkeyPatch.context() as patched:
+        watched = watch_whole_copies(patched)
+        for _ in range(3):
+            chunk = chunk_of(end - start, dim, dtype)
+            wanted = chunk.clone()
+            wanted[:, :, used] = rows_of(caches, slots)
+            connector.from_gpu(chunk, None, as_passed(kind, ids), start, end).synchronize()
+            assert torch.equal(chunk, wanted)
+        before = [cache.clone() for cache in caches]
+        for _ in range(3):
+            chunk = torch.randint(0, 100, chunk.shape).to(dtype)
+            connector.to_gpu(chunk, None, as_passed(kind, ids), start, end).synchronize()
+            expected = torch.stack([cache.view(2, SLOTS, -1) for cache in before], dim=1)
+            expected[:, :, slots] = chunk[:, :, used]
+            assert torch.equal(rows_of(caches, [*range(SLOTS)]), expected)
+    assert watched[:1] == [False]
+    # Ids that the kernel cannot read where they lie need memory that devices have.
+    core_reads = kind in ("int64", "int32", "index", "index of a tensor", "after others")
+    assert watched[1:3] == [core_reads] * 2
+    assert watched[4:] == [core_reads] * 2
+
+
+def readable(tokens: int) -> torch.Tensor:
+    return chunk_of(tokens, 4, torch.float16)
+
+
+IDS = [3, 9, 1, 12, 6]
+WRONG: dict[str, Any] = {
+    "past the end": lambda c, x: c.from_gpu(readable(5), None, torch.tensor([3, 9, SLOTS, 2, 6])),
+    "twice": lambda c, x: c.to_gpu(readable(5), None, torch.tensor([3, 9, 1, 9, 6])),
+    "shorter chunk": lambda c, x: c.from_gpu(readable(4), None, torch.tensor(IDS)),
+    "longer chunk": lambda c, x: c.from_gpu(readable(6), None, torch.tensor(IDS)),
+    "range": lambda c, x: c.from_gpu(readable(5), None, torch.tensor(IDS), 2, 6),
+    "range from below 0": lambda c, x: c.from_gpu(readable(5), None, torch.tensor(IDS), -1, 4),
+    "end before start": lambda c, x: c.from_gpu(readable(5), None, torch.tensor(IDS), 3, 2),
+    "two dimensions": lambda c, x: c.from_gpu(readable(5), None, torch.tensor([IDS])),
+    "float ids": lambda c, x: c.from_gpu(readable(5), None, torch.tensor(IDS).float()),
+    "requires grad": lambda c, x: c.from_gpu(readable(5).requires_grad_(), None, torch.tensor(IDS)),
+    "one place": lambda c, x: c.from_gpu(
+        readable(1).expand(2, LAYERS, 5, HEADS * 4), None, torch.tensor(IDS)
+    ),
+    "other rows": lambda c, x: c.from_gpu(chunk_of(5, 3, torch.float16), None, torch.tensor(IDS)),
+    "another dtype": lambda c, x: c.from_gpu(readable(5).bfloat16(), None, torch.tensor(IDS)),
+    "in the caches": lambda c, x: c.from_gpu(
+        x[0].view(-1)[: 2 * LAYERS * 1 * HEADS * 4].view(2, LAYERS, 1, HEADS * 4),
+        None,
+        torch.tensor([3]),
+    ),
+    "step": lambda c, x: c.from_gpu(readable(5), None, Index(torch.tensor([1, 2]), step=SIZE)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_has_the_error_of_the_general_way(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The core refuses it although it made the copies before."""
+    caches = caches_of(4, torch.float16)
+    connector = connector_of(caches)
+    for _ in range(2):
+        connector.from_gpu(readable(5), None, torch.tensor(IDS))
+        connector.to_gpu(readable(5), None, torch.tensor(IDS))
+    before = [cache.clone() for cache in caches]
+    watched = watch_whole_copies(monkeypatch)
+    connector.from_gpu(readable(5), None, torch.tensor(IDS))
+    assert watched == [True]
+    call = WRONG[name]
+    errors = []
+    for general in (False, True):
+        if general:
+            monkeypatch.setattr(ChunkCopies, "transfer", lambda *_: None)
+        try:
+            call(connector, caches)
+        except PortaKVError as error:
+            errors.append((type(error), str(error)))
+        else:
+            errors.append((None, ""))
+        assert all(map(torch.equal, caches, before))
+    assert watched[1:] == [False]
+    assert errors[0] == errors[1]
+    assert name == "step" or errors[0][0] is not None
+
+
+@pytest.mark.parametrize("of", ["chunk", "ids", "cache"])
+@pytest.mark.parametrize("store", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_memory_that_was_resized(
+    of: str, store: bool, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = caches_of(4, torch.float16)
+    connector = connector_of(caches)
+    ids = torch.empty(5, dtype=torch.int64).copy_(torch.tensor(IDS))
+    chunk = readable(5)
+    move = connector.from_gpu if store else connector.to_gpu
+    for _ in range(0 if first else 2):
+        move(chunk, None, Index(IDS))
+    watched = watch_whole_copies(monkeypatch)
+    storage = {"chunk": chunk, "ids": ids, "cache": caches[1]}[of].untyped_storage()
+    storage.resize_(storage.nbytes() - 2)
+    with pytest.raises(PortaKVError):
+        move(chunk, None, ids)
+    assert watched == [False]

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which copies of a connector the core makes as a whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from portakv.copy.inside import ChunkCopies
+
+
+def watch_whole_copies(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Return a list that gets for each later copy of one chunk whether the core made it."""
+    made: list[bool] = []
+    find = ChunkCopies.transfer
+
+    def transfer(copies: ChunkCopies, *arguments: Any) -> Any:
+        result = find(copies, *arguments)
+        made.append(result is not None)
+        return result
+
+    monkeypatch.setattr(ChunkCopies, "transfer", transfer)
+    return made
