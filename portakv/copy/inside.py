@@ -22,7 +22,7 @@ from portakv.core.call import DRIVER, GUARDED, TO_THE_END, OpenedView, Watch, ca
 from portakv.core.view import dtype_words, name_of
 from portakv.errors import LayoutError
 from portakv.registry.registry import REGISTRY, Choice
-from portakv.runtime.devices import capture_question, this_process
+from portakv.runtime.devices import capture_question
 from portakv.runtime.pinned_ids import PinnedIds
 from portakv.runtime.streams import ignoring_captures
 from portakv.runtime.transfer import (
@@ -41,7 +41,6 @@ from portakv.view.destination import check_writable, note_written
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-_current_device = torch.accelerator.current_device_index
 _OPENED = "opened"  # of a view, for the core
 
 
@@ -76,9 +75,7 @@ class Inside:
         self._table, self._driver = backend.row_kernels
         self.kernels = self._table.address
         self.carried = choice.name, TAKES
-        self._index = device.index
         self._capturing = capture_question(device)
-        self._process = this_process()
         # The free events of the device. None: work of the host has ended when a call returns.
         self._events = None if device.type == "cpu" else event_pool(device)
         if self._events is not None:
@@ -94,12 +91,6 @@ class Inside:
             return None
         return cls(choice)
 
-    def usable(self) -> bool:
-        """Return True if the device is current, and no graph records its current stream."""
-        if self._process.forked:
-            return False
-        return self._events is None or (_current_device() == self._index and not self._capturing())
-
     def launch(self, call: Callable[[int, int, int, int], int], on_host: bool) -> Launched | None:
         """Make a call of the core on the current stream; None: it launched nothing.
 
@@ -112,7 +103,8 @@ class Inside:
         """
         driver = self._driver
         stream = driver.number(None)
-        if stream is None:
+        # None: another device is current, of which the next question would be answered.
+        if stream is None or self._capturing():
             return None
         word = None
         listed = None
@@ -259,15 +251,18 @@ class ChunkCopies:
         else:
             return None
         bound = self._bound(chunk.itemsize)
-        if bound is None or not inside.usable():
+        if bound is None:
             return None
+        copy = self._copy
+        kernels = inside.kernels
         caches = self._caches.address
+        layout = bound.address
 
         def call(listed: int, room: int, status: int, stream: int) -> int:
-            return self._copy(
-                *(inside.kernels, caches, store, bound.address, chunk, ids),
-                *(offset, start, past, listed, room, status, stream),
-            )
+            # fmt: off
+            return copy(kernels, caches, store, layout, chunk, ids, offset, start, past,
+                        listed, room, status, stream)
+            # fmt: on
 
         launched = inside.launch(call, type(ids) is not torch.Tensor or ids.is_cpu)
         if launched is None:
