@@ -4,16 +4,13 @@ copy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TypeAlias
 
 import numpy as np
 
 from portakv.copy.counting import TOGETHER, Counted
-from portakv.copy.options import CopyOptions
-from portakv.copy.settle import Passed
 from portakv.errors import TransferError
 from portakv.plan.move import Move
 from portakv.runtime.transfer import NOTHING, Transfer
@@ -256,7 +253,3 @@ class _Together(BlockTransfer):
             each._note_end()
             each._retained = None
         Transfer._finish(self)
-
-
-#: Issue a copy under options, with the checks that it passed as a part; None: check it.
-Submit: TypeAlias = Callable[[Move, CopyOptions, Passed | None], BlockTransfer]

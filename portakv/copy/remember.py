@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from portakv.backends.base import Again, Capabilities, Launch
+from portakv.copy.call import Settled
 from portakv.copy.options import CopyOptions
 from portakv.copy.repeat import Packed, Repeat, Repeats, Seen, Sides, dtypes_of, sides_of, tokens_of
-from portakv.copy.settle import Settled
 from portakv.plan.move import Move
 from portakv.registry.prepared import Prepared, place_for
 from portakv.registry.registry import Choice

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 
 from portakv.backends.base import Again, Capabilities, Launch
+from portakv.copy.call import follow_current
 from portakv.copy.handle import BlockTransfer
-from portakv.copy.launch import follow_current
 from portakv.copy.options import CopyOptions
 from portakv.plan.move import Move
 from portakv.registry.prepared import place_for

@@ -14,11 +14,11 @@ import numpy.typing as npt
 import torch
 
 from portakv.arguments import kind_of
+from portakv.copy.call import Passed
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions, options_from
 from portakv.copy.request import whole
 from portakv.copy.rows import move_of
-from portakv.copy.settle import Passed
 from portakv.copy.submit import submit_new
 from portakv.errors import LayoutError, PortaKVError, SlotError
 from portakv.plan.plan import Move, check_disjoint

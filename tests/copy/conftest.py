@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from support.block_cases import BLOCK_BYTES, METHODS
 
-from portakv.copy import schedule, slices
-from portakv.copy.settle import settle as really_settle
+from portakv.copy import slices, submit
+from portakv.copy.call import settle as really_settle
 from portakv.plan.move import Move
 from portakv.runtime.worker import WINDOW
 
@@ -41,5 +41,5 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(move.count)
         return really_settle(move, *args, **terms)
 
-    monkeypatch.setattr(schedule, "settle", settle)
+    monkeypatch.setattr(submit, "settle", settle)
     return counts
