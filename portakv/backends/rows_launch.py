@@ -116,12 +116,17 @@ class RowsBackend(Backend):
 class RowsLaunch(MoveLaunch):
     """The launch of a plan by its kernels; see `base.Launch`.
 
+    Its kernels read ids in pinned memory, too.
+
     Args:
         kernels: one for each nest.
         functions: the entries of each kernel, as `LoadedKernels` returns them.
         driver: of the device that the kernels are loaded on.
         home: that device, where they read tables of addresses.
     """
+
+    #: Few ids are not sent to the device; see `Prepared`.
+    reads_pinned_ids = True
 
     def __init__(
         self,
@@ -198,6 +203,8 @@ class RowsLaunch(MoveLaunch):
         wide = False
         if ids is not None:
             at = ids.data_ptr()
+            if ids.is_cpu and self._home.type != "cpu":
+                at = self._driver.word(at)
             wide = ids.dtype is torch.int64
         addresses = view.addresses_at if view.known else 0
         return pack_side(addresses, table, at, wide, index.offset, view.slots)

@@ -22,10 +22,11 @@ from portakv.interconnect.choose import across
 from portakv.interconnect.peer import reached
 from portakv.interconnect.strategy import Strategy, Terms
 from portakv.plan.plan import CopyPlan, Move, check_disjoint
-from portakv.registry.prepared import Prepared, bring_table, prepared
+from portakv.registry.prepared import Picks, Prepared, bring_table, prepared
 from portakv.registry.registry import Choice
 from portakv.runtime import streams
 from portakv.runtime.devices import capturing, inside, refuse_capture
+from portakv.runtime.pinned_ids import PinnedIds
 from portakv.runtime.streams import check_stream, side_stream
 from portakv.runtime.transfer import (
     NOTHING,
@@ -33,6 +34,7 @@ from portakv.runtime.transfer import (
     Pending,
     StatusWord,
     Transfer,
+    acquire_after_ends,
     acquire_word,
     bad_slot,
     event_pool,
@@ -43,6 +45,7 @@ from portakv.view.destination import check_writable
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
+_HOST = torch.device("cpu")  # a comparison takes an eighth of the time of a look at the type
 UNCHECKED = "its ids have to be checked before they are used"  # inside graph capture
 
 # --- Where and when -------------------------------------------------------------------------------
@@ -66,7 +69,7 @@ class Context(NamedTuple):
         """Return the surroundings of a call; raise `DeviceMismatch` for another device's stream."""
         if stream is not None:
             check_stream(stream, device)
-        return cls(device, stream, device.type != "cpu" and capturing(device))
+        return cls(device, stream, device != _HOST and capturing(device))
 
     def check_may_slice(self) -> None:
         """Raise `Unsupported` inside graph capture, before ids of a copy in slices are read."""
@@ -177,8 +180,23 @@ def executor_of(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -
 
 # --- Check and decide -----------------------------------------------------------------------------
 
-#: What executes a part of a copy, the first position of the part, and its tokens.
-Piece: TypeAlias = tuple[Prepared, int, int]
+
+class Piece(NamedTuple):
+    """A part of a copy, with what executes it.
+
+    Attributes:
+        ready: the backend, or the strategy that was picked for the part.
+        carried: its name, and the reason for the choice.
+        first: the position in the whole copy at which the part begins.
+        move: the part.
+        picks: what picked the strategy; None: nothing did.
+    """
+
+    ready: Prepared
+    carried: tuple[str, str]
+    first: int
+    move: Move
+    picks: Picks | None
 
 
 class Passed(NamedTuple):
@@ -216,14 +234,12 @@ class Settled(NamedTuple):
         pieces: who executes which part; none if nothing is left to move.
         error: the error that the transfer raises for ids that were left out.
         guarded: ids are to be checked where they are read.
-        whole: the backend with the plan of the largest units.
     """
 
     move: Move
     pieces: Sequence[Piece]
-    error: SlotError | None = None
-    guarded: bool = False
-    whole: Prepared | None = None
+    error: SlotError | None
+    guarded: bool
 
 
 def settle(
@@ -243,33 +259,45 @@ def settle(
 
     Raises as `copy_rows`.
     """
-    src = move.src
-    dst = move.dst
+    src, dst, src_index, dst_index, count = move
     if passed is None:
-        check_views(move)
-    ready = prepared(src.form, dst.form, *move.steps, None, choice)
+        check_writable(dst)
+        src.check_memory()
+        dst.check_memory()
+    ready = prepared(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
     error = None if passed is None else passed.error
-    if move.count == 0:
-        return Settled(move, (), error)
+    if count == 0:
+        return Settled(move, (), error, False)
+
     skips = check_ids(move, context, strict) if passed is None else passed.skips
-    pieces = _pieces(ready, move, choice)
-    src_index = move.src_index
-    dst_index = move.dst_index
-    clean = src_index.is_clean(move.count, src.slots) and dst_index.is_clean(move.count, dst.slots)
+    clean = (src_index.on_host and dst_index.on_host) or (
+        src_index.is_clean(count, src.slots) and dst_index.is_clean(count, dst.slots)
+    )
     guarded = skips or not clean
-    if guarded and not _take(pieces, move, clean, context.captured):
+    unit = ready.plan.unit
+    whole = unit == 1 or not (
+        count % unit or src_index.offset or dst_index.offset or src.slots % unit or dst.slots % unit
+    )
+    pieces: Sequence[Piece]
+    if whole and ready.picks is None:  # the usual case, without a call
+        pieces = (Piece(ready, ready.carried, 0, move, None),)
+    else:
+        pieces = _pieces(ready, move, choice, context)
+    if guarded and not _take(pieces, clean):
         guarded = False
         context.check_not_captured(UNCHECKED)
-        move, found = drop_bad_ids(move, max(ready.plan.unit for ready, _, _ in pieces))
+        move, found = drop_bad_ids(move, max(each.ready.plan.unit for each in pieces))
         error = error or found
         if move.count == 0:
-            return Settled(move, (), error)
-        pieces = _pieces(prepared(src.form, dst.form, *move.steps, None, choice), move, choice)
+            return Settled(move, (), error, False)
+        ready = prepared(src.form, dst.form, *move.steps, None, choice)
+        pieces = _pieces(ready, move, choice, context)
+
     if passed is None:
         check_disjoint(move)
     if context.captured:
-        _check_capture(pieces, move, context)
-    return Settled(move, pieces, error, guarded, ready)
+        _check_capture(pieces, context)
+    return Settled(move, pieces, error, guarded)
 
 
 def check_executable(move: Move, choice: Choice, context: Context) -> None:
@@ -277,21 +305,30 @@ def check_executable(move: Move, choice: Choice, context: Context) -> None:
     settle(move._replace(count=0), choice, context, passed=Passed(skips=False))
 
 
-def _pieces(ready: Prepared, move: Move, choice: Choice) -> list[Piece]:
+def _pieces(ready: Prepared, move: Move, choice: Choice, context: Context) -> list[Piece]:
     """Return the body of a copy in the largest units, and its head and tail by token."""
     pieces = []
     for first, tokens, unit in ready.plan.split(move):
         part = ready
         if unit != ready.plan.unit:
             part = prepared(move.src.form, move.dst.form, *move.steps, unit, choice)
-        pieces.append((part, first, tokens))
+        pieces.append(_piece(part, first, move.part(first, tokens), context))
     return pieces
 
 
-def _take(pieces: list[Piece], move: Move, clean: bool, captured: bool) -> bool:
+def _piece(ready: Prepared, first: int, move: Move, context: Context) -> Piece:
+    """Return a part with what executes it; pick a strategy if the launch does so for each copy."""
+    picks = ready.picks
+    if picks is None or context.captured:  # inside a capture nothing can be prepared
+        return Piece(ready, ready.carried, first, move, None)
+    picked, carried = picks.picked_for(move)
+    return Piece(picked, carried, first, move, picks)
+
+
+def _take(pieces: Sequence[Piece], clean: bool) -> bool:
     """Return whether the backends of a copy accept negative ids, and ids that are not clean."""
-    for ready, first, tokens in pieces:
-        can = ready.claims(move.part(first, tokens), captured)
+    for piece in pieces:
+        can = piece.ready.can
         if not can.skips_negative or not (clean or can.guards):
             return False
     return True
@@ -385,8 +422,8 @@ def note_clean(part: Move) -> None:
             index.mark_clean(part.count, view.slots)
 
 
-def _check_capture(pieces: Sequence[Piece], move: Move, context: Context) -> None:
-    for ready, _, _ in pieces:
+def _check_capture(pieces: Sequence[Piece], context: Context) -> None:
+    for ready, _, _, move, _ in pieces:
         if not ready.can.capturable:
             context.check_not_captured(f"backend {ready.choice.name!r} cannot be captured")
         for index in (move.src_index, move.dst_index):
@@ -437,91 +474,175 @@ def check_views(move: Move) -> None:
 # --- Launch ---------------------------------------------------------------------------------------
 
 
-class LaunchPart(NamedTuple):
-    """A piece of a copy with its ids where its backend reads them.
-
-    Attributes:
-        ready: the backend with its plan.
-        first: the position in the whole copy at which the part begins.
-        move: the part as a copy.
-    """
-
-    ready: Prepared
-    first: int
-    move: Move
-
-
 def launch(settled: Settled, context: Context) -> Transfer:
     """Launch every piece after the current stream's work, or on the context's stream after that.
 
     Inside graph capture with a stream the capture forks there, and `Transfer.wait` joins it.
     """
-    move, pieces, error, *_ = settled
+    pieces = settled.pieces
+    error = settled.error
     if not pieces:
         return Transfer(() if error is None else (Completion(error=error),))
-    device, stream, captured = context
-    on_device = device.type != "cpu"
-    parts: list[LaunchPart] = []
-    for ready, first, tokens in pieces:
-        parts.append(LaunchPart(ready, first, ready.place_both(move).part(first, tokens)))
-    if captured:  # a graph's memory belongs to its owner, so no allocator records it
-        streams.follow_current(stream)
-    elif on_device:
-        bring_tables(move, pieces[0][0].tables, device)
-        follow_current(stream, [part.move for part in parts])
-    pendings, status, carried = _enqueue(parts, settled, context)
-    if captured:
-        # The graph may write these words at every replay, so they are never given back.
-        return streams.captured(device, stream, move, status, carried)
-    if not (on_device or pendings or error):
+    if context.device == _HOST:
+        return _launch_on_host(settled, context)
+    return _Launching(settled, context).transfer()
+
+
+def _launch_on_host(settled: Settled, context: Context) -> Transfer:
+    """Launch every piece on the host, where most copies have ended when their launch returns."""
+    move, pieces, error, _ = settled
+    pendings: list[Pending] = []
+    for piece in pieces:
+        ready = piece.ready
+        pending = ready.launch(*ready.place_both(piece.move), context.stream, None)
+        if pending is not None:
+            pendings.append(pending)
+    carried = pieces[0].carried
+    if not (pendings or error):
         return Transfer((), None, carried)
-    retained = (move.src, move.dst, parts)
-    # The allocator knows the ids' memory by the stream on which they were brought, which may be
-    # another one. None keeps a peer's memory while this device reads it, or its own device sends.
-    ids = [(part.move.src_index, part.move.dst_index) for part in parts]
-    peer = move.src.form.place == "peer"
-    pool = event_pool(device) if on_device else None
-    completion = Completion(
-        None if pool is None else pool.recorded(stream),
-        pendings,
-        status,
-        error,
-        retained if pendings or peer else ids,
-        pool,
-    )
-    if peer:
-        hold_memory(completion)
-    if pendings or pool is not None:
+    retained = (move.src, move.dst, pieces)
+    completion = Completion(None, pendings, (), error, retained if pendings else None)
+    if pendings:
         hold(completion)
     return Transfer((completion,), retained, carried)
 
 
-def _enqueue(
-    parts: Sequence[LaunchPart], settled: Settled, context: Context
-) -> tuple[list[Pending], list[tuple[StatusWord, int]], tuple[str, str]]:
-    """Launch parts; return what no stream orders, the status words with their first positions, and
-    what executes the first part.
+class _Launching:
+    """The launch of the pieces of one copy on a device.
 
-    A backend that guards ids gets a status word if it has ids that the host has not checked. If ids
-    are to be guarded, a strategy is picked that takes one.
+    Attributes:
+        placed: the parts that were launched, with their ids where these are read.
     """
-    pendings: list[Pending] = []
-    status: list[tuple[StatusWord, int]] = []
-    carried = NOTHING
-    on_device = context.device.type != "cpu"
-    checked = settled.move.ids_on_host
-    for ready, first, part in parts:
+
+    def __init__(self, settled: Settled, context: Context) -> None:
+        self._settled = settled
+        self._context = context
+        self._pendings: list[Pending] = []
+        self._words: list[tuple[StatusWord, int]] = []
+        self._lists: list[PinnedIds] = []
+        self._host: tuple[torch.Tensor, ...] = ()
+        self._carried = NOTHING
+        self.placed: list[Move] = []
+
+    def transfer(self) -> Transfer:
+        """Launch every piece, and return the end of the copy."""
+        move, pieces, error, _ = self._settled
+        device, stream, captured = self._context
+        try:
+            for piece in pieces:
+                self._launch(piece)
+        except BaseException:  # also an interrupt; what was launched may still run
+            if self._lists or self._host:
+                self._hold(None)
+            raise
+        retained = (move.src, move.dst, self.placed)
+        if captured:
+            # The graph may write these words at every replay, so they are never given back.
+            return streams.captured(device, stream, retained, self._words, self._carried)
+        return Transfer((self._hold(error),), retained, self._carried)
+
+    def _launch(self, piece: Piece) -> None:
+        """Launch one piece; after an error for lack of memory, by a strategy that needs none."""
+        try:
+            self._enqueue(piece)
+            self._carried = piece.carried if self._carried is NOTHING else self._carried
+        except torch.OutOfMemoryError:
+            instead = None if piece.picks is None else piece.picks.instead_of(piece.carried)
+            if instead is None:
+                raise
+            self._launch(piece._replace(ready=instead[0], carried=instead[1], picks=None))
+
+    def _enqueue(self, piece: Piece) -> None:
+        """Place the ids of a piece, order its stream after the current one, and launch it.
+
+        A backend that guards ids gets a status word if it has ids that the host has not checked.
+        """
+        ready, _, first, move, _ = piece
+        device, stream, captured = self._context
+        part = self._place(ready, move)
+        if captured:  # a graph's memory belongs to its owner, so no allocator records it
+            streams.follow_current(stream)
+        else:
+            bring_tables(move, ready.tables, device)
+            follow_current(stream, [part])
         word = None
-        if on_device and (settled.guarded or (ready.can.guards and not checked)):
-            status_word = acquire_word()
-            status.append((status_word, first))  # it counts from its own start
-            word = status_word.tensor
-        pending = ready.launch(*part, context.stream, word)
-        if carried is NOTHING:
-            carried = ready.carried
+        if self._settled.guarded or (ready.can.guards and not move.ids_on_host):
+            status = acquire_word()
+            self._words.append((status, first))  # it counts from its own start
+            word = status.tensor
+        self.placed.append(part)
+        if captured or not ready.unowned:
+            pending = ready.launch(*part, stream, word)
+        else:
+            self._host = *self._host, *_memory_of_host(move)
+            pending = ready.bare(*part, stream, word)
         if pending is not None:
-            pendings.append(pending)
-    return pendings, status, carried
+            self._pendings.append(pending)
+
+    def _place(self, ready: Prepared, move: Move) -> Move:
+        """Return a part with its ids where its backend reads them.
+
+        Few new ids stay on the host, in pinned memory, since to send them takes longer than to read
+        them from there.
+        """
+        src, dst, src_index, dst_index, count = move
+        new = max(src_index.listed, dst_index.listed)
+        if not (ready.reads_pinned_ids and 0 < new <= PinnedIds.MOST) or self._context.captured:
+            return ready.place_both(move)
+        lists = PinnedIds.acquire() or acquire_after_ends()
+        if lists is None:
+            return ready.place_both(move)
+        self._lists.append(lists)
+        src_placed, dst_placed = (
+            index.reading(lists.write(side, index.host_ids()))
+            if index.listed
+            else ready.place(index)
+            for side, index in enumerate((src_index, dst_index))
+        )
+        return Move(src, dst, src_placed, dst_placed, count)
+
+    def _hold(self, error: SlotError | None) -> Completion:
+        """Return the completion of all that was launched, which retains what the launches use.
+
+        The allocator knows the ids' memory by the stream on which they were brought, which may be
+        another one. Nothing else retains a peer's memory while this device reads it, nor memory of
+        the host of an unowned launch.
+        """
+        move = self._settled.move
+        device, stream, _ = self._context
+        peer = move.src.form.place == "peer"
+        retained: object = (self._host, self.placed)
+        if not (self._pendings or peer):  # the memory of the device may go before the end
+            ids = [(part.src_index, part.dst_index) for part in self.placed]
+            retained = (self._host, ids)
+        pool = event_pool(device)
+        completion = Completion(
+            event=pool.recorded(stream),
+            pendings=self._pendings,
+            words=self._words,
+            error=error,
+            retained=retained,
+            pool=pool,
+            lists=self._lists,
+        )
+        # Either queue gives the event back if the handle is dropped. Only a word or other work
+        # brings an error, which `LateErrors` look for among the copies in flight.
+        memory = bool(peer or self._host or self._lists)
+        if memory:
+            hold_memory(completion)
+        if self._words or self._pendings or not memory:
+            hold(completion)
+        return completion
+
+
+def _memory_of_host(move: Move) -> tuple[torch.Tensor, ...]:
+    """Return what retains the memory of the sides of a copy that are not on its device."""
+    src = move.src
+    dst = move.dst
+    return (
+        *(() if src.form.place == "device" else src.retained),
+        *(() if dst.form.place == "device" else dst.retained),
+    )
 
 
 def bring_tables(

@@ -8,9 +8,8 @@ import torch
 from portakv.arguments import shown
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import Check, CopyOptions, options_of
-from portakv.copy.repeat import repeated
 from portakv.copy.request import whole
-from portakv.copy.submit import submit_new
+from portakv.copy.submit import submit
 from portakv.errors import LayoutError, SlotError
 from portakv.interconnect.strategy import Overlap
 from portakv.plan.move import Move
@@ -84,7 +83,7 @@ def copy_rows(
         late,
     )
     move = move_of(src, dst, src_index, dst_index, count)
-    return repeated(move, options) or submit_new(move, options)
+    return submit(move, options)
 
 
 def copy_blocks(
@@ -145,7 +144,7 @@ def copy_blocks(
         src_index = _after(src, src_index, first, "source")
         dst_index = _after(dst, dst_index, after, "destination")
     move = move_of(src, dst, src_index, dst_index, count)
-    return repeated(move, options) or submit_new(move, options)
+    return submit(move, options)
 
 
 def _after(view: KVView, index: Index, skip: object, side: str) -> Index:
@@ -209,8 +208,13 @@ def move_of(
         tokens = count
     else:
         tokens = whole("count", count, "a whole number of at least 0", 0)
-    src_of.check_length(tokens, src.slots, "source")
-    dst_of.check_length(tokens, dst.slots, "destination")
+    # Most lists are long enough, without a call.
+    src_length = src_of.length
+    dst_length = dst_of.length
+    if src_length is None or tokens > src_length:
+        src_of.check_length(tokens, src.slots, "source")
+    if dst_length is None or tokens > dst_length:
+        dst_of.check_length(tokens, dst.slots, "destination")
     return Move(src, dst, src_of, dst_of, tokens)
 
 

@@ -23,29 +23,17 @@ from portakv.copy.call import (
 from portakv.copy.encoded import copy_encoded
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
-from portakv.copy.remember import remember
-from portakv.copy.repeat import repeated
 from portakv.copy.slices import in_slices
 from portakv.plan.move import Move
 from portakv.registry.registry import Choice, choose
 
 
 def submit(move: Move, options: CopyOptions, passed: Passed | None = None) -> BlockTransfer:
-    """Repeat a known copy, or issue it by the schedule that its options request.
-
-    ``passed``: as for `submit_new`; such a copy is not repeated, since that would check it again.
-
-    Raises as `copy_rows`.
-    """
-    if passed is not None:
-        return submit_new(move, options, passed)
-    return repeated(move, options) or submit_new(move, options)
-
-
-def submit_new(move: Move, options: CopyOptions, passed: Passed | None = None) -> BlockTransfer:
-    """Issue a copy that `repeated` does not know, by the schedule that its options request.
+    """Issue a copy by the schedule that its options request.
 
     ``passed``: the checks that the copy passed just now, alone or as a part. None: check it.
+
+    Raises as `copy_rows`.
     """
     began = perf_counter()
     src = move.src
@@ -61,7 +49,8 @@ def submit_new(move: Move, options: CopyOptions, passed: Passed | None = None) -
     elif src.device != dst.device and src.device.type != "cpu" != dst.device.type:
         transfer = _from_peer(move, options, began, passed)
     else:
-        choice = choose(common_device(src, dst), options.backend)
+        device = src.device if src.device == dst.device else common_device(src, dst)
+        choice = choose(device, options.backend)
         context = context_of(passed, choice.backend.device, options.stream)
         transfer = issue(move, choice, context, options, began, passed)
     if late is not None:
@@ -77,10 +66,8 @@ def _from_peer(
     context = context_of(passed, device, options.stream)
     seen = move._replace(src=seen_by_reader(move.src, context))
     with current(device):
-        made = repeated(seen, options) if passed is None else None
-        if made is None:
-            choice = choose(device, options.backend)
-            made = issue(seen, choice, context, options, began, passed)
+        choice = choose(device, options.backend)
+        made = issue(seen, choice, context, options, began, passed)
     if not (options.detached or options.sliced):
         order_after(move.src, made)
     return made
@@ -100,7 +87,7 @@ def issue(
         choice: the registry's, for the device of the copy.
         context: of that device, with the stream of the copy, whatever stream the options name.
         began: when the call began, by `perf_counter`.
-        passed: the checks that a connector made; it also repeats its own copies. None: check it.
+        passed: the checks that a connector made. None: check it.
 
     Raises as `copy_rows`.
     """
@@ -112,11 +99,8 @@ def issue(
     if options.by_layer:
         return in_layers(move, executor, context, options.strict, began, passed)
     settled = settle(move, executor, context, passed=passed, strict=options.strict)
-    made = launch(settled, context)
-    if options.plain and passed is None and not context.captured:
-        remember(move, choice, options, context.device, settled, made)
     skips = settled.guarded or settled.move is not move
-    return BlockTransfer(made, move, began, skips=skips)
+    return BlockTransfer(launch(settled, context), move, began, skips=skips)
 
 
 def check_issue(move: Move, choice: Choice, context: Context, options: CopyOptions) -> None:

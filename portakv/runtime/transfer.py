@@ -144,7 +144,7 @@ class Completion:
     reported: bool = False  # a caller received the error
     # An entry for each thread that blocks until the event: no other work may get the event then.
     blocked: list[None] = field(default_factory=list)
-    listed: PinnedIds | None = None  # ids that the launch reads, given back at the end
+    lists: Sequence[PinnedIds] = ()  # ids that the launches read, given back at the end
     late_error: Report | None = None  # returns an error of the work that has ended
 
     def ended(self) -> bool:
@@ -216,9 +216,9 @@ class Completion:
                 word.value[0] = 0
                 free_words.append(word)
             self.words = ()
-            if self.listed is not None:
-                self.listed.release()
-                self.listed = None
+            for listed in self.lists:
+                listed.release()
+            self.lists = ()
             late_error = self.late_error
             self.late_error = None
             if late_error is not None and self.error is None:
@@ -385,36 +385,22 @@ class Transfer:
 
 
 def completion_of(
-    event: torch.Event,
-    pool: EventPool,
-    word: StatusWord | None,
-    retained: object,
-    listed: PinnedIds | None = None,
+    event: torch.Event, pool: EventPool, word: StatusWord | None, retained: object
 ) -> Completion:
     """Return the completion of one launch, for `end_of_launch`; see the fields of `Completion`."""
     words = () if word is None else ((word, 0),)
-    return Completion(event, (), words, None, retained, pool, listed=listed)
+    return Completion(event, (), words, None, retained, pool)
 
 
 def end_of_launch(
-    completion: Completion,
-    retained: object,
-    carried: tuple[str, str],
-    unordered: bool = False,
-    owner: Owner | None = None,
+    completion: Completion, retained: object, carried: tuple[str, str], owner: Owner | None = None
 ) -> Transfer:
-    """Return the handle of one launch, for a copy that is repeated.
+    """Return the handle of one launch, for a copy of a chunk that is repeated.
 
     The completion retains ids also if the handle is dropped: the allocator knows their memory by
-    the stream on which they were brought, which may be another one. ``unordered``: it also retains
-    memory that no allocator orders on a stream.
+    the stream on which they were brought, which may be another one.
     """
-    # Either returns the event, if the handle is dropped. Only a word can bring an error, which
-    # `LateErrors` look for among the copies in flight.
-    if unordered:
-        hold_memory(completion)
-    if completion.words or not unordered:
-        hold(completion, owner)
+    hold(completion, owner)
     return Transfer((completion,), retained, carried)
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A backend whose launches are packed for copies that are repeated, on any device.
-
-It moves bytes as the reference does. Only the addresses of ids and the counts change.
+"""A backend whose launches read ids in pinned memory, and are packed for copies of chunks that are
+repeated, on any device. It moves bytes as the reference does.
 """
 
 from __future__ import annotations
@@ -30,6 +29,8 @@ class Packing(Reference):
     name = "packing"
     #: The address of the status word of each packed launch.
     words: ClassVar[list[int]] = []
+    #: For each other launch, whether it got a status word.
+    judging: ClassVar[list[bool]] = []
 
     def capabilities(self) -> Capabilities:
         return replace(super().capabilities(), guards=True, skips_negative=True)
@@ -47,7 +48,11 @@ class _Launch(MoveLaunch):
     def enqueue(
         self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None
     ) -> Pending | None:
-        return self._launch(*move, stream, None)
+        Packing.judging.append(status is not None)
+        src, dst, src_index, dst_index, count = move
+        src_index = _read_later(src_index, src.device)
+        dst_index = _read_later(dst_index, dst.device)
+        return self._launch(src, dst, src_index, dst_index, count, stream, None)
 
     def again(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> Again:
         return _Again(self._launch, Move(src, dst, src_index, dst_index, 0))
@@ -74,6 +79,15 @@ class _Again:
             self._launch(like.src, like.dst, src_index, dst_index, count, None, None)
         finally:
             sys.setprofile(profile)
+
+
+def _read_later(index: Index, device: torch.device) -> Index:
+    """Return an index whose ids lie in pinned memory as one that a device reads there."""
+    ids = index.ids
+    if ids is None or not ids.is_cpu:
+        return index
+    (there,) = RawMemory(ids.dtype, ids.nbytes).tensors([ids.data_ptr()], device)
+    return index.reading(there)
 
 
 def _index_at(address: int, view: KVView, like: Index, first: int, count: int) -> Index:
