@@ -84,7 +84,8 @@ Ids read_ids(const Asker &ask, Object ids, DlDevice device, Room &room) {
   if (type == ask.python.list_type) {
     const int64_t length = ask.python.list_size(ids);
     int64_t *out = room.take(length);
-    require(portakv_ids_read_list(ids, out, length) == 0);
+    const portakv_ids_list_call call{ids, out, length};
+    require(portakv_ids_read_list(&call) == 0);
     result.list = {out, 8, 8, length, 0, 0, 0};
     result.on_host = true;
     return result;
@@ -135,8 +136,7 @@ void place(Ids &ids, int64_t step, int64_t offset, int64_t count, bool distinct,
     found.guarded = true;
     return;
   }
-  const portakv_ids_check_call check{list, end.rows.slots, distinct, nullptr};
-  const int code = portakv_ids_check(&check);
+  const int code = check_ids(list, end.rows.slots, distinct, nullptr);
   require(code >= 0);
   found.skips = found.skips || code == PORTAKV_IDS_NEGATIVE;
   const bool dense = list.stride == list.width || list.length == 1;

@@ -154,14 +154,13 @@ typedef struct portakv_ids {
   int64_t count;     // positions
 } portakv_ids;
 
-// Codes of `portakv_ids_*`.
+// Codes of `portakv_ids_*`, next to PORTAKV_MALFORMED (a list that is not one of Python's integers of
+// at most 64 bits) and PORTAKV_NO_MEMORY.
 enum {
   PORTAKV_IDS_CLEAN = 0,     // every id names slots of the view
   PORTAKV_IDS_NEGATIVE = 1,  // the same, but for negative ids
-  PORTAKV_IDS_PAST = -1,     // a slot lies past the end of the view
-  PORTAKV_IDS_TWICE = -2,    // a slot occurs twice
-  PORTAKV_IDS_OTHER = -3,    // a list that is not one of Python's integers of at most 64 bits
-  PORTAKV_IDS_MEMORY = -4,   // out of memory
+  PORTAKV_IDS_PAST = -30,    // a slot lies past the end of the view
+  PORTAKV_IDS_TWICE = -31    // a slot occurs twice
 };
 
 // What is wrong with ids. A place is an id's in the list, -1 for none.
@@ -187,9 +186,15 @@ typedef struct portakv_ids_check_call {
 // Check the ids that the positions use. A slot past the end is found before one that occurs twice.
 PORTAKV_API int portakv_ids_check(const portakv_ids_check_call *call);
 
-// Read a Python list of integers. The caller holds the interpreter. Return 0, or OTHER for a list
-// of another length, or with an item of another type than int or of more than 64 bits.
-PORTAKV_API int portakv_ids_read_list(void *list, int64_t *out, int64_t length);
+typedef struct portakv_ids_list_call {
+  void *list;    // an object of Python: a list
+  int64_t *out;  // [length]
+  int64_t length;
+} portakv_ids_list_call;
+
+// Read a Python list of integers. The caller holds the interpreter. Return 0, or MALFORMED for a
+// list of another length, or with an item of another type than int or of more than 64 bits.
+PORTAKV_API int portakv_ids_read_list(const portakv_ids_list_call *call);
 
 typedef struct portakv_ids_slots_call {
   portakv_ids ids;
@@ -217,7 +222,7 @@ typedef struct portakv_ids_last_call {
 } portakv_ids_last_call;
 
 // Write all ids, with -1 in place of each id of 0 or more that a later one equals. Return how many
-// those are, or MEMORY.
+// those are, or NO_MEMORY.
 PORTAKV_API int64_t portakv_ids_last(const portakv_ids_last_call *call);
 
 // --- Runs and pieces --------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 // Read lists of ids, check them, and expand them to slots and units.
 #include "ids.h"
 
+#include "guarded.h"
+
 #include <algorithm>
 #include <memory>
 #include <utility>
@@ -73,16 +75,16 @@ Interpreter find_interpreter() {
   return python;
 }
 
-int read_list(void *list, int64_t *out, int64_t length) {
+int read_list(const portakv_ids_list_call &call) {
   static const Interpreter python = find_interpreter();
-  if (!python.complete() || python.size(list) != length) return PORTAKV_IDS_OTHER;
-  for (int64_t place = 0; place < length; place++) {
-    void *item = python.item(list, place);
+  if (!python.complete() || python.size(call.list) != call.length) return PORTAKV_MALFORMED;
+  for (int64_t place = 0; place < call.length; place++) {
+    void *item = python.item(call.list, place);
     // bool and numpy's integers have other types.
-    if (item == nullptr || python.type_of(item) != python.int_type) return PORTAKV_IDS_OTHER;
+    if (item == nullptr || python.type_of(item) != python.int_type) return PORTAKV_MALFORMED;
     int overflow = 0;
-    out[place] = python.value(item, &overflow);
-    if (overflow) return PORTAKV_IDS_OTHER;
+    call.out[place] = python.value(item, &overflow);
+    if (overflow) return PORTAKV_MALFORMED;
   }
   return 0;
 }
@@ -315,26 +317,6 @@ bool find_twice(const Ids &ids, const portakv_ids &list, Places places, portakv_
   return twice;
 }
 
-int check(const portakv_ids_check_call &call) {
-  const portakv_ids &list = call.ids;
-  const Places places(list);
-  if (places.count() <= 0) return PORTAKV_IDS_CLEAN;
-  const int64_t last = last_id(call.slots, list.step);
-  return with_ids(list, [&](const auto &ids) -> int {
-    const Found found = look(ids, places, last, call.distinct != 0);
-    if (!found.odd) return PORTAKV_IDS_CLEAN;
-    int code = any_negative(ids, places) ? PORTAKV_IDS_NEGATIVE : PORTAKV_IDS_CLEAN;
-    portakv_ids_fault fault{};
-    fault.past_place = -1;
-    if (find_past(ids, list, places, call.slots, fault)) {
-      code = PORTAKV_IDS_PAST;
-    } else if (found.twice && find_twice(ids, list, places, fault)) {
-      code = PORTAKV_IDS_TWICE;
-    }
-    if (code < 0 && call.fault) *call.fault = fault;
-    return code;
-  });
-}
 
 // --- Slots, units and repeats -------------------------------------------------------------------
 
@@ -357,26 +339,6 @@ int64_t write_slots(const portakv_ids_slots_call &call) {
         place += token / list.step;
         token %= list.step;
       }
-    }
-    return number;
-  });
-}
-
-// Write the number of each unit. Return how many the ids cover.
-int64_t write_units(const portakv_ids_units_call &call) {
-  const portakv_ids &list = call.ids;
-  const Places places(list);
-  if (places.count() <= 0 || call.unit <= 0 || call.unit > list.step) return 0;
-  const int64_t clip = kPastAnyView / list.step;
-  const int64_t per_id = list.step / call.unit;
-  const int64_t count = list.count / call.unit;
-  return with_ids(list, [&](const auto &ids) {
-    int64_t number = 0;
-    int64_t part = list.offset / call.unit % per_id;
-    for (int64_t place = places.first; place < places.past; place++) {
-      const int64_t id = std::min(std::max<int64_t>(ids[place], -1), clip);
-      for (; part < per_id && number < count; part++) call.out[number++] = id * per_id + part;
-      part = 0;
     }
     return number;
   });
@@ -406,25 +368,54 @@ int64_t write_last(const portakv_ids_last_call &call) {
   });
 }
 
-// Return function(), or a code if there is no memory for it.
-template <typename Function>
-auto guarded(Function function) -> decltype(function()) {
-  try {
-    return function();
-  } catch (...) {  // only containers raise here
-    return PORTAKV_IDS_MEMORY;
-  }
+}  // namespace
+
+int check_ids(const portakv_ids &list, int64_t slots, bool distinct, portakv_ids_fault *fault) {
+  const Places places(list);
+  if (places.count() <= 0) return PORTAKV_IDS_CLEAN;
+  const int64_t last = last_id(slots, list.step);
+  return with_ids(list, [&](const auto &ids) -> int {
+    const Found found = look(ids, places, last, distinct);
+    if (!found.odd) return PORTAKV_IDS_CLEAN;
+    int code = any_negative(ids, places) ? PORTAKV_IDS_NEGATIVE : PORTAKV_IDS_CLEAN;
+    portakv_ids_fault wrong{};
+    wrong.past_place = -1;
+    if (find_past(ids, list, places, slots, wrong)) {
+      code = PORTAKV_IDS_PAST;
+    } else if (found.twice && find_twice(ids, list, places, wrong)) {
+      code = PORTAKV_IDS_TWICE;
+    }
+    if (code < 0 && fault) *fault = wrong;
+    return code;
+  });
 }
 
-}  // namespace
+int64_t write_units(const portakv_ids &list, int64_t unit, int64_t *out) {
+  const Places places(list);
+  if (places.count() <= 0 || unit <= 0 || unit > list.step) return 0;
+  const int64_t clip = kPastAnyView / list.step;
+  const int64_t per_id = list.step / unit;
+  const int64_t count = list.count / unit;
+  return with_ids(list, [&](const auto &ids) {
+    int64_t number = 0;
+    int64_t part = list.offset / unit % per_id;
+    for (int64_t place = places.first; place < places.past; place++) {
+      const int64_t id = std::min(std::max<int64_t>(ids[place], -1), clip);
+      for (; part < per_id && number < count; part++) out[number++] = id * per_id + part;
+      part = 0;
+    }
+    return number;
+  });
+}
+
 }  // namespace portakv
 
-int portakv_ids_read_list(void *list, int64_t *out, int64_t length) {
-  return portakv::read_list(list, out, length);
-}
+int portakv_ids_read_list(const portakv_ids_list_call *call) { return portakv::read_list(*call); }
 
 int portakv_ids_check(const portakv_ids_check_call *call) {
-  return portakv::guarded([&] { return portakv::check(*call); });
+  return static_cast<int>(portakv::guarded([&] {
+    return portakv::check_ids(call->ids, call->slots, call->distinct != 0, call->fault);
+  }));
 }
 
 int64_t portakv_ids_slots(const portakv_ids_slots_call *call) {
@@ -432,7 +423,7 @@ int64_t portakv_ids_slots(const portakv_ids_slots_call *call) {
 }
 
 int64_t portakv_ids_units(const portakv_ids_units_call *call) {
-  return portakv::write_units(*call);
+  return portakv::write_units(call->ids, call->unit, call->out);
 }
 
 int64_t portakv_ids_last(const portakv_ids_last_call *call) {

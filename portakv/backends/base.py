@@ -22,15 +22,14 @@ claims its encoding, to `Backend.check_pack` and `Backend.prepare_pack` in place
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Protocol
 
 import torch
 
-from portakv.core.rows import Kernels
+from portakv.backends.row_kernels import TAKES, RowKernels
 from portakv.errors import Unsupported
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
@@ -41,8 +40,6 @@ from portakv.view.index import Index
 from portakv.view.view import KVView
 
 _HOST = torch.device("cpu")
-#: Why a backend executes a plan inside its device.
-TAKES = "takes the plan"
 #: Rows on a different device than the one that a kernel runs on. The kernel reads them: no kernel
 #: writes into the memory of a different device.
 PEERS = frozenset({("peer", "device")})
@@ -186,62 +183,8 @@ class MoveLaunch:
         raise NotImplementedError
 
 
-class Again(Protocol):
-    """A launch with all values packed except addresses and a count; see `Repeatable`.
-
-    ``most`` is the most tokens that one call moves. ``src`` and ``dst`` are the address of the
-    side's ids, or of its tensor if it has no ids. ``first`` is the position of the first token and
-    ``count`` the number of tokens, both multiples of the plan's unit. ``status`` is the address of
-    the status word (0: none). The work is ordered on the current stream.
-    """
-
-    most: int
-
-    def __call__(self, src: int, dst: int, first: int, count: int, status: int) -> None: ...
-
-
-class Repeatable(Launch, Protocol):
-    """A launch that takes less host time when the same transfer is repeated.
-
-    `again` is not a claim: without it the library calls the launch itself each time.
-    """
-
-    def again(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> Again | None:
-        """Return the launch with these arguments packed; None if more than addresses can change.
-
-        Each side must be memory that stays: with device ids of offset 0, or one dense tensor
-        without ids. Later ids have the dtypes and steps of these.
-        """
-
-
 #: Return why the bytes of a tensor do not lie where its strides say, and what to do; "" if they do.
 FormatCheck = Callable[[torch.Tensor], str]
-
-
-class RowKernels(NamedTuple):
-    """The row kernels of a device, for copies that the core makes as a whole."""
-
-    table: Kernels
-    driver: RowsDriver
-
-
-class RowsDriver(Protocol):
-    """The driver of one device; `runtime.cuda.CudaDriver` documents each function."""
-
-    @property
-    def success(self) -> object: ...
-    @property
-    def launch(self) -> Callable[..., object]: ...
-    @property
-    def entry(self) -> int: ...
-    def load(self, source: str, names: Iterable[str]) -> dict[str, object]: ...
-    def address(self, function: object) -> int: ...
-    def handle(self, stream: torch.Stream | None) -> object: ...
-    def number(self, stream: torch.Stream | None) -> int | None: ...
-    def current(self) -> AbstractContextManager[object]: ...
-    def check(self, result: Any, what: str) -> None: ...
-    def refuse(self, error: int, what: str) -> NoReturn: ...
-    def word(self, address: int) -> int: ...
 
 
 class Backend(ABC):
@@ -254,8 +197,8 @@ class Backend(ABC):
         emulated: the device or the driver is emulated.
         carrier: the executor of plans if the backend has several, such as ``the AscendC kernel``.
         library: the path of a library that was built for the backend beforehand.
-        row_kernels: the core's table of the row kernels that copy inside the device, and the
-            driver that launches them. None: the backend's launches do all.
+        row_kernels: those that copy inside the device, for copies that the core makes as a whole.
+            None: the backend's launches do all.
     """
 
     name: str = ""

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from portakv.backends.base import Capabilities, Decision, PackLaunch, RowsDriver
+from portakv.backends.base import Capabilities, Decision, PackLaunch
 from portakv.backends.pack_kernel import PackKernel, refusal
+from portakv.backends.row_kernels import RowsDriver
 from portakv.backends.rows_launch import RowsBackend
 from portakv.layout.packing import PACK
 from portakv.plan.move import Move

@@ -16,10 +16,9 @@ from portakv.backends.base import (
     Capabilities,
     Launch,
     MoveLaunch,
-    RowKernels,
-    RowsDriver,
     places_on,
 )
+from portakv.backends.row_kernels import NO_CONTEXT, RowKernels, RowsDriver
 from portakv.backends.rows_kernel import (
     LOOKUPS,
     THREADS,
@@ -36,8 +35,6 @@ from portakv.runtime.devices import capturing, refuse_capture
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-#: CUDA_ERROR_INVALID_CONTEXT, and HIP's error of that name: a thread that has no context yet.
-NO_CONTEXT = 201
 #: Units of a view or a copy, which the kernels count in 32 bits.
 COUNTED = 2**32
 
@@ -106,7 +103,7 @@ class RowsBackend(Backend):
     @cached_property
     def row_kernels(self) -> RowKernels:  # type: ignore[override]
         """See `Backend`."""
-        return RowKernels(Kernels(self._driver.entry), self._driver)
+        return RowKernels(self._driver, self.device, self.name)
 
     @cached_property
     def _peer_kernels(self) -> Kernels:
@@ -123,12 +120,17 @@ class RowsBackend(Backend):
 class RowsLaunch(MoveLaunch):
     """The launch of a plan by its kernels; see `base.Launch`.
 
+    Its kernels read ids in pinned memory, too.
+
     Args:
         kernels: one for each nest.
         table: has these kernels.
         driver: of the device that the kernels are loaded on.
         home: that device, where they read tables of addresses.
     """
+
+    #: Few ids are not sent to the device; see `Prepared`.
+    reads_pinned_ids = True
 
     def __init__(
         self,
@@ -185,6 +187,8 @@ class RowsLaunch(MoveLaunch):
         wide = False
         if ids is not None:
             at = ids.data_ptr()
+            if ids.is_cpu and self._home.type != "cpu":
+                at = self._driver.word(at)
             wide = ids.dtype is torch.int64
         addresses = view.addresses_at if view.known else 0
         return pack_side(addresses, table, at, wide, index.offset, view.slots)

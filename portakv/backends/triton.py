@@ -28,8 +28,6 @@ from portakv.backends.base import (
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture, refuse_fork, this_process
-from portakv.view.index import Index
-from portakv.view.view import KVView
 
 INTERPRET = "TRITON_INTERPRET"
 
@@ -180,17 +178,6 @@ class _TritonLaunch(_OnDevice, MoveLaunch):
         ]
         self._unit = unit
 
-    def again(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
-    ) -> _TritonAgain | None:
-        """See `base.Repeatable`."""
-        store = src_index.ids is not None
-        load = dst_index.ids is not None
-        dense = [x.dst if store else x.src for x, *_ in self._parts]
-        if self._unit != 1 or store == load or any(x.looks_up for x in dense):
-            return None
-        return _TritonAgain(self._device, self._parts, Move(src, dst, src_index, dst_index, 0))
-
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         if self._process.forked:
             raise refuse_fork("the device's context")
@@ -218,60 +205,6 @@ class _TritonLaunch(_OnDevice, MoveLaunch):
                     *arguments,
                     *constants,
                 )
-
-
-class _TritonAgain(_OnDevice):
-    """A repeated launch; see `base.Again`."""
-
-    def __init__(self, device: torch.device, parts: list[_Part], move: Move) -> None:
-        super().__init__(device)
-        src = move.src
-        dst = move.dst
-        src_index = move.src_index
-        dst_index = move.dst_index
-        self._store = src_index.ids is not None
-        self._parts = []
-        for nest, run, function, metadata, constants in parts:
-            src_side = nest.src.arguments(src, src_index)
-            dst_side = nest.dst.arguments(dst, dst_index)
-            paged, dense = (src_side, dst_side) if self._store else (dst_side, src_side)
-            # The arguments in order, without those that an address or a count changes.
-            begins = paged[:2], paged[3], paged[5:], dense[1:]
-            offset = (nest.dst if self._store else nest.src).side.offset
-            rest = (None, None, None), constants
-            self._parts.append((nest, run, function, metadata, begins, offset, rest))
-        self.most = min(nest.most_units for nest, *_ in parts)
-
-    def __call__(self, src: int, dst: int, first: int, count: int, status: int) -> None:
-        if self._process.forked:
-            raise refuse_fork("the device's context")
-        if self._current_device() != self._index:
-            with torch.get_device_module(self._device).device(self._device):
-                self(src, dst, first, count, status)
-            return
-        ids, dense = (src, dst) if self._store else (dst, src)
-        stream = self._current_stream(self._index)
-        for nest, run, function, metadata, begins, offset, (hooks, constants) in self._parts:
-            base, wide, steps, side = begins
-            paged = (*base, ids, wide, first, *steps)
-            other = (dense + offset, *side)
-            src_side, dst_side = (paged, other) if self._store else (other, paged)
-            run(
-                nest.programs(count),
-                nest.planes,
-                1,
-                stream,
-                function,
-                metadata,
-                *hooks,
-                src_side,
-                dst_side,
-                count,
-                0,
-                1,
-                status,
-                *constants,
-            )
 
 
 def _driver() -> Any:

@@ -41,7 +41,7 @@ from portakv.cli.sides import (
     requested_accelerator,
 )
 from portakv.cli.store import check_installed, explain_folder
-from portakv.copy.between import executor_of
+from portakv.copy.call import executor_of
 from portakv.errors import BackendUnavailable, InvalidTerms, PortaKVError, Unsupported
 from portakv.interconnect.choose import Host
 from portakv.interconnect.costs import DIRECTIONS, Table, TableError, costs_of, read, unmeasured

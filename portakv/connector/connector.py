@@ -20,12 +20,11 @@ from torch.compiler import is_compiling
 
 from portakv.connector import in_graph
 from portakv.connector.in_graph import Allocations, first_tensor, flatten
-from portakv.copy.context import Context
+from portakv.copy.call import Context, Passed, check_rows
 from portakv.copy.inside import ChunkCopies
 from portakv.copy.options import Check, CopyOptions, options_from, refuse_options
 from portakv.copy.request import Ids, MemoryObject, Tensors, whole
-from portakv.copy.schedule import check_issue, issue
-from portakv.copy.settle import Passed, check_rows
+from portakv.copy.submit import check_issue, issue
 from portakv.errors import DeviceMismatch, LayoutError, SlotError
 from portakv.layout.language import parse
 from portakv.layout.presets import resolve

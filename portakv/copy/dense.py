@@ -12,14 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from portakv.copy.between import common_device
-from portakv.copy.context import Context
+from portakv.copy.call import (
+    Context,
+    Passed,
+    Submit,
+    check,
+    common_device,
+    follow_current,
+    note_clean,
+)
 from portakv.copy.dense_overflow import end_of_packed, is_packed, wait_for_end
-from portakv.copy.handle import Submit
-from portakv.copy.launch import follow_current
 from portakv.copy.options import CopyOptions
 from portakv.copy.pack_launch import without_bad_ids
-from portakv.copy.settle import Passed, check, note_clean
 from portakv.plan.move import Move
 from portakv.registry import STRATEGIES
 from portakv.runtime.devices import inside

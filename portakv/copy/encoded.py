@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+from portakv.copy.call import Passed, Submit
 from portakv.copy.fp8 import copy_fp8
-from portakv.copy.handle import BlockTransfer, Submit
+from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
 from portakv.copy.packing import copy_packed
-from portakv.copy.settle import Passed
 from portakv.layout.encodings import FP8
 from portakv.plan.move import Move
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 
 import torch
 
+from portakv.copy.call import Submit
 from portakv.copy.dense import DenseCopy, DenseSlice
 from portakv.copy.fp8_rows import decode_rows, encode_rows
-from portakv.copy.handle import BlockTransfer, Submit
+from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
 from portakv.copy.packed_slots import check_whole
 from portakv.errors import Unsupported

@@ -4,22 +4,21 @@ copy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TypeAlias
 
 import numpy as np
 
 from portakv.copy.counting import TOGETHER, Counted
-from portakv.copy.options import CopyOptions
-from portakv.copy.settle import Passed
 from portakv.errors import TransferError
 from portakv.plan.move import Move
 from portakv.runtime.transfer import NOTHING, Transfer
 from portakv.runtime.worker import Worker
 from portakv.view.destination import note_written
 from portakv.view.form import Form
+from portakv.view.index import Ids, Index, index_of
+from portakv.view.view import KVView
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,26 +86,63 @@ class BlockTransfer(Transfer):
         worker: Worker | None = None,
         skips: bool = True,
     ) -> None:
+        self._worker = worker
+        self._layers = layers
+        step = move.src_index.plan_step or move.dst_index.plan_step
+        # Counted now: the caller may change its ids after the call.
+        skipped = _skipped(move) if skips else 0
+        self._begin(transfer, move.src, move.dst, step, move.count, skipped, began)
+
+    def _begin(
+        self,
+        transfer: Transfer,
+        src: KVView,
+        dst: KVView,
+        step: int,
+        count: int,
+        skipped: int,
+        began: float,
+    ) -> None:
+        """Note a copy of so many tokens, whose ids have a step; 0: it has no ids."""
         self.completions = transfer.completions
         self._retained = transfer._retained
         self.carried = transfer.carried
-        src_index = move.src_index
-        dst_index = move.dst_index
-        self._form = form = move.src.form
-        self._block = src_index.plan_step or dst_index.plan_step or form.block_size or 1
-        # Counted now: the caller may change its ids after the call.
-        self._requested = move.count - _skipped(move) if skips else move.count
+        self._form = form = src.form
+        self._block = step or form.block_size or 1
+        self._requested = count - skipped
         self._began = began
-        self._worker = worker
-        self._layers = layers
         self._ended: float | None = None if transfer.completions else perf_counter()
-        if move.count:
-            note_written(move.dst)
+        if count:
+            note_written(dst)
         counts = Counted.counts
-        if counts is not None and move.count:
-            counts.new.append((transfer.carried[0], form.place, move.dst.form, move.count))
+        if counts is not None and count:
+            counts.new.append((transfer.carried[0], form.place, dst.form, count))
             if len(counts.new) >= TOGETHER:
                 counts.sum_up()
+
+    @classmethod
+    def of_views(
+        cls,
+        transfer: Transfer,
+        src: KVView,
+        dst: KVView,
+        sides: tuple[tuple[Ids | None, int], tuple[Ids | None, int]],
+        count: int,
+        began: float,
+        skips: bool,
+    ) -> BlockTransfer:
+        """Return the handle of a copy by ids as a caller passed them, each with its step."""
+        made = cls.__new__(cls)
+        made._worker = None
+        made._layers = None
+        steps = [each.step if isinstance(each, Index) else step for each, step in sides]
+        step = next((n for n, (ids, _) in zip(steps, sides, strict=True) if ids is not None), 0)
+        skipped = 0
+        if skips:
+            src_index, dst_index = (index_of(*side) for side in sides)
+            skipped = _skipped(Move(src, dst, src_index, dst_index, count))
+        made._begin(transfer, src, dst, step, count, skipped, began)
+        return made
 
     @classmethod
     def together(cls, transfers: Sequence[BlockTransfer]) -> BlockTransfer:
@@ -256,7 +292,3 @@ class _Together(BlockTransfer):
             each._note_end()
             each._retained = None
         Transfer._finish(self)
-
-
-#: Issue a copy under options, with the checks that it passed as a part; None: check it.
-Submit: TypeAlias = Callable[[Move, CopyOptions, Passed | None], BlockTransfer]

@@ -9,144 +9,28 @@ goes the general way of `copy`, which makes the copy or words the error.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from time import perf_counter
 
+import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
-from portakv.backends.base import TAKES
 from portakv.backends.rows_kernel import MAX_ENTRIES
-from portakv.backends.rows_launch import NO_CONTEXT
 from portakv.copy.counting import TOGETHER, Counted
-from portakv.core.call import DRIVER, GUARDED, TO_THE_END, OpenedView, Watch, calls
+from portakv.copy.handle import BlockTransfer
+from portakv.copy.options import CopyOptions
+from portakv.core.call import SKIPS, TO_THE_END, OpenedView, Watch, calls
 from portakv.core.view import dtype_words, name_of
-from portakv.errors import LayoutError
-from portakv.registry.registry import REGISTRY, Choice
-from portakv.runtime.devices import capture_question
-from portakv.runtime.pinned_ids import PinnedIds
-from portakv.runtime.streams import ignoring_captures
-from portakv.runtime.transfer import (
-    Owner,
-    StatusWord,
-    Transfer,
-    acquire_after_ends,
-    acquire_word,
-    completion_of,
-    end_of_launch,
-    event_pool,
-    free_words,
-)
+from portakv.errors import LayoutError, SlotError
+from portakv.registry.registry import Choice, choose
+from portakv.runtime.transfer import Owner, Transfer
 from portakv.view.bound import BoundLayout
 from portakv.view.destination import check_writable, note_written
-from portakv.view.index import Index
+from portakv.view.form import plain_reader
+from portakv.view.index import Ids, Index, as_ids
 from portakv.view.view import KVView
 
 _OPENED = "opened"  # of a view, for the core
-
-
-class Launched(NamedTuple):
-    """What the core launched: its result, and the status word and the ids that the kernels use."""
-
-    result: int
-    word: StatusWord | None
-    listed: PinnedIds | None
-
-    @property
-    def tokens(self) -> int:
-        """Return the tokens that are copied, those of skipped positions included."""
-        return self.result >> 2
-
-
-class Inside:
-    """A device whose backend launches row kernels through the core.
-
-    Args:
-        choice: what executes the copies.
-
-    Attributes:
-        carried: the executor and the reason for it.
-        kernels: the address of the core's table of its kernels.
-    """
-
-    def __init__(self, choice: Choice) -> None:
-        backend = choice.backend
-        device = backend.device
-        assert backend.row_kernels is not None
-        self._table, self._driver = backend.row_kernels
-        self.kernels = self._table.address
-        self.carried = choice.name, TAKES
-        self._capturing = capture_question(device)
-        # The free events of the device. None: work of the host has ended when a call returns.
-        self._events = None if device.type == "cpu" else event_pool(device)
-        if self._events is not None:
-            with ignoring_captures(device):  # of other threads
-                PinnedIds.reserve()
-
-    @classmethod
-    def of(cls, choice: Choice) -> Inside | None:
-        """Return the device of a choice; None: its backend has no such kernels, or tensors there
-        may be in a format of their vendor."""
-        backend = choice.backend
-        if backend.row_kernels is None or REGISTRY.format_checks(backend.device):
-            return None
-        return cls(choice)
-
-    def launch(self, call: Callable[[int, int, int, int], int], on_host: bool) -> Launched | None:
-        """Make a call of the core on the current stream; None: it launched nothing.
-
-        Args:
-            call: takes memory for ids, its room, the address of a status word, and a stream.
-            on_host: ids lie on the host.
-
-        Raises:
-            TransferError: the driver's error.
-        """
-        driver = self._driver
-        stream = driver.number(None)
-        # None: another device is current, of which the next question would be answered.
-        if stream is None or self._capturing():
-            return None
-        word = None
-        listed = None
-        status = 0
-        room = (0, 0)
-        if self._events is not None:
-            word = acquire_word()
-            status = driver.word(word.address)
-            listed = (PinnedIds.acquire() or acquire_after_ends()) if on_host else None
-            if listed is not None:
-                room = listed.address, PinnedIds.MOST
-        result = call(*room, status, stream)
-        if result == DRIVER - NO_CONTEXT:  # the first work of a thread
-            with driver.current():
-                result = call(*room, status, stream)
-        if result <= DRIVER:  # what was launched may use the word and the list, which are given up
-            driver.refuse(DRIVER - result, "The launch")
-        if word is not None and (result < 0 or not result & GUARDED):
-            free_words.append(word)
-            word = None
-        if result < 0 and listed is not None:
-            listed.release()
-        return None if result < 0 else Launched(result, word, listed)
-
-    def end(
-        self, launched: Launched, retained: object, ids: object, owner: Owner | None = None
-    ) -> Transfer:
-        """Return the end of a launch, after which the device's present work runs.
-
-        Args:
-            retained: what the handle keeps until the end.
-            ids: memory that is kept until the end also if the handle is dropped.
-            owner: it reports an error if the handle does not.
-        """
-        events = self._events
-        if events is None:
-            return Transfer((), None, self.carried)
-        event = events.acquire()
-        event.record()
-        _, word, listed = launched
-        completion = completion_of(event, events, word, ids, listed)
-        return end_of_launch(completion, retained, self.carried, listed is not None, owner)
 
 
 def opened(view: KVView) -> OpenedView | None:
@@ -214,8 +98,8 @@ class ChunkCopies:
         self._cache = cache
         self._owner = owner
         self._bound = bound
-        self._inside = Inside.of(choice)
-        self._caches = open_view(cache, memory) if self._inside is not None else None
+        self._kernels = choice.backend.row_kernels
+        self._caches = open_view(cache, memory) if self._kernels is not None else None
         self._copy = calls().copy_chunk
 
     def transfer(
@@ -226,7 +110,7 @@ class ChunkCopies:
         Raises:
             TransferError: the driver's error.
         """
-        inside = self._inside
+        own = self._kernels
         ids = slot_mapping
         offset = 0
         if type(ids) is Index:
@@ -238,7 +122,7 @@ class ChunkCopies:
         if type(chunk) is not torch.Tensor:
             chunk = getattr(memory_obj, "tensor", None)
         if (
-            inside is None
+            own is None
             or self._caches is None
             or type(chunk) is not torch.Tensor
             or type(start) is not int
@@ -254,7 +138,7 @@ class ChunkCopies:
         if bound is None:
             return None
         copy = self._copy
-        kernels = inside.kernels
+        kernels = own.address
         caches = self._caches.address
         layout = bound.address
 
@@ -264,7 +148,7 @@ class ChunkCopies:
                         listed, room, status, stream)
             # fmt: on
 
-        launched = inside.launch(call, type(ids) is not torch.Tensor or ids.is_cpu)
+        launched = own.launch(call, type(ids) is not torch.Tensor or ids.is_cpu)
         if launched is None:
             return None
         if store:
@@ -273,7 +157,88 @@ class ChunkCopies:
             note_written(self._cache)
         counts = Counted.counts
         if counts is not None:
-            counts.new.append((inside.carried[0], "device", self._cache.form, launched.tokens))
+            counts.new.append((own.carried[0], "device", self._cache.form, launched.tokens))
             if len(counts.new) >= TOGETHER:
                 counts.sum_up()
-        return inside.end(launched, (chunk, ids, self._cache), ids, self._owner)
+        return own.end(launched, (chunk, ids, self._cache), ids, self._owner)
+
+
+def copied(
+    src: KVView,
+    dst: KVView,
+    src_ids: Ids | None,
+    dst_ids: Ids | None,
+    src_step: int,
+    dst_step: int,
+    count: object,
+    options: CopyOptions,
+) -> BlockTransfer | None:
+    """Copy between two views of one device on the current stream; None: the core does not make
+    such a copy.
+
+    Args:
+        src_ids, dst_ids: as `copy_rows` takes them.
+        src_step, dst_step: tokens of an id that is no `Index`.
+        count: tokens; None: those of the ids.
+
+    Raises:
+        BackendUnavailable: as `choose`.
+        TransferError: the driver's error.
+    """
+    if not isinstance(src, KVView) or not isinstance(dst, KVView) or options.stream is not None:
+        return None
+    device = src.device
+    if device != dst.device or (device.type == "cpu" and options.backend is None):
+        return None
+    began = perf_counter()
+    kernels = choose(device, options.backend).backend.row_kernels
+    reader = plain_reader()
+    read = opened(src)
+    written = opened(dst)
+    if kernels is None or reader is None or read is None or written is None:
+        return None
+    if {src.form.place, dst.form.place} & {"peer", "remote"}:
+        return None
+    tokens = TO_THE_END if count is None else count
+    from_ids, from_step, from_offset = _side(src_ids, src_step)
+    to_ids, to_step, to_offset = _side(dst_ids, dst_step)
+    if type(tokens) is not int or not (from_step and to_step):
+        return None
+    copy = calls().copy_views
+    table = kernels.address
+    torch_objects = reader.address
+    src_at = read.address
+    dst_at = written.address
+
+    def call(listed: int, room: int, status: int, stream: int) -> int:
+        # fmt: off
+        return copy(table, torch_objects, src_at, dst_at, from_ids, to_ids, from_step, to_step,
+                    from_offset, to_offset, tokens, listed, room, status, stream)
+        # fmt: on
+
+    launched = kernels.launch(call, _on_host(from_ids) or _on_host(to_ids))
+    if launched is None:
+        return None
+    ids = from_ids, to_ids
+    made = kernels.end(launched, (src, dst, ids), ids)
+    skips = bool(launched.result & SKIPS)
+    indices = (src_ids, src_step), (dst_ids, dst_step)
+    return BlockTransfer.of_views(made, src, dst, indices, launched.tokens, began, skips)
+
+
+def _side(ids: object, step: int) -> tuple[object, int, int]:
+    """Return the ids of a side as the core takes them, the tokens of an id, and those that are
+    passed over. A step of 0: the core does not read them."""
+    if type(ids) is Index:
+        return ids.ids, ids.step, ids.offset
+    if type(ids) is np.ndarray:
+        try:
+            return as_ids(ids), step, 0
+        except SlotError:
+            return ids, 0, 0
+    return ids, step if ids is not None else 1, 0
+
+
+def _on_host(ids: object) -> bool:
+    """Return True if ids lie on the host."""
+    return ids is not None and (type(ids) is not torch.Tensor or ids.is_cpu)

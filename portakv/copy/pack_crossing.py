@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from portakv.copy.context import Context
-from portakv.copy.handle import Submit as Submit
+from portakv.copy.call import Context, Passed, note_clean
+from portakv.copy.call import Submit as Submit
 from portakv.copy.options import USUAL, CopyOptions
-from portakv.copy.settle import Passed, note_clean
 from portakv.interconnect.slices import Slice
 from portakv.plan.move import Move
 from portakv.registry import STRATEGIES, Choice, PreparedPack, choose

@@ -12,11 +12,8 @@ import numpy.typing as npt
 import torch
 
 from portakv.backends.base import Capabilities
-from portakv.copy.context import Context
-from portakv.copy.detached import beside
-from portakv.copy.launch import bring_tables, follow_current
-from portakv.copy.settle import Passed as Passed
-from portakv.copy.settle import drop_bad_ids
+from portakv.copy.call import Context, beside, bring_tables, drop_bad_ids, follow_current
+from portakv.copy.call import Passed as Passed
 from portakv.errors import PackOverflow, SlotError
 from portakv.layout.encodings import PACK
 from portakv.plan.move import Move

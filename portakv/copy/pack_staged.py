@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from portakv.copy.context import Context
-from portakv.copy.detached import beside
-from portakv.copy.launch import follow_current
+from portakv.copy.call import Context, beside, follow_current
 from portakv.copy.options import CopyOptions
 from portakv.copy.pack_crossing import ByCopies, Submit, named, packer
 from portakv.copy.pack_launch import (

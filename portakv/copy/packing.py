@@ -12,14 +12,20 @@ from dataclasses import replace
 
 import torch
 
-from portakv.copy.between import common_device
-from portakv.copy.context import Context
-from portakv.copy.handle import BlockTransfer, Submit
+from portakv.copy.call import (
+    Context,
+    Passed,
+    Submit,
+    check,
+    common_device,
+    context_of,
+    without_left_out,
+)
+from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
 from portakv.copy.pack_launch import Packed, issue_pack, join_layers
 from portakv.copy.pack_staged import issue_staged
 from portakv.copy.packed_slots import check_whole, slots_of
-from portakv.copy.settle import Passed, check, context_of, without_left_out
 from portakv.errors import Unsupported
 from portakv.layout.encodings import PACK
 from portakv.plan.packing import Move, PackPlan

@@ -11,9 +11,9 @@ from math import gcd
 
 import torch
 
+from portakv.copy.call import Submit
 from portakv.copy.dense import DenseCopy, DenseSlice
 from portakv.copy.dense_overflow import is_packed, unfit_blocks
-from portakv.copy.handle import Submit
 from portakv.copy.options import CopyOptions
 from portakv.copy.packed_slots import check_whole
 from portakv.errors import LayoutError, Unsupported

@@ -7,10 +7,10 @@ import torch
 
 from portakv.arguments import shown
 from portakv.copy.handle import BlockTransfer
+from portakv.copy.inside import copied
 from portakv.copy.options import Check, CopyOptions, options_of
-from portakv.copy.repeat import repeated
 from portakv.copy.request import whole
-from portakv.copy.submit import submit_new
+from portakv.copy.submit import submit
 from portakv.errors import LayoutError, SlotError
 from portakv.interconnect.strategy import Overlap
 from portakv.plan.move import Move
@@ -83,8 +83,12 @@ def copy_rows(
         check,
         late,
     )
+    if options.plain:
+        made = copied(src, dst, src_index, dst_index, 1, 1, count, options)
+        if made is not None:
+            return made
     move = move_of(src, dst, src_index, dst_index, count)
-    return repeated(move, options) or submit_new(move, options)
+    return submit(move, options)
 
 
 def copy_blocks(
@@ -138,6 +142,10 @@ def copy_blocks(
         check,
         late,
     )
+    if options.plain and skip == 0 and type(skip) is int:
+        made = _copied_blocks(src, dst, src_blocks, dst_blocks, count, options)
+        if made is not None:
+            return made
     src_index = block_index(src, src_blocks, "src")
     dst_index = block_index(dst, dst_blocks, "dst")
     if skip or type(skip) is not int:
@@ -145,7 +153,26 @@ def copy_blocks(
         src_index = _after(src, src_index, first, "source")
         dst_index = _after(dst, dst_index, after, "destination")
     move = move_of(src, dst, src_index, dst_index, count)
-    return repeated(move, options) or submit_new(move, options)
+    return submit(move, options)
+
+
+def _copied_blocks(
+    src: KVView,
+    dst: KVView,
+    src_blocks: Ids | None,
+    dst_blocks: Ids | None,
+    count: object,
+    options: CopyOptions,
+) -> BlockTransfer | None:
+    """Copy blocks by one call of the core; None: it does not make such a copy."""
+    if not (isinstance(src, KVView) and isinstance(dst, KVView)):
+        return None
+    src_size = src.form.block_size
+    dst_size = dst.form.block_size
+    for blocks, size in ((src_blocks, src_size), (dst_blocks, dst_size)):
+        if isinstance(blocks, Index) and blocks.step != size:
+            return None
+    return copied(src, dst, src_blocks, dst_blocks, src_size, dst_size, count, options)
 
 
 def _after(view: KVView, index: Index, skip: object, side: str) -> Index:
@@ -209,8 +236,13 @@ def move_of(
         tokens = count
     else:
         tokens = whole("count", count, "a whole number of at least 0", 0)
-    src_of.check_length(tokens, src.slots, "source")
-    dst_of.check_length(tokens, dst.slots, "destination")
+    # Most lists are long enough, without a call.
+    src_length = src_of.length
+    dst_length = dst_of.length
+    if src_length is None or tokens > src_length:
+        src_of.check_length(tokens, src.slots, "source")
+    if dst_length is None or tokens > dst_length:
+        dst_of.check_length(tokens, dst.slots, "destination")
     return Move(src, dst, src_of, dst_of, tokens)
 
 

@@ -14,12 +14,12 @@ import numpy.typing as npt
 import torch
 
 from portakv.arguments import kind_of
+from portakv.copy.call import Passed
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions, options_from
 from portakv.copy.request import whole
 from portakv.copy.rows import move_of
-from portakv.copy.settle import Passed
-from portakv.copy.submit import submit_new
+from portakv.copy.submit import submit
 from portakv.errors import LayoutError, PortaKVError, SlotError
 from portakv.plan.plan import Move, check_disjoint
 from portakv.view.bound import address_of
@@ -114,7 +114,7 @@ def copy_runs(
     if len(sides) > 1:
         return _of_sizes(sides, options)
     src, dst = sides[0]
-    return submit_new(move_of(src, dst, None, None, None), options)
+    return submit(move_of(src, dst, None, None, None), options)
 
 
 def _of_sizes(sides: Sequence[Sequence[KVView]], options: CopyOptions) -> BlockTransfer:
@@ -122,12 +122,12 @@ def _of_sizes(sides: Sequence[Sequence[KVView]], options: CopyOptions) -> BlockT
     late = options.late
     moved = list[BlockTransfer]()
     for src, dst in sides:
-        submit_new(move_of(src, dst, None, None, 0), options)
+        submit(move_of(src, dst, None, None, 0), options)
         check_disjoint(Move(src, dst, Index(), Index(), src.slots))
     each = options if late is None else replace(options, late=None)
     try:
         for src, dst in sides:
-            moved.append(submit_new(move_of(src, dst, None, None, None), each, Passed(False)))
+            moved.append(submit(move_of(src, dst, None, None, None), each, Passed(False)))
     except BaseException:  # such as no memory on the device: no caller has a handle of the others
         issued = BlockTransfer.together(moved)
         issued.cancel()

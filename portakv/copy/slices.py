@@ -11,18 +11,19 @@ from math import gcd, lcm
 
 import torch
 
-from portakv.copy.context import Context
-from portakv.copy.handle import BlockTransfer, token_bytes
-from portakv.copy.launch import follow_current, launch
-from portakv.copy.settle import (
+from portakv.copy.call import (
+    Context,
     Passed,
     check_executable,
     check_ids,
     check_views,
     drop_bad_ids,
+    follow_current,
+    launch,
     layer_of,
     settle,
 )
+from portakv.copy.handle import BlockTransfer, token_bytes
 from portakv.interconnect.strategy import Strategy
 from portakv.plan.plan import Move, check_disjoint
 from portakv.registry.prepared import bring

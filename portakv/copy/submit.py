@@ -1,37 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Submit a copy: repeat it, or find out what its two sides need, and issue it."""
+"""Submit a copy: choose what makes it, and how: whole, by layer, in slices or detached."""
 
 from __future__ import annotations
 
 from time import perf_counter
 
-from portakv.copy.between import common_device, current, order_after, seen_by_reader
+from portakv.copy.call import (
+    Context,
+    Passed,
+    check_executable,
+    common_device,
+    context_of,
+    current,
+    detached,
+    executor_of,
+    in_layers,
+    launch,
+    order_after,
+    seen_by_reader,
+    settle,
+)
 from portakv.copy.encoded import copy_encoded
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
-from portakv.copy.repeat import repeated
-from portakv.copy.schedule import issue
-from portakv.copy.settle import Passed, context_of
+from portakv.copy.slices import in_slices
 from portakv.plan.move import Move
-from portakv.registry.registry import choose
+from portakv.registry.registry import Choice, choose
 
 
 def submit(move: Move, options: CopyOptions, passed: Passed | None = None) -> BlockTransfer:
-    """Repeat a known copy, or issue it by the schedule that its options request.
-
-    ``passed``: as for `submit_new`; such a copy is not repeated, since that would check it again.
-
-    Raises as `copy_rows`.
-    """
-    if passed is not None:
-        return submit_new(move, options, passed)
-    return repeated(move, options) or submit_new(move, options)
-
-
-def submit_new(move: Move, options: CopyOptions, passed: Passed | None = None) -> BlockTransfer:
-    """Issue a copy that `repeated` does not know, by the schedule that its options request.
+    """Issue a copy by the schedule that its options request.
 
     ``passed``: the checks that the copy passed just now, alone or as a part. None: check it.
+
+    Raises as `copy_rows`.
     """
     began = perf_counter()
     src = move.src
@@ -47,7 +49,8 @@ def submit_new(move: Move, options: CopyOptions, passed: Passed | None = None) -
     elif src.device != dst.device and src.device.type != "cpu" != dst.device.type:
         transfer = _from_peer(move, options, began, passed)
     else:
-        choice = choose(common_device(src, dst), options.backend)
+        device = src.device if src.device == dst.device else common_device(src, dst)
+        choice = choose(device, options.backend)
         context = context_of(passed, choice.backend.device, options.stream)
         transfer = issue(move, choice, context, options, began, passed)
     if late is not None:
@@ -63,10 +66,53 @@ def _from_peer(
     context = context_of(passed, device, options.stream)
     seen = move._replace(src=seen_by_reader(move.src, context))
     with current(device):
-        made = repeated(seen, options) if passed is None else None
-        if made is None:
-            choice = choose(device, options.backend)
-            made = issue(seen, choice, context, options, began, passed)
+        choice = choose(device, options.backend)
+        made = issue(seen, choice, context, options, began, passed)
     if not (options.detached or options.sliced):
         order_after(move.src, made)
     return made
+
+
+def issue(
+    move: Move,
+    choice: Choice,
+    context: Context,
+    options: CopyOptions,
+    began: float,
+    passed: Passed | None = None,
+) -> BlockTransfer:
+    """Issue a copy of one device by the schedule that its options request.
+
+    Args:
+        choice: the registry's, for the device of the copy.
+        context: of that device, with the stream of the copy, whatever stream the options name.
+        began: when the call began, by `perf_counter`.
+        passed: the checks that a connector made. None: check it.
+
+    Raises as `copy_rows`.
+    """
+    executor = _executor_of(move, choice, context, options)
+    if options.sliced:
+        return in_slices(move, executor, context, options.max_gbps, options.by_layer, passed)
+    if options.detached and context.device.type != "cpu":
+        return detached(move, executor, context, options, began, passed)
+    if options.by_layer:
+        return in_layers(move, executor, context, options.strict, began, passed)
+    settled = settle(move, executor, context, passed=passed, strict=options.strict)
+    skips = settled.guarded or settled.move is not move
+    return BlockTransfer(launch(settled, context), move, began, skips=skips)
+
+
+def check_issue(move: Move, choice: Choice, context: Context, options: CopyOptions) -> None:
+    """Raise what `issue` raises for a copy that nothing here executes; move nothing."""
+    check_executable(move, _executor_of(move, choice, context, options), context)
+
+
+def _executor_of(move: Move, choice: Choice, context: Context, options: CopyOptions) -> Choice:
+    """Return what executes a copy; raise as `executor_of`."""
+    src = move.src
+    dst = move.dst
+    inside = src.device == dst.device == context.device and src.form.place != "peer"
+    if options.terms is None and inside:
+        return choice
+    return executor_of(src, dst, choice, options.terms)

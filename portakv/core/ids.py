@@ -20,13 +20,15 @@ import torch
 
 from .library import pylibrary
 
+_INT64 = np.dtype(np.int64)
 #: Codes of `check`. Below 0: a sentence is due.
 CLEAN = 0
 NEGATIVE = 1
-PAST = -1
-TWICE = -2
-_MEMORY = -4
+PAST = -30
+TWICE = -31
+_NO_MEMORY = -2
 
+_pack_list = Struct("@PPq").pack
 _pack_check = Struct("@P9q").pack
 _pack_written = Struct("@P8q").pack
 _pack_last = Struct("@P7q").pack
@@ -54,9 +56,12 @@ def read_list(ids: list[Any]) -> tuple[torch.Tensor, npt.NDArray[np.int64]] | No
 
     None: an item has another type than int, or more than 64 bits.
     """
-    array = np.empty(len(ids), np.int64)
+    number = len(ids)
+    array = np.empty(number, _INT64)
     tensor = torch.from_numpy(array)
-    return None if _list_reader()(ids, tensor.data_ptr(), len(ids)) else (tensor, array)
+    # The identity of an object of CPython is its address, and the caller holds the list.
+    code = _list_reader()(_pack_list(id(ids), tensor.data_ptr(), number))
+    return None if code else (tensor, array)
 
 
 def check(ids: torch.Tensor, step: int, offset: int, count: int, slots: int, distinct: bool) -> int:
@@ -73,7 +78,17 @@ def check(ids: torch.Tensor, step: int, offset: int, count: int, slots: int, dis
         ids.data_ptr(), width, stride * width, ids.numel(), step, offset, count, slots, distinct, 0
     )
     code = _checker()(words)
-    if code == _MEMORY:
+    if code == _NO_MEMORY:
+        raise MemoryError
+    return code
+
+
+def check_dense(
+    address: int, number: int, step: int, offset: int, count: int, slots: int, distinct: bool
+) -> int:
+    """Return the code of `check` for int64 ids that lie next to each other at an address."""
+    code = _checker()(_pack_check(address, 8, 8, number, step, offset, count, slots, distinct, 0))
+    if code == _NO_MEMORY:
         raise MemoryError
     return code
 
@@ -130,7 +145,7 @@ def without_repeats(ids: torch.Tensor) -> npt.NDArray[np.int64] | None:
     number = ids.numel()
     listed = (ids.data_ptr(), width, stride * width, number, 1, 0, number)
     replaced = _last_writer()(_pack_last(*listed, 0))
-    if replaced == _MEMORY:
+    if replaced == _NO_MEMORY:
         raise MemoryError
     if not replaced:
         return None
@@ -167,9 +182,9 @@ def _address(array: npt.NDArray[np.int64]) -> int:
 
 
 @cache
-def _list_reader() -> Callable[[list[Any], int, int], int]:
+def _list_reader() -> Callable[[bytes], int]:
     function = pylibrary().portakv_ids_read_list
-    function.argtypes = [ctypes.py_object, ctypes.c_void_p, ctypes.c_int64]
+    function.argtypes = [ctypes.c_void_p]
     return function
 
 

@@ -43,16 +43,15 @@ class BatchedMemcpy(Strategy):
 class _BatchedMemcpyLaunch(StrategyLaunch):
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         super().__init__(plan, device)
-        self.copies = _Copies(plan, device)
+        self.bare = _Copies(plan, device)  # see `Prepared`
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
-        self.copies.enqueue(move, stream, status)
-        self.copies.retain(move, stream)
-
-    def repeatable(self, move: Move) -> Launch:
-        """Return the launch of the copies alone, whose caller retains the host's memory; see
-        `Prepared`."""
-        return self.copies
+        try:
+            self.bare.enqueue(move, stream, status)
+        finally:  # also after an error, when some of the copies may be on their way
+            host = move.dst if self.downward else move.src
+            # No allocator knows of these copies.
+            streams.completion(self.device, stream, *host.retained)
 
 
 class _Copies(StrategyLaunch):
@@ -69,14 +68,4 @@ class _Copies(StrategyLaunch):
             src_index = move.src_index.to_host()
             move = move._replace(src_index=src_index, dst_index=move.dst_index.to_host())
         pieces = pieces_of(self._plan, move, self._link.fold_below)
-        try:
-            self._link.copy(pieces, move.src, move.dst, stream)
-        except BaseException:  # some of the pieces may be on their way
-            self.retain(move, stream)
-            raise
-
-    def retain(self, move: Move, stream: torch.Stream | None) -> None:
-        """Retain the host's memory, whose copies no allocator knows of, until the copies that were
-        issued have ended."""
-        host = move.dst if self.downward else move.src
-        streams.completion(self.device, stream, *host.retained)
+        self._link.copy(pieces, move.src, move.dst, stream)

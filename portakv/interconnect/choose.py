@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple, cast
 
 import torch
 
-from portakv.backends.base import PEERS, Again, Capabilities, Decision, Launch, Pending
+from portakv.backends.base import PEERS, Capabilities, Decision, Launch, Pending
 from portakv.errors import BackendUnavailable, Unsupported
 from portakv.interconnect.costs import costs_of
 from portakv.interconnect.link import by_torch, link_of
@@ -31,9 +31,9 @@ from portakv.interconnect.strategy import (
 )
 from portakv.plan.plan import CopyPlan, Move
 from portakv.registry import REGISTRY, Choice, bring, prepare_by
+from portakv.registry.prepared import Prepared
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
-from portakv.view import Index, KVView
 
 _log = logging.getLogger(__name__)
 
@@ -131,6 +131,7 @@ class HostLaunch(StrategyLaunch):
         below = 0 if by_torch(host.device) else link_of(host.device).fold_below
         self._lock = threading.RLock()
         self._launches: dict[str, Launch] = {}
+        self._readies: dict[str, Prepared] = {}  # the same, as callers call them directly
         self._whole = RunCounter(plan, fold_below=below)
         self._of_host = RunCounter.of_host(plan, below)
         self._picks: Bounded[tuple[object, ...], Pick] = Bounded("picks of strategies", _PICKS)
@@ -227,27 +228,37 @@ class HostLaunch(StrategyLaunch):
             if not known[strategy.reads] or not (clean or strategy.capabilities().guards)
         )
 
-    def repeatable(self, move: Move) -> Launch | None:
-        """Return what executes copies like this thread's last one; see `Prepared.repeatable`."""
-        if self._last.any_ids:
-            launch = self._launches.get(self._last.carried[0])
-            repeatable: Callable[[Move], Launch] | None = getattr(launch, "repeatable", None)
-            if repeatable is not None:
-                return repeatable(move)
-        # The strategy is picked again for other ids, which must be known for that.
-        return self if move.ids_on_host else None
+    def picked_for(self, move: Move) -> tuple[Prepared, tuple[str, str]]:
+        """See `Picks`; raise as the function `pick` does."""
+        picked = self._pick_prepared(move)
+        self._host.log(picked.strategy, picked.why)
+        return self._ready(picked.strategy), (picked.strategy, picked.why)
 
-    def again(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> Again | None:
-        """Return what this thread's last strategy returns; see `base.Repeatable`."""
-        repeat = getattr(self._launches.get(self._last.carried[0]), "again", None)
-        return None if repeat is None else repeat(src, dst, src_index, dst_index)
+    def instead_of(self, carried: tuple[str, str]) -> tuple[Prepared, tuple[str, str]] | None:
+        """Return what needs no memory of the device, if the strategy that was picked needs some.
 
-    def claims(self, move: Move, captured: bool) -> Capabilities:
-        """Return the capabilities of the strategy that a transfer takes; raise as the function
-        `pick` does."""
-        if captured:  # nothing can be prepared now, and that must disable no strategy
-            return self._host.capabilities()
-        return self.strategies[self._pick_prepared(move).strategy].capabilities()
+        Such a strategy may move rows once more. None replaces `zero_copy`, the only strategy that
+        skips and guards ids.
+        """
+        strategy, why = carried
+        able = [name for name in _UNSTAGED if self.prepared(name)]
+        if not able or strategy in _UNSTAGED:
+            return None
+        why = f"{strategy} was picked ({why}), but the device had no memory left for it"
+        self._host.log(able[0], why)
+        return self._ready(able[0]), (able[0], why)
+
+    def _ready(self, name: str) -> Prepared:
+        """Return a strategy that is prepared, as a caller calls it directly."""
+        ready = self._readies.get(name)
+        if ready is None:
+            launch = self.prepared(name)
+            assert launch is not None
+            strategy = self.strategies[name]
+            choice = Choice(strategy, (), False, strategy.capabilities())
+            made = Prepared.of(self.plan, launch, choice, (name, "requested"))
+            ready = self._readies.setdefault(name, made)
+        return ready
 
     def _pick_prepared(self, move: Move, guarded: bool = False) -> Pick:
         """Pick as `pick` does, and prepare the strategy."""
@@ -279,24 +290,20 @@ class HostLaunch(StrategyLaunch):
     ) -> Pending | None:
         picked = self._pick_prepared(move)
         if status is not None and not self.strategies[picked.strategy].capabilities().guards:
-            # `claims` reported a strategy that guards; since then another thread read the ids back.
+            # The caller counts on a strategy that guards; since then another thread may have read
+            # the ids back.
             picked = self._pick_prepared(move, guarded=True)
-        strategy = picked.strategy
-        why = picked.why
+        carried = picked.strategy, picked.why
         try:
-            pending = self.launch_by(strategy, move, stream, status)
+            pending = self.launch_by(picked.strategy, move, stream, status)
         except torch.OutOfMemoryError:
-            # The device has no space for staging. The other strategies need none, and may move rows
-            # once more. None replaces `zero_copy`, the only strategy that skips and guards ids.
-            able = [name for name in _UNSTAGED if self.prepared(name)]
-            if not able or strategy in _UNSTAGED:
+            instead = self.instead_of(carried)
+            if instead is None:
                 raise
-            why = f"{strategy} was picked ({why}), but the device had no memory left for it"
-            strategy = able[0]
-            pending = self.launch_by(strategy, move, stream, status)
-        self._host.log(strategy, why)
-        self._last.carried = strategy, why
-        self._last.any_ids = picked.any_ids and strategy == picked.strategy
+            _, carried = instead
+            pending = self.launch_by(carried[0], move, stream, status)
+        self._host.log(*carried)
+        self._last.carried = carried
         return pending
 
     @property

@@ -24,7 +24,7 @@ from typing import Generic, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import torch
 
-from portakv.backends.base import RowsDriver
+from portakv.backends.row_kernels import RowsDriver
 from portakv.copy import copy_rows
 from portakv.errors import TransferError, Unsupported
 from portakv.graph.graph import Queue

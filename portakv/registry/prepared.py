@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from portakv.registry import registry
 from portakv.registry.registry import Choice
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
+from portakv.runtime.pinned_ids import PinnedIds
+from portakv.runtime.streams import ignoring_captures
 from portakv.runtime.transfer import Pending, event_pool
 from portakv.view.form import Form
 from portakv.view.index import Index
@@ -40,93 +42,113 @@ from portakv.view.view import KVView
 Made = TypeVar("Made", Launch, PackLaunch)
 Plan = TypeVar("Plan", CopyPlan, PackPlan)
 CAPACITY = 1024  # launches
+_HOST = torch.device("cpu")
 #: Types of devices to which the library sends ids by a small copy, without blocking the host. To
 #: others torch copies the ids, and the host waits for all work on the stream.
 ASYNCHRONOUS = frozenset({"cuda"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Prepared:
-    """A plan, the launch that executes it, and the capabilities of its backend.
+class Ready:
+    """A plan that a backend prepared, with the capabilities of that backend.
 
     Attributes:
         can: the capabilities of the backend.
         ids_device: where ids must be for the backend.
         tables: for each side, whether the launch reads the view's table of addresses.
+        carried: the backend, and the reason for the choice.
     """
 
-    plan: CopyPlan
-    launch: Launch
     choice: Choice
     can: Capabilities
     ids_device: torch.device
     tables: tuple[bool, bool]
-    _backend: tuple[str, str]
-
-    @property
-    def carried(self) -> tuple[str, str]:
-        """Return the executor of this thread's last launch, and the reason for the choice.
-
-        The executor is the backend, or the strategy that was picked.
-        """
-        return getattr(self.launch, "carried", None) or self._backend
-
-    def claims(self, move: Move, captured: bool) -> Capabilities:
-        """Return the capabilities for this copy: those of the strategy, if one is picked for each
-        copy. ``captured``: inside graph capture."""
-        claims: Callable[[Move, bool], Capabilities] | None
-        claims = getattr(self.launch, "claims", None)
-        return self.can if claims is None else claims(move, captured)
+    carried: tuple[str, str]
 
     def place(self, index: Index) -> Index:
         """Return an index with its ids on the device, and in a dtype, that the backend reads."""
-        return place_index(self.can, self.ids_device, index)
-
-    def repeatable(self, move: Move) -> Launch | None:
-        """Return the launch that executes copies like ``move``, this thread's last one, with other
-        ids. None: there is none.
-
-        If it is not `launch` itself, the caller retains memory that no allocator knows to be used.
-        """
-        repeatable: Callable[[Move], Launch | None] | None
-        repeatable = getattr(self.launch, "repeatable", None)
-        return self.launch if repeatable is None else repeatable(move)
+        can = self.can
+        if can.index_on == "any":
+            return index
+        if index.temporary:
+            bring((index,), self.ids_device, can.index_dtypes)
+        return index.placed(self.ids_device, can.index_dtypes)
 
     def place_both(self, move: Move) -> Move:
         """Return a copy with the ids of both sides placed as `place` places them."""
-        return place_for(self.can, self.ids_device, move)
+        src, dst, src_index, dst_index, count = move
+        device = self.ids_device
+        can = self.can
+        if can.index_on == "any":
+            return move
+        dtypes = can.index_dtypes
+        if src_index.dense and dst_index.dense and device == _HOST and torch.int64 in dtypes:
+            return move  # the host reads such ids as they are
+        if src_index.temporary or dst_index.temporary:
+            bring((src_index, dst_index), device, dtypes)
+        return Move(
+            src, dst, src_index.placed(device, dtypes), dst_index.placed(device, dtypes), count
+        )
 
 
-def place_index(can: Capabilities, device: torch.device, index: Index) -> Index:
-    """Return an index with its ids on ``device``, as a backend with these capabilities reads
-    them."""
-    if can.index_on == "any":
-        return index
-    if index.temporary:
-        bring((index,), device, can.index_dtypes)
-    return index.placed(device, can.index_dtypes)
+class Picks(Protocol):
+    """A launch that picks a strategy for each copy; a caller may call the picked one directly."""
 
+    def picked_for(self, move: Move) -> tuple[Prepared, tuple[str, str]]:
+        """Return what executes a copy, and its name with the reason for the pick."""
 
-def place_for(can: Capabilities, device: torch.device, move: Move) -> Move:
-    """Return a copy with the ids of both sides on ``device``, as a backend with these capabilities
-    reads them."""
-    if can.index_on == "any":
-        return move
-    src, dst, src_index, dst_index, count = move
-    dtypes = can.index_dtypes
-    if src_index.temporary or dst_index.temporary:
-        bring((src_index, dst_index), device, dtypes)
-    src_placed = src_index.placed(device, dtypes)
-    dst_placed = dst_index.placed(device, dtypes)
-    if src_placed is src_index and dst_placed is dst_index:
-        return move
-    return Move(src, dst, src_placed, dst_placed, count)
+    def instead_of(self, carried: tuple[str, str]) -> tuple[Prepared, tuple[str, str]] | None:
+        """Return what executes a copy that the picked strategy had no memory of the device for.
+        None: nothing else does."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PreparedPack:
-    """A plan that packs or unpacks, the launch that executes it, and the capabilities of its
-    backend. The other attributes are those of `Prepared`.
+class Prepared(Ready):
+    """A plan and the launch that executes it.
+
+    Attributes:
+        bare: the same launch for a caller that retains memory of the host until the work has ended.
+        unowned: `bare` is another launch, since nothing else knows that it uses that memory.
+        reads_pinned_ids: `bare` reads ids in pinned memory as fast as ids on the device.
+        picks: the launch, if it picks a strategy for each copy.
+    """
+
+    plan: CopyPlan
+    launch: Launch
+    bare: Launch
+    unowned: bool
+    reads_pinned_ids: bool
+    picks: Picks | None
+
+    @classmethod
+    def of(
+        cls, plan: CopyPlan, launch: Launch, choice: Choice, carried: tuple[str, str]
+    ) -> Prepared:
+        """Return the launch of a plan, which a backend prepared, with what a call needs of it."""
+        device = choice.backend.device
+        bare: Launch = getattr(launch, "bare", launch)
+        reads_pinned_ids = device.type != "cpu" and getattr(bare, "reads_pinned_ids", False)
+        if reads_pinned_ids:
+            with ignoring_captures(device):  # of other threads; the allocation may wait
+                PinnedIds.reserve()
+        return cls(
+            choice=choice,
+            can=choice.can,
+            ids_device=choice.can.home_of_ids(device),
+            tables=getattr(launch, "tables", _looked_up(plan)),
+            carried=carried,
+            plan=plan,
+            launch=launch,
+            bare=bare,
+            unowned=bare is not launch,
+            reads_pinned_ids=reads_pinned_ids,
+            picks=cast(Picks, launch) if hasattr(launch, "picked_for") else None,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedPack(Ready):
+    """A plan that packs or unpacks, and the launch that executes it.
 
     Attributes:
         overflow_on_host: the launch writes overflow words of the host.
@@ -134,24 +156,7 @@ class PreparedPack:
 
     plan: PackPlan
     launch: PackLaunch
-    choice: Choice
-    can: Capabilities
-    ids_device: torch.device
-    tables: tuple[bool, bool]
-    carried: tuple[str, str]
     overflow_on_host: bool
-
-    def claims(self, move: Move, captured: bool) -> Capabilities:
-        """Return the capabilities for this copy."""
-        return self.can
-
-    def place(self, index: Index) -> Index:
-        """Return an index with its ids where `Prepared.place` places them."""
-        return place_index(self.can, self.ids_device, index)
-
-    def place_both(self, move: Move) -> Move:
-        """Return a copy with the ids of both sides placed as `Prepared.place` places them."""
-        return place_for(self.can, self.ids_device, move)
 
     def enqueue(
         self,
@@ -197,10 +202,7 @@ def prepared(
         return ready
     plan = CopyPlan(src, dst, src_step, dst_step, unit)
     launch, used = prepare(plan, choice)
-    ids_device = used.can.home_of_ids(used.backend.device)
-    tables = getattr(launch, "tables", _looked_up(plan))
-    by = used.name, used.trace[-1].reason
-    ready = Prepared(plan, launch, used, used.can, ids_device, tables, by)
+    ready = Prepared.of(plan, launch, used, (used.name, used.trace[-1].reason))
     # Another thread may have stored one first: all threads use that launch, with its one lock.
     return _prepared.setdefault(key, ready)
 
@@ -218,13 +220,18 @@ def prepared_pack(
         return ready
     plan = PackPlan(src, dst, src_step, dst_step)
     launch, used = _first_taker(plan, choice, pack_by)
-    ids_device = used.can.home_of_ids(used.backend.device)
-    tables = getattr(launch, "tables", _looked_up(plan))
     rejected = used.trace[:-1]
     why = "; ".join([used.trace[-1].reason, *(f"{x.name}: {x.reason}" for x in rejected)])
-    on_host = getattr(launch, "overflow_on_host", False)
-    by = used.name, why
-    ready = PreparedPack(plan, launch, used, used.can, ids_device, tables, by, on_host)
+    ready = PreparedPack(
+        choice=used,
+        can=used.can,
+        ids_device=used.can.home_of_ids(used.backend.device),
+        tables=getattr(launch, "tables", _looked_up(plan)),
+        carried=(used.name, why),
+        plan=plan,
+        launch=launch,
+        overflow_on_host=getattr(launch, "overflow_on_host", False),
+    )
     return _packs.setdefault(key, ready)
 
 
@@ -284,9 +291,10 @@ def _order_after(choice: Choice, device: torch.device) -> list[str]:
 def _checked(launch: Made, can: Capabilities, device: torch.device) -> Made:
     """Return the launch, inside a `_CheckedLaunch` if its backend or its device needs one."""
     checks = registry.REGISTRY.format_checks(device)
-    if checks or not can.threads:
-        return cast("Made", _CheckedLaunch(launch, not can.threads, checks))
-    return launch
+    if not checks and can.threads:
+        return launch
+    kind = _CheckedPicks if hasattr(launch, "picked_for") else _CheckedLaunch
+    return cast("Made", kind(launch, not can.threads, checks))
 
 
 def prepare_by(backend: Backend, plan: CopyPlan) -> tuple[Launch | None, Decision]:
@@ -381,7 +389,6 @@ class _CheckedLaunch:
 
     For a backend that does not claim ``threads``, and for a device whose tensors may be in a
     private format. Each view is checked once, before anything is moved, and caches that it passed.
-    This class hides `Repeatable.again`: every transfer calls it.
     """
 
     def __init__(
@@ -392,14 +399,17 @@ class _CheckedLaunch:
         self._lock = threading.Lock() if one_at_a_time else nullcontext()
 
     def __call__(self, src: KVView, dst: KVView, *rest: Any, **named: Any) -> Pending | None:
-        for view in (src, dst) if self._checks else ():
-            if _PLAIN not in view.derived:
-                self._check_format(view)
+        self.check_formats(src, dst)
         with self._lock:
             return self._launch(src, dst, *rest, **named)
 
+    def check_formats(self, *views: KVView) -> None:
+        """Raise `Unsupported` if a tensor of a view is in a private format."""
+        for view in views if self._checks else ():
+            if _PLAIN not in view.derived:
+                self._check_format(view)
+
     def _check_format(self, view: KVView) -> None:
-        """Raise `Unsupported` if a tensor of the view is in a private format."""
         # Raw addresses have no tensor that could be in a private format.
         if view.form.place == "device" and not view.raw:
             for owner, check in product(view.retained, self._checks):
@@ -409,15 +419,15 @@ class _CheckedLaunch:
                     raise Unsupported(what, f"{why}; nothing was moved")
         view.derived[_PLAIN] = True
 
-    @property
-    def claims(self) -> Callable[[Move, bool], Capabilities] | None:
-        """Return the function that returns the capabilities for a copy.
 
-        None unless strategies are picked for each copy.
-        """
-        return getattr(self._launch, "claims", None)
+class _CheckedPicks(_CheckedLaunch):
+    """The same for a launch that picks a strategy for each copy."""
 
-    @property
-    def carried(self) -> tuple[str, str] | None:
-        """Return the executor of the last launch, if strategies are picked for each copy."""
-        return getattr(self._launch, "carried", None)
+    def picked_for(self, move: Move) -> tuple[Prepared, tuple[str, str]]:
+        """See `Picks`."""
+        self.check_formats(move.src, move.dst)
+        return cast(Picks, self._launch).picked_for(move)
+
+    def instead_of(self, carried: tuple[str, str]) -> tuple[Prepared, tuple[str, str]] | None:
+        """See `Picks`."""
+        return cast(Picks, self._launch).instead_of(carried)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keep short lists of pinned memory, from which kernels read the ids of one launch.
+"""Keep short lists in pinned memory, from which kernels read the ids of one launch.
 
 To allocate and to slice such memory by torch for each call takes the host longer than to fill it.
 """
@@ -7,7 +7,6 @@ To allocate and to slice such memory by torch for each call takes the host longe
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from contextlib import suppress
 from threading import Lock
 from typing import ClassVar
@@ -16,59 +15,57 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-_LISTS = 64  # that a process has; 512 KiB
+_LAUNCHES = 64  # whose ids a process has memory for; 1 MiB
 
 
 class PinnedIds:
-    """Pinned memory for the ids of one launch, int64.
+    """Pinned memory for the ids of both sides of one launch, int64.
 
     Attributes:
-        MOST: the most ids of a list.
-        address: of the first id, for the host and for kernels.
+        MOST: the most ids of a side.
+        address: of the memory of both sides, which follow each other.
     """
 
     MOST: ClassVar = 1024
-    #: Lists return here only after everything that may read them has ended.
+    #: Memory returns here only after everything that may read it has ended.
     _free: ClassVar[deque[PinnedIds]] = deque()
     _reserved: ClassVar = False
     _reserving: ClassVar = Lock()
 
-    __slots__ = ("_memory", "_values", "address")
+    __slots__ = ("_sides", "address")
 
     def __init__(self, memory: torch.Tensor) -> None:
-        self._memory = memory
         self.address = memory.data_ptr()
-        # A memoryview, since a slice of it is written in a fifth of an array's time.
-        self._values: memoryview = memory.numpy().data
+        # With each tensor a memoryview, since a slice of it is written in a fifth of an array's
+        # time.
+        self._sides = [(each, each.numpy().data) for each in memory.unbind()]
 
     @classmethod
     def reserve(cls) -> None:
-        """Allocate all lists, once. The host may wait for the device: drivers allocate so.
+        """Allocate all memory, once. The host may wait for the device: drivers allocate so.
 
-        Without pinned memory there are no lists, and ids are sent.
+        Without pinned memory ids are sent.
         """
         with cls._reserving, suppress(RuntimeError):
             if not cls._reserved:
-                shape = _LISTS, cls.MOST
+                shape = _LAUNCHES, 2, cls.MOST
                 memory = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=True)
                 cls._free.extend(cls(each) for each in memory.unbind())
                 cls._reserved = True
 
     @classmethod
     def acquire(cls) -> PinnedIds | None:
-        """Return a list that no launch reads; None: all are in use, or none was reserved."""
+        """Return memory that no launch reads; None: all is in use, or none was reserved."""
         try:
             return cls._free.pop()
         except IndexError:
             return None
 
-    def write(self, lists: Iterable[npt.NDArray[np.int64]]) -> None:
-        """Write contiguous ids, one list after the other."""
-        first = 0
-        for ids in lists:
-            past = first + ids.size
-            self._values[first:past] = ids.data
-            first = past
+    def write(self, side: int, ids: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Write the contiguous ids of a side, 0 or 1, and return a tensor that begins with them."""
+        memory, values = self._sides[side]
+        values[: ids.size] = ids.data
+        return memory
 
     def release(self) -> None:
         """Let another launch have the memory. Nothing reads it any more."""

@@ -144,7 +144,7 @@ class Completion:
     reported: bool = False  # a caller received the error
     # An entry for each thread that blocks until the event: no other work may get the event then.
     blocked: list[None] = field(default_factory=list)
-    listed: PinnedIds | None = None  # ids that the launch reads, given back at the end
+    lists: Sequence[PinnedIds] = ()  # ids that the launches read, given back at the end
     late_error: Report | None = None  # returns an error of the work that has ended
 
     def ended(self) -> bool:
@@ -216,9 +216,9 @@ class Completion:
                 word.value[0] = 0
                 free_words.append(word)
             self.words = ()
-            if self.listed is not None:
-                self.listed.release()
-                self.listed = None
+            for listed in self.lists:
+                listed.release()
+            self.lists = ()
             late_error = self.late_error
             self.late_error = None
             if late_error is not None and self.error is None:
@@ -382,40 +382,6 @@ class Transfer:
                 f"Expected a transfer outside graph capture for {call}, got a captured one, which "
                 f"has no separate completion. Synchronise the graph's replay instead."
             )
-
-
-def completion_of(
-    event: torch.Event,
-    pool: EventPool,
-    word: StatusWord | None,
-    retained: object,
-    listed: PinnedIds | None = None,
-) -> Completion:
-    """Return the completion of one launch, for `end_of_launch`; see the fields of `Completion`."""
-    words = () if word is None else ((word, 0),)
-    return Completion(event, (), words, None, retained, pool, listed=listed)
-
-
-def end_of_launch(
-    completion: Completion,
-    retained: object,
-    carried: tuple[str, str],
-    unordered: bool = False,
-    owner: Owner | None = None,
-) -> Transfer:
-    """Return the handle of one launch, for a copy that is repeated.
-
-    The completion retains ids also if the handle is dropped: the allocator knows their memory by
-    the stream on which they were brought, which may be another one. ``unordered``: it also retains
-    memory that no allocator orders on a stream.
-    """
-    # Either returns the event, if the handle is dropped. Only a word can bring an error, which
-    # `LateErrors` look for among the copies in flight.
-    if unordered:
-        hold_memory(completion)
-    if completion.words or not unordered:
-        hold(completion, owner)
-    return Transfer((completion,), retained, carried)
 
 
 def acquire_after_ends() -> PinnedIds | None:

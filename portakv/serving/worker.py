@@ -19,8 +19,8 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from portakv.copy.call import calling_for_layers
 from portakv.copy.layer_words import LayerWords
-from portakv.copy.layers import calling_for_layers
 from portakv.errors import PortaKVError, StoreError
 from portakv.graph import Mask
 from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog

@@ -7,6 +7,7 @@ it is slot ``q``. ``step=1`` is a slot mapping, ``step=block_size`` a block tabl
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -309,22 +310,39 @@ _MOST = 256  # ranges that are marked clean in one list of ids
 class _Store:
     """Share the copies of one list among all of its indices."""
 
-    __slots__ = ("_made", "array", "clean", "copies", "token")
+    __slots__ = ("_token", "array", "clean", "copies")
 
     def __init__(self, array: npt.NDArray[np.int64] | None = None) -> None:
-        self.token = object()  # stands for the list, and holds none of its memory
         # The ids as a contiguous int64 array on the host, and contiguous in other places or dtypes.
         self.array = array
-        self._made: dict[None, npt.NDArray[np.int64]] = {}
-        self.copies: list[torch.Tensor] = []
+        self.copies: list[torch.Tensor] | None = None
         # The ranges of ids on a device that passed a check: offset, count, slots.
-        self.clean: set[tuple[int, int, int]] = set()
+        self.clean: set[tuple[int, int, int]] | None = None
+        self._token: object = None
+
+    @property
+    def token(self) -> object:
+        """Return an object that stands for the list, and holds none of its memory."""
+        if self._token is None:
+            with _storing:
+                self._token = self._token or object()
+        return self._token
 
     def keep(self, array: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the first array that any thread kept: no later one takes its place, since the
         core reads it by its address."""
-        self.array = self._made.setdefault(None, array)
-        return self.array
+        with _storing:
+            if self.array is None:
+                self.array = array
+            return self.array
+
+    def add(self, copy: torch.Tensor) -> None:
+        """Keep a copy of the ids."""
+        with _storing:
+            self.copies = [*(self.copies or ()), copy]
+
+
+_storing = threading.Lock()  # for what is made once for a list
 
 
 class UnitNumbers(NamedTuple):
@@ -377,11 +395,14 @@ class Index:
     """
 
     # plan_step: the step that a plan is made for: ``step``, or 0 without ids.
+    # dense: no ids, or contiguous int64 ids on the host.
     # temporary: a caller's ids for one call, which are not used again.
     # listed: the number of temporary ids on the host; 0 for all other indices.
     __slots__ = (
+        "_number",
         "_placed",
         "_store",
+        "dense",
         "ids",
         "length",
         "listed",
@@ -420,13 +441,25 @@ class Index:
         self.step = step
         self.offset = offset
         self._store = store
-        self.length = None if ids is None else ids.numel() * step - offset
-        self.on_host = ids is None or ids.is_cpu
-        self.plan_step = 0 if ids is None else step
         self.temporary = temporary
-        self.listed = ids.numel() if temporary and ids is not None and ids.is_cpu else 0
         self.trusted = trusted
         self._placed: _Placed | None = None
+        self._number = 0
+        self.length: int | None = None
+        self.on_host = True
+        self.dense = True
+        self.plan_step = 0
+        self.listed = 0
+        if ids is None:
+            return
+        number = ids.numel()
+        self._number = number
+        self.length = number * step - offset
+        self.on_host = ids.is_cpu
+        self.dense = self.on_host and ids.dtype is torch.int64 and ids.is_contiguous()
+        self.plan_step = step
+        if temporary and self.on_host:
+            self.listed = number
 
     @classmethod
     def of(cls, index: Ids, step: int = 1) -> Index:
@@ -438,10 +471,11 @@ class Index:
             return index
         if index is None:
             raise SlotError("Expected ids, got None. Pass Index() for consecutive slots.")
-        made = cls(index, step)
-        made.temporary = True
-        if made.ids is not None and made.on_host:
-            made.listed = made.ids.numel()
+        if type(step) is not int or not 0 < step <= MOST_STEP:
+            step = cls(None, step).step  # as a whole number, or its error
+        made = cls.__new__(cls)
+        ids, array = _read(index)
+        made._set(ids, step, 0, _Store(array), True, False)
         return made
 
     @classmethod
@@ -512,7 +546,7 @@ class Index:
         The offset is a whole number of blocks. Copies of the ids are shared.
         """
         store = _Store(self._store.array)
-        store.copies = self._store.copies
+        store.copies = self._store.copies  # those that there are
         index = Index.__new__(Index)
         offset = self.offset // block_size
         index._set(self.ids, 1, offset, store, self.temporary, self.trusted)
@@ -568,9 +602,10 @@ class Index:
             return self.shifted(first)
         q = self.offset + first
         used = slice(q // self.step, -(-(q + count) // self.step))
-        store = _Store()
-        store.array = None if self._store.array is None else self._store.array[used]
-        store.copies = [copy[used] for copy in self._store.copies]
+        array = self._store.array
+        store = _Store(None if array is None else array[used])
+        if self._store.copies:
+            store.copies = [copy[used] for copy in self._store.copies]
         return self._derived(self.ids[used], q % self.step, store)
 
     @property
@@ -601,7 +636,7 @@ class Index:
         ids = ids.to(device, ids.dtype if ids.dtype in dtypes else torch.int64).contiguous()
         if self.on_host:
             # A copy of device ids is ordered on one stream only, so it is not cached.
-            self._store.copies.append(ids)
+            self._store.add(ids)
         return ids
 
     def has_ids_on(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> bool:
@@ -618,13 +653,14 @@ class Index:
         ``served``: the device of the copy, and dtypes that have its dtype. `placed` returns the
         copy for these objects without a search.
         """
-        self._store.copies.append(ids)
+        self._store.add(ids)
         if served is not None:
             self._placed = _Placed(*served, self.reading(ids))
 
     def _copy_on(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> torch.Tensor | None:
         assert self.ids is not None
-        for ids in (self.ids, *self._store.copies):
+        copies: Sequence[torch.Tensor] = self._store.copies or ()
+        for ids in (self.ids, *copies):
             if ids.device == device and ids.dtype in dtypes and ids.is_contiguous():
                 return ids
         return None
@@ -746,7 +782,13 @@ class Index:
         ids = self.ids
         if ids is None or not self.on_host:
             return False
-        code = core.check(ids, self.step, self.offset, count, slots, distinct)
+        step = self.step
+        offset = self.offset
+        if self.dense:
+            number = self._number
+            code = core.check_dense(ids.data_ptr(), number, step, offset, count, slots, distinct)
+        else:
+            code = core.check(ids, step, offset, count, slots, distinct)
         if code < 0:
             raise self._slot_error(count, slots, side, distinct)
         return code == core.NEGATIVE
@@ -835,13 +877,15 @@ class Index:
     def mark_clean(self, count: int, slots: int) -> None:
         """Note that a check of ids on a device passed: no id is negative or past the end."""
         clean = self._store.clean
-        if len(clean) >= _MOST:
-            clean.clear()
+        if clean is None or len(clean) >= _MOST:
+            clean = self._store.clean = set()
         clean.add((self.offset, count, slots))
 
     def is_clean(self, count: int, slots: int) -> bool:
         """Return True if ids need no guard: they are on the host, trusted, or were marked clean."""
-        return self.on_host or self.trusted or (self.offset, count, slots) in self._store.clean
+        if self.on_host or self.trusted:
+            return True
+        return (self.offset, count, slots) in (self._store.clean or ())
 
     def __repr__(self) -> str:
         ids = "None" if self.ids is None else f"<{self.ids.numel()} ids on {self.ids.device}>"

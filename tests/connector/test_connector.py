@@ -41,7 +41,7 @@ from portakv import (
 )
 from portakv.connector import CHUNK_LAYOUT
 from portakv.connector.connector import Batch
-from portakv.copy.context import Context
+from portakv.copy.call import Context
 from portakv.registry import registry
 
 SLOTS = [9, 2, 17, 6]

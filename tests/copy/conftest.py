@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 from support.block_cases import BLOCK_BYTES, METHODS
 
-from portakv.copy import schedule, slices
-from portakv.copy.settle import settle as really_settle
-from portakv.plan.move import Move
+from portakv.copy import slices
 from portakv.runtime.worker import WINDOW
 
 
@@ -30,16 +28,3 @@ def options(method: str) -> dict[str, Any]:
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slice has two blocks, or one where several are under way."""
     monkeypatch.setattr(slices, "SLICE", -(-2 * BLOCK_BYTES // WINDOW))
-
-
-@pytest.fixture
-def settled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return the list of the tokens of each copy that is settled."""
-    counts: list[int] = []
-
-    def settle(move: Move, *args: Any, **terms: Any) -> Any:
-        counts.append(move.count)
-        return really_settle(move, *args, **terms)
-
-    monkeypatch.setattr(schedule, "settle", settle)
-    return counts

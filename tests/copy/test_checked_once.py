@@ -44,9 +44,8 @@ from portakv import (
     copy_runs,
     rotate_blocks,
 )
-from portakv.copy import context, fp8, pack_staged, slices
-from portakv.copy.context import Context
-from portakv.copy.settle import drop_bad_ids
+from portakv.copy import call, fp8, pack_staged, slices
+from portakv.copy.call import Context, drop_bad_ids
 from portakv.plan.plan import check_disjoint
 from portakv.runtime.transfer import Transfer
 from portakv.view.destination import check_writable
@@ -408,7 +407,7 @@ def test_encoded_rows_are_refused_if_the_given_stream_records_a_graph(
 ) -> None:
     """Parts of a copy do not ask again."""
     stream = torch.Stream(device=DEVICE)
-    monkeypatch.setattr(context, "capturing", lambda device: simdev_cases.current() == stream)
+    monkeypatch.setattr(call, "capturing", lambda device: simdev_cases.current() == stream)
     with pytest.raises(Unsupported, match="inside graph capture"):
         copy_blocks(*sides.views, *sides.ids, stream=stream)
     assert not any(layer.any() for layer in sides.views[1].tensors)
@@ -450,7 +449,7 @@ def chunk_of(tokens: int, device: torch.device) -> torch.Tensor:
 def test_a_connector_checks_everything_once(
     store: bool, options: dict[str, Any], device: torch.device
 ) -> None:
-    """It knows that its caches are there and that the chunk, read just now, lies outside."""
+    """It knows that its caches are there and that the chunk lies outside."""
     cache = layered(device)
     connector = AdaptiveConnector(device, None, CACHE, CHUNK, options=CopyOptions(**options))
     connector.register_kv_caches(cache.tensors)
@@ -460,7 +459,7 @@ def test_a_connector_checks_everything_once(
         transfer: Transfer = move(chunk, slot_mapping=cache.slots(DST))
         transfer.synchronize()
     assert checks.of_call == Counter(
-        ["context", "writable a part", "ids of source", "ids of destination"]
+        ["context", "memory of a part", "writable a part", "ids of source", "ids of destination"]
     )
 
 

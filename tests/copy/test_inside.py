@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from support.cuda_on_cpu import CudaOnCpu, why_not
 from support.whole_copies import watch_whole_copies
 
-from portakv import AdaptiveConnector, Index, PortaKVError
+from portakv import AdaptiveConnector, Index, KVView, PortaKVError, copy_blocks, copy_rows
+from portakv.copy import rows
 from portakv.copy.inside import ChunkCopies
 from portakv.registry.registry import REGISTRY
 
@@ -166,7 +167,7 @@ def test_what_is_wrong_has_the_error_of_the_general_way(
     connector.from_gpu(readable(5), None, torch.tensor(IDS))
     assert watched == [True]
     call = WRONG[name]
-    errors = []
+    errors = list[tuple[type[PortaKVError] | None, str]]()
     for general in (False, True):
         if general:
             monkeypatch.setattr(ChunkCopies, "transfer", lambda *_: None)
@@ -201,3 +202,113 @@ def test_memory_that_was_resized(
     with pytest.raises(PortaKVError):
         move(chunk, None, ids)
     assert watched == [False]
+
+
+# Two views
+
+
+def views(dtype: torch.dtype, dim: int) -> tuple[KVView, KVView, torch.Tensor, torch.Tensor]:
+    """Paged caches, and blocks of all layers in one tensor, with these tensors."""
+    numbers = torch.arange(LAYERS * 2 * SLOTS * HEADS * dim) % 251
+    paged = numbers.view(LAYERS, 2, BLOCKS, SIZE, HEADS, dim).to(dtype).clone()
+    stored = torch.full((BLOCKS + 2, LAYERS, 2, SIZE, HEADS, dim), 77).to(dtype)
+    return (
+        KVView([*paged], "layer | kv block token head dim"),
+        KVView(stored, "block layer kv token head dim"),
+        paged,
+        stored,
+    )
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each copy between views whether the core made it."""
+    made: list[bool] = []
+    find = rows.copied
+
+    def copied(*arguments: Any) -> Any:
+        result = find(*arguments)
+        made.append(result is not None)
+        return result
+
+    monkeypatch.setattr(rows, "copied", copied)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [1, 3, 7, 16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_between_two_views(
+    kind: str, dim: int, dtype: torch.dtype, whole: list[bool]
+) -> None:
+    src, dst, paged, stored = views(dtype, dim)
+    read = [4, 0, -1, 3, 3]
+    written = [6, 2, 1, -7, 0]
+    if kind == "after others":
+        pytest.skip("an offset of blocks is tokens")
+    for _ in range(3):
+        stored.fill_(77)
+        wanted = stored.clone()
+        for block, to in zip(read, written, strict=True):
+            if block >= 0 and to >= 0:
+                wanted[to] = paged[:, :, block]
+        ids = [as_blocks(kind, each) for each in (read, written)]
+        made = copy_blocks(src, dst, *ids, backend=CudaOnCpu.name)
+        made.synchronize()
+        assert torch.equal(stored, wanted)
+        assert made.statistics.blocks == 3
+        assert made.statistics.strategy == CudaOnCpu.name
+    core_reads = kind in ("int64", "int32", "index", "index of a tensor", "array")
+    assert whole[1:] == [core_reads] * 2
+
+
+def as_blocks(kind: str, ids: list[int]) -> Any:
+    return Index(ids, SIZE) if kind.startswith("index") else as_passed(kind, ids)
+
+
+@given(
+    offsets=st.tuples(st.integers(0, 7), st.integers(0, 7)),
+    count=st.none() | st.integers(0, 9),
+    read=st.lists(st.integers(-2, SLOTS), min_size=1, max_size=12),
+    written=st.none() | st.lists(st.integers(-2, SLOTS), min_size=1, max_size=12),
+)
+@settings(max_examples=150, deadline=None)
+def test_rows_by_any_ids_end_as_on_the_general_way(
+    offsets: tuple[int, int], count: int | None, read: list[int], written: list[int] | None
+) -> None:
+    """Bytes and errors are equal: of ranges, skipped and repeated ids, and ids past the end."""
+    ends = []
+    for general in (False, True):
+        src, dst, _, stored = views(torch.float16, 4)
+        with pytest.MonkeyPatch.context() as patched:
+            if general:
+                patched.setattr(rows, "copied", lambda *_: None)
+            end: object = None
+            for _ in range(2):
+                src_index = Index(torch.tensor(read), offset=offsets[0])
+                dst_index = Index(offset=offsets[1])
+                if written is not None:
+                    dst_index = Index(torch.tensor(written), offset=offsets[1])
+                try:
+                    made = copy_rows(
+                        src, dst, src_index, dst_index, count=count, backend=CudaOnCpu.name
+                    )
+                    end = made.statistics.blocks, made.statistics.nbytes
+                except PortaKVError as error:
+                    end = type(error), str(error)
+        ends.append((end, stored))
+    assert ends[0][0] == ends[1][0]
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
+def test_rows_inside_one_cache(whole: list[bool]) -> None:
+    """The core cannot tell whether both sides have a row in common."""
+    src, _, paged, _ = views(torch.float16, 4)
+    for _ in range(2):
+        wanted = paged.clone()
+        wanted[:, :, 4] = paged[:, :, 1]
+        copy_blocks(src, src, torch.tensor([1]), torch.tensor([4]), backend=CudaOnCpu.name)
+        assert torch.equal(paged, wanted)
+    assert whole == [False, False]
+    with pytest.raises(PortaKVError, match="as both source and destination"):
+        copy_blocks(src, src, torch.tensor([1, 2]), torch.tensor([2, 3]), backend=CudaOnCpu.name)

@@ -25,9 +25,8 @@ from portakv import (
     copy_runs,
 )
 from portakv.backends.reference import Reference
-from portakv.copy.context import Context
-from portakv.copy.launch import launch
-from portakv.copy.settle import settle as settled
+from portakv.copy.call import Context, launch
+from portakv.copy.call import settle as settled
 from portakv.errors import InvalidTerms
 from portakv.host import pinned, small
 from portakv.interconnect.staged import Staged

@@ -16,8 +16,8 @@ from support.cuda_on_cpu import LAUNCH, CudaOnCpu, HostDriver, why_not
 from support.guarded_memory import refused
 
 from portakv import CopyPlan, Index, KVView, Unsupported
+from portakv.backends.row_kernels import NO_CONTEXT
 from portakv.backends.rows_kernel import RowsKernel
-from portakv.backends.rows_launch import NO_CONTEXT
 from portakv.core.plan import MALFORMED, Refused
 from portakv.core.rows import NO_TABLE, NOT_LOADED, Kernels, RowsShape, describe, pack_side
 from portakv.errors import PortaKVError

@@ -174,7 +174,7 @@ def test_each_shape_of_a_copy_has_a_pick_of_its_own() -> None:
 def test_pages_have_one_strategy_for_any_ids(
     downward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So their copies are repeated without a pick, and no runs are counted."""
+    """So no runs are counted."""
     monkeypatch.setattr(choose, "costs_of", lambda device: UNMEASURED)
     monkeypatch.setattr(picking, "SHORT", 16 << 20)
     device = view("device")
@@ -270,8 +270,8 @@ def test_a_strategy_that_would_wait_for_ids_is_left_out_if_the_terms_leave_anoth
         assert launch.pick(unknown).strategy == expected, (
             "no kernel holds a detached copy's stream up"
         )
-        claims = launch.claims(unknown, captured=False)
-        assert (claims.guards, claims.skips_negative) == (expected == "zero_copy",) * 2
+        can = launch.picked_for(unknown)[0].can
+        assert (can.guards, can.skips_negative) == (expected == "zero_copy",) * 2
         # Staging needs the ids of the host's rows alone.
         assert launch.pick(move._replace(src_index=ids, dst_index=host_ids)).strategy == known
         # But it cannot guard the device's, which are read back for it unless they are trusted.
@@ -281,19 +281,18 @@ def test_a_strategy_that_would_wait_for_ids_is_left_out_if_the_terms_leave_anoth
             result = launch.pick(move._replace(src_index=there, dst_index=host_ids)).strategy
             assert result == (known if trusted else expected)
     assert "does not wait" in launch.pick(unknown).why
-    assert not launch.claims(unknown, captured=True).guards, "inside a capture nothing is prepared"
     # Nor can the host cut a copy between addresses that it does not know.
     blind(move.dst)
     assert launch.pick(move).strategy == "zero_copy"
 
 
 def test_ids_that_are_read_back_once_a_strategy_was_asked_keep_one_that_guards_them() -> None:
-    """Another thread that uses the same index reads them back between `claims` and the launch."""
+    """Another thread that uses the same index reads them back between two picks."""
     launch, move = ready(30)
     launch.strategies["staged"].reads = "host"
     launch.strategies["batched_memcpy"].reads = "both"
     ids = OnDevice([2 * n for n in range(30)], SIZE)
-    assert launch.claims(move._replace(src_index=ids, dst_index=ids), captured=False).guards
+    assert launch.picked_for(move._replace(src_index=ids, dst_index=ids))[0].can.guards
     launch(*move, None, None)
     launch(*move, None, torch.zeros(1, dtype=torch.int64))
     assert launched() == ["staged", "zero_copy"]

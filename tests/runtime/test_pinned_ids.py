@@ -31,16 +31,18 @@ def test_lists_are_reserved_once_and_hold_what_is_written() -> None:
     while (listed := Pool.acquire()) is not None:
         taken.append(listed)
     assert len(taken) == 64
-    assert len({each.address for each in taken}) == 64
-    for n, each in enumerate(taken):
-        each.write([np.array([n, n + 1]), np.arange(PinnedIds.MOST - 2) + n])
+    written = [
+        (each.write(0, np.array([n, n + 1])), each.write(1, np.arange(PinnedIds.MOST) + n))
+        for n, each in enumerate(taken)
+    ]
     memory = RawMemory(torch.int64, 8 * PinnedIds.MOST)
-    for n, each in enumerate(taken):
-        (ids,) = memory.tensors([each.address], DEVICE)
-        assert ids[:3].tolist() == [n, n + 1, n]
-        assert ids[-1] == n + PinnedIds.MOST - 3
+    for n, (few, many) in enumerate(written):
+        (ids,) = memory.tensors([few.data_ptr()], DEVICE)
+        assert ids[:2].tolist() == [n, n + 1]
+        (ids,) = memory.tensors([many.data_ptr()], DEVICE)
+        assert ids[-1] == n + PinnedIds.MOST - 1
     with pytest.raises(ValueError, match="structures"):
-        taken[0].write([np.arange(PinnedIds.MOST + 1)])
+        taken[0].write(0, np.arange(PinnedIds.MOST + 1))
     for each in taken:
         each.release()
     assert Pool.acquire() is taken[-1]

@@ -25,11 +25,10 @@ from portakv.backends.base import (
     Capabilities,
     Decision,
     Launch,
-    RowKernels,
 )
+from portakv.backends.row_kernels import RowKernels
 from portakv.backends.rows_kernel import NAMES, kernels_of
 from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
-from portakv.core.rows import Kernels
 from portakv.runtime.cuda import CudaDriver
 from portakv_conformance.vendor.hip_emulated import SHIM
 
@@ -115,11 +114,12 @@ class CudaOnCpu(Backend):
         super().__init__(device)
         self._driver = self.driver()
         self._loaded = LoadedKernels(self._driver, lambda: False)
-        self.row_kernels = RowKernels(Kernels(self._driver.entry), self._driver)
+        self.row_kernels = RowKernels(self._driver, device, self.name)
+        self._table = self.row_kernels.table
 
     def prepare(self, plan: CopyPlan) -> Launch:
         kernels = kernels_of(plan)
-        self._loaded.add_to(self.row_kernels.table, kernels)
+        self._loaded.add_to(self._table, kernels)
         functions = self._loaded.functions(kernels)
         for kernel, function in zip(kernels, functions, strict=True):
             entry: Any = function[1]
@@ -127,7 +127,7 @@ class CudaOnCpu(Backend):
             sizes = [max(1, side.entries) for side in (kernel.shape.src, kernel.shape.dst)]
             assert library.dst_table_at() == ARGUMENT_BYTES + 8 * sizes[0]
             assert library.argument_bytes() == ARGUMENT_BYTES + 8 * sum(sizes)
-        return _Launch(plan, kernels, self.row_kernels.table, self._driver, self.device)
+        return _Launch(plan, kernels, self._table, self._driver, self.device)
 
 
 class _Launch(RowsLaunch):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repeated copies by short lists of new ids, read from pinned memory of a pool."""
+"""Copies by short lists of new ids, which kernels read in pinned memory of a pool."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import packed_backend
 from support import simdev_cases as simulated
 from support.command_line import registered
 from support.device_cases import DEVICE
-from support.packed_backend import Packing
+from support.pinned_backend import ReadingPinned
 from torch.cuda import _sleep
 
 from portakv import Index, KVView, LateErrors, SlotError, copy_blocks, copy_rows
@@ -26,6 +25,8 @@ from portakv_conformance.simdev import delay
 BLOCKS = 300
 SIZE = 2  # tokens of a block
 DIM = 8
+
+NAME = ReadingPinned.name
 
 
 class Sides:
@@ -50,7 +51,7 @@ class Sides:
         rows = self.fill()
         expected = torch.zeros_like(rows)
         expected[places(written, read)] = rows[places(read, written)]
-        copy_blocks(self.src, self.dst, read, written, backend="packing", **terms).synchronize()
+        copy_blocks(self.src, self.dst, read, written, backend=NAME, **terms).synchronize()
         assert torch.equal(self.other.cpu(), expected)
 
 
@@ -64,9 +65,10 @@ def places(ids: Any, others: Any) -> torch.Tensor:
 
 @pytest.fixture
 def sides() -> Iterator[Sides]:
-    with registered(packing=Packing):
-        Packing.words.clear()
-        yield Sides()
+    with registered(**{NAME: ReadingPinned}):
+        made = Sides()
+        made.copied([1], [2])  # tests the backend
+        yield made
 
 
 @pytest.fixture
@@ -134,28 +136,22 @@ def test_blocks_by_new_ids(
             None if without == "read" else made(read),
             None if without == "written" else made(written),
         )
-    # The simulated device gets int32 ids as they are, and its packed launch reads those.
-    assert len(Packing.words) == 3
-    assert len(acquired) == (0 if kind == "int32" else 3)
+    assert len(acquired) == 5
 
 
 @pytest.mark.simdev
 def test_more_ids_than_a_list_holds(sides: Sides, acquired: list[PinnedIds]) -> None:
-    for n in range(4):
-        acquired.clear()
-        sides.copied([n], [n + 1])
-    half = PinnedIds.MOST // 2
-    many = torch.arange(half + 1) % BLOCKS  # a block may be read several times
+    most = PinnedIds.MOST
+    many = torch.arange(most + 1) % BLOCKS  # a block may be read several times
     rows = sides.fill()
-    into = torch.zeros(half + 1, SIZE, DIM, dtype=torch.int32, device=simulated.DEVICE)
+    into = torch.zeros(most + 1, SIZE, DIM, dtype=torch.int32, device=simulated.DEVICE)
     dst = KVView(into, "block token dim")
-    for count, lists in ((half + 1, 0), (half, 1)):
-        for _ in range(3):
-            acquired.clear()
-            into.zero_()
-            ids = many[:count], np.arange(count)
-            copy_blocks(sides.src, dst, *ids, backend="packing").synchronize()
-            assert torch.equal(into[:count].cpu(), rows[many[:count]])
+    for count, lists in ((most + 1, 0), (most, 1)):
+        acquired.clear()
+        into.zero_()
+        ids = many[:count], np.arange(count)
+        copy_blocks(sides.src, dst, *ids, backend=NAME).synchronize()
+        assert torch.equal(into[:count].cpu(), rows[many[:count]])
         assert len(acquired) == lists
 
 
@@ -164,11 +160,11 @@ def test_more_ids_than_a_list_holds(sides: Sides, acquired: list[PinnedIds]) -> 
 def test_new_ids_on_one_side_alone(where: str, sides: Sides, acquired: list[PinnedIds]) -> None:
     device = simulated.DEVICE if where == "device" else torch.device("cpu")
     kept = Index(torch.tensor([3, 1, 2], device=device), SIZE, trusted=True)
-    for read in ([9, 2, 8], [5, 2, 7], [6, 2, 9], [1, 3, 5]):
-        sides.copied(read, kept)
-    assert len(acquired) == 2
     before = count_free()
-    # Packed launches read the ids of one dtype.
+    for read in ([9, 2, 8], [5, 2, 7], [6, 2, 9], [1, 3, 5]):
+        acquired.clear()
+        sides.copied(read, kept)
+        assert len(acquired) == 1
     other = Index(torch.tensor([3, 1, 2], dtype=torch.int32, device=device), SIZE, trusted=True)
     for read in ([9, 2, 8], [5, 2, 7]):
         sides.copied(read, other)
@@ -178,17 +174,18 @@ def test_new_ids_on_one_side_alone(where: str, sides: Sides, acquired: list[Pinn
 @pytest.mark.simdev
 def test_ids_on_the_device_are_still_guarded(sides: Sides, acquired: list[PinnedIds]) -> None:
     on_device = torch.tensor([3, 1], device=simulated.DEVICE)
-    for read in ([9, 2], [5, 2], [6, 2], [1, 3]):
+    ReadingPinned.judging.clear()
+    for read in ([9, 2], [5, 2]):
         sides.copied(read, on_device)
         sides.copied(read, [7, 8])
-    assert [bool(word) for word in Packing.words] == [True, False, True, False]
+    assert ReadingPinned.judging == [True, False, True, False]
     assert len(acquired) == 4
     words = len(free_words)
     for turn in range(40):  # without a handle
-        copy_blocks(sides.src, sides.dst, [turn, 99], on_device, backend="packing")
+        copy_blocks(sides.src, sides.dst, [turn, 99], on_device, backend=NAME)
     torch.accelerator.synchronize(simulated.DEVICE)
     for _ in range(40):
-        copy_blocks(sides.src, sides.dst, [1, 2], on_device, backend="packing").synchronize()
+        copy_blocks(sides.src, sides.dst, [1, 2], on_device, backend=NAME).synchronize()
     assert len(free_words) >= words
 
 
@@ -198,9 +195,9 @@ def test_an_error_of_a_copy_that_nobody_holds_is_reported(sides: Sides) -> None:
     for read in ([9, 2], [5, 2], [6, 2]):
         sides.copied(read, on_device)
     late = LateErrors()
-    transfer = copy_blocks(sides.src, sides.dst, [1, 2], on_device, backend="packing")
+    transfer = copy_blocks(sides.src, sides.dst, [1, 2], on_device, backend=NAME)
     ((word, _),) = transfer.completions[0].words
-    assert transfer.completions[0].listed is not None
+    assert transfer.completions[0].lists
     late.keep(transfer)
     del transfer
     word.value[0] = 2  # as a kernel does that finds a bad id at position 1
@@ -209,32 +206,25 @@ def test_an_error_of_a_copy_that_nobody_holds_is_reported(sides: Sides) -> None:
 
 
 @pytest.mark.simdev
-def test_parts_of_blocks_and_long_copies_are_no_packed_launches(
-    sides: Sides, acquired: list[PinnedIds], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(packed_backend, "MOST", 100)  # of launches made from now on
-    for n in range(4):
-        sides.copied([n, 5], [n + 1, 0])
-    assert len(acquired) == 2
+def test_parts_of_lists_and_of_blocks(sides: Sides, acquired: list[PinnedIds]) -> None:
     rows = sides.fill()
     ids = [9, 4, 6], [1, 2, 3]
-    copy_blocks(sides.src, sides.dst, *ids, skip=SIZE, backend="packing").synchronize()
+    copy_blocks(sides.src, sides.dst, *ids, skip=SIZE, backend=NAME).synchronize()
     expected = torch.zeros_like(rows)
     expected[[2, 3]] = rows[[4, 6]]
     assert torch.equal(sides.other.cpu(), expected)
-    skipped = Index.of([2, 9, 4]).shifted(1)
-    for turn in range(4):
+    assert len(acquired) == 1
+    for read in (Index.of([2, 9, 4]).shifted(1), [9, 4]):
         rows = sides.fill()
-        read = skipped if turn == 3 else [9, 4]
-        copy_rows(sides.src, sides.dst, read, [5, 6], count=2, backend="packing").synchronize()
+        copy_rows(sides.src, sides.dst, read, [5, 6], count=2, backend=NAME).synchronize()
         assert torch.equal(sides.other[2, 1].cpu(), rows[4, 1])
         assert torch.equal(sides.other[3, 0].cpu(), rows[2, 0])
-    assert len(acquired) == 3
-    acquired.clear()
-    sides.copied([*range(60)], [*range(100, 160)])
-    assert not acquired
-    sides.copied([*range(20)], [*range(100, 120)])
-    assert len(acquired) == 1
+    rows = sides.fill()
+    copy_blocks(sides.src, sides.dst, *ids, count=5, backend=NAME).synchronize()
+    expected = torch.zeros_like(rows)
+    expected[[1, 2]] = rows[[9, 4]]
+    expected[3, 0] = rows[6, 0]
+    assert torch.equal(sides.other.cpu(), expected)
 
 
 @pytest.mark.simdev
@@ -246,20 +236,20 @@ def test_a_copy_on_another_stream_is_ordered_there(sides: Sides, acquired: list[
     torch.accelerator.synchronize(simulated.DEVICE)
     stream = torch.Stream(simulated.DEVICE)
     delay(stream, 300)
-    transfer = copy_blocks(sides.src, sides.dst, [7], [3], backend="packing", stream=stream)
+    transfer = copy_blocks(sides.src, sides.dst, [7], [3], backend=NAME, stream=stream)
     torch.accelerator.current_stream(simulated.DEVICE).synchronize()
     assert not transfer.done()
     assert not sides.other.any()
     transfer.synchronize()
     assert torch.equal(sides.other[3].cpu(), rows[7])
-    assert not acquired
+    assert len(acquired) == 1
 
 
 @pytest.mark.simdev
 def test_a_list_is_given_back_at_the_end(sides: Sides, acquired: list[PinnedIds]) -> None:
     for turn in range(20):
         sides.copied([turn, 30 + turn], [2, 1])
-    assert len(acquired) == 18
+    assert len(acquired) == 20
     assert len(set(acquired)) == 1
 
 
@@ -277,7 +267,7 @@ def test_a_list_is_given_back_if_the_other_ids_cannot_be_sent(
     with monkeypatch.context() as patch:
         patch.setattr(Index, "placed", full)
         with pytest.raises(torch.OutOfMemoryError):
-            copy_blocks(sides.src, sides.dst, [1, 2, 3], Index([7, 8, 9], SIZE), backend="packing")
+            copy_blocks(sides.src, sides.dst, [1, 2, 3], Index([7, 8, 9], SIZE), backend=NAME)
     assert count_free() == before
     sides.copied([1, 2, 3], Index([7, 8, 9], SIZE))
 
@@ -308,7 +298,7 @@ def rows_of_copies_in_flight(sides: Sides) -> tuple[torch.Tensor, torch.Tensor]:
         read = np.array([turn, 50 + turn])
         written = np.array([100 + turn, 200 + turn])
         wanted[written] = rows[read]
-        copy_blocks(sides.src, sides.dst, read, written, backend="packing")
+        copy_blocks(sides.src, sides.dst, read, written, backend=NAME)
         read[:] = written[:] = BLOCKS - 1
     torch.accelerator.synchronize(simulated.DEVICE)
     return sides.other.cpu(), wanted
@@ -326,7 +316,7 @@ def test_control_of_lists_of_their_own(sides: Sides, monkeypatch: pytest.MonkeyP
         def release(self) -> None:
             """Stay out of the pool."""
 
-    memory = torch.zeros(PinnedIds.MOST, dtype=torch.int64).pin_memory()
+    memory = torch.zeros(2, PinnedIds.MOST, dtype=torch.int64).pin_memory()
     monkeypatch.setattr(PinnedIds, "acquire", lambda: Shared(memory))
     arrived, wanted = rows_of_copies_in_flight(sides)
     assert not torch.equal(arrived, wanted)
@@ -347,8 +337,7 @@ def test_more_copies_in_flight_than_there_are_lists(
         acquired.clear()
         delay(torch.accelerator.current_stream(simulated.DEVICE), 500)
         made = [
-            copy_blocks(sides.src, sides.dst, [turn], [turn + 1], backend="packing")
-            for turn in range(8)
+            copy_blocks(sides.src, sides.dst, [turn], [turn + 1], backend=NAME) for turn in range(8)
         ]
         assert len(acquired) == 3
         assert not made[0].done(), "the host waited for none"

@@ -1,0 +1,753 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Issue one copy: check it, decide who executes it, place its ids, launch it, return its end.
+
+`submit` chooses the schedule of a copy. This module has the schedules that the calling thread
+issues: a whole copy, its layers one by one, and a detached copy.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from math import gcd
+from typing import NamedTuple, TypeAlias
+
+import torch
+
+from portakv.copy.handle import BlockTransfer
+from portakv.copy.options import CopyOptions
+from portakv.errors import DeviceMismatch, SlotError, Unsupported
+from portakv.interconnect.choose import across
+from portakv.interconnect.peer import reached
+from portakv.interconnect.strategy import Strategy, Terms
+from portakv.plan.plan import CopyPlan, Move, check_disjoint
+from portakv.registry.prepared import Picks, Prepared, bring_table, prepared
+from portakv.registry.registry import Choice
+from portakv.runtime import streams
+from portakv.runtime.devices import capturing, inside, refuse_capture
+from portakv.runtime.pinned_ids import PinnedIds
+from portakv.runtime.streams import check_stream, side_stream
+from portakv.runtime.transfer import (
+    NOTHING,
+    Completion,
+    Pending,
+    StatusWord,
+    Transfer,
+    acquire_after_ends,
+    acquire_word,
+    bad_slot,
+    event_pool,
+    hold,
+    hold_memory,
+)
+from portakv.view.destination import check_writable
+from portakv.view.index import Index
+from portakv.view.view import KVView
+
+_HOST = torch.device("cpu")  # a comparison takes an eighth of the time of a look at the type
+UNCHECKED = "its ids have to be checked before they are used"  # inside graph capture
+
+# --- Where and when -------------------------------------------------------------------------------
+
+
+class Context(NamedTuple):
+    """The surroundings of a copy.
+
+    Attributes:
+        device: it executes the copy.
+        stream: where the work is ordered; None: the device's current stream.
+        captured: the current stream of the device records a graph.
+    """
+
+    device: torch.device
+    stream: torch.Stream | None
+    captured: bool
+
+    @classmethod
+    def of(cls, device: torch.device, stream: torch.Stream | None) -> Context:
+        """Return the surroundings of a call; raise `DeviceMismatch` for another device's stream."""
+        if stream is not None:
+            check_stream(stream, device)
+        return cls(device, stream, device != _HOST and capturing(device))
+
+    def check_may_slice(self) -> None:
+        """Raise `Unsupported` inside graph capture, before ids of a copy in slices are read."""
+        if self.captured:
+            why = "the host issues them while the copy runs; leave out cancellable and max_gbps"
+            raise refuse_capture("A copy in slices", why)
+
+    def check_no_graph(self, why: str) -> None:
+        """Raise as `check_not_captured`, also if the given stream records a graph."""
+        captured = self.captured
+        if self.stream is not None and not captured:
+            with inside(self.stream):
+                captured = capturing(self.device)
+        self._replace(captured=captured).check_not_captured(why)
+
+    def check_not_captured(self, why: str) -> None:
+        """Raise `Unsupported` inside graph capture, before anything is enqueued."""
+        if self.captured:
+            todo = "capture a copy with a capturable backend and contiguous device ids of a dtype"
+            raise refuse_capture("A copy", f"{why}; {todo} that it reads")
+
+
+# --- Who executes it ------------------------------------------------------------------------------
+
+
+def common_device(src: KVView, dst: KVView) -> torch.device:
+    """Return the device that executes a copy: the accelerator if one side is on it."""
+    if src.device == dst.device or dst.device.type == "cpu":
+        return src.device
+    if src.device.type == "cpu":
+        return dst.device
+    raise DeviceMismatch(
+        f"Expected a copy on one device, between it and the host, or between two devices of one "
+        f"type, got {src.device} as source and {dst.device} as destination. Go through a host "
+        f"buffer."
+    )
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device the current one: once, instead of a query about every device that is not."""
+    apart = torch.accelerator.current_device_index() != device.index
+    return inside(device if apart else None)
+
+
+def seen_by_reader(src: KVView, context: Context) -> KVView:
+    """Return rows of another device, to be read on the context's device and stream.
+
+    The stream waits for the present work of the current stream of the rows' device.
+
+    Raises:
+        DeviceMismatch: devices of two types.
+        Unsupported: in graph capture.
+    """
+    reader, stream, captured = context
+    peer = src.as_peer(reader)
+    owner = src.memory_device
+    if captured or capturing(owner):
+        why = (
+            f"a graph would have to hold the streams of {owner} and {reader}; make the copy outside"
+        )
+        raise refuse_capture("A copy between two devices", why)
+    work = stream or torch.accelerator.current_stream(reader.index)
+    work.wait_stream(torch.accelerator.current_stream(owner.index))
+    return peer
+
+
+def order_after(src: KVView, made: Transfer) -> None:
+    """Make the current stream of the source's device wait for a copy of it.
+
+    So nothing overwrites the source too early; `Tensor.copy_` orders both devices the same way.
+    """
+    for last in made.completions[-1:]:  # of several layers, which end in order
+        last.wait(torch.accelerator.current_stream(src.memory_device.index))
+
+
+def executor_of(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Choice:
+    """Return what executes a copy on a caller's terms.
+
+    That is the chosen backend if it reaches both places, else a transfer strategy. A worker keeps
+    the rate. A copy asks once: whatever it is cut into has the same executor.
+
+    Raises:
+        DeviceMismatch: a view lies on a device that has no part in the copy.
+        Unsupported: nothing here keeps the terms.
+    """
+    own_device = choice.backend.device
+    devices = {src.device, dst.device}
+    if devices - {own_device, torch.device("cpu")} or own_device not in devices:
+        raise DeviceMismatch(
+            f"Expected a source and a destination on {own_device}, which runs the copy, or on the "
+            f"host, got a source on {src.device} and a destination on {dst.device}. Make a "
+            f"connector for their device."
+        )
+    if src.form.place == "peer":
+        return reached(src, choice, terms or Terms())
+    if isinstance(choice.backend, Strategy):
+        return choice if terms is None else across(choice, terms)
+    if src.device != dst.device and (src.form.place, dst.form.place) not in choice.can.places:
+        return across(choice, terms)
+    if terms is not None and terms.max_thread_blocks is not None:
+        raise Unsupported(
+            f"Expected no max_thread_blocks for a copy from {src.device} to {dst.device} by "
+            f"{choice.name!r}, got max_thread_blocks={terms.max_thread_blocks}",
+            "only kernels that read or write host memory keep the limit. Leave it out",
+        )
+    return choice
+
+
+# --- Check and decide -----------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """A part of a copy, with what executes it.
+
+    Attributes:
+        ready: the backend, or the strategy that was picked for the part.
+        carried: its name, and the reason for the choice.
+        first: the position in the whole copy at which the part begins.
+        move: the part.
+        picks: what picked the strategy; None: nothing did.
+    """
+
+    ready: Prepared
+    carried: tuple[str, str]
+    first: int
+    move: Move
+    picks: Picks | None
+
+
+class Passed(NamedTuple):
+    """The checks of memory and ids that a copy passed. Each part of the copy passes them, too.
+
+    Attributes:
+        skips: ids on the host skip positions.
+        error: the error of ids that were left out of the copy.
+        context: the surroundings of a plain copy that is a part. None: its call determines them.
+    """
+
+    skips: bool
+    error: SlotError | None = None
+    context: Context | None = None
+
+
+#: Issue a copy under options, with the checks that it passed as a part; None: check it.
+Submit: TypeAlias = Callable[[Move, CopyOptions, Passed | None], BlockTransfer]
+
+
+def context_of(passed: Passed | None, device: torch.device, stream: torch.Stream | None) -> Context:
+    """Return the surroundings that a part of a copy was given, or else those of its call.
+
+    Raises as `Context.of`.
+    """
+    known = None if passed is None else passed.context
+    return Context.of(device, stream) if known is None else known
+
+
+class Settled(NamedTuple):
+    """A copy with all decisions about it.
+
+    Attributes:
+        move: the copy, without units that have bad ids.
+        pieces: who executes which part; none if nothing is left to move.
+        error: the error that the transfer raises for ids that were left out.
+        guarded: ids are to be checked where they are read.
+    """
+
+    move: Move
+    pieces: Sequence[Piece]
+    error: SlotError | None
+    guarded: bool
+
+
+def settle(
+    move: Move,
+    choice: Choice,
+    context: Context,
+    *,
+    passed: Passed | None = None,
+    strict: bool = False,
+) -> Settled:
+    """Decide how a copy that its indices and views cover is made; move nothing.
+
+    Args:
+        choice: what executes it, as `executor_of` decides.
+        passed: the checks that the copy passed just now, alone or as a part. None: check it.
+        strict: check ids on a device before anything is moved, which waits for them.
+
+    Raises as `copy_rows`.
+    """
+    src, dst, src_index, dst_index, count = move
+    if passed is None:
+        check_writable(dst)
+        src.check_memory()
+        dst.check_memory()
+    ready = prepared(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
+    error = None if passed is None else passed.error
+    if count == 0:
+        return Settled(move, (), error, False)
+
+    skips = check_ids(move, context, strict) if passed is None else passed.skips
+    clean = (src_index.on_host and dst_index.on_host) or (
+        src_index.is_clean(count, src.slots) and dst_index.is_clean(count, dst.slots)
+    )
+    guarded = skips or not clean
+    unit = ready.plan.unit
+    whole = unit == 1 or not (
+        count % unit or src_index.offset or dst_index.offset or src.slots % unit or dst.slots % unit
+    )
+    pieces: Sequence[Piece]
+    if whole and ready.picks is None:  # the usual case, without a call
+        pieces = (Piece(ready, ready.carried, 0, move, None),)
+    else:
+        pieces = _pieces(ready, move, choice, context)
+    if guarded and not _take(pieces, clean):
+        guarded = False
+        context.check_not_captured(UNCHECKED)
+        move, found = drop_bad_ids(move, max(each.ready.plan.unit for each in pieces))
+        error = error or found
+        if move.count == 0:
+            return Settled(move, (), error, False)
+        ready = prepared(src.form, dst.form, *move.steps, None, choice)
+        pieces = _pieces(ready, move, choice, context)
+
+    if passed is None:
+        check_disjoint(move)
+    if context.captured:
+        _check_capture(pieces, context)
+    return Settled(move, pieces, error, guarded)
+
+
+def check_executable(move: Move, choice: Choice, context: Context) -> None:
+    """Raise what `settle` raises for a copy that its choice does not execute; move nothing."""
+    settle(move._replace(count=0), choice, context, passed=Passed(skips=False))
+
+
+def _pieces(ready: Prepared, move: Move, choice: Choice, context: Context) -> list[Piece]:
+    """Return the body of a copy in the largest units, and its head and tail by token."""
+    pieces = []
+    for first, tokens, unit in ready.plan.split(move):
+        part = ready
+        if unit != ready.plan.unit:
+            part = prepared(move.src.form, move.dst.form, *move.steps, unit, choice)
+        pieces.append(_piece(part, first, move.part(first, tokens), context))
+    return pieces
+
+
+def _piece(ready: Prepared, first: int, move: Move, context: Context) -> Piece:
+    """Return a part with what executes it; pick a strategy if the launch does so for each copy."""
+    picks = ready.picks
+    if picks is None or context.captured:  # inside a capture nothing can be prepared
+        return Piece(ready, ready.carried, first, move, None)
+    picked, carried = picks.picked_for(move)
+    return Piece(picked, carried, first, move, picks)
+
+
+def _take(pieces: Sequence[Piece], clean: bool) -> bool:
+    """Return whether the backends of a copy accept negative ids, and ids that are not clean."""
+    for piece in pieces:
+        can = piece.ready.can
+        if not can.skips_negative or not (clean or can.guards):
+            return False
+    return True
+
+
+def check_ids(move: Move, context: Context, strict: bool) -> bool:
+    """Return True if ids on the host skip positions; with ``strict``, wait for ids on a device and
+    check them in the same way.
+
+    Raises:
+        SlotError: a slot past the end, or a destination that occurs twice.
+        Unsupported: inside graph capture, if it had to wait.
+    """
+    src_index = move.src_index
+    dst_index = move.dst_index
+    if strict and not (src_index.on_host and dst_index.on_host):
+        context.check_not_captured(UNCHECKED)
+        src_index = src_index.to_host()
+        dst_index = dst_index.to_host()
+    skips = src_index.check(move.count, move.src.slots, "source")
+    return dst_index.check(move.count, move.dst.slots, "destination", distinct=True) or skips
+
+
+def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
+    """Return a copy without the units that have a negative id or one past the end on either side,
+    and the error that names the first id past the end.
+
+    It waits once for the device if ids are there. If nothing is dropped, no later check is needed.
+    """
+    views = (move.src, move.dst)
+    indices = (move.src_index, move.dst_index)
+    count = move.count
+
+    # Units divide the offsets and the count, so that none is cut.
+    unit = gcd(unit, *(index.offset for index in indices), count)
+    device = next((x.ids.device for x in indices if x.ids is not None), move.src.device)
+
+    # An index without ids is a range, whose length was checked.
+    listed = [
+        (x.units(count, unit, device), view.slots // unit)
+        for x, view in zip(indices, views, strict=True)
+        if x.ids is not None
+    ]
+    good = [(number >= 0) & (number < slots) for number, slots in listed]
+    usable = (good[0] & good[1] if len(good) == 2 else good[0]).nonzero()[:, 0]
+    if usable.numel() * unit == count:
+        for index, view in zip(indices, views, strict=True):
+            index.mark_clean(count, view.slots)
+        return move, None
+
+    # Negative ids are padding: only an id past the end is an error.
+    numbers = [x.units(count, unit, device) for x in indices]
+    bad = [number >= view.slots // unit for number, view in zip(numbers, views, strict=True)]
+    error = None
+    at = (bad[0] | bad[1]).nonzero()[:, 0]
+    if at.numel():
+        first = int(at[0])
+        side = 0 if bool(bad[0][first]) else 1
+        slot = int(numbers[side][first]) * unit
+        view = views[side]
+        error = bad_slot(first * unit, slot, view.slots)
+
+    src_index, dst_index = (Index(number[usable], step=unit) for number in numbers)
+    usable_tokens = usable.numel() * unit
+    src_index.mark_clean(usable_tokens, move.src.slots)
+    dst_index.mark_clean(usable_tokens, move.dst.slots)
+    return Move(move.src, move.dst, src_index, dst_index, usable_tokens), error
+
+
+def without_left_out(
+    move: Move, passed: Passed, done: Move, error: SlotError | None
+) -> tuple[Move, Passed]:
+    """Return a copy and its checks without the positions that one of its layers left out.
+
+    All layers have the same bad ids, which are read once.
+
+    Args:
+        done: the layer, without its bad ids.
+        error: the error of ids that were left out.
+    """
+    if done.count == move.count:
+        return move, passed
+    rest = Move(move.src, move.dst, done.src_index, done.dst_index, done.count)
+    return rest, passed._replace(skips=False, error=error)
+
+
+def note_clean(part: Move) -> None:
+    """Remember that ids on a device are those of a part of a copy without bad ids."""
+    for index, view in ((part.src_index, part.src), (part.dst_index, part.dst)):
+        if not index.on_host:
+            index.mark_clean(part.count, view.slots)
+
+
+def _check_capture(pieces: Sequence[Piece], context: Context) -> None:
+    for ready, _, _, move, _ in pieces:
+        if not ready.can.capturable:
+            context.check_not_captured(f"backend {ready.choice.name!r} cannot be captured")
+        for index in (move.src_index, move.dst_index):
+            if not index.has_ids_on(ready.ids_device, ready.can.index_dtypes):
+                context.check_not_captured("its ids would have to be copied first")
+
+
+def layer_of(move: Move, layer: int) -> Move:
+    """Return one layer of a copy; raise as the whole copy if the sides have different numbers."""
+    if move.src.layers != move.dst.layers:
+        CopyPlan(move.src.form, move.dst.form, *move.steps)
+    return move.layer(layer)
+
+
+def check(move: Move, context: Context, strict: bool) -> Passed:
+    """Check the memory and the ids of a copy whose parts are settled one by one.
+
+    Raises as `settle`.
+    """
+    check_memory(move)
+    return Passed(bool(move.count) and check_ids(move, context, strict))
+
+
+def check_rows(move: Move, context: Context, strict: bool) -> Passed:
+    """Check the destination and the ids of a copy between views whose memory exists and is not
+    shared, which the caller knows.
+
+    Raises as `settle`.
+    """
+    skips = bool(move.count) and check_ids(move, context, strict)
+    check_writable(move.dst)
+    return Passed(skips)
+
+
+def check_memory(move: Move) -> None:
+    """Raise if memory was replaced or cannot be written, or if a row is both read and written."""
+    check_views(move)
+    check_disjoint(move)
+
+
+def check_views(move: Move) -> None:
+    """Raise if memory was replaced, or cannot be written."""
+    check_writable(move.dst)
+    move.src.check_memory()
+    move.dst.check_memory()
+
+
+# --- Launch ---------------------------------------------------------------------------------------
+
+
+def launch(settled: Settled, context: Context) -> Transfer:
+    """Launch every piece after the current stream's work, or on the context's stream after that.
+
+    Inside graph capture with a stream the capture forks there, and `Transfer.wait` joins it.
+    """
+    pieces = settled.pieces
+    error = settled.error
+    if not pieces:
+        return Transfer(() if error is None else (Completion(error=error),))
+    if context.device == _HOST:
+        return _launch_on_host(settled, context)
+    return _Launching(settled, context).transfer()
+
+
+def _launch_on_host(settled: Settled, context: Context) -> Transfer:
+    """Launch every piece on the host, where most copies have ended when their launch returns."""
+    move, pieces, error, _ = settled
+    pendings: list[Pending] = []
+    for piece in pieces:
+        ready = piece.ready
+        pending = ready.launch(*ready.place_both(piece.move), context.stream, None)
+        if pending is not None:
+            pendings.append(pending)
+    carried = pieces[0].carried
+    if not (pendings or error):
+        return Transfer((), None, carried)
+    retained = (move.src, move.dst, pieces)
+    completion = Completion(None, pendings, (), error, retained if pendings else None)
+    if pendings:
+        hold(completion)
+    return Transfer((completion,), retained, carried)
+
+
+class _Launching:
+    """The launch of the pieces of one copy on a device.
+
+    Attributes:
+        placed: the parts that were launched, with their ids where these are read.
+    """
+
+    def __init__(self, settled: Settled, context: Context) -> None:
+        self._settled = settled
+        self._context = context
+        self._pendings: list[Pending] = []
+        self._words: list[tuple[StatusWord, int]] = []
+        self._lists: list[PinnedIds] = []
+        self._host: tuple[torch.Tensor, ...] = ()
+        self._carried = NOTHING
+        self.placed: list[Move] = []
+
+    def transfer(self) -> Transfer:
+        """Launch every piece, and return the end of the copy."""
+        move, pieces, error, _ = self._settled
+        device, stream, captured = self._context
+        try:
+            for piece in pieces:
+                self._launch(piece)
+        except BaseException:  # also an interrupt; what was launched may still run
+            if self._lists or self._host:
+                self._hold(None)
+            raise
+        retained = (move.src, move.dst, self.placed)
+        if captured:
+            # The graph may write these words at every replay, so they are never given back.
+            return streams.captured(device, stream, retained, self._words, self._carried)
+        return Transfer((self._hold(error),), retained, self._carried)
+
+    def _launch(self, piece: Piece) -> None:
+        """Launch one piece; after an error for lack of memory, by a strategy that needs none."""
+        try:
+            self._enqueue(piece)
+            self._carried = piece.carried if self._carried is NOTHING else self._carried
+        except torch.OutOfMemoryError:
+            instead = None if piece.picks is None else piece.picks.instead_of(piece.carried)
+            if instead is None:
+                raise
+            self._launch(piece._replace(ready=instead[0], carried=instead[1], picks=None))
+
+    def _enqueue(self, piece: Piece) -> None:
+        """Place the ids of a piece, order its stream after the current one, and launch it.
+
+        A backend that guards ids gets a status word if it has ids that the host has not checked.
+        """
+        ready, _, first, move, _ = piece
+        device, stream, captured = self._context
+        part = self._place(ready, move)
+        if captured:  # a graph's memory belongs to its owner, so no allocator records it
+            streams.follow_current(stream)
+        else:
+            bring_tables(move, ready.tables, device)
+            follow_current(stream, [part])
+        word = None
+        if self._settled.guarded or (ready.can.guards and not move.ids_on_host):
+            status = acquire_word()
+            self._words.append((status, first))  # it counts from its own start
+            word = status.tensor
+        self.placed.append(part)
+        if captured or not ready.unowned:
+            pending = ready.launch(*part, stream, word)
+        else:
+            self._host = *self._host, *_memory_of_host(move)
+            pending = ready.bare(*part, stream, word)
+        if pending is not None:
+            self._pendings.append(pending)
+
+    def _place(self, ready: Prepared, move: Move) -> Move:
+        """Return a part with its ids where its backend reads them.
+
+        Few new ids stay on the host, in pinned memory, since to send them takes longer than to read
+        them from there.
+        """
+        src, dst, src_index, dst_index, count = move
+        new = max(src_index.listed, dst_index.listed)
+        if not (ready.reads_pinned_ids and 0 < new <= PinnedIds.MOST) or self._context.captured:
+            return ready.place_both(move)
+        lists = PinnedIds.acquire() or acquire_after_ends()
+        if lists is None:
+            return ready.place_both(move)
+        self._lists.append(lists)
+        src_placed, dst_placed = (
+            index.reading(lists.write(side, index.host_ids()))
+            if index.listed
+            else ready.place(index)
+            for side, index in enumerate((src_index, dst_index))
+        )
+        return Move(src, dst, src_placed, dst_placed, count)
+
+    def _hold(self, error: SlotError | None) -> Completion:
+        """Return the completion of all that was launched, which retains what the launches use.
+
+        The allocator knows the ids' memory by the stream on which they were brought, which may be
+        another one. Nothing else retains a peer's memory while this device reads it, nor memory of
+        the host of an unowned launch.
+        """
+        move = self._settled.move
+        device, stream, _ = self._context
+        peer = move.src.form.place == "peer"
+        retained: object = (self._host, self.placed)
+        if not (self._pendings or peer):  # the memory of the device may go before the end
+            ids = [(part.src_index, part.dst_index) for part in self.placed]
+            retained = (self._host, ids)
+        pool = event_pool(device)
+        completion = Completion(
+            event=pool.recorded(stream),
+            pendings=self._pendings,
+            words=self._words,
+            error=error,
+            retained=retained,
+            pool=pool,
+            lists=self._lists,
+        )
+        # Either queue gives the event back if the handle is dropped. Only a word or other work
+        # brings an error, which `LateErrors` look for among the copies in flight.
+        memory = bool(peer or self._host or self._lists)
+        if memory:
+            hold_memory(completion)
+        if self._words or self._pendings or not memory:
+            hold(completion)
+        return completion
+
+
+def _memory_of_host(move: Move) -> tuple[torch.Tensor, ...]:
+    """Return what retains the memory of the sides of a copy that are not on its device."""
+    src = move.src
+    dst = move.dst
+    return (
+        *(() if src.form.place == "device" else src.retained),
+        *(() if dst.form.place == "device" else dst.retained),
+    )
+
+
+def bring_tables(
+    move: Move, tables: tuple[bool, bool], device: torch.device, captured: bool = False
+) -> None:
+    """Have the tables of addresses on the device that backends read there.
+
+    ``tables``: for each side, whether its table is read. ``captured``: as for `bring_table`.
+    """
+    for view, read in zip((move.src, move.dst), tables, strict=True):
+        if read and view.device == device:
+            bring_table(view, device, captured=captured)
+
+
+def follow_current(stream: torch.Stream | None, moves: Sequence[Move]) -> None:
+    """Make ``stream`` wait for the current stream, and tell the allocator which memory of two views
+    it uses. None: it is the current stream."""
+    if stream is None:
+        return
+    src = moves[0].src
+    dst = moves[0].dst
+    tables = [table for view in (src, dst) if (table := view.table_on(stream.device)) is not None]
+    indices = [index for move in moves for index in (move.src_index, move.dst_index)]
+    ids = [index.ids for index in indices if index.ids is not None]
+    views = (*src.used_on(stream), *dst.used_on(stream))
+    streams.follow_current(stream, *views, *ids, *tables)
+
+
+# --- Layer by layer, and detached -----------------------------------------------------------------
+
+_calls = threading.local()  # of each thread: what is to be called
+
+
+@contextmanager
+def calling_for_layers(call: Callable[[int, Transfer], None]) -> Iterator[None]:
+    """Have copies by layer that this thread issues call a function with the number and the end of
+    each layer, once it is issued and before the next one is."""
+    before = getattr(_calls, "call", None)
+    _calls.call = call
+    try:
+        yield
+    finally:
+        _calls.call = before
+
+
+def in_layers(
+    move: Move,
+    choice: Choice,
+    context: Context,
+    strict: bool,
+    began: float,
+    passed: Passed | None = None,
+) -> BlockTransfer:
+    """Issue one layer after another; arguments and errors are those of `settle`."""
+    if passed is None:
+        passed = check(move, context, strict)
+    call = getattr(_calls, "call", None)
+    layers = []
+    used = move
+    for i in range(move.src.layers):
+        settled = settle(layer_of(used, i), choice, context, passed=passed)
+        used, passed = without_left_out(used, passed, settled.move, settled.error)
+        layers.append(launch(settled, context))
+        if call is not None:
+            call(i, layers[-1])
+    return BlockTransfer(Transfer.join(layers), move, began, tuple(layers))
+
+
+def detached(
+    move: Move,
+    choice: Choice,
+    context: Context,
+    options: CopyOptions,
+    began: float,
+    passed: Passed | None = None,
+) -> BlockTransfer:
+    """Issue a copy that begins after the current stream, or after the given one, which does not
+    wait for its end.
+
+    Raises:
+        Unsupported: while a graph is captured.
+        PortaKVError: as `settle`, whose ``passed`` it takes.
+    """
+    side = beside(move, context)
+    with inside(context.stream):
+        aside = context._replace(stream=side)
+        if options.by_layer:
+            return in_layers(move, choice, aside, options.strict, began, passed)
+        settled = settle(move, choice, aside, passed=passed, strict=options.strict)
+        return BlockTransfer(launch(settled, aside), move, began)
+
+
+def beside(move: Move, context: Context) -> torch.Stream:
+    """Return the stream of a detached copy. The given stream follows the current one; the copy
+    makes its stream follow the given one.
+
+    Raises:
+        Unsupported: while a graph is captured.
+    """
+    device = context.device
+    with inside(context.stream):
+        # The context knows the current stream; a given stream may record a graph as well.
+        if context.captured or (context.stream is not None and capturing(device)):
+            why = "a graph has no work that its stream does not wait for; leave out detached"
+            raise refuse_capture("A detached copy", why)
+        begins_after = torch.accelerator.current_stream(device.index)
+    follow_current(context.stream, [move])
+    return side_stream(begins_after, move.src.form.place, move.dst.form.place)
