@@ -29,7 +29,6 @@ from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.pinned_ids import PinnedIds
 from portakv.runtime.streams import check_stream, side_stream
 from portakv.runtime.transfer import (
-    NOTHING,
     Completion,
     Pending,
     StatusWord,
@@ -474,10 +473,11 @@ def check_views(move: Move) -> None:
 # --- Launch ---------------------------------------------------------------------------------------
 
 
-def launch(settled: Settled, context: Context) -> Transfer:
+def launch(settled: Settled, context: Context, shared_ids: bool = False) -> Transfer:
     """Launch every piece after the current stream's work, or on the context's stream after that.
 
     Inside graph capture with a stream the capture forks there, and `Transfer.wait` joins it.
+    ``shared_ids``: other launches read the same ids, which are then sent to a device once.
     """
     pieces = settled.pieces
     error = settled.error
@@ -485,7 +485,7 @@ def launch(settled: Settled, context: Context) -> Transfer:
         return Transfer(() if error is None else (Completion(error=error),))
     if context.device == _HOST:
         return _launch_on_host(settled, context)
-    return _Launching(settled, context).transfer()
+    return _Launching(settled, context, shared_ids).transfer()
 
 
 def _launch_on_host(settled: Settled, context: Context) -> Transfer:
@@ -508,69 +508,83 @@ def _launch_on_host(settled: Settled, context: Context) -> Transfer:
 
 
 class _Launching:
-    """The launch of the pieces of one copy on a device.
+    """The launch of the pieces of one copy on a device."""
 
-    Attributes:
-        placed: the parts that were launched, with their ids where these are read.
-    """
+    __slots__ = (
+        "_context",
+        "_host",
+        "_lists",
+        "_pendings",
+        "_placed",
+        "_sends_ids",
+        "_settled",
+        "_words",
+    )
 
-    def __init__(self, settled: Settled, context: Context) -> None:
+    def __init__(self, settled: Settled, context: Context, shared_ids: bool) -> None:
         self._settled = settled
         self._context = context
-        self._pendings: list[Pending] = []
-        self._words: list[tuple[StatusWord, int]] = []
+        self._sends_ids = shared_ids or context.captured
+        self._placed: list[Move] = []  # the parts, with their ids where launches read them
         self._lists: list[PinnedIds] = []
-        self._host: tuple[torch.Tensor, ...] = ()
-        self._carried = NOTHING
-        self.placed: list[Move] = []
+        self._host: tuple[torch.Tensor, ...] = ()  # memory that nothing else retains
+        self._words: list[tuple[StatusWord, int]] = []
+        self._pendings: list[Pending] = []
 
     def transfer(self) -> Transfer:
         """Launch every piece, and return the end of the copy."""
-        move, pieces, error, _ = self._settled
-        device, stream, captured = self._context
+        settled = self._settled
+        carried: tuple[str, str] | None = None
         try:
-            for piece in pieces:
-                self._launch(piece)
+            for piece in settled.pieces:
+                executed = self._launch(piece)
+                carried = carried or executed
         except BaseException:  # also an interrupt; what was launched may still run
             if self._lists or self._host:
                 self._hold(None)
             raise
-        retained = (move.src, move.dst, self.placed)
+        assert carried is not None
+        move = settled.move
+        retained = (move.src, move.dst, self._placed)
+        device, stream, captured = self._context
         if captured:
             # The graph may write these words at every replay, so they are never given back.
-            return streams.captured(device, stream, retained, self._words, self._carried)
-        return Transfer((self._hold(error),), retained, self._carried)
+            return streams.captured(device, stream, retained, self._words, carried)
+        return Transfer((self._hold(settled.error),), retained, carried)
 
-    def _launch(self, piece: Piece) -> None:
-        """Launch one piece; after an error for lack of memory, by a strategy that needs none."""
+    def _launch(self, piece: Piece) -> tuple[str, str]:
+        """Launch one piece; return what executed it, which needs no memory of the device if the
+        strategy that was picked got none."""
         try:
-            self._enqueue(piece)
-            self._carried = piece.carried if self._carried is NOTHING else self._carried
+            self._enqueue(piece.ready, piece.first, piece.move)
         except torch.OutOfMemoryError:
             instead = None if piece.picks is None else piece.picks.instead_of(piece.carried)
             if instead is None:
                 raise
-            self._launch(piece._replace(ready=instead[0], carried=instead[1], picks=None))
+            self._enqueue(instead[0], piece.first, piece.move)
+            return instead[1]
+        return piece.carried
 
-    def _enqueue(self, piece: Piece) -> None:
-        """Place the ids of a piece, order its stream after the current one, and launch it.
+    def _enqueue(self, ready: Prepared, first: int, move: Move) -> None:
+        """Place the ids of a part, order its stream after the current one, and launch it.
 
         A backend that guards ids gets a status word if it has ids that the host has not checked.
         """
-        ready, _, first, move, _ = piece
         device, stream, captured = self._context
         part = self._place(ready, move)
+        self._placed.append(part)
         if captured:  # a graph's memory belongs to its owner, so no allocator records it
             streams.follow_current(stream)
         else:
-            bring_tables(move, ready.tables, device)
-            follow_current(stream, [part])
+            if True in ready.tables:
+                bring_tables(move, ready.tables, device)
+            if stream is not None:
+                follow_current(stream, [part])
         word = None
         if self._settled.guarded or (ready.can.guards and not move.ids_on_host):
             status = acquire_word()
             self._words.append((status, first))  # it counts from its own start
             word = status.tensor
-        self.placed.append(part)
         if captured or not ready.unowned:
             pending = ready.launch(*part, stream, word)
         else:
@@ -586,20 +600,24 @@ class _Launching:
         them from there.
         """
         src, dst, src_index, dst_index, count = move
-        new = max(src_index.listed, dst_index.listed)
-        if not (ready.reads_pinned_ids and 0 < new <= PinnedIds.MOST) or self._context.captured:
-            return ready.place_both(move)
-        lists = PinnedIds.acquire() or acquire_after_ends()
+        src_new = src_index.listed
+        dst_new = dst_index.listed
+        few = src_new <= PinnedIds.MOST and dst_new <= PinnedIds.MOST
+        lists = None
+        if ready.reads_pinned_ids and few and (src_new or dst_new) and not self._sends_ids:
+            lists = PinnedIds.acquire() or acquire_after_ends()
         if lists is None:
             return ready.place_both(move)
         self._lists.append(lists)
-        src_placed, dst_placed = (
-            index.reading(lists.write(side, index.host_ids()))
-            if index.listed
-            else ready.place(index)
-            for side, index in enumerate((src_index, dst_index))
-        )
-        return Move(src, dst, src_placed, dst_placed, count)
+        if src_new:
+            src_index = src_index.reading(lists.write(0, src_index.host_ids()))
+        else:
+            src_index = ready.place(src_index)
+        if dst_new:
+            dst_index = dst_index.reading(lists.write(1, dst_index.host_ids()))
+        else:
+            dst_index = ready.place(dst_index)
+        return Move(src, dst, src_index, dst_index, count)
 
     def _hold(self, error: SlotError | None) -> Completion:
         """Return the completion of all that was launched, which retains what the launches use.
@@ -608,26 +626,18 @@ class _Launching:
         another one. Nothing else retains a peer's memory while this device reads it, nor memory of
         the host of an unowned launch.
         """
-        move = self._settled.move
         device, stream, _ = self._context
-        peer = move.src.form.place == "peer"
-        retained: object = (self._host, self.placed)
+        peer = self._settled.move.src.form.place == "peer"
+        retained: object = (self._host, self._placed)
         if not (self._pendings or peer):  # the memory of the device may go before the end
-            ids = [(part.src_index, part.dst_index) for part in self.placed]
-            retained = (self._host, ids)
+            retained = (self._host, [part[2:4] for part in self._placed])  # both indices
         pool = event_pool(device)
-        completion = Completion(
-            event=pool.recorded(stream),
-            pendings=self._pendings,
-            words=self._words,
-            error=error,
-            retained=retained,
-            pool=pool,
-            lists=self._lists,
-        )
+        event = pool.recorded(stream)
+        completion = Completion(event, self._pendings, self._words, error, retained, pool)
+        completion.lists = self._lists
         # Either queue gives the event back if the handle is dropped. Only a word or other work
         # brings an error, which `LateErrors` look for among the copies in flight.
-        memory = bool(peer or self._host or self._lists)
+        memory = peer or self._host or self._lists
         if memory:
             hold_memory(completion)
         if self._words or self._pendings or not memory:
@@ -705,7 +715,7 @@ def in_layers(
     for i in range(move.src.layers):
         settled = settle(layer_of(used, i), choice, context, passed=passed)
         used, passed = without_left_out(used, passed, settled.move, settled.error)
-        layers.append(launch(settled, context))
+        layers.append(launch(settled, context, shared_ids=True))
         if call is not None:
             call(i, layers[-1])
     return BlockTransfer(Transfer.join(layers), move, began, tuple(layers))

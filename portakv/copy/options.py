@@ -67,8 +67,6 @@ class CopyOptions:
     sliced: bool = field(init=False, repr=False, compare=False)
     #: Ids on a device are checked before anything is moved.
     strict: bool = field(init=False, repr=False, compare=False)
-    #: The call issues the whole copy on the stream, as it is, so that it may be repeated.
-    plain: bool = field(init=False, repr=False, compare=False)
     #: The terms for a strategy; None: the usual ones, which every backend keeps.
     terms: Terms | None = field(init=False, repr=False, compare=False)
 
@@ -90,8 +88,6 @@ class CopyOptions:
         put = partial(object.__setattr__, self)  # the options are frozen
         put("sliced", sliced)
         put("strict", self.check == "strict")
-        apart = sliced or detached or self.by_layer or self.reinterpret or self.late is not None
-        put("plain", not (apart or self.strict))
         put("terms", terms if sliced or terms != _NO_TERMS else None)
 
     def check_only(self, what: str, names: Collection[str]) -> None:

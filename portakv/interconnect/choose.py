@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 _NO_TERMS = Terms()
 _NONE = frozenset[str]()
 _PICKS = 1024  # cached by one launch
+_FEW = 64  # units whose groups are counted in the time of one pick
 _UNSTAGED = ("batched_memcpy", "zero_copy")  # these take no memory of the device
 
 
@@ -174,12 +175,14 @@ class HostLaunch(StrategyLaunch):
         if quick:
             # More runs cost every other strategy more, and the kernel as much as before.
             picked = self._pick_by(1, 1, count, limits)
-            if picked.strategy == "zero_copy" or self._any_groups(picked, count, limits):
-                return picked._replace(any_ids=True)
+            if picked.strategy == "zero_copy":
+                return picked
+            few = not waits and count <= _FEW * self.plan.unit  # counted sooner than compared
+            if not few and self._any_groups(picked, count, limits):
+                return picked
         groups = self._whole.groups(move.src_index, move.dst_index, count)
         host_groups = self._of_host.groups(host_index, host_index, count)
-        picked = self._pick_by(groups, host_groups, count, limits)
-        return picked._replace(any_ids=True) if waits else picked
+        return self._pick_by(groups, host_groups, count, limits)
 
     def _any_groups(self, picked: Pick, count: int, limits: _Limits) -> bool:
         """Return whether any groups have the strategy of the fewest.
@@ -350,8 +353,8 @@ class HostLaunch(StrategyLaunch):
         )
 
 
-#: Strategies by the backend that they run over, and by terms without a rate.
-hosts: Bounded[tuple[Choice, Terms], Choice] = Bounded("strategies across the link", 64)
+#: Strategies by the backend that they run over, and by terms without a rate; None: the usual ones.
+hosts: Bounded[tuple[Choice, Terms | None], Choice] = Bounded("strategies across the link", 64)
 
 
 def across(half: Choice, terms: Terms | None = None) -> Choice:
@@ -361,15 +364,18 @@ def across(half: Choice, terms: Terms | None = None) -> Choice:
     Raises:
         BackendUnavailable: its self-check failed on this device.
     """
-    key = half, (terms or _NO_TERMS).without_rate
+    own = None if terms is None else terms.without_rate
+    if own == _NO_TERMS:
+        own = None
+    key = half, own
     known = hosts.get(key)
     if known is not None:
         return known
     device = half.backend.device
     if isinstance(half.backend, Strategy):
-        if key[1] == _NO_TERMS:
+        if own is None:
             return half
-        named = type(half.backend)(device, None, key[1])
+        named = type(half.backend)(device, None, own)
         return hosts.setdefault(key, Choice(named, half.trace, half.forced, named.capabilities()))
     backend, decision = REGISTRY.ask(Host.name, device, check=True)
     if backend is None:
@@ -377,6 +383,6 @@ def across(half: Choice, terms: Terms | None = None) -> Choice:
             f"Expected a transfer strategy for copies between {device} and the host, got none: "
             f"{decision.reason}. Copy through a tensor on the device."
         )
-    strategy = Host(device, *key)
+    strategy = Host(device, half, own)
     made = Choice(strategy, (*half.trace, decision), False, strategy.capabilities())
     return hosts.setdefault(key, made)

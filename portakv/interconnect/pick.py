@@ -102,15 +102,11 @@ class Alternative(NamedTuple):
 
 
 class Pick(NamedTuple):
-    """The strategy of a copy, the reason as a sentence, and the cost by each strategy.
-
-    ``any_ids``: other ids in the same places, for as many tokens, have the same pick.
-    """
+    """The strategy of a copy, the reason as a sentence, and the cost by each strategy."""
 
     strategy: str
     why: str
     alternatives: tuple[Alternative, ...]
-    any_ids: bool = False
 
 
 def default_rule(

@@ -533,8 +533,23 @@ class Index:
         return index
 
     def reading(self, ids: torch.Tensor) -> Index:
-        """Return this index with its ids read from another contiguous copy of them."""
-        return self._derived(ids, self.offset)
+        """Return this index with its ids read from another contiguous copy of them, which may be
+        longer."""
+        index = Index.__new__(Index)
+        index.ids = ids
+        index.step = self.step
+        index.offset = self.offset
+        index._store = self._store
+        index.temporary = self.temporary
+        index.trusted = self.trusted
+        index._placed = None
+        index._number = self._number
+        index.length = self.length
+        index.on_host = on_host = ids.is_cpu
+        index.dense = on_host and ids.dtype is torch.int64
+        index.plan_step = self.plan_step
+        index.listed = 0
+        return index
 
     def shifted(self, tokens: int) -> Index:
         """Return this index from position ``tokens`` on; it shares ids and copies."""

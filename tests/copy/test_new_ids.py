@@ -246,6 +246,15 @@ def test_a_copy_on_another_stream_is_ordered_there(sides: Sides, acquired: list[
 
 
 @pytest.mark.simdev
+@pytest.mark.parametrize("options", [{"by_layer": True}, {"cancellable": True}])
+def test_ids_of_several_launches_are_sent_once(
+    options: dict[str, bool], sides: Sides, acquired: list[PinnedIds]
+) -> None:
+    sides.copied([7, 2], [3, 9], **options)
+    assert not acquired
+
+
+@pytest.mark.simdev
 def test_a_list_is_given_back_at_the_end(sides: Sides, acquired: list[PinnedIds]) -> None:
     for turn in range(20):
         sides.copied([turn, 30 + turn], [2, 1])

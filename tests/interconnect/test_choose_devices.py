@@ -56,7 +56,7 @@ def test_whatever_carries_it_out_moves_the_right_bytes(
     if how in launch.out:
         pytest.skip(launch.out[how])
     if how in ORDER:
-        named = SimpleNamespace(strategy=how, why="requested", any_ids=False)
+        named = SimpleNamespace(strategy=how, why="requested")
         always = lambda self, move, guarded=False, quick=False: named  # noqa: E731
         monkeypatch.setattr(HostLaunch, "pick", always)
     transfer(stream=torch.Stream(accelerator) if side else None)
@@ -133,7 +133,7 @@ def test_a_device_without_room_for_staging_copies_all_the_same(
     monkeypatch.setattr(staging.Staging, "reserve", full)
     with pytest.raises(torch.OutOfMemoryError):  # by name, the error is raised
         launch.launch_by("staged", move, None)
-    only = SimpleNamespace(strategy="staged", why="requested", any_ids=False)
+    only = SimpleNamespace(strategy="staged", why="requested")
     monkeypatch.setattr(launch, "pick", lambda move, guarded=False, quick=False: only)
     for seed in range(2):
         transfer(transfer.chunk(seed))
