@@ -444,8 +444,6 @@ class AdaptiveConnector:
         self.device = self._choice.backend.device
         self._bound = bind_layout(kv_layout, reinterpret=options.reinterpret, **extents)
         self._options = replace(options, reinterpret=False)  # the views are bytes by their binding
-        usual = not (options.by_layer or options.late or self._options.strict)
-        self._usual = usual and self._options.terms is None
         check_chunk_layout(chunk_layout)
         self._kv_layout = kv_layout
         self._chunk_layout = chunk_layout
@@ -613,7 +611,7 @@ class AdaptiveConnector:
             return self._traced(store, kv_caches, batch, stream)
         caches = self._caches(kv_caches)
         stream = self._options.stream if stream is None else stream
-        if stream is None and self._usual:
+        if stream is None and self._options.whole:
             transfer = caches.direct.transfer(store, memory_obj, slot_mapping, start, end)
             if transfer is not None:
                 return transfer

@@ -185,7 +185,7 @@ def copied(
         BackendUnavailable: as `choose`.
         TransferError: the driver's error.
     """
-    if not isinstance(src, KVView) or not isinstance(dst, KVView) or options.stream is not None:
+    if not isinstance(src, KVView) or not isinstance(dst, KVView):
         return None
     device = src.device
     if device != dst.device or (device.type == "cpu" and options.backend is None):

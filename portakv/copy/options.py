@@ -67,6 +67,8 @@ class CopyOptions:
     sliced: bool = field(init=False, repr=False, compare=False)
     #: Ids on a device are checked before anything is moved.
     strict: bool = field(init=False, repr=False, compare=False)
+    #: The call issues the whole copy as it is, on the current stream and on the usual terms.
+    whole: bool = field(init=False, repr=False, compare=False)
     #: The terms for a strategy; None: the usual ones, which every backend keeps.
     terms: Terms | None = field(init=False, repr=False, compare=False)
 
@@ -89,6 +91,8 @@ class CopyOptions:
         put("sliced", sliced)
         put("strict", self.check == "strict")
         put("terms", terms if sliced or terms != _NO_TERMS else None)
+        apart = self.by_layer or self.reinterpret or self.strict or self.late is not None
+        put("whole", not apart and self.terms is None and self.stream is None)
 
     def check_only(self, what: str, names: Collection[str]) -> None:
         """Raise `InvalidTerms` if another option than these is set; ``what`` has no use for it."""

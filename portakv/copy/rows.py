@@ -83,7 +83,7 @@ def copy_rows(
         check,
         late,
     )
-    if options.plain:
+    if options.whole:
         made = copied(src, dst, src_index, dst_index, 1, 1, count, options)
         if made is not None:
             return made
@@ -142,7 +142,7 @@ def copy_blocks(
         check,
         late,
     )
-    if options.plain and skip == 0 and type(skip) is int:
+    if options.whole and skip == 0 and type(skip) is int:
         made = _copied_blocks(src, dst, src_blocks, dst_blocks, count, options)
         if made is not None:
             return made
