@@ -212,11 +212,45 @@ void check_storages(const TensorReader &reader) {
   }
 }
 
+// --- Arguments --------------------------------------------------------------------------------
+
+// The arguments of a call, in their order. Numbers are whole and fit 64 bits: Python passes them.
+class Arguments {
+ public:
+  Arguments(const Python &python, const Object *first) : python_(python), next_(first) {}
+
+  Object object() { return *next_++; }
+  int64_t number() { return python_.integer(*next_++); }
+  template <typename T>
+  T *pointer() {
+    return reinterpret_cast<T *>(static_cast<intptr_t>(number()));
+  }
+
+ private:
+  const Python &python_;
+  const Object *next_;
+};
+
+// What `kernels` do with ids and status words: the last arguments of each call.
+struct Means {
+  Room lists;
+  uint64_t status;
+  void *stream;
+
+  explicit Means(Arguments &arguments)
+      : lists(nullptr, 0), status(0), stream(nullptr) {
+    int64_t *first = arguments.pointer<int64_t>();
+    lists = Room(first, arguments.number());
+    status = static_cast<uint64_t>(arguments.number());
+    stream = arguments.pointer<void>();
+  }
+};
+
 // --- The copy ---------------------------------------------------------------------------------
 
-// Plan a copy between two ends, and launch it. Return what `portakv_copy_chunk` returns.
+// Plan a copy between two ends, and launch it. Return the result of core.h.
 int64_t copy(const portakv_kernels &kernels, const Python &python, const End &src, const End &dst,
-             int64_t count, const Found &found, uint64_t status, void *stream) {
+             int64_t count, const Found &found, const Means &means) {
   require(count > 0 && !overlap(src, dst));
   const Form from = read_form(src.form);
   const Form to = read_form(dst.form);
@@ -239,7 +273,7 @@ int64_t copy(const portakv_kernels &kernels, const Python &python, const End &sr
   int64_t error = PORTAKV_MALFORMED;
   try {
     error = run_rows(kernels, plan, options, src.rows, dst.rows, count,
-                     found.guarded ? status : 0, stream);
+                     found.guarded ? means.status : 0, means.stream);
   } catch (...) {
   }
   python.enter(thread);
@@ -248,116 +282,134 @@ int64_t copy(const portakv_kernels &kernels, const Python &python, const End &sr
   return count << 2 | int64_t{found.guarded} << 1 | int64_t{found.skips};
 }
 
-template <class Body>
-int64_t made(Body &&body) {
-  const Python *functions = python();
-  if (!functions) return PORTAKV_COPY_OTHERWISE;
-  try {
-    return body(*functions);
-  } catch (const Raised &) {
-    functions->clear_error();
-  } catch (...) {
+int64_t copy_chunk(const Python &python, Arguments arguments) {
+  const auto &kernels = *arguments.pointer<const portakv_kernels>();
+  const auto &caches = *arguments.pointer<const portakv_copy_view>();
+  const bool store = arguments.number() != 0;
+  const Bound layout(arguments.pointer<const int64_t>());
+  const Object chunk = arguments.object();
+  const Object ids = arguments.object();
+  const int64_t offset = arguments.number();
+  const int64_t start = arguments.number();
+  const int64_t end = arguments.number();
+  Means means(arguments);
+
+  require(layout.torch != nullptr && !layout.packed);
+  const PortakvTorch &torch = *static_cast<const PortakvTorch *>(layout.torch);
+  check_memory(Asker(python, torch), caches);
+  TensorReader reader(python, torch, layout);
+  reader.read(chunk);
+  const DlDevice device = reader.device();
+  require(device.type == caches.device_type && device.id == caches.device_id);
+  if (store) {
+    check_written(reader);
+  } else {
+    require(caches.writable != 0);
   }
-  return PORTAKV_COPY_OTHERWISE;
+  check_storages(reader);
+
+  const View &view = reader.view();
+  Few<int64_t, 40> addresses;
+  for (size_t i = 0; i < view.entries.size(); i++) {
+    addresses.push_back(reader.tensors().begins[static_cast<size_t>(view.entries[i])]);
+  }
+  const Form form = read_form(view.form.data());
+  const size_t kv = form.parts.size();
+  const int64_t *const last = view.form.data() + view.form.size();
+  End dense{};
+  dense.form = view.form.data();
+  dense.dtypes = last - kv;
+  dense.spans = view.spans.data();
+  dense.span_count = view.spans.size();
+  dense.rows.addresses = addresses.data();
+  dense.rows.slots = view.slots;
+
+  Ids slots = read_ids(reader.ask(), ids, device, means.lists);
+  const int64_t length = slots.list.length - offset;
+  const int64_t past = end == PORTAKV_COPY_TO_THE_END ? length : end;
+  require(0 <= start && start < past && past <= length);
+  const int64_t count = past - start;
+  // Without an end, the slots fill the chunk, whose last block may be filled in part.
+  const int64_t spare = view.slots - count;
+  require(spare >= 0);
+  require(end != PORTAKV_COPY_TO_THE_END || spare < std::max<int64_t>(1, form.block_size));
+
+  End paged = end_of(caches);
+  Found found;
+  place(slots, 1, offset + start, count, !store, is_host(device.type), means.lists, paged, found);
+  return copy(kernels, python, store ? paged : dense, store ? dense : paged, count, found, means);
 }
+
+int64_t copy_views(const Python &python, Arguments arguments) {
+  const auto &kernels = *arguments.pointer<const portakv_kernels>();
+  const Asker ask(python, *arguments.pointer<const PortakvTorch>());
+  const auto &src = *arguments.pointer<const portakv_copy_view>();
+  const auto &dst = *arguments.pointer<const portakv_copy_view>();
+  const Object src_ids = arguments.object();
+  const Object dst_ids = arguments.object();
+  const int64_t src_step = arguments.number();
+  const int64_t dst_step = arguments.number();
+  const int64_t src_offset = arguments.number();
+  const int64_t dst_offset = arguments.number();
+  int64_t count = arguments.number();
+  Means means(arguments);
+
+  require(dst.writable != 0);
+  require(src.device_type == dst.device_type && src.device_id == dst.device_id);
+  const DlDevice device{static_cast<int32_t>(src.device_type),
+                        static_cast<int32_t>(src.device_id)};
+  check_memory(ask, src);
+  check_memory(ask, dst);
+  Ids read{};
+  Ids written{};
+  if (src_ids != python.none) read = read_ids(ask, src_ids, device, means.lists);
+  if (dst_ids != python.none) written = read_ids(ask, dst_ids, device, means.lists);
+  if (count == PORTAKV_COPY_TO_THE_END) {
+    const int64_t src_tokens = product(read.list.length, src_step) - src_offset;
+    const int64_t dst_tokens = product(written.list.length, dst_step) - dst_offset;
+    require(read.list.data || written.list.data);
+    count = read.list.data ? src_tokens : dst_tokens;
+    require(!read.list.data || !written.list.data || src_tokens == dst_tokens);
+  }
+  require(count > 0);
+  End from = end_of(src);
+  End to = end_of(dst);
+  Found found;
+  const bool on_host = is_host(device.type);
+  place(read, src_step, src_offset, count, false, on_host, means.lists, from, found);
+  place(written, dst_step, dst_offset, count, true, on_host, means.lists, to, found);
+  return copy(kernels, python, from, to, count, found, means);
+}
+
+// Make one copy for Python, with so many arguments.
+template <int64_t (*make)(const Python &, Arguments), ptrdiff_t kCount>
+Object called(Object, const Object *arguments, ptrdiff_t count) {
+  const Python &functions = *python();
+  int64_t result = PORTAKV_COPY_OTHERWISE;
+  if (count == kCount) {
+    try {
+      result = make(functions, Arguments(functions, arguments));
+    } catch (const Raised &) {
+      functions.clear_error();
+    } catch (...) {
+    }
+  }
+  return functions.new_integer(result);
+}
+
+const PythonFunction kFunctions[] = {
+    {"copy_chunk", called<copy_chunk, 13>, kFastCall, nullptr},
+    {"copy_views", called<copy_views, 15>, kFastCall, nullptr},
+};
 
 }  // namespace
 }  // namespace portakv
 
 using namespace portakv;
 
-extern "C" {
-
-int64_t portakv_copy_chunk(const portakv_kernels *kernels, const portakv_copy_view *caches,
-                           int64_t store, const int64_t *bound, void *chunk, void *ids,
-                           int64_t offset, int64_t start, int64_t end, int64_t *list, int64_t room,
-                           uint64_t status, void *stream) {
-  return made([&](const Python &python) -> int64_t {
-    const Bound layout(bound);
-    require(layout.torch != nullptr && !layout.packed);
-    const PortakvTorch &torch = *static_cast<const PortakvTorch *>(layout.torch);
-    check_memory(Asker(python, torch), *caches);
-    TensorReader reader(python, torch, layout);
-    reader.read(chunk);
-    const DlDevice device = reader.device();
-    require(device.type == caches->device_type && device.id == caches->device_id);
-    if (store) {
-      check_written(reader);
-    } else {
-      require(caches->writable != 0);
-    }
-    check_storages(reader);
-
-    const View &view = reader.view();
-    Few<int64_t, 40> addresses;
-    for (size_t i = 0; i < view.entries.size(); i++) {
-      addresses.push_back(reader.tensors().begins[static_cast<size_t>(view.entries[i])]);
-    }
-    const Form form = read_form(view.form.data());
-    const size_t kv = form.parts.size();
-    const int64_t *const last = view.form.data() + view.form.size();
-    End dense{};
-    dense.form = view.form.data();
-    dense.dtypes = last - kv;
-    dense.spans = view.spans.data();
-    dense.span_count = view.spans.size();
-    dense.rows.addresses = addresses.data();
-    dense.rows.slots = view.slots;
-
-    Room lists(list, room);
-    Ids slots = read_ids(reader.ask(), ids, device, lists);
-    const int64_t length = slots.list.length - offset;
-    const int64_t past = end == PORTAKV_COPY_TO_THE_END ? length : end;
-    require(0 <= start && start < past && past <= length);
-    const int64_t count = past - start;
-    // Without an end, the slots fill the chunk, whose last block may be filled in part.
-    const int64_t spare = view.slots - count;
-    require(spare >= 0);
-    require(end != PORTAKV_COPY_TO_THE_END || spare < std::max<int64_t>(1, form.block_size));
-
-    End paged = end_of(*caches);
-    Found found;
-    place(slots, 1, offset + start, count, !store, is_host(device.type), lists, paged, found);
-    const End &src = store ? paged : dense;
-    const End &dst = store ? dense : paged;
-    return copy(*kernels, python, src, dst, count, found, status, stream);
-  });
+void *portakv_copy_function(int64_t number) {
+  const Python *functions = python();
+  const int64_t count = sizeof(kFunctions) / sizeof(kFunctions[0]);
+  if (!functions || number < 0 || number >= count) return nullptr;
+  return functions->new_function(&kFunctions[number], nullptr, nullptr);
 }
-
-int64_t portakv_copy_views(const portakv_kernels *kernels, const void *torch,
-                           const portakv_copy_view *src, const portakv_copy_view *dst,
-                           void *src_ids, void *dst_ids, int64_t src_step, int64_t dst_step,
-                           int64_t src_offset, int64_t dst_offset, int64_t count, int64_t *list,
-                           int64_t room, uint64_t status, void *stream) {
-  return made([&](const Python &python) -> int64_t {
-    require(dst->writable != 0);
-    require(src->device_type == dst->device_type && src->device_id == dst->device_id);
-    const DlDevice device{static_cast<int32_t>(src->device_type),
-                          static_cast<int32_t>(src->device_id)};
-    const Asker ask(python, *static_cast<const PortakvTorch *>(torch));
-    check_memory(ask, *src);
-    check_memory(ask, *dst);
-    Room lists(list, room);
-    Ids read{};
-    Ids written{};
-    if (src_ids != python.none) read = read_ids(ask, src_ids, device, lists);
-    if (dst_ids != python.none) written = read_ids(ask, dst_ids, device, lists);
-    const int64_t src_tokens = read.list.length * src_step - src_offset;
-    const int64_t dst_tokens = written.list.length * dst_step - dst_offset;
-    if (count == PORTAKV_COPY_TO_THE_END) {
-      require(read.list.data || written.list.data);
-      count = read.list.data ? src_tokens : dst_tokens;
-      require(!read.list.data || !written.list.data || src_tokens == dst_tokens);
-    }
-    require(count > 0);
-    End from = end_of(*src);
-    End to = end_of(*dst);
-    Found found;
-    const bool on_host = is_host(device.type);
-    place(read, src_step, src_offset, count, false, on_host, lists, from, found);
-    place(written, dst_step, dst_offset, count, true, on_host, lists, to, found);
-    return copy(*kernels, python, from, to, count, found, status, stream);
-  });
-}
-
-}  // extern "C"

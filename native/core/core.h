@@ -375,38 +375,34 @@ typedef struct portakv_copy_view {
   const portakv_watch *watch;  // its memory; null: that of raw addresses, which nothing shows
 } portakv_copy_view;
 
-// Copy between rows of caches, by slots, and a chunk from its first token on.
+// Return a function of Python, a new reference; null if the process has no interpreter. Python calls
+// it with these arguments in their order, where pointers are integers:
 //
-// store       1 from the caches to the chunk, 0 the other way
-// bound       the layout of the chunk, with the address of a PortakvTorch
-// chunk       a tensor, or tensors in containers as the layout names them
-// ids         a list of integers, or a tensor of int32 or int64: a slot for each token
-// offset      ids that are passed over
-// start, end  the range of the remaining ids that is copied; the end may be TO_THE_END
-// list, room  memory that the kernels reach, with room for so many int64 ids of the host: the caller
-//             keeps it until the copy has ended. May be null.
-// status      as for `portakv_rows_run`; it is used only if ids lie on the device
-// Return the tokens times 4, plus 2 if `status` may be written, plus 1 if ids of the host skip
-// positions; or a code.
-PORTAKV_API int64_t portakv_copy_chunk(const portakv_kernels *kernels,
-                                       const portakv_copy_view *caches, int64_t store,
-                                       const int64_t *bound, void *chunk, void *ids, int64_t offset,
-                                       int64_t start, int64_t end, int64_t *list, int64_t room,
-                                       uint64_t status, void *stream);
-
-// Copy between two views by the ids of either side, or None for consecutive tokens.
-//
-// torch               a PortakvTorch
-// src_step, dst_step  tokens of an id; of a side without ids they do not matter
-// src_offset, ...     tokens that are passed over
-// count               tokens, or TO_THE_END of the ids
-// The others and the result are those of `portakv_copy_chunk`.
-PORTAKV_API int64_t portakv_copy_views(const portakv_kernels *kernels, const void *torch,
-                                       const portakv_copy_view *src, const portakv_copy_view *dst,
-                                       void *src_ids, void *dst_ids, int64_t src_step,
-                                       int64_t dst_step, int64_t src_offset, int64_t dst_offset,
-                                       int64_t count, int64_t *list, int64_t room, uint64_t status,
-                                       void *stream);
+// 0: copy between rows of caches, by slots, and a chunk from its first token on.
+//   kernels     a portakv_kernels
+//   caches      a portakv_copy_view
+//   store       1 from the caches to the chunk, 0 the other way
+//   bound       the layout of the chunk, with the address of a PortakvTorch
+//   chunk       a tensor, or tensors in containers as the layout names them
+//   ids         a list of integers, or a tensor of int32 or int64: a slot for each token
+//   offset      ids that are passed over
+//   start, end  the range of the remaining ids that is copied; the end may be TO_THE_END
+// 1: copy between two views by the ids of either side, or None for consecutive tokens.
+//   kernels     a portakv_kernels
+//   torch       a PortakvTorch
+//   src, dst    a portakv_copy_view each
+//   src_ids, dst_ids
+//   src_step, dst_step      tokens of an id; of a side without ids they do not matter
+//   src_offset, dst_offset  tokens that are passed over
+//   count       tokens, or TO_THE_END of the ids
+// Then for both
+//   list, room  memory that the kernels reach, with room for so many int64 ids of the host: the
+//               caller keeps it until the copy has ended. May be 0.
+//   status      as for `portakv_rows_run`; it is used only if ids lie on the device
+//   stream      a stream of the current device
+// The function returns the tokens times 4, plus 2 if `status` may be written, plus 1 if ids of the
+// host skip positions; or a code.
+PORTAKV_API void *portakv_copy_function(int64_t number);
 
 #ifdef __cplusplus
 }

@@ -265,6 +265,7 @@ bool look_up_all(Python &out) {
          look_up("PyLong_AsLongLong", out.integer) &&
          look_up("PyBytes_FromStringAndSize", out.new_bytes) &&
          look_up("PyErr_Occurred", out.error) && look_up("PyErr_Clear", out.clear_error) &&
+         look_up("PyCFunction_NewEx", out.new_function) &&
          look_up("PyEval_SaveThread", out.leave) && look_up("PyEval_RestoreThread", out.enter) &&
          look_up("_Py_NoneStruct", out.none) && look_up("PyList_Type", out.list_type) && look_up("PyTuple_Type", out.tuple_type) &&
          look_up("PyDict_Type", out.dict_type);

@@ -71,6 +71,16 @@ constexpr bool is_host(int32_t type) {
 
 using Object = void *;
 
+// PyMethodDef: how Python calls a function of the library. The function takes borrowed arguments, and
+// returns a new reference, or null after it has set an error.
+struct PythonFunction {
+  const char *name;
+  Object (*call)(Object self, const Object *arguments, ptrdiff_t count);
+  int flags;
+  const char *documentation;
+};
+constexpr int kFastCall = 0x0080;  // METH_FASTCALL
+
 // Functions of the interpreter that loaded this library, all of them in every Python since 3.10.
 struct Python {
   Object (*type)(Object);
@@ -97,6 +107,7 @@ struct Python {
   Object (*new_bytes)(const char *, ptrdiff_t);
   Object (*error)();  // borrowed; null: there is none
   void (*clear_error)();
+  Object (*new_function)(const PythonFunction *, Object self, Object module);
   void *(*leave)();       // PyEval_SaveThread
   void (*enter)(void *);  // PyEval_RestoreThread
   Object none;

@@ -11,7 +11,7 @@ import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -157,8 +157,13 @@ class OpenedView:
 
 
 class Calls(NamedTuple):
-    """The functions of the core, with the arguments of `core.h`. Each holds the interpreter but for
-    the launch, and returns tokens and bits, or a code."""
+    """The functions of the core, with the arguments that `portakv_copy_function` of ``core.h``
+    lists.
+
+    Each holds the interpreter but for the launch, and returns tokens and bits, or a code. They are
+    functions of Python itself: ctypes would take longer to convert their arguments than the core
+    takes to plan a copy.
+    """
 
     copy_chunk: Callable[..., int]
     copy_views: Callable[..., int]
@@ -166,21 +171,8 @@ class Calls(NamedTuple):
 
 @cache
 def calls() -> Calls:
-    """Return the functions with their prototypes."""
-    core: Any = pylibrary()
-    number = ctypes.c_int64
-    pointer = ctypes.c_void_p
-    chunk = core.portakv_copy_chunk
-    chunk.argtypes = (
-        *(pointer, pointer, number, pointer, ctypes.py_object, ctypes.py_object),
-        *(number, number, number, pointer, number, ctypes.c_uint64, pointer),
-    )
-    chunk.restype = number
-    views = core.portakv_copy_views
-    views.argtypes = (
-        *(pointer, pointer, pointer, pointer, ctypes.py_object, ctypes.py_object),
-        *(number, number, number, number, number),
-        *(pointer, number, ctypes.c_uint64, pointer),
-    )
-    views.restype = number
-    return Calls(chunk, views)
+    """Return the functions."""
+    function = pylibrary().portakv_copy_function
+    function.argtypes = (ctypes.c_int64,)
+    function.restype = ctypes.py_object
+    return Calls(function(0), function(1))

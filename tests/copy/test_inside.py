@@ -16,7 +16,7 @@ from support.cuda_on_cpu import CudaOnCpu, why_not
 from support.whole_copies import watch_whole_copies
 
 from portakv import AdaptiveConnector, Index, KVView, PortaKVError, copy_blocks, copy_rows
-from portakv.copy import rows
+from portakv.copy import inside, rows
 from portakv.copy.inside import ChunkCopies
 from portakv.registry.registry import REGISTRY
 
@@ -224,7 +224,7 @@ def views(dtype: torch.dtype, dim: int) -> tuple[KVView, KVView, torch.Tensor, t
 def whole(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each copy between views whether the core made it."""
     made: list[bool] = []
-    find = rows.copied
+    find = inside.copied
 
     def copied(*arguments: Any) -> Any:
         result = find(*arguments)
