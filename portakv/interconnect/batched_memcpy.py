@@ -10,7 +10,6 @@ import torch
 
 from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.interconnect.link import link_of
-from portakv.interconnect.pieces import pieces_of
 from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import streams
@@ -68,9 +67,8 @@ class _Copies(StrategyLaunch):
         if not move.ids_on_host:
             src_index = move.src_index.to_host()
             move = move._replace(src_index=src_index, dst_index=move.dst_index.to_host())
-        pieces = pieces_of(self._plan, move, self._link.fold_below)
         try:
-            self._link.copy(pieces, move.src, move.dst, stream)
+            self._link.carry(self._plan, move, stream)
         except BaseException:  # some of the pieces may be on their way
             self.retain(move, stream)
             raise
