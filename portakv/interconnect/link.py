@@ -191,7 +191,7 @@ class CudaLink:
         to_device = dst.form.place == "device"
 
         def submit() -> Fault | None:
-            return self.core.submit(pieces, pack_crossing(*self.crossing(to_device, stream)))
+            return self.core.submit(pieces, self._crossing(to_device, stream))
 
         self.ordered(submit)
 
@@ -208,8 +208,7 @@ class CudaLink:
 
         def submit(uncrossed: Uncrossed) -> Fault | None:
             request = request_of(plan, move, self.fold_below, merged, uncrossed)
-            crossing = pack_crossing(*self.crossing(to_device, stream))
-            return self.core.copy(words, request, crossing)
+            return self.core.copy(words, request, self._crossing(to_device, stream))
 
         def both() -> Fault | None:
             fault = submit(Uncrossed())
@@ -238,14 +237,16 @@ class CudaLink:
         if fault is not None:
             self._refuse(fault)
 
-    def crossing(self, to_device: bool, stream: torch.Stream | None) -> tuple[int, ...]:
+    def crossing(self, to_device: bool, handle: int) -> tuple[int, ...]:
         """Return the words of a stream that pieces cross on, and of the rules."""
-        handle = cuda.raw(stream, self.device.index)
         aside = 0
         if handle in _NULL_STREAMS and self.core.batches:
             aside = cuda.raw(self._other_stream, self.device.index)
         rules = IN_A_ROW, FIRST_DESCRIPTORS, MOST_DESCRIPTORS, GROWTH, LEAST_BATCH
         return to_device, handle, aside, *rules
+
+    def _crossing(self, to_device: bool, stream: torch.Stream | None) -> bytes:
+        return pack_crossing(*self.crossing(to_device, cuda.raw(stream, self.device.index)))
 
     @cached_property
     def _other_stream(self) -> torch.Stream:

@@ -52,14 +52,16 @@ def submit(link: CudaLink, passage: Passage[Prepared], host_index: Index) -> Non
     )
     memory = array("q", passage.buffers.addresses)
     words = array("q", planes)
+    handle = {id(each): cuda.raw(each, link.device.index) for each in passage.streams}
+    streams = [handle[id(each)] for each in passage.streams]
 
     def run() -> Fault | None:
         order = passage.order()
         events = passage.buffers.handles()
         copy = pack_sliced(
             *order,
-            *link.crossing(not passage.downward, passage.streams[0]),
-            *(cuda.raw(stream, link.device.index) for stream in passage.streams),
+            *link.crossing(not passage.downward, streams[0]),
+            *streams,
             *(each.buffer_info()[0] for each in (events, memory, words)),
             len(several),
             cuts.buffer_info()[0],
