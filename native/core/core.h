@@ -289,7 +289,8 @@ enum {
   PORTAKV_LINK_REST = 3,   // a wait for a word
   PORTAKV_LINK_WORD = 4,   // the allocation of a word
   PORTAKV_LINK_EVENT = 5,  // an event that orders two streams
-  PORTAKV_LINK_STAGE = 6   // the device's stage of a slice; its code may be PORTAKV_ROWS_UNITS
+  PORTAKV_LINK_STAGE = 6,  // the device's stage of a slice; its code may be PORTAKV_ROWS_UNITS
+  PORTAKV_LINK_IDS = 7     // the copy of ids to the device; their number
 };
 
 typedef struct portakv_link_fault {
@@ -301,8 +302,9 @@ typedef struct portakv_link_fault {
 
 // Return a link; null if memory is short. `functions` are the addresses of cuMemcpyAsync,
 // cuMemcpy2DAsync_v2, cuMemcpyBatchAsync_v2, cuMemcpyBatchAsync, cuStreamWaitValue32_v2,
-// cuMemHostAlloc, cuThreadExchangeStreamCaptureMode, cuEventCreate, cuEventDestroy_v2, cuEventRecord
-// and cuStreamWaitEvent; 0 for one of the batches, or the exchange, if the driver lacks it.
+// cuMemHostAlloc, cuThreadExchangeStreamCaptureMode, cuEventCreate, cuEventDestroy_v2,
+// cuEventRecord, cuStreamWaitEvent and cuMemcpyHtoDAsync_v2; 0 for one of the batches, or the
+// exchange, if the driver lacks it.
 PORTAKV_API portakv_link *portakv_link_open(const int64_t *functions);
 
 PORTAKV_API void portakv_link_close(portakv_link *link);

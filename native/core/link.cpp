@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "link.h"
 
+#if !defined(_WIN32)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -54,6 +58,7 @@ constexpr unsigned kAtLeast = 0;       // CU_STREAM_WAIT_VALUE_GEQ
 constexpr unsigned kNoTiming = 2;      // CU_EVENT_DISABLE_TIMING
 constexpr int kThisThread = 1;         // CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 constexpr size_t kMostStreams = 256;   // whose bytes in a row are known
+constexpr size_t kMostInline = 65536;  // bytes that the driver takes along with its command
 
 // Words: addresses in this order; 0 for a function that the driver lacks.
 struct Driver {
@@ -74,12 +79,44 @@ struct Driver {
   int (*destroy_event)(Handle event);
   int (*record)(Handle event, Handle stream);
   int (*wait)(Handle stream, Handle event, unsigned flags);
+  int (*copy_inline)(uint64_t dst, const void *src, size_t nbytes, Handle stream);
 };
 
 Handle handle_of(int64_t word) { return reinterpret_cast<Handle>(word); }
 
 // The legacy default stream, by both of its handles.
 bool legacy(int64_t stream) { return stream == 0 || stream == 1; }
+
+// Pageable memory for values that the driver takes along with its command. The caller's memory may
+// be pinned, and would be read after the call. So would these pages if somebody registered them
+// together with other memory: they are whole pages, off the heap.
+class Pages {
+ public:
+  Pages() = default;
+  Pages(const Pages &) = delete;
+  Pages &operator=(const Pages &) = delete;
+  ~Pages() {
+#if !defined(_WIN32)
+    if (at_ != nullptr) munmap(at_, kMostInline);
+#endif
+  }
+
+  // Return the memory; raise if there is none.
+  void *get() {
+#if !defined(_WIN32)
+    if (at_ == nullptr) {
+      void *made = mmap(nullptr, kMostInline, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+                        -1, 0);
+      if (made != MAP_FAILED) at_ = made;
+    }
+#endif
+    if (at_ == nullptr) throw std::bad_alloc();
+    return at_;
+  }
+
+ private:
+  void *at_ = nullptr;
+};
 
 // A call that failed.
 struct Refused {
@@ -95,6 +132,8 @@ using namespace portakv;
 
 struct portakv_link {
   Driver driver;
+  std::mutex pages_mutex;
+  Pages pages;
   std::mutex mutex;  // of all members below but the times
   // By stream: the bytes that crossed since its last rest.
   std::unordered_map<int64_t, int64_t> in_a_row;
@@ -463,6 +502,13 @@ struct SliceCut {
   int64_t count;
 };
 
+// Values that a stream brings to a device before all else. Words: the members.
+struct Sent {
+  int64_t from;
+  int64_t to;
+  int64_t nbytes;  // 0: there are none
+};
+
 // Words: the members in their order. The stream of the crossing is not read.
 struct SlicedCopy {
   SliceOrder order;
@@ -475,6 +521,7 @@ struct SlicedCopy {
   int64_t cuts;        // pointer to a `SliceCut` for each slice
   Limits limits;
   Edges registered;    // where two registrations meet
+  Sent ids;            // of the device's rows
 };
 
 // Launch the kernels between the device's rows and a buffer for one slice.
@@ -509,6 +556,7 @@ class SlicedRun {
       check(error, failing_);
     };
     try {
+      send();
       first_steps(order, execute);
       for (at_ = 0; at_ < order.slices; at_++) slice_steps(order, at_, execute);
       at_ = order.slices - 1;
@@ -523,6 +571,23 @@ class SlicedRun {
   int64_t at() const { return at_; }
 
  private:
+  // Bring the ids: they have left the host's memory when this returns.
+  void send() {
+    const Sent &ids = copy_.ids;
+    if (ids.nbytes == 0) return;
+    const size_t nbytes = static_cast<size_t>(ids.nbytes);
+    if (nbytes > kMostInline) throw Malformed("more values than a command takes");
+    const std::lock_guard<std::mutex> lock(link_.pages_mutex);
+    void *pages = link_.pages.get();
+    std::memcpy(pages, reinterpret_cast<const void *>(ids.from), nbytes);
+    check(called(link_,
+                 [&] {
+                   return link_.driver.copy_inline(static_cast<uint64_t>(ids.to), pages, nbytes,
+                                                   handle_of(copy_.streams[kBefore]));
+                 }),
+          PORTAKV_LINK_IDS, ids.nbytes / 8);
+  }
+
   int perform(const ScheduleStep &step) {
     const Driver &driver = link_.driver;
     const int64_t stream = copy_.streams[step.stream];
@@ -651,7 +716,7 @@ int64_t portakv_link_schedule(const int64_t *words, int64_t *out, int64_t room) 
 
 portakv_link *portakv_link_open(const int64_t *functions) {
   auto *link = new (std::nothrow) portakv_link();
-  static_assert(sizeof(Driver) == 11 * sizeof(int64_t), "functions are words");
+  static_assert(sizeof(Driver) == 12 * sizeof(int64_t), "functions are words");
   if (link != nullptr) std::memcpy(static_cast<void *>(&link->driver), functions, sizeof(Driver));
   return link;
 }

@@ -25,7 +25,7 @@ from portakv.errors import PortaKVError
 # The codes of `core.h`.
 OUTSIDE = -20
 EDGES = -21
-COPY, BATCH, REST, WORD, EVENT, STAGE = range(1, 7)
+COPY, BATCH, REST, WORD, EVENT, STAGE, IDS = range(1, 8)
 
 # The kinds of a step, and the streams; `link.h` has them.
 WAIT, RECORD, STAGED, CROSSED = range(4)
@@ -46,6 +46,7 @@ FUNCTIONS = (
     "cuEventDestroy_v2",
     "cuEventRecord",
     "cuStreamWaitEvent",
+    "cuMemcpyHtoDAsync_v2",
 )
 #: Events of a schedule besides those of the buffers.
 EVENTS = 3
@@ -57,7 +58,7 @@ pack_crossing = Struct("=8q").pack
 pack_number = Struct("=q").pack
 pack_host = Struct("=12q").pack
 #: A `SlicedCopy`.
-pack_sliced = Struct("=32q").pack
+pack_sliced = Struct("=35q").pack
 
 
 class SliceOrder(NamedTuple):

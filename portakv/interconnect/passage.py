@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic, TypeAlias, cast
+from typing import Generic, NamedTuple, TypeAlias, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from portakv.backends.rows_launch import RowsLaunch
 from portakv.core.link import RECORD, STAGED, WAIT, SliceOrder, Step, schedule_of
+from portakv.host import small
 from portakv.interconnect.slices import Ready, Slice
 from portakv.interconnect.staging import Staging, mark
 from portakv.interconnect.strategy import Move, read_on
@@ -36,6 +39,19 @@ def by_backend(_: int, ready: Prepared, move: Move, stream: torch.Stream) -> Non
         pending.wait()
 
 
+class Sent(NamedTuple):
+    """Ids of the host that the core brings to a device together with the slices."""
+
+    array: npt.NDArray[np.int64]
+    ids: torch.Tensor
+
+    @property
+    def words(self) -> tuple[int, int, int]:
+        """Return the addresses of both and the bytes, for the core."""
+        start = self.array.__array_interface__["data"][0]
+        return start, self.ids.data_ptr(), self.array.nbytes
+
+
 class Passage(Generic[Ready]):
     """One transfer in progress: its streams, and its buffers of the device.
 
@@ -50,6 +66,7 @@ class Passage(Generic[Ready]):
     Attributes:
         planes: the planes of the slices, each once.
         placed: for each of them, the index of the device's rows, as its stage reads it.
+        sent: the ids of ``placed`` that are still on the host; None: all are on the device.
         streams: by the schedule's numbers: ``work``, the device's stage, the link, and the stream
             whose present work comes first.
     """
@@ -68,17 +85,20 @@ class Passage(Generic[Ready]):
         self.slices = slices
         self.planes = list(dict.fromkeys(each.planes for each in slices))
         self.placed: list[Index] = []
+        self.sent: Sent | None = None
         self.streams = [work, buffers.half, buffers.link, work]
         self._work = work
         self._gather = gather
         self._cross = cross
 
-    def settle(self, device_index: Index, current: torch.Stream) -> None:
+    def settle(self, device_index: Index, current: torch.Stream, by_driver: bool = False) -> None:
         """Reserve buffers, find both stages of all planes, and bring what they read to the device.
 
         Args:
             device_index: of the device's rows.
             current: the device's current stream.
+            by_driver: ids for this call may stay on the host, for `submission.submit`, if it takes
+                the slices.
         """
         buffers = self.buffers
         work = self._work
@@ -89,8 +109,6 @@ class Passage(Generic[Ready]):
         where = None if first is current else first
         with inside(buffers.half if buffers.detached else where):
             buffers.reserve(max([each.nbytes for each in self.planes]))
-        index = device_index
-        last_stage = None
         with inside(where):
             for planes in self.planes:
                 planes.settle(buffers)
@@ -101,10 +119,35 @@ class Passage(Generic[Ready]):
                 for view, read in zip(sides, ready.tables, strict=True):
                     if read:
                         bring_table(view, work.device)
-                if ready is not last_stage:
-                    index = read_on(work, ready.place(device_index))
-                    last_stage = ready
-                self.placed.append(index)
+            self._place(device_index, by_driver and self.by_kernels)
+
+    def _place(self, device_index: Index, may_send: bool) -> None:
+        """Bring the ids of the device's rows, ordered on the current stream."""
+        index = device_index
+        last_stage = None
+        for ready in [planes.ready for planes in self.planes]:
+            if ready is not last_stage:
+                sent = self._sent(device_index, ready) if may_send else None
+                index = read_on(self._work, sent or ready.place(device_index))
+                last_stage = ready
+            self.placed.append(index)
+
+    def _sent(self, index: Index, ready: Ready) -> Index | None:
+        """Return the index with memory for its ids, which the core brings; None: they are no ids
+        for this call, they are on the device, or they are too many."""
+        if not (index.temporary and index.on_host):
+            return None
+        device = ready.ids_device
+        dtypes = ready.can.index_dtypes
+        if torch.int64 not in dtypes or index.has_ids_on(device, dtypes):
+            return None
+        if self.sent is None:
+            array = index.host_ids()
+            if array.nbytes > small.MOST["inline"] or not small.by_inline(device):
+                return None
+            ids = torch.empty(array.size, dtype=torch.int64, device=device)
+            self.sent = Sent(array, ids)
+        return Index(self.sent.ids, index.step, index.offset)
 
     @property
     def by_kernels(self) -> bool:

@@ -71,7 +71,8 @@ class StagedLaunch(StrategyLaunch):
         passage = Passage(self.downward, buffers, work, slices, by_backend, cross)
         try:
             with buffers.lock:
-                passage.settle(device_index, current)
+                by_driver = isinstance(self.link, CudaLink)
+                passage.settle(device_index, current, by_driver)
                 if isinstance(self.link, CudaLink) and passage.by_kernels:
                     submit(self.link, passage, host_index.to_host())
                 else:

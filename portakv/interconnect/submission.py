@@ -12,7 +12,7 @@ from array import array
 from typing import cast
 
 from portakv.backends.rows_launch import RowsLaunch
-from portakv.core.link import OUTSIDE, STAGE, Fault, pack_host, pack_number, pack_sliced
+from portakv.core.link import IDS, OUTSIDE, STAGE, Fault, pack_host, pack_number, pack_sliced
 from portakv.interconnect.link import CudaLink
 from portakv.interconnect.passage import Passage
 from portakv.interconnect.pieces import Uncrossed, limits_of, whole_bytes
@@ -52,6 +52,7 @@ def submit(link: CudaLink, passage: Passage[Prepared], host_index: Index) -> Non
     )
     memory = array("q", passage.buffers.addresses)
     words = array("q", planes)
+    sent = (0, 0, 0) if passage.sent is None else passage.sent.words
     handle = {id(each): cuda.raw(each, link.device.index) for each in passage.streams}
     streams = [handle[id(each)] for each in passage.streams]
 
@@ -67,6 +68,7 @@ def submit(link: CudaLink, passage: Passage[Prepared], host_index: Index) -> Non
             cuts.buffer_info()[0],
             *limits_of(link.fold_below),
             *uncrossed[0].words[:2],
+            *sent,
         )
         fault = link.core.run(copy)
         if fault is not None:
@@ -102,8 +104,11 @@ def _launch(planes: Planes[Prepared]) -> RowsLaunch:
 
 
 def _refuse(fault: Fault, each: Slice[Prepared]) -> None:
-    """Raise the error of a slice that has a sentence of its own."""
+    """Raise the error of a copy of ids, or of a slice, that has a sentence of its own."""
     planes = each.planes
+    if fault.what == IDS:
+        name = cuda.error_name(fault.code, cuda.library())
+        raise cuda.refused(name, f"A copy of {fault.values[0]} values")
     if fault.code == OUTSIDE:
         raise outside(each.crossing(planes.dense))
     if fault.what == STAGE:

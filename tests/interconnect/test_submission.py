@@ -25,10 +25,10 @@ from portakv import CopyPlan, Index, KVView, SlotError, TransferError, copy_rows
 from portakv.backends.rows_kernel import kernels_of
 from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
 from portakv.core.link import EVENTS
-from portakv.host import pinned
+from portakv.host import pinned, small
 from portakv.interconnect import link
 from portakv.interconnect.link import CudaLink
-from portakv.interconnect.passage import Passage, by_backend
+from portakv.interconnect.passage import Passage, Sent, by_backend
 from portakv.interconnect.slices import BothStages, RowSlice, Sizes, Slice, cuts, sliced
 from portakv.interconnect.staging import DETACHED_RING, RING, Staging, dense_rows
 from portakv.interconnect.submission import submit
@@ -123,8 +123,11 @@ class Rig:
         host_ids: bool = True,
         sizes: Sizes = USUAL,
         work: int = WORK,
+        sends: bool = False,
     ) -> None:
         self.work = work
+        self._sends = sends
+        self._ids: list[torch.Tensor] = []
         self.driver = LateDriver()
         patch.setattr(cuda, "library", lambda: self.driver)
         patch.setattr(cuda, "adopt", lambda device: None)
@@ -180,9 +183,16 @@ class Rig:
         nbytes = max(each.nbytes for each in passage.planes)
         if not self.buffers._memory or self.buffers._memory[0].numel() < nbytes:
             self.buffers.allocate(nbytes)
+        index = self.device_index
+        if self._sends:
+            array = index.host_ids()
+            ids = torch.zeros(array.size, dtype=torch.int64, device="cpu")
+            self._ids.append(ids)
+            passage.sent = Sent(array, ids)
+            index = Index(ids, BLOCK)
         for planes in passage.planes:
             planes.settle(self.buffers)
-            passage.placed.append(self.device_index)
+            passage.placed.append(index)
         if self.buffers.detached:
             passage.streams[3] = stream(BEFORE)
         return passage
@@ -211,6 +221,8 @@ class Rig:
             tensor.copy_(value)
         for memory in self.buffers._memory:
             memory.fill_(85)
+        for ids in self._ids:
+            ids.zero_()
         perform(self.driver.queue, eager, without)
         return all(map(torch.equal, self.result, self.expected))
 
@@ -229,7 +241,7 @@ def test_each_wait_is_needed_and_no_other(
     downward: bool, detached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layouts = "layer | block kv token head dim", "block layer kv token head dim"
-    rig = Rig(monkeypatch, layouts, downward, blocks=14, detached=detached)
+    rig = Rig(monkeypatch, layouts, downward, blocks=14, detached=detached, sends=True)
     rig.issue()
     kinds = [work.kind for work in rig.driver.queue]
     slices = kinds.count("launch")
@@ -245,13 +257,13 @@ def test_each_wait_is_needed_and_no_other(
 @DOWNWARD
 def test_a_wrong_piece_is_seen(downward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layouts = "layer kv block token head dim", "block layer kv token head dim"
-    rig = Rig(monkeypatch, layouts, downward)
+    rig = Rig(monkeypatch, layouts, downward, sends=True)
     rig.issue()
     order = rig.orders[0]
     assert rig.right(order)
     queue = rig.driver.queue
     for nth, work in enumerate(queue):
-        if work.kind in ("copy", "rows", "batch", "launch"):
+        if work.kind in ("copy", "rows", "batch", "launch", "ids"):
             queue[nth] = Work(work.kind, work.stream, lambda: None)
             assert not rig.right(order)
             queue[nth] = work
@@ -277,6 +289,7 @@ def test_every_byte_in_every_order(data: st.DataObject) -> None:
             draw(st.booleans()),
             Sizes(draw(st.sampled_from([0, 2048, 1 << 20])), smallest, largest),
             draw(st.sampled_from([WORK, 0])),
+            draw(st.booleans()),
         )
         if draw(st.booleans()):  # the host's memory was registered in two parts
             part = tensors_of(rig.host)[0]
@@ -314,16 +327,47 @@ def test_what_was_submitted_stays_ordered(
 def test_the_sentences_of_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     layouts = "block layer kv token head dim", "block layer kv token head dim"
     rig = Rig(monkeypatch, layouts, True)
-    sentences = (2, "The launch: expected success"), (0, "an event that orders copies")
-    for refuse_at, what in sentences:
+    sentences = [
+        (0, False, "an event that orders copies"),
+        (0, True, "A copy of 9 values: expected success"),
+        (2, False, "The launch: expected success"),
+    ]
+    for refuse_at, sends, what in sentences:
         rig.driver.forget()
+        rig._sends = sends
         rig.driver.refuse_at = refuse_at
         with pytest.raises(TransferError, match=what):
             submit(rig.link, rig.passage(), rig.host_index)
     rig.driver.refuse_at = -1
+    rig._sends = False
     passage = rig.passage()
     ids = rig.host_index.ids
     assert ids is not None
     passage.slices[0]._whole_index = Index(torch.full_like(ids, 99), BLOCK)
     with pytest.raises(SlotError, match="99"):
         submit(rig.link, passage, passage.slices[0]._whole_index)
+
+
+def test_which_ids_the_core_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of one call that are not there, as few as a command takes, to a device that takes
+    them."""
+    layouts = "block layer kv token head dim", "block layer kv token head dim"
+    rig = Rig(monkeypatch, layouts, True)
+    can = SimpleNamespace(index_dtypes=frozenset({torch.int64}))
+    ready: Any = SimpleNamespace(ids_device=CPU, can=can)
+    monkeypatch.setattr(small, "by_inline", lambda device: True)
+    passage = rig.passage()
+    short = torch.tensor([1, 2], dtype=torch.int32)
+    many = torch.zeros(1 << 14, dtype=torch.int32)
+    for kept in (Index(short, BLOCK), Index.of(many, BLOCK), Index.of([1, 2], BLOCK)):
+        assert passage._sent(kept, ready) is None
+    brought = Index.of(short, BLOCK).shifted(BLOCK)
+    for _ in range(2):  # all stages read one copy
+        placed = passage._sent(brought, ready)
+        assert placed is not None
+        assert passage.sent is not None
+        assert placed.ids is passage.sent.ids
+        assert (placed.step, placed.offset) == (BLOCK, BLOCK)
+        assert passage.sent.array.tolist() == [1, 2]
+    monkeypatch.setattr(small, "by_inline", lambda device: False)
+    assert rig.passage()._sent(brought, ready) is None

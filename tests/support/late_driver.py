@@ -27,11 +27,12 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "cuEventDestroy_v2": (WORD,),
     "cuEventRecord": (WORD, WORD),
     "cuStreamWaitEvent": (WORD, WORD, NUMBER),
+    "cuMemcpyHtoDAsync_v2": (WORD, ctypes.c_void_p, WORD, WORD),
 }
 
 
-def moved(dst: int, src: int, nbytes: int) -> None:
-    """Copy bytes."""
+def moved(dst: int, src: int, nbytes: int, _: object = None) -> None:
+    """Copy bytes, which the last argument may hold."""
     ctypes.memmove(dst, src, nbytes)
 
 
@@ -141,6 +142,12 @@ class LateDriver(HostDriver):
 
     def _cuStreamWaitEvent(self, stream: int, event: int, _: int) -> int:
         return self.note("wait", stream, None, self._events.get(event, -1))
+
+    def _cuMemcpyHtoDAsync_v2(self, dst: int, src: int, nbytes: int, stream: int) -> int:
+        # The values travel in the command.
+        values = ctypes.create_string_buffer(ctypes.string_at(src, nbytes), nbytes)
+        at = ctypes.addressof(values)
+        return self.note("ids", stream, partial(moved, dst, at, nbytes, values))
 
     def number(self, stream: Any) -> int:
         """Return the handle of a stream."""
