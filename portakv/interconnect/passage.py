@@ -113,12 +113,11 @@ class Passage(Generic[Ready]):
             for planes in self.planes:
                 planes.settle(buffers)
                 ready = planes.ready
-                sides = planes.rows, planes.dense
-                if not self.downward:
-                    sides = sides[::-1]
-                for view, read in zip(sides, ready.tables, strict=True):
-                    if read:
-                        bring_table(view, work.device)
+                of_rows, of_dense = ready.tables if self.downward else ready.tables[::-1]
+                if of_rows:
+                    bring_table(planes.rows, work.device)
+                if of_dense:
+                    bring_table(planes.dense, work.device)
             self._place(device_index, by_driver and self.by_kernels)
 
     def _place(self, device_index: Index, may_send: bool) -> None:

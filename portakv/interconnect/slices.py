@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import lcm
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
@@ -125,7 +126,10 @@ class BothStages(Generic[Ready]):
         downward: from the device to the host.
         dense: the arrangement of dense rows.
         quantum: every slice along the positions but the last is a multiple of it.
+        usual: both stages if buffers of any length have the same; else None.
     """
+
+    usual: tuple[Ready, CopyPlan] | None = None
 
     def __init__(self, plan: CopyPlan | PackPlan, dense: DenseRows, token_bytes: float) -> None:
         self.plan = plan
@@ -195,7 +199,9 @@ class Stages(BothStages[Prepared]):
     def _try(self, device: torch.device) -> None:
         slots = self.quantum
         memory = torch.empty(self.dense.nbytes(slots), dtype=torch.uint8, device=device)
-        self.of(self.dense.view(memory, slots), slots)
+        made = self.of(self.dense.view(memory, slots), slots)
+        if self.dense.any_length:
+            self.usual = made
 
     def part(self, rows: KVView, host: KVView) -> Stages:
         """Return the stages of views that show all planes, or some."""
@@ -228,12 +234,10 @@ class Planes(Generic[Ready]):
     Attributes:
         nbytes: of a buffer.
         ready, link: both stages, once `settle` has found them.
-        dense: the first buffer as dense rows, from then on.
     """
 
     ready: Ready
     link: CopyPlan
-    dense: KVView
 
     def __init__(
         self,
@@ -252,8 +256,14 @@ class Planes(Generic[Ready]):
 
     def settle(self, buffers: Buffers) -> None:
         """Find both stages."""
-        self.dense = self.view(buffers, 0)
-        self.ready, self.link = self.stages.of(self.dense, self.slots)
+        self._buffers = buffers
+        stages = self.stages
+        self.ready, self.link = stages.usual or stages.of(self.dense, self.slots)
+
+    @cached_property
+    def dense(self) -> KVView:
+        """Return the first buffer as dense rows; known once the planes are settled."""
+        return self.view(self._buffers, 0)
 
     def view(self, buffers: Buffers, at: int) -> KVView:
         """Return a buffer as dense rows of these planes."""

@@ -65,6 +65,7 @@ class DenseRows:
         block_size: tokens of a block; 1 if the form is not paged.
         outside: which of ``kv`` and ``layer`` lie outside the tokens, outermost first; an axis of
             extent 1 does not.
+        any_length: blocks, or tokens, lie outermost, so that buffers of any length have one form.
     """
 
     def __init__(self, form: Form, order: Order = "form") -> None:
@@ -85,6 +86,7 @@ class DenseRows:
         layout, self._shape = _described(form, extents, order)
         self._bound = bind_layout(layout, **extents)
         names = [name for name, n in zip(layout.split(), self._shape, strict=False) if n != 1]
+        self.any_length = self._shape[0] == _UNBOUNDED
         self.outside = tuple(takewhile(lambda name: name in ("kv", "layer"), names))
 
     def nbytes(self, slots: int) -> int:

@@ -13,11 +13,11 @@ from typing import cast
 
 from portakv.backends.rows_launch import RowsLaunch
 from portakv.core.link import IDS, OUTSIDE, STAGE, Fault, pack_host, pack_number, pack_sliced
+from portakv.core.rows import pack_side
 from portakv.interconnect.link import CudaLink
 from portakv.interconnect.passage import Passage
 from portakv.interconnect.pieces import Uncrossed, limits_of, whole_bytes
 from portakv.interconnect.slices import Planes, Slice
-from portakv.plan.move import Move
 from portakv.plan.runs import outside, side_words
 from portakv.registry.prepared import Prepared
 from portakv.runtime import cuda
@@ -86,17 +86,14 @@ def _words(
 ) -> bytes:
     """Return planes as the core reads them; ``index``: of the device's rows."""
     host = planes.host
-    inside = planes.buffer_index
-    if downward:
-        rows, dense = _launch(planes).sides(Move(planes.rows, planes.dense, index, inside, 0))
-        planes.link.check_sides(planes.dense, host, inside, host_index)
-    else:
-        dense, rows = _launch(planes).sides(Move(planes.dense, planes.rows, inside, index, 0))
-        planes.link.check_sides(host, planes.dense, host_index, inside)
-    at = pack_number(_launch(planes)._rows.address)
+    launch = _launch(planes)
+    by_table = launch.tables[0 if downward else 1]
+    rows = launch._side(planes.rows, index, by_table)
+    # The core sets the address of the buffer.
+    dense = pack_side(0, 0, 0, 0, planes.buffer_index.offset, planes.slots)
     plan = planes.link.words.buffer_info()[0]
     sides = *side_words(host, host_index), whole_bytes(host), *edges.words[2:4]
-    return at + rows + dense + pack_host(plan, *sides)
+    return pack_number(launch._rows.address) + rows + dense + pack_host(plan, *sides)
 
 
 def _launch(planes: Planes[Prepared]) -> RowsLaunch:
@@ -112,5 +109,5 @@ def _refuse(fault: Fault, each: Slice[Prepared]) -> None:
     if fault.code == OUTSIDE:
         raise outside(each.crossing(planes.dense))
     if fault.what == STAGE:
-        slots = planes.rows.slots, planes.dense.slots
+        slots = planes.rows.slots, planes.slots
         _launch(planes).refuse(fault.code, *slots, each.cut.count)

@@ -124,6 +124,7 @@ class Rig:
         sizes: Sizes = USUAL,
         work: int = WORK,
         sends: bool = False,
+        usual: bool = False,
     ) -> None:
         self.work = work
         self._sends = sends
@@ -157,6 +158,10 @@ class Rig:
         plan = CopyPlan(self.ends[0].form, self.ends[1].form, *steps)
         self.stages = OnHost(plan, downward, self.driver)
         self.buffers = HostStaging(detached)
+        if usual and self.stages.dense.any_length:
+            memory = torch.zeros(1 << 16, dtype=torch.uint8, device="cpu")
+            quantum = self.stages.quantum
+            self.stages.usual = self.stages.of(self.stages.dense.view(memory, quantum), quantum)
         self.link = CudaLink(torch.device("cuda", 0))
         self.sizes = sizes
         source, target = map(tensors_of, self.ends)
@@ -289,6 +294,7 @@ def test_every_byte_in_every_order(data: st.DataObject) -> None:
             draw(st.booleans()),
             Sizes(draw(st.sampled_from([0, 2048, 1 << 20])), smallest, largest),
             draw(st.sampled_from([WORK, 0])),
+            draw(st.booleans()),
             draw(st.booleans()),
         )
         if draw(st.booleans()):  # the host's memory was registered in two parts
