@@ -10,7 +10,6 @@ the positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from math import lcm
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
@@ -35,14 +34,13 @@ Ready = TypeVar("Ready", bound=Prepared | PreparedPack)
 GROWTH = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(NamedTuple):
     """A slice: its layers and kv (None: all), the first position, and the number of positions."""
 
     layers: tuple[int, int] | None
     kv: tuple[int, int] | None
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
 
 
 class Sizes(NamedTuple):
@@ -77,15 +75,13 @@ def cuts(
             if "layer" in outside:
                 # Powers of two, since each number of layers has a plan, and perhaps a kernel.
                 n = 1 << (min(max(1, target // atom), layers - at).bit_length() - 1)
-            cut = Cut((at, at + n), kv, 0, count)
+            cut = Cut((at, at + n) if outside else None, kv, 0, count)
             if "layer" in outside and atom <= largest:
                 slices.append(cut)
             else:
                 slices += _positions(cut, quantum, n * atom, target, largest)
             at += n
             target = min(target * GROWTH, largest)
-    if not outside:
-        slices = [Cut(None, cut.kv, cut.start, cut.count) for cut in slices]
     return slices if rising else slices[::-1]
 
 
@@ -104,8 +100,9 @@ def _positions(cut: Cut, quantum: int, nbytes: int, target: int, largest: int) -
     """Cut the positions of some planes, ``nbytes`` together, into slices that grow."""
     parts = []
     start = 0
+    each = nbytes / cut.count
     while start < cut.count:
-        taken = min(multiple(target, quantum, nbytes / cut.count), cut.count - start)
+        taken = min(multiple(target, quantum, each), cut.count - start)
         parts.append(Cut(cut.layers, cut.kv, start, taken))
         start += taken
         target = min(target * GROWTH, largest)
