@@ -29,7 +29,7 @@ from portakv.view.view import KVView
 LARGEST = 32 << 20
 SMALLEST = 4 << 20
 #: Bytes up to which a transfer is one slice. A gather of 32 MiB takes 20 us, 3 % of its time on the
-#: link, and another slice occupies the host for up to 1 ms if its ids are new (H200).
+#: link (H200).
 WHOLE = 32 << 20
 
 
