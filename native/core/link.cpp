@@ -208,7 +208,7 @@ struct Listed {
   }
 };
 
-// Pass a piece to `out` in parts of `most` bytes at most: cut between its rows, single rows anywhere.
+// Pass a piece to `out` in parts of `most` bytes at most: cut between rows, single rows anywhere.
 template <class Out>
 void cut_piece(const Piece &piece, int64_t most, Out &&out) {
   if (piece.width * piece.height <= most) {
