@@ -274,6 +274,66 @@ PORTAKV_API int64_t portakv_pieces_list(const int64_t *plan, const int64_t *requ
 // addresses as above.
 PORTAKV_API int64_t portakv_pieces_fold(const int64_t *runs, int64_t *out, int64_t room);
 
+// --- The link between a device and the host ---------------------------------------------------
+//
+// Words and their order are those of link.h and link.cpp. Calls release the interpreter: a driver
+// with a full queue blocks. The current context is that of the link's device.
+
+// CUDA's driver as a link uses it, and what its streams moved. Any number of threads may use one.
+typedef struct portakv_link portakv_link;
+
+// What failed; `portakv_link_fault.what`. A code below 0 is of the pieces of a copy, or of memory.
+enum {
+  PORTAKV_LINK_COPY = 1,   // a copy of rows; their number, their width
+  PORTAKV_LINK_BATCH = 2,  // a batch of copies; their number
+  PORTAKV_LINK_REST = 3,   // a wait for a word
+  PORTAKV_LINK_WORD = 4,   // the allocation of a word
+  PORTAKV_LINK_EVENT = 5,  // an event that orders two streams
+  PORTAKV_LINK_STAGE = 6,  // the device's stage of a slice; its code may be PORTAKV_ROWS_UNITS
+  PORTAKV_LINK_IDS = 7     // the copy of ids to the device; their number
+};
+
+typedef struct portakv_link_fault {
+  int64_t code;  // the driver's error, or a code of this header
+  int64_t what;
+  int64_t slice;
+  int64_t values[2];
+} portakv_link_fault;
+
+// Return a link; null if memory is short. `functions` are the addresses of cuMemcpyAsync,
+// cuMemcpy2DAsync_v2, cuMemcpyBatchAsync_v2, cuMemcpyBatchAsync, cuStreamWaitValue32_v2,
+// cuMemHostAlloc, cuThreadExchangeStreamCaptureMode, cuEventCreate, cuEventDestroy_v2,
+// cuEventRecord, cuStreamWaitEvent and cuMemcpyHtoDAsync_v2; 0 for one of the batches, or the
+// exchange, if the driver lacks it.
+PORTAKV_API portakv_link *portakv_link_open(const int64_t *functions);
+
+PORTAKV_API void portakv_link_close(portakv_link *link);
+
+// Write the schedule of a copy in slices (`SliceOrder`): groups of steps, each a count and so many
+// `ScheduleStep`, before the first slice, of each slice, after the last one, and after a step that
+// failed. Return the number of words, more than `room` if `out` is too small; or a code.
+PORTAKV_API int64_t portakv_link_schedule(const int64_t *order, int64_t *out, int64_t room);
+
+// Order pieces on a stream (`Crossing`). `columns` are the six of `portakv_pieces_list`, the last
+// three null if all pieces have one row. Return 0 or `fault->code`: pieces may be on their way.
+PORTAKV_API int64_t portakv_link_submit(portakv_link *link, const int64_t *const *columns,
+                                        int64_t number, const int64_t *crossing,
+                                        portakv_link_fault *fault);
+
+// The same for the pieces of a copy: its plan, and the request as for `portakv_pieces_list`.
+PORTAKV_API int64_t portakv_link_copy(portakv_link *link, const int64_t *plan,
+                                      const int64_t *request, const int64_t *crossing,
+                                      portakv_link_fault *fault);
+
+// Submit a copy in slices (`SlicedCopy`), each as the schedule says. If a step fails, what was
+// submitted stays ordered. Return 0 or `fault->code`.
+PORTAKV_API int64_t portakv_link_run(portakv_link *link, const int64_t *copy,
+                                     portakv_link_fault *fault);
+
+// Write the nanoseconds inside calls of the driver and their number since the last call, and count
+// them from now on, or not. Launches of kernels count with the core's part in them.
+PORTAKV_API void portakv_link_time(portakv_link *link, int on, int64_t *out);
+
 // --- Views ------------------------------------------------------------------------------------
 
 // Codes of the functions below.

@@ -323,28 +323,8 @@ bool planes_meet(const std::vector<Factors> &several, bool cuts) {
   return false;
 }
 
-// A call: the words that Python passes, in their order.
-struct Request {
-  Positions src;
-  Positions dst;
-  int64_t count;
-  Limits limits;
-  int64_t src_whole;  // all bytes at each address of a side; 0: unknown, or there is one address
-  int64_t dst_whole;
-  int64_t merged;    // 1: runs that meet where planes end are merged, too
-  int64_t edged;     // 1: the edges of allocations are listed; else they are asked for if needed
-  Edges registered;  // where two registrations meet
-  Edges src_edges;   // where the allocations of a side begin and end
-  Edges dst_edges;
-};
-
-static_assert(sizeof(Request) == 33 * sizeof(int64_t), "a request is words");
-
-// A request has no edges of allocations, and its runs may cross some.
-struct NeedsEdges {};
-
 // Write the pieces of runs that stay as they are, but for edges.
-void write_plain(const std::vector<Factors> &several, const Request &request, Columns &out) {
+void write_plain(const std::vector<Factors> &several, const PiecesRequest &request, Columns &out) {
   const auto write = [&](const Row &row) { out(row.run); };
   if (request.registered.number == 0) {
     for (const Factors &factors : several) out.multiply(factors);
@@ -375,7 +355,9 @@ void write_rows(std::vector<Row> &rows, const Limits &limits, Columns &out) {
   pass(rows, limits, folded, out);
 }
 
-void write_pieces(const Plan &plan, const Request &request, Columns &out) {
+}  // namespace
+
+void write_pieces(const Plan &plan, const PiecesRequest &request, Columns &out) {
   const Limits &limits = request.limits;
   const bool units = by_unit(plan);
   // Each unit is all bytes at one address of a side, so that no units join.
@@ -419,8 +401,6 @@ void write_pieces(const Plan &plan, const Request &request, Columns &out) {
   each_run(several, cut);
   write_rows(rows, limits, out);
 }
-
-}  // namespace
 
 void Columns::multiply(const Factors &factors) {
   const size_t lines = factors.lines.size();
@@ -475,7 +455,7 @@ using namespace portakv;
 int64_t portakv_pieces_list(const int64_t *plan, const int64_t *words, int64_t *out,
                             int64_t room) {
   return guarded([&]() -> int64_t {
-    Request request;
+    PiecesRequest request;
     std::memcpy(&request, words, sizeof request);
     Columns columns(out, room);
     try {

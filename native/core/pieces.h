@@ -37,6 +37,31 @@ struct Edges {
   int64_t number;
 };
 
+// A request for the pieces of a copy. Words: the members in their order.
+struct PiecesRequest {
+  Positions src;
+  Positions dst;
+  int64_t count;
+  Limits limits;
+  int64_t src_whole;  // all bytes at each address of a side; 0: unknown, or there is one address
+  int64_t dst_whole;
+  int64_t merged;    // 1: runs that meet where planes end are merged, too
+  int64_t edged;     // 1: the edges of allocations are listed; else they are asked for if needed
+  Edges registered;  // where two registrations meet
+  Edges src_edges;   // where the allocations of a side begin and end
+  Edges dst_edges;
+};
+
+static_assert(sizeof(PiecesRequest) == 33 * sizeof(int64_t), "a request is words");
+
+// A request has no edges of allocations, and its runs may cross some.
+struct NeedsEdges {};
+
+class Columns;
+
+// Write the pieces of a copy; raise `NeedsEdges` and `Outside`.
+void write_pieces(const Plan &plan, const PiecesRequest &request, Columns &out);
+
 // Return the addresses of several lists, sorted, each once.
 std::vector<int64_t> sorted_edges(const std::vector<Edges> &several);
 

@@ -152,6 +152,12 @@ class RowsLaunch(MoveLaunch):
         self._table = table
         self._plan = plan.words
         self._options = options_of(plan, kernels[0].by_source)
+        #: For the core: the addresses of the kernels, of the words of the plan and of the options.
+        self.words = (
+            table.address,
+            self._plan.buffer_info()[0],
+            self._options.buffer_info()[0],
+        )
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         """Order a copy on a stream of the driver's; see `MoveLaunch`."""
@@ -173,11 +179,12 @@ class RowsLaunch(MoveLaunch):
         """Return both sides of a copy as the core takes them."""
         src_table, dst_table = self.tables
         return (
-            self._side(move.src, move.src_index, src_table),
-            self._side(move.dst, move.dst_index, dst_table),
+            self.side(move.src, move.src_index, src_table),
+            self.side(move.dst, move.dst_index, dst_table),
         )
 
-    def _side(self, view: KVView, index: Index, by_table: bool) -> bytes:
+    def side(self, view: KVView, index: Index, by_table: bool) -> bytes:
+        """Return one side of a copy as the core takes it; ``by_table``: kernels read its table."""
         table = 0
         if by_table:
             held = view.table_on(self._home)

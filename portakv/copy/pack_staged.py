@@ -55,7 +55,7 @@ def issue_staged(
     far = move.dst if leaves else move.src
     cross: Crosses
     if far.form.place == "pinned" and not named(options):
-        cross = ByLink(far, leaves, device)
+        cross = ByLink(device)
     else:
         far_index = move.dst_index if leaves else move.src_index
         cross = ByCopies(far, far_index, leaves, submit, options, device)

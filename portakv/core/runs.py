@@ -32,7 +32,8 @@ _FEW = 1024
 _SPARE = 4
 
 _copy = Struct("=17q").pack
-_request = Struct("=33q").pack
+#: The words of a copy, of limits, and of edges, as `portakv_pieces_list` reads them.
+pack_request = Struct("=33q").pack
 _listed = Struct("=16q").pack
 
 
@@ -113,7 +114,7 @@ def list_pieces(plan: int, request: Sequence[int], room: int) -> list[Int64] | N
     width, height, pitch of the destination, pitch of the source. ``room``: as for `list_runs`.
     """
     try:
-        words = _request(*request)
+        words = pack_request(*request)
     except StructError:  # a number past 64 bits
         return None
     while True:

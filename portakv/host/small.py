@@ -427,6 +427,11 @@ def choose(nbytes: int, device: torch.device | str, method: str | None = None) -
     return _choose(_target(resolve(device), None), _count(nbytes, "bytes"), method)
 
 
+def by_inline(device: torch.device) -> bool:
+    """Return True if few values travel to a device in the driver's command, outside of graphs."""
+    return _target(device, None).first == "inline"
+
+
 def to_device(
     values: Values,
     device: torch.device | str | None = None,

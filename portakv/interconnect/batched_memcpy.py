@@ -10,7 +10,6 @@ import torch
 
 from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.interconnect.link import link_of
-from portakv.interconnect.pieces import pieces_of
 from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import streams
@@ -67,5 +66,14 @@ class _Copies(StrategyLaunch):
         if not move.ids_on_host:
             src_index = move.src_index.to_host()
             move = move._replace(src_index=src_index, dst_index=move.dst_index.to_host())
-        pieces = pieces_of(self._plan, move, self._link.fold_below)
-        self._link.copy(pieces, move.src, move.dst, stream)
+        try:
+            self._link.carry(self._plan, move, stream)
+        except BaseException:  # some of the pieces may be on their way
+            self.retain(move, stream)
+            raise
+
+    def retain(self, move: Move, stream: torch.Stream | None) -> None:
+        """Retain the host's memory, whose copies no allocator knows of, until the copies that were
+        issued have ended."""
+        host = move.dst if self.downward else move.src
+        streams.completion(self.device, stream, *host.retained)

@@ -1,31 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """The link between a device and the host: puts pieces on it for the transfer strategies.
 
-On NVIDIA devices CUDA's driver copies: plain, rows at a pitch, and many pieces in one call. Its
-library is called directly. The library's functions take whole arrays; a wrapper in Python would
-first turn them into lists of objects, which costs the host more than the copies. Declarations are
-those of ``cuda.h`` (CUDA driver API, "Memory Management"). Other devices copy by their torch.
+On NVIDIA devices CUDA's driver copies: plain, rows at a pitch, and many pieces in one call. The
+core lists the pieces and calls the driver, by the rules below. Other devices copy by their torch.
 """
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from bisect import bisect_right
 from collections.abc import Callable
 from functools import cache, cached_property
-from typing import NamedTuple
+from typing import NoReturn
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from portakv.core.link import (
+    BATCH,
+    COPY,
+    EDGES,
+    EVENT,
+    OUTSIDE,
+    REST,
+    WORD,
+    Fault,
+    Link,
+    pack_crossing,
+)
 from portakv.errors import TransferError
-from portakv.interconnect.pieces import ALL, Mask, Pieces, none_above, portions
+from portakv.interconnect.pieces import ALL, Pieces, Uncrossed, pieces_of, request_of
+from portakv.plan.move import Move
+from portakv.plan.plan import CopyPlan
+from portakv.plan.runs import outside
 from portakv.runtime import cuda
-from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
-from portakv.runtime.streams import ignoring_captures, own_stream
+from portakv.runtime.streams import own_stream
 from portakv.view.view import KVView
 
 #: Entries of the longest batched call. The driver states no limit; other runtimes fail above 8192,
@@ -58,16 +67,6 @@ IN_A_ROW = 88 << 20
 FOLD_BELOW = 8 << 10
 
 _NULL_STREAMS = (0, 1)  # the legacy default stream, by both of its handles
-_WORD = 4  # bytes of the word that a rest waits for
-_EVERY_CONTEXT = 1  # CU_MEMHOSTALLOC_PORTABLE
-_AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ
-_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
-_NOT_SUPPORTED = 801  # CUDA_ERROR_NOT_SUPPORTED
-
-# CUmemcpyAttributes: access in the order of the stream; two locations, which only memory that can
-# migrate has; and "prefer to overlap with compute".
-_ATTRIBUTES = np.array([1, 0, 0, 0, 0, 1], dtype=np.int32)
-_FROM_FIRST = np.zeros(1, dtype=np.uint64)  # the attributes hold from the first copy on
 
 
 def by_torch(device: torch.device) -> bool:
@@ -94,6 +93,18 @@ class TorchLink:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+
+    def carry(
+        self,
+        plan: CopyPlan,
+        move: Move,
+        stream: torch.Stream | None = None,
+        merged: bool = False,
+    ) -> None:
+        """Copy the pieces of a plan as `copy` does; raise also as `pieces_of`, before anything is
+        moved."""
+        pieces = pieces_of(plan, move, self.fold_below, merged)
+        self.copy(pieces, move.src, move.dst, stream)
 
     def copy(
         self, pieces: Pieces, src: KVView, dst: KVView, stream: torch.Stream | None = None
@@ -160,255 +171,82 @@ class _Storages:
         )
 
 
-class _Lists:
-    """Plain copies as the driver's batched call takes them, in three lists of 64 bits.
+class CudaLink:
+    """Put pieces on the link of an NVIDIA device, as `TorchLink` does, by the driver's copies.
 
     Attributes:
-        dst, src, width: the address of each list.
+        core: the driver, as the core calls it.
     """
-
-    def __init__(self, pieces: Pieces) -> None:
-        self._columns = [_writable(column) for column in pieces[:3]]
-        # By ctypes, which takes writable memory alone: numpy takes 1 us to report each address.
-        self.dst, self.src, self.width = [
-            ctypes.addressof(ctypes.c_char.from_buffer(column.data)) for column in self._columns
-        ]
-
-
-def _writable(column: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return a column as contiguous memory that may be written; a copy if it is not."""
-    column = np.ascontiguousarray(column)
-    return column if column.flags.writeable else column.copy()
-
-
-class _Share(NamedTuple):
-    """Pieces that go in batches, or, without ``lists``, each by a separate call."""
-
-    pieces: Pieces
-    lists: _Lists | None = None
-
-    def in_batches(self, first: int, past: int) -> bool:
-        """Return whether a range goes in batches."""
-        return self.lists is not None and past - first >= LEAST_BATCH
-
-
-class Copies:
-    """The copies of a driver's library; knows nothing of devices or torch."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        word = ctypes.c_uint64
-        size = ctypes.c_size_t
-        self._library = library
-        self._plain = cuda.function(library, "cuMemcpyAsync", word, word, size, word)
-        self._rows = cuda.Copy2D(library)
-        address = ctypes.POINTER(word)
-        number = ctypes.c_uint
-        self._allocate = cuda.function(library, "cuMemHostAlloc", address, size, number)
-        waits = (word, word, number, number)
-        self._wait = cuda.function(library, "cuStreamWaitValue32_v2", *waits)
-        many = (word, word, word, size, word, word, size)
-        # CUDA 13 dropped an argument of 12.8: the position of the failed copy.
-        self._batch: Callable[..., int] | None = None
-        self._fails: tuple[int, ...] = ()
-        if hasattr(library, "cuMemcpyBatchAsync_v2"):
-            self._batch = cuda.function(library, "cuMemcpyBatchAsync_v2", *many, word)
-        elif hasattr(library, "cuMemcpyBatchAsync"):
-            self._batch = cuda.function(library, "cuMemcpyBatchAsync", *many, word, word)
-            self._failed = np.zeros(1, dtype=np.uint64)
-            self._fails = (_at(self._failed),)
-        self._attributes = _at(_ATTRIBUTES)
-        self._from_first = _at(_FROM_FIRST)
-        self.fold_below = ALL if self._batch is None else FOLD_BELOW
-
-    def batched(self, pieces: Pieces) -> Mask | None:
-        """Return which pieces `copy` hands over in batches; None: none."""
-        if self._batch is None or pieces.number < LEAST_BATCH:
-            return None
-        plain = pieces.height == 1
-        return plain if np.count_nonzero(plain) >= LEAST_BATCH else None
-
-    def divided(self, pieces: Pieces) -> list[_Share]:
-        """Return the pieces that are separate calls, and those that go in batches."""
-        if pieces.plain and self._batch is not None and pieces.number >= LEAST_BATCH:
-            return [_Share(pieces, _Lists(pieces))]
-        batched = self.batched(pieces)
-        if batched is None:
-            return [_Share(pieces)]
-        if batched.all():
-            return [_Share(pieces, _Lists(pieces))]
-        plain = pieces.where(batched)
-        return [_Share(pieces.where(~batched)), _Share(plain, _Lists(plain))]
-
-    def word(self) -> int | None:
-        """Return the address of a word that holds 0, for `rest`; None: no memory can be pinned.
-
-        It is never freed.
-
-        Raises:
-            TransferError: the driver returned any other error.
-        """
-        address = ctypes.c_uint64()
-        error = self._allocate(ctypes.byref(address), _WORD, _EVERY_CONTEXT)
-        if error == _OUT_OF_MEMORY:
-            return None
-        if error:
-            raise self._refused(error, "the allocation of a word")
-        ctypes.c_uint32.from_address(address.value).value = 0
-        return address.value
-
-    def rest(self, word: int, stream: int) -> bool:
-        """Let copies of other streams in between two copies on the stream of that handle.
-
-        Returns False if the device has no such wait.
-
-        Raises:
-            TransferError: the driver rejects the wait for the word.
-        """
-        error = self._wait(stream, word, 0, _AT_LEAST)
-        if error == _NOT_SUPPORTED:
-            return False
-        if error:
-            raise self._refused(error, "a wait for a word")
-        return True
-
-    def copy_range(
-        self,
-        share: _Share,
-        first: int,
-        past: int,
-        to_device: bool,
-        stream: int,
-        begun: bool = False,
-    ) -> None:
-        """Copy a range of a share, ordered on the stream of that handle.
-
-        ``begun``: it follows other copies, so the link does not wait for the end of the first
-        batch's call.
-
-        Raises:
-            TransferError: the driver rejects a piece; the pieces before it may have been moved.
-        """
-        if share.in_batches(first, past):
-            self._copy_batch(share, first, past, stream, begun)
-        else:
-            self.copy_each(share.pieces.part(first, past), to_device, stream)
-
-    def _copy_batch(self, share: _Share, first: int, past: int, stream: int, begun: bool) -> None:
-        assert self._batch is not None  # `batched` looked
-        assert share.lists is not None
-        lists = share.lists
-        most = MOST_DESCRIPTORS if begun else FIRST_DESCRIPTORS
-        while first < past:
-            count = min(most, past - first)
-            passed = 8 * first  # bytes of each list
-            error = self._batch(
-                lists.dst + passed,
-                lists.src + passed,
-                lists.width + passed,
-                count,
-                self._attributes,
-                self._from_first,
-                1,
-                *self._fails,
-                stream,
-            )
-            if error:
-                raise self._refused(error, f"a batch of {count} copies")
-            first = first + count
-            most = min(GROWTH * most, MOST_DESCRIPTORS)
-
-    def copy_each(self, pieces: Pieces, to_device: bool, stream: int) -> None:
-        """Copy pieces, each by a call, ordered on the stream of that handle.
-
-        Raises:
-            TransferError: the driver rejects a piece; the pieces before it may have been moved.
-        """
-        columns = [column.tolist() for column in pieces]
-        for dst, src, width, height, dst_pitch, src_pitch in zip(*columns, strict=True):
-            if height == 1:
-                error = self._plain(dst, src, width, stream)
-            else:
-                error = self._rows(dst, src, to_device, width, height, dst_pitch, src_pitch, stream)
-            if error:
-                raise self._refused(error, f"a copy of {height} x {width} bytes")
-
-    def _refused(self, error: int, what: str) -> TransferError:
-        called = cuda.error_name(error, self._library)
-        return TransferError(
-            f"Expected the CUDA driver to accept {what} between device and host, got {called}. "
-            f"Earlier copies may have moved. Check that the memory still exists and is pinned, and "
-            f"earlier errors."
-        )
-
-
-class CudaLink:
-    """Put pieces on the link of an NVIDIA device, as `TorchLink` does, by the driver's copies."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._copies = Copies(cuda.library())
+        self.core = Link(cuda.library())
         self._adopted = threading.local()
-        self._word: int | None = None  # for rests; allocated before the first one
-        self._rests = True  # until the driver reports that the device has no such wait
-        # By the handle of a stream: the bytes that crossed since its last rest.
-        self._in_a_row: Bounded[int, int] = Bounded("bytes in a row on streams of a link", 256)
-        self.fold_below = self._copies.fold_below
+        self.fold_below = FOLD_BELOW if self.core.batches else ALL
 
     def copy(
         self, pieces: Pieces, src: KVView, dst: KVView, stream: torch.Stream | None = None
     ) -> None:
         """Copy as `TorchLink.copy` does."""
+        to_device = dst.form.place == "device"
+
+        def submit() -> Fault | None:
+            return self.core.submit(pieces, self._crossing(to_device, stream))
+
+        self.ordered(submit)
+
+    def carry(
+        self,
+        plan: CopyPlan,
+        move: Move,
+        stream: torch.Stream | None = None,
+        merged: bool = False,
+    ) -> None:
+        """Copy as `TorchLink.carry` does."""
+        words = plan.words.buffer_info()[0]
+        to_device = move.dst.form.place == "device"
+
+        def submit(uncrossed: Uncrossed) -> Fault | None:
+            request = request_of(plan, move, self.fold_below, merged, uncrossed)
+            return self.core.copy(words, request, self._crossing(to_device, stream))
+
+        def both() -> Fault | None:
+            fault = submit(Uncrossed())
+            if fault is not None and fault.code == EDGES:
+                fault = submit(Uncrossed(move.src, move.dst))
+            if fault is not None and fault.code == OUTSIDE:
+                raise outside(move)
+            return fault
+
+        self.ordered(both)
+
+    def ordered(self, submit: Callable[[], Fault | None]) -> None:
+        """Call what submits work to the driver, with the device current in this thread.
+
+        Raises:
+            TransferError: the driver refused a call; the copies before it may have been moved.
+        """
         if getattr(self._adopted, "known", None) is None:
             cuda.adopt(self.device)  # a new thread has no context yet
             self._adopted.known = True
         if torch._C._cuda_getDevice() != self.device.index:
             with torch.cuda.device(self.device):
-                self.copy(pieces, src, dst, stream)
-            return
-        handle = cuda.raw(stream, self.device.index)
-        to_device = dst.form.place == "device"
-        nbytes = pieces.nbytes
-        if nbytes > IN_A_ROW:
-            pieces = none_above(pieces, IN_A_ROW)
-        elif pieces.number == 1:  # as most slices of `staged`: 12 calls of Python in place of 33
-            self._pass(handle, nbytes)
-            self._copies.copy_each(pieces, to_device, handle)
-            return
-        begun = False
-        for share in self._copies.divided(pieces):
-            if share.lists is not None and handle in _NULL_STREAMS:
-                self._copy_on_other_stream(share, to_device, stream, begun)
-            else:
-                self._copy_share(share, to_device, handle, begun)
-            begun = True
+                fault = submit()
+        else:
+            fault = submit()
+        if fault is not None:
+            self._refuse(fault)
 
-    def _copy_share(self, share: _Share, to_device: bool, handle: int, begun: bool) -> None:
-        """Copy a share on the stream of ``handle``, with rests."""
-        for first, past, nbytes in portions(share.pieces, IN_A_ROW):
-            self._pass(handle, nbytes)
-            self._copies.copy_range(share, first, past, to_device, handle, begun)
-            begun = True
+    def crossing(self, to_device: bool, handle: int) -> tuple[int, ...]:
+        """Return the words of a stream that pieces cross on, and of the rules."""
+        aside = 0
+        if handle in _NULL_STREAMS and self.core.batches:
+            aside = cuda.raw(self._other_stream, self.device.index)
+        rules = IN_A_ROW, FIRST_DESCRIPTORS, MOST_DESCRIPTORS, GROWTH, LEAST_BATCH
+        return to_device, handle, aside, *rules
 
-    def _pass(self, handle: int, nbytes: int) -> None:
-        """Count bytes that are about to cross on a stream, after a rest if they are too many in a
-        row."""
-        crossed = self._in_a_row.get(handle, 0)
-        if crossed > 0 and crossed + nbytes > IN_A_ROW:
-            self._rest(handle)
-            crossed = 0
-        self._in_a_row[handle] = crossed + nbytes
-
-    def _rest(self, handle: int) -> None:
-        """Let copies of other streams in between; do nothing while no memory can be pinned, or if
-        the device has no wait for a word."""
-        if not self._rests:
-            return
-        if self._word is None:  # two threads may allocate one each, and use either
-            # Of other threads: no copy by a link is issued inside a capture.
-            with ignoring_captures(self.device):
-                self._word = self._copies.word()
-        if self._word is not None:
-            self._rests = self._copies.rest(self._word, handle)
+    def _crossing(self, to_device: bool, stream: torch.Stream | None) -> bytes:
+        return pack_crossing(*self.crossing(to_device, cuda.raw(stream, self.device.index)))
 
     @cached_property
     def _other_stream(self) -> torch.Stream:
@@ -416,18 +254,22 @@ class CudaLink:
         other: torch.Stream = own_stream(self.device)
         return other
 
-    def _copy_on_other_stream(
-        self, share: _Share, to_device: bool, stream: torch.Stream | None, begun: bool
-    ) -> None:
-        """Copy a share on the other stream, between two events of ``stream``."""
-        other = self._other_stream
-        stream = stream or torch.cuda.current_stream(self.device)
-        other.wait_stream(stream)
-        try:
-            handle = cuda.raw(other, self.device.index)
-            self._copy_share(share, to_device, handle, begun)
-        finally:
-            stream.wait_stream(other)
+    def _refuse(self, fault: Fault) -> NoReturn:
+        """Raise the error of a call that the driver refused."""
+        first, second = fault.values
+        what = {
+            COPY: f"a copy of {first} x {second} bytes",
+            BATCH: f"a batch of {first} copies",
+            REST: "a wait for a word",
+            WORD: "the allocation of a word",
+            EVENT: "an event that orders copies",
+        }[fault.what]
+        called = cuda.error_name(fault.code, cuda.library())
+        raise TransferError(
+            f"Expected the CUDA driver to accept {what} between device and host, got {called}. "
+            f"Earlier copies may have moved. Check that the memory still exists and is pinned, and "
+            f"earlier errors."
+        )
 
 
 @cache
@@ -437,12 +279,7 @@ def why_not(device: torch.device) -> str | None:
     if why is not None:
         return why
     try:
-        Copies(cuda.library())
+        Link(cuda.library())
     except (OSError, AttributeError) as error:
         return f"the CUDA driver's library cannot be used ({error})"
     return None
-
-
-def _at(array: npt.NDArray[np.generic]) -> int:
-    """Return the address of an array's first byte."""
-    return int(array.__array_interface__["data"][0])

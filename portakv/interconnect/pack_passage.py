@@ -2,8 +2,7 @@
 """Issue the slices of a copy that packs or unpacks across the link.
 
 The staging memory holds slices in the far side's encoding. They are packed or unpacked on one
-stream and cross on another, so that the two overlap. Everything but the two launches of a slice is
-made once for the copy.
+stream and cross on another, so that the two overlap.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import torch
 
 from portakv.interconnect.link import link_of
 from portakv.interconnect.pack_slices import PackStages, pack_slices
+from portakv.interconnect.passage import Passage
 from portakv.interconnect.slices import Sizes, Slice
-from portakv.interconnect.staged import Passage
 from portakv.interconnect.staging import staging
 from portakv.interconnect.strategy import finish
 from portakv.plan.move import Move
@@ -29,7 +28,7 @@ class Crosses(Protocol):
 
     Attributes:
         carried: the executors of the copies and the reasons, as `Transfer.carried`.
-        pieces: it copies the pieces that slices cache.
+        pieces: it copies pieces, so that the host needs the ids.
     """
 
     carried: list[tuple[str, str]]
@@ -42,23 +41,19 @@ class Crosses(Protocol):
 
 
 class ByLink:
-    """Slices cross between staging memory and pinned memory in pieces that they cache."""
+    """Slices cross between staging memory and pinned memory in pieces."""
 
     pieces = True
 
-    def __init__(self, far: KVView, leaves: bool, device: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.carried = [("staged", "dense rows cross in few large copies")]
-        self._far = far
-        self._leaves = leaves
         self._link = link_of(device)
 
     def __call__(
         self, each: Slice[PreparedPack], dense: KVView, nth: int, stream: torch.Stream
     ) -> None:
         """Copy a slice on a stream."""
-        far = self._far
-        src, dst = (dense, far) if self._leaves else (far, dense)
-        self._link.copy(each.pieces(dense, far, self._link.fold_below), src, dst, stream)
+        each.cross(self._link, dense, stream)
 
 
 def issue_slices(
@@ -93,7 +88,7 @@ def issue_slices(
     buffers = staging(device, work, work is not current, packs=True)
     if not buffers.link.query():  # nothing waits for the first slice
         sizes = sizes._replace(smallest=sizes.largest)
-    slices = pack_slices(stages, (near, far), far_index, move.count, sizes, cross.pieces)
+    slices = pack_slices(stages, (near, far), far_index, move.count, sizes)
     unit = stages.plan.unit
 
     def transform(nth: int, ready: PreparedPack, part: Move, stream: torch.Stream) -> None:
@@ -103,9 +98,11 @@ def issue_slices(
 
     passage: Passage[Any] = Passage(stages.downward, buffers, work, slices, transform, cross)
     try:
-        with buffers.lock, passage.begun(near_index, current):
-            for nth in range(len(slices)):
-                passage.move(nth)
+        with buffers.lock:
+            passage.settle(near_index, current)
+            with passage.begun():
+                for nth in range(len(slices)):
+                    passage.move(nth)
     finally:
         # Also if something failed while slices were in progress.
         streams.completion(device, work, *far.retained, words)

@@ -11,9 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from portakv.host import pinned
-from portakv.interconnect.pieces import Pieces, pieces_of
-from portakv.interconnect.slices import BothStages, Sizes, Slice, cached_slices, cuts
+from portakv.interconnect.slices import BothStages, Sizes, Slice, cuts, sliced
 from portakv.interconnect.staging import dense_rows
 from portakv.plan.packing import Move, PackPlan
 from portakv.plan.plan import CopyPlan
@@ -113,24 +111,23 @@ def pack_stages(move: Move, downward: bool, choice: Choice) -> PackStages:
 class PackSlice(Slice[PreparedPack]):
     """A slice of whole blocks, of which one side is packed."""
 
-    def crossing(self, dense: KVView, host: KVView, fold_below: int) -> Pieces:
-        """Return the pieces between a buffer and the rows or slots of the other side."""
-        link = self.stages.of(dense, self.slots)[1]
-        inside = self.buffer_index
+    def crossing(self, dense: KVView) -> Move:
+        """Return the copy between a buffer and the rows or slots of the other side."""
+        planes = self.planes
+        far = planes.host
+        inside = planes.buffer_index
         outside = self.host_index
         count = self.cut.count
-        if host.form.encoding:
-            size = host.form.block_size
+        if far.form.encoding:
+            size = far.form.block_size
             inside = inside.of_blocks(size)
             outside = outside.of_blocks(size)
             count = count // size
             dense = dense.as_slots()
-            host = host.as_slots()
-        if self.stages.downward:
-            move = Move(dense, host, inside, outside, count)
-        else:
-            move = Move(host, dense, outside, inside, count)
-        return pieces_of(link, move, fold_below, merged=True)
+            far = far.as_slots()
+        if planes.stages.downward:
+            return Move(dense, far, inside, outside, count)
+        return Move(far, dense, outside, inside, count)
 
 
 def pack_slices(
@@ -139,24 +136,14 @@ def pack_slices(
     far_index: Index,
     count: int,
     sizes: Sizes,
-    pieces: bool,
 ) -> list[Slice[PreparedPack]]:
-    """Return the slices of a copy, cached with the rows of the device.
+    """Return the slices of a copy.
 
     Args:
         ends: the rows of the device, and the other side.
-        far_index: the index of the other side.
+        far_index: the index of the other side; its ids are on the host if slices cross by a link.
         sizes: in bytes of raw rows.
-        pieces: the slices are asked for their pieces. The ids are on the host then.
     """
-    near, far = ends
     smaller = Sizes(*(max(1, int(size * stages.share)) for size in sizes))
-
-    def make() -> list[Slice[PreparedPack]]:
-        cut = cuts(far.form, (), count, stages.quantum, stages.downward, smaller)
-        most = smaller.largest
-        return [PackSlice(stages, each, near, far, far_index, False, most) for each in cut]
-
-    where = (pinned.boundaries(), far.origins) if pieces else ()
-    key = (count, far_index.offset, far_index.ids_token, smaller, *where)
-    return cached_slices(near, stages).get_or_make(key, make)
+    cut = cuts(ends[1].form, (), count, stages.quantum, stages.downward, smaller)
+    return sliced(stages, cut, ends, far_index, False, smaller.largest, PackSlice)

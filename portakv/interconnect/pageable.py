@@ -11,20 +11,20 @@ all rows: a copy by this strategy blocks.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 
 from portakv.backends.base import Capabilities, Launch
 from portakv.backends.strided import HostRows
+from portakv.interconnect.passage import Passage, by_backend
 from portakv.interconnect.pieces import Pieces
-from portakv.interconnect.slices import RowSlice, RowStages, Sizes
-from portakv.interconnect.staged import Passage, StagedLaunch, by_backend
+from portakv.interconnect.slices import RowSlice, Sizes
+from portakv.interconnect.staged import StagedLaunch
 from portakv.interconnect.staging import BUFFERS, bounce_buffers, staging
 from portakv.interconnect.strategy import PAGEABLE, Move, Strategy
 from portakv.plan.plan import CopyPlan
-from portakv.runtime.bounded import Bounded
 from portakv.view.form import Form
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -52,14 +52,15 @@ class Pageable(Strategy):
 class _BouncedSlice(RowSlice):
     """A slice that crosses to or from a bounce buffer, in one copy."""
 
-    def crossing(self, dense: KVView, host: KVView, fold_below: int) -> Pieces:
+    def between(self, dense: KVView, bounce: KVView) -> Pieces:
         """Return the rows that both buffers hold."""
-        used = extent(dense.form, self.slots, self.buffer_index.offset, self.cut.count)
+        planes = self.planes
+        used = extent(dense.form, planes.slots, planes.buffer_index.offset, self.cut.count)
         pitch = used.width if used.height == 1 else used.pitch
         in_buffer = dense.origins[0] + used.start
-        in_bounce = host.origins[0] + used.start
-        src = in_buffer if self.stages.downward else in_bounce
-        dst = in_bounce if self.stages.downward else in_buffer
+        in_bounce = bounce.origins[0] + used.start
+        src = in_buffer if planes.stages.downward else in_bounce
+        dst = in_bounce if planes.stages.downward else in_buffer
         piece = (dst, src, used.width, used.height, pitch, pitch)
         return Pieces(*np.array([piece], dtype=np.int64).T)
 
@@ -103,7 +104,6 @@ class _PageableLaunch(StagedLaunch):
         # cut.
         super().__init__(plan, strategy, "form" if strategy.half.can.guards else "planes")
         self._buffers = bounce_buffers(strategy.device)
-        self._hops: Bounded[tuple[RowStages, int], HostRows] = Bounded("second hops", 64)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         rows, host, device_index, host_index = self.ends(move)
@@ -116,22 +116,24 @@ class _PageableLaunch(StagedLaunch):
 
         def cross(each: RowSlice, dense: KVView, nth: int, link: torch.Stream) -> None:
             at = nth % BUFFERS
-            bounce = buffers.view(at, each.dense, each.slots)
+            bounce = each.planes.view(buffers, at)
             src, dst = (dense, bounce) if self.downward else (bounce, dense)
+            pieces = cast("_BouncedSlice", each).between(dense, bounce)
             buffers.wait(at)
             buffers.begin(at, link)
-            self.link.copy(each.pieces(dense, bounce, 0), src, dst, link)
+            self.link.copy(pieces, src, dst, link)
             buffers.end(at, link)
 
         passage = Passage(self.downward, device_buffers, work, slices, by_backend, cross)
         with buffers.lock, device_buffers.lock:
-            buffers.reserve(max(each.nbytes for each in slices))
-            with passage.begun(device_index, current):
+            buffers.reserve(max(each.nbytes for each in passage.planes))
+            passage.settle(device_index, current)
+            with passage.begun():
                 if self.downward:  # slices cross while the host copies earlier slices
                     for nth in range(min(BUFFERS, number)):
                         passage.move(nth)
                 for nth in range(number):
-                    self._hop(slices[nth], host, nth % BUFFERS)
+                    self._hop(slices[nth], nth % BUFFERS)
                     if not self.downward:
                         passage.move(nth)
                     elif nth + BUFFERS < number:
@@ -139,34 +141,30 @@ class _PageableLaunch(StagedLaunch):
 
     def cutting(
         self, host: KVView, host_index: Index, idle: bool
-    ) -> tuple[tuple[object, ...], tuple[str, ...], bool, Sizes]:
+    ) -> tuple[tuple[str, ...], bool, Sizes]:
         """Cut as `StagedLaunch.cutting` does, wherever the host's memory is.
 
         If planes lie outside the positions, the positions are cut, so that the host copies few long
         pieces. Buffers are not of the exact size, so that transfers of any length share few plans.
         """
-        return (), self.stages.dense.outside, False, SIZES
+        return self.stages.dense.outside, False, SIZES
 
-    def _hop(self, each: RowSlice, host: KVView, at: int) -> None:
+    def _hop(self, each: RowSlice, at: int) -> None:
         """Copy on the host between its rows and a bounce buffer, after nothing crosses there."""
-        bounce = self._buffers.view(at, each.dense, each.slots)
-        part = host.planes(each.cut.layers, each.cut.kv)
-        key = (each.stages, each.slots)
+        planes = each.planes
+        bounce = planes.view(self._buffers, at)
+        plan = planes.stages.plan
         src = bounce
-        dst = part
-        src_index = each.buffer_index
+        dst = planes.host
+        src_index = planes.buffer_index
         dst_index = each.host_index
+        steps: tuple[int, int] = (0, plan.dst_step)
         if not self.downward:
-            src = part
+            src = planes.host
             dst = bounce
             src_index = each.host_index
-            dst_index = each.buffer_index
-        hop = self._hops.get(key)
-        if hop is None:
-            plan = each.stages.plan
-            steps: tuple[int, int] = (plan.src_step, 0)
-            if self.downward:
-                steps = (0, plan.dst_step)
-            hop = self._hops[key] = HostRows(src.form, dst.form, *steps, plan.unit)
+            dst_index = planes.buffer_index
+            steps = (plan.src_step, 0)
+        hop = HostRows(src.form, dst.form, *steps, plan.unit)
         self._buffers.wait(at)
         hop.copy(src, dst, src_index, dst_index, each.cut.count)

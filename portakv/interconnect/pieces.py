@@ -8,13 +8,12 @@ neighbours follow them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from math import prod
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from portakv.core.runs import NeedsEdges, count_groups, fold_runs, list_pieces, pointer_to
 from portakv.host import pinned
@@ -49,15 +48,9 @@ ALL = 1 << 62
 #: planes are not merged.
 LARGE = 4096
 
-Mask = npt.NDArray[np.bool_]
-
-
 _NOTHING = (0,) * 6  # three empty lists
 _ONES = np.ones(4096, dtype=np.int64)
 _ONES.setflags(write=False)  # the heights of most lists of pieces
-
-#: Numbers that Python adds faster than numpy (64: 0.4 us in place of 3).
-SHORT = 64
 
 
 class Pieces(NamedTuple):
@@ -81,70 +74,7 @@ class Pieces(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Return all bytes that the pieces move."""
-        if self.plain and self.width.size <= SHORT:
-            return sum(self.width.tolist())
         return int(self.width @ self.height)
-
-    @property
-    def plain(self) -> bool:
-        """Return True if all pieces were made as plain copies; without a look at them, so False
-        says nothing."""
-        return self.dst_pitch is self.width
-
-    def part(self, first: int, past: int) -> Pieces:
-        """Return a range of the pieces."""
-        return Pieces(*(column[first:past] for column in self))
-
-    def where(self, chosen: Mask) -> Pieces:
-        """Return some of the pieces."""
-        return Pieces(*(column[chosen] for column in self))
-
-
-def portions(pieces: Pieces, most: int) -> list[tuple[int, int, int]]:
-    """Return the ranges of pieces, in their order, that have ``most`` bytes at most each; a larger
-    piece is a range. A range is (first, past, bytes)."""
-    total = pieces.nbytes
-    if pieces.number < 2 or total <= most:
-        return [(0, pieces.number, total)]
-    reached = np.cumsum(pieces.width if pieces.plain else pieces.width * pieces.height)
-    first = before = 0
-    ranges = []
-    while first < pieces.number:
-        past = max(first + 1, int(reached.searchsorted(before + most, "right")))
-        after = int(reached[past - 1])
-        ranges.append((first, past, after - before))
-        first = past
-        before = after
-    return ranges
-
-
-def none_above(pieces: Pieces, most: int) -> Pieces:
-    """Return the pieces, in any order, of ``most`` bytes at most each: larger pieces are cut
-    between their rows, and single rows anywhere."""
-    large = pieces.width * pieces.height > most
-    if not large.any():
-        return pieces
-    columns = [column.tolist() for column in pieces.where(large)]
-    parts = [part for piece in zip(*columns, strict=True) for part in _parts(piece, most)]
-    several = [pieces.where(~large), Pieces(*np.array(parts, dtype=np.int64).T)]
-    dst, src, width, *shape = (np.concatenate(column) for column in zip(*several, strict=True))
-    return _plain(Runs(src, dst, width)) if pieces.plain else Pieces(dst, src, width, *shape)
-
-
-def _parts(piece: Sequence[int], most: int) -> Iterator[tuple[int, ...]]:
-    """Yield a piece in parts of ``most`` bytes at most."""
-    dst, src, width, height, dst_pitch, src_pitch = piece
-    high = max(1, most // width)  # rows of a part
-    for row in range(0, height, high):
-        rows = min(high, height - row)
-        target = dst + row * dst_pitch
-        source = src + row * src_pitch
-        if rows > 1:
-            yield target, source, width, rows, dst_pitch, src_pitch
-            continue
-        for at in range(0, width, most):
-            length = min(most, width - at)
-            yield target + at, source + at, length, 1, length, length
 
 
 def pieces_of(plan: CopyPlan, move: Move, below: int = ALL, merged: bool = False) -> Pieces:
@@ -156,24 +86,37 @@ def pieces_of(plan: CopyPlan, move: Move, below: int = ALL, merged: bool = False
 
     ``merged``: runs that happen to meet where planes end are merged, too.
     """
-    src, dst, src_index, dst_index, count = move
-    plan.check_sides(src, dst, src_index, dst_index)
-    check_count(plan.unit, count)
-    limits = below, LEAST_HEIGHT, TALL, APART, LARGE, MAX_PITCH
-    sides = *side_words(src, src_index), *side_words(dst, dst_index)
-    whole = _whole_bytes(src), _whole_bytes(dst)
-    copy = *sides, count, *limits, *whole, merged
     words = plan.words.buffer_info()[0]
-    room = int(count) // plan.unit * plan.runs_per_unit
-    uncrossed = _Uncrossed()
+    uncrossed = Uncrossed()
+    request = request_of(plan, move, below, merged, uncrossed)
+    room = int(move.count) // plan.unit * plan.runs_per_unit
     try:
-        columns = list_pieces(words, (*copy, False, *uncrossed.words), room)
+        columns = list_pieces(words, request, room)
     except NeedsEdges:
-        uncrossed = _Uncrossed(src, dst)
-        columns = list_pieces(words, (*copy, True, *uncrossed.words), room)
+        uncrossed = Uncrossed(move.src, move.dst)
+        request = request_of(plan, move, below, merged, uncrossed)
+        columns = list_pieces(words, request, room)
     if columns is None:
         raise outside(move)
     return _pieces(columns)
+
+
+def request_of(
+    plan: CopyPlan, move: Move, below: int, merged: bool, uncrossed: Uncrossed
+) -> tuple[int, ...]:
+    """Return the words of a request for pieces, which are read while ``uncrossed`` lives; raise as
+    `CopyPlan.runs` does."""
+    src, dst, src_index, dst_index, count = move
+    plan.check_sides(src, dst, src_index, dst_index)
+    check_count(plan.unit, count)
+    sides = *side_words(src, src_index), *side_words(dst, dst_index)
+    whole = whole_bytes(src), whole_bytes(dst)
+    return (*sides, count, *limits_of(below), *whole, merged, uncrossed.edged, *uncrossed.words)
+
+
+def limits_of(below: int) -> tuple[int, ...]:
+    """Return the limits of folding, as the core reads them."""
+    return below, LEAST_HEIGHT, TALL, APART, LARGE, MAX_PITCH
 
 
 def to_2d_copies(
@@ -184,22 +127,25 @@ def to_2d_copies(
     The runs come in the order of the source, with neighbours merged.
     """
     columns = [np.ascontiguousarray(column) for column in runs]
-    uncrossed = _Uncrossed(*(view for view in (src, dst) if view is not None))
+    uncrossed = Uncrossed(*(view for view in (src, dst) if view is not None))
     number = runs.nbytes.size
-    limits = below, LEAST_HEIGHT, TALL, APART, LARGE, MAX_PITCH
-    words = *map(pointer_to, columns), number, *limits, *uncrossed.words
+    words = *map(pointer_to, columns), number, *limits_of(below), *uncrossed.words
     return _pieces(fold_runs(words, number))
 
 
-class _Uncrossed:
-    """Addresses that no piece crosses: between two registrations, and the edges of allocations.
+class Uncrossed:
+    """Addresses that no piece crosses: between two registrations, and the edges of the allocations
+    of views.
 
-    ``words``: the lists as the core reads them, while this object lives.
+    Attributes:
+        edged: there are views.
+        words: the lists as the core reads them, while this object lives.
     """
 
-    __slots__ = ("_arrays", "words")
+    __slots__ = ("_arrays", "edged", "words")
 
     def __init__(self, *views: KVView) -> None:
+        self.edged = bool(views)
         boundaries = pinned.boundaries()
         self.words: tuple[int, ...] = _NOTHING
         if not (boundaries or views):
@@ -210,7 +156,7 @@ class _Uncrossed:
         self.words = (*chain.from_iterable(lists), *_NOTHING)[: len(_NOTHING)]
 
 
-def _whole_bytes(view: KVView) -> int:
+def whole_bytes(view: KVView) -> int:
     """Return all bytes at each of a view's several addresses; 0 if unknown, or for one address."""
     return view.entry_bytes if view.entries > 1 else 0
 

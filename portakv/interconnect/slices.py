@@ -9,20 +9,20 @@ the positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cached_property
 from math import lcm
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
 from portakv.errors import Unsupported
-from portakv.interconnect.pieces import Pieces, pieces_of
-from portakv.interconnect.staging import DenseRows, Order, dense_rows
+from portakv.interconnect.link import CudaLink, TorchLink
+from portakv.interconnect.staging import Buffers, DenseRows, Order, dense_rows
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
 from portakv.registry.prepared import Prepared, PreparedPack, prepared
 from portakv.registry.registry import Choice
-from portakv.runtime.bounded import Bounded
 from portakv.view.form import Form
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -34,14 +34,13 @@ Ready = TypeVar("Ready", bound=Prepared | PreparedPack)
 GROWTH = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(NamedTuple):
     """A slice: its layers and kv (None: all), the first position, and the number of positions."""
 
     layers: tuple[int, int] | None
     kv: tuple[int, int] | None
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
 
 
 class Sizes(NamedTuple):
@@ -76,15 +75,13 @@ def cuts(
             if "layer" in outside:
                 # Powers of two, since each number of layers has a plan, and perhaps a kernel.
                 n = 1 << (min(max(1, target // atom), layers - at).bit_length() - 1)
-            cut = Cut((at, at + n), kv, 0, count)
+            cut = Cut((at, at + n) if outside else None, kv, 0, count)
             if "layer" in outside and atom <= largest:
                 slices.append(cut)
             else:
                 slices += _positions(cut, quantum, n * atom, target, largest)
             at += n
             target = min(target * GROWTH, largest)
-    if not outside:
-        slices = [Cut(None, cut.kv, cut.start, cut.count) for cut in slices]
     return slices if rising else slices[::-1]
 
 
@@ -103,8 +100,9 @@ def _positions(cut: Cut, quantum: int, nbytes: int, target: int, largest: int) -
     """Cut the positions of some planes, ``nbytes`` together, into slices that grow."""
     parts = []
     start = 0
+    each = nbytes / cut.count
     while start < cut.count:
-        taken = min(multiple(target, quantum, nbytes / cut.count), cut.count - start)
+        taken = min(multiple(target, quantum, each), cut.count - start)
         parts.append(Cut(cut.layers, cut.kv, start, taken))
         start += taken
         target = min(target * GROWTH, largest)
@@ -125,7 +123,10 @@ class BothStages(Generic[Ready]):
         downward: from the device to the host.
         dense: the arrangement of dense rows.
         quantum: every slice along the positions but the last is a multiple of it.
+        usual: both stages if buffers of any length have the same; else None.
     """
+
+    usual: tuple[Ready, CopyPlan] | None = None
 
     def __init__(self, plan: CopyPlan | PackPlan, dense: DenseRows, token_bytes: float) -> None:
         self.plan = plan
@@ -175,8 +176,6 @@ class Stages(BothStages[Prepared]):
         super().__init__(plan, dense, plan.token_bytes)
         self._half = half
         self._order = order
-        self._made: Bounded[int, tuple[Prepared, CopyPlan]] = Bounded("stages of slices", 64)
-        self._parts: dict[tuple[Form, Form], Stages] = {}
 
     @classmethod
     def tried(cls, plan: CopyPlan, half: Choice, device: torch.device, order: Order) -> Stages:
@@ -197,107 +196,110 @@ class Stages(BothStages[Prepared]):
     def _try(self, device: torch.device) -> None:
         slots = self.quantum
         memory = torch.empty(self.dense.nbytes(slots), dtype=torch.uint8, device=device)
-        self.of(self.dense.view(memory, slots), slots)
+        made = self.of(self.dense.view(memory, slots), slots)
+        if self.dense.any_length:
+            self.usual = made
 
     def part(self, rows: KVView, host: KVView) -> Stages:
         """Return the stages of views that show all planes, or some."""
-        forms = (rows.form, host.form)
         plan = self.plan
-        src, dst = forms if self.downward else forms[::-1]
+        src, dst = (rows.form, host.form) if self.downward else (host.form, rows.form)
         if (src, dst) == (plan.src, plan.dst):
             return self
-        if forms not in self._parts:
-            part = CopyPlan(src, dst, plan.src_step, plan.dst_step, plan.unit)
-            self._parts[forms] = Stages(part, self._half, self._order)
-        return self._parts[forms]
+        part = CopyPlan(src, dst, plan.src_step, plan.dst_step, plan.unit)
+        return Stages(part, self._half, self._order)
 
     def of(self, dense: KVView, slots: int) -> tuple[Prepared, CopyPlan]:
         """Return the device's stage, prepared for buffers of ``slots`` slots, and the link's
         plan."""
-        known = self._made.get(slots)
-        if known is None:
-            plan = self.plan
-            form = dense.form
-            ends = (plan.src, form, plan.src_step, 0), (form, plan.dst, 0, plan.dst_step)
-            stage, link = ends if self.downward else ends[::-1]
-            made = prepared(*stage, plan.unit, self._half)
-            known = self._made[slots] = made, CopyPlan(*link, plan.unit)
-        return known
+        plan = self.plan
+        form = dense.form
+        ends = (plan.src, form, plan.src_step, 0), (form, plan.dst, 0, plan.dst_step)
+        stage, link = ends if self.downward else ends[::-1]
+        return prepared(*stage, plan.unit, self._half), CopyPlan(*link, plan.unit)
 
 
-class Slice(Generic[Ready]):
-    """A slice of a transfer, with everything worked out that does not change with the host's
-    memory.
+class Planes(Generic[Ready]):
+    """The planes that some slices of a transfer show, and the buffers that these pass through.
 
     Args:
-        stages: the stages of the whole plan.
-        rows, host: views of all planes.
-        host_index: the index of all of the host's rows, with ids on the host.
-        exact: nothing may lie between the planes of a buffer, of at most ``largest`` bytes.
+        stages: the stages of these planes.
+        rows, host: the planes of the device and of the host.
+        slots: of a buffer.
+        buffer_index: the position of a slice in a buffer: as far into a block as on the host.
 
     Attributes:
-        rows: the device's planes.
-        host_index: the index of the slice's rows on the host.
-        dense, slots: the arrangement of rows in a buffer, and its slots.
-        buffer_index: the position of the rows in a buffer: as far into a block as on the host.
+        nbytes: of a buffer.
+        ready, link: both stages, once `settle` has found them.
     """
+
+    ready: Ready
+    link: CopyPlan
 
     def __init__(
         self,
         stages: BothStages[Ready],
-        cut: Cut,
         rows: KVView,
         host: KVView,
-        host_index: Index,
-        exact: bool,
-        largest: int,
+        slots: int,
+        buffer_index: Index,
     ) -> None:
+        self.stages = stages
+        self.rows = rows
+        self.host = host
+        self.slots = slots
+        self.nbytes = stages.dense.nbytes(slots)
+        self.buffer_index = buffer_index
+
+    def settle(self, buffers: Buffers) -> None:
+        """Find both stages."""
+        self._buffers = buffers
+        stages = self.stages
+        self.ready, self.link = stages.usual or stages.of(self.dense, self.slots)
+
+    @cached_property
+    def dense(self) -> KVView:
+        """Return the first buffer as dense rows; known once the planes are settled."""
+        return self.view(self._buffers, 0)
+
+    def view(self, buffers: Buffers, at: int) -> KVView:
+        """Return a buffer as dense rows of these planes."""
+        return buffers.view(at, self.stages.dense, self.slots)
+
+
+class Slice(Generic[Ready]):
+    """A slice of a transfer: some positions of some planes.
+
+    Args:
+        planes: the planes.
+        cut: the positions.
+        whole_index: the index of all of the host's rows, with ids on the host.
+    """
+
+    __slots__ = ("_whole_index", "cut", "planes")
+
+    def __init__(self, planes: Planes[Ready], cut: Cut, whole_index: Index) -> None:
+        self.planes = planes
         self.cut = cut
-        self.rows = rows.planes(cut.layers, cut.kv)
-        self.stages = stages.part(self.rows, host.planes(cut.layers, cut.kv))
-        self.host_index = host_index.shifted(cut.start)
-        self.dense = self.stages.dense
-        self.buffer_index = Index(offset=self.host_index.offset % self.dense.block_size)
-        self.slots = self.stages.slots(cut.count, self.buffer_index.offset, exact, largest)
-        self.nbytes = self.dense.nbytes(self.slots)
-        self._ready: Ready | None = None
-        # The pieces, and the addresses of the buffer and the host memory that they belong to.
-        self._settled: tuple[tuple[int, int], Pieces] | None = None
+        self._whole_index = whole_index
 
-    def prepared(self, dense: KVView) -> Ready:
-        """Return the device's stage, for buffers of this slice."""
-        ready = self._ready
-        if ready is None:
-            ready = self._ready = self.stages.of(dense, self.slots)[0]
-        return ready
+    @property
+    def host_index(self) -> Index:
+        """Return the index of the slice's rows on the host."""
+        return self._whole_index.shifted(self.cut.start)
 
-    def pieces(self, dense: KVView, host: KVView, fold_below: int) -> Pieces:
-        """Return the pieces that cross between a buffer and the host's memory.
-
-        The first call works them out; earlier slices cross by then. Later calls shift them
-        to the current addresses.
-        """
-        ends = (dense.origins[0], host.origins[0])
-        settled = self._settled
-        if settled is None:
-            # One assignment: other threads may read it.
-            settled = self._settled = ends, self.crossing(dense, host, fold_below)
-        if ends == settled[0]:
-            return settled[1]
-        moved = [now - then for now, then in zip(ends, settled[0], strict=True)]
-        src, dst = moved if self.stages.downward else moved[::-1]
-        return settled[1]._replace(dst=settled[1].dst + dst, src=settled[1].src + src)
-
-    def crossing(self, dense: KVView, host: KVView, fold_below: int) -> Pieces:
-        """Return the pieces between a buffer and the host's rows."""
-        planes = host.planes(self.cut.layers, self.cut.kv)
-        link = self.stages.of(dense, self.slots)[1]
+    def crossing(self, dense: KVView) -> Move:
+        """Return the copy between a buffer and the host's rows."""
+        planes = self.planes
+        inside = planes.buffer_index
         count = self.cut.count
-        if self.stages.downward:
-            move = Move(dense, planes, self.buffer_index, self.host_index, count)
-        else:
-            move = Move(planes, dense, self.host_index, self.buffer_index, count)
-        return pieces_of(link, move, fold_below, merged=True)
+        if planes.stages.downward:
+            return Move(dense, planes.host, inside, self.host_index, count)
+        return Move(planes.host, dense, self.host_index, inside, count)
+
+    def cross(self, link: CudaLink | TorchLink, dense: KVView, stream: torch.Stream) -> None:
+        """Copy between a buffer and the host's rows, ordered on a stream."""
+        link.carry(self.planes.link, self.crossing(dense), stream, merged=True)
 
 
 #: Slices and stages of rows as they are.
@@ -305,12 +307,41 @@ RowSlice: TypeAlias = Slice[Prepared]
 RowStages: TypeAlias = BothStages[Prepared]
 
 
-def cached_slices(
-    rows: KVView, stages: BothStages[Ready]
-) -> Bounded[tuple[object, ...], list[Slice[Ready]]]:
-    """Return the slices of transfers of several kinds that a view of rows caches for a launch,
-    or a copy, with these stages."""
-    cached: Bounded[tuple[object, ...], list[Slice[Ready]]] | None = rows.derived.get(stages)
-    if cached is None:
-        cached = rows.derived.setdefault(stages, Bounded("slices of transfers", 64))
-    return cached
+def sliced(
+    stages: BothStages[Ready],
+    cut: Sequence[Cut],
+    ends: tuple[KVView, KVView],
+    host_index: Index,
+    exact: bool,
+    largest: int,
+    kind: type[Slice[Ready]],
+) -> list[Slice[Ready]]:
+    """Return the slices of a transfer.
+
+    Args:
+        stages: the stages of the whole plan.
+        cut: how the transfer is cut.
+        ends: the rows of the device, and of the host.
+        host_index: the index of the host's rows.
+        exact: nothing may lie between the planes of a buffer, of at most ``largest`` bytes.
+        kind: of slices.
+    """
+    rows, host = ends
+    offset = host_index.offset
+    most = max(each.count for each in cut)
+    known: dict[object, Planes[Ready]] = {}
+    slices = []
+    for each in cut:
+        # If blocks lie outermost, the rows of a buffer do not depend on its length.
+        count = each.count if stages.dense.outside else most
+        key = each.layers, each.kv, count
+        planes = known.get(key)
+        if planes is None:
+            near = rows.planes(each.layers, each.kv)
+            far = host.planes(each.layers, each.kv)
+            part = stages.part(near, far)
+            inside = Index(offset=offset % part.dense.block_size)
+            slots = part.slots(count, inside.offset, exact, largest)
+            planes = known[key] = Planes(part, near, far, slots, inside)
+        slices.append(kind(planes, each, host_index))
+    return slices

@@ -9,6 +9,7 @@ copy inside the device, and few long runs across the link. `staged` uses dense r
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache, lru_cache
@@ -18,6 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
+from portakv.core.link import EVENTS, SliceOrder
 from portakv.errors import PortaKVError
 from portakv.host import pinned
 from portakv.layout.encodings import pack_parameters_of
@@ -40,7 +42,6 @@ BUFFERS = 3
 _PAGE = 4096  # bytes, at multiples of which images of stored blocks begin
 _APART = 256  # bytes: buffers begin at multiples, so that vectors are as wide as they can be
 STREAMS = 8  # the most streams with cached staging
-_VIEWS = 64  # cached for each staging
 #: The order of dense rows: the form's own; the same with planes that lie outside tokens outside of
 #: blocks at separate addresses, layers first; or an order that all backends know.
 Order: TypeAlias = Literal["form", "planes", "layer"]
@@ -64,6 +65,7 @@ class DenseRows:
         block_size: tokens of a block; 1 if the form is not paged.
         outside: which of ``kv`` and ``layer`` lie outside the tokens, outermost first; an axis of
             extent 1 does not.
+        any_length: blocks, or tokens, lie outermost, so that buffers of any length have one form.
     """
 
     def __init__(self, form: Form, order: Order = "form") -> None:
@@ -84,6 +86,7 @@ class DenseRows:
         layout, self._shape = _described(form, extents, order)
         self._bound = bind_layout(layout, **extents)
         names = [name for name, n in zip(layout.split(), self._shape, strict=False) if n != 1]
+        self.any_length = self._shape[0] == _UNBOUNDED
         self.outside = tuple(takewhile(lambda name: name in ("kv", "layer"), names))
 
     def nbytes(self, slots: int) -> int:
@@ -218,15 +221,12 @@ def _split(part: KVRows, axis: str, name: str) -> list[_Factor]:
     return [_Factor(x.table, x.stride, y, x.extent) for x, y in zip(steps, names, strict=True)]
 
 
-class _Buffers:
+class Buffers:
     """Buffers that transfers pass through, one transfer at a time, under ``lock``."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self._memory: list[torch.Tensor] = []
-        self._views: Bounded[tuple[int, DenseRows, int], KVView] = Bounded(
-            "views of staging buffers", _VIEWS
-        )
 
     @property
     def nbytes(self) -> int:
@@ -235,14 +235,15 @@ class _Buffers:
 
     def view(self, at: int, dense: DenseRows, slots: int) -> KVView:
         """Return one of the buffers, as dense rows of ``slots`` slots."""
-        key = (at, dense, slots)
-        known = self._views.get(key)
-        if known is None:
-            known = self._views.setdefault(key, dense.view(self._memory[at], slots))
-        return known
+        return dense.view(self._memory[at], slots)
+
+    @property
+    def addresses(self) -> list[int]:
+        """Return the address of each buffer."""
+        return [memory.data_ptr() for memory in self._memory]
 
 
-class Staging(_Buffers):
+class Staging(Buffers):
     """The device's buffers of one stream.
 
     One transfer at a time issues its work, under ``lock``. On the device the stream orders the
@@ -252,8 +253,8 @@ class Staging(_Buffers):
         half, link: the streams of the device's stage, and of the slices that cross.
         detached: transfers do not wait for the ends of earlier transfers.
         buffers: the number of buffers.
-        free: for each buffer, the event for which its next use waits; None: the streams' own order
-            suffices.
+        events: by the numbers of a schedule; None: not recorded yet. The first ones mark the last
+            use of each buffer.
     """
 
     def __init__(self, device: torch.device, detached: bool = False) -> None:
@@ -263,8 +264,9 @@ class Staging(_Buffers):
         self.half: torch.Stream = own_stream(device, priority=-1)
         self.link: torch.Stream = own_stream(device)
         self.buffers = DETACHED_RING if detached else RING
-        self.free: list[torch.Event | None] = []
+        self.events: list[torch.Event | None] = [None] * (self.buffers + EVENTS)
         self._turn = 0
+        self._used = 0  # a bit for each buffer that a detached transfer used
 
     def reserve(self, nbytes: int) -> None:
         """Allocate ``nbytes`` for each buffer on the current stream, which is ``half`` if transfers
@@ -277,9 +279,8 @@ class Staging(_Buffers):
         if self._memory and self._memory[0].numel() >= nbytes:
             return
         each = -(-nbytes // _APART) * _APART
-        self._views.clear()
         self._memory = []  # nothing is retained if the allocation fails
-        self.free = [None] * self.buffers
+        self._used = 0
         memory = torch.empty(self.buffers * each, dtype=torch.uint8, device=self._device)
         # Slices, not `split`: a vendor's torch may lack it.
         self._memory = [memory[at * each : (at + 1) * each] for at in range(self.buffers)]
@@ -289,15 +290,34 @@ class Staging(_Buffers):
             memory.record_stream(self.link)
             self.link.wait_stream(self.half)
 
-    def turns(self, slices: int) -> list[int]:
-        """Return the buffer of each slice of a transfer. Detached, the first slice takes the buffer
-        after the last slice's."""
+    def order(self, slices: int, downward: bool) -> SliceOrder:
+        """Return what the schedule of a transfer depends on, and take buffers for its slices.
+
+        Detached, the first slice takes the buffer after the last slice's.
+        """
+        alone = slices == 1 and not self.detached
         if not self.detached:
-            self._turn = 0
-            self.free = [None] * self.buffers
+            return SliceOrder(slices, self.buffers, 0, 0, downward, alone, False)
         first = self._turn
-        self._turn = (self._turn + slices) % self.buffers
-        return [(first + nth) % self.buffers for nth in range(slices)]
+        order = SliceOrder(slices, self.buffers, first, self._used, downward, alone, True)
+        for nth in range(min(slices, self.buffers)):
+            self._used |= 1 << (first + nth) % self.buffers
+        self._turn = (first + slices) % self.buffers
+        return order
+
+    def handles(self) -> array[int]:
+        """Return the driver's handles of all events, on a CUDA device."""
+        for number, event in enumerate(self.events):
+            if event is None:
+                made: Any = torch.cuda.Event()
+                made.record(self.half)  # torch creates it now
+                self.events[number] = made
+        return array("q", map(_handle, self.events))
+
+
+def _handle(event: Any) -> int:
+    handle = getattr(event, "cuda_event", None)
+    return int(event.event_id if handle is None else handle)
 
 
 cached_staging: Bounded[tuple[torch.device, int, bool, bool], Staging] = Bounded(
@@ -324,7 +344,7 @@ def staging(
     return current
 
 
-class BounceBuffers(_Buffers):
+class BounceBuffers(Buffers):
     """The pinned buffers of one device. One transfer at a time has them, under ``lock``.
 
     Each buffer records its crossing copy, not the transfer: a transfer may end before its last
@@ -342,7 +362,6 @@ class BounceBuffers(_Buffers):
             return
         for at in range(BUFFERS):
             self.wait(at)
-        self._views.clear()
         self._memory = []
         self._memory = [pinned.empty(nbytes, torch.uint8) for _ in range(BUFFERS)]
 

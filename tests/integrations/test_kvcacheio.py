@@ -817,6 +817,8 @@ def test_the_quota_limits_kernels_that_reach_the_host(accelerator: torch.device)
     hosts.clear()
     for quota, limits in ((2, {None}), (1, {None, 1})):
         io.transfer_kv_per_layer_mla(there[0], here[2], s, s, ITEM, block_quota=quota)
-        assert {terms and terms.max_thread_blocks for _, terms in hosts} == limits, "upstream's default is 2"
+        assert {terms and terms.max_thread_blocks for _, terms in hosts} == limits, (
+            "upstream's default is 2"
+        )
     synchronize(accelerator)
     assert torch.equal(here[0][:3].cpu(), here[1][:3].cpu())

@@ -93,8 +93,7 @@ def test_the_driver_copies_if_it_serves_the_device(accelerator: torch.device) ->
     assert isinstance(made, CudaLink if accelerator.type == "cuda" else TorchLink)
     if isinstance(made, CudaLink):
         assert link.why_not(accelerator) is None
-        batches = made._copies.batched(scattered(LEAST_BATCH)) is not None
-        assert batches == (cuda.driver_version() >= 12080)
+        assert made.core.batches == (cuda.driver_version() >= 12080)
 
 
 @TO_DEVICE

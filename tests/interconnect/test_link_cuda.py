@@ -7,26 +7,27 @@ It shows the calls of the driver, and that the bytes land; it says nothing about
 from __future__ import annotations
 
 import ctypes
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from support.crossing_cases import Ends, drawn_runs, runs_of
 from support.fake_libcuda import Call, FakeLibrary
 from support.guarded_memory import refused
 
 from portakv import KVView, TransferError
+from portakv.core.link import Fault, Link, pack_crossing
 from portakv.interconnect import link
-from portakv.interconnect.link import FOLD_BELOW, LEAST_BATCH, Copies, CudaLink, TorchLink, link_of
+from portakv.interconnect.link import FOLD_BELOW, LEAST_BATCH, CudaLink, TorchLink, link_of
 from portakv.interconnect.pieces import ALL, Pieces, to_2d_copies
 from portakv.plan.runs import Runs
 from portakv.runtime import cuda as _cuda_driver
@@ -53,9 +54,10 @@ class Memory(Ends):
         super().__init__(torch.from_numpy(random), torch.zeros(nbytes, dtype=torch.uint8))
 
     def carry(self, pieces: Pieces, library: FakeLibrary, to_device: bool = True) -> None:
-        copies = Copies(library.library)
-        for share in copies.divided(self.at(pieces)):
-            copies.copy_range(share, 0, share.pieces.number, to_device, STREAM)
+        """Copy and judge pieces, with the rules that hold."""
+        rules = link.IN_A_ROW, link.FIRST_DESCRIPTORS, link.MOST_DESCRIPTORS, 4, LEAST_BATCH
+        crossing = pack_crossing(to_device, STREAM, 0, *rules)
+        assert Link(library.library).submit(self.at(pieces), crossing) is None
         self.judge(pieces)
 
 
@@ -74,15 +76,28 @@ def rows(groups: int) -> Pieces:
 def test_every_byte_lands(folder: Path, batch: int | None, to_device: bool) -> None:
     library = FakeLibrary(folder, batch)
 
-    @given(drawn_runs())
-    def check(runs: Runs) -> None:
+    @given(drawn_runs(), st.sampled_from([1 << 40, 200, 31, 7, 1]))
+    def check(runs: Runs, in_a_row: int) -> None:
         pieces = to_2d_copies(runs)
         memory = Memory(max((at + runs.nbytes).max(initial=0) for at in runs[:2]) + 64)
         library.forget()
-        memory.carry(pieces, library, to_device)
-        assert {call.stream for call in library.calls} <= {STREAM}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(link, "IN_A_ROW", in_a_row)
+            memory.carry(pieces, library, to_device)
+        calls = library.calls
+        assert {call.stream for call in calls} <= {STREAM}
+        largest = (pieces.width * pieces.height).max(initial=0) > in_a_row
+        assert [call.kind for call in calls if call.kind == "w"] or not largest
 
     check()
+
+
+def test_columns_that_may_not_be_written_or_are_not_contiguous(library: FakeLibrary) -> None:
+    src = np.arange(0, 320, 32)[::2]
+    dst = np.arange(5) * 8
+    dst.setflags(write=False)
+    width = np.full(5, 8)
+    Memory().carry(Pieces(dst, src, width, np.ones(5, dtype=np.int64), width, width), library)
 
 
 def test_rows_and_plain_copies_together(library: FakeLibrary) -> None:
@@ -117,8 +132,8 @@ def test_many_plain_copies_are_few_calls_of_so_many_at_most(
 
 
 def test_wide_rows_are_folded_without_batches_and_if_they_are_many(library: FakeLibrary) -> None:
-    below = Copies(library.library).fold_below
-    assert below == (FOLD_BELOW if library.batches else ALL)
+    assert Link(library.library).batches == library.batches
+    below = FOLD_BELOW if library.batches else ALL
     for width, height, folds in (
         (FOLD_BELOW, 20, not library.batches),
         (FOLD_BELOW, 32, True),
@@ -131,12 +146,15 @@ def test_wide_rows_are_folded_without_batches_and_if_they_are_many(library: Fake
 
 @pytest.mark.parametrize("library", [13, 12], indirect=True)
 @pytest.mark.parametrize("what", ["1 x 8 bytes", "9 x 16 bytes", "batch of 20 copies"])
-def test_what_the_driver_refuses(library: FakeLibrary, what: str) -> None:
+def test_what_the_driver_refuses(
+    cuda: Crossing, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pieces = {"1": plain(1), "9": rows(3), "b": plain(20)}[what[0]]
-    library.forget(refuse_at=int(what[0] == "9"))
+    cuda.library.forget(refuse_at=int(what[0] == "9"))
+    monkeypatch.setattr(cuda.library, "forget", lambda: None)
     with refused(TransferError, what, "CUDA_ERROR_INVALID_VALUE", "Check"):
-        Memory().carry(pieces, library)
-    assert len(library.calls) == int(what[0] == "9")
+        cuda.copy(pieces, STREAM)
+    assert len(cuda.library.calls) == int(what[0] == "9")
 
 
 class Crossing:
@@ -148,7 +166,6 @@ class Crossing:
         self.memory = Memory()
         self.device = 0
         self.adopted: list[tuple[int, int | None]] = []
-        self.log: list[str] = []
         self.link_streams = [77, 78, 79]  # handles of the next streams of the link's own
 
         @contextmanager
@@ -176,21 +193,16 @@ class Crossing:
         self.links = [CudaLink(torch.device("cuda", at)) for at in range(2)]
 
     def stream(self, handle: int) -> Any:
-        """A stream of that handle, which logs what waits for what."""
-
-        def wait_stream(other: Any) -> None:
-            self.log.append(f"{handle} waits for {other.cuda_stream}")
-
-        return SimpleNamespace(cuda_stream=handle, wait_stream=wait_stream)
+        """A stream of that handle."""
+        return SimpleNamespace(cuda_stream=handle)
 
     def copy(self, pieces: Pieces, handle: int, device: int = 0) -> list[int]:
-        """Copy and judge pieces; returns the stream of each call of the driver."""
-        self.log.clear()
+        """Copy and judge pieces; returns the stream of each call that copies or rests."""
         self.library.forget()
         src, dst = self._views
         self.links[device].copy(self.memory.at(pieces), src, dst, self.stream(handle))
         self.memory.judge(pieces)
-        return [call.stream for call in self.library.calls]
+        return [call.stream for call in self.library.copies]
 
 
 @pytest.fixture
@@ -200,13 +212,13 @@ def cuda(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> Crossing:
 
 def test_the_right_device_in_any_thread(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    real = Copies.copy_range
+    real = Link.submit
 
-    def copy(self: Copies, *args: Any, **terms: Any) -> None:
+    def submit(self: Link, *args: Any) -> Fault | None:
         seen.append(cuda.device)
-        real(self, *args, **terms)
+        return real(self, *args)
 
-    monkeypatch.setattr(Copies, "copy_range", copy)
+    monkeypatch.setattr(Link, "submit", submit)
     for _ in range(2):
         cuda.copy(plain(3), STREAM, device=1)
     other = threading.Thread(target=lambda: cuda.copy(plain(3), STREAM, device=1))
@@ -223,19 +235,31 @@ def test_the_default_stream_is_not_given_to_a_batch(cuda: Crossing, handle: int)
     for pieces in (plain(LEAST_BATCH - 1), plain(30), plain(40)):
         on_link_stream = pieces.number >= LEAST_BATCH and cuda.library.batches
         assert set(cuda.copy(pieces, handle)) == {77 if on_link_stream else handle}
-        order = [f"77 waits for {handle}", f"{handle} waits for 77"]
-        assert cuda.log == (order if on_link_stream else [])
+        calls = cuda.library.calls
+        if not on_link_stream:
+            assert cuda.library.copies == calls
+            continue
+        both = calls[:2], calls[-2:]
+        for (record, wait), before, after in zip(both, (handle, 77), (77, handle), strict=True):
+            assert record == Call("e", wait.copies, before)
+            assert wait == Call("a", record.copies, after)
 
 
 @pytest.mark.parametrize("library", [13], indirect=True)
 def test_the_default_stream_awaits_failures(
     cuda: Crossing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cuda.library.forget(refuse_at=0)
+    """Those of the stream that replaces it: the first two calls are its events."""
+    monkeypatch.setattr(link, "FIRST_DESCRIPTORS", 10)
+    cuda.library.forget(refuse_at=3)
     monkeypatch.setattr(cuda.library, "forget", lambda: None)
     with pytest.raises(TransferError):
         cuda.copy(plain(30), 0)
-    assert cuda.log[-1] == "0 waits for 77"
+    assert [(call.kind, call.stream) for call in cuda.library.calls] == [
+        ("e", 0),
+        ("a", 77),
+        ("b", 77),
+    ]
 
 
 @pytest.mark.parametrize(("in_a_row", "every"), [(256, 2), (300, 2), (384, 3), (128, 1)])
@@ -250,26 +274,6 @@ def test_others_get_in_between_copies_in_a_row(
         for handle in (5, 6):
             cuda.copy(plain(1, width=128), handle)
             assert cuda.library.calls == [Call("w", 1, handle)] * rest + [Call("p", 1, handle)]
-            assert cuda.log == []
-
-
-def test_one_piece_takes_few_calls(cuda: Crossing) -> None:
-    """Each slice of a transfer pays for them. Lists of pieces take twice as many."""
-    pieces = plain(1, width=128)
-    cuda.copy(pieces, 5)
-    calls = list[str]()
-
-    def note(frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and "interconnect" in frame.f_code.co_filename:
-            calls.append(frame.f_code.co_name)
-
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        cuda.copy(pieces, 5)
-    finally:
-        sys.setprofile(before)
-    assert 5 <= len(calls) <= 14, calls
 
 
 def test_a_rest_is_on_the_stream_that_copies_for_the_default_stream(
@@ -278,8 +282,8 @@ def test_a_rest_is_on_the_stream_that_copies_for_the_default_stream(
     monkeypatch.setattr(link, "IN_A_ROW", 240)
     cuda.copy(plain(60), 0)
     stream = 77 if cuda.library.batches else 0
-    assert cuda.library.calls.count(Call("w", 1, stream)) == 1
-    assert {call.stream for call in cuda.library.calls} == {stream}
+    assert cuda.library.copies.count(Call("w", 1, stream)) == 1
+    assert {call.stream for call in cuda.library.copies} == {stream}
 
 
 def test_short_copies_have_no_rest(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,6 +206,11 @@ def test_the_host_copies_a_slice_while_others_cross(monkeypatch: pytest.MonkeyPa
 # Slices
 
 
+def bytes_of(piece: Any) -> int:
+    """Return the bytes that a slice moves."""
+    return int(piece.planes.stages.dense.nbytes(piece.cut.count))
+
+
 @pytest.mark.simdev
 @pytest.mark.parametrize("offset", [0, 3])
 @pytest.mark.parametrize("block", [4, 16, 64])
@@ -225,8 +230,9 @@ def test_a_slice_is_no_larger_than_asked_or_by_one_block(
     host_index = Index(list(range(blocks))[::-1], block, offset)
     launch: Any = Pageable(DEVICE).prepare(CopyPlan(device.form, host.form, 0, block))
     for piece in launch.slices(device, host, host_index, 640 - offset):
-        once = piece.dense.nbytes(piece.dense.block_size)
-        assert piece.nbytes <= max(3072, once) + (once if offset else 0)
+        dense = piece.planes.stages.dense
+        once = dense.nbytes(dense.block_size)
+        assert piece.planes.nbytes <= max(3072, once) + (once if offset else 0)
 
 
 @DOWNWARD
@@ -236,8 +242,9 @@ def test_a_slice_is_no_larger_than_asked_or_by_one_block(
 def test_slices_cover_every_position_of_every_plane_once(tokens: int, downward: bool) -> None:
     transfer = between_chunks(DEVICE, downward, tokens)
     slices = slices_of(transfer)
-    assert sum(piece.dense.nbytes(piece.cut.count) for piece in slices) == tokens * TOKEN
-    assert all(piece.cut.count <= piece.slots and piece.nbytes <= SLICE for piece in slices)
+    assert sum(map(bytes_of, slices)) == tokens * TOKEN
+    assert all(piece.cut.count <= piece.planes.slots for piece in slices)
+    assert all(piece.planes.nbytes <= SLICE for piece in slices)
     transfer()
 
 
@@ -246,6 +253,6 @@ def test_slices_cover_every_position_of_every_plane_once(tokens: int, downward: 
 @pytest.mark.usefixtures("small")
 def test_small_slices_stand_where_only_one_side_is_busy(downward: bool) -> None:
     slices = slices_of(between_chunks(DEVICE, downward, 1000))
-    sizes = [piece.dense.nbytes(piece.cut.count) for piece in slices[:: 1 if downward else -1]]
+    sizes = list(map(bytes_of, slices[:: 1 if downward else -1]))
     assert sizes[0] == SLICE // 4
     assert max(sizes) == sizes[1] == SLICE

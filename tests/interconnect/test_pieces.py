@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise, permutations
+from itertools import permutations
 from math import gcd
 from typing import Any
 
@@ -77,39 +77,6 @@ def test_no_piece_reaches_over_a_seam(runs: Runs, boundaries: list[int]) -> None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pinned, "boundaries", lambda: tuple(sorted(boundaries)))
         judge(runs, to_2d_copies(runs), boundaries)
-
-
-@given(drawn_runs(), st.integers(1, 200))
-def test_portions_are_the_pieces_in_their_order(runs: Runs, most: int) -> None:
-    pieces = to_2d_copies(runs)
-    ranges = list(folding.portions(pieces, most))
-    assert [first for first, _, _ in ranges] == [0, *(past for _, past, _ in ranges[:-1])]
-    assert ranges[-1][1] == pieces.number
-    for first, past, nbytes in ranges:
-        one = pieces.part(first, past)
-        assert nbytes == one.nbytes
-        assert one.number or not pieces.number
-        assert nbytes <= most or one.number == 1
-    for before, after in pairwise(ranges):  # each has as many as it may
-        next_bytes = pieces.part(after[0], after[0] + 1).nbytes
-        assert before[2] + next_bytes > most
-
-
-@given(drawn_runs(), st.integers(1, 200))
-def test_large_pieces_are_cut(runs: Runs, most: int) -> None:
-    pieces = to_2d_copies(runs)
-    cut = folding.none_above(pieces, most)
-    assert (bytes_of_pieces(cut) == bytes_of_pieces(pieces)).all()
-    assert int((cut.width * cut.height).max(initial=0)) <= most
-    assert cut.plain >= pieces.plain
-    assert (cut is pieces) == bool((pieces.width * pieces.height <= most).all())
-
-
-def test_rows_are_cut_between_rows_while_one_row_is_small_enough() -> None:
-    pieces = to_2d_copies(runs_of(range(0, 640, 64), range(0, 320, 32), 16))
-    assert shapes(folding.none_above(pieces, 70)) == [(16, 4, 32, 64)] * 2 + [(16, 2, 32, 64)]
-    assert shapes(folding.none_above(pieces, 48)) == [(16, 3, 32, 64)] * 3 + [(16, 1, 16, 16)]
-    assert shapes(folding.none_above(pieces, 10)) == [(10, 1, 10, 10), (6, 1, 6, 6)] * 10
 
 
 @pytest.mark.parametrize("height", [*range(2 * LEAST_HEIGHT), 100])

@@ -40,13 +40,11 @@ from portakv.backends.base import Backend, Decision
 from portakv.backends.reference import Reference
 from portakv.errors import BackendUnavailable, PortaKVError
 from portakv.host import pinned
-from portakv.interconnect import slices as schedule
-from portakv.interconnect import staged, staging
+from portakv.interconnect import link, staged, staging
 from portakv.interconnect.batched_memcpy import LEAST_RUN, BatchedMemcpy
 from portakv.interconnect.link import TorchLink
 from portakv.interconnect.pageable import Pageable
-from portakv.interconnect.pieces import ALL, Pieces, pieces_of
-from portakv.interconnect.slices import RowSlice, Slice
+from portakv.interconnect.pieces import Pieces, pieces_of
 from portakv.interconnect.staged import Staged
 from portakv.interconnect.staging import dense_rows
 from portakv.interconnect.strategy import Strategy, Terms
@@ -266,14 +264,12 @@ def test_slices_cross_before_the_pieces_of_later_ones_are_made(
         order.append("crossed")
         copy(*arguments)
 
-    monkeypatch.setattr(schedule, "pieces_of", pieces)
+    monkeypatch.setattr(link, "pieces_of", pieces)
     monkeypatch.setattr(TorchLink, "copy", crossed)
-    for again in (False, True):  # what is kept is not made again
-        order.clear()
-        transfer()
-        slices = order.count("crossed")
-        assert slices > 2
-        assert order == (["crossed"] if again else ["made", "crossed"]) * slices
+    transfer()
+    slices = order.count("crossed")
+    assert slices > 2
+    assert order == ["made", "crossed"] * slices
 
 
 @pytest.mark.simdev
@@ -328,7 +324,10 @@ def test_buffers_that_grow_leave_nothing_of_the_smaller_ones(pinned: bool) -> No
     buffers.reserve(1 << 13)
     assert gone() is None
     if isinstance(buffers, staging.Staging):  # each transfer goes on after the last one's buffer
-        assert [buffers.turns(3), buffers.turns(2)] == [[0, 1, 2], [3, 0]]
+        orders = [buffers.order(count, True) for count in (3, 2, 1)]
+        assert [(order.first, order.used) for order in orders] == [(0, 0), (3, 7), (1, 15)]
+        buffers.reserve(1 << 14)
+        assert buffers.order(1, True).used == 0
 
 
 @pytest.mark.simdev
@@ -355,48 +354,11 @@ def test_buffers_are_made_on_the_given_stream(
 
 @DOWNWARD
 @pytest.mark.simdev
-def test_threads_that_settle_a_slice_agree(downward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While one works out the pieces another settles them, whose staging lies elsewhere: each gets
-    those of the buffer that it asks for. The other thread is a call, so that it does come."""
-    transfer = Transfers(Staged(DEVICE), downward)
-    host = transfer.host
-    real = Slice.crossing
-
-    def fresh() -> RowSlice:
-        transfer.rows.derived.clear()
-        (result,) = transfer.prepared().slices(
-            transfer.rows, host, transfer.host_index, TOKENS, True
-        )
-        return result  # type: ignore[no-any-return]
-
-    one = fresh()
-    memories = [torch.empty(one.nbytes, dtype=torch.uint8, device=DEVICE) for _ in range(3)]
-    buffers = [one.dense.view(memory, one.slots) for memory in memories]
-    expected = [fresh().pieces(buffer, host, ALL) for buffer in buffers]
-
-    def check(nth: int) -> None:
-        for column, wanted in zip(one.pieces(buffers[nth], host, ALL), expected[nth], strict=True):
-            assert np.array_equal(column, wanted)
-
-    def interrupted(self: RowSlice, *ends: Any) -> Pieces:
-        result = real(self, *ends)
-        monkeypatch.setattr(Slice, "crossing", real)
-        check(1)
-        return result
-
-    monkeypatch.setattr(Slice, "crossing", interrupted)
-    for nth in range(3):
-        check(nth)
-    assert Slice.crossing is real
-
-
-@DOWNWARD
-@pytest.mark.simdev
 @pytest.mark.parametrize("host", [CHUNKS[0], PAGED[0]], ids=["one allocation", "several"])
 @pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("strategy", [Staged, Pageable, BatchedMemcpy])
 @pytest.mark.usefixtures("slices")
-def test_what_is_kept_of_a_transfer_serves_no_other(
+def test_other_transfers_of_one_launch(
     strategy: type[Strategy], listed: bool, host: str, downward: bool
 ) -> None:
     """Other ids of the host, another offset, count or memory, by one launch of the same rows."""
@@ -416,8 +378,7 @@ def test_what_is_kept_of_a_transfer_serves_no_other(
 def test_a_transfer_that_ends_early_holds_nothing_and_leaves_streams_in_order(
     error: type[BaseException], downward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slices that are kept do not have the memory that they were made for; what was enqueued is
-    waited for, and the next transfer is right."""
+    """What was enqueued is waited for, and the next transfer is right."""
     small_slices(monkeypatch)
     transfer = Transfers(Staged(DEVICE), downward)
     host = transfer.chunk(3)
@@ -445,7 +406,8 @@ def test_the_next_detached_transfer_waits_for_the_slice_that_failed(
     with pytest.raises(RuntimeError, match="the link is down"):
         transfer()
     (buffers,) = staging.cached_staging.values()
-    assert buffers.free[0] is not None
+    assert buffers.events[0] is not None
+    assert buffers.order(1, downward).used & 1
 
 
 @DOWNWARD
@@ -453,7 +415,7 @@ def test_the_next_detached_transfer_waits_for_the_slice_that_failed(
 def test_tables_of_addresses_are_held_until_the_callers_stream_is_past(
     downward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A launch makes them on a separate stream, and they may go with their view at any time."""
+    """A launch reads them on a separate stream, and they may go with their view at any time."""
     small_slices(monkeypatch)
     transfer = Transfers(Staged(DEVICE), downward)
     recorded = list[tuple[KVView, int]]()
@@ -462,11 +424,8 @@ def test_tables_of_addresses_are_held_until_the_callers_stream_is_past(
     )
     transfer.go()
     slices = transfer.prepared().slices(transfer.rows, transfer.host, transfer.host_index, TOKENS)
-    (buffers,) = staging.cached_staging.values()
     work = current(DEVICE).stream_id
-    for each, at in zip(slices, buffers.turns(len(slices)), strict=True):
-        assert (each.rows, work) in recorded
-        assert (buffers.view(at, each.dense, each.slots), work) in recorded
+    assert {(each.planes.rows, work) for each in slices} == set(recorded)
 
 
 @DOWNWARD
@@ -476,7 +435,6 @@ def test_tables_of_addresses_are_held_until_the_callers_stream_is_past(
 def test_memory_that_is_pinned_in_other_parts_is_cut_there(
     strategy: type[Backend], host_ids: bool, downward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pieces that are cached for the same address and ids are cut again at a new boundary."""
     case = replace(USUAL, host_ids=(range(TOKENS), 1) if host_ids else None)
     transfer = Transfers(strategy(DEVICE), downward, case)
     crossed = list[tuple[int, int]]()

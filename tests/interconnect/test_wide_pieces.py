@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,12 +11,12 @@ import torch
 
 from portakv import Index, KVView
 from portakv.errors import SlotError
-from portakv.interconnect.link import FOLD_BELOW, _Lists
-from portakv.interconnect.pieces import APART, SHORT, Pieces, pieces_of
+from portakv.interconnect.link import FOLD_BELOW
+from portakv.interconnect.pieces import APART, pieces_of
 from portakv.plan.plan import CopyPlan, Move
 
 PAGE = APART
-BLOCKS = 2 * SHORT
+BLOCKS = 128
 
 
 def pages(gap: int = 0) -> KVView:
@@ -33,7 +32,6 @@ def described(src_ids: Sequence[int], dst_ids: Sequence[int], gap: int = 0) -> l
     plan = CopyPlan(src.form, dst.form, 1, 1)
     move = Move(src, dst, Index(src_ids), Index(dst_ids), len(src_ids))
     made = pieces_of(plan, move, FOLD_BELOW)
-    assert made.plain
     assert made.nbytes == len(src_ids) * PAGE
     assert (made.height == 1).all()
     found = []
@@ -71,9 +69,9 @@ def test_pages_with_gaps_are_separate_pieces() -> None:
     assert described([4, 5], [6, 7], gap=64) == expected
 
 
-@pytest.mark.parametrize("count", [SHORT, SHORT + 1], ids=["few", "many"])
+@pytest.mark.parametrize("count", [16, 65], ids=["few", "many"])
 def test_few_and_many_pages_have_the_same_pieces(count: int) -> None:
-    """Python works out a few, numpy many. The first two and no others meet."""
+    """The first two and no others meet."""
     drawn = np.random.default_rng(count)
     src_ids = [0, 1, *(3 + drawn.permutation(BLOCKS - 3))[: count - 2].tolist()]
     targets = {0: 5, 1: 6}
@@ -97,17 +95,3 @@ def test_negative_ids_are_left_out() -> None:
     assert (made.dst - dst.origins[0]).tolist() == [PAGE]
     with pytest.raises(SlotError, match="slot 128"):
         pieces_of(plan, Move(src, dst, Index([BLOCKS]), Index([1]), 1), FOLD_BELOW)
-
-
-def test_the_driver_reads_columns_that_may_not_be_written() -> None:
-    """And columns that are not contiguous."""
-    number = 5
-    frozen = np.arange(number, dtype=np.int64)
-    frozen.setflags(write=False)
-    spread = np.arange(2 * number, dtype=np.int64)[::2]
-    plain = np.arange(number, dtype=np.int64) + 7
-    lists = _Lists(Pieces(frozen, spread, plain, plain, plain, plain))
-    read = [
-        (ctypes.c_int64 * number).from_address(at) for at in (lists.dst, lists.src, lists.width)
-    ]
-    assert [list(column) for column in read] == [x.tolist() for x in (frozen, spread, plain)]

@@ -17,8 +17,9 @@ SOURCE = Path(__file__).with_name("fake_libcuda.c")
 
 
 class Call(NamedTuple):
-    """A call: ``p`` (plain), ``h`` (host to device), ``r`` (rows), ``b`` (batch) or ``w`` (wait for
-    a word), its copies, rows or words, and its stream."""
+    """A call: ``p`` (plain), ``h`` (host to device), ``r`` (rows), ``b`` (batch), ``w`` (wait for
+    a word), ``e`` (record an event) or ``a`` (await one); its copies, rows or words, or the event;
+    and its stream."""
 
     kind: str
     copies: int
@@ -90,6 +91,11 @@ class FakeLibrary:
         noted = (_Call * 4096)()
         made = self.library.fake_calls(noted)
         return [Call(c.kind.decode(), c.count, c.stream) for c in noted[:made]]
+
+    @property
+    def copies(self) -> list[Call]:
+        """Return the calls that copy or rest, in order."""
+        return [call for call in self.calls if call.kind not in "ea"]
 
     @property
     def sent(self) -> list[Sent]:

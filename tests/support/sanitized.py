@@ -6,7 +6,7 @@
     python tests/support/sanitized.py --seed 7        the cases of one seed
 
 The library is built with the address and the undefined-behaviour sanitizer into a copy of the
-package. Views, ids, plans and pieces are drawn and judged as the tests do it.
+package. Views, ids, plans, pieces and copies in slices are drawn and judged as the tests do it.
 Each round has a seed of its own, which is printed before it begins.
 """
 
@@ -25,8 +25,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
-#: The tests of the core that call it; the others build it.
-TESTS = ("test_core_view.py", "test_ids.py", "test_plan.py", "test_runs.py", "test_rows.py")
+#: The tests that call the core; the others build it.
+TESTS = (
+    *("core/test_core_view.py", "core/test_ids.py", "core/test_plan.py", "core/test_runs.py"),
+    *("core/test_rows.py", "interconnect/test_submission.py"),
+)
 #: Tests of hypothesis that a round runs with its seed, in so many examples each.
 EXAMPLES = 300
 
@@ -93,6 +96,7 @@ def draws(seed: int) -> list[Callable[[], object]]:
     )
     hypothesis.settings.load_profile("drawn")
     from core import test_core_view, test_ids, test_plan, test_runs  # which take the profile
+    from interconnect import test_submission
 
     chance = random.Random(seed)
     return [
@@ -101,6 +105,7 @@ def draws(seed: int) -> list[Callable[[], object]]:
         hypothesis.seed(seed)(test_ids.test_the_core_does_what_the_definition_says),
         hypothesis.seed(seed)(test_ids.test_long_lists_dense_and_far_apart),
         hypothesis.seed(seed)(test_runs.test_pieces_are_the_copy),
+        hypothesis.seed(seed)(test_submission.test_every_byte_in_every_order),
     ]
 
 
@@ -121,7 +126,7 @@ def main() -> int:
         environment = build(Path(folder))
         words = ["-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
         words += ["-c", str(ROOT / "pyproject.toml")]
-        tests = [str(ROOT / "tests/core" / name) for name in TESTS]
+        tests = [str(ROOT / "tests" / name) for name in TESTS]
         own = [str(Path(__file__)), "--rounds", f"--seconds={args.seconds}"]
         commands = [[*words, *tests], own] if args.seed is None else [[*own, f"--seed={args.seed}"]]
         for command in commands:

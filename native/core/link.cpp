@@ -1,0 +1,780 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "link.h"
+
+#if !defined(_WIN32)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <unordered_map>
+#include <vector>
+
+#include "core.h"
+#include "guarded.h"
+#include "pieces.h"
+#include "rows.h"
+
+namespace portakv {
+namespace {
+
+// --- CUDA's driver, as cuda.h declares it -----------------------------------------------------
+
+using Handle = void *;  // of a stream or an event
+
+// CUDA_MEMCPY2D.
+struct Copy2D {
+  struct End {
+    uint64_t x;
+    uint64_t y;
+    uint64_t kind;  // CUmemorytype: 1 the host's, 2 a device's
+    uint64_t host;
+    uint64_t device;
+    uint64_t array;
+    uint64_t pitch;
+  };
+  End src;
+  End dst;
+  uint64_t width;
+  uint64_t height;
+};
+static_assert(sizeof(Copy2D) == 128, "as cuda.h declares it");
+
+// CUmemcpyAttributes.
+struct BatchAttributes {
+  uint32_t order;         // of accesses to the source: 1, in the stream's
+  uint32_t locations[4];  // which only memory that can migrate has
+  uint32_t flags;         // 1: prefer to overlap with compute
+};
+
+constexpr int kOutOfMemory = 2;       // CUDA_ERROR_OUT_OF_MEMORY
+constexpr int kNotSupported = 801;    // CUDA_ERROR_NOT_SUPPORTED
+constexpr unsigned kEveryContext = 1;  // CU_MEMHOSTALLOC_PORTABLE
+constexpr unsigned kAtLeast = 0;       // CU_STREAM_WAIT_VALUE_GEQ
+constexpr unsigned kNoTiming = 2;      // CU_EVENT_DISABLE_TIMING
+constexpr int kThisThread = 1;         // CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+constexpr size_t kMostStreams = 256;   // whose bytes in a row are known
+constexpr size_t kMostInline = 65536;  // bytes that the driver takes along with its command
+
+// Words: addresses in this order; 0 for a function that the driver lacks.
+struct Driver {
+  int (*copy)(uint64_t dst, uint64_t src, size_t nbytes, Handle stream);
+  int (*copy_rows)(const Copy2D *rows, Handle stream);
+  // cuMemcpyBatchAsync_v2 of CUDA 13.
+  int (*batch)(const int64_t *dst, const int64_t *src, const int64_t *nbytes, size_t number,
+               const BatchAttributes *attributes, const size_t *first, size_t several,
+               Handle stream);
+  // cuMemcpyBatchAsync of CUDA 12.8, which also has the position of the failed copy.
+  int (*old_batch)(const int64_t *dst, const int64_t *src, const int64_t *nbytes, size_t number,
+                   const BatchAttributes *attributes, const size_t *first, size_t several,
+                   size_t *failed, Handle stream);
+  int (*wait_value)(Handle stream, uint64_t address, uint32_t value, unsigned flags);
+  int (*allocate)(void **address, size_t nbytes, unsigned flags);
+  int (*exchange_capture_mode)(int *mode);
+  int (*create_event)(Handle *event, unsigned flags);
+  int (*destroy_event)(Handle event);
+  int (*record)(Handle event, Handle stream);
+  int (*wait)(Handle stream, Handle event, unsigned flags);
+  int (*copy_inline)(uint64_t dst, const void *src, size_t nbytes, Handle stream);
+};
+
+Handle handle_of(int64_t word) { return reinterpret_cast<Handle>(word); }
+
+// The legacy default stream, by both of its handles.
+bool legacy(int64_t stream) { return stream == 0 || stream == 1; }
+
+// Pageable memory for values that the driver takes along with its command. The caller's memory may
+// be pinned, and would be read after the call. So would these pages if somebody registered them
+// together with other memory: they are whole pages, off the heap.
+class Pages {
+ public:
+  Pages() = default;
+  Pages(const Pages &) = delete;
+  Pages &operator=(const Pages &) = delete;
+  ~Pages() {
+#if !defined(_WIN32)
+    if (at_ != nullptr) munmap(at_, kMostInline);
+#endif
+  }
+
+  // Return the memory; raise if there is none.
+  void *get() {
+#if !defined(_WIN32)
+    if (at_ == nullptr) {
+      void *made = mmap(nullptr, kMostInline, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+                        -1, 0);
+      if (made != MAP_FAILED) at_ = made;
+    }
+#endif
+    if (at_ == nullptr) throw std::bad_alloc();
+    return at_;
+  }
+
+ private:
+  void *at_ = nullptr;
+};
+
+// A call that failed.
+struct Refused {
+  int64_t code;
+  int64_t what;
+  int64_t values[2];
+};
+
+}  // namespace
+}  // namespace portakv
+
+using namespace portakv;
+
+struct portakv_link {
+  Driver driver;
+  std::mutex pages_mutex;
+  Pages pages;
+  std::mutex mutex;  // of all members below but the times
+  // By stream: the bytes that crossed since its last rest.
+  std::unordered_map<int64_t, int64_t> in_a_row;
+  uint32_t *word = nullptr;  // for rests; allocated before the first one, and never freed
+  bool rests = true;         // until the driver reports that the device has no such wait
+  Handle event = nullptr;    // between the legacy default stream and the one that replaces it
+  std::atomic<bool> timed{false};
+  std::atomic<int64_t> nanoseconds{0};
+  std::atomic<int64_t> calls{0};
+
+  bool batches() const { return driver.batch != nullptr || driver.old_batch != nullptr; }
+};
+
+namespace portakv {
+namespace {
+
+// Calls the driver, and counts its time if that is asked for.
+template <class Call>
+int called(portakv_link &link, Call &&call) {
+  if (!link.timed.load(std::memory_order_relaxed)) return call();
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point begin = Clock::now();
+  const int error = call();
+  const auto spent = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin);
+  link.nanoseconds += spent.count();
+  link.calls++;
+  return error;
+}
+
+void check(int64_t code, int64_t what, int64_t first = 0, int64_t second = 0) {
+  if (code != 0) throw Refused{code, what, {first, second}};
+}
+
+// --- Pieces -----------------------------------------------------------------------------------
+
+// Plain copies in columns.
+struct Plain {
+  const int64_t *dst;
+  const int64_t *src;
+  const int64_t *width;
+  int64_t number;
+};
+
+// Plain copies that a batch takes, in columns of their own.
+struct PlainColumns {
+  std::vector<int64_t> dst;
+  std::vector<int64_t> src;
+  std::vector<int64_t> width;
+
+  void add(const Piece &piece) {
+    dst.push_back(piece.dst);
+    src.push_back(piece.src);
+    width.push_back(piece.width);
+  }
+  Plain plain() const {
+    return {dst.data(), src.data(), width.data(), static_cast<int64_t>(dst.size())};
+  }
+};
+
+// Pieces in columns; the last three are null if all pieces are plain copies.
+struct Listed {
+  Plain plain;
+  const int64_t *height;
+  const int64_t *dst_pitch;
+  const int64_t *src_pitch;
+
+  int64_t number() const { return plain.number; }
+  Piece operator[](int64_t i) const {
+    const int64_t width = plain.width[i];
+    if (height == nullptr) return {plain.dst[i], plain.src[i], width, 1, width, width};
+    return {plain.dst[i], plain.src[i], width, height[i], dst_pitch[i], src_pitch[i]};
+  }
+};
+
+// Pass a piece to `out` in parts of `most` bytes at most: cut between rows, single rows anywhere.
+template <class Out>
+void cut_piece(const Piece &piece, int64_t most, Out &&out) {
+  if (piece.width * piece.height <= most) {
+    out(piece);
+    return;
+  }
+  const int64_t high = std::max<int64_t>(1, most / piece.width);  // rows of a part
+  for (int64_t row = 0; row < piece.height; row += high) {
+    const int64_t rows = std::min(high, piece.height - row);
+    const int64_t dst = piece.dst + row * piece.dst_pitch;
+    const int64_t src = piece.src + row * piece.src_pitch;
+    if (rows > 1) {
+      out(Piece{dst, src, piece.width, rows, piece.dst_pitch, piece.src_pitch});
+      continue;
+    }
+    for (int64_t at = 0; at < piece.width; at += most) {
+      const int64_t part = std::min(most, piece.width - at);
+      out(Piece{dst + at, src + at, part, 1, part, part});
+    }
+  }
+}
+
+// Puts pieces on a stream of the link, with rests.
+class Submission {
+ public:
+  Submission(portakv_link &link, const Crossing &crossing)
+      : link_(link), crossing_(crossing), rules_(crossing.rules) {}
+
+  void submit(const Listed &pieces) {
+    const int64_t number = pieces.number();
+    int64_t nbytes = 0;
+    for (int64_t i = 0; i < number; i++) {
+      nbytes += pieces.plain.width[i] * (pieces.height == nullptr ? 1 : pieces.height[i]);
+    }
+    const bool many = link_.batches() && number >= rules_.least;
+    if (pieces.height == nullptr && nbytes <= rules_.in_a_row && many) {
+      batched(pieces.plain);
+      return;
+    }
+    std::vector<Piece> each;
+    each.reserve(static_cast<size_t>(number));
+    int64_t plain = 0;
+    const auto add = [&](const Piece &piece) {
+      each.push_back(piece);
+      plain += piece.height == 1;
+    };
+    for (int64_t i = 0; i < number; i++) {
+      cut_piece(pieces[i], nbytes > rules_.in_a_row ? rules_.in_a_row : INT64_MAX, add);
+    }
+    if (!link_.batches() || plain < rules_.least) {
+      separate(each);
+      return;
+    }
+    PlainColumns columns;
+    std::vector<Piece> rows;
+    for (const Piece &piece : each) {
+      if (piece.height == 1) {
+        columns.add(piece);
+      } else {
+        rows.push_back(piece);
+      }
+    }
+    separate(rows);
+    batched(columns.plain());
+  }
+
+ private:
+  // Pass the ranges of pieces, in their order, that have no more bytes than cross in a row.
+  template <class Bytes, class Out>
+  void portions(int64_t number, Bytes &&bytes_of, Out &&out) const {
+    int64_t first = 0;
+    while (first < number) {
+      int64_t nbytes = bytes_of(first);
+      int64_t past = first + 1;
+      for (; past < number && nbytes + bytes_of(past) <= rules_.in_a_row; past++) {
+        nbytes += bytes_of(past);
+      }
+      out(first, past, nbytes);
+      first = past;
+    }
+  }
+
+  // Copy pieces, each by a call.
+  void separate(const std::vector<Piece> &pieces) {
+    const auto bytes_of = [&](int64_t i) {
+      const Piece &piece = pieces[static_cast<size_t>(i)];
+      return piece.width * piece.height;
+    };
+    portions(static_cast<int64_t>(pieces.size()), bytes_of,
+             [&](int64_t first, int64_t past, int64_t nbytes) {
+               pass(crossing_.stream, nbytes);
+               for (int64_t i = first; i < past; i++) copy(pieces[static_cast<size_t>(i)]);
+               begun_ = true;
+             });
+  }
+
+  // Copy plain copies in batches; the legacy default stream waits for another one that does.
+  void batched(const Plain &pieces) {
+    if (!legacy(crossing_.stream)) {
+      batched_on(crossing_.stream, pieces);
+      return;
+    }
+    follow(crossing_.aside, crossing_.stream);
+    try {
+      batched_on(crossing_.aside, pieces);
+    } catch (...) {
+      follow(crossing_.stream, crossing_.aside);
+      throw;
+    }
+    follow(crossing_.stream, crossing_.aside);
+  }
+
+  void batched_on(int64_t stream, const Plain &pieces) {
+    const auto bytes_of = [&](int64_t i) { return pieces.width[i]; };
+    portions(pieces.number, bytes_of, [&](int64_t first, int64_t past, int64_t nbytes) {
+      pass(stream, nbytes);
+      if (past - first >= rules_.least) {
+        batches(stream, pieces, first, past);
+      } else {
+        for (int64_t i = first; i < past; i++) {
+          copy_plain(pieces.dst[i], pieces.src[i], pieces.width[i], stream);
+        }
+      }
+      begun_ = true;
+    });
+  }
+
+  // The first of several batches is short unless other copies come before it.
+  void batches(int64_t stream, const Plain &pieces, int64_t first, int64_t past) {
+    static const BatchAttributes attributes{1, {0, 0, 0, 0}, 1};
+    static const size_t from_first = 0;
+    int64_t most = begun_ ? rules_.most : rules_.first;
+    while (first < past) {
+      const int64_t number = std::min(most, past - first);
+      const size_t count = static_cast<size_t>(number);
+      const int64_t *dst = pieces.dst + first;
+      const int64_t *src = pieces.src + first;
+      const int64_t *width = pieces.width + first;
+      const int error = called(link_, [&] {
+        if (link_.driver.batch != nullptr) {
+          return link_.driver.batch(dst, src, width, count, &attributes, &from_first, 1,
+                                    handle_of(stream));
+        }
+        size_t failed = 0;
+        return link_.driver.old_batch(dst, src, width, count, &attributes, &from_first, 1, &failed,
+                                      handle_of(stream));
+      });
+      check(error, PORTAKV_LINK_BATCH, number);
+      first += number;
+      most = std::min(rules_.growth * most, rules_.most);
+    }
+  }
+
+  void copy(const Piece &piece) {
+    if (piece.height == 1) {
+      copy_plain(piece.dst, piece.src, piece.width, crossing_.stream);
+      return;
+    }
+    const auto end = [](int64_t address, bool at_host, int64_t pitch) {
+      Copy2D::End result{};
+      result.kind = at_host ? 1 : 2;
+      (at_host ? result.host : result.device) = static_cast<uint64_t>(address);
+      result.pitch = static_cast<uint64_t>(pitch);
+      return result;
+    };
+    const bool down = crossing_.to_device == 0;
+    const Copy2D rows{end(piece.src, !down, piece.src_pitch), end(piece.dst, down, piece.dst_pitch),
+                      static_cast<uint64_t>(piece.width), static_cast<uint64_t>(piece.height)};
+    check(called(link_, [&] { return link_.driver.copy_rows(&rows, handle_of(crossing_.stream)); }),
+          PORTAKV_LINK_COPY, piece.height, piece.width);
+  }
+
+  void copy_plain(int64_t dst, int64_t src, int64_t width, int64_t stream) {
+    check(called(link_,
+                 [&] {
+                   return link_.driver.copy(static_cast<uint64_t>(dst), static_cast<uint64_t>(src),
+                                            static_cast<size_t>(width), handle_of(stream));
+                 }),
+          PORTAKV_LINK_COPY, 1, width);
+  }
+
+  // Count bytes that are about to cross on a stream, after a rest if they are too many in a row.
+  void pass(int64_t stream, int64_t nbytes) {
+    const std::lock_guard<std::mutex> lock(link_.mutex);
+    if (link_.in_a_row.size() >= kMostStreams && link_.in_a_row.count(stream) == 0) {
+      link_.in_a_row.clear();
+    }
+    int64_t &crossed = link_.in_a_row[stream];
+    if (crossed > 0 && crossed + nbytes > rules_.in_a_row) {
+      crossed = 0;
+      rest(stream);
+    }
+    crossed += nbytes;
+  }
+
+  // Let copies of other streams in between; do nothing while no memory can be pinned, or if the
+  // device has no wait for a word. The caller holds the mutex.
+  void rest(int64_t stream) {
+    if (!link_.rests) return;
+    if (link_.word == nullptr) allocate_word();
+    if (link_.word == nullptr) return;
+    const int error = called(link_, [&] {
+      return link_.driver.wait_value(handle_of(stream), reinterpret_cast<uint64_t>(link_.word), 0,
+                                     kAtLeast);
+    });
+    link_.rests = error != kNotSupported;
+    if (link_.rests) check(error, PORTAKV_LINK_REST);
+  }
+
+  void allocate_word() {
+    // Ignoring captures of other threads: no copy by a link is issued inside a capture.
+    int mode = kThisThread;
+    const auto exchange = link_.driver.exchange_capture_mode;
+    if (exchange != nullptr) exchange(&mode);
+    void *word = nullptr;
+    const int error = link_.driver.allocate(&word, sizeof *link_.word, kEveryContext);
+    if (exchange != nullptr) exchange(&mode);
+    if (error == kOutOfMemory) return;
+    check(error, PORTAKV_LINK_WORD);
+    link_.word = static_cast<uint32_t *>(word);
+    *link_.word = 0;
+  }
+
+  // Make a stream wait for the present work of another one.
+  void follow(int64_t stream, int64_t before) {
+    const std::lock_guard<std::mutex> lock(link_.mutex);
+    const Driver &driver = link_.driver;
+    if (link_.event == nullptr) {
+      check(driver.create_event(&link_.event, kNoTiming), PORTAKV_LINK_EVENT);
+    }
+    check(called(link_, [&] { return driver.record(link_.event, handle_of(before)); }),
+          PORTAKV_LINK_EVENT);
+    check(called(link_, [&] { return driver.wait(handle_of(stream), link_.event, 0); }),
+          PORTAKV_LINK_EVENT);
+  }
+
+  portakv_link &link_;
+  const Crossing &crossing_;
+  const SubmitRules &rules_;
+  bool begun_ = false;  // pieces were submitted, so that the link does not wait for the next call
+};
+
+// Lists pieces of copies, each time in the same memory.
+class PieceList {
+ public:
+  Listed list(const Plan &plan, const PiecesRequest &request) {
+    int64_t room = std::max<int64_t>(1, product(request.count / plan.unit, plan.runs));
+    while (true) {
+      if (room > room_) {
+        words_.reset(new int64_t[static_cast<size_t>(6 * room + 1)]);
+        room_ = room;
+      }
+      int64_t *out = words_.get();
+      Columns columns(out, room_);
+      write_pieces(plan, request, columns);
+      const int64_t number = columns.end();
+      if (number > room_) {
+        room = number;
+        continue;
+      }
+      const int64_t *at = out + 1;
+      const Plain plain{at, at + room_, at + 2 * room_, number};
+      if (out[0] == 0) return {plain, nullptr, nullptr, nullptr};
+      return {plain, at + 3 * room_, at + 4 * room_, at + 5 * room_};
+    }
+  }
+
+ private:
+  std::unique_ptr<int64_t[]> words_;
+  int64_t room_ = 0;
+};
+
+// --- A copy in slices -------------------------------------------------------------------------
+
+// The planes that some slices of a copy show. Words: the members in their order.
+struct SlicePlanes {
+  int64_t kernels;          // of the device's stage: a portakv_kernels,
+  int64_t stage;            // the words of its plan
+  int64_t options;          // and those of its RowsOptions
+  portakv_rows_side rows;   // the device's, from the first position of the copy on
+  portakv_rows_side dense;  // of a buffer; its address is set for each slice
+  int64_t plan;             // of the link's stage, between dense rows and the host's
+  Positions host;           // from the first position of the copy on
+  int64_t whole;            // all bytes at each address of the host; see `PiecesRequest`
+  Edges edges;              // of the host's allocations
+};
+static_assert(sizeof(SlicePlanes) == 27 * sizeof(int64_t), "planes are words");
+
+// Words: the members in their order.
+struct SliceCut {
+  int64_t planes;  // their number
+  int64_t start;   // the first position
+  int64_t count;
+};
+
+// Values that a stream brings to a device before all else. Words: the members.
+struct Sent {
+  int64_t from;
+  int64_t to;
+  int64_t nbytes;  // 0: there are none
+};
+
+// Words: the members in their order. The stream of the crossing is not read.
+struct SlicedCopy {
+  SliceOrder order;
+  Crossing crossing;
+  int64_t streams[4];  // by `StreamOf`
+  int64_t events;      // pointer to handles: of each buffer, and by `EventOf`
+  int64_t memory;      // pointer to the addresses of the buffers
+  int64_t planes;      // pointer to `SlicePlanes`, and their number
+  int64_t several;
+  int64_t cuts;        // pointer to a `SliceCut` for each slice
+  Limits limits;
+  Edges registered;    // where two registrations meet
+  Sent ids;            // of the device's rows
+};
+
+// Launch the kernels between the device's rows and a buffer for one slice.
+int launch_stage(const SlicePlanes &planes, const Plan &plan, bool downward, int64_t buffer,
+                 const SliceCut &cut, Handle stream) {
+  portakv_rows_side rows = planes.rows;
+  rows.offset += cut.start;
+  portakv_rows_side dense = planes.dense;
+  dense.addresses = &buffer;
+  const auto &kernels = *reinterpret_cast<const portakv_kernels *>(planes.kernels);
+  RowsOptions options;
+  std::memcpy(&options, reinterpret_cast<const void *>(planes.options), sizeof options);
+  return static_cast<int>(run_rows(kernels, plan, options, downward ? rows : dense,
+                                   downward ? dense : rows, cut.count, 0, stream));
+}
+
+// Executes the schedule of a copy by CUDA's driver.
+class SlicedRun {
+ public:
+  SlicedRun(portakv_link &link, const SlicedCopy &copy)
+      : link_(link),
+        copy_(copy),
+        planes_(reinterpret_cast<const SlicePlanes *>(copy.planes)),
+        cuts_(reinterpret_cast<const SliceCut *>(copy.cuts)) {
+    for (int64_t i = 0; i < copy.several; i++) {
+      plans_.push_back(read_plan(reinterpret_cast<const int64_t *>(planes_[i].plan)));
+      stages_.push_back(read_plan(reinterpret_cast<const int64_t *>(planes_[i].stage)));
+    }
+  }
+
+  void run() {
+    const SliceOrder &order = copy_.order;
+    const auto execute = [this](const ScheduleStep &step) {
+      const int error = perform(step);
+      check(error, failing_);
+    };
+    try {
+      send();
+      first_steps(order, execute);
+      for (at_ = 0; at_ < order.slices; at_++) slice_steps(order, at_, execute);
+      at_ = order.slices - 1;
+      last_steps(order, execute);
+    } catch (...) {
+      failed_steps(order, [this](const ScheduleStep &step) { perform(step); });
+      throw;
+    }
+  }
+
+  // The number of the slice whose step was the last one.
+  int64_t at() const { return at_; }
+
+ private:
+  // Bring the ids: they have left the host's memory when this returns.
+  void send() {
+    const Sent &ids = copy_.ids;
+    if (ids.nbytes == 0) return;
+    const size_t nbytes = static_cast<size_t>(ids.nbytes);
+    if (nbytes > kMostInline) throw Malformed("more values than a command takes");
+    const std::lock_guard<std::mutex> lock(link_.pages_mutex);
+    void *pages = link_.pages.get();
+    std::memcpy(pages, reinterpret_cast<const void *>(ids.from), nbytes);
+    check(called(link_,
+                 [&] {
+                   return link_.driver.copy_inline(static_cast<uint64_t>(ids.to), pages, nbytes,
+                                                   handle_of(copy_.streams[kBefore]));
+                 }),
+          PORTAKV_LINK_IDS, ids.nbytes / 8);
+  }
+
+  int perform(const ScheduleStep &step) {
+    const Driver &driver = link_.driver;
+    const int64_t stream = copy_.streams[step.stream];
+    const auto event = [&] {
+      return handle_of(reinterpret_cast<const int64_t *>(copy_.events)[step.number]);
+    };
+    failing_ = PORTAKV_LINK_EVENT;
+    switch (step.kind) {
+      case kWait:
+        return called(link_, [&] { return driver.wait(handle_of(stream), event(), 0); });
+      case kRecord:
+        return called(link_, [&] { return driver.record(event(), handle_of(stream)); });
+      case kStage: {
+        failing_ = PORTAKV_LINK_STAGE;
+        const SliceCut &cut = cuts_[step.number];
+        return called(link_, [&] {
+          return launch_stage(planes_[cut.planes], stages_[static_cast<size_t>(cut.planes)],
+                              copy_.order.downward != 0, buffer(step.number), cut,
+                              handle_of(stream));
+        });
+      }
+      case kCross:
+        cross(step.number, stream);
+        return 0;
+    }
+    return 0;
+  }
+
+  int64_t buffer(int64_t slice) const {
+    return reinterpret_cast<const int64_t *>(copy_.memory)[buffer_of(copy_.order, slice)];
+  }
+
+  void cross(int64_t slice, int64_t stream) {
+    const SliceCut &cut = cuts_[slice];
+    const SlicePlanes &planes = planes_[cut.planes];
+    const bool down = copy_.order.downward != 0;
+    PiecesRequest request{};
+    Positions dense{};
+    dense.addresses = buffer(slice);
+    dense.entries = 1;
+    dense.step = 1;
+    dense.offset = planes.dense.offset;
+    dense.slots = planes.dense.slots;
+    Positions host = planes.host;
+    host.offset += cut.start;
+    request.src = down ? dense : host;
+    request.dst = down ? host : dense;
+    request.count = cut.count;
+    request.limits = copy_.limits;
+    (down ? request.dst_whole : request.src_whole) = planes.whole;
+    request.merged = 1;
+    request.edged = 1;
+    request.registered = copy_.registered;
+    (down ? request.dst_edges : request.src_edges) = planes.edges;
+    Crossing crossing = copy_.crossing;
+    crossing.stream = stream;
+    Submission(link_, crossing)
+        .submit(pieces_.list(plans_[static_cast<size_t>(cut.planes)], request));
+  }
+
+  portakv_link &link_;
+  const SlicedCopy &copy_;
+  const SlicePlanes *planes_;
+  const SliceCut *cuts_;
+  std::vector<Plan> plans_;   // of the link's stage, for each planes
+  std::vector<Plan> stages_;  // of the device's stage
+  PieceList pieces_;
+  int64_t at_ = 0;
+  int64_t failing_ = 0;
+};
+
+// Run a body; write what it refused. Return 0, or the code.
+template <class Body>
+int64_t judged(portakv_link_fault *fault, Body &&body) {
+  std::memset(fault, 0, sizeof *fault);
+  fault->code = guarded([&]() -> int64_t {
+    try {
+      body();
+    } catch (const Refused &refused) {
+      fault->what = refused.what;
+      std::memcpy(fault->values, refused.values, sizeof fault->values);
+      return refused.code;
+    } catch (const NeedsEdges &) {
+      return PORTAKV_RUNS_EDGES;
+    }
+    return 0;
+  });
+  return fault->code;
+}
+
+}  // namespace
+}  // namespace portakv
+
+extern "C" {
+
+int64_t portakv_link_schedule(const int64_t *words, int64_t *out, int64_t room) {
+  return guarded([&] {
+    SliceOrder order;
+    std::memcpy(&order, words, sizeof order);
+    if (order.slices < 0 || order.buffers < 1 || order.buffers > 62 || order.first < 0) {
+      throw Malformed("an order of slices has other numbers");
+    }
+    Writer writer(out, room);
+    std::vector<ScheduleStep> group;
+    const auto add = [&](const ScheduleStep &step) { group.push_back(step); };
+    const auto write = [&] {
+      writer.word(static_cast<int64_t>(group.size()));
+      for (const ScheduleStep &step : group) {
+        writer.word(step.kind);
+        writer.word(step.stream);
+        writer.word(step.number);
+      }
+      group.clear();
+    };
+    first_steps(order, add);
+    write();
+    for (int64_t slice = 0; slice < order.slices; slice++) {
+      slice_steps(order, slice, add);
+      write();
+    }
+    last_steps(order, add);
+    write();
+    failed_steps(order, add);
+    write();
+    return writer.count();
+  });
+}
+
+portakv_link *portakv_link_open(const int64_t *functions) {
+  auto *link = new (std::nothrow) portakv_link();
+  static_assert(sizeof(Driver) == 12 * sizeof(int64_t), "functions are words");
+  if (link != nullptr) std::memcpy(static_cast<void *>(&link->driver), functions, sizeof(Driver));
+  return link;
+}
+
+void portakv_link_close(portakv_link *link) {
+  if (link->event != nullptr) link->driver.destroy_event(link->event);
+  delete link;
+}
+
+int64_t portakv_link_submit(portakv_link *link, const int64_t *const *columns, int64_t number,
+                            const int64_t *words, portakv_link_fault *fault) {
+  return judged(fault, [&] {
+    Crossing crossing;
+    std::memcpy(&crossing, words, sizeof crossing);
+    const Listed pieces{{columns[0], columns[1], columns[2], number},
+                        columns[3], columns[4], columns[5]};
+    Submission(*link, crossing).submit(pieces);
+  });
+}
+
+int64_t portakv_link_copy(portakv_link *link, const int64_t *plan_words, const int64_t *request,
+                          const int64_t *words, portakv_link_fault *fault) {
+  return judged(fault, [&] {
+    Crossing crossing;
+    std::memcpy(&crossing, words, sizeof crossing);
+    PiecesRequest asked;
+    std::memcpy(&asked, request, sizeof asked);
+    PieceList pieces;
+    Submission(*link, crossing).submit(pieces.list(read_plan(plan_words), asked));
+  });
+}
+
+int64_t portakv_link_run(portakv_link *link, const int64_t *words, portakv_link_fault *fault) {
+  return judged(fault, [&] {
+    SlicedCopy copy;
+    std::memcpy(&copy, words, sizeof copy);
+    SlicedRun run(*link, copy);
+    try {
+      run.run();
+    } catch (...) {
+      fault->slice = run.at();
+      throw;
+    }
+  });
+}
+
+void portakv_link_time(portakv_link *link, int on, int64_t *out) {
+  out[0] = link->nanoseconds.exchange(0);
+  out[1] = link->calls.exchange(0);
+  link->timed = on != 0;
+}
+
+}  // extern "C"

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+// The link between a device and the host: the schedule of a copy in slices, and CUDA's driver, to
+// which slices and their pieces are submitted.
+#ifndef PORTAKV_LINK_H
+#define PORTAKV_LINK_H
+
+#include <cstdint>
+
+namespace portakv {
+
+// --- The schedule -----------------------------------------------------------------------------
+//
+// A copy crosses in slices. Each has two stages: the device's, between its rows and dense rows in a
+// buffer, and the link's, between that buffer and the host's rows. This is the one description of
+// who waits for what. Two executors follow it: `portakv_link_run`, by CUDA's driver and the kernels
+// that copy rows, and `Passage` of portakv/interconnect/passage.py, by the torch of any device.
+
+// Words: the members in their order.
+struct SliceOrder {
+  int64_t slices;
+  int64_t buffers;   // used in turns
+  int64_t first;     // the buffer of the first slice
+  int64_t used;      // bit n: the event of buffer n marks a use by an earlier copy
+  int64_t downward;  // 1: from the device to the host, so that the device's stage comes first
+  int64_t alone;     // 1: all is ordered on the stream of the copy
+  int64_t detached;  // 1: later copies do not wait for the end of this one
+};
+
+enum StepKind : int64_t {
+  kWait = 0,    // the stream waits for the event `number`
+  kRecord = 1,  // the event `number` marks the present work of the stream
+  kStage = 2,   // the device's stage of slice `number`, on the stream
+  kCross = 3    // the link's stage of slice `number`, on the stream
+};
+
+enum StreamOf : int64_t {
+  kWork = 0,   // the copy's stream, which waits for its end
+  kHalf = 1,   // of the device's stages
+  kLink = 2,   // of the slices that cross
+  kBefore = 3  // whose present work comes before the copy
+};
+
+// Words: the members in their order.
+struct ScheduleStep {
+  StepKind kind;
+  StreamOf stream;
+  int64_t number;
+};
+
+// Events: the last use of each buffer by its number, then these.
+enum EventOf : int64_t { kBegun = 0, kHanded = 1, kEnded = 2, kEvents = 3 };
+
+inline int64_t buffer_of(const SliceOrder &order, int64_t slice) {
+  return (order.first + slice) % order.buffers;
+}
+
+// Pass the steps before the first slice to `out`.
+template <class Out>
+void first_steps(const SliceOrder &order, Out &&out) {
+  if (order.alone != 0) return;
+  // The other stream waits for this one before each slice.
+  const int64_t begun = order.buffers + kBegun;
+  out(ScheduleStep{kRecord, kBefore, begun});
+  out(ScheduleStep{kWait, order.downward != 0 ? kHalf : kLink, begun});
+}
+
+// Pass the steps of a slice to `out`.
+template <class Out>
+void slice_steps(const SliceOrder &order, int64_t slice, Out &&out) {
+  const bool down = order.downward != 0;
+  const bool alone = order.alone != 0;
+  const StepKind stages[2] = {down ? kStage : kCross, down ? kCross : kStage};
+  const StreamOf streams[2] = {alone ? kWork : down ? kHalf : kLink,
+                               alone ? kWork : down ? kLink : kHalf};
+  const int64_t buffer = buffer_of(order, slice);
+  const bool before = slice >= order.buffers || ((order.used >> buffer) & 1) != 0;
+  // On one stream its own order suffices.
+  if (before && !alone) out(ScheduleStep{kWait, streams[0], buffer});
+  out(ScheduleStep{stages[0], streams[0], slice});
+  if (!alone) {
+    out(ScheduleStep{kRecord, streams[0], order.buffers + kHanded});
+    out(ScheduleStep{kWait, streams[1], order.buffers + kHanded});
+  }
+  out(ScheduleStep{stages[1], streams[1], slice});
+  // The next copy waits for the stream of this one, unless it is detached.
+  const bool after = order.detached != 0 || slice + order.buffers < order.slices;
+  if (after && !alone) out(ScheduleStep{kRecord, streams[1], buffer});
+}
+
+// Pass the steps after the last slice to `out`.
+template <class Out>
+void last_steps(const SliceOrder &order, Out &&out) {
+  if (order.alone != 0) return;
+  // The second stage of the last slice comes after everything else.
+  const int64_t ended = order.buffers + kEnded;
+  out(ScheduleStep{kRecord, order.downward != 0 ? kLink : kHalf, ended});
+  out(ScheduleStep{kWait, kWork, ended});
+}
+
+// Pass the steps to `out` that replace all that were left out after one failed: what was submitted
+// stays part of the copy's stream, and the slice that failed may still use its buffer.
+template <class Out>
+void failed_steps(const SliceOrder &order, Out &&out) {
+  if (order.alone != 0) return;
+  const int64_t ended = order.buffers + kEnded;
+  for (const StreamOf stream : {kHalf, kLink}) {
+    out(ScheduleStep{kRecord, stream, ended});
+    out(ScheduleStep{kWait, kWork, ended});
+  }
+  if (order.detached == 0) return;
+  const int64_t used = order.slices < order.buffers ? order.slices : order.buffers;
+  for (int64_t slice = 0; slice < used; slice++) {
+    out(ScheduleStep{kRecord, kWork, buffer_of(order, slice)});
+  }
+}
+
+// --- Crossings --------------------------------------------------------------------------------
+
+// How pieces are submitted; portakv/interconnect/link.py has the reasons. Words: the members.
+struct SubmitRules {
+  int64_t in_a_row;  // bytes on one stream without a rest
+  int64_t first;     // entries of the first of several batches
+  int64_t most;      // entries of a batch
+  int64_t growth;    // each batch is so many times as long as the batch before it
+  int64_t least;     // fewer plain copies are separate calls
+};
+
+// A stream that pieces cross on. Words: the members.
+struct Crossing {
+  int64_t to_device;
+  int64_t stream;
+  int64_t aside;  // replaces the legacy default stream, which rejects batches
+  SubmitRules rules;
+};
+
+}  // namespace portakv
+
+#endif

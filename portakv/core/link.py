@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Call the core for the link: the schedule of slices, and CUDA's driver.
+
+`native/core/link.h` and `native/core/link.cpp` describe the words.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from ctypes import c_char_p, c_int, c_int64, c_void_p
+from functools import cache
+from struct import Struct
+from struct import error as StructError
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from portakv.core.library import library, pylibrary
+from portakv.core.plan import NO_MEMORY
+from portakv.core.runs import Int64, pack_request
+from portakv.errors import PortaKVError
+
+# The codes of `core.h`.
+OUTSIDE = -20
+EDGES = -21
+COPY, BATCH, REST, WORD, EVENT, STAGE, IDS = range(1, 8)
+
+# The kinds of a step, and the streams; `link.h` has them.
+WAIT, RECORD, STAGED, CROSSED = range(4)
+
+#: A step of a schedule: its kind, its stream, and the number of an event or a slice.
+Step: TypeAlias = tuple[int, int, int]
+
+#: The driver's functions, in the order of `portakv_link_open`.
+FUNCTIONS = (
+    "cuMemcpyAsync",
+    "cuMemcpy2DAsync_v2",
+    "cuMemcpyBatchAsync_v2",
+    "cuMemcpyBatchAsync",
+    "cuStreamWaitValue32_v2",
+    "cuMemHostAlloc",
+    "cuThreadExchangeStreamCaptureMode",
+    "cuEventCreate",
+    "cuEventDestroy_v2",
+    "cuEventRecord",
+    "cuStreamWaitEvent",
+    "cuMemcpyHtoDAsync_v2",
+)
+#: Events of a schedule besides those of the buffers.
+EVENTS = 3
+
+_order = Struct("=7q").pack
+#: A `Crossing`: the direction, the stream, the stream aside, and the five rules.
+pack_crossing = Struct("=8q").pack
+#: The words of `SlicePlanes`: those before both sides, and those after them.
+pack_stage = Struct("=3q").pack
+pack_host = Struct("=12q").pack
+#: A `SlicedCopy`.
+pack_sliced = Struct("=35q").pack
+
+
+class SliceOrder(NamedTuple):
+    """What a schedule depends on; `SliceOrder` of `link.h` describes the members."""
+
+    slices: int
+    buffers: int
+    first: int
+    used: int
+    downward: bool
+    alone: bool
+    detached: bool
+
+
+class Schedule(NamedTuple):
+    """The steps of a copy in slices: before the first slice, of each slice, after the last one, and
+    after a step that failed."""
+
+    before: list[Step]
+    slices: list[list[Step]]
+    after: list[Step]
+    failed: list[Step]
+
+
+class Fault(NamedTuple):
+    """What a call of the link refused; `portakv_link_fault` of `core.h`."""
+
+    code: int
+    what: int
+    slice: int
+    values: tuple[int, int]
+
+
+class _Fault(ctypes.Structure):
+    _fields_ = [
+        ("code", c_int64),
+        ("what", c_int64),
+        ("slice", c_int64),
+        ("values", c_int64 * 2),
+    ]
+
+
+def schedule_of(order: SliceOrder) -> Schedule:
+    """Return the schedule of a copy in slices, which an executor in Python follows."""
+    out = array("q", bytes(8 * (64 + 32 * order.slices)))
+    number = _functions().schedule(_order(*order), out.buffer_info()[0], len(out))
+    if not 0 <= number <= len(out):
+        raise PortaKVError("Expected an order of slices. Report this as a bug.")
+    words = iter(out[:number])
+    groups = [
+        [(next(words), next(words), next(words)) for _ in range(next(words))]
+        for _ in range(order.slices + 3)
+    ]
+    before, *slices, after, failed = groups
+    return Schedule(before, slices, after, failed)
+
+
+class Link:
+    """CUDA's driver as the core calls it, by any thread; see `portakv_link_open`."""
+
+    def __init__(self, driver: ctypes.CDLL) -> None:
+        core = _functions()
+        addresses = array("q", [_address(driver, name) for name in FUNCTIONS])
+        #: Whether the driver takes many copies in one call.
+        self.batches = bool(addresses[2] or addresses[3])
+        self._library = driver  # whose functions are called
+        self._close = core.close
+        self._link = core.open(addresses.buffer_info()[0])
+        if not self._link:
+            raise MemoryError("The core has no memory for a link.")
+
+    def submit(self, columns: Sequence[Int64], crossing: bytes) -> Fault | None:
+        """Order pieces; `Pieces` has the columns. Return what was refused."""
+        arrays = [np.ascontiguousarray(column) for column in columns]
+        pointers = array("q", [each.__array_interface__["data"][0] for each in arrays])
+        fault = _Fault()
+        at = pointers.buffer_info()[0]
+        if _functions().submit(self._link, at, arrays[0].size, crossing, _at(fault)):
+            return _refused(fault)
+        return None
+
+    def copy(self, plan: int, request: Sequence[int], crossing: bytes) -> Fault | None:
+        """Order the pieces of a copy; `list_pieces` describes the request."""
+        try:
+            words = pack_request(*request)
+        except StructError:  # a number past 64 bits
+            return Fault(OUTSIDE, 0, 0, (0, 0))
+        fault = _Fault()
+        if _functions().copy(self._link, plan, words, crossing, _at(fault)):
+            return _refused(fault)
+        return None
+
+    def run(self, copy: bytes) -> Fault | None:
+        """Submit a copy in slices, by `pack_sliced`."""
+        fault = _Fault()
+        if _functions().run(self._link, copy, _at(fault)):
+            return _refused(fault)
+        return None
+
+    def time(self, on: bool) -> tuple[int, int]:
+        """Return the nanoseconds inside calls of the driver, and their number, since the last call;
+        count them from now on, or not."""
+        out = (c_int64 * 2)()
+        _functions().time(self._link, on, ctypes.addressof(out))
+        return out[0], out[1]
+
+    def __del__(self) -> None:
+        if getattr(self, "_link", 0):
+            self._close(self._link)
+
+
+def _at(fault: _Fault) -> int:
+    return ctypes.addressof(fault)
+
+
+def _refused(fault: _Fault) -> Fault:
+    """Return what was refused; raise an error for a code that no caller words."""
+    if fault.code == NO_MEMORY:
+        raise MemoryError("The core has no memory for the pieces of a copy.")
+    if fault.code == -1:
+        raise PortaKVError(
+            "Expected a plan and positions that fit each other. Report this as a bug."
+        )
+    return Fault(fault.code, fault.what, fault.slice, (fault.values[0], fault.values[1]))
+
+
+def _address(driver: ctypes.CDLL, name: str) -> int:
+    """Return the address of a function; 0 if an old driver lacks one that has a substitute."""
+    optional = ("cuMemcpyBatchAsync_v2", "cuMemcpyBatchAsync", "cuThreadExchangeStreamCaptureMode")
+    if name in optional and not hasattr(driver, name):
+        return 0
+    return ctypes.cast(driver[name], c_void_p).value or 0
+
+
+class _Functions(NamedTuple):
+    schedule: Any
+    open: Any
+    close: Any
+    submit: Any
+    copy: Any
+    run: Any
+    time: Any
+
+
+@cache
+def _functions() -> _Functions:
+    """Return the functions with their prototypes. Those that call the driver release the
+    interpreter."""
+    core = library()
+    schedule = pylibrary().portakv_link_schedule
+    schedule.argtypes = (c_char_p, c_void_p, c_int64)
+    schedule.restype = c_int64
+    make = core.portakv_link_open
+    make.argtypes = (c_void_p,)
+    make.restype = c_void_p
+    close = core.portakv_link_close
+    close.argtypes = (c_void_p,)
+    close.restype = None
+    submit = core.portakv_link_submit
+    submit.argtypes = (c_void_p, c_void_p, c_int64, c_char_p, c_void_p)
+    submit.restype = c_int64
+    copy = core.portakv_link_copy
+    copy.argtypes = (c_void_p, c_void_p, c_char_p, c_char_p, c_void_p)
+    copy.restype = c_int64
+    run = core.portakv_link_run
+    run.argtypes = (c_void_p, c_char_p, c_void_p)
+    run.restype = c_int64
+    time = core.portakv_link_time
+    time.argtypes = (c_void_p, c_int, c_void_p)
+    time.restype = None
+    return _Functions(schedule, make, close, submit, copy, run, time)

@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A copy in slices that the core submits to CUDA's driver, of which a stand-in does the work late.
+
+Bytes are judged after every order of the streams that the waits allow. Without any one of the waits
+some order gives other bytes.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from itertools import permutations
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.cuda_on_cpu import CPU, why_not
+from support.late_driver import LateDriver, Work, perform
+
+from portakv import CopyPlan, Index, KVView, SlotError, TransferError, copy_rows
+from portakv.backends.rows_kernel import kernels_of
+from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
+from portakv.core.link import EVENTS
+from portakv.core.rows import Kernels
+from portakv.host import pinned, small
+from portakv.interconnect import link
+from portakv.interconnect.link import CudaLink
+from portakv.interconnect.passage import Passage, Sent, by_backend
+from portakv.interconnect.slices import BothStages, RowSlice, Sizes, Slice, cuts, sliced
+from portakv.interconnect.staging import DETACHED_RING, RING, Staging, dense_rows
+from portakv.interconnect.submission import submit
+from portakv.runtime import cuda
+
+#: The handles of streams: a copy's four, and one in place of the legacy default stream.
+WORK, HALF, LINK, BEFORE, ASIDE = range(51, 56)
+BLOCK = 4
+USUAL = Sizes(0, 1 << 10, 2 << 10)
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+#: Layouts of a cache of 2 layers and 2 kv: its shape for some blocks, and whether it is a list.
+LAYOUTS: dict[str, Callable[[int], Any]] = {
+    "block layer kv token head dim": lambda n: torch.zeros(n, 2, 2, BLOCK, 2, 16),
+    "layer kv block token head dim": lambda n: torch.zeros(2, 2, n, BLOCK, 2, 16),
+    "layer | block kv token head dim": lambda n: [
+        torch.zeros(n, 2, BLOCK, 2, 16) for _ in range(2)
+    ],
+}
+
+
+def stream(handle: int) -> Any:
+    return SimpleNamespace(device=CPU, cuda_stream=handle)
+
+
+def tensors_of(view: KVView) -> list[torch.Tensor]:
+    return list(view.owners)
+
+
+class OnHost(BothStages[Any]):
+    """Stages of host memory, the device's by the kernels that a driver does late."""
+
+    def __init__(self, plan: CopyPlan, downward: bool, driver: LateDriver) -> None:
+        super().__init__(plan, dense_rows(plan.dst if downward else plan.src), plan.token_bytes)
+        self.downward = downward
+        self._driver = driver
+
+    def part(self, rows: KVView, host: KVView) -> OnHost:
+        src, dst = (rows.form, host.form) if self.downward else (host.form, rows.form)
+        plan = self.plan
+        assert isinstance(plan, CopyPlan)
+        part = CopyPlan(src, dst, plan.src_step, plan.dst_step, plan.unit)
+        return OnHost(part, self.downward, self._driver)
+
+    def of(self, dense: KVView, slots: int) -> tuple[Any, CopyPlan]:
+        plan = self.plan
+        form = dense.form
+        ends = (plan.src, form, plan.src_step, 0), (form, plan.dst, 0, plan.dst_step)
+        stage, crossing = ends if self.downward else ends[::-1]
+        made = CopyPlan(*stage, plan.unit)
+        kernels = kernels_of(made)
+        table = Kernels(self._driver.entry)
+        LoadedKernels(self._driver, lambda: False).add_to(table, kernels)
+        launch = RowsLaunch(made, kernels, table, self._driver, CPU)
+        return SimpleNamespace(launch=launch), CopyPlan(*crossing, plan.unit)
+
+
+class HostStaging(Staging):
+    """Buffers of host memory, with streams and events that are numbers."""
+
+    def __init__(self, detached: bool) -> None:
+        self._device = CPU
+        self._memory = []
+        self.detached = detached
+        self.half: Any = stream(HALF)
+        self.link: Any = stream(LINK)
+        self.buffers = DETACHED_RING if detached else RING
+        self.events = [None] * (self.buffers + EVENTS)
+        self._turn = self._used = 0
+
+    def allocate(self, nbytes: int) -> None:
+        """Make buffers that are full of other bytes."""
+        self._memory = [
+            torch.full((nbytes,), 85, dtype=torch.uint8, device="cpu") for _ in range(self.buffers)
+        ]
+
+    def handles(self) -> array[int]:
+        return array("q", range(100, 100 + self.buffers + EVENTS))
+
+
+class Rig:
+    """A copy between blocks of a "device" and of the host, with work before and after it."""
+
+    def __init__(
+        self,
+        patch: pytest.MonkeyPatch,
+        layouts: tuple[str, str],
+        downward: bool,
+        seed: int = 0,
+        blocks: int = 9,
+        detached: bool = False,
+        host_ids: bool = True,
+        sizes: Sizes = USUAL,
+        work: int = WORK,
+        sends: bool = False,
+        usual: bool = False,
+    ) -> None:
+        self.work = work
+        self._sends = sends
+        self._ids: list[torch.Tensor] = []
+        self.driver = LateDriver()
+        patch.setattr(cuda, "library", lambda: self.driver)
+        patch.setattr(cuda, "adopt", lambda device: None)
+        patch.setattr(cuda, "raw", lambda stream, index: stream.cuda_stream)
+        patch.setattr(link, "own_stream", lambda device: stream(ASIDE))
+        patch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+        self.downward = downward
+        random = np.random.default_rng(seed)
+        sides = []
+        for layout in layouts:
+            made = LAYOUTS[layout](blocks + 3)
+            halves = [x.to(torch.float16) for x in (made if isinstance(made, list) else [made])]
+            for tensor in halves:
+                noise = random.integers(0, 1 << 10, tensor.shape)
+                tensor.copy_(torch.from_numpy(noise))
+            sides.append(KVView(halves if isinstance(made, list) else halves[0], layout))
+        self.rows, self.host = sides
+        self.count = blocks * BLOCK
+        orders = [random.permutation(blocks + 3)[:blocks] for _ in range(2)]
+        self.device_index = Index(torch.from_numpy(orders[0].copy()), BLOCK)
+        self.host_index = Index(torch.from_numpy(orders[1].copy()), BLOCK)
+        if not host_ids:
+            self.host_index = Index(offset=2 * BLOCK)
+        self.ends = (self.rows, self.host)[:: 1 if downward else -1]
+        self.indices = (self.device_index, self.host_index)[:: 1 if downward else -1]
+        steps = [0 if index.ids is None else BLOCK for index in self.indices]
+        plan = CopyPlan(self.ends[0].form, self.ends[1].form, *steps)
+        self.stages = OnHost(plan, downward, self.driver)
+        self.buffers = HostStaging(detached)
+        if usual and self.stages.dense.any_length:
+            memory = torch.zeros(1 << 16, dtype=torch.uint8, device="cpu")
+            quantum = self.stages.quantum
+            self.stages.usual = self.stages.of(self.stages.dense.view(memory, quantum), quantum)
+        self.link = CudaLink(torch.device("cuda", 0))
+        self.sizes = sizes
+        source, target = map(tensors_of, self.ends)
+        self._source = [tensor.clone() for tensor in source]
+        self._before = [tensor.clone() for tensor in target]
+        src, dst = self.ends
+        by_oracle = copy_rows(src, dst, *self.indices, count=self.count, backend="reference")
+        by_oracle.synchronize()
+        self.expected = [tensor.clone() for tensor in target]
+        self.result = [torch.zeros_like(tensor) for tensor in target]
+
+    def passage(self) -> Passage[Any]:
+        several = self.host_index.ids is None and len(self.host.origins) == 1
+        outside = self.stages.dense.outside if several else ()
+        form = self.host.form
+        cut = cuts(form, outside, self.count, self.stages.quantum, self.downward, self.sizes)
+        ends = self.rows, self.host
+        most = self.sizes.largest
+        slices: list[RowSlice]
+        slices = sliced(self.stages, cut, ends, self.host_index, bool(outside), most, Slice)
+        passage: Passage[Any] = Passage(
+            self.downward, self.buffers, stream(self.work), slices, by_backend, lambda *_: None
+        )
+        nbytes = max(each.nbytes for each in passage.planes)
+        if not self.buffers._memory or self.buffers._memory[0].numel() < nbytes:
+            self.buffers.allocate(nbytes)
+        index = self.device_index
+        if self._sends:
+            array = index.host_ids()
+            ids = torch.zeros(array.size, dtype=torch.int64, device="cpu")
+            self._ids.append(ids)
+            passage.sent = Sent(array, ids)
+            index = Index(ids, BLOCK)
+        for planes in passage.planes:
+            planes.settle(self.buffers)
+            passage.placed.append(index)
+        if self.buffers.detached:
+            passage.streams[3] = stream(BEFORE)
+        return passage
+
+    def issue(self, copies: int = 1) -> None:
+        """Note the source's last write, the copies, and the first read of the destination."""
+        before = BEFORE if self.buffers.detached else self.work
+        assert not self.driver.note("write", before, self._write)
+        for _ in range(copies):
+            submit(self.link, self.passage(), self.host_index)
+        self.driver.note("read", self.work, self._read)
+
+    def _write(self) -> None:
+        for tensor, value in zip(tensors_of(self.ends[0]), self._source, strict=True):
+            tensor.copy_(value)
+
+    def _read(self) -> None:
+        for tensor, value in zip(self.result, tensors_of(self.ends[1]), strict=True):
+            tensor.copy_(value)
+
+    def right(self, eager: tuple[int, ...], without: int = -1) -> bool:
+        """Do the work; return whether what was read is right."""
+        for tensor in tensors_of(self.ends[0]):
+            tensor.fill_(77)
+        for tensor, value in zip(tensors_of(self.ends[1]), self._before, strict=True):
+            tensor.copy_(value)
+        for memory in self.buffers._memory:
+            memory.fill_(85)
+        for ids in self._ids:
+            ids.zero_()
+        perform(self.driver.queue, eager, without)
+        return all(map(torch.equal, self.result, self.expected))
+
+    @property
+    def orders(self) -> list[tuple[int, ...]]:
+        streams = dict.fromkeys(work.stream for work in self.driver.queue)
+        return list(permutations(streams))
+
+
+DOWNWARD = pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
+
+
+@DOWNWARD
+@pytest.mark.parametrize("detached", [False, True], ids=["", "detached"])
+def test_each_wait_is_needed_and_no_other(
+    downward: bool, detached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layouts = "layer | block kv token head dim", "block layer kv token head dim"
+    rig = Rig(monkeypatch, layouts, downward, blocks=14, detached=detached, sends=True)
+    rig.issue()
+    kinds = [work.kind for work in rig.driver.queue]
+    slices = kinds.count("launch")
+    assert slices > rig.buffers.buffers + 1
+    reused = slices - rig.buffers.buffers
+    assert kinds.count("wait") == slices + reused + 2
+    assert all(map(rig.right, rig.orders))
+    for nth, work in enumerate(rig.driver.queue):
+        if work.kind == "wait":
+            assert not all(rig.right(order, nth) for order in rig.orders), nth
+
+
+@DOWNWARD
+def test_a_wrong_piece_is_seen(downward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts = "layer kv block token head dim", "block layer kv token head dim"
+    rig = Rig(monkeypatch, layouts, downward, sends=True)
+    rig.issue()
+    order = rig.orders[0]
+    assert rig.right(order)
+    queue = rig.driver.queue
+    for nth, work in enumerate(queue):
+        if work.kind in ("copy", "rows", "batch", "launch", "ids"):
+            queue[nth] = Work(work.kind, work.stream, lambda: None)
+            assert not rig.right(order)
+            queue[nth] = work
+
+
+@given(st.data())
+def test_every_byte_in_every_order(data: st.DataObject) -> None:
+    draw = data.draw
+    layouts = draw(st.tuples(st.sampled_from(sorted(LAYOUTS)), st.sampled_from(sorted(LAYOUTS))))
+    detached = draw(st.booleans())
+    smallest, largest = draw(st.sampled_from([(1, 1), (512, 1024), (1024, 1 << 12), (1, 1 << 20)]))
+    with pytest.MonkeyPatch.context() as patch:
+        if draw(st.booleans()):  # no batches
+            patch.setattr(link, "LEAST_BATCH", 1 << 30)
+        patch.setattr(link, "IN_A_ROW", draw(st.sampled_from([1 << 40, 3000, 100])))
+        rig = Rig(
+            patch,
+            layouts,
+            draw(st.booleans()),
+            draw(st.integers(0, 99)),
+            draw(st.integers(1, 12)),
+            detached,
+            draw(st.booleans()),
+            Sizes(draw(st.sampled_from([0, 2048, 1 << 20])), smallest, largest),
+            draw(st.sampled_from([WORK, 0])),
+            draw(st.booleans()),
+            draw(st.booleans()),
+        )
+        if draw(st.booleans()):  # the host's memory was registered in two parts
+            part = tensors_of(rig.host)[0]
+            patch.setattr(pinned, "boundaries", lambda: (part.data_ptr() + part.nbytes // 3,))
+        rig.issue(draw(st.integers(1, 2)))
+        for order in rig.orders:
+            assert rig.right(order)
+
+
+@DOWNWARD
+@pytest.mark.parametrize("detached", [False, True], ids=["", "detached"])
+def test_what_was_submitted_stays_ordered(
+    downward: bool, detached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever call is refused: the caller's stream waits for both others, and a detached copy
+    after it for the buffers."""
+    layouts = "block layer kv token head dim", "block layer kv token head dim"
+    rig = Rig(monkeypatch, layouts, downward, detached=detached)
+    submit(rig.link, rig.passage(), rig.host_index)
+    calls = len(rig.driver.queue)
+    for refused in range(calls):
+        rig.driver.forget()
+        rig.driver.refuse_at = refused
+        with pytest.raises(TransferError, match="error 1"):
+            submit(rig.link, rig.passage(), rig.host_index)
+        queue = rig.driver.queue
+        waits = [work.after for work in queue if work.kind == "wait" and work.stream == WORK]
+        for stream in (HALF, LINK):
+            moved = [n for n, x in enumerate(queue) if x.stream == stream and x.kind != "record"]
+            assert not moved or any(x > moved[-1] for x in waits if queue[x].stream == stream)
+        marked = [work for work in queue if work.kind == "record" and work.stream == WORK]
+        assert len(marked) >= detached * rig.buffers.buffers
+
+
+def test_the_sentences_of_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts = "block layer kv token head dim", "block layer kv token head dim"
+    rig = Rig(monkeypatch, layouts, True)
+    sentences = [
+        (0, False, "an event that orders copies"),
+        (0, True, "A copy of 9 values: expected success"),
+        (2, False, "The launch: expected success"),
+    ]
+    for refuse_at, sends, what in sentences:
+        rig.driver.forget()
+        rig._sends = sends
+        rig.driver.refuse_at = refuse_at
+        with pytest.raises(TransferError, match=what):
+            submit(rig.link, rig.passage(), rig.host_index)
+    rig.driver.refuse_at = -1
+    rig._sends = False
+    passage = rig.passage()
+    ids = rig.host_index.ids
+    assert ids is not None
+    passage.slices[0]._whole_index = Index(torch.full_like(ids, 99), BLOCK)
+    with pytest.raises(SlotError, match="99"):
+        submit(rig.link, passage, passage.slices[0]._whole_index)
+
+
+def test_which_ids_the_core_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of one call that are not there, as few as a command takes, to a device that takes
+    them."""
+    layouts = "block layer kv token head dim", "block layer kv token head dim"
+    rig = Rig(monkeypatch, layouts, True)
+    can = SimpleNamespace(index_dtypes=frozenset({torch.int64}))
+    ready: Any = SimpleNamespace(ids_device=CPU, can=can)
+    monkeypatch.setattr(small, "by_inline", lambda device: True)
+    passage = rig.passage()
+    short = torch.tensor([1, 2], dtype=torch.int32)
+    many = torch.zeros(1 << 14, dtype=torch.int32)
+    for kept in (Index(short, BLOCK), Index.of(many, BLOCK), Index.of([1, 2], BLOCK)):
+        assert passage._sent(kept, ready) is None
+    brought = Index.of(short, BLOCK).shifted(BLOCK)
+    for _ in range(2):  # all stages read one copy
+        placed = passage._sent(brought, ready)
+        assert placed is not None
+        assert passage.sent is not None
+        assert placed.ids is passage.sent.ids
+        assert (placed.step, placed.offset) == (BLOCK, BLOCK)
+        assert passage.sent.array.tolist() == [1, 2]
+    monkeypatch.setattr(small, "by_inline", lambda device: False)
+    assert rig.passage()._sent(brought, ready) is None
