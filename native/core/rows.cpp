@@ -13,33 +13,6 @@
 namespace portakv {
 namespace {
 
-// `Request` of rows.cuh: what a call fixes about one side.
-struct Request {
-  int64_t base;
-  int64_t table;
-  int64_t ids;
-  int64_t wide;
-  int64_t first;
-  int64_t limit;
-};
-
-// `Copy` of rows.cuh up to the tables that follow it.
-struct Argument {
-  Request from;
-  Request to;
-  uint32_t units;
-  uint32_t start;
-  uint32_t unit;
-  uint32_t ahead;
-  int64_t status;
-  int64_t src[20];
-  int64_t dst[20];
-};
-static_assert(sizeof(Argument) == 120 + 2 * 160, "as rows.cuh declares it");
-static_assert(sizeof(RowsSide::steps) == sizeof(Argument::src), "one side of the argument");
-
-constexpr size_t kMostBytes = sizeof(Argument) + 2 * 8 * kMaxEntries;
-
 bool over_planes(const Loop &loop) {
   for (int64_t digits = loop.axes; digits != 0; digits /= 8) {
     if (digits % 8 != kLayer && digits % 8 != kKv) return false;
@@ -47,19 +20,13 @@ bool over_planes(const Loop &loop) {
   return true;
 }
 
+}  // namespace
+
 int64_t product_of(const std::vector<int64_t> &extents) {
   int64_t result = 1;
   for (int64_t extent : extents) result = product(result, extent);
   return result;
 }
-
-int64_t rounded_up(int64_t number, int64_t divisor) { return (number + divisor - 1) / divisor; }
-
-// One step of a loop on one side.
-struct Walk {
-  int64_t table;
-  int64_t stride;
-};
 
 RowsSide side_of(const Side &side, int64_t step, int64_t unit, bool on_device,
                  const std::vector<Walk> &outer, const std::vector<int64_t> &extents,
@@ -116,7 +83,46 @@ void write_side(const RowsSide &side, Writer &writer) {
   writer.word(side.table);
 }
 
-}  // namespace
+Argument fixed_argument(int64_t unit, const RowsSide &src, const RowsSide &dst) {
+  Argument argument{};
+  argument.unit = static_cast<uint32_t>(unit);
+  std::memcpy(argument.src, src.steps, sizeof argument.src);
+  std::memcpy(argument.dst, dst.steps, sizeof argument.dst);
+  return argument;
+}
+
+bool countable(const portakv_rows_side &src, const portakv_rows_side &dst, int64_t count,
+               int64_t unit) {
+  return std::max({src.slots, dst.slots, count}) / unit <= kMaxNumbers;
+}
+
+Request request_of(const RowsSide &fixed, const portakv_rows_side &side, int64_t unit) {
+  Request request{};
+  request.base = fixed.offset;
+  if (fixed.lookup == kByUnit) {
+    request.table = side.table + 8 * fixed.table;
+  } else if (fixed.lookup == kOneAddress) {
+    request.base += side.addresses[fixed.table];
+  }
+  request.first = side.offset / unit;
+  request.limit = side.slots / unit;
+  if (side.ids == 0) {
+    // A flat side may start anywhere, also between two units.
+    request.base += side.offset % unit * (fixed.stride / unit);
+    return request;
+  }
+  request.ids = side.ids;
+  request.wide = side.wide;
+  return request;
+}
+
+int64_t *place_table(const RowsSide &fixed, const portakv_rows_side &side, int64_t *place) {
+  *place = 0;  // the word of a side without a table
+  if (fixed.entries != 0) {
+    std::memcpy(place, side.addresses + fixed.table, 8 * static_cast<size_t>(fixed.entries));
+  }
+  return place + std::max<int64_t>(1, fixed.entries);
+}
 
 RowsShape rows_shape(const Nest &nest, int64_t unit, const RowsOptions &options) {
   std::vector<Loop> loops = nest.loops;
@@ -209,11 +215,6 @@ struct Kernel {
   Argument fixed;      // with all values that no call changes
 };
 
-// cuLaunchKernel and hipModuleLaunchKernel.
-using LaunchKernel = int (*)(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
-                             unsigned block_x, unsigned block_y, unsigned block_z,
-                             unsigned shared_bytes, void *stream, void **parameters, void **extra);
-
 Cut read_cut(Reader &reader) {
   Cut cut{};
   cut.threads = reader.word();
@@ -265,30 +266,6 @@ struct portakv_rows {
   LaunchKernel launch;
 };
 
-namespace {
-
-Request request_of(const RowsSide &fixed, const portakv_rows_side &side, int64_t unit) {
-  Request request{};
-  request.base = fixed.offset;
-  if (fixed.lookup == kByUnit) {
-    request.table = side.table + 8 * fixed.table;
-  } else if (fixed.lookup == kOneAddress) {
-    request.base += side.addresses[fixed.table];
-  }
-  request.first = side.offset / unit;
-  request.limit = side.slots / unit;
-  if (side.ids == 0) {
-    // A flat side may start anywhere, also between two units.
-    request.base += side.offset % unit * (fixed.stride / unit);
-    return request;
-  }
-  request.ids = side.ids;
-  request.wide = side.wide;
-  return request;
-}
-
-}  // namespace
-
 extern "C" {
 
 int64_t portakv_rows_describe(const int64_t *plan_words, int64_t nest, const int64_t *options,
@@ -327,9 +304,7 @@ portakv_rows *portakv_rows_open(const int64_t *plan_words, const int64_t *option
       for (size_t each = 0; each < 2; each++) {
         kernel.functions[each] = reinterpret_cast<void *>(functions[2 * i + each]);
       }
-      kernel.fixed.unit = static_cast<uint32_t>(plan.unit);
-      std::memcpy(kernel.fixed.src, kernel.shape.src.steps, sizeof kernel.fixed.src);
-      std::memcpy(kernel.fixed.dst, kernel.shape.dst.steps, sizeof kernel.fixed.dst);
+      kernel.fixed = fixed_argument(plan.unit, kernel.shape.src, kernel.shape.dst);
       rows->kernels.push_back(std::move(kernel));
     }
     return rows.release();
@@ -344,8 +319,7 @@ int portakv_rows_run(const portakv_rows *rows, const portakv_rows_side *src,
                      const portakv_rows_side *dst, int64_t count, uint64_t status, void *stream) {
   const int64_t unit = rows->unit;
   const int64_t units = count / unit;
-  // The kernel counts units in 32 bits, those of the views and those of the copy.
-  if (std::max({src->slots, dst->slots, count}) / unit > kMaxNumbers) return PORTAKV_ROWS_UNITS;
+  if (!countable(*src, *dst, count, unit)) return PORTAKV_ROWS_UNITS;
   alignas(16) unsigned char buffer[kMostBytes];
   for (const Kernel &kernel : rows->kernels) {
     const RowsShape &shape = kernel.shape;
@@ -362,13 +336,7 @@ int portakv_rows_run(const portakv_rows *rows, const portakv_rows_side *src,
       break;
     }
     auto *tables = reinterpret_cast<int64_t *>(buffer + sizeof(Argument));
-    for (const RowsSide *side : {&shape.src, &shape.dst}) {
-      const portakv_rows_side &view = side == &shape.src ? *src : *dst;
-      if (side->entries != 0) {
-        std::memcpy(tables, view.addresses + side->table, 8 * static_cast<size_t>(side->entries));
-      }
-      tables += std::max<int64_t>(1, side->entries);
-    }
+    place_table(shape.dst, *dst, place_table(shape.src, *src, tables));
     void *parameters[] = {buffer};
     const int64_t most = kernel.cut.most_units;
     for (int64_t start = 0; start < units; start += most) {

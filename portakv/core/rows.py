@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from ctypes import c_char_p, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
 from typing import Any, NamedTuple
@@ -67,16 +67,23 @@ def shape_of(plan: array[int], nest: int, options: array[int]) -> RowsShape:
     if count < 0:
         raise Refused(count, out)
     words = iter(out[:count])
-
-    def extents() -> tuple[int, ...]:
-        return tuple(next(words) for _ in range(next(words)))
-
-    def side() -> SideShape:
-        ids, per_id, lookup, entries = (next(words) for _ in range(4))
-        return SideShape(bool(ids), per_id, lookup, entries, extents(), next(words))
-
     vector, run, lanes, row, planes = (next(words) for _ in range(5))
-    return RowsShape(vector, run, lanes, row, planes, extents(), extents(), side(), side())
+    inner = read_extents(words)
+    outer = read_extents(words)
+    src = read_side(words)
+    dst = read_side(words)
+    return RowsShape(vector, run, lanes, row, planes, inner, outer, src, dst)
+
+
+def read_extents(words: Iterator[int]) -> tuple[int, ...]:
+    """Return the extents that follow in the words of a kernel."""
+    return tuple(next(words) for _ in range(next(words)))
+
+
+def read_side(words: Iterator[int]) -> SideShape:
+    """Return the side that follows in the words of a kernel."""
+    ids, per_id, lookup, entries = (next(words) for _ in range(4))
+    return SideShape(bool(ids), per_id, lookup, entries, read_extents(words), next(words))
 
 
 class Rows:

@@ -7,6 +7,7 @@ A unit is one block. For each unit and each step of the loops there is one plane
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -70,6 +71,7 @@ class PackPlan:
     Attributes:
         unit: tokens of a block of the packed side.
         packs: True from raw to packed, False from packed to raw.
+        words: the plan as the core reads it; ``native/core/plan.h`` lists the words.
         raw, packed: the form of each side.
         nests: one `PackNest`, or one for each kv.
 
@@ -101,6 +103,7 @@ class PackPlan:
         for step in (src_step, dst_step, unit or 0):
             if step not in (0, self.unit):
                 raise _in_part(f"{step} tokens for each id", self.unit)
+        self.words = self._words()
         self.nests = self._nests()
 
     @property
@@ -129,23 +132,26 @@ class PackPlan:
                 raise _in_part(f"{tokens} tokens", self.unit)
         return [(0, move.count, self.unit)]
 
-    def _nests(self) -> tuple[PackNest, ...]:
-        planes = self.packed.encoding
-        equal_planes = len(set(planes)) == 1
+    def _words(self) -> array[int]:
+        equal_planes = len(set(self.packed.encoding)) == 1
         try:
-            words = pack_words(self.raw.address, self.packed.address, self.packs, equal_planes)
+            return pack_words(self.raw.address, self.packed.address, self.packs, equal_planes)
         except Refused as refused:
             raise refusal_of(refused) from None
-        reader = WordReader(words)
+
+    def _nests(self) -> tuple[PackNest, ...]:
+        reader = WordReader(self.words)
+        reader.word()  # the unit
+        reader.word()  # the direction
         return tuple(
             [
                 PackNest(
                     reader.side(),
                     reader.side(),
                     reader.loops(),
-                    planes[kv],
+                    self.packed.encoding[kv],
                     reader.steps(),
-                    self.raw.parts[kv].dim,
+                    reader.steps(),
                     reader.word(),
                     reader.word(),
                 )
