@@ -6,7 +6,7 @@ from __future__ import annotations
 from time import perf_counter
 
 from portakv.copy.between import common_device, current, order_after, seen_by_reader
-from portakv.copy.encoded import copy_encoded
+from portakv.copy.encodings import copy_encoded
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
 from portakv.copy.repeat import repeated
