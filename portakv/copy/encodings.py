@@ -126,9 +126,8 @@ def check_whole(move: Move, size: int) -> None:
                 f"A copy between packed blocks of {size} tokens and blocks of {form.block_size}",
                 "a packed block moves only whole; make the block sizes equal",
             )
-    tokens = [move.count, move.src_index.offset, move.dst_index.offset]
-    steps = [step for step in move.steps if step]
-    if any(number % size for number in tokens) or any(step != size for step in steps):
+    offsets = move.src_index.offset % size or move.dst_index.offset % size
+    if move.count % size or offsets or not {*move.steps} <= {0, size}:
         raise Unsupported(
             f"A copy of {move.count} tokens with a packed side, by ids of "
             f"{' and '.join(map(str, move.steps))} tokens",

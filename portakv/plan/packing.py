@@ -7,7 +7,6 @@ A unit is one block. For each unit and each step of the loops there is one plane
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -71,7 +70,6 @@ class PackPlan:
     Attributes:
         unit: tokens of a block of the packed side.
         packs: True from raw to packed, False from packed to raw.
-        words: the plan as the core reads it; ``native/core/plan.h`` lists the words.
         raw, packed: the form of each side.
         nests: one `PackNest`, or one for each kv.
 
@@ -103,8 +101,35 @@ class PackPlan:
         for step in (src_step, dst_step, unit or 0):
             if step not in (0, self.unit):
                 raise _in_part(f"{step} tokens for each id", self.unit)
-        self.words = self._words()
-        self.nests = self._nests()
+        equal_planes = len(set(self.packed.encoding)) == 1
+        try:
+            words = pack_words(self.raw.address, self.packed.address, self.packs, equal_planes)
+        except Refused as refused:
+            raise refusal_of(refused) from None
+        #: The words of the plan, which `native/core/plan.h` lists.
+        self.words = words
+
+    @cached_property
+    def nests(self) -> tuple[PackNest, ...]:
+        """Return one `PackNest`, or one for each kv."""
+        reader = WordReader(self.words)
+        reader.word()  # the unit
+        reader.word()  # the direction
+        return tuple(
+            [
+                PackNest(
+                    reader.side(),
+                    reader.side(),
+                    reader.loops(),
+                    self.packed.encoding[kv],
+                    reader.steps(),
+                    reader.steps(),
+                    reader.word(),
+                    reader.word(),
+                )
+                for kv in range(reader.word())
+            ]
+        )
 
     @property
     def encoding(self) -> str:
@@ -131,33 +156,6 @@ class PackPlan:
             if tokens % self.unit:
                 raise _in_part(f"{tokens} tokens", self.unit)
         return [(0, move.count, self.unit)]
-
-    def _words(self) -> array[int]:
-        equal_planes = len(set(self.packed.encoding)) == 1
-        try:
-            return pack_words(self.raw.address, self.packed.address, self.packs, equal_planes)
-        except Refused as refused:
-            raise refusal_of(refused) from None
-
-    def _nests(self) -> tuple[PackNest, ...]:
-        reader = WordReader(self.words)
-        reader.word()  # the unit
-        reader.word()  # the direction
-        return tuple(
-            [
-                PackNest(
-                    reader.side(),
-                    reader.side(),
-                    reader.loops(),
-                    self.packed.encoding[kv],
-                    reader.steps(),
-                    reader.steps(),
-                    reader.word(),
-                    reader.word(),
-                )
-                for kv in range(reader.word())
-            ]
-        )
 
     def __str__(self) -> str:
         verb = "pack" if self.packs else "unpack"
