@@ -18,7 +18,7 @@ import torch
 from portakv.backends.base import Capabilities, Decision, PackLaunch
 from portakv.backends.rows_kernel import LOOKUPS, extents, kernel_text, side_text
 from portakv.backends.rows_launch import COUNTED, NO_CONTEXT, RowsBackend, RowsDriver
-from portakv.core.pack import Pack, PackShape, shape_of
+from portakv.core.pack import Packs, PackShape, shape_of
 from portakv.core.plan import Refused
 from portakv.core.rows import LOOPS, UNITS, pack_side
 from portakv.errors import Unsupported
@@ -42,11 +42,11 @@ _BY_COMPILER = frozenset({(False, 128), (False, 160), (False, 576), (True, 160)}
 
 def refusal(plan: PackPlan, nest: int) -> str | None:
     """Return why the kernels do not take a nest, as a sentence; None if they do."""
-    it = plan.nests[nest]
-    if it.raw_vector < VECTOR or it.packed_vector < VECTOR:
-        width = min(it.raw_vector, it.packed_vector)
+    planes = plan.nests[nest]
+    if planes.raw_vector < VECTOR or planes.packed_vector < VECTOR:
+        width = min(planes.raw_vector, planes.packed_vector)
         return f"it needs {VECTOR} B alignment and the plan allows {width} B"
-    if any(step.table for step in (*it.tokens, *it.dim)):
+    if any(step.table for step in (*planes.tokens, *planes.dim)):
         return "the tokens of a block lie in separate allocations"
     try:
         _shape(plan, nest)
@@ -188,7 +188,7 @@ class KernelPackLaunch:
         )
         cuts = chain.from_iterable(kernel.cut for kernel in kernels)
         handles = [driver.address(function) for function in functions]
-        self._pack = Pack(plan.words, pack_options(plan), cuts, handles, driver.entry)
+        self._packs = Packs(plan.words, pack_options(plan), cuts, handles, driver.entry)
 
     def __call__(
         self,
@@ -218,10 +218,10 @@ class KernelPackLaunch:
         src_table, dst_table = self.tables
         source = self._side(src, src_index, src_table)
         target = self._side(dst, dst_index, dst_table)
-        error = self._pack.run(source, target, count, word, words, handle)
+        error = self._packs.run(source, target, count, word, words, handle)
         if error == NO_CONTEXT:  # the first work of a thread
             with driver.current():
-                error = self._pack.run(source, target, count, word, words, handle)
+                error = self._packs.run(source, target, count, word, words, handle)
         if error:
             self._refuse(error, src.slots, dst.slots, count)
 

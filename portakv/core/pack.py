@@ -56,7 +56,7 @@ def shape_of(plan: array[int], nest: int, options: array[int]) -> PackShape:
     return PackShape(planes, run, inner, outer, src, dst)
 
 
-class Pack:
+class Packs:
     """The launches of a plan by its kernels, which any thread may call; see `portakv_pack_open`.
 
     Args:

@@ -25,7 +25,7 @@ from support.pack_on_cpu import Rows as Blocks
 from portakv import Index, Unsupported
 from portakv.backends.pack_kernel import refusal
 from portakv.backends.rows_launch import NO_CONTEXT
-from portakv.core.pack import Pack, PackShape, shape_of
+from portakv.core.pack import Packs, PackShape, shape_of
 from portakv.core.plan import MALFORMED, Refused, pack_words
 from portakv.core.rows import LOOPS, UNITS, SideShape, pack_side
 from portakv.errors import PortaKVError
@@ -95,20 +95,20 @@ def test_a_plan_has_no_such_nest() -> None:
 @pytest.mark.parametrize("cut", [(128, 0), (0, 1), (3, 4)])
 def test_a_thread_block_has_threads_for_its_planes(cut: tuple[int, int]) -> None:
     with pytest.raises(PortaKVError, match="the plan of a copy that packs"):
-        Pack(words(), OPTIONS, cut, [1], 1)
+        Packs(words(), OPTIONS, cut, [1], 1)
 
 
 def test_a_plan_that_is_cut_off_is_refused() -> None:
     plan = words()
     plan[2] = 1 << 40
     with pytest.raises(PortaKVError, match="a refusal of the core"):
-        Pack(plan, OPTIONS, (128, 4), [1], 1)
+        Packs(plan, OPTIONS, (128, 4), [1], 1)
 
 
 @pytest.mark.parametrize("wide", ["source", "destination", "copy"])
 def test_units_are_counted_in_32_bits(wide: str) -> None:
     entry = LAUNCH(lambda *_: 0)
-    pack = Pack(words(), OPTIONS, (128, 4), [1], ctypes.cast(entry, ctypes.c_void_p).value or 0)
+    pack = Packs(words(), OPTIONS, (128, 4), [1], ctypes.cast(entry, ctypes.c_void_p).value or 0)
     addresses = array("q", [0])
 
     def run(units: int) -> int:
@@ -224,7 +224,7 @@ def _check_plan(random: Random, addresses: array[int]) -> bool:
 
     entry = LAUNCH(launch)
     address = ctypes.cast(entry, ctypes.c_void_p).value or 0
-    pack = Pack(plan, options, [128, 4] * nests, range(1, nests + 1), address)
+    pack = Packs(plan, options, [128, 4] * nests, range(1, nests + 1), address)
     table = addresses.buffer_info()[0]
     first = [unit * random.randrange(5), unit * random.randrange(5)]
     src, dst = (

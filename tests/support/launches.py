@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from portakv import CopyPlan
 from portakv.backends.pack_kernel import PackKernel, pack_options
 from portakv.backends.rows_kernel import RowsKernel, options_of
-from portakv.core.pack import Pack
+from portakv.core.pack import Packs
 from portakv.core.rows import Rows, pack_side
 from portakv.plan.packing import PackPlan
 from support.cuda_on_cpu import LAUNCH
@@ -75,7 +75,7 @@ def pack_launches(plan: PackPlan, units: int) -> list[PackLaunched]:
 
     entry = LAUNCH(launch)
     address = ctypes.cast(entry, ctypes.c_void_p).value or 0
-    pack = Pack(plan.words, pack_options(plan), PackKernel(plan).cut, [1], address)
+    pack = Packs(plan.words, pack_options(plan), PackKernel(plan).cut, [1], address)
     addresses = array("q", [0] * 256)
     side = pack_side(addresses.buffer_info()[0], 0, 0, 0, 0, 1 << 30)
     assert pack.run(side, side, units * plan.unit, 0, 0, 0) == 0
