@@ -301,6 +301,8 @@ class _Judge:
         after = np.frombuffer(argument[_COPY.itemsize :], "<i8")
         past = max(1, shape.src.entries)
         self._tables = after[:past], after[past:]
+        for side, table in zip((shape.src, shape.dst), self._tables, strict=True):
+            assert side.entries or table[0] == 0  # the word of a side without a table
         self._addresses = addresses
 
     def plane(self, number: int, at: int) -> tuple[int, ...]:
