@@ -11,7 +11,7 @@ from portakv.connector.connector import AdaptiveConnector
 from portakv.copy.choose_encoding import EncodingChoice, choose_encoding
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
-from portakv.copy.rotated import rotate_blocks
+from portakv.copy.rotation import rotate_blocks
 from portakv.copy.rows import copy_blocks, copy_rows
 from portakv.copy.runs import copy_runs
 from portakv.errors import (

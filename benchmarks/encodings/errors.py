@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import torch
 
-from portakv.copy.fp8_rows import decode_rows, encode_rows
+from portakv.copy.fp8 import decode_rows, encode_rows
 from portakv.layout.encodings import Fp8
 
 E4M3_MOST = 448.0

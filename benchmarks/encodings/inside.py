@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from portakv import Index, KVView, copy_blocks
-from portakv.copy.pack_launch import overflow_words
+from portakv.copy.encodings import overflow_words
 from portakv.plan.plan import Move
 from portakv.registry import choose, prepared_pack
 from portakv_benchmarks.encodings.suite import Case, EncodingBench, Memory, poison

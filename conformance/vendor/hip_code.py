@@ -122,7 +122,7 @@ def _pack_kernels() -> Iterator[tuple[str, PackKernel]]:
         for verb, src, dst in (("pack", raw, packed), ("unpack", packed, raw)):
             plan = PackPlan(src.form, dst.form, tokens, tokens)
             assert len(plan.nests) == 1, f"{verb}: {plan}"
-            yield f"{verb} {values} values, {bits} bits", PackKernel(plan.nests[0], plan)
+            yield f"{verb} {values} values, {bits} bits", PackKernel(plan)
 
 
 def _bytes(*shape: int) -> torch.Tensor:

@@ -77,7 +77,7 @@ PORTAKV_API int64_t portakv_plan_make(const int64_t *src, const int64_t *dst, in
 // raw, packed   words of the forms
 // packs         1 from raw to packed, 0 from packed to raw
 // equal_planes  1 if the packed planes of all kv have one geometry
-// Write a count of nests and the nests (PackNest in plan.h) to `out`; return as above.
+// Write the words of the plan (PackPlan in plan.h) to `out`; return as above.
 PORTAKV_API int64_t portakv_plan_pack(const int64_t *raw, const int64_t *packed, int packs,
                                       int equal_planes, int64_t *out, int64_t capacity);
 
@@ -136,6 +136,35 @@ PORTAKV_API int64_t portakv_rows_run(const portakv_kernels *kernels, const int64
                                      const int64_t *options, const portakv_rows_side *src,
                                      const portakv_rows_side *dst, int64_t count, uint64_t status,
                                      void *stream);
+
+// --- Kernels that pack and unpack -------------------------------------------------------------
+
+// The launches of a plan that packs or unpacks. Any number of threads may use one.
+typedef struct portakv_pack portakv_pack;
+
+// Write the words of one nest of a plan as a kernel: `PackShape` of pack.h has their order. Return
+// as `portakv_rows_describe`; the values of PORTAKV_ROWS_LOOPS are the loops over planes and those
+// inside a plane.
+PORTAKV_API int64_t portakv_pack_describe(const int64_t *plan, int64_t nest,
+                                          const int64_t *options, int64_t *out, int64_t capacity);
+
+// Return the launches of a plan; null if words are malformed or memory is short. The caller
+// closes it.
+//
+// cuts       For each nest: threads of a thread block, planes of a thread block.
+// functions  For each nest the driver's handle.
+// launch     As for `portakv_kernels_open`.
+PORTAKV_API portakv_pack *portakv_pack_open(const int64_t *plan, const int64_t *options,
+                                            const int64_t *cuts, const int64_t *functions,
+                                            void *launch);
+
+PORTAKV_API void portakv_pack_close(portakv_pack *pack);
+
+// Order a copy as `portakv_rows_run`. `overflow` is the device's address of a word for each unit,
+// which gets 1 if the unit does not fit.
+PORTAKV_API int portakv_pack_run(const portakv_pack *pack, const portakv_rows_side *src,
+                                 const portakv_rows_side *dst, int64_t count, uint64_t status,
+                                 uint64_t overflow, void *stream);
 
 // --- Ids --------------------------------------------------------------------------------------
 //

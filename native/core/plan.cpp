@@ -464,7 +464,8 @@ bool make_pack_nest(const Form &raw, const Form &packed, bool packs, size_t k, P
   Side raw_side{raw_part.table, raw_part.offset, {}};
   const Chain chain = slot_chain(raw, raw_part);
   if (!split_chain(chain, packed.block_size, raw_side.units, nest.tokens, refusal)) return false;
-  nest.dim = raw_part.axis(kDim);
+  const Steps &dim = raw_part.axis(kDim);
+  nest.dim.assign(dim.begin(), dim.end());
   const Steps &blocks = packed_part.axis(kBlock);
   Side packed_side{packed_part.table, packed_part.offset, {blocks.begin(), blocks.end()}};
 
@@ -482,21 +483,22 @@ bool make_pack_nest(const Form &raw, const Form &packed, bool packs, size_t k, P
 
 // --- Words ------------------------------------------------------------------------------------
 
+std::vector<Step> read_steps(Reader &reader, int64_t most) {
+  const Steps steps = reader.steps(most);
+  return {steps.begin(), steps.end()};
+}
+
 Side read_side(Reader &reader) {
   Side side;
   side.table = reader.word();
   side.offset = reader.word();
-  const Steps units = reader.steps(2 * kMostSteps);
-  side.units.assign(units.begin(), units.end());
+  side.units = read_steps(reader, 2 * kMostSteps);
   return side;
 }
 
-Nest read_nest(Reader &reader) {
-  Nest nest;
-  nest.src = read_side(reader);
-  nest.dst = read_side(reader);
-  nest.loops.resize(static_cast<size_t>(reader.count(kMostLoops)));
-  for (Loop &loop : nest.loops) {
+std::vector<Loop> read_loops(Reader &reader) {
+  std::vector<Loop> loops(static_cast<size_t>(reader.count(kMostLoops)));
+  for (Loop &loop : loops) {
     loop.axes = reader.word();
     loop.extent = reader.word();
     loop.src_table = reader.word();
@@ -504,8 +506,28 @@ Nest read_nest(Reader &reader) {
     loop.dst_table = reader.word();
     loop.dst_stride = reader.word();
   }
+  return loops;
+}
+
+Nest read_nest(Reader &reader) {
+  Nest nest;
+  nest.src = read_side(reader);
+  nest.dst = read_side(reader);
+  nest.loops = read_loops(reader);
   nest.run = reader.word();
   nest.vector = reader.word();
+  return nest;
+}
+
+PackNest read_pack_nest(Reader &reader) {
+  PackNest nest;
+  nest.src = read_side(reader);
+  nest.dst = read_side(reader);
+  nest.loops = read_loops(reader);
+  nest.tokens = read_steps(reader, 2 * kMostSteps);
+  nest.dim = read_steps(reader, kMostSteps);
+  nest.raw_vector = reader.word();
+  nest.packed_vector = reader.word();
   return nest;
 }
 
@@ -555,9 +577,12 @@ bool make_plan(const Form &src, const Form &dst, int64_t src_step, int64_t dst_s
 }
 
 bool make_pack_plan(const Form &raw, const Form &packed, bool packs, bool equal_planes,
-                    std::vector<PackNest> &nests, Refusal &refusal) {
+                    PackPlan &plan, Refusal &refusal) {
   if (raw.parts.size() != packed.parts.size()) return refuse(refusal, PORTAKV_PLAN_UNLIKE);
   if (packed.block_size < 1) throw Malformed("packed rows have no blocks");
+  plan.unit = packed.block_size;
+  plan.packs = packs;
+  std::vector<PackNest> &nests = plan.nests;
   nests.resize(raw.parts.size());
   for (size_t k = 0; k < nests.size(); k++) {
     if (!make_pack_nest(raw, packed, packs, k, nests[k], refusal)) return false;
@@ -569,7 +594,7 @@ bool make_pack_plan(const Form &raw, const Form &packed, bool packs, bool equal_
     narrowest.packed_vector = std::min(narrowest.packed_vector, nest.packed_vector);
   }
   join(nests, [equal_planes](const PackNest &a, const PackNest &b) {
-    return equal_planes && same_shape(a, b) && Steps(a.tokens) == Steps(b.tokens) && a.dim == b.dim;
+    return equal_planes && same_shape(a, b) && a.tokens == b.tokens && a.dim == b.dim;
   });
   if (nests.size() == 1) {
     nests[0].raw_vector = narrowest.raw_vector;
@@ -592,6 +617,17 @@ Plan read_plan(const int64_t *words) {
   plan.bytes = reader.word();
   plan.src_anywhere = reader.word() != 0;
   plan.dst_anywhere = reader.word() != 0;
+  return plan;
+}
+
+PackPlan read_pack_plan(const int64_t *words) {
+  Reader reader(words);
+  PackPlan plan;
+  plan.unit = reader.word();
+  plan.packs = reader.word() != 0;
+  const int64_t nests = reader.count(kMostParts);
+  plan.nests.reserve(static_cast<size_t>(nests));
+  for (int64_t k = 0; k < nests; k++) plan.nests.push_back(read_pack_nest(reader));
   return plan;
 }
 
@@ -634,19 +670,22 @@ int64_t portakv_plan_make(const int64_t *src, const int64_t *dst, int64_t src_st
 int64_t portakv_plan_pack(const int64_t *raw, const int64_t *packed, int packs, int equal_planes,
                           int64_t *out, int64_t capacity) {
   return guarded([&]() -> int64_t {
-    std::vector<PackNest> nests;
+    PackPlan plan;
     Refusal refusal;
-    if (!make_pack_plan(read_form(raw), read_form(packed), packs != 0, equal_planes != 0, nests,
+    if (!make_pack_plan(read_form(raw), read_form(packed), packs != 0, equal_planes != 0, plan,
                         refusal)) {
       return write_refusal(refusal, out, capacity);
     }
     Writer writer(out, capacity);
-    writer.word(static_cast<int64_t>(nests.size()));
-    for (const PackNest &nest : nests) {
+    writer.word(plan.unit);
+    writer.word(plan.packs);
+    writer.word(static_cast<int64_t>(plan.nests.size()));
+    for (const PackNest &nest : plan.nests) {
       write_side(nest.src, writer);
       write_side(nest.dst, writer);
       write_loops(nest.loops, writer);
       writer.steps(nest.tokens);
+      writer.steps(nest.dim);
       writer.word(nest.raw_vector);
       writer.word(nest.packed_vector);
     }

@@ -72,18 +72,25 @@ struct Plan {
 };
 
 // One nest of a copy that packs or unpacks planes. Words: src side, dst side, a count of loops and
-// the loops, steps of tokens, raw_vector, packed_vector.
+// the loops, steps of tokens, steps of dim, raw_vector, packed_vector.
 //
-// `tokens` are the steps of the raw side through the tokens of a plane. The vectors are the widest
-// access of each side in bytes.
+// `tokens` are the steps of the raw side through the tokens of a plane, and `dim` those through the
+// bytes of a token. The vectors are the widest access of each side in bytes.
 struct PackNest {
   Side src;
   Side dst;
   std::vector<Loop> loops;
   std::vector<Step> tokens;
+  std::vector<Step> dim;
   int64_t raw_vector;
   int64_t packed_vector;
-  Steps dim;  // the raw side's steps through the bytes of a token; not in the words
+};
+
+// Words: unit, 1 if it packs and 0 if it unpacks, a count of nests and the nests.
+struct PackPlan {
+  int64_t unit;  // tokens of a block
+  bool packs;
+  std::vector<PackNest> nests;
 };
 
 // Why there is no plan: a code of core.h, and the values of its sentence.
@@ -100,12 +107,13 @@ bool make_plan(const Form &src, const Form &dst, int64_t src_step, int64_t dst_s
                Plan &plan, Refusal &refusal);
 
 // Plan a copy that packs (raw to packed) or unpacks blocks; as `make_plan`. `equal_planes`: all kv
-// have one geometry of their packed planes. The nests look into the words of `raw`.
+// have one geometry of their packed planes.
 bool make_pack_plan(const Form &raw, const Form &packed, bool packs, bool equal_planes,
-                    std::vector<PackNest> &nests, Refusal &refusal);
+                    PackPlan &plan, Refusal &refusal);
 
 // Read a plan from its words; raise `Malformed`.
 Plan read_plan(const int64_t *words);
+PackPlan read_pack_plan(const int64_t *words);
 
 void write_plan(const Plan &plan, Writer &writer);
 

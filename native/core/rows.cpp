@@ -13,33 +13,6 @@
 namespace portakv {
 namespace {
 
-// `Request` of rows.cuh: what a call fixes about one side.
-struct Request {
-  int64_t base;
-  int64_t table;
-  int64_t ids;
-  int64_t wide;
-  int64_t first;
-  int64_t limit;
-};
-
-// `Copy` of rows.cuh up to the tables that follow it.
-struct Argument {
-  Request from;
-  Request to;
-  uint32_t units;
-  uint32_t start;
-  uint32_t unit;
-  uint32_t ahead;
-  int64_t status;
-  int64_t src[20];
-  int64_t dst[20];
-};
-static_assert(sizeof(Argument) == 120 + 2 * 160, "as rows.cuh declares it");
-static_assert(sizeof(RowsSide::steps) == sizeof(Argument::src), "one side of the argument");
-
-constexpr size_t kMostBytes = sizeof(Argument) + 2 * 8 * kMaxEntries;
-
 bool over_planes(const Loop &loop) {
   for (int64_t digits = loop.axes; digits != 0; digits /= 8) {
     if (digits % 8 != kLayer && digits % 8 != kKv) return false;
@@ -47,13 +20,7 @@ bool over_planes(const Loop &loop) {
   return true;
 }
 
-int64_t rounded_up(int64_t number, int64_t divisor) { return (number + divisor - 1) / divisor; }
-
-// One step of a loop on one side.
-struct Walk {
-  int64_t table;
-  int64_t stride;
-};
+}  // namespace
 
 RowsSide side_of(const Side &side, int64_t step, int64_t unit, bool on_device,
                  const Walk *outer, const Extents &extents, const int64_t *inner,
@@ -110,7 +77,50 @@ void write_side(const RowsSide &side, Writer &writer) {
   writer.word(side.table);
 }
 
-}  // namespace
+Argument fixed_argument(int64_t unit, const RowsSide &src, const RowsSide &dst) {
+  Argument argument{};
+  argument.unit = static_cast<uint32_t>(unit);
+  std::memcpy(argument.src, src.steps, sizeof argument.src);
+  std::memcpy(argument.dst, dst.steps, sizeof argument.dst);
+  return argument;
+}
+
+bool countable(const portakv_rows_side &src, const portakv_rows_side &dst, int64_t count,
+               int64_t unit) {
+  return std::max({src.slots, dst.slots, count}) / unit <= kMaxNumbers;
+}
+
+Request request_of(const RowsSide &fixed, const portakv_rows_side &side, int64_t unit) {
+  Request request{};
+  request.base = fixed.offset;
+  if (fixed.lookup == kByUnit) {
+    request.table = side.table + 8 * fixed.table;
+  } else if (fixed.lookup == kOneAddress) {
+    request.base += side.addresses[fixed.table];
+  }
+  request.first = side.offset / unit;
+  request.limit = side.slots / unit;
+  if (side.ids == 0) {
+    // A flat side may start anywhere, also between two units.
+    request.base += side.offset % unit * (fixed.stride / unit);
+    return request;
+  }
+  request.ids = side.ids;
+  request.wide = side.wide;
+  return request;
+}
+
+int64_t *place_table(const RowsSide &fixed, const portakv_rows_side &side, int64_t *place) {
+  *place = 0;  // the word of a side without a table
+  if (fixed.entries != 0) {
+    std::memcpy(place, side.addresses + fixed.table, 8 * static_cast<size_t>(fixed.entries));
+  }
+  return place + std::max<int64_t>(1, fixed.entries);
+}
+
+bool lacks_table(const RowsSide &fixed, const portakv_rows_side &side) {
+  return fixed.lookup == kByUnit && side.table == 0;
+}
 
 RowsShape rows_shape(const Nest &nest, int64_t unit, const RowsOptions &options) {
   const std::vector<Loop> *loops = &nest.loops;
@@ -228,26 +238,6 @@ void grid_of(const RowsShape &shape, const Cut &cut, int64_t units, int64_t each
   *y = 1;
 }
 
-Request request_of(const RowsSide &fixed, const portakv_rows_side &side, int64_t unit) {
-  Request request{};
-  request.base = fixed.offset;
-  if (fixed.lookup == kByUnit) {
-    request.table = side.table + 8 * fixed.table;
-  } else if (fixed.lookup == kOneAddress) {
-    request.base += side.addresses[fixed.table];
-  }
-  request.first = side.offset / unit;
-  request.limit = side.slots / unit;
-  if (side.ids == 0) {
-    // A flat side may start anywhere, also between two units.
-    request.base += side.offset % unit * (fixed.stride / unit);
-    return request;
-  }
-  request.ids = side.ids;
-  request.wide = side.wide;
-  return request;
-}
-
 // A nest of one copy with its kernel.
 struct Launch {
   RowsShape shape;
@@ -261,13 +251,10 @@ int launch_nest(const portakv_kernels &kernels, const Launch &nest, int64_t unit
   const RowsShape &shape = nest.shape;
   const Cut &cut = nest.kernel->cut;
   alignas(16) unsigned char buffer[kMostBytes];
-  Argument argument{};
+  Argument argument = fixed_argument(unit, shape.src, shape.dst);
   argument.from = request_of(shape.src, src, unit);
   argument.to = request_of(shape.dst, dst, unit);
-  argument.unit = static_cast<uint32_t>(unit);
   argument.status = static_cast<int64_t>(status);
-  std::memcpy(argument.src, shape.src.steps, sizeof argument.src);
-  std::memcpy(argument.dst, shape.dst.steps, sizeof argument.dst);
   const int64_t payload = units * shape.row * shape.planes * shape.vector;
   int64_t each = 1;
   for (const Cut::Tuning &tuning : cut.tunings) {
@@ -277,13 +264,7 @@ int launch_nest(const portakv_kernels &kernels, const Launch &nest, int64_t unit
     break;
   }
   auto *tables = reinterpret_cast<int64_t *>(buffer + sizeof(Argument));
-  for (const RowsSide *side : {&shape.src, &shape.dst}) {
-    const portakv_rows_side &view = side == &shape.src ? src : dst;
-    if (side->entries != 0) {
-      std::memcpy(tables, view.addresses + side->table, 8 * static_cast<size_t>(side->entries));
-    }
-    tables += std::max<int64_t>(1, side->entries);
-  }
+  place_table(shape.dst, dst, place_table(shape.src, src, tables));
   void *parameters[] = {buffer};
   for (int64_t start = 0; start < units; start += cut.most_units) {
     const int64_t part = std::min(cut.most_units, units - start);
@@ -310,19 +291,13 @@ size_t bucket_of(const int64_t *words, size_t count, size_t buckets) {
 // More words than a shape has.
 constexpr size_t kShapeWords = 64;
 
-// A nest needs a table of addresses that the device has not.
-bool lacks_table(const RowsSide &fixed, const portakv_rows_side &side) {
-  return fixed.lookup == kByUnit && side.table == 0;
-}
-
 }  // namespace
 
 int64_t run_rows(const portakv_kernels &kernels, const Plan &plan, const RowsOptions &options,
                  const portakv_rows_side &src, const portakv_rows_side &dst, int64_t count,
                  uint64_t status, void *stream) {
   const int64_t unit = plan.unit;
-  // The kernel counts units in 32 bits, those of the views and those of the copy.
-  if (std::max({src.slots, dst.slots, count}) / unit > kMaxNumbers) return PORTAKV_ROWS_UNITS;
+  if (!countable(src, dst, count, unit)) return PORTAKV_ROWS_UNITS;
   // Every kernel is found before the first one is launched.
   constexpr size_t kFew = 2;
   Launch few[kFew];

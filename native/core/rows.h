@@ -80,6 +80,40 @@ struct RowsOptions {
   int64_t by_source;      // the planes follow the source's order
 };
 
+// `Request` of rows.cuh: what a call fixes about one side.
+struct Request {
+  int64_t base;
+  int64_t table;
+  int64_t ids;
+  int64_t wide;
+  int64_t first;
+  int64_t limit;
+};
+
+// `Copy` of rows.cuh up to the tables that follow it.
+struct Argument {
+  Request from;
+  Request to;
+  uint32_t units;
+  uint32_t start;
+  uint32_t unit;
+  uint32_t ahead;
+  int64_t status;
+  int64_t src[20];
+  int64_t dst[20];
+};
+static_assert(sizeof(Argument) == 120 + 2 * 160, "as rows.cuh declares it");
+static_assert(sizeof(RowsSide::steps) == sizeof(Argument::src), "one side of the argument");
+
+// The most bytes of an argument with its tables.
+constexpr size_t kMostBytes = sizeof(Argument) + 2 * 8 * kMaxEntries;
+
+// One step of a loop on one side.
+struct Walk {
+  int64_t table;
+  int64_t stride;
+};
+
 // A nest that the argument of the kernels cannot hold.
 struct TooManyLoops {
   int64_t loops;
@@ -152,6 +186,35 @@ namespace portakv {
 int64_t run_rows(const portakv_kernels &kernels, const Plan &plan, const RowsOptions &options,
                  const portakv_rows_side &src, const portakv_rows_side &dst, int64_t count,
                  uint64_t status, void *stream);
+
+// --- Parts of a launch, which kernels that pack have too --------------------------------------
+
+// Return what a plan fixes about one side. `step`: tokens of an id. `outer`: its steps over planes,
+// of so many `extents`. `inner`: its strides inside a unit.
+RowsSide side_of(const Side &side, int64_t step, int64_t unit, bool on_device, const Walk *outer,
+                 const Extents &extents, const int64_t *inner, size_t inner_count);
+
+void write_extents(const Extents &extents, Writer &writer);
+void write_side(const RowsSide &side, Writer &writer);
+
+// Return the values of the argument that no call changes.
+Argument fixed_argument(int64_t unit, const RowsSide &src, const RowsSide &dst);
+
+// Return true if the kernels count the units of both views and of a copy, in 32 bits.
+bool countable(const portakv_rows_side &src, const portakv_rows_side &dst, int64_t count,
+               int64_t unit);
+
+Request request_of(const RowsSide &fixed, const portakv_rows_side &side, int64_t unit);
+
+// Write a side's table behind those before it, and return the place behind it.
+int64_t *place_table(const RowsSide &fixed, const portakv_rows_side &side, int64_t *place);
+
+// Return true if a kernel reads a table of addresses that the device has not.
+bool lacks_table(const RowsSide &fixed, const portakv_rows_side &side);
+
+inline int64_t rounded_up(int64_t number, int64_t divisor) {
+  return (number + divisor - 1) / divisor;
+}
 
 }  // namespace portakv
 

@@ -12,7 +12,6 @@ from typing import TypeAlias
 
 import torch
 
-from portakv.errors import Unsupported
 from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Nest, Side
 from portakv.view.index import Index
@@ -20,13 +19,6 @@ from portakv.view.view import KVView
 
 #: The values that a request adds to one side; see `SideArguments.request`.
 Request: TypeAlias = tuple[int, int, int, int, int, int]
-
-
-def split_loops(loops: tuple[Loop, ...]) -> tuple[list[Loop], list[Loop]]:
-    """Split loops into those over planes, which blocks walk along y, and those inside a unit of a
-    plane."""
-    outer = [x for x in loops if x.tabled or x.over_planes]
-    return outer, [x for x in loops if x not in outer]
 
 
 class SideArguments:
@@ -37,10 +29,7 @@ class SideArguments:
         walks: for each of ``outer`` its entries of the table and its bytes.
         strides: of the loops ``inner``.
         kind: the source of addresses: ``NONE``, one address; ``UNITS``, the view's table.
-        countable: the most units of a view that the kernel counts.
     """
-
-    countable = 2**63 - 1
 
     def __init__(
         self,
@@ -67,12 +56,7 @@ class SideArguments:
         """
         side = self.side
         unit = self.unit
-        limit = view.slots // self.unit
-        if limit > self.countable:
-            raise Unsupported(
-                f"A view of {view.slots} tokens in units of {unit}",
-                f"the kernel counts {self.countable} units; use backend 'reference'",
-            )
+        limit = view.slots // unit
         table = 0
         base = side.offset
         if self.kind == "UNITS":

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from portakv.backends._sides import SideArguments, split_loops
+from portakv.backends._sides import SideArguments
 from portakv.errors import Unsupported
 from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Move, Nest
@@ -120,7 +120,9 @@ class NestKernel:
     """
 
     def __init__(self, nest: Nest, plan: CopyPlan) -> None:
-        outer, inner = split_loops(nest.loops)
+        # Blocks walk along y through the planes.
+        outer = [x for x in nest.loops if x.tabled or x.over_planes]
+        inner = [x for x in nest.loops if x not in outer]
         self.src, self.dst = (_Side(nest, plan, x, outer, inner) for x in ("src", "dst"))
         self.tile = TILES[nest.vector]
         self.planes = prod(x.extent for x in outer)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from portakv.backends.base import Decision
-from portakv.backends.pack_launch import PackingRowsBackend
+from portakv.backends.pack_kernel import PackingRowsBackend
 from portakv.runtime import cuda as _cuda
 from portakv.runtime import nvrtc as _nvrtc
 

@@ -14,7 +14,7 @@ import ctypes
 import torch
 
 from portakv.backends.base import Decision
-from portakv.backends.pack_launch import PackingRowsBackend
+from portakv.backends.pack_kernel import PackingRowsBackend
 from portakv.backends.rows_kernel import Tuning
 from portakv.runtime import hip as _hip_driver
 from portakv.runtime.hip import Card, Driver, DriverMissing

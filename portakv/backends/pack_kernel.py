@@ -1,25 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text and arguments of the kernels that pack and unpack, for a plan.
+"""Pack and unpack rows by kernels: their source text for a plan, and their launch on any device.
 
-Values that a model fixes become template parameters of ``native/cuda/pack.cuh``. Values that a
-request changes become the argument ``PackOf``, packed here as that file declares it.
+Values that a model fixes become template parameters of ``native/cuda/pack.cuh``. The core packs the
+values that a request changes, and launches (`native/core/pack.h`).
 """
 
 from __future__ import annotations
 
-import struct
+from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
-from math import prod
-from typing import cast
+from typing import NoReturn
 
-from portakv.backends._sides import SideArguments
-from portakv.backends.rows_kernel import MAX_ENTRIES, extents, kernel_text
-from portakv.plan.loops import Loop
-from portakv.plan.move import Move
-from portakv.plan.packing import PackNest, PackPlan
-from portakv.plan.plan import CopyPlan, Nest
-from portakv.view.form import Step, Steps
+import torch
+
+from portakv.backends.base import Capabilities, Decision, PackLaunch
+from portakv.backends.row_kernels import NO_CONTEXT, RowsDriver
+from portakv.backends.rows_kernel import LOOKUPS, extents, kernel_text, side_text
+from portakv.backends.rows_launch import COUNTED, RowsBackend
+from portakv.core.pack import Packs, PackShape, shape_of
+from portakv.core.plan import Refused
+from portakv.core.rows import LOOPS, UNITS, pack_side
+from portakv.errors import Unsupported
+from portakv.layout.packing import PACK
+from portakv.plan.packing import PackPlan
+from portakv.view.index import Index
 from portakv.view.view import KVView
 
 #: The names of the entries in a kernel's text: one packs, the other unpacks.
@@ -27,19 +33,6 @@ PACKS = "portakv_pack"
 UNPACKS = "portakv_unpack"
 #: Bytes of a vector of 8 values, the only access to raw rows.
 VECTOR = 16
-# Array lengths in `Side` of rows.cuh.
-MAX_UNITS = 3
-MAX_OUTER = 4
-MAX_INNER = 6
-MAX_NUMBERS = 2**32  # of units in a view: the kernel counts them in 32 bits
-# `Copy` of rows.cuh up to its sides: two requests; units, start, unit, ahead; status.
-REQUEST = struct.Struct("<12q4Iq")
-SPAN = struct.Struct("<2I")
-SPAN_AT = 12 * 8
-_SIDE_BYTES = 16 * MAX_UNITS + 16 * MAX_OUTER + 8 * MAX_INNER
-TABLES_AT = REQUEST.size + 2 * _SIDE_BYTES
-#: Threads of one launch, of which HIP takes fewer than 2^32; a larger copy is split.
-MAX_THREADS = 2**32 - 1024
 #: Planes of a thread block, if a warp takes a plane.
 _PLANES = 4
 #: Threads of a multiprocessor for which it has 64 registers each.
@@ -48,56 +41,54 @@ _THREADS = 1024
 _BY_COMPILER = frozenset({(False, 128), (False, 160), (False, 576), (True, 160)})
 
 
-def refusal(nest: PackNest) -> str | None:
+def refusal(plan: PackPlan, nest: int) -> str | None:
     """Return why the kernels do not take a nest, as a sentence; None if they do."""
-    if nest.raw_vector < VECTOR or nest.packed_vector < VECTOR:
-        width = min(nest.raw_vector, nest.packed_vector)
+    planes = plan.nests[nest]
+    if planes.raw_vector < VECTOR or planes.packed_vector < VECTOR:
+        width = min(planes.raw_vector, planes.packed_vector)
         return f"it needs {VECTOR} B alignment and the plan allows {width} B"
-    if any(step.table for step in (*nest.tokens, *nest.dim)):
+    if any(step.table for step in (*planes.tokens, *planes.dim)):
         return "the tokens of a block lie in separate allocations"
-    inner, _ = raw_steps(nest)
-    units = max(len(nest.src.units), len(nest.dst.units))
-    if len(nest.loops) > MAX_OUTER or len(inner) > MAX_INNER or units > MAX_UNITS:
-        return (
-            f"it takes {MAX_OUTER} loops over planes and {MAX_INNER} inside, and the plan has "
-            f"{len(nest.loops)} and {len(inner)}"
-        )
+    try:
+        _shape(plan, nest)
+    except Refused as refused:
+        if refused.code != LOOPS:
+            raise
+        outer, inner = refused.values[:2]
+        return f"it takes 4 loops over planes and 6 inside, and the plan has {outer} and {inner}"
     return None
 
 
-def raw_steps(nest: PackNest) -> tuple[Steps, int]:
-    """Return the steps through the raw values of a plane, outermost first, and the bytes of a run
-    without a gap."""
-    outer = [*nest.tokens, *nest.dim]
-    run = outer.pop().extent
-    while outer and outer[-1].stride == run:
-        run *= outer.pop().extent
-    return tuple(outer), run
+def _shape(plan: PackPlan, nest: int) -> PackShape:
+    """Return what a plan fixes about the kernel of a nest; raise `Refused`."""
+    return shape_of(plan.words, nest, pack_options(plan))
+
+
+def pack_options(plan: PackPlan) -> array[int]:
+    """Return the words of `RowsOptions` in ``native/core/rows.h``."""
+    on_device = plan.src.table_on_device, plan.dst.table_on_device
+    return array("q", [plan.src_step, plan.dst_step, *on_device, False])
 
 
 class PackKernel:
-    """One nest of a plan: its instance of the kernel, and the packing of its arguments.
+    """One nest of a plan: its instance of the kernel, and the cut of its launches.
+
+    Args:
+        nest: the number of the nest, for which `refusal` returns None.
 
     Attributes:
-        planes: planes of a unit.
+        shape: what the plan fixes.
         threads: of a thread block.
+        together: planes of a thread block.
     """
 
-    def __init__(self, nest: PackNest, plan: PackPlan) -> None:
-        self._nest = nest
+    def __init__(self, plan: PackPlan, nest: int = 0) -> None:
+        self.shape = _shape(plan, nest)
+        self._plane = plan.nests[nest].plane
         self._packs = plan.packs
-        self.unit = plan.unit
-        self.planes = prod(loop.extent for loop in nest.loops)
-        warps = nest.plane.segments
-        self._planes = _PLANES if warps == 1 else 1
-        self.threads = 32 * warps * self._planes
-        self._steps, self._run = raw_steps(nest)
-        raw = [_raw_loop(step) for step in self._steps]
-        inner = (raw, []) if plan.packs else ([], raw)
-        self.src = SideWords(nest, plan, "src", nest.loops, inner[0])
-        self.dst = SideWords(nest, plan, "dst", nest.loops, inner[1])
-        self._dst_table_at = TABLES_AT + 8 * max(1, self.src.entries)
-        self._overflow_at = self._dst_table_at + 8 * max(1, self.dst.entries)
+        warps = self._plane.segments
+        self.together = _PLANES if warps == 1 else 1
+        self.threads = 32 * warps * self.together
 
     @property
     def name(self) -> str:
@@ -110,17 +101,11 @@ class PackKernel:
         return {1: self.name}
 
     @property
-    def fixed(self) -> bytes:
-        """The argument with all values that do not change."""
-        tables = max(1, self.src.entries) + max(1, self.dst.entries)
-        return bytes(REQUEST.size) + self.src.fixed + self.dst.fixed + bytes(8 * tables + 8)
-
-    @property
     def source(self) -> str:
         """The kernel's whole text; nests of one shape have one text."""
-        plane = self._nest.plane
+        plane = self._plane
+        shape = self.shape
         raw, slots = ("Src", "Dst") if self._packs else ("Dst", "Src")
-        inner = extents([step.extent for step in self._steps])
         function = "pack_planes" if self._packs else "unpack_planes"
         threads = self.threads
         # 0: the compiler plans its registers for no number of thread blocks.
@@ -130,102 +115,145 @@ class PackKernel:
             [
                 kernel_text("cuda/pack.cuh"),
                 "using namespace portakv;",
-                f"typedef {extents([loop.extent for loop in self._nest.loops])} Outer;",
-                f"typedef {self.src.shape} Src;",
-                f"typedef {self.dst.shape} Dst;",
+                f"typedef {extents(shape.outer)} Outer;",
+                f"typedef {side_text(shape.src)} Src;",
+                f"typedef {side_text(shape.dst)} Dst;",
                 f"typedef pack::Format<{plane.code_bits}, {plane.values}, {plane.slot_bytes}> F;",
-                f"typedef pack::Raw<{raw}, {self._run // VECTOR}, {inner}> R;",
+                f"typedef pack::Raw<{raw}, {shape.run // VECTOR}, {extents(shape.inner)}> R;",
                 "typedef pack::PackOf<Src, Dst> Argument;",
                 f'extern "C" __global__ void PORTAKV_BOUNDS({threads}, {blocks}) {self.name}('
                 f"const PORTAKV_CONSTANT Argument argument) {{",
-                f"    pack::{function}<F, R, {slots}, Outer, {self._planes}>(argument);",
+                f"    pack::{function}<F, R, {slots}, Outer, {self.together}>(argument);",
                 "}\n",
             ]
         )
 
-    def grid(self, units: int) -> int:
-        """Return the thread blocks of a launch of so many units."""
-        return -(-units * self.planes // self._planes)
-
-    def pack(self, buffer: bytearray, move: Move, status: int, overflow: int) -> None:
-        """Pack a request's addresses and counts into the argument; `pack_span` completes it.
-
-        ``status`` and ``overflow`` are the addresses of the status word and of the overflow words.
-        """
-        src = self.src.request(move.src, move.src_index)
-        dst = self.dst.request(move.dst, move.dst_index)
-        REQUEST.pack_into(buffer, 0, *src, *dst, 0, 0, self.unit, 0, status)
-        if self.src.entries:
-            table = self.src.table(move.src)
-            buffer[TABLES_AT : TABLES_AT + len(table)] = table
-        if self.dst.entries:
-            table = self.dst.table(move.dst)
-            buffer[self._dst_table_at : self._dst_table_at + len(table)] = table
-        struct.pack_into("<q", buffer, self._overflow_at, overflow)
-
-    def spans(self, units: int) -> list[tuple[int, int]]:
-        """Return (first unit, units) of each launch."""
-        of_plane = self.threads // self._planes
-        most = max(1, MAX_THREADS // of_plane // self.planes)
-        return [(start, min(most, units - start)) for start in range(0, units, most)]
-
-    def pack_span(self, buffer: bytearray, start: int, units: int) -> None:
-        """Pack the units that this launch moves."""
-        SPAN.pack_into(buffer, SPAN_AT, units, start)
+    @property
+    def cut(self) -> tuple[int, int]:
+        """The words by which the core cuts launches; `portakv_pack_open` has their order."""
+        return self.threads, self.together
 
 
-def _raw_loop(step: Step) -> Loop:
-    """Return a loop of which only the raw side's stride is read."""
-    return Loop(("token",), step.extent, 0, step.stride, 0, step.stride)
+class PackingRowsBackend(RowsBackend):
+    """A backend that also packs and unpacks rows of its own device, by the kernels of this file."""
+
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities(), encodings=frozenset({PACK}))
+
+    def check_pack(self, plan: PackPlan) -> Decision:
+        decision = super().check_pack(plan)
+        whys = (refusal(plan, nest) for nest in range(len(plan.nests)))
+        why = next((why for why in whys if why is not None), None)
+        if plan.src.place == "peer":
+            why = "it packs rows of its own device only"
+        if decision.accepted and why is not None:
+            return Decision(self.name, False, why)
+        return decision
+
+    def prepare_pack(self, plan: PackPlan) -> PackLaunch:
+        kernels = [PackKernel(plan, nest) for nest in range(len(plan.nests))]
+        functions = [entries[1] for entries in self._kernels.functions(kernels)]
+        return KernelPackLaunch(plan, kernels, functions, self._driver, self.device)
 
 
-class SideWords(SideArguments):
-    """A side of a kernel that packs or unpacks.
+class KernelPackLaunch:
+    """The launch of a plan that packs or unpacks; see `base.PackLaunch`.
 
-    Attributes:
-        kind: as in `SideArguments`, or ``PLANES``: a table of ``entries`` that travels with the
-            arguments.
-        ids: True if it has ids.
-        fixed: the values that a plan fixes, as the kernel's text declares them.
+    Words for blocks that do not fit may also be on the device.
+
+    Args:
+        kernels: one for each nest.
+        functions: the entry of each kernel, loaded.
+        driver: of the device that the kernels are loaded on.
+        home: that device, where they read tables of addresses.
     """
+
+    overflow_on_host = True
 
     def __init__(
         self,
-        nest: PackNest,
         plan: PackPlan,
-        name: str,
-        outer: Sequence[Loop],
-        inner: Sequence[Loop],
+        kernels: Sequence[PackKernel],
+        functions: Sequence[object],
+        driver: RowsDriver,
+        home: torch.device,
     ) -> None:
-        # A side reads of them only what packed nests and plans have as well.
-        super().__init__(cast("Nest", nest), cast("CopyPlan", plan), name, outer, inner)
-        self.ids = self.per_id > 0
-        self.entries = 0
-        self.countable = MAX_NUMBERS
-        loops = zip(outer, self.walks, strict=True)
-        entries = 1 + sum((x.extent - 1) * table for x, (table, _) in loops)
-        if getattr(plan, name).table_on_device:
-            self.kind = "UNITS"  # also for one address, which the host does not know
-        elif self.kind == "UNITS" and not self.side.tabled and entries <= MAX_ENTRIES:
-            self.kind = "PLANES"
-            self.entries = entries
-        walks = [(x.table, x.stride) for x in self.side.units]
-        walks += [(0, 0)] * (MAX_UNITS - len(walks)) + self.walks
-        walks += [(0, 0)] * (MAX_OUTER - len(self.walks))
-        numbers = [*chain(*walks), *self.strides, *[0] * (MAX_INNER - len(self.strides))]
-        self.fixed = struct.pack(f"<{len(numbers)}q", *numbers)
+        self._unit = plan.unit
+        self._driver = driver
+        self._home = home
+        shapes = [kernel.shape for kernel in kernels]
+        #: For each side, whether a kernel reads the table of addresses.
+        self.tables = (
+            any(LOOKUPS[shape.src.lookup] == "UNITS" for shape in shapes),
+            any(LOOKUPS[shape.dst.lookup] == "UNITS" for shape in shapes),
+        )
+        cuts = chain.from_iterable(kernel.cut for kernel in kernels)
+        handles = [driver.address(function) for function in functions]
+        self._packs = Packs(plan.words, pack_options(plan), cuts, handles, driver.entry)
 
-    @property
-    def shape(self) -> str:
-        """The type of the side in the kernel's text."""
-        bounded = extents([x.extent for x in self.side.units[1:]])
-        ids = str(self.ids).lower()
-        return f"SideShape<{ids}, {self.per_id or 1}, {self.kind}, {self.entries}, {bounded}>"
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+        overflow: torch.Tensor,
+    ) -> None:
+        """Order a copy on a stream; see `base.PackLaunch`."""
+        if not count:
+            return
+        driver = self._driver
+        handle = driver.number(stream)
+        if handle is None:
+            with driver.current():
+                self(src, dst, src_index, dst_index, count, stream, status, overflow)
+            return
 
-    def table(self, view: KVView) -> bytes:
-        """Return the entries that travel in the arguments."""
-        packed: bytes | None = view.derived.get(self)
-        if packed is None:
-            entries = view.origins[self.side.table :][: self.entries]
-            packed = view.derived[self] = struct.pack(f"<{self.entries}q", *entries)
-        return packed
+        word = 0 if status is None else driver.word(status.data_ptr())
+        words = overflow.data_ptr()
+        if overflow.is_cpu:
+            words = driver.word(words)
+        src_table, dst_table = self.tables
+        source = self._side(src, src_index, src_table)
+        target = self._side(dst, dst_index, dst_table)
+        error = self._packs.run(source, target, count, word, words, handle)
+        if error == NO_CONTEXT:  # the first work of a thread
+            with driver.current():
+                error = self._packs.run(source, target, count, word, words, handle)
+        if error:
+            self._refuse(error, src.slots, dst.slots, count)
+
+    def _side(self, view: KVView, index: Index, by_table: bool) -> bytes:
+        """Return one side of a copy as the core takes it."""
+        table = 0
+        if by_table:
+            held = view.table_on(self._home)
+            table = (view.table if held is None else held).data_ptr()
+        ids = index.ids  # contiguous and on the device: the library places them
+        at = 0
+        wide = False
+        if ids is not None:
+            at = ids.data_ptr()
+            wide = ids.dtype is torch.int64
+        addresses = view.addresses_at if view.known else 0
+        return pack_side(addresses, table, at, wide, index.offset, view.slots)
+
+    def _refuse(self, error: int, src: int, dst: int, count: int) -> NoReturn:
+        """Raise the error of a launch that the core or the driver refused, of a copy of ``count``
+        tokens between views of so many tokens.
+
+        Raises:
+            Unsupported: a view has more units than the kernel counts.
+            TransferError: the driver's error.
+        """
+        if error == UNITS:
+            views = [slots for slots in (src, dst) if slots // self._unit > COUNTED]
+            what = f"A view of {views[0]} tokens" if views else f"A copy of {count} tokens"
+            raise Unsupported(
+                f"{what} in units of {self._unit}",
+                f"the kernel counts {COUNTED} units; use backend 'reference'",
+            )
+        self._driver.refuse(error, "The launch")

@@ -435,7 +435,8 @@ def _way(verb: str, raw: Side, packed: KVView, choice: Any, packs: bool) -> Repo
     steps = (step, size) if packs else (size, step)
     ready = prepared_pack(*forms, *steps, choice)
     plan = PackPlan(*forms, *steps)
-    kernels = [PackKernel(nest, plan) for nest in plan.nests if refusal(nest) is None]
+    taken = [nest for nest in range(len(plan.nests)) if refusal(plan, nest) is None]
+    kernels = [PackKernel(plan, nest) for nest in taken]
     return {
         "does": verb,
         "plan": str(plan),

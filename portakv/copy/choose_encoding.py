@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose whether rows are packed before they cross a link: by the rates of the link and of packing,
-and by the escapes of a sample of real blocks."""
+and by the escapes of a sample of real blocks.
+
+The rates are those of copies of packed and of raw rows between a device and the host, measured once
+in a process. The table of `portakv calibrate` has the costs of raw runs on an idle device. A packed
+copy costs the host more than its kernels cost the device, so that the time by the wall decides.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,13 +21,19 @@ import numpy.typing as npt
 import torch
 
 from portakv.arguments import instance, rate
-from portakv.copy.exponents import Counts, Sample
-from portakv.copy.pack_rates import rates_of
+from portakv.backends.reference_pack import escapes_of
 from portakv.copy.request import Ids
+from portakv.copy.rows import copy_blocks
 from portakv.errors import InvalidTerms, PortaKVError, SlotError, Unsupported
-from portakv.layout.encodings import CODE_BITS, PACK, PACKED_DTYPE, Pack, slot_for
+from portakv.host import pinned
+from portakv.layout.encodings import CODE_BITS, PACK, PACKED_DTYPE, Pack, PackedPlane, slot_for
 from portakv.registry import choose
+from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import inside
+from portakv.runtime.streams import ignoring_captures, own_stream
 from portakv.view import KVView
+from portakv.view.dense import dense_blocks
+from portakv.view.form import Form
 from portakv.view.index import index_of
 
 #: Rows are packed if that makes their link at least so many times as fast.
@@ -35,6 +50,19 @@ SAMPLE_AGAIN = 8 << 30
 #: one in so many, above which it is because they did not fit.
 LOOK_AT = 64
 MISFITS = 8
+#: A sample has at most so many blocks, and of large blocks at most so many bytes.
+BLOCKS = 8
+BYTES = 8 << 20
+#: Values that are counted together, which bounds the temporary memory to some 30 MiB.
+TOGETHER = 1 << 20
+#: Raw bytes of a copy that is measured: what a task of a block store copies.
+MEASURED = 16 << 20
+#: Copies that are timed, unless they take longer than `SECONDS` together.
+ROUNDS = 5
+SECONDS = 0.1
+_SEED_VALUES = 1 << 16
+#: The escapes of the planes of each kv, int64 ``[blocks, planes]``.
+Counts = tuple[npt.NDArray[np.int64], ...]
 
 
 def is_out_of_date(packed: int, misfits: int) -> bool | None:
@@ -320,3 +348,171 @@ def _raw_bytes(view: KVView) -> int:
 def _slot_bytes(view: KVView, pack: Pack) -> int:
     """Return the bytes of one slot of each kv."""
     return sum(pack.plane(_values(view, kv)).slot_bytes for kv in range(view.kv))
+
+
+# --- Samples --------------------------------------------------------------------------------------
+
+
+class Sample:
+    """The escapes of a few blocks of a view, for several parameters.
+
+    Args:
+        view: a paged view of bf16 rows.
+        ids: numbers of blocks, of which at most `BLOCKS` at equal distances are counted.
+        packs: the parameters.
+
+    Attributes:
+        blocks: the number of blocks that are counted.
+    """
+
+    def __init__(self, view: KVView, ids: npt.NDArray[np.int64], packs: Sequence[Pack]) -> None:
+        size = view.block_size
+        assert size is not None
+        self.blocks = max(1, min(BLOCKS, len(ids), BYTES // (size * view.form.token_bytes)))
+        at = np.linspace(0, len(ids) - 1, self.blocks).round().astype(np.int64)
+        device = view.device
+        quiet = ignoring_captures(device)  # of other threads
+        with torch.inference_mode(False), torch.no_grad(), quiet:
+            stage = dense_blocks(view.form, size, self.blocks, device)
+            copy_blocks(view, stage, ids[at], np.arange(self.blocks))
+            counted = [self._counts(stage, size, pack) for pack in packs]
+            there = torch.cat(counted)
+            self._end: torch.Event | None = None
+            self._host = there
+            if device.type != "cpu":
+                host = torch.empty(there.shape, dtype=there.dtype, device="cpu").pin_memory()
+                self._host = host.copy_(there, non_blocking=True)
+                self._end = torch.Event(device)
+                self._end.record(torch.accelerator.current_stream(device.index))
+        self._device = device
+        self._packs = [*packs]
+        self._kv = view.kv
+
+    @property
+    def ready(self) -> bool:
+        """Return True if the counts are complete."""
+        if self._end is None:
+            return True
+        with ignoring_captures(self._device):
+            return self._end.query()
+
+    def counts(self, pack: Pack) -> Counts:
+        """Return the escapes with parameters of the sample; wait for them."""
+        if self._end is not None:
+            with ignoring_captures(self._device):
+                self._end.synchronize()
+        each = self._host.numpy().reshape(len(self._packs), self._kv, self.blocks, -1)
+        return tuple(each[self._packs.index(pack)])
+
+    def _counts(self, stage: KVView, size: int, pack: Pack) -> torch.Tensor:
+        """Return the escapes of all kv, one after the other."""
+        made = []
+        for planes, width in zip(stage.tensors, stage.widths, strict=True):
+            plane = pack.plane(size * width // 2)
+            bits = planes.view(-1, plane.values).view(torch.int16)
+            made += [escapes_of(x, plane) for x in bits.split(max(1, TOGETHER // plane.values))]
+        return torch.cat(made)
+
+
+# --- Rates ----------------------------------------------------------------------------------------
+
+
+class Rates(NamedTuple):
+    """10^9 bytes of raw rows a second, the mean of both directions.
+
+    Attributes:
+        link: of raw copies between the device and the host.
+        packing: of copies that pack or unpack on the device and cross the same link.
+    """
+
+    link: float
+    packing: float
+
+
+class _Shape(NamedTuple):
+    """The blocks that are measured: those of a view, with as many layers and heads."""
+
+    planes: tuple[PackedPlane, ...]
+    block_size: int
+    layers: int
+    heads: int
+
+
+_rates: Bounded[tuple[torch.device, _Shape, int], Rates] = Bounded("rates of packing", 64)
+_lock = threading.Lock()
+
+
+def rates_of(view: KVView, pack: Pack, nbytes: int = MEASURED) -> Rates:
+    """Return the rates for blocks like those of a view on a device, measured at the first call.
+
+    The first call makes up to 24 copies of ``nbytes``, and compiles kernels if need be. It uses a
+    private stream, ``nbytes`` of the device twice, and as much pinned memory.
+
+    Raises:
+        PortaKVError: the device cannot make such a copy, or has no memory for it.
+    """
+    form = view.form
+    size = form.block_size
+    planes = tuple(pack.plane(size * width // 2) for width in form.widths)
+    key = view.device, _Shape(planes, size, form.layers, form.heads), nbytes
+    with _lock:
+        rates = _rates.get(key)
+        if rates is None:
+            rates = _rates[key] = measure(form, size, pack, view.device, nbytes)
+    return rates
+
+
+def forget_rates() -> None:
+    """Drop all rates. The next call measures again."""
+    with _lock:
+        _rates.clear()
+
+
+def measure(form: Form, size: int, pack: Pack, device: torch.device, nbytes: int) -> Rates:
+    """Measure copies of blocks of a form's extents in both directions."""
+    blocks = max(1, nbytes // (size * form.token_bytes))
+    stream = own_stream(device)
+    quiet = ignoring_captures(device)  # of other threads
+    with torch.inference_mode(False), torch.no_grad(), quiet, inside(stream):
+        rows = dense_blocks(form, size, blocks, device)
+        _fill(rows)
+        raw = dense_blocks(form, size, blocks, device, allocate=_pinned)
+        packed = dense_blocks(form, size, blocks, device, pack, _pinned)
+        payload = blocks * size * form.token_bytes
+        ids = torch.arange(blocks, dtype=torch.int64, device="cpu")
+
+        def seconds(host: KVView) -> float:
+            """Return the seconds of both directions."""
+            out = _wall(lambda: copy_blocks(rows, host, ids, ids).synchronize())
+            back = _wall(lambda: copy_blocks(host, rows, ids, ids).synchronize())
+            return out + back
+
+        return Rates(2 * payload / seconds(raw) / 1e9, 2 * payload / seconds(packed) / 1e9)
+
+
+def _wall(call: Callable[[], object]) -> float:
+    """Return the median of the seconds of a call by the wall, after one that does not count."""
+    call()
+    times = list[float]()
+    while len(times) < ROUNDS and sum(times) < SECONDS:
+        began = perf_counter()
+        call()
+        times.append(perf_counter() - began)
+    return median(times)
+
+
+def _fill(rows: KVView) -> None:
+    """Fill rows with normal values, which fit into packed slots. Leaves torch's own random numbers
+    as they are."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    seed = torch.randn(_SEED_VALUES, generator=generator, dtype=torch.float32, device="cpu")
+    values = seed.to(torch.bfloat16)
+    for tensor in rows.tensors:
+        flat = tensor.view(-1)
+        repeated = values.to(flat.device).repeat(-(-flat.numel() // _SEED_VALUES))
+        flat.copy_(repeated[: flat.numel()])
+
+
+def _pinned(nbytes: int) -> torch.Tensor:
+    """Return pinned memory of the host."""
+    return pinned.allocate(nbytes, fallback=True).tensor

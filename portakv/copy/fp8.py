@@ -1,112 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies between raw rows and rows in `fp8`.
+"""`fp8` in plain torch: rows to slots and back, on any torch device.
 
-No backend carries out `fp8`: slices of blocks are converted in dense memory (see `dense`). Between
-two sides in `fp8` slots are rows of bytes, which any copy moves (see `packed_slots`).
+`portakv.layout.encodings` describes the format. The operations are integer arithmetic, and float32
+arithmetic whose operands and results are normal numbers or zero: neither the device nor a mode that
+flushes subnormal numbers changes a byte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-from portakv.copy.call import Submit
-from portakv.copy.dense import DenseCopy, DenseSlice
-from portakv.copy.fp8_rows import decode_rows, encode_rows
-from portakv.copy.handle import BlockTransfer
-from portakv.copy.options import CopyOptions
-from portakv.copy.packed_slots import check_whole
-from portakv.errors import Unsupported
-from portakv.layout.encodings import FP8
-from portakv.plan.packing import Move, check_sides
-from portakv.runtime.transfer import Transfer
-from portakv.view import Index, KVView
-from portakv.view.form import Form
+from portakv.layout.encodings import (
+    E4M3_LARGEST,
+    E4M3_LEAST_NORMAL,
+    E4M3_NAN,
+    E4M3_STEP,
+    FP8_LEAST_SCALE,
+    FP8_LEAST_VALUE,
+    Fp8Plane,
+)
 
-#: The values of a slice, unless one block has more. The memory of a slice is at most 32 bytes for
-#: each: the rows and slots, and temporary tensors.
-SLICE = 8 << 20
+#: float32 has 23 bits of mantissa and the exponent bias 127, e4m3 has 3 bits and the bias 7.
+_DROPPED = 20
+_BIAS = (127 - 7) << 3
 
 
-def copy_fp8(move: Move, options: CopyOptions, began: float, submit: Submit) -> BlockTransfer:
-    """Issue a copy of which one side is in `fp8` and the other side is raw.
+def encode_rows(rows: torch.Tensor, slots: torch.Tensor, plane: Fp8Plane) -> None:
+    """Write the slots of planes.
 
-    ``submit`` issues plain copies.
-
-    Raises:
-        Unsupported: rows that the encoding does not take, a part of a block, an option that no such
-            copy keeps, or inside graph capture.
-        PortaKVError: as `copy_rows`.
+    Args:
+        rows: ``[planes, tokens, dim]`` of a floating type of 16 or 32 bits.
+        slots: uint8 ``[planes, slot_bytes]``; all bytes are written.
     """
-    for name in ("max_gbps", "cancellable", "detached"):
-        if getattr(options, name) not in (None, False):
-            raise Unsupported(
-                f"A copy to or from {FP8!r} with {name}",
-                f"it moves whole blocks in one piece; leave {name} out",
-            )
-    src = move.src.form
-    dst = move.dst.form
-    raw, encoded = (dst, src) if src.encoding else (src, dst)
-    check_whole(move, encoded.block_size)
-    check_sides(raw, encoded, "decode" if src.encoding else "encode")
-    # All layers are checked before the first is written.
-    dense = DenseCopy(move, options, submit, encoded.block_size, repr(FP8))
-    if not options.by_layer:
-        return BlockTransfer(_converted(dense, dense.move), move, began)
-    layers = [_converted(dense, dense.move.layer(at)) for at in range(move.src.layers)]
-    return BlockTransfer(Transfer.join(layers), move, began, tuple(layers))
+    values = rows.to(torch.float32)
+    magnitudes = values.abs()
+    finite = magnitudes < torch.inf  # False for NaN as well
+    magnitudes = torch.where(finite & (magnitudes >= FP8_LEAST_VALUE), magnitudes, 0.0)
+    scales = scales_of(magnitudes.amax(2))
+    magnitudes = (magnitudes / scales[:, :, None]).clamp_(max=E4M3_LARGEST)
+    codes = nearest(magnitudes) | torch.signbit(values).to(torch.int32) << 7
+    codes = torch.where(finite, codes, E4M3_NAN)
+
+    slots[:, : plane.values] = codes.to(torch.uint8).flatten(1)
+    bits = scales.view(torch.int32) >> 16
+    area = slots[:, plane.values : plane.scales_past].view(-1, plane.tokens, 2)
+    area[:, :, 0] = (bits & 0xFF).to(torch.uint8)
+    area[:, :, 1] = (bits >> 8).to(torch.uint8)
+    slots[:, plane.scales_past :] = 0
 
 
-def _converted(dense: DenseCopy, move: Move) -> Transfer:
-    """Issue a checked copy, or a layer of it, that encodes or decodes on one device."""
-    encodes = not move.src.form.encoding
-    raw = move.src.form if encodes else move.dst.form
-    encoded = move.dst.form if encodes else move.src.form
-    unit = encoded.block_size
-    convert = encode_rows if encodes else decode_rows
+def decode_rows(slots: torch.Tensor, rows: torch.Tensor, plane: Fp8Plane) -> None:
+    """Write the rows of planes from their slots; arguments as for `encode_rows`.
 
-    def slices() -> Iterator[DenseSlice]:
-        values = sum(plane.values for plane in encoded.encoding)
-        most = SLICE // (encoded.layers * encoded.heads * values)
-        blocks = max(1, min(most, move.count // unit))
-        forms = move.src.form, move.dst.form
-        near, far = (_dense_blocks(form, raw, unit, blocks, dense.device) for form in forms)
-        for first in range(0, move.count, blocks * unit):
-            part = move.part(first, min(blocks * unit, move.count - first))
-            fetched = dense.copy(Move(part.src, near, part.src_index, Index(), part.count))
-            chosen = slice(0, part.count // unit)
-            pairs = zip(encoded.encoding, near.tensors, far.tensors, strict=True)
-            for plane, source, target in pairs:
-                convert(source[chosen].flatten(0, 2), target[chosen].flatten(0, 2), plane)
-            left = dense.copy(Move(far, part.dst, Index(), part.dst_index, part.count))
-            yield DenseSlice(first, fetched, [left])
-
-    return dense.issue(slices, move)
-
-
-def _dense_blocks(form: Form, raw: Form, unit: int, blocks: int, device: torch.device) -> KVView:
-    """Return dense memory for blocks of ``unit`` tokens as one side has them, a tensor for each kv.
-
-    ``raw``: the form of the raw side.
+    A finite value that a scale takes past the range of the rows' type becomes its largest number.
     """
-    shapes: list[tuple[int, ...]] = [(width,) for width in form.widths]
-    dtypes = [torch.uint8] * form.kv
-    numbers = [getattr(torch, dtype) for dtype in raw.dtypes]
-    dims = [width // dtype.itemsize for width, dtype in zip(raw.widths, numbers, strict=True)]
-    if not form.encoding:
-        shapes = [(unit, dim) for dim in dims]
-        dtypes = numbers
-    tensors = [
-        torch.empty((blocks, form.layers, form.heads, *shape), dtype=dtype, device=device)
-        for shape, dtype in zip(shapes, dtypes, strict=True)
-    ]
-    inner = "page" if form.encoding else "token dim"
-    return KVView(
-        tensors,
-        f"kv | block layer head {inner}",
-        kv=form.kv,
-        block_size=unit,
-        dim=dims,
-        encoding=FP8 if form.encoding else None,
-    )
+    codes = slots[:, : plane.values].to(torch.int32).view(-1, plane.tokens, plane.dim)
+    places = codes & 0x7F
+    normal = ((places + _BIAS) << _DROPPED).view(torch.float32)
+    magnitudes = torch.where(places < 8, places.to(torch.float32) * E4M3_STEP, normal)
+    values = torch.where(codes > 0x7F, -magnitudes, magnitudes)
+
+    area = slots[:, plane.values : plane.scales_past].to(torch.int32).view(-1, plane.tokens, 2)
+    scales = ((area[:, :, 0] | area[:, :, 1] << 8) << 16).view(torch.float32)
+    most = torch.finfo(rows.dtype).max
+    values = (values * scales[:, :, None]).clamp_(-most, most)
+    # Devices convert a NaN to different bits: it is written as a constant of the rows' type.
+    rows.copy_(values).masked_fill_(places == E4M3_NAN, torch.nan)
+
+
+def scales_of(largest: torch.Tensor) -> torch.Tensor:
+    """Return for each token the least bf16 number, as float32, that brings its largest magnitude to
+    at most 448."""
+    # By a tensor: CUDA multiplies by the rounded reciprocal of a number.
+    quotients = largest / torch.full_like(largest, E4M3_LARGEST)
+    bits = quotients.clamp_(min=FP8_LEAST_SCALE).view(torch.int32)
+    return (bits + 0xFFFF & ~0xFFFF).view(torch.float32)
+
+
+def nearest(magnitudes: torch.Tensor) -> torch.Tensor:
+    """Return the codes of the e4m3 numbers nearest to magnitudes from 0 to 448, ties to even."""
+    bits = magnitudes.view(torch.int32)
+    half = (1 << _DROPPED - 1) - 1
+    normal = (bits + half + (bits >> _DROPPED & 1) >> _DROPPED) - _BIAS
+    small = torch.round(magnitudes * (1 / E4M3_STEP)).to(torch.int32)
+    return torch.where(magnitudes < E4M3_LEAST_NORMAL, small, normal)

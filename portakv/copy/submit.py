@@ -20,7 +20,7 @@ from portakv.copy.call import (
     seen_by_reader,
     settle,
 )
-from portakv.copy.encoded import copy_encoded
+from portakv.copy.encodings import copy_encoded
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
 from portakv.copy.slices import in_slices

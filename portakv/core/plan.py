@@ -47,7 +47,7 @@ def plan_words(src: int, dst: int, src_step: int, dst_step: int, unit: int) -> a
 
 
 def pack_words(raw: int, packed: int, packs: bool, equal_planes: bool) -> array[int]:
-    """Return the words of the nests of a copy that packs or unpacks; see `portakv_plan_pack`.
+    """Return the words of the plan of a copy that packs or unpacks; see `portakv_plan_pack`.
 
     Args:
         raw, packed: addresses of the words of the two forms.

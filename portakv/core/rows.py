@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from ctypes import c_char_p, c_int64, c_uint64, c_void_p
 from functools import cache
 from typing import Any, NamedTuple
@@ -57,16 +57,12 @@ class RowsShape(NamedTuple):
     def of(cls, words: Iterable[int]) -> RowsShape:
         """Return the shape of words that `describe` returned."""
         numbers = iter(words)
-
-        def extents() -> tuple[int, ...]:
-            return tuple(next(numbers) for _ in range(next(numbers)))
-
-        def side() -> SideShape:
-            ids, per_id, lookup, entries = (next(numbers) for _ in range(4))
-            return SideShape(bool(ids), per_id, lookup, entries, extents(), next(numbers))
-
         vector, run, lanes, row, planes = (next(numbers) for _ in range(5))
-        return cls(vector, run, lanes, row, planes, extents(), extents(), side(), side())
+        inner = read_extents(numbers)
+        outer = read_extents(numbers)
+        src = read_side(numbers)
+        dst = read_side(numbers)
+        return cls(vector, run, lanes, row, planes, inner, outer, src, dst)
 
 
 def describe(plan: array[int], nest: int, options: array[int]) -> array[int]:
@@ -84,6 +80,17 @@ def describe(plan: array[int], nest: int, options: array[int]) -> array[int]:
     if count < 0:
         raise Refused(count, out)
     return out[:count]
+
+
+def read_extents(words: Iterator[int]) -> tuple[int, ...]:
+    """Return the extents that follow in the words of a kernel."""
+    return tuple(next(words) for _ in range(next(words)))
+
+
+def read_side(words: Iterator[int]) -> SideShape:
+    """Return the side that follows in the words of a kernel."""
+    ids, per_id, lookup, entries = (next(words) for _ in range(4))
+    return SideShape(bool(ids), per_id, lookup, entries, read_extents(words), next(words))
 
 
 class Kernels:

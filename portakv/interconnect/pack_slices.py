@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slices of a copy that packs or unpacks across the link: the device's stage makes dense rows in
-the encoding of the other side, and these cross as `staged` moves raw rows.
+"""Copies that pack or unpack across the link, in slices, as `staged` moves raw rows.
 
-Dense rows lie in the order of the other side, so that few long runs cross.
+The device's stage makes dense rows in the encoding of the other side, in staging memory. Dense rows
+lie in the order of the other side, so that few long runs cross. Slices are packed or unpacked on
+one stream and cross on another, so that the two overlap.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ from dataclasses import replace
 
 import torch
 
+from portakv.interconnect.link import link_of
+from portakv.interconnect.passage import Cross, Passage
 from portakv.interconnect.slices import BothStages, Sizes, Slice, cuts, sliced
-from portakv.interconnect.staging import dense_rows
+from portakv.interconnect.staging import dense_rows, staging
+from portakv.interconnect.strategy import finish
 from portakv.plan.packing import Move, PackPlan
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import PreparedPack, prepared_pack
 from portakv.registry.registry import Choice
+from portakv.runtime import streams
 from portakv.runtime.bounded import Bounded
 from portakv.view.form import Form, same_form
 from portakv.view.index import Index
@@ -130,7 +135,7 @@ class PackSlice(Slice[PreparedPack]):
         return Move(far, dense, outside, inside, count)
 
 
-def pack_slices(
+def _slices(
     stages: PackStages,
     ends: tuple[KVView, KVView],
     far_index: Index,
@@ -147,3 +152,69 @@ def pack_slices(
     smaller = Sizes(*(max(1, int(size * stages.share)) for size in sizes))
     cut = cuts(ends[1].form, (), count, stages.quantum, stages.downward, smaller)
     return sliced(stages, cut, ends, far_index, False, smaller.largest, PackSlice)
+
+
+def issue_slices(
+    move: Move,
+    stages: PackStages,
+    cross: Cross[PreparedPack] | None,
+    sizes: Sizes,
+    order: tuple[torch.Stream, torch.Stream],
+    words: torch.Tensor,
+) -> None:
+    """Issue all slices of a copy.
+
+    Args:
+        cross: copies a slice between its buffer and the far side, ordered on a stream. None: slices
+            cross by the link, between staging memory and pinned memory, in pieces.
+        sizes: of slices, in bytes of raw rows. The first one is large if the link is busy.
+        order: the slices begin after the first stream, and the second stream waits for their end.
+            The copy is detached if they differ.
+        words: a cleared word for each block, which gets 1 if the block does not fit.
+    """
+    current, work = order
+    far = move.src
+    near = move.dst
+    far_index = move.src_index
+    near_index = move.dst_index
+    if stages.downward:
+        far = move.dst
+        near = move.src
+        far_index = move.dst_index
+        near_index = move.src_index
+    device = near.device
+    if cross is None:
+        far_index = far_index.to_host()
+    buffers = staging(device, work, work is not current, packs=True)
+    if not buffers.link.query():  # nothing waits for the first slice
+        sizes = sizes._replace(smallest=sizes.largest)
+    slices = _slices(stages, (near, far), far_index, move.count, sizes)
+    unit = stages.plan.unit
+
+    def transform(nth: int, ready: PreparedPack, part: Move, stream: torch.Stream) -> None:
+        first = slices[nth].cut.start // unit
+        own = words[first : first + part.count // unit]
+        finish(ready.enqueue(part, stream, None, own))
+
+    if cross is None:
+        cross = _by_link(device)
+    passage = Passage(stages.downward, buffers, work, slices, transform, cross)
+    try:
+        with buffers.lock:
+            passage.settle(near_index, current)
+            with passage.begun():
+                for nth in range(len(slices)):
+                    passage.move(nth)
+    finally:
+        # Also if something failed while slices were in progress.
+        streams.completion(device, work, *far.retained, words)
+
+
+def _by_link(device: torch.device) -> Cross[PreparedPack]:
+    """Return the function that copies the pieces of a slice by the link."""
+    link = link_of(device)
+
+    def cross(each: Slice[PreparedPack], dense: KVView, _: int, stream: torch.Stream) -> None:
+        each.cross(link, dense, stream)
+
+    return cross

@@ -23,6 +23,7 @@ import torch
 from portakv.copy.choose_encoding import (
     SAMPLE_AGAIN,
     EncodingChoice,
+    Sample,
     Sampled,
     best_of,
     judged,
@@ -30,7 +31,6 @@ from portakv.copy.choose_encoding import (
     rated_choice,
     stays_raw,
 )
-from portakv.copy.exponents import Sample
 from portakv.copy.rows import copy_rows
 from portakv.errors import LayoutError, PeerError, PortaKVError, TransferError, Unsupported
 from portakv.graph import Graph, Task

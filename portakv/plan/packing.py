@@ -101,7 +101,35 @@ class PackPlan:
         for step in (src_step, dst_step, unit or 0):
             if step not in (0, self.unit):
                 raise _in_part(f"{step} tokens for each id", self.unit)
-        self.nests = self._nests()
+        equal_planes = len(set(self.packed.encoding)) == 1
+        try:
+            words = pack_words(self.raw.address, self.packed.address, self.packs, equal_planes)
+        except Refused as refused:
+            raise refusal_of(refused) from None
+        #: The words of the plan, which `native/core/plan.h` lists.
+        self.words = words
+
+    @cached_property
+    def nests(self) -> tuple[PackNest, ...]:
+        """Return one `PackNest`, or one for each kv."""
+        reader = WordReader(self.words)
+        reader.word()  # the unit
+        reader.word()  # the direction
+        return tuple(
+            [
+                PackNest(
+                    reader.side(),
+                    reader.side(),
+                    reader.loops(),
+                    self.packed.encoding[kv],
+                    reader.steps(),
+                    reader.steps(),
+                    reader.word(),
+                    reader.word(),
+                )
+                for kv in range(reader.word())
+            ]
+        )
 
     @property
     def encoding(self) -> str:
@@ -128,30 +156,6 @@ class PackPlan:
             if tokens % self.unit:
                 raise _in_part(f"{tokens} tokens", self.unit)
         return [(0, move.count, self.unit)]
-
-    def _nests(self) -> tuple[PackNest, ...]:
-        planes = self.packed.encoding
-        equal_planes = len(set(planes)) == 1
-        try:
-            words = pack_words(self.raw.address, self.packed.address, self.packs, equal_planes)
-        except Refused as refused:
-            raise refusal_of(refused) from None
-        reader = WordReader(words)
-        return tuple(
-            [
-                PackNest(
-                    reader.side(),
-                    reader.side(),
-                    reader.loops(),
-                    planes[kv],
-                    reader.steps(),
-                    self.raw.parts[kv].dim,
-                    reader.word(),
-                    reader.word(),
-                )
-                for kv in range(reader.word())
-            ]
-        )
 
     def __str__(self) -> str:
         verb = "pack" if self.packs else "unpack"

@@ -27,13 +27,13 @@ from portakv.arguments import invalid
 from portakv.copy.choose_encoding import (
     SAMPLE_AGAIN,
     EncodingChoice,
+    Sample,
     best_of,
     check_terms,
     judged,
     rated_choice,
     stays_raw,
 )
-from portakv.copy.exponents import Sample
 from portakv.errors import InvalidTerms, PackOverflow, PortaKVError, Unsupported
 from portakv.graph import Graph, Guard, Handle, Lease, Mask, Missing, Priority, Queue, Task, Workers
 from portakv.graph.trace import COUNTED, Counts

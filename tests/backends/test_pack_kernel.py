@@ -13,12 +13,12 @@ import pytest
 import torch
 from support.command_line import registered
 from support.cuda_on_cpu import why_not
+from support.launches import pack_launches
 from support.pack_on_cpu import HostPackDriver, PackOnCpu, Rows, by_block
 
 from portakv import Index, KVView, TransferError
 from portakv.backends.base import Backend
 from portakv.backends.cuda import Cuda
-from portakv.backends.pack_kernel import PackKernel
 from portakv.plan.packing import PackPlan
 from portakv.runtime.hip import Card, Driver
 from portakv_conformance.judge.slots import usual_slot
@@ -370,12 +370,11 @@ def test_every_mutant_of_the_text_for_amd_is_caught(mutant: str) -> None:
 def test_no_launch_has_more_threads_than_hip_takes(rows: Rows) -> None:
     """Fewer than 2^32; ids that are skipped count, too."""
     plan = _plan(rows.raw_view(rows.tensors(rows.values(0), CPU)))
-    kernel = PackKernel(plan.nests[0], plan)
-    spans = kernel.spans(3_000_000_000)
-    assert sum(units for _, units in spans) == 3_000_000_000
-    assert all(first + units == after for (first, units), (after, _) in pairwise(spans))
-    assert all(kernel.grid(units) * kernel.threads < 2**32 for _, units in spans)
-    assert kernel.grid(spans[0][1] + 2) * kernel.threads > 2**32 - 2**20  # no more than needed
+    launches = pack_launches(plan, 3_000_000_000)
+    assert sum(each.units for each in launches) == 3_000_000_000
+    assert all(one.start + one.units == after.start for one, after in pairwise(launches))
+    assert all(each.blocks * each.threads < 2**32 for each in launches)
+    assert launches[0].blocks * launches[0].threads > 2**32 - 2**20  # no more than needed
 
 
 def _plan(raw: KVView, packs: bool = True) -> PackPlan:

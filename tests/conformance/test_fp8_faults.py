@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.encoding_faults import failing_case
 
-from portakv.copy import fp8, fp8_rows
+from portakv.copy import encodings, fp8
 from portakv.layout.encodings import E4M3_NAN, Fp8Plane
 from portakv_conformance.cases import Bench
 from portakv_conformance.cases import test_fp8 as cases
@@ -31,7 +31,7 @@ def _scale_of_the_plane(rows: torch.Tensor, slots: torch.Tensor, plane: Fp8Plane
     """All tokens of a plane share the scale of the largest value."""
     one = Fp8Plane(1, plane.values)
     made = torch.empty((len(slots), one.slot_bytes), dtype=torch.uint8, device=slots.device)
-    fp8_rows.encode_rows(rows.reshape(len(rows), 1, -1), made, one)
+    fp8.encode_rows(rows.reshape(len(rows), 1, -1), made, one)
     slots.zero_()
     slots[:, : plane.values] = made[:, : plane.values]
     scale = made[:, plane.values : plane.values + 2]
@@ -43,31 +43,31 @@ def _neighbours_scale(slots: torch.Tensor, rows: torch.Tensor, plane: Fp8Plane) 
     moved = slots.clone()
     area = moved[:, plane.values : plane.scales_past].view(-1, plane.tokens, 2)
     area.copy_(area.roll(1, 1))
-    fp8_rows.decode_rows(moved, rows, plane)
+    fp8.decode_rows(moved, rows, plane)
 
 
 def _infinities_stay_finite(rows: torch.Tensor, slots: torch.Tensor, plane: Fp8Plane) -> None:
     """An infinity becomes the largest number of its type."""
     bounded = rows.clone().clamp_(torch.finfo(rows.dtype).min, torch.finfo(rows.dtype).max)
-    fp8_rows.encode_rows(bounded, slots, plane)
+    fp8.encode_rows(bounded, slots, plane)
 
 
 def _sign_of_zero_lost(rows: torch.Tensor, slots: torch.Tensor, plane: Fp8Plane) -> None:
     """The sign is that of a comparison with zero."""
-    fp8_rows.encode_rows(torch.where(rows == 0, 0.0, rows.float()).to(rows.dtype), slots, plane)
+    fp8.encode_rows(torch.where(rows == 0, 0.0, rows.float()).to(rows.dtype), slots, plane)
 
 
 def _padding_left(rows: torch.Tensor, slots: torch.Tensor, plane: Fp8Plane) -> None:
     """The bytes after the scales are not written."""
     old = slots[:, plane.scales_past :].clone()
-    fp8_rows.encode_rows(rows, slots, plane)
+    fp8.encode_rows(rows, slots, plane)
     slots[:, plane.scales_past :] = old
 
 
 def _overflow_is_infinite(slots: torch.Tensor, rows: torch.Tensor, plane: Fp8Plane) -> None:
     """A value past the range of the rows' type becomes an infinity."""
     wide = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-    fp8_rows.decode_rows(slots, wide, plane)
+    fp8.decode_rows(slots, wide, plane)
     rows.copy_(wide)
 
 
@@ -100,21 +100,21 @@ def _scale_to_one_byte(largest: torch.Tensor) -> torch.Tensor:
     return (bits + 0x7FFFFF & ~0x7FFFFF).view(torch.float32)
 
 
-NEAREST = fp8_rows.nearest
-SCALES_OF = fp8_rows.scales_of
+NEAREST = fp8.nearest
+SCALES_OF = fp8.scales_of
 #: Where each fault takes the place of the right function.
 FAULTS: list[tuple[Any, str, Callable[..., Any]]] = [
-    (fp8, "encode_rows", _scale_of_the_plane),
-    (fp8, "decode_rows", _neighbours_scale),
-    (fp8, "encode_rows", _infinities_stay_finite),
-    (fp8, "encode_rows", _sign_of_zero_lost),
-    (fp8, "encode_rows", _padding_left),
-    (fp8, "decode_rows", _overflow_is_infinite),
-    (fp8_rows, "nearest", _truncated),
-    (fp8_rows, "nearest", _ties_away),
-    (fp8_rows, "nearest", _flushed),
-    (fp8_rows, "scales_of", _scale_rounded_down),
-    (fp8_rows, "scales_of", _scale_to_one_byte),
+    (encodings, "encode_rows", _scale_of_the_plane),
+    (encodings, "decode_rows", _neighbours_scale),
+    (encodings, "encode_rows", _infinities_stay_finite),
+    (encodings, "encode_rows", _sign_of_zero_lost),
+    (encodings, "encode_rows", _padding_left),
+    (encodings, "decode_rows", _overflow_is_infinite),
+    (fp8, "nearest", _truncated),
+    (fp8, "nearest", _ties_away),
+    (fp8, "nearest", _flushed),
+    (fp8, "scales_of", _scale_rounded_down),
+    (fp8, "scales_of", _scale_to_one_byte),
 ]
 
 

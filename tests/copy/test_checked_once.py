@@ -44,7 +44,7 @@ from portakv import (
     copy_runs,
     rotate_blocks,
 )
-from portakv.copy import call, fp8, pack_staged, slices
+from portakv.copy import call, encodings, slices
 from portakv.copy.call import Context, drop_bad_ids
 from portakv.plan.plan import check_disjoint
 from portakv.runtime.transfer import Transfer
@@ -296,8 +296,8 @@ def sides(
 ) -> Sides:
     """Return both sides of a copy that moves one block in each slice."""
     here, there, pin = request.param
-    monkeypatch.setattr(fp8, "SLICE", 1)
-    monkeypatch.setattr(pack_staged, "SLICE", 1)
+    monkeypatch.setattr(encodings, "FP8_SLICE", 1)
+    monkeypatch.setattr(encodings, "PACK_SLICE", 1)
     made = Sides(raw_blocks(here), encoded_blocks(encoding, there, pin), unpack)
     if unpack:
         copy_blocks(made.raw, made.encoded, SRC, DST).synchronize()

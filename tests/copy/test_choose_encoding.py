@@ -20,10 +20,9 @@ from portakv import (
     choose_encoding,
     copy_blocks,
 )
-from portakv.backends.pack_planes import pack_planes
-from portakv.copy import pack_rates
-from portakv.copy.exponents import Sample, escapes_of
-from portakv.copy.pack_rates import rates_of
+from portakv.backends.reference_pack import escapes_of, pack_planes
+from portakv.copy import choose_encoding as choosing
+from portakv.copy.choose_encoding import Sample, rates_of
 
 NHD = "layer | kv block token head dim"
 BLOCKS = 6
@@ -251,7 +250,7 @@ def test_wrong_terms_are_named() -> None:
 def test_a_device_is_measured_once(
     accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack_rates.forget()
+    choosing.forget_rates()
     view = view_of([layer.to(accelerator) for layer in normal()])
     before = torch.random.get_rng_state()
     torch.set_default_dtype(torch.float64)
@@ -265,11 +264,11 @@ def test_a_device_is_measured_once(
     def refuse(*_: object) -> Any:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(pack_rates, "measure", refuse)
+    monkeypatch.setattr(choosing, "measure", refuse)
     assert rates_of(view, Pack(), 1 << 16) is first
     with pytest.raises(AssertionError, match="measured again"):  # control
         rates_of(view, Pack(3), 1 << 16)
-    pack_rates.forget()
+    choosing.forget_rates()
 
 
 def test_blocks_of_a_device_are_counted_there(accelerator: torch.device) -> None:
@@ -290,8 +289,8 @@ def test_a_device_that_cannot_be_measured_stays_raw(
     def fail(*_: object) -> Any:
         raise TransferError("no memory")
 
-    pack_rates.forget()
-    monkeypatch.setattr(pack_rates, "measure", fail)
+    choosing.forget_rates()
+    monkeypatch.setattr(choosing, "measure", fail)
     view = view_of([layer.to(accelerator) for layer in normal()])
     choice = choose_encoding(view, range(BLOCKS), packing_gbps=50.0)
     assert choice.pack is None

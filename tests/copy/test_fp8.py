@@ -25,7 +25,7 @@ from portakv import (
     copy_blocks,
     copy_rows,
 )
-from portakv.copy import fp8
+from portakv.copy import encodings
 from portakv.migrate import Shard
 from portakv.plan.packing import PackPlan
 
@@ -76,7 +76,7 @@ def test_blocks_are_encoded_and_decoded(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     """Also in slices of two blocks, of which the last is shorter."""
-    monkeypatch.setattr(fp8, "SLICE", 2 * LAYERS * 2 * HEADS * SIZE * DIM)
+    monkeypatch.setattr(encodings, "FP8_SLICE", 2 * LAYERS * 2 * HEADS * SIZE * DIM)
     layers = rows_of(6, dtype)
     image = fp8_view(5)
     moved = copy_blocks(raw_view(layers), image, [5, 0, 3, 1, 2], [2, 0, 1, 4, 3])
@@ -289,7 +289,7 @@ def test_slices_cross_in_turns(
     accelerator: torch.device, monkeypatch: pytest.MonkeyPatch, pinned: bool
 ) -> None:
     """Both directions of the link, whichever side is encoded, on a stream of the caller's."""
-    monkeypatch.setattr(fp8, "SLICE", 2 * LAYERS * 2 * HEADS * SIZE * DIM)
+    monkeypatch.setattr(encodings, "FP8_SLICE", 2 * LAYERS * 2 * HEADS * SIZE * DIM)
     layers = rows_of(7)
     wanted = fp8_view(7)
     copy_blocks(raw_view(layers), wanted, [6, 1, 0, 3, 2], [0, 1, 2, 3, 4]).synchronize()

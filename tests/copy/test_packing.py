@@ -27,7 +27,7 @@ from portakv import (
     copy_rows,
     register_backend,
 )
-from portakv.copy import pack_staged
+from portakv.copy import encodings
 from portakv.registry import registry
 
 NHD = "layer | kv block token head dim"
@@ -351,7 +351,7 @@ def test_slices_cross_in_turns(
 ) -> None:
     """With staging for two blocks a copy has many slices, in both directions of the link, and
     whichever side is packed."""
-    monkeypatch.setattr(pack_staged, "SLICE", 2 * BLOCK)
+    monkeypatch.setattr(encodings, "PACK_SLICE", 2 * BLOCK)
     layers = numbers(9)
     here = [8, 1, 6, 0, 3, 7, 2]
     there = list(range(7))
@@ -384,7 +384,7 @@ def test_blocks_that_do_not_fit_are_named_across_the_link(
     accelerator: torch.device, monkeypatch: pytest.MonkeyPatch, by_layer: bool
 ) -> None:
     """All of them, whichever slice or layer they are in."""
-    monkeypatch.setattr(pack_staged, "SLICE", BLOCK)
+    monkeypatch.setattr(encodings, "PACK_SLICE", BLOCK)
     layers = numbers(6)
     noise(layers[1][1, 4, :, 0])
     noise(layers[0][0, 0, :, 1])
@@ -414,7 +414,7 @@ def test_no_stream_waits_for_a_detached_copy(
     Staging serves several copies in a row.
     """
     device = simdev_cases.DEVICE
-    monkeypatch.setattr(pack_staged, "SLICE", 2 * BLOCK)
+    monkeypatch.setattr(encodings, "PACK_SLICE", 2 * BLOCK)
     layers = numbers(7)
     ids = list(range(7))
     wanted = packed_view(7)

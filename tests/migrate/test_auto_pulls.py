@@ -17,8 +17,7 @@ from support.packed_pulls import BLOCKS, LAYERS, LAYOUT, RAW_BYTES, SIZE, Packed
 from support.waits import LIMIT, until
 
 from portakv import EncodingChoice, KVView, Pack
-from portakv.copy.choose_encoding import rated_choice, stays_raw
-from portakv.copy.exponents import Sample
+from portakv.copy.choose_encoding import Sample, rated_choice, stays_raw
 from portakv.errors import InvalidTerms, LayoutError, TransferError, Unsupported
 from portakv.migrate import Channel, Owner, Reader, Shard
 from portakv.migrate.crossed import PullStatistics

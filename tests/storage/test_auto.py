@@ -25,9 +25,8 @@ from portakv import (
     Unsupported,
     copy_blocks,
 )
-from portakv.backends.pack_planes import pack_planes
-from portakv.copy.exponents import Sample
-from portakv.copy.pack_rates import Rates
+from portakv.backends.reference_pack import pack_planes
+from portakv.copy.choose_encoding import Rates, Sample
 from portakv.storage import AutoEncoding, BlockForm, BlockStore, Disk, calls
 from portakv.storage.encoded import EncodedFigures
 

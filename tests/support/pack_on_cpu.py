@@ -56,16 +56,16 @@ class HostPackDriver(HostDriver):
         library = compiled(_HEAD + _BOUNDS.sub("", source), _ENTRIES.format(name=name))
         return {name: library}
 
-    def launch(
-        self, function: Any, blocks: int, planes: int, _z: int, threads: int, *rest: int
-    ) -> int:
+    def run(
+        self, function: Any, blocks: int, planes: int, _z: int, threads: int, *rest: Any
+    ) -> None:
         if isinstance(function, tuple):
-            raise AssertionError("the core launches the kernels that copy rows")
-        address = ctypes.cast(rest[-2], ctypes.POINTER(ctypes.c_void_p))[0]
-        apart = function.run_kernel(ctypes.c_void_p(address), blocks, threads, self.backwards)
+            super().run(function, blocks, planes, _z, threads, *rest)
+            return
+        argument = ctypes.c_void_p(rest[-2][0])
+        apart = function.run_kernel(argument, blocks, threads, self.backwards)
         HostPackDriver.launched += 1
         assert not apart, "threads of a warp or a block wait in different places"
-        return 0
 
 
 class PackOnCpu(Cuda):

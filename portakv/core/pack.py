@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Call the core's launches of kernels that pack and unpack."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from ctypes import c_char_p, c_int, c_int64, c_uint64, c_void_p
+from functools import cache
+from typing import Any, NamedTuple
+
+from portakv.errors import PortaKVError
+
+from .library import library
+from .plan import Refused
+from .rows import SideShape, read_extents, read_side
+
+#: More words than a kernel has: it has at most 16 extents for each of its axes.
+_ROOM = 256
+_EMPTY = array("q", [0])
+
+
+class PackShape(NamedTuple):
+    """One nest of a plan as a kernel, as ``pack.h`` describes it."""
+
+    planes: int
+    run: int
+    inner: tuple[int, ...]
+    outer: tuple[int, ...]
+    src: SideShape
+    dst: SideShape
+
+
+def shape_of(plan: array[int], nest: int, options: array[int]) -> PackShape:
+    """Return one nest of a plan as a kernel; see `portakv_pack_describe`.
+
+    Args:
+        plan: the words of the plan.
+        options: the words of `RowsOptions`.
+
+    Raises:
+        Refused: the kernels' argument does not hold it; the values are its loops over planes and
+            those inside a plane.
+    """
+    out = _EMPTY * _ROOM
+    count = _functions().describe(_at(plan), nest, _at(options), _at(out), _ROOM)
+    if count < 0:
+        raise Refused(count, out)
+    words = iter(out[:count])
+    planes = next(words)
+    run = next(words)
+    inner = read_extents(words)
+    outer = read_extents(words)
+    src = read_side(words)
+    dst = read_side(words)
+    return PackShape(planes, run, inner, outer, src, dst)
+
+
+class Packs:
+    """The launches of a plan by its kernels, which any thread may call; see `portakv_pack_open`.
+
+    Args:
+        cuts: for each kernel the threads and the planes of a thread block.
+        functions: for each kernel the driver's handle.
+        launch: the address of the driver's function.
+    """
+
+    def __init__(
+        self,
+        plan: array[int],
+        options: array[int],
+        cuts: Iterable[int],
+        functions: Iterable[int],
+        launch: int,
+    ) -> None:
+        core = _functions()
+        words = array("q", cuts)
+        handles = array("q", functions)
+        self._close = core.close
+        self._run = core.run
+        self.address = core.open(_at(plan), _at(options), _at(words), _at(handles), launch)
+        if not self.address:
+            raise PortaKVError(
+                "Expected the plan of a copy that packs, and memory for its launches, got a "
+                "refusal of the core. Free memory."
+            )
+
+    def run(
+        self, src: bytes, dst: bytes, count: int, status: int, overflow: int, stream: int
+    ) -> int:
+        """Order a copy, and return 0, `UNITS` or the driver's error; see `portakv_pack_run`.
+
+        ``src`` and ``dst`` are sides by `portakv.core.rows.pack_side`.
+        """
+        result: int = self._run(self.address, src, dst, count, status, overflow, stream)
+        return result
+
+    def __del__(self) -> None:
+        if getattr(self, "address", 0):
+            self._close(self.address)
+
+
+class _Functions(NamedTuple):
+    describe: Any
+    open: Any
+    close: Any
+    run: Any
+
+
+def _at(words: array[int]) -> int:
+    return words.buffer_info()[0]
+
+
+@cache
+def _functions() -> _Functions:
+    """Return the functions with their prototypes. Launches release the interpreter, since a driver
+    with a full queue blocks."""
+    core = library()
+    describe = core.portakv_pack_describe
+    describe.argtypes = (c_void_p, c_int64, c_void_p, c_void_p, c_int64)
+    describe.restype = c_int64
+    make = core.portakv_pack_open
+    make.argtypes = (c_void_p,) * 5
+    make.restype = c_void_p
+    close = core.portakv_pack_close
+    close.argtypes = (c_void_p,)
+    close.restype = None
+    run = core.portakv_pack_run
+    run.argtypes = (c_void_p, c_char_p, c_char_p, c_int64, c_uint64, c_uint64, c_void_p)
+    run.restype = c_int
+    return _Functions(describe, make, close, run)
