@@ -353,8 +353,8 @@ class HostLaunch(StrategyLaunch):
         )
 
 
-#: Strategies by the backend that they run over, and by terms without a rate; None: the usual ones.
-hosts: Bounded[tuple[Choice, Terms | None], Choice] = Bounded("strategies across the link", 64)
+#: Strategies by the backend that they run over, and by terms without a rate.
+hosts: Bounded[tuple[Choice, Terms], Choice] = Bounded("strategies across the link", 64)
 
 
 def across(half: Choice, terms: Terms | None = None) -> Choice:
@@ -364,16 +364,14 @@ def across(half: Choice, terms: Terms | None = None) -> Choice:
     Raises:
         BackendUnavailable: its self-check failed on this device.
     """
-    own = None if terms is None else terms.without_rate
-    if own == _NO_TERMS:
-        own = None
+    own = _NO_TERMS if terms is None else terms.without_rate
     key = half, own
     known = hosts.get(key)
     if known is not None:
         return known
     device = half.backend.device
     if isinstance(half.backend, Strategy):
-        if own is None:
+        if own == _NO_TERMS:
             return half
         named = type(half.backend)(device, None, own)
         return hosts.setdefault(key, Choice(named, half.trace, half.forced, named.capabilities()))
