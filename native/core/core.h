@@ -397,6 +397,9 @@ PORTAKV_API int64_t portakv_view_read(const int64_t *bound, const int64_t *sizes
                                       int64_t table_on_device, int64_t alignment, int64_t *out,
                                       int64_t capacity);
 
+// Return 1 if the functions of an interpreter were found, which the functions below need; else 0.
+PORTAKV_API int portakv_python_found(void);
+
 // The objects of torch that `portakv_view_read_tensors` uses. Python owns them.
 typedef struct {
   const void *exchange;  // torch.Tensor's DLPackExchangeAPI

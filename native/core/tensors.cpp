@@ -250,6 +250,11 @@ bool look_up(const char *name, Pointer &out) {
   return out != nullptr;
 }
 
+// Python 3.10 exports the second one alone, which is the same for calls without keywords.
+bool look_up_call(Python &out) {
+  return look_up("PyObject_Vectorcall", out.call) || look_up("PyObject_VectorcallDict", out.call);
+}
+
 bool look_up_all(Python &out) {
   return look_up("PyObject_Type", out.type) && look_up("Py_IncRef", out.retain) &&
          look_up("Py_DecRef", out.release) && look_up("PyList_Size", out.list_size) &&
@@ -259,7 +264,7 @@ bool look_up_all(Python &out) {
          look_up("PyTuple_SetItem", out.set_tuple_item) && look_up("PyObject_Size", out.size) && look_up("PyDict_Size", out.dict_size) &&
          look_up("PyDict_Next", out.dict_next) &&
          look_up("PyDict_GetItemWithError", out.dict_item) &&
-         look_up("PyBool_FromLong", out.new_bool) && look_up("PyObject_Vectorcall", out.call) &&
+         look_up("PyBool_FromLong", out.new_bool) && look_up_call(out) &&
          look_up("PyObject_GetAttr", out.attribute) && look_up("PyObject_IsTrue", out.is_true) &&
          look_up("PyLong_FromLongLong", out.new_integer) &&
          look_up("PyLong_AsLongLong", out.integer) &&
@@ -282,6 +287,8 @@ const Python *python() {
 }  // namespace portakv
 
 using namespace portakv;
+
+int portakv_python_found() { return python() != nullptr; }
 
 void *portakv_view_read_tensors(const int64_t *bound, void *tensors) {
   const Python *functions = python();

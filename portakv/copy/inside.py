@@ -30,6 +30,7 @@ from portakv.view.form import plain_reader
 from portakv.view.index import Ids, Index, as_ids
 from portakv.view.view import KVView
 
+_AWAY = {"peer", "remote"}
 _OPENED = "opened"  # of a view, for the core
 
 
@@ -98,9 +99,9 @@ class ChunkCopies:
         self._cache = cache
         self._owner = owner
         self._bound = bound
-        self._kernels = choice.backend.row_kernels
+        self._kernels = None if plain_reader() is None else choice.backend.row_kernels
         self._caches = open_view(cache, memory) if self._kernels is not None else None
-        self._copy = calls().copy_chunk
+        self._copy = None if self._kernels is None else calls().copy_chunk
 
     def transfer(
         self, store: bool, memory_obj: object, slot_mapping: object, start: object, end: object
@@ -123,6 +124,7 @@ class ChunkCopies:
             chunk = getattr(memory_obj, "tensor", None)
         if (
             own is None
+            or self._copy is None
             or self._caches is None
             or type(chunk) is not torch.Tensor
             or type(start) is not int
@@ -193,11 +195,11 @@ def copied(
     began = perf_counter()
     kernels = choose(device, options.backend).backend.row_kernels
     reader = plain_reader()
+    if kernels is None or reader is None or {src.form.place, dst.form.place} & _AWAY:
+        return None
     read = opened(src)
     written = opened(dst)
-    if kernels is None or reader is None or read is None or written is None:
-        return None
-    if {src.form.place, dst.form.place} & {"peer", "remote"}:
+    if read is None or written is None:
         return None
     tokens = TO_THE_END if count is None else count
     from_ids, from_step, from_offset = _side(src_ids, src_step)

@@ -128,7 +128,7 @@ def _exchange_api() -> int:
     """Return the address of the exchange API of torch's tensors; 0 if there is none to use."""
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     # The core looks for the interpreter's functions among those that all libraries share.
-    if capsule is None or not hasattr(ctypes.CDLL(None), "PyList_Size"):
+    if capsule is None or not pylibrary().portakv_python_found():
         return 0
     # A separate object, without the declarations of other modules.
     pointer = ctypes.pythonapi["PyCapsule_GetPointer"]

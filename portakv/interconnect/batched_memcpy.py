@@ -66,14 +66,4 @@ class _Copies(StrategyLaunch):
         if not move.ids_on_host:
             src_index = move.src_index.to_host()
             move = move._replace(src_index=src_index, dst_index=move.dst_index.to_host())
-        try:
-            self._link.carry(self._plan, move, stream)
-        except BaseException:  # some of the pieces may be on their way
-            self.retain(move, stream)
-            raise
-
-    def retain(self, move: Move, stream: torch.Stream | None) -> None:
-        """Retain the host's memory, whose copies no allocator knows of, until the copies that were
-        issued have ended."""
-        host = move.dst if self.downward else move.src
-        streams.completion(self.device, stream, *host.retained)
+        self._link.carry(self._plan, move, stream)

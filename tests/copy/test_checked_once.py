@@ -510,5 +510,5 @@ def test_a_batch_checks_each_copy_once(check: str, device: torch.device) -> None
         connector.batched_from_gpu(
             chunks, slot_mapping=slots, starts=[0, 8], ends=[8, 20]
         ).synchronize()
-    of_each = ["writable a part", "ids of source", "ids of destination"]
+    of_each = ["memory of a part", "writable a part", "ids of source", "ids of destination"]
     assert checks.of_call == Counter(["context", *of_each, *of_each])

@@ -136,7 +136,10 @@ class _Launch(RowsLaunch):
     def __call__(self, src: KVView, *rest: Any, **named: Any) -> None:
         assert isinstance(self._driver, HostDriver)
         self._driver.readable = src.spans
-        super().__call__(src, *rest, **named)
+        try:
+            super().__call__(src, *rest, **named)
+        finally:
+            self._driver.readable = None
 
 
 class HostDriver(CudaDriver):
@@ -145,7 +148,8 @@ class HostDriver(CudaDriver):
     success = 0
 
     def __init__(self) -> None:
-        self.readable: Sequence[tuple[int, int]] = ()
+        #: The memory where a prefetch may be; None: of a launch of the core, anywhere.
+        self.readable: Sequence[tuple[int, int]] | None = None
         self._functions = list[Any]()
         self._failures = list[BaseException]()
         self._entry = LAUNCH(self._launch)
@@ -185,6 +189,8 @@ class HostDriver(CudaDriver):
         library, each = function
         argument = rest[-2][0]
         library.run_kernel(ctypes.c_void_p(argument), each, blocks, planes, threads)
+        if self.readable is None:
+            return
         into = (ctypes.c_void_p * (1 << 12))()
         for address in into[: library.prefetched(into)]:
             inside = any(first <= (address or 0) < past for first, past in self.readable)
