@@ -9,8 +9,10 @@ In the folder `tests`:
 A changed file is compiled with -O1 and linked with the objects of the others, which are compiled
 once. Its library takes the place of the right one in a copy of the tree, and a process that has
 imported torch already forks for the tests: those of the file's subject first, in their fixed draws.
-A mutant is killed if a test fails, or if its process dies, or takes `TIMES` times as long as
-without it. A change after which the compiler makes the same code is no mutant.
+
+A mutant is killed if a test fails, or if its process dies. It hangs if one test takes `EACH`
+seconds of a processor, or all take `TIMES` times as long as without it. A change after which the
+compiler makes the same code is no mutant.
 
 The results are written after each mutant. The same command goes on where an earlier run was cut
 off, at the same commit.
@@ -57,6 +59,8 @@ ALL = (
     "tests/backends/test_rows_kernel.py",
 )
 FLAGS = ("-O1", "-fPIC", "-fvisibility=hidden", "-ffunction-sections", "-fdata-sections")
+#: Seconds of a processor after which a test hangs; without a change none takes a tenth.
+EACH = 30.0
 #: The tests of a mutant count as hanging after `TIMES` times their time and these seconds.
 TIMES = 5
 START = 60.0
@@ -229,6 +233,16 @@ def run_tests(tree: Path, names: Sequence[str], seconds: float) -> int | None:
     return None
 
 
+class _Limit:
+    """Ends the process if one test takes too long, also inside of the core."""
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self) -> Iterator[None]:
+        signal.setitimer(signal.ITIMER_PROF, EACH)
+        yield
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
 def _become_tests(tree: Path, names: Sequence[str]) -> None:
     os.setsid()
     os.chdir(tree)
@@ -238,7 +252,11 @@ def _become_tests(tree: Path, names: Sequence[str]) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     sys.path[:0] = [str(tree / "src"), str(tree / "tests")]
     options = ["-q", "-x", "-n0", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
-    os._exit(pytest.main([*options, "--deselect", "tests/core/test_library.py", *names]))
+    os._exit(
+        pytest.main(
+            [*options, "--deselect", "tests/core/test_library.py", *names], plugins=[_Limit()]
+        )
+    )
 
 
 def tests_of(name: str) -> list[str]:
@@ -288,7 +306,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         builder = Builder(Path(folder))
         tree = Judge(Path(folder), 1).idle.get()
-        for result in judged(builder, tree, args.files, args.sample, args.seed, known["results"]):
+        for result in judged(builder, tree, args.files, args.sample, known):
             known["results"].append(result)
             args.results.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
             words = f"{result['state']} {result['mutant']} {result['kind']} {result['seconds']} s"
@@ -301,22 +319,22 @@ def judged(
     tree: Path,
     files: Sequence[str],
     sample: int,
-    seed: int,
-    earlier: Sequence[dict[str, Any]],
+    known: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Yield the result of each mutant that has none yet, a file in turn with the others."""
     library = tree / "portakv" / "core" / "libportakv_core.so"
-    builder.linked("", Path(), library)
-    began = time.monotonic()
-    if (code := run_tests(tree, ALL, 3600)) != 0:
-        raise SystemExit(f"Expected the tests to pass without a change, got the exit code {code}.")
-    usual = time.monotonic() - began
-    print(f"{usual:.0f} s without a change", flush=True)
+    if "seconds" not in known:
+        builder.linked("", Path(), library)
+        began = time.monotonic()
+        if (code := run_tests(tree, ALL, 3600)) != 0:
+            raise SystemExit(f"Expected the tests to pass unchanged, got the exit code {code}.")
+        known["seconds"] = round(time.monotonic() - began)
+        print(f"{known['seconds']} s without a change", flush=True)
     texts = {name: (SOURCES / name).read_text(encoding="utf-8") for name in files}
-    draws = {name: draw(name, texts[name], seed) for name in files}
+    draws = {name: draw(name, texts[name], known["seed"]) for name in files}
     # The recorded path of a file is in no object, but its right one is compared in the same way.
     right = {name: builder.objects[name].read_bytes() for name in files}
-    ended = {each["mutant"] for each in earlier}
+    ended = {each["mutant"] for each in known["results"]}
     for number in range(sample):
         name = files[number % len(files)]
         for change in draws[name]:
@@ -330,7 +348,7 @@ def judged(
             continue
         builder.linked(name, made, library)
         began = time.monotonic()
-        code = run_tests(tree, tests_of(name), START + TIMES * usual)
+        code = run_tests(tree, tests_of(name), START + TIMES * known["seconds"])
         yield {
             "mutant": key,
             "file": name,
@@ -338,7 +356,11 @@ def judged(
             "before": " ".join(texts[name][change.begin : change.end].split()),
             "after": change.after,
             "line": " ".join(texts[name].splitlines()[change.line - 1].split()),
-            "state": "hung" if code is None else "survived" if code == 0 else "killed",
+            "state": "hung"
+            if code in (None, -signal.SIGPROF)
+            else "survived"
+            if code == 0
+            else "killed",
             "exit": code,
             "seconds": round(time.monotonic() - began, 1),
         }
