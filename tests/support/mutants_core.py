@@ -43,11 +43,12 @@ import torch  # noqa: F401  # before a process forks for tests
 from support.mutants import ROOT, Judge
 
 SOURCES = ROOT / "native" / "core"
+PIECES = ("tests/interconnect/test_pieces.py", "tests/interconnect/test_wide_pieces.py")
 #: The tests that begin with a file's own: each calls the core, and builds no library.
 TESTS: dict[str, tuple[str, ...]] = {
-    "plan.cpp": ("tests/core/test_plan.py", "tests/plan"),
-    "runs.cpp": ("tests/core/test_runs.py", "tests/plan"),
-    "pieces.cpp": ("tests/core/test_runs.py", "tests/plan"),
+    "plan.cpp": ("tests/core/test_plan.py", "tests/plan", "tests/copy/test_packing.py"),
+    "runs.cpp": ("tests/core/test_runs.py", "tests/plan", *PIECES),
+    "pieces.cpp": ("tests/core/test_runs.py", *PIECES),
     "ids.cpp": ("tests/core/test_ids.py", "tests/view/test_index.py"),
     "view.cpp": ("tests/core/test_core_view.py", "tests/view"),
     "rows.cpp": ("tests/core/test_rows.py", "tests/backends/test_rows_kernel.py"),
@@ -337,15 +338,17 @@ def judged(
     ended = {each["mutant"] for each in known["results"]}
     for number in range(sample):
         name = files[number % len(files)]
+        made = None
         for change in draws[name]:
+            key = f"{name}:{change.line}:{change.begin}-{change.end}:{change.after}"
+            if key in ended:
+                break
             made = builder.compiled(name, applied(change, texts[name]), "mutant")
             if made is not None and made.read_bytes() != right[name]:
                 break
-        else:
-            continue  # no further place
-        key = f"{name}:{change.line}:{change.begin}-{change.end}:{change.after}"
-        if key in ended:
-            continue
+            made = None
+        if made is None:
+            continue  # it has a result, or there is no further place
         builder.linked(name, made, library)
         began = time.monotonic()
         code = run_tests(tree, tests_of(name), START + TIMES * known["seconds"])
