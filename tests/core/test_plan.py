@@ -257,7 +257,10 @@ def test_a_form_keeps_its_words() -> None:
 @pytest.mark.parametrize(("shift", "vector"), [(0, 16), (8, 16), (4, 8), (1, 2)])
 def test_planes_that_are_packed_together_have_the_narrower_vector(shift: int, vector: int) -> None:
     """Keys begin at a multiple of 16 bytes, values so many elements of 2 bytes after one."""
-    blocks, size, heads, dim = 4, 16, 2, 16
+    blocks = 4
+    size = 16
+    heads = 2
+    dim = 16
     values = blocks * size * heads * dim + shift
     strides = (values, size * heads * dim, heads * dim, dim, 1)
     memory = torch.zeros(2 * values, dtype=torch.bfloat16)

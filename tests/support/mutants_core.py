@@ -223,7 +223,8 @@ def run_tests(tree: Path, names: Sequence[str], seconds: float) -> int | None:
         finally:
             os._exit(70)
     until = time.monotonic() + seconds
-    ended, status = 0, 0
+    ended = 0
+    status = 0
     while not ended and time.monotonic() < until:
         time.sleep(0.05)
         ended, status = os.waitpid(process, os.WNOHANG)
