@@ -60,11 +60,12 @@ from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.cold_start import measure_startup
 from portakv_benchmarks.device.methods import run_all_methods
 from portakv_benchmarks.device.overhead import measure_overhead
+from portakv_benchmarks.device.registered import registered_steps
 from portakv_benchmarks.device.whole_call import inside_steps
 from portakv_benchmarks.encodings import across, alongside, codecs, inside, stored, transports
 from portakv_benchmarks.encodings.suite import ENCODING_PRESETS, EncodingBench
 from portakv_benchmarks.engines import models
-from portakv_benchmarks.host import calls, grid, interference, memory, small, whole_call
+from portakv_benchmarks.host import anew, calls, grid, interference, memory, small, whole_call
 from portakv_benchmarks.host.suite import HOST_PRESETS, Bench
 from portakv_benchmarks.plugs.engine import engine_steps
 from portakv_benchmarks.plugs.lmcache import lmcache_steps
@@ -112,7 +113,12 @@ WALL: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
     "link": whole_call.whole_call_steps,
     "pages": whole_call.page_steps,
     "inside": inside_steps,
+    "registered": registered_steps,
+    "blocks": calls.new_id_steps,
+    "anew": anew.anew_steps,
 }
+#: Those that need no accelerator.
+WALL_ON_CPU = ("anew",)
 #: The parts of ``--plugs``, by engine. LMCache comes last: its kernels accept any layout.
 INTEGRATIONS: Mapping[str, Callable[[IntegrationBench], Iterator[Step]]] = {
     "sglang": sglang_steps,
@@ -416,14 +422,19 @@ def _on_device(preset: suite.Preset, shapes: Sequence[Shape], field: suite.Field
 
 def run_host(kind: str, parts: Parts[Bench], args: argparse.Namespace, device: torch.device) -> Row:
     """Measure parts of copies between a device and the host; return the result as JSON."""
-    if device.type == "cpu":
+    if device.type == "cpu" and kind == WALL_SUITE:
+        parts = {name: parts[name] for name in WALL_ON_CPU}
+    elif device.type == "cpu":
         raise PortaKVError(
             "Expected an accelerator, whose copies to and from the host are measured, got the CPU. "
             "Name another --device, or run it on a machine with one. `portakv bench --device cpu "
             "--preset quick` measures copies on the CPU."
         )
     peers = [load_peer(name) for name in getattr(args, "peer", None) or ()]
-    return _run_parts(args, kind, parts, Bench(device, HOST_PRESETS[args.preset], peers))
+    bench = Bench(device, HOST_PRESETS[args.preset], peers)
+    if device.type == "cpu":
+        bench.absent.clear()  # strategies that no part measures there
+    return _run_parts(args, kind, parts, bench)
 
 
 def run_integrations(args: argparse.Namespace, device: torch.device) -> Row:

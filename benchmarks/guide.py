@@ -178,6 +178,27 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
          "method": "`{backend}`", "call": "`{call}`",
          "time, us": "{p50_us:,.4g}", "of copy_": "{ratio:.2f}", "call, us": "{host_us:,.4g}"},
     ),
+    "wall_registered": (
+        "What a registered call of 32 layers costs the host",
+        "`from_gpu` and `to_gpu`, call after call, next to LMCache's op for the same rows, alone "
+        "and with an event after it.",
+        {"call": "`{op}`", "method": "`{backend}`", "slots": "{ids}", "us": "{host_us:.1f}",
+         "of op": _if_there("of_lmcache", ".2f"),
+         "of op and event": _if_there("of_lmcache_event", ".2f")},
+    ),
+    "wall_blocks": (
+        "What `copy_blocks` by new ids costs the host",
+        "Blocks of 32 layers, call after call. *Bare* are as many plain copies as the transfer has "
+        "slices, with an event and a wait for each.",
+        {"blocks": "{blocks}", "direction": lambda row: DIRECTIONS[row["op"]],
+         "method": "`{backend}`", "us": "{host_us:,.4g}", "slices": "{slices}",
+         "bare, us": "{bare_us:,.4g}"},
+    ),
+    "wall_anew": (
+        "What precedes a launch",
+        "On the CPU, the least of many calls.",
+        {"what": "{shape}", "us": "{least_us:.1f}"},
+    ),
     "host_interference": (
         "How a transfer slows a model down",
         "The loop runs alone, then during transfers at full speed, on the default stream or on a "

@@ -77,7 +77,8 @@ def as_whole(value: object) -> int | None:
     all else, and for a boolean."""
     if type(value) is int:
         return value
-    if isinstance(value, bool):
+    # Some releases of numpy take their own boolean as an index as well, with a warning.
+    if type(value).__name__ in ("bool", "bool_"):
         return None
     try:
         return index(value)  # type: ignore[arg-type]

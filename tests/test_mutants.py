@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from support import mutants
+from support import mutants, mutants_core
 from support.mutants import Change, Entered, Mutant
 
 TEXT = '''"""A docstring."""
@@ -95,3 +95,54 @@ def test_the_report_has_the_score_and_the_survivors() -> None:
     lines = mutants.report(rows)
     assert lines[1].split() == ["plan", "2", "1", "0", "1", "0", "50", "%"]
     assert lines[-1] == "a:2  constant: 1  ->  (2)"
+
+
+CORE = """// a < b
+#include "a.h"  // a + 1
+int64_t least(const std::vector<int> &a, int *b) {
+  if (a.size() > 2 && b) {
+    total += a[0] * 3;
+    note("a < b");
+  }
+  return true;
+}
+"""
+
+
+def test_each_change_of_the_core_is_made_in_its_place() -> None:
+    """Comments, texts, directives, templates and pointers do not change."""
+    changes = mutants_core.changes_of(CORE)
+    changed = {
+        (change.kind, mutants_core.applied(change, CORE).splitlines()[change.line - 1].strip())
+        for change in changes
+    }
+    assert changed == {
+        ("comparison", "if (a.size() >= 2 && b) {"),
+        ("and, or", "if (a.size() > 2 || b) {"),
+        ("constant", "if (a.size() > 3 && b) {"),
+        ("constant", "if (a.size() > 1 && b) {"),
+        ("condition", "if (!(a.size() > 2 && b)) {"),
+        ("assignment", "total -= a[0] * 3;"),
+        ("arithmetic", "total += a[0] / 3;"),
+        ("constant", "total += a[1] * 3;"),
+        ("constant", "total += a[0] * 4;"),
+        ("constant", "total += a[0] * 2;"),
+        ("statement", ";"),
+        ("constant", "return false;"),
+    }
+    drawn = [*mutants_core.draw("a.cpp", CORE, 1)]
+    assert drawn == [*mutants_core.draw("a.cpp", CORE, 1)]
+    assert len({(change.line, change.kind) for change in drawn}) == len(drawn)
+
+
+def test_the_score_of_the_core_names_what_survives() -> None:
+    result = {"file": "plan.cpp", "kind": "constant", "before": "1", "after": "2"}
+    results = [
+        {**result, "mutant": f"plan.cpp:{line}", "state": state}
+        for line, state in enumerate(("killed", "hung", "survived", "killed"))
+    ]
+    lines = mutants_core.report(results)
+    assert lines[1].split() == ["plan.cpp", "4", "2", "1", "1", "75", "%"]
+    assert lines[-1] == "plan.cpp:2  constant: 1  ->  2"
+    assert mutants_core.tests_of("rows.cpp")[0] == "tests/core/test_rows.py"
+    assert {*mutants_core.tests_of("ids.cpp")} >= {*mutants_core.ALL}

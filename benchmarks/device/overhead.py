@@ -81,7 +81,7 @@ def measure_overhead(
         **{peer.name: _by_peer(peer, host, caches) for peer in peers},
     }
     verified = {name: _right(call, chunks, expected) for name, call in calls.items()}
-    times = _time(calls, chunks, rounds, device)
+    times = in_turns(calls, chunks, rounds, device)
     launches = times["launch"]
     return [
         {
@@ -132,18 +132,23 @@ def _by_peer(peer: LMCache, slots: torch.Tensor, caches: list[torch.Tensor]) -> 
     return lambda i, chunk: move(chunk, True)
 
 
-def _time(
+def in_turns(
     calls: Mapping[str, Call], chunks: Sequence[torch.Tensor], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
+    """Return the microseconds of each call, several of one kind in a row.
+
+    Each call gets a new tensor over one of ``chunks``, and the number of that memory object.
+    """
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     drawn = Random(SEED)
     with uncollected():
-        for n in range(-_WARM_UP, -(-rounds // _TURN)):
+        turns = -(-rounds // _TURN)
+        for n in range(-min(_WARM_UP, turns), turns):
             torch.get_device_module(device).synchronize()  # launches must not queue up
             order = drawn.sample(names, len(names))
             for (turn, name), i in product(enumerate(order), range(_TURN)):
-                at = (n + turn + i) % _OBJECTS
+                at = (n + turn + i) % len(chunks)
                 fresh = chunks[at].detach()  # a new tensor over the same memory
                 start = perf_counter()
                 calls[name](at, fresh)

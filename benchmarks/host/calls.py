@@ -13,11 +13,21 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from time import perf_counter
+from typing import cast
 
+from portakv.copy.handle import BlockTransfer
 from portakv.plan.plan import CopyPlan
 from portakv.runtime.transfer import Transfer
 from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, LAYER_FIRST, Case, Scene, Sides
-from portakv_benchmarks.host.suite import BATCHED_MEMCPY, HOST, STAGED, ZERO_COPY, Bench, Method
+from portakv_benchmarks.host.suite import (
+    BATCHED_MEMCPY,
+    HOST,
+    HOST_IDLE,
+    STAGED,
+    ZERO_COPY,
+    Bench,
+    Method,
+)
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Row, Rows, Step, quantile, short
 from portakv_benchmarks.shared.shapes import in_words
@@ -56,6 +66,52 @@ def call_steps(bench: Bench) -> Iterator[Step]:
             place = Scene(_BLOCK * row, row // 256, LAYER_FIRST, "blocks", BLOCK_FIRST, order)
             name = f"host time: rows of {in_words(row)}, {place.side}"
             yield name, partial(_measure, bench, Case(place, _LAYERS, tokens), whole)
+
+
+def new_id_steps(bench: Bench) -> Iterator[Step]:
+    """Yield a step for each number of blocks of 32 layers, copied by ids that are new in each call
+    between caches by layer and a block-first pool."""
+    place = Scene(_BLOCK * 2048, 8, LAYER_FIRST, "blocks", BLOCK_FIRST, ORDERS[0])
+    for blocks in bench.preset.new_blocks:
+        case = Case(place, _LAYERS, _BLOCK * blocks)
+        yield f"host time: {blocks} blocks by new ids", partial(_measure_new, bench, case)
+
+
+def _measure_new(bench: Bench, case: Case) -> Rows:
+    rows: Rows = []
+    sides = bench.sides(case)
+    for direction, method in product(DIRECTIONS, bench.serving((HOST, HOST_IDLE))):
+        sides.fill(direction)
+        row = _row(bench, sides, direction, method, IDS[1], case.runs, bench.preset.calls)
+        transfer = cast(BlockTransfer, moved(method, sides, direction, IDS[1]))
+        transfer.synchronize()
+        slices = transfer.statistics.slices
+        more = {"slices": slices, "bare_us": short(_bare(bench, sides, direction, slices))}
+        rows.append({**row, "kind": "wall_blocks", **more})
+    return rows
+
+
+def _bare(bench: Bench, sides: Sides, direction: str, slices: int) -> float:
+    """Return the microseconds that as many plain submissions take the host: for each slice a copy
+    of its bytes, an event after it, and a wait of another stream for the event."""
+    pairs = zip(sides.flat.chunk(slices), sides.dense.chunk(slices), strict=True)
+    pieces = [pair if direction == "h2d" else pair[::-1] for pair in pairs]
+    stream = bench.stream()
+    events = [bench.module.Event() for _ in pieces]
+
+    def call(follows_others: bool = False) -> float:
+        if not follows_others:
+            bench.module.synchronize()
+        began = perf_counter()
+        for (source, target), event in zip(pieces, events, strict=True):
+            target.copy_(source, non_blocking=True)
+            event.record()
+            stream.wait_event(event)
+        return (perf_counter() - began) * 1e6
+
+    _, times = _times(call, bench.preset.calls)
+    bench.module.synchronize()
+    return quantile(times, 0.5)
 
 
 def _measure(bench: Bench, case: Case, whole: bool) -> Rows:

@@ -63,6 +63,10 @@ class HostPreset:
     pinned: int  # bytes to pin
     call_rows: tuple[int, ...]  # bytes of a row, for the host time of block transfers
     call_blocks: int  # blocks x 64 planes
+    new_blocks: tuple[int, ...]  # blocks of 32 layers in copies by new ids
+    registered: tuple[str, int]  # the shape of registered calls, and its tokens
+    registered_rounds: int
+    anew: int  # calls on the CPU, of each kind
     calls: int  # how often each is called; beyond the first length of rows a third as often
 
     def payloads_of(self, scene: Scene) -> list[int]:
@@ -109,6 +113,10 @@ HOST_PRESETS: Mapping[str, HostPreset] = {
         pinned=17 * GB,
         call_rows=(256, 2048),
         call_blocks=1000,
+        new_blocks=(6, 64, 256),
+        registered=("llama3-8b-chunk", 16),
+        registered_rounds=2000,
+        anew=2000,
         calls=30,
     ),
     "tiny": HostPreset(  # for tests: it runs everywhere in seconds and its figures mean nothing
@@ -136,6 +144,10 @@ HOST_PRESETS: Mapping[str, HostPreset] = {
         pinned=3 * MB,
         call_rows=(256,),
         call_blocks=2,
+        new_blocks=(2,),
+        registered=("llama3-8b-chunk", 16),
+        registered_rounds=16,
+        anew=20,
         calls=3,
     ),
 }

@@ -57,6 +57,7 @@ def _measure(bench: Bench, case: Case, methods: Sequence[Method], kind: str) -> 
             variants += [_by_peer(peer, sides, direction) for peer in bench.peers]
         good = harness.usable(variants, case.name, bench.left_out)
         memcpy = suite.by_memcpy(sides, direction)
+        ceilings = _ceilings(bench, case, good, memcpy)
         for one in bench.measure(memcpy, good, case.payload, bench.busy_timer):
             row: Row = {
                 "kind": kind,
@@ -68,9 +69,27 @@ def _measure(bench: Bench, case: Case, methods: Sequence[Method], kind: str) -> 
                 **one.row(case.payload),
                 "timer": bench.busy_timer.name,
             }
+            if (backend := row["backend"]) in ceilings:
+                row["ceiling"] = ceilings[backend]
             ids = row.get("ids", IDS[0])
             rows.append({**row, **chosen_with(sides, direction, row["backend"], ids)})
     return rows
+
+
+def _ceilings(
+    bench: Bench, case: Case, variants: Sequence[Variant], memcpy: Variant
+) -> dict[str, float]:
+    """Return the share of a memcpy's rate that each strategy reaches behind a delay, which hides
+    the host's part: no call by the wall can reach more. Empty on devices that have no delay."""
+    if bench.timer is bench.host_timer or case.on_host.cache == CHUNK:
+        return {}
+    alone = [
+        each
+        for each in variants
+        if each.labels["engine"] != suite.CHOSEN and each.labels["ids"] == IDS[0]
+    ]
+    measured = bench.measure(memcpy, alone, case.payload)
+    return {one.labels["backend"]: harness.short(one.figures["ratio"]) for one in measured[1:]}
 
 
 def _variant(method: Method, sides: Sides, direction: str, ids: str) -> Variant:

@@ -126,15 +126,15 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
         "device and pinned host by the wall, from the call until the host sees the end on an idle "
         "device, in turns with a memcpy of the same bytes",
         (*_WHAT, ("ids", "ids"), ("us", _time), ("GB/s", "gb_per_s:.4g"),
-         ("of memcpy", "ratio:.3f"), ("p90/p50", _spread), ("host us", "host_us:.1f"),
-         ("chosen", "chosen"), _BYTES),
+         ("of memcpy", "ratio:.3f"), ("ceiling", "ceiling:.3f"), ("p90/p50", _spread),
+         ("host us", "host_us:.1f"), ("chosen", "chosen"), _BYTES),
     ),
     "wall_pages": (
         "pages of 2 MiB by the wall, contiguous on both sides, in turns with a memcpy of the same "
         "bytes",
         (*_WHAT, ("ids", "ids"), ("us", _time), ("GB/s", "gb_per_s:.4g"),
-         ("of memcpy", "ratio:.3f"), ("p90/p50", _spread), ("host us", "host_us:.1f"),
-         ("chosen", "chosen"), _BYTES),
+         ("of memcpy", "ratio:.3f"), ("ceiling", "ceiling:.3f"), ("p90/p50", _spread),
+         ("host us", "host_us:.1f"), ("chosen", "chosen"), _BYTES),
     ),
     "wall_inside": (
         "inside a device by the wall, registered caches and a kept Index, in turns with copy_ of "
@@ -142,6 +142,23 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
         (*_WHAT, ("MB", lambda row: f"{row['payload_bytes'] / 1e6:.3g}"), ("us", _time),
          ("of copy_", "ratio:.3f"), ("x cuda", "to_cuda:.3f"), ("p90/p50", _spread),
          ("host us", "host_us:.1f"), _BYTES),
+    ),
+    "wall_registered": (
+        "host time of registered calls of 32 layers, back to back",
+        (("case", "shape"), ("method", "backend"), ("call", "op"), ("ids", "ids"),
+         ("host us", "host_us:.2f"), ("least", "least_us:.2f"),
+         ("x lmcache", "of_lmcache:.2f"), ("x lmcache and event", "of_lmcache_event:.2f"), _BYTES),
+    ),
+    "wall_blocks": (
+        "host time of copy_blocks by new ids, 32 layers, back to back; bare = as many plain copies "
+        "as slices, with an event and a wait for each",
+        (("blocks", "blocks:"), ("method", "backend"), ("direction", "op"),
+         ("host us", "host_us:.1f"), ("p90", "host_us_p90:.1f"), ("idle", "idle_us:.1f"),
+         ("slices", "slices:"), ("bare us", "bare_us:.1f"), ("chosen", "chosen"), _BYTES),
+    ),
+    "wall_anew": (
+        "host time before a launch, on the CPU",
+        (("what", "shape"), ("least us", "least_us:.2f"), ("median us", "host_us:.2f"), _BYTES),
     ),
     "host_direct": ("zero_copy, by its limit on thread blocks", (*_LINK, _BYTES)),
     "host_duplex": ("both directions at the same time", (*_LINK, ("chosen", "chosen"), _BYTES)),

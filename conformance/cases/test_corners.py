@@ -71,6 +71,37 @@ def test_row_width(bench: Bench, width: int) -> None:
         bench.copy(bench.some(direction, shape, 7, 1, dtype=torch.uint8))
 
 
+#: Bytes of a row, and of the widest vector that its addresses allow. A sector has 32 bytes.
+_QUICK_ROWS = ((12, 4), (20, 4), (28, 4), (30, 2), (36, 4), (52, 4), (56, 8), (656, 16))
+_ROWS_IN_SECTORS = [
+    *_QUICK_ROWS,
+    *((width, 1) for width in (7, 28, 61, 95, 160)),
+    *((width, 2) for width in (14, 62, 94, 126, 190, 576)),
+    *((width, 4) for width in (44, 60, 92, 124, 156, 188, 220, 252, 584, 656)),
+    *((width, 8) for width in (24, 40, 88, 120, 184, 216, 248, 656)),
+    *((width, 16) for width in (48, 80, 112, 144, 176, 272)),
+]
+
+
+@pytest.mark.parametrize("units", ["slots", "blocks"])
+@pytest.mark.parametrize(
+    ("width", "vector"),
+    [pytest.param(*row, marks=[] if row in _QUICK_ROWS else [full]) for row in _ROWS_IN_SECTORS],
+)
+def test_rows_that_begin_anywhere_in_a_sector(
+    bench: Bench, direction: str, width: int, vector: int, units: str
+) -> None:
+    """A row moves whole wherever it begins in a sector, whether or not it ends with a sector."""
+    shape = Shape(heads=1, widths=(width, width), block_size=3, blocks=11)
+    step = shape.block_size if units == "blocks" else 1
+    # A vector is as wide as the first address allows. Rows a vector further apart begin at each
+    # place of a sector; dense blocks are one run.
+    for apart in (0, vector):
+        how = {"step": step, "shift": vector, **by_hand.widened(bench.paged, "token", apart)}
+        chunk = {"shift": vector}
+        bench.copy(bench.some(direction, shape, 9, 1, chunk, dtype=torch.uint8, **how))
+
+
 def heads_first(bench: Bench, direction: str, heads: int, width: int) -> None:
     """Judge copies of caches in which each head lies apart, by their layout or in memory alone."""
     shape = Shape(heads=heads, widths=(width, width))

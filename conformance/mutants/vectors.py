@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from portakv.plan.plan import CopyPlan, Nest
 from portakv.view.form import widest_vector
-from portakv_conformance.mutants.base import Call, HostRows, Runs, Values, store
+from portakv_conformance.mutants.base import Call, HostRows, Int64, Runs, Values, store
+
+#: Bytes that memory reads and writes together.
+_SECTOR = 32
 
 
 @HostRows.mutate("length")
@@ -34,6 +38,41 @@ def LastVectorDropped(right: HostRows, run: int, vector: int) -> int:
 def ThreadsClipped(right: HostRows, run: int, vector: int) -> int:
     """One thread for each vector of a row, and never more than 1024: the others are not moved."""
     return min(run, 1024 * vector)
+
+
+def _whole_sectors_only(right: HostRows, runs: Runs, call: Call, begins: Int64) -> None:
+    """Move rows by one thread for each place of a row's sectors, if a quarter more places than
+    vectors suffices; a vector has the place at which it lies in a sector, as ``begins`` says."""
+    row = runs.nbytes // runs.vector
+    each = _SECTOR // runs.vector
+    places = -(-row // each) * each
+    if places == row or 4 * places > 5 * row:
+        right.move(runs, call)
+        return
+    first = begins % _SECTOR // runs.vector
+    for place in np.unique(first).tolist():
+        moved = min(row, places - place)
+        right.move(replace(runs.at(first == place), nbytes=moved * runs.vector), call)
+
+
+@HostRows.mutate("move")
+def PlacesFromASectorOn(right: HostRows, runs: Runs, call: Call) -> None:
+    """Rows at ids of the destination have places for whole sectors alone, so rows of words that
+    begin inside a sector lose their last vectors."""
+    if call.dst_index.ids is None or runs.vector == 1:
+        right.move(runs, call)
+    else:
+        _whole_sectors_only(right, runs, call, runs.dst)
+
+
+@HostRows.mutate("move")
+def SourcePlacesFromASectorOn(right: HostRows, runs: Runs, call: Call) -> None:
+    """Rows at ids of the source have places for whole sectors alone, so rows of words that begin
+    inside a sector lose their last vectors."""
+    if call.src_index.ids is None or runs.vector == 1:
+        right.move(runs, call)
+    else:
+        _whole_sectors_only(right, runs, call, runs.src)
 
 
 @HostRows.mutate("move")

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from portakv.arguments import as_whole
 from portakv.errors import HostMemoryError, Unsupported
 from portakv.runtime.linux import require_linux
 
@@ -55,9 +56,9 @@ def bytes_at(address: int, nbytes: int) -> Any:
 def whole(name: str, number: Any, least: int = 0, do: str = "pass one") -> int:
     """Return a whole number of at least ``least``; raise `HostMemoryError`, which ends with what to
     do."""
-    with suppress(TypeError):  # of a value that is not a whole number
-        if not isinstance(number, bool) and operator.index(number) >= least:
-            return operator.index(number)
+    value = as_whole(number)
+    if value is not None and value >= least:
+        return value
     raise HostMemoryError(
         f"Expected {name} to be a whole number, {least} or more, got {number!r}: {do}."
     )

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from operator import index
 from typing import Any
 
+from portakv.arguments import as_whole
 from portakv.errors import LayoutError
 from portakv.layout.language import Factor, Group, Layout
 
@@ -26,11 +26,8 @@ Sized = tuple[Group, Sequence[int]]  # a group and, for each kv, its size
 def positive(name: str, value: object) -> int:
     """Return a declared extent as an integer; raise `LayoutError` if it is not a positive
     integer."""
-    try:
-        extent = 0 if isinstance(value, bool) else index(value)  # type: ignore[arg-type]
-    except TypeError:
-        extent = 0
-    if extent < 1:
+    extent = as_whole(value)
+    if extent is None or extent < 1:
         raise LayoutError(f"Expected {name} to be a positive integer, got {value!r}. Declare one.")
     return extent
 

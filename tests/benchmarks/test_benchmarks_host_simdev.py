@@ -158,8 +158,32 @@ def test_copies_by_the_wall(
     inside = [row for row in rows if row["kind"] == "wall_inside"]
     assert {row["op"] for row in inside} == {"copy_", "gather", "scatter"}
     assert {"copy_", "cuda" if cuda else "reference"} <= {row["backend"] for row in inside}
-    assert all(("chosen" in row) == row["backend"].startswith("host") for row in rows)
-    assert all(row["p50_us"] >= row["host_us"] > 0 for row in rows)
+    assert all(("chosen" in row) == row.get("backend", "").startswith("host") for row in rows)
+    assert all(row["host_us"] > 0 for row in rows)
+    assert all(row["p50_us"] >= row["host_us"] for row in rows if "p50_us" in row)
+    assert any("ceiling" in row for row in rows) == cuda
+    registered = [row for row in rows if row["kind"] == "wall_registered"]
+    kinds = {"kept Index", "host tensor", "device tensor"}
+    assert {row["op"] for row in registered} == {"from_gpu", "to_gpu"}
+    assert {row["ids"] for row in registered} == kinds
+    blocks = [row for row in rows if row["kind"] == "wall_blocks"]
+    assert {(row["backend"], row["op"]) for row in blocks} == {
+        (method, direction) for method in ("host", "host idle") for direction in DIRECTIONS
+    }
+    assert all(row["ids"] == "host tensor" and row["slices"] >= 1 for row in blocks)
+    assert all(row["bare_us"] > 0 for row in blocks)
+
+
+def test_what_precedes_a_launch_is_measured_without_a_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--wall", "--device", "cpu", "--preset", "tiny", "--bars", "--out", str(tmp_path)]
+    assert bench.main(words) == 0
+    rows = written(tmp_path)["rows"]
+    assert {row["kind"] for row in rows} == {"wall_anew"}
+    assert len(rows) == 3
+    assert all(row["verified"] and row["host_us"] >= row["least_us"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("host time of ") == 2 * len(rows)
 
 
 class NotedSides(Sides):

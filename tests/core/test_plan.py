@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from support.drawn_forms import draw_form, draw_rows, draw_step
 
-from portakv import CopyPlan, LayoutError, Unsupported
+from portakv import CopyPlan, KVView, LayoutError, Unsupported
 from portakv.core.plan import plan_words
 from portakv.plan.loops import Loop, Nest, Side
+from portakv.plan.packing import PackPlan
 from portakv.view.form import Form, KVRows, Step, Steps
 
 Positions = npt.NDArray[np.int64]
@@ -250,3 +252,22 @@ def test_a_form_keeps_its_words() -> None:
     assert form.address == form.address
     words = plan_words(form.address, form.address, 0, 0, 0)
     assert words == CopyPlan(form, form).words
+
+
+@pytest.mark.parametrize(("shift", "vector"), [(0, 16), (8, 16), (4, 8), (1, 2)])
+def test_planes_that_are_packed_together_have_the_narrower_vector(shift: int, vector: int) -> None:
+    """Keys begin at a multiple of 16 bytes, values so many elements of 2 bytes after one."""
+    blocks = 4
+    size = 16
+    heads = 2
+    dim = 16
+    values = blocks * size * heads * dim + shift
+    strides = (values, size * heads * dim, heads * dim, dim, 1)
+    memory = torch.zeros(2 * values, dtype=torch.bfloat16)
+    rows = memory.as_strided((2, blocks, size, heads, dim), strides)
+    raw = KVView([rows], "layer | kv block token head dim")
+    slots = torch.zeros(blocks, 1, 2, heads, 448, dtype=torch.uint8)
+    packed = KVView(slots, "block layer kv head page", block_size=size, dim=dim, encoding="pack")
+    for pair in ((raw, packed), (packed, raw)):
+        (nest,) = PackPlan(*(view.form for view in pair), size, size).nests
+        assert (nest.raw_vector, nest.packed_vector) == (vector, 16)

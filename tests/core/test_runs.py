@@ -173,15 +173,16 @@ def _copied(count: int = 6) -> tuple[CopyPlan, Move]:
     return plan, Move(views[0], views[1], ids[0], ids[1], count)
 
 
+@pytest.mark.parametrize("apart", [8, 1 << 16], ids=["wide rows", "narrow rows"])
 @pytest.mark.parametrize("room", [0, 1, 17, 18, 1000, 20_000])
-def test_a_buffer_of_any_size(room: int) -> None:
+def test_a_buffer_of_any_size(room: int, apart: int) -> None:
     plan, part = _copied()
     src, dst, src_index, dst_index, count = part
     copy = *side_words(src, src_index), *side_words(dst, dst_index), count
     found = core.list_runs(plan.words.buffer_info()[0], copy, room)
     assert found is not None
     assert all(map(np.array_equal, found, plan.runs(*part)))
-    request = *copy, 0, 8, 32, 1 << 16, 4096, 1 << 30, 0, 0, 0, 1, *[0] * 6
+    request = *copy, 0, 8, 32, apart, 4096, 1 << 30, 0, 0, 0, 1, *[0] * 6
     pieces = core.list_pieces(plan.words.buffer_info()[0], request, room)
     assert pieces is not None
     assert len(pieces) == 3
