@@ -333,6 +333,25 @@ typedef struct {
 // tensors cannot be read. Return NULL if a method of a tensor raised an error.
 PORTAKV_API void *portakv_view_read_tensors(const int64_t *bound, void *tensors);
 
+// --- Checksums --------------------------------------------------------------------------------
+//
+// XXH3 with 64 bits: the checksum in the images and tables of block stores.
+
+// Return the checksum of bytes at any alignment.
+PORTAKV_API uint64_t portakv_xxh3(const void *data, int64_t nbytes, uint64_t seed);
+
+// Return the checksum of an object of Python with a contiguous buffer; without the interpreter if it
+// has more than 64 KiB. The caller holds the interpreter. Return 0 with an error of Python for
+// another object.
+PORTAKV_API uint64_t portakv_xxh3_buffer(void *object, uint64_t seed);
+
+// Write the checksums of pieces, each an offset from `base` and a number of bytes, to `out`.
+PORTAKV_API void portakv_xxh3_pieces(const void *base, const int64_t *pieces, int64_t count,
+                                     uint64_t seed, uint64_t *out);
+
+// Return the same by the loop that every processor runs.
+PORTAKV_API uint64_t portakv_xxh3_plain(const void *data, int64_t nbytes, uint64_t seed);
+
 #ifdef __cplusplus
 }
 #endif

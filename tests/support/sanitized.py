@@ -6,7 +6,7 @@
     python tests/support/sanitized.py --seed 7        the cases of one seed
 
 The library is built with the address and the undefined-behaviour sanitizer into a copy of the
-package. Views, ids, plans and pieces are drawn and judged as the tests do it.
+package. Views, ids, plans, pieces and checksums are drawn and judged as the tests do it.
 Each round has a seed of its own, which is printed before it begins.
 """
 
@@ -26,7 +26,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
 #: The tests of the core that call it; the others build it.
-TESTS = ("test_core_view.py", "test_ids.py", "test_plan.py", "test_runs.py", "test_rows.py")
+TESTS = (
+    "test_core_view.py",
+    "test_ids.py",
+    "test_plan.py",
+    "test_runs.py",
+    "test_rows.py",
+    "test_xxh3.py",
+)
 #: Tests of hypothesis that a round runs with its seed, in so many examples each.
 EXAMPLES = 300
 
@@ -92,12 +99,19 @@ def draws(seed: int) -> list[Callable[[], object]]:
         "drawn", max_examples=EXAMPLES, database=None, deadline=None, suppress_health_check=slow
     )
     hypothesis.settings.load_profile("drawn")
-    from core import test_core_view, test_ids, test_plan, test_runs  # which take the profile
+    from core import (  # which take the profile
+        test_core_view,
+        test_ids,
+        test_plan,
+        test_runs,
+        test_xxh3,
+    )
 
     chance = random.Random(seed)
     return [
         lambda: [test_core_view.check_drawn(chance) for _ in range(EXAMPLES)],
         lambda: test_plan.check_drawn(seed, EXAMPLES),
+        lambda: [test_xxh3.check_drawn(chance, 1 << 14) for _ in range(EXAMPLES)],
         hypothesis.seed(seed)(test_ids.test_the_core_does_what_the_definition_says),
         hypothesis.seed(seed)(test_ids.test_long_lists_dense_and_far_apart),
         hypothesis.seed(seed)(test_runs.test_pieces_are_the_copy),
