@@ -191,8 +191,8 @@ void accumulate_plain(Lanes &lanes, Bytes data, size_t nbytes, Bytes secret) {
 
 #if defined(PORTAKV_X86)
 
-// Bytes that the processor loads ahead.
-constexpr size_t kAhead = 1024;
+// Bytes that the processor loads ahead: a page, which is faster than less from memory.
+constexpr size_t kAhead = 4096;
 
 #define PORTAKV_AVX2 __attribute__((target("avx2")))
 

@@ -111,7 +111,7 @@ def draws(seed: int) -> list[Callable[[], object]]:
     return [
         lambda: [test_core_view.check_drawn(chance) for _ in range(EXAMPLES)],
         lambda: test_plan.check_drawn(seed, EXAMPLES),
-        lambda: [test_xxh3.check_drawn(chance, 1 << 14) for _ in range(EXAMPLES)],
+        lambda: test_xxh3.check_all_drawn(chance, EXAMPLES),
         hypothesis.seed(seed)(test_ids.test_the_core_does_what_the_definition_says),
         hypothesis.seed(seed)(test_ids.test_long_lists_dense_and_far_apart),
         hypothesis.seed(seed)(test_runs.test_pieces_are_the_copy),
