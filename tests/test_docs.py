@@ -272,6 +272,7 @@ def test_the_design_is_short_and_names_each_package() -> None:
     ("contract", "name"),
     [
         ("tier", "portakv_examples.memory_tier:make"),
+        ("io", "portakv_examples.plain_io:Plain"),
         ("transport", "portakv_examples.channel_transport:ChannelTransport"),
     ],
 )

@@ -18,7 +18,7 @@ from portakv import ext
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Examples of other packages: a backend, a tier, a transport.
-EXAMPLES = ("vendor_backend/acme.py", "memory_tier.py", "channel_transport.py")
+EXAMPLES = ("vendor_backend/acme.py", "memory_tier.py", "plain_io.py", "channel_transport.py")
 #: The modules that other packages may build on, with their names.
 MAY_IMPORT = {"portakv": {*portakv.__all__, "ext"}, "portakv.ext": {*ext.__all__}}
 #: A module's name as a text, such as what `importlib.import_module` takes.

@@ -98,7 +98,7 @@ def test_a_path_is_a_name_except_from_another_process() -> None:
         engines(paths=False).load(path)
 
 
-@pytest.mark.parametrize("target", ["portakv.storage.io.threads:carry", "json:dumps"])
+@pytest.mark.parametrize("target", ["portakv.storage.io.threads:verifies", "json:dumps"])
 def test_a_candidate_is_of_the_class_of_its_kind(target: str) -> None:
     catalog = Catalog[Threads](KIND, Threads, {}, "portakv.nothing")
     with pytest.raises(BackendUnavailable, match=r"a subclass of portakv.*\.Threads"):

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
-from portakv.storage.image import checksum
+from portakv.core.xxh3 import checksum
 
 CHUNKS = 64
 CHUNK = 2 << 20
@@ -114,15 +113,13 @@ class Parts:
             self._move(number, 0, CHUNK)
 
     def stage_by_pieces(self) -> None:
-        """Copy each piece while a core has it; the chunk is verified afterwards."""
+        """Copy each piece while a core has it; each piece has a checksum."""
         for number, image in enumerate(self.staging):
             self._fill(self.direct, [image], number * IMAGE, IMAGE)
-            state = xxhash.xxh3_64()
             for begin in range(0, CHUNK, PIECE):
                 piece: Any = image[HEADER + begin : HEADER + begin + PIECE]
-                state.update(piece)
+                checksum(piece)
                 self._move(number, begin, PIECE)
-            state.intdigest()
 
     def check(self) -> None:
         """Verify chunks that no core has in its cache."""

@@ -495,6 +495,102 @@ typedef struct portakv_copy_view {
 // The function returns the tokens times 4, plus 2 if `status` may be written, plus 1 if ids of the
 // host skip positions; or a code.
 PORTAKV_API void *portakv_copy_function(int64_t number);
+// --- Checksums --------------------------------------------------------------------------------
+//
+// XXH3 with 64 bits: the checksum in the images and tables of block stores.
+
+// Return the checksum of bytes at any alignment.
+PORTAKV_API uint64_t portakv_xxh3(const void *data, int64_t nbytes, uint64_t seed);
+
+// Return the checksum of an object of Python with a contiguous buffer; without the interpreter if it
+// has more than 64 KiB. The caller holds the interpreter. Return 0 with an error of Python for
+// another object.
+PORTAKV_API uint64_t portakv_xxh3_buffer(void *object, uint64_t seed);
+
+// Write the checksums of pieces, each an offset from `base` and a number of bytes, to `out`.
+PORTAKV_API void portakv_xxh3_pieces(const void *base, const int64_t *pieces, int64_t count,
+                                     uint64_t seed, uint64_t *out);
+
+// Return the same by the loop that every processor runs.
+PORTAKV_API uint64_t portakv_xxh3_plain(const void *data, int64_t nbytes, uint64_t seed);
+
+// --- Files ------------------------------------------------------------------------------------
+//
+// An engine moves bytes between open files and memory by its own threads, by io_uring or by plain
+// calls. Until a request has ended, its file stays open, and its memory and what verifies it stay
+// as they are. After a fork the child uses neither engines nor batches of its parent.
+
+typedef struct portakv_io portakv_io;
+typedef struct portakv_io_batch portakv_io_batch;
+
+// The result of a read whose bytes have another checksum. Other results are the bytes that moved, or
+// a negative errno.
+enum { PORTAKV_IO_WRONG = -4096 };
+
+// Other codes: all ends of a batch have been reported; the kernel's io_uring lacks what a ring uses.
+enum { PORTAKV_IO_DONE = -1, PORTAKV_IO_OLD = -4097 };
+
+// The calls of the system that an engine makes; each returns its result or a negative errno. Tests
+// replace them.
+typedef struct portakv_io_system {
+  int64_t (*setup)(uint32_t entries, void *params);
+  int64_t (*enter)(int fd, uint32_t put, uint32_t least, uint32_t flags);
+  int64_t (*enroll)(int fd, uint32_t operation, const void *argument, uint32_t count);
+  int64_t (*move)(int fd, void *address, int64_t nbytes, int64_t offset, int write);
+  int64_t (*admit)(void);  // before a thread starts: 0 admits it
+} portakv_io_system;
+
+typedef struct portakv_io_terms {
+  int64_t ring;                     // 1: io_uring, and plain calls for what it cannot do
+  int64_t depth;                    // the most requests of a batch under way
+  const int64_t *memory;            // an address and a length of each part to register
+  int64_t parts;                    // of memory
+  const portakv_io_system *system;  // NULL: the system's own
+} portakv_io_terms;
+
+typedef struct portakv_io_state {
+  int64_t registered;  // 0, or the negative errno for which no memory is registered
+  int64_t refused;     // 0, or the negative errno for which a ring could not be replaced
+  int64_t rings;       // that were made
+  int64_t movers;      // threads that make plain calls
+} portakv_io_state;
+
+// Return an engine; or NULL with a negative errno in `code`, ENOTSUP on another system than Linux, or
+// PORTAKV_IO_OLD.
+PORTAKV_API portakv_io *portakv_io_open(const portakv_io_terms *terms, int64_t *code);
+
+PORTAKV_API void portakv_io_look(portakv_io *io, portakv_io_state *out);
+
+// Begin requests. A closed engine ends them with -ECANCELED.
+//
+// batch     gets the batch before any request begins; the caller releases it
+// requests  for each: descriptor, offset in the file, address, bytes, 1 to write
+// checks    NULL, or for each: base, pieces (an offset from the base and a length each), their
+//           number (0: none are checked), seed, checksums
+// each      1: report each end at once; 0: all of them together
+// wake      an eventfd that is added to when there are ends to report; negative: none
+// Return 0, or PORTAKV_NO_MEMORY; then nothing began.
+PORTAKV_API int portakv_io_begin(portakv_io *io, portakv_io_batch **batch, const int64_t *requests,
+                                 const int64_t *checks, int64_t count, int each, int wake);
+
+// Wait for ends, write the number of the request and the result of each new one, and return how many
+// there are. Wait up to `milliseconds`; -1: without a limit. Return 0 after that time, and after a
+// signal; PORTAKV_IO_DONE if all ends have been reported.
+PORTAKV_API int64_t portakv_io_wait(portakv_io_batch *batch, int64_t *ends, int64_t room,
+                                    int64_t milliseconds);
+
+// End all requests that have not begun with -ECANCELED.
+PORTAKV_API void portakv_io_cancel(portakv_io *io, portakv_io_batch *batch);
+
+PORTAKV_API void portakv_io_release(portakv_io_batch *batch);
+
+// End an engine and its threads: requests under way end as they would, others with -ECANCELED. It
+// may be called more than once. `free` also releases the engine.
+PORTAKV_API void portakv_io_close(portakv_io *io);
+PORTAKV_API void portakv_io_free(portakv_io *io);
+
+// Close the descriptors that a forked child has of its parent's engine.
+PORTAKV_API void portakv_io_forked(portakv_io *io);
 
 #ifdef __cplusplus
 }

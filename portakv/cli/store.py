@@ -31,6 +31,7 @@ import numpy as np
 from portakv.arguments import invalid
 from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
 from portakv.cli.sides import in_bytes, read_bytes
+from portakv.core.xxh3 import checksum
 from portakv.errors import InvalidTerms, PeerError, StoreBusy, StoreError
 from portakv.runtime.linux import fcntl, require_linux
 from portakv.storage import image
@@ -285,7 +286,7 @@ def _shown(store: Path) -> Report:
     keys = set[bytes]()
     for slot, record in enumerate(slots.records_in(store, form, count)):
         # A recovery accepts the same records.
-        if record[slots.SEGMENTS] and image.checksum(record[:-1], slot) == record[-1]:
+        if record[slots.SEGMENTS] and checksum(record[:-1], slot) == record[-1]:
             keys.add(record[: slots.GENERATION].tobytes())
     return {
         "form": store.name,
@@ -585,7 +586,7 @@ def check_installed(command: str) -> None:
     """Raise `StoreError` if a package that a command needs of `portakv.serving` is missing, and
     `Unsupported` on another system than Linux."""
     require_linux(f"`{command}`")
-    for name in ("msgspec", "zmq", "xxhash"):
+    for name in ("msgspec", "zmq"):
         try:
             importlib.import_module(name)
         except ImportError as error:

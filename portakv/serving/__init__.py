@@ -8,11 +8,10 @@ from portakv.extras import installing
 
 try:
     import msgspec as msgspec
-    import xxhash as xxhash
     import zmq as zmq
 except ImportError as error:
     raise ImportError(
-        f"Expected xxhash, msgspec and pyzmq for serving, got: {error}. {installing('serving')} "
+        f"Expected msgspec and pyzmq for serving, got: {error}. {installing('serving')} "
         f"brings them."
     ) from error
 

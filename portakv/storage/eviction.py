@@ -16,9 +16,9 @@ from typing import Generic, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_ch
 
 import numpy as np
 
+from portakv.core.xxh3 import checksum, checksums
 from portakv.graph import Mask
 from portakv.runtime.interrupts import Condition, uninterrupted
-from portakv.storage.image import checksum, checksums
 from portakv.storage.reasons import EVICTED
 
 # ------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def mark_of(key: bytes) -> int:
 
 def marks_of(keys: Iterable[bytes]) -> list[int]:
     """Return `mark_of` each key, in one pass."""
-    marks = checksums(keys)
+    marks = checksums([*keys])
     if UNKNOWN in marks or FIRST in marks:
         marks = [mark if mark not in (UNKNOWN, FIRST) else 1 for mark in marks]
     return marks

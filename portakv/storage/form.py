@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -335,6 +336,12 @@ class BlockForm:
         apart = size % HEADER == 0 and str(parse(self.layout).dims[1]) == "layer"
         ends = [count * i // many for i in range(many + 1)] if apart else [0, count]
         return tuple(Segment(a, b, a * size, (b - a) * size) for a, b in pairwise(ends))
+
+    @cached_property
+    def pieces(self) -> bytes:
+        """Return the offset in an image and the bytes of each segment, as int64."""
+        numbers = [(HEADER + x.offset, x.nbytes) for x in self.segments]
+        return array("q", chain.from_iterable(numbers)).tobytes()
 
     def view(self, rows: torch.Tensor) -> KVView:
         """Return a view of the blocks of images; copies nothing.

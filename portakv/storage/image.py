@@ -12,15 +12,14 @@ bytes before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from portakv.errors import StoreError
-from portakv.extras import installing
+from portakv.core.xxh3 import checksum, piece_checksums
 from portakv.storage.form import HEADER as HEADER
 from portakv.storage.form import MOST_SEGMENTS, BlockForm
 
@@ -41,39 +40,13 @@ class Header(NamedTuple):
     checksums: tuple[int, ...]
 
 
-def checksum(data: Any, seed: int = 0) -> int:
-    """XXH3-64 of a contiguous buffer, which is not copied; raises `StoreError` without xxhash."""
-    try:
-        import xxhash  # a name from it would take longer than the checksum of a key
-    except ImportError:
-        raise _no_xxhash() from None
-    return xxhash.xxh3_64_intdigest(data, seed=seed & (1 << 64) - 1)
-
-
-def checksums(pieces: Iterable[Any]) -> list[int]:
-    """Return `checksum` of each of many pieces, in one pass."""
-    try:
-        import xxhash
-    except ImportError:
-        raise _no_xxhash() from None
-    return [*map(xxhash.xxh3_64_intdigest, pieces)]
-
-
-def _no_xxhash() -> StoreError:
-    """Return the error for an installation without xxhash."""
-    return StoreError(
-        "Expected xxhash for the checksums of a block store, but it is not installed. "
-        f"{installing('storage')} brings it."
-    )
-
-
 def seal(
     row: Row, form: BlockForm, key: bytes, generation: int, follows: int = 0
 ) -> tuple[int, ...]:
     """Write the header (of a key of 32 bytes, which follows a mark) before a payload that is in
     place, and zeros after it; return the checksums of its segments."""
     past = HEADER + form.payload_bytes
-    sums = tuple(checksum(piece, generation) for piece in pieces_of(row, form))
+    sums = tuple(_checksums(row, form.pieces, form.payload_bytes, generation))
     rest = [0] * (MOST_SEGMENTS - len(sums))
     numbers = (form.payload_bytes, len(sums), 0)
 
@@ -125,9 +98,17 @@ def verify(
     ``segments``: numbers in ``form.segments``; None: all. ``checksums`` has one for each segment of
     the form.
     """
-    pieces = pieces_of(row, form)
-    wanted = range(len(form.segments)) if segments is None else segments
-    return all(checksum(pieces[i], generation) == checksums[i] for i in wanted)
+    if segments is None:
+        return _checksums(row, form.pieces, form.payload_bytes, generation) == [*checksums]
+    pieces = b"".join([form.pieces[16 * i : 16 * (i + 1)] for i in segments])
+    nbytes = sum(form.segments[i].nbytes for i in segments)
+    return _checksums(row, pieces, nbytes, generation) == [checksums[i] for i in segments]
+
+
+def _checksums(row: Row, pieces: bytes, nbytes: int, seed: int) -> list[int]:
+    """Return the checksums of pieces of an image, whose offsets are those in the image."""
+    address = row.__array_interface__["data"][0]  # `ctypes` takes longer
+    return piece_checksums(address, pieces, nbytes, seed)
 
 
 def pieces_of(row: Row, form: BlockForm) -> list[Row]:

@@ -179,7 +179,7 @@ import contextlib, io, json, sys
 
 class Hidden:
     def find_spec(self, name, path=None, target=None):
-        if name in ("msgspec", "zmq", "xxhash", "obstore", "matplotlib"):
+        if name in ("msgspec", "zmq", "obstore", "matplotlib"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Hidden())

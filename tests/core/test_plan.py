@@ -269,5 +269,6 @@ def test_planes_that_are_packed_together_have_the_narrower_vector(shift: int, ve
     slots = torch.zeros(blocks, 1, 2, heads, 448, dtype=torch.uint8)
     packed = KVView(slots, "block layer kv head page", block_size=size, dim=dim, encoding="pack")
     for pair in ((raw, packed), (packed, raw)):
-        (nest,) = PackPlan(*(view.form for view in pair), size, size).nests
+        src, dst = pair
+        (nest,) = PackPlan(src.form, dst.form, size, size).nests
         assert (nest.raw_vector, nest.packed_vector) == (vector, 16)

@@ -350,7 +350,9 @@ def turn(then=None, guard=True):
     from portakv.integrations.transformers_store import PrefixStore
 
     if not guard:
-        importlib.import_module("portakv.storage.tiers.disk").verify = lambda *_: True
+        disk = importlib.import_module("portakv.storage.tiers.disk")
+        disk.verifies = lambda _: False
+        disk.verify = lambda *_: True
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).eval()
     tokens = torch.randint(1, 64, (1, 61), generator=torch.Generator().manual_seed(1))

@@ -27,6 +27,7 @@ from support.storage_cases import FakeTier, key_of, small_form
 from support.waits import LIMIT
 
 from portakv import KVView
+from portakv.core.xxh3 import checksum
 from portakv.errors import InvalidTerms, TransferError
 from portakv.storage import image
 from portakv.storage.eviction import FIRST, UNKNOWN, Chains, mark_of
@@ -313,11 +314,11 @@ def as_older_release(folder: Path, slots: list[int], form: BlockForm = FORM) -> 
         for slot in slots:
             record = np.frombuffer(os.pread(table.fileno(), 256, slot * 256), "<u8").copy()
             record[5] = form.payload_bytes
-            record[-1] = image.checksum(record[:-1], slot)
+            record[-1] = checksum(record[:-1], slot)
             os.pwrite(table.fileno(), record.tobytes(), slot * 256)
             row = np.frombuffer(os.pread(images.fileno(), size, slot * size), np.uint8).copy()
             row[464:472] = 0
-            row[4088:4096] = np.frombuffer(struct.pack("<Q", image.checksum(row[:4088])), np.uint8)
+            row[4088:4096] = np.frombuffer(struct.pack("<Q", checksum(row[:4088])), np.uint8)
             os.pwrite(images.fileno(), row.tobytes(), slot * size)
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import struct
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from support.core_cases import noise
 from support.storage_cases import key_of, payloads, sealed, small_form
 
-from portakv.errors import StoreError
 from portakv.storage import image
 from portakv.storage.form import BlockForm
 
@@ -152,9 +150,3 @@ def test_images_are_checked_where_they_lie() -> None:
         row.flags.writeable = False
         assert good(row, FORM, key_of(number), 1)
     assert payloads(rows, FORM).any()
-
-
-def test_without_xxhash_a_store_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "xxhash", None)
-    with pytest.raises(StoreError, match=r"pip install -e '\.\[storage\]'"):
-        image.seal(np.zeros(FORM.image_bytes, np.uint8), FORM, key_of(1), 1)

@@ -635,7 +635,6 @@ def test_a_process_that_ends_while_it_reads_loses_no_block(tmp_path: Path, io: s
         from test_store import many_blocks
         store, view, keys = many_blocks(*sys.argv[1:])
         print(store.lookup(keys))
-        real, os.preadv = os.preadv, lambda *each: time.sleep(0.1) or real(*each)
         begun = [store.load(view, [i], keys[i : i + 1]) for i in range(128)]
         time.sleep(0.01)
     """

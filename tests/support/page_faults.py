@@ -81,7 +81,7 @@ class FaultyDisk:
         self.code = 0
         self._free = threading.Event()
         self._inner = os.pwritev, os.preadv
-        monkeypatch.setenv("PORTAKV_IO", "threads")
+        monkeypatch.setenv("PORTAKV_IO", "support.io_calls:PlayedThreads")
         monkeypatch.setattr(os, "pwritev", self._write)
         monkeypatch.setattr(os, "preadv", self._read)
 

@@ -6,7 +6,8 @@
     python tests/support/sanitized.py --seed 7        the cases of one seed
 
 The library is built with the address and the undefined-behaviour sanitizer into a copy of the
-package. Views, ids, plans, pieces and copies in slices are drawn and judged as the tests do it.
+package. Views, ids, plans, pieces, copies in slices and checksums are drawn and judged as the
+tests do it.
 Each round has a seed of its own, which is printed before it begins.
 """
 
@@ -28,7 +29,8 @@ FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
 #: The tests that call the core; the others build it.
 TESTS = (
     *("core/test_core_view.py", "core/test_ids.py", "core/test_pack.py", "core/test_plan.py"),
-    *("core/test_runs.py", "core/test_rows.py", "interconnect/test_submission.py"),
+    *("core/test_runs.py", "core/test_rows.py", "core/test_xxh3.py", "copy/test_inside.py"),
+    "interconnect/test_submission.py",
 )
 #: Tests of hypothesis that a round runs with its seed, in so many examples each.
 EXAMPLES = 300
@@ -95,7 +97,8 @@ def draws(seed: int) -> list[Callable[[], object]]:
         "drawn", max_examples=EXAMPLES, database=None, deadline=None, suppress_health_check=slow
     )
     hypothesis.settings.load_profile("drawn")
-    from core import test_core_view, test_ids, test_pack, test_plan, test_runs  # by the profile
+    # These take the profile.
+    from core import test_core_view, test_ids, test_pack, test_plan, test_runs, test_xxh3
     from interconnect import test_submission
 
     chance = random.Random(seed)
@@ -103,6 +106,7 @@ def draws(seed: int) -> list[Callable[[], object]]:
         lambda: [test_core_view.check_drawn(chance) for _ in range(EXAMPLES)],
         lambda: test_plan.check_drawn(seed, EXAMPLES),
         lambda: test_pack.check_drawn(seed, EXAMPLES),
+        lambda: test_xxh3.check_all_drawn(chance, EXAMPLES),
         hypothesis.seed(seed)(test_ids.test_the_core_does_what_the_definition_says),
         hypothesis.seed(seed)(test_ids.test_long_lists_dense_and_far_apart),
         hypothesis.seed(seed)(test_runs.test_pieces_are_the_copy),

@@ -21,9 +21,9 @@ from portakv.errors import StoreBusy
 from portakv.storage import Disk, image
 from portakv.storage.form import BlockForm
 from portakv.storage.io.base import Ended, Request
-from portakv.storage.io.threads import carry
 from portakv.storage.tiers.disk import DiskStore
 from portakv.storage.tiers.folder import Place, Slots
+from support.io_calls import carry
 from support.storage_cases import aligned, key_of, small_form
 
 Bytes = npt.NDArray[np.uint8]

@@ -61,11 +61,14 @@ def damaged_images_believed() -> Iterator[None]:
     """Let disk tiers take each payload for whole inside: the negative control of damage."""
     disk_store: Any = importlib.import_module("portakv.storage.tiers.disk")
     verify = disk_store.verify
+    verifies = disk_store.verifies
+    disk_store.verifies = lambda _: False
     disk_store.verify = lambda *_: True
     try:
         yield
     finally:
         disk_store.verify = verify
+        disk_store.verifies = verifies
 
 
 @contextmanager
@@ -81,13 +84,17 @@ def damaged_objects_believed() -> Iterator[None]:
 def any_images_believed() -> Iterator[None]:
     """Let disk tiers believe headers too, so that an image serves for another one: the negative
     control of images that are swapped."""
-    store: Any = importlib.import_module("portakv.storage.tiers.disk").DiskStore
+    disk_store: Any = importlib.import_module("portakv.storage.tiers.disk")
+    store = disk_store.DiskStore
     right = store.right
+    verifies = disk_store.verifies
     store.right = lambda *_: True
+    disk_store.verifies = lambda _: False
     try:
         yield
     finally:
         store.right = right
+        disk_store.verifies = verifies
 
 
 @contextmanager

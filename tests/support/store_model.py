@@ -19,9 +19,9 @@ from portakv import KVView
 from portakv.errors import TransferCancelled, TransferError, TransferTimeout
 from portakv.storage.form import BlockForm
 from portakv.storage.io.base import Ended, Engine, Request
-from portakv.storage.io.threads import carry
 from portakv.storage.tiers.disk import Disk, DiskStore
 from portakv.storage.tiers.folder import Slots
+from support.io_calls import carry
 from support.waits import LIMIT
 
 ORDER = ("block", "kv", "head", "token", "dim")

@@ -60,11 +60,15 @@ class Engine(Protocol):
 
     Attributes:
         name: its name in messages and statistics.
-        notes: sentences on what it does without on this system.
     """
 
     name: str
-    notes: tuple[str, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return sentences on what the engine does without on this system; a plain attribute
+        will do."""
+        ...
 
     def __init__(self, memory: Sequence[tuple[int, int]] = (), depth: int = DEPTH) -> None: ...
 

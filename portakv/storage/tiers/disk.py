@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from threading import Lock
 from typing import Any, Literal, NamedTuple
 
 from portakv.arguments import invalid, number, one_of, whole
+from portakv.core.io import WRONG, Check
 from portakv.errors import InvalidTerms, StoreBusy, StoreError
 from portakv.graph.graph import Graph, Queue
 from portakv.runtime.bounded import Bounded
@@ -26,6 +28,7 @@ from portakv.storage.form import HEADER, BlockForm, size_notes
 from portakv.storage.image import Header, Row, header, predecessor, verify
 from portakv.storage.io.base import DEPTH, LOST, Engine, Request
 from portakv.storage.io.choose import ENGINES, choose
+from portakv.storage.io.threads import verifies
 from portakv.storage.reasons import Reason, Report
 from portakv.storage.tiers.files import PAGE, cause_of, forms_in, open_to_others
 from portakv.storage.tiers.folder import Place, Slots, Space, Track
@@ -263,26 +266,37 @@ class DiskStore:
         spans = self._spans(segments)
         pinned = self._pin(keys, len(spans), report)
         turn = _Turn()
+        right = self.right
 
-        def ended(number: int, result: int) -> None:
-            """Verify a block whose last span arrived, while the disk reads others."""
-            turn.pass_on()
+        def note(number: int, result: int) -> None:
+            """Note the end of a span, and judge a block whose last span arrived."""
             index, span = divmod(number, len(spans))
             block = pinned[index]
             start, end = spans[span]
             if result != end - start:
-                block.fail(result)
+                block.fail(0 if result == WRONG else result)
                 return
             block.spans_left -= 1
             if not block.spans_left and block.failure is None:
-                expected = block.place.header
-                block.right = self.right(rows[block.number], expected, segments)
+                block.right = right(rows[block.number], block.place.header, segments)
                 if not block.right:
                     block.fail(result)
 
+        def ended(number: int, result: int) -> None:
+            """Do the same while the disk reads others."""
+            turn.pass_on()
+            note(number, result)
+
         try:
             if stop is None or not stop():
-                self.engine.run(self._requests(pinned, rows, spans), ended)
+                requests = self._requests(pinned, rows, spans)
+                if verifies(self.engine):
+                    right = self.right_header
+                    checks = self._checks(pinned, requests, segments)
+                    for number, result in enumerate(self.engine.run_checked(requests, checks)):
+                        note(number, result)
+                else:
+                    self.engine.run(requests, ended)
         finally:
             for slots, _ in self.parts:
                 own = [block for block in pinned if block.slots is slots]
@@ -321,6 +335,28 @@ class DiskStore:
                     Request(block.slots.fd, offset, address + start, end - start, False)
                 )
         return requests
+
+    def _checks(
+        self, pinned: list[_Pinned], requests: list[Request], segments: Sequence[int] | None
+    ) -> list[Check]:
+        """Return the checksums of the segments that each request brings."""
+        pieces = self.form.pieces
+        checks = []
+        for index, request in enumerate(requests):
+            count = len(segments) if segments else 1  # requests of a block
+            known = pinned[index // count].place.header
+            if segments is None:
+                expected = array("Q", known.checksums).tobytes()
+                checks.append(Check(request.address, pieces, known.generation, expected))
+                continue
+            segment = segments[index % count]
+            part = self.form.segments[segment]
+            # Its first page is the header's if it is the first segment.
+            base = request.address - (HEADER + part.offset if part.offset else 0)
+            expected = array("Q", [known.checksums[segment]]).tobytes()
+            own = pieces[16 * segment : 16 * (segment + 1)]
+            checks.append(Check(base, own, known.generation, expected))
+        return checks
 
     def _spans(self, segments: Sequence[int] | None) -> list[tuple[int, int]]:
         """Return the parts of an image for a read of segments.
@@ -543,9 +579,16 @@ class DiskStore:
 
     def right(self, row: Row, expected: Header, segments: Sequence[int] | None) -> bool:
         """Return True if the segments in a row, header first, have their sealed checksums."""
-        if (segments is None or 0 in segments) and header(row, self.form) != expected:
-            return False
-        return verify(row, self.form, expected.checksums, expected.generation, segments)
+        known = expected.checksums, expected.generation
+        return self.right_header(row, expected, segments) and verify(
+            row, self.form, *known, segments
+        )
+
+    def right_header(self, row: Row, expected: Header, segments: Sequence[int] | None) -> bool:
+        """Return True if the header in a row is the expected one, or if no read brought it."""
+        if segments is not None and 0 not in segments:
+            return True
+        return header(row, self.form) == expected
 
 
 class Disk:

@@ -26,13 +26,14 @@ from weakref import WeakSet
 import numpy as np
 import numpy.typing as npt
 
+from portakv.core.xxh3 import checksum
 from portakv.errors import StoreBusy, StoreError
 from portakv.runtime import linux
 from portakv.runtime.interrupts import abandoned
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage.eviction import NO_WRITE, UNKNOWN, Chains, Occupancy, Write, mark_of, marks_of
 from portakv.storage.form import BlockForm
-from portakv.storage.image import Header, checksum, header, predecessor
+from portakv.storage.image import Header, header, predecessor
 from portakv.storage.io.base import LOST, Engine, Request
 from portakv.storage.reasons import DAMAGED
 from portakv.storage.tiers.files import (
