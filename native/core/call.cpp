@@ -250,7 +250,7 @@ struct Means {
 
 // Plan a copy between two ends, and launch it. Return the result of core.h.
 int64_t copy(const portakv_kernels &kernels, const Python &python, const End &src, const End &dst,
-             int64_t count, const Found &found, const Means &means) {
+             int64_t count, const Found &found, const Means &means, bool by_source = false) {
   require(count > 0 && !overlap(src, dst));
   const Form from = read_form(src.form);
   const Form to = read_form(dst.form);
@@ -268,7 +268,7 @@ int64_t copy(const portakv_kernels &kernels, const Python &python, const End &sr
        {count, src.rows.offset, dst.rows.offset, src.rows.slots, dst.rows.slots}) {
     require(tokens % plan.unit == 0);
   }
-  const RowsOptions options{src.step, dst.step, src.table_on_device, dst.table_on_device, 0};
+  const RowsOptions options{src.step, dst.step, src.table_on_device, dst.table_on_device, by_source};
   void *const thread = python.leave();  // a driver with a full queue blocks
   int64_t error = PORTAKV_MALFORMED;
   try {
@@ -355,9 +355,14 @@ int64_t copy_views(const Python &python, Arguments arguments) {
   Means means(arguments);
 
   require(dst.writable != 0);
-  require(src.device_type == dst.device_type && src.device_id == dst.device_id);
-  const DlDevice device{static_cast<int32_t>(src.device_type),
-                        static_cast<int32_t>(src.device_id)};
+  // Across the link the device's kernels read or write memory of the host.
+  const bool from_host = is_host(static_cast<int32_t>(src.device_type));
+  const bool to_host = is_host(static_cast<int32_t>(dst.device_type));
+  require(from_host != to_host || from_host || src.device_id == dst.device_id);
+  require(from_host != to_host || from_host || src.device_type == dst.device_type);
+  const portakv_copy_view &home = from_host ? dst : src;
+  const DlDevice device{static_cast<int32_t>(home.device_type),
+                        static_cast<int32_t>(home.device_id)};
   check_memory(ask, src);
   check_memory(ask, dst);
   Ids read{};
@@ -378,7 +383,9 @@ int64_t copy_views(const Python &python, Arguments arguments) {
   const bool on_host = is_host(device.type);
   place(read, src_step, src_offset, count, false, on_host, means.lists, from, found);
   place(written, dst_step, dst_offset, count, true, on_host, means.lists, to, found);
-  return copy(kernels, python, from, to, count, found, means);
+  // The planes follow the host's order: neighbours cross the link together.
+  const bool by_source = from_host && !to_host;
+  return copy(kernels, python, from, to, count, found, means, by_source);
 }
 
 // Make one copy for Python, with so many arguments.

@@ -451,7 +451,7 @@ typedef struct portakv_watch {
 // interpreter. `torch` is a PortakvTorch.
 PORTAKV_API int portakv_watch_unchanged(const void *torch, const portakv_watch *watch);
 
-// A view that outlives the call, on the device of the kernels.
+// A view that outlives the call, on the device of the kernels or in host memory that they reach.
 typedef struct portakv_copy_view {
   const int64_t *form;       // words
   const int64_t *dtypes;     // for each kv the word of its dtype, 0 for bytes

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -66,7 +66,7 @@ class Launched(NamedTuple):
 
 
 class RowKernels:
-    """The row kernels of a device, for copies inside it that the core makes as a whole.
+    """Row kernels of a device, for copies that the core makes as a whole.
 
     Args:
         driver: launches them.
@@ -130,7 +130,13 @@ class RowKernels:
         return None if result < 0 else Launched(result, word, listed)
 
     def end(
-        self, launched: Launched, retained: object, ids: object, owner: Owner | None = None
+        self,
+        launched: Launched,
+        retained: object,
+        ids: object,
+        owner: Owner | None = None,
+        memory: Sequence[torch.Tensor] = (),
+        carried: tuple[str, str] | None = None,
     ) -> Transfer:
         """Return the end of a launch, after which the device's present work runs.
 
@@ -138,20 +144,24 @@ class RowKernels:
             retained: what the handle keeps until the end.
             ids: memory that is kept until the end also if the handle is dropped.
             owner: it reports an error if the handle does not.
+            memory: the same of memory that no allocator orders on a stream.
+            carried: what executes the copy, and why; None: as for all copies inside the device.
         """
+        carried = carried or self.carried
         events = self._events
         if events is None:
-            return Transfer((), None, self.carried)
+            return Transfer((), None, carried)
         event = events.acquire()
         event.record()
         _, word, listed = launched
         words = () if word is None else ((word, 0),)
         lists = () if listed is None else (listed,)
-        completion = Completion(event, (), words, None, ids, events, lists=lists)
+        completion = Completion(event, (), words, None, (ids, memory), events, lists=lists)
         # Either queue returns the event if the handle is dropped. Only a word can bring an error,
         # which `LateErrors` look for among the copies in flight.
-        if listed is not None:
+        unordered = listed is not None or bool(memory)
+        if unordered:
             hold_memory(completion)
-        if word is not None or listed is None:
+        if word is not None or not unordered:
             hold(completion, owner)
-        return Transfer((completion,), retained, self.carried)
+        return Transfer((completion,), retained, carried)

@@ -15,13 +15,17 @@ import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
+from portakv.backends.row_kernels import RowKernels
 from portakv.backends.rows_kernel import MAX_ENTRIES
 from portakv.copy.counting import TOGETHER, Counted
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
 from portakv.core.call import SKIPS, TO_THE_END, OpenedView, Watch, calls
 from portakv.core.view import dtype_words, name_of
-from portakv.errors import LayoutError, SlotError
+from portakv.errors import LayoutError, PortaKVError, SlotError
+from portakv.interconnect.choose import across
+from portakv.interconnect.strategy import PINNED, Strategy
+from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice, choose
 from portakv.runtime.transfer import Owner, Transfer
 from portakv.view.bound import BoundLayout
@@ -189,43 +193,107 @@ def copied(
     """
     if not isinstance(src, KVView) or not isinstance(dst, KVView):
         return None
-    device = src.device
-    if device != dst.device or (device.type == "cpu" and options.backend is None):
+    within = src.device == dst.device
+    if within and src.device.type == "cpu" and options.backend is None:
         return None
     began = perf_counter()
-    kernels = choose(device, options.backend).backend.row_kernels
     reader = plain_reader()
-    if kernels is None or reader is None or {src.form.place, dst.form.place} & _AWAY:
+    from_ids, from_step, from_offset = _side(src_ids, src_step)
+    to_ids, to_step, to_offset = _side(dst_ids, dst_step)
+    tokens = _tokens(from_ids, from_step, from_offset) if count is None else count
+    if tokens is None:
+        tokens = _tokens(to_ids, to_step, to_offset)
+    if type(tokens) is not int or not (from_step and to_step) or reader is None:
         return None
+    on_host = _on_host(from_ids), _on_host(to_ids)
+    if within:
+        by = _inside(src, dst, options)
+    elif False in on_host:
+        by = None
+    else:
+        steps = (
+            0 if from_ids is None else from_step,
+            0 if to_ids is None else to_step,
+        )
+        new = not (isinstance(src_ids, Index) and isinstance(dst_ids, Index))
+        by = _across_link(src, dst, steps, tokens, new, options)
+    if by is None:
+        return None
+    kernels, carried = by
     read = opened(src)
     written = opened(dst)
     if read is None or written is None:
-        return None
-    tokens = TO_THE_END if count is None else count
-    from_ids, from_step, from_offset = _side(src_ids, src_step)
-    to_ids, to_step, to_offset = _side(dst_ids, dst_step)
-    if type(tokens) is not int or not (from_step and to_step):
         return None
     copy = calls().copy_views
     table = kernels.address
     torch_objects = reader.address
     src_at = read.address
     dst_at = written.address
+    # The core compares the tokens of both sides.
+    wanted = TO_THE_END if count is None else tokens
 
     def call(listed: int, room: int, status: int, stream: int) -> int:
         # fmt: off
         return copy(table, torch_objects, src_at, dst_at, from_ids, to_ids, from_step, to_step,
-                    from_offset, to_offset, tokens, listed, room, status, stream)
+                    from_offset, to_offset, wanted, listed, room, status, stream)
         # fmt: on
 
-    launched = kernels.launch(call, _on_host(from_ids) or _on_host(to_ids))
+    launched = kernels.launch(call, True in on_host)
     if launched is None:
         return None
     ids = from_ids, to_ids
-    made = kernels.end(launched, (src, dst, ids), ids)
+    memory = [*_memory_of_host(src), *_memory_of_host(dst)] if not within else ()
+    made = kernels.end(launched, (src, dst, ids), ids, memory=memory, carried=carried)
     skips = bool(launched.result & SKIPS)
     indices = (src_ids, src_step), (dst_ids, dst_step)
     return BlockTransfer.of_views(made, src, dst, indices, launched.tokens, began, skips)
+
+
+def _inside(
+    src: KVView, dst: KVView, options: CopyOptions
+) -> tuple[RowKernels, tuple[str, str]] | None:
+    """Return the kernels that copy inside a device, and their name with the reason."""
+    kernels = choose(src.device, options.backend).backend.row_kernels
+    if kernels is None or {src.form.place, dst.form.place} & _AWAY:
+        return None
+    return kernels, kernels.carried
+
+
+def _across_link(
+    src: KVView,
+    dst: KVView,
+    steps: tuple[int, int],
+    count: int,
+    new: bool,
+    options: CopyOptions,
+) -> tuple[RowKernels, tuple[str, str]] | None:
+    """Return the kernels that copy between a device and pinned memory, and the strategy with the
+    reason for it."""
+    places = src.form.place, dst.form.place
+    if places not in PINNED or src.temporary or dst.temporary or count <= 0:
+        return None
+    down = places[0] == "device"
+    choice = choose((src if down else dst).device, options.backend)
+    if isinstance(choice.backend, Strategy) or places in choice.can.places:
+        return None
+    try:
+        ready = prepared(src.form, dst.form, *steps, None, across(choice))
+    except PortaKVError:  # the general way says it in its turn
+        return None
+    launch = ready.picks
+    return launch.kernels_for(count, dst if down else src, new) if launch is not None else None
+
+
+def _memory_of_host(view: KVView) -> tuple[torch.Tensor, ...]:
+    """Return what retains the memory of a view that is not on a device."""
+    return () if view.form.place == "device" else view.retained
+
+
+def _tokens(ids: object, step: int, offset: int) -> int | None:
+    """Return the tokens of ids; None without ids, or for ids that the core does not read."""
+    if type(ids) is list:
+        return len(ids) * step - offset
+    return ids.numel() * step - offset if type(ids) is torch.Tensor else None
 
 
 def _side(ids: object, step: int) -> tuple[object, int, int]:
@@ -241,6 +309,8 @@ def _side(ids: object, step: int) -> tuple[object, int, int]:
     return ids, step if ids is not None else 1, 0
 
 
-def _on_host(ids: object) -> bool:
-    """Return True if ids lie on the host."""
-    return ids is not None and (type(ids) is not torch.Tensor or ids.is_cpu)
+def _on_host(ids: object) -> bool | None:
+    """Return True if ids lie on the host; None without ids."""
+    if ids is None:
+        return None
+    return type(ids) is not torch.Tensor or ids.is_cpu

@@ -17,6 +17,7 @@ from typing import NamedTuple, cast
 import torch
 
 from portakv.backends.base import PEERS, Capabilities, Decision, Launch, Pending
+from portakv.backends.row_kernels import RowKernels
 from portakv.errors import BackendUnavailable, Unsupported
 from portakv.interconnect.costs import costs_of
 from portakv.interconnect.link import by_torch, link_of
@@ -29,11 +30,13 @@ from portakv.interconnect.strategy import (
     known_to_host,
     read_on,
 )
+from portakv.interconnect.zero_copy import ZeroCopy
 from portakv.plan.plan import CopyPlan, Move
 from portakv.registry import REGISTRY, Choice, bring, prepare_by
 from portakv.registry.prepared import Prepared
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
+from portakv.view.view import KVView
 
 _log = logging.getLogger(__name__)
 
@@ -230,6 +233,20 @@ class HostLaunch(StrategyLaunch):
             for name, strategy in strategies
             if not known[strategy.reads] or not (clean or strategy.capabilities().guards)
         )
+
+    def kernels_for(
+        self, count: int, host: KVView, new: bool
+    ) -> tuple[RowKernels, tuple[str, str]] | None:
+        """See `Picks`. The ids lie on the host."""
+        # More runs cost every other strategy more, and the kernel as much as before.
+        picked = self._pick_by(1, 1, count, _Limits(self.out, _NONE, new))
+        strategy = self.strategies.get(picked.strategy)
+        if not isinstance(strategy, ZeroCopy) or strategy.refuses(host):
+            return None
+        if self.prepared(picked.strategy) is None:
+            return None
+        self._host.log(picked.strategy, picked.why)
+        return strategy.kernels[self.plan.src.place], (picked.strategy, picked.why)
 
     def picked_for(self, move: Move) -> tuple[Prepared, tuple[str, str]]:
         """See `Picks`; raise as the function `pick` does."""

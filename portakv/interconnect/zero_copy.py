@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 
 from portakv.backends.base import PEERS, Capabilities, Decision, Launch
+from portakv.backends.row_kernels import RowKernels
 from portakv.backends.rows_kernel import RowsKernel, Tuning
 from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
-from portakv.core.rows import Kernels
 from portakv.errors import Unsupported
 from portakv.interconnect.strategy import PINNED, SMALL, Move, Strategy, StrategyLaunch, Terms
 from portakv.plan.plan import CopyPlan
@@ -157,9 +157,9 @@ class ZeroCopy(Strategy):
         return LoadedKernels(self._driver, lambda: capturing(self.device))
 
     @cached_property
-    def _tables(self) -> dict[str, Kernels]:
+    def kernels(self) -> dict[str, RowKernels]:
         """The kernels by the place that they read: their launches are cut otherwise for each."""
-        return {place: Kernels(self._driver.entry) for place in PLACES}
+        return {place: RowKernels(self._driver, self.device, self.name) for place in PLACES}
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
@@ -193,7 +193,7 @@ class ZeroCopy(Strategy):
 
     def prepare(self, plan: CopyPlan) -> Launch:
         kernels = [ZeroCopyKernel(plan, nest, self.terms) for nest in range(plan.words[1])]
-        table = self._tables[plan.src.place]
+        table = self.kernels[plan.src.place].table
         self._kernels.add_to(table, kernels)
         rows = RowsLaunch(plan, kernels, table, self._driver, self.device)
         return _ZeroCopyLaunch(plan, self.device, rows)

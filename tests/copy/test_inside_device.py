@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.device_cases import (
@@ -23,7 +24,9 @@ from support.device_cases import (
 from support.guarded_memory import untouched
 from support.whole_copies import watch_whole_copies
 
-from portakv import Index, LayoutError, SlotError, Transfer, TransferError
+from portakv import Index, KVView, LayoutError, SlotError, Transfer, TransferError, copy_blocks
+from portakv.copy import inside, rows
+from portakv.runtime.transfer import copies_holding_memory
 
 pytestmark = pytest.mark.gpu
 
@@ -251,3 +254,84 @@ def test_a_transfer_of_a_device_that_is_not_current_is_not_done_early(backend: s
         transfer.synchronize()
         assert torch.cuda.current_stream(rig.device).query()
         assert holds([chunk], wanted)
+
+
+# Across the link
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each copy between views whether the core made it."""
+    made: list[bool] = []
+    find = inside.copied
+
+    def copied(*arguments: Any) -> Any:
+        result = find(*arguments)
+        made.append(result is not None)
+        return result
+
+    monkeypatch.setattr(rows, "copied", copied)
+    return made
+
+
+def link_views() -> tuple[KVView, KVView]:
+    """Caches of three layers on the device, and blocks of all layers in pinned memory."""
+    shape = 2, 24, 4, 2, 16
+    layers = [torch.randn(shape, dtype=torch.float16, device=DEVICE) for _ in range(3)]
+    stored = torch.randn(30, 3, 2, 4, 2, 16, dtype=torch.float16).pin_memory()
+    return (
+        KVView(layers, "layer | kv block token head dim"),
+        KVView(stored, "block layer kv token head dim"),
+    )
+
+
+def blocks_of(view: KVView) -> torch.Tensor:
+    """The blocks of a view, outermost, on the host."""
+    if isinstance(view.tensors, torch.Tensor):
+        return view.tensors.cpu().clone()
+    return torch.stack(list(view.tensors), dim=1).cpu().permute(2, 1, 0, 3, 4, 5).contiguous()
+
+
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize("kind", ["list", "tensor", "array", "index"])
+def test_blocks_across_the_link(kind: str, up: bool, whole: list[bool]) -> None:
+    paged, stored = link_views()
+    src, dst = (stored, paged) if up else (paged, stored)
+    read = [5, 0, -1, 7, 7, 20]
+    written = [3, 9, 1, -2, 0, 23]
+    as_passed: Any = {
+        "list": list,
+        "tensor": torch.tensor,
+        "array": np.array,
+        "index": lambda ids: Index(ids, 4),
+    }[kind]
+    for _ in range(3):
+        wanted = blocks_of(dst)
+        rows_read = blocks_of(src)
+        for one, other in zip(read, written, strict=True):
+            if one >= 0 and other >= 0:
+                wanted[other] = rows_read[one]
+        made = copy_blocks(src, dst, as_passed(read), as_passed(written))
+        made.synchronize()
+        assert torch.equal(blocks_of(dst), wanted)
+        assert made.statistics.strategy == "zero_copy"
+        assert made.statistics.blocks == 4
+        for tensor in [dst.tensors] if up is False else dst.tensors:
+            tensor.normal_()
+    assert whole[1:] == [True, True]
+    for bad in ([5, 0, 1, 7, 30, 20], [3, 9, 1, 9, 0, 23]):
+        with pytest.raises(SlotError):
+            copy_blocks(src, dst, as_passed(read), as_passed(bad))
+
+
+def test_memory_of_the_host_outlives_a_copy_that_nobody_holds(whole: list[bool]) -> None:
+    paged, stored = link_views()
+    copy_blocks(paged, stored, [1], [2]).synchronize()
+    wanted = blocks_of(paged)[4]
+    torch.cuda._sleep(LONG)
+    copy_blocks(paged, stored, [4], [7])
+    assert whole[-1]
+    assert copies_holding_memory() == 1
+    torch.cuda.synchronize()
+    assert copies_holding_memory() == 0
+    assert torch.equal(stored.tensors[7], wanted)
