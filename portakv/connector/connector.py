@@ -611,7 +611,7 @@ class AdaptiveConnector:
             return self._traced(store, kv_caches, batch, stream)
         caches = self._caches(kv_caches)
         stream = self._options.stream if stream is None else stream
-        if stream is None and self._options.whole:
+        if stream is None and self._options.whole and self._options.terms is None:
             transfer = caches.direct.transfer(store, memory_obj, slot_mapping, start, end)
             if transfer is not None:
                 return transfer

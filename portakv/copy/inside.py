@@ -25,6 +25,7 @@ from portakv.core.view import dtype_words, name_of
 from portakv.errors import LayoutError, PortaKVError, SlotError
 from portakv.interconnect.choose import across
 from portakv.interconnect.strategy import PINNED, Strategy
+from portakv.interconnect.zero_copy import ZeroCopy
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice, choose
 from portakv.runtime.transfer import Owner, Transfer
@@ -253,6 +254,8 @@ def _inside(
     src: KVView, dst: KVView, options: CopyOptions
 ) -> tuple[RowKernels, tuple[str, str]] | None:
     """Return the kernels that copy inside a device, and their name with the reason."""
+    if options.terms is not None:
+        return None
     kernels = choose(src.device, options.backend).backend.row_kernels
     if kernels is None or {src.form.place, dst.form.place} & _AWAY:
         return None
@@ -274,14 +277,22 @@ def _across_link(
         return None
     down = places[0] == "device"
     choice = choose((src if down else dst).device, options.backend)
-    if isinstance(choice.backend, Strategy) or places in choice.can.places:
+    strategy = isinstance(choice.backend, Strategy)
+    if not strategy and places in choice.can.places:
         return None
     try:
-        ready = prepared(src.form, dst.form, *steps, None, across(choice))
+        if not strategy or options.terms is not None:
+            choice = across(choice, options.terms)
+        ready = prepared(src.form, dst.form, *steps, None, choice)
     except PortaKVError:  # the general way says it in its turn
         return None
-    launch = ready.picks
-    return launch.kernels_for(count, dst if down else src, new) if launch is not None else None
+    host = dst if down else src
+    if ready.picks is not None:
+        return ready.picks.kernels_for(count, host, new)
+    by = ready.choice.backend
+    if not isinstance(by, ZeroCopy) or by.refuses(host):
+        return None
+    return by.kernels[src.form.place], ready.carried
 
 
 def _memory_of_host(view: KVView) -> tuple[torch.Tensor, ...]:

@@ -67,7 +67,7 @@ class CopyOptions:
     sliced: bool = field(init=False, repr=False, compare=False)
     #: Ids on a device are checked before anything is moved.
     strict: bool = field(init=False, repr=False, compare=False)
-    #: The call issues the whole copy as it is, on the current stream and on the usual terms.
+    #: The call issues the whole copy as it is, on the current stream, which waits for its end.
     whole: bool = field(init=False, repr=False, compare=False)
     #: The terms for a strategy; None: the usual ones, which every backend keeps.
     terms: Terms | None = field(init=False, repr=False, compare=False)
@@ -92,7 +92,7 @@ class CopyOptions:
         put("strict", self.check == "strict")
         put("terms", terms if sliced or terms != _NO_TERMS else None)
         apart = self.by_layer or self.reinterpret or self.strict or self.late is not None
-        put("whole", not apart and self.terms is None and self.stream is None)
+        put("whole", not (apart or sliced or detached) and self.stream is None)
 
     def check_only(self, what: str, names: Collection[str]) -> None:
         """Raise `InvalidTerms` if another option than these is set; ``what`` has no use for it."""

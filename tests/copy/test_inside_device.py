@@ -292,9 +292,24 @@ def blocks_of(view: KVView) -> torch.Tensor:
     return torch.stack(list(view.tensors), dim=1).cpu().permute(2, 1, 0, 3, 4, 5).contiguous()
 
 
+TERMS: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "host": {"backend": "host"},
+    "idle": {"overlap": "idle"},
+    "zero_copy": {"backend": "zero_copy", "overlap": "idle"},
+    "few blocks": {"max_thread_blocks": 2},
+}
+
+
 @pytest.mark.parametrize("up", [True, False])
-@pytest.mark.parametrize("kind", ["list", "tensor", "array", "index"])
-def test_blocks_across_the_link(kind: str, up: bool, whole: list[bool]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "terms"),
+    [
+        *[(kind, "usual") for kind in ("list", "tensor", "array", "index")],
+        *[("list", terms) for terms in TERMS if terms != "usual"],
+    ],
+)
+def test_blocks_across_the_link(kind: str, terms: str, up: bool, whole: list[bool]) -> None:
     paged, stored = link_views()
     src, dst = (stored, paged) if up else (paged, stored)
     read = [5, 0, -1, 7, 7, 20]
@@ -311,7 +326,7 @@ def test_blocks_across_the_link(kind: str, up: bool, whole: list[bool]) -> None:
         for one, other in zip(read, written, strict=True):
             if one >= 0 and other >= 0:
                 wanted[other] = rows_read[one]
-        made = copy_blocks(src, dst, as_passed(read), as_passed(written))
+        made = copy_blocks(src, dst, as_passed(read), as_passed(written), **TERMS[terms])
         made.synchronize()
         assert torch.equal(blocks_of(dst), wanted)
         assert made.statistics.strategy == "zero_copy"
@@ -321,7 +336,7 @@ def test_blocks_across_the_link(kind: str, up: bool, whole: list[bool]) -> None:
     assert whole[1:] == [True, True]
     for bad in ([5, 0, 1, 7, 30, 20], [3, 9, 1, 9, 0, 23]):
         with pytest.raises(SlotError):
-            copy_blocks(src, dst, as_passed(read), as_passed(bad))
+            copy_blocks(src, dst, as_passed(read), as_passed(bad), **TERMS[terms])
 
 
 def test_memory_of_the_host_outlives_a_copy_that_nobody_holds(whole: list[bool]) -> None:
