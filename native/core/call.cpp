@@ -214,13 +214,17 @@ void check_storages(const TensorReader &reader) {
 
 // --- Arguments --------------------------------------------------------------------------------
 
-// The arguments of a call, in their order. Numbers are whole and fit 64 bits: Python passes them.
+// The arguments of a call, in their order. A number of more than 64 bits throws `Raised`.
 class Arguments {
  public:
   Arguments(const Python &python, const Object *first) : python_(python), next_(first) {}
 
   Object object() { return *next_++; }
-  int64_t number() { return python_.integer(*next_++); }
+  int64_t number() {
+    const long long value = python_.integer(*next_++);
+    if (value == -1 && python_.error()) throw Raised();
+    return value;
+  }
   template <typename T>
   T *pointer() {
     return reinterpret_cast<T *>(static_cast<intptr_t>(number()));

@@ -135,6 +135,10 @@ WRONG: dict[str, Any] = {
     "range": lambda c, x: c.from_gpu(readable(5), None, torch.tensor(IDS), 2, 6),
     "range from below 0": lambda c, x: c.from_gpu(readable(5), None, torch.tensor(IDS), -1, 4),
     "end before start": lambda c, x: c.from_gpu(readable(5), None, torch.tensor(IDS), 3, 2),
+    "start of many bits": lambda c, x: c.from_gpu(
+        readable(5), None, torch.tensor(IDS), 2**70, 2**70 + 1
+    ),
+    "end of many bits": lambda c, x: c.from_gpu(readable(5), None, torch.tensor(IDS), 0, 2**70),
     "two dimensions": lambda c, x: c.from_gpu(readable(5), None, torch.tensor([IDS])),
     "float ids": lambda c, x: c.from_gpu(readable(5), None, torch.tensor(IDS).float()),
     "requires grad": lambda c, x: c.from_gpu(readable(5).requires_grad_(), None, torch.tensor(IDS)),
@@ -312,3 +316,11 @@ def test_rows_inside_one_cache(whole: list[bool]) -> None:
     assert whole == [False, False]
     with pytest.raises(PortaKVError, match="as both source and destination"):
         copy_blocks(src, src, torch.tensor([1, 2]), torch.tensor([2, 3]), backend=CudaOnCpu.name)
+
+
+def test_a_count_of_many_bits(whole: list[bool]) -> None:
+    src, dst, _, _ = views(torch.float16, 4)
+    ids = torch.tensor([1, 2])
+    with pytest.raises(PortaKVError, match="2 positions|range"):
+        copy_rows(src, dst, ids, ids, count=2**70, backend=CudaOnCpu.name)
+    assert whole == [False]
