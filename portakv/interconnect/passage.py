@@ -23,6 +23,8 @@ from portakv.interconnect.staging import Staging, mark
 from portakv.interconnect.strategy import Move, read_on
 from portakv.registry.prepared import Prepared, bring_table
 from portakv.runtime.devices import inside
+from portakv.runtime.pinned_ids import PinnedIds
+from portakv.runtime.transfer import acquire_after_ends
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -67,6 +69,7 @@ class Passage(Generic[Ready]):
         planes: the planes of the slices, each once.
         placed: for each of them, the index of the device's rows, as its stage reads it.
         sent: the ids of ``placed`` that are still on the host; None: all are on the device.
+        lists: pinned memory with ids of ``placed``, to be given back at the end.
         streams: by the schedule's numbers: ``work``, the device's stage, the link, and the stream
             whose present work comes first.
     """
@@ -86,6 +89,7 @@ class Passage(Generic[Ready]):
         self.planes = list(dict.fromkeys(each.planes for each in slices))
         self.placed: list[Index] = []
         self.sent: Sent | None = None
+        self.lists: list[PinnedIds] = []
         self.streams = [work, buffers.half, buffers.link, work]
         self._work = work
         self._gather = gather
@@ -126,10 +130,25 @@ class Passage(Generic[Ready]):
         last_stage = None
         for ready in [planes.ready for planes in self.planes]:
             if ready is not last_stage:
-                sent = self._sent(device_index, ready) if may_send else None
-                index = read_on(self._work, sent or ready.place(device_index))
+                there = self._pinned(device_index, ready)
+                if there is None and may_send:
+                    there = self._sent(device_index, ready)
+                index = read_on(self._work, there or ready.place(device_index))
                 last_stage = ready
             self.placed.append(index)
+
+    def _pinned(self, index: Index, ready: Ready) -> Index | None:
+        """Return the index with few ids for this call in pinned memory, where kernels read them;
+        None: there are none, or no memory for them is free."""
+        new = 0 < index.listed <= PinnedIds.MOST
+        if not (new and isinstance(ready, Prepared) and ready.reads_pinned_ids):
+            return None
+        if not self.lists:
+            lists = PinnedIds.acquire() or acquire_after_ends()
+            if lists is None:
+                return None
+            self.lists.append(lists)
+        return index.reading(self.lists[0].write(0, index.host_ids()))
 
     def _sent(self, index: Index, ready: Ready) -> Index | None:
         """Return the index with memory for its ids, which the core brings; None: they are no ids

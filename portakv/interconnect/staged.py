@@ -82,7 +82,7 @@ class StagedLaunch(StrategyLaunch):
         finally:
             # No allocator knows of the link's copies. The host's memory is retained until they end,
             # also if something failed while they were in progress.
-            streams.completion(self.device, work, *host.retained)
+            streams.completion(self.device, work, *host.retained, lists=passage.lists)
 
     def slices(
         self, rows: KVView, host: KVView, host_index: Index, count: int, idle: bool = True

@@ -23,6 +23,7 @@ from portakv.runtime import cuda
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.runtime.openmp import one_thread
+from portakv.runtime.pinned_ids import PinnedIds
 from portakv.runtime.transfer import Completion, StatusWord, Transfer, event_pool, hold_memory
 
 # Handles without an owner. The handle released last is reused first, since staging buffers are
@@ -150,12 +151,17 @@ def follow_current(stream: torch.Stream | None, *tensors: torch.Tensor) -> None:
             tensor.record_stream(stream)
 
 
-def completion(device: torch.device, stream: torch.Stream | None, *retained: object) -> Completion:
+def completion(
+    device: torch.device,
+    stream: torch.Stream | None,
+    *retained: object,
+    lists: Sequence[PinnedIds] = (),
+) -> Completion:
     """Return the end of all current work on ``stream``; retains objects, such as host memory, until
-    then, also if the handle is dropped."""
+    then, also if the handle is dropped. ``lists``: ids that the work reads, given back then."""
     pool = event_pool(device)
-    ended = Completion(pool.recorded(stream), retained=retained or None, pool=pool)
-    if retained:
+    ended = Completion(pool.recorded(stream), retained=retained or None, pool=pool, lists=lists)
+    if retained or lists:
         hold_memory(ended)
     return ended
 
