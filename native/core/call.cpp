@@ -214,13 +214,18 @@ void check_storages(const TensorReader &reader) {
 
 // --- Arguments --------------------------------------------------------------------------------
 
-// The arguments of a call, in their order. Numbers are whole and fit 64 bits: Python passes them.
+// The arguments of a call, in their order. Numbers are whole.
 class Arguments {
  public:
   Arguments(const Python &python, const Object *first) : python_(python), next_(first) {}
 
   Object object() { return *next_++; }
-  int64_t number() { return python_.integer(*next_++); }
+  // Return a number; throw `Raised` if it passes 64 bits.
+  int64_t number() {
+    const int64_t result = python_.integer(*next_++);
+    if (result == -1 && python_.error()) throw Raised();
+    return result;
+  }
   template <typename T>
   T *pointer() {
     return reinterpret_cast<T *>(static_cast<intptr_t>(number()));
