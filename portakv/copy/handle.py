@@ -135,8 +135,11 @@ class BlockTransfer(Transfer):
         made = cls.__new__(cls)
         made._worker = None
         made._layers = None
-        steps = [each.step if isinstance(each, Index) else step for each, step in sides]
-        step = next((n for n, (ids, _) in zip(steps, sides, strict=True) if ids is not None), 0)
+        steps = [
+            each.plan_step if isinstance(each, Index) else 0 if each is None else step
+            for each, step in sides
+        ]
+        step = steps[0] or steps[1]
         skipped = 0
         if skips:
             src_index, dst_index = (index_of(*side) for side in sides)

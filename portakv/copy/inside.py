@@ -8,7 +8,7 @@ goes the general way of `copy`, which makes the copy or words the error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 import numpy as np
@@ -28,6 +28,7 @@ from portakv.interconnect.strategy import PINNED, Strategy
 from portakv.interconnect.zero_copy import ZeroCopy
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice, choose
+from portakv.runtime.pinned_ids import PinnedIds
 from portakv.runtime.transfer import Owner, Transfer
 from portakv.view.bound import BoundLayout
 from portakv.view.destination import check_writable, note_written
@@ -36,6 +37,8 @@ from portakv.view.index import Ids, Index, as_ids
 from portakv.view.view import KVView
 
 _AWAY = {"peer", "remote"}
+#: The most ids of the host of a copy.
+_LISTED = 2 * PinnedIds.MOST
 _OPENED = "opened"  # of a view, for the core
 
 
@@ -142,20 +145,28 @@ class ChunkCopies:
         else:
             return None
         bound = self._bound(chunk.itemsize)
-        if bound is None:
+        number = _number(ids)
+        on_host = _on_host(ids)
+        if bound is None or number is None:
+            return None
+        used = number if end is None or type(ids) is list else past - start
+        if on_host and used > _LISTED:
             return None
         copy = self._copy
         kernels = own.address
         caches = self._caches.address
+        tabled = self._caches.tabled
         layout = bound.address
 
         def call(listed: int, room: int, status: int, stream: int) -> int:
+            if tabled:
+                self._cache.follow_table(self._cache.device)
             # fmt: off
             return copy(kernels, caches, store, layout, chunk, ids, offset, start, past,
                         listed, room, status, stream)
             # fmt: on
 
-        launched = own.launch(call, type(ids) is not torch.Tensor or ids.is_cpu)
+        launched = own.launch(call, on_host is True)
         if launched is None:
             return None
         if store:
@@ -189,7 +200,6 @@ def copied(
         count: tokens; None: those of the ids.
 
     Raises:
-        BackendUnavailable: as `choose`.
         TransferError: the driver's error.
     """
     if not isinstance(src, KVView) or not isinstance(dst, KVView):
@@ -204,9 +214,11 @@ def copied(
     tokens = _tokens(from_ids, from_step, from_offset) if count is None else count
     if tokens is None:
         tokens = _tokens(to_ids, to_step, to_offset)
-    if type(tokens) is not int or not (from_step and to_step) or reader is None:
+    if type(tokens) is not int or tokens <= 0 or not (from_step and to_step) or reader is None:
         return None
     on_host = _on_host(from_ids), _on_host(to_ids)
+    if True in on_host and tokens > _LISTED * min(from_step, to_step):
+        return None  # more ids than kernels read from pinned memory
     if within:
         by = _inside(src, dst, options)
     elif False in on_host:
@@ -216,7 +228,7 @@ def copied(
             0 if from_ids is None else from_step,
             0 if to_ids is None else to_step,
         )
-        new = not (isinstance(src_ids, Index) and isinstance(dst_ids, Index))
+        new = any(not (ids is None or isinstance(ids, Index)) for ids in (src_ids, dst_ids))
         by = _across_link(src, dst, steps, tokens, new, options)
     if by is None:
         return None
@@ -232,8 +244,14 @@ def copied(
     dst_at = written.address
     # The core compares the tokens of both sides.
     wanted = TO_THE_END if count is None else tokens
+    device = dst.device if src.device.type == "cpu" else src.device
+    tabled = [view for view, each in ((src, read), (dst, written)) if each.tabled]
+    if tabled and not has_tables(device, tabled):  # the general way sends them there
+        return None
 
     def call(listed: int, room: int, status: int, stream: int) -> int:
+        for view in tabled:
+            view.follow_table(device)
         # fmt: off
         return copy(table, torch_objects, src_at, dst_at, from_ids, to_ids, from_step, to_step,
                     from_offset, to_offset, wanted, listed, room, status, stream)
@@ -250,13 +268,23 @@ def copied(
     return BlockTransfer.of_views(made, src, dst, indices, launched.tokens, began, skips)
 
 
+def has_tables(device: torch.device, views: Sequence[KVView]) -> bool:
+    """Return True if the tables of addresses of views lie on a device. That of pinned memory is on
+    the host, which kernels do not reach by its address."""
+    return all(view.table.device == device for view in views)
+
+
 def _inside(
     src: KVView, dst: KVView, options: CopyOptions
 ) -> tuple[RowKernels, tuple[str, str]] | None:
     """Return the kernels that copy inside a device, and their name with the reason."""
     if options.terms is not None:
         return None
-    kernels = choose(src.device, options.backend).backend.row_kernels
+    try:
+        choice = choose(src.device, options.backend)
+    except PortaKVError:  # the general way says it after it has looked at the ids
+        return None
+    kernels = choice.backend.row_kernels
     if kernels is None or {src.form.place, dst.form.place} & _AWAY:
         return None
     return kernels, kernels.carried
@@ -273,14 +301,14 @@ def _across_link(
     """Return the kernels that copy between a device and pinned memory, and the strategy with the
     reason for it."""
     places = src.form.place, dst.form.place
-    if places not in PINNED or src.temporary or dst.temporary or count <= 0:
+    if places not in PINNED or src.temporary or dst.temporary:
         return None
     down = places[0] == "device"
-    choice = choose((src if down else dst).device, options.backend)
-    strategy = isinstance(choice.backend, Strategy)
-    if not strategy and places in choice.can.places:
-        return None
     try:
+        choice = choose((src if down else dst).device, options.backend)
+        strategy = isinstance(choice.backend, Strategy)
+        if not strategy and places in choice.can.places:
+            return None
         if not strategy or options.terms is not None:
             choice = across(choice, options.terms)
         ready = prepared(src.form, dst.form, *steps, None, choice)
@@ -300,11 +328,17 @@ def _memory_of_host(view: KVView) -> tuple[torch.Tensor, ...]:
     return () if view.form.place == "device" else view.retained
 
 
-def _tokens(ids: object, step: int, offset: int) -> int | None:
-    """Return the tokens of ids; None without ids, or for ids that the core does not read."""
+def _number(ids: object) -> int | None:
+    """Return the number of ids; None without ids, or for ids that the core does not read."""
     if type(ids) is list:
-        return len(ids) * step - offset
-    return ids.numel() * step - offset if type(ids) is torch.Tensor else None
+        return len(ids)
+    return ids.numel() if type(ids) is torch.Tensor else None
+
+
+def _tokens(ids: object, step: int, offset: int) -> int | None:
+    """Return the tokens of ids; None as `_number`."""
+    number = _number(ids)
+    return None if number is None else number * step - offset
 
 
 def _side(ids: object, step: int) -> tuple[object, int, int]:

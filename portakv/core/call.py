@@ -118,9 +118,10 @@ class OpenedView:
 
     Attributes:
         address: for calls of the core.
+        tabled: kernels may read the table.
     """
 
-    __slots__ = ("_kept", "_words", "address")
+    __slots__ = ("_kept", "_words", "address", "tabled")
 
     def __init__(
         self,
@@ -137,6 +138,7 @@ class OpenedView:
         watch: Watch | None,
         kept: object,
     ) -> None:
+        self.tabled = table != 0
         words = array("q", dtypes or [0] * kv)
         ranges = array("q", [address for span in spans for address in span])
         self._kept = words, ranges, watch, kept

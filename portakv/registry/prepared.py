@@ -436,6 +436,12 @@ class _CheckedPicks(_CheckedLaunch):
         self.check_formats(move.src, move.dst)
         return cast(Picks, self._launch).picked_for(move)
 
+    def kernels_for(
+        self, count: int, host: KVView, new: bool
+    ) -> tuple[RowKernels, tuple[str, str]] | None:
+        """See `Picks`. None: what calls such kernels looks at no formats."""
+        return None
+
     def instead_of(self, carried: tuple[str, str]) -> tuple[Prepared, tuple[str, str]] | None:
         """See `Picks`."""
         return cast(Picks, self._launch).instead_of(carried)

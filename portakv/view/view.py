@@ -429,7 +429,10 @@ class KVView:
         """Order ``stream`` (None: the current one) after the creation of the table on a device.
 
         Retains the table for the stream. No graph may be captured, which waits for no work outside.
+        The host has no streams.
         """
+        if device == _HOST:
+            return
         used = stream or torch.accelerator.current_stream(device.index)
         _, made = self.derived.get((_TABLE, device), (None, None))
         if made is not None:

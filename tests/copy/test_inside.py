@@ -18,7 +18,9 @@ from support.whole_copies import watch_whole_copies
 from portakv import AdaptiveConnector, Index, KVView, PortaKVError, copy_blocks, copy_rows
 from portakv.copy import inside, rows
 from portakv.copy.inside import ChunkCopies
-from portakv.registry.registry import REGISTRY
+from portakv.core.call import calls
+from portakv.registry.registry import REGISTRY, choose
+from portakv.view.form import plain_reader
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
@@ -305,6 +307,122 @@ def test_rows_by_any_ids_end_as_on_the_general_way(
     assert torch.equal(ends[0][1], ends[1][1])
 
 
+COUNTS = {
+    "below 0": lambda src, dst: copied_ids(src, dst, count=-1),
+    "past 64 bits": lambda src, dst: copied_ids(src, dst, count=2**70),
+    "more than the ids": lambda src, dst: copied_ids(src, dst, count=4),
+    "a boolean": lambda src, dst: copied_ids(src, dst, count=True),
+    "offset past 64 bits": lambda src, dst: copied_ids(src, dst, offset=2**70),
+    "offset past the ids": lambda src, dst: copied_ids(src, dst, offset=4),
+    "index without ids and blocks": lambda src, dst: copy_rows(
+        src, dst, Index(), Index(torch.tensor([1, 2]), step=SIZE), backend=CudaOnCpu.name
+    ),
+    "indices without ids": lambda src, dst: copy_rows(
+        src, dst, Index(), Index(), count=8, backend=CudaOnCpu.name
+    ),
+    "bad ids by an unknown backend": lambda src, dst: copy_rows(
+        src, dst, [1.5], [1], backend="unknown"
+    ),
+    "too few ids for an unknown backend": lambda src, dst: copy_rows(
+        src, dst, [1], [1], count=5, backend="unknown"
+    ),
+}
+
+
+def copied_ids(src: KVView, dst: KVView, count: Any = None, offset: int = 0) -> Any:
+    read = Index(torch.tensor([1, 2, 3]), offset=offset)
+    return copy_rows(src, dst, read, torch.tensor([4, 5, 6]), count=count, backend=CudaOnCpu.name)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_have_the_end_of_the_general_way(name: str) -> None:
+    ends = []
+    for general in (False, True):
+        src, dst, _, stored = views(torch.float16, 4)
+        with pytest.MonkeyPatch.context() as patched:
+            if general:
+                patched.setattr(rows, "copied", lambda *_: None)
+            end: object = None
+            for _ in range(2):
+                try:
+                    made = COUNTS[name](src, dst)
+                    end = made.statistics.blocks, made.statistics.blocks_requested
+                except PortaKVError as error:
+                    end = type(error), str(error)
+        ends.append((end, stored))
+    assert ends[0][0] == ends[1][0]
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
+@pytest.mark.parametrize("numbers", [(2**70, 0, 0), (3, 2**70, 0), (3, 0, 2**64)])
+def test_no_number_past_64_bits_reaches_a_copy(numbers: tuple[int, int, int]) -> None:
+    """Lists need memory that kernels of a device read; here the test brings some."""
+    count, src_offset, dst_offset = numbers
+    src, dst, _, stored = views(torch.float16, 4)
+    copy_rows(src, dst, torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6]), backend=CudaOnCpu.name)
+    stored.fill_(77)
+    kernels = choose("cpu", CudaOnCpu.name).backend.row_kernels
+    reader = plain_reader()
+    read, written = inside.opened(src), inside.opened(dst)
+    assert kernels is not None and reader is not None and read is not None and written is not None
+    room = torch.empty(16, dtype=torch.int64)
+    sides = kernels.address, reader.address, read.address, written.address
+    for wanted in (True, False):
+        if wanted:
+            offsets = src_offset, dst_offset, count
+        else:
+            offsets = 0, 0, 3
+        ids = [1, 2, 3], [4, 5, 6], 1, 1
+        result = calls().copy_views(*sides, *ids, *offsets, room.data_ptr(), 16, 0, 0)
+        assert (result < 0) == wanted
+        assert bool((stored == 77).all()) == wanted
+
+
+class Followed(KVView):
+    """A view that counts how often a launch waits for its table of addresses."""
+
+    times = 0
+
+    def follow_table(self, device: torch.device, stream: torch.Stream | None = None) -> None:
+        self.times += 1
+
+
+def separate_blocks(view: type[KVView] = KVView) -> KVView:
+    """Blocks that lie in one tensor each, so that kernels look their addresses up."""
+    blocks = [torch.randn(2, LAYERS, SIZE, HEADS, 4).half() for _ in range(BLOCKS)]
+    return view(blocks, "block | kv layer token head dim")
+
+
+def test_launches_wait_for_tables_of_addresses(whole: list[bool]) -> None:
+    """Another stream may have sent the table, and no stream knows who reads it."""
+    src, dst, _, stored = views(torch.float16, 4)
+    listed = separate_blocks(Followed)
+    assert isinstance(listed, Followed)
+    for _ in range(2):
+        before = listed.times
+        copy_blocks(listed, dst, torch.tensor([1]), torch.tensor([2]), backend=CudaOnCpu.name)
+    assert whole == [False, True]
+    assert listed.times == before + 1
+    assert torch.equal(stored[2].transpose(0, 1), listed.tensors[1])
+
+
+def test_no_kernel_reads_a_table_of_another_device() -> None:
+    """Pinned memory has its table on the host, which kernels of a device do not reach."""
+    blocks = [torch.zeros(2, LAYERS, SIZE, HEADS, 4) for _ in range(BLOCKS)]
+    view = KVView.at(
+        [each.data_ptr() for each in blocks],
+        "block | kv layer token head dim",
+        shape=blocks[0].shape,
+        dtype=torch.float32,
+        device="cpu",
+        pinned=True,
+    )
+    opened = inside.opened(view)
+    assert opened is not None and opened.tabled
+    assert inside.has_tables(torch.device("cpu"), [view])
+    assert not inside.has_tables(torch.device("cuda", 0), [view])
+
+
 def test_rows_inside_one_cache(whole: list[bool]) -> None:
     """The core cannot tell whether both sides have a row in common."""
     src, _, paged, _ = views(torch.float16, 4)
@@ -316,11 +434,3 @@ def test_rows_inside_one_cache(whole: list[bool]) -> None:
     assert whole == [False, False]
     with pytest.raises(PortaKVError, match="as both source and destination"):
         copy_blocks(src, src, torch.tensor([1, 2]), torch.tensor([2, 3]), backend=CudaOnCpu.name)
-
-
-def test_a_count_of_many_bits(whole: list[bool]) -> None:
-    src, dst, _, _ = views(torch.float16, 4)
-    ids = torch.tensor([1, 2])
-    with pytest.raises(PortaKVError, match="2 positions|range"):
-        copy_rows(src, dst, ids, ids, count=2**70, backend=CudaOnCpu.name)
-    assert whole == [False]

@@ -129,6 +129,27 @@ def test_host_memory_is_not_asked_about(backend: str, formats: Formats) -> None:
         copy_rows(host, KVView(pool, CACHE), None, IDS, backend=backend).synchronize()
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+def test_pinned_memory_is_copied_too(backend: str | None, formats: Formats) -> None:
+    """No strategy of these devices has kernels that the core calls."""
+    pool = caches()
+    cache = KVView(pool, CACHE)
+    rows = chunk().cpu()
+    host = KVView.at(
+        rows.data_ptr(),
+        CHUNK,
+        shape=rows.shape,
+        dtype=rows.dtype,
+        device="cpu",
+        pinned=True,
+        heads=HEADS,
+    )
+    copy_rows(cache, host, IDS, backend=backend).synchronize()
+    want = torch.stack([x.cpu().flatten(1, 2)[:, IDS].flatten(2) for x in pool], 1)
+    assert rows.equal(want)
+    copy_rows(host, cache, None, IDS, backend=backend).synchronize()
+
+
 def test_only_devices_that_extend_torch_are_asked_about() -> None:
     """And a backend that does not load hides nothing."""
     assert (
