@@ -235,16 +235,6 @@ typedef struct portakv_ids_slots_call {
 // it for an id past that. Return how many slots the ids cover.
 PORTAKV_API int64_t portakv_ids_slots(const portakv_ids_slots_call *call);
 
-typedef struct portakv_ids_units_call {
-  portakv_ids ids;  // its offset and its count are whole units
-  int64_t unit;     // tokens; divides the step
-  int64_t *out;     // [count / unit]
-} portakv_ids_units_call;
-
-// Write slot / unit of each unit of tokens: any negative number where the id is negative. Return
-// how many units the ids cover.
-PORTAKV_API int64_t portakv_ids_units(const portakv_ids_units_call *call);
-
 typedef struct portakv_ids_last_call {
   portakv_ids ids;  // its positions do not matter
   int64_t *out;     // [length]; NULL: write nothing
@@ -446,10 +436,6 @@ typedef struct portakv_watch {
   const int64_t *sizes;  // the bytes of each
   int64_t storage_count;
 } portakv_watch;
-
-// Return 1 if each tensor has its address and each storage its bytes, else 0. The caller holds the
-// interpreter. `torch` is a PortakvTorch.
-PORTAKV_API int portakv_watch_unchanged(const void *torch, const portakv_watch *watch);
 
 // A view that outlives the call, on the device of the kernels or in host memory that they reach.
 typedef struct portakv_copy_view {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Read lists of ids, check them, and expand them to slots and units.
+// Read lists of ids, check them, and expand them to slots.
 #include "ids.h"
 
 #include "guarded.h"
@@ -317,8 +317,7 @@ bool find_twice(const Ids &ids, const portakv_ids &list, Places places, portakv_
   return twice;
 }
 
-
-// --- Slots, units and repeats -------------------------------------------------------------------
+// --- Slots and repeats --------------------------------------------------------------------------
 
 // Write the slot of each `every`-th position. Return how many the ids cover.
 int64_t write_slots(const portakv_ids_slots_call &call) {
@@ -390,24 +389,6 @@ int check_ids(const portakv_ids &list, int64_t slots, bool distinct, portakv_ids
   });
 }
 
-int64_t write_units(const portakv_ids &list, int64_t unit, int64_t *out) {
-  const Places places(list);
-  if (places.count() <= 0 || unit <= 0 || unit > list.step) return 0;
-  const int64_t clip = kPastAnyView / list.step;
-  const int64_t per_id = list.step / unit;
-  const int64_t count = list.count / unit;
-  return with_ids(list, [&](const auto &ids) {
-    int64_t number = 0;
-    int64_t part = list.offset / unit % per_id;
-    for (int64_t place = places.first; place < places.past; place++) {
-      const int64_t id = std::min(std::max<int64_t>(ids[place], -1), clip);
-      for (; part < per_id && number < count; part++) out[number++] = id * per_id + part;
-      part = 0;
-    }
-    return number;
-  });
-}
-
 }  // namespace portakv
 
 int portakv_ids_read_list(const portakv_ids_list_call *call) { return portakv::read_list(*call); }
@@ -420,10 +401,6 @@ int portakv_ids_check(const portakv_ids_check_call *call) {
 
 int64_t portakv_ids_slots(const portakv_ids_slots_call *call) {
   return portakv::write_slots(*call);
-}
-
-int64_t portakv_ids_units(const portakv_ids_units_call *call) {
-  return portakv::write_units(call->ids, call->unit, call->out);
 }
 
 int64_t portakv_ids_last(const portakv_ids_last_call *call) {

@@ -56,14 +56,10 @@ struct Places {
   int64_t count() const { return past - first; }
 };
 
-// Check the ids that the positions of a list use, in a view of `slots` slots; return a code of core.h.
+// Check the ids that the positions of a list use, in a view of `slots` slots; return a code.
 // `distinct`: no slot may occur twice. `fault` is written with PAST and TWICE; it may be null.
 // Raises std::bad_alloc.
 int check_ids(const portakv_ids &list, int64_t slots, bool distinct, portakv_ids_fault *fault);
-
-// Write slot / unit of each whole unit of tokens; return how many units the ids cover. The offset
-// and the count of the list are whole units, and `unit` divides its step.
-int64_t write_units(const portakv_ids &list, int64_t unit, int64_t *out);
 
 }  // namespace portakv
 

@@ -313,9 +313,3 @@ void *portakv_view_read_tensors(const int64_t *bound, void *tensors) {
   }
   return functions->new_integer(code);
 }
-
-int portakv_watch_unchanged(const void *torch, const portakv_watch *watch) {
-  const Python *functions = python();
-  if (!functions) return 0;
-  return Asker(*functions, *static_cast<const PortakvTorch *>(torch)).unchanged(*watch);
-}

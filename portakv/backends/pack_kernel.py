@@ -7,22 +7,19 @@ values that a request changes, and launches (`native/core/pack.h`).
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import NoReturn
 
 import torch
 
 from portakv.backends.base import Capabilities, Decision, PackLaunch
 from portakv.backends.row_kernels import NO_CONTEXT, RowsDriver
-from portakv.backends.rows_kernel import LOOKUPS, extents, kernel_text, side_text
-from portakv.backends.rows_launch import COUNTED, RowsBackend
+from portakv.backends.rows_kernel import extents, kernel_text, options_of, side_text
+from portakv.backends.rows_launch import KernelsLaunch, RowsBackend
 from portakv.core.pack import Packs, PackShape, shape_of
 from portakv.core.plan import Refused
-from portakv.core.rows import LOOPS, UNITS, pack_side
-from portakv.errors import Unsupported
+from portakv.core.rows import LOOPS
 from portakv.layout.packing import PACK
 from portakv.plan.packing import PackPlan
 from portakv.view.index import Index
@@ -61,13 +58,7 @@ def refusal(plan: PackPlan, nest: int) -> str | None:
 
 def _shape(plan: PackPlan, nest: int) -> PackShape:
     """Return what a plan fixes about the kernel of a nest; raise `Refused`."""
-    return shape_of(plan.words, nest, pack_options(plan))
-
-
-def pack_options(plan: PackPlan) -> array[int]:
-    """Return the words of `RowsOptions` in ``native/core/rows.h``."""
-    on_device = plan.src.table_on_device, plan.dst.table_on_device
-    return array("q", [plan.src_step, plan.dst_step, *on_device, False])
+    return shape_of(plan.words, nest, options_of(plan))
 
 
 class PackKernel:
@@ -156,7 +147,7 @@ class PackingRowsBackend(RowsBackend):
         return KernelPackLaunch(plan, kernels, functions, self._driver, self.device)
 
 
-class KernelPackLaunch:
+class KernelPackLaunch(KernelsLaunch):
     """The launch of a plan that packs or unpacks; see `base.PackLaunch`.
 
     Words for blocks that do not fit may also be on the device.
@@ -164,8 +155,7 @@ class KernelPackLaunch:
     Args:
         kernels: one for each nest.
         functions: the entry of each kernel, loaded.
-        driver: of the device that the kernels are loaded on.
-        home: that device, where they read tables of addresses.
+        driver, home: as for `KernelsLaunch`.
     """
 
     overflow_on_host = True
@@ -178,18 +168,11 @@ class KernelPackLaunch:
         driver: RowsDriver,
         home: torch.device,
     ) -> None:
-        self._unit = plan.unit
-        self._driver = driver
-        self._home = home
-        shapes = [kernel.shape for kernel in kernels]
-        #: For each side, whether a kernel reads the table of addresses.
-        self.tables = (
-            any(LOOKUPS[shape.src.lookup] == "UNITS" for shape in shapes),
-            any(LOOKUPS[shape.dst.lookup] == "UNITS" for shape in shapes),
-        )
+        sides = [(kernel.shape.src, kernel.shape.dst) for kernel in kernels]
+        super().__init__(plan, sides, driver, home)
         cuts = chain.from_iterable(kernel.cut for kernel in kernels)
         handles = [driver.address(function) for function in functions]
-        self._packs = Packs(plan.words, pack_options(plan), cuts, handles, driver.entry)
+        self._packs = Packs(plan.words, options_of(plan), cuts, handles, driver.entry)
 
     def __call__(
         self,
@@ -217,43 +200,11 @@ class KernelPackLaunch:
         if overflow.is_cpu:
             words = driver.word(words)
         src_table, dst_table = self.tables
-        source = self._side(src, src_index, src_table)
-        target = self._side(dst, dst_index, dst_table)
+        source = self.side(src, src_index, src_table)
+        target = self.side(dst, dst_index, dst_table)
         error = self._packs.run(source, target, count, word, words, handle)
         if error == NO_CONTEXT:  # the first work of a thread
             with driver.current():
                 error = self._packs.run(source, target, count, word, words, handle)
         if error:
-            self._refuse(error, src.slots, dst.slots, count)
-
-    def _side(self, view: KVView, index: Index, by_table: bool) -> bytes:
-        """Return one side of a copy as the core takes it."""
-        table = 0
-        if by_table:
-            held = view.table_on(self._home)
-            table = (view.table if held is None else held).data_ptr()
-        ids = index.ids  # contiguous and on the device: the library places them
-        at = 0
-        wide = False
-        if ids is not None:
-            at = ids.data_ptr()
-            wide = ids.dtype is torch.int64
-        addresses = view.addresses_at if view.known else 0
-        return pack_side(addresses, table, at, wide, index.offset, view.slots)
-
-    def _refuse(self, error: int, src: int, dst: int, count: int) -> NoReturn:
-        """Raise the error of a launch that the core or the driver refused, of a copy of ``count``
-        tokens between views of so many tokens.
-
-        Raises:
-            Unsupported: a view has more units than the kernel counts.
-            TransferError: the driver's error.
-        """
-        if error == UNITS:
-            views = [slots for slots in (src, dst) if slots // self._unit > COUNTED]
-            what = f"A view of {views[0]} tokens" if views else f"A copy of {count} tokens"
-            raise Unsupported(
-                f"{what} in units of {self._unit}",
-                f"the kernel counts {COUNTED} units; use backend 'reference'",
-            )
-        self._driver.refuse(error, "The launch")
+            self.refuse(error, src.slots, dst.slots, count)

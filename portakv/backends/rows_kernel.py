@@ -17,6 +17,7 @@ from typing import NamedTuple
 from portakv.core.plan import Refused
 from portakv.core.rows import LOOPS, RowsShape, SideShape, describe
 from portakv.errors import Unsupported
+from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan
 from portakv.runtime.bounded import Bounded
 
@@ -159,7 +160,7 @@ def kernels_of(
     return [RowsKernel(plan, nest, threads, tunings) for nest in range(plan.words[1])]
 
 
-def options_of(plan: CopyPlan, by_source: bool = False) -> array[int]:
+def options_of(plan: CopyPlan | PackPlan, by_source: bool = False) -> array[int]:
     """Return the words of `RowsOptions` in ``native/core/rows.h``."""
     on_device = plan.src.table_on_device, plan.dst.table_on_device
     return array("q", [plan.src_step, plan.dst_step, *on_device, by_source])

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import NoReturn, Protocol
 
@@ -27,8 +27,9 @@ from portakv.backends.rows_kernel import (
     kernels_of,
     options_of,
 )
-from portakv.core.rows import UNITS, Kernels, pack_side
+from portakv.core.rows import UNITS, Kernels, SideShape, pack_side
 from portakv.errors import Unsupported
+from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture
@@ -117,63 +118,31 @@ class RowsBackend(Backend):
         return RowsLaunch(plan, kernels, table, self._driver, self.device)
 
 
-class RowsLaunch(MoveLaunch):
-    """The launch of a plan by its kernels; see `base.Launch`.
-
-    Its kernels read ids in pinned memory, too.
+class KernelsLaunch:
+    """What the launches of all kernels have: both sides as the core takes them, and its errors.
 
     Args:
-        kernels: one for each nest.
-        table: has these kernels.
+        plan: of the copy.
+        sides: both sides of each kernel.
         driver: of the device that the kernels are loaded on.
         home: that device, where they read tables of addresses.
-    """
 
-    #: Few ids are not sent to the device; see `Prepared`.
-    reads_pinned_ids = True
+    Attributes:
+        tables: for each side, whether a kernel reads the table of addresses.
+    """
 
     def __init__(
         self,
-        plan: CopyPlan,
-        kernels: Sequence[RowsKernel],
-        table: Kernels,
+        plan: CopyPlan | PackPlan,
+        sides: Iterable[tuple[SideShape, SideShape]],
         driver: RowsDriver,
         home: torch.device,
     ) -> None:
         self._driver = driver
         self._home = home
         self._unit = plan.unit
-        shapes = [kernel.shape for kernel in kernels]
-        #: For each side, whether a kernel reads the table of addresses.
-        self.tables = (
-            any(LOOKUPS[shape.src.lookup] == "UNITS" for shape in shapes),
-            any(LOOKUPS[shape.dst.lookup] == "UNITS" for shape in shapes),
-        )
-        self._table = table
-        self._plan = plan.words
-        self._options = options_of(plan, kernels[0].by_source)
-        #: For the core: the addresses of the kernels, of the words of the plan and of the options.
-        self.words = (
-            table.address,
-            self._plan.buffer_info()[0],
-            self._options.buffer_info()[0],
-        )
-
-    def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
-        """Order a copy on a stream of the driver's; see `MoveLaunch`."""
-        handle = self._driver.number(stream)
-        if handle is None:
-            with self._driver.current():
-                self.enqueue(move, stream, status)
-            return
-        word = 0 if status is None else self._driver.word(status.data_ptr())
-        call = self._plan, self._options, *self.sides(move), move.count, word, handle
-        error = self._table.run(*call)
-        if error == NO_CONTEXT:  # the first work of a thread
-            with self._driver.current():
-                error = self._table.run(*call)
-        if error:
-            self.refuse(error, move.src.slots, move.dst.slots, move.count)
+        src, dst = zip(*sides, strict=True)
+        self.tables = _looks_up(src), _looks_up(dst)
 
     def sides(self, move: Move) -> tuple[bytes, bytes]:
         """Return both sides of a copy as the core takes them."""
@@ -216,3 +185,58 @@ class RowsLaunch(MoveLaunch):
                 f"the kernel counts {COUNTED} units; use backend 'reference'",
             )
         self._driver.refuse(error, "The launch")
+
+
+def _looks_up(sides: Iterable[SideShape]) -> bool:
+    return any(LOOKUPS[side.lookup] == "UNITS" for side in sides)
+
+
+class RowsLaunch(KernelsLaunch, MoveLaunch):
+    """The launch of a plan by its kernels; see `base.Launch`.
+
+    Its kernels read ids in pinned memory, too.
+
+    Args:
+        kernels: one for each nest.
+        table: has these kernels.
+        driver, home: as for `KernelsLaunch`.
+    """
+
+    #: Few ids are not sent to the device; see `Prepared`.
+    reads_pinned_ids = True
+
+    def __init__(
+        self,
+        plan: CopyPlan,
+        kernels: Sequence[RowsKernel],
+        table: Kernels,
+        driver: RowsDriver,
+        home: torch.device,
+    ) -> None:
+        sides = [(kernel.shape.src, kernel.shape.dst) for kernel in kernels]
+        super().__init__(plan, sides, driver, home)
+        self._table = table
+        self._plan = plan.words
+        self._options = options_of(plan, kernels[0].by_source)
+        #: For the core: the addresses of the kernels, of the words of the plan and of the options.
+        self.words = (
+            table.address,
+            self._plan.buffer_info()[0],
+            self._options.buffer_info()[0],
+        )
+
+    def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
+        """Order a copy on a stream of the driver's; see `MoveLaunch`."""
+        handle = self._driver.number(stream)
+        if handle is None:
+            with self._driver.current():
+                self.enqueue(move, stream, status)
+            return
+        word = 0 if status is None else self._driver.word(status.data_ptr())
+        call = self._plan, self._options, *self.sides(move), move.count, word, handle
+        error = self._table.run(*call)
+        if error == NO_CONTEXT:  # the first work of a thread
+            with self._driver.current():
+                error = self._table.run(*call)
+        if error:
+            self.refuse(error, move.src.slots, move.dst.slots, move.count)

@@ -588,7 +588,7 @@ class _Launching:
         if captured or not ready.unowned:
             pending = ready.launch(*part, stream, word)
         else:
-            self._host = *self._host, *_memory_of_host(move)
+            self._host = *self._host, *memory_of_host(move.src, move.dst)
             pending = ready.bare(*part, stream, word)
         if pending is not None:
             self._pendings.append(pending)
@@ -645,10 +645,8 @@ class _Launching:
         return completion
 
 
-def _memory_of_host(move: Move) -> tuple[torch.Tensor, ...]:
+def memory_of_host(src: KVView, dst: KVView) -> tuple[torch.Tensor, ...]:
     """Return what retains the memory of the sides of a copy that are not on its device."""
-    src = move.src
-    dst = move.dst
     return (
         *(() if src.form.place == "device" else src.retained),
         *(() if dst.form.place == "device" else dst.retained),

@@ -17,6 +17,7 @@ from torch.autograd.graph import increment_version
 
 from portakv.backends.row_kernels import RowKernels
 from portakv.backends.rows_kernel import MAX_ENTRIES
+from portakv.copy.call import memory_of_host
 from portakv.copy.counting import TOGETHER, Counted
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
@@ -261,7 +262,7 @@ def copied(
     if launched is None:
         return None
     ids = from_ids, to_ids
-    memory = [*_memory_of_host(src), *_memory_of_host(dst)] if not within else ()
+    memory = () if within else memory_of_host(src, dst)
     made = kernels.end(launched, (src, dst, ids), ids, memory=memory, carried=carried)
     skips = bool(launched.result & SKIPS)
     indices = (src_ids, src_step), (dst_ids, dst_step)
@@ -321,11 +322,6 @@ def _across_link(
     if not isinstance(by, ZeroCopy) or by.refuses(host):
         return None
     return by.kernels[src.form.place], ready.carried
-
-
-def _memory_of_host(view: KVView) -> tuple[torch.Tensor, ...]:
-    """Return what retains the memory of a view that is not on a device."""
-    return () if view.form.place == "device" else view.retained
 
 
 def _number(ids: object) -> int | None:

@@ -127,17 +127,6 @@ def slots(
     return _written(_slots_writer(), ids, step, offset, count, every, -(-count // every))
 
 
-def units(
-    ids: torch.Tensor, step: int, offset: int, count: int, unit: int
-) -> npt.NDArray[np.int64]:
-    """Return slot // unit of ``count // unit`` units; a negative number for negative ids.
-
-    Raises:
-        IndexError: the ids do not cover the positions.
-    """
-    return _written(_units_writer(), ids, step, offset, count, unit, count // unit)
-
-
 def without_repeats(ids: torch.Tensor) -> npt.NDArray[np.int64] | None:
     """Return ids on the host with -1 for each that a later one equals; None: no id occurs twice."""
     width = ids.itemsize
@@ -198,11 +187,6 @@ def _checker() -> Callable[[bytes], int]:
 @cache
 def _slots_writer() -> Callable[[bytes], int]:
     return _writer("portakv_ids_slots")
-
-
-@cache
-def _units_writer() -> Callable[[bytes], int]:
-    return _writer("portakv_ids_units")
 
 
 @cache

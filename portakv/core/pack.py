@@ -12,12 +12,7 @@ from typing import Any, NamedTuple
 from portakv.errors import PortaKVError
 
 from .library import library
-from .plan import Refused
-from .rows import SideShape, read_extents, read_side
-
-#: More words than a kernel has: it has at most 16 extents for each of its axes.
-_ROOM = 256
-_EMPTY = array("q", [0])
+from .rows import SideShape, address_of, read_extents, read_side, words_of_nest
 
 
 class PackShape(NamedTuple):
@@ -42,11 +37,7 @@ def shape_of(plan: array[int], nest: int, options: array[int]) -> PackShape:
         Refused: the kernels' argument does not hold it; the values are its loops over planes and
             those inside a plane.
     """
-    out = _EMPTY * _ROOM
-    count = _functions().describe(_at(plan), nest, _at(options), _at(out), _ROOM)
-    if count < 0:
-        raise Refused(count, out)
-    words = iter(out[:count])
+    words = iter(words_of_nest(_functions().describe, plan, nest, options))
     planes = next(words)
     run = next(words)
     inner = read_extents(words)
@@ -78,7 +69,9 @@ class Packs:
         handles = array("q", functions)
         self._close = core.close
         self._run = core.run
-        self.address = core.open(_at(plan), _at(options), _at(words), _at(handles), launch)
+        self.address = core.open(
+            address_of(plan), address_of(options), address_of(words), address_of(handles), launch
+        )
         if not self.address:
             raise PortaKVError(
                 "Expected the plan of a copy that packs, and memory for its launches, got a "
@@ -105,10 +98,6 @@ class _Functions(NamedTuple):
     open: Any
     close: Any
     run: Any
-
-
-def _at(words: array[int]) -> int:
-    return words.buffer_info()[0]
 
 
 @cache

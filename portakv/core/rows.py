@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from ctypes import c_char_p, c_int64, c_uint64, c_void_p
 from functools import cache
 from typing import Any, NamedTuple
@@ -75,8 +75,19 @@ def describe(plan: array[int], nest: int, options: array[int]) -> array[int]:
     Raises:
         Refused: the kernels' argument does not hold it; the values are its loops and its planes.
     """
+    return words_of_nest(_functions().describe, plan, nest, options)
+
+
+def words_of_nest(
+    function: Callable[..., int], plan: array[int], nest: int, options: array[int]
+) -> array[int]:
+    """Return the words that a function of the core writes about one nest of a plan.
+
+    Raises:
+        Refused: as the function refuses the nest.
+    """
     out = _EMPTY * _ROOM
-    count = _functions().describe(_at(plan), nest, _at(options), _at(out), _ROOM)
+    count = function(address_of(plan), nest, address_of(options), address_of(out), _ROOM)
     if count < 0:
         raise Refused(count, out)
     return out[:count]
@@ -115,7 +126,9 @@ class Kernels:
         """Add the kernel of a shape, unless there is one; see `portakv_kernels_add`."""
         words = array("q", cut)
         handles = array("q", functions)
-        code = _functions().add(self.address, _at(shape), len(shape), _at(words), _at(handles))
+        code = _functions().add(
+            self.address, address_of(shape), len(shape), address_of(words), address_of(handles)
+        )
         if code:
             raise _refused()
 
@@ -157,7 +170,8 @@ class _Functions(NamedTuple):
     run: Any
 
 
-def _at(words: array[int]) -> int:
+def address_of(words: array[int]) -> int:
+    """Return where words are."""
     return words.buffer_info()[0]
 
 

@@ -53,12 +53,13 @@ class PackStages(BothStages[PreparedPack]):
         #: Bytes of dense rows for each byte of raw rows.
         self.share = per_token / plan.raw.token_bytes
         self._far = far
-        self._made: Bounded[int, tuple[PreparedPack, CopyPlan]]
-        self._made = Bounded("stages of slices that pack", 64)
         slots = self.quantum  # refuse now what cannot be executed
         device = choice.backend.device
         memory = torch.empty(dense.nbytes(slots), dtype=torch.uint8, device=device)
-        self.carried = self.of(dense.view(memory, slots), slots)[0].carried
+        made = self.of(dense.view(memory, slots), slots)
+        self.carried = made[0].carried
+        if dense.any_length:
+            self.usual = made
 
     def part(self, rows: KVView, host: KVView) -> PackStages:
         """Return the stages of all planes; no slice has fewer."""
@@ -67,10 +68,7 @@ class PackStages(BothStages[PreparedPack]):
     def of(self, dense: KVView, slots: int) -> tuple[PreparedPack, CopyPlan]:
         """Return the device's stage, prepared for buffers of ``slots`` slots, and the link's
         plan."""
-        known = self._made.get(slots)
-        if known is None:
-            known = self._made[slots] = self._stage(dense.form), self._link(dense.form)
-        return known
+        return self._stage(dense.form), self._link(dense.form)
 
     def _stage(self, dense: Form) -> PreparedPack:
         plan = self.plan

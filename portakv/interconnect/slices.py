@@ -302,9 +302,8 @@ class Slice(Generic[Ready]):
         link.carry(self.planes.link, self.crossing(dense), stream, merged=True)
 
 
-#: Slices and stages of rows as they are.
+#: A slice of rows as they are.
 RowSlice: TypeAlias = Slice[Prepared]
-RowStages: TypeAlias = BothStages[Prepared]
 
 
 def sliced(

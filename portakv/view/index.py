@@ -24,7 +24,6 @@ from portakv.view.bound import address_of
 # Lists of ids as tensors: their types, and which are refused.
 
 IdList: TypeAlias = "torch.Tensor | npt.NDArray[np.signedinteger[Any]] | Sequence[int]"
-_INT = frozenset({int})
 ID_DTYPES = (torch.int64, torch.int32)
 #: A slot past the end of any view, and far from where 64 bits overflow.
 PAST_ANY_VIEW = 2**62
@@ -310,7 +309,7 @@ _MOST = 256  # ranges that are marked clean in one list of ids
 class _Store:
     """Share the copies of one list among all of its indices."""
 
-    __slots__ = ("_token", "array", "clean", "copies")
+    __slots__ = ("array", "clean", "copies")
 
     def __init__(self, array: npt.NDArray[np.int64] | None = None) -> None:
         # The ids as a contiguous int64 array on the host, and contiguous in other places or dtypes.
@@ -318,15 +317,6 @@ class _Store:
         self.copies: list[torch.Tensor] | None = None
         # The ranges of ids on a device that passed a check: offset, count, slots.
         self.clean: set[tuple[int, int, int]] | None = None
-        self._token: object = None
-
-    @property
-    def token(self) -> object:
-        """Return an object that stands for the list, and holds none of its memory."""
-        if self._token is None:
-            with _storing:
-                self._token = self._token or object()
-        return self._token
 
     def keep(self, array: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the first array that any thread kept: no later one takes its place, since the
@@ -343,18 +333,6 @@ class _Store:
 
 
 _storing = threading.Lock()  # for what is made once for a list
-
-
-class UnitNumbers(NamedTuple):
-    """Units of an index on the host.
-
-    Attributes:
-        units: the number (slot // unit) of each unit, int64; negative if its id is.
-        rest: the slots from the first of a unit to where each begins; 0 with ids.
-    """
-
-    units: npt.NDArray[np.int64]
-    rest: int
 
 
 class _Placed(NamedTuple):
@@ -623,11 +601,6 @@ class Index:
             store.copies = [copy[used] for copy in self._store.copies]
         return self._derived(self.ids[used], q % self.step, store)
 
-    @property
-    def ids_token(self) -> object:
-        """Return an object that stands for the list of ids in a key; None without ids."""
-        return None if self.ids is None else self._store.token
-
     def ids_on(self, device: torch.device, dtypes: frozenset[torch.dtype] = _ANY) -> torch.Tensor:
         """Return the ids, contiguous, on ``device`` and in one of ``dtypes``; host ids are copied
         once.
@@ -742,21 +715,6 @@ class Index:
         wide = self.ids_on(device).long().clamp(-1, PAST_ANY_VIEW // self.step)
         return wide[at // per_id] * per_id + at % per_id
 
-    def unit_numbers(self, count: int, unit: int, unchecked: bool = False) -> UnitNumbers:
-        """Return the numbers of ``count // unit`` units on the host, as `units` does.
-
-        ``unchecked``: the ids may be negative or past any view.
-        """
-        first = self.offset // unit
-        past = first + count // unit
-        if self.ids is None:
-            return UnitNumbers(np.arange(first, past, dtype=np.int64), self.offset % unit)
-        per_id = self.step // unit
-        if per_id == 1 and not unchecked:
-            return UnitNumbers(self.host_ids()[first:past], 0)
-        # An invalid id stays invalid when it is multiplied.
-        return UnitNumbers(core.units(self._on_host(), self.step, self.offset, count, unit), 0)
-
     def slots(self, count: int, every: int = 1) -> npt.NDArray[np.int64]:
         """Return the slots of ``count`` positions, or of each ``every``-th, on the host; negative
         if skipped."""
@@ -814,17 +772,13 @@ class Index:
         Raises:
             SlotError: names the argument, the id at fault and its place in the list.
         """
-        code = self._judge(count, slots, distinct)
+        ids = self.ids
+        if ids is None or not self.on_host:
+            return False
+        code = core.check(ids, self.step, self.offset, count, slots, distinct)
         if code < 0:
             raise self._named_error(name, count, slots, distinct)
         return code == core.NEGATIVE
-
-    def _judge(self, count: int, slots: int, distinct: bool) -> int:
-        """Return the core's code for ids on the host: `core.CLEAN`, or what they have."""
-        ids = self.ids
-        if ids is None or not self.on_host:
-            return core.CLEAN
-        return core.check(ids, self.step, self.offset, count, slots, distinct)
 
     def _slot_error(self, count: int, slots: int, side: str, distinct: bool) -> SlotError:
         """Return the error of the first slot past the view's ``slots`` slots, or else of the
@@ -875,19 +829,6 @@ class Index:
             ids = torch.from_numpy(self._store.array)
         code = core.check(ids, self.step, self.offset, count, slots, False)
         return code == core.NEGATIVE
-
-    def checked_copy(
-        self, first: int, count: int, slots: int, distinct: bool
-    ) -> torch.Tensor | None:
-        """Return the newest copy of host ids, if they pass `check` from position ``first`` on.
-
-        None also if ids have no copy, or do not cover the positions.
-        """
-        copies = self._store.copies
-        if not copies or first < 0 or count < 0 or first + count > (self.length or 0):
-            return None
-        code = self.shifted(first)._judge(count, slots, distinct)
-        return copies[-1] if code >= 0 else None
 
     def mark_clean(self, count: int, slots: int) -> None:
         """Note that a check of ids on a device passed: no id is negative or past the end."""

@@ -161,11 +161,6 @@ def judge(case: Case) -> None:
 
     for every in {1, 3, case.step}:
         assert index.slots(case.count, every).tolist() == expanded[::every]
-    for unit in {1, case.step}:
-        if case.offset % unit or case.count % unit:
-            continue
-        numbers = index.unit_numbers(case.count, unit, unchecked=True).units
-        assert np.maximum(numbers, -1).tolist() == [max(s, -unit) // unit for s in expanded[::unit]]
 
     unique = index.without_repeats()
     last = {each: place for place, each in enumerate(case.ids)}
@@ -305,8 +300,6 @@ def test_positions_that_the_ids_do_not_cover() -> None:
         index.slots(7)
     with pytest.raises(IndexError):
         index.shifted(7).slots(1)
-    with pytest.raises(IndexError):
-        index.unit_numbers(8, 1)
     for offset, count in ((0, 2**62), (2**62, 2**62), (2**63 - 1, 2**63 - 1), (6, 1), (0, -1)):
         code = core.check(torch.tensor([4, 1, 7]), 2, offset, count, 16, True)
         assert code == core.CLEAN

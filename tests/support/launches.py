@@ -8,7 +8,7 @@ from array import array
 from typing import Any, NamedTuple
 
 from portakv import CopyPlan
-from portakv.backends.pack_kernel import PackKernel, pack_options
+from portakv.backends.pack_kernel import PackKernel
 from portakv.backends.rows_kernel import RowsKernel, options_of
 from portakv.core.pack import Packs
 from portakv.core.rows import Kernels, pack_side
@@ -76,7 +76,7 @@ def pack_launches(plan: PackPlan, units: int) -> list[PackLaunched]:
 
     entry = LAUNCH(launch)
     address = ctypes.cast(entry, ctypes.c_void_p).value or 0
-    pack = Packs(plan.words, pack_options(plan), PackKernel(plan).cut, [1], address)
+    pack = Packs(plan.words, options_of(plan), PackKernel(plan).cut, [1], address)
     addresses = array("q", [0] * 256)
     side = pack_side(addresses.buffer_info()[0], 0, 0, 0, 0, 1 << 30)
     assert pack.run(side, side, units * plan.unit, 0, 0, 0) == 0

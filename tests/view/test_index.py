@@ -199,18 +199,6 @@ def test_a_copy_that_was_made_elsewhere_is_found() -> None:
     assert index.ids_on(HERE, NARROW) is copy
 
 
-def test_a_copy_of_ids_is_used_only_if_they_pass_a_check() -> None:
-    index = Index([4, 1, 4])
-    assert index.checked_copy(0, 2, 9, True) is None  # there is no copy
-    copy = index.ids_on(HERE, NARROW)
-    assert index.checked_copy(0, 2, 9, True) is copy
-    assert index.checked_copy(0, 3, 9, False) is copy
-    assert index.checked_copy(1, 2, 9, True) is copy
-    for first, count, slots, distinct in ((0, 3, 9, True), (0, 2, 4, True), (1, 3, 9, False)):
-        assert index.checked_copy(first, count, slots, distinct) is None
-    assert index.checked_copy(-1, 2, 9, False) is None
-
-
 def test_a_check_remembers_nothing() -> None:
     ids = torch.tensor([4, 1, 5])
     index = Index(ids)
@@ -250,13 +238,6 @@ def test_a_copy_that_is_added_is_never_seen_in_part(
     assert [each.offset for each in seen] == [first, first]
     index.placed(HERE, frozenset({torch.int64}))
     assert index.placed(HERE, NARROW).ids is copy
-
-
-def test_a_token_stands_for_a_list() -> None:
-    index = Index([4, 1, 5])
-    assert index.shifted(1).ids_token is index.placed(HERE, NARROW).ids_token is index.ids_token
-    assert index.ids_token not in (index.part(0, 3).ids_token, Index([4, 1, 5]).ids_token)
-    assert Index(offset=3).ids_token is None
 
 
 def test_clean_ids_stay_clean_for_their_range() -> None:
