@@ -307,6 +307,12 @@ COUNTS = {
     "below 0": lambda src, dst: copied_ids(src, dst, count=-1),
     "past 64 bits": lambda src, dst: copied_ids(src, dst, count=2**70),
     "more than the ids": lambda src, dst: copied_ids(src, dst, count=4),
+    "an empty source": lambda src, dst: copy_rows(
+        src, dst, [], torch.tensor([4, 5]), backend=CudaOnCpu.name
+    ),
+    "an empty destination": lambda src, dst: copy_rows(
+        src, dst, torch.tensor([4, 5]), [], backend=CudaOnCpu.name
+    ),
     "a boolean": lambda src, dst: copied_ids(src, dst, count=True),
     "offset past 64 bits": lambda src, dst: copied_ids(src, dst, offset=2**70),
     "offset past the ids": lambda src, dst: copied_ids(src, dst, offset=4),
@@ -360,7 +366,10 @@ def test_no_number_past_64_bits_reaches_a_copy(numbers: tuple[int, int, int]) ->
     kernels = choose("cpu", CudaOnCpu.name).backend.row_kernels
     reader = plain_reader()
     read, written = inside.opened(src), inside.opened(dst)
-    assert kernels is not None and reader is not None and read is not None and written is not None
+    assert kernels is not None
+    assert reader is not None
+    assert read is not None
+    assert written is not None
     room = torch.empty(16, dtype=torch.int64)
     sides = kernels.address, reader.address, read.address, written.address
     for wanted in (True, False):
@@ -414,7 +423,8 @@ def test_no_kernel_reads_a_table_of_another_device() -> None:
         pinned=True,
     )
     opened = inside.opened(view)
-    assert opened is not None and opened.tabled
+    assert opened is not None
+    assert opened.tabled
     assert inside.has_tables(torch.device("cpu"), [view])
     assert not inside.has_tables(torch.device("cuda", 0), [view])
 
