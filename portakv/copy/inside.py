@@ -27,6 +27,7 @@ from portakv.interconnect.choose import across
 from portakv.interconnect.strategy import PINNED, Strategy
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice, choose
+from portakv.runtime.streams import completion
 from portakv.runtime.transfer import Owner, Transfer
 from portakv.view.bound import BoundLayout
 from portakv.view.destination import check_writable, note_written
@@ -39,13 +40,18 @@ _OPENED = "opened"  # of a view, for the core
 
 
 def opened(view: KVView) -> OpenedView | None:
-    """Return a view for the core; None: it is made for one call, or the host lacks its addresses.
+    """Return a view for the core; None: it is made for one call, the host lacks its addresses, or
+    its memory was replaced.
 
     It waits for a table of addresses that is sent to the device.
     """
     known: OpenedView | None = view.derived.get(_OPENED)
     if known is not None or view.temporary or not view.known or view.form.encoding:
         return known
+    try:
+        view.check_memory()  # what is watched from now on is what was read
+    except LayoutError:
+        return None
     memory = None if view.raw else Watch(view.owners, view.storages)
     return view.derived.setdefault(_OPENED, open_view(view, memory))  # type: ignore[no-any-return]
 
@@ -246,11 +252,16 @@ def copied(
                     from_offset, to_offset, wanted, listed, room, status, stream)
         # fmt: on
 
-    launched = kernels.launch(call, True in on_host)
+    memory = [*_memory_of_host(src), *_memory_of_host(dst)] if not within else ()
+    try:
+        launched = kernels.launch(call, True in on_host)
+    except BaseException:  # also an interrupt; what was launched may still run
+        if memory:
+            completion(device, None, *memory)
+        raise
     if launched is None:
         return None
     ids = from_ids, to_ids
-    memory = [*_memory_of_host(src), *_memory_of_host(dst)] if not within else ()
     made = kernels.end(launched, (src, dst, ids), ids, memory=memory, carried=carried)
     skips = bool(launched.result & SKIPS)
     indices = (src_ids, src_step), (dst_ids, dst_step)

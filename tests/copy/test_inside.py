@@ -303,6 +303,32 @@ def test_rows_by_any_ids_end_as_on_the_general_way(
     assert torch.equal(ends[0][1], ends[1][1])
 
 
+@pytest.mark.parametrize("change", [-2, 2, 1 << 20])
+@pytest.mark.parametrize("side", ["source", "destination"])
+@pytest.mark.parametrize("first", [True, False])
+def test_views_whose_memory_was_resized(
+    side: str, change: int, first: bool, whole: list[bool]
+) -> None:
+    """Also before the first copy of a view, whose kernels other views have loaded."""
+    blocks = torch.tensor([1]), torch.tensor([2])
+    src, dst, _, _ = views(torch.float16, 4)
+    copy_blocks(src, dst, *blocks, backend=CudaOnCpu.name)
+    numbers = [torch.zeros(2, BLOCKS, SIZE, HEADS, 4, dtype=torch.float16) for _ in range(LAYERS)]
+    stored = torch.zeros(BLOCKS + 2, LAYERS, 2, SIZE, HEADS, 4, dtype=torch.float16)
+    src = KVView(numbers, "layer | kv block token head dim")
+    dst = KVView(stored, "block layer kv token head dim")
+    if not first:
+        copy_blocks(src, dst, *blocks, backend=CudaOnCpu.name)
+    storage = (numbers[1] if side == "source" else stored).untyped_storage()
+    before = storage.data_ptr()
+    storage.resize_(storage.nbytes() + change)
+    if change > 0 and storage.data_ptr() == before:
+        pytest.skip("the memory stayed where it was")
+    with pytest.raises(PortaKVError, match="replaced after it was read"):
+        copy_blocks(src, dst, *blocks, backend=CudaOnCpu.name)
+    assert not whole[-1]
+
+
 COUNTS = {
     "below 0": lambda src, dst: copied_ids(src, dst, count=-1),
     "past 64 bits": lambda src, dst: copied_ids(src, dst, count=2**70),
