@@ -329,7 +329,7 @@ def test_views_whose_memory_was_resized(
     assert not whole[-1]
 
 
-COUNTS = {
+COUNTS: dict[str, Any] = {
     "below 0": lambda src, dst: copied_ids(src, dst, count=-1),
     "past 64 bits": lambda src, dst: copied_ids(src, dst, count=2**70),
     "more than the ids": lambda src, dst: copied_ids(src, dst, count=4),
@@ -349,7 +349,7 @@ COUNTS = {
         src, dst, Index(), Index(), count=8, backend=CudaOnCpu.name
     ),
     "bad ids by an unknown backend": lambda src, dst: copy_rows(
-        src, dst, [1.5], [1], backend="unknown"
+        src, dst, [True], [1], backend="unknown"
     ),
     "too few ids for an unknown backend": lambda src, dst: copy_rows(
         src, dst, [1], [1], count=5, backend="unknown"
@@ -391,22 +391,20 @@ def test_no_number_past_64_bits_reaches_a_copy(numbers: tuple[int, int, int]) ->
     stored.fill_(77)
     kernels = choose("cpu", CudaOnCpu.name).backend.row_kernels
     reader = plain_reader()
-    read, written = inside.opened(src), inside.opened(dst)
+    read = inside.opened(src)
+    written = inside.opened(dst)
     assert kernels is not None
     assert reader is not None
     assert read is not None
     assert written is not None
     room = torch.empty(16, dtype=torch.int64)
     sides = kernels.address, reader.address, read.address, written.address
-    for wanted in (True, False):
-        if wanted:
-            offsets = src_offset, dst_offset, count
-        else:
-            offsets = 0, 0, 3
-        ids = [1, 2, 3], [4, 5, 6], 1, 1
+    ids = [1, 2, 3], [4, 5, 6], 1, 1
+    wrong = src_offset, dst_offset, count
+    for offsets in (wrong, (0, 0, 3)):
         result = calls().copy_views(*sides, *ids, *offsets, room.data_ptr(), 16, 0, 0)
-        assert (result < 0) == wanted
-        assert bool((stored == 77).all()) == wanted
+        assert (result < 0) == (offsets is wrong)
+        assert bool((stored == 77).all()) == (offsets is wrong)
 
 
 class Followed(KVView):
@@ -426,7 +424,7 @@ def separate_blocks(view: type[KVView] = KVView) -> KVView:
 
 def test_launches_wait_for_tables_of_addresses(whole: list[bool]) -> None:
     """Another stream may have sent the table, and no stream knows who reads it."""
-    src, dst, _, stored = views(torch.float16, 4)
+    _, dst, _, stored = views(torch.float16, 4)
     listed = separate_blocks(Followed)
     assert isinstance(listed, Followed)
     for _ in range(2):
