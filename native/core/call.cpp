@@ -83,6 +83,7 @@ Ids read_ids(const Asker &ask, Object ids, DlDevice device, Room &room) {
   ask.python.release(type);  // the ids hold it
   if (type == ask.python.list_type) {
     const int64_t length = ask.python.list_size(ids);
+    require(length > 0);  // without memory an empty list would look like no ids
     int64_t *out = room.take(length);
     const portakv_ids_list_call call{ids, out, length};
     require(portakv_ids_read_list(&call) == 0);

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
-from portakv.backends.row_kernels import RowKernels
+from portakv.backends.row_kernels import Launched, RowKernels
 from portakv.backends.rows_kernel import MAX_ENTRIES
 from portakv.copy.call import memory_of_host
 from portakv.copy.counting import TOGETHER, Counted
@@ -30,6 +31,7 @@ from portakv.interconnect.zero_copy import ZeroCopy
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice, choose
 from portakv.runtime.pinned_ids import PinnedIds
+from portakv.runtime.streams import completion
 from portakv.runtime.transfer import Owner, Transfer
 from portakv.view.bound import BoundLayout
 from portakv.view.destination import check_writable, note_written
@@ -44,13 +46,18 @@ _OPENED = "opened"  # of a view, for the core
 
 
 def opened(view: KVView) -> OpenedView | None:
-    """Return a view for the core; None: it is made for one call, or the host lacks its addresses.
+    """Return a view for the core; None: it is made for one call, the host lacks its addresses, or
+    its memory was replaced.
 
     It waits for a table of addresses that is sent to the device.
     """
     known: OpenedView | None = view.derived.get(_OPENED)
     if known is not None or view.temporary or not view.known or view.form.encoding:
         return known
+    try:
+        view.check_memory()  # what is watched from now on is what was read
+    except LayoutError:
+        return None
     memory = None if view.raw else Watch(view.owners, view.storages)
     return view.derived.setdefault(_OPENED, open_view(view, memory))  # type: ignore[no-any-return]
 
@@ -121,13 +128,7 @@ class ChunkCopies:
             TransferError: the driver's error.
         """
         own = self._kernels
-        ids = slot_mapping
-        offset = 0
-        if type(ids) is Index:
-            if ids.plan_step != 1:
-                return None
-            offset = ids.offset
-            ids = ids.ids
+        ids, step, offset, on_host, number = _side(slot_mapping, 1)
         chunk = memory_obj
         if type(chunk) is not torch.Tensor:
             chunk = getattr(memory_obj, "tensor", None)
@@ -137,6 +138,8 @@ class ChunkCopies:
             or self._caches is None
             or type(chunk) is not torch.Tensor
             or type(start) is not int
+            or step != 1
+            or number is None
         ):
             return None
         if end is None:
@@ -146,12 +149,8 @@ class ChunkCopies:
         else:
             return None
         bound = self._bound(chunk.itemsize)
-        number = _number(ids)
-        on_host = _on_host(ids)
-        if bound is None or number is None:
-            return None
         used = number if end is None or type(ids) is list else past - start
-        if on_host and used > _LISTED:
+        if bound is None or (on_host and used > _LISTED):
             return None
         copy = self._copy
         kernels = own.address
@@ -167,7 +166,7 @@ class ChunkCopies:
                         listed, room, status, stream)
             # fmt: on
 
-        launched = own.launch(call, on_host is True)
+        launched = own.launch(call, bool(on_host))
         if launched is None:
             return None
         if store:
@@ -205,68 +204,143 @@ def copied(
     """
     if not isinstance(src, KVView) or not isinstance(dst, KVView):
         return None
-    within = src.device == dst.device
-    if within and src.device.type == "cpu" and options.backend is None:
+    if src.device == dst.device and src.device.type == "cpu" and options.backend is None:
         return None
     began = perf_counter()
-    reader = plain_reader()
-    from_ids, from_step, from_offset = _side(src_ids, src_step)
-    to_ids, to_step, to_offset = _side(dst_ids, dst_step)
-    tokens = _tokens(from_ids, from_step, from_offset) if count is None else count
-    if tokens is None:
-        tokens = _tokens(to_ids, to_step, to_offset)
-    if type(tokens) is not int or tokens <= 0 or not (from_step and to_step) or reader is None:
+    read = _side(src_ids, src_step)
+    written = _side(dst_ids, dst_step)
+    tokens = _tokens(read, written) if count is None else count
+    if type(tokens) is not int or tokens <= 0 or not (read.step and written.step):
         return None
-    on_host = _on_host(from_ids), _on_host(to_ids)
-    if True in on_host and tokens > _LISTED * min(from_step, to_step):
+    if True in (read.on_host, written.on_host) and tokens > _LISTED * min(read.step, written.step):
         return None  # more ids than kernels read from pinned memory
-    if within:
-        by = _inside(src, dst, options)
-    elif False in on_host:
-        by = None
-    else:
-        steps = (
-            0 if from_ids is None else from_step,
-            0 if to_ids is None else to_step,
-        )
-        new = any(not (ids is None or isinstance(ids, Index)) for ids in (src_ids, dst_ids))
-        by = _across_link(src, dst, steps, tokens, new, options)
+    new = any(not (ids is None or isinstance(ids, Index)) for ids in (src_ids, dst_ids))
+    by = _executor(src, dst, read, written, tokens, new, options)
     if by is None:
         return None
-    kernels, carried = by
-    read = opened(src)
-    written = opened(dst)
-    if read is None or written is None:
-        return None
-    copy = calls().copy_views
-    table = kernels.address
-    torch_objects = reader.address
-    src_at = read.address
-    dst_at = written.address
     # The core compares the tokens of both sides.
-    wanted = TO_THE_END if count is None else tokens
+    made = _issue(src, dst, read, written, TO_THE_END if count is None else tokens, *by)
+    if made is None:
+        return None
+    transfer, launched = made
+    skips = bool(launched.result & SKIPS)
+    indices = (src_ids, src_step), (dst_ids, dst_step)
+    return BlockTransfer.of_views(transfer, src, dst, indices, launched.tokens, began, skips)
+
+
+class _Side(NamedTuple):
+    """The ids of a side as the core takes them.
+
+    Attributes:
+        ids: a list or a tensor; None: consecutive tokens.
+        step: tokens of an id; 0: the core does not read the ids.
+        offset: tokens that are passed over.
+        on_host: the ids lie on the host; None without ids.
+        number: of ids; None without ids.
+    """
+
+    ids: object
+    step: int
+    offset: int = 0
+    on_host: bool | None = None
+    number: int | None = None
+
+    @property
+    def plan_step(self) -> int:
+        """Return the step that a plan is made for; 0 without ids."""
+        return 0 if self.ids is None else self.step
+
+
+def _side(ids: object, step: int) -> _Side:
+    """Return the ids of a side; ``step``: tokens of an id that is no `Index`."""
+    offset = 0
+    if type(ids) is Index:
+        step = ids.step
+        offset = ids.offset
+        ids = ids.ids
+    elif type(ids) is np.ndarray:
+        try:
+            ids = as_ids(ids)
+        except SlotError:
+            return _Side(ids, 0)
+    if ids is None:
+        return _Side(None, step or 1, offset)
+    if type(ids) is torch.Tensor:
+        return _Side(ids, step, offset, ids.is_cpu, ids.numel())
+    return _Side(ids, step, offset, True, len(ids)) if type(ids) is list else _Side(ids, 0)
+
+
+def _tokens(read: _Side, written: _Side) -> int | None:
+    """Return the tokens of the source's ids, else of the destination's; None without ids."""
+    for side in (read, written):
+        if side.number is not None:
+            return side.number * side.step - side.offset
+    return None
+
+
+def _executor(
+    src: KVView,
+    dst: KVView,
+    read: _Side,
+    written: _Side,
+    tokens: int,
+    new: bool,
+    options: CopyOptions,
+) -> tuple[RowKernels, tuple[str, str]] | None:
+    """Return the kernels that make a copy, and what executes it, with the reason. ``new``: ids are
+    a caller's for one call."""
+    if src.device == dst.device:
+        return _inside(src, dst, options)
+    if False in (read.on_host, written.on_host):  # their number of runs is not known
+        return None
+    steps = read.plan_step, written.plan_step
+    return _across_link(src, dst, steps, tokens, new, options)
+
+
+def _issue(
+    src: KVView,
+    dst: KVView,
+    read: _Side,
+    written: _Side,
+    tokens: int,
+    kernels: RowKernels,
+    carried: tuple[str, str],
+) -> tuple[Transfer, Launched] | None:
+    """Make a copy by the core, and return its end; None: the core does not make it."""
+    reader = plain_reader()
+    from_view = opened(src)
+    to_view = opened(dst)
+    if reader is None or from_view is None or to_view is None:
+        return None
     device = dst.device if src.device.type == "cpu" else src.device
-    tabled = [view for view, each in ((src, read), (dst, written)) if each.tabled]
+    tabled = [view for view, each in ((src, from_view), (dst, to_view)) if each.tabled]
     if tabled and not has_tables(device, tabled):  # the general way sends them there
         return None
+    copy = calls().copy_views
+    views = kernels.address, reader.address, from_view.address, to_view.address
+    from_ids, from_step, from_offset, on_host, _ = read
+    to_ids, to_step, to_offset, to_host, _ = written
 
     def call(listed: int, room: int, status: int, stream: int) -> int:
         for view in tabled:
             view.follow_table(device)
         # fmt: off
-        return copy(table, torch_objects, src_at, dst_at, from_ids, to_ids, from_step, to_step,
-                    from_offset, to_offset, wanted, listed, room, status, stream)
+        return copy(*views, from_ids, to_ids, from_step, to_step, from_offset, to_offset, tokens,
+                    listed, room, status, stream)
         # fmt: on
 
-    launched = kernels.launch(call, True in on_host)
+    memory = () if src.device == dst.device else memory_of_host(src, dst)
+    try:
+        launched = kernels.launch(call, bool(on_host or to_host))
+    except BaseException:  # also an interrupt; what was launched may still run
+        if memory:
+            completion(device, None, *memory)
+        raise
     if launched is None:
         return None
     ids = from_ids, to_ids
-    memory = () if within else memory_of_host(src, dst)
-    made = kernels.end(launched, (src, dst, ids), ids, memory=memory, carried=carried)
-    skips = bool(launched.result & SKIPS)
-    indices = (src_ids, src_step), (dst_ids, dst_step)
-    return BlockTransfer.of_views(made, src, dst, indices, launched.tokens, began, skips)
+    end = kernels.end(launched, (src, dst, ids), ids, memory=memory, carried=carried)
+    return end, launched
 
 
 def has_tables(device: torch.device, views: Sequence[KVView]) -> bool:
@@ -322,36 +396,3 @@ def _across_link(
     if not isinstance(by, ZeroCopy) or by.refuses(host):
         return None
     return by.kernels[src.form.place], ready.carried
-
-
-def _number(ids: object) -> int | None:
-    """Return the number of ids; None without ids, or for ids that the core does not read."""
-    if type(ids) is list:
-        return len(ids)
-    return ids.numel() if type(ids) is torch.Tensor else None
-
-
-def _tokens(ids: object, step: int, offset: int) -> int | None:
-    """Return the tokens of ids; None as `_number`."""
-    number = _number(ids)
-    return None if number is None else number * step - offset
-
-
-def _side(ids: object, step: int) -> tuple[object, int, int]:
-    """Return the ids of a side as the core takes them, the tokens of an id, and those that are
-    passed over. A step of 0: the core does not read them."""
-    if type(ids) is Index:
-        return ids.ids, ids.step, ids.offset
-    if type(ids) is np.ndarray:
-        try:
-            return as_ids(ids), step, 0
-        except SlotError:
-            return ids, 0, 0
-    return ids, step if ids is not None else 1, 0
-
-
-def _on_host(ids: object) -> bool | None:
-    """Return True if ids lie on the host; None without ids."""
-    if ids is None:
-        return None
-    return type(ids) is not torch.Tensor or ids.is_cpu
