@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copy inside a device by one call of the core, from the objects that a caller passes.
+"""Copy inside a device, or by a kernel across the link, by one call of the core.
 
-The core reads the tensors and the ids, checks them, plans and launches (`native/core/call.cpp`). A
-call that it does not make, or that is wrong, returns None here: the caller of these functions then
-goes the general way of `copy`, which makes the copy or words the error.
+The core reads the objects that a caller passes, checks them, plans and launches
+(`native/core/call.cpp`). A call that it does not make, or that is wrong, returns None here: the
+caller of these functions then goes the general way of `copy`, which makes the copy or words the
+error.
 """
 
 from __future__ import annotations
@@ -204,7 +205,7 @@ def copied(
     tokens = _tokens(from_ids, from_step, from_offset) if count is None else count
     if tokens is None:
         tokens = _tokens(to_ids, to_step, to_offset)
-    if type(tokens) is not int or not (from_step and to_step) or reader is None:
+    if type(tokens) is not int or tokens <= 0 or not (from_step and to_step) or reader is None:
         return None
     on_host = _on_host(from_ids), _on_host(to_ids)
     if within:
@@ -271,7 +272,7 @@ def _across_link(
     """Return the kernels that copy between a device and pinned memory, and the strategy with the
     reason for it."""
     places = src.form.place, dst.form.place
-    if places not in PINNED or src.temporary or dst.temporary or count <= 0:
+    if places not in PINNED or src.temporary or dst.temporary:
         return None
     down = places[0] == "device"
     choice = choose((src if down else dst).device, options.backend)
