@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One copy inside a device, from what its caller passes to the launch: tensors and ids are read and
-// checked, the copy is planned and its kernels are launched. Nothing is kept from call to call.
+// One copy by kernels of a device, from what its caller passes to the launch: tensors and ids are
+// read and checked, the copy is planned and launched. Nothing is kept from call to call.
 //
 // What a call does not fit ends it before anything is launched: Python then finds the reason and
 // its sentence, or copies otherwise.

@@ -416,7 +416,7 @@ typedef struct {
 // tensors cannot be read. Return NULL if a method of a tensor raised an error.
 PORTAKV_API void *portakv_view_read_tensors(const int64_t *bound, void *tensors);
 
-// --- Copies inside a device -------------------------------------------------------------------
+// --- Whole copies -------------------------------------------------------------------------------
 //
 // One call reads the tensors and the ids, checks them, plans the copy and launches its row kernels.
 // It keeps nothing. The caller holds the interpreter, which the launch releases.

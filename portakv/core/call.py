@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copy inside a device by one call of the core, which reads tensors and ids.
+"""Make a whole copy by one call of the core, which reads tensors and ids.
 
 The source is `native/core/call.cpp`. This module knows words and objects of torch;
 `portakv.copy.inside` knows what they mean.

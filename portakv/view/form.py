@@ -305,18 +305,6 @@ def widest_vector(numbers: Iterable[int]) -> int:
     return bits & -bits
 
 
-def merge_steps(steps: Sequence[Step]) -> Steps:
-    """Join neighbours that form one step, and drop steps of extent 1."""
-    merged: list[Step] = []
-    for step in steps:
-        walk = step.extent * step.table, step.extent * step.stride
-        if merged and (merged[-1].table, merged[-1].stride) == walk:
-            merged[-1] = replace(step, extent=merged[-1].extent * step.extent)
-        elif step.extent != 1:
-            merged.append(step)
-    return tuple(merged)
-
-
 def locate(table: int, offset: int, steps: Sequence[Step], position: int) -> tuple[int, int]:
     """Return the table entry and byte offset of ``position`` on one axis."""
     for step in reversed(steps):

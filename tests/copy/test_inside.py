@@ -268,13 +268,25 @@ def test_blocks_between_two_views(
     assert whole[1:] == [core_reads] * 2
 
 
+@pytest.mark.parametrize("count", [-1, -8, True, 2**70])
+def test_a_count_that_is_none_has_the_error_of_the_general_way(count: int) -> None:
+    """Also -1, which to the core stands for all tokens of the ids."""
+    src, dst, _, stored = views(torch.float16, 4)
+    ids = torch.tensor([1, 2]), torch.tensor([3, 4])
+    copy_blocks(src, dst, *ids, backend=CudaOnCpu.name)
+    before = stored.clone()
+    with pytest.raises(PortaKVError, match="Expected"):
+        copy_blocks(src, dst, *ids, count=count, backend=CudaOnCpu.name)
+    assert torch.equal(stored, before)
+
+
 def as_blocks(kind: str, ids: list[int]) -> Any:
     return Index(ids, SIZE) if kind.startswith("index") else as_passed(kind, ids)
 
 
 @given(
     offsets=st.tuples(st.integers(0, 7), st.integers(0, 7)),
-    count=st.none() | st.integers(0, 9),
+    count=st.none() | st.integers(-2, 9),
     read=st.lists(st.integers(-2, SLOTS), min_size=1, max_size=12),
     written=st.none() | st.lists(st.integers(-2, SLOTS), min_size=1, max_size=12),
 )

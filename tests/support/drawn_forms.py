@@ -8,10 +8,10 @@ kv of their own. The forms of one `Rows` hold the same bytes, so a plan between 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
-from portakv.view.form import PART_AXES, Form, KVRows, Step, Steps, merge_steps
+from portakv.view.form import PART_AXES, Form, KVRows, Step, Steps
 
 BLOCK_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 WIDTHS = (1, 2, 3, 6, 12, 16, 33, 64, 96, 128)
@@ -158,5 +158,17 @@ def _axes(random: Random, places: Sequence[Place], tables: float) -> tuple[dict[
 
     kv = steps.pop("kv")
     merged = random.random() < 0.9
-    axes = {axis: merge_steps(each) if merged else tuple(each) for axis, each in steps.items()}
+    axes = {axis: _merged(each) if merged else tuple(each) for axis, each in steps.items()}
     return axes, kv[0] if kv else Step(1, 0, 0)
+
+
+def _merged(steps: Sequence[Step]) -> Steps:
+    """Join neighbours that form one step, and drop steps of extent 1."""
+    merged: list[Step] = []
+    for step in steps:
+        walk = step.extent * step.table, step.extent * step.stride
+        if merged and (merged[-1].table, merged[-1].stride) == walk:
+            merged[-1] = replace(step, extent=merged[-1].extent * step.extent)
+        elif step.extent != 1:
+            merged.append(step)
+    return tuple(merged)
