@@ -32,7 +32,7 @@ from portakv.runtime.transfer import Owner, Transfer
 from portakv.view.bound import BoundLayout
 from portakv.view.destination import check_writable, note_written
 from portakv.view.form import plain_reader
-from portakv.view.index import Ids, Index, as_ids
+from portakv.view.index import PAST_ANY_VIEW, Ids, Index, as_ids
 from portakv.view.view import KVView
 
 _AWAY = {"peer", "remote"}
@@ -211,7 +211,9 @@ def copied(
     tokens = _tokens(from_ids, from_step, from_offset) if count is None else count
     if tokens is None:
         tokens = _tokens(to_ids, to_step, to_offset)
-    if type(tokens) is not int or tokens <= 0 or not (from_step and to_step) or reader is None:
+    if type(tokens) is not int or not 0 < tokens < PAST_ANY_VIEW:
+        return None
+    if not (from_step and to_step) or reader is None:
         return None
     on_host = _on_host(from_ids), _on_host(to_ids)
     if within:
@@ -306,11 +308,10 @@ def _across_link(
         choice = choose((src if down else dst).device, options.backend)
         if isinstance(choice.backend, Strategy) or places in choice.can.places:
             return None
-        ready = prepared(src.form, dst.form, *steps, None, across(choice))
+        launch = prepared(src.form, dst.form, *steps, None, across(choice)).picks
+        return None if launch is None else launch.kernels_for(count, dst if down else src, new)
     except PortaKVError:  # the general way says it in its turn
         return None
-    launch = ready.picks
-    return launch.kernels_for(count, dst if down else src, new) if launch is not None else None
 
 
 def _memory_of_host(view: KVView) -> tuple[torch.Tensor, ...]:
