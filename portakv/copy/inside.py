@@ -40,8 +40,8 @@ _OPENED = "opened"  # of a view, for the core
 
 
 def opened(view: KVView) -> OpenedView | None:
-    """Return a view for the core; None: it is made for one call, the host lacks its addresses, or
-    its memory was replaced.
+    """Return a view for the core; None: it is made for one call, the host lacks its addresses, its
+    memory was replaced, or a graph is captured before its table was sent.
 
     It waits for a table of addresses that is sent to the device.
     """
@@ -50,10 +50,11 @@ def opened(view: KVView) -> OpenedView | None:
         return known
     try:
         view.check_memory()  # what is watched from now on is what was read
-    except LayoutError:
+        memory = None if view.raw else Watch(view.owners, view.storages)
+        made = open_view(view, memory)
+    except PortaKVError:  # the general way says it in its turn
         return None
-    memory = None if view.raw else Watch(view.owners, view.storages)
-    return view.derived.setdefault(_OPENED, open_view(view, memory))  # type: ignore[no-any-return]
+    return view.derived.setdefault(_OPENED, made)  # type: ignore[no-any-return]
 
 
 def open_view(view: KVView, memory: Watch | None) -> OpenedView:
