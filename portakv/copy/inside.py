@@ -36,7 +36,7 @@ from portakv.runtime.transfer import Owner, Transfer
 from portakv.view.bound import BoundLayout
 from portakv.view.destination import check_writable, note_written
 from portakv.view.form import plain_reader
-from portakv.view.index import Ids, Index, as_ids
+from portakv.view.index import PAST_ANY_VIEW, Ids, Index, as_ids
 from portakv.view.view import KVView
 
 _AWAY = {"peer", "remote"}
@@ -46,8 +46,8 @@ _OPENED = "opened"  # of a view, for the core
 
 
 def opened(view: KVView) -> OpenedView | None:
-    """Return a view for the core; None: it is made for one call, the host lacks its addresses, or
-    its memory was replaced.
+    """Return a view for the core; None: it is made for one call, the host lacks its addresses, its
+    memory was replaced, or a graph is captured before its table was sent.
 
     It waits for a table of addresses that is sent to the device.
     """
@@ -56,10 +56,11 @@ def opened(view: KVView) -> OpenedView | None:
         return known
     try:
         view.check_memory()  # what is watched from now on is what was read
-    except LayoutError:
+        memory = None if view.raw else Watch(view.owners, view.storages)
+        made = open_view(view, memory)
+    except PortaKVError:  # the general way says it in its turn
         return None
-    memory = None if view.raw else Watch(view.owners, view.storages)
-    return view.derived.setdefault(_OPENED, open_view(view, memory))  # type: ignore[no-any-return]
+    return view.derived.setdefault(_OPENED, made)  # type: ignore[no-any-return]
 
 
 def open_view(view: KVView, memory: Watch | None) -> OpenedView:
@@ -210,7 +211,9 @@ def copied(
     read = _side(src_ids, src_step)
     written = _side(dst_ids, dst_step)
     tokens = _tokens(read, written) if count is None else count
-    if type(tokens) is not int or tokens <= 0 or not (read.step and written.step):
+    if type(tokens) is not int or not 0 < tokens < PAST_ANY_VIEW:
+        return None
+    if not (read.step and written.step):
         return None
     if True in (read.on_host, written.on_host) and tokens > _LISTED * min(read.step, written.step):
         return None  # more ids than kernels read from pinned memory
@@ -387,11 +390,11 @@ def _across_link(
         if not strategy or options.terms is not None:
             choice = across(choice, options.terms)
         ready = prepared(src.form, dst.form, *steps, None, choice)
+        host = dst if down else src
+        if ready.picks is not None:
+            return ready.picks.kernels_for(count, host, new)
     except PortaKVError:  # the general way says it in its turn
         return None
-    host = dst if down else src
-    if ready.picks is not None:
-        return ready.picks.kernels_for(count, host, new)
     by = ready.choice.backend
     if not isinstance(by, ZeroCopy) or by.refuses(host):
         return None

@@ -237,13 +237,16 @@ class HostLaunch(StrategyLaunch):
     def kernels_for(
         self, count: int, host: KVView, new: bool
     ) -> tuple[RowKernels, tuple[str, str]] | None:
-        """See `Picks`. The ids lie on the host."""
+        """See `Picks`. The ids lie on the host.
+
+        Prepares nothing, since a graph may be captured.
+        """
         # More runs cost every other strategy more, and the kernel as much as before.
         picked = self._pick_by(1, 1, count, _Limits(self.out, _NONE, new))
         strategy = self.strategies.get(picked.strategy)
         if not isinstance(strategy, ZeroCopy) or strategy.refuses(host):
             return None
-        if self.prepared(picked.strategy) is None:
+        if picked.strategy not in self._launches:
             return None
         self._host.log(picked.strategy, picked.why)
         return strategy.kernels[self.plan.src.place], (picked.strategy, picked.why)

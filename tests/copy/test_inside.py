@@ -348,6 +348,7 @@ def test_views_whose_memory_was_resized(
 COUNTS: dict[str, Any] = {
     "below 0": lambda src, dst: copied_ids(src, dst, count=-1),
     "past 64 bits": lambda src, dst: copied_ids(src, dst, count=2**70),
+    "past a float": lambda src, dst: copied_ids(src, dst, count=10**400),
     "more than the ids": lambda src, dst: copied_ids(src, dst, count=4),
     "an empty source": lambda src, dst: copy_rows(
         src, dst, [], torch.tensor([4, 5]), backend=CudaOnCpu.name

@@ -31,7 +31,7 @@ from support.host_choice_cases import (
 from support.threads import run_threads
 
 from portakv import CopyPlan, Index, KVView, Unsupported
-from portakv.backends.base import Capabilities
+from portakv.backends.base import Capabilities, Decision
 from portakv.interconnect import choose
 from portakv.interconnect import pick as picking
 from portakv.interconnect import pieces as pieces_of
@@ -45,6 +45,7 @@ from portakv.interconnect.pick import (
 )
 from portakv.interconnect.pieces import TALL
 from portakv.interconnect.strategy import PAGEABLE, PINNED, Terms
+from portakv.interconnect.zero_copy import ZeroCopy
 from portakv.plan.plan import Move
 
 
@@ -104,6 +105,34 @@ def test_a_strategy_that_does_not_serve_the_device_is_out(monkeypatch: pytest.Mo
             assert reason in decision.reason
         with pytest.raises(Unsupported, match="pageable: rejected, its driver is not installed"):
             backend.prepare(plan_of(view("device"), view("pageable")))
+
+
+class Direct(ZeroCopy):
+    """The kernel that reaches host memory, on a host that cannot load it."""
+
+    kernels: Any = {"device": "kernels"}  # noqa: RUF012
+
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        return Decision(cls.name, True, "it says so")
+
+    def refuses(self, host: KVView) -> str:
+        return ""
+
+    def prepare(self, plan: CopyPlan) -> Any:
+        return lambda *_: None
+
+
+def test_kernels_for_the_core_are_not_prepared_by_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph may be captured: nothing can be prepared then, and a failure would last."""
+    with strategies(monkeypatch, zero_copy=f"{__name__}:Direct"):
+        launch, move = ready(2)
+        assert launch.kernels_for(move.count, move.dst, new=True) is None
+        launch.prepared("zero_copy")
+        by = launch.kernels_for(move.count, move.dst, new=True)
+        assert by is not None
+        assert by[0] == "kernels"  # type: ignore[comparison-overlap]
+        assert by[1][0] == "zero_copy"
 
 
 def test_it_can_do_what_its_strategies_can() -> None:
