@@ -5,6 +5,7 @@
 #define PORTAKV_LINK_H
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace portakv {
 
