@@ -521,6 +521,7 @@ def test_an_owner_that_takes_no_sample_sends_raw_rows(
     assert both.figures(SLOW).packed
 
 
+@pytest.mark.full  # the pull lets half a minute go by
 def test_an_owner_that_stays_busy_sends_raw_rows(
     made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
