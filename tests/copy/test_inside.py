@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cuda_on_cpu import CudaOnCpu, why_not
-from support.whole_copies import watch_whole_copies
+from support.whole_copies import watch_copies_of_views, watch_whole_copies
 
 from portakv import AdaptiveConnector, Index, KVView, PortaKVError, copy_blocks, copy_rows
 from portakv.copy import inside, rows
@@ -229,16 +229,7 @@ def views(dtype: torch.dtype, dim: int) -> tuple[KVView, KVView, torch.Tensor, t
 @pytest.fixture
 def whole(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each copy between views whether the core made it."""
-    made: list[bool] = []
-    find = inside.copied
-
-    def copied(*arguments: Any) -> Any:
-        result = find(*arguments)
-        made.append(result is not None)
-        return result
-
-    monkeypatch.setattr(rows, "copied", copied)
-    return made
+    return watch_copies_of_views(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32])

@@ -22,10 +22,9 @@ from support.device_cases import (
     make_chunk,
 )
 from support.guarded_memory import untouched
-from support.whole_copies import watch_whole_copies
+from support.whole_copies import watch_copies_of_views, watch_whole_copies
 
 from portakv import Index, KVView, LayoutError, SlotError, Transfer, TransferError, copy_blocks
-from portakv.copy import inside, rows
 from portakv.runtime.transfer import copies_holding_memory
 
 pytestmark = pytest.mark.gpu
@@ -262,16 +261,7 @@ def test_a_transfer_of_a_device_that_is_not_current_is_not_done_early(backend: s
 @pytest.fixture
 def whole(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each copy between views whether the core made it."""
-    made: list[bool] = []
-    find = inside.copied
-
-    def copied(*arguments: Any) -> Any:
-        result = find(*arguments)
-        made.append(result is not None)
-        return result
-
-    monkeypatch.setattr(rows, "copied", copied)
-    return made
+    return watch_copies_of_views(monkeypatch)
 
 
 def link_views() -> tuple[KVView, KVView]:

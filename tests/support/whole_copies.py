@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which copies of a connector the core makes as a whole."""
+"""Which copies the core makes as a whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from portakv.copy.inside import ChunkCopies
+from portakv.copy import rows
+from portakv.copy.inside import ChunkCopies, copied
 
 
 def watch_whole_copies(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
@@ -21,4 +22,17 @@ def watch_whole_copies(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return result
 
     monkeypatch.setattr(ChunkCopies, "transfer", transfer)
+    return made
+
+
+def watch_copies_of_views(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Return a list that gets for each later copy between views whether the core made it."""
+    made: list[bool] = []
+
+    def watched(*arguments: Any) -> Any:
+        result = copied(*arguments)
+        made.append(result is not None)
+        return result
+
+    monkeypatch.setattr(rows, "copied", watched)
     return made
