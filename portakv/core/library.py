@@ -65,6 +65,8 @@ def check(path: Path, root: Path) -> None:
     if clone:
         remedy = f"Run `python {BUILD}` in {root}, then start Python again."
     if not path.exists():
+        if clone:
+            remedy += " To use an installed release, start Python in another folder."
         raise PortaKVError(f"Expected the compiled core at {path}, got no file. {remedy}")
     try:
         built = ctypes.CDLL(str(path))
