@@ -3,7 +3,7 @@
 
 In the folder `tests`:
 
-    python -m support.mutants_core RESULTS.json              150 mutants, 25 of each file
+    python -m support.mutants_core RESULTS.json              300 mutants, 25 of each file
     python -m support.mutants_core RESULTS.json --files rows.cpp --sample 40
 
 A changed file is compiled with -O1 and linked with the objects of the others, which are compiled
@@ -44,6 +44,7 @@ from support.mutants import ROOT, Judge
 
 SOURCES = ROOT / "native" / "core"
 PIECES = ("tests/interconnect/test_pieces.py", "tests/interconnect/test_wide_pieces.py")
+WHOLE = ("tests/copy/test_inside.py", "tests/copy/test_inside_device.py", "tests/connector")
 #: The tests that begin with a file's own: each calls the core, and builds no library.
 TESTS: dict[str, tuple[str, ...]] = {
     "plan.cpp": ("tests/core/test_plan.py", "tests/plan", "tests/copy/test_packing.py"),
@@ -52,6 +53,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "ids.cpp": ("tests/core/test_ids.py", "tests/view/test_index.py"),
     "view.cpp": ("tests/core/test_core_view.py", "tests/view"),
     "rows.cpp": ("tests/core/test_rows.py", "tests/backends/test_rows_kernel.py"),
+    "call.cpp": WHOLE,
+    "tensors.cpp": (*WHOLE, "tests/core/test_core_view.py", "tests/view/test_index.py"),
+    "link.cpp": ("tests/interconnect/test_submission.py", "tests/interconnect/test_link_cuda.py"),
+    "pack.cpp": ("tests/core/test_pack.py", "tests/copy/test_packing.py"),
+    "xxh3.cpp": ("tests/core/test_xxh3.py",),
+    "io.cpp": tuple(f"tests/storage/test_{name}.py" for name in ("engine", "ring", "threads")),
 }
 ALL = (
     *(f"tests/core/test_{name}.py" for name in ("plan", "runs", "ids", "core_view", "rows")),
@@ -59,6 +66,8 @@ ALL = (
     "tests/view",
     "tests/backends/test_rows_kernel.py",
 )
+#: The files of what `ALL` tests; the others are judged by their own tests alone.
+TESTED_BY_ALL = frozenset({"plan.cpp", "runs.cpp", "pieces.cpp", "ids.cpp", "view.cpp", "rows.cpp"})
 FLAGS = ("-O1", "-fPIC", "-fvisibility=hidden", "-ffunction-sections", "-fdata-sections")
 #: Seconds of a processor after which a test hangs; without a change none takes a tenth.
 EACH = 30.0
@@ -263,7 +272,8 @@ def _become_tests(tree: Path, names: Sequence[str]) -> None:
 
 def tests_of(name: str) -> list[str]:
     """Return the tests that judge a file, its own first."""
-    return [*TESTS[name], *(each for each in ALL if each not in TESTS[name])]
+    others = [each for each in ALL if each not in TESTS[name]] if name in TESTED_BY_ALL else []
+    return [*TESTS[name], *others]
 
 
 def report(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -291,7 +301,7 @@ def main() -> None:
     """Draw mutants, judge those without a result, and print the score."""
     parser = argparse.ArgumentParser(description="Measure what the tests of the core catch.")
     parser.add_argument("results", type=Path, help="a JSON file; an earlier run goes on")
-    parser.add_argument("--sample", type=int, default=150, help="mutants, of all files together")
+    parser.add_argument("--sample", type=int, default=300, help="mutants, of all files together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--files", nargs="+", choices=[*TESTS], default=[*TESTS])
     args = parser.parse_args()
@@ -328,7 +338,8 @@ def judged(
     if "seconds" not in known:
         builder.linked("", Path(), library)
         began = time.monotonic()
-        if (code := run_tests(tree, ALL, 3600)) != 0:
+        every = [*ALL, *dict.fromkeys(test for name in files for test in tests_of(name))]
+        if (code := run_tests(tree, list(dict.fromkeys(every)), 3600)) != 0:
             raise SystemExit(f"Expected the tests to pass unchanged, got the exit code {code}.")
         known["seconds"] = round(time.monotonic() - began)
         print(f"{known['seconds']} s without a change", flush=True)
