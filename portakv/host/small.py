@@ -141,7 +141,6 @@ class InlineCopy(cuda.Caller):
 
     def __init__(self, device: torch.device, library: ctypes.CDLL) -> None:
         super().__init__(device)
-        self._device = device
         arguments = _ADDRESS, _ADDRESS, ctypes.c_size_t, _ADDRESS
         self._copy = cuda.function(library, "cuMemcpyHtoDAsync_v2", *arguments)
         self._pages = _Pages(device)
@@ -153,9 +152,9 @@ class InlineCopy(cuda.Caller):
             TransferError: the driver rejected a command.
             Unsupported: this process was forked from the one that sent first.
         """
-        handle = self.handle(stream)
+        handle = self.number(stream)
         if handle is None:
-            with torch.cuda.device(self._device):
+            with self.current():
                 self.send(array, out, stream)
             return
         pages = self._pages

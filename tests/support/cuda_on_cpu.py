@@ -145,14 +145,12 @@ class _Launch(RowsLaunch):
 class HostDriver(CudaDriver):
     """A driver of the host: work is done when a launch returns."""
 
-    success = 0
-
     def __init__(self) -> None:
         #: The memory where a prefetch may be; None: of a launch of the core, anywhere.
         self.readable: Sequence[tuple[int, int]] | None = None
         self._functions = list[Any]()
         self._failures = list[BaseException]()
-        self._entry = LAUNCH(self._launch)
+        self._entry = LAUNCH(self._called)
         self.entry = ctypes.cast(self._entry, ctypes.c_void_p).value or 0
 
     def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
@@ -164,9 +162,6 @@ class HostDriver(CudaDriver):
         assert stream is None, "the host has no streams"
         return 0
 
-    def handle(self, stream: torch.Stream | None) -> int:
-        return self.number(stream)
-
     def address(self, function: Any) -> int:
         self._functions.append(function)
         return len(self._functions)
@@ -174,7 +169,7 @@ class HostDriver(CudaDriver):
     def current(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def _launch(self, handle: int, *rest: Any) -> int:
+    def _called(self, handle: int, *rest: Any) -> int:
         """Call `run`, and keep what it raises: the core is in between."""
         try:
             self.run(self._functions[handle - 1], *rest)

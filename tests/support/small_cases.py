@@ -90,7 +90,7 @@ class Card:
         return [(one.dst, one.nbytes, one.stream) for one in self.library.sent]
 
     @contextmanager
-    def device(self, device: torch.device) -> Iterator[None]:
+    def entering(self, device: torch.device) -> Iterator[None]:
         before = self.current
         self.current = device.index
         self.entered.append(device.index)
@@ -109,9 +109,9 @@ def installed(library: FakeLibrary) -> Iterator[Card]:
         },
         torch.cuda: {
             "device_count": lambda: 2,
-            "device": card.device,
             "is_available": lambda: True,
         },
+        cuda.Caller: {"current": lambda self: card.entering(self.device)},
         cuda: {
             "library": lambda: library.library,
             "adopt": lambda device: card.adopted.append(threading.get_ident()),
