@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -114,14 +114,6 @@ class _Use(NamedTuple):
     stack: str
     nbytes: int
     units: int
-
-
-class _Settings(NamedTuple):
-    """The arguments of a pool that later growth and acquisitions read."""
-
-    grow: int
-    stacks: bool
-    options: Mapping[str, Any]
 
 
 class Runs:
@@ -237,7 +229,9 @@ class PinnedPool:
                 f"{', '.join(unknown)}. Leave them out."
             )
         self.pinned = True
-        self._settings = _Settings(grow, stacks, options)
+        self._grow = grow
+        self._stacks = stacks
+        self._options = options
         self.blocks = 0
         self.high_water = 0
         self._segments: list[tuple[int, torch.Tensor]] = []  # number of the first block, all bytes
@@ -538,7 +532,7 @@ class PinnedPool:
             if runs.count(units) < count:
                 return None  # the new memory is in several pieces
 
-        stack = "".join(traceback.format_stack()[:-2]) if self._settings.stacks else ""
+        stack = "".join(traceback.format_stack()[:-2]) if self._stacks else ""
         use = _Use(owner, threading.current_thread().name, time.monotonic(), stack, nbytes, units)
         blocks = []
         runs.changing = True
@@ -572,7 +566,7 @@ class PinnedPool:
         for done in range(0, blocks, most):
             count = min(blocks - done, most)
             nbytes = (count - 1) * self._stride + self.block_bytes
-            memory = pinned.allocate(nbytes, unit=self._stride, **self._settings.options)
+            memory = pinned.allocate(nbytes, unit=self._stride, **self._options)
             self.pinned &= memory.pinned
             runs = self._runs
             runs.changing = True
@@ -583,7 +577,7 @@ class PinnedPool:
 
     def _most_together(self) -> int:
         """Return the most blocks of one registration, which cuts no block."""
-        largest = self._settings.options.get("largest", _registration.LARGEST)
+        largest = self._options.get("largest", _registration.LARGEST)
         nbytes = _pages.whole("largest", largest, _pages.PAGE, "ask for pieces of whole pages")
         return max(1, min(nbytes, _registration.LARGEST) // self._stride)
 
@@ -591,7 +585,7 @@ class PinnedPool:
         """Grow by `grow` blocks, or else by the missing ones, for larger blocks of so many units;
         return why even these fail."""
         refused = None
-        most = min(max(self._settings.grow, missing), self.limit - self.blocks)
+        most = min(max(self._grow, missing), self.limit - self.blocks)
         for count in dict.fromkeys((most, missing)):
             try:
                 self._add(min(count, self.limit - self.blocks), units)

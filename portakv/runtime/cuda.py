@@ -414,34 +414,6 @@ _ON_DEVICE = 2
 _pack_rows = struct.Struct("@QQQQQQQ QQQQQQQ QQ").pack
 
 
-class Copy2D:
-    """The driver's 2-D copy between pinned host memory and a device."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._copy = function(library, "cuMemcpy2DAsync_v2", ctypes.c_char_p, ctypes.c_uint64)
-
-    def __call__(
-        self,
-        dst: int,
-        src: int,
-        to_device: bool,
-        width: int,
-        height: int,
-        dst_pitch: int,
-        src_pitch: int,
-        handle: int,
-    ) -> int:
-        """Copy ``height`` rows of ``width`` bytes, ordered on a stream; each side has a pitch.
-
-        Returns 0 or an error's number.
-        """
-        if to_device:
-            sides = 0, 0, _AT_HOST, src, 0, 0, src_pitch, 0, 0, _ON_DEVICE, 0, dst, 0, dst_pitch
-        else:
-            sides = 0, 0, _ON_DEVICE, 0, src, 0, src_pitch, 0, 0, _AT_HOST, dst, 0, 0, dst_pitch
-        return int(self._copy(_pack_rows(*sides, width, height), handle))
-
-
 def copy_pitched(
     dst: int,
     src: int,
@@ -460,11 +432,14 @@ def copy_pitched(
         TransferError: the driver rejected the copy; nothing was moved.
     """
     width, height, src_pitch, dst_pitch = rows
+    if to_device:
+        sides = 0, 0, _AT_HOST, src, 0, 0, src_pitch, 0, 0, _ON_DEVICE, 0, dst, 0, dst_pitch
+    else:
+        sides = 0, 0, _ON_DEVICE, 0, src, 0, src_pitch, 0, 0, _AT_HOST, dst, 0, 0, dst_pitch
+    copy = function(library(), "cuMemcpy2DAsync_v2", ctypes.c_char_p, ctypes.c_uint64)
     adopt(device)
     with torch.cuda.device(device):
-        error = Copy2D(library())(
-            dst, src, to_device, width, height, dst_pitch, src_pitch, raw(stream, device.index)
-        )
+        error = copy(_pack_rows(*sides, width, height), raw(stream, device.index))
     if error:
         name = error_name(error, library())
         raise refused(name, f"A copy of {height} rows of {width} bytes")
