@@ -78,7 +78,7 @@ def test_a_launch(driver: NotedDriver, launches: int, entered: int) -> None:
 
 
 def test_a_launch_that_is_refused() -> None:
-    with pytest.raises(Refused, match="^The launch: 719$"):
+    with pytest.raises(Refused, match=r"^The launch: 719$"):
         NotedDriver(719).launch(FUNCTION, 1, 1, PARAMETER)
     with pytest.raises(Refused, match=rf"^A launch: {NO_CONTEXT}$"):
         NotedDriver(NO_CONTEXT, NO_CONTEXT).launch(FUNCTION, 1, 1, PARAMETER, what="A launch")
