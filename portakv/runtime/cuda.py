@@ -344,7 +344,7 @@ class KernelDriver(Caller, ABC):
         """Return the device's address of pinned memory."""
 
     @cached_property
-    def _launch(self) -> Callable[..., int]:
+    def _call(self) -> Callable[..., int]:
         return _LAUNCH(self.entry)
 
     def launch(
@@ -372,10 +372,10 @@ class KernelDriver(Caller, ABC):
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
         shape = blocks, 1, 1, threads, 1, 1, 0
         arguments = (self.address(function), *shape, handle, parameters, None)
-        error = self._launch(*arguments)
+        error = self._call(*arguments)
         if error == NO_CONTEXT:  # the first work of a thread
             with self.current():
-                error = self._launch(*arguments)
+                error = self._call(*arguments)
         if error:
             self.refuse(error, what)
 

@@ -150,7 +150,7 @@ class HostDriver(CudaDriver):
         self.readable: Sequence[tuple[int, int]] | None = None
         self._functions = list[Any]()
         self._failures = list[BaseException]()
-        self._entry = LAUNCH(self._called)
+        self._entry = LAUNCH(self._launch)
         self.entry = ctypes.cast(self._entry, ctypes.c_void_p).value or 0
 
     def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class HostDriver(CudaDriver):
     def current(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def _called(self, handle: int, *rest: Any) -> int:
+    def _launch(self, handle: int, *rest: Any) -> int:
         """Call `run`, and keep what it raises: the core is in between."""
         try:
             self.run(self._functions[handle - 1], *rest)
