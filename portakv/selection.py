@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Select one of several implementations by name, and record why the others were not taken.
 
-Backends, strategies between devices, transports, I/O engines and methods of small copies are all
-selected here. A `Catalog` holds the candidates of one kind: built-in ones, those of installed
-packages (entry points), registered ones, and classes named as ``pkg.mod:Class``. `select` tries
-candidates in order, takes the first one that accepts, and returns every decision. An environment
-variable or else an argument forces one candidate: then no other is tried, and the caller gets an
-error if that one rejects.
+Backends, strategies between devices, transports and I/O engines are all selected here. A `Catalog`
+holds the candidates of one kind: built-in ones, those of installed packages (entry points),
+registered ones, and classes named as ``pkg.mod:Class``. `select` tries candidates in order, takes
+the first one that accepts, and returns every decision. An environment variable or else an argument
+forces one candidate: then no other is tried, and the caller gets an error if that one rejects.
 """
 
 from __future__ import annotations

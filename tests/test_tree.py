@@ -47,7 +47,14 @@ CODE = ["portakv", "conformance", "benchmarks", "examples", "tests"]
 SKIP = "# fmt: " + "skip"
 SKIPS = 103
 #: Functions that remember by device, of which a process has a few; `Bounded` would be slower there.
-BY_DEVICE = {"link_of", "why_not", "bounce_buffers", "capture_question", "event_pool"}
+BY_DEVICE = {
+    "link_of",
+    "inline_copy",
+    "why_not",
+    "bounce_buffers",
+    "capture_question",
+    "event_pool",
+}
 #: The streams' handles without an owner, by device and priority: none may be released.
 HANDLES = "free_handles: defaultdict["
 #: Calls that make a cache without a limit, or a mapping that nothing empties.

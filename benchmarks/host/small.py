@@ -22,15 +22,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.errors import PortaKVError
 from portakv.host import pinned
-from portakv.host.small import SmallCopy, choose, to_device
+from portakv.host.small import to_device
 from portakv_benchmarks.host.suite import Bench
 from portakv_benchmarks.shared.harness import Row, Rows, Step, having, short
 
 Values = npt.NDArray[np.int64]
 
-OURS = "SmallCopy"
+OURS = "to_device"
 PINNED = "pinned copy"
 PLAIN = "torch.tensor"
 WARM_UP = 3
@@ -77,8 +76,6 @@ def _measure(bench: Bench, count: int) -> Rows:
         seen = sends_of(bench, methods, count, Large(bench))
     rows = [row_of(bench, name, count, sends) for name, sends in seen.items()]
     compare(rows)
-    for row in having(rows, backend=OURS):
-        row["why"] = choose(8 * count, bench.device).why
     return rows
 
 
@@ -208,19 +205,8 @@ def timed(
 
 
 def _methods(bench: Bench, count: int) -> dict[str, Route]:
-    """Return every method that is available."""
+    """Return every method by its name."""
     device = bench.device
-    methods = {
-        OURS: Route(SmallCopy(count, torch.int64, device).send),
-        "to_device": Route(lambda values: to_device(values, device)),
-    }
-    for method in ("inline", "value", "mapped", "copy"):
-        try:
-            sender = SmallCopy(count, torch.int64, device, method=method)
-        except PortaKVError as error:
-            bench.left_out.append(f"small copies: {count}, {method}: {error}")
-        else:
-            methods[f"{OURS} {method}"] = Route(sender.send)
     tensors = pinned.empty(count, torch.int64)
     target = torch.empty(count, dtype=torch.int64, device=device)
 
@@ -234,7 +220,9 @@ def _methods(bench: Bench, count: int) -> dict[str, Route]:
         fill(values)
         return copy(values)
 
-    methods[PINNED] = Route(fill_and_copy)
-    methods[f"{PINNED}, filled before"] = Route(copy, fill)
-    methods[PLAIN] = Route(lambda values: torch.tensor(values, device=device))
-    return methods
+    return {
+        OURS: Route(lambda values: to_device(values, device)),
+        PINNED: Route(fill_and_copy),
+        f"{PINNED}, filled before": Route(copy, fill),
+        PLAIN: Route(lambda values: torch.tensor(values, device=device)),
+    }

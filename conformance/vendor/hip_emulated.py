@@ -77,13 +77,10 @@ class HostCard(Card):
     def _facts(self) -> tuple[str, str]:
         return "emulated on the CPU", ARCHITECTURE
 
-    def is_current(self) -> bool:
-        return True
-
     def current(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def stream(self, stream: torch.Stream | None) -> int:
+    def number(self, stream: torch.Stream | None) -> int | None:
         assert stream is None, "the host has no streams"
         return 0
 

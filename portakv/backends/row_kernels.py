@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, NoReturn, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from portakv.core.call import DRIVER, GUARDED
 from portakv.core.rows import Kernels
+from portakv.runtime.cuda import NO_CONTEXT, KernelDriver
 from portakv.runtime.devices import capture_question
 from portakv.runtime.pinned_ids import PinnedIds
 from portakv.runtime.streams import ignoring_captures
@@ -29,27 +29,6 @@ from portakv.runtime.transfer import (
 
 #: Why a backend executes a plan inside its device.
 TAKES = "takes the plan"
-#: CUDA_ERROR_INVALID_CONTEXT, and HIP's error of that name: a thread that has no context yet.
-NO_CONTEXT = 201
-
-
-class RowsDriver(Protocol):
-    """The driver of one device; `runtime.cuda.CudaDriver` documents each function."""
-
-    @property
-    def success(self) -> object: ...
-    @property
-    def launch(self) -> Callable[..., object]: ...
-    @property
-    def entry(self) -> int: ...
-    def load(self, source: str, names: Iterable[str]) -> dict[str, object]: ...
-    def address(self, function: object) -> int: ...
-    def handle(self, stream: torch.Stream | None) -> object: ...
-    def number(self, stream: torch.Stream | None) -> int | None: ...
-    def current(self) -> AbstractContextManager[object]: ...
-    def check(self, result: Any, what: str) -> None: ...
-    def refuse(self, error: int, what: str) -> NoReturn: ...
-    def word(self, address: int) -> int: ...
 
 
 class Launched(NamedTuple):
@@ -79,7 +58,7 @@ class RowKernels:
         carried: the executor and the reason for it.
     """
 
-    def __init__(self, driver: RowsDriver, device: torch.device, name: str) -> None:
+    def __init__(self, driver: KernelDriver, device: torch.device, name: str) -> None:
         self.table = Kernels(driver.entry)
         self.address = self.table.address
         self.carried = name, TAKES

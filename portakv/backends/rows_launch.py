@@ -18,7 +18,7 @@ from portakv.backends.base import (
     MoveLaunch,
     places_on,
 )
-from portakv.backends.row_kernels import NO_CONTEXT, RowKernels, RowsDriver
+from portakv.backends.row_kernels import RowKernels
 from portakv.backends.rows_kernel import (
     LOOKUPS,
     THREADS,
@@ -32,6 +32,7 @@ from portakv.errors import Unsupported
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.cuda import NO_CONTEXT, KernelDriver
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -52,7 +53,7 @@ class KernelText(Protocol):
 class LoadedKernels:
     """The kernels of one device: each text is compiled, or read from disk, at most once."""
 
-    def __init__(self, driver: RowsDriver, capturing: Callable[[], bool]) -> None:
+    def __init__(self, driver: KernelDriver, capturing: Callable[[], bool]) -> None:
         self._driver = driver
         self._capturing = capturing
         self._loaded: Bounded[str, dict[str, object]] = Bounded("loaded kernels", 1024)
@@ -92,7 +93,7 @@ class RowsBackend(Backend):
     threads = THREADS
     tunings: tuple[Tuning, ...] | None = None
 
-    def __init__(self, device: torch.device, driver: RowsDriver) -> None:
+    def __init__(self, device: torch.device, driver: KernelDriver) -> None:
         super().__init__(device)
         self._driver = driver
         self._kernels = LoadedKernels(driver, lambda: capturing(device))
@@ -135,7 +136,7 @@ class KernelsLaunch:
         self,
         plan: CopyPlan | PackPlan,
         sides: Iterable[tuple[SideShape, SideShape]],
-        driver: RowsDriver,
+        driver: KernelDriver,
         home: torch.device,
     ) -> None:
         self._driver = driver
@@ -210,7 +211,7 @@ class RowsLaunch(KernelsLaunch, MoveLaunch):
         plan: CopyPlan,
         kernels: Sequence[RowsKernel],
         table: Kernels,
-        driver: RowsDriver,
+        driver: KernelDriver,
         home: torch.device,
     ) -> None:
         sides = [(kernel.shape.src, kernel.shape.dst) for kernel in kernels]

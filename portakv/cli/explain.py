@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -963,19 +963,17 @@ def medians_in(text: str) -> dict[str, float]:
     """
     from portakv.serving.costs import BOUNDS
 
-    within = dict[str, dict[float, float]]()
-    steps = dict[str, float]()
+    within = defaultdict[str, defaultdict[float, float]](lambda: defaultdict(float))
+    steps = defaultdict[str, float](float)
     for name, labels, value in _samples(text):
         side = labels.get("side", "")
         if name == "idle_steps_within" and "seconds" in labels:
-            of_side = within.setdefault(side, {})
-            bound = float(labels["seconds"])
-            of_side[bound] = of_side.get(bound, 0.0) + value
+            within[side][float(labels["seconds"])] += value
         elif name == "idle_steps":
-            steps[side] = steps.get(side, 0.0) + value
+            steps[side] += value
     medians = dict[str, float]()
     for side, counts in sorted(within.items()):
-        half = steps.get(side, 0.0) / 2
+        half = steps[side] / 2
         before = 0.0
         for bound, many in sorted(counts.items()):
             medians[side] = bound
@@ -989,21 +987,19 @@ def medians_in(text: str) -> dict[str, float]:
 
 def costs_in(text: str) -> tuple[dict[str, dict[str, float]], list[HookCost]]:
     """Return the steps of each side, and what each hook costs: of all engines of a server."""
-    steps = dict[str, dict[str, float]]()
-    seconds = dict[tuple[str, str], dict[str, float]]()
+    sums = defaultdict[tuple[str, str, str], float](float)  # by name, side and hook
     for name, labels, value in _samples(text):
-        side = labels.get("side", "")
-        if name in ("steps", "idle_steps"):
-            of_side = steps.setdefault(side, {"steps": 0.0, "idle_steps": 0.0})
-            of_side[name] += value
-        elif name in ("hook_seconds", "idle_hook_seconds"):
-            key = side, labels.get("hook", "")
-            of_hook = seconds.setdefault(key, {"hook_seconds": 0.0, "idle_hook_seconds": 0.0})
-            of_hook[name] += value
+        sums[name, labels.get("side", ""), labels.get("hook", "")] += value
+
+    names = ("steps", "idle_steps")
+    sides = dict.fromkeys(side for name, side, _ in sums if name in names)
+    steps = {side: {name: sums[name, side, ""] for name in names} for side in sides}
+    hooks = {(side, hook) for name, side, hook in sums if name.endswith("hook_seconds")}
     costs = list[HookCost]()
-    for (side, hook), took in sorted(seconds.items()):
-        many = steps.get(side, {"steps": 0.0, "idle_steps": 0.0})
-        if many["steps"]:
-            idle = took["idle_hook_seconds"] / many["idle_steps"] if many["idle_steps"] else None
-            costs.append(HookCost(hook, side, idle, took["hook_seconds"] / many["steps"]))
+    for side, hook in sorted(hooks):
+        many = sums["steps", side, ""]
+        idle_steps = sums["idle_steps", side, ""]
+        idle = sums["idle_hook_seconds", side, hook] / idle_steps if idle_steps else None
+        if many:
+            costs.append(HookCost(hook, side, idle, sums["hook_seconds", side, hook] / many))
     return steps, costs

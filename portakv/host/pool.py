@@ -8,9 +8,7 @@ import threading
 import time
 import traceback
 import warnings
-from bisect import bisect_left, insort
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,124 +22,6 @@ from portakv.errors import HostMemoryError, PoolExhausted
 from portakv.host import _pages, _registration, pinned
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import Condition
-
-# ------------------------------------------------------------------------------------------------
-# The free units of a pool, as runs of neighbours: a block of any size takes a run.
-
-
-class Runs:
-    """Free units, numbered from 0 on; ``len`` is their number. The caller holds a lock.
-
-    Attributes:
-        changing: True during a change, and after one that an interrupt stopped; the caller then
-            makes the runs again by `between`.
-    """
-
-    def __init__(self) -> None:
-        self.changing = False
-        self._singles = deque[int]()  # free units that were not joined with their neighbours
-        self._length = dict[int, int]()  # of each free run, by its first unit
-        self._first = dict[int, int]()  # the first unit of each free run, by the unit after it
-        self._of_length = dict[int, dict[int, None]]()  # the first units of the runs of a length
-        self._lengths = list[int]()  # the lengths of `_of_length`, sorted
-        self._in_runs = 0  # units
-        self._pieces = set[int]()  # the first unit of each piece of memory
-
-    @classmethod
-    def between(cls, used: Iterable[tuple[int, int]], borders: Iterable[int]) -> Runs:
-        """Return the runs between the used ones (first unit, length).
-
-        ``borders``: the first unit of each piece of memory, and the unit after the last.
-        """
-        runs = cls()
-        runs._pieces.update(borders)
-        at = 0
-        for first, length in sorted([*used, *((border, 0) for border in runs._pieces)]):
-            if first > at:
-                runs._insert(at, first - at)
-            at = first + length
-        return runs
-
-    def __len__(self) -> int:
-        return self._in_runs + len(self._singles)
-
-    def add(self, first: int, length: int) -> None:
-        """Add a piece of memory, whose units join no other piece."""
-        self._pieces.add(first)
-        self._insert_joined(first, length)
-
-    def longest(self) -> int:
-        """Return the length of the longest run."""
-        self._join_singles()
-        return self._lengths[-1] if self._lengths else 0
-
-    def count(self, length: int) -> int:
-        """Return how many runs of a length can be taken."""
-        if length == 1:
-            return len(self)
-        self._join_singles()
-        at = bisect_left(self._lengths, length)
-        return sum(each // length * len(self._of_length[each]) for each in self._lengths[at:])
-
-    def take(self, length: int) -> int:
-        """Take a run, and return its first unit; `count` says that there is one."""
-        if self._singles:
-            if length == 1:
-                return self._singles.popleft()
-            self._join_singles()
-        fitting = self._lengths[bisect_left(self._lengths, length)]
-        first = next(iter(self._of_length[fitting]))
-        self._remove(first)
-        if fitting > length:
-            self._insert(first + length, fitting - length)
-        return first
-
-    def give(self, first: int, length: int) -> None:
-        """Give a run back."""
-        if length == 1:
-            self._singles.append(first)
-        else:
-            self._insert_joined(first, length)
-
-    def _join_singles(self) -> None:
-        before = self.changing
-        self.changing = True
-        while self._singles:
-            self._insert_joined(self._singles.popleft(), 1)
-        self.changing = before
-
-    def _insert_joined(self, first: int, length: int) -> None:
-        """Insert a run, joined with its free neighbours in the same piece of memory."""
-        after = first + length
-        if after in self._length and after not in self._pieces:
-            length += self._remove(after)
-        before = self._first.get(first)
-        if before is not None and first not in self._pieces:
-            length += self._remove(before)
-            first = before
-        self._insert(first, length)
-
-    def _insert(self, first: int, length: int) -> None:
-        self._length[first] = length
-        self._first[first + length] = first
-        if length not in self._of_length:
-            self._of_length[length] = {}
-            insort(self._lengths, length)
-        self._of_length[length][first] = None
-        self._in_runs += length
-
-    def _remove(self, first: int) -> int:
-        """Remove a run, and return its length."""
-        length = self._length.pop(first)
-        del self._first[first + length]
-        firsts = self._of_length[length]
-        del firsts[first]
-        if not firsts:
-            del self._of_length[length]
-            del self._lengths[bisect_left(self._lengths, length)]
-        self._in_runs -= length
-        return length
-
 
 __all__ = ["Block", "Leak", "PinnedPool", "PoolExhausted"]
 
@@ -236,12 +116,60 @@ class _Use(NamedTuple):
     units: int
 
 
-class _Settings(NamedTuple):
-    """The arguments of a pool that later growth and acquisitions read."""
+class Runs:
+    """The free units of a pool, numbered from 0 on; ``len`` is their number.
 
-    grow: int
-    stacks: bool
-    options: Mapping[str, Any]
+    A block of any size takes a run of neighbours in one piece of memory. The caller holds a lock.
+
+    Attributes:
+        changing: True during a change, and after one that an interrupt stopped; the caller then
+            makes the runs again.
+    """
+
+    def __init__(self) -> None:
+        self.changing = False
+        self._pieces: list[tuple[int, bytearray]] = []  # the first unit; 1 for each free unit
+        self._free = 0
+
+    def __len__(self) -> int:
+        return self._free
+
+    def add(self, first: int, length: int) -> None:
+        """Add a piece of memory, after all others."""
+        self._pieces.append((first, bytearray(b"\1" * length)))
+        self._free += length
+
+    def longest(self) -> int:
+        """Return the length of the longest run."""
+        runs = (run for _, units in self._pieces for run in units.split(b"\0"))
+        return max(map(len, runs), default=0)
+
+    def count(self, length: int) -> int:
+        """Return how many runs of a length can be taken."""
+        if length == 1:
+            return self._free
+        return sum(units.count(b"\1" * length) for _, units in self._pieces)
+
+    def take(self, length: int) -> int:
+        """Take a run, and return its first unit; `count` says that there is one."""
+        found = ((first, units.find(b"\1" * length)) for first, units in self._pieces)
+        unit = next(first + at for first, at in found if at >= 0)
+        self.take_at(unit, length)
+        return unit
+
+    def take_at(self, first: int, length: int) -> None:
+        """Take the run that begins with a unit."""
+        self._write(first, bytes(length))
+        self._free -= length
+
+    def give(self, first: int, length: int) -> None:
+        """Give a run back."""
+        self._write(first, b"\1" * length)
+        self._free += length
+
+    def _write(self, first: int, free: bytes) -> None:
+        begin, units = next(each for each in reversed(self._pieces) if each[0] <= first)
+        units[first - begin : first - begin + len(free)] = free
 
 
 class PinnedPool:
@@ -301,7 +229,9 @@ class PinnedPool:
                 f"{', '.join(unknown)}. Leave them out."
             )
         self.pinned = True
-        self._settings = _Settings(grow, stacks, options)
+        self._grow = grow
+        self._stacks = stacks
+        self._options = options
         self.blocks = 0
         self.high_water = 0
         self._segments: list[tuple[int, torch.Tensor]] = []  # number of the first block, all bytes
@@ -602,7 +532,7 @@ class PinnedPool:
             if runs.count(units) < count:
                 return None  # the new memory is in several pieces
 
-        stack = "".join(traceback.format_stack()[:-2]) if self._settings.stacks else ""
+        stack = "".join(traceback.format_stack()[:-2]) if self._stacks else ""
         use = _Use(owner, threading.current_thread().name, time.monotonic(), stack, nbytes, units)
         blocks = []
         runs.changing = True
@@ -636,7 +566,7 @@ class PinnedPool:
         for done in range(0, blocks, most):
             count = min(blocks - done, most)
             nbytes = (count - 1) * self._stride + self.block_bytes
-            memory = pinned.allocate(nbytes, unit=self._stride, **self._settings.options)
+            memory = pinned.allocate(nbytes, unit=self._stride, **self._options)
             self.pinned &= memory.pinned
             runs = self._runs
             runs.changing = True
@@ -647,7 +577,7 @@ class PinnedPool:
 
     def _most_together(self) -> int:
         """Return the most blocks of one registration, which cuts no block."""
-        largest = self._settings.options.get("largest", _registration.LARGEST)
+        largest = self._options.get("largest", _registration.LARGEST)
         nbytes = _pages.whole("largest", largest, _pages.PAGE, "ask for pieces of whole pages")
         return max(1, min(nbytes, _registration.LARGEST) // self._stride)
 
@@ -655,7 +585,7 @@ class PinnedPool:
         """Grow by `grow` blocks, or else by the missing ones, for larger blocks of so many units;
         return why even these fail."""
         refused = None
-        most = min(max(self._settings.grow, missing), self.limit - self.blocks)
+        most = min(max(self._grow, missing), self.limit - self.blocks)
         for count in dict.fromkeys((most, missing)):
             try:
                 self._add(min(count, self.limit - self.blocks), units)
@@ -691,8 +621,13 @@ class PinnedPool:
                     self._out.pop(index, None)
             used = [(index, use.units) for index, use in self._out.items()]
             used += [(index, units) for index, (units, _) in self._in_use.items()]
+            runs = Runs()
             firsts = [first for first, _ in self._segments]
-            self._runs = Runs.between(used, [*firsts, self.blocks])
+            for first, count in zip(firsts, self._segment_blocks(), strict=True):
+                runs.add(first, count)
+            for first, units in used:
+                runs.take_at(first, units)
+            self._runs = runs
         return self._runs
 
 

@@ -161,7 +161,7 @@ class Passage(Generic[Ready]):
             return None
         if self.sent is None:
             array = index.host_ids()
-            if array.nbytes > small.MOST["inline"] or not small.by_inline(device):
+            if array.nbytes > small.COMMAND_BYTES or not small.by_inline(device):
                 return None
             ids = torch.empty(array.size, dtype=torch.int64, device=device)
             self.sent = Sent(array, ids)

@@ -24,7 +24,6 @@ from typing import Generic, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import torch
 
-from portakv.backends.row_kernels import RowsDriver
 from portakv.copy import copy_rows
 from portakv.errors import TransferError, Unsupported
 from portakv.graph.graph import Queue
@@ -34,7 +33,7 @@ from portakv.migrate.messages import BoxPart as Rows
 from portakv.migrate.staging import chunk, chunk_bytes, page_of, staging
 from portakv.runtime import cuda, hip
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.cuda import ArgumentLists
+from portakv.runtime.cuda import KernelDriver
 from portakv.view import Index, KVView
 
 # ------------------------------------------------------------------------------------------------
@@ -174,12 +173,11 @@ class SumKernel:
         TransferError: the driver rejects the kernel.
     """
 
-    def __init__(self, device: torch.device, driver: RowsDriver, cut: Cut = CUT) -> None:
+    def __init__(self, device: torch.device, driver: KernelDriver, cut: Cut = CUT) -> None:
         self._device = device
         self._driver = driver
         self._cut = cut
         self._function = driver.load(kernel_text(cut), [NAME])[NAME]
-        self._arguments = ArgumentLists([bytes(_ARGUMENTS.size)], driver.current)
         self._pieces = Bounded[object, list[Piece]]("shapes of checksums", 4096)
 
     def sum_parts(self, parts: Iterable[SummedPart]) -> tuple[list[int], torch.Tensor]:
@@ -228,21 +226,15 @@ class SumKernel:
         if not table.numbers:
             return torch.empty(0, dtype=torch.int64, device=self._device)
         driver = self._driver
-        handle = driver.handle(None)
-        if handle is None:
+        if driver.number(None) is None:
             with driver.current():
                 return self._launch(table)
         sent = table.sent_to(self._device)
         shapes = sent.data_ptr()
         parts = shapes + 8 * table.parts_at
         tiles = shapes + 8 * table.tiles_at
-        _ARGUMENTS.pack_into(self._arguments.buffers[0], 0, shapes, parts, tiles)
-        blocks = table.blocks
-        threads = self._cut.threads
-        arguments = self._arguments.addresses[0]
-        result = driver.launch(self._function, blocks, 1, 1, threads, 1, 1, 0, handle, arguments, 0)
-        if result != driver.success:
-            driver.check(result, "The launch")
+        parameter = _ARGUMENTS.pack(shapes, parts, tiles)
+        driver.launch(self._function, table.blocks, self._cut.threads, parameter)
         return sent[table.parts_at : table.tiles_at].view(-1, _PART)[:, -1]
 
 
@@ -330,7 +322,7 @@ def kernel_text(cut: Cut) -> str:
     return "".join(f"#define PORTAKV_SUM_{name} {size}\n" for name, size in sizes.items()) + text
 
 
-def driver_of(device: torch.device) -> RowsDriver:
+def driver_of(device: torch.device) -> KernelDriver:
     """Return the driver that loads and launches the kernel on a device.
 
     Raises:
@@ -691,7 +683,7 @@ def kernel_of(device: torch.device) -> SumKernel | None:
 
 
 def load_kernel(
-    device: torch.device, find_driver: Callable[[torch.device], RowsDriver]
+    device: torch.device, find_driver: Callable[[torch.device], KernelDriver]
 ) -> SumKernel | None:
     """Return the kernel for checksums on a device; None, with a log, if it cannot be used."""
     try:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import struct
-import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from functools import cache, cached_property
 from types import ModuleType
-from typing import Any, NoReturn, SupportsInt
+from typing import Any, ClassVar, NoReturn, SupportsInt
 
 import torch
 
@@ -270,50 +270,23 @@ def load(source: str, names: Iterable[str], device: torch.device) -> dict[str, o
     return functions
 
 
-class ArgumentLists(threading.local):
-    """The kernel parameters of each thread, so that several threads can share a launch.
-
-    For each kernel there are the bytes of its one parameter, which begin as ``fixed``, and the
-    address of its list of parameters. ``current`` creates a context for a new thread.
-    """
-
-    def __init__(
-        self, fixed: Iterable[bytes], current: Callable[[], AbstractContextManager[object]]
-    ) -> None:
-        with current():
-            self.buffers = [bytearray(one) for one in fixed]
-        self._owned = [(ctypes.c_char * len(one)).from_buffer(one) for one in self.buffers]
-        self._lists = [(ctypes.c_void_p * 1)(ctypes.addressof(one)) for one in self._owned]
-        self.addresses = [ctypes.addressof(one) for one in self._lists]
-
-
-class Arguments(ArgumentLists):
-    """One kernel's parameter of ``nbytes``, and the address of its list, on a CUDA device."""
-
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        adopt(device)  # a new thread has no context yet
-        super().__init__([bytes(nbytes)], nullcontext)
-        self.buffer = self.buffers[0]
-        self.address = self.addresses[0]
-
-
 class Caller:
     """The checks that every call for one device makes first, in any thread.
 
-    ``wrap`` converts a stream's handle into the type that the call takes.
+    Attributes:
+        device: on which the calls are made.
+        platform: the name of the driver, in errors.
 
     Raises:
         Unsupported: this process was forked from the one that created the object.
     """
 
-    def __init__(self, device: torch.device, wrap: Callable[[int], object] = int) -> None:
-        self._index = device.index
-        self._raw: Callable[[int], int] = torch._C._cuda_getCurrentRawStream
-        self._current = torch._C._cuda_getDevice
+    platform: ClassVar = "CUDA"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._alone = torch.cuda.device_count() == 1  # so this device is always the current one
         self._process = this_process()
-        self._wrap = wrap
-        self._last: tuple[int | None, object] = (None, None)  # a handle, as a number and wrapped
 
     def number(self, stream: torch.Stream | None) -> int | None:
         """Return the driver's handle of ``stream``, or of the current stream of this device.
@@ -321,59 +294,107 @@ class Caller:
         Returns None if another device is current; the caller must then make this device current.
         """
         if self._process.forked:
-            raise refuse_fork("CUDA")
-        index = self._index
-        if not self._alone and self._current() != index:
+            raise refuse_fork(self.platform)
+        index = self.device.index
+        if not self._alone and torch._C._cuda_getDevice() != index:
             return None
-        return self._raw(index) if stream is None else raw_stream(stream)
-
-    def handle(self, stream: torch.Stream | None) -> object:
-        """Return the handle as `number` does, in the type that a call takes."""
-        raw = self.number(stream)
-        if raw is None:
-            return None
-        last = self._last
-        if last[0] != raw:
-            last = self._last = (raw, self._wrap(raw))
-        return last[1]
-
-
-class CudaDriver(Caller):
-    """The driver functions that launch kernels on one device; `hip.Card` has the same functions.
-
-    ``launch`` takes a function, the blocks along x, y and z, the threads along x, y and z, the
-    bytes of shared memory, a stream's handle, the address of the list of parameters, and 0. It
-    returns ``success`` or an error.
-    """
-
-    success: object = (0,)
-
-    def __init__(self, device: torch.device) -> None:
-        driver = bindings()
-        super().__init__(device, driver.CUstream)
-        self.device = device
-        self.launch: Callable[..., object] = driver.cuLaunchKernel
-
-    def load(self, source: str, names: Iterable[str]) -> dict[str, object]:
-        """Load kernels as the function `load` does."""
-        return load(source, names, self.device)
+        return raw(stream, index)
 
     def current(self) -> AbstractContextManager[object]:
         """Make the device this thread's current one, with a context."""
         return inside(self.device)
 
+
+#: CUDA_ERROR_INVALID_CONTEXT, and HIP's error of that name: a thread that has no context yet.
+NO_CONTEXT = 201
+#: cuLaunchKernel, and hipModuleLaunchKernel: a function, the blocks along x, y and z, the threads
+#: along x, y and z, the bytes of shared memory, a stream, and the list of parameters.
+_LAUNCH = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3
+)
+
+
+class KernelDriver(Caller, ABC):
+    """Load and launch kernels on one device, by the driver of CUDA or of HIP."""
+
+    @property
+    @abstractmethod
+    def entry(self) -> int:
+        """The address of the function that launches, for the core."""
+
+    @abstractmethod
+    def load(self, source: str, names: Iterable[str]) -> dict[str, object]:
+        """Compile a source text, or read its binary from disk, and load its kernels.
+
+        Raises:
+            RuntimeError: the compilation failed, with the compiler's log.
+            TransferError: the driver rejects the binary.
+        """
+
+    @abstractmethod
+    def address(self, function: Any) -> int:
+        """Return a kernel's handle as a number."""
+
+    @abstractmethod
+    def refuse(self, error: int, what: str) -> NoReturn:
+        """Raise `TransferError` for an error of the function at `entry`."""
+
+    @abstractmethod
+    def word(self, address: int) -> int:
+        """Return the device's address of pinned memory."""
+
+    @cached_property
+    def _call(self) -> Callable[..., int]:
+        return _LAUNCH(self.entry)
+
+    def launch(
+        self,
+        function: object,
+        blocks: int,
+        threads: int,
+        parameter: bytes,
+        stream: torch.Stream | None = None,
+        what: str = "The launch",
+    ) -> None:
+        """Launch a kernel that has one parameter; its bytes have been read when this returns.
+
+        ``stream`` is None for the current stream of this device. ``what`` begins an error.
+
+        Raises:
+            TransferError: the driver rejects the launch.
+        """
+        handle = self.number(stream)
+        if handle is None:
+            with self.current():
+                self.launch(function, blocks, threads, parameter, stream, what)
+            return
+        buffer = ctypes.create_string_buffer(parameter, len(parameter))
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
+        shape = blocks, 1, 1, threads, 1, 1, 0
+        arguments = (self.address(function), *shape, handle, parameters, None)
+        error = self._call(*arguments)
+        if error == NO_CONTEXT:  # the first work of a thread
+            with self.current():
+                error = self._call(*arguments)
+        if error:
+            self.refuse(error, what)
+
+
+class CudaDriver(KernelDriver):
+    """The kernels of an NVIDIA device."""
+
+    def load(self, source: str, names: Iterable[str]) -> dict[str, object]:
+        """Load kernels as the function `load` does."""
+        return load(source, names, self.device)
+
     @cached_property
     def entry(self) -> int:
-        """The address of cuLaunchKernel, for the core."""
+        """The address of cuLaunchKernel."""
         return ctypes.cast(library()["cuLaunchKernel"], ctypes.c_void_p).value or 0
 
     def address(self, function: Any) -> int:
         """Return a kernel's handle as a number."""
         return int(function)
-
-    def check(self, result: Any, what: str) -> None:
-        """Raise `TransferError` for a result that is not ``success``."""
-        check(result[0], what)
 
     def refuse(self, error: int, what: str) -> NoReturn:
         """Raise `TransferError` for an error of the function at `entry`."""
@@ -384,30 +405,6 @@ class CudaDriver(Caller):
         return address
 
 
-class Launcher:
-    """Launch kernels with one parameter on a device, in any thread; raises as `Caller` does."""
-
-    def __init__(self, device: torch.device, threads: int) -> None:
-        self._driver = CudaDriver(device)
-        self._threads = threads
-        self._handle = self._driver.handle
-        self._launch = self._driver.launch
-        self._success = self._driver.success
-
-    def __call__(
-        self, function: object, blocks: int, address: int, stream: torch.Stream | None
-    ) -> None:
-        """Launch on ``stream``; None: the current stream of this device."""
-        handle = self._handle(stream)
-        if handle is None:
-            with torch.cuda.device(self._driver.device):
-                self(function, blocks, address, stream)
-            return
-        result = self._launch(function, blocks, 1, 1, self._threads, 1, 1, 0, handle, address, 0)
-        if result != self._success:
-            self._driver.check(result, "A launch")
-
-
 # --- 2-D copies -----------------------------------------------------------------------------------
 
 # Values of CUmemorytype.
@@ -415,34 +412,6 @@ _AT_HOST = 1
 _ON_DEVICE = 2
 # CUDA_MEMCPY2D: for each side x, y, kind, host address, device address, array, pitch; then rows.
 _pack_rows = struct.Struct("@QQQQQQQ QQQQQQQ QQ").pack
-
-
-class Copy2D:
-    """The driver's 2-D copy between pinned host memory and a device."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._copy = function(library, "cuMemcpy2DAsync_v2", ctypes.c_char_p, ctypes.c_uint64)
-
-    def __call__(
-        self,
-        dst: int,
-        src: int,
-        to_device: bool,
-        width: int,
-        height: int,
-        dst_pitch: int,
-        src_pitch: int,
-        handle: int,
-    ) -> int:
-        """Copy ``height`` rows of ``width`` bytes, ordered on a stream; each side has a pitch.
-
-        Returns 0 or an error's number.
-        """
-        if to_device:
-            sides = 0, 0, _AT_HOST, src, 0, 0, src_pitch, 0, 0, _ON_DEVICE, 0, dst, 0, dst_pitch
-        else:
-            sides = 0, 0, _ON_DEVICE, 0, src, 0, src_pitch, 0, 0, _AT_HOST, dst, 0, 0, dst_pitch
-        return int(self._copy(_pack_rows(*sides, width, height), handle))
 
 
 def copy_pitched(
@@ -463,11 +432,14 @@ def copy_pitched(
         TransferError: the driver rejected the copy; nothing was moved.
     """
     width, height, src_pitch, dst_pitch = rows
+    if to_device:
+        sides = 0, 0, _AT_HOST, src, 0, 0, src_pitch, 0, 0, _ON_DEVICE, 0, dst, 0, dst_pitch
+    else:
+        sides = 0, 0, _ON_DEVICE, 0, src, 0, src_pitch, 0, 0, _AT_HOST, dst, 0, 0, dst_pitch
+    copy = function(library(), "cuMemcpy2DAsync_v2", ctypes.c_char_p, ctypes.c_uint64)
     adopt(device)
     with torch.cuda.device(device):
-        error = Copy2D(library())(
-            dst, src, to_device, width, height, dst_pitch, src_pitch, raw(stream, device.index)
-        )
+        error = copy(_pack_rows(*sides, width, height), raw(stream, device.index))
     if error:
         name = error_name(error, library())
         raise refused(name, f"A copy of {height} rows of {width} bytes")

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, suppress
-from functools import cache
+from contextlib import suppress
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 
 from portakv.runtime import kernel_cache
-from portakv.runtime.cuda import raw, refused
-from portakv.runtime.devices import inside, refuse_fork, this_process
+from portakv.runtime.cuda import KernelDriver, refused
 
 # AMD's runtime, and the runtime of Hygon's DTK (the same pull request).
 _RUNTIMES = ("amdhip64", "galaxyhip")
@@ -253,8 +252,8 @@ _HYGON = frozenset({"gfx926", "gfx928", "gfx936", "gfx938"})
 _HYGON_NAMES = ("hygon", "dcu", "z100", "k100", "k500", "bw1000", "bw500")
 
 
-class Card:
-    """One device and the functions that launch kernels on it; `cuda.CudaDriver` has the same ones.
+class Card(KernelDriver):
+    """One device of AMD or Hygon.
 
     Attributes:
         architecture: the target of hipRTC, such as ``gfx90a:sramecc+:xnack-``.
@@ -264,10 +263,10 @@ class Card:
         RuntimeError: torch does not report the architecture.
     """
 
-    success: object = 0
+    platform = "HIP"
 
     def __init__(self, device: torch.device, driver: Driver) -> None:
-        self.device = device
+        super().__init__(device)
         self._driver = driver
         self.name, self.architecture = self._facts()
         if not self.architecture.startswith("gfx"):
@@ -275,14 +274,12 @@ class Card:
                 f"Expected an architecture of {device} such as gfx906 from torch, got "
                 f"{self.architecture!r}; use a newer torch for ROCm"
             )
-        self.launch: Callable[..., object] = driver.runtime.hipModuleLaunchKernel
         # A runtime need not copy a module's code, so that the code is retained here.
         self._loaded: list[tuple[ctypes.c_void_p, bytes]] = []
-        self._process = this_process()
 
-    @property
+    @cached_property
     def entry(self) -> int:
-        """Return the address of hipModuleLaunchKernel, for the core."""
+        """The address of hipModuleLaunchKernel."""
         launch = self._driver.runtime["hipModuleLaunchKernel"]
         return ctypes.cast(launch, ctypes.c_void_p).value or 0
 
@@ -305,46 +302,19 @@ class Card:
         functions: dict[str, object] = {}
         runtime = self._driver.runtime
         with self.current():
-            self.check(
-                runtime.hipModuleLoadData(ctypes.byref(module), binary), "Loading the kernel"
-            )
+            error = runtime.hipModuleLoadData(ctypes.byref(module), binary)
+            self._driver.check(error, "Loading the kernel")
             for name in names:
                 function = ctypes.c_void_p()
                 functions[name] = function
                 error = runtime.hipModuleGetFunction(ctypes.byref(function), module, name.encode())
-                self.check(error, "Finding the kernel")
+                self._driver.check(error, "Finding the kernel")
         self._loaded.append((module, binary))
         return functions
 
     def address(self, function: Any) -> int:
         """Return a kernel's handle as a number."""
         return int(function.value)
-
-    def handle(self, stream: torch.Stream | None) -> object:
-        """Return the handle of a stream as `cuda.Caller.handle` does."""
-        return self.number(stream)
-
-    def number(self, stream: torch.Stream | None) -> int | None:
-        """Return the handle of a stream as `cuda.Caller.number` does."""
-        if self._process.forked:
-            raise refuse_fork("HIP")
-        return self.stream(stream) if self.is_current() else None
-
-    def is_current(self) -> bool:
-        """Return True if this is the thread's current device."""
-        return bool(torch._C._cuda_getDevice() == self.device.index)
-
-    def stream(self, stream: torch.Stream | None) -> int:
-        """Return the driver's handle of a stream; None: of the device's current stream."""
-        return raw(stream, self.device.index)
-
-    def current(self) -> AbstractContextManager[object]:
-        """Make this the thread's current device."""
-        return inside(self.device)
-
-    def check(self, result: Any, what: str) -> None:
-        """Raise `TransferError` for a result that is not ``success``."""
-        self._driver.check(result, what)
 
     def refuse(self, error: int, what: str) -> NoReturn:
         """Raise `TransferError` for an error of the function at `entry`."""
@@ -354,5 +324,5 @@ class Card:
         """Return the device's address of pinned memory, which differs for registered memory."""
         pointer = ctypes.c_void_p()
         error = self._driver.runtime.hipHostGetDevicePointer(ctypes.byref(pointer), address, 0)
-        self.check(error, "Finding the status word")
+        self._driver.check(error, "Finding the status word")
         return pointer.value or 0

@@ -177,15 +177,12 @@ class CudaWords:
         words = host.numpy().view(Word)
         self.raised = words[:layers]
         self._expired = words[layers:]
-        self._device = device
         self._layers = layers
         self._limit = round(limit * 1e9)
         self._there = there.data_ptr()
         self._host = host.data_ptr()
-        kernels = cuda.load(TEXT, ["portakv_wait"], device)
-        self._kernel = kernels["portakv_wait"], cuda.Launcher(device, 1)
-        self._arguments = cuda.Arguments(_ARGUMENTS.size, device)
-        self._caller = cuda.Caller(device)
+        self._driver = cuda.CudaDriver(device)
+        self._kernel = self._driver.load(TEXT, ["portakv_wait"])["portakv_wait"]
         library = cuda.library()
         one = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_uint
         many = ctypes.c_uint64, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p
@@ -211,16 +208,15 @@ class CudaWords:
         needed = there + 4 * self._layers
         expired = self._host + 4 * self._layers
         words = needed, there + 4 * layer, self._host + 4 * layer, expired
-        _ARGUMENTS.pack_into(self._arguments.buffer, 0, *words, self._limit)
-        function, launch = self._kernel
-        launch(function, 1, self._arguments.address, None)
+        parameter = _ARGUMENTS.pack(*words, self._limit)
+        self._driver.launch(self._kernel, 1, 1, parameter, what="A launch")
 
     def _set(self, first: int, count: int, number: int, stream: torch.Stream | None) -> None:
         """Write words of the device after the work of a stream; None: of the current one."""
         address = self._there + 4 * first
-        handle = self._caller.handle(stream)
+        handle = self._driver.number(stream)
         if handle is None:
-            with inside(self._device):
+            with self._driver.current():
                 self._set(first, count, number, stream)
             return
         if count == 1:  # no multiprocessor has to be free for it

@@ -342,9 +342,6 @@ class OtherCard(HostCard):
 
     entered = inside = 0
 
-    def is_current(self) -> bool:
-        return OtherCard.inside > 0
-
     @contextmanager
     def current(self) -> Iterator[None]:
         OtherCard.entered = OtherCard.entered + 1
@@ -352,7 +349,9 @@ class OtherCard(HostCard):
         yield
         OtherCard.inside -= 1
 
-    def stream(self, stream: Any) -> int:
+    def number(self, stream: Any) -> int | None:
+        if not OtherCard.inside:
+            return None
         return 0x5EED if stream is None else raw_stream(stream)
 
 
@@ -390,5 +389,4 @@ def test_a_card_asks_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda at: 7 + at, raising=False)
     cards = [Card(torch.device("cuda", n), Mock()) for n in (0, 1)]
-    assert [card.is_current() for card in cards] == [False, True]
-    assert cards[1].stream(None) == 8
+    assert [card.number(None) for card in cards] == [None, 8]

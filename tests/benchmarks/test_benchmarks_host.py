@@ -177,7 +177,7 @@ def test_pageable_and_small_copies_are_against_the_best_plain_one() -> None:
     assert (rows[3]["to_ring"], rows[3]["best_ring"]) == (0.8, "ring a")
     assert "to_ring" not in rows[0]
     rows = [
-        linked("SmallCopy", idle_us=5.0, paced_us=30.0),
+        linked("to_device", idle_us=5.0, paced_us=30.0),
         linked("pinned copy", idle_us=10.0, paced_us=40.0),
     ]
     small.compare(rows)

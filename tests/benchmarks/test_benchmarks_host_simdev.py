@@ -126,7 +126,7 @@ def test_every_part_is_measured_and_every_byte_right(
     if cuda:
         assert 0 < max(row["staging_mb"] for row in grid if row["backend"] == "staged") < 64
         methods = {row["backend"] for row in rows if row["kind"] == "host_small"}
-        assert {"SmallCopy value", "SmallCopy mapped", "torch.tensor"} <= methods
+        assert {"to_device", "torch.tensor"} <= methods
 
 
 @pytest.mark.parametrize(

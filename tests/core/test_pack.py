@@ -24,12 +24,12 @@ from support.pack_on_cpu import Rows as Blocks
 
 from portakv import Index, Unsupported
 from portakv.backends.pack_kernel import refusal
-from portakv.backends.row_kernels import NO_CONTEXT
 from portakv.core.pack import Packs, PackShape, shape_of
 from portakv.core.plan import MALFORMED, Refused, pack_words
 from portakv.core.rows import LOOPS, UNITS, SideShape, pack_side
 from portakv.errors import PortaKVError
 from portakv.plan.packing import PackPlan
+from portakv.runtime.cuda import NO_CONTEXT
 from portakv.view.form import Form, Steps
 
 CPU = torch.device("cpu")

@@ -16,11 +16,11 @@ from support.cuda_on_cpu import LAUNCH, CudaOnCpu, HostDriver, why_not
 from support.guarded_memory import refused
 
 from portakv import CopyPlan, Index, KVView, Unsupported
-from portakv.backends.row_kernels import NO_CONTEXT
 from portakv.backends.rows_kernel import RowsKernel
 from portakv.core.plan import MALFORMED, Refused
 from portakv.core.rows import NO_TABLE, NOT_LOADED, Kernels, RowsShape, describe, pack_side
 from portakv.errors import PortaKVError
+from portakv.runtime.cuda import NO_CONTEXT
 
 OPTIONS = array("q", [1, 0, 0, 0, 0])
 LAYER = 1

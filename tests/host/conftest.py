@@ -4,19 +4,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 
 import pytest
 import torch
 from support import fake_libcuda
 from support.device_cases import settle
 from support.pinned_runtime import FakeLibrary, absent, claimed, installed
-from support.small_cases import HOST_METHODS, METHODS, Card, Place, small_copy
+from support.small_cases import PLACES, Card, Place
 from support.small_cases import installed as small_installed
 
-from portakv import BackendUnavailable
-from portakv.host.small import choose
+from portakv.host import small
 from portakv_conformance import simdev
 
 
@@ -51,28 +49,16 @@ def card(libcuda: fake_libcuda.FakeLibrary) -> Iterator[Card]:
         yield installed_card
 
 
-@pytest.fixture(params=[*HOST_METHODS, *METHODS])
-def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """Each method of small copies to each device, if the device has it."""
     device = torch.device(request.param[0])
     method = request.param[1]
-    if device.type == "cpu":
-        stand_in: AbstractContextManager[Card | None] = nullcontext()
-        if method != "host":
-            stand_in = small_installed(request.getfixturevalue("libcuda"), only=method)
-        with stand_in as card:
-            yield Place(device, method, None, card)
-        return
-    try:
-        choose(1, device, method)
-    except BackendUnavailable as error:
-        pytest.skip(str(error))
-    yield Place(device, method, method, None)
-    settle(device)
-    assert not simdev.take_faults()
-
-
-@pytest.fixture(params=["new", "ready"])
-def send(request: pytest.FixtureRequest, place: Place) -> Callable[..., torch.Tensor]:
-    """Return a small copy to a target by that method."""
-    return small_copy(request.param, place.requested)
+    if method == "inline" and not small.by_inline(device):
+        pytest.skip("this device takes no values along with a command")
+    if method == "pinned":
+        monkeypatch.setattr(small, "inline_copy", lambda device: None)
+    yield Place(device, method)
+    if method != "host":
+        settle(device)
+        assert not simdev.take_faults()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test which values and targets small copies accept, and the method that they choose."""
+"""Test which values and targets small copies accept."""
 
 from __future__ import annotations
 
@@ -14,15 +14,11 @@ import torch
 from support.guarded_memory import bits, filled, refused
 from support.small_cases import Place, same_bits
 
-from portakv import BackendUnavailable, DeviceMismatch, LayoutError, PortaKVError, Unsupported
-from portakv.host import small
-from portakv.host.small import SmallCopy, choose, to_device
-from portakv.runtime import cuda
+from portakv import BackendUnavailable, DeviceMismatch, LayoutError, PortaKVError
+from portakv.host.small import to_device
 
 META = torch.device("meta")
-CARD = torch.device("cuda", 0)
-INT = torch.int64
-zeros = partial(torch.zeros, dtype=INT)
+zeros = partial(torch.zeros, dtype=torch.int64)
 ONE = zeros(1)
 ARRAY = np.zeros(3)
 NESTED = torch.nested.nested_tensor([ONE])
@@ -69,16 +65,16 @@ NESTED = torch.nested.nested_tensor([ONE])
     ids=lambda x: type(x).__name__,
 )
 def test_values(place: Place, values: Any, dtype: torch.dtype | None, wanted: torch.Tensor) -> None:
-    """Send values to a new tensor, and to a target of the same size or larger."""
-    made = to_device(values, place.device, dtype, method=place.requested)
+    """Send values to a new tensor, and to a target in the middle of other memory."""
+    made = to_device(values, place.device, dtype)
     assert (made.dtype, made.shape) == (wanted.dtype, wanted.shape)
     assert made.tolist() == wanted.tolist()
-    for size in (wanted.numel(), wanted.numel() + 3):
-        out = filled((size,), wanted.dtype, poison=True, device=place.device)
-        rest = bits(out)[wanted.nbytes :].clone()
-        landed = SmallCopy(size, out.dtype, out=out, method=place.requested).send(values)
-        assert same_bits(landed, wanted.contiguous().view(-1))
-        assert torch.equal(bits(out)[wanted.nbytes :], rest)
+    memory = filled((wanted.numel() + 3,), wanted.dtype, poison=True, device=place.device)
+    rest = bits(memory)[wanted.nbytes :].clone()
+    out = memory[: wanted.numel()].view(wanted.shape)
+    assert to_device(values, out=out) is out
+    assert same_bits(out, wanted.contiguous())
+    assert torch.equal(bits(memory)[wanted.nbytes :], rest)
 
 
 @pytest.mark.parametrize(
@@ -110,17 +106,11 @@ def test_wrong_values(
 ) -> None:
     """They leave a target as it was."""
     out = filled((9,), dtype or torch.int64, device=place.device)
-    sender = SmallCopy(9, out.dtype, out=out, method=place.requested)
-    if place.card is not None:
-        place.card.forget()
     with refused(LayoutError, *names):
-        to_device(values, place.device, dtype, method=place.requested)
+        to_device(values, place.device, dtype)
     with refused(LayoutError, watch=out):
-        to_device(values, out=out, method=place.requested)
-    with refused(LayoutError, watch=out):
-        sender.send(values)
-    assert to_device([], place.device, torch.int32, method=place.requested).shape == (0,)
-    assert place.card is None or place.card.sends == []
+        to_device(values, out=out)
+    assert to_device([], place.device, torch.int32).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -132,104 +122,20 @@ def test_wrong_values(
         (lambda: to_device([1], "cpu", out=zeros(1).to(META)), DeviceMismatch, "cpu,.*meta"),
         (lambda: to_device([1]), DeviceMismatch, "a device or an out tensor"),
         (lambda: to_device(zeros(1).to(META), "cpu"), DeviceMismatch, "meta.*copy_"),
-        *((partial(SmallCopy, n, INT, "cpu"), LayoutError, f"0 or more values, got {n!r}")  # type: ignore
-          for n in (-1, "x", 1.5, None, 1 << 70)),
-        *((partial(choose, n, "cpu"), LayoutError, "Expected .* 0 or more bytes")  # type: ignore
-          for n in (-1, "x", None, [], ARRAY, ONE.expand(2))),
-        *((partial(call, dtype=dtype), LayoutError, "Expected integers or bytes")  # type: ignore
-          for dtype in (torch.bfloat16, "int32", [], 0, ARRAY, ONE.expand(2))
-          for call in (partial(to_device, [1], "cpu"), partial(SmallCopy, 1, device="cpu"))),
-        *((partial(call, out=out), LayoutError, "tensor .*list|contiguous .*not strided")
-          for out in ([0], ONE.to_sparse(), NESTED)
-          for call in (partial(to_device, [1]), partial(SmallCopy, 1, INT))),
+        *((partial(to_device, [1], "cpu", dtype), LayoutError, "Expected integers or bytes")  # type: ignore
+          for dtype in (torch.bfloat16, "int32", [], 0, ARRAY, ONE.expand(2))),
+        *((partial(to_device, [1], out=out), LayoutError, "tensor .*list|contiguous .*not strided")  # type: ignore
+          for out in ([0], ONE.to_sparse(), NESTED)),
         *((partial(to_device, each, "cpu"), LayoutError, "torch.strided .*(sparse|nested)")
           for each in (ONE.to_sparse(), NESTED)),
         (lambda: to_device([[1], [2, 3]], "cpu"), LayoutError, "list at position 0"),  # type: ignore
-        *((partial(call, name), BackendUnavailable, f"{name}.* Name a device of")
-          for name in ("xpu", "nonsense")
-          for call in (partial(choose, 64), partial(to_device, [1]))),
-        *((partial(call, device), BackendUnavailable, "not a device of torch|cannot")
-          for device in ([], {}, "", -1, 1 << 70, 1.5, True, ARRAY, ONE, object())
-          for call in (partial(choose, 64), partial(to_device, []), partial(SmallCopy, 1, INT))),
-        *((partial(choose, 1, "cpu", method), BackendUnavailable, "on the CPU(?s:.*)method='host'")
-          for method in ("inline", "value", "mapped", "copy")),
-        (lambda: choose(1, "cpu", "pigeon"), BackendUnavailable, "inline, value, mapped.*'pigeon'"),
-        *((partial(choose, 1, "cpu", method), BackendUnavailable, "copy, host, or None")  # type: ignore
-          for method in ([], 1, ARRAY, ONE.expand(2))),
+        *((partial(to_device, [1], name), BackendUnavailable, f"{name}.* Name a device of")
+          for name in ("xpu", "nonsense")),
+        *((partial(to_device, [], device), BackendUnavailable, "not a device of torch|cannot")  # type: ignore
+          for device in ([], {}, "", -1, 1 << 70, 1.5, True, ARRAY, ONE, object())),
     ],
 )  # fmt: skip
 def test_a_wrong_target(call: Any, error: type[PortaKVError], words: str) -> None:
     with refused(error) as caught:
         call()
     assert re.search(words, str(caught.value))
-
-
-SHARED = "it reads pageable memory by the host's page tables"
-WITHOUT = "cuda-bindings is not installed"
-OLD = "Compute capability 6.0 was asked of NVRTC 13."
-ALONG = "the driver takes up to 65536 bytes along with the command"
-HELD = "a launch's parameters hold up to 32736 bytes"
-#: What the card may lack.
-LACKS: dict[str, tuple[Any, str, Any]] = {
-    "inline": (small, "why_not_inline", lambda device: SHARED),
-    "extra": (cuda, "why_not", lambda device: WITHOUT),
-    "compiler": (cuda, "device_too_old", lambda device: OLD),
-}
-
-
-@pytest.mark.usefixtures("card")
-@pytest.mark.parametrize(
-    ("lacks", "nbytes", "wanted", "allowed"),
-    [
-        ((), 0, ("inline", ALONG), "inline value mapped copy"),
-        ((), 32736, ("inline", ALONG), "inline value mapped copy"),
-        ((), 32737, ("inline", ALONG), "inline mapped copy"),
-        ((), 65536, ("inline", ALONG), "inline mapped copy"),
-        ((), 65537, ("mapped", f"{ALONG} and {HELD}"), "mapped copy"),
-        (("extra",), 0, ("inline", ALONG), "inline copy"),
-        (("extra",), 65536, ("inline", ALONG), "inline copy"),
-        (("extra",), 65537, ("copy", f"{ALONG} and {WITHOUT}"), "copy"),
-        (("inline",), 0, ("value", SHARED), "value mapped copy"),
-        (("inline",), 32736, ("value", SHARED), "value mapped copy"),
-        (("inline",), 32737, ("mapped", f"{SHARED} and {HELD}"), "mapped copy"),
-        (("inline", "extra"), 64, ("copy", f"{SHARED} and {WITHOUT}"), "copy"),
-        (("inline", "compiler"), 64, ("copy", f"{SHARED} and {OLD}"), "copy"),
-    ],
-    ids=str,
-)
-def test_the_best_way_and_those_that_may_be_named(
-    lacks: tuple[str, ...],
-    nbytes: int,
-    wanted: tuple[str, str],
-    allowed: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for what in lacks:
-        monkeypatch.setattr(*LACKS[what])
-    if wanted[0] == "inline":  # which the compiler does not see
-        with monkeypatch.context() as patched:
-            patched.setattr(cuda, "why_not", lambda device: pytest.fail("it was called"))
-            assert choose(nbytes, CARD) == ("inline", ALONG)
-    assert choose(nbytes, CARD) == wanted
-    kernel = {"extra": WITHOUT, "compiler": OLD}.get("".join(lacks[-1:]))
-    whys = {"host": "not a CPU", "inline": SHARED if "inline" in lacks else "65536"}
-    for method in small.METHODS:
-        if method in allowed.split():
-            assert choose(nbytes, CARD, method) == (method, "it was requested")
-        else:
-            why = whys.get(method, kernel or HELD)
-            with refused(BackendUnavailable, f"{nbytes} bytes", why, f"method='{wanted[0]}'"):
-                choose(nbytes, CARD, method)
-
-
-def test_the_cpu_has_a_way_of_its_own() -> None:
-    sender = SmallCopy(1, torch.int32, "cpu")
-    assert (sender.method, sender.why) == choose(64, "cpu") == ("host", "the target is on the CPU")
-
-
-@pytest.mark.parametrize("method", ["value", "mapped", "copy"])
-def test_what_is_prepared_outside_of_captures(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = small.Target(torch.device("cpu"))
-    monkeypatch.setattr(small, "capturing", lambda device: True)
-    with refused(Unsupported, "inside graph capture", "before the capture"):
-        target.make(method, torch.int64, 1)

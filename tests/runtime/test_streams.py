@@ -21,7 +21,7 @@ from support.threads import run_threads
 
 from portakv import KVView, TransferError, copy_blocks
 from portakv.copy import slices
-from portakv.host.small import SmallCopy
+from portakv.host.small import to_device
 from portakv.registry.prepared import bring
 from portakv.runtime import cuda
 from portakv.runtime import streams as _streams
@@ -199,14 +199,14 @@ def test_while_another_thread_captures(mode: str) -> None:
     values = range(64)
     graph = torch.cuda.CUDAGraph()
     marker = torch.zeros(1, device=DEVICE)
-    sender = SmallCopy(64, torch.int64, DEVICE, method="inline")
-    sender.send(values)
+    out = torch.zeros(64, dtype=torch.int64, device=DEVICE)
+    to_device(values, out=out)
     side = own_stream(DEVICE)  # torch may give the stream of the capture again, as its 33rd
     torch.cuda.synchronize()
 
     def work(streams: int) -> list[Any]:
         with torch.cuda.stream(side):
-            sender.send([n + 1 for n in values])
+            to_device([n + 1 for n in values], out=out)
             return [own_stream(DEVICE) for _ in range(streams)]
 
     with torch.cuda.graph(graph, capture_error_mode=mode):
@@ -214,7 +214,7 @@ def test_while_another_thread_captures(mode: str) -> None:
         run_threads(work, [100])  # more than had been made
     graph.replay()
     torch.cuda.synchronize()
-    assert (marker.item(), sender.out.tolist()) == (1, [n + 1 for n in values])
+    assert (marker.item(), out.tolist()) == (1, [n + 1 for n in values])
 
 
 def test_a_worker_waits_for_a_device_asleep(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,8 +145,6 @@ class _Launch(RowsLaunch):
 class HostDriver(CudaDriver):
     """A driver of the host: work is done when a launch returns."""
 
-    success = 0
-
     def __init__(self) -> None:
         #: The memory where a prefetch may be; None: of a launch of the core, anywhere.
         self.readable: Sequence[tuple[int, int]] | None = None
@@ -163,9 +161,6 @@ class HostDriver(CudaDriver):
     def number(self, stream: torch.Stream | None) -> int:
         assert stream is None, "the host has no streams"
         return 0
-
-    def handle(self, stream: torch.Stream | None) -> int:
-        return self.number(stream)
 
     def address(self, function: Any) -> int:
         self._functions.append(function)

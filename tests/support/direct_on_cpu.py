@@ -13,7 +13,6 @@ import ctypes
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,9 +125,7 @@ def installed(cut: Cut = SMALL) -> Iterator[Driver]:
     """Launch `Loads` and `Stores` on the host."""
     driver = Driver()
     library = Library(driver)
-    bindings = SimpleNamespace(cuLaunchKernel=None, CUstream=lambda raw: raw)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(cuda, "bindings", lambda: bindings)
         patched.setattr(cuda, "load", driver.load)
         patched.setattr(cuda, "library", lambda: library)
         patched.setattr(cuda.CudaDriver, "current", lambda self: nullcontext())

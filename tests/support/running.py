@@ -98,7 +98,7 @@ LARGE = {
     "tests/host/test_memcpy_device.py::test_every_byte_lands",
     "tests/host/test_pinned.py::test_no_memory",
     "tests/host/test_small.py::test_values",
-    "tests/host/test_small_methods.py::test_counts_round_the_limits",
+    "tests/host/test_small_inline.py::test_every_count",
     "tests/integrations/test_lmcache_ops.py::test_blocks_there_and_back",
     "tests/integrations/test_lmcache_ops.py::test_slots_by_addresses",
     "tests/integrations/test_matrix.py::test_a_release_that_is_not_served",

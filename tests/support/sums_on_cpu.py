@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -33,8 +34,6 @@ class HostDriver(CudaDriver):
     ``launches`` are the thread blocks of each launch. ``text`` replaces parts of the kernel's text.
     """
 
-    success = 0
-
     def __init__(self, **text: str) -> None:
         self.launches = list[int]()
         self._text = text
@@ -46,21 +45,18 @@ class HostDriver(CudaDriver):
         library = compiled(_HEAD + source, _ENTRY)
         return dict.fromkeys(names, library)
 
-    def handle(self, stream: torch.Stream | None) -> int:
+    def number(self, stream: torch.Stream | None) -> int:
         assert stream is None, "the host has no streams"
         return 0
 
     def current(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def launch(self, function: Any, blocks: int, _y: int, _z: int, threads: int, *rest: int) -> int:
-        argument = ctypes.cast(rest[-2], ctypes.POINTER(ctypes.c_void_p))[0]
-        function.run_kernel(ctypes.c_void_p(argument), blocks, threads)
+    def launch(
+        self, function: Any, blocks: int, threads: int, parameter: bytes, *_: Any, **__: Any
+    ) -> None:
+        function.run_kernel(parameter, blocks, threads)
         self.launches.append(blocks)
-        return 0
-
-    def check(self, answer: int, what: str) -> None:
-        raise AssertionError(what)
 
 
 class LastTiles(HostDriver):
@@ -70,12 +66,12 @@ class LastTiles(HostDriver):
         super().__init__()
         self._count = count
 
-    def launch(self, function: Any, blocks: int, _y: int, _z: int, threads: int, *rest: int) -> int:
-        argument = ctypes.cast(rest[-2], ctypes.POINTER(ctypes.c_void_p))[0]
-        shapes, parts, tiles = ctypes.cast(argument, ctypes.POINTER(ctypes.c_uint64 * 3))[0]
-        last = (ctypes.c_uint64 * 3)(shapes, parts, tiles + 8 * (blocks - self._count))
+    def launch(
+        self, function: Any, blocks: int, threads: int, parameter: bytes, *_: Any, **__: Any
+    ) -> None:
+        shapes, parts, tiles = struct.unpack("<3q", parameter)
+        last = struct.pack("<3q", shapes, parts, tiles + 8 * (blocks - self._count))
         function.run_kernel(last, self._count, threads)
-        return 0
 
     @staticmethod
     def lengths(shape: Sequence[int], cut: Cut) -> list[int]:

@@ -761,7 +761,7 @@ def get_device_accessible_ptr(tensor: torch.Tensor, device_index: int) -> int:
 
 @typed
 def copy_to_gpu_no_ce(input: torch.Tensor, output: torch.Tensor) -> None:
-    """Copy a small tensor of any size from the host to a device, without a copy engine."""
+    """Copy a tensor from the host to a device; up to 1 MiB needs no copy engine."""
     small.to_device(input, out=output)
 
 
