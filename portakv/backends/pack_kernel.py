@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 
 from portakv.backends.base import Capabilities, Decision, PackLaunch
-from portakv.backends.row_kernels import NO_CONTEXT, RowsDriver
+from portakv.backends.row_kernels import RowsDriver
 from portakv.backends.rows_kernel import extents, kernel_text, options_of, side_text
 from portakv.backends.rows_launch import KernelsLaunch, RowsBackend
 from portakv.core.pack import Packs, PackShape, shape_of
@@ -22,6 +22,7 @@ from portakv.core.plan import Refused
 from portakv.core.rows import LOOPS
 from portakv.layout.packing import PACK
 from portakv.plan.packing import PackPlan
+from portakv.runtime.cuda import NO_CONTEXT
 from portakv.view.index import Index
 from portakv.view.view import KVView
 

@@ -18,7 +18,7 @@ from portakv.backends.base import (
     MoveLaunch,
     places_on,
 )
-from portakv.backends.row_kernels import NO_CONTEXT, RowKernels, RowsDriver
+from portakv.backends.row_kernels import RowKernels, RowsDriver
 from portakv.backends.rows_kernel import (
     LOOKUPS,
     THREADS,
@@ -32,6 +32,7 @@ from portakv.errors import Unsupported
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.cuda import NO_CONTEXT
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.view.index import Index
 from portakv.view.view import KVView

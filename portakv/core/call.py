@@ -24,6 +24,8 @@ TO_THE_END = -1
 #: Bits of a result below its tokens: a status word may be written; ids of the host skip positions.
 GUARDED = 2
 SKIPS = 1
+#: The bits below the tokens.
+TOKENS = 2
 
 
 class _Watch(ctypes.Structure):
@@ -78,6 +80,19 @@ class Watch:
         """Take the present sizes of the storages as theirs."""
         for number, storage in enumerate(self._storages):
             self._sizes[number] = len(storage)
+
+
+class CopyEnd(ctypes.Structure):
+    """`portakv_copy_end` of `core.h`."""
+
+    _fields_ = (
+        ("list", ctypes.c_void_p),
+        ("room", ctypes.c_int64),
+        ("status", ctypes.c_uint64),
+        ("event", ctypes.c_void_p),
+        ("record", ctypes.c_void_p),
+        ("query", ctypes.c_void_p),
+    )
 
 
 class _View(ctypes.Structure):
@@ -162,13 +177,13 @@ class Calls(NamedTuple):
     """The functions of the core, with the arguments that `portakv_copy_function` of ``core.h``
     lists.
 
-    Each holds the interpreter but for the launch, and returns tokens and bits, or a code. They are
-    functions of Python itself: ctypes would take longer to convert their arguments than the core
-    takes to plan a copy.
+    Each holds the interpreter but for calls of the driver. They are functions of Python itself:
+    ctypes would take longer to convert their arguments than the core takes to plan a copy.
     """
 
     copy_chunk: Callable[..., int]
     copy_views: Callable[..., int]
+    query_end: Callable[[int], int]
 
 
 @cache
@@ -177,4 +192,4 @@ def calls() -> Calls:
     function = pylibrary().portakv_copy_function
     function.argtypes = (ctypes.c_int64,)
     function.restype = ctypes.py_object
-    return Calls(function(0), function(1))
+    return Calls(function(0), function(1), function(2))

@@ -5,6 +5,7 @@ torch's indexing gives, and what is wrong has the same error as on the general w
 from __future__ import annotations
 
 from collections.abc import Iterator
+from ctypes import addressof
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from support.whole_copies import watch_copies_of_views, watch_whole_copies
 from portakv import AdaptiveConnector, Index, KVView, PortaKVError, copy_blocks, copy_rows
 from portakv.copy import inside, rows
 from portakv.copy.inside import ChunkCopies
-from portakv.core.call import calls
+from portakv.core.call import CopyEnd, calls
 from portakv.registry.registry import REGISTRY, choose
 from portakv.view.form import plain_reader
 
@@ -406,11 +407,12 @@ def test_no_number_past_64_bits_reaches_a_copy(numbers: tuple[int, int, int]) ->
     assert read is not None
     assert written is not None
     room = torch.empty(16, dtype=torch.int64)
+    end = CopyEnd(room.data_ptr(), 16, 0, None, None, None)
     sides = kernels.address, reader.address, read.address, written.address
     ids = [1, 2, 3], [4, 5, 6], 1, 1
     wrong = src_offset, dst_offset, count
     for offsets in (wrong, (0, 0, 3)):
-        result = calls().copy_views(*sides, *ids, *offsets, room.data_ptr(), 16, 0, 0)
+        result = calls().copy_views(*sides, *ids, *offsets, addressof(end), 0)
         assert (result < 0) == (offsets is wrong)
         assert bool((stored == 77).all()) == (offsets is wrong)
 
