@@ -168,8 +168,8 @@ bool overlap(const End &a, const End &b) {
   return false;
 }
 
-void check_memory(const Asker &ask, const portakv_copy_view &view) {
-  require(view.watch == nullptr || ask.unchanged(*view.watch));
+void check_memory(const portakv_copy_view &view) {
+  require(view.watch == nullptr || unchanged(*view.watch));
 }
 
 // Return true if no two elements of a tensor share a byte, as far as its strides show in order.
@@ -303,7 +303,7 @@ int64_t copy_chunk(const Python &python, Arguments arguments) {
 
   require(layout.torch != nullptr && !layout.packed);
   const PortakvTorch &torch = *static_cast<const PortakvTorch *>(layout.torch);
-  check_memory(Asker(python, torch), caches);
+  check_memory(caches);
   TensorReader reader(python, torch, layout);
   reader.read(chunk);
   const DlDevice device = reader.device();
@@ -370,8 +370,8 @@ int64_t copy_views(const Python &python, Arguments arguments) {
   const portakv_copy_view &home = from_host ? dst : src;
   const DlDevice device{static_cast<int32_t>(home.device_type),
                         static_cast<int32_t>(home.device_id)};
-  check_memory(ask, src);
-  check_memory(ask, dst);
+  check_memory(src);
+  check_memory(dst);
   Ids read{};
   Ids written{};
   if (src_ids != python.none) read = read_ids(ask, src_ids, device, means.lists);

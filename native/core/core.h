@@ -429,12 +429,15 @@ enum {
 
 // Tensors and storages that must be as they were. Their owner keeps them and these arrays.
 typedef struct portakv_watch {
-  void *const *tensors;      // plain tensors of torch
+  void *const *tensors;      // torch's AtenTensorHandle of each
   const int64_t *addresses;  // of the first byte of each
   int64_t count;
-  void *const *storages;
-  const int64_t *sizes;  // the bytes of each
+  void *const *storages;  // for each storage the handle of a tensor that has it
+  const int64_t *sizes;   // the bytes of each
   int64_t storage_count;
+  // aoti_torch_get_data_ptr and aoti_torch_get_storage_size of torch's stable interface.
+  int (*address_of)(void *tensor, void **out);
+  int (*storage_bytes)(void *tensor, int64_t *out);
 } portakv_watch;
 
 // A view that outlives the call, on the device of the kernels or in host memory that they reach.

@@ -55,7 +55,7 @@ def opened(view: KVView) -> OpenedView | None:
         return known
     try:
         view.check_memory()  # what is watched from now on is what was read
-        memory = None if view.raw else Watch(view.owners, view.storages)
+        memory = None if view.raw else Watch(view.owners)
         made = open_view(view, memory)
     except PortaKVError:  # the general way says it in its turn
         return None
