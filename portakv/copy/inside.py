@@ -8,7 +8,7 @@ goes the general way of `copy`, which makes the copy or words the error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from time import perf_counter
 from typing import NamedTuple
@@ -101,7 +101,8 @@ class ChunkCopies:
         memory: that of their tensors, which must be as it was.
         choice: what executes the copies.
         owner: the connector, which reports errors later.
-        bound: returns the layout of chunks with elements of so many bytes, once it is known.
+        layout: of chunks.
+        bounds: the layouts that are known, by their text and the bytes of an element.
     """
 
     def __init__(
@@ -110,18 +111,22 @@ class ChunkCopies:
         memory: Watch,
         choice: Choice,
         owner: Owner,
-        bound: Callable[[int], BoundLayout | None],
+        layout: str,
+        bounds: Mapping[tuple[str, int], BoundLayout],
     ) -> None:
         self._cache = cache
         self._owner = owner
-        self._bound = bound
+        self._layout = layout
+        self._bounds = bounds
         self._kernels = None if plain_reader() is None else choice.backend.row_kernels
-        self._caches = open_view(cache, memory) if self._kernels is not None else None
         self._copy: Callable[..., int] | None = None
-        if self._caches is not None:
-            self._copy = calls().copy_chunk
-            if self._caches.tabled:
-                self._copy = partial(after_tables, [cache], cache.device, self._copy)
+        if self._kernels is None:
+            return
+        self._caches = open_view(cache, memory)  # whose words the core reads
+        self._addresses = self._kernels.address, self._caches.address
+        self._copy = calls().copy_chunk
+        if self._caches.tabled:
+            self._copy = partial(after_tables, [cache], cache.device, self._copy)
 
     def transfer(
         self, store: bool, memory_obj: object, slot_mapping: object, start: object, end: object
@@ -131,20 +136,31 @@ class ChunkCopies:
         Raises:
             TransferError: the driver's error.
         """
-        own = self._kernels
-        ids, step, offset, on_host, number = _side(slot_mapping, 1)
+        kernels = self._kernels
+        copy = self._copy
+        if kernels is None or copy is None:
+            return None
         chunk = memory_obj
         if type(chunk) is not torch.Tensor:
             chunk = getattr(memory_obj, "tensor", None)
-        if (
-            own is None
-            or self._copy is None
-            or self._caches is None
-            or type(chunk) is not torch.Tensor
-            or type(start) is not int
-            or step != 1
-            or number is None
-        ):
+            if type(chunk) is not torch.Tensor:
+                return None
+        bound = self._bounds.get((self._layout, chunk.itemsize))
+        if bound is None:
+            return None
+
+        ids = slot_mapping
+        offset = 0
+        if type(ids) is torch.Tensor:
+            on_host = ids.is_cpu
+        else:
+            side = _side(ids, 1)
+            if side.step != 1 or side.number is None:
+                return None
+            ids = side.ids
+            offset = side.offset
+            on_host = bool(side.on_host)
+        if type(start) is not int:
             return None
         if end is None:
             past = TO_THE_END
@@ -152,19 +168,11 @@ class ChunkCopies:
             past = end
         else:
             return None
-        bound = self._bound(chunk.itemsize)
-        used = number if end is None or type(ids) is list else past - start
-        if bound is None or (on_host and used > LISTED):
-            return None
-        views = own.address, self._caches.address
-        made = own.issue(
-            self._copy,
-            (*views, store, bound.address, chunk, ids, offset, start, past),
-            bool(on_host),
-            (chunk, ids, self._cache),
-            ids,
-            self._owner,
-        )
+
+        numbers = offset, start, past
+        arguments = (*self._addresses, store, bound.address, chunk, ids, *numbers)
+        retained = chunk, ids, self._cache
+        made = kernels.issue(copy, arguments, on_host, retained, ids, self._owner)
         if made is None:
             return None
         transfer, result = made
@@ -174,7 +182,7 @@ class ChunkCopies:
             note_written(self._cache)
         counts = Counted.counts
         if counts is not None:
-            counts.new.append((own.carried[0], "device", self._cache.form, result >> TOKENS))
+            counts.new.append((kernels.carried[0], "device", self._cache.form, result >> TOKENS))
             if len(counts.new) >= TOGETHER:
                 counts.sum_up()
         return transfer
