@@ -479,9 +479,8 @@ def hold(completion: Completion, owner: Owner | None = None) -> None:
     completion.owner = owner
     in_flight.append(completion)
     # Check two for each new completion, so that a long queue becomes shorter again.
-    for _ in range(2):
-        if len(in_flight) <= UNCHECKED or not _retire(in_flight):
-            return
+    if len(in_flight) > UNCHECKED and _retire(in_flight) and len(in_flight) > UNCHECKED:
+        _retire(in_flight)
 
 
 def _retire(queue: deque[Completion]) -> bool:
