@@ -168,8 +168,8 @@ bool overlap(const End &a, const End &b) {
   return false;
 }
 
-void check_memory(const Asker &ask, const portakv_copy_view &view) {
-  require(view.watch == nullptr || ask.unchanged(*view.watch));
+void check_memory(const portakv_copy_view &view) {
+  require(view.watch == nullptr || unchanged(*view.watch));
 }
 
 // Return true if no two elements of a tensor share a byte, as far as its strides show in order.
@@ -236,17 +236,16 @@ class Arguments {
   const Object *next_;
 };
 
-// What `kernels` do with ids and status words: the last arguments of each call.
+// The end of a copy, and the stream of its kernels: the last arguments of each call.
 struct Means {
+  portakv_copy_end end;
   Room lists;
-  uint64_t status;
   void *stream;
 
-  explicit Means(Arguments &arguments)
-      : lists(nullptr, 0), status(0), stream(nullptr) {
-    int64_t *first = arguments.pointer<int64_t>();
-    lists = Room(first, arguments.number());
-    status = static_cast<uint64_t>(arguments.number());
+  explicit Means(Arguments &arguments) : end{}, lists(nullptr, 0), stream(nullptr) {
+    const auto *passed = arguments.pointer<const portakv_copy_end>();
+    if (passed != nullptr) end = *passed;
+    lists = Room(end.list, end.room);
     stream = arguments.pointer<void>();
   }
 };
@@ -278,7 +277,10 @@ int64_t copy(const portakv_kernels &kernels, const Python &python, const End &sr
   int64_t error = PORTAKV_MALFORMED;
   try {
     error = run_rows(kernels, plan, options, src.rows, dst.rows, count,
-                     found.guarded ? means.status : 0, means.stream);
+                     found.guarded ? means.end.status : 0, means.stream);
+    if (error == 0 && means.end.event != nullptr) {
+      error = means.end.record(means.end.event, means.stream);
+    }
   } catch (...) {
   }
   python.enter(thread);
@@ -301,7 +303,7 @@ int64_t copy_chunk(const Python &python, Arguments arguments) {
 
   require(layout.torch != nullptr && !layout.packed);
   const PortakvTorch &torch = *static_cast<const PortakvTorch *>(layout.torch);
-  check_memory(Asker(python, torch), caches);
+  check_memory(caches);
   TensorReader reader(python, torch, layout);
   reader.read(chunk);
   const DlDevice device = reader.device();
@@ -368,8 +370,8 @@ int64_t copy_views(const Python &python, Arguments arguments) {
   const portakv_copy_view &home = from_host ? dst : src;
   const DlDevice device{static_cast<int32_t>(home.device_type),
                         static_cast<int32_t>(home.device_id)};
-  check_memory(ask, src);
-  check_memory(ask, dst);
+  check_memory(src);
+  check_memory(dst);
   Ids read{};
   Ids written{};
   if (src_ids != python.none) read = read_ids(ask, src_ids, device, means.lists);
@@ -393,7 +395,16 @@ int64_t copy_views(const Python &python, Arguments arguments) {
   return copy(kernels, python, from, to, count, found, means, by_source);
 }
 
-// Make one copy for Python, with so many arguments.
+// Ask whether the work before the event of an end has ended. Return the driver's answer.
+int64_t query_end(const Python &python, Arguments arguments) {
+  const auto &end = *arguments.pointer<const portakv_copy_end>();
+  void *const thread = python.leave();  // the driver may wait for a thread with a full queue
+  const int answer = end.query(end.event);
+  python.enter(thread);
+  return answer;
+}
+
+// Make one call for Python, with so many arguments.
 template <int64_t (*make)(const Python &, Arguments), ptrdiff_t kCount>
 Object called(Object, const Object *arguments, ptrdiff_t count) {
   const Python &functions = *python();
@@ -410,8 +421,9 @@ Object called(Object, const Object *arguments, ptrdiff_t count) {
 }
 
 const PythonFunction kFunctions[] = {
-    {"copy_chunk", called<copy_chunk, 13>, kFastCall, nullptr},
-    {"copy_views", called<copy_views, 15>, kFastCall, nullptr},
+    {"copy_chunk", called<copy_chunk, 11>, kFastCall, nullptr},
+    {"copy_views", called<copy_views, 13>, kFastCall, nullptr},
+    {"query_end", called<query_end, 1>, kFastCall, nullptr},
 };
 
 }  // namespace

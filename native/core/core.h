@@ -429,12 +429,15 @@ enum {
 
 // Tensors and storages that must be as they were. Their owner keeps them and these arrays.
 typedef struct portakv_watch {
-  void *const *tensors;      // plain tensors of torch
+  void *const *tensors;      // torch's AtenTensorHandle of each
   const int64_t *addresses;  // of the first byte of each
   int64_t count;
-  void *const *storages;
-  const int64_t *sizes;  // the bytes of each
+  void *const *storages;  // for each storage the handle of a tensor that has it
+  const int64_t *sizes;   // the bytes of each
   int64_t storage_count;
+  // aoti_torch_get_data_ptr and aoti_torch_get_storage_size of torch's stable interface.
+  int (*address_of)(void *tensor, void **out);
+  int (*storage_bytes)(void *tensor, int64_t *out);
 } portakv_watch;
 
 // A view that outlives the call, on the device of the kernels or in host memory that they reach.
@@ -452,6 +455,18 @@ typedef struct portakv_copy_view {
   int64_t table_on_device;  // the device alone knows the addresses
   const portakv_watch *watch;  // its memory; null: that of raw addresses, which nothing shows
 } portakv_copy_view;
+
+// The end of a copy: memory for its kernels, and an event after them. The caller keeps it, and gives
+// it to one copy at a time.
+typedef struct portakv_copy_end {
+  int64_t *list;    // memory that the kernels reach, for ids of the host; may be null
+  int64_t room;     // int64 ids that fit
+  uint64_t status;  // as for `portakv_rows_run`; it is used only if ids lie on the device
+  void *event;      // recorded after the kernels; null: the work has ended when a launch returns
+  // Functions of the driver: cuEventRecord and cuEventQuery, or others with their arguments.
+  int (*record)(void *event, void *stream);
+  int (*query)(void *event);
+} portakv_copy_end;
 
 // Return a function of Python, a new reference; null if the process has no interpreter. Python calls
 // it with these arguments in their order, where pointers are integers:
@@ -474,12 +489,13 @@ typedef struct portakv_copy_view {
 //   src_offset, dst_offset  tokens that are passed over
 //   count       tokens, or TO_THE_END of the ids
 // Then for both
-//   list, room  memory that the kernels reach, with room for so many int64 ids of the host: the
-//               caller keeps it until the copy has ended. May be 0.
-//   status      as for `portakv_rows_run`; it is used only if ids lie on the device
+//   end         a portakv_copy_end; 0: one without memory and event
 //   stream      a stream of the current device
-// The function returns the tokens times 4, plus 2 if `status` may be written, plus 1 if ids of the
-// host skip positions; or a code.
+// The function returns the tokens times 4, plus 2 if the status word may be written, plus 1 if ids of
+// the host skip positions; or a code. An event that the driver did not record is the driver's error.
+//
+// 2: ask whether the work before the event of an end, a portakv_copy_end, has ended. It returns the
+// driver's answer.
 PORTAKV_API void *portakv_copy_function(int64_t number);
 // --- Checksums --------------------------------------------------------------------------------
 //

@@ -159,8 +159,6 @@ class Asker {
   int64_t storage_offset(Object tensor) const;
   // Return the bytes of a tensor's storage, which can have been resized.
   int64_t storage_bytes(Object tensor) const;
-  // Return true if memory is as it was.
-  bool unchanged(const portakv_watch &watch) const;
   bool holds(Object unbound, Object tensor) const;
   bool truth(Object answer) const;
   // Return an object; throw `Raised` for null.
@@ -172,6 +170,9 @@ class Asker {
  private:
   Object method(Object unbound, Object tensor) const;
 };
+
+// Return true if memory is as it was. The caller holds the interpreter.
+bool unchanged(const portakv_watch &watch);
 
 // The address of a tensor's first byte.
 inline int64_t begin_of(const DlTensor &facts) {

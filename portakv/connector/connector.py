@@ -140,11 +140,9 @@ class Registration:
         self.allocations = Allocations(kv_caches)
         self._facts = _facts(self.allocations.leaves)
         self._layout = chunk_layout
-        self._bound = bound_chunks = dict[tuple[str, int], BoundLayout]()
-        self.direct = ChunkCopies(
-            *(view, self.allocations.memory, choice, owner),
-            lambda itemsize: bound_chunks.get((chunk_layout, itemsize)),
-        )
+        self._bound = dict[tuple[str, int], BoundLayout]()
+        memory = self.allocations.memory
+        self.direct = ChunkCopies(view, memory, choice, owner, chunk_layout, self._bound)
 
     def holds(self, kv_caches: Tensors) -> bool:
         """Return True if these are its caches, or tensors at the same addresses with the same
@@ -444,6 +442,7 @@ class AdaptiveConnector:
         self.device = self._choice.backend.device
         self._bound = bind_layout(kv_layout, reinterpret=options.reinterpret, **extents)
         self._options = replace(options, reinterpret=False)  # the views are bytes by their binding
+        self._direct = options.whole and options.terms is None
         check_chunk_layout(chunk_layout)
         self._kv_layout = kv_layout
         self._chunk_layout = chunk_layout
@@ -610,11 +609,11 @@ class AdaptiveConnector:
             batch = Batch([memory_obj], slot_mapping, [start], [end])
             return self._traced(store, kv_caches, batch, stream)
         caches = self._caches(kv_caches)
-        stream = self._options.stream if stream is None else stream
-        if stream is None and self._options.whole and self._options.terms is None:
+        if stream is None and self._direct:
             transfer = caches.direct.transfer(store, memory_obj, slot_mapping, start, end)
             if transfer is not None:
                 return transfer
+        stream = self._options.stream if stream is None else stream
         caches.check_memory()
         job = caches.job(memory_obj, slot_mapping, start, end)
         context = Context.of(self.device, stream)

@@ -24,7 +24,6 @@ from portakv.errors import LayoutError, TransferError
 from portakv.runtime.eager import eagerly as eagerly
 from portakv.view import KVView
 from portakv.view.bound import Tensors
-from portakv.view.slices import regions
 
 NAMESPACE = "portakv"
 TO_THE_END = -(1 << 62)  # stands for None among the ends of ranges, which an op takes as integers
@@ -64,8 +63,7 @@ class Allocations:
         for leaf in self.leaves:
             number = numbers[leaf.untyped_storage().data_ptr()]
             self._places.append((number, leaf.data_ptr() - self._addresses[number]))
-        storages = regions(leaf.untyped_storage() for leaf in self.leaves)
-        self.memory = Watch(self.leaves, [storage for storage, _, _ in storages])
+        self.memory = Watch(self.leaves)
 
     def are(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Return True if these are the allocations themselves, not a compiler's copies."""

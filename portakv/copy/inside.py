@@ -8,7 +8,8 @@ goes the general way of `copy`, which makes the copy or words the error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from time import perf_counter
 from typing import NamedTuple
 
@@ -16,13 +17,13 @@ import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
-from portakv.backends.row_kernels import Launched, RowKernels
+from portakv.backends.row_kernels import RowKernels, after_tables
 from portakv.backends.rows_kernel import MAX_ENTRIES
 from portakv.copy.call import memory_of_host
 from portakv.copy.counting import TOGETHER, Counted
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
-from portakv.core.call import SKIPS, TO_THE_END, OpenedView, Watch, calls
+from portakv.core.call import SKIPS, TO_THE_END, TOKENS, OpenedView, Watch, calls
 from portakv.core.view import dtype_words, name_of
 from portakv.errors import LayoutError, PortaKVError, SlotError
 from portakv.interconnect.choose import across
@@ -30,7 +31,7 @@ from portakv.interconnect.strategy import PINNED, Strategy
 from portakv.interconnect.zero_copy import ZeroCopy
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice, choose
-from portakv.runtime.pinned_ids import PinnedIds
+from portakv.runtime.ends import LISTED
 from portakv.runtime.streams import completion
 from portakv.runtime.transfer import Owner, Transfer
 from portakv.view.bound import BoundLayout
@@ -40,8 +41,6 @@ from portakv.view.index import PAST_ANY_VIEW, Ids, Index, as_ids
 from portakv.view.view import KVView
 
 _AWAY = {"peer", "remote"}
-#: The most ids of the host of a copy.
-_LISTED = 2 * PinnedIds.MOST
 _OPENED = "opened"  # of a view, for the core
 
 
@@ -56,7 +55,7 @@ def opened(view: KVView) -> OpenedView | None:
         return known
     try:
         view.check_memory()  # what is watched from now on is what was read
-        memory = None if view.raw else Watch(view.owners, view.storages)
+        memory = None if view.raw else Watch(view.owners)
         made = open_view(view, memory)
     except PortaKVError:  # the general way says it in its turn
         return None
@@ -102,7 +101,8 @@ class ChunkCopies:
         memory: that of their tensors, which must be as it was.
         choice: what executes the copies.
         owner: the connector, which reports errors later.
-        bound: returns the layout of chunks with elements of so many bytes, once it is known.
+        layout: of chunks.
+        bounds: the layouts that are known, by their text and the bytes of an element.
     """
 
     def __init__(
@@ -111,14 +111,22 @@ class ChunkCopies:
         memory: Watch,
         choice: Choice,
         owner: Owner,
-        bound: Callable[[int], BoundLayout | None],
+        layout: str,
+        bounds: Mapping[tuple[str, int], BoundLayout],
     ) -> None:
         self._cache = cache
         self._owner = owner
-        self._bound = bound
+        self._layout = layout
+        self._bounds = bounds
         self._kernels = None if plain_reader() is None else choice.backend.row_kernels
-        self._caches = open_view(cache, memory) if self._kernels is not None else None
-        self._copy = None if self._kernels is None else calls().copy_chunk
+        self._copy: Callable[..., int] | None = None
+        if self._kernels is None:
+            return
+        self._caches = open_view(cache, memory)  # whose words the core reads
+        self._addresses = self._kernels.address, self._caches.address
+        self._copy = calls().copy_chunk
+        if self._caches.tabled:
+            self._copy = partial(after_tables, [cache], cache.device, self._copy)
 
     def transfer(
         self, store: bool, memory_obj: object, slot_mapping: object, start: object, end: object
@@ -128,20 +136,31 @@ class ChunkCopies:
         Raises:
             TransferError: the driver's error.
         """
-        own = self._kernels
-        ids, step, offset, on_host, number = _side(slot_mapping, 1)
+        kernels = self._kernels
+        copy = self._copy
+        if kernels is None or copy is None:
+            return None
         chunk = memory_obj
         if type(chunk) is not torch.Tensor:
             chunk = getattr(memory_obj, "tensor", None)
-        if (
-            own is None
-            or self._copy is None
-            or self._caches is None
-            or type(chunk) is not torch.Tensor
-            or type(start) is not int
-            or step != 1
-            or number is None
-        ):
+            if type(chunk) is not torch.Tensor:
+                return None
+        bound = self._bounds.get((self._layout, chunk.itemsize))
+        if bound is None:
+            return None
+
+        ids = slot_mapping
+        offset = 0
+        if type(ids) is torch.Tensor:
+            on_host = ids.is_cpu
+        else:
+            side = _side(ids, 1)
+            if side.step != 1 or side.number is None:
+                return None
+            ids = side.ids
+            offset = side.offset
+            on_host = bool(side.on_host)
+        if type(start) is not int:
             return None
         if end is None:
             past = TO_THE_END
@@ -149,37 +168,24 @@ class ChunkCopies:
             past = end
         else:
             return None
-        bound = self._bound(chunk.itemsize)
-        used = number if end is None or type(ids) is list else past - start
-        if bound is None or (on_host and used > _LISTED):
-            return None
-        copy = self._copy
-        kernels = own.address
-        caches = self._caches.address
-        tabled = self._caches.tabled
-        layout = bound.address
 
-        def call(listed: int, room: int, status: int, stream: int) -> int:
-            if tabled:
-                self._cache.follow_table(self._cache.device)
-            # fmt: off
-            return copy(kernels, caches, store, layout, chunk, ids, offset, start, past,
-                        listed, room, status, stream)
-            # fmt: on
-
-        launched = own.launch(call, bool(on_host))
-        if launched is None:
+        numbers = offset, start, past
+        arguments = (*self._addresses, store, bound.address, chunk, ids, *numbers)
+        retained = chunk, ids, self._cache
+        made = kernels.issue(copy, arguments, on_host, retained, ids, self._owner)
+        if made is None:
             return None
+        transfer, result = made
         if store:
             increment_version(chunk)
         else:
             note_written(self._cache)
         counts = Counted.counts
         if counts is not None:
-            counts.new.append((own.carried[0], "device", self._cache.form, launched.tokens))
+            counts.new.append((kernels.carried[0], "device", self._cache.form, result >> TOKENS))
             if len(counts.new) >= TOGETHER:
                 counts.sum_up()
-        return own.end(launched, (chunk, ids, self._cache), ids, self._owner)
+        return transfer
 
 
 def copied(
@@ -215,7 +221,7 @@ def copied(
         return None
     if not (read.step and written.step):
         return None
-    if True in (read.on_host, written.on_host) and tokens > _LISTED * min(read.step, written.step):
+    if True in (read.on_host, written.on_host) and tokens > LISTED * min(read.step, written.step):
         return None  # more ids than kernels read from pinned memory
     new = any(not (ids is None or isinstance(ids, Index)) for ids in (src_ids, dst_ids))
     by = _executor(src, dst, read, written, tokens, new, options)
@@ -225,10 +231,10 @@ def copied(
     made = _issue(src, dst, read, written, TO_THE_END if count is None else tokens, *by)
     if made is None:
         return None
-    transfer, launched = made
-    skips = bool(launched.result & SKIPS)
+    transfer, result = made
+    skips = bool(result & SKIPS)
     indices = (src_ids, src_step), (dst_ids, dst_step)
-    return BlockTransfer.of_views(transfer, src, dst, indices, launched.tokens, began, skips)
+    return BlockTransfer.of_views(transfer, src, dst, indices, result >> TOKENS, began, skips)
 
 
 class _Side(NamedTuple):
@@ -308,8 +314,9 @@ def _issue(
     tokens: int,
     kernels: RowKernels,
     carried: tuple[str, str],
-) -> tuple[Transfer, Launched] | None:
-    """Make a copy by the core, and return its end; None: the core does not make it."""
+) -> tuple[Transfer, int] | None:
+    """Make a copy by the core, and return its end and the core's result; None: the core does not
+    make it."""
     reader = plain_reader()
     from_view = opened(src)
     to_view = opened(dst)
@@ -319,31 +326,30 @@ def _issue(
     tabled = [view for view, each in ((src, from_view), (dst, to_view)) if each.tabled]
     if tabled and not has_tables(device, tabled):  # the general way sends them there
         return None
-    copy = calls().copy_views
+    copy: Callable[..., int] = calls().copy_views
+    if tabled:
+        copy = partial(after_tables, tabled, device, copy)
     views = kernels.address, reader.address, from_view.address, to_view.address
     from_ids, from_step, from_offset, on_host, _ = read
     to_ids, to_step, to_offset, to_host, _ = written
 
-    def call(listed: int, room: int, status: int, stream: int) -> int:
-        for view in tabled:
-            view.follow_table(device)
-        # fmt: off
-        return copy(*views, from_ids, to_ids, from_step, to_step, from_offset, to_offset, tokens,
-                    listed, room, status, stream)
-        # fmt: on
-
+    ids = from_ids, to_ids
+    numbers = from_step, to_step, from_offset, to_offset, tokens
     memory = () if src.device == dst.device else memory_of_host(src, dst)
     try:
-        launched = kernels.launch(call, bool(on_host or to_host))
+        return kernels.issue(
+            copy,
+            (*views, *ids, *numbers),
+            bool(on_host or to_host),
+            (src, dst, ids),
+            ids,
+            memory=memory,
+            carried=carried,
+        )
     except BaseException:  # also an interrupt; what was launched may still run
         if memory:
             completion(device, None, *memory)
         raise
-    if launched is None:
-        return None
-    ids = from_ids, to_ids
-    end = kernels.end(launched, (src, dst, ids), ids, memory=memory, carried=carried)
-    return end, launched
 
 
 def has_tables(device: torch.device, views: Sequence[KVView]) -> bool:

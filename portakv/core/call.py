@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,8 @@ TO_THE_END = -1
 #: Bits of a result below its tokens: a status word may be written; ids of the host skip positions.
 GUARDED = 2
 SKIPS = 1
+#: The bits below the tokens.
+TOKENS = 2
 
 
 class _Watch(ctypes.Structure):
@@ -36,32 +38,45 @@ class _Watch(ctypes.Structure):
         ("storages", ctypes.c_void_p),
         ("sizes", ctypes.c_void_p),
         ("storage_count", ctypes.c_int64),
+        ("address_of", ctypes.c_void_p),
+        ("storage_bytes", ctypes.c_void_p),
     )
 
 
 class Watch:
-    """Tensors and storages whose memory must stay as it is.
+    """Tensors and storages whose memory must stay as it is."""
 
-    Attributes:
-        address: for calls of the core.
-    """
-
-    def __init__(
-        self, tensors: Sequence[torch.Tensor], storages: Sequence[torch.UntypedStorage]
-    ) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = tuple(tensors)
-        self._storages = tuple(storages)
-        # Objects of Python by their addresses, which `id` returns; this object keeps them.
-        objects = array("q", map(id, self._tensors)), array("q", map(id, self._storages))
         self._addresses = array("q", [each.data_ptr() for each in self._tensors])
+        # The number of the first tensor of each storage. Torch makes an object for each tensor of a
+        # storage, with one address of the storage.
+        first = dict[int, int]()
+        storages = [each.untyped_storage() for each in self._tensors]
+        for number, storage in enumerate(storages):
+            first.setdefault(storage._cdata, number)
+        self._first = [*first.values()]
+        self._storages = [storages[number] for number in self._first]
         self._sizes = array("q", map(len, self._storages))
-        of_tensors, of_storages, addresses, sizes = (
-            each.buffer_info()[0] for each in (*objects, self._addresses, self._sizes)
+
+    @cached_property
+    def address(self) -> int:
+        """Where the core reads the words of this object."""
+        self._handles = _Handles(self._tensors)
+        tensors = array("q", self._handles.pointers)
+        storages = array("q", [tensors[number] for number in self._first])
+        self._pointers = tensors, storages
+        self._words = _Watch(
+            tensors.buffer_info()[0],
+            self._addresses.buffer_info()[0],
+            len(tensors),
+            storages.buffer_info()[0],
+            self._sizes.buffer_info()[0],
+            len(storages),
+            self._handles.functions.address_of,
+            self._handles.functions.storage_bytes,
         )
-        counts = len(self._tensors), len(self._storages)
-        self._words = _Watch(of_tensors, addresses, counts[0], of_storages, sizes, counts[1])
-        self._objects = objects
-        self.address = ctypes.addressof(self._words)
+        return ctypes.addressof(self._words)
 
     @property
     def in_place(self) -> bool:
@@ -78,6 +93,58 @@ class Watch:
         """Take the present sizes of the storages as theirs."""
         for number, storage in enumerate(self._storages):
             self._sizes[number] = len(storage)
+
+
+class _TensorFunctions(NamedTuple):
+    """Functions of torch's stable interface: two addresses for the core, and the function that
+    deletes a handle."""
+
+    address_of: int
+    storage_bytes: int
+    delete: Callable[[int], int]
+
+
+@cache
+def _tensor_functions() -> _TensorFunctions:
+    """Return the functions, which torch's extension finds in its libraries."""
+    torch_library = ctypes.PyDLL(torch._C.__file__)
+    delete = torch_library.aoti_torch_delete_tensor_object
+    delete.argtypes = (ctypes.c_void_p,)
+    names = "aoti_torch_get_data_ptr", "aoti_torch_get_storage_size"
+    address_of, storage_bytes = (
+        ctypes.cast(torch_library[name], ctypes.c_void_p).value or 0 for name in names
+    )
+    return _TensorFunctions(address_of, storage_bytes, delete)
+
+
+class _Handles:
+    """Handles of tensors for torch's stable interface. They count as references to the tensors, so
+    torch refuses to swap these with others."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.functions = _tensor_functions()
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+        pointer.restype = ctypes.c_void_p
+        made = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
+        self.pointers: list[int] = [pointer(capsule, None) for capsule in made]
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "pointers", ()):
+            self.functions.delete(handle)
+
+
+class CopyEnd(ctypes.Structure):
+    """`portakv_copy_end` of `core.h`."""
+
+    _fields_ = (
+        ("list", ctypes.c_void_p),
+        ("room", ctypes.c_int64),
+        ("status", ctypes.c_uint64),
+        ("event", ctypes.c_void_p),
+        ("record", ctypes.c_void_p),
+        ("query", ctypes.c_void_p),
+    )
 
 
 class _View(ctypes.Structure):
@@ -162,13 +229,13 @@ class Calls(NamedTuple):
     """The functions of the core, with the arguments that `portakv_copy_function` of ``core.h``
     lists.
 
-    Each holds the interpreter but for the launch, and returns tokens and bits, or a code. They are
-    functions of Python itself: ctypes would take longer to convert their arguments than the core
-    takes to plan a copy.
+    Each holds the interpreter but for calls of the driver. They are functions of Python itself:
+    ctypes would take longer to convert their arguments than the core takes to plan a copy.
     """
 
     copy_chunk: Callable[..., int]
     copy_views: Callable[..., int]
+    query_end: Callable[[int], int]
 
 
 @cache
@@ -177,4 +244,4 @@ def calls() -> Calls:
     function = pylibrary().portakv_copy_function
     function.argtypes = (ctypes.c_int64,)
     function.restype = ctypes.py_object
-    return Calls(function(0), function(1))
+    return Calls(function(0), function(1), function(2))

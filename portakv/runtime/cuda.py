@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
 from functools import cache, cached_property
 from types import ModuleType
-from typing import Any, ClassVar, NoReturn, SupportsInt
+from typing import Any, ClassVar, NamedTuple, NoReturn, SupportsInt
 
 import torch
 
@@ -110,6 +110,9 @@ def function(library: ctypes.CDLL, name: str, *arguments: Any) -> Callable[..., 
     return entry
 
 
+#: CUDA_ERROR_INVALID_CONTEXT, and HIP's error of that name: a thread that has no context yet.
+NO_CONTEXT = 201
+
 # Values of CUpointer_attribute and CUresult, which HIP shares.
 _DEVICE_ORDINAL = 9
 _INVALID_VALUE = 1
@@ -186,6 +189,41 @@ def refused(name: str, what: str, driver: str = "the CUDA driver") -> TransferEr
         f"{what}: expected success of {driver}, got {name}; nothing was moved. Check that the "
         f"memory still exists, and earlier errors."
     )
+
+
+# --- events ---------------------------------------------------------------------------------------
+
+
+class EventFunctions(NamedTuple):
+    """The functions of a driver on events, which return an error's number.
+
+    Attributes:
+        create: writes a new event; takes flags.
+        record_address: where the function is that records an event on a stream.
+        query_address: where the function is that asks whether an event was reached.
+        synchronize: blocks the host until an event.
+        follow: makes a stream wait for an event; takes flags.
+    """
+
+    create: Callable[..., int]
+    record_address: int
+    query_address: int
+    synchronize: Callable[..., int]
+    follow: Callable[..., int]
+
+    @classmethod
+    def of(cls, library: ctypes.CDLL, *names: str) -> EventFunctions:
+        """Return the functions of these names, in the order of the attributes; raise
+        `AttributeError` if the library lacks one."""
+        create, record, query, synchronize, follow = names
+        event = ctypes.c_void_p
+        return cls(
+            function(library, create, ctypes.POINTER(event), ctypes.c_uint),
+            ctypes.cast(library[record], event).value or 0,
+            ctypes.cast(library[query], event).value or 0,
+            function(library, synchronize, event),
+            function(library, follow, ctypes.c_void_p, event, ctypes.c_uint),
+        )
 
 
 # --- threads and streams --------------------------------------------------------------------------
@@ -322,6 +360,11 @@ class KernelDriver(Caller, ABC):
     def entry(self) -> int:
         """The address of the function that launches, for the core."""
 
+    @property
+    @abstractmethod
+    def events(self) -> EventFunctions:
+        """The functions on events, for the core."""
+
     @abstractmethod
     def load(self, source: str, names: Iterable[str]) -> dict[str, object]:
         """Compile a source text, or read its binary from disk, and load its kernels.
@@ -337,7 +380,11 @@ class KernelDriver(Caller, ABC):
 
     @abstractmethod
     def refuse(self, error: int, what: str) -> NoReturn:
-        """Raise `TransferError` for an error of the function at `entry`."""
+        """Raise `TransferError` for an error of these functions."""
+
+    @abstractmethod
+    def describe(self, error: int) -> str:
+        """Return the name or the words of an error of these functions."""
 
     @abstractmethod
     def word(self, address: int) -> int:
@@ -392,13 +439,25 @@ class CudaDriver(KernelDriver):
         """The address of cuLaunchKernel."""
         return ctypes.cast(library()["cuLaunchKernel"], ctypes.c_void_p).value or 0
 
+    @cached_property
+    def events(self) -> EventFunctions:
+        """The functions on events."""
+        names = "Create", "Record", "Query", "Synchronize"
+        return EventFunctions.of(
+            library(), *(f"cuEvent{name}" for name in names), "cuStreamWaitEvent"
+        )
+
     def address(self, function: Any) -> int:
         """Return a kernel's handle as a number."""
         return int(function)
 
     def refuse(self, error: int, what: str) -> NoReturn:
         """Raise `TransferError` for an error of the function at `entry`."""
-        raise refused(error_name(error, library()), what)
+        raise refused(self.describe(error), what)
+
+    def describe(self, error: int) -> str:
+        """Return the name of an error."""
+        return error_name(error, library())
 
     def word(self, address: int) -> int:
         """Return the device's address of pinned memory, which equals the host's."""

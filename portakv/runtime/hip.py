@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 import torch
 
 from portakv.runtime import kernel_cache
-from portakv.runtime.cuda import KernelDriver, refused
+from portakv.runtime.cuda import EventFunctions, KernelDriver, refused
 
 # AMD's runtime, and the runtime of Hygon's DTK (the same pull request).
 _RUNTIMES = ("amdhip64", "galaxyhip")
@@ -283,6 +283,12 @@ class Card(KernelDriver):
         launch = self._driver.runtime["hipModuleLaunchKernel"]
         return ctypes.cast(launch, ctypes.c_void_p).value or 0
 
+    @cached_property
+    def events(self) -> EventFunctions:
+        """The functions on events, as `cuda.CudaDriver.events`."""
+        names = "hipEventCreateWithFlags", "hipEventRecord", "hipEventQuery", "hipEventSynchronize"
+        return EventFunctions.of(self._driver.runtime, *names, "hipStreamWaitEvent")
+
     def _facts(self) -> tuple[str, str]:
         facts = torch.cuda.get_device_properties(self.device)
         return str(facts.name), str(getattr(facts, "gcnArchName", ""))
@@ -318,7 +324,11 @@ class Card(KernelDriver):
 
     def refuse(self, error: int, what: str) -> NoReturn:
         """Raise `TransferError` for an error of the function at `entry`."""
-        raise refused(self._driver.error(error), what, "HIP")
+        raise refused(self.describe(error), what, "HIP")
+
+    def describe(self, error: int) -> str:
+        """Describe an error of the runtime."""
+        return self._driver.error(error)
 
     def word(self, address: int) -> int:
         """Return the device's address of pinned memory, which differs for registered memory."""

@@ -50,12 +50,17 @@ class StatusWord:
     """One pinned int64 of a transfer in flight: 0, or the position + 1 of a bad id.
 
     A launch writes it only on error. The host reads it without synchronising.
+
+    Args:
+        tensor: the word.
+        free: takes the word once its work has ended; None: its owner has it again with the event.
     """
 
-    __slots__ = ("address", "tensor", "value")
+    __slots__ = ("address", "free", "tensor", "value")
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, free: deque[StatusWord] | None = None) -> None:
         self.tensor = tensor
+        self.free = free
         self.address = tensor.data_ptr()
         # A memoryview of one item: reading it costs a third of reading the array.
         self.value: memoryview = tensor.numpy().data
@@ -76,7 +81,7 @@ def acquire_word() -> StatusWord:
     except IndexError:
         with torch.inference_mode(False):  # torch may write it in any mode
             batch = torch.zeros(_BATCH, dtype=torch.int64, device="cpu").pin_memory()
-            words = [StatusWord(batch[i : i + 1]) for i in range(_BATCH)]
+            words = [StatusWord(batch[i : i + 1], free_words) for i in range(_BATCH)]
         word_batches.append(batch.numpy())
         free_words.extend(words[1:])
         return words[0]
@@ -128,16 +133,32 @@ def event_pool(device: torch.device) -> EventPool:
     return EventPool(device)
 
 
+class Event(Protocol):
+    """An event after work of a device: of torch, or the `End` of a copy that the core made."""
+
+    @property
+    def device(self) -> torch.device: ...
+    def query(self) -> bool: ...
+    def wait(self, stream: torch.Stream) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+class Pool(Protocol):
+    """Takes an event back that has ended and that no stream or host still waits for."""
+
+    def release(self, event: Any) -> None: ...
+
+
 @dataclass(slots=True, eq=False)
 class Completion:
     """The end of one launch, or of several in a row."""
 
-    event: torch.Event | None = None  # recorded after the last launch
+    event: Event | None = None  # recorded after the last launch
     pendings: Sequence[Pending] = ()  # work that no stream orders
     words: Sequence[tuple[StatusWord, int]] = ()  # each with the position that it counts from
     error: PortaKVError | None = None  # the first error, once it is known
     retained: object = None  # memory that the pendings use
-    pool: EventPool | None = None  # takes the event back once it has ended
+    pool: Pool | None = None  # takes the event back once it has ended
     standing: bool = False  # the launch was captured, and runs again with every replay
     owner: Owner | None = None  # reports the error if the handle does not
     settled: bool = False  # the end was seen
@@ -207,15 +228,18 @@ class Completion:
             return
         # Read and release under one lock: another thread's transfer may get the word next.
         with _settling:
-            event = self.event
-            self.event = None
-            if event is not None and self.pool is not None and not self.blocked:
-                self.pool.release(event)
             for word, start in self.words:
                 self._read(word, start)
                 word.value[0] = 0
-                free_words.append(word)
+                if word.free is not None:
+                    word.free.append(word)
             self.words = ()
+            # A thread that blocks until the event releases it afterwards.
+            event = self.event
+            if event is not None and not self.blocked:
+                self.event = None
+                if self.pool is not None:
+                    self.pool.release(event)
             for listed in self.lists:
                 listed.release()
             self.lists = ()
@@ -455,9 +479,8 @@ def hold(completion: Completion, owner: Owner | None = None) -> None:
     completion.owner = owner
     in_flight.append(completion)
     # Check two for each new completion, so that a long queue becomes shorter again.
-    for _ in range(2):
-        if len(in_flight) <= UNCHECKED or not _retire(in_flight):
-            return
+    if len(in_flight) > UNCHECKED and _retire(in_flight) and len(in_flight) > UNCHECKED:
+        _retire(in_flight)
 
 
 def _retire(queue: deque[Completion]) -> bool:
@@ -505,6 +528,13 @@ def hold_memory(completion: Completion, retire: bool = True) -> None:
     _holding_memory.append(completion)
     if retire:
         copies_holding_memory()
+
+
+def retire() -> None:
+    """Release the oldest copies that have ended, so that others can use what they used."""
+    while _retire(in_flight):
+        pass
+    copies_holding_memory()
 
 
 def copies_holding_memory() -> int:

@@ -4,7 +4,10 @@ torch's indexing gives, and what is wrong has the same error as on the general w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from ctypes import addressof
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ from support.whole_copies import watch_copies_of_views, watch_whole_copies
 from portakv import AdaptiveConnector, Index, KVView, PortaKVError, copy_blocks, copy_rows
 from portakv.copy import inside, rows
 from portakv.copy.inside import ChunkCopies
-from portakv.core.call import calls
+from portakv.core.call import CopyEnd, calls
 from portakv.registry.registry import REGISTRY, choose
 from portakv.view.form import plain_reader
 
@@ -208,6 +211,73 @@ def test_memory_that_was_resized(
     with pytest.raises(PortaKVError):
         move(chunk, None, ids)
     assert watched == [False]
+
+
+def shrink_in_place(tensor: torch.Tensor) -> None:
+    """Move a storage until it is at its first address again, with fewer bytes."""
+    storage = tensor.untyped_storage()
+    first = storage.data_ptr()
+    for _ in range(100):
+        storage.resize_(storage.nbytes() - 2)
+        if storage.data_ptr() == first:
+            return
+    pytest.skip("the memory does not come back")
+
+
+REPLACED: dict[str, Callable[[torch.Tensor], object]] = {
+    "another storage": lambda cache: cache.set_(cache.clone().untyped_storage()),
+    "other data": lambda cache: setattr(cache, "data", cache.clone()),
+    "a larger tensor": lambda cache: cache.resize_(1 << 20),
+    "no bytes": lambda cache: cache.untyped_storage().resize_(0),
+    "fewer bytes at one address": shrink_in_place,
+}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
+@pytest.mark.parametrize("name", REPLACED)
+@pytest.mark.parametrize("store", [True, False])
+def test_no_copy_uses_memory_that_was_replaced(
+    name: str, store: bool, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = caches_of(4, torch.float16)
+    if not shared:
+        caches = [cache.clone() for cache in caches]
+    connector = connector_of(caches)
+    chunk = readable(5)
+    move = connector.from_gpu if store else connector.to_gpu
+    ids = torch.tensor(IDS)
+    move(chunk, None, ids)
+    watched = watch_whole_copies(monkeypatch)
+    move(chunk, None, ids)
+    REPLACED[name](caches[-1])
+    before = chunk.clone()
+    with pytest.raises(PortaKVError):
+        move(chunk, None, ids)
+    assert watched == [True, False]
+    assert torch.equal(chunk, before)
+
+
+def test_tensors_that_are_watched_live_as_long_as_they_are_registered() -> None:
+    caches = caches_of(4, torch.float16)
+    gone = [weakref.ref(cache) for cache in caches]
+    connector = connector_of(caches)
+    del caches
+    gc.collect()
+    assert all(each() is not None for each in gone)
+    connector.unregister_kv_caches()
+    gc.collect()
+    assert all(each() is None for each in gone)
+
+
+def test_tensors_that_are_watched_are_not_swapped() -> None:
+    caches = caches_of(4, torch.float16)
+    connector = connector_of(caches)
+    with pytest.raises(RuntimeError):
+        torch.utils.swap_tensors(caches[0], caches[0].clone())
+    connector.unregister_kv_caches()
+    del connector
+    gc.collect()
+    torch.utils.swap_tensors(caches[0], caches[0].clone())
 
 
 # Two views
@@ -406,11 +476,12 @@ def test_no_number_past_64_bits_reaches_a_copy(numbers: tuple[int, int, int]) ->
     assert read is not None
     assert written is not None
     room = torch.empty(16, dtype=torch.int64)
+    end = CopyEnd(room.data_ptr(), 16, 0, None, None, None)
     sides = kernels.address, reader.address, read.address, written.address
     ids = [1, 2, 3], [4, 5, 6], 1, 1
     wrong = src_offset, dst_offset, count
     for offsets in (wrong, (0, 0, 3)):
-        result = calls().copy_views(*sides, *ids, *offsets, room.data_ptr(), 16, 0, 0)
+        result = calls().copy_views(*sides, *ids, *offsets, addressof(end), 0)
         assert (result < 0) == (offsets is wrong)
         assert bool((stored == 77).all()) == (offsets is wrong)
 

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Provide the ends of copies that the core makes: an event of the driver, and the memory that the
+kernels of one copy use until they have ended.
+
+The core records the event after it has launched the kernels, so that an end costs no call of torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from threading import Lock
+from typing import Any, Protocol
+
+import torch
+
+from portakv.core.call import CopyEnd, calls
+from portakv.errors import TransferError
+from portakv.runtime.cuda import NO_CONTEXT, EventFunctions, raw_stream
+from portakv.runtime.devices import inside
+from portakv.runtime.streams import ignoring_captures
+from portakv.runtime.transfer import StatusWord, retire, word_batches
+
+#: CUDA_ERROR_NOT_READY, and HIP's error of that name.
+_NOT_READY = 600
+_ANSWERS = (0, _NOT_READY)
+_NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING and hipEventDisableTiming
+
+#: The most ids of the host of one copy, of both sides together.
+LISTED = 2048
+_BATCH = 64  # ends of one allocation
+
+
+class EventDriver(Protocol):
+    """The driver of a device that has events; `runtime.cuda.CudaDriver` documents each function."""
+
+    @property
+    def events(self) -> EventFunctions: ...
+    def current(self) -> AbstractContextManager[object]: ...
+    def describe(self, error: int) -> str: ...
+    def word(self, address: int) -> int: ...
+
+
+class End:
+    """The end of one copy at a time. `Completion` uses it as an event of torch.
+
+    Attributes:
+        device: of the event.
+        address: for calls of the core.
+        words: the status word, with the position that it counts from.
+        listed: it has memory for `LISTED` ids of the host.
+    """
+
+    __slots__ = ("_ends", "_event", "_query", "_struct", "address", "device", "listed", "words")
+
+    def __init__(self, ends: Ends, event: int, word: StatusWord, ids: int, status: int) -> None:
+        functions = ends.functions
+        room = LISTED if ids else 0
+        self._struct = CopyEnd(
+            ids, room, status, event, functions.record_address, functions.query_address
+        )
+        self._ends = ends
+        self._event = event
+        self._query = calls().query_end
+        self.address = ctypes.addressof(self._struct)
+        self.device = ends.device
+        self.words = ((word, 0),)
+        self.listed = bool(ids)
+
+    def query(self) -> bool:
+        """Return True once the copy has ended; never block."""
+        answer = self._query(self.address)
+        if answer not in _ANSWERS:
+            answer = self._ends.call(self._query, self.address)
+        return answer == 0
+
+    def wait(self, stream: torch.Stream) -> None:
+        """Make a stream wait for the end."""
+        with inside(stream.device):
+            self._ends.call(self._ends.functions.follow, raw_stream(stream), self._event, 0)
+
+    def synchronize(self) -> None:
+        """Block the host until the end."""
+        self._ends.call(self._ends.functions.synchronize, self._event)
+
+
+class Ends:
+    """The ends of a device's copies, reused. They live as long as the process.
+
+    Args:
+        driver: of the device.
+        device: the device.
+        batches: the most batches of ends. Copies that find no end go the general way.
+
+    Attributes:
+        listed: free ends with memory for ids of the host.
+        plain: free ends without.
+    """
+
+    def __init__(self, driver: EventDriver, device: torch.device, batches: int = 64) -> None:
+        self.device = device
+        self.functions = driver.events
+        self._driver = driver
+        self.listed = deque[End]()
+        self.plain = deque[End]()
+        self._batches = batches  # that may still be made
+        self._making = Lock()
+        # Drivers allocate such memory after they have waited for the device. Without pinned memory,
+        # the general way makes copies by ids of the host.
+        with suppress(RuntimeError):
+            self._make(listed=True)
+
+    def acquire(self, listed: bool) -> End | None:
+        """Return a free end; None: all are in use, or none could be made.
+
+        Args:
+            listed: the copy has ids of the host.
+        """
+        try:
+            return self.listed.pop() if listed else self.plain.pop()
+        except IndexError:
+            return self._acquire_after_ends(listed)
+
+    def release(self, end: End) -> None:
+        """Let another copy have an end. Nothing uses it any more."""
+        (self.listed if end.listed else self.plain).append(end)
+
+    def call(self, function: Callable[..., int], *arguments: object) -> int:
+        """Call a function of the driver on an event, and return 0, or another number if the event
+        has not been reached.
+
+        Raises:
+            TransferError: the driver's error.
+        """
+        error = function(*arguments)
+        if error == NO_CONTEXT:  # the first call of a thread
+            with self._driver.current():
+                error = function(*arguments)
+        if error not in _ANSWERS:
+            raise TransferError(
+                f"Expected copies on {self.device} to end, got {self._driver.describe(error)} from "
+                f"its driver. Check earlier errors; after a fault the device needs a new process."
+            )
+        return error
+
+    def _acquire_after_ends(self, listed: bool) -> End | None:
+        free = self.listed if listed else self.plain
+        retire()
+        if not free and not listed and self._batches > 0:
+            self._make(listed=False)
+        with suppress(IndexError):
+            return free.pop()
+        return None
+
+    def _make(self, listed: bool) -> None:
+        """Add free ends. The host may wait for the device."""
+        with self._making, ignoring_captures(self.device), torch.inference_mode(False):
+            words = _pinned(self.device, _BATCH, 1)
+            ids = _pinned(self.device, _BATCH, LISTED) if listed else None
+            word_batches.append(words.numpy().reshape(-1))
+            with self._driver.current():
+                for nth in range(_BATCH):
+                    word = StatusWord(words[nth])
+                    # The tensor of the word retains the memory of all words.
+                    at = 0 if ids is None else ids[nth].data_ptr()
+                    status = self._driver.word(word.address)
+                    self.release(End(self, self._event(), word, at, status))
+            _memory.append(ids)
+            self._batches -= 1
+
+    def _event(self) -> int:
+        handle = ctypes.c_void_p()
+        self.call(self.functions.create, ctypes.byref(handle), _NO_TIMING)
+        return handle.value or 0
+
+
+# Pinned memory, never freed: a launch may still use it when nothing else of this process does.
+_memory = list[Any]()
+
+
+def _pinned(device: torch.device, rows: int, length: int) -> torch.Tensor:
+    memory = torch.zeros(rows, length, dtype=torch.int64, device="cpu")
+    return memory if device.type == "cpu" else memory.pin_memory()
+
+
+_of_devices = dict[torch.device, Ends]()
+_opening = Lock()
+
+
+def ends_of(driver: EventDriver, device: torch.device) -> Ends | None:
+    """Return the ends of a device's copies; None: work has ended when a launch returns."""
+    if device.type == "cpu":
+        return None
+    with _opening:
+        if device not in _of_devices:
+            _of_devices[device] = Ends(driver, device)
+        return _of_devices[device]

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ends of copies that the core makes, by a driver on the host."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.cuda_on_cpu import why_not
+from support.ending_driver import NOT_READY, EndingDriver, EndingOnCpu
+from support.whole_copies import watch_whole_copies
+
+from portakv import AdaptiveConnector, LateErrors
+from portakv.backends.row_kernels import RowKernels
+from portakv.core.call import GUARDED, TOKENS, CopyEnd
+from portakv.errors import SlotError, TransferError
+from portakv.registry.registry import REGISTRY, choose
+from portakv.runtime import transfer
+from portakv.runtime.ends import Ends
+from portakv.runtime.transfer import Transfer
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+
+CPU = torch.device("cpu")
+
+
+class Rig:
+    """Kernels whose copies have ends, and a copy that the core would make."""
+
+    def __init__(self) -> None:
+        self.driver = EndingDriver()
+        self.driver.late = True
+        self.kernels = RowKernels(self.driver, CPU, "rig")
+        self.ends = self.kernels.ends = Ends(self.driver, CPU)
+        self.bad = 0  # the position of a bad id that the next copy meets, from 1 on
+
+    def issue(self, *, listed: bool = False, **terms: Any) -> Transfer:
+        made = self.kernels.issue(self.copy, (), listed, None, None, **terms)
+        assert made is not None
+        return made[0]
+
+    def copy(self, at: int, stream: int) -> int:
+        end = CopyEnd.from_address(at)
+        if self.bad:
+            word = ctypes.c_int64.from_address(end.status)
+            self.driver.note("launch", 0, partial(setattr, word, "value", self.bad))
+            self.bad = 0
+        error = self.driver["cuEventRecord"](end.event, stream)
+        return -1000 - error if error else 3 << TOKENS | GUARDED
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    transfer.retire()
+    monkeypatch.setattr(transfer, "in_flight", type(transfer.in_flight)())
+    monkeypatch.setattr(transfer, "failed", [])
+    made = Rig()
+    yield made
+    made.driver.answers.clear()
+    made.driver.work()
+    transfer.retire()
+
+
+# A copy of a connector
+
+
+@pytest.fixture
+def late() -> Iterator[EndingDriver]:
+    """The driver of a backend, which works late from then on."""
+    REGISTRY.register(EndingOnCpu.name, EndingOnCpu)
+    backend = choose("cpu", EndingOnCpu.name).backend
+    assert isinstance(backend, EndingOnCpu)
+    driver = backend.ending
+    yield driver
+    driver.late = False
+    driver.work()
+    REGISTRY.unregister(EndingOnCpu.name)
+
+
+@pytest.mark.parametrize("how", ["done", "synchronize", "dropped"])
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_a_copy_ends_when_its_kernels_do(
+    how: str, kind: Any, late: EndingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = [torch.randn(2, 4, 4, 2, 8) for _ in range(3)]
+    connector = AdaptiveConnector("cpu", backend=EndingOnCpu.name)
+    connector.register_kv_caches(caches)
+    slots = [5, 2, 9]
+    expected = torch.stack([cache.view(2, 16, 16)[:, slots] for cache in caches], dim=1)
+    first = torch.zeros_like(expected)
+    connector.from_gpu(first, None, slots)  # loads the kernel
+    made = watch_whole_copies(monkeypatch)
+    late.late = True
+    chunk = torch.zeros_like(expected)
+    ids = kind(slots)
+    copy = connector.from_gpu(chunk, None, ids)
+    assert made == [True]
+    if kind is list:
+        ids[:] = [15] * 3  # the kernels have read them, or have a list of their own
+    assert not copy.done()
+    assert not chunk.any()
+    if how == "dropped":
+        events = late.created
+        del copy
+        late.work()
+        for _ in range(200):
+            connector.from_gpu(chunk, None, slots)
+            late.work()
+        assert late.created <= events + 64
+    elif how == "done":
+        late.work()
+        assert copy.done()
+    else:
+        copy.synchronize()
+    assert torch.equal(chunk, expected)
+
+
+# Ends
+
+
+def test_an_end_serves_one_copy_at_a_time(rig: Rig) -> None:
+    copies = [rig.issue() for _ in range(3 * 64)]
+    used = [copy.completions[0].event for copy in copies]
+    assert len(set(map(id, used))) == len(used)
+    assert rig.driver.created == 4 * 64
+    rig.driver.work()
+    assert all(copy.done() for copy in copies)
+    assert all(copy.completions[0].event is None for copy in copies)
+    again = [rig.issue() for _ in copies]
+    assert {id(copy.completions[0].event) for copy in again} == set(map(id, used))
+    assert rig.driver.created == 4 * 64
+
+
+def test_ends_of_dropped_copies_are_used_again(rig: Rig) -> None:
+    for _ in range(1000):
+        rig.issue()
+        rig.driver.work()
+    assert rig.driver.created == 2 * 64
+    for _ in range(1000):
+        rig.issue(listed=True)
+        rig.driver.work()
+    assert rig.driver.created == 2 * 64
+
+
+def test_more_copies_by_ids_of_the_host_than_ends_with_lists(rig: Rig) -> None:
+    copies = [rig.issue(listed=True) for _ in range(64)]
+    assert rig.kernels.issue(rig.copy, (), True, None, None) is None
+    rig.driver.work(1)
+    another = rig.issue(listed=True)
+    assert copies[0].done()
+    assert not another.done()
+    rig.driver.work()
+    assert another.done()
+
+
+def test_the_number_of_ends_is_limited(rig: Rig) -> None:
+    rig.ends = rig.kernels.ends = Ends(rig.driver, CPU, batches=3)
+    copies = [rig.issue() for _ in range(2 * 64)]
+    assert rig.kernels.issue(rig.copy, (), False, None, None) is None
+    rig.driver.work()
+    rig.issue()
+    assert all(copy.done() for copy in copies)
+
+
+def test_nothing_that_was_not_launched_keeps_an_end(rig: Rig) -> None:
+    for _ in range(200):
+        assert rig.kernels.issue(lambda *_: -50, (), True, None, None) is None
+    assert not rig.driver.queue
+    assert len(rig.ends.listed) == 64
+
+
+def test_ids_are_retained_until_the_end(rig: Rig) -> None:
+    ids = torch.zeros(3)
+    gone = weakref.ref(ids)
+    made = rig.kernels.issue(rig.copy, (), False, None, ids)
+    del ids, made
+    gc.collect()
+    assert gone() is not None
+    rig.driver.work()
+    transfer.retire()
+    gc.collect()
+    assert gone() is None
+
+
+def test_memory_of_the_host_is_retained_until_the_end(rig: Rig) -> None:
+    memory = torch.zeros(3)
+    gone = weakref.ref(memory)
+    rig.issue(memory=(memory,))
+    del memory
+    assert transfer.copies_holding_memory() == 1
+    assert gone() is not None
+    rig.driver.work()
+    transfer.retire()
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_stream_waits_for_the_event(rig: Rig) -> None:
+    stream: Any = SimpleNamespace(device=CPU, stream_id=5, cuda_stream=5)
+    rig.issue().wait(stream)
+    rig.issue().wait(stream)
+    assert [each for each, _ in rig.driver.followed] == [5, 5]
+    assert len({event for _, event in rig.driver.followed}) == 2
+
+
+def test_no_copy_gets_an_end_that_a_thread_waits_for(rig: Rig) -> None:
+    copy = rig.issue()
+    completion = copy.completions[0]
+    end = completion.event
+    completion.blocked.append(None)  # as a thread that blocks until the event
+    rig.driver.work()
+    assert completion.ended()
+    assert end not in rig.ends.plain
+    completion.blocked.pop()
+    completion.synchronize()
+    assert rig.ends.plain.count(end) == 1  # type: ignore[arg-type]
+
+
+# Bad ids
+
+
+def test_the_handle_reports_a_bad_id(rig: Rig) -> None:
+    rig.bad = 3
+    copy = rig.issue()
+    other = rig.issue()
+    rig.driver.work()
+    with pytest.raises(SlotError, match=r"^Position 2 of a device index is past the end"):
+        copy.done()
+    assert other.done()
+    for _ in range(200):
+        again = rig.issue()
+        rig.driver.work()
+        assert again.done()  # no other copy finds the word set
+
+
+def test_the_owner_reports_a_bad_id_of_a_dropped_copy(rig: Rig) -> None:
+    late = LateErrors()
+    rig.bad = 1
+    rig.issue(owner=late.owner)
+    late.check()
+    rig.driver.work()
+    LateErrors().check()
+    with pytest.raises(SlotError, match=r"^Position 0"):
+        late.check()
+    late.check()
+
+
+# Errors of the driver
+
+
+def test_an_event_that_is_not_recorded(rig: Rig) -> None:
+    rig.driver.refuse_at = 0
+    free = rig.ends.acquire(False)
+    assert free is not None
+    rig.ends.release(free)
+    with pytest.raises(TransferError, match=r"^The launch: expected success"):
+        rig.issue()
+    rig.driver.refuse_at = -1
+    assert free not in rig.ends.plain  # what was launched may use it
+    rig.issue().synchronize()
+
+
+@pytest.mark.parametrize("how", ["done", "synchronize"])
+def test_an_error_of_the_device_comes_to_who_waits(rig: Rig, how: str) -> None:
+    copy = rig.issue()
+    rig.driver.answers = [700] * 2
+    with pytest.raises(TransferError, match=r"^Expected copies on cpu to end, got error 700 from"):
+        copy.synchronize(5) if how == "synchronize" else copy.done()
+    rig.driver.answers = [NOT_READY, 0]
+    assert not copy.done()
+    assert copy.done()
+
+
+def test_the_first_call_of_a_thread_has_no_context(rig: Rig) -> None:
+    copy = rig.issue()
+    rig.driver.work()
+    before = rig.driver.adopted
+    rig.driver.answers = [201, 201]
+    seen: list[bool] = []
+    thread = threading.Thread(target=lambda: seen.append(copy.done()))
+    thread.start()
+    thread.join()
+    assert seen == [True]
+    assert rig.driver.adopted == before + 1
