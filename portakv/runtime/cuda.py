@@ -323,6 +323,7 @@ class Caller:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._index = device.index
         self._alone = torch.cuda.device_count() == 1  # so this device is always the current one
         self._process = this_process()
 
@@ -333,10 +334,13 @@ class Caller:
         """
         if self._process.forked:
             raise refuse_fork(self.platform)
-        index = self.device.index
+        index = self._index
         if not self._alone and torch._C._cuda_getDevice() != index:
             return None
-        return raw(stream, index)
+        if stream is not None:
+            return raw_stream(stream)
+        handle: int = torch._C._cuda_getCurrentRawStream(index)  # here, as each launch asks it
+        return handle
 
     def current(self) -> AbstractContextManager[object]:
         """Make the device this thread's current one, with a context."""
