@@ -19,6 +19,7 @@ import torch
 
 from portakv.backends.base import Capabilities, Decision, places_on
 from portakv.backends.hip import Hip
+from portakv.runtime.devices import refuse_fork
 from portakv.runtime.hip import Card, Driver, DriverMissing, bound
 from portakv_conformance.vendor import cpp
 
@@ -81,6 +82,8 @@ class HostCard(Card):
         return nullcontext()
 
     def number(self, stream: torch.Stream | None) -> int | None:
+        if self._process.forked:
+            raise refuse_fork(self.platform)
         assert stream is None, "the host has no streams"
         return 0
 
