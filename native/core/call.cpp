@@ -6,6 +6,7 @@
 // its sentence, or copies otherwise.
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "core.h"
 #include "few.h"
@@ -116,9 +117,9 @@ struct Found {
   bool skips = false;    // ids of the host skip positions
 };
 
-// Check the ids that positions use, and give them to the kernels of a device.
-void place(Ids &ids, int64_t step, int64_t offset, int64_t count, bool distinct, bool device_is_host,
-           Room &room, End &end, Found &found) {
+// Check the ids that the positions of one end use, or without ids the range of the view.
+void check(Ids &ids, int64_t step, int64_t offset, int64_t count, bool distinct, End &end,
+           Found &found) {
   portakv_ids &list = ids.list;
   list.step = step;
   list.offset = offset;
@@ -131,8 +132,6 @@ void place(Ids &ids, int64_t step, int64_t offset, int64_t count, bool distinct,
   end.step = step;
   require(offset >= 0 && offset / step <= list.length);
   require(count <= list.length * step - offset);
-  end.rows.ids = reinterpret_cast<intptr_t>(list.data);
-  end.rows.wide = list.width == 8;
   if (!ids.on_host) {
     found.guarded = true;
     return;
@@ -140,8 +139,18 @@ void place(Ids &ids, int64_t step, int64_t offset, int64_t count, bool distinct,
   const int code = check_ids(list, end.rows.slots, distinct, nullptr);
   require(code >= 0);
   found.skips = found.skips || code == PORTAKV_IDS_NEGATIVE;
+}
+
+// Give checked ids to the kernels of a device.
+void place(const Ids &ids, bool device_is_host, Room &room, End &end) {
+  const portakv_ids &list = ids.list;
+  if (list.data == nullptr) return;
   const bool dense = list.stride == list.width || list.length == 1;
-  if (device_is_host && dense) return;
+  if (!ids.on_host || (device_is_host && dense)) {
+    end.rows.ids = reinterpret_cast<intptr_t>(list.data);
+    end.rows.wide = list.width == 8;
+    return;
+  }
   const Places used(list);
   int64_t *out = room.take(used.count());
   with_ids(list, [&](const auto &each) {
@@ -149,7 +158,7 @@ void place(Ids &ids, int64_t step, int64_t offset, int64_t count, bool distinct,
   });
   end.rows.ids = reinterpret_cast<intptr_t>(out);
   end.rows.wide = 1;
-  end.rows.offset = offset % step;
+  end.rows.offset = list.offset % list.step;
 }
 
 // --- Memory -----------------------------------------------------------------------------------
@@ -253,9 +262,8 @@ struct Means {
 
 // --- The copy ---------------------------------------------------------------------------------
 
-// Plan a copy between two ends, and launch it. Return the result of core.h.
-int64_t copy(const portakv_kernels &kernels, const Python &python, const End &src, const End &dst,
-             int64_t count, const Found &found, const Means &means, bool by_source = false) {
+// Plan a copy between two ends that share no memory.
+Plan plan_of(const End &src, const End &dst, int64_t count) {
   require(count > 0 && !overlap(src, dst));
   const Form from = read_form(src.form);
   const Form to = read_form(dst.form);
@@ -273,6 +281,13 @@ int64_t copy(const portakv_kernels &kernels, const Python &python, const End &sr
        {count, src.rows.offset, dst.rows.offset, src.rows.slots, dst.rows.slots}) {
     require(tokens % plan.unit == 0);
   }
+  return plan;
+}
+
+// Plan a copy between two ends, and launch it. Return the result of core.h.
+int64_t copy(const portakv_kernels &kernels, const Python &python, const End &src, const End &dst,
+             int64_t count, const Found &found, const Means &means, bool by_source = false) {
+  const Plan plan = plan_of(src, dst, count);
   const RowsOptions options{src.step, dst.step, src.table_on_device, dst.table_on_device, by_source};
   void *const thread = python.leave();  // a driver with a full queue blocks
   int64_t error = PORTAKV_MALFORMED;
@@ -341,77 +356,205 @@ int64_t copy_chunk(const Python &python, Arguments arguments) {
 
   End paged = end_of(caches);
   Found found;
-  place(slots, 1, offset + start, count, !store, is_host(device.type), means.lists, paged, found);
+  check(slots, 1, offset + start, count, !store, paged, found);
+  place(slots, is_host(device.type), means.lists, paged);
   return copy(kernels, python, store ? paged : dense, store ? dense : paged, count, found, means);
 }
 
+// The ends of a copy between two views, with the ids of each as a caller passes them. The members
+// are declared in the order of the arguments.
+class Pair {
+ public:
+  Pair(const Python &python, Arguments &arguments)
+      : ask_(python, *arguments.pointer<const PortakvTorch>()),
+        src_(*arguments.pointer<const portakv_copy_view>()),
+        dst_(*arguments.pointer<const portakv_copy_view>()),
+        src_ids_(arguments.object()),
+        dst_ids_(arguments.object()),
+        src_step_(arguments.number()),
+        dst_step_(arguments.number()),
+        src_offset_(arguments.number()),
+        dst_offset_(arguments.number()),
+        count(arguments.number()) {}
+
+  // Read and check the ids and the memory. Lists of Python are read into `lists`.
+  void check(Room &lists) {
+    require(dst_.writable != 0);
+    // Across the link the device's kernels read or write memory of the host.
+    from_host = is_host(static_cast<int32_t>(src_.device_type));
+    to_host = is_host(static_cast<int32_t>(dst_.device_type));
+    require(from_host != to_host || from_host || src_.device_id == dst_.device_id);
+    require(from_host != to_host || from_host || src_.device_type == dst_.device_type);
+    const portakv_copy_view &home = from_host ? dst_ : src_;
+    const DlDevice device{static_cast<int32_t>(home.device_type),
+                          static_cast<int32_t>(home.device_id)};
+    check_memory(ask_, src_);
+    check_memory(ask_, dst_);
+    const Object none = ask_.python.none;
+    if (src_ids_ != none) read = read_ids(ask_, src_ids_, device, lists);
+    if (dst_ids_ != none) written = read_ids(ask_, dst_ids_, device, lists);
+    if (count == PORTAKV_COPY_TO_THE_END) {
+      const bool listed = read.list.data || written.list.data;
+      const int64_t src_tokens =
+          (listed ? product(read.list.length, src_step_) : src_.slots) - src_offset_;
+      const int64_t dst_tokens =
+          (listed ? product(written.list.length, dst_step_) : dst_.slots) - dst_offset_;
+      count = read.list.data || !listed ? src_tokens : dst_tokens;
+      const bool both = !listed || (read.list.data && written.list.data);
+      require(!both || src_tokens == dst_tokens);
+    }
+    require(count > 0);
+    from = end_of(src_);
+    to = end_of(dst_);
+    portakv::check(read, src_step_, src_offset_, count, false, from, found);
+    portakv::check(written, dst_step_, dst_offset_, count, true, to, found);
+  }
+
+  // Return the most ids that lists of Python have.
+  int64_t listed() const { return length(src_ids_) + length(dst_ids_); }
+
+ private:
+  int64_t length(Object ids) const {
+    const Python &python = ask_.python;
+    const Owned type(python, python.type(ids));
+    return type.get() == python.list_type ? python.list_size(ids) : 0;
+  }
+
+  const Asker ask_;
+  const portakv_copy_view &src_;
+  const portakv_copy_view &dst_;
+  const Object src_ids_;
+  const Object dst_ids_;
+  const int64_t src_step_;
+  const int64_t dst_step_;
+  const int64_t src_offset_;
+  const int64_t dst_offset_;
+
+ public:
+  int64_t count;
+  bool from_host = false;
+  bool to_host = false;
+  Ids read = {};
+  Ids written = {};
+  End from = {};
+  End to = {};
+  Found found;
+};
+
 int64_t copy_views(const Python &python, Arguments arguments) {
   const auto &kernels = *arguments.pointer<const portakv_kernels>();
-  const Asker ask(python, *arguments.pointer<const PortakvTorch>());
-  const auto &src = *arguments.pointer<const portakv_copy_view>();
-  const auto &dst = *arguments.pointer<const portakv_copy_view>();
-  const Object src_ids = arguments.object();
-  const Object dst_ids = arguments.object();
-  const int64_t src_step = arguments.number();
-  const int64_t dst_step = arguments.number();
-  const int64_t src_offset = arguments.number();
-  const int64_t dst_offset = arguments.number();
-  int64_t count = arguments.number();
+  Pair pair(python, arguments);
   Means means(arguments);
-
-  require(dst.writable != 0);
-  // Across the link the device's kernels read or write memory of the host.
-  const bool from_host = is_host(static_cast<int32_t>(src.device_type));
-  const bool to_host = is_host(static_cast<int32_t>(dst.device_type));
-  require(from_host != to_host || from_host || src.device_id == dst.device_id);
-  require(from_host != to_host || from_host || src.device_type == dst.device_type);
-  const portakv_copy_view &home = from_host ? dst : src;
-  const DlDevice device{static_cast<int32_t>(home.device_type),
-                        static_cast<int32_t>(home.device_id)};
-  check_memory(ask, src);
-  check_memory(ask, dst);
-  Ids read{};
-  Ids written{};
-  if (src_ids != python.none) read = read_ids(ask, src_ids, device, means.lists);
-  if (dst_ids != python.none) written = read_ids(ask, dst_ids, device, means.lists);
-  if (count == PORTAKV_COPY_TO_THE_END) {
-    const int64_t src_tokens = product(read.list.length, src_step) - src_offset;
-    const int64_t dst_tokens = product(written.list.length, dst_step) - dst_offset;
-    require(read.list.data || written.list.data);
-    count = read.list.data ? src_tokens : dst_tokens;
-    require(!read.list.data || !written.list.data || src_tokens == dst_tokens);
-  }
-  require(count > 0);
-  End from = end_of(src);
-  End to = end_of(dst);
-  Found found;
-  const bool on_host = is_host(device.type);
-  place(read, src_step, src_offset, count, false, on_host, means.lists, from, found);
-  place(written, dst_step, dst_offset, count, true, on_host, means.lists, to, found);
+  pair.check(means.lists);
+  const bool on_host = pair.from_host && pair.to_host;
+  place(pair.read, on_host, means.lists, pair.from);
+  place(pair.written, on_host, means.lists, pair.to);
   // The planes follow the host's order: neighbours cross the link together.
-  const bool by_source = from_host && !to_host;
-  return copy(kernels, python, from, to, count, found, means, by_source);
+  const bool by_source = pair.from_host && !pair.to_host;
+  return copy(kernels, python, pair.from, pair.to, pair.count, pair.found, means, by_source);
 }
 
+// The numbers of the units of one end, in the order of the positions; -1 if the id is negative.
+template <typename List>
+struct Units {
+  List ids;
+  int64_t per_id;  // units of an id
+  int64_t first;   // number of the first position's unit, counted from the first id
+
+  int64_t operator[](int64_t at) const {
+    if (per_id == 1) return std::max<int64_t>(ids[first + at], -1);  // without divisions
+    const int64_t id = ids[(first + at) / per_id];
+    return id < 0 ? -1 : id * per_id + (first + at) % per_id;
+  }
+};
+
+struct Consecutive {
+  int64_t first;
+
+  int64_t operator[](int64_t at) const { return first + at; }
+};
+
+// Return function(units) with the units of one end.
+template <typename Function>
+auto with_units(const Ids &ids, const End &end, int64_t unit, Function function) {
+  const int64_t first = end.rows.offset / unit;
+  if (ids.list.data == nullptr) return function(Consecutive{first});
+  return with_ids(ids.list, [&](const auto &list) {
+    return function(Units<std::decay_t<decltype(list)>>{list, ids.list.step / unit, first});
+  });
+}
+
+Object check_views(const Python &python, Arguments arguments) {
+  Pair pair(python, arguments);
+  int64_t *const out = arguments.pointer<int64_t>();
+  const int64_t room = arguments.number();
+  Few<int64_t, 256> lists;
+  lists.resize(static_cast<size_t>(pair.listed()));
+  Room memory(lists.data(), static_cast<int64_t>(lists.size()));
+  pair.check(memory);
+  require(!pair.found.guarded);
+  const int64_t unit = plan_of(pair.from, pair.to, pair.count).unit;
+  const int64_t units = pair.count / unit;
+  require(units <= room);
+
+  int64_t left = units;
+  if (pair.found.skips) {
+    left = with_units(pair.read, pair.from, unit, [&](const auto &from) {
+      return with_units(pair.written, pair.to, unit, [&](const auto &to) {
+        int64_t kept = 0;
+        for (int64_t at = 0; at < units; at++) {
+          const int64_t read = from[at];
+          const int64_t written = to[at];
+          if (read < 0 || written < 0) continue;
+          out[kept] = read;
+          out[room + kept] = written;
+          kept++;
+        }
+        return kept;
+      });
+    });
+    require(left > 0);
+  } else {
+    const auto write = [&](const Ids &ids, const End &end, int64_t *first) {
+      if (ids.list.data == nullptr) return;
+      with_units(ids, end, unit, [&](const auto &each) {
+        for (int64_t at = 0; at < units; at++) first[at] = each[at];
+      });
+    };
+    write(pair.read, pair.from, out);
+    write(pair.written, pair.to, out + room);
+  }
+
+  const int64_t numbers[] = {pair.count, unit, left};
+  Owned result(python, Asker::raised(python.new_tuple(3)));
+  for (ptrdiff_t i = 0; i < 3; i++) {
+    python.set_tuple_item(result.get(), i, Asker::raised(python.new_integer(numbers[i])));
+  }
+  return result.hand_over();
+}
+
+Object answer(const Python &python, int64_t result) { return python.new_integer(result); }
+Object answer(const Python &, Object result) { return result; }
+
 // Make one copy for Python, with so many arguments.
-template <int64_t (*make)(const Python &, Arguments), ptrdiff_t kCount>
+template <auto make, ptrdiff_t kCount>
 Object called(Object, const Object *arguments, ptrdiff_t count) {
   const Python &functions = *python();
-  int64_t result = PORTAKV_COPY_OTHERWISE;
   if (count == kCount) {
     try {
-      result = make(functions, Arguments(functions, arguments));
+      return answer(functions, make(functions, Arguments(functions, arguments)));
     } catch (const Raised &) {
       functions.clear_error();
     } catch (...) {
     }
   }
-  return functions.new_integer(result);
+  return functions.new_integer(PORTAKV_COPY_OTHERWISE);
 }
 
 const PythonFunction kFunctions[] = {
     {"copy_chunk", called<copy_chunk, 13>, kFastCall, nullptr},
     {"copy_views", called<copy_views, 15>, kFastCall, nullptr},
+    {"check_views", called<check_views, 12>, kFastCall, nullptr},
 };
 
 }  // namespace

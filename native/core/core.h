@@ -480,7 +480,15 @@ typedef struct portakv_copy_view {
 //   stream      a stream of the current device
 // The function returns the tokens times 4, plus 2 if `status` may be written, plus 1 if ids of the
 // host skip positions; or a code.
+//
+// 2: check a copy between two views that is made otherwise, with ids on the host alone.
+//   torch .. count  as of 1
+//   units, room     memory for the numbers of the units of the source, then of the destination, with
+//                   room for so many of each
+// The function returns a tuple: tokens, tokens of a unit, and units without those that negative ids
+// skip; or a code. The numbers of a side without ids are written only if units are skipped.
 PORTAKV_API void *portakv_copy_function(int64_t number);
+
 // --- Checksums --------------------------------------------------------------------------------
 //
 // XXH3 with 64 bits: the checksum in the images and tables of block stores.

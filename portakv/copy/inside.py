@@ -18,9 +18,10 @@ from torch.autograd.graph import increment_version
 
 from portakv.backends.row_kernels import Launched, RowKernels
 from portakv.backends.rows_kernel import MAX_ENTRIES
-from portakv.copy.call import memory_of_host
+from portakv.backends.strided import StridedLaunch, Units
+from portakv.copy.call import Context, Piece, Settled, launch, memory_of_host
 from portakv.copy.counting import TOGETHER, Counted
-from portakv.copy.handle import BlockTransfer
+from portakv.copy.handle import BlockTransfer, skipped_tokens
 from portakv.copy.options import CopyOptions
 from portakv.core.call import SKIPS, TO_THE_END, OpenedView, Watch, calls
 from portakv.core.view import dtype_words, name_of
@@ -28,15 +29,16 @@ from portakv.errors import LayoutError, PortaKVError, SlotError
 from portakv.interconnect.choose import across
 from portakv.interconnect.strategy import PINNED, Strategy
 from portakv.interconnect.zero_copy import ZeroCopy
-from portakv.registry.prepared import prepared
+from portakv.plan.move import Move
+from portakv.registry.prepared import PREPARED, prepared
 from portakv.registry.registry import Choice, choose
 from portakv.runtime.pinned_ids import PinnedIds
 from portakv.runtime.streams import completion
 from portakv.runtime.transfer import Owner, Transfer
 from portakv.view.bound import BoundLayout
-from portakv.view.destination import check_writable, note_written
+from portakv.view.destination import check_writable, note_written, with_versions
 from portakv.view.form import plain_reader
-from portakv.view.index import PAST_ANY_VIEW, Ids, Index, as_ids
+from portakv.view.index import PAST_ANY_VIEW, Ids, Index, as_ids, index_of
 from portakv.view.view import KVView
 
 _AWAY = {"peer", "remote"}
@@ -85,6 +87,7 @@ def open_view(view: KVView, memory: Watch | None) -> OpenedView:
         writable,
         form.table_on_device,
         memory,
+        with_versions(view),
         (form, view.addresses, view.table if looked_up else None),
     )
 
@@ -205,20 +208,29 @@ def copied(
     """
     if not isinstance(src, KVView) or not isinstance(dst, KVView):
         return None
-    if src.device == dst.device and src.device.type == "cpu" and options.backend is None:
-        return None
     began = perf_counter()
     read = _side(src_ids, src_step)
     written = _side(dst_ids, dst_step)
-    tokens = _tokens(read, written) if count is None else count
+    tokens = _tokens(read, written, src) if count is None else count
     if type(tokens) is not int or not 0 < tokens < PAST_ANY_VIEW:
         return None
     if not (read.step and written.step):
         return None
+    by = None
+    if src.device == dst.device:
+        choice = _inside(src, dst, options)
+        if choice is None:
+            return None
+        kernels = choice.backend.row_kernels
+        if kernels is None:
+            return _launched(src, dst, read, written, count, tokens, choice, began)
+        by = kernels, kernels.carried
     if True in (read.on_host, written.on_host) and tokens > _LISTED * min(read.step, written.step):
         return None  # more ids than kernels read from pinned memory
-    new = any(not (ids is None or isinstance(ids, Index)) for ids in (src_ids, dst_ids))
-    by = _executor(src, dst, read, written, tokens, new, options)
+    if by is None and False not in (read.on_host, written.on_host):  # the number of runs is known
+        new = any(not (ids is None or isinstance(ids, Index)) for ids in (src_ids, dst_ids))
+        steps = read.plan_step, written.plan_step
+        by = _across_link(src, dst, steps, tokens, new, options)
     if by is None:
         return None
     # The core compares the tokens of both sides.
@@ -226,9 +238,12 @@ def copied(
     if made is None:
         return None
     transfer, launched = made
-    skips = bool(launched.result & SKIPS)
-    indices = (src_ids, src_step), (dst_ids, dst_step)
-    return BlockTransfer.of_views(transfer, src, dst, indices, launched.tokens, began, skips)
+    skipped = 0
+    if launched.result & SKIPS:
+        indices = index_of(src_ids, src_step), index_of(dst_ids, dst_step)
+        skipped = skipped_tokens(Move(src, dst, *indices, launched.tokens))
+    step = read.plan_step or written.plan_step
+    return BlockTransfer.of_views(transfer, src, dst, step, launched.tokens, skipped, began)
 
 
 class _Side(NamedTuple):
@@ -273,31 +288,12 @@ def _side(ids: object, step: int) -> _Side:
     return _Side(ids, step, offset, True, len(ids)) if type(ids) is list else _Side(ids, 0)
 
 
-def _tokens(read: _Side, written: _Side) -> int | None:
-    """Return the tokens of the source's ids, else of the destination's; None without ids."""
+def _tokens(read: _Side, written: _Side, src: KVView) -> int:
+    """Return the tokens of the source's ids, else of the destination's, else of the source."""
     for side in (read, written):
         if side.number is not None:
             return side.number * side.step - side.offset
-    return None
-
-
-def _executor(
-    src: KVView,
-    dst: KVView,
-    read: _Side,
-    written: _Side,
-    tokens: int,
-    new: bool,
-    options: CopyOptions,
-) -> tuple[RowKernels, tuple[str, str]] | None:
-    """Return the kernels that make a copy, and what executes it, with the reason. ``new``: ids are
-    a caller's for one call."""
-    if src.device == dst.device:
-        return _inside(src, dst, options)
-    if False in (read.on_host, written.on_host):  # their number of runs is not known
-        return None
-    steps = read.plan_step, written.plan_step
-    return _across_link(src, dst, steps, tokens, new, options)
+    return src.slots - read.offset
 
 
 def _issue(
@@ -341,6 +337,7 @@ def _issue(
         raise
     if launched is None:
         return None
+    increment_version(to_view.versions)
     ids = from_ids, to_ids
     end = kernels.end(launched, (src, dst, ids), ids, memory=memory, carried=carried)
     return end, launched
@@ -352,20 +349,88 @@ def has_tables(device: torch.device, views: Sequence[KVView]) -> bool:
     return all(view.table.device == device for view in views)
 
 
-def _inside(
-    src: KVView, dst: KVView, options: CopyOptions
-) -> tuple[RowKernels, tuple[str, str]] | None:
-    """Return the kernels that copy inside a device, and their name with the reason."""
-    if options.terms is not None:
+def _inside(src: KVView, dst: KVView, options: CopyOptions) -> Choice | None:
+    """Return what copies inside a device, or on the host; None: it is not a backend's launch."""
+    if options.terms is not None or {src.form.place, dst.form.place} & _AWAY:
         return None
     try:
         choice = choose(src.device, options.backend)
     except PortaKVError:  # the general way says it after it has looked at the ids
         return None
-    kernels = choice.backend.row_kernels
-    if kernels is None or {src.form.place, dst.form.place} & _AWAY:
+    return choice
+
+
+def _launched(
+    src: KVView,
+    dst: KVView,
+    read: _Side,
+    written: _Side,
+    count: object,
+    tokens: int,
+    choice: Choice,
+    began: float,
+) -> BlockTransfer | None:
+    """Make a copy on the host by the launch of a backend, once the core has checked it; None: the
+    core does not take such a copy."""
+    reader = plain_reader()
+    if src.device.type != "cpu" or reader is None:
         return None
-    return kernels, kernels.carried
+    from_view = opened(src)
+    to_view = opened(dst)
+    if from_view is None or to_view is None:
+        return None
+    numbers = None
+    address = 0
+    if not (read.ids is None and written.ids is None):
+        numbers = np.empty((2, tokens), dtype=np.int64)
+        address = torch.from_numpy(numbers).data_ptr()
+    from_ids, from_step, from_offset, _, _ = read
+    to_ids, to_step, to_offset, _, _ = written
+    # fmt: off
+    checked = calls().check_views(reader.address, from_view.address, to_view.address,
+                                  from_ids, to_ids, from_step, to_step, from_offset, to_offset,
+                                  TO_THE_END if count is None else tokens, address, tokens)
+    # fmt: on
+    if isinstance(checked, int):
+        return None
+    tokens, unit, units = checked
+    skipped = tokens - unit * units
+    src_units = Units(src, None, from_offset)
+    dst_units = Units(dst, None, to_offset)
+    from_unit = to_unit = 0  # tokens of an id
+    if numbers is not None:
+        if from_ids is not None or skipped:
+            src_units = Units(src, torch.from_numpy(numbers[0][:units]), 0)
+            from_unit = unit
+        if to_ids is not None or skipped:
+            dst_units = Units(dst, torch.from_numpy(numbers[1][:units]), 0)
+            to_unit = unit
+    ready = PREPARED.get((from_view.form, to_view.form, from_unit, to_unit, None, choice))
+    if ready is None:
+        try:
+            ready = prepared(src.form, dst.form, from_unit, to_unit, None, choice)
+        except PortaKVError:  # the general way says it in its turn
+            return None
+    if ready.picks is not None or ready.plan.unit != unit:
+        return None
+    if type(ready.launch) is StridedLaunch:
+        ready.launch.copy(src_units, dst_units, units)
+        transfer = Transfer((), None, ready.carried)
+    else:
+        indices = _index(src_units, unit), _index(dst_units, unit)
+        move = Move(src, dst, *indices, unit * units)
+        piece = Piece(ready, ready.carried, 0, move, None)
+        transfer = launch(Settled(move, (piece,), None, False), Context(src.device, None, False))
+    increment_version(to_view.versions)
+    step = read.plan_step or written.plan_step
+    return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
+
+
+def _index(side: Units, unit: int) -> Index:
+    """Return the units of one side as an index."""
+    if side.numbers is None:
+        return Index(offset=side.offset)
+    return Index(side.numbers, unit)
 
 
 def _across_link(

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from operator import is_
+
 import torch
 
 from portakv.arguments import shown
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.inside import copied
-from portakv.copy.options import Check, CopyOptions, options_of
+from portakv.copy.options import USUAL, USUAL_VALUES, Check, CopyOptions, merged
 from portakv.copy.request import whole
 from portakv.copy.submit import submit
 from portakv.errors import LayoutError, SlotError
@@ -154,6 +156,18 @@ def copy_blocks(
         dst_index = _after(dst, dst_index, after, "destination")
     move = move_of(src, dst, src_index, dst_index, count)
     return submit(move, options)
+
+
+def options_of(options: CopyOptions | None, *keywords: object) -> CopyOptions:
+    """Return the options of a call that takes ``options`` or all keywords, these in the order of
+    `CopyOptions`; raise as `options_from`."""
+    # Most keywords are the usual objects themselves.
+    if all(map(is_, keywords, USUAL_VALUES)):
+        if options is None:
+            return USUAL
+        if type(options) is CopyOptions:
+            return options
+    return merged(options, keywords)
 
 
 def _copied_blocks(

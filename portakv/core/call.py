@@ -114,14 +114,16 @@ class OpenedView:
         writable: a copy may write it.
         table_on_device: the device alone knows the addresses.
         watch: its memory; None: raw addresses.
+        versions: the tensors whose versions a copy raises that writes the view.
         kept: objects that have the form and the addresses.
 
     Attributes:
         address: for calls of the core.
+        form: the address of the form's words.
         tabled: kernels may read the table.
     """
 
-    __slots__ = ("_kept", "_words", "address", "tabled")
+    __slots__ = ("_kept", "_words", "address", "form", "tabled", "versions")
 
     def __init__(
         self,
@@ -136,9 +138,12 @@ class OpenedView:
         writable: bool,
         table_on_device: bool,
         watch: Watch | None,
+        versions: tuple[torch.Tensor, ...],
         kept: object,
     ) -> None:
+        self.form = form
         self.tabled = table != 0
+        self.versions = versions
         words = array("q", dtypes or [0] * kv)
         ranges = array("q", [address for span in spans for address in span])
         self._kept = words, ranges, watch, kept
@@ -162,13 +167,14 @@ class Calls(NamedTuple):
     """The functions of the core, with the arguments that `portakv_copy_function` of ``core.h``
     lists.
 
-    Each holds the interpreter but for the launch, and returns tokens and bits, or a code. They are
-    functions of Python itself: ctypes would take longer to convert their arguments than the core
-    takes to plan a copy.
+    Each holds the interpreter but for the launch, and returns what ``core.h`` says, or a code.
+    They are functions of Python itself: ctypes would take longer to convert their arguments than
+    the core takes to plan a copy.
     """
 
     copy_chunk: Callable[..., int]
     copy_views: Callable[..., int]
+    check_views: Callable[..., tuple[int, int, int] | int]
 
 
 @cache
@@ -177,4 +183,4 @@ def calls() -> Calls:
     function = pylibrary().portakv_copy_function
     function.argtypes = (ctypes.c_int64,)
     function.restype = ctypes.py_object
-    return Calls(function(0), function(1))
+    return Calls(function(0), function(1), function(2))
