@@ -101,7 +101,8 @@ def test_launches_by_indices(src: Any, dst: Any, cut: bool) -> None:
 
 def check_copy(backend: str, src: Any, dst: Any, cut: bool) -> None:
     """Copy between two drawn sides, all of it or all but one token, and compare every row."""
-    read, written = Side(src[0], 0), Side(dst[0], 10**6)
+    read = Side(src[0], 0)
+    written = Side(dst[0], 10**6)
     passed = []
     named = []
     for _, ids, step, kind, offset in (src, dst):
@@ -134,7 +135,8 @@ def test_the_core_checks_copies_on_a_cpu(
     backend: str, ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = watch_copies_of_views(monkeypatch)
-    src, dst = Side("paged by 4", 0), Side("paged by 4", 999)
+    src = Side("paged by 4", 0)
+    dst = Side("paged by 4", 999)
     there = [*range(len(ids))]
     for _ in range(2):
         copy_blocks(src.view, dst.view, ids, there, backend=backend)
@@ -145,7 +147,8 @@ def test_the_core_checks_copies_on_a_cpu(
 
 
 def test_a_wrong_id_moves_nothing() -> None:
-    src, dst = Side("paged by 4", 0), Side("chunk", 999)
+    src = Side("paged by 4", 0)
+    dst = Side("chunk", 999)
     before = dst.rows()
     with pytest.raises(SlotError, match="got slot 24 at position 1"):
         copy_rows(src.view, dst.view, [1, SLOTS])
@@ -168,7 +171,8 @@ class Late(Pending):
 
 def test_a_launch_may_end_later() -> None:
     made = small_backend("late")
-    src, dst = Side("paged by 4", 0), Side("chunk", 999)
+    src = Side("paged by 4", 0)
+    dst = Side("chunk", 999)
     with registered(late=made):
         copy_rows(src.view, dst.view, [5, 4], backend="late")  # the backend checks itself once
         made.pending = Late()
