@@ -16,6 +16,7 @@
 #include "rows.h"
 #include "tensors.h"
 #include "view.h"
+#include "writable.h"
 
 namespace portakv {
 namespace {
@@ -109,6 +110,12 @@ Ids read_ids(const Asker &ask, Object ids, DlDevice device, Room &room) {
     require(stride == width || length == 1);
   }
   return result;
+}
+
+// Return the length of a list of Python; 0 for another object.
+int64_t list_length(const Python &python, Object ids) {
+  const Owned type(python, python.type(ids));
+  return type.get() == python.list_type ? python.list_size(ids) : 0;
 }
 
 // What a check of both sides' ids found.
@@ -302,63 +309,106 @@ int64_t copy(const portakv_kernels &kernels, const Python &python, const End &sr
   return count << 2 | int64_t{found.guarded} << 1 | int64_t{found.skips};
 }
 
+// The ends of a copy between rows of caches, by slots, and a chunk from its first token on. The
+// members are declared in the order of the arguments.
+class ChunkPair {
+ public:
+  ChunkPair(const Python &python, Arguments &arguments)
+      : caches_(*arguments.pointer<const portakv_copy_view>()),
+        store(arguments.number() != 0),
+        layout_(plain(arguments.pointer<const int64_t>())),
+        chunk_(arguments.object()),
+        ids_(arguments.object()),
+        offset_(arguments.number()),
+        start_(arguments.number()),
+        end_(arguments.number()),
+        reader(python, *static_cast<const PortakvTorch *>(layout_.torch), layout_) {}
+
+  // Read and check the chunk, the slots and the memory. Lists of Python are read into `lists`.
+  void check(Room &lists) {
+    const Asker &ask = reader.ask();
+    check_memory(ask, caches_);
+    reader.read(chunk_);
+    const DlDevice device = reader.device();
+    require(device.type == caches_.device_type && device.id == caches_.device_id);
+    on_host = is_host(device.type);
+    if (store) {
+      check_written(reader);
+    } else {
+      require(caches_.writable != 0);
+    }
+    check_storages(reader);
+
+    const View &view = reader.view();
+    for (size_t i = 0; i < view.entries.size(); i++) {
+      addresses_.push_back(reader.tensors().begins[static_cast<size_t>(view.entries[i])]);
+    }
+    const Form form = read_form(view.form.data());
+    const int64_t *const last = view.form.data() + view.form.size();
+    dense.form = view.form.data();
+    dense.dtypes = last - form.parts.size();
+    dense.spans = view.spans.data();
+    dense.span_count = view.spans.size();
+    dense.rows.addresses = addresses_.data();
+    dense.rows.slots = view.slots;
+
+    slots = read_ids(ask, ids_, device, lists);
+    const int64_t length = slots.list.length - offset_;
+    const int64_t past = end_ == PORTAKV_COPY_TO_THE_END ? length : end_;
+    require(0 <= start_ && start_ < past && past <= length);
+    count = past - start_;
+    // Without an end, the slots fill the chunk, whose last block may be filled in part.
+    const int64_t spare = view.slots - count;
+    require(spare >= 0);
+    require(end_ != PORTAKV_COPY_TO_THE_END || spare < std::max<int64_t>(1, form.block_size));
+
+    paged = end_of(caches_);
+    portakv::check(slots, 1, offset_ + start_, count, !store, paged, found);
+  }
+
+  const End &from() const { return store ? paged : dense; }
+  const End &to() const { return store ? dense : paged; }
+  // Return the ids that a list of Python has.
+  int64_t listed() const { return list_length(reader.ask().python, ids_); }
+
+ private:
+  static const int64_t *plain(const int64_t *words) {
+    const Bound layout(words);
+    require(layout.torch != nullptr && !layout.packed);
+    return words;
+  }
+
+  const portakv_copy_view &caches_;
+
+ public:
+  const bool store;
+
+ private:
+  const Bound layout_;
+  const Object chunk_;
+  const Object ids_;
+  const int64_t offset_;
+  const int64_t start_;
+  const int64_t end_;
+  Few<int64_t, 40> addresses_;
+
+ public:
+  TensorReader reader;
+  int64_t count = 0;
+  bool on_host = false;
+  Ids slots = {};
+  End dense = {};
+  End paged = {};
+  Found found;
+};
+
 int64_t copy_chunk(const Python &python, Arguments arguments) {
   const auto &kernels = *arguments.pointer<const portakv_kernels>();
-  const auto &caches = *arguments.pointer<const portakv_copy_view>();
-  const bool store = arguments.number() != 0;
-  const Bound layout(arguments.pointer<const int64_t>());
-  const Object chunk = arguments.object();
-  const Object ids = arguments.object();
-  const int64_t offset = arguments.number();
-  const int64_t start = arguments.number();
-  const int64_t end = arguments.number();
+  ChunkPair pair(python, arguments);
   Means means(arguments);
-
-  require(layout.torch != nullptr && !layout.packed);
-  const PortakvTorch &torch = *static_cast<const PortakvTorch *>(layout.torch);
-  check_memory(Asker(python, torch), caches);
-  TensorReader reader(python, torch, layout);
-  reader.read(chunk);
-  const DlDevice device = reader.device();
-  require(device.type == caches.device_type && device.id == caches.device_id);
-  if (store) {
-    check_written(reader);
-  } else {
-    require(caches.writable != 0);
-  }
-  check_storages(reader);
-
-  const View &view = reader.view();
-  Few<int64_t, 40> addresses;
-  for (size_t i = 0; i < view.entries.size(); i++) {
-    addresses.push_back(reader.tensors().begins[static_cast<size_t>(view.entries[i])]);
-  }
-  const Form form = read_form(view.form.data());
-  const size_t kv = form.parts.size();
-  const int64_t *const last = view.form.data() + view.form.size();
-  End dense{};
-  dense.form = view.form.data();
-  dense.dtypes = last - kv;
-  dense.spans = view.spans.data();
-  dense.span_count = view.spans.size();
-  dense.rows.addresses = addresses.data();
-  dense.rows.slots = view.slots;
-
-  Ids slots = read_ids(reader.ask(), ids, device, means.lists);
-  const int64_t length = slots.list.length - offset;
-  const int64_t past = end == PORTAKV_COPY_TO_THE_END ? length : end;
-  require(0 <= start && start < past && past <= length);
-  const int64_t count = past - start;
-  // Without an end, the slots fill the chunk, whose last block may be filled in part.
-  const int64_t spare = view.slots - count;
-  require(spare >= 0);
-  require(end != PORTAKV_COPY_TO_THE_END || spare < std::max<int64_t>(1, form.block_size));
-
-  End paged = end_of(caches);
-  Found found;
-  check(slots, 1, offset + start, count, !store, paged, found);
-  place(slots, is_host(device.type), means.lists, paged);
-  return copy(kernels, python, store ? paged : dense, store ? dense : paged, count, found, means);
+  pair.check(means.lists);
+  place(pair.slots, pair.on_host, means.lists, pair.paged);
+  return copy(kernels, python, pair.from(), pair.to(), pair.count, pair.found, means);
 }
 
 // The ends of a copy between two views, with the ids of each as a caller passes them. The members
@@ -411,15 +461,11 @@ class Pair {
   }
 
   // Return the most ids that lists of Python have.
-  int64_t listed() const { return length(src_ids_) + length(dst_ids_); }
-
- private:
-  int64_t length(Object ids) const {
-    const Python &python = ask_.python;
-    const Owned type(python, python.type(ids));
-    return type.get() == python.list_type ? python.list_size(ids) : 0;
+  int64_t listed() const {
+    return list_length(ask_.python, src_ids_) + list_length(ask_.python, dst_ids_);
   }
 
+ private:
   const Asker ask_;
   const portakv_copy_view &src_;
   const portakv_copy_view &dst_;
@@ -484,53 +530,105 @@ auto with_units(const Ids &ids, const End &end, int64_t unit, Function function)
   });
 }
 
-Object check_views(const Python &python, Arguments arguments) {
-  Pair pair(python, arguments);
-  int64_t *const out = arguments.pointer<int64_t>();
-  const int64_t room = arguments.number();
-  Few<int64_t, 256> lists;
-  lists.resize(static_cast<size_t>(pair.listed()));
-  Room memory(lists.data(), static_cast<int64_t>(lists.size()));
-  pair.check(memory);
-  require(!pair.found.guarded);
-  const int64_t unit = plan_of(pair.from, pair.to, pair.count).unit;
-  const int64_t units = pair.count / unit;
-  require(units <= room);
+// Memory for the numbers of the units of the source, then of the destination.
+struct Numbers {
+  int64_t *first;
+  int64_t room;  // of each side
 
-  int64_t left = units;
-  if (pair.found.skips) {
-    left = with_units(pair.read, pair.from, unit, [&](const auto &from) {
-      return with_units(pair.written, pair.to, unit, [&](const auto &to) {
-        int64_t kept = 0;
-        for (int64_t at = 0; at < units; at++) {
-          const int64_t read = from[at];
-          const int64_t written = to[at];
-          if (read < 0 || written < 0) continue;
-          out[kept] = read;
-          out[room + kept] = written;
-          kept++;
-        }
-        return kept;
-      });
-    });
-    require(left > 0);
-  } else {
-    const auto write = [&](const Ids &ids, const End &end, int64_t *first) {
+  explicit Numbers(Arguments &arguments)
+      : first(arguments.pointer<int64_t>()), room(arguments.number()) {}
+};
+
+// Write the numbers of the units of a copy, and return how many are left without those that
+// negative ids skip. The numbers of an end without ids are written only if units are skipped.
+int64_t write_units(const Ids &read, const Ids &written, const End &src, const End &dst,
+                    int64_t units, int64_t unit, bool skips, const Numbers &numbers) {
+  require(units <= numbers.room);
+  int64_t *const from = numbers.first;
+  int64_t *const to = numbers.first + numbers.room;
+  if (!skips) {
+    const auto write = [&](const Ids &ids, const End &end, int64_t *out) {
       if (ids.list.data == nullptr) return;
       with_units(ids, end, unit, [&](const auto &each) {
-        for (int64_t at = 0; at < units; at++) first[at] = each[at];
+        for (int64_t at = 0; at < units; at++) out[at] = each[at];
       });
     };
-    write(pair.read, pair.from, out);
-    write(pair.written, pair.to, out + room);
+    write(read, src, from);
+    write(written, dst, to);
+    return units;
+  }
+  return with_units(read, src, unit, [&](const auto &sources) {
+    return with_units(written, dst, unit, [&](const auto &targets) {
+      int64_t left = 0;
+      for (int64_t at = 0; at < units; at++) {
+        const int64_t source = sources[at];
+        const int64_t target = targets[at];
+        if (source < 0 || target < 0) continue;
+        from[left] = source;
+        to[left] = target;
+        left++;
+      }
+      return left;
+    });
+  });
+}
+
+// The ids of lists of Python, in memory of one call.
+class Lists {
+ public:
+  explicit Lists(int64_t count) {
+    ids_.resize(static_cast<size_t>(count));
+    room = Room(ids_.data(), count);
   }
 
-  const int64_t numbers[] = {pair.count, unit, left};
-  Owned result(python, Asker::raised(python.new_tuple(3)));
+ private:
+  Few<int64_t, 256> ids_;
+
+ public:
+  Room room{nullptr, 0};
+};
+
+// Plan a checked copy of ids on the host, write its units, and return what core.h says.
+Object units_of(const Python &python, const Ids &read, const Ids &written, const End &src,
+                const End &dst, int64_t count, const Found &found, const Numbers &numbers,
+                Object chunk) {
+  require(!found.guarded);
+  const int64_t unit = plan_of(src, dst, count).unit;
+  const int64_t left =
+      write_units(read, written, src, dst, count / unit, unit, found.skips, numbers);
+  require(left > 0);
+  Owned described(python, chunk);
+  const int64_t results[] = {count, unit, left};
+  Owned result(python, Asker::raised(python.new_tuple(chunk ? 4 : 3)));
   for (ptrdiff_t i = 0; i < 3; i++) {
-    python.set_tuple_item(result.get(), i, Asker::raised(python.new_integer(numbers[i])));
+    python.set_tuple_item(result.get(), i, Asker::raised(python.new_integer(results[i])));
   }
+  if (chunk) python.set_tuple_item(result.get(), 3, described.hand_over());
   return result.hand_over();
+}
+
+Object check_views(const Python &python, Arguments arguments) {
+  Pair pair(python, arguments);
+  const Numbers numbers(arguments);
+  Lists lists(pair.listed());
+  pair.check(lists.room);
+  return units_of(python, pair.read, pair.written, pair.from, pair.to, pair.count, pair.found,
+                  numbers, nullptr);
+}
+
+Object check_chunk(const Python &python, Arguments arguments) {
+  ChunkPair pair(python, arguments);
+  const Numbers numbers(arguments);
+  Lists lists(pair.listed());
+  pair.check(lists.room);
+  if (pair.store) {
+    for (const Span &span : pair.reader.view().spans) require(writable(span.first, span.past));
+  }
+  const Ids none{};
+  const Ids &read = pair.store ? pair.slots : none;
+  const Ids &written = pair.store ? none : pair.slots;
+  return units_of(python, read, written, pair.from(), pair.to(), pair.count, pair.found, numbers,
+                  pair.reader.answer());
 }
 
 Object answer(const Python &python, int64_t result) { return python.new_integer(result); }
@@ -555,6 +653,7 @@ const PythonFunction kFunctions[] = {
     {"copy_chunk", called<copy_chunk, 13>, kFastCall, nullptr},
     {"copy_views", called<copy_views, 15>, kFastCall, nullptr},
     {"check_views", called<check_views, 12>, kFastCall, nullptr},
+    {"check_chunk", called<check_chunk, 10>, kFastCall, nullptr},
 };
 
 }  // namespace

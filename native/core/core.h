@@ -481,13 +481,20 @@ typedef struct portakv_copy_view {
 // The function returns the tokens times 4, plus 2 if `status` may be written, plus 1 if ids of the
 // host skip positions; or a code.
 //
-// 2: check a copy between two views that is made otherwise, with ids on the host alone.
-//   torch .. count  as of 1
+// 2, 3: check a copy as of 1 and of 0 that is made otherwise, on the host or by ids on the host.
+//   torch .. count, or caches .. end
 //   units, room     memory for the numbers of the units of the source, then of the destination, with
 //                   room for so many of each
-// The function returns a tuple: tokens, tokens of a unit, and units without those that negative ids
-// skip; or a code. The numbers of a side without ids are written only if units are skipped.
+// The function returns a tuple: tokens, tokens of a unit, units without those that negative ids skip,
+// and of 3 what `portakv_view_read_tensors` returns of the chunk; or a code. The numbers of a side
+// without ids are written only if units are skipped.
 PORTAKV_API void *portakv_copy_function(int64_t number);
+
+// Return 0 if a write of the first or the last byte of a range of host memory would fail. It is then
+// mapped for reading only, or not at all, or is a page of a file that is shorter than its mapping.
+// The kernel answers, and no byte changes. Return 1 where the call is unknown: on other systems than
+// Linux, and under a filter of system calls.
+PORTAKV_API int portakv_writable(int64_t first, int64_t past);
 
 // --- Checksums --------------------------------------------------------------------------------
 //

@@ -8,13 +8,13 @@ loop over tokens. Ids must be clean: neither negative nor past the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, groupby, product
 from math import gcd, prod
 from operator import itemgetter, mul
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -73,6 +73,27 @@ class Ops(NamedTuple):
     nested: bool = False
 
 
+class Rows(Protocol):
+    """The rows of one side, such as a view. `KVView` documents each."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def raw(self) -> bool: ...
+    @property
+    def derived(self) -> dict[Hashable, Any]: ...
+    def strided(
+        self,
+        entry: int,
+        offset: int,
+        dtype: torch.dtype,
+        size: Sequence[int],
+        stride: Sequence[int],
+    ) -> torch.Tensor: ...
+
+
 class Units(NamedTuple):
     """The units of one side of a copy.
 
@@ -82,7 +103,7 @@ class Units(NamedTuple):
         offset: tokens before the first of consecutive units.
     """
 
-    view: KVView
+    view: Rows
     numbers: torch.Tensor | None
     offset: int
 
@@ -205,6 +226,16 @@ class _Grid(NamedTuple):
     each: int
     near: int
 
+    def dimensions(self, width: int) -> tuple[int, list[int], list[int]]:
+        """Return the bytes before the first plane, and the extents and strides of the dimensions
+        that count planes, in elements of a width."""
+        extents = [self.each, self.rows]
+        strides = [self.near // width, self.far // width]
+        if self.each == 1:
+            extents = extents[1:] if self.rows > 1 else []
+            strides = strides[1:] if self.rows > 1 else []
+        return self.first, extents, strides
+
 
 def _grids(moves: list[int]) -> list[_Grid]:
     """Return distances of planes as one grid; if they form none, each plane as a separate grid."""
@@ -307,9 +338,10 @@ class _Rows:
         tables = [getattr(x, f"{name}_table") for x in outer]
         strides = [getattr(x, f"{name}_stride") for x in outer]
         moves = [(sum(map(mul, at, tables)), sum(map(mul, at, strides))) for at in places]
-        #: For each entry of the table in turn, the distances of its planes from the address.
+        #: For each entry of the table in turn the grids of its planes: the bytes before the first
+        #: plane, and the extents and strides, in elements, of the dimensions that count planes.
         self._planes = [
-            (table, _grids([move for _, move in group]))
+            (table, [grid.dimensions(width) for grid in _grids([move for _, move in group])])
             for table, group in groupby(moves, itemgetter(0))
         ]
 
@@ -354,7 +386,7 @@ class _Rows:
         return begin * first.stride, sizes
 
     def tensors(
-        self, view: KVView, entry: int, start: int, numbers: _Picked, at: slice | torch.Tensor
+        self, view: Rows, entry: int, start: int, numbers: _Picked, at: slice | torch.Tensor
     ) -> tuple[_Tensors, _Picked]:
         """Return for each plane the tensor over rows of an entry, and the rows of the units ``at``
         (None: all)."""
@@ -376,7 +408,7 @@ class _Rows:
             known = view.derived[key] = _unbound(self._whole(view, entry))
         return known, self._walked(numbers) if self._shape.walk else numbers
 
-    def _whole(self, view: KVView, entry: int) -> list[_Grids]:
+    def _whole(self, view: Rows, entry: int) -> list[_Grids]:
         """Return tensors over all rows of an entry, which the view keeps."""
         key = (self, entry, _WHOLE)
         known: list[_Grids] | None = view.derived.get(key)
@@ -388,7 +420,7 @@ class _Rows:
         return known
 
     def _consecutive(
-        self, view: KVView, entry: int, start: int, at: slice | torch.Tensor
+        self, view: Rows, entry: int, start: int, at: slice | torch.Tensor
     ) -> tuple[_Tensors, _Picked]:
         """Return the tensors and rows of units that follow each other from byte ``start`` on."""
         if isinstance(at, slice):
@@ -402,7 +434,7 @@ class _Rows:
         at = at.to(view.device)
         return self.over(view, entry, start, [(rows, self._near)]), self._walked(at)
 
-    def _part(self, view: KVView, entry: int, start: int, rows: int) -> _Tensors:
+    def _part(self, view: Rows, entry: int, start: int, rows: int) -> _Tensors:
         """Return the tensors over so many rows that follow each other from byte ``start`` on."""
         whole: list[_Grids] | None = None
         if self._near == self._shape.grain and start % self._near == 0:
@@ -423,7 +455,7 @@ class _Rows:
         return rows
 
     def over(
-        self, view: KVView, entry: int, start: int, loops: Sequence[tuple[int, int]]
+        self, view: Rows, entry: int, start: int, loops: Sequence[tuple[int, int]]
     ) -> _Tensors:
         """Return for each plane the tensor over rows from byte ``start`` on.
 
@@ -432,30 +464,23 @@ class _Rows:
         return _unbound(self._over(view, entry, start, loops))
 
     def _over(
-        self, view: KVView, entry: int, start: int, loops: Sequence[tuple[int, int]]
+        self, view: Rows, entry: int, start: int, loops: Sequence[tuple[int, int]]
     ) -> list[_Grids]:
         """Return the same as one tensor for each grid."""
-        size = [*(extent for extent, _ in loops), *self._shape.size]
-        stride = [*(pitch // self._width for _, pitch in loops), *self._shape.stride]
+        size = [*[extent for extent, _ in loops], *self._shape.size]
+        stride = [*[pitch // self._width for _, pitch in loops], *self._shape.stride]
         entry = self._side.table + entry
         start = self._side.offset + start
         made = []
         for table, grids in self._planes:
-            for grid in grids:
-                lead = [
-                    (grid.each, grid.near // self._width),
-                    (grid.rows, grid.far // self._width),
-                ]
-                if grid.each == 1:
-                    lead = lead[1:] if grid.rows > 1 else []
-                sizes = [*(extent for extent, _ in lead), *size]
-                strides = [*(pitch for _, pitch in lead), *stride]
-                first = start + grid.first
-                tensor = view.strided(entry + table, first, self._dtype, sizes, strides)
-                made.append((tensor, len(lead)))
+            for first, sizes, strides in grids:
+                sizes = [*sizes, *size]
+                strides = [*strides, *stride]
+                tensor = view.strided(entry + table, start + first, self._dtype, sizes, strides)
+                made.append((tensor, len(sizes) - len(size)))
         return made
 
-    def _rows_of(self, view: KVView) -> int:
+    def _rows_of(self, view: Rows) -> int:
         """Return the number of rows of a view in one entry."""
         first, *bounded = self._side.units
         blocks = view.slots // self._unit // prod(step.extent for step in bounded)

@@ -8,11 +8,12 @@ goes the general way of `copy`, which makes the copy or words the error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.autograd.graph import increment_version
 
@@ -37,7 +38,7 @@ from portakv.runtime.streams import completion
 from portakv.runtime.transfer import Owner, Transfer
 from portakv.view.bound import BoundLayout
 from portakv.view.destination import check_writable, note_written, with_versions
-from portakv.view.form import plain_reader
+from portakv.view.form import Form, form_of, plain_reader
 from portakv.view.index import PAST_ANY_VIEW, Ids, Index, as_ids, index_of
 from portakv.view.view import KVView
 
@@ -119,9 +120,10 @@ class ChunkCopies:
         self._cache = cache
         self._owner = owner
         self._bound = bound
-        self._kernels = None if plain_reader() is None else choice.backend.row_kernels
-        self._caches = open_view(cache, memory) if self._kernels is not None else None
-        self._copy = None if self._kernels is None else calls().copy_chunk
+        self._choice = choice
+        self._kernels = choice.backend.row_kernels
+        usable = self._kernels is not None or cache.device.type == "cpu"
+        self._caches = open_view(cache, memory) if usable and plain_reader() is not None else None
 
     def transfer(
         self, store: bool, memory_obj: object, slot_mapping: object, start: object, end: object
@@ -131,15 +133,12 @@ class ChunkCopies:
         Raises:
             TransferError: the driver's error.
         """
-        own = self._kernels
         ids, step, offset, on_host, number = _side(slot_mapping, 1)
         chunk = memory_obj
         if type(chunk) is not torch.Tensor:
             chunk = getattr(memory_obj, "tensor", None)
         if (
-            own is None
-            or self._copy is None
-            or self._caches is None
+            self._caches is None
             or type(chunk) is not torch.Tensor
             or type(start) is not int
             or step != 1
@@ -153,10 +152,15 @@ class ChunkCopies:
         else:
             return None
         bound = self._bound(chunk.itemsize)
-        used = number if end is None or type(ids) is list else past - start
-        if bound is None or (on_host and used > _LISTED):
+        if bound is None:
             return None
-        copy = self._copy
+        own = self._kernels
+        if own is None:
+            return self._launched(store, bound, number, chunk, ids, offset, start, past)
+        used = number if end is None or type(ids) is list else past - start
+        if on_host and used > _LISTED:
+            return None
+        copy = calls().copy_chunk
         kernels = own.address
         caches = self._caches.address
         tabled = self._caches.tabled
@@ -183,6 +187,40 @@ class ChunkCopies:
             if len(counts.new) >= TOGETHER:
                 counts.sum_up()
         return own.end(launched, (chunk, ids, self._cache), ids, self._owner)
+
+    def _launched(
+        self, store: bool, bound: BoundLayout, most: int, chunk: torch.Tensor, *slots: object
+    ) -> Transfer | None:
+        """Make a copy on the host by the launch of a backend, as `_launched` does.
+
+        Args:
+            most: tokens at least as many as it copies.
+            slots: ids, the ids that are passed over, and the first and the last of the others.
+        """
+        assert self._caches is not None
+        numbers = np.empty((2, most), dtype=np.int64)
+        room = torch.from_numpy(numbers).data_ptr(), most
+        checked = calls().check_chunk(
+            self._caches.address, store, bound.address, chunk, *slots, *room
+        )
+        if isinstance(checked, int):
+            return None
+        tokens, unit, units, described = checked
+        rows = ChunkRows(bound, chunk, described)
+        cache = self._cache
+        source = _UnitsOf(cache if store else rows, store, 0)
+        target = _UnitsOf(rows if store else cache, not store, 0)
+        transfer = _by_units(self._choice, source, target, numbers, tokens, unit, units)
+        if transfer is None:
+            return None
+        increment_version(chunk if store else self._caches.versions)
+        counts = Counted.counts
+        if counts is not None:
+            place = source.rows.form.place
+            counts.new.append((transfer.carried[0], place, target.rows.form, tokens))
+            if len(counts.new) >= TOGETHER:
+                counts.sum_up()
+        return transfer
 
 
 def copied(
@@ -394,43 +432,125 @@ def _launched(
     if isinstance(checked, int):
         return None
     tokens, unit, units = checked
-    skipped = tokens - unit * units
-    src_units = Units(src, None, from_offset)
-    dst_units = Units(dst, None, to_offset)
-    from_unit = to_unit = 0  # tokens of an id
-    if numbers is not None:
-        if from_ids is not None or skipped:
-            src_units = Units(src, torch.from_numpy(numbers[0][:units]), 0)
-            from_unit = unit
-        if to_ids is not None or skipped:
-            dst_units = Units(dst, torch.from_numpy(numbers[1][:units]), 0)
-            to_unit = unit
-    ready = PREPARED.get((from_view.form, to_view.form, from_unit, to_unit, None, choice))
+    source = _UnitsOf(src, from_ids is not None, from_offset)
+    target = _UnitsOf(dst, to_ids is not None, to_offset)
+    transfer = _by_units(choice, source, target, numbers, tokens, unit, units)
+    if transfer is None:
+        return None
+    increment_version(to_view.versions)
+    step = read.plan_step or written.plan_step
+    return BlockTransfer.of_views(transfer, src, dst, step, tokens, tokens - unit * units, began)
+
+
+class ChunkRows:
+    """The rows of a chunk on the host during one call, as launches of `StridedLaunch` use a view.
+
+    Args:
+        bound: the layout of the chunk.
+        tensor: the chunk.
+        described: what the core read of it.
+    """
+
+    raw = True  # nothing is made of it that later calls use
+
+    def __init__(
+        self, bound: BoundLayout, tensor: torch.Tensor, described: tuple[Any, ...]
+    ) -> None:
+        form, self._addresses, _, _, self.slots, _ = described
+        self.form: Form = form_of(form) if isinstance(form, bytes) else form
+        self.device = tensor.device
+        self.derived: dict[Hashable, Any] = {}
+        self._bound = bound
+        self._tensor = tensor
+        self._storage = tensor.untyped_storage()
+
+    def view(self) -> KVView:
+        """Return the chunk as a view."""
+        return KVView.through(self._bound, self._tensor)
+
+    def strided(
+        self,
+        entry: int,
+        offset: int,
+        dtype: torch.dtype,
+        size: Sequence[int],
+        stride: Sequence[int],
+    ) -> torch.Tensor:
+        """Return a tensor as `KVView.strided`, inside the storage, which the core has looked at."""
+        start = self._addresses[entry] + offset - self._storage.data_ptr()
+        empty = torch.empty(0, dtype=dtype, device=self.device)
+        return empty.set_(self._storage, start // dtype.itemsize, size, stride)
+
+
+class _UnitsOf(NamedTuple):
+    """One side of a copy that the core has checked.
+
+    Attributes:
+        rows: of the side.
+        listed: it has ids.
+        offset: tokens before the first of consecutive tokens.
+    """
+
+    rows: KVView | ChunkRows
+    listed: bool
+    offset: int
+
+    def units(self, numbers: npt.NDArray[np.int64] | None) -> Units:
+        """Return the units; ``numbers`` are those of a side with ids."""
+        if numbers is None:
+            return Units(self.rows, None, self.offset)
+        return Units(self.rows, torch.from_numpy(numbers), 0)
+
+    def as_index(self, units: Units, unit: int) -> tuple[KVView, Index]:
+        """Return the rows as a view, and the units as an index."""
+        view = self.rows.view() if isinstance(self.rows, ChunkRows) else self.rows
+        if units.numbers is None:
+            return view, Index(offset=units.offset)
+        return view, Index(units.numbers, unit)
+
+
+def _by_units(
+    choice: Choice,
+    src: _UnitsOf,
+    dst: _UnitsOf,
+    numbers: npt.NDArray[np.int64] | None,
+    tokens: int,
+    unit: int,
+    units: int,
+) -> Transfer | None:
+    """Launch a copy on the host that the core has checked; None: no backend takes its plan.
+
+    Args:
+        numbers: of the units of both sides; None: neither has ids.
+        tokens: with those that negative ids skip.
+        unit: tokens of a unit.
+        units: without those that negative ids skip.
+    """
+    skips = tokens > unit * units  # then both sides are listed
+    read = None if numbers is None or not (src.listed or skips) else numbers[0, :units]
+    written = None if numbers is None or not (dst.listed or skips) else numbers[1, :units]
+    from_step = 0 if read is None else unit
+    to_step = 0 if written is None else unit
+    from_form = src.rows.form
+    to_form = dst.rows.form
+    ready = PREPARED.get((from_form.address, to_form.address, from_step, to_step, None, choice))
     if ready is None:
         try:
-            ready = prepared(src.form, dst.form, from_unit, to_unit, None, choice)
+            ready = prepared(from_form, to_form, from_step, to_step, None, choice)
         except PortaKVError:  # the general way says it in its turn
             return None
     if ready.picks is not None or ready.plan.unit != unit:
         return None
+    source = src.units(read)
+    target = dst.units(written)
     if type(ready.launch) is StridedLaunch:
-        ready.launch.copy(src_units, dst_units, units)
-        transfer = Transfer((), None, ready.carried)
-    else:
-        indices = _index(src_units, unit), _index(dst_units, unit)
-        move = Move(src, dst, *indices, unit * units)
-        piece = Piece(ready, ready.carried, 0, move, None)
-        transfer = launch(Settled(move, (piece,), None, False), Context(src.device, None, False))
-    increment_version(to_view.versions)
-    step = read.plan_step or written.plan_step
-    return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
-
-
-def _index(side: Units, unit: int) -> Index:
-    """Return the units of one side as an index."""
-    if side.numbers is None:
-        return Index(offset=side.offset)
-    return Index(side.numbers, unit)
+        ready.launch.copy(source, target, units)
+        return Transfer((), None, ready.carried)
+    src_view, src_index = src.as_index(source, unit)
+    dst_view, dst_index = dst.as_index(target, unit)
+    move = Move(src_view, dst_view, src_index, dst_index, unit * units)
+    piece = Piece(ready, ready.carried, 0, move, None)
+    return launch(Settled(move, (piece,), None, False), Context(dst_view.device, None, False))
 
 
 def _across_link(

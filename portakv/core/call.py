@@ -11,7 +11,7 @@ import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -119,11 +119,10 @@ class OpenedView:
 
     Attributes:
         address: for calls of the core.
-        form: the address of the form's words.
         tabled: kernels may read the table.
     """
 
-    __slots__ = ("_kept", "_words", "address", "form", "tabled", "versions")
+    __slots__ = ("_kept", "_words", "address", "tabled", "versions")
 
     def __init__(
         self,
@@ -141,7 +140,6 @@ class OpenedView:
         versions: tuple[torch.Tensor, ...],
         kept: object,
     ) -> None:
-        self.form = form
         self.tabled = table != 0
         self.versions = versions
         words = array("q", dtypes or [0] * kv)
@@ -175,6 +173,7 @@ class Calls(NamedTuple):
     copy_chunk: Callable[..., int]
     copy_views: Callable[..., int]
     check_views: Callable[..., tuple[int, int, int] | int]
+    check_chunk: Callable[..., tuple[int, int, int, tuple[Any, ...]] | int]
 
 
 @cache
@@ -183,4 +182,4 @@ def calls() -> Calls:
     function = pylibrary().portakv_copy_function
     function.argtypes = (ctypes.c_int64,)
     function.restype = ctypes.py_object
-    return Calls(function(0), function(1), function(2))
+    return Calls(*map(function, range(4)))
