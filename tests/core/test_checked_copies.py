@@ -13,9 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.command_line import registered
 from support.small_backends import small_backend
-from support.whole_copies import watch_copies_of_views
+from support.whole_copies import watch_copies_of_views, watch_whole_copies
 
-from portakv import Index, KVView, SlotError, TransferError, copy_blocks, copy_rows
+from portakv import (
+    AdaptiveConnector,
+    Index,
+    KVView,
+    SlotError,
+    TransferError,
+    copy_blocks,
+    copy_rows,
+)
 from portakv.runtime.transfer import Pending
 
 LAYERS = 3
@@ -127,6 +135,82 @@ def check_copy(backend: str, src: Any, dst: Any, cut: bool) -> None:
     moved_bytes = len(moved) * LAYERS * ROW * 4
     assert transfer.statistics.nbytes == moved_bytes
     assert transfer.carried[0] == (backend if moved else "none")
+
+
+@given(
+    order=st.permutations(range(SLOTS)),
+    skipped=st.sets(st.integers(0, SLOTS - 1), max_size=3),
+    kind=st.sampled_from(["list", "int64", "int32", "apart", "index"]),
+    ends=st.lists(st.integers(0, SLOTS), min_size=2, max_size=2, unique=True),
+    chunk_layout=st.sampled_from(["layer token dim", "token layer dim"]),
+    to_the_end=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_chunks_by_units(
+    order: list[int],
+    skipped: set[int],
+    kind: str,
+    ends: list[int],
+    chunk_layout: str,
+    to_the_end: bool,
+) -> None:
+    check_chunk("reference", order, skipped, kind, ends, chunk_layout, to_the_end)
+
+
+@pytest.mark.parametrize("skipped", [set(), {2, 5}])
+def test_chunks_by_indices(skipped: set[int]) -> None:
+    check_chunk(BY_INDEX, [*range(SLOTS)], skipped, "list", [2, 9], "token layer dim", False)
+
+
+def check_chunk(
+    backend: str,
+    order: list[int],
+    skipped: set[int],
+    kind: str,
+    ends: list[int],
+    chunk_layout: str,
+    to_the_end: bool,
+) -> None:
+    """Store slots into a chunk and load them into other caches, and compare every row."""
+    ids = [-3 if place in skipped else slot for place, slot in enumerate(order)]
+    start, end = sorted(ends)
+    if to_the_end:
+        end = SLOTS
+    here = ids[start:end]
+    shape = {"token": end - start, "layer": LAYERS, "dim": ROW}
+    chunk = torch.full([shape[axis] for axis in chunk_layout.split()], -9, dtype=torch.int32)
+    rows = chunk if chunk_layout.startswith("layer") else chunk.transpose(0, 1)
+    loaded = Side("paged by 4", 10**6)
+    stored = Side("paged by 4", 0)
+    moved = [(place, slot) for place, slot in enumerate(here) if slot >= 0]
+    places = [place for place, _ in moved]
+    slots = [slot for _, slot in moved]
+    passed = as_passed(kind, ids, 1, 0)
+    last = None if to_the_end else end
+    with pytest.MonkeyPatch.context() as patched:
+        watched = watch_whole_copies(patched)
+        for _ in range(2):
+            into = connector_of(loaded, backend, chunk_layout)
+            outof = connector_of(stored, backend, chunk_layout)
+            expected = rows.clone()
+            expected[:, places] = stored.rows()[:, slots]
+            outof.from_gpu(chunk, None, passed, start, last).synchronize()
+            outof.from_gpu(chunk, None, passed, start, last).synchronize()
+            assert torch.equal(rows, expected)
+            expected = loaded.rows()
+            expected[:, slots] = rows[:, places]
+            into.to_gpu(chunk, None, passed, start, last).synchronize()
+            into.to_gpu(chunk, None, passed, start, last).synchronize()
+            assert torch.equal(loaded.rows(), expected)
+    # A connector's first call reads the layout of chunks.
+    assert watched == [False, bool(moved)] * 4
+
+
+def connector_of(caches: Side, backend: str, chunk_layout: str) -> AdaptiveConnector:
+    layout = SHAPES["paged by 4"][0]
+    connector = AdaptiveConnector("cpu", backend, layout, chunk_layout)
+    connector.register_kv_caches(caches.tensors)
+    return connector
 
 
 @pytest.mark.parametrize("backend", ["reference", BY_INDEX])

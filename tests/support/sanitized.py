@@ -119,6 +119,7 @@ def draws(seed: int) -> list[Callable[[], object]]:
         hypothesis.seed(seed)(test_ids.test_long_lists_dense_and_far_apart),
         hypothesis.seed(seed)(test_runs.test_pieces_are_the_copy),
         hypothesis.seed(seed)(test_checked_copies.test_launches_by_units),
+        hypothesis.seed(seed)(test_checked_copies.test_chunks_by_units),
         hypothesis.seed(seed)(test_submission.test_every_byte_in_every_order),
     ]
 
