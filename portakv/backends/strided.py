@@ -77,6 +77,8 @@ class Rows(Protocol):
     """The rows of one side, such as a view. `KVView` documents each."""
 
     @property
+    def form(self) -> Form: ...
+    @property
     def device(self) -> torch.device: ...
     @property
     def slots(self) -> int: ...
@@ -98,12 +100,12 @@ class Units(NamedTuple):
     """The units of one side of a copy.
 
     Attributes:
-        view: the rows.
+        rows: a view, or the rows of a chunk.
         numbers: the number of each unit, int64 on the device of the view; None: consecutive units.
         offset: tokens before the first of consecutive units.
     """
 
-    view: Rows
+    rows: Rows
     numbers: torch.Tensor | None
     offset: int
 
@@ -154,8 +156,8 @@ class StridedCopy:
         to_start, to_number, to_entries = self._dst.find(dst, units)
         for (entry, to_entry), at in _by_entry(entries, to_entries, units):
             yield (
-                *self._src.tensors(src.view, entry, start, number, at),
-                *self._dst.tensors(dst.view, to_entry, to_start, to_number, at),
+                *self._src.tensors(src.rows, entry, start, number, at),
+                *self._dst.tensors(dst.rows, to_entry, to_start, to_number, at),
             )
 
     def _nested(self, src: Units, dst: Units, units: int) -> _Planes | None:
@@ -170,10 +172,10 @@ class StridedCopy:
         if loops is None:
             return None
         start, number, _ = rows.find(listed, units)
-        indexed_planes, picked = rows.tensors(listed.view, 0, start, number, slice(0, units))
+        indexed_planes, picked = rows.tensors(listed.rows, 0, start, number, slice(0, units))
         assert picked is not None  # this side has ids, and its device does not inspect them
         picked = picked.view([extent for extent, _ in loops[1]])
-        loop_planes = other.over(even.view, 0, *loops)
+        loop_planes = other.over(even.rows, 0, *loops)
         return (
             (indexed_planes, picked, loop_planes, None)
             if gather
@@ -363,13 +365,13 @@ class _Rows:
             if self._flat:
                 return first * self._pitch + rest * (self._pitch // self._unit), None, None
             # The host locates the entries of consecutive units without a device.
-            place = _HOST if self._side.tabled else side.view.device
+            place = _HOST if self._side.tabled else side.rows.device
             numbers = torch.arange(first, first + units, dtype=torch.int64, device=place)
         elif self._flat:
             factor = self._pitch // self._shape.grain
             return 0, numbers if factor == 1 else numbers * factor, None
         entries, numbers = self._side.locate(numbers, self._shape.grain)
-        return 0, numbers.to(side.view.device), entries
+        return 0, numbers.to(side.rows.device), entries
 
     def loops(self, offset: int, units: int) -> tuple[int, list[tuple[int, int]]] | None:
         """Return so many consecutive units from token ``offset`` on, as loops.

@@ -13,13 +13,12 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.autograd.graph import increment_version
 
 from portakv.backends.row_kernels import Launched, RowKernels
 from portakv.backends.rows_kernel import MAX_ENTRIES
-from portakv.backends.strided import StridedLaunch, Units
+from portakv.backends.strided import Rows, StridedLaunch, Units
 from portakv.copy.call import Context, Piece, Settled, launch, memory_of_host
 from portakv.copy.counting import TOGETHER, Counted
 from portakv.copy.handle import BlockTransfer, skipped_tokens
@@ -198,26 +197,28 @@ class ChunkCopies:
             slots: ids, the ids that are passed over, and the first and the last of the others.
         """
         assert self._caches is not None
-        numbers = np.empty((2, most), dtype=np.int64)
+        numbers = np.empty(2 * most, dtype=np.int64)
         room = torch.from_numpy(numbers).data_ptr(), most
-        checked = calls().check_chunk(
-            self._caches.address, store, bound.address, chunk, *slots, *room
-        )
+        caches = self._caches.address
+        checked = calls().check_chunk(caches, store, bound.address, chunk, *slots, *room)
         if isinstance(checked, int):
             return None
         tokens, unit, units, described = checked
         rows = ChunkRows(bound, chunk, described)
         cache = self._cache
-        source = _UnitsOf(cache if store else rows, store, 0)
-        target = _UnitsOf(rows if store else cache, not store, 0)
-        transfer = _by_units(self._choice, source, target, numbers, tokens, unit, units)
+        skips = tokens > unit * units  # then both sides have numbers
+        read = torch.from_numpy(numbers[:units]) if store or skips else None
+        written = torch.from_numpy(numbers[most : most + units]) if skips or not store else None
+        source = Units(cache if store else rows, read, 0)
+        target = Units(rows if store else cache, written, 0)
+        transfer = _by_units(self._choice, source, target, unit, units)
         if transfer is None:
             return None
         increment_version(chunk if store else self._caches.versions)
         counts = Counted.counts
         if counts is not None:
-            place = source.rows.form.place
-            counts.new.append((transfer.carried[0], place, target.rows.form, tokens))
+            forms = (cache.form, rows.form) if store else (rows.form, cache.form)
+            counts.new.append((transfer.carried[0], forms[0].place, forms[1], tokens))
             if len(counts.new) >= TOGETHER:
                 counts.sum_up()
         return transfer
@@ -389,7 +390,7 @@ def has_tables(device: torch.device, views: Sequence[KVView]) -> bool:
 
 def _inside(src: KVView, dst: KVView, options: CopyOptions) -> Choice | None:
     """Return what copies inside a device, or on the host; None: it is not a backend's launch."""
-    if options.terms is not None or {src.form.place, dst.form.place} & _AWAY:
+    if options.terms is not None or src.form.place in _AWAY or dst.form.place in _AWAY:
         return None
     try:
         choice = choose(src.device, options.backend)
@@ -417,29 +418,33 @@ def _launched(
     to_view = opened(dst)
     if from_view is None or to_view is None:
         return None
-    numbers = None
-    address = 0
-    if not (read.ids is None and written.ids is None):
-        numbers = np.empty((2, tokens), dtype=np.int64)
-        address = torch.from_numpy(numbers).data_ptr()
     from_ids, from_step, from_offset, _, _ = read
     to_ids, to_step, to_offset, _, _ = written
+    numbers = np.empty(2 * tokens, dtype=np.int64)
     # fmt: off
     checked = calls().check_views(reader.address, from_view.address, to_view.address,
                                   from_ids, to_ids, from_step, to_step, from_offset, to_offset,
-                                  TO_THE_END if count is None else tokens, address, tokens)
+                                  TO_THE_END if count is None else tokens,
+                                  torch.from_numpy(numbers).data_ptr(), tokens)
     # fmt: on
     if isinstance(checked, int):
         return None
+    most = tokens
     tokens, unit, units = checked
-    source = _UnitsOf(src, from_ids is not None, from_offset)
-    target = _UnitsOf(dst, to_ids is not None, to_offset)
-    transfer = _by_units(choice, source, target, numbers, tokens, unit, units)
+    skipped = tokens - unit * units
+    source = target = None
+    if from_ids is not None or skipped:
+        source = torch.from_numpy(numbers[:units])
+    if to_ids is not None or skipped:
+        target = torch.from_numpy(numbers[most : most + units])
+    src_units = Units(src, source, from_offset)
+    dst_units = Units(dst, target, to_offset)
+    transfer = _by_units(choice, src_units, dst_units, unit, units)
     if transfer is None:
         return None
     increment_version(to_view.versions)
     step = read.plan_step or written.plan_step
-    return BlockTransfer.of_views(transfer, src, dst, step, tokens, tokens - unit * units, began)
+    return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
 
 
 class ChunkRows:
@@ -482,75 +487,41 @@ class ChunkRows:
         return empty.set_(self._storage, start // dtype.itemsize, size, stride)
 
 
-class _UnitsOf(NamedTuple):
-    """One side of a copy that the core has checked.
-
-    Attributes:
-        rows: of the side.
-        listed: it has ids.
-        offset: tokens before the first of consecutive tokens.
-    """
-
-    rows: KVView | ChunkRows
-    listed: bool
-    offset: int
-
-    def units(self, numbers: npt.NDArray[np.int64] | None) -> Units:
-        """Return the units; ``numbers`` are those of a side with ids."""
-        if numbers is None:
-            return Units(self.rows, None, self.offset)
-        return Units(self.rows, torch.from_numpy(numbers), 0)
-
-    def as_index(self, units: Units, unit: int) -> tuple[KVView, Index]:
-        """Return the rows as a view, and the units as an index."""
-        view = self.rows.view() if isinstance(self.rows, ChunkRows) else self.rows
-        if units.numbers is None:
-            return view, Index(offset=units.offset)
-        return view, Index(units.numbers, unit)
-
-
-def _by_units(
-    choice: Choice,
-    src: _UnitsOf,
-    dst: _UnitsOf,
-    numbers: npt.NDArray[np.int64] | None,
-    tokens: int,
-    unit: int,
-    units: int,
-) -> Transfer | None:
-    """Launch a copy on the host that the core has checked; None: no backend takes its plan.
-
-    Args:
-        numbers: of the units of both sides; None: neither has ids.
-        tokens: with those that negative ids skip.
-        unit: tokens of a unit.
-        units: without those that negative ids skip.
-    """
-    skips = tokens > unit * units  # then both sides are listed
-    read = None if numbers is None or not (src.listed or skips) else numbers[0, :units]
-    written = None if numbers is None or not (dst.listed or skips) else numbers[1, :units]
-    from_step = 0 if read is None else unit
-    to_step = 0 if written is None else unit
-    from_form = src.rows.form
-    to_form = dst.rows.form
-    ready = PREPARED.get((from_form.address, to_form.address, from_step, to_step, None, choice))
+def _by_units(choice: Choice, src: Units, dst: Units, unit: int, units: int) -> Transfer | None:
+    """Launch a copy on the host of so many units of ``unit`` tokens, which the core has checked;
+    None: no backend takes its plan."""
+    src_step = 0 if src.numbers is None else unit
+    dst_step = 0 if dst.numbers is None else unit
+    src_form = src.rows.form
+    dst_form = dst.rows.form
+    ready = PREPARED.get((src_form.address, dst_form.address, src_step, dst_step, None, choice))
     if ready is None:
         try:
-            ready = prepared(from_form, to_form, from_step, to_step, None, choice)
+            ready = prepared(src_form, dst_form, src_step, dst_step, None, choice)
         except PortaKVError:  # the general way says it in its turn
             return None
     if ready.picks is not None or ready.plan.unit != unit:
         return None
-    source = src.units(read)
-    target = dst.units(written)
     if type(ready.launch) is StridedLaunch:
-        ready.launch.copy(source, target, units)
+        ready.launch.copy(src, dst, units)
         return Transfer((), None, ready.carried)
-    src_view, src_index = src.as_index(source, unit)
-    dst_view, dst_index = dst.as_index(target, unit)
-    move = Move(src_view, dst_view, src_index, dst_index, unit * units)
+    sides = _view(src.rows), _view(dst.rows), _index(src, unit), _index(dst, unit)
+    move = Move(*sides, unit * units)
     piece = Piece(ready, ready.carried, 0, move, None)
-    return launch(Settled(move, (piece,), None, False), Context(dst_view.device, None, False))
+    return launch(Settled(move, (piece,), None, False), Context(dst.rows.device, None, False))
+
+
+def _view(rows: Rows) -> KVView:
+    """Return rows as a view."""
+    if isinstance(rows, ChunkRows):
+        return rows.view()
+    assert isinstance(rows, KVView)
+    return rows
+
+
+def _index(side: Units, unit: int) -> Index:
+    """Return units as an index."""
+    return Index(offset=side.offset) if side.numbers is None else Index(side.numbers, unit)
 
 
 def _across_link(
