@@ -631,6 +631,16 @@ Object check_chunk(const Python &python, Arguments arguments) {
                   pair.reader.answer());
 }
 
+int64_t plan_make(const Python &, Arguments arguments) {
+  const int64_t *const src = arguments.pointer<const int64_t>();
+  const int64_t *const dst = arguments.pointer<const int64_t>();
+  const int64_t src_step = arguments.number();
+  const int64_t dst_step = arguments.number();
+  const int64_t unit = arguments.number();
+  int64_t *const out = arguments.pointer<int64_t>();
+  return portakv_plan_make(src, dst, src_step, dst_step, unit, out, arguments.number());
+}
+
 Object answer(const Python &python, int64_t result) { return python.new_integer(result); }
 Object answer(const Python &, Object result) { return result; }
 
@@ -654,6 +664,7 @@ const PythonFunction kFunctions[] = {
     {"copy_views", called<copy_views, 15>, kFastCall, nullptr},
     {"check_views", called<check_views, 12>, kFastCall, nullptr},
     {"check_chunk", called<check_chunk, 10>, kFastCall, nullptr},
+    {"plan_make", called<plan_make, 7>, kFastCall, nullptr},
 };
 
 }  // namespace
@@ -661,7 +672,7 @@ const PythonFunction kFunctions[] = {
 
 using namespace portakv;
 
-void *portakv_copy_function(int64_t number) {
+void *portakv_python_function(int64_t number) {
   const Python *functions = python();
   const int64_t count = sizeof(kFunctions) / sizeof(kFunctions[0]);
   if (!functions || number < 0 || number >= count) return nullptr;

@@ -488,7 +488,9 @@ typedef struct portakv_copy_view {
 // The function returns a tuple: tokens, tokens of a unit, units without those that negative ids skip,
 // and of 3 what `portakv_view_read_tensors` returns of the chunk; or a code. The numbers of a side
 // without ids are written only if units are skipped.
-PORTAKV_API void *portakv_copy_function(int64_t number);
+//
+// 4: `portakv_plan_make` with its arguments.
+PORTAKV_API void *portakv_python_function(int64_t number);
 
 // Return 0 if a write of the first or the last byte of a range of host memory would fail. It is then
 // mapped for reading only, or not at all, or is a page of a file that is shorter than its mapping.

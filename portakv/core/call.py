@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv.core.library import pylibrary
+from portakv.core.library import python_function
 
 # The codes of `core.h`.
 DRIVER = -1000
@@ -162,7 +162,7 @@ class OpenedView:
 
 
 class Calls(NamedTuple):
-    """The functions of the core, with the arguments that `portakv_copy_function` of ``core.h``
+    """The functions of the core, with the arguments that `portakv_python_function` of ``core.h``
     lists.
 
     Each holds the interpreter but for the launch, and returns what ``core.h`` says, or a code.
@@ -179,7 +179,4 @@ class Calls(NamedTuple):
 @cache
 def calls() -> Calls:
     """Return the functions."""
-    function = pylibrary().portakv_copy_function
-    function.argtypes = (ctypes.c_int64,)
-    function.restype = ctypes.py_object
-    return Calls(*map(function, range(4)))
+    return Calls(*map(python_function, range(4)))
