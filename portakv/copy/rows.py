@@ -246,17 +246,10 @@ def move_of(
     dst_of = dst_index if isinstance(dst_index, Index) else index_of(dst_index)
     if count is None:
         tokens = _covered(src, dst, src_of, dst_of)
-    elif type(count) is int and count >= 0:  # the usual case, without a call
-        tokens = count
     else:
         tokens = whole("count", count, "a whole number of at least 0", 0)
-    # Most lists are long enough, without a call.
-    src_length = src_of.length
-    dst_length = dst_of.length
-    if src_length is None or tokens > src_length:
-        src_of.check_length(tokens, src.slots, "source")
-    if dst_length is None or tokens > dst_length:
-        dst_of.check_length(tokens, dst.slots, "destination")
+    src_of.check_length(tokens, src.slots, "source")
+    dst_of.check_length(tokens, dst.slots, "destination")
     return Move(src, dst, src_of, dst_of, tokens)
 
 

@@ -43,7 +43,6 @@ from portakv.view.view import KVView
 Made = TypeVar("Made", Launch, PackLaunch)
 Plan = TypeVar("Plan", CopyPlan, PackPlan)
 CAPACITY = 1024  # launches
-_HOST = torch.device("cpu")
 #: Types of devices to which the library sends ids by a small copy, without blocking the host. To
 #: others torch copies the ids, and the host waits for all work on the stream.
 ASYNCHRONOUS = frozenset({"cuda"})
@@ -83,8 +82,6 @@ class Ready:
         if can.index_on == "any":
             return move
         dtypes = can.index_dtypes
-        if src_index.dense and dst_index.dense and device == _HOST and torch.int64 in dtypes:
-            return move  # the host reads such ids as they are
         if src_index.temporary or dst_index.temporary:
             bring((src_index, dst_index), device, dtypes)
         return Move(
