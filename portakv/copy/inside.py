@@ -324,6 +324,8 @@ def _side(ids: object, step: int) -> _Side:
         return _Side(None, step or 1, offset)
     if type(ids) is torch.Tensor:
         return _Side(ids, step, offset, ids.is_cpu, ids.numel())
+    if type(ids) is tuple or type(ids) is range:
+        ids = list(ids)
     return _Side(ids, step, offset, True, len(ids)) if type(ids) is list else _Side(ids, 0)
 
 

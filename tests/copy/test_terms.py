@@ -192,7 +192,7 @@ def test_an_index_is_kept_as_it_was() -> None:
 
 
 def test_blocks_cost_the_host_what_rows_do() -> None:
-    """And one more call. Above backends rows cost few calls, and a side without ids makes nothing."""
+    """And one more call. Above backends rows cost few calls; a side without ids costs none."""
     src = layered()
     dst = layered()
     index = Index([1, 2], SIZE)

@@ -69,6 +69,7 @@ def as_passed(kind: str, ids: list[int], step: int, offset: int) -> Any:
         "int64": torch.tensor(ids),
         "int32": torch.tensor(ids, dtype=torch.int32),
         "apart": wide[:, 0],
+        "tuple": tuple(ids),
         "index": Index(ids, step=step, offset=offset),
     }[kind]
 
@@ -82,7 +83,7 @@ def sides(draw: Any) -> tuple[str, list[int], int, str, int]:
     ids = draw(st.permutations(range(SLOTS // step)))[: draw(st.integers(1, SLOTS // step))]
     skipped = draw(st.sets(st.integers(0, len(ids) - 1), max_size=2))
     listed = [-2 if place in skipped else each for place, each in enumerate(ids)]
-    kind = draw(st.sampled_from(["list", "int64", "int32", "apart", "index", "none"]))
+    kind = draw(st.sampled_from(["list", "int64", "int32", "apart", "tuple", "index", "none"]))
     if kind == "none":
         return name, [*range(SLOTS)], 1, kind, draw(st.integers(0, SLOTS - 1))
     if kind != "index":
@@ -140,7 +141,7 @@ def check_copy(backend: str, src: Any, dst: Any, cut: bool) -> None:
 @given(
     order=st.permutations(range(SLOTS)),
     skipped=st.sets(st.integers(0, SLOTS - 1), max_size=3),
-    kind=st.sampled_from(["list", "int64", "int32", "apart", "index"]),
+    kind=st.sampled_from(["list", "int64", "int32", "apart", "tuple", "index"]),
     ends=st.lists(st.integers(0, SLOTS), min_size=2, max_size=2, unique=True),
     chunk_layout=st.sampled_from(["layer token dim", "token layer dim"]),
     to_the_end=st.booleans(),
