@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copy inside a device by one call of the core, from the objects that a caller passes.
+"""Make whole copies by one call of the core, from the objects that a caller passes.
 
-The core reads the tensors and the ids, checks them, plans and launches (`native/core/call.cpp`). A
-call that it does not make, or that is wrong, returns None here: the caller of these functions then
-goes the general way of `copy`, which makes the copy or words the error.
+The core reads the tensors and the ids, checks them, plans and launches (`native/core/call.cpp`). On
+a CPU it checks and plans, and the launch of a backend follows. A call that it does not make, or
+that is wrong, returns None here: the caller of these functions then goes the general way of `copy`,
+which makes the copy or words the error.
 """
 
 from __future__ import annotations
@@ -123,6 +124,7 @@ class ChunkCopies:
         self._kernels = choice.backend.row_kernels
         usable = self._kernels is not None or cache.device.type == "cpu"
         self._caches = open_view(cache, memory) if usable and plain_reader() is not None else None
+        self._calls = None if self._caches is None else calls()
 
     def transfer(
         self, store: bool, memory_obj: object, slot_mapping: object, start: object, end: object
@@ -159,7 +161,8 @@ class ChunkCopies:
         used = number if end is None or type(ids) is list else past - start
         if on_host and used > _LISTED:
             return None
-        copy = calls().copy_chunk
+        assert self._calls is not None
+        copy = self._calls.copy_chunk
         kernels = own.address
         caches = self._caches.address
         tabled = self._caches.tabled
@@ -197,10 +200,11 @@ class ChunkCopies:
             slots: ids, the ids that are passed over, and the first and the last of the others.
         """
         assert self._caches is not None
+        assert self._calls is not None
         numbers = np.empty(2 * most, dtype=np.int64)
         room = torch.from_numpy(numbers).data_ptr(), most
         caches = self._caches.address
-        checked = calls().check_chunk(caches, store, bound.address, chunk, *slots, *room)
+        checked = self._calls.check_chunk(caches, store, bound.address, chunk, *slots, *room)
         if isinstance(checked, int):
             return None
         tokens, unit, units, described = checked
