@@ -6,6 +6,7 @@
 // its sentence, or copies otherwise.
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "core.h"
 #include "few.h"
@@ -15,6 +16,7 @@
 #include "rows.h"
 #include "tensors.h"
 #include "view.h"
+#include "writable.h"
 
 namespace portakv {
 namespace {
@@ -110,15 +112,21 @@ Ids read_ids(const Asker &ask, Object ids, DlDevice device, Room &room) {
   return result;
 }
 
+// Return the length of a list of Python; 0 for another object.
+int64_t list_length(const Python &python, Object ids) {
+  const Owned type(python, python.type(ids));
+  return type.get() == python.list_type ? python.list_size(ids) : 0;
+}
+
 // What a check of both sides' ids found.
 struct Found {
   bool guarded = false;  // a kernel judges ids of the device
   bool skips = false;    // ids of the host skip positions
 };
 
-// Check the ids that positions use, and give them to the kernels of a device.
-void place(Ids &ids, int64_t step, int64_t offset, int64_t count, bool distinct, bool device_is_host,
-           Room &room, End &end, Found &found) {
+// Check the ids that the positions of one end use, or without ids the range of the view.
+void check(Ids &ids, int64_t step, int64_t offset, int64_t count, bool distinct, End &end,
+           Found &found) {
   portakv_ids &list = ids.list;
   list.step = step;
   list.offset = offset;
@@ -131,8 +139,6 @@ void place(Ids &ids, int64_t step, int64_t offset, int64_t count, bool distinct,
   end.step = step;
   require(offset >= 0 && offset / step <= list.length);
   require(count <= list.length * step - offset);
-  end.rows.ids = reinterpret_cast<intptr_t>(list.data);
-  end.rows.wide = list.width == 8;
   if (!ids.on_host) {
     found.guarded = true;
     return;
@@ -140,8 +146,18 @@ void place(Ids &ids, int64_t step, int64_t offset, int64_t count, bool distinct,
   const int code = check_ids(list, end.rows.slots, distinct, nullptr);
   require(code >= 0);
   found.skips = found.skips || code == PORTAKV_IDS_NEGATIVE;
+}
+
+// Give checked ids to the kernels of a device.
+void place(const Ids &ids, bool device_is_host, Room &room, End &end) {
+  const portakv_ids &list = ids.list;
+  if (list.data == nullptr) return;
   const bool dense = list.stride == list.width || list.length == 1;
-  if (device_is_host && dense) return;
+  if (!ids.on_host || (device_is_host && dense)) {
+    end.rows.ids = reinterpret_cast<intptr_t>(list.data);
+    end.rows.wide = list.width == 8;
+    return;
+  }
   const Places used(list);
   int64_t *out = room.take(used.count());
   with_ids(list, [&](const auto &each) {
@@ -149,7 +165,7 @@ void place(Ids &ids, int64_t step, int64_t offset, int64_t count, bool distinct,
   });
   end.rows.ids = reinterpret_cast<intptr_t>(out);
   end.rows.wide = 1;
-  end.rows.offset = offset % step;
+  end.rows.offset = list.offset % list.step;
 }
 
 // --- Memory -----------------------------------------------------------------------------------
@@ -252,9 +268,8 @@ struct Means {
 
 // --- The copy ---------------------------------------------------------------------------------
 
-// Plan a copy between two ends, and launch it. Return the result of core.h.
-int64_t copy(const portakv_kernels &kernels, const Python &python, const End &src, const End &dst,
-             int64_t count, const Found &found, const Means &means, bool by_source = false) {
+// Plan a copy between two ends that share no memory.
+Plan plan_of(const End &src, const End &dst, int64_t count) {
   require(count > 0 && !overlap(src, dst));
   const Form from = read_form(src.form);
   const Form to = read_form(dst.form);
@@ -272,6 +287,13 @@ int64_t copy(const portakv_kernels &kernels, const Python &python, const End &sr
        {count, src.rows.offset, dst.rows.offset, src.rows.slots, dst.rows.slots}) {
     require(tokens % plan.unit == 0);
   }
+  return plan;
+}
+
+// Plan a copy between two ends, and launch it. Return the result of core.h.
+int64_t copy(const portakv_kernels &kernels, const Python &python, const End &src, const End &dst,
+             int64_t count, const Found &found, const Means &means, bool by_source = false) {
+  const Plan plan = plan_of(src, dst, count);
   const RowsOptions options{src.step, dst.step, src.table_on_device, dst.table_on_device, by_source};
   void *const thread = python.leave();  // a driver with a full queue blocks
   int64_t error = PORTAKV_MALFORMED;
@@ -289,110 +311,195 @@ int64_t copy(const portakv_kernels &kernels, const Python &python, const End &sr
   return count << 2 | int64_t{found.guarded} << 1 | int64_t{found.skips};
 }
 
+// The ends of a copy between rows of caches, by slots, and a chunk from its first token on. The
+// members are declared in the order of the arguments.
+class ChunkPair {
+ public:
+  ChunkPair(const Python &python, Arguments &arguments)
+      : caches_(*arguments.pointer<const portakv_copy_view>()),
+        store(arguments.number() != 0),
+        layout_(plain(arguments.pointer<const int64_t>())),
+        chunk_(arguments.object()),
+        ids_(arguments.object()),
+        offset_(arguments.number()),
+        start_(arguments.number()),
+        end_(arguments.number()),
+        reader(python, *static_cast<const PortakvTorch *>(layout_.torch), layout_) {}
+
+  // Read and check the chunk, the slots and the memory. Lists of Python are read into `lists`.
+  void check(Room &lists) {
+    const Asker &ask = reader.ask();
+    check_memory(caches_);
+    reader.read(chunk_);
+    const DlDevice device = reader.device();
+    require(device.type == caches_.device_type && device.id == caches_.device_id);
+    on_host = is_host(device.type);
+    if (store) {
+      check_written(reader);
+    } else {
+      require(caches_.writable != 0);
+    }
+    check_storages(reader);
+
+    const View &view = reader.view();
+    for (size_t i = 0; i < view.entries.size(); i++) {
+      addresses_.push_back(reader.tensors().begins[static_cast<size_t>(view.entries[i])]);
+    }
+    const Form form = read_form(view.form.data());
+    const int64_t *const last = view.form.data() + view.form.size();
+    dense.form = view.form.data();
+    dense.dtypes = last - form.parts.size();
+    dense.spans = view.spans.data();
+    dense.span_count = view.spans.size();
+    dense.rows.addresses = addresses_.data();
+    dense.rows.slots = view.slots;
+
+    slots = read_ids(ask, ids_, device, lists);
+    const int64_t length = slots.list.length - offset_;
+    const int64_t past = end_ == PORTAKV_COPY_TO_THE_END ? length : end_;
+    require(0 <= start_ && start_ < past && past <= length);
+    count = past - start_;
+    // Without an end, the slots fill the chunk, whose last block may be filled in part.
+    const int64_t spare = view.slots - count;
+    require(spare >= 0);
+    require(end_ != PORTAKV_COPY_TO_THE_END || spare < std::max<int64_t>(1, form.block_size));
+
+    paged = end_of(caches_);
+    portakv::check(slots, 1, offset_ + start_, count, !store, paged, found);
+  }
+
+  const End &from() const { return store ? paged : dense; }
+  const End &to() const { return store ? dense : paged; }
+  // Return the ids that a list of Python has.
+  int64_t listed() const { return list_length(reader.ask().python, ids_); }
+
+ private:
+  static const int64_t *plain(const int64_t *words) {
+    const Bound layout(words);
+    require(layout.torch != nullptr && !layout.packed);
+    return words;
+  }
+
+  const portakv_copy_view &caches_;
+
+ public:
+  const bool store;
+
+ private:
+  const Bound layout_;
+  const Object chunk_;
+  const Object ids_;
+  const int64_t offset_;
+  const int64_t start_;
+  const int64_t end_;
+  Few<int64_t, 40> addresses_;
+
+ public:
+  TensorReader reader;
+  int64_t count = 0;
+  bool on_host = false;
+  Ids slots = {};
+  End dense = {};
+  End paged = {};
+  Found found;
+};
+
 int64_t copy_chunk(const Python &python, Arguments arguments) {
   const auto &kernels = *arguments.pointer<const portakv_kernels>();
-  const auto &caches = *arguments.pointer<const portakv_copy_view>();
-  const bool store = arguments.number() != 0;
-  const Bound layout(arguments.pointer<const int64_t>());
-  const Object chunk = arguments.object();
-  const Object ids = arguments.object();
-  const int64_t offset = arguments.number();
-  const int64_t start = arguments.number();
-  const int64_t end = arguments.number();
+  ChunkPair pair(python, arguments);
   Means means(arguments);
-
-  require(layout.torch != nullptr && !layout.packed);
-  const PortakvTorch &torch = *static_cast<const PortakvTorch *>(layout.torch);
-  check_memory(caches);
-  TensorReader reader(python, torch, layout);
-  reader.read(chunk);
-  const DlDevice device = reader.device();
-  require(device.type == caches.device_type && device.id == caches.device_id);
-  if (store) {
-    check_written(reader);
-  } else {
-    require(caches.writable != 0);
-  }
-  check_storages(reader);
-
-  const View &view = reader.view();
-  Few<int64_t, 40> addresses;
-  for (size_t i = 0; i < view.entries.size(); i++) {
-    addresses.push_back(reader.tensors().begins[static_cast<size_t>(view.entries[i])]);
-  }
-  const Form form = read_form(view.form.data());
-  const size_t kv = form.parts.size();
-  const int64_t *const last = view.form.data() + view.form.size();
-  End dense{};
-  dense.form = view.form.data();
-  dense.dtypes = last - kv;
-  dense.spans = view.spans.data();
-  dense.span_count = view.spans.size();
-  dense.rows.addresses = addresses.data();
-  dense.rows.slots = view.slots;
-
-  Ids slots = read_ids(reader.ask(), ids, device, means.lists);
-  const int64_t length = slots.list.length - offset;
-  const int64_t past = end == PORTAKV_COPY_TO_THE_END ? length : end;
-  require(0 <= start && start < past && past <= length);
-  const int64_t count = past - start;
-  // Without an end, the slots fill the chunk, whose last block may be filled in part.
-  const int64_t spare = view.slots - count;
-  require(spare >= 0);
-  require(end != PORTAKV_COPY_TO_THE_END || spare < std::max<int64_t>(1, form.block_size));
-
-  End paged = end_of(caches);
-  Found found;
-  place(slots, 1, offset + start, count, !store, is_host(device.type), means.lists, paged, found);
-  return copy(kernels, python, store ? paged : dense, store ? dense : paged, count, found, means);
+  pair.check(means.lists);
+  place(pair.slots, pair.on_host, means.lists, pair.paged);
+  return copy(kernels, python, pair.from(), pair.to(), pair.count, pair.found, means);
 }
+
+// The ends of a copy between two views, with the ids of each as a caller passes them. The members
+// are declared in the order of the arguments.
+class Pair {
+ public:
+  Pair(const Python &python, Arguments &arguments)
+      : ask_(python, *arguments.pointer<const PortakvTorch>()),
+        src_(*arguments.pointer<const portakv_copy_view>()),
+        dst_(*arguments.pointer<const portakv_copy_view>()),
+        src_ids_(arguments.object()),
+        dst_ids_(arguments.object()),
+        src_step_(arguments.number()),
+        dst_step_(arguments.number()),
+        src_offset_(arguments.number()),
+        dst_offset_(arguments.number()),
+        count(arguments.number()) {}
+
+  // Read and check the ids and the memory. Lists of Python are read into `lists`.
+  void check(Room &lists) {
+    require(dst_.writable != 0);
+    // Across the link the device's kernels read or write memory of the host.
+    from_host = is_host(static_cast<int32_t>(src_.device_type));
+    to_host = is_host(static_cast<int32_t>(dst_.device_type));
+    require(from_host != to_host || from_host || src_.device_id == dst_.device_id);
+    require(from_host != to_host || from_host || src_.device_type == dst_.device_type);
+    const portakv_copy_view &home = from_host ? dst_ : src_;
+    const DlDevice device{static_cast<int32_t>(home.device_type),
+                          static_cast<int32_t>(home.device_id)};
+    check_memory(src_);
+    check_memory(dst_);
+    const Object none = ask_.python.none;
+    if (src_ids_ != none) read = read_ids(ask_, src_ids_, device, lists);
+    if (dst_ids_ != none) written = read_ids(ask_, dst_ids_, device, lists);
+    if (count == PORTAKV_COPY_TO_THE_END) {
+      const bool listed = read.list.data || written.list.data;
+      const int64_t src_tokens =
+          (listed ? product(read.list.length, src_step_) : src_.slots) - src_offset_;
+      const int64_t dst_tokens =
+          (listed ? product(written.list.length, dst_step_) : dst_.slots) - dst_offset_;
+      count = read.list.data || !listed ? src_tokens : dst_tokens;
+      const bool both = !listed || (read.list.data && written.list.data);
+      require(!both || src_tokens == dst_tokens);
+    }
+    require(count > 0);
+    from = end_of(src_);
+    to = end_of(dst_);
+    portakv::check(read, src_step_, src_offset_, count, false, from, found);
+    portakv::check(written, dst_step_, dst_offset_, count, true, to, found);
+  }
+
+  // Return the most ids that lists of Python have.
+  int64_t listed() const {
+    return list_length(ask_.python, src_ids_) + list_length(ask_.python, dst_ids_);
+  }
+
+ private:
+  const Asker ask_;
+  const portakv_copy_view &src_;
+  const portakv_copy_view &dst_;
+  const Object src_ids_;
+  const Object dst_ids_;
+  const int64_t src_step_;
+  const int64_t dst_step_;
+  const int64_t src_offset_;
+  const int64_t dst_offset_;
+
+ public:
+  int64_t count;
+  bool from_host = false;
+  bool to_host = false;
+  Ids read = {};
+  Ids written = {};
+  End from = {};
+  End to = {};
+  Found found;
+};
 
 int64_t copy_views(const Python &python, Arguments arguments) {
   const auto &kernels = *arguments.pointer<const portakv_kernels>();
-  const Asker ask(python, *arguments.pointer<const PortakvTorch>());
-  const auto &src = *arguments.pointer<const portakv_copy_view>();
-  const auto &dst = *arguments.pointer<const portakv_copy_view>();
-  const Object src_ids = arguments.object();
-  const Object dst_ids = arguments.object();
-  const int64_t src_step = arguments.number();
-  const int64_t dst_step = arguments.number();
-  const int64_t src_offset = arguments.number();
-  const int64_t dst_offset = arguments.number();
-  int64_t count = arguments.number();
+  Pair pair(python, arguments);
   Means means(arguments);
-
-  require(dst.writable != 0);
-  // Across the link the device's kernels read or write memory of the host.
-  const bool from_host = is_host(static_cast<int32_t>(src.device_type));
-  const bool to_host = is_host(static_cast<int32_t>(dst.device_type));
-  require(from_host != to_host || from_host || src.device_id == dst.device_id);
-  require(from_host != to_host || from_host || src.device_type == dst.device_type);
-  const portakv_copy_view &home = from_host ? dst : src;
-  const DlDevice device{static_cast<int32_t>(home.device_type),
-                        static_cast<int32_t>(home.device_id)};
-  check_memory(src);
-  check_memory(dst);
-  Ids read{};
-  Ids written{};
-  if (src_ids != python.none) read = read_ids(ask, src_ids, device, means.lists);
-  if (dst_ids != python.none) written = read_ids(ask, dst_ids, device, means.lists);
-  if (count == PORTAKV_COPY_TO_THE_END) {
-    const int64_t src_tokens = product(read.list.length, src_step) - src_offset;
-    const int64_t dst_tokens = product(written.list.length, dst_step) - dst_offset;
-    require(read.list.data || written.list.data);
-    count = read.list.data ? src_tokens : dst_tokens;
-    require(!read.list.data || !written.list.data || src_tokens == dst_tokens);
-  }
-  require(count > 0);
-  End from = end_of(src);
-  End to = end_of(dst);
-  Found found;
-  const bool on_host = is_host(device.type);
-  place(read, src_step, src_offset, count, false, on_host, means.lists, from, found);
-  place(written, dst_step, dst_offset, count, true, on_host, means.lists, to, found);
+  pair.check(means.lists);
+  const bool on_host = pair.from_host && pair.to_host;
+  place(pair.read, on_host, means.lists, pair.from);
+  place(pair.written, on_host, means.lists, pair.to);
   // The planes follow the host's order: neighbours cross the link together.
-  const bool by_source = from_host && !to_host;
-  return copy(kernels, python, from, to, count, found, means, by_source);
+  const bool by_source = pair.from_host && !pair.to_host;
+  return copy(kernels, python, pair.from, pair.to, pair.count, pair.found, means, by_source);
 }
 
 // Ask whether the work before the event of an end has ended. Return the driver's answer.
@@ -404,26 +511,172 @@ int64_t query_end(const Python &python, Arguments arguments) {
   return answer;
 }
 
-// Make one call for Python, with so many arguments.
-template <int64_t (*make)(const Python &, Arguments), ptrdiff_t kCount>
+// The numbers of the units of one end, in the order of the positions; -1 if the id is negative.
+template <typename List>
+struct Units {
+  List ids;
+  int64_t per_id;  // units of an id
+  int64_t first;   // number of the first position's unit, counted from the first id
+
+  int64_t operator[](int64_t at) const {
+    if (per_id == 1) return std::max<int64_t>(ids[first + at], -1);  // without divisions
+    const int64_t id = ids[(first + at) / per_id];
+    return id < 0 ? -1 : id * per_id + (first + at) % per_id;
+  }
+};
+
+struct Consecutive {
+  int64_t first;
+
+  int64_t operator[](int64_t at) const { return first + at; }
+};
+
+// Return function(units) with the units of one end.
+template <typename Function>
+auto with_units(const Ids &ids, const End &end, int64_t unit, Function function) {
+  const int64_t first = end.rows.offset / unit;
+  if (ids.list.data == nullptr) return function(Consecutive{first});
+  return with_ids(ids.list, [&](const auto &list) {
+    return function(Units<std::decay_t<decltype(list)>>{list, ids.list.step / unit, first});
+  });
+}
+
+// Memory for the numbers of the units of the source, then of the destination.
+struct Numbers {
+  int64_t *first;
+  int64_t room;  // of each side
+
+  explicit Numbers(Arguments &arguments)
+      : first(arguments.pointer<int64_t>()), room(arguments.number()) {}
+};
+
+// Write the numbers of the units of a copy, and return how many are left without those that
+// negative ids skip. The numbers of an end without ids are written only if units are skipped.
+int64_t write_units(const Ids &read, const Ids &written, const End &src, const End &dst,
+                    int64_t units, int64_t unit, bool skips, const Numbers &numbers) {
+  require(units <= numbers.room);
+  int64_t *const from = numbers.first;
+  int64_t *const to = numbers.first + numbers.room;
+  if (!skips) {
+    const auto write = [&](const Ids &ids, const End &end, int64_t *out) {
+      if (ids.list.data == nullptr) return;
+      with_units(ids, end, unit, [&](const auto &each) {
+        for (int64_t at = 0; at < units; at++) out[at] = each[at];
+      });
+    };
+    write(read, src, from);
+    write(written, dst, to);
+    return units;
+  }
+  return with_units(read, src, unit, [&](const auto &sources) {
+    return with_units(written, dst, unit, [&](const auto &targets) {
+      int64_t left = 0;
+      for (int64_t at = 0; at < units; at++) {
+        const int64_t source = sources[at];
+        const int64_t target = targets[at];
+        if (source < 0 || target < 0) continue;
+        from[left] = source;
+        to[left] = target;
+        left++;
+      }
+      return left;
+    });
+  });
+}
+
+// The ids of lists of Python, in memory of one call.
+class Lists {
+ public:
+  explicit Lists(int64_t count) {
+    ids_.resize(static_cast<size_t>(count));
+    room = Room(ids_.data(), count);
+  }
+
+ private:
+  Few<int64_t, 256> ids_;
+
+ public:
+  Room room{nullptr, 0};
+};
+
+// Plan a checked copy of ids on the host, write its units, and return what core.h says.
+Object units_of(const Python &python, const Ids &read, const Ids &written, const End &src,
+                const End &dst, int64_t count, const Found &found, const Numbers &numbers,
+                Object chunk) {
+  require(!found.guarded);
+  const int64_t unit = plan_of(src, dst, count).unit;
+  const int64_t left =
+      write_units(read, written, src, dst, count / unit, unit, found.skips, numbers);
+  require(left > 0);
+  Owned described(python, chunk);
+  const int64_t results[] = {count, unit, left};
+  Owned result(python, Asker::raised(python.new_tuple(chunk ? 4 : 3)));
+  for (ptrdiff_t i = 0; i < 3; i++) {
+    python.set_tuple_item(result.get(), i, Asker::raised(python.new_integer(results[i])));
+  }
+  if (chunk) python.set_tuple_item(result.get(), 3, described.hand_over());
+  return result.hand_over();
+}
+
+Object check_views(const Python &python, Arguments arguments) {
+  Pair pair(python, arguments);
+  const Numbers numbers(arguments);
+  Lists lists(pair.listed());
+  pair.check(lists.room);
+  return units_of(python, pair.read, pair.written, pair.from, pair.to, pair.count, pair.found,
+                  numbers, nullptr);
+}
+
+Object check_chunk(const Python &python, Arguments arguments) {
+  ChunkPair pair(python, arguments);
+  const Numbers numbers(arguments);
+  Lists lists(pair.listed());
+  pair.check(lists.room);
+  if (pair.store) {
+    for (const Span &span : pair.reader.view().spans) require(writable(span.first, span.past));
+  }
+  const Ids none{};
+  const Ids &read = pair.store ? pair.slots : none;
+  const Ids &written = pair.store ? none : pair.slots;
+  return units_of(python, read, written, pair.from(), pair.to(), pair.count, pair.found, numbers,
+                  pair.reader.answer());
+}
+
+int64_t plan_make(const Python &, Arguments arguments) {
+  const int64_t *const src = arguments.pointer<const int64_t>();
+  const int64_t *const dst = arguments.pointer<const int64_t>();
+  const int64_t src_step = arguments.number();
+  const int64_t dst_step = arguments.number();
+  const int64_t unit = arguments.number();
+  int64_t *const out = arguments.pointer<int64_t>();
+  return portakv_plan_make(src, dst, src_step, dst_step, unit, out, arguments.number());
+}
+
+Object answer(const Python &python, int64_t result) { return python.new_integer(result); }
+Object answer(const Python &, Object result) { return result; }
+
+// Make one copy for Python, with so many arguments.
+template <auto make, ptrdiff_t kCount>
 Object called(Object, const Object *arguments, ptrdiff_t count) {
   const Python &functions = *python();
-  int64_t result = PORTAKV_COPY_OTHERWISE;
   if (count == kCount) {
     try {
-      result = make(functions, Arguments(functions, arguments));
+      return answer(functions, make(functions, Arguments(functions, arguments)));
     } catch (const Raised &) {
       functions.clear_error();
     } catch (...) {
     }
   }
-  return functions.new_integer(result);
+  return functions.new_integer(PORTAKV_COPY_OTHERWISE);
 }
 
 const PythonFunction kFunctions[] = {
     {"copy_chunk", called<copy_chunk, 11>, kFastCall, nullptr},
     {"copy_views", called<copy_views, 13>, kFastCall, nullptr},
     {"query_end", called<query_end, 1>, kFastCall, nullptr},
+    {"check_views", called<check_views, 12>, kFastCall, nullptr},
+    {"check_chunk", called<check_chunk, 10>, kFastCall, nullptr},
+    {"plan_make", called<plan_make, 7>, kFastCall, nullptr},
 };
 
 }  // namespace
@@ -431,7 +684,7 @@ const PythonFunction kFunctions[] = {
 
 using namespace portakv;
 
-void *portakv_copy_function(int64_t number) {
+void *portakv_python_function(int64_t number) {
   const Python *functions = python();
   const int64_t count = sizeof(kFunctions) / sizeof(kFunctions[0]);
   if (!functions || number < 0 || number >= count) return nullptr;

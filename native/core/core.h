@@ -496,7 +496,24 @@ typedef struct portakv_copy_end {
 //
 // 2: ask whether the work before the event of an end, a portakv_copy_end, has ended. It returns the
 // driver's answer.
-PORTAKV_API void *portakv_copy_function(int64_t number);
+//
+// 3, 4: check a copy as of 1 and of 0 that is made otherwise, on the host or by ids on the host.
+//   torch .. count, or caches .. end
+//   units, room     memory for the numbers of the units of the source, then of the destination, with
+//                   room for so many of each
+// The function returns a tuple: tokens, tokens of a unit, units without those that negative ids skip,
+// and of 4 what `portakv_view_read_tensors` returns of the chunk; or a code. The numbers of a side
+// without ids are written only if units are skipped.
+//
+// 5: `portakv_plan_make` with its arguments.
+PORTAKV_API void *portakv_python_function(int64_t number);
+
+// Return 0 if a write of the first or the last byte of a range of host memory would fail. It is then
+// mapped for reading only, or not at all, or is a page of a file that is shorter than its mapping.
+// The kernel answers, and no byte changes. Return 1 where the call is unknown: on other systems than
+// Linux, and under a filter of system calls.
+PORTAKV_API int portakv_writable(int64_t first, int64_t past);
+
 // --- Checksums --------------------------------------------------------------------------------
 //
 // XXH3 with 64 bits: the checksum in the images and tables of block stores.

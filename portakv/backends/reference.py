@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import torch
 
-from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch, places_on
+from portakv.backends.base import Backend, Capabilities, Decision, Launch, places_on
 from portakv.backends.reference_pack import ReferencePack
-from portakv.backends.strided import Ops, StridedCopy
+from portakv.backends.strided import Ops, StridedLaunch
 from portakv.layout.packing import PACK
 from portakv.plan.packing import PackPlan
-from portakv.plan.plan import CopyPlan, Move
+from portakv.plan.plan import CopyPlan
 
 
 def _put_bits(target: torch.Tensor, dim: int, rows: torch.Tensor, source: torch.Tensor) -> None:
@@ -74,16 +74,5 @@ class Reference(Backend):
     def prepare_pack(self, plan: PackPlan) -> ReferencePack:
         return ReferencePack(plan, self.device, self._launch_of)
 
-    def _launch_of(self, plan: CopyPlan) -> _IndexingLaunch:
-        return _IndexingLaunch(plan, _OPS.get(self.device.type, _NESTED))
-
-
-class _IndexingLaunch(MoveLaunch):
-    tables = False, False
-
-    def __init__(self, plan: CopyPlan, ops: Ops) -> None:
-        self._copies = [StridedCopy(nest, plan.unit, ops) for nest in plan.nests]
-
-    def carry(self, move: Move, status: torch.Tensor | None) -> None:
-        for copy in self._copies:
-            copy(move)
+    def _launch_of(self, plan: CopyPlan) -> StridedLaunch:
+        return StridedLaunch(plan, _OPS.get(self.device.type, _NESTED))

@@ -8,17 +8,18 @@ loop over tokens. Ids must be clean: neither negative nor past the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, groupby, product
 from math import gcd, prod
 from operator import itemgetter, mul
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from portakv.backends.base import MoveLaunch
 from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Move, Nest, Side
 from portakv.view.form import Form, Steps
@@ -31,7 +32,12 @@ _HOST = torch.device("cpu")
 #: For each plane the tensor over its rows; then the numbers of the rows, in order (None: all rows).
 _Tensors = list[torch.Tensor]
 _Picked = torch.Tensor | None
+#: A tensor over planes, and the number of its first dimensions that count planes.
+_Grids = tuple[torch.Tensor, int]
 _Planes = tuple[_Tensors, _Picked, _Tensors, _Picked]
+
+
+_WHOLE = "whole"  # of an entry of a view, for one side of a nest
 
 
 class Ops(NamedTuple):
@@ -67,6 +73,50 @@ class Ops(NamedTuple):
     nested: bool = False
 
 
+class Rows(Protocol):
+    """The rows of one side, such as a view. `KVView` documents each."""
+
+    @property
+    def form(self) -> Form: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def raw(self) -> bool: ...
+    @property
+    def derived(self) -> dict[Hashable, Any]: ...
+    def strided(
+        self,
+        entry: int,
+        offset: int,
+        dtype: torch.dtype,
+        size: Sequence[int],
+        stride: Sequence[int],
+    ) -> torch.Tensor: ...
+
+
+class Units(NamedTuple):
+    """The units of one side of a copy.
+
+    Attributes:
+        rows: a view, or the rows of a chunk.
+        numbers: the number of each unit, int64 on the device of the view; None: consecutive units.
+        offset: tokens before the first of consecutive units.
+    """
+
+    rows: Rows
+    numbers: torch.Tensor | None
+    offset: int
+
+    @classmethod
+    def of(cls, view: KVView, index: Index, count: int, unit: int) -> Units:
+        """Return the units that an index names for ``count`` tokens."""
+        if index.ids is None:
+            return cls(view, None, index.offset)
+        return cls(view, index.units(count, unit, view.device), 0)
+
+
 class StridedCopy:
     """One nest of a plan, whose units are ``unit`` tokens, as torch calls."""
 
@@ -82,48 +132,73 @@ class StridedCopy:
         for planes in self.planes(move):
             _run(self._ops, within, *planes)
 
+    def copy(self, src: Units, dst: Units, units: int) -> None:
+        """Copy so many units between views that share no memory, ordered as a call."""
+        for planes in self._planes(src, dst, units):
+            _run(self._ops, False, *planes)
+
     def planes(self, move: Move) -> Iterator[_Planes]:
         """Yield the planes to copy and their rows; raises as `KVView.strided` does."""
-        src = move.src
-        dst = move.dst
-        src_index = move.src_index
-        dst_index = move.dst_index
-        count = move.count
-        units = count // self._unit
-        if not units:
+        src, dst, src_index, dst_index, count = move
+        unit = self._unit
+        if count < unit:
             return
-        if self._ops.nested and (nested := self._nested(move, units)):
+        src_units = Units.of(src, src_index, count, unit)
+        dst_units = Units.of(dst, dst_index, count, unit)
+        yield from self._planes(src_units, dst_units, count // unit)
+
+    def _planes(self, src: Units, dst: Units, units: int) -> Iterator[_Planes]:
+        """Yield the planes of so many units as `planes` does."""
+        if self._ops.nested and (nested := self._nested(src, dst, units)):
             yield nested
             return
-        start, number, entries = self._src.find(src_index, units, src.device)
-        to_start, to_number, to_entries = self._dst.find(dst_index, units, dst.device)
+        start, number, entries = self._src.find(src, units)
+        to_start, to_number, to_entries = self._dst.find(dst, units)
         for (entry, to_entry), at in _by_entry(entries, to_entries, units):
             yield (
-                *self._src.tensors(src, entry, start, number, at),
-                *self._dst.tensors(dst, to_entry, to_start, to_number, at),
+                *self._src.tensors(src.rows, entry, start, number, at),
+                *self._dst.tensors(dst.rows, to_entry, to_start, to_number, at),
             )
 
-    def _nested(self, move: Move, units: int) -> _Planes | None:
+    def _nested(self, src: Units, dst: Units, units: int) -> _Planes | None:
         """Return the planes as `planes` does, if one side has ids and the other's units lie in
         loops."""
-        gather = move.dst_index.ids is None
-        sides = (self._src, move.src, move.src_index), (self._dst, move.dst, move.dst_index)
-        (rows, view, index), (other, even, positions) = sides if gather else sides[::-1]
-        if index.ids is None or positions.ids is not None or rows.tabled:
+        gather = dst.numbers is None
+        sides = (self._src, src), (self._dst, dst)
+        (rows, listed), (other, even) = sides if gather else sides[::-1]
+        if listed.numbers is None or even.numbers is not None or rows.tabled:
             return None
-        loops = other.loops(positions, units)
+        loops = other.loops(even.offset, units)
         if loops is None:
             return None
-        start, number, _ = rows.find(index, units, view.device)
-        indexed_planes, picked = rows.tensors(view, 0, start, number, slice(0, units))
+        start, number, _ = rows.find(listed, units)
+        indexed_planes, picked = rows.tensors(listed.rows, 0, start, number, slice(0, units))
         assert picked is not None  # this side has ids, and its device does not inspect them
         picked = picked.view([extent for extent, _ in loops[1]])
-        loop_planes = other.over(even, 0, *loops)
+        loop_planes = other.over(even.rows, 0, *loops)
         return (
             (indexed_planes, picked, loop_planes, None)
             if gather
             else (loop_planes, None, indexed_planes, picked)
         )
+
+
+class StridedLaunch(MoveLaunch):
+    """A plan as torch calls, which the library also calls by numbers of units."""
+
+    tables = False, False
+
+    def __init__(self, plan: CopyPlan, ops: Ops) -> None:
+        self._copies = [StridedCopy(nest, plan.unit, ops) for nest in plan.nests]
+
+    def carry(self, move: Move, status: torch.Tensor | None) -> None:
+        for copy in self._copies:
+            copy(move)
+
+    def copy(self, src: Units, dst: Units, units: int) -> None:
+        """Copy so many units between views that share no memory, on the current stream."""
+        for copy in self._copies:
+            copy.copy(src, dst, units)
 
 
 def _run(
@@ -152,6 +227,16 @@ class _Grid(NamedTuple):
     far: int
     each: int
     near: int
+
+    def dimensions(self, width: int) -> tuple[int, list[int], list[int]]:
+        """Return the bytes before the first plane, and the extents and strides of the dimensions
+        that count planes, in elements of a width."""
+        extents = [self.each, self.rows]
+        strides = [self.near // width, self.far // width]
+        if self.each == 1:
+            extents = extents[1:] if self.rows > 1 else []
+            strides = strides[1:] if self.rows > 1 else []
+        return self.first, extents, strides
 
 
 def _grids(moves: list[int]) -> list[_Grid]:
@@ -255,9 +340,10 @@ class _Rows:
         tables = [getattr(x, f"{name}_table") for x in outer]
         strides = [getattr(x, f"{name}_stride") for x in outer]
         moves = [(sum(map(mul, at, tables)), sum(map(mul, at, strides))) for at in places]
-        #: For each entry of the table in turn, the distances of its planes from the address.
+        #: For each entry of the table in turn the grids of its planes: the bytes before the first
+        #: plane, and the extents and strides, in elements, of the dimensions that count planes.
         self._planes = [
-            (table, _grids([move for _, move in group]))
+            (table, [grid.dimensions(width) for grid in _grids([move for _, move in group])])
             for table, group in groupby(moves, itemgetter(0))
         ]
 
@@ -266,40 +352,43 @@ class _Rows:
         """True if a unit's number decides which entry of the table its address comes from."""
         return self._side.tabled
 
-    def find(
-        self, index: Index, units: int, device: torch.device
-    ) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
-        """Locate the units that an index names.
+    def find(self, side: Units, units: int) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
+        """Locate so many units.
 
         Returns (byte of the first unit, None, None) if the units follow each other. Otherwise
         returns 0, the numbers of the units in grains from the address of their entries, and the
         entries (None: the first entry).
         """
-        if index.ids is None and self._flat:
-            first, rest = divmod(index.offset, self._unit)
-            return first * self._pitch + rest * (self._pitch // self._unit), None, None
-        # Without ids the host knows the numbers, and locates their entries without a device.
-        place = _HOST if index.ids is None and self._side.tabled else device
-        number = index.units(units * self._unit, self._unit, place)
-        entries, numbers = self._side.locate(number, self._shape.grain)
-        return 0, numbers.to(device), entries
+        numbers = side.numbers
+        if numbers is None:
+            first, rest = divmod(side.offset, self._unit)
+            if self._flat:
+                return first * self._pitch + rest * (self._pitch // self._unit), None, None
+            # The host locates the entries of consecutive units without a device.
+            place = _HOST if self._side.tabled else side.rows.device
+            numbers = torch.arange(first, first + units, dtype=torch.int64, device=place)
+        elif self._flat:
+            factor = self._pitch // self._shape.grain
+            return 0, numbers if factor == 1 else numbers * factor, None
+        entries, numbers = self._side.locate(numbers, self._shape.grain)
+        return 0, numbers.to(side.rows.device), entries
 
-    def loops(self, index: Index, units: int) -> tuple[int, list[tuple[int, int]]] | None:
-        """Return the units that an index without ids names, as loops.
+    def loops(self, offset: int, units: int) -> tuple[int, list[tuple[int, int]]] | None:
+        """Return so many consecutive units from token ``offset`` on, as loops.
 
         Returns the byte that the first unit begins at, and the extent and pitch in bytes of each
         loop. None if they begin or end inside a loop.
         """
         first, *bounded = self._side.units
         inner = prod(step.extent for step in bounded)
-        begin, rest = divmod(index.offset, self._unit * inner)
+        begin, rest = divmod(offset, self._unit * inner)
         if rest or units % inner or not bounded or self.tabled:
             return None
         sizes = [(units // inner, first.stride), *((x.extent, x.stride) for x in bounded)]
         return begin * first.stride, sizes
 
     def tensors(
-        self, view: KVView, entry: int, start: int, numbers: _Picked, at: slice | torch.Tensor
+        self, view: Rows, entry: int, start: int, numbers: _Picked, at: slice | torch.Tensor
     ) -> tuple[_Tensors, _Picked]:
         """Return for each plane the tensor over rows of an entry, and the rows of the units ``at``
         (None: all)."""
@@ -318,26 +407,47 @@ class _Rows:
         key = (self, entry)
         known: _Tensors | None = view.derived.get(key)
         if known is None:
-            # A tensor made in inference mode could not be written outside of it.
-            with torch.inference_mode(False):
-                rows = self._rows_of(view)
-                known = view.derived[key] = self.over(view, entry, 0, [(rows, self._shape.grain)])
+            known = view.derived[key] = _unbound(self._whole(view, entry))
         return known, self._walked(numbers) if self._shape.walk else numbers
 
+    def _whole(self, view: Rows, entry: int) -> list[_Grids]:
+        """Return tensors over all rows of an entry, which the view keeps."""
+        key = (self, entry, _WHOLE)
+        known: list[_Grids] | None = view.derived.get(key)
+        if known is None:
+            # A tensor made in inference mode could not be written outside of it.
+            with torch.inference_mode(False):
+                loops = [(self._rows_of(view), self._shape.grain)]
+                known = view.derived[key] = self._over(view, entry, 0, loops)
+        return known
+
     def _consecutive(
-        self, view: KVView, entry: int, start: int, at: slice | torch.Tensor
+        self, view: Rows, entry: int, start: int, at: slice | torch.Tensor
     ) -> tuple[_Tensors, _Picked]:
         """Return the tensors and rows of units that follow each other from byte ``start`` on."""
         if isinstance(at, slice):
             if self._dense:
                 start = start + at.start * self._pitch
                 rows = (at.stop - at.start) * self._shape.each
-                return self.over(view, entry, start, [(rows, self._near)]), None
+                return self._part(view, entry, start, rows), None
             at = torch.arange(at.start, at.stop)
         at = at * self._apart
         rows = int(at[-1]) + self._shape.reach + 1
         at = at.to(view.device)
         return self.over(view, entry, start, [(rows, self._near)]), self._walked(at)
+
+    def _part(self, view: Rows, entry: int, start: int, rows: int) -> _Tensors:
+        """Return the tensors over so many rows that follow each other from byte ``start`` on."""
+        whole: list[_Grids] | None = None
+        if self._near == self._shape.grain and start % self._near == 0:
+            whole = view.derived.get((self, entry, _WHOLE))
+            # How many rows lie at raw addresses may not be known.
+            if whole is None and not view.raw:
+                whole = self._whole(view, entry)
+        if whole is None:
+            return self.over(view, entry, start, [(rows, self._near)])
+        first = start // self._near
+        return _unbound([(tensor.narrow(n, first, rows), n) for tensor, n in whole])
 
     def _walked(self, rows: torch.Tensor) -> torch.Tensor:
         """Return all rows of units that begin at ``rows``, unit after unit."""
@@ -347,36 +457,32 @@ class _Rows:
         return rows
 
     def over(
-        self, view: KVView, entry: int, start: int, loops: Sequence[tuple[int, int]]
+        self, view: Rows, entry: int, start: int, loops: Sequence[tuple[int, int]]
     ) -> _Tensors:
         """Return for each plane the tensor over rows from byte ``start`` on.
 
         ``loops`` are the loops around the rows: their extents, and the bytes between their steps.
         """
-        size = [*(extent for extent, _ in loops), *self._shape.size]
-        stride = [*(pitch // self._width for _, pitch in loops), *self._shape.stride]
+        return _unbound(self._over(view, entry, start, loops))
+
+    def _over(
+        self, view: Rows, entry: int, start: int, loops: Sequence[tuple[int, int]]
+    ) -> list[_Grids]:
+        """Return the same as one tensor for each grid."""
+        size = [*[extent for extent, _ in loops], *self._shape.size]
+        stride = [*[pitch // self._width for _, pitch in loops], *self._shape.stride]
         entry = self._side.table + entry
         start = self._side.offset + start
         made = []
         for table, grids in self._planes:
-            for grid in grids:
-                at = entry + table
-                first = start + grid.first
-                if grid.rows == grid.each == 1:
-                    made.append(view.strided(at, first, self._dtype, size, stride))
-                    continue
-                steps = [grid.near // self._width, grid.far // self._width, *stride]
-                if grid.each == 1:
-                    sizes = [grid.rows, *size]
-                    made += view.strided(at, first, self._dtype, sizes, steps[1:]).unbind()
-                    continue
-                sizes = [grid.each, grid.rows, *size]
-                planes = view.strided(at, first, self._dtype, sizes, steps).unbind()
-                # Few calls for many planes: one for each costs three times as much.
-                made += chain.from_iterable(zip(*(x.unbind() for x in planes), strict=True))
+            for first, sizes, strides in grids:
+                sizes = [*sizes, *size]
+                strides = [*strides, *stride]
+                tensor = view.strided(entry + table, start + first, self._dtype, sizes, strides)
+                made.append((tensor, len(sizes) - len(size)))
         return made
 
-    def _rows_of(self, view: KVView) -> int:
+    def _rows_of(self, view: Rows) -> int:
         """Return the number of rows of a view in one entry."""
         first, *bounded = self._side.units
         blocks = view.slots // self._unit // prod(step.extent for step in bounded)
@@ -385,6 +491,21 @@ class _Rows:
             sum((n - 1) * (x.stride // self._shape.grain) for n, x in steps) + self._shape.reach
         )
         return max(last + 1, 0)
+
+
+def _unbound(grids: Sequence[_Grids]) -> _Tensors:
+    """Return the tensor of each plane of tensors that have so many dimensions of planes."""
+    planes: _Tensors = []
+    for tensor, dimensions in grids:
+        if dimensions == 0:
+            planes.append(tensor)
+        elif dimensions == 1:
+            planes += tensor.unbind()
+        else:
+            # Few calls for many planes: one for each costs three times as much.
+            columns = [each.unbind() for each in tensor.unbind()]
+            planes += chain.from_iterable(zip(*columns, strict=True))
+    return planes
 
 
 def _rise(numbers: torch.Tensor) -> tuple[int, int]:

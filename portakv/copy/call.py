@@ -273,15 +273,7 @@ def settle(
         src_index.is_clean(count, src.slots) and dst_index.is_clean(count, dst.slots)
     )
     guarded = skips or not clean
-    unit = ready.plan.unit
-    whole = unit == 1 or not (
-        count % unit or src_index.offset or dst_index.offset or src.slots % unit or dst.slots % unit
-    )
-    pieces: Sequence[Piece]
-    if whole and ready.picks is None:  # the usual case, without a call
-        pieces = (Piece(ready, ready.carried, 0, move, None),)
-    else:
-        pieces = _pieces(ready, move, choice, context)
+    pieces = _pieces(ready, move, choice, context)
     if guarded and not _take(pieces, clean):
         guarded = False
         context.check_not_captured(UNCHECKED)

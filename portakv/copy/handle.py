@@ -17,7 +17,6 @@ from portakv.runtime.transfer import NOTHING, Transfer
 from portakv.runtime.worker import Worker
 from portakv.view.destination import note_written
 from portakv.view.form import Form
-from portakv.view.index import Ids, Index, index_of
 from portakv.view.view import KVView
 
 
@@ -60,7 +59,7 @@ def token_bytes(form: Form) -> float:
     return form.token_bytes / (form.block_size if form.opaque else 1)
 
 
-def _skipped(move: Move) -> int:
+def skipped_tokens(move: Move) -> int:
     """Return the number of tokens that negative ids on the host skip."""
     sides = ((move.src_index, move.src), (move.dst_index, move.dst))
     count = move.count
@@ -71,8 +70,9 @@ def _skipped(move: Move) -> int:
 class BlockTransfer(Transfer):
     """The handle of a copy. It does not keep the views of its copy alive.
 
-    It raises the versions of the destination's tensors (`note_written`). Its ``worker``
-    issues what is not issued yet. ``skips``: False if no id on the host skips a position.
+    The constructor raises the versions of the destination's tensors (`note_written`). Its
+    ``worker`` issues what is not issued yet. ``skips``: False if no id on the host skips a
+    position.
     """
 
     __slots__ = ("_began", "_block", "_ended", "_form", "_layers", "_requested", "_worker")
@@ -90,8 +90,10 @@ class BlockTransfer(Transfer):
         self._layers = layers
         step = move.src_index.plan_step or move.dst_index.plan_step
         # Counted now: the caller may change its ids after the call.
-        skipped = _skipped(move) if skips else 0
+        skipped = skipped_tokens(move) if skips else 0
         self._begin(transfer, move.src, move.dst, step, move.count, skipped, began)
+        if move.count:
+            note_written(move.dst)
 
     def _begin(
         self,
@@ -112,8 +114,6 @@ class BlockTransfer(Transfer):
         self._requested = count - skipped
         self._began = began
         self._ended: float | None = None if transfer.completions else perf_counter()
-        if count:
-            note_written(dst)
         counts = Counted.counts
         if counts is not None and count:
             counts.new.append((transfer.carried[0], form.place, dst.form, count))
@@ -126,24 +126,21 @@ class BlockTransfer(Transfer):
         transfer: Transfer,
         src: KVView,
         dst: KVView,
-        sides: tuple[tuple[Ids | None, int], tuple[Ids | None, int]],
+        step: int,
         count: int,
+        skipped: int,
         began: float,
-        skips: bool,
     ) -> BlockTransfer:
-        """Return the handle of a copy by ids as a caller passed them, each with its step."""
+        """Return the handle of a copy that raised the versions itself.
+
+        Args:
+            step: tokens of an id; 0 without ids.
+            count: tokens, with those that negative ids on the host skip.
+            skipped: those.
+        """
         made = cls.__new__(cls)
         made._worker = None
         made._layers = None
-        steps = [
-            each.plan_step if isinstance(each, Index) else 0 if each is None else step
-            for each, step in sides
-        ]
-        step = steps[0] or steps[1]
-        skipped = 0
-        if skips:
-            src_index, dst_index = (index_of(*side) for side in sides)
-            skipped = _skipped(Move(src, dst, src_index, dst_index, count))
         made._begin(transfer, src, dst, step, count, skipped, began)
         return made
 

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copy inside a device by one call of the core, from the objects that a caller passes.
+"""Make whole copies by one call of the core, from the objects that a caller passes.
 
-The core reads the tensors and the ids, checks them, plans and launches (`native/core/call.cpp`). A
-call that it does not make, or that is wrong, returns None here: the caller of these functions then
-goes the general way of `copy`, which makes the copy or words the error.
+The core reads the tensors and the ids, checks them, plans and launches (`native/core/call.cpp`). On
+a CPU it checks and plans, and the launch of a backend follows. A call that it does not make, or
+that is wrong, returns None here: the caller of these functions then goes the general way of `copy`,
+which makes the copy or words the error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +20,10 @@ from torch.autograd.graph import increment_version
 
 from portakv.backends.row_kernels import RowKernels, after_tables
 from portakv.backends.rows_kernel import MAX_ENTRIES
-from portakv.copy.call import memory_of_host
+from portakv.backends.strided import Rows, StridedLaunch, Units
+from portakv.copy.call import Context, Piece, Settled, launch, memory_of_host
 from portakv.copy.counting import TOGETHER, Counted
-from portakv.copy.handle import BlockTransfer
+from portakv.copy.handle import BlockTransfer, skipped_tokens
 from portakv.copy.options import CopyOptions
 from portakv.core.call import SKIPS, TO_THE_END, TOKENS, OpenedView, Watch, calls
 from portakv.core.view import dtype_words, name_of
@@ -29,15 +31,16 @@ from portakv.errors import LayoutError, PortaKVError, SlotError
 from portakv.interconnect.choose import across
 from portakv.interconnect.strategy import PINNED, Strategy
 from portakv.interconnect.zero_copy import ZeroCopy
-from portakv.registry.prepared import prepared
+from portakv.plan.move import Move
+from portakv.registry.prepared import PREPARED, prepared
 from portakv.registry.registry import Choice, choose
 from portakv.runtime.ends import LISTED
 from portakv.runtime.streams import completion
 from portakv.runtime.transfer import Owner, Transfer
 from portakv.view.bound import BoundLayout
-from portakv.view.destination import check_writable, note_written
-from portakv.view.form import plain_reader
-from portakv.view.index import PAST_ANY_VIEW, Ids, Index, as_ids
+from portakv.view.destination import check_writable, with_versions
+from portakv.view.form import Form, form_of, plain_reader
+from portakv.view.index import PAST_ANY_VIEW, Ids, Index, as_ids, index_of
 from portakv.view.view import KVView
 
 _AWAY = {"peer", "remote"}
@@ -84,6 +87,7 @@ def open_view(view: KVView, memory: Watch | None) -> OpenedView:
         writable,
         form.table_on_device,
         memory,
+        with_versions(view),
         (form, view.addresses, view.table if looked_up else None),
     )
 
@@ -118,12 +122,14 @@ class ChunkCopies:
         self._owner = owner
         self._layout = layout
         self._bounds = bounds
-        self._kernels = None if plain_reader() is None else choice.backend.row_kernels
+        self._choice = choice
+        self._kernels = kernels = choice.backend.row_kernels
+        usable = kernels is not None or cache.device.type == "cpu"
+        self._caches = open_view(cache, memory) if usable and plain_reader() is not None else None
         self._copy: Callable[..., int] | None = None
-        if self._kernels is None:
+        if self._caches is None or kernels is None:
             return
-        self._caches = open_view(cache, memory)  # whose words the core reads
-        self._addresses = self._kernels.address, self._caches.address
+        self._addresses = kernels.address, self._caches.address
         self._copy = calls().copy_chunk
         if self._caches.tabled:
             self._copy = partial(after_tables, [cache], cache.device, self._copy)
@@ -136,9 +142,7 @@ class ChunkCopies:
         Raises:
             TransferError: the driver's error.
         """
-        kernels = self._kernels
-        copy = self._copy
-        if kernels is None or copy is None:
+        if self._caches is None:
             return None
         chunk = memory_obj
         if type(chunk) is not torch.Tensor:
@@ -168,6 +172,10 @@ class ChunkCopies:
             past = end
         else:
             return None
+        kernels = self._kernels
+        copy = self._copy
+        if kernels is None or copy is None:
+            return self._launched(store, bound, chunk, ids, offset, start, past)
 
         numbers = offset, start, past
         arguments = (*self._addresses, store, bound.address, chunk, ids, *numbers)
@@ -179,10 +187,47 @@ class ChunkCopies:
         if store:
             increment_version(chunk)
         else:
-            note_written(self._cache)
+            increment_version(self._caches.versions)
         counts = Counted.counts
         if counts is not None:
             counts.new.append((kernels.carried[0], "device", self._cache.form, result >> TOKENS))
+            if len(counts.new) >= TOGETHER:
+                counts.sum_up()
+        return transfer
+
+    def _launched(
+        self, store: bool, bound: BoundLayout, chunk: torch.Tensor, ids: Any, *slots: int
+    ) -> Transfer | None:
+        """Make a copy on the host by the launch of a backend, as `_launched` does.
+
+        Args:
+            ids: a list or a tensor.
+            slots: the ids that are passed over, and the first and the last of the others.
+        """
+        assert self._caches is not None
+        most = len(ids)  # copied tokens are no more
+        numbers = np.empty(2 * most, dtype=np.int64)
+        room = torch.from_numpy(numbers).data_ptr(), most
+        caches = self._caches.address
+        checked = calls().check_chunk(caches, store, bound.address, chunk, ids, *slots, *room)
+        if isinstance(checked, int):
+            return None
+        tokens, unit, units, described = checked
+        rows = ChunkRows(bound, chunk, described)
+        cache = self._cache
+        skips = tokens > unit * units  # then both sides have numbers
+        read = torch.from_numpy(numbers[:units]) if store or skips else None
+        written = torch.from_numpy(numbers[most : most + units]) if skips or not store else None
+        source = Units(cache if store else rows, read, 0)
+        target = Units(rows if store else cache, written, 0)
+        transfer = _by_units(self._choice, source, target, unit, units)
+        if transfer is None:
+            return None
+        increment_version(chunk if store else self._caches.versions)
+        counts = Counted.counts
+        if counts is not None:
+            forms = (cache.form, rows.form) if store else (rows.form, cache.form)
+            counts.new.append((transfer.carried[0], forms[0].place, forms[1], tokens))
             if len(counts.new) >= TOGETHER:
                 counts.sum_up()
         return transfer
@@ -211,20 +256,29 @@ def copied(
     """
     if not isinstance(src, KVView) or not isinstance(dst, KVView):
         return None
-    if src.device == dst.device and src.device.type == "cpu" and options.backend is None:
-        return None
     began = perf_counter()
     read = _side(src_ids, src_step)
     written = _side(dst_ids, dst_step)
-    tokens = _tokens(read, written) if count is None else count
+    tokens = _tokens(read, written, src) if count is None else count
     if type(tokens) is not int or not 0 < tokens < PAST_ANY_VIEW:
         return None
     if not (read.step and written.step):
         return None
+    by = None
+    if src.device == dst.device:
+        choice = _inside(src, dst, options)
+        if choice is None:
+            return None
+        kernels = choice.backend.row_kernels
+        if kernels is None:
+            return _launched(src, dst, read, written, count, tokens, choice, began)
+        by = kernels, kernels.carried
     if True in (read.on_host, written.on_host) and tokens > LISTED * min(read.step, written.step):
         return None  # more ids than kernels read from pinned memory
-    new = any(not (ids is None or isinstance(ids, Index)) for ids in (src_ids, dst_ids))
-    by = _executor(src, dst, read, written, tokens, new, options)
+    if by is None and False not in (read.on_host, written.on_host):  # the number of runs is known
+        new = any(not (ids is None or isinstance(ids, Index)) for ids in (src_ids, dst_ids))
+        steps = read.plan_step, written.plan_step
+        by = _across_link(src, dst, steps, tokens, new, options)
     if by is None:
         return None
     # The core compares the tokens of both sides.
@@ -232,9 +286,13 @@ def copied(
     if made is None:
         return None
     transfer, result = made
-    skips = bool(result & SKIPS)
-    indices = (src_ids, src_step), (dst_ids, dst_step)
-    return BlockTransfer.of_views(transfer, src, dst, indices, result >> TOKENS, began, skips)
+    tokens = result >> TOKENS
+    skipped = 0
+    if result & SKIPS:
+        indices = index_of(src_ids, src_step), index_of(dst_ids, dst_step)
+        skipped = skipped_tokens(Move(src, dst, *indices, tokens))
+    step = read.plan_step or written.plan_step
+    return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
 
 
 class _Side(NamedTuple):
@@ -276,34 +334,17 @@ def _side(ids: object, step: int) -> _Side:
         return _Side(None, step or 1, offset)
     if type(ids) is torch.Tensor:
         return _Side(ids, step, offset, ids.is_cpu, ids.numel())
+    if type(ids) is tuple or type(ids) is range:
+        ids = list(ids)
     return _Side(ids, step, offset, True, len(ids)) if type(ids) is list else _Side(ids, 0)
 
 
-def _tokens(read: _Side, written: _Side) -> int | None:
-    """Return the tokens of the source's ids, else of the destination's; None without ids."""
+def _tokens(read: _Side, written: _Side, src: KVView) -> int:
+    """Return the tokens of the source's ids, else of the destination's, else of the source."""
     for side in (read, written):
         if side.number is not None:
             return side.number * side.step - side.offset
-    return None
-
-
-def _executor(
-    src: KVView,
-    dst: KVView,
-    read: _Side,
-    written: _Side,
-    tokens: int,
-    new: bool,
-    options: CopyOptions,
-) -> tuple[RowKernels, tuple[str, str]] | None:
-    """Return the kernels that make a copy, and what executes it, with the reason. ``new``: ids are
-    a caller's for one call."""
-    if src.device == dst.device:
-        return _inside(src, dst, options)
-    if False in (read.on_host, written.on_host):  # their number of runs is not known
-        return None
-    steps = read.plan_step, written.plan_step
-    return _across_link(src, dst, steps, tokens, new, options)
+    return src.slots - read.offset
 
 
 def _issue(
@@ -337,7 +378,7 @@ def _issue(
     numbers = from_step, to_step, from_offset, to_offset, tokens
     memory = () if src.device == dst.device else memory_of_host(src, dst)
     try:
-        return kernels.issue(
+        made = kernels.issue(
             copy,
             (*views, *ids, *numbers),
             bool(on_host or to_host),
@@ -350,6 +391,9 @@ def _issue(
         if memory:
             completion(device, None, *memory)
         raise
+    if made is not None:
+        increment_version(to_view.versions)
+    return made
 
 
 def has_tables(device: torch.device, views: Sequence[KVView]) -> bool:
@@ -358,20 +402,140 @@ def has_tables(device: torch.device, views: Sequence[KVView]) -> bool:
     return all(view.table.device == device for view in views)
 
 
-def _inside(
-    src: KVView, dst: KVView, options: CopyOptions
-) -> tuple[RowKernels, tuple[str, str]] | None:
-    """Return the kernels that copy inside a device, and their name with the reason."""
-    if options.terms is not None:
+def _inside(src: KVView, dst: KVView, options: CopyOptions) -> Choice | None:
+    """Return what copies inside a device, or on the host; None: it is not a backend's launch."""
+    if options.terms is not None or src.form.place in _AWAY or dst.form.place in _AWAY:
         return None
     try:
         choice = choose(src.device, options.backend)
     except PortaKVError:  # the general way says it after it has looked at the ids
         return None
-    kernels = choice.backend.row_kernels
-    if kernels is None or {src.form.place, dst.form.place} & _AWAY:
+    return choice
+
+
+def _launched(
+    src: KVView,
+    dst: KVView,
+    read: _Side,
+    written: _Side,
+    count: object,
+    tokens: int,
+    choice: Choice,
+    began: float,
+) -> BlockTransfer | None:
+    """Make a copy on the host by the launch of a backend, once the core has checked it; None: the
+    core does not take such a copy."""
+    reader = plain_reader()
+    if src.device.type != "cpu" or reader is None:
         return None
-    return kernels, kernels.carried
+    from_view = opened(src)
+    to_view = opened(dst)
+    if from_view is None or to_view is None:
+        return None
+    from_ids, from_step, from_offset, _, _ = read
+    to_ids, to_step, to_offset, _, _ = written
+    numbers = np.empty(2 * tokens, dtype=np.int64)
+    # fmt: off
+    checked = calls().check_views(reader.address, from_view.address, to_view.address,
+                                  from_ids, to_ids, from_step, to_step, from_offset, to_offset,
+                                  TO_THE_END if count is None else tokens,
+                                  torch.from_numpy(numbers).data_ptr(), tokens)
+    # fmt: on
+    if isinstance(checked, int):
+        return None
+    most = tokens
+    tokens, unit, units = checked
+    skipped = tokens - unit * units
+    source = target = None
+    if from_ids is not None or skipped:
+        source = torch.from_numpy(numbers[:units])
+    if to_ids is not None or skipped:
+        target = torch.from_numpy(numbers[most : most + units])
+    src_units = Units(src, source, from_offset)
+    dst_units = Units(dst, target, to_offset)
+    transfer = _by_units(choice, src_units, dst_units, unit, units)
+    if transfer is None:
+        return None
+    increment_version(to_view.versions)
+    step = read.plan_step or written.plan_step
+    return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
+
+
+class ChunkRows:
+    """The rows of a chunk on the host during one call, as launches of `StridedLaunch` use a view.
+
+    Args:
+        bound: the layout of the chunk.
+        tensor: the chunk.
+        described: what the core read of it.
+    """
+
+    raw = True  # nothing is made of it that later calls use
+
+    def __init__(
+        self, bound: BoundLayout, tensor: torch.Tensor, described: tuple[Any, ...]
+    ) -> None:
+        form, self._addresses, _, _, self.slots, _ = described
+        self.form: Form = form_of(form) if isinstance(form, bytes) else form
+        self.device = tensor.device
+        self.derived: dict[Hashable, Any] = {}
+        self._bound = bound
+        self._tensor = tensor
+        self._storage = tensor.untyped_storage()
+
+    def view(self) -> KVView:
+        """Return the chunk as a view."""
+        return KVView.through(self._bound, self._tensor)
+
+    def strided(
+        self,
+        entry: int,
+        offset: int,
+        dtype: torch.dtype,
+        size: Sequence[int],
+        stride: Sequence[int],
+    ) -> torch.Tensor:
+        """Return a tensor as `KVView.strided`, inside the storage, which the core has looked at."""
+        start = self._addresses[entry] + offset - self._storage.data_ptr()
+        empty = torch.empty(0, dtype=dtype, device=self.device)
+        return empty.set_(self._storage, start // dtype.itemsize, size, stride)
+
+
+def _by_units(choice: Choice, src: Units, dst: Units, unit: int, units: int) -> Transfer | None:
+    """Launch a copy on the host of so many units of ``unit`` tokens, which the core has checked;
+    None: no backend takes its plan."""
+    src_step = 0 if src.numbers is None else unit
+    dst_step = 0 if dst.numbers is None else unit
+    src_form = src.rows.form
+    dst_form = dst.rows.form
+    ready = PREPARED.get((src_form.address, dst_form.address, src_step, dst_step, None, choice))
+    if ready is None:
+        try:
+            ready = prepared(src_form, dst_form, src_step, dst_step, None, choice)
+        except PortaKVError:  # the general way says it in its turn
+            return None
+    if ready.picks is not None or ready.plan.unit != unit:
+        return None
+    if type(ready.launch) is StridedLaunch:
+        ready.launch.copy(src, dst, units)
+        return Transfer((), None, ready.carried)
+    sides = _view(src.rows), _view(dst.rows), _index(src, unit), _index(dst, unit)
+    move = Move(*sides, unit * units)
+    piece = Piece(ready, ready.carried, 0, move, None)
+    return launch(Settled(move, (piece,), None, False), Context(dst.rows.device, None, False))
+
+
+def _view(rows: Rows) -> KVView:
+    """Return rows as a view."""
+    if isinstance(rows, ChunkRows):
+        return rows.view()
+    assert isinstance(rows, KVView)
+    return rows
+
+
+def _index(side: Units, unit: int) -> Index:
+    """Return units as an index."""
+    return Index(offset=side.offset) if side.numbers is None else Index(side.numbers, unit)
 
 
 def _across_link(

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from operator import is_
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -108,7 +107,8 @@ _NO_TERMS = Terms()
 _NAMES = tuple(each.name for each in fields(CopyOptions) if each.init)
 #: The options of a copy that passes none.
 USUAL = CopyOptions()
-_USUAL_VALUES = tuple(getattr(USUAL, name) for name in _NAMES)
+#: Those of all keywords, in their order.
+USUAL_VALUES = tuple(getattr(USUAL, name) for name in _NAMES)
 
 
 def _same(value: object, usual: object) -> bool:
@@ -116,16 +116,11 @@ def _same(value: object, usual: object) -> bool:
     return value is usual or (isinstance(value, str) and value == usual)
 
 
-def options_of(options: CopyOptions | None, *keywords: object) -> CopyOptions:
-    """Return the options of a call that takes ``options`` or all keywords, these in the order of
-    `CopyOptions`; raise as `options_from`."""
-    # Most keywords are the usual objects themselves, and calls are in a hot path.
-    usual = all(map(is_, keywords, _USUAL_VALUES)) or all(map(_same, keywords, _USUAL_VALUES))
-    if usual and type(options) is CopyOptions:
-        return options
-    if options is None:  # without a look at the names
-        return USUAL if usual else CopyOptions(**dict(zip(_NAMES, keywords, strict=True)))  # type: ignore[arg-type]
-    return options_from(options, {} if usual else dict(zip(_NAMES, keywords, strict=True)))
+def merged(options: CopyOptions | None, values: Sequence[object]) -> CopyOptions:
+    """Return the options of a call that takes ``options`` or all keywords, ``values`` in the order
+    of `CopyOptions`; raise as `options_from`."""
+    usual = all(map(_same, values, USUAL_VALUES))
+    return options_from(options, {} if usual else dict(zip(_NAMES, values, strict=True)))
 
 
 def refuse_options(extents: Iterable[str]) -> None:

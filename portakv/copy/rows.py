@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from operator import is_
+
 import torch
 
 from portakv.arguments import shown
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.inside import copied
-from portakv.copy.options import Check, CopyOptions, options_of
+from portakv.copy.options import USUAL, USUAL_VALUES, Check, CopyOptions, merged
 from portakv.copy.request import whole
 from portakv.copy.submit import submit
 from portakv.errors import LayoutError, SlotError
@@ -156,6 +158,18 @@ def copy_blocks(
     return submit(move, options)
 
 
+def options_of(options: CopyOptions | None, *keywords: object) -> CopyOptions:
+    """Return the options of a call that takes ``options`` or all keywords, these in the order of
+    `CopyOptions`; raise as `options_from`."""
+    # Most keywords are the usual objects themselves.
+    if all(map(is_, keywords, USUAL_VALUES)):
+        if options is None:
+            return USUAL
+        if type(options) is CopyOptions:
+            return options
+    return merged(options, keywords)
+
+
 def _copied_blocks(
     src: KVView,
     dst: KVView,
@@ -232,17 +246,10 @@ def move_of(
     dst_of = dst_index if isinstance(dst_index, Index) else index_of(dst_index)
     if count is None:
         tokens = _covered(src, dst, src_of, dst_of)
-    elif type(count) is int and count >= 0:  # the usual case, without a call
-        tokens = count
     else:
         tokens = whole("count", count, "a whole number of at least 0", 0)
-    # Most lists are long enough, without a call.
-    src_length = src_of.length
-    dst_length = dst_of.length
-    if src_length is None or tokens > src_length:
-        src_of.check_length(tokens, src.slots, "source")
-    if dst_length is None or tokens > dst_length:
-        dst_of.check_length(tokens, dst.slots, "destination")
+    src_of.check_length(tokens, src.slots, "source")
+    dst_of.check_length(tokens, dst.slots, "destination")
     return Move(src, dst, src_of, dst_of, tokens)
 
 

@@ -49,8 +49,7 @@ def submit(move: Move, options: CopyOptions, passed: Passed | None = None) -> Bl
     elif src.device != dst.device and src.device.type != "cpu" != dst.device.type:
         transfer = _from_peer(move, options, began, passed)
     else:
-        device = src.device if src.device == dst.device else common_device(src, dst)
-        choice = choose(device, options.backend)
+        choice = choose(common_device(src, dst), options.backend)
         context = context_of(passed, choice.backend.device, options.stream)
         transfer = issue(move, choice, context, options, began, passed)
     if late is not None:
@@ -91,7 +90,7 @@ def issue(
 
     Raises as `copy_rows`.
     """
-    executor = _executor_of(move, choice, context, options)
+    executor = executor_of(move.src, move.dst, choice, options.terms)
     if options.sliced:
         return in_slices(move, executor, context, options.max_gbps, options.by_layer, passed)
     if options.detached and context.device.type != "cpu":
@@ -105,14 +104,5 @@ def issue(
 
 def check_issue(move: Move, choice: Choice, context: Context, options: CopyOptions) -> None:
     """Raise what `issue` raises for a copy that nothing here executes; move nothing."""
-    check_executable(move, _executor_of(move, choice, context, options), context)
-
-
-def _executor_of(move: Move, choice: Choice, context: Context, options: CopyOptions) -> Choice:
-    """Return what executes a copy; raise as `executor_of`."""
-    src = move.src
-    dst = move.dst
-    inside = src.device == dst.device == context.device and src.form.place != "peer"
-    if options.terms is None and inside:
-        return choice
-    return executor_of(src, dst, choice, options.terms)
+    executor = executor_of(move.src, move.dst, choice, options.terms)
+    check_executable(move, executor, context)

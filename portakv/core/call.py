@@ -11,11 +11,11 @@ import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from portakv.core.library import pylibrary
+from portakv.core.library import python_function
 
 # The codes of `core.h`.
 DRIVER = -1000
@@ -181,6 +181,7 @@ class OpenedView:
         writable: a copy may write it.
         table_on_device: the device alone knows the addresses.
         watch: its memory; None: raw addresses.
+        versions: the tensors whose versions a copy raises that writes the view.
         kept: objects that have the form and the addresses.
 
     Attributes:
@@ -188,7 +189,7 @@ class OpenedView:
         tabled: kernels may read the table.
     """
 
-    __slots__ = ("_kept", "_words", "address", "tabled")
+    __slots__ = ("_kept", "_words", "address", "tabled", "versions")
 
     def __init__(
         self,
@@ -203,9 +204,11 @@ class OpenedView:
         writable: bool,
         table_on_device: bool,
         watch: Watch | None,
+        versions: tuple[torch.Tensor, ...],
         kept: object,
     ) -> None:
         self.tabled = table != 0
+        self.versions = versions
         words = array("q", dtypes or [0] * kv)
         ranges = array("q", [address for span in spans for address in span])
         self._kept = words, ranges, watch, kept
@@ -226,22 +229,22 @@ class OpenedView:
 
 
 class Calls(NamedTuple):
-    """The functions of the core, with the arguments that `portakv_copy_function` of ``core.h``
+    """The functions of the core, with the arguments that `portakv_python_function` of ``core.h``
     lists.
 
-    Each holds the interpreter but for calls of the driver. They are functions of Python itself:
-    ctypes would take longer to convert their arguments than the core takes to plan a copy.
+    Each holds the interpreter but for calls of the driver, and returns what ``core.h`` says, or a
+    code. They are functions of Python itself: ctypes would take longer to convert their arguments
+    than the core takes to plan a copy.
     """
 
     copy_chunk: Callable[..., int]
     copy_views: Callable[..., int]
     query_end: Callable[[int], int]
+    check_views: Callable[..., tuple[int, int, int] | int]
+    check_chunk: Callable[..., tuple[int, int, int, tuple[Any, ...]] | int]
 
 
 @cache
 def calls() -> Calls:
     """Return the functions."""
-    function = pylibrary().portakv_copy_function
-    function.argtypes = (ctypes.c_int64,)
-    function.restype = ctypes.py_object
-    return Calls(function(0), function(1), function(2))
+    return Calls(*map(python_function, range(5)))

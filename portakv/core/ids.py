@@ -83,16 +83,6 @@ def check(ids: torch.Tensor, step: int, offset: int, count: int, slots: int, dis
     return code
 
 
-def check_dense(
-    address: int, number: int, step: int, offset: int, count: int, slots: int, distinct: bool
-) -> int:
-    """Return the code of `check` for int64 ids that lie next to each other at an address."""
-    code = _checker()(_pack_check(address, 8, 8, number, step, offset, count, slots, distinct, 0))
-    if code == _NO_MEMORY:
-        raise MemoryError
-    return code
-
-
 def fault(
     ids: torch.Tensor, step: int, offset: int, count: int, slots: int, distinct: bool
 ) -> Fault:

@@ -8,8 +8,10 @@ the functions that it uses.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from portakv.errors import PortaKVError
 
@@ -86,3 +88,12 @@ def check(path: Path, root: Path) -> None:
             f"Expected a compiled core of the sources in {root / 'native' / 'core'}, got an older "
             f"one. {remedy}"
         )
+
+
+def python_function(number: int) -> Callable[..., Any]:
+    """Return a function of Python that the core makes; `portakv_python_function` lists them. The
+    core has found the interpreter."""
+    make = pylibrary().portakv_python_function
+    make.argtypes = (ctypes.c_int64,)
+    make.restype = ctypes.py_object
+    return make(number)  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from ctypes import c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
-from .library import pylibrary
+from .library import pylibrary, python_function
 
 # The codes of `core.h`.
 MALFORMED = -1
@@ -20,8 +20,9 @@ PAGES = -12
 NO_FACTOR = -13
 NO_REFINEMENT = -14
 
-#: The words of the longest plan that needs a single call. A usual plan has 40.
-_ROOM = 256
+#: The words of the longest plan that needs a single call, `PORTAKV_PLAN_LEAST` of `core.h`. A usual
+#: plan has 40.
+_ROOM = 128
 _EMPTY = array("q", [0])
 
 
@@ -43,7 +44,7 @@ def plan_words(src: int, dst: int, src_step: int, dst_step: int, unit: int) -> a
     Raises:
         Refused: there is no plan.
     """
-    return _words(_functions()[0], src, dst, src_step, dst_step, unit)
+    return _words(_make(), src, dst, src_step, dst_step, unit)
 
 
 def pack_words(raw: int, packed: int, packs: bool, equal_planes: bool) -> array[int]:
@@ -55,7 +56,7 @@ def pack_words(raw: int, packed: int, packs: bool, equal_planes: bool) -> array[
     Raises:
         Refused: there is no plan.
     """
-    return _words(_functions()[1], raw, packed, packs, equal_planes)
+    return _words(_pack(), raw, packed, packs, equal_planes)
 
 
 def _words(function: Callable[..., int], *arguments: int) -> array[int]:
@@ -72,16 +73,26 @@ def _words(function: Callable[..., int], *arguments: int) -> array[int]:
 
 
 @cache
-def _functions() -> tuple[Any, Any]:
-    """Return `portakv_plan_make` and `portakv_plan_pack` with their prototypes.
+def _make() -> Callable[..., int]:
+    """Return `portakv_plan_make`: as a function of Python if the core found the interpreter, since
+    ctypes takes longer to convert the arguments than the core takes to plan."""
+    core = pylibrary()
+    if core.portakv_python_found():
+        return python_function(5)
+    return _prototyped(core.portakv_plan_make, c_void_p, c_void_p, c_int64, c_int64, c_int64)
+
+
+@cache
+def _pack() -> Callable[..., int]:
+    """Return `portakv_plan_pack`."""
+    return _prototyped(pylibrary().portakv_plan_pack, c_void_p, c_void_p, c_int, c_int)
+
+
+def _prototyped(function: Any, *arguments: Any) -> Callable[..., int]:
+    """Return a function of these arguments, memory for words and its room.
 
     Calls keep the interpreter: they are shorter than taking it back.
     """
-    core = pylibrary()
-    make = core.portakv_plan_make
-    make.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64)
-    make.restype = c_int64
-    pack = core.portakv_plan_pack
-    pack.argtypes = (c_void_p, c_void_p, c_int, c_int, c_void_p, c_int64)
-    pack.restype = c_int64
-    return make, pack
+    function.argtypes = (*arguments, c_void_p, c_int64)
+    function.restype = c_int64
+    return function  # type: ignore[no-any-return]

@@ -43,7 +43,6 @@ from portakv.view.view import KVView
 Made = TypeVar("Made", Launch, PackLaunch)
 Plan = TypeVar("Plan", CopyPlan, PackPlan)
 CAPACITY = 1024  # launches
-_HOST = torch.device("cpu")
 #: Types of devices to which the library sends ids by a small copy, without blocking the host. To
 #: others torch copies the ids, and the host waits for all work on the stream.
 ASYNCHRONOUS = frozenset({"cuda"})
@@ -83,8 +82,6 @@ class Ready:
         if can.index_on == "any":
             return move
         dtypes = can.index_dtypes
-        if src_index.dense and dst_index.dense and device == _HOST and torch.int64 in dtypes:
-            return move  # the host reads such ids as they are
         if src_index.temporary or dst_index.temporary:
             bring((src_index, dst_index), device, dtypes)
         return Move(
@@ -191,8 +188,10 @@ class PreparedPack(Ready):
         return pending
 
 
-_prepared: Bounded[tuple[Form, Form, int, int, int | None, Choice], Prepared]
-_prepared = Bounded("prepared copies", CAPACITY)
+#: Prepared copies by the arguments of `prepared`, the forms by the addresses of their words: an
+#: entry keeps its forms. A caller that knows the addresses looks here first.
+PREPARED: Bounded[tuple[int, int, int, int, int | None, Choice], Prepared]
+PREPARED = Bounded("prepared copies", CAPACITY)
 _packs: Bounded[tuple[Form, Form, int, int, Choice], PreparedPack]
 _packs = Bounded("prepared copies that pack", CAPACITY)
 
@@ -204,15 +203,15 @@ def prepared(
 
     Raises as `CopyPlan` and `prepare` do.
     """
-    key = (src, dst, src_step, dst_step, unit, choice)
-    ready = _prepared.get(key)
+    key = (src.address, dst.address, src_step, dst_step, unit, choice)
+    ready = PREPARED.get(key)
     if ready is not None:
         return ready
     plan = CopyPlan(src, dst, src_step, dst_step, unit)
     launch, used = prepare(plan, choice)
     ready = Prepared.of(plan, launch, used, (used.name, used.trace[-1].reason))
     # Another thread may have stored one first: all threads use that launch, with its one lock.
-    return _prepared.setdefault(key, ready)
+    return PREPARED.setdefault(key, ready)
 
 
 def prepared_pack(

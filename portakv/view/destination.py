@@ -90,11 +90,11 @@ def note_written(view: KVView) -> None:
     """
     tensors = view.derived.get(_WRITTEN)
     if tensors is None:
-        tensors = view.derived[_WRITTEN] = _with_versions(view)
+        tensors = view.derived[_WRITTEN] = with_versions(view)
     increment_version(tensors)
 
 
-def _with_versions(view: KVView) -> tuple[torch.Tensor, ...]:
+def with_versions(view: KVView) -> tuple[torch.Tensor, ...]:
     """Return a tensor for each version of a view: views of one tensor share it."""
     if view.raw:
         return ()

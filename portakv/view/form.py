@@ -133,17 +133,19 @@ class Form:
     dtypes: tuple[str, ...] = ()
     table_on_device: bool = False
     encoding: tuple[Any, ...] = ()  # of `Plane`; what reads the planes of one encoding knows it
+    #: The address of the form's words, which `native/core/form.h` lists: they stay as long as it.
+    address: int = field(default=0, init=False, compare=False, repr=False)
     _hash: int = field(default=0, init=False, compare=False, repr=False)
-    #: The words of `address`, with the address: made at the first use, then never replaced.
-    _words: dict[None, tuple[array[int], int]] = field(
-        default_factory=dict, init=False, compare=False, repr=False
-    )
+    _words: array[int] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # Forms key the cache of launches on the hot path: hash the nested tuples only once.
         key = (self.parts, self.layers, self.heads, self.widths, self.block_size, self.alignment)
         rest = self.opaque, self.place, self.dtypes, self.table_on_device, self.encoding
+        words = array("q", _words_of(self))
         object.__setattr__(self, "_hash", hash((key, *rest)))
+        object.__setattr__(self, "_words", words)
+        object.__setattr__(self, "address", words.buffer_info()[0])
 
     def __hash__(self) -> int:
         return self._hash
@@ -151,19 +153,6 @@ class Form:
     def __reduce__(self) -> tuple[object, ...]:
         # The hash of a string differs between processes, so a form is made anew on arrival.
         return type(self), tuple(getattr(self, each.name) for each in fields(self) if each.init)
-
-    @property
-    def address(self) -> int:
-        """Return the address of this form's words, which `native/core/form.h` lists.
-
-        The words are there as long as the form is.
-        """
-        words = self._words.get(None)
-        if words is None:
-            made = array("q", _words_of(self))
-            # Of several threads the first one counts: the core may read its words already.
-            words = self._words.setdefault(None, (made, made.buffer_info()[0]))
-        return words[1]
 
     @property
     def lists(self) -> bool:

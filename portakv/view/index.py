@@ -373,14 +373,11 @@ class Index:
     """
 
     # plan_step: the step that a plan is made for: ``step``, or 0 without ids.
-    # dense: no ids, or contiguous int64 ids on the host.
     # temporary: a caller's ids for one call, which are not used again.
     # listed: the number of temporary ids on the host; 0 for all other indices.
     __slots__ = (
-        "_number",
         "_placed",
         "_store",
-        "dense",
         "ids",
         "length",
         "listed",
@@ -422,19 +419,15 @@ class Index:
         self.temporary = temporary
         self.trusted = trusted
         self._placed: _Placed | None = None
-        self._number = 0
         self.length: int | None = None
         self.on_host = True
-        self.dense = True
         self.plan_step = 0
         self.listed = 0
         if ids is None:
             return
         number = ids.numel()
-        self._number = number
         self.length = number * step - offset
         self.on_host = ids.is_cpu
-        self.dense = self.on_host and ids.dtype is torch.int64 and ids.is_contiguous()
         self.plan_step = step
         if temporary and self.on_host:
             self.listed = number
@@ -521,10 +514,8 @@ class Index:
         index.temporary = self.temporary
         index.trusted = self.trusted
         index._placed = None
-        index._number = self._number
         index.length = self.length
-        index.on_host = on_host = ids.is_cpu
-        index.dense = on_host and ids.dtype is torch.int64
+        index.on_host = ids.is_cpu
         index.plan_step = self.plan_step
         index.listed = 0
         return index
@@ -755,13 +746,7 @@ class Index:
         ids = self.ids
         if ids is None or not self.on_host:
             return False
-        step = self.step
-        offset = self.offset
-        if self.dense:
-            number = self._number
-            code = core.check_dense(ids.data_ptr(), number, step, offset, count, slots, distinct)
-        else:
-            code = core.check(ids, step, offset, count, slots, distinct)
+        code = core.check(ids, self.step, self.offset, count, slots, distinct)
         if code < 0:
             raise self._slot_error(count, slots, side, distinct)
         return code == core.NEGATIVE

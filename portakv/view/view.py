@@ -451,9 +451,7 @@ class KVView:
             raise LayoutError(f"Expected other to be a KVView, got {shown(other)}. Pass a view.")
         if self.memory_device != other.memory_device:
             return False
-        dst = self.spans if self._spans is None else self._spans  # the property costs a call
-        src = other.spans if other._spans is None else other._spans
-        few, many = (dst, src) if len(dst) < len(src) else (src, dst)
+        few, many = sorted((self.spans, other.spans), key=len)
         # Most views of many spans lie in two buffers, which their outer ends tell apart.
         if not few or few[-1][1] <= many[0][0] or many[-1][1] <= few[0][0]:
             return False

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from portakv import CopyOptions, InvalidTerms, KVView, LateErrors, copy_blocks, copy_rows, copy_runs
-from portakv.copy.options import USUAL, options_from, options_of
+from portakv.copy.options import USUAL, options_from
+from portakv.copy.rows import options_of
 
 NAMES = [each.name for each in fields(CopyOptions) if each.init]
 LAYOUT = "block token dim"

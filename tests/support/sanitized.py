@@ -98,7 +98,15 @@ def draws(seed: int) -> list[Callable[[], object]]:
     )
     hypothesis.settings.load_profile("drawn")
     # These take the profile.
-    from core import test_core_view, test_ids, test_pack, test_plan, test_runs, test_xxh3
+    from core import (
+        test_checked_copies,
+        test_core_view,
+        test_ids,
+        test_pack,
+        test_plan,
+        test_runs,
+        test_xxh3,
+    )
     from interconnect import test_submission
 
     chance = random.Random(seed)
@@ -110,6 +118,8 @@ def draws(seed: int) -> list[Callable[[], object]]:
         hypothesis.seed(seed)(test_ids.test_the_core_does_what_the_definition_says),
         hypothesis.seed(seed)(test_ids.test_long_lists_dense_and_far_apart),
         hypothesis.seed(seed)(test_runs.test_pieces_are_the_copy),
+        hypothesis.seed(seed)(test_checked_copies.test_launches_by_units),
+        hypothesis.seed(seed)(test_checked_copies.test_chunks_by_units),
         hypothesis.seed(seed)(test_submission.test_every_byte_in_every_order),
     ]
 
