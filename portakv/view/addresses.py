@@ -105,7 +105,6 @@ class _Known(NamedTuple):
 
 
 _forms: Bounded[_Request, _Known] = Bounded("forms of memory at addresses", 1024)
-_usable: Bounded[str, torch.device] = Bounded("devices that addresses were on", 64)
 
 
 def read_addresses(
@@ -159,7 +158,7 @@ def read_addresses(
 
 def _named_device(device: torch.device | str) -> torch.device:
     """Return a device that the caller named; without an index it is the current one."""
-    target = _usable.get_or_make(str(device), lambda: usable_device(str(device)))
+    target = usable_device(str(device))
     if target.type not in ("cpu", "meta") and target.index is None:
         return torch.device(target.type, torch.accelerator.current_device_index())
     return target
