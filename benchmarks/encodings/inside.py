@@ -15,8 +15,10 @@ import torch
 
 from portakv import Index, KVView, copy_blocks
 from portakv.copy.encodings import overflow_words
+from portakv.plan.packing import PackPlan
 from portakv.plan.plan import Move
-from portakv.registry import choose, prepared_pack
+from portakv.registry import choose
+from portakv.registry.prepared import prepared
 from portakv_benchmarks.encodings.suite import Case, EncodingBench, Memory, poison
 from portakv_benchmarks.host.suite import MB
 from portakv_benchmarks.shared import harness
@@ -172,7 +174,7 @@ class _Sized:
         count = self._blocks * self._memory.case.tokens
         move = Move(src, dst, src_ids or Index(), dst_ids or Index(), count)
         choice = choose(self._bench.device, None)
-        ready = prepared_pack(src.form, dst.form, *move.steps, choice)
+        ready = prepared(src.form, dst.form, *move.steps, None, choice, PackPlan)
         placed = ready.place_both(move)
         overflow = overflow_words(move, ready.plan.unit, self._bench.device)
-        return lambda i: ready.enqueue(placed, None, None, overflow)
+        return lambda i: ready.pack(placed, None, None, overflow)

@@ -232,6 +232,7 @@ class Program:
         constants: its globals; the tracer treats a global integer as a constant, and a parameter as
             a variable.
         example: its arguments: tensors of the later shapes, and integers, which stay variable.
+        lost: memory that takes what must not move; it is never read. Stays as long as the program.
 
     Raises:
         RuntimeError: torch.compile is switched off, or would run the function as plain Python.
@@ -242,7 +243,9 @@ class Program:
         function: Callable[..., None],
         constants: dict[str, object],
         example: Sequence[Argument],
+        lost: torch.Tensor,
     ) -> None:
+        self.lost = lost
         self._compiled: Callable[..., object] | None = None
         self._order: list[int] = []
         # The integers are distinct, to recognise them when they come back from the tracer. They

@@ -27,7 +27,6 @@ from portakv.backends._vendor_rows import GuardedRows
 from portakv.errors import TransferError, Unsupported
 from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Move, Nest
-from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import Unusable
 from portakv.view.view import KVView
 
@@ -132,7 +131,7 @@ def open_kernel(path: str, emulated: bool) -> Kernel:
     """
     if not Path(path).is_file():
         raise Unusable(f"there is no such file ({_BUILD})")
-    kernel = KERNELS.get_or_make(path, lambda: _load(path))
+    kernel = _load(path)
     if kernel.emulated == emulated:
         return kernel
     why = f"emulates the kernel on a CPU, and this NPU is real; {_BUILD}"
@@ -142,10 +141,6 @@ def open_kernel(path: str, emulated: bool) -> Kernel:
             "builds one for it"
         )
     raise Unusable(f"{kernel.name} {why}")
-
-
-#: Libraries by their paths, each loaded once in a process.
-KERNELS: Bounded[str, Kernel] = Bounded("AscendC libraries", 8)
 
 
 def _load(path: str) -> Kernel:

@@ -57,7 +57,6 @@ class Compiled(Backend):
         self.programs: Bounded[CopyShape | tuple[bool, bool], Program] = Bounded(
             "compiled programs", 512
         )
-        self._lost: Bounded[int, torch.Tensor] = Bounded("bytes for skipped rows", 512)
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
@@ -80,16 +79,16 @@ class Compiled(Backend):
                 why="it has to be compiled first; make the same call once before the capture"
             )
         with self._lock:
-            nests = [_NestArguments(nest, plan, self._lost_bytes(nest.run)) for nest in plan.nests]
+            nests = [_NestArguments(nest, plan) for nest in plan.nests]
             copies = [(nest, self._copying(nest.shape)) for nest in nests]
-            return _CompiledLaunch(plan, copies, self._reporting(plan), self._lost_bytes(_WORD))
+            for nest, program in copies:
+                nest.set_lost(program.lost)
+            return _CompiledLaunch(plan, copies, self._reporting(plan), self.device)
 
     def _lost_bytes(self, nbytes: int) -> torch.Tensor:
         """Return memory for rows that are not to be moved; it is never read."""
         with torch.inference_mode(False):
-            return self._lost.get_or_make(
-                nbytes, lambda: torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
-            )
+            return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
 
     def _copying(self, shape: CopyShape) -> Program:
         """Return the program of a shape; its example's rows are the first bytes of one buffer."""
@@ -97,15 +96,16 @@ class Compiled(Backend):
         def make() -> Program:
             units = max(2, _EXAMPLE // (prod(shape.loops) * shape.run))
             zeros = torch.zeros(units, dtype=torch.int64, device=self.device)
-            lost = self._lost_bytes(shape.run * shape.dtype.itemsize).data_ptr()
+            lost = self._lost_bytes(shape.run * shape.dtype.itemsize)
+            base = lost.data_ptr()
             example: list[Argument] = [units]
             for side in (shape.src, shape.dst):
-                example.append(memory_from(lost, self.device, shape.dtype, shape.run, shape.ratio))
+                example.append(memory_from(base, self.device, shape.dtype, shape.run, shape.ratio))
                 example += [self._all_from(zeros) for _ in range(bool(side.per_id) + side.tabled)]
                 steps = len(side.extents) + len(shape.loops) + sum(side.loop_entries)
                 numbers = 2 + (side.per_id > 0) + (side.per_id > 1) + side.tabled
                 example += [0] * (numbers + steps)
-            return Program(copy, {"SHAPE": shape}, [*example, *[0] * shape.has_ids])
+            return Program(copy, {"SHAPE": shape}, [*example, *[0] * shape.has_ids], lost)
 
         return self.programs.get_or_make(shape, make)
 
@@ -115,11 +115,11 @@ class Compiled(Backend):
 
         def make() -> Program:
             zeros = torch.zeros(4096, dtype=torch.int64, device=self.device)
-            word = self._all_from(self._lost_bytes(_WORD))
-            example: list[Argument] = [word, len(zeros), 0, 0, 0]
+            lost = self._lost_bytes(_WORD)
+            example: list[Argument] = [self._all_from(lost), len(zeros), 0, 0, 0]
             for _ in range(sum(key)):
                 example += [self._all_from(zeros), 0, 0, 0, 1]
-            return Program(report, {"SIDES": sum(key)}, example)
+            return Program(report, {"SIDES": sum(key)}, example, lost)
 
         return self.programs.get_or_make(key, make) if any(key) else None
 
@@ -133,12 +133,12 @@ class _CompiledLaunch(MoveLaunch):
         plan: CopyPlan,
         copies: list[tuple[_NestArguments, Program]],
         report: Program | None,
-        lost: torch.Tensor,
+        device: torch.device,
     ) -> None:
         self._unit = plan.unit
         self._copies = copies
         self._report = report
-        self._lost = lost
+        self._device = device
         self._per_id = [step // plan.unit for step in (plan.src_step, plan.dst_step)]
 
     @torch.no_grad()
@@ -146,7 +146,7 @@ class _CompiledLaunch(MoveLaunch):
         units = move.count // self._unit
         side = None
         if self._report is not None and status is not None:
-            side = self._start_report(self._report, self._to_report(move, units, status))
+            side = self._start_report(self._report, move, units, status)
         try:
             # A view without slots has no memory, and every id is bad.
             if move.src.slots and move.dst.slots:
@@ -154,15 +154,18 @@ class _CompiledLaunch(MoveLaunch):
                     program(nest.launch(move, units))
         finally:
             if side is not None:
-                torch.cuda.current_stream(self._lost.device).wait_stream(side)
+                torch.cuda.current_stream(self._device).wait_stream(side)
 
-    def _start_report(self, report: Program, arguments: list[Argument]) -> torch.cuda.Stream | None:
+    def _start_report(
+        self, report: Program, move: Move, units: int, status: torch.Tensor
+    ) -> torch.cuda.Stream | None:
         """Report bad ids while the copy runs, on a side stream, and return that stream.
 
         After the copy, the report took 15 % of the time of a 33 MB copy. In a capture it runs
         before the copy and this returns None: a fork would gain nothing there.
         """
-        device = self._lost.device
+        device = self._device
+        arguments = self._to_report(move, units, status, report.lost.data_ptr())
         if device.type == "cpu" or capturing(device):
             report(arguments)
             return None
@@ -174,10 +177,9 @@ class _CompiledLaunch(MoveLaunch):
             report(arguments)
         return side  # type: ignore[no-any-return]
 
-    def _to_report(self, move: Move, units: int, status: torch.Tensor) -> list[Argument]:
-        device = self._lost.device
+    def _to_report(self, move: Move, units: int, status: torch.Tensor, lost: int) -> list[Argument]:
+        device = self._device
         word = status.data_ptr()
-        lost = self._lost.data_ptr()
         low = min(word, lost) // ALIGNMENT * ALIGNMENT
         memory = memory_from(low, device, torch.int64)
         arguments: list[Argument] = [
@@ -196,16 +198,12 @@ class _CompiledLaunch(MoveLaunch):
 
 
 class _NestArguments:
-    """One nest: the ``shape`` of its program, and the arguments of its launches.
+    """One nest: the ``shape`` of its program, and the arguments of its launches."""
 
-    ``lost`` is memory of one run, on the device, that takes the rows which must not move.
-    """
-
-    def __init__(self, nest: Nest, plan: CopyPlan, lost: torch.Tensor) -> None:
+    def __init__(self, nest: Nest, plan: CopyPlan) -> None:
         width = min(nest.vector, 8)
         self._src = _SideArguments(nest, plan, "src", nest.loops)
         self._dst = _SideArguments(nest, plan, "dst", nest.loops)
-        self._dst.reached = (lost.data_ptr(),)
         self.shape = self._src.copy = self._dst.copy = CopyShape(
             ELEMENTS[width],
             nest.run // width,
@@ -214,12 +212,21 @@ class _NestArguments:
             self._src.shape,
             self._dst.shape,
         )
-        self._lost = lost  # retained here: arguments contain only its address
+        self._lost: torch.Tensor | None = None
+
+    def set_lost(self, lost: torch.Tensor) -> None:
+        """Set the memory of one run, on the device, that takes the rows which must not move.
+
+        It is retained here, since arguments contain only its address.
+        """
+        self._lost = lost
+        self._dst.reached = (lost.data_ptr(),)
 
     def launch(self, move: Move, units: int) -> list[Argument]:
         """Return the arguments of one launch."""
         src, _ = self._src.arguments(move.src, move.src_index)
         dst, low = self._dst.arguments(move.dst, move.dst_index)
+        assert self._lost is not None
         lost = (self._lost.data_ptr() - low) // self.shape.grain
         return [units, *src, *dst, *[lost] * self.shape.has_ids]
 

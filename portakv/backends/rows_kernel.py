@@ -19,7 +19,6 @@ from portakv.core.rows import LOOPS, RowsShape, SideShape, describe
 from portakv.errors import Unsupported
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan
-from portakv.runtime.bounded import Bounded
 
 #: Threads of a block, unless a device needs another number.
 THREADS = 128
@@ -57,7 +56,6 @@ PEER_TUNING = (Tuning(0, 1, 0),)
 
 
 _INCLUDE = re.compile(r'^#include "(.+)"\n', re.MULTILINE)
-_texts: Bounded[str, str] = Bounded("kernel texts", 8)
 
 
 def kernel_text(name: str = "cuda/rows.cuh") -> str:
@@ -66,10 +64,6 @@ def kernel_text(name: str = "cuda/rows.cuh") -> str:
 
     Compilers at run time have no folder to look in.
     """
-    return _texts.get_or_make(name, lambda: _read(name))
-
-
-def _read(name: str) -> str:
     folder, _, file = name.rpartition("/")
     text = files("portakv_native").joinpath(folder).joinpath(file).read_text()
     return _INCLUDE.sub(lambda include: kernel_text(normpath(f"{folder}/{include[1]}")), text)

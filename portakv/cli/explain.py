@@ -53,8 +53,7 @@ from portakv.layout.presets import resolve
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Nest
 from portakv.plan.plan import Side as Units
-from portakv.registry import prepared_pack
-from portakv.registry.prepared import prepare
+from portakv.registry.prepared import prepare, prepared
 from portakv.registry.registry import ENVIRONMENT, Choice, choose
 from portakv.runtime.bounded import caches
 from portakv.runtime.devices import (
@@ -433,7 +432,7 @@ def _way(verb: str, raw: Side, packed: KVView, choice: Any, packs: bool) -> Repo
     forms = (raw.view.form, packed.form) if packs else (packed.form, raw.view.form)
     step = size if raw.view.block_size else 0
     steps = (step, size) if packs else (size, step)
-    ready = prepared_pack(*forms, *steps, choice)
+    ready = prepared(*forms, *steps, None, choice, PackPlan)
     plan = PackPlan(*forms, *steps)
     taken = [nest for nest in range(len(plan.nests)) if refusal(plan, nest) is None]
     kernels = [PackKernel(plan, nest) for nest in taken]

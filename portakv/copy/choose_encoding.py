@@ -26,9 +26,9 @@ from portakv.copy.request import Ids
 from portakv.copy.rows import copy_blocks
 from portakv.errors import InvalidTerms, PortaKVError, SlotError, Unsupported
 from portakv.host import pinned
+from portakv.interconnect import costs
 from portakv.layout.encodings import CODE_BITS, PACK, PACKED_DTYPE, Pack, PackedPlane, slot_for
 from portakv.registry import choose
-from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.runtime.streams import ignoring_captures, own_stream
 from portakv.view import KVView
@@ -438,7 +438,6 @@ class _Shape(NamedTuple):
     heads: int
 
 
-_rates: Bounded[tuple[torch.device, _Shape, int], Rates] = Bounded("rates of packing", 64)
 _lock = threading.Lock()
 
 
@@ -454,18 +453,10 @@ def rates_of(view: KVView, pack: Pack, nbytes: int = MEASURED) -> Rates:
     form = view.form
     size = form.block_size
     planes = tuple(pack.plane(size * width // 2) for width in form.widths)
-    key = view.device, _Shape(planes, size, form.layers, form.heads), nbytes
-    with _lock:
-        rates = _rates.get(key)
-        if rates is None:
-            rates = _rates[key] = measure(form, size, pack, view.device, nbytes)
-    return rates
-
-
-def forget_rates() -> None:
-    """Drop all rates. The next call measures again."""
-    with _lock:
-        _rates.clear()
+    device = view.device
+    subject = _Shape(planes, size, form.layers, form.heads), nbytes
+    with _lock:  # one measurement at a time
+        return costs.measured(device, subject, lambda: measure(form, size, pack, device, nbytes))
 
 
 def measure(form: Form, size: int, pack: Pack, device: torch.device, nbytes: int) -> Rates:

@@ -42,7 +42,8 @@ from portakv.interconnect.passage import Cross
 from portakv.interconnect.slices import Sizes, Slice
 from portakv.layout.encodings import FP8, PACK
 from portakv.plan.packing import Move, PackPlan, check_sides
-from portakv.registry import STRATEGIES, PreparedPack, choose, prepared_pack
+from portakv.registry import STRATEGIES, choose
+from portakv.registry.prepared import Prepared, prepared
 from portakv.runtime.devices import inside
 from portakv.runtime.transfer import (
     Completion,
@@ -273,7 +274,7 @@ def _transform(
         return _issue_staged(move, options, submit, context, passed)
 
     choice = choose(src.device, options.backend)
-    ready = prepared_pack(src.form, dst.form, *move.steps, choice)
+    ready = prepared(src.form, dst.form, *move.steps, None, choice, PackPlan)
     checked = without_bad_ids(move, ready.plan.unit, passed, ready.can)
     if not checked.move.count:
         return _nothing_packed(checked)
@@ -284,7 +285,7 @@ def _transform(
         return _launch(checked, ready, context._replace(stream=side))
 
 
-def _launch(checked: Checked, ready: PreparedPack, context: Context) -> Packed:
+def _launch(checked: Checked, ready: Prepared, context: Context) -> Packed:
     """Launch a checked copy on one device, on the context's stream."""
     move = checked.move
     device, stream, captured = context
@@ -309,7 +310,7 @@ def _launch(checked: Checked, ready: PreparedPack, context: Context) -> Packed:
 
 def _enqueue(
     checked: Checked,
-    ready: PreparedPack,
+    ready: Prepared,
     context: Context,
     placed: Move,
     word: StatusWord | None,
@@ -320,8 +321,8 @@ def _enqueue(
     device, stream, _ = context
     on_device = device.type != "cpu"
     status = None if word is None else word.tensor
-    pending = ready.enqueue(placed, stream, status, overflow)
-    report = OverflowReport.of(move, ready.plan.unit, device, ready.plan.packs, overflow)
+    pending = ready.pack(placed, stream, status, overflow)
+    report = OverflowReport.of(move, ready.plan.unit, device, not move.src.form.encoding, overflow)
     pendings: list[Pending] = [] if pending is None else [pending]
     if not (on_device or pendings):
         error = checked.error or report()
@@ -496,7 +497,7 @@ def _issue_staged(
 def _issue_slices(
     checked: Checked,
     stages: PackStages,
-    cross: Cross[PreparedPack] | None,
+    cross: Cross | None,
     crossed_by: list[tuple[str, str]],
     context: Context,
     detached: bool,
@@ -581,9 +582,7 @@ class _ByCopies:
             max_thread_blocks=options.max_thread_blocks,
         )
 
-    def __call__(
-        self, each: Slice[PreparedPack], dense: KVView, nth: int, stream: torch.Stream
-    ) -> None:
+    def __call__(self, each: Slice, dense: KVView, nth: int, stream: torch.Stream) -> None:
         """Copy a slice on a stream."""
         cut = each.cut
         far_index = self._index.shifted(cut.start // self._tokens)

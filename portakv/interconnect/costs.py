@@ -13,17 +13,19 @@ import math
 import re
 import threading
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from portakv.runtime import cuda, kernel_cache
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import device_name
+
+Measured = TypeVar("Measured")
 
 DIRECTIONS = ("d2h", "h2d")
 
@@ -289,20 +291,29 @@ def _time(number: object, least: float = 0.0) -> float:
     return float(number)
 
 
-_tables: Bounded[torch.device, Table] = Bounded("tables of costs", 64)
+#: Costs of each device by their subject: tables of strategies, and what `measured` adds.
+_costs: Bounded[tuple[torch.device, object], Any] = Bounded("measured costs", 128)
 _lock = threading.Lock()
 
 
 def costs_of(device: torch.device) -> Table:
     """Return the table of a device, read once in a process."""
     with _lock:
-        return _tables.get_or_make(device, lambda: _load(device))
+        return cast("Table", _costs.get_or_make((device, Table), lambda: _load(device)))
+
+
+def measured(device: torch.device, subject: object, measure: Callable[[], Measured]) -> Measured:
+    """Return the costs of a subject on a device, measured at the first call.
+
+    Several threads may measure concurrently; all get the first result.
+    """
+    return cast("Measured", _costs.get_or_make((device, subject), measure))
 
 
 def forget() -> None:
-    """Drop all tables. The next look-up reads the files again."""
+    """Drop all costs. The next look-up reads the files, or measures, again."""
     with _lock:
-        _tables.clear()
+        _costs.clear()
 
 
 def _load(device: torch.device) -> Table:

@@ -19,7 +19,7 @@ from portakv.interconnect.staging import dense_rows, staging
 from portakv.interconnect.strategy import finish
 from portakv.plan.packing import Move, PackPlan
 from portakv.plan.plan import CopyPlan
-from portakv.registry.prepared import PreparedPack, prepared_pack
+from portakv.registry.prepared import Prepared, prepared
 from portakv.registry.registry import Choice
 from portakv.runtime import streams
 from portakv.runtime.bounded import Bounded
@@ -28,7 +28,7 @@ from portakv.view.index import Index
 from portakv.view.view import KVView
 
 
-class PackStages(BothStages[PreparedPack]):
+class PackStages(BothStages):
     """Both stages of a copy of which one side is packed.
 
     Args:
@@ -37,7 +37,7 @@ class PackStages(BothStages[PreparedPack]):
         downward: the source is the device's side.
         choice: the backend that packs or unpacks.
 
-    Raises as `prepared_pack`.
+    Raises as `prepared`.
     """
 
     def __init__(
@@ -65,18 +65,18 @@ class PackStages(BothStages[PreparedPack]):
         """Return the stages of all planes; no slice has fewer."""
         return self
 
-    def of(self, dense: KVView, slots: int) -> tuple[PreparedPack, CopyPlan]:
+    def of(self, dense: KVView, slots: int) -> tuple[Prepared, CopyPlan]:
         """Return the device's stage, prepared for buffers of ``slots`` slots, and the link's
         plan."""
         return self._stage(dense.form), self._link(dense.form)
 
-    def _stage(self, dense: Form) -> PreparedPack:
+    def _stage(self, dense: Form) -> Prepared:
         plan = self.plan
         # Buffers are bytes. Their rows have the type of the other side's.
         typed = same_form(replace(dense, dtypes=self._far.dtypes))
         if self.downward:
-            return prepared_pack(plan.src, typed, plan.src_step, 0, self.choice)
-        return prepared_pack(typed, plan.dst, 0, plan.dst_step, self.choice)
+            return prepared(plan.src, typed, plan.src_step, 0, None, self.choice, PackPlan)
+        return prepared(typed, plan.dst, 0, plan.dst_step, None, self.choice, PackPlan)
 
     def _link(self, dense: Form) -> CopyPlan:
         far = self._far
@@ -111,7 +111,7 @@ def pack_stages(move: Move, downward: bool, choice: Choice) -> PackStages:
     return known
 
 
-class PackSlice(Slice[PreparedPack]):
+class PackSlice(Slice):
     """A slice of whole blocks, of which one side is packed."""
 
     def crossing(self, dense: KVView) -> Move:
@@ -139,7 +139,7 @@ def _slices(
     far_index: Index,
     count: int,
     sizes: Sizes,
-) -> list[Slice[PreparedPack]]:
+) -> list[Slice]:
     """Return the slices of a copy.
 
     Args:
@@ -155,7 +155,7 @@ def _slices(
 def issue_slices(
     move: Move,
     stages: PackStages,
-    cross: Cross[PreparedPack] | None,
+    cross: Cross | None,
     sizes: Sizes,
     order: tuple[torch.Stream, torch.Stream],
     words: torch.Tensor,
@@ -189,10 +189,10 @@ def issue_slices(
     slices = _slices(stages, (near, far), far_index, move.count, sizes)
     unit = stages.plan.unit
 
-    def transform(nth: int, ready: PreparedPack, part: Move, stream: torch.Stream) -> None:
+    def transform(nth: int, ready: Prepared, part: Move, stream: torch.Stream) -> None:
         first = slices[nth].cut.start // unit
         own = words[first : first + part.count // unit]
-        finish(ready.enqueue(part, stream, None, own))
+        finish(ready.pack(part, stream, None, own))
 
     if cross is None:
         cross = _by_link(device)
@@ -208,11 +208,11 @@ def issue_slices(
         streams.completion(device, work, *far.retained, words)
 
 
-def _by_link(device: torch.device) -> Cross[PreparedPack]:
+def _by_link(device: torch.device) -> Cross:
     """Return the function that copies the pieces of a slice by the link."""
     link = link_of(device)
 
-    def cross(each: Slice[PreparedPack], dense: KVView, _: int, stream: torch.Stream) -> None:
+    def cross(each: Slice, dense: KVView, _: int, stream: torch.Stream) -> None:
         each.cross(link, dense, stream)
 
     return cross

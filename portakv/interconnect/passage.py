@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic, NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ import torch
 from portakv.backends.rows_launch import RowsLaunch
 from portakv.core.link import RECORD, STAGED, WAIT, SliceOrder, Step, schedule_of
 from portakv.host import small
-from portakv.interconnect.slices import Ready, Slice
+from portakv.interconnect.slices import Slice
 from portakv.interconnect.staging import Staging, mark
 from portakv.interconnect.strategy import Move, read_on
 from portakv.registry.prepared import Prepared, bring_table
@@ -29,9 +29,9 @@ from portakv.view.index import Index
 from portakv.view.view import KVView
 
 #: Enqueues the copy of a slice across the link, by its buffer and its number, on the link's stream.
-Cross: TypeAlias = Callable[[Slice[Ready], KVView, int, torch.Stream], None]
+Cross: TypeAlias = Callable[[Slice, KVView, int, torch.Stream], None]
 #: Enqueues the device's stage of a slice, by the slice's number, on a stream.
-Gather: TypeAlias = Callable[[int, Ready, Move, torch.Stream], None]
+Gather: TypeAlias = Callable[[int, Prepared, Move, torch.Stream], None]
 
 
 def by_backend(_: int, ready: Prepared, move: Move, stream: torch.Stream) -> None:
@@ -54,7 +54,7 @@ class Sent(NamedTuple):
         return start, self.ids.data_ptr(), self.array.nbytes
 
 
-class Passage(Generic[Ready]):
+class Passage:
     """One transfer in progress: its streams, and its buffers of the device.
 
     It begins after the caller's stream ``work``, which waits for its end. In between, the device's
@@ -79,9 +79,9 @@ class Passage(Generic[Ready]):
         downward: bool,
         buffers: Staging,
         work: torch.Stream,
-        slices: Sequence[Slice[Ready]],
-        gather: Gather[Ready],
-        cross: Cross[Ready],
+        slices: Sequence[Slice],
+        gather: Gather,
+        cross: Cross,
     ) -> None:
         self.downward = downward
         self.buffers = buffers
@@ -137,11 +137,11 @@ class Passage(Generic[Ready]):
                 last_stage = ready
             self.placed.append(index)
 
-    def _pinned(self, index: Index, ready: Ready) -> Index | None:
+    def _pinned(self, index: Index, ready: Prepared) -> Index | None:
         """Return the index with few ids for this call in pinned memory, where kernels read them;
         None: there are none, or no memory for them is free."""
         new = 0 < index.listed <= PinnedIds.MOST
-        if not (new and isinstance(ready, Prepared) and ready.reads_pinned_ids):
+        if not (new and ready.reads_pinned_ids):
             return None
         if not self.lists:
             lists = PinnedIds.acquire() or acquire_after_ends()
@@ -150,7 +150,7 @@ class Passage(Generic[Ready]):
             self.lists.append(lists)
         return index.reading(self.lists[0].write(0, index.host_ids()))
 
-    def _sent(self, index: Index, ready: Ready) -> Index | None:
+    def _sent(self, index: Index, ready: Prepared) -> Index | None:
         """Return the index with memory for its ids, which the core brings; None: they are no ids
         for this call, they are on the device, or they are too many."""
         if not (index.temporary and index.on_host):
@@ -225,7 +225,7 @@ class Passage(Generic[Ready]):
             else:
                 self._cross(self.slices[number], cast("KVView", dense), number, stream)
 
-    def _staged(self, nth: int, dense: KVView | None) -> tuple[Ready, Move]:
+    def _staged(self, nth: int, dense: KVView | None) -> tuple[Prepared, Move]:
         """Return the device's stage of a slice, and what it copies."""
         each = self.slices[nth]
         planes = each.planes

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from math import lcm
-from typing import Generic, NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -21,14 +21,12 @@ from portakv.interconnect.link import CudaLink, TorchLink
 from portakv.interconnect.staging import Buffers, DenseRows, Order, dense_rows
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
-from portakv.registry.prepared import Prepared, PreparedPack, prepared
+from portakv.registry.prepared import Prepared, prepared
 from portakv.registry.registry import Choice
 from portakv.view.form import Form
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-#: The device's stage: a copy of rows, or one that packs or unpacks.
-Ready = TypeVar("Ready", bound=Prepared | PreparedPack)
 #: Each slice is so many times as long as the slice before it: the link is idle only at one end of a
 #: transfer (the first gather, the last scatter).
 GROWTH = 4
@@ -114,7 +112,7 @@ def multiple(nbytes: int, quantum: int, token_bytes: float) -> int:
     return max(1, int(nbytes / (quantum * max(1, token_bytes)))) * quantum
 
 
-class BothStages(Generic[Ready]):
+class BothStages:
     """Both stages of a copy across the link: the device's, between its rows and dense rows, and the
     link's.
 
@@ -126,7 +124,7 @@ class BothStages(Generic[Ready]):
         usual: both stages if buffers of any length have the same; else None.
     """
 
-    usual: tuple[Ready, CopyPlan] | None = None
+    usual: tuple[Prepared, CopyPlan] | None = None
 
     def __init__(self, plan: CopyPlan | PackPlan, dense: DenseRows, token_bytes: float) -> None:
         self.plan = plan
@@ -135,11 +133,11 @@ class BothStages(Generic[Ready]):
         self.quantum = lcm(plan.unit, dense.block_size)
         self._token_bytes = token_bytes  # of dense rows
 
-    def part(self, rows: KVView, host: KVView) -> BothStages[Ready]:
+    def part(self, rows: KVView, host: KVView) -> BothStages:
         """Return the stages of views that show all planes, or some."""
         raise NotImplementedError
 
-    def of(self, dense: KVView, slots: int) -> tuple[Ready, CopyPlan]:
+    def of(self, dense: KVView, slots: int) -> tuple[Prepared, CopyPlan]:
         """Return the device's stage, prepared for buffers of ``slots`` slots, and the link's
         plan."""
         raise NotImplementedError
@@ -164,7 +162,7 @@ class BothStages(Generic[Ready]):
         return slots + (block if first else 0)
 
 
-class Stages(BothStages[Prepared]):
+class Stages(BothStages):
     """Both stages of a plan: the device's rows to or from dense rows, by ``half``, and the link.
 
     ``order``: of dense rows, one of the host's form.
@@ -219,7 +217,7 @@ class Stages(BothStages[Prepared]):
         return prepared(*stage, plan.unit, self._half), CopyPlan(*link, plan.unit)
 
 
-class Planes(Generic[Ready]):
+class Planes:
     """The planes that some slices of a transfer show, and the buffers that these pass through.
 
     Args:
@@ -233,12 +231,12 @@ class Planes(Generic[Ready]):
         ready, link: both stages, once `settle` has found them.
     """
 
-    ready: Ready
+    ready: Prepared
     link: CopyPlan
 
     def __init__(
         self,
-        stages: BothStages[Ready],
+        stages: BothStages,
         rows: KVView,
         host: KVView,
         slots: int,
@@ -267,7 +265,7 @@ class Planes(Generic[Ready]):
         return buffers.view(at, self.stages.dense, self.slots)
 
 
-class Slice(Generic[Ready]):
+class Slice:
     """A slice of a transfer: some positions of some planes.
 
     Args:
@@ -278,7 +276,7 @@ class Slice(Generic[Ready]):
 
     __slots__ = ("_whole_index", "cut", "planes")
 
-    def __init__(self, planes: Planes[Ready], cut: Cut, whole_index: Index) -> None:
+    def __init__(self, planes: Planes, cut: Cut, whole_index: Index) -> None:
         self.planes = planes
         self.cut = cut
         self._whole_index = whole_index
@@ -303,18 +301,18 @@ class Slice(Generic[Ready]):
 
 
 #: A slice of rows as they are.
-RowSlice: TypeAlias = Slice[Prepared]
+RowSlice: TypeAlias = Slice
 
 
 def sliced(
-    stages: BothStages[Ready],
+    stages: BothStages,
     cut: Sequence[Cut],
     ends: tuple[KVView, KVView],
     host_index: Index,
     exact: bool,
     largest: int,
-    kind: type[Slice[Ready]],
-) -> list[Slice[Ready]]:
+    kind: type[Slice],
+) -> list[Slice]:
     """Return the slices of a transfer.
 
     Args:
@@ -328,7 +326,7 @@ def sliced(
     rows, host = ends
     offset = host_index.offset
     most = max(each.count for each in cut)
-    known: dict[object, Planes[Ready]] = {}
+    known: dict[object, Planes] = {}
     slices = []
     for each in cut:
         # If blocks lie outermost, the rows of a buffer do not depend on its length.

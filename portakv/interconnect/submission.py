@@ -19,12 +19,11 @@ from portakv.interconnect.passage import Passage
 from portakv.interconnect.pieces import Uncrossed, limits_of, whole_bytes
 from portakv.interconnect.slices import Planes, Slice
 from portakv.plan.runs import outside, side_words
-from portakv.registry.prepared import Prepared
 from portakv.runtime import cuda
 from portakv.view.index import Index
 
 
-def submit(link: CudaLink, passage: Passage[Prepared], host_index: Index) -> None:
+def submit(link: CudaLink, passage: Passage, host_index: Index) -> None:
     """Submit all slices of a settled passage, whose stages are all `RowsLaunch`.
 
     Args:
@@ -82,7 +81,7 @@ def submit(link: CudaLink, passage: Passage[Prepared], host_index: Index) -> Non
 
 
 def _words(
-    planes: Planes[Prepared], downward: bool, index: Index, host_index: Index, edges: Uncrossed
+    planes: Planes, downward: bool, index: Index, host_index: Index, edges: Uncrossed
 ) -> bytes:
     """Return planes as the core reads them; ``index``: of the device's rows."""
     host = planes.host
@@ -96,11 +95,11 @@ def _words(
     return pack_stage(*launch.words) + rows + dense + pack_host(plan, *sides)
 
 
-def _launch(planes: Planes[Prepared]) -> RowsLaunch:
+def _launch(planes: Planes) -> RowsLaunch:
     return cast("RowsLaunch", planes.ready.launch)
 
 
-def _refuse(fault: Fault, each: Slice[Prepared]) -> None:
+def _refuse(fault: Fault, each: Slice) -> None:
     """Raise the error of a copy of ids, or of a slice, that has a sentence of its own."""
     planes = each.planes
     if fault.what == IDS:

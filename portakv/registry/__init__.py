@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose the backend that executes a copy, and record the decision on every candidate."""
 
-from portakv.registry.prepared import PreparedPack as PreparedPack
 from portakv.registry.prepared import bring as bring
 from portakv.registry.prepared import prepare_by as prepare_by
-from portakv.registry.prepared import prepared_pack as prepared_pack
 from portakv.registry.registry import ENVIRONMENT as ENVIRONMENT
 from portakv.registry.registry import MADE_FOR as MADE_FOR
 from portakv.registry.registry import REGISTRY as REGISTRY

@@ -7,11 +7,11 @@ New memory objects, reallocated caches and other layers of known forms reuse pre
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -40,30 +40,83 @@ from portakv.view.form import Form
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-Made = TypeVar("Made", Launch, PackLaunch)
-Plan = TypeVar("Plan", CopyPlan, PackPlan)
+AnyPlan: TypeAlias = CopyPlan | PackPlan
 CAPACITY = 1024  # launches
 #: Types of devices to which the library sends ids by a small copy, without blocking the host. To
 #: others torch copies the ids, and the host waits for all work on the stream.
 ASYNCHRONOUS = frozenset({"cuda"})
 
 
+class Picks(Protocol):
+    """A launch that picks a strategy for each copy; a caller may call the picked one directly."""
+
+    def picked_for(self, move: Move) -> tuple[Prepared, tuple[str, str]]:
+        """Return what executes a copy, and its name with the reason for the pick."""
+
+    def kernels_for(
+        self, count: int, host: KVView, new: bool
+    ) -> tuple[RowKernels, tuple[str, str]] | None:
+        """Return the row kernels that copy so many tokens, with the strategy and the reason for it;
+        None: other means do, or the ids decide. ``host``: the view in pinned memory. ``new``: ids
+        are a caller's for one call."""
+
+    def instead_of(self, carried: tuple[str, str]) -> tuple[Prepared, tuple[str, str]] | None:
+        """Return what executes a copy that the picked strategy had no memory of the device for.
+        None: nothing else does."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Ready:
-    """A plan that a backend prepared, with the capabilities of that backend.
+class Prepared:
+    """A plan and the launch that executes it, with the capabilities of the backend.
 
     Attributes:
         can: the capabilities of the backend.
         ids_device: where ids must be for the backend.
         tables: for each side, whether the launch reads the view's table of addresses.
         carried: the backend, and the reason for the choice.
+        launch: a `PackLaunch` if the plan packs or unpacks; see `pack`.
+        bare: the same launch for a caller that retains memory of the host until the work has ended.
+        unowned: `bare` is another launch, since nothing else knows that it uses that memory.
+        reads_pinned_ids: `bare` reads ids in pinned memory as fast as ids on the device.
+        picks: the launch, if it picks a strategy for each copy.
     """
 
+    plan: AnyPlan
     choice: Choice
     can: Capabilities
     ids_device: torch.device
     tables: tuple[bool, bool]
     carried: tuple[str, str]
+    launch: Launch
+    bare: Launch
+    unowned: bool
+    reads_pinned_ids: bool
+    picks: Picks | None
+
+    @classmethod
+    def of(
+        cls, plan: AnyPlan, launch: Launch, choice: Choice, carried: tuple[str, str]
+    ) -> Prepared:
+        """Return the launch of a plan, which a backend prepared, with what a call needs of it."""
+        device = choice.backend.device
+        bare: Launch = getattr(launch, "bare", launch)
+        reads_pinned_ids = device.type != "cpu" and getattr(bare, "reads_pinned_ids", False)
+        if reads_pinned_ids:
+            with ignoring_captures(device):  # of other threads; the allocation may wait
+                PinnedIds.reserve()
+        return cls(
+            plan=plan,
+            choice=choice,
+            can=choice.can,
+            ids_device=choice.can.home_of_ids(device),
+            tables=getattr(launch, "tables", _looked_up(plan)),
+            carried=carried,
+            launch=launch,
+            bare=bare,
+            unowned=bare is not launch,
+            reads_pinned_ids=reads_pinned_ids,
+            picks=cast("Picks", launch) if hasattr(launch, "picked_for") else None,
+        )
 
     def place(self, index: Index) -> Index:
         """Return an index with its ids on the device, and in a dtype, that the backend reads."""
@@ -88,89 +141,14 @@ class Ready:
             src, dst, src_index.placed(device, dtypes), dst_index.placed(device, dtypes), count
         )
 
-
-class Picks(Protocol):
-    """A launch that picks a strategy for each copy; a caller may call the picked one directly."""
-
-    def picked_for(self, move: Move) -> tuple[Prepared, tuple[str, str]]:
-        """Return what executes a copy, and its name with the reason for the pick."""
-
-    def kernels_for(
-        self, count: int, host: KVView, new: bool
-    ) -> tuple[RowKernels, tuple[str, str]] | None:
-        """Return the row kernels that copy so many tokens, with the strategy and the reason for it;
-        None: other means do, or the ids decide. ``host``: the view in pinned memory. ``new``: ids
-        are a caller's for one call."""
-
-    def instead_of(self, carried: tuple[str, str]) -> tuple[Prepared, tuple[str, str]] | None:
-        """Return what executes a copy that the picked strategy had no memory of the device for.
-        None: nothing else does."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Prepared(Ready):
-    """A plan and the launch that executes it.
-
-    Attributes:
-        bare: the same launch for a caller that retains memory of the host until the work has ended.
-        unowned: `bare` is another launch, since nothing else knows that it uses that memory.
-        reads_pinned_ids: `bare` reads ids in pinned memory as fast as ids on the device.
-        picks: the launch, if it picks a strategy for each copy.
-    """
-
-    plan: CopyPlan
-    launch: Launch
-    bare: Launch
-    unowned: bool
-    reads_pinned_ids: bool
-    picks: Picks | None
-
-    @classmethod
-    def of(
-        cls, plan: CopyPlan, launch: Launch, choice: Choice, carried: tuple[str, str]
-    ) -> Prepared:
-        """Return the launch of a plan, which a backend prepared, with what a call needs of it."""
-        device = choice.backend.device
-        bare: Launch = getattr(launch, "bare", launch)
-        reads_pinned_ids = device.type != "cpu" and getattr(bare, "reads_pinned_ids", False)
-        if reads_pinned_ids:
-            with ignoring_captures(device):  # of other threads; the allocation may wait
-                PinnedIds.reserve()
-        return cls(
-            choice=choice,
-            can=choice.can,
-            ids_device=choice.can.home_of_ids(device),
-            tables=getattr(launch, "tables", _looked_up(plan)),
-            carried=carried,
-            plan=plan,
-            launch=launch,
-            bare=bare,
-            unowned=bare is not launch,
-            reads_pinned_ids=reads_pinned_ids,
-            picks=cast(Picks, launch) if hasattr(launch, "picked_for") else None,
-        )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PreparedPack(Ready):
-    """A plan that packs or unpacks, and the launch that executes it.
-
-    Attributes:
-        overflow_on_host: the launch writes overflow words of the host.
-    """
-
-    plan: PackPlan
-    launch: PackLaunch
-    overflow_on_host: bool
-
-    def enqueue(
+    def pack(
         self,
         move: Move,
         stream: torch.Stream | None,
         status: torch.Tensor | None,
         overflow: torch.Tensor,
     ) -> Pending | None:
-        """Launch a copy whose ids are placed.
+        """Pack or unpack a copy whose ids are placed.
 
         Args:
             stream, status: as for `PackLaunch`.
@@ -178,89 +156,66 @@ class PreparedPack(Ready):
                 Kernels write there only for blocks that do not fit, so no word is cleared on the
                 device or copied.
         """
+        launch = cast("PackLaunch", self.launch)
         device = self.choice.backend.device
-        if self.overflow_on_host or device.type == "cpu":
-            return self.launch(*move, stream, status, overflow)
+        if device.type == "cpu" or getattr(launch, "overflow_on_host", False):
+            return launch(*move, stream, status, overflow)
         with inside(device if stream is None else stream):
             words = torch.zeros(overflow.shape, dtype=overflow.dtype, device=device)
-            pending = self.launch(*move, stream, status, words)
+            pending = launch(*move, stream, status, words)
             overflow.copy_(words, non_blocking=True)
         return pending
 
 
 #: Prepared copies by the arguments of `prepared`, the forms by the addresses of their words: an
-#: entry keeps its forms. A caller that knows the addresses looks here first.
-PREPARED: Bounded[tuple[int, int, int, int, int | None, Choice], Prepared]
-PREPARED = Bounded("prepared copies", CAPACITY)
-_packs: Bounded[tuple[Form, Form, int, int, Choice], PreparedPack]
-_packs = Bounded("prepared copies that pack", CAPACITY)
+#: entry keeps its forms. A caller that knows the addresses looks here first. A plan that packs has
+#: its type as one value more.
+PREPARED: Bounded[tuple[Any, ...], Prepared] = Bounded("prepared copies", CAPACITY)
 
 
 def prepared(
-    src: Form, dst: Form, src_step: int, dst_step: int, unit: int | None, choice: Choice
+    src: Form,
+    dst: Form,
+    src_step: int,
+    dst_step: int,
+    unit: int | None,
+    choice: Choice,
+    kind: type[AnyPlan] = CopyPlan,
 ) -> Prepared:
     """Return the prepared copy between two forms; made on the first call, looked up after that.
 
-    Raises as `CopyPlan` and `prepare` do.
+    ``kind``: `PackPlan` if one of the two forms is packed and the other is raw.
+
+    Raises as the plan and `prepare` do.
     """
-    key = (src.address, dst.address, src_step, dst_step, unit, choice)
+    key: tuple[Any, ...] = (src.address, dst.address, src_step, dst_step, unit, choice)
+    if kind is not CopyPlan:
+        key = (*key, kind)
     ready = PREPARED.get(key)
     if ready is not None:
         return ready
-    plan = CopyPlan(src, dst, src_step, dst_step, unit)
+    plan = kind(src, dst, src_step, dst_step, unit)
     launch, used = prepare(plan, choice)
-    ready = Prepared.of(plan, launch, used, (used.name, used.trace[-1].reason))
+    reasons = [used.trace[-1].reason]
+    if isinstance(plan, PackPlan):
+        reasons += [f"{each.name}: {each.reason}" for each in used.trace[:-1]]
+    ready = Prepared.of(plan, launch, used, (used.name, "; ".join(reasons)))
     # Another thread may have stored one first: all threads use that launch, with its one lock.
     return PREPARED.setdefault(key, ready)
 
 
-def prepared_pack(
-    src: Form, dst: Form, src_step: int, dst_step: int, choice: Choice
-) -> PreparedPack:
-    """Return the prepared copy between a raw form and a packed form, as `prepared` does.
-
-    Raises as `PackPlan` and `prepare` do.
-    """
-    key = (src, dst, src_step, dst_step, choice)
-    ready = _packs.get(key)
-    if ready is not None:
-        return ready
-    plan = PackPlan(src, dst, src_step, dst_step)
-    launch, used = _first_taker(plan, choice, pack_by)
-    rejected = used.trace[:-1]
-    why = "; ".join([used.trace[-1].reason, *(f"{x.name}: {x.reason}" for x in rejected)])
-    ready = PreparedPack(
-        choice=used,
-        can=used.can,
-        ids_device=used.can.home_of_ids(used.backend.device),
-        tables=getattr(launch, "tables", _looked_up(plan)),
-        carried=(used.name, why),
-        plan=plan,
-        launch=launch,
-        overflow_on_host=getattr(launch, "overflow_on_host", False),
-    )
-    return _packs.setdefault(key, ready)
-
-
-def _looked_up(plan: CopyPlan | PackPlan) -> tuple[bool, bool]:
+def _looked_up(plan: AnyPlan) -> tuple[bool, bool]:
     """Return for each side whether a nest looks addresses up."""
     nests = plan.nests
     return any(nest.src_tabled for nest in nests), any(nest.dst_tabled for nest in nests)
 
 
-def prepare(plan: CopyPlan, choice: Choice) -> tuple[Launch, Choice]:
+def prepare(plan: AnyPlan, choice: Choice) -> tuple[Launch, Choice]:
     """Prepare a launch by the chosen backend, else by the next that takes the plan, unless forced.
 
     Raises:
         Unsupported: no backend takes the plan (or the forced one does not), with the trace.
     """
-    return _first_taker(plan, choice, prepare_by)
-
-
-def _first_taker(
-    plan: Plan, choice: Choice, prepare_one: Callable[[Backend, Plan], tuple[Made | None, Decision]]
-) -> tuple[Made, Choice]:
-    """Return the launch of the first backend that takes a plan, and the choice; see `prepare`."""
     known = registry.REGISTRY
     device = choice.backend.device
     rejected: list[Decision] = []
@@ -271,7 +226,7 @@ def _first_taker(
             backend = choice.backend
         launch = None
         if backend is not None:
-            launch, decision = prepare_one(backend, plan)
+            launch, decision = prepare_by(backend, plan)
         if backend is None or launch is None:
             rejected.append(Decision(name, False, decision.reason))
             continue
@@ -295,41 +250,30 @@ def _order_after(choice: Choice, device: torch.device) -> list[str]:
     return [choice.name, *later]
 
 
-def _checked(launch: Made, can: Capabilities, device: torch.device) -> Made:
+def _checked(launch: Launch, can: Capabilities, device: torch.device) -> Launch:
     """Return the launch, inside a `_CheckedLaunch` if its backend or its device needs one."""
     checks = registry.REGISTRY.format_checks(device)
     if not checks and can.threads:
         return launch
     kind = _CheckedPicks if hasattr(launch, "picked_for") else _CheckedLaunch
-    return cast("Made", kind(launch, not can.threads, checks))
+    return cast("Launch", kind(launch, not can.threads, checks))
 
 
-def prepare_by(backend: Backend, plan: CopyPlan) -> tuple[Launch | None, Decision]:
-    """Return the launch of one backend, or None, and the decision."""
-    return _decided(backend, plan, backend.check, backend.prepare)
+def prepare_by(backend: Backend, plan: AnyPlan) -> tuple[Launch | None, Decision]:
+    """Return the launch of one backend, or None, and the decision.
 
-
-def pack_by(backend: Backend, plan: PackPlan) -> tuple[PackLaunch | None, Decision]:
-    """Return the launch of one backend that packs or unpacks, or None, and the decision.
-
-    A backend that does not claim the encoding is not asked.
+    A backend that does not claim the encoding of a `PackPlan` is not asked.
     """
-    if plan.encoding not in backend.capabilities().encodings:
-        why = pack_refusal(backend.capabilities(), plan)
-        return None, Decision(backend.name, False, why or "")
-    return _decided(backend, plan, backend.check_pack, backend.prepare_pack)
-
-
-def _decided(
-    backend: Backend,
-    plan: Plan,
-    check: Callable[[Plan], Decision],
-    prepare_it: Callable[[Plan], Made],
-) -> tuple[Made | None, Decision]:
-    """Return the launch of a plan, or None, and the decision."""
     try:
-        decision = check(plan)
-        return (prepare_it(plan) if decision.accepted else None), decision
+        if isinstance(plan, CopyPlan):
+            decision = backend.check(plan)
+            return (backend.prepare(plan) if decision.accepted else None), decision
+        if plan.encoding not in backend.capabilities().encodings:
+            why = pack_refusal(backend.capabilities(), plan) or ""
+            return None, Decision(backend.name, False, why)
+        decision = backend.check_pack(plan)
+        packs = backend.prepare_pack(plan) if decision.accepted else None
+        return cast("Launch | None", packs), decision  # `Prepared.pack` calls it
     except Unsupported as error:
         why = str(error)
     except Exception as error:  # a compiler that fails must not take the other backends down

@@ -105,7 +105,6 @@ class _Known(NamedTuple):
 
 
 _forms: Bounded[_Request, _Known] = Bounded("forms of memory at addresses", 1024)
-_usable: Bounded[str, torch.device] = Bounded("devices that addresses were on", 64)
 
 
 def read_addresses(
@@ -144,11 +143,13 @@ def read_addresses(
         return RawRows(known.form, known.slots, target, None, table, memory)
 
     numbers = np.asarray(addresses).reshape(-1).astype(np.int64)
-    alignment = widest_vector([int(np.bitwise_or.reduce(numbers, initial=0))])
+    joined = int(np.bitwise_or.reduce(numbers, initial=0))  # not less than any address
+    alignment = widest_vector([joined])
     place = _place(numbers, target, pinned)
     _check_start(numbers, alignment, dtype)
     known = _known_form(_Request(bound, sizes, shape, strides, dtype, place, alignment, False))
-    _check_end(numbers, known.nbytes)
+    if joined + known.nbytes > 2 * _ENDLESS:
+        _check_end(numbers, known.nbytes)
     if known.walk is None:
         origins = tuple(numbers.tolist())
     else:
@@ -159,7 +160,10 @@ def read_addresses(
 
 def _named_device(device: torch.device | str) -> torch.device:
     """Return a device that the caller named; without an index it is the current one."""
-    target = _usable.get_or_make(str(device), lambda: usable_device(str(device)))
+    name = str(device)
+    if name == "cpu":
+        return _HOST
+    target = usable_device(name)
     if target.type not in ("cpu", "meta") and target.index is None:
         return torch.device(target.type, torch.accelerator.current_device_index())
     return target

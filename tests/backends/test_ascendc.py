@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -313,12 +313,10 @@ def built(tmp_path: Path) -> Built:
 
 
 @pytest.fixture(autouse=True)
-def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Hide every library, and forget the libraries that a test loads."""
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Hide every library."""
     monkeypatch.delenv(_ascendc.VARIABLE, raising=False)
     monkeypatch.setattr(_ascendc, "files", lambda package: tmp_path / "native")
-    yield
-    _ascendc.KERNELS.clear()
 
 
 def sound(emulated: int = 0, **changed: str) -> str:

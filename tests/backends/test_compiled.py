@@ -218,7 +218,7 @@ def test_integers_stay_variable() -> None:
         arguments[0].add_(sum([1] * arguments[1]))
 
     target = torch.zeros(8, dtype=torch.int64)
-    program = Program(add, {}, [torch.zeros(8, dtype=torch.int64), 0])
+    program = Program(add, {}, [torch.zeros(8, dtype=torch.int64), 0], torch.zeros(0))
     for number in (0, 1, 5, -7, 2**40):
         target.zero_()
         program([target, number])
@@ -226,7 +226,7 @@ def test_integers_stay_variable() -> None:
     with pytest.raises(RuntimeError, match="compiled again"):
         program._compile(torch.fx.GraphModule({}, torch.fx.Graph()), [])
     with pytest.raises(RuntimeError, match="for a constant"):
-        Program(take_for_a_constant, {}, [torch.zeros(8, dtype=torch.int64), 0])
+        Program(take_for_a_constant, {}, [torch.zeros(8, dtype=torch.int64), 0], torch.zeros(0))
 
 
 @needs_inductor

@@ -23,6 +23,7 @@ from portakv import (
 from portakv.backends.reference_pack import escapes_of, pack_planes
 from portakv.copy import choose_encoding as choosing
 from portakv.copy.choose_encoding import Sample, rates_of
+from portakv.interconnect import costs
 
 NHD = "layer | kv block token head dim"
 BLOCKS = 6
@@ -250,7 +251,7 @@ def test_wrong_terms_are_named() -> None:
 def test_a_device_is_measured_once(
     accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choosing.forget_rates()
+    costs.forget()
     view = view_of([layer.to(accelerator) for layer in normal()])
     before = torch.random.get_rng_state()
     torch.set_default_dtype(torch.float64)
@@ -268,7 +269,7 @@ def test_a_device_is_measured_once(
     assert rates_of(view, Pack(), 1 << 16) is first
     with pytest.raises(AssertionError, match="measured again"):  # control
         rates_of(view, Pack(3), 1 << 16)
-    choosing.forget_rates()
+    costs.forget()
 
 
 def test_blocks_of_a_device_are_counted_there(accelerator: torch.device) -> None:
@@ -289,7 +290,7 @@ def test_a_device_that_cannot_be_measured_stays_raw(
     def fail(*_: object) -> Any:
         raise TransferError("no memory")
 
-    choosing.forget_rates()
+    costs.forget()
     monkeypatch.setattr(choosing, "measure", fail)
     view = view_of([layer.to(accelerator) for layer in normal()])
     choice = choose_encoding(view, range(BLOCKS), packing_gbps=50.0)

@@ -60,7 +60,7 @@ def tensors_of(view: KVView) -> list[torch.Tensor]:
     return list(view.owners)
 
 
-class OnHost(BothStages[Any]):
+class OnHost(BothStages):
     """Stages of host memory, the device's by the kernels that a driver does late."""
 
     def __init__(self, plan: CopyPlan, downward: bool, driver: LateDriver) -> None:
@@ -175,7 +175,7 @@ class Rig:
         self.expected = [tensor.clone() for tensor in target]
         self.result = [torch.zeros_like(tensor) for tensor in target]
 
-    def passage(self) -> Passage[Any]:
+    def passage(self) -> Passage:
         several = self.host_index.ids is None and len(self.host.origins) == 1
         outside = self.stages.dense.outside if several else ()
         form = self.host.form
@@ -184,7 +184,7 @@ class Rig:
         most = self.sizes.largest
         slices: list[RowSlice]
         slices = sliced(self.stages, cut, ends, self.host_index, bool(outside), most, Slice)
-        passage: Passage[Any] = Passage(
+        passage: Passage = Passage(
             self.downward, self.buffers, stream(self.work), slices, by_backend, lambda *_: None
         )
         nbytes = max(each.nbytes for each in passage.planes)
