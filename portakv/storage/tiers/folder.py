@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -244,41 +244,6 @@ _NO_BOUND = (1 << 63) - 1
 _warnings = RateLimitedLog(logging.getLogger(__name__))
 
 
-class Reader(Protocol):
-    """Slots that this store has open to read."""
-
-    folder: Path
-
-    @property
-    def fd(self) -> int:
-        """Return the descriptor of the file of slots; negative if it is closed."""
-
-    def cut(self, nbytes: int) -> bool:
-        """Give slots back, of so many bytes if there are some; return True if slots went."""
-
-
-class Writer(Reader, Protocol):
-    """Slots that this store has open to save. All of a folder have one lock."""
-
-    def age(self) -> int:
-        """Return for how many uses the block that goes next here was not used; 0 if none can go.
-        Under the lock."""
-
-    def age_anywhere(self) -> int:
-        """Return the same for the block of the form that goes next in any folder."""
-
-    def yield_share(self, nbytes: int) -> bool:
-        """Give back so many bytes of slots or more, under the lock; return True if slots went."""
-
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes of all slots."""
-
-    @property
-    def claim(self) -> int:
-        """Return the descriptor that claims the folder; negative if it is closed."""
-
-
 class _File(NamedTuple):
     """The file of slots of a form."""
 
@@ -303,8 +268,8 @@ class Space:
     def __init__(self, folder: Path, capacity: int = _NO_BOUND) -> None:
         self.folder = folder
         self.capacity = capacity
-        self.readers: WeakSet[Reader] = WeakSet()
-        self.writers: WeakSet[Writer] = WeakSet()
+        self.readers: WeakSet[Slots] = WeakSet()
+        self.writers: WeakSet[Slots] = WeakSet()
         self.others: Sequence[Path] = ()
         self._trimmed = set[Path]()  # closed forms without empty slots at the end
 
@@ -330,7 +295,7 @@ class Space:
         largest = max(present, key=lambda writer: writer.nbytes)
         return largest.yield_share(min(nbytes, largest.nbytes // 8))
 
-    def take_over(self, own: Writer, nbytes: int) -> bool:
+    def take_over(self, own: Slots, nbytes: int) -> bool:
         """Make another form that this store saves give back slots of ``nbytes`` or more, if its
         next block to go here has not been used for longer than that of ``own`` in any folder.
         Return True if one did.
