@@ -26,7 +26,7 @@ from math import ceil
 from secrets import token_bytes
 from struct import Struct, unpack_from
 from time import monotonic, sleep
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, Union
+from typing import Any, NamedTuple, TypeAlias, TypeVar, Union
 
 import zmq
 from msgspec.msgpack import encode
@@ -396,25 +396,6 @@ _REFUSED = b"R"
 _CREDENTIALS = Struct("iII")
 
 
-class Served(Protocol):
-    """What a listener calls; `Server` has it."""
-
-    def begin(self, fd: int) -> None:
-        """Note a new connection."""
-
-    def fail(self) -> None:
-        """Note that the secret of a connection differs, before its end."""
-
-    def end(self, fd: int) -> None:
-        """Note the end of a connection."""
-
-    def reply(self, name: bytes, fd: int, data: bytes) -> bytes:
-        """Return the answer to a request; no bytes if there is none."""
-
-    def run_later_calls(self) -> None:
-        """Make the calls that wait for the answer to be sent."""
-
-
 class UnixListener:
     """Listens at a Unix socket that only this user reaches, and answers in the channel's thread.
 
@@ -430,7 +411,7 @@ class UnixListener:
             even SIGKILL leaves a file.
     """
 
-    def __init__(self, key: bytes, server: Served, loop: Loop) -> None:
+    def __init__(self, key: bytes, server: Server, loop: Loop) -> None:
         self._key = key
         self._server = server
         self._loop = loop

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from time import sleep
-from typing import Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 from weakref import WeakValueDictionary
 
 import torch
@@ -352,21 +352,7 @@ class EndedOffers(Bounded[bytes, str]):
         super().__init__(name, _REMEMBERED)
 
 
-class Nameable(Protocol):
-    """An offer, as this module sees it."""
-
-    name: bytes
-    ticket: bytes
-    entry: Entry
-
-    def holds(self) -> bool:
-        """Return True if the offer holds, for a caller that may have the owner's lock."""
-
-
-Held = TypeVar("Held", bound=Nameable)
-
-
-class Names(Generic[Held]):
+class Names:
     """The offers of an owner by name. The owner's lock guards all calls.
 
     Attributes:
@@ -375,7 +361,7 @@ class Names(Generic[Held]):
 
     def __init__(self, key: bytes) -> None:
         self.table = NameTable(key)
-        self._offers = dict[bytes, Held]()
+        self._offers = dict[bytes, Offer]()
         self._ended = EndedOffers("ended names")
 
     def check_new(self, name: object, nbytes: int) -> None:
@@ -399,7 +385,7 @@ class Names(Generic[Held]):
                 "Expected name to be new, got the name of an offer that holds. Take random bytes."
             )
 
-    def add(self, offer: Held) -> None:
+    def add(self, offer: Offer) -> None:
         """Let readers find an offer by its name, if it has one.
 
         Raises `InvalidTerms` if another thread has used the name since `check_new`.
@@ -410,7 +396,7 @@ class Names(Generic[Held]):
             self._offers[offer.name] = offer
             self.table.add(offer)
 
-    def end(self, offer: Held, why: str) -> None:
+    def end(self, offer: Offer, why: str) -> None:
         """Record why an offer has ended."""
         if offer.name and self._offers.get(offer.name) is offer:
             self.table.remove(offer.entry)
@@ -433,12 +419,12 @@ class Names(Generic[Held]):
             why.append("" if holds else self._ended.get(name, ""))
         return messages.Found(tuple(tickets), tuple(why))
 
-    def held(self, names: Sequence[bytes]) -> list[Held]:
+    def held(self, names: Sequence[bytes]) -> list[Offer]:
         """Return the offers of names that hold."""
         offers = [self._offers.get(name) for name in names]
         return [offer for offer in offers if offer is not None and offer.holds()]
 
-    def withdraw(self, name: bytes) -> Held | None:
+    def withdraw(self, name: bytes) -> Offer | None:
         """Return the offer of a name that holds. Without one, record that none will come, for
         readers that wait for it."""
         offer = self._offers.get(name)
@@ -805,7 +791,7 @@ class Owner:
         self._expose = expose
         self.offers = dict[bytes, Offer]()
         self.ended = EndedOffers("ended offers")
-        self.names: Names[Offer] = Names(self._key)
+        self.names = Names(self._key)
         self.words = Words()
         self.ends: Finished[Ended] = Finished()
         self._gathers = Gathers(channel, staging, transport, device, staging_total)

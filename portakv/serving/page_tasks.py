@@ -31,7 +31,6 @@ from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
 from portakv.serving.local import StoreTerms, log_start
 from portakv.serving.pages import (
     SAVE,
-    HasTerms,
     PageJob,
     Pages,
     PageSize,
@@ -174,14 +173,15 @@ class ServerPages(Pages):
 
     def __init__(
         self,
-        store: HasTerms,
+        terms: StoreTerms,
+        ended: Finished[PageJob],
         size: PageSize,
         kept: ServerBlocks,
         locks: ServerLocks,
         index: ServerIndex,
         number: int,
     ) -> None:
-        super().__init__(store, size, kept.form)
+        super().__init__(terms, ended, size, kept.form)
         self._kept = kept
         self._locks = locks
         self._index = index
@@ -234,7 +234,7 @@ class ServerPages(Pages):
         job = PageJob("load", keys, self.size.nbytes, tag)
         places = range(view.slots) if slots is None else slots
         names = [*map(page_key, keys)]
-        until = self._store.terms.deadline if deadline is None else deadline
+        until = self._terms.deadline if deadline is None else deadline
         transfer = self._kept.load(view, places, names, priority=priority, deadline=until)
         return self._followed(job, transfer, ended, until + GRACE)
 
@@ -275,7 +275,7 @@ class ServerPages(Pages):
         if limit is not None:
             overdue = self.saves
             overdue.add(job, job.began + limit)
-        job._follow(transfer, self._store.ended if ended is None else ended, overdue)
+        job._follow(transfer, self._ended if ended is None else ended, overdue)
         return job
 
 
@@ -347,7 +347,9 @@ class ServerPageStore:
         for number, size in enumerate(sizes):
             blocks = self._client.blocks[number]
             locks = self._client.locks[number]
-            self._pages[size] = ServerPages(self, size, blocks, locks, self._index, number)
+            self._pages[size] = ServerPages(
+                terms, self.ended, size, blocks, locks, self._index, number
+            )
         try:
             if self._client.wait(patience):
                 self._index.wait(patience)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from shutil import rmtree
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,9 @@ from portakv.arguments import instance, invalid, items, octets, seconds, text, w
 from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, StoreError, TransferTimeout
 from portakv.graph import Handle, Mask, Priority
 from portakv.runtime.finished import Finished
+from portakv.runtime.transfer import Transfer
 from portakv.serving.local import PATIENCE, PAUSE, SHARE, StoreTerms, found_in
-from portakv.serving.server.client import ServerTransfer
+from portakv.serving.server.client import Released, ServerTransfer
 from portakv.storage import BlockForm, BlockStore
 from portakv.storage.calls import Change
 from portakv.storage.eviction import Pins
@@ -269,11 +270,7 @@ class Overdue:
             return [job for job, until in self._until.items() if until <= now]
 
 
-class _Ends(Protocol):
-    def done(self) -> bool: ...
-
-
-def _has_ended(transfer: _Ends) -> bool:
+def _has_ended(transfer: Handle | ServerTransfer | Transfer | Released) -> bool:
     """Return whether a transfer has ended, with or without an error."""
     try:
         return transfer.done()
@@ -349,7 +346,8 @@ class PageStore:
         self._sizes = dict[PageSize, Pages]()
         for size in items("sizes", sizes, "sizes of pages"):
             made = size if isinstance(size, PageSize) else PageSize(whole("sizes", size, 1))
-            self._sizes[made] = Pages(self, made, made.form(self._model, self._identity))
+            form = made.form(self._model, self._identity)
+            self._sizes[made] = Pages(terms, self.ended, made, form)
         if self._sizes:
             with self._lock:
                 self._open()
@@ -374,7 +372,8 @@ class PageStore:
             found = self._sizes.get(size)
             is_new = found is None
             if found is None:
-                found = Pages(self, size, size.form(self._model, self._identity))
+                form = size.form(self._model, self._identity)
+                found = Pages(self.terms, self.ended, size, form)
                 self._check_staging(found)
             if found.blocks is None:
                 self._close(self._patience)
@@ -540,13 +539,6 @@ class PageStore:
             pages.blocks = store.of(pages.form.name)
 
 
-class HasTerms(Protocol):
-    """A store of pages, as `Pages` use it."""
-
-    terms: StoreTerms
-    ended: Finished[PageJob]
-
-
 class Pages:
     """The pages of one size of a `PageStore`, which makes it.
 
@@ -559,12 +551,15 @@ class Pages:
         saves: those in flight that have a deadline.
     """
 
-    def __init__(self, store: HasTerms, size: PageSize, form: BlockForm) -> None:
+    def __init__(
+        self, terms: StoreTerms, ended: Finished[PageJob], size: PageSize, form: BlockForm
+    ) -> None:
         self.size = size
         self.form = form
         self.blocks: FormStore | None = None
         self.saves = Overdue()
-        self._store = store
+        self._terms = terms  # of the store that makes it, as is the queue of its jobs
+        self._ended = ended
 
     @property
     def opened(self) -> object | None:
@@ -733,7 +728,7 @@ class Pages:
         job = PageJob("load", keys, self.size.nbytes, tag)
         blocks = self.blocks
         handle = None
-        until = self._store.terms.deadline if deadline is None else deadline
+        until = self._terms.deadline if deadline is None else deadline
         if blocks is not None and names:
             with suppress(StoreError):  # it was closed
                 handle = blocks.load(
@@ -783,7 +778,7 @@ class Pages:
         give_up: float | None = None,
     ) -> PageJob:
         """Have a queue take a job at its end, or so many seconds later if a tier holds it."""
-        queue = self._store.ended if ended is None else ended
+        queue = self._ended if ended is None else ended
         if handle is None:
             queue.add(job)
             return job

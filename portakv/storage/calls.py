@@ -731,7 +731,10 @@ class SpareRows:
         refused = rows[unfit]
         if not len(refused):
             if view.form.encoding:
-                self._leave_out_flagged(mask, items, keys, report)
+                # Slots that were copied as they are: these blocks have no rows.
+                for row in rows[flagged(own, items[rows])].tolist():
+                    mask[row] = False
+                    report(keys[row], Reason(OVERFLOWED, FLAGGED))
             kept = np.flatnonzero(mask)
             self._count(view.device, items[kept], len(rows) - len(kept), 0)
             return mask
@@ -775,15 +778,6 @@ class SpareRows:
             figures.add_packed(device, form, len(items), misfits, followed, one)
         else:
             figures.add_raw(form, len(items))
-
-    def _leave_out_flagged(
-        self, mask: Mask, items: npt.NDArray[np.int64], keys: Keys, report: Report
-    ) -> None:
-        """Take blocks out of the mask whose slots were copied as they are and have no rows."""
-        rows = np.flatnonzero(mask)
-        for row in rows[flagged(self._spare.own, items[rows])].tolist():
-            mask[row] = False
-            report(keys[row], Reason(OVERFLOWED, FLAGGED))
 
     def names(self, keys: Keys, rows: Sequence[int], names: Sequence[bytes]) -> list[bytes]:
         """Return the names of blocks in rows, of which ``names`` has those of the form itself."""
@@ -968,7 +962,11 @@ class Chooser:
         """
         form = self._form
         if form is None:
-            self._note_once(view.device)
+            with self._lock:
+                if view.device not in self.known:
+                    raw = Known(EncodingChoice(None, self._why))
+                    self.known[view.device] = raw
+                    self._note(raw.choice)
             return False
         if view.form.encoding:
             return True
@@ -997,13 +995,6 @@ class Chooser:
             which = "raw" if choice.pack is None else "packed"
             lines.append(f"Saves from {device} are {which}. {choice.why} {trouble}".rstrip())
         return lines or ["No save has chosen between packed and raw blocks yet."]
-
-    def _note_once(self, device: torch.device) -> None:
-        """Note that rows of a device stay raw, as the store has only the raw form."""
-        with self._lock:
-            if device not in self.known:
-                known = self.known[device] = Known(EncodingChoice(None, self._why))
-                self._note(known.choice)
 
     def _begin(self, view: KVView, ids: npt.NDArray[np.int64]) -> Known:
         """Return the first choice for a device; wait for its sample."""
@@ -1568,7 +1559,10 @@ class InFlight(Lease):
 
         The call's blocks count as used before that if it has more blocks than the host tier.
         """
-        if self._is_copied_still():
+        # The copy of a save that was cancelled may still write the rows. A worker then waits for
+        # its end, and calls `over` once more.
+        graph = self.calls[0][0].shared.graph
+        if self.copied is not None and end_later(graph, self, self.end_copy):
             return
         landed = np.zeros(self.count, np.bool_)
         call = self.calls[0][0]
@@ -1613,15 +1607,6 @@ class InFlight(Lease):
         if self.store:
             return [call.request.follows[blocks[row]] for row in rows]
         return [self.spare.predecessor(self.items, row) for row in rows]
-
-    def _is_copied_still(self) -> bool:
-        """Return True if the copy of a save that was cancelled still writes the rows.
-
-        A worker then waits for its end, and calls `over` once more.
-        """
-        if self.copied is None:
-            return False
-        return end_later(self.calls[0][0].shared.graph, self, self.end_copy)
 
     def _warn_dropped(self) -> None:
         """Log that tasks were dropped, because staging was full or a queue was slow."""

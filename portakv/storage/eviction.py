@@ -373,11 +373,6 @@ class Chains(Generic[Key]):
             return victim
         return victim if call[victim] > call[key] and victim == self.next() else None
 
-    def has_other(self, call: Mapping[Key, int]) -> bool:
-        """Return True if the block that goes next, in the order of use, is none of a call."""
-        victim = self.next()
-        return victim is not None and victim not in call
-
     def _use_in_order(self, call: Mapping[Key, int]) -> None:
         """Make the stored blocks of a call the most recently used ones, the first one last.
 
@@ -583,10 +578,6 @@ class Occupancy:
             past -= 1
         return past
 
-    def past_used(self) -> int:
-        """Return the number of the slot after the last slot that is pinned or being written."""
-        return max((slot + 1 for slot in (*self.pins, *self.writes)), default=0)
-
     def writes_after(self, key: bytes, call: Mapping[bytes, int], others: bool) -> bool:
         """Return True if blocks are being written, and are not late, that come after a block in its
         call; with ``others``, also if these belong to other calls."""
@@ -602,8 +593,3 @@ class Occupancy:
         if not self.written.wait(PATIENCE):
             for each in folders:
                 each.late.update(each.writes)
-
-    def end_write(self, slot: int) -> Write:
-        """Note that a slot is not being written any more, and return its write."""
-        self.late.discard(slot)
-        return self.writes.pop(slot, NO_WRITE)

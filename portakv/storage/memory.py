@@ -933,27 +933,6 @@ class Rows:
         return f"{self.staging} {kind} rows of staging, {self.host} of the host tier."
 
 
-def _wrong_count(got: int, needed: int, whole: int, many: int, size: int) -> InvalidTerms:
-    """Return the error for another number of a view's blocks than keys name."""
-    wanted = "1 id" if needed == 1 else f"{needed} ids"
-    given = "1 key" if many == 1 else f"{many} keys"
-    return InvalidTerms(
-        f"Expected blocks to be {wanted}, of the view's blocks of {whole} tokens for {given} of "
-        f"{size}, got {got}. Pass the blocks that the keys name."
-    )
-
-
-def _check_places(fine: npt.NDArray[np.int64]) -> None:
-    """Raise `SlotError` for a key whose rows have no place in the view: its block would land
-    nowhere. ``fine``: ids ``[keys, parts]``."""
-    nowhere = np.flatnonzero((fine < 0).all(1))
-    if len(nowhere):
-        raise SlotError(
-            f"Expected blocks to have a block of the view for each key, got negative ids alone for "
-            f"keys[{nowhere[0]}]. Leave the key out."
-        )
-
-
 class Crossing:
     """Copies between rows, seen as ``inner``, and ``blocks`` of a view.
 
@@ -991,7 +970,12 @@ class Crossing:
             index = Index.of(ids, whole)
             needed = -(-many * size // whole)
             if len(ids) != needed:
-                raise _wrong_count(len(ids), needed, whole, many, size)
+                wanted = "1 id" if needed == 1 else f"{needed} ids"
+                given = "1 key" if many == 1 else f"{many} keys"
+                raise InvalidTerms(
+                    f"Expected blocks to be {wanted}, of the view's blocks of {whole} tokens for "
+                    f"{given} of {size}, got {len(ids)}. Pass the blocks that the keys name."
+                )
             held = len(ids) * whole
             skips = index.check_named("blocks", held, view.slots, distinct=not store)
             if skips and store:
@@ -1015,7 +999,12 @@ class Crossing:
             self._whole = Index.of(ids, self._step)
         self._fine = ids.reshape(many, size // self._step)
         if skips:
-            _check_places(self._fine)
+            nowhere = np.flatnonzero((self._fine < 0).all(1))
+            if len(nowhere):  # the block would land nowhere
+                raise SlotError(
+                    f"Expected blocks to have a block of the view for each key, got negative ids "
+                    f"alone for keys[{nowhere[0]}]. Leave the key out."
+                )
         self._view = view
         self._after: StreamFence | None = None
         self._stream: torch.Stream | None = None  # of the maker

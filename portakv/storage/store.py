@@ -12,7 +12,7 @@ from functools import cache, partial, reduce
 from inspect import signature
 from itertools import compress
 from operator import or_
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -59,36 +59,14 @@ from portakv.view import IdList, KVView
 # The sources of a save: how the blocks of its caller come into rows.
 
 
-class Source(Protocol):
-    """Brings the blocks of a save into rows.
-
-    ``view``: the caller's, if the store reads it. ``issues``: `issue` makes the copies of chunks
-    that have rows. ``long_tasks``: a copy takes the host as long for few bytes as for many.
-    ``ends``: of the copies that it issued.
-    """
-
-    @property
-    def view(self) -> KVView | None: ...
-
-    @property
-    def issues(self) -> bool: ...
-
-    @property
-    def long_tasks(self) -> bool: ...
-
-    @property
-    def ends(self) -> Sequence[Completion]: ...
-
-    def issue(self, call: Call, started: Sequence[InFlight]) -> None:
-        """Issue the copies of chunks that a caller's thread can issue."""
-
-    def gather(self, call: Call, in_flight: InFlight) -> Task:
-        """Plan the tasks that bring the blocks of a chunk into rows, and seal them; return the
-        last."""
-
-
 class ViewSource:
-    """The view of a caller, which workers of a queue read, or copies that `issue` issues."""
+    """The view of a caller, which workers of a queue read, or copies that `issue` issues.
+
+    Attributes:
+        view: of the caller.
+        issues: True if `issue` makes the copies of chunks that have rows.
+        long_tasks: True if a copy takes the host as long for few bytes as for many.
+    """
 
     def __init__(
         self, view: KVView, crossing: Crossing, queue: Queue, pinned: bool, packed: bool
@@ -138,6 +116,10 @@ class ViewSource:
     def gather(self, call: Call, in_flight: InFlight) -> Task:
         """Plan the task that copies blocks of the view into rows, and seals them."""
         return call.gather(in_flight, self._crossing, self.view, self._queue)
+
+
+#: Brings the blocks of a save into rows.
+Source: TypeAlias = ViewSource | Lending
 
 
 # ------------------------------------------------------------------------------------------------

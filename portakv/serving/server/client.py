@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -396,16 +396,6 @@ Kind: TypeAlias = Literal["load", "save", "end"]
 _QUEUES = {"load": ("host-device", 2), "save": ("device-host", 2), "end": ("ends", 1)}
 
 
-class Copying(Protocol):
-    """What has rows copied for a request."""
-
-    def piece_ended(self) -> None:
-        """Note that a request has ended, under the lock of all pieces."""
-
-    def copy_later(self, session: Session, piece: Piece, grants: Sequence[Grant], /) -> None:
-        """Have workers copy rows."""
-
-
 class Requests:
     """The requests of a rank that have not ended. Any thread may call.
 
@@ -420,7 +410,7 @@ class Requests:
         self.changed = Condition()
         self.graph = Graph()
         self._numbers = count(1)
-        self._open = dict[int, tuple[Copying, Piece]]()  # by number
+        self._open = dict[int, tuple[Moving, Piece]]()  # by number
         self._copies = 0  # copies
 
     @property
@@ -428,7 +418,7 @@ class Requests:
         """Return whether no copy is under way."""
         return not self._copies
 
-    def begin(self, copying: Copying, keys: int, saves: bool, packs: bool = False) -> list[Piece]:
+    def begin(self, moving: Moving, keys: int, saves: bool, packs: bool = False) -> list[Piece]:
         """Return the requests of a load or save of so many keys; ``packs``: see `Piece`."""
         pieces = list[Piece]()
         with self.changed:
@@ -436,14 +426,14 @@ class Requests:
                 many = min(MOST_KEYS, keys - first)
                 piece = Piece(next(self._numbers), first, many, saves, packs)
                 pieces.append(piece)
-                self._open[piece.number] = copying, piece
+                self._open[piece.number] = moving, piece
         return pieces
 
     def next_number(self) -> int:
         """Return a number that no request of this rank has."""
         return next(self._numbers)
 
-    def find(self, number: int) -> tuple[Copying, Piece] | None:
+    def find(self, number: int) -> tuple[Moving, Piece] | None:
         """Return a request that has not ended."""
         return self._open.get(number)
 
@@ -521,9 +511,9 @@ class Requests:
     def _note(self, piece: Piece) -> None:
         """Wake who waits for a request, and forget it if it has ended; under the lock."""
         if piece.ended:
-            copying, _ = self._open.pop(piece.number, (None, piece))
-            if copying is not None:
-                copying.piece_ended()
+            moving, _ = self._open.pop(piece.number, (None, piece))
+            if moving is not None:
+                moving.piece_ended()
         self.changed.notify_all()
 
 

@@ -41,7 +41,7 @@ A tier store with an index that another process may follow also has the methods 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from typing import Any, Protocol, TypeAlias
 
@@ -67,7 +67,13 @@ def tier_figures(tiers: Iterable[Mapping[str, Any]]) -> Figures:
     store of another package adds no figures.
     """
     tiers = [*tiers]
-    folders = [*_folders_of(tiers)]
+    # The form, the folder and the facts of each folder of slots: a folder has one for each form.
+    folders = [
+        (tier["form"], os.path.dirname(place), facts)
+        for tier in tiers
+        for place, facts in tier.items()
+        if isinstance(facts, Mapping) and "broken" in facts
+    ]
     left_alone: list[dict[str, str | float]] = [
         {
             "form": tier["form"],
@@ -102,16 +108,6 @@ def tier_figures(tiers: Iterable[Mapping[str, Any]]) -> Figures:
             for form, folder, facts in folders
         ]
     return figures
-
-
-def _folders_of(
-    tiers: Iterable[Mapping[str, Any]],
-) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Yield the form, the folder and the facts of each folder of slots."""
-    for tier in tiers:
-        for place, facts in tier.items():
-            if isinstance(facts, Mapping) and "broken" in facts:
-                yield tier["form"], os.path.dirname(place), facts  # a folder has one for each form
 
 
 Keys = Sequence[bytes]

@@ -151,11 +151,6 @@ class DiskStore:
     owns_engine: bool = False
     tier = "disk"
 
-    def offer_twice(self) -> None:
-        """Admit a block when it is offered the second time."""
-        count = sum(slots.limit for slots, _ in self.parts)
-        self.offered = Bounded("keys offered once", count)
-
     @property
     def notes(self) -> list[str]:
         """Return sentences for `explain`: of the opening, and of the folders as they are now."""
@@ -679,7 +674,8 @@ class Disk:
             first.owns_engine = True
             for tier_store in opening.tier_stores if self.admit == "second" else ():
                 if tier_store.writable:
-                    tier_store.offer_twice()
+                    count = sum(slots.limit for slots, _ in tier_store.parts)
+                    tier_store.offered = Bounded("keys offered once", count)
             folders = ", ".join(map(str, self.folders))
             for note in filter(None, map(open_to_others, self.folders)):
                 first.found.append(note)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -244,41 +244,6 @@ _NO_BOUND = (1 << 63) - 1
 _warnings = RateLimitedLog(logging.getLogger(__name__))
 
 
-class Reader(Protocol):
-    """Slots that this store has open to read."""
-
-    folder: Path
-
-    @property
-    def fd(self) -> int:
-        """Return the descriptor of the file of slots; negative if it is closed."""
-
-    def cut(self, nbytes: int) -> bool:
-        """Give slots back, of so many bytes if there are some; return True if slots went."""
-
-
-class Writer(Reader, Protocol):
-    """Slots that this store has open to save. All of a folder have one lock."""
-
-    def age(self) -> int:
-        """Return for how many uses the block that goes next here was not used; 0 if none can go.
-        Under the lock."""
-
-    def age_anywhere(self) -> int:
-        """Return the same for the block of the form that goes next in any folder."""
-
-    def yield_share(self, nbytes: int) -> bool:
-        """Give back so many bytes of slots or more, under the lock; return True if slots went."""
-
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes of all slots."""
-
-    @property
-    def claim(self) -> int:
-        """Return the descriptor that claims the folder; negative if it is closed."""
-
-
 class _File(NamedTuple):
     """The file of slots of a form."""
 
@@ -303,8 +268,8 @@ class Space:
     def __init__(self, folder: Path, capacity: int = _NO_BOUND) -> None:
         self.folder = folder
         self.capacity = capacity
-        self.readers: WeakSet[Reader] = WeakSet()
-        self.writers: WeakSet[Writer] = WeakSet()
+        self.readers: WeakSet[Slots] = WeakSet()
+        self.writers: WeakSet[Slots] = WeakSet()
         self.others: Sequence[Path] = ()
         self._trimmed = set[Path]()  # closed forms without empty slots at the end
 
@@ -318,19 +283,17 @@ class Space:
         """Make forms other than ``own`` give way while all exceed the bound, as after a change of
         it."""
         while (excess := self._allocated() - self.capacity) > 0:
-            if not (self.yield_space(own, excess) or self._largest_yields(excess)):
+            if self.yield_space(own, excess):
+                continue
+            # The largest of several writers gives back an eighth, or less if that suffices.
+            present = [writer for writer in [*self.writers] if writer.fd >= 0]
+            if len(present) < 2:
+                return
+            largest = max(present, key=lambda writer: writer.nbytes)
+            if not largest.yield_share(min(excess, largest.nbytes // 8)):
                 return
 
-    def _largest_yields(self, nbytes: int) -> bool:
-        """Make the largest of several ``writers`` give back an eighth, or ``nbytes`` if these are
-        less; return True if it did."""
-        present = [writer for writer in [*self.writers] if writer.fd >= 0]
-        if len(present) < 2:
-            return False
-        largest = max(present, key=lambda writer: writer.nbytes)
-        return largest.yield_share(min(nbytes, largest.nbytes // 8))
-
-    def take_over(self, own: Writer, nbytes: int) -> bool:
+    def take_over(self, own: Slots, nbytes: int) -> bool:
         """Make another form that this store saves give back slots of ``nbytes`` or more, if its
         next block to go here has not been used for longer than that of ``own`` in any folder.
         Return True if one did.
@@ -389,17 +352,15 @@ class Space:
 
     def _files(self) -> list[_File]:
         """Return the files of slots of all forms, the least recently used first."""
-        return sorted(self._each_file())
-
-    def _each_file(self) -> Iterator[_File]:
-        """Yield the file of slots of each folder that has one."""
+        files = list[_File]()
         for name in os.listdir(self.folder):
             place = self.folder / name
             # Not a folder of a form, of another user as lost+found, or removed meanwhile. Another
             # error is of the device: the save that needs space reports it.
             with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
                 about = os.lstat(place / "slots")
-                yield _File(about.st_mtime_ns, place, about.st_size)
+                files.append(_File(about.st_mtime_ns, place, about.st_size))
+        return sorted(files)
 
 
 def _share(file: _File, nbytes: int) -> int:
@@ -1055,7 +1016,8 @@ class Slots:
         A slot is in use if it is pinned, is being written, or leads to a block that is being
         written. All successors of the evicted blocks go with them, in all folders.
         """
-        keep = max(keep, self._occupancy.past_used())
+        occupancy = self._occupancy
+        keep = max([keep, *(slot + 1 for slot in (*occupancy.pins, *occupancy.writes))])
         if keep >= self.count:
             return
         folders = [self, *(x for x in self.siblings if x is not self and x.fd >= 0)]
@@ -1171,14 +1133,16 @@ class Slots:
 
     def _waits(self, key: bytes, own: Mapping[bytes, int]) -> bool:
         """Return True if a block waits for a write, since no block of another call goes next."""
-        if self.chains.has_other(own):
+        victim = self.chains.next()
+        if victim is not None and victim not in own:
             return False
         alone = len(self.siblings) < 2  # else another folder may have a slot
         return any(x._occupancy.writes_after(key, own, alone) for x in self.siblings or [self])
 
     def _end_write(self, slot: int) -> None:
         """Note that a slot is not being written any more."""
-        write = self._occupancy.end_write(slot)
+        self._occupancy.late.discard(slot)
+        write = self._occupancy.writes.pop(slot, NO_WRITE)
         self.chains.unexpect(write.follows)
         self._occupancy.written.notify_all()
 
