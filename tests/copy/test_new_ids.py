@@ -18,6 +18,7 @@ from torch.cuda import _sleep
 
 from portakv import Index, KVView, LateErrors, SlotError, copy_blocks, copy_rows
 from portakv.host import pinned
+from portakv.runtime.ends import End, Ends
 from portakv.runtime.pinned_ids import PinnedIds
 from portakv.runtime.transfer import copies_holding_memory, free_words
 from portakv_conformance.simdev import delay
@@ -361,7 +362,19 @@ def test_more_copies_in_flight_than_there_are_lists(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("store", [True, False], ids=["store", "load"])
-def test_loads_and_saves_in_flight_on_a_device(store: bool, acquired: list[PinnedIds]) -> None:
+def test_loads_and_saves_in_flight_on_a_device(
+    store: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquired: list[End] = []
+    acquire = Ends.acquire
+
+    def noted(ends: Ends, listed: bool) -> End | None:
+        end = acquire(ends, listed)
+        if end is not None and listed:
+            acquired.append(end)
+        return end
+
+    monkeypatch.setattr(Ends, "acquire", noted)
     shape = (96, 4, 2, 64)
     host = pinned.empty(shape, torch.int32)
     device = torch.zeros(shape, dtype=torch.int32, device=DEVICE)

@@ -66,9 +66,8 @@ def drawn(count: int, dtype: torch.dtype) -> torch.Tensor:
 
 def same_bits(landed: torch.Tensor, values: torch.Tensor) -> bool:
     """Return True if a tensor holds the dtype and the bits of values on the host."""
-    return landed.dtype == values.dtype and torch.equal(
-        landed.cpu().view(torch.uint8), values.view(torch.uint8)
-    )
+    bits = [each.cpu().reshape(-1).view(torch.uint8) for each in (landed, values)]
+    return (landed.dtype, landed.shape) == (values.dtype, values.shape) and torch.equal(*bits)
 
 
 class Card:
