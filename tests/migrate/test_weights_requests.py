@@ -36,6 +36,12 @@ class Followed(Channel):
             self.before(message)
         return super().ask(address, message, *terms, **named)
 
+    def begin_to_ask(self, address: str, message: Any, *terms: Any) -> Callable[[], Any]:
+        if isinstance(message, AskWeights):
+            self.asked.append(message)
+            self.before(message)
+        return super().begin_to_ask(address, message, *terms)
+
 
 @pytest.fixture
 def followed() -> Iterator[Followed]:

@@ -24,6 +24,7 @@ from portakv.migrate.owner import Offer, Owner
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
 from portakv.migrate.shared_memory import shared_empty
+from portakv.tasks import runtime
 from support import ready
 from support.peer_cases import ReadsPeers
 from support.waits import LIMIT, until
@@ -62,6 +63,7 @@ def sides(devices: Sequence[str] = (), nccl: bool = False) -> Iterator[Sides]:
     """
     made = Sides()
     ready.begin()
+    runtime().started()  # the loop of the process stays
     for device in devices:  # the driver's files are there before
         torch.zeros(1, device=device)
     before = left(nccl)

@@ -1,0 +1,538 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run coroutines in the caller's thread until they wait, and then in one loop of the process.
+
+A coroutine is a sequence of steps: what it does between two waits is one step. One lock,
+`Runtime.lock`, is held during each step and never during a wait. State that only steps change is
+therefore guarded, whichever thread runs them. Code of others, which may have locks of its own, runs
+while the lock is `Runtime.released`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import selectors
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import suppress
+from functools import partial
+from threading import get_ident
+from time import monotonic
+from typing import Any, Generic, TypeVar
+
+from portakv.errors import PortaKVError, TransferError, TransferTimeout
+from portakv.runtime import resources
+from portakv.runtime.interrupts import abandoned, interruptible, uninterrupted
+
+T = TypeVar("T")
+#: A coroutine that returns T.
+Steps = Coroutine[Any, Any, T]
+
+READ = select.POLLIN
+WRITE = select.POLLOUT
+#: The end of a connection, which the system reports without interest in any other event.
+HANGUP = 0
+#: Seconds after which a thread notices an interrupt that came just before it began to wait.
+LOOK = 0.2
+
+
+class Wait:
+    """A wait of a coroutine: ``await`` returns True, or False once the time is over.
+
+    Args:
+        fd: a descriptor that ends the wait by ``events``; None: a call of `wake` ends it.
+        events: `READ`, `WRITE` or `HANGUP`.
+        until: the end of the wait, by `Runtime.time`; None: no limit.
+    """
+
+    __slots__ = ("events", "fd", "resume", "timer", "until", "woken")
+
+    def __init__(
+        self, fd: int | None = None, events: int = READ, until: float | None = None
+    ) -> None:
+        self.fd = fd
+        self.events = events
+        self.until = until
+        self.woken = False
+        # Set in the step that begins the wait, and in the loop.
+        self.resume: Callable[[], object] | None = None
+        self.timer: asyncio.TimerHandle | None = None
+
+    def __await__(self) -> Generator[Wait, None, bool]:
+        if not self.woken:
+            yield self
+        return self.woken
+
+    def wake(self) -> None:
+        """End the wait, if it has not ended. The caller has the runtime's lock."""
+        if not self.woken:
+            self.woken = True
+            if self.resume is not None:
+                self.resume()
+
+
+class StateLock:
+    """The lock of all steps. A thread that has it may take it again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder = 0
+        self._depth = 0
+
+    @property
+    def is_mine(self) -> bool:
+        """Return True in the thread that has the lock."""
+        return self._holder == get_ident()
+
+    def __enter__(self) -> None:
+        if self._holder != get_ident():
+            self._lock.acquire()
+            self._holder = get_ident()
+        self._depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._holder = 0
+            self._lock.release()
+
+    def release(self) -> int:
+        """Release the lock, if this thread has it; return the argument of `restore`."""
+        if not self.is_mine:
+            return 0
+        depth = self._depth
+        self._depth = 0
+        self._holder = 0
+        self._lock.release()
+        return depth
+
+    def restore(self, depth: int) -> None:
+        """Take the lock as it was before `release`."""
+        if depth:
+            self._lock.acquire()
+            self._holder = get_ident()
+            self._depth = depth
+
+
+class Released:
+    """A context in which this thread does not have the lock."""
+
+    def __init__(self, lock: StateLock) -> None:
+        self._lock = lock
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        self._depth = self._lock.release()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.restore(self._depth)
+
+
+class Handle(Generic[T]):
+    """A coroutine that was started, and its end.
+
+    ``await`` it in a coroutine of the runtime or in any other loop, which it wakes. It has no lock,
+    since the main thread uses it, where an interrupt may come between any two bytecodes.
+    """
+
+    def __init__(self, runtime: Runtime, steps: Steps[T]) -> None:
+        self._runtime = runtime
+        self._steps = steps
+        self._ended = False
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._calls = deque[Callable[[], object]]()  # to be made at the end
+        self._wait: Any = None  # the present wait
+        self._cancelled = False
+
+    def done(self) -> bool:
+        """Return True once the coroutine has ended."""
+        return self._ended
+
+    def cancel(self) -> bool:
+        """Have the coroutine's wait raise `CancelledError`; return False if it has ended."""
+        if self._ended:
+            return False
+        self._cancelled = True
+        self._runtime.call_soon(self._cancel)
+        return True
+
+    def _cancel(self) -> None:
+        if self._wait is not None:
+            self._go_on(self._wait)
+
+    def step(self, step: Callable[..., Any], *arguments: object) -> None:
+        """Run the coroutine until its next wait, which the loop makes."""
+        runtime = self._runtime
+        try:
+            with runtime.lock:
+                wait = step(*arguments)
+                self._wait = wait
+                if isinstance(wait, Wait):
+                    wait.resume = partial(runtime.call_soon, self._go_on, wait)
+        except StopIteration as end:
+            self.settle(end.value, None)
+        except BaseException as error:  # whoever waits for the handle gets it
+            self.settle(None, error)
+        else:
+            if runtime.runs_here:
+                self._begin_to_wait(wait)
+            else:
+                runtime.call_soon(self._begin_to_wait, wait)
+
+    def _begin_to_wait(self, wait: Any) -> None:
+        """Have the loop end a wait by its event, or at its time."""
+        if self._wait is not wait:
+            return  # it has ended
+        if self._cancelled:
+            self._go_on(wait)
+        elif not isinstance(wait, Wait):
+            wait.add_done_callback(self._go_on)  # a future of asyncio
+        else:
+            loop = self._runtime.started()
+            if wait.until is not None:
+                wait.timer = loop.call_at(wait.until, self._go_on, wait)
+            if wait.fd is not None:
+                try:
+                    loop.descriptors.watch(wait.fd, wait.events, self._see)
+                except OSError as error:  # a bad descriptor
+                    self._wait = None
+                    self.step(self._steps.throw, error)
+
+    def _see(self) -> None:
+        """Go on after the event of a descriptor."""
+        self._wait.woken = True
+        self._go_on(self._wait)
+
+    def _go_on(self, wait: Any) -> None:
+        """Go on after a wait, in the loop."""
+        if self._wait is not wait:
+            return  # something else has ended it
+        self._wait = None
+        if isinstance(wait, Wait):
+            if wait.timer is not None:
+                wait.timer.cancel()
+            if wait.fd is not None:
+                self._runtime.started().descriptors.unwatch(wait.fd, wait.events)
+        if self._cancelled:
+            self._cancelled = False
+            self.step(self._steps.throw, asyncio.CancelledError())
+        else:
+            self.step(self._steps.send, None)
+
+    def settle(self, value: Any, error: BaseException | None) -> None:
+        """Note the end, and make the calls of `on_end`."""
+        self._value = value
+        self._error = error
+        self._ended = True
+        self._make_calls()
+
+    def on_end(self, call: Callable[[], object]) -> None:
+        """Make a quick call at the end of the coroutine, immediately if it has ended."""
+        self._calls.append(call)
+        if self._ended:
+            self._make_calls()
+
+    def _make_calls(self) -> None:
+        while self._calls:
+            with suppress(IndexError):  # another thread has just taken the last call
+                self._calls.popleft()()
+
+    def synchronize(self, timeout: float | None = None) -> T:
+        """Return the result of the coroutine, or raise its error.
+
+        Raises `TransferTimeout` after ``timeout`` seconds. The coroutine goes on.
+        """
+        if not self._ended:
+            self._block(timeout)
+        if self._error is None:
+            value: T = self._value
+            return value
+        raise self._error
+
+    def _block(self, timeout: float | None) -> None:
+        """Wait for the end in a thread. Looks now and then, since a wake may come too early."""
+        end = threading.Lock()
+        end.acquire()
+        self.on_end(end.release)
+        until = None if timeout is None else self._runtime.time() + timeout
+        while not self._ended:
+            left = LOOK if until is None else until - self._runtime.time()
+            if left <= 0:
+                raise TransferTimeout(f"The work did not end within {timeout} s, and goes on.")
+            end.acquire(timeout=min(left, LOOK))
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        if not self._ended and self._runtime.lock.is_mine:  # in a step
+            wait = Wait()
+            self.on_end(partial(self._runtime.wake, wait))
+            yield from wait.__await__()
+        elif not self._ended:
+            loop = asyncio.get_running_loop()
+            future = loop.create_future()
+            self.on_end(partial(loop.call_soon_threadsafe, _set, future))
+            yield from future
+        return self.synchronize()
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    """End a future, unless it was cancelled."""
+    if not future.done():
+        future.set_result(None)
+
+
+class Descriptors(selectors.EpollSelector):
+    """The descriptors of a loop: those of `Wait`, and those that the loop itself watches.
+
+    An event of a `Wait` goes on with its coroutine immediately. By the loop's own readers it would
+    take two rounds of the loop, a future and a task.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._poll = select.epoll.fromfd(os.dup(self.fileno()))  # the same queue of events
+        self._calls = dict[int, dict[int, Callable[[], object]]]()  # by descriptor and event
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Make the calls whose events have come, and return the loop's own events."""
+        ready = list[tuple[selectors.SelectorKey, int]]()
+        for fd, events in self._poll.poll(timeout):
+            if self._calls.get(fd):
+                self._see(fd, events)
+            elif key := self.get_map().get(fd):
+                ready.append((key, key.events))
+        return ready
+
+    def _see(self, fd: int, events: int) -> None:
+        calls = self._calls[fd]
+        if events & (select.EPOLLHUP | select.EPOLLERR):
+            events |= sum(calls)
+        due = [calls.pop(mask) for mask in [*calls] if events & mask]
+        if calls:
+            self._renew(fd)
+        for call in due:
+            call()
+
+    def watch(self, fd: int, events: int, call: Callable[[], object]) -> None:
+        """Make a call once at an event of a descriptor. Runs in the loop."""
+        self._calls.setdefault(fd, {})[events or select.EPOLLRDHUP] = call
+        self._renew(fd)
+
+    def _renew(self, fd: int) -> None:
+        """Request one event of a descriptor, of any kind that is watched."""
+        mask = sum(self._calls[fd], select.EPOLLONESHOT)
+        try:
+            self._poll.modify(fd, mask)
+        except FileNotFoundError:  # of the descriptor's first wait
+            self._poll.register(fd, mask)
+
+    def unwatch(self, fd: int, events: int) -> None:
+        """Make the call of `watch` no longer."""
+        self._calls.get(fd, {}).pop(events or select.EPOLLRDHUP, None)
+
+    def forget(self, fd: int) -> None:
+        """End all waits for a descriptor that is closed next. Runs in the loop."""
+        calls = self._calls.pop(fd, {})
+        with suppress(FileNotFoundError):
+            self._poll.unregister(fd)
+        for call in calls.values():
+            call()
+
+    def close(self) -> None:
+        """Close the selector's descriptors."""
+        self._poll.close()
+        super().close()
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """The loop of a runtime, whatever policy the process has set."""
+
+    def __init__(self) -> None:
+        self.descriptors = Descriptors()
+        self.ident = 0  # of the thread that runs it
+        super().__init__(self.descriptors)
+
+    def run_forever(self) -> None:
+        """Run until `stop`."""
+        self.ident = get_ident()
+        try:
+            super().run_forever()
+        finally:
+            self.ident = 0
+
+
+class Runtime:
+    """One loop in one thread, which starts at the first wait that no caller's thread makes.
+
+    Args:
+        loop: a loop that the caller runs, as tests do; None: a new loop in a thread.
+
+    Attributes:
+        lock: held during each step of a coroutine.
+        forked: True in a process that was forked from the one that made the runtime.
+    """
+
+    def __init__(self, loop: Loop | None = None) -> None:
+        self.lock = StateLock()
+        self.forked = False
+        self._loop = loop
+        self._starting = threading.Lock()
+
+    def released(self) -> Released:
+        """Return a context for code of others and for copies, which need no lock of a runtime."""
+        return Released(self.lock)
+
+    def time(self) -> float:
+        """Return the time of the loop, in seconds."""
+        return monotonic() if self._loop is None else self._loop.time()
+
+    @property
+    def runs_here(self) -> bool:
+        """Return True in the thread of the loop."""
+        return self._loop is not None and self._loop.ident == get_ident()
+
+    # --- coroutines
+
+    def run(self, steps: Steps[T]) -> T:
+        """Return the result of a coroutine, whose waits are the calling thread's own.
+
+        No other thread has a part in them, so an answer of a few microseconds takes no longer. Such
+        a coroutine waits for nothing but `Wait`. A helper runs it for the main thread.
+        """
+        return uninterrupted(partial(self._run, steps))
+
+    def _run(self, steps: Steps[T]) -> T:
+        step = partial(steps.send, None)
+        while True:
+            try:
+                with self.lock:
+                    wait = step()
+                    if wait.fd is None:
+                        woken = threading.Lock()
+                        woken.acquire()
+                        wait.resume = woken.release
+            except StopIteration as end:
+                result: T = end.value
+                return result
+
+            left = -1.0 if wait.until is None else max(0.0, wait.until - self.time())
+            if wait.fd is None:
+                woken.acquire(timeout=left)
+            else:
+                poll = select.poll()
+                poll.register(wait.fd, wait.events)
+                if poll.poll(1e3 * left if left >= 0 else None):
+                    wait.woken = True
+            if abandoned():
+                step = partial(steps.throw, KeyboardInterrupt())
+
+    def start(self, steps: Steps[T]) -> Handle[T]:
+        """Run a coroutine here until its first wait, then in the loop; return its end.
+
+        The main thread, where an interrupt may cut a step in two, leaves all steps to the loop.
+        """
+        handle = Handle(self, steps)
+        if interruptible() and not self.runs_here:
+            self.call_soon(handle.step, steps.send, None)
+        else:
+            handle.step(steps.send, None)
+        return handle
+
+    # --- the loop
+
+    def started(self, error: type[PortaKVError] = TransferError) -> Loop:
+        """Return the loop, which runs. Raises ``error`` if the system gives no thread, and
+        `OSError` if it gives no descriptor."""
+        if self._loop is None:
+            with self._starting:
+                if self._loop is None:
+                    self._loop = self._new_loop(error)
+        return self._loop
+
+    def _new_loop(self, error: type[PortaKVError]) -> Loop:
+        loop = Loop()
+        thread = threading.Thread(target=loop.run_forever, name="portakv loop", daemon=True)
+        try:
+            resources.start_thread(thread, error)
+        except PortaKVError:
+            loop.close()
+            raise
+        return loop
+
+    def call_soon(self, call: Callable[..., object], *arguments: object) -> None:
+        """Make a quick call in the loop. Any thread may ask for it."""
+        self.started().call_soon_threadsafe(call, *arguments)
+
+    def wake(self, wait: Wait) -> None:
+        """End a wait. Any thread but the main one may ask for it."""
+        with self.lock:
+            wait.wake()
+
+
+class TaskGroup:
+    """Coroutines that a runtime runs together, and that end together.
+
+    Args:
+        failed: is called with the error of a coroutine that fails.
+    """
+
+    def __init__(self, runtime: Runtime, failed: Callable[[BaseException], object]) -> None:
+        self._runtime = runtime
+        self._failed = failed
+        self._running = set[Handle[None]]()
+        self.closed = False
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def start(self, steps: Steps[None]) -> Handle[None]:
+        """Start a coroutine, which `close` cancels."""
+        handle = self._runtime.start(self._noted(steps))
+        self._running.add(handle)
+        handle.on_end(partial(self._running.discard, handle))
+        if self.closed:  # by another thread meanwhile
+            handle.cancel()
+        return handle
+
+    async def _noted(self, steps: Steps[None]) -> None:
+        try:
+            await steps
+        except Exception as error:  # the others go on
+            with self._runtime.released():
+                self._failed(error)
+
+    async def close(self) -> None:
+        """Cancel all coroutines, and wait for their ends."""
+        self.closed = True
+        for handle in tuple(self._running):
+            handle.cancel()
+        for handle in tuple(self._running):
+            with suppress(asyncio.CancelledError):
+                await handle
+
+
+_runtime: Runtime | None = None
+_making = threading.Lock()
+
+
+def runtime() -> Runtime:
+    """Return the runtime of this process."""
+    global _runtime
+    with _making:
+        if _runtime is None:
+            _runtime = Runtime()
+        return _runtime
+
+
+def _forget() -> None:
+    """Begin anew in a forked process, which has neither the thread nor the end of any step."""
+    global _runtime, _making
+    _making = threading.Lock()
+    if _runtime is not None:
+        _runtime.forked = True
+        _runtime = None
+
+
+os.register_at_fork(after_in_child=_forget)

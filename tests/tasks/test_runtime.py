@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A coroutine begins in its caller's thread, goes on in the loop, and ends in one handle."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from support.interrupts import in_other_thread
+from support.seeded_loop import WatchedLoop, run_seeded
+from support.waits import LIMIT, until
+
+from portakv.errors import TransferTimeout
+from portakv.tasks import Handle, Runtime, TaskGroup, Wait, runtime
+from portakv.tasks.runtime import HANGUP, READ, WRITE
+
+
+async def where(*waits: Wait) -> list[str]:
+    """Return the names of the threads that run the steps between some waits."""
+    names = [threading.current_thread().name]
+    for wait in waits:
+        await wait
+        names.append(threading.current_thread().name)
+    return names
+
+
+def soon() -> Wait:
+    return Wait(until=runtime().time() + 0.01)
+
+
+def test_a_coroutine_that_waits_for_nothing_stays_in_its_callers_thread() -> None:
+    def start() -> tuple[str, Handle[list[str]]]:
+        return threading.current_thread().name, runtime().start(where())
+
+    name, handle = in_other_thread(start)
+    assert handle.done()
+    assert handle.synchronize() == [name]
+
+
+def test_the_rest_of_a_coroutine_runs_in_the_loop() -> None:
+    names = in_other_thread(lambda: runtime().start(where(soon(), soon())).synchronize(LIMIT))
+    assert names[0] != "portakv loop"
+    assert names[1:] == ["portakv loop"] * 2
+
+
+def test_the_main_thread_runs_no_step() -> None:
+    """An interrupt would cut it in two."""
+    assert runtime().start(where(soon())).synchronize(LIMIT) == ["portakv loop"] * 2
+
+
+def test_run_waits_in_the_callers_thread() -> None:
+    names = in_other_thread(lambda: runtime().run(where(soon(), soon())))
+    assert len({*names}) == 1
+    assert names[0] != "portakv loop"
+
+
+@pytest.mark.parametrize("way", ["run", "start"])
+def test_descriptors_end_waits(way: str) -> None:
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    async def see() -> list[bool]:
+        late = await Wait(here.fileno(), READ, runtime().time() + 0.01)
+        room = await Wait(here.fileno(), WRITE)
+        there.send(b"x")
+        data = await Wait(here.fileno(), READ, runtime().time() + LIMIT)
+        quiet = await Wait(here.fileno(), HANGUP, runtime().time() + 0.01)
+        there.close()
+        return [late, room, data, quiet, await Wait(here.fileno(), HANGUP)]
+
+    def act() -> list[bool]:
+        return runtime().run(see()) if way == "run" else runtime().start(see()).synchronize(LIMIT)
+
+    with here, there:
+        assert in_other_thread(act) == [False, True, True, False, True]
+
+
+def test_two_waits_for_one_descriptor_end_by_their_own_events() -> None:
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    async def wait(events: int) -> bool:
+        return await Wait(here.fileno(), events, runtime().time() + LIMIT)
+
+    with here, there:
+        end = runtime().start(wait(HANGUP))
+        data = runtime().start(wait(READ))
+        there.send(b"x")
+        assert data.synchronize(LIMIT)
+        assert not end.done()
+        there.close()
+        assert end.synchronize(LIMIT)
+
+
+def test_a_bad_descriptor_is_an_error_of_the_coroutine() -> None:
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        runtime().start(where(Wait(10**6))).synchronize(LIMIT)
+    assert runtime().start(where(soon())).synchronize(LIMIT), "the loop has ended"
+
+
+def test_an_error_and_a_timeout_are_the_waiters() -> None:
+    async def fail() -> None:
+        await soon()
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        runtime().start(fail()).synchronize(LIMIT)
+    handle = runtime().start(where(Wait()))
+    with pytest.raises(TransferTimeout):
+        handle.synchronize(0.01)
+    assert handle.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        handle.synchronize(LIMIT)
+    assert not handle.cancel()
+
+
+def test_a_cancelled_coroutine_may_wait_again_and_end_well() -> None:
+    async def tidy() -> str:
+        try:
+            await Wait()
+        except asyncio.CancelledError:
+            await soon()
+        return "tidy"
+
+    handle = runtime().start(tidy())
+    handle.cancel()
+    assert handle.synchronize(LIMIT) == "tidy"
+
+
+def test_a_coroutine_awaits_handles_and_futures_of_asyncio() -> None:
+    async def outer() -> list[str]:
+        future = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_later(0.01, future.set_result, "future")
+        return [await future, *await runtime().start(where(soon()))]
+
+    async def started_in_the_loop() -> list[str]:
+        await soon()
+        return await outer()
+
+    names = runtime().start(started_in_the_loop()).synchronize(LIMIT)
+    assert names == ["future", "portakv loop", "portakv loop"]
+
+
+@pytest.mark.parametrize("policy", ["asyncio", "uvloop"])
+def test_a_foreign_loop_that_runs_is_left_alone_and_woken(policy: str) -> None:
+    """Its thread runs the first step, and a handle wakes it."""
+    new = pytest.importorskip(policy).new_event_loop
+
+    def act() -> tuple[list[str], str]:
+        async def engine() -> tuple[list[str], str]:
+            foreign = asyncio.get_running_loop()
+            names = await runtime().start(where(soon()))
+            assert asyncio.get_running_loop() is foreign
+            return names, threading.current_thread().name
+
+        loop = new()
+        try:
+            result: tuple[list[str], str] = loop.run_until_complete(engine())
+            return result
+        finally:
+            loop.close()
+
+    names, name = in_other_thread(act)
+    assert names == [name, "portakv loop"]
+
+
+def test_steps_exclude_each_other_and_waits_do_not() -> None:
+    state = [0, 0]
+
+    async def count(lets_go: bool) -> None:
+        for _ in range(20):
+            before = state[lets_go]
+            if lets_go:  # the negative control
+                with runtime().released():
+                    time.sleep(1e-4)
+            else:
+                time.sleep(1e-4)
+            state[lets_go] = before + 1
+            await Wait(until=runtime().time())
+
+    with ThreadPoolExecutor(4) as pool:
+        for lets_go in (False, True):
+            each = [pool.submit(lambda: runtime().run(count(lets_go))) for _ in range(4)]  # noqa: B023
+            for one in each:
+                one.result(LIMIT)
+    assert state[False] == 80
+    assert state[True] < 80
+
+
+def test_a_group_ends_its_coroutines_and_reports_errors() -> None:
+    errors = list[BaseException]()
+    ended = list[str]()
+    group = TaskGroup(runtime(), errors.append)
+
+    async def stay() -> None:
+        try:
+            await Wait()
+        finally:
+            ended.append("stay")
+
+    async def fail() -> None:
+        raise KeyError("x")
+
+    group.start(stay())
+    group.start(fail())
+    assert until(lambda: len(group) == 1, LIMIT)
+    assert [type(error) for error in errors] == [KeyError]
+    runtime().run(group.close())
+    assert ended == ["stay"]
+    assert len(group) == 0
+
+
+def test_a_forked_process_has_its_own_runtime() -> None:
+    before = runtime()
+    before.start(where(soon())).synchronize(LIMIT)
+    child = os.fork()
+    if not child:
+        own = runtime() is not before and before.forked
+        works = own and runtime().start(where(soon())).synchronize(LIMIT)
+        os._exit(0 if works else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert runtime() is before
+    assert not before.forked
+
+
+@pytest.fixture
+def watched() -> Iterator[tuple[Runtime, WatchedLoop]]:
+    loop = WatchedLoop()
+    yield Runtime(loop), loop
+    loop.end()
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_the_watchdog_finds_a_step_that_keeps_the_loop_busy(
+    watched: tuple[Runtime, WatchedLoop], slow: bool
+) -> None:
+    of_test, loop = watched
+
+    async def steps() -> None:
+        for _ in range(3):
+            await Wait(until=of_test.time() + 1e-3)
+            if slow:
+                end = time.thread_time() + 5e-3
+                while time.thread_time() < end:
+                    pass
+            else:
+                time.sleep(5e-3)  # without the processor
+
+    of_test.start(steps()).synchronize(LIMIT)
+    of_test.start(where(Wait(until=of_test.time()))).synchronize(LIMIT)
+    assert bool(loop.slow) == slow
+
+
+BUSY = """
+import threading, time
+from portakv.tasks import Wait, runtime
+def hold():
+    while True: pass
+async def steps():
+    for _ in range(20):
+        await Wait(until=runtime().time())
+    return "ended"
+threading.Thread(target=hold, daemon=True).start()
+print(runtime().start(steps()).synchronize(60), runtime().run(steps()))
+"""
+
+
+def test_a_thread_that_holds_the_interpreter_stops_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", BUSY], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "ended ended\n", done.stderr
+
+
+class Buffer:
+    """Lends a place to one coroutine. With a fault it looks and takes in two steps."""
+
+    def __init__(self, runtime: Runtime, fault: bool) -> None:
+        self.runtime = runtime
+        self.fault = fault
+        self.free = True
+        self.users = 0
+        self.most = 0
+
+    async def use(self) -> None:
+        while not self.free:
+            await Wait(until=self.runtime.time() + 1.0)
+        if self.fault:
+            await Wait(until=self.runtime.time())
+        self.free = False
+        self.users += 1
+        self.most = max(self.most, self.users)
+        await Wait(until=self.runtime.time() + 1.0)
+        self.users -= 1
+        self.free = True
+
+
+def most_users(seed: int, fault: bool) -> int:
+    """Return how many coroutines had the place together."""
+    made = list[Buffer]()
+
+    def steps(of_test: Runtime) -> Any:
+        async def all_use() -> None:
+            made.append(Buffer(of_test, fault))
+            for each in [of_test.start(made[0].use()) for _ in range(4)]:
+                await each
+
+        return all_use()
+
+    began = time.monotonic()
+    assert run_seeded(seed, steps) >= 1.0, "the fake clock"
+    assert time.monotonic() - began < LIMIT
+    return made[0].most
+
+
+def test_a_seed_orders_ready_coroutines() -> None:
+    def order(seed: int) -> str:
+        letters = list[str]()
+
+        def steps(of_test: Runtime) -> Any:
+            async def write(letter: str) -> None:
+                for _ in range(3):
+                    await Wait(until=of_test.time())
+                    letters.append(letter)
+
+            async def both() -> None:
+                for each in [of_test.start(write(letter)) for letter in "ab"]:
+                    await each
+
+            return both()
+
+        run_seeded(seed, steps)
+        return "".join(letters)
+
+    orders = [order(seed) for seed in range(20)]
+    assert orders == [order(seed) for seed in range(20)]
+    assert len({*orders}) > 4
+
+
+def test_a_seeded_order_finds_a_fault() -> None:
+    assert {most_users(seed, fault=False) for seed in range(50)} == {1}
+    assert max(most_users(seed, fault=True) for seed in range(50)) > 1
+
+
+def test_select_is_the_loops_own() -> None:
+    """The loop still watches descriptors for libraries that use asyncio."""
+    here, there = socket.socketpair()
+    seen = threading.Event()
+
+    async def add() -> None:
+        loop = asyncio.get_running_loop()
+
+        def see() -> None:
+            loop.remove_reader(here)
+            seen.set()
+
+        loop.add_reader(here, see)
+
+    async def in_loop() -> None:
+        await soon()
+        await add()
+
+    with here, there:
+        runtime().start(in_loop()).synchronize(LIMIT)
+        there.send(b"x")
+        assert seen.wait(LIMIT)
+    assert select.POLLIN == READ
