@@ -245,11 +245,11 @@ def started_context() -> zmq.Context[zmq.Socket[bytes]]:
 
 async def received(source: zmq.Socket[bytes], copy: bool = True) -> list[Any]:
     """Return the frames of the next message of a socket, as bytes or, without a copy, as frames."""
-    while True:
-        try:
-            return source.recv_multipart(zmq.NOBLOCK, copy)
-        except zmq.Again:
-            await Wait(source.FD)
+    fd: int = source.FD
+    # The question also has the socket learn of new room, without which it would drop an answer.
+    while not int(source.get(zmq.EVENTS)) & zmq.POLLIN:
+        await Wait(fd)
+    return source.recv_multipart(zmq.NOBLOCK, copy)
 
 
 def event_of(frames: list[bytes]) -> tuple[str, int]:
@@ -300,6 +300,7 @@ class UnixListener:
         self._key = key
         self._server = server
         self._tasks = tasks
+        self._connections = dict[_Connection, Handle[None]]()
         self._made = 0
         self._path = -1
         self._spare = -1  # a descriptor that is closed so that a connection can be refused
@@ -342,7 +343,20 @@ class UnixListener:
         accepted.setblocking(False)
         accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
         self._made += 1
-        self._tasks.start(self._serve(_Connection(accepted, b"unix %d" % self._made)))
+        connection = _Connection(accepted, b"unix %d" % self._made)
+        if not self._connections:
+            self._tasks.start(self._look())
+        self._connections[connection] = self._tasks.start(self._serve(connection))
+
+    async def _look(self) -> None:
+        """End connections to processes that are stopped or dead, or shake no hands."""
+        while self._connections:
+            await Wait(until=runtime().time() + _beat())
+            for connection, serving in [*self._connections.items()]:
+                if serving.done():
+                    del self._connections[connection]
+                elif connection.is_over():
+                    serving.cancel()
 
     def _refuse(self, error: OSError) -> bool:
         """Tell the next peer that there is no descriptor for it; return False if there is not even
@@ -369,10 +383,7 @@ class UnixListener:
                 self._spare = os.eventfd(0)
 
     async def _serve(self, connection: _Connection) -> None:
-        """Shake hands with a peer, and answer its requests until either side ends the connection.
-
-        The coroutine ends it also if the other process is stopped or dead.
-        """
+        """Shake hands with a peer, and answer its requests until either side ends."""
         fd = connection.socket.fileno()
         self._server.begin(fd)
         try:
@@ -428,7 +439,7 @@ class _Connection:
             try:
                 return self.socket.recv(HEAD.size + LIMIT + 1)
             except BlockingIOError:
-                await self._wait(READ)
+                await Wait(self.socket.fileno())
 
     async def send(self, packet: bytes) -> None:
         """Send a packet, once there is room. Raises `ConnectionError` if the peer gets no more."""
@@ -437,7 +448,7 @@ class _Connection:
                 self.socket.send(packet)
                 return
             except BlockingIOError:
-                await self._wait(WRITE)
+                await Wait(self.socket.fileno(), WRITE)
             except ConnectionError:  # what the peer has sent before is received first
                 return
             except OSError as error:  # the rest of an answer would count as a whole one
@@ -445,13 +456,10 @@ class _Connection:
                 _limited_log.warning("send", "A channel ends a connection: %s.", why)
                 raise ConnectionResetError(why) from None
 
-    async def _wait(self, events: int) -> None:
-        """Wait for events. Raises `ConnectionError` if the other process is stopped or dead, or
-        shakes no hands."""
-        while not await Wait(self.socket.fileno(), events, runtime().time() + _beat()):
-            late = not self.welcome and runtime().time() > self._until
-            if late or self._process.is_gone():
-                raise ConnectionResetError
+    def is_over(self) -> bool:
+        """Return True if the other process is stopped or dead, or has shaken no hands in time."""
+        late = not self.welcome and runtime().time() > self._until
+        return late or self._process.is_gone()
 
 
 class _Link:
@@ -785,6 +793,8 @@ class TcpLink(_Link):
         self._socket = used
         # Use a separate name: pyzmq's name is its descriptor's, which is reused before it is free.
         self._monitor = used.get_monitor_socket(addr=f"inproc://{number}")
+        self._fd: int = used.FD
+        self._monitor_fd: int = self._monitor.FD
         used.connect(address)
 
     async def keep(self) -> None:
@@ -792,9 +802,9 @@ class TcpLink(_Link):
         try:
             while not self.why:
                 self._look()
-                await Wait(self._monitor.FD)
+                await Wait(self._monitor_fd)
         finally:
-            for fd in (self._socket.FD, self._monitor.FD):
+            for fd in (self._fd, self._monitor_fd):
                 self._runtime.started().descriptors.forget(fd)
             self._socket.disable_monitor()
             self._socket.close(0)
@@ -826,7 +836,7 @@ class TcpLink(_Link):
             self._socket.send(data, zmq.NOBLOCK)
             return True
         except zmq.Again:
-            await Wait(self._socket.FD, READ, until)
+            await Wait(self._fd, READ, until)
             return False
 
     async def receive(self, until: float) -> bytes | None:
@@ -835,7 +845,7 @@ class TcpLink(_Link):
             try:
                 return self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
-                if not await Wait(self._socket.FD, READ, until):
+                if not await Wait(self._fd, READ, until):
                     break
         if not self.up and not self.closed:
             self._look()
@@ -1364,7 +1374,6 @@ class Server:
             return
         back = self.reply(name.bytes, frame.get(zmq.SRCFD), frame.bytes)
         if back:
-            _ = router.EVENTS  # else the socket may not know yet that there is room, and drop it
             router.send(name.bytes, zmq.SNDMORE)
             router.send(back)
         self.run_later_calls()
@@ -1381,8 +1390,8 @@ class Server:
 
     def run_later_calls(self) -> None:
         """Make the calls that wait for the answer to be sent."""
-        with self._runtime.released():
-            while self.later:
+        while self.later:
+            with self._runtime.released():
                 self.later.popleft()()
 
     def _answer(self, peer: Peer | None, data: bytes) -> bytes:

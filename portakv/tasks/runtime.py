@@ -87,9 +87,10 @@ class StateLock:
         return self._holder == get_ident()
 
     def __enter__(self) -> None:
-        if self._holder != get_ident():
+        here = get_ident()
+        if self._holder != here:
             self._lock.acquire()
-            self._holder = get_ident()
+            self._holder = here
         self._depth += 1
 
     def __exit__(self, *error: object) -> None:
@@ -170,7 +171,7 @@ class Handle(Generic[T]):
             with runtime.lock:
                 wait = step(*arguments)
                 self._wait = wait
-                if isinstance(wait, Wait):
+                if isinstance(wait, Wait) and wait.fd is None:
                     wait.resume = partial(runtime.call_soon, self._go_on, wait)
         except StopIteration as end:
             self.settle(end.value, None)
@@ -202,9 +203,13 @@ class Handle(Generic[T]):
                     self.step(self._steps.throw, error)
 
     def _see(self) -> None:
-        """Go on after the event of a descriptor."""
-        self._wait.woken = True
-        self._go_on(self._wait)
+        """Go on after the event of a descriptor, which is watched no longer."""
+        wait = self._wait
+        wait.woken = True
+        self._wait = None
+        if wait.timer is not None:
+            wait.timer.cancel()
+        self.step(self._steps.send, None)
 
     def _go_on(self, wait: Any) -> None:
         """Go on after a wait, in the loop."""
