@@ -1592,7 +1592,8 @@ class Channel:
         If the caller is interrupted, the connection stays usable, and the answer is dropped.
         """
         until = self._until(timeout)
-        return self._runtime.run(self._client.ask(address, message, kind, until, stop))
+        answer: T = self._runtime.run(self._client.ask, address, message, kind, until, stop)
+        return answer
 
     def begin_to_ask(
         self, address: str, message: Message, kind: type[T], timeout: float | None = None
@@ -1613,7 +1614,7 @@ class Channel:
         All addresses get their first request together. An address with several requests gets the
         next one after it has answered.
         """
-        return self._runtime.run(self._client.ask_all(requests, kind, self._until(timeout)))
+        return self._runtime.run(self._client.ask_all, requests, kind, self._until(timeout))
 
     def tell(
         self,
@@ -1625,7 +1626,7 @@ class Channel:
         """Send a message without an answer, unless ``stop()`` returns True before it is sent; raise
         as `ask`."""
         until = self._until(timeout)
-        self._runtime.run(self._client.send(address, message, until, stop, answer=False))
+        self._runtime.run(self._client.send, address, message, until, stop, False)
 
     def watch(self, address: str, gone: Callable[[], object]) -> Callable[[], object]:
         """Call ``gone`` when the connection to ``address`` ends; see `Peer.on_gone`."""
@@ -1660,7 +1661,7 @@ class Channel:
         if self._runtime.runs_here:
             self._runtime.start(self._end())
         else:
-            self._runtime.run(self._end())
+            self._runtime.run(self._end)
 
     async def _end(self) -> None:
         """Drop all connections, and close the sockets after the coroutines have ended."""

@@ -400,15 +400,16 @@ class Runtime:
 
     # --- coroutines
 
-    def run(self, steps: Steps[T]) -> T:
+    def run(self, function: Callable[..., Steps[T]], *arguments: object) -> T:
         """Return the result of a coroutine, whose waits are the calling thread's own.
 
         No other thread has a part in them, so an answer of a few microseconds takes no longer. Such
-        a coroutine waits for nothing but `Wait`. A helper runs it for the main thread.
+        a coroutine waits for nothing but `Wait`. A helper makes and runs it for the main thread.
         """
-        return uninterrupted(partial(self._run, steps))
+        return uninterrupted(partial(self._run, function, arguments))
 
-    def _run(self, steps: Steps[T]) -> T:
+    def _run(self, function: Callable[..., Steps[T]], arguments: tuple[object, ...]) -> T:
+        steps = function(*arguments)
         step = partial(steps.send, None)
         while True:
             try:

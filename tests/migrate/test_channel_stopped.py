@@ -269,6 +269,6 @@ def test_an_answer_without_one_of_its_packets_does_not_count() -> None:
         connection = CONNECTION(failing, b"x")
         connection.welcome = True
         with pytest.raises(ConnectionError):  # which ends the connection
-            runtime().run(listener._answer(connection, b"a request"))
+            runtime().run(listener._answer, connection, b"a request")
         assert len(failing.sent) == 1
         listener.close()

@@ -46,7 +46,7 @@ from portakv.weights import (
 from portakv.weights.owner import Published
 from portakv_examples.channel_transport import ChannelTransport
 
-FILES = files_of("migrate", "weights", "graph", "runtime/interrupts.py")
+FILES = files_of("migrate", "weights", "graph", "tasks", "runtime/interrupts.py")
 Steps = Generator[Callable[[], object], None, None]
 MINUTE = timedelta(seconds=60)
 

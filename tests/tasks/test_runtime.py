@@ -59,7 +59,7 @@ def test_the_main_thread_runs_no_step() -> None:
 
 
 def test_run_waits_in_the_callers_thread() -> None:
-    names = in_other_thread(lambda: runtime().run(where(soon(), soon())))
+    names = in_other_thread(lambda: runtime().run(where, soon(), soon()))
     assert len({*names}) == 1
     assert names[0] != "portakv loop"
 
@@ -78,7 +78,7 @@ def test_descriptors_end_waits(way: str) -> None:
         return [late, room, data, quiet, await Wait(here.fileno(), HANGUP)]
 
     def act() -> list[bool]:
-        return runtime().run(see()) if way == "run" else runtime().start(see()).synchronize(LIMIT)
+        return runtime().run(see) if way == "run" else runtime().start(see()).synchronize(LIMIT)
 
     with here, there:
         assert in_other_thread(act) == [False, True, True, False, True]
@@ -188,7 +188,7 @@ def test_steps_exclude_each_other_and_waits_do_not() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         for lets_go in (False, True):
-            each = [pool.submit(lambda: runtime().run(count(lets_go))) for _ in range(4)]  # noqa: B023
+            each = [pool.submit(lambda: runtime().run(count, lets_go)) for _ in range(4)]  # noqa: B023
             for one in each:
                 one.result(LIMIT)
     assert state[False] == 80
@@ -213,7 +213,7 @@ def test_a_group_ends_its_coroutines_and_reports_errors() -> None:
     group.start(fail())
     assert until(lambda: len(group) == 1, LIMIT)
     assert [type(error) for error in errors] == [KeyError]
-    runtime().run(group.close())
+    runtime().run(group.close)
     assert ended == ["stay"]
     assert len(group) == 0
 
@@ -269,7 +269,7 @@ async def steps():
         await Wait(until=runtime().time())
     return "ended"
 threading.Thread(target=hold, daemon=True).start()
-print(runtime().start(steps()).synchronize(60), runtime().run(steps()))
+print(runtime().start(steps()).synchronize(60), runtime().run(steps))
 """
 
 
