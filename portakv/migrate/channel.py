@@ -344,9 +344,10 @@ class UnixListener:
         accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
         self._made += 1
         connection = _Connection(accepted, b"unix %d" % self._made)
-        if not self._connections:
-            self._tasks.start(self._look())
+        first = not self._connections
         self._connections[connection] = self._tasks.start(self._serve(connection))
+        if first:
+            self._tasks.start(self._look())
 
     async def _look(self) -> None:
         """End connections to processes that are stopped or dead, or shake no hands."""
