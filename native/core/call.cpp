@@ -6,11 +6,13 @@
 // its sentence, or copies otherwise.
 #include <algorithm>
 #include <cstring>
+#include <functional>
 
 #include "core.h"
 #include "few.h"
 #include "form.h"
 #include "ids.h"
+#include "link.h"
 #include "plan.h"
 #include "rows.h"
 #include "tensors.h"
@@ -393,6 +395,111 @@ int64_t copy_views(const Python &python, Arguments arguments) {
   return copy(kernels, python, from, to, count, found, means, by_source);
 }
 
+// --- Copies that other means make ---------------------------------------------------------------
+
+// Return the positions of a side whose ids lie in the host's memory.
+Positions positions_of(const portakv_copy_view &view, const End &end, int64_t step, int64_t count) {
+  Positions at{};
+  at.entries = view.entries;
+  at.addresses = view.entries == 1 ? view.addresses[0] : reinterpret_cast<intptr_t>(view.addresses);
+  at.ids = end.rows.ids;
+  if (at.ids != 0) {
+    at.id_bytes = end.rows.wide != 0 ? 8 : 4;
+    at.number = (end.rows.offset + count + step - 1) / step;
+  }
+  at.step = at.ids != 0 ? step : 1;
+  at.offset = end.rows.offset;
+  at.slots = end.rows.slots;
+  return at;
+}
+
+// Return how many groups the units of a copy form; see `portakv_runs_groups`.
+int64_t groups_of(const Positions &src, const Positions &dst, int64_t count, int64_t unit,
+                  int64_t src_limit, int64_t dst_limit, int64_t most) {
+  const bool plain = src.ids == 0 && dst.ids == 0 && src_limit == 0 && dst_limit == 0;
+  if (plain || count <= unit) return 1;
+  struct {
+    Positions src;
+    Positions dst;
+    int64_t count;
+  } const copy{src, dst, count};
+  const int64_t groups = portakv_runs_groups(reinterpret_cast<const int64_t *>(&copy), unit,
+                                             src_limit, dst_limit, most);
+  require(groups > 0);
+  return groups;
+}
+
+int64_t read_copy(const Python &python, Arguments arguments) {
+  const Asker ask(python, *arguments.pointer<const PortakvTorch>());
+  const auto &src = *arguments.pointer<const portakv_copy_view>();
+  const auto &dst = *arguments.pointer<const portakv_copy_view>();
+  const Object src_ids = arguments.object();
+  const Object dst_ids = arguments.object();
+  const int64_t src_step = arguments.number();
+  const int64_t dst_step = arguments.number();
+  const int64_t src_offset = arguments.number();
+  const int64_t dst_offset = arguments.number();
+  int64_t count = arguments.number();
+  const int64_t unit = arguments.number();
+  const int64_t src_limit = arguments.number();
+  const int64_t dst_limit = arguments.number();
+  const int64_t host_limit = arguments.number();
+  int64_t *const first = arguments.pointer<int64_t>();
+  const int64_t size = arguments.number();
+  Room room(first, size);
+  auto &out = *arguments.pointer<CheckedCopy>();
+
+  require(dst.writable != 0);
+  const bool from_host = is_host(static_cast<int32_t>(src.device_type));
+  require(from_host != is_host(static_cast<int32_t>(dst.device_type)));
+  check_memory(ask, src);
+  check_memory(ask, dst);
+  const DlDevice nowhere{-1, -1};  // ids of a device are not read here
+  Ids read{};
+  Ids written{};
+  if (src_ids != python.none) read = read_ids(ask, src_ids, nowhere, room);
+  if (dst_ids != python.none) written = read_ids(ask, dst_ids, nowhere, room);
+  if (count == PORTAKV_COPY_TO_THE_END) {
+    const int64_t src_tokens = product(read.list.length, src_step) - src_offset;
+    const int64_t dst_tokens = product(written.list.length, dst_step) - dst_offset;
+    require(read.list.data || written.list.data);
+    count = read.list.data ? src_tokens : dst_tokens;
+    require(!read.list.data || !written.list.data || src_tokens == dst_tokens);
+  }
+  require(count > 0);
+  End from = end_of(src);
+  End to = end_of(dst);
+  // A list was read to where kernels reach it. The host's own side is read during the call.
+  const auto listed = [&](const Ids &ids) {
+    const int64_t *const data = static_cast<const int64_t *>(ids.list.data);
+    return std::less_equal<>()(first, data) && std::less<>()(data, first + size);
+  };
+  const bool src_stays = from_host || listed(read);
+  const bool dst_stays = !from_host || listed(written);
+  Found found;
+  place(read, src_step, src_offset, count, false, src_stays, room, from, found);
+  place(written, dst_step, dst_offset, count, true, dst_stays, room, to, found);
+  require(!found.skips && !overlap(from, to));
+  for (const int64_t tokens :
+       {count, from.rows.offset, to.rows.offset, from.rows.slots, to.rows.slots}) {
+    require(tokens % unit == 0);
+  }
+  // The forms fit each other: there is a plan.
+  const size_t kv = read_form(src.form).parts.size();
+  for (size_t k = 0; k < kv; k++) {
+    require(src.dtypes[k] == dst.dtypes[k] || src.dtypes[k] == 0 || dst.dtypes[k] == 0);
+  }
+
+  out.src = positions_of(src, from, src_step, count);
+  out.dst = positions_of(dst, to, dst_step, count);
+  out.count = count;
+  const Positions &host = from_host ? out.src : out.dst;
+  constexpr int64_t kSorted = int64_t{1} << 16;  // more units are counted in the order of their ids
+  out.groups = groups_of(out.src, out.dst, count, unit, src_limit, dst_limit, kSorted);
+  out.host_groups = groups_of(host, host, count, unit, host_limit, host_limit, 0);
+  return count << 2;
+}
+
 // Make one copy for Python, with so many arguments.
 template <int64_t (*make)(const Python &, Arguments), ptrdiff_t kCount>
 Object called(Object, const Object *arguments, ptrdiff_t count) {
@@ -412,6 +519,7 @@ Object called(Object, const Object *arguments, ptrdiff_t count) {
 const PythonFunction kFunctions[] = {
     {"copy_chunk", called<copy_chunk, 13>, kFastCall, nullptr},
     {"copy_views", called<copy_views, 15>, kFastCall, nullptr},
+    {"read_copy", called<read_copy, 17>, kFastCall, nullptr},
 };
 
 }  // namespace

@@ -22,11 +22,13 @@ from portakv.copy.call import memory_of_host
 from portakv.copy.counting import TOGETHER, Counted
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
-from portakv.core.call import SKIPS, TO_THE_END, OpenedView, Watch, calls
+from portakv.core.call import OTHERWISE, SKIPS, TO_THE_END, OpenedView, Watch, calls
+from portakv.core.link import COUNT
 from portakv.core.view import dtype_words, name_of
 from portakv.errors import LayoutError, PortaKVError, SlotError
-from portakv.interconnect.choose import across
-from portakv.interconnect.strategy import PINNED, Strategy
+from portakv.interconnect.choose import HostLaunch, across
+from portakv.interconnect.link import CheckedCopy
+from portakv.interconnect.strategy import PINNED, Strategy, StrategyLaunch
 from portakv.interconnect.zero_copy import ZeroCopy
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice, choose
@@ -85,6 +87,7 @@ def open_view(view: KVView, memory: Watch | None) -> OpenedView:
         writable,
         form.table_on_device,
         memory,
+        (view.entries, view.entry_bytes if view.entries > 1 else 0),
         (form, view.addresses, view.table if looked_up else None),
     )
 
@@ -222,13 +225,30 @@ def copied(
     if by is None:
         return None
     # The core compares the tokens of both sides.
-    made = _issue(src, dst, read, written, TO_THE_END if count is None else tokens, *by)
+    made = _issue(src, dst, read, written, TO_THE_END if count is None else tokens, by)
     if made is None:
         return None
     transfer, launched = made
     skips = bool(launched.result & SKIPS)
     indices = (src_ids, src_step), (dst_ids, dst_step)
     return BlockTransfer.of_views(transfer, src, dst, indices, launched.tokens, began, skips)
+
+
+class _Executor(NamedTuple):
+    """What makes a copy.
+
+    Attributes:
+        kernels: the row kernels that make it, or whose device orders it.
+        carried: what executes it, and why.
+        launch: of a strategy that makes it by other means, or of all strategies, one of which is
+            picked by the ids.
+        new: ids are a caller's for one call.
+    """
+
+    kernels: RowKernels
+    carried: tuple[str, str]
+    launch: StrategyLaunch | None = None
+    new: bool = False
 
 
 class _Side(NamedTuple):
@@ -289,9 +309,8 @@ def _executor(
     tokens: int,
     new: bool,
     options: CopyOptions,
-) -> tuple[RowKernels, tuple[str, str]] | None:
-    """Return the kernels that make a copy, and what executes it, with the reason. ``new``: ids are
-    a caller's for one call."""
+) -> _Executor | None:
+    """Return what makes a copy. ``new``: ids are a caller's for one call."""
     if src.device == dst.device:
         return _inside(src, dst, options)
     if False in (read.on_host, written.on_host):  # their number of runs is not known
@@ -306,8 +325,7 @@ def _issue(
     read: _Side,
     written: _Side,
     tokens: int,
-    kernels: RowKernels,
-    carried: tuple[str, str],
+    by: _Executor,
 ) -> tuple[Transfer, Launched] | None:
     """Make a copy by the core, and return its end; None: the core does not make it."""
     reader = plain_reader()
@@ -319,18 +337,31 @@ def _issue(
     tabled = [view for view, each in ((src, from_view), (dst, to_view)) if each.tabled]
     if tabled and not has_tables(device, tabled):  # the general way sends them there
         return None
+    kernels, carried, launch, new = by
     copy = calls().copy_views
-    views = kernels.address, reader.address, from_view.address, to_view.address
+    views = reader.address, from_view.address, to_view.address
     from_ids, from_step, from_offset, on_host, _ = read
     to_ids, to_step, to_offset, to_host, _ = written
 
     def call(listed: int, room: int, status: int, stream: int) -> int:
         for view in tabled:
             view.follow_table(device)
-        # fmt: off
-        return copy(*views, from_ids, to_ids, from_step, to_step, from_offset, to_offset, tokens,
-                    listed, room, status, stream)
-        # fmt: on
+        sides = (*views, from_ids, to_ids, from_step, to_step, from_offset, to_offset, tokens)
+        if launch is None:
+            return copy(kernels.address, *sides, listed, room, status, stream)
+        nonlocal carried
+        down = src.form.place == "device"
+        rows, host = (src, dst) if down else (dst, src)
+        checked = CheckedCopy(from_view, to_view, rows, host, down, stream)
+        result = calls().read_copy(*sides, *launch.counted, listed, room, checked.address)
+        if result < 0 or not isinstance(launch, HostLaunch):
+            return result if result < 0 else launch.cross(checked)
+        number, groups, host_groups = checked.words[COUNT:]
+        picked = launch.pick_counted(number, groups, host_groups, host, new)
+        if picked is None:
+            return OTHERWISE
+        means, carried = picked
+        return means.cross(checked) if isinstance(means, StrategyLaunch) else OTHERWISE
 
     memory = () if src.device == dst.device else memory_of_host(src, dst)
     try:
@@ -352,9 +383,7 @@ def has_tables(device: torch.device, views: Sequence[KVView]) -> bool:
     return all(view.table.device == device for view in views)
 
 
-def _inside(
-    src: KVView, dst: KVView, options: CopyOptions
-) -> tuple[RowKernels, tuple[str, str]] | None:
+def _inside(src: KVView, dst: KVView, options: CopyOptions) -> _Executor | None:
     """Return the kernels that copy inside a device, and their name with the reason."""
     if options.terms is not None:
         return None
@@ -365,7 +394,7 @@ def _inside(
     kernels = choice.backend.row_kernels
     if kernels is None or {src.form.place, dst.form.place} & _AWAY:
         return None
-    return kernels, kernels.carried
+    return _Executor(kernels, kernels.carried)
 
 
 def _across_link(
@@ -375,9 +404,8 @@ def _across_link(
     count: int,
     new: bool,
     options: CopyOptions,
-) -> tuple[RowKernels, tuple[str, str]] | None:
-    """Return the kernels that copy between a device and pinned memory, and the strategy with the
-    reason for it."""
+) -> _Executor | None:
+    """Return what copies between a device and pinned memory."""
     places = src.form.place, dst.form.place
     if places not in PINNED or src.temporary or dst.temporary:
         return None
@@ -391,11 +419,19 @@ def _across_link(
             choice = across(choice, options.terms)
         ready = prepared(src.form, dst.form, *steps, None, choice)
         host = dst if down else src
-        if ready.picks is not None:
-            return ready.picks.kernels_for(count, host, new)
+        launch = ready.launch
+        if isinstance(launch, HostLaunch):
+            by_kernels = launch.kernels_for(count, host, new)
+            if by_kernels is not None:
+                return _Executor(*by_kernels)
+        by = ready.choice.backend
+        if not isinstance(by, Strategy) or not isinstance(launch, StrategyLaunch):
+            return None
+        if by.refuses(host):
+            return None
+        if isinstance(by, ZeroCopy):
+            return _Executor(by.kernels[src.form.place], ready.carried)
+        kernels = by.half.backend.row_kernels
     except PortaKVError:  # the general way says it in its turn
         return None
-    by = ready.choice.backend
-    if not isinstance(by, ZeroCopy) or by.refuses(host):
-        return None
-    return by.kernels[src.form.place], ready.carried
+    return None if kernels is None else _Executor(kernels, ready.carried, launch, new)

@@ -18,6 +18,7 @@ import torch
 from portakv.core.library import pylibrary
 
 # The codes of `core.h`.
+OTHERWISE = -50
 DRIVER = -1000
 #: An end or a count: as many as there are.
 TO_THE_END = -1
@@ -96,6 +97,8 @@ class _View(ctypes.Structure):
         ("writable", ctypes.c_int64),
         ("table_on_device", ctypes.c_int64),
         ("watch", ctypes.c_void_p),
+        ("entries", ctypes.c_int64),
+        ("entry_bytes", ctypes.c_int64),
     )
 
 
@@ -114,6 +117,7 @@ class OpenedView:
         writable: a copy may write it.
         table_on_device: the device alone knows the addresses.
         watch: its memory; None: raw addresses.
+        entries: of the addresses, and all bytes at each of them; 0: unknown.
         kept: objects that have the form and the addresses.
 
     Attributes:
@@ -136,6 +140,7 @@ class OpenedView:
         writable: bool,
         table_on_device: bool,
         watch: Watch | None,
+        entries: tuple[int, int],
         kept: object,
     ) -> None:
         self.tabled = table != 0
@@ -154,6 +159,7 @@ class OpenedView:
             writable,
             table_on_device,
             watch.address if watch else 0,
+            *entries,
         )
         self.address = ctypes.addressof(self._words)
 
@@ -169,6 +175,7 @@ class Calls(NamedTuple):
 
     copy_chunk: Callable[..., int]
     copy_views: Callable[..., int]
+    read_copy: Callable[..., int]
 
 
 @cache
@@ -177,4 +184,4 @@ def calls() -> Calls:
     function = pylibrary().portakv_copy_function
     function.argtypes = (ctypes.c_int64,)
     function.restype = ctypes.py_object
-    return Calls(function(0), function(1))
+    return Calls(function(0), function(1), function(2))

@@ -6,10 +6,15 @@ No kernel runs on the device. The host pays for each piece.
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 
 from portakv.backends.base import Capabilities, Decision, Launch
-from portakv.interconnect.link import link_of
+from portakv.core.call import OTHERWISE
+from portakv.core.link import COUNT, EDGES
+from portakv.interconnect.link import CheckedCopy, CudaLink, link_of, rules
+from portakv.interconnect.pieces import Uncrossed, limits_of
 from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import streams
@@ -44,6 +49,9 @@ class _BatchedMemcpyLaunch(StrategyLaunch):
         super().__init__(plan, device)
         self.bare = _Copies(plan, device)  # see `Prepared`
 
+    def cross(self, copy: CheckedCopy) -> int:
+        return self.bare.cross(copy)
+
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         try:
             self.bare.enqueue(move, stream, status)
@@ -60,6 +68,22 @@ class _Copies(StrategyLaunch):
         super().__init__(plan, device)
         self._plan = plan
         self._link = link_of(device)
+        if isinstance(self._link, CudaLink):
+            # `CrossingPlan` of ``link.h``, without a device's stage.
+            words = plan.words.buffer_info()[0]
+            limits = limits_of(self._link.fold_below)
+            self._crossing = array(
+                "q", [self.downward, 0, 0, 0, words, *[0] * 9, *limits, *rules()]
+            )
+
+    def cross(self, copy: CheckedCopy) -> int:
+        link = self._link
+        if not isinstance(link, CudaLink):
+            return OTHERWISE
+        fault = link.rows(self._crossing, 0, copy, Uncrossed())
+        if fault is not None and fault.code == EDGES:
+            fault = link.rows(self._crossing, 0, copy, Uncrossed(copy.rows, copy.host))
+        return copy.words[COUNT] << 2 if fault is None else link.refused(fault)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         # Every id is checked on the host before anything is moved.

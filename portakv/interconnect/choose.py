@@ -138,6 +138,7 @@ class HostLaunch(StrategyLaunch):
         self._readies: dict[str, Prepared] = {}  # the same, as callers call them directly
         self._whole = RunCounter(plan, fold_below=below)
         self._of_host = RunCounter.of_host(plan, below)
+        self.counted = plan.unit, *self._whole.limits, self._of_host.limits[1]
         self._picks: Bounded[tuple[object, ...], Pick] = Bounded("picks of strategies", _PICKS)
         self._last = threading.local()
 
@@ -250,6 +251,25 @@ class HostLaunch(StrategyLaunch):
             return None
         self._host.log(picked.strategy, picked.why)
         return strategy.kernels[self.plan.src.place], (picked.strategy, picked.why)
+
+    def pick_counted(
+        self, count: int, groups: int, host_groups: int, host: KVView, new: bool
+    ) -> tuple[Launch, tuple[str, str]] | None:
+        """Return the launch that makes a copy whose groups were counted, with the strategy and the
+        reason for it; None: the strategy that was picked does not take it.
+
+        Args:
+            groups, host_groups: of units that follow each other, on both sides and on the host's.
+            host: the view of the host.
+            new: ids are a caller's for one call.
+        """
+        picked = self._pick_by(groups, host_groups, count, _Limits(self.out, _NONE, new))
+        launch = self.prepared(picked.strategy)
+        strategy = self.strategies.get(picked.strategy)
+        if launch is None or strategy is None or strategy.refuses(host):
+            return None
+        self._host.log(picked.strategy, picked.why)
+        return launch, (picked.strategy, picked.why)
 
     def picked_for(self, move: Move) -> tuple[Prepared, tuple[str, str]]:
         """See `Picks`; raise as the function `pick` does."""

@@ -7,16 +7,17 @@ some order gives other bytes.
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Callable
 from itertools import permutations
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.cuda_on_cpu import CPU, why_not
 from support.late_driver import LateDriver, Work, perform
@@ -24,16 +25,20 @@ from support.late_driver import LateDriver, Work, perform
 from portakv import CopyPlan, Index, KVView, SlotError, TransferError, copy_rows
 from portakv.backends.rows_kernel import kernels_of
 from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
+from portakv.copy.inside import open_view
+from portakv.core.call import OTHERWISE, Watch, calls
 from portakv.core.link import EVENTS
 from portakv.core.rows import Kernels
 from portakv.host import pinned, small
-from portakv.interconnect import link
-from portakv.interconnect.link import CudaLink
+from portakv.interconnect import link, staged
+from portakv.interconnect.link import CheckedCopy, CudaLink
 from portakv.interconnect.passage import Passage, Sent, by_backend
 from portakv.interconnect.slices import BothStages, RowSlice, Sizes, Slice, cuts, sliced
-from portakv.interconnect.staging import DETACHED_RING, RING, Staging, dense_rows
+from portakv.interconnect.staged import StagedCrossing
+from portakv.interconnect.staging import DETACHED_RING, RING, Staging, cached_staging, dense_rows
 from portakv.interconnect.submission import submit
 from portakv.runtime import cuda
+from portakv.view.form import plain_reader
 
 #: The handles of streams: a copy's four, and one in place of the legacy default stream.
 WORK, HALF, LINK, BEFORE, ASIDE = range(51, 56)
@@ -100,9 +105,16 @@ class HostStaging(Staging):
         self.buffers = DETACHED_RING if detached else RING
         self.events = [None] * (self.buffers + EVENTS)
         self._turn = self._used = 0
+        self._words = None
+        self.lock = threading.Lock()
+
+    def reserve(self, nbytes: int) -> None:
+        if not self._memory or self._memory[0].numel() < nbytes:
+            self.allocate(nbytes)
 
     def allocate(self, nbytes: int) -> None:
         """Make buffers that are full of other bytes."""
+        self._words = None
         self._memory = [
             torch.full((nbytes,), 85, dtype=torch.uint8, device="cpu") for _ in range(self.buffers)
         ]
@@ -379,3 +391,88 @@ def test_which_ids_the_core_brings(monkeypatch: pytest.MonkeyPatch) -> None:
         assert passage.sent.array.tolist() == [1, 2]
     monkeypatch.setattr(small, "by_inline", lambda device: False)
     assert rig.passage()._sent(brought, ready) is None
+
+
+class Whole(Rig):
+    """The same copy by one call of the core, from lists of ids or from arrays."""
+
+    def crossing(self, patch: pytest.MonkeyPatch) -> StagedCrossing:
+        """Return what makes the copies of the strategy `staged`."""
+        for name, nbytes in self.sizes._asdict().items():
+            patch.setattr(staged, name.upper(), nbytes)
+        work = SimpleNamespace(stream_id=self.work)
+        patch.setattr(torch.accelerator, "current_stream", lambda _: work)
+        patch.setitem(cast("Any", cached_staging), (CPU, self.work, False, False), self.buffers)
+        return StagedCrossing(self.stages, self.link, CPU)
+
+    def read(self, *, listed: bool = True, words: tuple[int, ...] = (1, 0, 0, 0)) -> CheckedCopy:
+        """Return the copy as the core has read and checked it; raise for a code."""
+        reader = plain_reader()
+        assert reader is not None
+        room = self._room = np.zeros(64, dtype=np.int64)
+        ids = [self._ids_of(index, listed) for index in self.indices]
+        views = []
+        for view in self.ends:
+            device = (2, 0) if view is self.rows else (1, 0)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.Tensor, "__dlpack_device__", lambda _, at=device: at)
+                views.append(open_view(view, Watch(view.owners, view.storages)))
+        steps = [BLOCK if each is not None else 1 for each in ids]
+        offsets = [index.offset for index in self.indices]
+        ends = self.rows, self.host
+        copy = CheckedCopy(views[0], views[1], *ends, self.downward, self.work)
+        result = calls().read_copy(
+            *(reader.address, views[0].address, views[1].address, *ids, *steps, *offsets),
+            *(self.count, *words, room.__array_interface__["data"][0], room.size, copy.address),
+        )
+        assert result == self.count << 2 or result == OTHERWISE
+        if result < 0:
+            raise ValueError("the core makes no such copy")
+        return copy
+
+    @staticmethod
+    def _ids_of(index: Index, listed: bool) -> Any:
+        if index.ids is None or not listed:
+            return index.ids
+        return index.ids.tolist()
+
+    def issue_whole(self, patch: pytest.MonkeyPatch, copies: int = 1) -> bool:
+        """Issue as `issue` does; return False if planes would be cut, which is not one call."""
+        assert not self.driver.note("write", self.work, self._write)
+        launch = self.crossing(patch)
+        for nth in range(copies):
+            result = launch.cross(self.read(listed=nth % 2 == 0))
+            if result == OTHERWISE and self.host_index.ids is None:
+                return False
+            assert result == self.count << 2
+        self.driver.note("read", self.work, self._read)
+        return True
+
+
+@given(st.data())
+def test_one_call_moves_every_byte_in_every_order(data: st.DataObject) -> None:
+    draw = data.draw
+    layouts = draw(st.tuples(st.sampled_from(sorted(LAYOUTS)), st.sampled_from(sorted(LAYOUTS))))
+    smallest, largest = draw(st.sampled_from([(1, 1), (512, 1024), (1024, 1 << 12), (1, 1 << 20)]))
+    with pytest.MonkeyPatch.context() as patch:
+        if draw(st.booleans()):  # no batches
+            patch.setattr(link, "LEAST_BATCH", 1 << 30)
+        patch.setattr(link, "IN_A_ROW", draw(st.sampled_from([1 << 40, 3000, 100])))
+        rig = Whole(
+            patch,
+            layouts,
+            draw(st.booleans()),
+            draw(st.integers(0, 99)),
+            draw(st.integers(1, 12)),
+            host_ids=draw(st.booleans()),
+            sizes=Sizes(draw(st.sampled_from([0, 2048, 1 << 20])), smallest, largest),
+            work=draw(st.sampled_from([WORK, 0])),
+            usual=draw(st.booleans()),
+        )
+        rig.driver.busy = draw(st.booleans())
+        if draw(st.booleans()):  # the host's memory was registered in two parts
+            part = tensors_of(rig.host)[0]
+            patch.setattr(pinned, "boundaries", lambda: (part.data_ptr() + part.nbytes // 3,))
+        assume(rig.issue_whole(patch, draw(st.integers(1, 2))))
+        for order in rig.orders:
+            assert rig.right(order)
