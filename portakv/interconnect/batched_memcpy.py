@@ -44,6 +44,26 @@ class BatchedMemcpy(Strategy):
         return _BatchedMemcpyLaunch(plan, self.device)
 
 
+class PiecesCrossing:
+    """The copies of one plan, the pieces of each by one call of the core."""
+
+    def __init__(self, plan: CopyPlan, link: CudaLink) -> None:
+        self._plan = plan  # whose words are read
+        self._link = link
+        downward = plan.src.place == "device"
+        # `CrossingPlan` of ``link.h``, without a stage of the device, dense rows and slices.
+        words = (downward, 0, 0, 0, plan.words.buffer_info()[0], *[0] * 9)
+        self._words = array("q", [*words, *limits_of(link.fold_below), *rules()])
+
+    def cross(self, copy: CheckedCopy) -> int:
+        """Submit a copy, as `StrategyLaunch.cross` does."""
+        link = self._link
+        fault = link.rows(self._words, 0, copy, Uncrossed())
+        if fault is not None and fault.code == EDGES:
+            fault = link.rows(self._words, 0, copy, Uncrossed(copy.rows, copy.host))
+        return copy.words[COUNT] << 2 if fault is None else link.refused(fault)
+
+
 class _BatchedMemcpyLaunch(StrategyLaunch):
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         super().__init__(plan, device)
@@ -68,22 +88,12 @@ class _Copies(StrategyLaunch):
         super().__init__(plan, device)
         self._plan = plan
         self._link = link_of(device)
+        self._crossing: PiecesCrossing | None = None
         if isinstance(self._link, CudaLink):
-            # `CrossingPlan` of ``link.h``, without a device's stage.
-            words = plan.words.buffer_info()[0]
-            limits = limits_of(self._link.fold_below)
-            self._crossing = array(
-                "q", [self.downward, 0, 0, 0, words, *[0] * 9, *limits, *rules()]
-            )
+            self._crossing = PiecesCrossing(plan, self._link)
 
     def cross(self, copy: CheckedCopy) -> int:
-        link = self._link
-        if not isinstance(link, CudaLink):
-            return OTHERWISE
-        fault = link.rows(self._crossing, 0, copy, Uncrossed())
-        if fault is not None and fault.code == EDGES:
-            fault = link.rows(self._crossing, 0, copy, Uncrossed(copy.rows, copy.host))
-        return copy.words[COUNT] << 2 if fault is None else link.refused(fault)
+        return OTHERWISE if self._crossing is None else self._crossing.cross(copy)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         # Every id is checked on the host before anything is moved.

@@ -43,7 +43,6 @@ _log = logging.getLogger(__name__)
 _NO_TERMS = Terms()
 _NONE = frozenset[str]()
 _PICKS = 1024  # cached by one launch
-_FEW = 64  # units whose groups are counted in the time of one pick
 _UNSTAGED = ("batched_memcpy", "zero_copy")  # these take no memory of the device
 
 
@@ -181,23 +180,9 @@ class HostLaunch(StrategyLaunch):
             picked = self._pick_by(1, 1, count, limits)
             if picked.strategy == "zero_copy":
                 return picked
-            few = not waits and count <= _FEW * self.plan.unit  # counted sooner than compared
-            if not few and self._any_groups(picked, count, limits):
-                return picked
         groups = self._whole.groups(move.src_index, move.dst_index, count)
         host_groups = self._of_host.groups(host_index, host_index, count)
         return self._pick_by(groups, host_groups, count, limits)
-
-    def _any_groups(self, picked: Pick, count: int, limits: _Limits) -> bool:
-        """Return whether any groups have the strategy of the fewest.
-
-        The most groups on one side or on both are the dearest for one strategy or for both.
-        """
-        most = max(1, count // self.plan.unit)
-        corners = ((most, 1), (1, most), (most, most))
-        return all(
-            self._pick_by(*groups, count, limits).strategy == picked.strategy for groups in corners
-        )
 
     def _pick_by(self, groups: int, host_groups: int, count: int, limits: _Limits) -> Pick:
         """Pick for so many groups of neighbours on both sides together, and on the host."""

@@ -30,7 +30,6 @@ from portakv.interconnect.slices import (
     Slice,
     Stages,
     cuts,
-    multiple,
     sliced,
 )
 from portakv.interconnect.staging import Order, Staging, staging
@@ -123,8 +122,9 @@ class StagedCrossing:
         """Prepare both stages for buffers of one length, since their form depends on it."""
         stages = self._stages
         quantum = stages.quantum
-        slots = multiple(max(WHOLE, LARGEST), quantum, stages.plan.token_bytes) + quantum
-        slots += stages.dense.block_size
+        quanta = max(WHOLE, LARGEST) // stages.dense.nbytes(quantum)
+        # A copy that is one slice may end inside a quantum, and begin inside a block.
+        slots = (max(1, quanta) + 1) * quantum + stages.dense.block_size
         buffers.reserve(stages.dense.nbytes(slots))
         ready, plan = stages.of(buffers.view(0, stages.dense, slots), slots)
         self._settle(ready, plan, slots)

@@ -27,12 +27,14 @@ from portakv.backends.rows_kernel import kernels_of
 from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
 from portakv.copy.inside import open_view
 from portakv.core.call import OTHERWISE, Watch, calls
-from portakv.core.link import EVENTS
+from portakv.core.link import COUNT, EVENTS
 from portakv.core.rows import Kernels
 from portakv.host import pinned, small
 from portakv.interconnect import link, staged
+from portakv.interconnect.batched_memcpy import PiecesCrossing
 from portakv.interconnect.link import CheckedCopy, CudaLink
 from portakv.interconnect.passage import Passage, Sent, by_backend
+from portakv.interconnect.pieces import RunCounter
 from portakv.interconnect.slices import BothStages, RowSlice, Sizes, Slice, cuts, sliced
 from portakv.interconnect.staged import StagedCrossing
 from portakv.interconnect.staging import DETACHED_RING, RING, Staging, cached_staging, dense_rows
@@ -430,6 +432,16 @@ class Whole(Rig):
             raise ValueError("the core makes no such copy")
         return copy
 
+    def issue_pieces(self) -> None:
+        """Issue a copy by its pieces alone."""
+        assert not self.driver.note("write", self.work, self._write)
+        plan = self.stages.plan
+        assert isinstance(plan, CopyPlan)
+        copy = self.read()
+        crossing = PiecesCrossing(plan, self.link)
+        assert crossing.cross(copy) == self.count << 2
+        self.driver.note("read", self.work, self._read)
+
     @staticmethod
     def _ids_of(index: Index, listed: bool) -> Any:
         if index.ids is None or not listed:
@@ -476,3 +488,66 @@ def test_one_call_moves_every_byte_in_every_order(data: st.DataObject) -> None:
         assume(rig.issue_whole(patch, draw(st.integers(1, 2))))
         for order in rig.orders:
             assert rig.right(order)
+
+
+@DOWNWARD
+@pytest.mark.parametrize("host_ids", [True, False], ids=["ids", ""])
+@pytest.mark.parametrize("layouts", [(a, b) for a in sorted(LAYOUTS) for b in sorted(LAYOUTS)])
+def test_one_call_moves_all_pieces(
+    layouts: tuple[str, str], host_ids: bool, downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Whole(monkeypatch, layouts, downward, host_ids=host_ids)
+    rig.issue_pieces()
+    assert not any(work.kind == "launch" for work in rig.driver.queue)
+    assert all(map(rig.right, rig.orders))
+
+
+@DOWNWARD
+def test_a_driver_that_refuses_a_slice_of_one_call(
+    downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layouts = "block layer kv token head dim", "block layer kv token head dim"
+    rig = Whole(monkeypatch, layouts, downward, usual=True)
+    launch = rig.crossing(monkeypatch)
+    copy = rig.read()
+    assert launch.cross(copy) == rig.count << 2
+    for refused in range(len(rig.driver.queue)):
+        rig.driver.forget()
+        rig.driver.refuse_at = refused
+        with pytest.raises(TransferError, match="error 1"):
+            launch.cross(copy)
+
+
+def test_what_one_call_does_not_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts = "block layer kv token head dim", "block layer kv token head dim"
+    rig = Whole(monkeypatch, layouts, True)
+    rig.read()
+    with pytest.raises(ValueError, match="no such copy"):
+        rig.read(words=(3, 0, 0, 0))  # part of a unit
+    good = rig.indices
+    wrong = [
+        torch.full((9,), 2),  # twice in the destination
+        torch.arange(5, 14),  # past the end
+        torch.arange(-1, 8),  # skips a block
+        torch.arange(8),  # another number
+    ]
+    for ids in wrong:
+        rig.indices = good[0], Index(ids, BLOCK)
+        with pytest.raises(ValueError, match="no such copy"):
+            rig.read()
+
+
+def test_groups_are_counted_as_by_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts = "block layer kv token head dim", "block layer kv token head dim"
+    rig = Whole(monkeypatch, layouts, True)
+    source = [0, 1, 2, 5, 6, 9, 8, 3, 11]
+    target = [4, 5, 6, 7, 8, 1, 0, 2, 3]
+    rig.indices = Index(torch.tensor(source), BLOCK), Index(torch.tensor(target), BLOCK)
+    plan = rig.stages.plan
+    assert isinstance(plan, CopyPlan)
+    both = RunCounter(plan)
+    host = RunCounter.of_host(plan)
+    copy = rig.read(words=(plan.unit, *both.limits, host.limits[1]))
+    _, groups, host_groups = copy.words[COUNT:]
+    assert groups == both.groups(*rig.indices, rig.count)
+    assert host_groups == host.groups(rig.indices[1], rig.indices[1], rig.count)
