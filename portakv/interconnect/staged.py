@@ -18,6 +18,7 @@ from portakv.backends.row_kernels import NO_CONTEXT
 from portakv.backends.rows_launch import RowsLaunch
 from portakv.core.call import OTHERWISE
 from portakv.core.link import COUNT, ROOM, STAGE, Fault
+from portakv.errors import Unsupported
 from portakv.host import pinned
 from portakv.interconnect.link import CheckedCopy, CudaLink, link_of, rules
 from portakv.interconnect.passage import Passage, by_backend
@@ -79,12 +80,13 @@ class StagedCrossing:
         # `CrossingPlan` of ``link.h``. None: not known yet.
         self._words: array[int] | None = None
         self._stage: RowsLaunch | None = None
+        self._declines = False  # another backend executes the device's stage
         if stages.usual is not None:
             self._settle(*stages.usual, 0)
 
     def cross(self, copy: CheckedCopy) -> int:
         """Submit a copy, as `StrategyLaunch.cross` does."""
-        if self._in_planes(copy):
+        if self._declines or self._in_planes(copy):
             return OTHERWISE
         buffers = staging(self._device, torch.accelerator.current_stream(self._device.index))
         with buffers.lock:
@@ -97,7 +99,7 @@ class StagedCrossing:
                 if fault is not None and fault.code == ROOM:
                     buffers.reserve(fault.values[0])
                     fault = self._submit(self._words, buffers, copy)
-            except torch.OutOfMemoryError:  # nothing was submitted
+            except (torch.OutOfMemoryError, Unsupported):  # nothing was submitted
                 return OTHERWISE
         if fault is None:
             return copy.words[COUNT] << 2
@@ -136,6 +138,7 @@ class StagedCrossing:
         """
         stage = ready.launch
         if not isinstance(stage, RowsLaunch):
+            self._declines = True
             return
         dense = self._stages.dense
         form = dense.form

@@ -518,6 +518,26 @@ def test_a_driver_that_refuses_a_slice_of_one_call(
             launch.cross(copy)
 
 
+@DOWNWARD
+def test_stages_of_another_backend_are_not_one_call(
+    downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layouts = "block layer kv token head dim", "layer | block kv token head dim"
+    rig = Whole(monkeypatch, layouts, downward)
+    prepared: list[int] = []
+
+    def other(stages: OnHost, dense: KVView, slots: int) -> tuple[Any, Any]:
+        prepared.append(slots)
+        return SimpleNamespace(launch=None), None
+
+    monkeypatch.setattr(OnHost, "of", other)
+    launch = rig.crossing(monkeypatch)
+    for _ in range(2):
+        assert launch.cross(rig.read()) == OTHERWISE
+    assert len(prepared) == 1
+    assert rig.driver.queue == []
+
+
 def test_what_one_call_does_not_make(monkeypatch: pytest.MonkeyPatch) -> None:
     layouts = "block layer kv token head dim", "block layer kv token head dim"
     rig = Whole(monkeypatch, layouts, True)
