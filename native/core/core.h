@@ -312,6 +312,10 @@ enum {
   PORTAKV_LINK_IDS = 7     // the copy of ids to the device; their number
 };
 
+// A code of `portakv_link_rows`: nothing was submitted, since the buffers are too small. The values
+// are the bytes of a buffer and its tokens.
+enum { PORTAKV_LINK_ROOM = -60 };
+
 typedef struct portakv_link_fault {
   int64_t code;  // the driver's error, or a code of this header
   int64_t what;
@@ -322,8 +326,8 @@ typedef struct portakv_link_fault {
 // Return a link; null if memory is short. `functions` are the addresses of cuMemcpyAsync,
 // cuMemcpy2DAsync_v2, cuMemcpyBatchAsync_v2, cuMemcpyBatchAsync, cuStreamWaitValue32_v2,
 // cuMemHostAlloc, cuThreadExchangeStreamCaptureMode, cuEventCreate, cuEventDestroy_v2,
-// cuEventRecord, cuStreamWaitEvent and cuMemcpyHtoDAsync_v2; 0 for one of the batches, or the
-// exchange, if the driver lacks it.
+// cuEventRecord, cuStreamWaitEvent, cuMemcpyHtoDAsync_v2 and cuStreamQuery; 0 for one of the batches,
+// or the exchange, if the driver lacks it.
 PORTAKV_API portakv_link *portakv_link_open(const int64_t *functions);
 
 PORTAKV_API void portakv_link_close(portakv_link *link);
@@ -348,6 +352,11 @@ PORTAKV_API int64_t portakv_link_copy(portakv_link *link, const int64_t *plan,
 // submitted stays ordered. Return 0 or `fault->code`.
 PORTAKV_API int64_t portakv_link_run(portakv_link *link, const int64_t *copy,
                                      portakv_link_fault *fault);
+
+// Submit a copy of rows (`CrossingCopy`) between a device and the host. Return as above, also
+// PORTAKV_RUNS_EDGES; the slice of a fault is the tokens of the slice that failed.
+PORTAKV_API int64_t portakv_link_rows(portakv_link *link, const int64_t *copy,
+                                      portakv_link_fault *fault);
 
 // Write the nanoseconds inside calls of the driver and their number since the last call, and count
 // them from now on, or not. Launches of kernels count with the core's part in them.
@@ -454,6 +463,8 @@ typedef struct portakv_copy_view {
   int64_t writable;         // a copy may write it
   int64_t table_on_device;  // the device alone knows the addresses
   const portakv_watch *watch;  // its memory; null: that of raw addresses, which nothing shows
+  int64_t entries;      // of the addresses
+  int64_t entry_bytes;  // all bytes at each address; 0: unknown
 } portakv_copy_view;
 
 // The end of a copy: memory for its kernels, and an event after them. The caller keeps it, and gives
@@ -506,6 +517,14 @@ typedef struct portakv_copy_end {
 // without ids are written only if units are skipped.
 //
 // 5: `portakv_plan_make` with its arguments.
+//
+// 6: read and check a copy between views of a device and of pinned memory, whose ids lie on the host.
+//   torch .. count  as of 1
+//   unit        tokens that the copy moves together
+//   src_limit, dst_limit, host_limit  of groups of units; see `portakv_runs_groups`
+//   out         gets a CheckedCopy (link.h)
+//   end, stream     as of 1; nothing is recorded
+// The function returns the tokens times 4, or a code.
 PORTAKV_API void *portakv_python_function(int64_t number);
 
 // Return 0 if a write of the first or the last byte of a range of host memory would fail. It is then

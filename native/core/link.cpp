@@ -81,6 +81,7 @@ struct Driver {
   int (*record)(Handle event, Handle stream);
   int (*wait)(Handle stream, Handle event, unsigned flags);
   int (*copy_inline)(uint64_t dst, const void *src, size_t nbytes, Handle stream);
+  int (*query)(Handle stream);
 };
 
 Handle handle_of(int64_t word) { return reinterpret_cast<Handle>(word); }
@@ -665,6 +666,166 @@ class SlicedRun {
   int64_t failing_ = 0;
 };
 
+// --- Copies of rows ---------------------------------------------------------------------------
+
+// Return the positions of about `target` bytes: a multiple of the quantum, at least one.
+int64_t multiple_of(int64_t target, const DenseRows &dense) {
+  const int64_t each = product(dense.quantum, dense.nbytes);  // of `tokens` quanta
+  return std::max<int64_t>(1, product(target, dense.tokens) / std::max<int64_t>(1, each)) *
+         dense.quantum;
+}
+
+// Cut a copy into slices that grow, in the order of their positions: small slices come first on
+// their way down, and last on their way up.
+std::vector<SliceCut> cut_slices(const CrossingPlan &plan, int64_t count, int64_t nbytes,
+                                 bool idle) {
+  const SliceSizes &sizes = plan.sizes;
+  std::vector<SliceCut> cuts;
+  if (nbytes <= sizes.whole) {
+    cuts.push_back({0, 0, count});
+    return cuts;
+  }
+  // If the link is busy, nothing waits for the first slice.
+  int64_t target = idle ? sizes.smallest : sizes.largest;
+  for (int64_t start = 0; start < count;) {
+    const int64_t taken = std::min(multiple_of(target, plan.dense), count - start);
+    cuts.push_back({0, start, taken});
+    start += taken;
+    target = std::min(target * sizes.growth, sizes.largest);
+  }
+  if (plan.downward == 0) std::reverse(cuts.begin(), cuts.end());
+  return cuts;
+}
+
+// Return the tokens of a buffer for slices of up to `count` tokens, the first at token `first` of a
+// block. They are one of few numbers, so that buffers seldom grow.
+int64_t slots_of(const CrossingPlan &plan, int64_t count, int64_t first) {
+  const DenseRows &dense = plan.dense;
+  int64_t slots = dense.quantum;
+  while (slots < count) slots = product(slots, 2);
+  slots = std::min(slots, multiple_of(plan.sizes.largest, dense));
+  slots = std::max(slots, (count + dense.quantum - 1) / dense.quantum * dense.quantum);
+  return slots + (first != 0 ? dense.block : 0);
+}
+
+portakv_rows_side rows_of(const Positions &at, const portakv_copy_view &view) {
+  return {view.addresses, view.table, at.ids, at.id_bytes == 8, at.offset, at.slots};
+}
+
+// A copy of rows between a device and the host, from its checked sides to the driver.
+class RowsCrossing {
+ public:
+  RowsCrossing(portakv_link &link, const int64_t *words) : link_(link) {
+    std::memcpy(&call_, words, sizeof call_);
+    std::memcpy(&plan_, reinterpret_cast<const void *>(call_.plan), sizeof plan_);
+    std::memcpy(&copy_, reinterpret_cast<const void *>(call_.copy), sizeof copy_);
+  }
+
+  // Submit the copy, in slices by dense rows or as its pieces, and record its end.
+  void run(portakv_link_fault &fault) {
+    if (plan_.kernels == 0) {
+      cross();
+    } else {
+      slices(fault);
+    }
+    const auto *const end = reinterpret_cast<const portakv_copy_end *>(call_.end);
+    if (end == nullptr || end->event == nullptr) return;
+    check(called(link_, [&] { return end->record(end->event, handle_of(call_.stream)); }),
+          PORTAKV_LINK_EVENT);
+  }
+
+ private:
+  void slices(portakv_link_fault &fault) {
+    const bool down = plan_.downward != 0;
+    const Positions &rows = down ? copy_.src : copy_.dst;
+    const Positions &host = down ? copy_.dst : copy_.src;
+    const auto &view = *reinterpret_cast<const portakv_copy_view *>(down ? call_.src : call_.dst);
+    StagingBuffers staging;
+    std::memcpy(&staging, reinterpret_cast<const void *>(call_.staging), sizeof staging);
+
+    const DenseRows &dense = plan_.dense;
+    const int64_t nbytes = product(copy_.count, dense.nbytes) / dense.tokens;
+    const bool idle = nbytes <= plan_.sizes.whole || at_rest(staging.link);
+    const std::vector<SliceCut> cuts = cut_slices(plan_, copy_.count, nbytes, idle);
+    int64_t most = 0;
+    for (const SliceCut &cut : cuts) most = std::max(most, cut.count);
+    const int64_t first = host.offset % dense.block;
+    const int64_t slots = dense.slots != 0 ? dense.slots : slots_of(plan_, most, first);
+    if (most + first > slots) throw Malformed("a slice is longer than its buffer");
+    const int64_t room = product(slots, dense.nbytes) / dense.tokens;
+    if (room > staging.nbytes) throw Refused{PORTAKV_LINK_ROOM, 0, {room, slots}};
+
+    SlicePlanes planes{};
+    planes.kernels = plan_.kernels;
+    planes.stage = plan_.stage;
+    planes.options = plan_.options;
+    planes.rows = rows_of(rows, view);
+    planes.dense.offset = first;
+    planes.dense.slots = slots;
+    planes.plan = plan_.plan;
+    planes.host = host;
+    planes.whole = whole(host, down ? call_.dst : call_.src);
+    planes.edges = call_.edges[0];
+    const int64_t number = static_cast<int64_t>(cuts.size());
+    SlicedCopy sliced{};
+    sliced.order = {number, staging.number, 0, 0, plan_.downward, number == 1, 0};
+    sliced.crossing = crossing();
+    const int64_t streams[4] = {call_.stream, staging.half, staging.link, call_.stream};
+    std::memcpy(sliced.streams, streams, sizeof streams);
+    sliced.events = staging.events;
+    sliced.memory = staging.memory;
+    sliced.planes = reinterpret_cast<intptr_t>(&planes);
+    sliced.several = 1;
+    sliced.cuts = reinterpret_cast<intptr_t>(cuts.data());
+    sliced.limits = plan_.limits;
+    sliced.registered = call_.registered;
+    SlicedRun run(link_, sliced);
+    try {
+      run.run();
+    } catch (...) {
+      fault.slice = cuts[static_cast<size_t>(run.at())].count;
+      throw;
+    }
+  }
+
+  Crossing crossing() const {
+    return {plan_.downward == 0, call_.stream, call_.aside, plan_.rules};
+  }
+
+  // Return true if nothing is under way on a stream.
+  bool at_rest(int64_t stream) {
+    return called(link_, [&] { return link_.driver.query(handle_of(stream)); }) == 0;
+  }
+
+  static int64_t whole(const Positions &at, int64_t view) {
+    if (at.entries <= 1) return 0;
+    return reinterpret_cast<const portakv_copy_view *>(view)->entry_bytes;
+  }
+
+  void cross() {
+    PiecesRequest request{};
+    request.src = copy_.src;
+    request.dst = copy_.dst;
+    request.count = copy_.count;
+    request.limits = plan_.limits;
+    request.src_whole = whole(copy_.src, call_.src);
+    request.dst_whole = whole(copy_.dst, call_.dst);
+    request.edged = call_.edged;
+    request.registered = call_.registered;
+    request.src_edges = call_.edges[0];
+    request.dst_edges = call_.edges[1];
+    PieceList pieces;
+    const Plan plan = read_plan(reinterpret_cast<const int64_t *>(plan_.plan));
+    const Crossing by = crossing();
+    Submission(link_, by).submit(pieces.list(plan, request));
+  }
+
+  portakv_link &link_;
+  CrossingCopy call_;
+  CrossingPlan plan_;
+  CheckedCopy copy_;
+};
+
 // Run a body; write what it refused. Return 0, or the code.
 template <class Body>
 int64_t judged(portakv_link_fault *fault, Body &&body) {
@@ -724,7 +885,7 @@ int64_t portakv_link_schedule(const int64_t *words, int64_t *out, int64_t room) 
 
 portakv_link *portakv_link_open(const int64_t *functions) {
   auto *link = new (std::nothrow) portakv_link();
-  static_assert(sizeof(Driver) == 12 * sizeof(int64_t), "functions are words");
+  static_assert(sizeof(Driver) == 13 * sizeof(int64_t), "functions are words");
   if (link != nullptr) std::memcpy(static_cast<void *>(&link->driver), functions, sizeof(Driver));
   return link;
 }
@@ -769,6 +930,10 @@ int64_t portakv_link_run(portakv_link *link, const int64_t *words, portakv_link_
       throw;
     }
   });
+}
+
+int64_t portakv_link_rows(portakv_link *link, const int64_t *words, portakv_link_fault *fault) {
+  return judged(fault, [&] { RowsCrossing(*link, words).run(*fault); });
 }
 
 void portakv_link_time(portakv_link *link, int on, int64_t *out) {

@@ -7,6 +7,9 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "core.h"
+#include "pieces.h"
+
 namespace portakv {
 
 // --- The schedule -----------------------------------------------------------------------------
@@ -132,6 +135,73 @@ struct Crossing {
   int64_t stream;
   int64_t aside;  // replaces the legacy default stream, which rejects batches
   SubmitRules rules;
+};
+
+// --- Copies of rows ---------------------------------------------------------------------------
+
+// Bytes of slices. Words: the members.
+struct SliceSizes {
+  int64_t whole;     // the most of a copy that is one slice
+  int64_t smallest;  // the first slice, if the link is free
+  int64_t largest;
+  int64_t growth;    // each slice is at most so many times as long as the slice before it
+};
+
+// How dense rows lie in a buffer. Words: the members.
+struct DenseRows {
+  int64_t block;    // tokens of a block; 1 if the rows are not paged
+  int64_t quantum;  // every slice but the last is a multiple of so many tokens
+  int64_t nbytes;   // of `tokens` tokens
+  int64_t tokens;
+  int64_t slots;    // tokens of a buffer; 0: as many as the slices need
+};
+
+// What the copies between two forms have in common. Words: the members.
+struct CrossingPlan {
+  int64_t downward;  // 1: from the device to the host
+  int64_t kernels;   // of the device's stage: a portakv_kernels; 0: pieces cross without stages
+  int64_t stage;     // the words of its plan
+  int64_t options;   // and those of its RowsOptions
+  int64_t plan;      // of what crosses
+  DenseRows dense;
+  SliceSizes sizes;
+  Limits limits;
+  SubmitRules rules;
+};
+
+// The buffers of a stream's copies. Words: the members.
+struct StagingBuffers {
+  int64_t half;    // the streams of the device's stages, and of the slices that cross
+  int64_t link;
+  int64_t events;  // pointer to handles: of each buffer, and by `EventOf`
+  int64_t memory;  // pointer to the addresses of the buffers
+  int64_t number;
+  int64_t nbytes;  // of a buffer
+};
+
+// The checked sides of a copy between a device and the host, whose ids lie in the host's memory.
+// Words: the members.
+struct CheckedCopy {
+  Positions src;
+  Positions dst;
+  int64_t count;
+  int64_t groups;       // of units that follow each other on both sides
+  int64_t host_groups;  // on the host's
+};
+
+// One copy. Words: the members.
+struct CrossingCopy {
+  int64_t plan;     // pointer to a CrossingPlan
+  int64_t staging;  // pointer to StagingBuffers
+  int64_t copy;     // pointer to a CheckedCopy
+  int64_t src;      // pointer to a portakv_copy_view
+  int64_t dst;
+  int64_t stream;
+  int64_t aside;  // see `Crossing`
+  int64_t end;    // pointer to a portakv_copy_end whose event is recorded after the copy; 0: none
+  int64_t edged;  // see `PiecesRequest`
+  Edges registered;
+  Edges edges[2];  // of the allocations of the host's rows, or of both sides
 };
 
 }  // namespace portakv

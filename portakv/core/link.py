@@ -25,6 +25,7 @@ from portakv.errors import PortaKVError
 # The codes of `core.h`.
 OUTSIDE = -20
 EDGES = -21
+ROOM = -60
 COPY, BATCH, REST, WORD, EVENT, STAGE, IDS = range(1, 8)
 
 # The kinds of a step, and the streams; `link.h` has them.
@@ -47,6 +48,7 @@ FUNCTIONS = (
     "cuEventRecord",
     "cuStreamWaitEvent",
     "cuMemcpyHtoDAsync_v2",
+    "cuStreamQuery",
 )
 #: Events of a schedule besides those of the buffers.
 EVENTS = 3
@@ -59,6 +61,11 @@ pack_stage = Struct("=3q").pack
 pack_host = Struct("=12q").pack
 #: A `SlicedCopy`.
 pack_sliced = Struct("=35q").pack
+#: A `CrossingCopy`.
+pack_copy = Struct("=15q").pack
+#: Words of a `CheckedCopy`, and the place of its tokens. Both numbers of groups follow them.
+CHECKED = 19
+COUNT = 16
 
 
 class SliceOrder(NamedTuple):
@@ -158,6 +165,13 @@ class Link:
             return _refused(fault)
         return None
 
+    def rows(self, copy: bytes) -> Fault | None:
+        """Submit a copy of rows, by `pack_copy`."""
+        fault = _Fault()
+        if _functions().rows(self._link, copy, _at(fault)):
+            return _refused(fault)
+        return None
+
     def time(self, on: bool) -> tuple[int, int]:
         """Return the nanoseconds inside calls of the driver, and their number, since the last call;
         count them from now on, or not."""
@@ -200,6 +214,7 @@ class _Functions(NamedTuple):
     submit: Any
     copy: Any
     run: Any
+    rows: Any
     time: Any
 
 
@@ -226,7 +241,10 @@ def _functions() -> _Functions:
     run = core.portakv_link_run
     run.argtypes = (c_void_p, c_char_p, c_void_p)
     run.restype = c_int64
+    rows = core.portakv_link_rows
+    rows.argtypes = (c_void_p, c_char_p, c_void_p)
+    rows.restype = c_int64
     time = core.portakv_link_time
     time.argtypes = (c_void_p, c_int, c_void_p)
     time.restype = None
-    return _Functions(schedule, make, close, submit, copy, run, time)
+    return _Functions(schedule, make, close, submit, copy, run, rows, time)

@@ -8,6 +8,7 @@ core lists the pieces and calls the driver, by the rules below. Other devices co
 from __future__ import annotations
 
 import threading
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable
 from functools import cache, cached_property
@@ -15,8 +16,10 @@ from typing import NoReturn
 
 import torch
 
+from portakv.core.call import DRIVER, OpenedView
 from portakv.core.link import (
     BATCH,
+    CHECKED,
     COPY,
     EDGES,
     EVENT,
@@ -25,6 +28,7 @@ from portakv.core.link import (
     WORD,
     Fault,
     Link,
+    pack_copy,
     pack_crossing,
 )
 from portakv.errors import TransferError
@@ -239,11 +243,49 @@ class CudaLink:
 
     def crossing(self, to_device: bool, handle: int) -> tuple[int, ...]:
         """Return the words of a stream that pieces cross on, and of the rules."""
-        aside = 0
-        if handle in _NULL_STREAMS and self.core.batches:
-            aside = cuda.raw(self._other_stream, self.device.index)
-        rules = IN_A_ROW, FIRST_DESCRIPTORS, MOST_DESCRIPTORS, GROWTH, LEAST_BATCH
-        return to_device, handle, aside, *rules
+        return to_device, handle, self._aside(handle), *rules()
+
+    def rows(
+        self,
+        plan: array[int],
+        staging: int,
+        copy: CheckedCopy,
+        uncrossed: Uncrossed,
+    ) -> Fault | None:
+        """Submit a copy of rows by one call of the core; return what was refused.
+
+        Args:
+            plan: the words of a `CrossingPlan` of ``link.h``.
+            staging: the address of the words of the buffers; 0: pieces cross without.
+            uncrossed: addresses that no piece crosses.
+        """
+        return self.core.rows(
+            pack_copy(
+                plan.buffer_info()[0],
+                staging,
+                copy.address,
+                copy.src.address,
+                copy.dst.address,
+                copy.stream,
+                self._aside(copy.stream),
+                copy.end,
+                uncrossed.edged,
+                *uncrossed.words,
+            )
+        )
+
+    def refused(self, fault: Fault) -> int:
+        """Return the result of a call of the core that was refused before any work, for lack of a
+        context; raise the error of any other."""
+        if fault.code != cuda.NO_CONTEXT:
+            self._refuse(fault)
+        return DRIVER - cuda.NO_CONTEXT
+
+    def _aside(self, handle: int) -> int:
+        """Return the stream that replaces one that rejects batches; 0: none."""
+        if handle not in _NULL_STREAMS or not self.core.batches:
+            return 0
+        return cuda.raw(self._other_stream, self.device.index)
 
     def _crossing(self, to_device: bool, stream: torch.Stream | None) -> bytes:
         return pack_crossing(*self.crossing(to_device, cuda.raw(stream, self.device.index)))
@@ -270,6 +312,60 @@ class CudaLink:
             f"Earlier copies may have moved. Check that the memory still exists and is pinned, and "
             f"earlier errors."
         )
+
+
+def rules() -> tuple[int, ...]:
+    """Return how pieces are submitted, as the core reads it."""
+    return IN_A_ROW, FIRST_DESCRIPTORS, MOST_DESCRIPTORS, GROWTH, LEAST_BATCH
+
+
+class CheckedCopy:
+    """A copy across the link whose sides the core has read and checked.
+
+    Args:
+        src, dst: the views, opened for the core.
+        rows, host: the views of the device and of the host.
+        down: from the device to the host.
+        end: the address of the `portakv_copy_end` whose event follows the copy; 0: none.
+        stream: the handle of the copy's stream.
+
+    Attributes:
+        words: `CheckedCopy` of ``link.h``, which the core writes.
+        address: of these words.
+    """
+
+    __slots__ = ("address", "downward", "dst", "end", "host", "rows", "src", "stream", "words")
+
+    def __init__(
+        self,
+        src: OpenedView,
+        dst: OpenedView,
+        rows: KVView,
+        host: KVView,
+        down: bool,
+        end: int,
+        stream: int,
+    ) -> None:
+        self.src = src
+        self.dst = dst
+        self.rows = rows
+        self.host = host
+        self.downward = down
+        self.end = end
+        self.stream = stream
+        self.words = array("q", bytes(8 * CHECKED))
+        self.address = self.words.buffer_info()[0]
+
+    @property
+    def host_ids(self) -> bool:
+        """Return True if ids name the host's rows."""
+        # The third word of the `Positions` of either side.
+        return bool(self.words[10 if self.downward else 2])
+
+    @property
+    def uncrossed(self) -> Uncrossed:
+        """Return the addresses that no piece of the host's memory crosses."""
+        return Uncrossed(self.host) if self.host.entries > 1 else Uncrossed()
 
 
 @cache

@@ -19,7 +19,7 @@ from portakv.backends.rows_launch import RowsLaunch
 from portakv.core.link import RECORD, STAGED, WAIT, SliceOrder, Step, schedule_of
 from portakv.host import small
 from portakv.interconnect.slices import Slice
-from portakv.interconnect.staging import Staging, mark
+from portakv.interconnect.staging import Staging
 from portakv.interconnect.strategy import Move, read_on
 from portakv.registry.prepared import Prepared, bring_table
 from portakv.runtime.devices import inside
@@ -219,7 +219,7 @@ class Passage:
                 if event is not None:
                     stream.wait_event(event)
             elif kind == RECORD:
-                events[number] = mark(stream)
+                self.buffers.record(number, stream)
             elif kind == STAGED:
                 self._gather(number, *self._staged(number, dense), stream)
             else:

@@ -243,6 +243,13 @@ class RunCounter:
         # Whoever copies finds the sentence for a range past the end of a list.
         return units if groups is None else groups
 
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Return after how many units the pitch of the source and of the destination changes; 0:
+        never."""
+        src, dst = (_limit(side.units) for side in self._nests[0].sides)
+        return src, dst
+
     def shape(self, groups: int, count: int) -> Shape:
         """Return the shape of ``count`` positions in ``groups`` groups."""
         units = count // self._unit

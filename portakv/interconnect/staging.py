@@ -23,6 +23,7 @@ from portakv.core.link import EVENTS, SliceOrder
 from portakv.errors import PortaKVError
 from portakv.host import pinned
 from portakv.layout.encodings import pack_parameters_of
+from portakv.runtime import cuda
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import own_stream
 from portakv.view.bound import bind_layout
@@ -265,6 +266,7 @@ class Staging(Buffers):
         self.link: torch.Stream = own_stream(device)
         self.buffers = DETACHED_RING if detached else RING
         self.events: list[torch.Event | None] = [None] * (self.buffers + EVENTS)
+        self._words: array[int] | None = None
         self._turn = 0
         self._used = 0  # a bit for each buffer that a detached transfer used
 
@@ -280,6 +282,7 @@ class Staging(Buffers):
             return
         each = -(-nbytes // _APART) * _APART
         self._memory = []  # nothing is retained if the allocation fails
+        self._words = None
         self._used = 0
         memory = torch.empty(self.buffers * each, dtype=torch.uint8, device=self._device)
         # Slices, not `split`: a vendor's torch may lack it.
@@ -304,6 +307,34 @@ class Staging(Buffers):
             self._used |= 1 << (first + nth) % self.buffers
         self._turn = (first + slices) % self.buffers
         return order
+
+    def record(self, number: int, stream: torch.Stream) -> None:
+        """Have an event mark the present work of a stream."""
+        event = self.events[number]
+        if event is None:
+            self.events[number] = mark(stream)
+        else:
+            event.record(stream)
+
+    @property
+    def words(self) -> array[int]:
+        """Return the buffers as `StagingBuffers` of ``link.h``, on a CUDA device."""
+        if self._words is None:
+            self._handles = self.handles()
+            self._addresses = array("q", self.addresses)
+            index = self._device.index
+            self._words = array(
+                "q",
+                [
+                    cuda.raw(self.half, index),
+                    cuda.raw(self.link, index),
+                    self._handles.buffer_info()[0],
+                    self._addresses.buffer_info()[0],
+                    self.buffers,
+                    self._memory[0].numel() if self._memory else 0,
+                ],
+            )
+        return self._words
 
     def handles(self) -> array[int]:
         """Return the driver's handles of all events, on a CUDA device."""

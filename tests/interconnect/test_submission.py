@@ -7,16 +7,18 @@ some order gives other bytes.
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from array import array
 from collections.abc import Callable
 from itertools import permutations
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.cuda_on_cpu import CPU, why_not
 from support.late_driver import LateDriver, Work, perform
@@ -24,16 +26,22 @@ from support.late_driver import LateDriver, Work, perform
 from portakv import CopyPlan, Index, KVView, SlotError, TransferError, copy_rows
 from portakv.backends.rows_kernel import kernels_of
 from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
-from portakv.core.link import EVENTS
+from portakv.copy.inside import open_view
+from portakv.core.call import OTHERWISE, CopyEnd, Watch, calls
+from portakv.core.link import COUNT, EVENTS
 from portakv.core.rows import Kernels
 from portakv.host import pinned, small
-from portakv.interconnect import link
-from portakv.interconnect.link import CudaLink
+from portakv.interconnect import link, staged
+from portakv.interconnect.batched_memcpy import PiecesCrossing
+from portakv.interconnect.link import CheckedCopy, CudaLink
 from portakv.interconnect.passage import Passage, Sent, by_backend
+from portakv.interconnect.pieces import RunCounter
 from portakv.interconnect.slices import BothStages, RowSlice, Sizes, Slice, cuts, sliced
-from portakv.interconnect.staging import DETACHED_RING, RING, Staging, dense_rows
+from portakv.interconnect.staged import StagedCrossing
+from portakv.interconnect.staging import DETACHED_RING, RING, Staging, cached_staging, dense_rows
 from portakv.interconnect.submission import submit
 from portakv.runtime import cuda
+from portakv.view.form import plain_reader
 
 #: The handles of streams: a copy's four, and one in place of the legacy default stream.
 WORK, HALF, LINK, BEFORE, ASIDE = range(51, 56)
@@ -100,9 +108,16 @@ class HostStaging(Staging):
         self.buffers = DETACHED_RING if detached else RING
         self.events = [None] * (self.buffers + EVENTS)
         self._turn = self._used = 0
+        self._words = None
+        self.lock = threading.Lock()
+
+    def reserve(self, nbytes: int) -> None:
+        if not self._memory or self._memory[0].numel() < nbytes:
+            self.allocate(nbytes)
 
     def allocate(self, nbytes: int) -> None:
         """Make buffers that are full of other bytes."""
+        self._words = None
         self._memory = [
             torch.full((nbytes,), 85, dtype=torch.uint8, device="cpu") for _ in range(self.buffers)
         ]
@@ -379,3 +394,211 @@ def test_which_ids_the_core_brings(monkeypatch: pytest.MonkeyPatch) -> None:
         assert passage.sent.array.tolist() == [1, 2]
     monkeypatch.setattr(small, "by_inline", lambda device: False)
     assert rig.passage()._sent(brought, ready) is None
+
+
+class Whole(Rig):
+    """The same copy by one call of the core, from lists of ids or from arrays."""
+
+    def crossing(self, patch: pytest.MonkeyPatch) -> StagedCrossing:
+        """Return what makes the copies of the strategy `staged`."""
+        for name, nbytes in self.sizes._asdict().items():
+            patch.setattr(staged, name.upper(), nbytes)
+        work = SimpleNamespace(stream_id=self.work)
+        patch.setattr(torch.accelerator, "current_stream", lambda _: work)
+        patch.setitem(cast("Any", cached_staging), (CPU, self.work, False, False), self.buffers)
+        return StagedCrossing(self.stages, self.link, CPU)
+
+    def read(self, *, listed: bool = True, words: tuple[int, ...] = (1, 0, 0, 0)) -> CheckedCopy:
+        """Return the copy as the core has read and checked it; raise for a code."""
+        reader = plain_reader()
+        assert reader is not None
+        room = self._room = np.zeros(64, dtype=np.int64)
+        ids = [self._ids_of(index, listed) for index in self.indices]
+        views = []
+        for view in self.ends:
+            device = (2, 0) if view is self.rows else (1, 0)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.Tensor, "__dlpack_device__", lambda _, at=device: at)
+                views.append(open_view(view, Watch(view.owners)))
+        steps = [BLOCK if each is not None else 1 for each in ids]
+        offsets = [index.offset for index in self.indices]
+        ends = self.rows, self.host
+        end = CopyEnd(room.__array_interface__["data"][0], room.size, 0, 0, 0, 0)
+        at = ctypes.addressof(end)
+        copy = CheckedCopy(views[0], views[1], *ends, self.downward, 0, self.work)
+        result = calls().read_copy(
+            *(reader.address, views[0].address, views[1].address, *ids, *steps, *offsets),
+            *(self.count, *words, copy.address, at, self.work),
+        )
+        assert result == self.count << 2 or result == OTHERWISE
+        if result < 0:
+            raise ValueError("the core makes no such copy")
+        return copy
+
+    def issue_pieces(self) -> None:
+        """Issue a copy by its pieces alone."""
+        assert not self.driver.note("write", self.work, self._write)
+        plan = self.stages.plan
+        assert isinstance(plan, CopyPlan)
+        copy = self.read()
+        crossing = PiecesCrossing(plan, self.link)
+        assert crossing.cross(copy) == self.count << 2
+        self.driver.note("read", self.work, self._read)
+
+    @staticmethod
+    def _ids_of(index: Index, listed: bool) -> Any:
+        if index.ids is None or not listed:
+            return index.ids
+        return index.ids.tolist()
+
+    def issue_whole(self, patch: pytest.MonkeyPatch, copies: int = 1) -> bool:
+        """Issue as `issue` does; return False if planes would be cut, which is not one call."""
+        assert not self.driver.note("write", self.work, self._write)
+        launch = self.crossing(patch)
+        for nth in range(copies):
+            result = launch.cross(self.read(listed=nth % 2 == 0))
+            if result == OTHERWISE and self.host_index.ids is None:
+                return False
+            assert result == self.count << 2
+        self.driver.note("read", self.work, self._read)
+        return True
+
+
+@given(st.data())
+def test_one_call_moves_every_byte_in_every_order(data: st.DataObject) -> None:
+    draw = data.draw
+    layouts = draw(st.tuples(st.sampled_from(sorted(LAYOUTS)), st.sampled_from(sorted(LAYOUTS))))
+    smallest, largest = draw(st.sampled_from([(1, 1), (512, 1024), (1024, 1 << 12), (1, 1 << 20)]))
+    with pytest.MonkeyPatch.context() as patch:
+        if draw(st.booleans()):  # no batches
+            patch.setattr(link, "LEAST_BATCH", 1 << 30)
+        patch.setattr(link, "IN_A_ROW", draw(st.sampled_from([1 << 40, 3000, 100])))
+        rig = Whole(
+            patch,
+            layouts,
+            draw(st.booleans()),
+            draw(st.integers(0, 99)),
+            draw(st.integers(1, 12)),
+            host_ids=draw(st.booleans()),
+            sizes=Sizes(draw(st.sampled_from([0, 2048, 1 << 20])), smallest, largest),
+            work=draw(st.sampled_from([WORK, 0])),
+            usual=draw(st.booleans()),
+        )
+        rig.driver.busy = draw(st.booleans())
+        if draw(st.booleans()):  # the host's memory was registered in two parts
+            part = tensors_of(rig.host)[0]
+            patch.setattr(pinned, "boundaries", lambda: (part.data_ptr() + part.nbytes // 3,))
+        assume(rig.issue_whole(patch, draw(st.integers(1, 2))))
+        for order in rig.orders:
+            assert rig.right(order)
+
+
+@DOWNWARD
+@pytest.mark.parametrize("host_ids", [True, False], ids=["ids", ""])
+@pytest.mark.parametrize("layouts", [(a, b) for a in sorted(LAYOUTS) for b in sorted(LAYOUTS)])
+def test_one_call_moves_all_pieces(
+    layouts: tuple[str, str], host_ids: bool, downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Whole(monkeypatch, layouts, downward, host_ids=host_ids)
+    rig.issue_pieces()
+    assert not any(work.kind == "launch" for work in rig.driver.queue)
+    assert all(map(rig.right, rig.orders))
+
+
+@DOWNWARD
+def test_a_driver_that_refuses_a_slice_of_one_call(
+    downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layouts = "block layer kv token head dim", "block layer kv token head dim"
+    rig = Whole(monkeypatch, layouts, downward, usual=True)
+    launch = rig.crossing(monkeypatch)
+    copy = rig.read()
+    assert launch.cross(copy) == rig.count << 2
+    for refused in range(len(rig.driver.queue)):
+        rig.driver.forget()
+        rig.driver.refuse_at = refused
+        with pytest.raises(TransferError, match="error 1"):
+            launch.cross(copy)
+
+
+@DOWNWARD
+@pytest.mark.parametrize("by", ["slices", "pieces"])
+def test_one_call_records_the_end_after_all_work(
+    by: str, downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layouts = "block layer kv token head dim", "block layer kv token head dim"
+    rig = Whole(monkeypatch, layouts, downward, usual=True)
+    recorded = []
+    answers = [0, 700]
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+    def record(event: int, stream: int) -> int:
+        recorded.append((event, stream, len(rig.driver.queue)))
+        return answers.pop(0)
+
+    address = ctypes.cast(record, ctypes.c_void_p).value
+    copy = rig.read()
+    end = CopyEnd(None, 0, 0, 7, address, None)
+    copy.end = ctypes.addressof(end)
+    plan = rig.stages.plan
+    assert isinstance(plan, CopyPlan)
+    cross = (rig.crossing(monkeypatch) if by == "slices" else PiecesCrossing(plan, rig.link)).cross
+    assert cross(copy) == rig.count << 2
+    assert recorded == [(7, rig.work, len(rig.driver.queue))]
+    with pytest.raises(TransferError, match="error 700"):
+        cross(copy)
+
+
+@DOWNWARD
+def test_stages_of_another_backend_are_not_one_call(
+    downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layouts = "block layer kv token head dim", "layer | block kv token head dim"
+    rig = Whole(monkeypatch, layouts, downward)
+    prepared: list[int] = []
+
+    def other(stages: OnHost, dense: KVView, slots: int) -> tuple[Any, Any]:
+        prepared.append(slots)
+        return SimpleNamespace(launch=None), None
+
+    monkeypatch.setattr(OnHost, "of", other)
+    launch = rig.crossing(monkeypatch)
+    for _ in range(2):
+        assert launch.cross(rig.read()) == OTHERWISE
+    assert len(prepared) == 1
+    assert rig.driver.queue == []
+
+
+def test_what_one_call_does_not_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts = "block layer kv token head dim", "block layer kv token head dim"
+    rig = Whole(monkeypatch, layouts, True)
+    rig.read()
+    with pytest.raises(ValueError, match="no such copy"):
+        rig.read(words=(3, 0, 0, 0))  # part of a unit
+    good = rig.indices
+    wrong = [
+        torch.full((9,), 2),  # twice in the destination
+        torch.arange(5, 14),  # past the end
+        torch.arange(-1, 8),  # skips a block
+        torch.arange(8),  # another number
+    ]
+    for ids in wrong:
+        rig.indices = good[0], Index(ids, BLOCK)
+        with pytest.raises(ValueError, match="no such copy"):
+            rig.read()
+
+
+def test_groups_are_counted_as_by_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts = "block layer kv token head dim", "block layer kv token head dim"
+    rig = Whole(monkeypatch, layouts, True)
+    source = [0, 1, 2, 5, 6, 9, 8, 3, 11]
+    target = [4, 5, 6, 7, 8, 1, 0, 2, 3]
+    rig.indices = Index(torch.tensor(source), BLOCK), Index(torch.tensor(target), BLOCK)
+    plan = rig.stages.plan
+    assert isinstance(plan, CopyPlan)
+    both = RunCounter(plan)
+    host = RunCounter.of_host(plan)
+    copy = rig.read(words=(plan.unit, *both.limits, host.limits[1]))
+    _, groups, host_groups = copy.words[COUNT:]
+    assert groups == both.groups(*rig.indices, rig.count)
+    assert host_groups == host.groups(rig.indices[1], rig.indices[1], rig.count)
