@@ -531,12 +531,12 @@ def test_one_call_records_the_end_after_all_work(
     recorded = []
     answers = [0, 700]
 
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
     def record(event: int, stream: int) -> int:
         recorded.append((event, stream, len(rig.driver.queue)))
         return answers.pop(0)
 
-    address = ctypes.cast(record, ctypes.c_void_p).value
+    function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(record)
+    address = ctypes.cast(function, ctypes.c_void_p).value
     copy = rig.read()
     end = CopyEnd(None, 0, 0, 7, address, None)
     copy.end = ctypes.addressof(end)
