@@ -118,13 +118,16 @@ class Units(NamedTuple):
 
 
 class StridedCopy:
-    """One nest of a plan, whose units are ``unit`` tokens, as torch calls."""
+    """One nest of a plan, whose units are ``unit`` tokens, as torch calls.
 
-    def __init__(self, nest: Nest, unit: int, ops: Ops) -> None:
+    ``lasting``: views retain the tensors that this copy makes of them, for later calls.
+    """
+
+    def __init__(self, nest: Nest, unit: int, ops: Ops, lasting: bool = True) -> None:
         self._unit = unit
         self._ops = ops
-        self._src = _Rows(nest, "src", unit, ops)
-        self._dst = _Rows(nest, "dst", unit, ops)
+        self._src = _Rows(nest, "src", unit, ops, lasting)
+        self._dst = _Rows(nest, "dst", unit, ops, lasting)
 
     def __call__(self, move: Move) -> None:
         """Copy whole units, ordered on the current stream of their device."""
@@ -199,6 +202,18 @@ class StridedLaunch(MoveLaunch):
         """Copy so many units between views that share no memory, on the current stream."""
         for copy in self._copies:
             copy.copy(src, dst, units)
+
+
+def copies_of(move: Move, ops: Ops) -> Iterator[tuple[StridedCopy, Move]]:
+    """Yield copies that make a copy together, each with its part: the body in the largest units,
+    head and tail by token. The views retain nothing of them."""
+    src = move.src.form
+    dst = move.dst.form
+    plan = CopyPlan(src, dst, *move.steps)
+    for first, tokens, unit in plan.split(move):
+        part = plan if unit == plan.unit else CopyPlan(src, dst, *move.steps, unit)
+        for nest in part.nests:
+            yield StridedCopy(nest, unit, ops, lasting=False), move.part(first, tokens)
 
 
 def _run(
@@ -315,7 +330,7 @@ class _Rows:
     of both sides are multiples of, and a unit takes several rows, which the loops walk through.
     """
 
-    def __init__(self, nest: Nest, name: str, unit: int, ops: Ops) -> None:
+    def __init__(self, nest: Nest, name: str, unit: int, ops: Ops, lasting: bool) -> None:
         outer = [x for x in nest.loops if x.tabled or (ops.by_plane and x.over_planes)]
         inner = [x for x in nest.loops if x not in outer]
         side: Side = getattr(nest, name)
@@ -324,6 +339,7 @@ class _Rows:
         self._side = side
         self._unit = unit
         self._width = width
+        self._made: dict[Hashable, Any] | None = None if lasting else {}
         self._dtype = ELEMENTS[width]
         self._flat = len(side.units) == 1 and not side.tabled
         self._pitch = side.units[0].stride if self._flat else 0
@@ -404,21 +420,27 @@ class _Rows:
                 start = first * self._shape.grain
                 pitch = step * self._shape.grain
                 return self.over(view, entry, start, [(numbers.numel(), pitch)]), None
+        made = self._tensors_of(view)
         key = (self, entry)
-        known: _Tensors | None = view.derived.get(key)
+        known: _Tensors | None = made.get(key)
         if known is None:
-            known = view.derived[key] = _unbound(self._whole(view, entry))
+            known = made[key] = _unbound(self._whole(view, entry))
         return known, self._walked(numbers) if self._shape.walk else numbers
 
+    def _tensors_of(self, view: Rows) -> dict[Hashable, Any]:
+        """Return the tensors that were made of a view: those that it keeps, or of this copy."""
+        return view.derived if self._made is None else self._made
+
     def _whole(self, view: Rows, entry: int) -> list[_Grids]:
-        """Return tensors over all rows of an entry, which the view keeps."""
+        """Return tensors over all rows of an entry."""
+        made = self._tensors_of(view)
         key = (self, entry, _WHOLE)
-        known: list[_Grids] | None = view.derived.get(key)
+        known: list[_Grids] | None = made.get(key)
         if known is None:
             # A tensor made in inference mode could not be written outside of it.
             with torch.inference_mode(False):
                 loops = [(self._rows_of(view), self._shape.grain)]
-                known = view.derived[key] = self._over(view, entry, 0, loops)
+                known = made[key] = self._over(view, entry, 0, loops)
         return known
 
     def _consecutive(
@@ -440,7 +462,7 @@ class _Rows:
         """Return the tensors over so many rows that follow each other from byte ``start`` on."""
         whole: list[_Grids] | None = None
         if self._near == self._shape.grain and start % self._near == 0:
-            whole = view.derived.get((self, entry, _WHOLE))
+            whole = self._tensors_of(view).get((self, entry, _WHOLE))
             # How many rows lie at raw addresses may not be known.
             if whole is None and not view.raw:
                 whole = self._whole(view, entry)
@@ -574,56 +596,15 @@ def _copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
 HOST_OPS = Ops(16, False, True, True, _pick_on_host, _put_on_host, _copy_bytes)
 
 
-class HostRows:
-    """Copies between rows of two forms on the host, which must not share memory.
+def copy_on_host(move: Move) -> None:
+    """Copy rows of the host between views that share no memory; ids must be on the host, and clean.
 
-    Steps are as in `CopyPlan`; counts are multiples of ``unit``.
+    Raises:
+        LayoutError: the memory of a view was freed or replaced; nothing was written.
     """
-
-    def __init__(self, src: Form, dst: Form, src_step: int, dst_step: int, unit: int) -> None:
-        widest = CopyPlan(src, dst, src_step, dst_step)
-        self._narrow = CopyPlan(src, dst, src_step, dst_step, unit)
-        self._wide = widest if widest.unit > unit and widest.unit % unit == 0 else None
-        self._nests = {
-            plan.unit: [StridedCopy(nest, plan.unit, HOST_OPS) for nest in plan.nests]
-            for plan in (self._narrow, self._wide or self._narrow)
-        }
-
-    def copy(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int
-    ) -> None:
-        """Copy ``count`` positions; ids must be on the host, and clean.
-
-        Raises:
-            LayoutError: the memory of a view was freed or replaced.
-        """
-        src.check_memory()
-        dst.check_memory()
-        calls = list[_Planes]()
-        start = 0
-        move = Move(src, dst, src_index, dst_index, count)
-        for unit, past in self._parts(src_index, dst_index, count):
-            for nest in self._nests[unit]:
-                calls += nest.planes(move.part(start, past - start))
-            start = past
-        # Prepare every call before the first copy, so that an error writes nothing.
-        for call in calls:
-            _run(HOST_OPS, False, *call)
-
-    def _parts(self, src_index: Index, dst_index: Index, count: int) -> list[tuple[int, int]]:
-        """Return head, whole units and tail: the unit of each, and the position where it ends."""
-        wide = self._wide
-        narrow = self._narrow.unit
-        if wide is None:
-            return [(narrow, count)]
-        sides = ("src", src_index), ("dst", dst_index)
-        heads = {
-            -index.offset % wide.unit
-            for side, index in sides
-            if index.ids is not None or wide.aligned(side)
-        }
-        if len(heads) > 1:  # the two sides never begin a unit together
-            return [(narrow, count)]
-        head = min(heads.pop() if heads else 0, count)
-        whole = (count - head) // wide.unit * wide.unit
-        return [(narrow, head), (wide.unit, head + whole), (narrow, count)]
+    move.src.check_memory()
+    move.dst.check_memory()
+    # Prepare every call before the first copy, so that an error writes nothing.
+    calls = [call for copy, part in copies_of(move, HOST_OPS) for call in copy.planes(part)]
+    for call in calls:
+        _run(HOST_OPS, False, *call)
