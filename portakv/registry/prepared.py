@@ -298,15 +298,11 @@ def bring(indices: Sequence[Index], device: torch.device, dtypes: frozenset[torc
         return
     from portakv.host.small import to_device  # not before it is needed
 
-    served = device, dtypes
-    if len(sent) == 1:
-        sent[0].add_copy(to_device(sent[0].host_ids(), device, torch.int64), served)
-        return
     listed = [index.host_ids() for index in sent]
     ids = to_device(np.concatenate(listed), device, torch.int64)
     parts = ids.split_with_sizes([each.size for each in listed])
     for index, part in zip(sent, parts, strict=True):
-        index.add_copy(part, served)
+        index.add_copy(part)
 
 
 def bring_table(
