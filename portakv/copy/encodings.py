@@ -30,7 +30,6 @@ from portakv.copy.call import (
     context_of,
     drop_bad_ids,
     follow_current,
-    note_clean,
     without_left_out,
 )
 from portakv.copy.fp8 import decode_rows, encode_rows
@@ -114,10 +113,8 @@ def slots_of(move: Move) -> Move:
     rows = Move(move.src.as_slots(), move.dst.as_slots(), src_index, dst_index, move.count // size)
 
     # Ids on a device that passed a check are not read again.
-    sides = ((move.src, rows.src, src_index), (move.dst, rows.dst, dst_index))
-    for index, (view, slots, made) in zip(indices, sides, strict=True):
-        if not index.on_host and index.is_clean(move.count, view.slots):
-            made.mark_clean(rows.count, slots.slots)
+    if move.is_clean:
+        rows.mark_clean()
     return rows
 
 
@@ -167,8 +164,7 @@ def without_bad_ids(
     ``passed``: its checks. ``can``: the capabilities of the backend that reads the ids, which may
     skip bad ids itself. None: it does not. Waits at most once for ids on a device.
     """
-    clean = move.src_index.is_clean(move.count, move.src.slots)
-    clean = clean and move.dst_index.is_clean(move.count, move.dst.slots)
+    clean = move.is_clean
     if clean and not passed.skips:
         return Checked(move, passed.error, False)
     if can is not None and can.skips_negative and (clean or can.guards):
@@ -411,10 +407,12 @@ class OverflowReport:
 
         Numbers that only the device has are sent to the host, ordered on the current stream.
         """
-        src, dst = (
-            _to_host(index.units(move.count, unit, _numbered_on(index, device)))
-            for index in (move.src_index, move.dst_index)
-        )
+        numbers = []
+        for index in (move.src_index, move.dst_index):
+            # Numbers are made without waiting for a device.
+            home = torch.device("cpu") if index.on_host else device
+            numbers.append(_to_host(index.units(move.count, unit, home)))
+        src, dst = numbers
         return cls(src, dst, packs, words)
 
     def __call__(self) -> PackOverflow | None:
@@ -442,11 +440,6 @@ class OverflowReport:
             src,
             dst,
         )
-
-
-def _numbered_on(index: Index, device: torch.device) -> torch.device:
-    """Return where the numbers of an index's blocks are made without waiting for a device."""
-    return torch.device("cpu") if index.on_host else device
 
 
 def _to_host(numbers: torch.Tensor) -> torch.Tensor:
@@ -594,7 +587,7 @@ class _ByCopies:
             move = Move(dense, self._far, Index(), far_index, count)
         if self._options.stream is not stream:
             self._options = replace(self._options, stream=stream)
-        note_clean(move)
+        move.mark_clean()
         passed = Passed(False, context=Context(self._device, stream, captured=False))
         transfer = self._submit(move, self._options, passed)
         if not transfer.ordered:  # no stream orders the use of its memory
@@ -696,7 +689,7 @@ class DenseCopy:
             overlap=options.overlap if crosses else "compute",
             max_thread_blocks=options.max_thread_blocks if crosses else None,
         )
-        note_clean(move)
+        move.mark_clean()
         transfer = self._submit(move, plain, self._passed)
         if not transfer.ordered:  # no stream orders the use of the dense memory
             _wait_for_end(transfer)

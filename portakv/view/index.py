@@ -724,6 +724,8 @@ class Index:
 
     def mark_clean(self, count: int, slots: int) -> None:
         """Note that a check of ids on a device passed: no id is negative or past the end."""
+        if self.on_host:
+            return
         if len(self._store.clean) >= _MOST:
             self._store.clean = set()
         self._store.clean.add((self.offset, count, slots))
