@@ -9,8 +9,6 @@ loop over tokens. Ids must be clean: neither negative nor past the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain, groupby, product
 from math import gcd, prod
 from operator import itemgetter, mul
@@ -20,9 +18,8 @@ import numpy as np
 import torch
 
 from portakv.backends.base import MoveLaunch
-from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Move, Nest, Side
-from portakv.view.form import Form, Steps
+from portakv.view.form import Form
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -268,59 +265,6 @@ def _grids(moves: list[int]) -> list[_Grid]:
     return [_Grid(move, 1, 0, 1, 0) for move in moves]
 
 
-@dataclass(frozen=True)
-class _RowShape:
-    """The rows that the units of one side consist of.
-
-    Attributes:
-        size, stride: of a row, in elements.
-        walk: extents and strides, in rows, of the loops from a unit's first row to its other rows.
-        grain: bytes that numbers of rows are counted in.
-    """
-
-    size: list[int]
-    stride: list[int]
-    walk: list[tuple[int, int]]
-    grain: int
-
-    @cached_property
-    def reach(self) -> int:
-        """The distance from a unit's first row to its last, in grains."""
-        return sum((extent - 1) * stride for extent, stride in self.walk)
-
-    @cached_property
-    def each(self) -> int:
-        """The rows of a unit."""
-        return prod(extent for extent, _ in self.walk)
-
-    @cached_property
-    def packed(self) -> bool:
-        """True if the rows of a unit follow each other."""
-        rows = 1
-        for extent, stride in reversed(self.walk):
-            if stride != rows:
-                return False
-            rows *= extent
-        return True
-
-
-def _row_shape(
-    nest: Nest, units: Steps, loops: list[tuple[int, int]], inner: list[Loop], ops: Ops, width: int
-) -> _RowShape:
-    """Return the rows of one side, which has ``loops`` (extent, stride) inside its units."""
-    if ops.holes:
-        sizes = [*((n, s // width) for n, s in loops), (nest.run // width, 1)]
-        grain = gcd(*(step.stride for step in units)) or width
-        return _RowShape([n for n, _ in sizes], [s for _, s in sizes], [], grain)
-    row = gcd(
-        nest.run,
-        *(step.stride for side in (nest.src, nest.dst) for step in side.units),
-        *(stride for x in inner for stride in (x.src_stride, x.dst_stride)),
-    )
-    walk = [(n, s // row) for n, s in (*loops, (nest.run // row, row)) if n > 1]
-    return _RowShape([row // width], [1], walk, row)
-
-
 class _Rows:
     """The rows that the units of one side become.
 
@@ -343,15 +287,36 @@ class _Rows:
         self._dtype = ELEMENTS[width]
         self._flat = len(side.units) == 1 and not side.tabled
         self._pitch = side.units[0].stride if self._flat else 0
-        shape = _row_shape(nest, side.units, loops, inner, ops, width)
-        self._shape = shape
+        # The extents and strides of a row, in elements; the loops from a unit's first row to its
+        # other rows, in rows; and the bytes that numbers of rows are counted in.
+        self._walk: list[tuple[int, int]] = []
+        if ops.holes:
+            self._size = [*(extent for extent, _ in loops), nest.run // width]
+            self._stride = [*(stride // width for _, stride in loops), 1]
+            self._grain = gcd(*(step.stride for step in side.units)) or width
+        else:
+            self._grain = row = gcd(
+                nest.run,
+                *(step.stride for each in nest.sides for step in each.units),
+                *(stride for x in inner for stride in (x.src_stride, x.dst_stride)),
+            )
+            self._size = [row // width]
+            self._stride = [1]
+            self._walk = [(n, s // row) for n, s in (*loops, (nest.run // row, row)) if n > 1]
+        extents = [extent for extent, _ in self._walk]
+        # The rows of a unit, and the distance from the first to the last, in grains.
+        self._each = prod(extents)
+        self._reach = sum((extent - 1) * stride for extent, stride in self._walk)
+        follow = all(
+            stride == prod(extents[depth + 1 :]) for depth, (_, stride) in enumerate(self._walk)
+        )
         # True if the rows of a unit follow each other, and the next unit follows them.
-        self._dense = ops.holes or (shape.packed and self._pitch == shape.each * shape.grain)
+        self._dense = ops.holes or (follow and self._pitch == self._each * self._grain)
         # From a row of consecutive units to the next in bytes, and from a unit to the next in rows.
-        self._near = self._pitch if ops.holes else shape.grain
-        self._apart = 1 if ops.holes else self._pitch // shape.grain
+        self._near = self._pitch if ops.holes else self._grain
+        self._apart = 1 if ops.holes else self._pitch // self._grain
         # Each of several addresses has few units, often in order.
-        self._evenly = (ops.evenly or side.tabled) and not shape.walk
+        self._evenly = (ops.evenly or side.tabled) and not self._walk
         places = product(*(range(x.extent) for x in outer))
         tables = [getattr(x, f"{name}_table") for x in outer]
         strides = [getattr(x, f"{name}_stride") for x in outer]
@@ -384,9 +349,9 @@ class _Rows:
             place = _HOST if self._side.tabled else side.rows.device
             numbers = torch.arange(first, first + units, dtype=torch.int64, device=place)
         elif self._flat:
-            factor = self._pitch // self._shape.grain
+            factor = self._pitch // self._grain
             return 0, numbers if factor == 1 else numbers * factor, None
-        entries, numbers = self._side.locate(numbers, self._shape.grain)
+        entries, numbers = self._side.locate(numbers, self._grain)
         return 0, numbers.to(side.rows.device), entries
 
     def loops(self, offset: int, units: int) -> tuple[int, list[tuple[int, int]]] | None:
@@ -417,15 +382,15 @@ class _Rows:
         if self._evenly and numbers.is_cpu:
             first, step = _rise(numbers)
             if step:
-                start = first * self._shape.grain
-                pitch = step * self._shape.grain
+                start = first * self._grain
+                pitch = step * self._grain
                 return self.over(view, entry, start, [(numbers.numel(), pitch)]), None
         made = self._tensors_of(view)
         key = (self, entry)
         known: _Tensors | None = made.get(key)
         if known is None:
             known = made[key] = _unbound(self._whole(view, entry))
-        return known, self._walked(numbers) if self._shape.walk else numbers
+        return known, self._walked(numbers) if self._walk else numbers
 
     def _tensors_of(self, view: Rows) -> dict[Hashable, Any]:
         """Return the tensors that were made of a view: those that it keeps, or of this copy."""
@@ -439,7 +404,7 @@ class _Rows:
         if known is None:
             # A tensor made in inference mode could not be written outside of it.
             with torch.inference_mode(False):
-                loops = [(self._rows_of(view), self._shape.grain)]
+                loops = [(self._rows_of(view), self._grain)]
                 known = made[key] = self._over(view, entry, 0, loops)
         return known
 
@@ -450,18 +415,18 @@ class _Rows:
         if isinstance(at, slice):
             if self._dense:
                 start = start + at.start * self._pitch
-                rows = (at.stop - at.start) * self._shape.each
+                rows = (at.stop - at.start) * self._each
                 return self._part(view, entry, start, rows), None
             at = torch.arange(at.start, at.stop)
         at = at * self._apart
-        rows = int(at[-1]) + self._shape.reach + 1
+        rows = int(at[-1]) + self._reach + 1
         at = at.to(view.device)
         return self.over(view, entry, start, [(rows, self._near)]), self._walked(at)
 
     def _part(self, view: Rows, entry: int, start: int, rows: int) -> _Tensors:
         """Return the tensors over so many rows that follow each other from byte ``start`` on."""
         whole: list[_Grids] | None = None
-        if self._near == self._shape.grain and start % self._near == 0:
+        if self._near == self._grain and start % self._near == 0:
             whole = self._tensors_of(view).get((self, entry, _WHOLE))
             # How many rows lie at raw addresses may not be known.
             if whole is None and not view.raw:
@@ -473,7 +438,7 @@ class _Rows:
 
     def _walked(self, rows: torch.Tensor) -> torch.Tensor:
         """Return all rows of units that begin at ``rows``, unit after unit."""
-        for extent, stride in self._shape.walk:
+        for extent, stride in self._walk:
             inner = torch.arange(extent, device=rows.device) * stride
             rows = (rows[:, None] + inner).reshape(-1)
         return rows
@@ -491,8 +456,8 @@ class _Rows:
         self, view: Rows, entry: int, start: int, loops: Sequence[tuple[int, int]]
     ) -> list[_Grids]:
         """Return the same as one tensor for each grid."""
-        size = [*[extent for extent, _ in loops], *self._shape.size]
-        stride = [*[pitch // self._width for _, pitch in loops], *self._shape.stride]
+        size = [*[extent for extent, _ in loops], *self._size]
+        stride = [*[pitch // self._width for _, pitch in loops], *self._stride]
         entry = self._side.table + entry
         start = self._side.offset + start
         made = []
@@ -509,9 +474,7 @@ class _Rows:
         first, *bounded = self._side.units
         blocks = view.slots // self._unit // prod(step.extent for step in bounded)
         steps = [(blocks, first), *((step.extent, step) for step in bounded)]
-        last: int = (
-            sum((n - 1) * (x.stride // self._shape.grain) for n, x in steps) + self._shape.reach
-        )
+        last: int = sum((n - 1) * (x.stride // self._grain) for n, x in steps) + self._reach
         return max(last + 1, 0)
 
 
