@@ -296,43 +296,31 @@ def _launch(checked: Checked, ready: Prepared, context: Context) -> Packed:
     with inside(device if stream is None else stream):
         overflow = overflow_words(move, ready.plan.unit, device)
         try:
-            return _enqueue(checked, ready, context, placed, word, overflow)
+            status = None if word is None else word.tensor
+            pending = ready.pack(placed, stream, status, overflow)
+            packs = not move.src.form.encoding
+            report = OverflowReport.of(move, ready.plan.unit, device, packs, overflow)
         except BaseException:  # also an interrupt; kernels that run may write the words
             if on_device:
                 pool = event_pool(device)
                 hold(Completion(pool.recorded(stream), retained=(placed, overflow), pool=pool))
             raise
+        ends = event_pool(device) if on_device else None
+        event = None if ends is None else ends.recorded(stream)
 
-
-def _enqueue(
-    checked: Checked,
-    ready: Prepared,
-    context: Context,
-    placed: Move,
-    word: StatusWord | None,
-    overflow: torch.Tensor,
-) -> Packed:
-    """Launch a copy whose ids are placed, on the current stream, and return its end."""
-    move = checked.move
-    device, stream, _ = context
-    on_device = device.type != "cpu"
-    status = None if word is None else word.tensor
-    pending = ready.pack(placed, stream, status, overflow)
-    report = OverflowReport.of(move, ready.plan.unit, device, not move.src.form.encoding, overflow)
     pendings: list[Pending] = [] if pending is None else [pending]
     if not (on_device or pendings):
         error = checked.error or report()
         completions = () if error is None else (Completion(error=error),)
         return Packed(checked, Transfer(completions, None, ready.carried), report, stream)
-    pool = event_pool(device) if on_device else None
     completion = Completion(
-        event=None if pool is None else pool.recorded(stream),
+        event=event,
         pendings=pendings,
         words=() if word is None else [(word, 0)],
         error=checked.error,
         late_error=report,
         retained=(move.src, move.dst, placed, overflow),
-        pool=pool,
+        pool=ends,
     )
     hold(completion)
     retained = (move.src, move.dst, placed)

@@ -312,21 +312,13 @@ def drop_boundaries(addresses: Iterable[int]) -> None:
         _update()
 
 
-def adopt(pieces: Iterable[tuple[int, int]]) -> None:
-    """Let no copy cross from one of the pieces that other code registered into another."""
+def count_pieces(pieces: Iterable[tuple[int, int]], by: int) -> None:
+    """Let no copy cross from one of the pieces that other code registered into another; ``by`` 1
+    adds the pieces, -1 removes them."""
     with _lock:
         for address, nbytes in pieces:
-            _begins[address] += 1
-            _ends[address + nbytes] += 1
-        _update()
-
-
-def disown(pieces: Iterable[tuple[int, int]]) -> None:
-    """Undo `adopt` of the same pieces."""
-    with _lock:
-        for address, nbytes in pieces:
-            _begins[address] -= 1
-            _ends[address + nbytes] -= 1
+            _begins[address] += by
+            _ends[address + nbytes] += by
         _update()
 
 

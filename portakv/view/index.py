@@ -145,8 +145,7 @@ def request_slots(
     sizes = as_ids(lengths)
     begins = torch.zeros_like(sizes) if first is None else as_ids(first)
     ahead = None if front is None else as_ids(front)
-    _check_counts(tables, sizes, begins, ahead)
-    _check_signs(tables, sizes, begins, ahead, count)
+    _check_numbers(tables, sizes, begins, ahead, count)
 
     if not requests:
         if count is None:
@@ -186,10 +185,15 @@ def _whole_terms(step: int, count: int | None) -> tuple[int, int | None]:
     return tokens, None if count is None else positions
 
 
-def _check_counts(
-    tables: torch.Tensor, sizes: torch.Tensor, begins: torch.Tensor, front: torch.Tensor | None
+def _check_numbers(
+    tables: torch.Tensor,
+    sizes: torch.Tensor,
+    begins: torch.Tensor,
+    front: torch.Tensor | None,
+    count: int | None,
 ) -> None:
-    """Raise `SlotError` unless each request has a length, a first token and a block."""
+    """Raise `SlotError` unless each request has a length, a first token and a block; also for a
+    number below 0, unless the host would have to wait for a device."""
     requests, blocks = tables.shape
     fronts = 0 if front is None else len(front)
     one_each = len(sizes) == len(begins) == requests
@@ -200,16 +204,6 @@ def _check_counts(
             f"least one block, got {len(sizes)} lengths, {len(begins)} first tokens and {fronts} "
             f"front for tables of shape {tuple(tables.shape)}. Pass one of each for each request."
         )
-
-
-def _check_signs(
-    tables: torch.Tensor,
-    sizes: torch.Tensor,
-    begins: torch.Tensor,
-    front: torch.Tensor | None,
-    count: int | None,
-) -> None:
-    """Raise `SlotError` for a number below 0, unless the host would have to wait for a device."""
     waits = tables.is_cpu or count is None
     for numbers in (sizes, begins, front):
         if numbers is None or not (waits or numbers.is_cpu):

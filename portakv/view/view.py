@@ -22,7 +22,7 @@ from portakv.layout.encodings import Encoding
 from portakv.layout.language import Layout
 from portakv.runtime.devices import capturing, refuse_capture, usable_device
 from portakv.runtime.transfer import event_pool
-from portakv.view.addresses import RawMemory, RawRows, read_addresses
+from portakv.view.addresses import RawMemory, read_addresses
 from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
 from portakv.view.bound import Tensors as Tensors
 from portakv.view.form import locate, same_form
@@ -183,16 +183,11 @@ class KVView:
             encoding=encoding,
             **unknown,
         )
-        rows = read_addresses(bound, addresses, shape, strides, dtype, device, pinned)
-        return cls._over(rows, bound.layout)
-
-    @classmethod
-    def _over(cls, rows: RawRows, layout: Layout) -> KVView:
-        """Return a view over rows of raw memory."""
+        facts, memory, table = read_addresses(
+            bound, addresses, shape, strides, dtype, device, pinned
+        )
         view = cls.__new__(cls)
-        # The tensors that own the memory and its spans follow from the addresses when needed.
-        facts = (rows.form, rows.origins, None, None), rows.slots, rows.device, False
-        view._set(layout, (), facts, persistent=False, raw=rows.memory, table=rows.table)
+        view._set(bound.layout, (), facts, persistent=False, raw=memory, table=table)
         return view
 
     def _set(
