@@ -173,17 +173,12 @@ def _numbers_of(blocks: Ids | None, view: KVView, size: int) -> npt.NDArray[np.i
     ids = np.arange(count) if whole else index.host_ids()
     if not len(ids):
         raise SlotError("Expected blocks to be numbers of blocks, got none. Pass at least one.")
-    _check_blocks(ids, count)
-    return ids
-
-
-def _check_blocks(ids: npt.NDArray[np.int64], blocks: int) -> None:
-    """Raise `SlotError` for numbers that are not those of so many blocks."""
-    for wrong in ids[(ids < 0) | (ids >= blocks)][:1]:
+    for wrong in ids[(ids < 0) | (ids >= count)][:1]:
         raise SlotError(
-            f"Expected blocks to be numbers from 0 to {blocks - 1}, which the view has, got "
+            f"Expected blocks to be numbers from 0 to {count - 1}, which the view has, got "
             f"{wrong}. Correct it."
         )
+    return ids
 
 
 def check_terms(pack: Any, link_gbps: Any, packing_gbps: Any) -> None:

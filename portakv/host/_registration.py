@@ -229,7 +229,7 @@ class Registration:
                         "memory on separate pages."
                     )
             live.append(self)
-            add_boundaries(at for at, _ in self.pieces[1:])
+            count_boundaries([at for at, _ in self.pieces[1:]], 1)
 
     def _register(self) -> None:
         code = 0
@@ -295,20 +295,15 @@ class Registration:
             live.remove(self)
             between = [at for at, _ in self.pieces[1:]]
             if between:
-                dropped.append(partial(drop_boundaries, between))
+                dropped.append(partial(count_boundaries, between, -1))
 
 
-def add_boundaries(addresses: Iterable[int]) -> None:
-    """Let no copy cross these addresses."""
+def count_boundaries(addresses: Iterable[int], by: int) -> None:
+    """Let no copy cross these addresses; ``by`` 1 adds them, -1 removes them. Addresses that others
+    added too stay."""
     with _lock:
-        _boundaries.update(addresses)
-        _update()
-
-
-def drop_boundaries(addresses: Iterable[int]) -> None:
-    """Undo `add_boundaries` of the same addresses; addresses that others added too stay."""
-    with _lock:
-        _boundaries.subtract(addresses)
+        for address in addresses:
+            _boundaries[address] += by
         _update()
 
 
