@@ -302,34 +302,24 @@ def _missing(device: torch.device) -> str | None:
     for switch in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
         if os.environ.get(switch, "0") not in ("", "0"):
             return f"torch.compile is switched off by {switch}"
-    why = _missing_for_gpu() if device.type == "cuda" else _missing_for_cpu()
-    if why is not None:
-        return why
+    if device.type == "cuda":
+        if find_spec("triton") is None:
+            return "inductor needs the package triton for GPUs, and it is not installed"
+        compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
+        if not any(shutil.which(compiler) for compiler in compilers if compiler):
+            return "Triton finds no C compiler for its launchers; install gcc, or set CC"
+    else:
+        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+        if shutil.which(compiler) is None:
+            return f"inductor's C++ compiler {compiler!r} is not there; install g++, or set CXX"
+        # torch 2.13 joins the words of the compiler's command by spaces, and does not quote them.
+        package = str(Path(torch.__file__).parent)
+        if " " in package:
+            return (
+                f"inductor cannot pass a path with a space to the compiler, and torch lies in "
+                f"{package}"
+            )
     folder = sysconfig.get_path("include")
     if not (Path(folder) / "Python.h").exists():
         return f"Python's headers are not in {folder}; install them (Debian: python3-dev)"
-    return None
-
-
-def _missing_for_gpu() -> str | None:
-    """Return what compiling for a GPU lacks, as a sentence, or None."""
-    if find_spec("triton") is None:
-        return "inductor needs the package triton for GPUs, and it is not installed"
-    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
-    if not any(shutil.which(compiler) for compiler in compilers if compiler):
-        return "Triton finds no C compiler for its launchers; install gcc, or set CC"
-    return None
-
-
-def _missing_for_cpu() -> str | None:
-    """Return what compiling for the CPU lacks, as a sentence, or None."""
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        return f"inductor's C++ compiler {compiler!r} is not there; install g++, or set CXX"
-    # torch 2.13 joins the words of the compiler's command by spaces, and does not quote them.
-    package = str(Path(torch.__file__).parent)
-    if " " in package:
-        return (
-            f"inductor cannot pass a path with a space to the compiler, and torch lies in {package}"
-        )
     return None

@@ -300,40 +300,31 @@ def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
 
     It waits once for the device if ids are there. If nothing is dropped, no later check is needed.
     """
-    views = (move.src, move.dst)
-    indices = (move.src_index, move.dst_index)
-    count = move.count
+    src, dst, src_index, dst_index, count = move
 
     # Units divide the offsets and the count, so that none is cut.
-    unit = gcd(unit, *(index.offset for index in indices), count)
-    device = next((x.ids.device for x in indices if x.ids is not None), move.src.device)
+    unit = gcd(unit, src_index.offset, dst_index.offset, count)
+    listed = src_index.ids if dst_index.ids is None else dst_index.ids
+    device = src.device if listed is None else listed.device
+    read = src_index.units(count, unit, device)
+    written = dst_index.units(count, unit, device)
 
-    # An index without ids is a range, whose length was checked.
-    listed = [
-        (x.units(count, unit, device), view.slots // unit)
-        for x, view in zip(indices, views, strict=True)
-        if x.ids is not None
-    ]
-    good = [(number >= 0) & (number < slots) for number, slots in listed]
-    usable = (good[0] & good[1] if len(good) == 2 else good[0]).nonzero()[:, 0]
+    # Negative ids are padding: only an id past the end is an error.
+    bad_read = read >= src.slots // unit
+    bad = bad_read | (written >= dst.slots // unit)
+    usable = (~bad & (read >= 0) & (written >= 0)).nonzero()[:, 0]
     if usable.numel() * unit == count:
         move.mark_clean()
         return move, None
-
-    # Negative ids are padding: only an id past the end is an error.
-    numbers = [x.units(count, unit, device) for x in indices]
-    bad = [number >= view.slots // unit for number, view in zip(numbers, views, strict=True)]
     error = None
-    at = (bad[0] | bad[1]).nonzero()[:, 0]
+    at = bad.nonzero()[:, 0]
     if at.numel():
         first = int(at[0])
-        side = 0 if bool(bad[0][first]) else 1
-        slot = int(numbers[side][first]) * unit
-        view = views[side]
-        error = bad_slot(first * unit, slot, view.slots)
+        numbers, view = (read, src) if bool(bad_read[first]) else (written, dst)
+        error = bad_slot(first * unit, int(numbers[first]) * unit, view.slots)
 
-    src_index, dst_index = (Index(number[usable], step=unit) for number in numbers)
-    rest = Move(move.src, move.dst, src_index, dst_index, usable.numel() * unit)
+    indices = Index(read[usable], step=unit), Index(written[usable], step=unit)
+    rest = Move(src, dst, *indices, usable.numel() * unit)
     rest.mark_clean()
     return rest, error
 
@@ -512,20 +503,18 @@ class _Launching:
         them from there.
         """
         src, dst, src_index, dst_index, count = move
-        src_new = src_index.listed
-        dst_new = dst_index.listed
-        few = src_new <= PinnedIds.MOST and dst_new <= PinnedIds.MOST
+        few = 0 < max(src_index.listed, dst_index.listed) <= PinnedIds.MOST
         lists = None
-        if ready.reads_pinned_ids and few and (src_new or dst_new) and not self._sends_ids:
+        if ready.reads_pinned_ids and few and not self._sends_ids:
             lists = PinnedIds.acquire() or acquire_after_ends()
         if lists is None:
             return ready.place_both(move)
         self._lists.append(lists)
-        if src_new:
+        if src_index.listed:
             src_index = src_index.reading(lists.write(0, src_index.host_ids()))
         else:
             src_index = ready.place(src_index)
-        if dst_new:
+        if dst_index.listed:
             dst_index = dst_index.reading(lists.write(1, dst_index.host_ids()))
         else:
             dst_index = ready.place(dst_index)

@@ -130,16 +130,9 @@ class Prepared:
     def place_both(self, move: Move) -> Move:
         """Return a copy with the ids of both sides placed as `place` places them."""
         src, dst, src_index, dst_index, count = move
-        device = self.ids_device
-        can = self.can
-        if can.index_on == "any":
-            return move
-        dtypes = can.index_dtypes
-        if src_index.temporary or dst_index.temporary:
-            bring((src_index, dst_index), device, dtypes)
-        return Move(
-            src, dst, src_index.placed(device, dtypes), dst_index.placed(device, dtypes), count
-        )
+        if self.can.index_on != "any" and src_index.temporary and dst_index.temporary:
+            bring((src_index, dst_index), self.ids_device, self.can.index_dtypes)
+        return Move(src, dst, self.place(src_index), self.place(dst_index), count)
 
     def pack(
         self,
