@@ -60,7 +60,6 @@ MEASURED = 16 << 20
 #: Copies that are timed, unless they take longer than `SECONDS` together.
 ROUNDS = 5
 SECONDS = 0.1
-_SEED_VALUES = 1 << 16
 #: The escapes of the planes of each kv, int64 ``[blocks, planes]``.
 Counts = tuple[npt.NDArray[np.int64], ...]
 
@@ -491,12 +490,9 @@ def _fill(rows: KVView) -> None:
     """Fill rows with normal values, which fit into packed slots. Leaves torch's own random numbers
     as they are."""
     generator = torch.Generator(device="cpu").manual_seed(0)
-    seed = torch.randn(_SEED_VALUES, generator=generator, dtype=torch.float32, device="cpu")
-    values = seed.to(torch.bfloat16)
     for tensor in rows.tensors:
-        flat = tensor.view(-1)
-        repeated = values.to(flat.device).repeat(-(-flat.numel() // _SEED_VALUES))
-        flat.copy_(repeated[: flat.numel()])
+        shape = tensor.shape
+        tensor.copy_(torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu"))
 
 
 def _pinned(nbytes: int) -> torch.Tensor:

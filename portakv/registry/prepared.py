@@ -211,8 +211,12 @@ def prepare(plan: AnyPlan, choice: Choice) -> tuple[Launch, Choice]:
     """
     known = registry.REGISTRY
     device = choice.backend.device
+    # The chosen backend comes first, then the candidates after it; only it if it is forced.
+    order = [] if choice.forced else known.automatic(device)
+    if choice.name in order:
+        order = order[order.index(choice.name) + 1 :]
     rejected: list[Decision] = []
-    for name in _order_after(choice, device):
+    for name in (choice.name, *order):
         backend, decision = known.ask(name, device, check=True)
         if name == choice.name:
             # The chosen backend may be one that takes no test pattern, or one with terms.
@@ -234,13 +238,6 @@ def prepare(plan: AnyPlan, choice: Choice) -> tuple[Launch, Choice]:
     if choice.forced:
         subject = f"backend {choice.name!r} was forced and does not take"
     raise Unsupported("This copy", f"{subject} its plan:\n{lines}\n{plan}")
-
-
-def _order_after(choice: Choice, device: torch.device) -> list[str]:
-    """Return the chosen backend and the candidates after it; only the chosen one if forced."""
-    order = [] if choice.forced else registry.REGISTRY.automatic(device)
-    later = order[order.index(choice.name) + 1 :] if choice.name in order else order
-    return [choice.name, *later]
 
 
 def _checked(launch: Launch, can: Capabilities, device: torch.device) -> Launch:
