@@ -306,21 +306,27 @@ def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
     unit = gcd(unit, src_index.offset, dst_index.offset, count)
     listed = src_index.ids if dst_index.ids is None else dst_index.ids
     device = src.device if listed is None else listed.device
-    read = src_index.units(count, unit, device)
-    written = dst_index.units(count, unit, device)
 
-    # Negative ids are padding: only an id past the end is an error.
-    bad_read = read >= src.slots // unit
-    bad = bad_read | (written >= dst.slots // unit)
-    usable = (~bad & (read >= 0) & (written >= 0)).nonzero()[:, 0]
+    # An index without ids is a range, whose length was checked.
+    good = []
+    for index, view in ((src_index, src), (dst_index, dst)):
+        if index.ids is not None:
+            numbers = index.units(count, unit, device)
+            good.append((numbers >= 0) & (numbers < view.slots // unit))
+    usable = (good[0] & good[-1]).nonzero()[:, 0]
     if usable.numel() * unit == count:
         move.mark_clean()
         return move, None
+
+    # Negative ids are padding: only an id past the end is an error.
+    read = src_index.units(count, unit, device)
+    written = dst_index.units(count, unit, device)
+    bad = read >= src.slots // unit
     error = None
-    at = bad.nonzero()[:, 0]
+    at = (bad | (written >= dst.slots // unit)).nonzero()[:, 0]
     if at.numel():
         first = int(at[0])
-        numbers, view = (read, src) if bool(bad_read[first]) else (written, dst)
+        numbers, view = (read, src) if bool(bad[first]) else (written, dst)
         error = bad_slot(first * unit, int(numbers[first]) * unit, view.slots)
 
     indices = Index(read[usable], step=unit), Index(written[usable], step=unit)
