@@ -409,12 +409,32 @@ def launch(settled: Settled, context: Context, shared_ids: bool = False) -> Tran
     error = settled.error
     if not pieces:
         return Transfer(() if error is None else (Completion(error=error),))
+    if context.device == _HOST:
+        return _launch_on_host(settled, context)
     return _Launching(settled, context, shared_ids).transfer()
 
 
+def _launch_on_host(settled: Settled, context: Context) -> Transfer:
+    """Launch every piece on the host, where most copies have ended when their launch returns."""
+    move, pieces, error, _ = settled
+    pendings: list[Pending] = []
+    for piece in pieces:
+        ready = piece.ready
+        pending = ready.launch(*ready.place_both(piece.move), context.stream, None)
+        if pending is not None:
+            pendings.append(pending)
+    carried = pieces[0].carried
+    if not (pendings or error):
+        return Transfer((), None, carried)
+    retained = (move.src, move.dst, pieces)
+    completion = Completion(None, pendings, (), error, retained if pendings else None)
+    if pendings:
+        hold(completion)
+    return Transfer((completion,), retained, carried)
+
+
 class _Launching:
-    """The launch of the pieces of one copy. On the host most have ended when their launch
-    returns."""
+    """The launch of the pieces of one copy on a device."""
 
     __slots__ = (
         "_context",
@@ -453,8 +473,6 @@ class _Launching:
         move = settled.move
         retained = (move.src, move.dst, self._placed)
         device, stream, captured = self._context
-        if device == _HOST and not (self._pendings or settled.error):
-            return Transfer((), None, carried)
         if captured:
             # The graph may write these words at every replay, so they are never given back.
             return streams.captured(device, stream, retained, self._words, carried)
@@ -483,14 +501,13 @@ class _Launching:
         self._placed.append(part)
         if captured:  # a graph's memory belongs to its owner, so no allocator records it
             streams.follow_current(stream)
-        elif device != _HOST:
+        else:
             if True in ready.tables:
                 bring_tables(move, ready.tables, device)
             if stream is not None:
                 follow_current(stream, [part])
         word = None
-        unchecked = self._settled.guarded or (ready.can.guards and not move.ids_on_host)
-        if unchecked and device != _HOST:
+        if self._settled.guarded or (ready.can.guards and not move.ids_on_host):
             status = acquire_word()
             self._words.append((status, first))  # it counts from its own start
             word = status.tensor
@@ -538,8 +555,8 @@ class _Launching:
         retained: object = (self._host, self._placed)
         if not (self._pendings or peer):  # the memory of the device may go before the end
             retained = (self._host, [part[2:4] for part in self._placed])  # both indices
-        pool = None if device == _HOST else event_pool(device)
-        event = None if pool is None else pool.recorded(stream)
+        pool = event_pool(device)
+        event = pool.recorded(stream)
         completion = Completion(event, self._pendings, self._words, error, retained, pool)
         completion.lists = self._lists
         # Either queue gives the event back if the handle is dropped. Only a word or other work
@@ -547,7 +564,7 @@ class _Launching:
         memory = peer or self._host or self._lists
         if memory:
             hold_memory(completion)
-        if self._words or self._pendings or not (memory or pool is None):
+        if self._words or self._pendings or not memory:
             hold(completion)
         return completion
 

@@ -38,17 +38,17 @@ def as_ids(ids: object) -> torch.Tensor:
     Raises:
         SlotError: another type, dtype or rank, or a tensor that owns no memory.
     """
+    if isinstance(ids, (list, tuple, range)):
+        return _tensor_of_list(ids if type(ids) is list else list(ids))
     if isinstance(ids, np.ndarray):
         return _tensor_of(ids)
-    if isinstance(ids, (list, tuple, range)):
-        return _tensor_of_list(list(ids))
-    if not isinstance(ids, torch.Tensor):
-        raise SlotError(
-            f"Expected an index as a tensor, an array or a list of integers, got {kind_of(ids)}. "
-            f"Convert it to one of these."
-        )
-    _check_tensor(ids)
-    return ids
+    if isinstance(ids, torch.Tensor):
+        _check_tensor(ids)
+        return ids
+    raise SlotError(
+        f"Expected an index as a tensor, an array or a list of integers, got {kind_of(ids)}. "
+        f"Convert it to one of these."
+    )
 
 
 def _tensor_of_list(listed: list[Any]) -> torch.Tensor:
@@ -104,16 +104,17 @@ def _check_tensor(ids: torch.Tensor) -> None:
             "Expected an index on the host or a device, got one on device meta, which holds no "
             "ids. Make the index where its ids are."
         )
-    if not address_of(ids) and ids.numel():
+    number = ids.numel()
+    if not address_of(ids) and number:
         raise SlotError(
             "Expected an index with memory, got one that owns no memory, as inside torch.vmap. "
             "Call the copy outside of function transforms."
         )
     # The storage may have been resized.
-    past = ids.storage_offset() + ids.stride(0) * (len(ids) - 1) + 1
-    if len(ids) and past * ids.itemsize > ids.untyped_storage().nbytes():
+    past = ids.storage_offset() + ids.stride(0) * (number - 1) + 1
+    if number and past * ids.itemsize > ids.untyped_storage().nbytes():
         raise SlotError(
-            f"Expected an index whose storage holds its {len(ids)} ids, got one whose storage was "
+            f"Expected an index whose storage holds its {number} ids, got one whose storage was "
             f"resized to {ids.untyped_storage().nbytes()} bytes. Make the index again."
         )
 
@@ -261,6 +262,8 @@ _MOST = 256  # ranges that are marked clean in one list of ids
 
 class _Store:
     """Share the copies of one list among all of its indices."""
+
+    __slots__ = ("array", "clean", "copies")
 
     def __init__(self, array: npt.NDArray[np.int64] | None = None) -> None:
         # The ids as a contiguous int64 array on the host, and contiguous in other places or dtypes.
@@ -562,10 +565,10 @@ class Index:
 
     def placed(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> Index:
         """Return this index with its ids where `ids_on` puts them."""
-        if self.ids is None:
+        ids = self.ids
+        if ids is None or (ids.device == device and ids.dtype in dtypes and ids.is_contiguous()):
             return self
-        ids = self.ids_on(device, dtypes)
-        return self if ids is self.ids else self._derived(ids, self.offset)
+        return self._derived(self.ids_on(device, dtypes), self.offset)
 
     def to_host(self) -> Index:
         """Return this index with its ids on the host; wait for the device if they are there."""
@@ -620,7 +623,7 @@ class Index:
         if skipped."""
         if self.ids is None:
             return np.arange(self.offset, self.offset + count, every, dtype=np.int64)
-        ids = torch.from_numpy(self.host_ids())
+        ids = self.ids if self.on_host else torch.from_numpy(self.host_ids())
         return core.slots(ids, self.step, self.offset, count, every)
 
     def check_length(self, count: int, slots: int, side: str) -> None:
@@ -710,10 +713,11 @@ class Index:
 
     def skips(self, count: int, slots: int) -> bool:
         """Return True if ids that the host knows, and that passed `check`, skip positions."""
-        known = self.known_ids()
-        if known is None:
+        if self.on_host:
+            return self._check(count, slots, False) == core.NEGATIVE
+        if self._store.array is None:
             return False
-        ids = torch.from_numpy(known)
+        ids = torch.from_numpy(self._store.array)
         return core.check(ids, self.step, self.offset, count, slots, False) == core.NEGATIVE
 
     def mark_clean(self, count: int, slots: int) -> None:
