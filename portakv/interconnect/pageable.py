@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from portakv.backends.base import Capabilities, Launch
-from portakv.backends.strided import HostRows
+from portakv.backends.strided import copy_on_host
 from portakv.interconnect.passage import Passage, by_backend
 from portakv.interconnect.pieces import Pieces
 from portakv.interconnect.slices import RowSlice, Sizes
@@ -153,18 +153,9 @@ class _PageableLaunch(StagedLaunch):
         """Copy on the host between its rows and a bounce buffer, after nothing crosses there."""
         planes = each.planes
         bounce = planes.view(self._buffers, at)
-        plan = planes.stages.plan
-        src = bounce
-        dst = planes.host
-        src_index = planes.buffer_index
-        dst_index = each.host_index
-        steps: tuple[int, int] = (0, plan.dst_step)
+        count = each.cut.count
+        hop = Move(bounce, planes.host, planes.buffer_index, each.host_index, count)
         if not self.downward:
-            src = planes.host
-            dst = bounce
-            src_index = each.host_index
-            dst_index = planes.buffer_index
-            steps = (plan.src_step, 0)
-        hop = HostRows(src.form, dst.form, *steps, plan.unit)
+            hop = Move(planes.host, bounce, each.host_index, planes.buffer_index, count)
         self._buffers.wait(at)
-        hop.copy(src, dst, src_index, dst_index, each.cut.count)
+        copy_on_host(hop)

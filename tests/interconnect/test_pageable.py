@@ -16,7 +16,6 @@ from support.simdev_cases import DEVICE
 from support.threads import run_threads
 
 from portakv import Index, KVView
-from portakv.backends.strided import HostRows
 from portakv.interconnect import pageable, staged, staging
 from portakv.interconnect.link import link_of
 from portakv.interconnect.pageable import Pageable
@@ -96,14 +95,16 @@ def test_an_interrupt_leaves_the_ring_usable(
     where: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    owner: Any = {"rows": HostRows, "link": link_of(accelerator)}[where]
+    owner: Any = {"rows": pageable, "link": link_of(accelerator)}[where]
+    name = {"rows": "copy_on_host", "link": "copy"}[where]
     transfer = between_chunks(accelerator, downward)
     assert len(slices_of(transfer)) > BUFFERS + 2
     after = between_chunks(accelerator, not downward, seed=9)
     after()  # so that nothing is made for it later, which would wait for the device
     expected = after.expected()
     with monkeypatch.context() as patch:
-        patch.setattr(owner, "copy", broken_at(nth, owner.copy, KeyboardInterrupt, late))
+        broken = broken_at(nth, getattr(owner, name), KeyboardInterrupt, late)
+        patch.setattr(owner, name, broken)
         with pytest.raises(KeyboardInterrupt):
             transfer.go()
     (chunk,) = tensors_in(transfer.host.tensors)
@@ -190,7 +191,7 @@ def test_buffers_are_replaced_once_nothing_crosses(accelerator: torch.device, en
 def test_the_host_copies_a_slice_while_others_cross(monkeypatch: pytest.MonkeyPatch) -> None:
     transfer = between_chunks(DEVICE, True)
     busy = list[bool]()
-    copy = HostRows.copy
+    copy = pageable.copy_on_host
     transfer()
     link = staging.staging(DEVICE, current(DEVICE)).link
 
@@ -198,7 +199,7 @@ def test_the_host_copies_a_slice_while_others_cross(monkeypatch: pytest.MonkeyPa
         busy.append(not link.query())
         copy(*arguments)
 
-    monkeypatch.setattr(HostRows, "copy", noted)
+    monkeypatch.setattr(pageable, "copy_on_host", noted)
     transfer()
     assert all(busy[:-1])
 
