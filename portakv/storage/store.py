@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from copy import copy
 from dataclasses import replace
 from functools import cache, partial, reduce
 from inspect import signature
@@ -41,6 +40,7 @@ from portakv.storage.calls import (
     FormBlocks,
     InFlight,
     Listed,
+    Request,
     SharedState,
     Snapshot,
     forms_for,
@@ -105,10 +105,10 @@ class ViewSource:
         granted = [in_flight for in_flight in started if call.shared.graph.take(in_flight)]
         if granted:
             items = [item for in_flight in granted for item in in_flight.items]
-            blocks = [block for in_flight in granted for block in in_flight.calls[0][1]]
+            blocks = [block for in_flight in granted for block in in_flight.at]
             try:
                 crossing.begin(call.form.own.rows, items, blocks)
-                call.form.spare.figures.add_raw(call.form.own.form, len(blocks))
+                call.form.figures.add_raw(call.form.own.form, len(blocks))
             finally:  # a part may write the rows
                 for in_flight in granted if crossing.ends else ():
                     in_flight.copied = partial(crossing.wait, crossing.ends[-1])
@@ -249,12 +249,12 @@ class FormIndex:
         """Pin blocks, in the nearest tier that has them."""
         pins = Pins(len(keys))
         rows = self._shared.rows
-        for part in form.spare.parts:
+        for part in form.whole_parts:
             for i, name in enumerate(part.names(keys)):
                 row = None if pins.held[i] else rows.find(name)
                 if row is not None:
                     pins.add(i, partial(rows.unpin, [row]))
-        for tier_store in (store for part in form.spare.parts for store in part.tier_stores):
+        for tier_store in (store for part in form.whole_parts for store in part.tier_stores):
             left = np.flatnonzero(~pins.held).tolist()
             some = [keys[i] for i in left]
             if isinstance(tier_store, Pinning):
@@ -277,7 +277,7 @@ class FormIndex:
     def _delete(self, form: FormBlocks, keys: Keys) -> Mask:
         """Forget blocks."""
         gone = np.zeros(len(keys), np.bool_)
-        for part in form.spare.parts:
+        for part in form.whole_parts:
             gone |= np.array(self._shared.rows.delete(part.names(keys)), np.bool_)
             for tier_store in part.tier_stores:
                 if isinstance(tier_store, Pinning):
@@ -528,7 +528,7 @@ class FormStore(FormIndex):
         crossing = Crossing(view, blocks, len(keys), size, store=True, options=options)
         if self.chooser is not None:
             form = self._chosen(self.chooser.packs(view, crossing.ids), view.block_size)
-        call = Call(form, "save", keys, priority, deadline, before)
+        call = Call(form, Request("save", keys, priority, deadline, before))
         crossing.prepare(form.own.rows)
         packed = bool(form.own.form.encoding)
         source = ViewSource(view, crossing, self._down, self.rows.pinned, packed)
@@ -564,7 +564,7 @@ class FormStore(FormIndex):
         _check_copier(copier)
         keys = self._keys(keys, priority, deadline)
         before = self._predecessors(after, keys)
-        call = Call(form, "save", keys, priority, deadline, before, lent=True)
+        call = Call(form, Request("save", keys, priority, deadline, before, lent=True))
         source = Lending(copier, self._lent, self._down)
         return self._planned(call, partial(self._save, call, source, self._until(full)))
 
@@ -659,7 +659,7 @@ class FormStore(FormIndex):
         written: dict[TierStore, Ending],
     ) -> None:
         """Plan the writes of a chunk of a save."""
-        at = in_flight.calls[0][1]
+        at = in_flight.at
         for tier_store in tier_stores:
             queue = tier_store.queue_for_write(len(at) * call.form.own.form.image_bytes)
             write = partial(in_flight.write, tier_store, queue)
@@ -668,7 +668,7 @@ class FormStore(FormIndex):
                 order.append(written[tier_store])
             task = call.task(at, write, queue, in_flight, [gather, *order])
             if tier_store.tier == "remote" and in_flight.until is not None:
-                call.form.uploads.begin(task, len(at))
+                self._shared.uploads.begin(task, len(at))
             written[tier_store] = (task, [], [])
             in_flight.last.append(task)
         call.ends += [((end, at, range(len(at))), range(0)) for end in in_flight.last]
@@ -678,9 +678,8 @@ class FormStore(FormIndex):
         tier_stores = call.form.own.tier_stores
         if not any(x.writable and x.tier != "remote" for x in tier_stores):
             return
-        every = [each.uploads for each in self._shared.forms.values()]
         count = sum(in_flight.count for in_flight in started)
-        dropped = call.form.uploads.make_way(every, self.rows, self.graph, count)
+        dropped = self._shared.uploads.make_way(count)
         if dropped:
             text = (
                 "A remote tier is slower than saves: %d blocks are not put there. Raise its "
@@ -699,14 +698,13 @@ class FormStore(FormIndex):
 
         # A block that a tier does not admit yet need not land.
         keys = [call.request.keys[i] for i in blocks]
-        spare = call.form.spare
-        known = [spare.known(tier_store, keys) for tier_store in tier_stores]
-        wants = [spare.wants(tier_store, keys) for tier_store in tier_stores]
+        known = [call.form.known(tier_store, keys) for tier_store in tier_stores]
+        wants = [call.form.wants(tier_store, keys) for tier_store in tier_stores]
         for stored, wanted in zip(known, wants, strict=True):
             call.excused[blocks] |= ~(np.array(stored, np.bool_) | np.array(wanted, np.bool_))
 
         if not tier_stores:
-            wants = [[not there for there in spare.cached(self.rows, keys)]]
+            wants = [[not there for there in call.form.cached(keys)]]
         for i, each in zip(blocks, zip(*wants, strict=True), strict=True):
             if any(each):
                 lacks = tuple(compress(tier_stores, each))
@@ -786,7 +784,7 @@ class FormStore(FormIndex):
             self._count_hits(form, keys)
             handle = Handle.of_issued(self.graph, len(keys), transfer, layers)
             return self._follow_issued(handle, form)
-        call = Call(form, "load", keys, priority, deadline)
+        call = Call(form, Request("load", keys, priority, deadline))
         crossing.prepare(form.own.rows)
         steps = partial(self._load, call, crossing, view, by_layer, missing, loan)
         handle = self._planned(call, steps)
@@ -860,7 +858,7 @@ class FormStore(FormIndex):
         self._refuse_packed(form, "A lent load", packs)
         _check_copier(copier)
         keys = self._keys(keys, priority, deadline)
-        call = Call(form, "load", keys, priority, deadline, lent=True)
+        call = Call(form, Request("load", keys, priority, deadline, lent=True))
         lending = Lending(copier, self._lent, self._down)
         return self._planned(call, partial(self._load_lent, call, lending, missing, packs))
 
@@ -959,7 +957,7 @@ class FormStore(FormIndex):
             )
         form = self._own("prefetch")
         keys = self._keys(keys, priority, None)
-        call = Call(form, "prefetch", keys, priority)
+        call = Call(form, Request("prefetch", keys, priority))
         return self._planned(call, partial(self._prefetch, call))
 
     def _prefetch(self, call: Call) -> Steps:
@@ -1171,16 +1169,15 @@ class BlockStore(FormStore):
         raw = forms[RAW]
         packed = forms.get(PACKED_FORM)
         if packed is not None:
-            self._raw_alone = copy(raw)
-            self._raw_alone.spare = raw.spare.alone(packed.spare)
-            raw.spare.pair(packed.spare)
+            raw.pair(packed)
+            self._raw_alone = raw.alone()
         self._form = raw
         self.chooser = Chooser(
             None if packed is None else packed.own.form,
             why,
             terms,
             bool(self._tier_stores),
-            raw.spare.figures,
+            raw.figures,
             self.graph,
         )
 
@@ -1307,7 +1304,7 @@ class BlockStore(FormStore):
             packed = forms
         figures: dict[str, list[dict[str, Any]]] = {}
         for form in packed:
-            each = form.spare.figures.statistics(self._called(form.own.form))
+            each = form.figures.statistics(self._called(form.own.form))
             for name, samples in each.items():
                 figures.setdefault(name, []).extend(samples)
         return figures
