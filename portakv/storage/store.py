@@ -125,6 +125,8 @@ Source: TypeAlias = ViewSource | Lending
 # ------------------------------------------------------------------------------------------------
 # `FormIndex` looks up the blocks of one form of a block store, and checks keys of calls.
 
+#: Says which blocks a tier store has.
+Has: TypeAlias = Callable[[TierStore, list[bytes]], list[bool]]
 LOOKUP_BATCH = 8  # blocks of the first request of a lookup; each next request has twice as many
 
 
@@ -165,39 +167,15 @@ class FormIndex:
         """
         form = self._own("lookup")
         keys = self._keys(keys, "normal", None)
-        until = self.graph.clock() + seconds("timeout", timeout, optional=True)
-        leading = 0
-        many = LOOKUP_BATCH
-        while leading < len(keys):
-            batch = keys[leading : leading + many]
-            there = self._stored_leading(form, batch, until)
-            leading = leading + there
-            if there < len(batch):
-                break
-            many = 2 * many
+        clock = self.graph.clock
+        until = clock() + seconds("timeout", timeout, optional=True)
+
+        def has(tier_store: TierStore, some: list[bytes]) -> list[bool]:
+            return tier_store.has(some, max(0.0, until - clock()))
+
+        leading = self._leading(form, keys, has)
         uninterrupted(partial(form.touch, keys[:leading]))
         return leading
-
-    def _stored_leading(self, form: FormBlocks, keys: Keys, until: float) -> int:
-        """Return the number of leading blocks that are stored, in one part or in several.
-
-        Asks remote tiers.
-        """
-        whole = form.own.cells
-        covers = [0] * len(keys)
-        for number, part in enumerate(form.parts):
-            some = [i for i, cover in enumerate(covers) if part.cells & ~cover]
-            left = [i for i in some if not self.rows.has(part.name(keys[i]))]
-            for tier_store in part.tier_stores:
-                time = max(0.0, until - self.graph.clock())
-                present = tier_store.has([keys[i] for i in left], time)
-                left = [i for i, has in zip(left, present, strict=True) if not has]
-            for i in {*some}.difference(left):
-                covers[i] |= part.cells
-            later = reduce(or_, (other.cells for other in form.parts[number + 1 :]), 0)
-            end = next((i for i, cover in enumerate(covers) if cover | later != whole), len(covers))
-            del covers[end:]  # no request follows for blocks after a missing one
-        return len(covers)
 
     def has(self, key: bytes) -> bool:
         """Return whether the block of a key can be loaded, as far as is known here.
@@ -297,28 +275,40 @@ class FormIndex:
         """
         form = self._own("call of leading()")
         keys = check_keys(keys, self._weak)
+        return self._leading(form, keys, lambda tier_store, some: tier_store.known(some))
+
+    def _leading(self, form: FormBlocks, keys: Keys, has: Has) -> int:
+        """Return the number of leading blocks that tiers have, by what ``has`` says of each."""
         leading = 0
         many = LOOKUP_BATCH
         while leading < len(keys):
             batch = keys[leading : leading + many]
-            there = self._leading(form, batch)
+            there = self._leading_of(form, batch, has)
             leading += there
             if there < len(batch):
                 break
             many = 2 * many
         return leading
 
-    def _leading(self, form: FormBlocks, keys: Keys) -> int:
-        """Return the number of leading blocks of a batch that can be loaded."""
-        own = form.own
-        rows = self._shared.rows
-        left = [at for at, key in enumerate(keys) if not rows.has(own.name(key))]
-        for tier_store in own.tier_stores:
-            known = tier_store.known([keys[at] for at in left])
-            left = [at for at, there in zip(left, known, strict=True) if not there]
-        if len(form.parts) > 1:  # other parts may cover a block together
-            return next((at for at in left if not self.has(keys[at])), len(keys))
-        return left[0] if left else len(keys)
+    def _leading_of(self, form: FormBlocks, keys: Keys, has: Has) -> int:
+        """Return the number of leading blocks of a batch that are in one part, or in several."""
+        whole = form.own.cells
+        covers = [0] * len(keys)
+        for number, part in enumerate(form.parts):
+            some = [i for i, cover in enumerate(covers) if part.cells & ~cover]
+            cached = self.rows.has_each(part.names(keys))
+            left = [i for i in some if not cached[i]]
+            for tier_store in part.tier_stores:
+                present = has(tier_store, [keys[i] for i in left])
+                left = [i for i, there in zip(left, present, strict=True) if not there]
+            if not left and part.cells == whole:
+                return len(keys)
+            for i in {*some}.difference(left):
+                covers[i] |= part.cells
+            later = reduce(or_, (other.cells for other in form.parts[number + 1 :]), 0)
+            end = next((i for i, cover in enumerate(covers) if cover | later != whole), len(covers))
+            del covers[end:]  # no request follows for blocks after a missing one
+        return len(covers)
 
     def keys(self) -> Snapshot:
         """Return the keys of the host tier and of each tier with an index, and the number of the

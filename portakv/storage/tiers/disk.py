@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +35,6 @@ from portakv.storage.tiers.folder import Place, Slots, Space, Track
 # ------------------------------------------------------------------------------------------------
 # `DiskStore` reads and writes the blocks of one form in all folders of a disk tier.
 
-#: Seconds after which a read lets other threads have the interpreter, and for how long. No time at
-#: all would let none in: a thread that waits has to wake first.
-TURN = 3e-4
-PAUSE = 5e-5
-
 _warnings = RateLimitedLog(logging.getLogger(__name__))
 
 
@@ -65,22 +59,6 @@ class _Left:
         return set[str]().union(*[slots.health.reasons() for slots, _ in self.tries])
 
 
-class _Turn:
-    """The time for which a read of many blocks keeps the interpreter.
-
-    A thread that waits for the interpreter gets it after 5 ms, or when another one sleeps.
-    """
-
-    def __init__(self) -> None:
-        self._until = time.perf_counter() + TURN
-
-    def pass_on(self) -> None:
-        """Sleep for a moment if the turn is over, in which another thread wakes and goes on."""
-        if time.perf_counter() > self._until:
-            time.sleep(PAUSE)
-            self._until = time.perf_counter() + TURN
-
-
 @dataclass(eq=False)
 class _Pinned:
     """A block that is read, which stays in its slot until the read has ended."""
@@ -88,7 +66,6 @@ class _Pinned:
     number: int  # among the keys of the read
     slots: Slots
     place: Place
-    spans_left: int  # that did not come yet
     right: bool = False
     lost: bool = False  # its bytes are wrong, or the device has lost them: it is forgotten
     failure: Reason | None = None
@@ -259,39 +236,26 @@ class DiskStore:
         this time.
         """
         spans = self._spans(segments)
-        pinned = self._pin(keys, len(spans), report)
-        turn = _Turn()
-        right = self.right
-
-        def note(number: int, result: int) -> None:
-            """Note the end of a span, and judge a block whose last span arrived."""
-            index, span = divmod(number, len(spans))
-            block = pinned[index]
-            start, end = spans[span]
-            if result != end - start:
-                block.fail(0 if result == WRONG else result)
-                return
-            block.spans_left -= 1
-            if not block.spans_left and block.failure is None:
-                block.right = right(rows[block.number], block.place.header, segments)
-                if not block.right:
-                    block.fail(result)
-
-        def ended(number: int, result: int) -> None:
-            """Do the same while the disk reads others."""
-            turn.pass_on()
-            note(number, result)
-
+        pinned = self._pin(keys, report)
         try:
             if stop is None or not stop():
                 requests = self._requests(pinned, rows, spans)
                 if verifies(self.engine):
-                    right = self.right_header
                     checks = self._checks(pinned, requests, segments)
-                    for number, result in enumerate(self.engine.run_checked(requests, checks)):
-                        note(number, result)
+                    results = self.engine.run_checked(requests, checks)
+                    right = self.right_header
                 else:
-                    self.engine.run(requests, ended)
+                    results = self.engine.run(requests)
+                    right = self.right
+                for at, block in enumerate(pinned):
+                    for number, (start, end) in enumerate(spans, at * len(spans)):
+                        result = results[number]
+                        if result != end - start:
+                            block.fail(0 if result == WRONG else result)
+                    if block.failure is None:
+                        block.right = right(rows[block.number], block.place.header, segments)
+                        if not block.right:
+                            block.fail(0)
         finally:
             for slots, _ in self.parts:
                 own = [block for block in pinned if block.slots is slots]
@@ -367,14 +331,14 @@ class DiskStore:
             spans.append((start, HEADER + pages * PAGE))
         return spans
 
-    def _pin(self, keys: Sequence[bytes], spans: int, report: Report) -> list[_Pinned]:
+    def _pin(self, keys: Sequence[bytes], report: Report) -> list[_Pinned]:
         """Pin the blocks that are stored. The missing blocks were evicted after the load was
         planned."""
         pinned = list[_Pinned]()
         left = [*range(len(keys))]
         for slots, _ in self.parts:
             places = dict(zip(left, slots.pin([keys[i] for i in left]), strict=True))
-            pinned += [_Pinned(i, slots, place, spans) for i, place in places.items() if place]
+            pinned += [_Pinned(i, slots, place) for i, place in places.items() if place]
             left = [i for i, place in places.items() if not place]
         for i in left:
             report(keys[i], Reason(reasons.EVICTED, self.where))
