@@ -399,10 +399,14 @@ BEFORE = -2
 
 
 class New:
-    """Keys that got a row and are in no chain yet, of a group, with the marks that they follow."""
+    """Keys that got a row and are in no chain yet, of a group, with the marks that they follow.
+
+    ``moved``: the bytes of images that were moved into other rows.
+    """
 
     def __init__(self, group: Hashable) -> None:
         self.group = group
+        self.moved = 0
         self.keys = list[bytes]()
         self.follows = list[Hashable]()
         self.leading = set[Hashable]()  # the same marks
@@ -748,11 +752,15 @@ class Rows:
     def give(self, items: Sequence[int]) -> None:
         """End a transfer: its rows that it did not `keep` become free."""
         with self._lock:
-            for item in items:
-                store = self._lent.pop(item, None)
-                if store is not None:
-                    self._saved -= store
-                    self._free.append(item)
+            self._give(items)
+
+    def _give(self, items: Iterable[int]) -> None:
+        """Free lent rows."""
+        for item in items:
+            store = self._lent.pop(item, None)
+            if store is not None:
+                self._saved -= store
+                self._free.append(item)
 
     def keep(
         self,
@@ -766,48 +774,54 @@ class Rows:
         """Cache lent rows under keys that follow marks, in place of the next rows to evict.
 
         Returns which rows are cached: not one whose key has a row, or for which no row may be
-        evicted. A row of a save beyond `most` evicts none. At most half of the rows of the host
-        tier are ``prefetched`` and not used yet. ``sizes``: the bytes of each image; all rows have
-        room for the largest.
+        evicted. A row of a save beyond `most` evicts none. At most half of the host tier is
+        ``prefetched`` and not used yet. ``sizes``: the bytes of each image; None: those of the
+        largest, for which all rows have room.
         """
-        with self._lock:
-            if not self.host:
-                return [False] * len(items)
-            return self._keep(items, keys, follows, prefetched, claim)
-
-    def _keep(
-        self,
-        items: Sequence[int],
-        keys: Sequence[bytes],
-        follows: Sequence[int],
-        prefetched: bool,
-        claim: Claim,
-    ) -> list[bool]:
-        """Cache lent rows under keys that follow marks; return which are cached."""
-        cache = self._cache
-        most = self.most
-        most_unused = max(1, self.host // 2)
-        new = New(UNUSED if prefetched else USED)
         cached = [False] * len(items)
-        for number, (item, key) in enumerate(zip(items, keys, strict=True)):
-            if key in cache.rows:
-                continue
-            saved = self._saved - self._lent[item]
-            full = len(cache.rows) + max(0, saved - most) >= self.host
-            crowded = prefetched and len(cache.unused) >= most_unused
-            if crowded or full:
-                place = claim.own.get(key[-32:], BEFORE)
-                if not self._evict(claim, place, UNUSED if crowded else None, new):
+        if not self.host:
+            return cached
+        cache = self._cache
+        new = New(UNUSED if prefetched else USED)
+        left = [*items]  # the last ones may become free
+        with self._lock:
+            for number, key in enumerate(keys):
+                if number == len(left):
+                    break
+                if key in cache.rows:
                     continue
-            del self._lent[item]
-            self._saved = saved
-            cache.rows[key] = item
-            if prefetched:
-                cache.unused.add(key)
-            new.add(key, follows[number])
-            cached[number] = True
-        cache.let_go(new)
+                nbytes = self.row_bytes if sizes is None else sizes[number]
+                place = claim.own.get(key[-32:], BEFORE)
+                want = Want(nbytes, False, claim, place, prefetched)
+                row = self._row_to_keep(left, number, want, new)
+                if row is None:
+                    continue
+                cache.rows[key] = row
+                if prefetched:
+                    cache.unused.add(key)
+                new.add(key, follows[number])
+                cached[number] = True
+            cache.let_go(new)
         return cached
+
+    def _row_to_keep(self, left: list[int], number: int, want: Want, new: New) -> int | None:
+        """Return a row with the image of a lent row, which is no longer lent; None if it cannot be
+        cached. ``new``: keys that got a row before."""
+        item = left[number]
+        saved = self._saved - self._lent[item]
+        full = len(self._cache.rows) + max(0, saved - self.most) >= self.host
+        crowded = want.prefetched and self._crowded(want.nbytes)
+        group = UNUSED if crowded else None
+        if (crowded or full) and not self._evict(want.claim, want.place, group, new):
+            return None
+        del self._lent[item]
+        self._saved = saved
+        return item
+
+    def _crowded(self, nbytes: int) -> bool:
+        """Return True if half of the host tier, counted in images of so many bytes, is prefetched
+        and not used."""
+        return len(self._cache.unused) >= max(1, self.holds(nbytes) // 2)
 
     def find(self, key: bytes) -> int | None:
         """Return the row of a key, which stays until `unpin`; None if it has none."""
@@ -897,9 +911,15 @@ class Rows:
 
     def nbytes_by_form(self) -> dict[bytes, int]:
         """Return the bytes of the cached rows of each form, by its checksum."""
+        result = Counter[bytes]()
         with self._lock:
-            rows = Counter(key[:-32] for key in self._cache.rows)
-        return {form: count * self.row_bytes for form, count in rows.items()}
+            for key, item in self._cache.rows.items():
+                result[key[:-32]] += self._nbytes(item)
+        return result
+
+    def _nbytes(self, item: int) -> int:
+        """Return the bytes of a cached row."""
+        return self.row_bytes
 
     def listed(self, form: bytes) -> HostIndex:
         """Return the index of the blocks of a form, by its checksum."""
@@ -1276,77 +1296,25 @@ class SizedRows(Rows):
             items[number] = new
             self.give([old])
 
-    def give(self, items: Sequence[int]) -> None:
-        """End a transfer: its rows that it did not `keep` become free."""
-        with self._lock:
-            self._give(items)
-
-    def keep(
-        self,
-        items: Sequence[int],
-        keys: Sequence[bytes],
-        follows: Sequence[int],
-        prefetched: bool = False,
-        claim: Claim = ANY,
-        sizes: Sequence[int] | None = None,
-    ) -> list[bool]:
-        """Cache lent rows under keys that follow marks.
-
-        ``sizes``: the bytes of each image; pages of a row after it become free. None: those of the
-        largest. At most half of the host tier is ``prefetched`` and not used yet.
-
-        Images in rows of staging are copied into rows of the host tier, `MOST_MOVED` bytes of them,
-        or one. They evict others, or take the place of the last ones of ``items``, so that the
-        first blocks are cached. So the raw rows of a block that did not fit end no prompt whose
-        other blocks fill the tier.
-
-        Returns which rows are cached: not one whose key has a row, or for which there is no row of
-        the host tier.
-        """
-        cache = self._cache
-        new = New(UNUSED if prefetched else USED)
-        cached = [False] * len(items)
-        sizes = [self.row_bytes] * len(items) if sizes is None else sizes
-        left = [*items]  # the last ones may become free
-        apart = self._too_many(items, sizes)
-        with self._lock:
-            for number, key in enumerate(keys):
-                if number == len(left):
-                    break
-                if key in cache.rows or number in apart:
-                    continue
-                place = claim.own.get(key[-32:], BEFORE)
-                want = Want(sizes[number], False, claim, place, prefetched)
-                row = self._row_to_keep(left, number, want, new)
-                if row is None:
-                    continue
-                cache.rows[key] = row
-                if prefetched:
-                    cache.unused.add(key)
-                new.add(key, follows[number])
-                cached[number] = True
-            cache.let_go(new)
-        return cached
-
-    def _too_many(self, items: Sequence[int], sizes: Sequence[int]) -> set[int]:
-        """Return the numbers of rows of staging after `MOST_MOVED` bytes of them, or one."""
-        result = set[int]()
-        moved = 0
-        for number, item in enumerate(items):
-            if item < self._first:
-                moved += sizes[number]
-                if moved > max(MOST_MOVED, sizes[number]):
-                    result.add(number)
-        return result
-
     def _row_to_keep(self, left: list[int], number: int, want: Want, new: New) -> int | None:
         """Return a row of the host tier with the image of a lent row, which is no longer lent; None
-        if there is none for it. ``new``: keys that got a row before."""
+        if there is none for it.
+
+        Pages of the row after the image become free. Images in rows of staging are copied into rows
+        of the host tier, `MOST_MOVED` bytes of them, or one. They evict others, or take the place
+        of the last ones of ``left``, so that the first blocks are cached. So the raw rows of a
+        block that did not fit end no prompt whose other blocks fill the tier.
+        """
+        item = left[number]
+        staged = item < self._first
+        if staged:
+            new.moved += want.nbytes
+            if new.moved > max(MOST_MOVED, want.nbytes):
+                return None
         crowded = want.prefetched and self._crowded(want.nbytes)
         if crowded and not self._evict(want.claim, want.place, UNUSED, new):
             return None
-        item = left[number]
-        if item < self._first:
+        if staged:
             self._cache.let_go(new)
             return self._moved(left, number, want)
         del self._lent[item]
@@ -1376,18 +1344,14 @@ class SizedRows(Rows):
         """Return True if saves may not have so many rows more, whatever is evicted."""
         return sum(self._lent.values()) + count > self.most + self.host
 
-    def nbytes_by_form(self) -> dict[bytes, int]:
-        """Return the bytes of the cached rows of each form, by its checksum."""
-        result = Counter[bytes]()
-        with self._lock:
-            for key, item in self._cache.rows.items():
-                result[key[:-32]] += self._pages[item] * PAGE
-        return result
+    def _nbytes(self, item: int) -> int:
+        """Return the bytes of a cached row."""
+        return self._pages[item] * PAGE
 
     def nbytes_by_state(self) -> dict[str, int]:
         """Return the bytes of rows by their state."""
         with self._lock:
-            kept = sum(self._pages[item] for item in self._cache.rows.values()) * PAGE
+            kept = sum(map(self._nbytes, self._cache.rows.values()))
             free = len(self._free) * self.row_bytes + self._space.free * PAGE
             lent = sum(self._pages.values()) * PAGE - kept + self._staged * self.row_bytes
         return {"free": free, "lent": lent, "kept": kept}
@@ -1460,11 +1424,6 @@ class SizedRows(Rows):
         self._saved = saved
         self._staged = staged
         return [self._free.popleft() for _ in range(count)]
-
-    def _crowded(self, nbytes: int) -> bool:
-        """Return True if half of the host tier, counted in images of so many bytes, is prefetched
-        and not used."""
-        return len(self._cache.unused) >= max(1, self.holds(nbytes) // 2)
 
     def _trim(self, item: int, pages: int) -> None:
         """Free the pages of a row after those of its image."""

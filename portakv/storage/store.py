@@ -579,14 +579,9 @@ class FormStore(FormIndex):
     def _save(self, call: Call, source: Source, until: float | None) -> Steps:
         """Plan a save in steps, under the graph's lock."""
         keys = call.request.keys
-        follows = call.request.follows
-        slices = call.slices(range(len(keys)))
-        for number, part in enumerate(reversed(slices)):
-            if number:
-                yield
-            call.form.touch([keys[i] for i in part], [follows[i] for i in part])
+        yield from self._touch(call)
         groups = dict[tuple[TierStore, ...], list[int]]()
-        for number, part in enumerate(slices):
+        for number, part in enumerate(call.slices(range(len(keys)))):
             if number:
                 yield
             self._lacking(call, part, groups)
@@ -815,11 +810,13 @@ class FormStore(FormIndex):
         return call.handle(view, view.layers * by_layer, missing, follow=loan is None)
 
     def _touch(self, call: Call) -> Generator[None, None, None]:
-        """Record in steps the use of the blocks of a load."""
-        for number, some in enumerate(reversed(call.slices(range(len(call.request.keys))))):
+        """Record in steps the use of the blocks of a call, and what those of a save follow."""
+        keys = call.request.keys
+        follows = call.request.follows
+        for number, some in enumerate(reversed(call.slices(range(len(keys))))):
             if number:
                 yield
-            call.form.touch([call.request.keys[i] for i in some])
+            call.form.touch([keys[i] for i in some], [follows[i] for i in some if follows])
 
     def load_lent(
         self,

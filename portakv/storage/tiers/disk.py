@@ -335,13 +335,11 @@ class DiskStore:
         """Pin the blocks that are stored. The missing blocks were evicted after the load was
         planned."""
         pinned = list[_Pinned]()
-        left = [*range(len(keys))]
-        for slots, _ in self.parts:
-            places = dict(zip(left, slots.pin([keys[i] for i in left]), strict=True))
-            pinned += [_Pinned(i, slots, place) for i, place in places.items() if place]
-            left = [i for i, place in places.items() if not place]
-        for i in left:
-            report(keys[i], Reason(reasons.EVICTED, self.where))
+        for i, pin in enumerate(self.pin(keys)):
+            if pin is None:
+                report(keys[i], Reason(reasons.EVICTED, self.where))
+            else:
+                pinned.append(_Pinned(i, pin.slots, pin.place))
         return pinned
 
     def write(
