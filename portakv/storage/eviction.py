@@ -291,16 +291,6 @@ class Chains(Generic[Key]):
         block.group = None
         self.changed(key, False, why)
 
-    def remove_next(
-        self, goes: Callable[[Key], bool], group: Hashable | None = None, why: str = EVICTED
-    ) -> None:
-        """Forget the blocks that go next, of a group or of all, one after the other, until
-        ``goes(key)`` returns False for one, which stays."""
-        block = self._next(group)
-        while block is not None and goes(block.key):
-            self.remove(block.key, why)
-            block = self._next(group)
-
     def next(self, group: Hashable | None = None) -> Key | None:
         """Return the block that goes next, of a group or of all; None if none can go."""
         block = self._next(group)

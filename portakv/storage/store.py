@@ -123,25 +123,79 @@ Source: TypeAlias = ViewSource | Lending
 
 
 # ------------------------------------------------------------------------------------------------
-# `FormIndex` looks up the blocks of one form of a block store, and checks keys of calls.
+# `FormStore` looks up, saves and loads the blocks of one form of a block store.
 
 #: Says which blocks a tier store has.
 Has: TypeAlias = Callable[[TierStore, list[bytes]], list[bool]]
 LOOKUP_BATCH = 8  # blocks of the first request of a lookup; each next request has twice as many
+#: The options that a save takes, and a load, which also takes ``by_layer``.
+OPTIONS = ("backend", "overlap", "max_thread_blocks")
+#: The most bytes of a copy on the host that a load makes itself: 0.1 - 0.3 ms.
+SHORT_COPY = 1 << 20
+#: Loads in callers' threads whose use is recorded together.
+HITS = 64
+#: What a save does that finds no staging.
+Full: TypeAlias = Literal["drop", "wait"]
+# Their values, which take longer to list than a call has.
+FULL = get_args(Full)
+MISSING = get_args(Missing)
+#: The steps of a plan, which returns a handle.
+Steps: TypeAlias = Generator[None, None, Handle]
 
 
-class FormIndex:
-    """The index of the blocks of one form, of a `BlockStore`; the base of `FormStore`."""
+def _check_copier(copier: object) -> None:
+    """Raise `InvalidTerms` for an object that is not a `Copier`."""
+    if not callable(getattr(copier, "begin", None)):
+        raise invalid("copier", "an object with begin(copy)", copier)
+
+
+def _by_gaps(
+    call: Call, tier_stores: Sequence[TierStore], blocks: list[int]
+) -> Iterable[list[int]]:
+    """Return blocks of a save apart, by which tiers can provide what their chains follow.
+
+    So a prompt after a gap, for which no block goes, keeps no other prompt of the call from space.
+    """
+    if len({*map(call.request.roots.__getitem__, blocks)}) == 1:
+        return [blocks]
+    gaps = dict[bytes | None, tuple[bool, ...]]()
+    alike = dict[tuple[bool, ...], list[int]]()
+    for i in blocks:
+        root = call.request.roots[i]
+        if root not in gaps:
+            before = [] if root is None else [root]
+            gaps[root] = tuple(call.form.continues(before, x) for x in (None, *tier_stores))
+        alike.setdefault(gaps[root], []).append(i)
+    return alike.values()
+
+
+class FormStore:
+    """The blocks of one form of a `BlockStore`, which makes it by `BlockStore.of`.
+
+    All forms of a store share its staging, host tier, tiers and workers. A key of one form names no
+    block of another form, except where both are parts of one cache that overlap.
+
+    Raises:
+        StoreError: after the store was closed.
+        InvalidTerms: wrong keys or terms, a key twice in a call, more keys than blocks.
+        LayoutError, SlotError: a view of another cache; blocks that it lacks, or one twice.
+        Unsupported: `save` or `load` inside graph capture.
+    """
 
     def __init__(
-        self, shared: SharedState, weak_keys: bool, form: FormBlocks | None = None
+        self, shared: SharedState, full: Full, weak_keys: bool, form: FormBlocks | None = None
     ) -> None:
         self._shared = shared
+        self._full = full
         self._weak = weak_keys
         self._form = form  # None: of a store with several forms
         self.chooser: Chooser | None = None  # of a store that packs where it pays
         # Then its raw form, whose saves do not look for packed blocks.
         self._raw_alone: FormBlocks | None = None
+        self._up, self._down = (
+            shared.graph.queue(x, width=2) for x in ("host-device", "device-host")
+        )
+        self._lent = LentQueue(shared.graph, form.name if form else "")
 
     @property
     def form(self) -> BlockForm:
@@ -331,10 +385,6 @@ class FormIndex:
             result[name] = [*host, *tiers]
         return result
 
-    def _predecessors(self, after: After, keys: Keys) -> Sequence[bytes | None]:
-        """Return for each key of a save the key that it follows."""
-        return predecessors(after, keys, self._weak)
-
     def _keys(self, keys: Keys, priority: Priority, deadline: float | None) -> list[bytes]:
         """Return keys of 32 bytes; reject wrong keys and terms."""
         keys = check_keys(keys, self._weak)
@@ -404,74 +454,6 @@ class FormIndex:
             got = "one of the process that this one was forked from"
         raise StoreError(f"Expected an open store for a {kind}, got {got}. Make another.")
 
-
-# ------------------------------------------------------------------------------------------------
-# `FormStore` saves and loads the blocks of one form of a block store.
-
-#: The options that a save takes, and a load, which also takes ``by_layer``.
-OPTIONS = ("backend", "overlap", "max_thread_blocks")
-#: The most bytes of a copy on the host that a load makes itself: 0.1 - 0.3 ms.
-SHORT_COPY = 1 << 20
-#: Loads in callers' threads whose use is recorded together.
-HITS = 64
-#: What a save does that finds no staging.
-Full: TypeAlias = Literal["drop", "wait"]
-# Their values, which take longer to list than a call has.
-FULL = get_args(Full)
-MISSING = get_args(Missing)
-#: The steps of a plan, which returns a handle.
-Steps: TypeAlias = Generator[None, None, Handle]
-
-
-def _check_copier(copier: object) -> None:
-    """Raise `InvalidTerms` for an object that is not a `Copier`."""
-    if not callable(getattr(copier, "begin", None)):
-        raise invalid("copier", "an object with begin(copy)", copier)
-
-
-def _by_gaps(
-    call: Call, tier_stores: Sequence[TierStore], blocks: list[int]
-) -> Iterable[list[int]]:
-    """Return blocks of a save apart, by which tiers can provide what their chains follow.
-
-    So a prompt after a gap, for which no block goes, keeps no other prompt of the call from space.
-    """
-    if len({*map(call.request.roots.__getitem__, blocks)}) == 1:
-        return [blocks]
-    gaps = dict[bytes | None, tuple[bool, ...]]()
-    alike = dict[tuple[bool, ...], list[int]]()
-    for i in blocks:
-        root = call.request.roots[i]
-        if root not in gaps:
-            before = [] if root is None else [root]
-            gaps[root] = tuple(call.form.continues(before, x) for x in (None, *tier_stores))
-        alike.setdefault(gaps[root], []).append(i)
-    return alike.values()
-
-
-class FormStore(FormIndex):
-    """The blocks of one form of a `BlockStore`, which makes it by `BlockStore.of`.
-
-    All forms of a store share its staging, host tier, tiers and workers. A key of one form names no
-    block of another form, except where both are parts of one cache that overlap.
-
-    Raises:
-        StoreError: after the store was closed.
-        InvalidTerms: wrong keys or terms, a key twice in a call, more keys than blocks.
-        LayoutError, SlotError: a view of another cache; blocks that it lacks, or one twice.
-        Unsupported: `save` or `load` inside graph capture.
-    """
-
-    def __init__(
-        self, shared: SharedState, full: Full, weak_keys: bool, form: FormBlocks | None = None
-    ) -> None:
-        super().__init__(shared, weak_keys, form)
-        self._full = full
-        self._up, self._down = (
-            shared.graph.queue(x, width=2) for x in ("host-device", "device-host")
-        )
-        self._lent = LentQueue(shared.graph, form.name if form else "")
-
     def save(
         self,
         view: KVView,
@@ -510,7 +492,7 @@ class FormStore(FormIndex):
             one_of("full", full, FULL)
         form = self._own("save")
         keys = self._keys(keys, priority, deadline)
-        before = self._predecessors(after, keys)
+        before = predecessors(after, keys, self._weak)
         options = options_from(options, {})
         if options is not USUAL:
             options.check_only("a save", OPTIONS)
@@ -553,7 +535,7 @@ class FormStore(FormIndex):
         self._refuse_packed(form, "A lent save", packs)
         _check_copier(copier)
         keys = self._keys(keys, priority, deadline)
-        before = self._predecessors(after, keys)
+        before = predecessors(after, keys, self._weak)
         call = Call(form, Request("save", keys, priority, deadline, before, lent=True))
         source = Lending(copier, self._lent, self._down)
         return self._planned(call, partial(self._save, call, source, self._until(full)))
@@ -881,15 +863,26 @@ class FormStore(FormIndex):
         if not self.rows.host:
             return None
         borrowed = Borrowed(form.own, len(keys))
-        loan = self.rows.borrow(form.own.names(keys), borrowed)
-        borrowed.loan = loan
-        self._refuse_closed("call of borrow()")  # `close` sees the loan, or this call that
-        if None in loan.rows:
-            loan.cancel()
+        loan = self._borrow(form, keys, borrowed, "call of borrow()", whole=True)
+        if loan is None:
             return None
+        borrowed.loan = loan
         borrowed.rows = [row for row in loan.rows if row is not None]
         self._count_hits(form, keys)
         return borrowed
+
+    def _borrow(
+        self, form: FormBlocks, keys: list[bytes], caller: object, kind: str, whole: bool
+    ) -> Loan | None:
+        """Return the rows of blocks of the host tier, which stay for a ``caller``; None if it has
+        no block, or with ``whole`` not all."""
+        loan = self.rows.borrow(form.own.names(keys), caller)
+        self._refuse_closed(kind)  # `close` sees the loan, or this call sees that it is closed
+        missed = loan.rows.count(None)
+        if missed and (whole or missed == len(keys)):
+            loan.cancel()
+            return None
+        return loan
 
     def _loan(
         self, form: FormBlocks, crossing: Crossing, view: KVView, keys: list[bytes], whole: bool
@@ -905,15 +898,7 @@ class FormStore(FormIndex):
             here = len(keys) * form.own.form.payload_bytes <= SHORT_COPY
         else:
             here = self.rows.pinned
-        if not here:
-            return None
-        loan = self.rows.borrow(form.own.names(keys), crossing)
-        self._refuse_closed("load")  # `close` sees the loan, or this call sees that it is closed
-        missed = loan.rows.count(None)
-        if missed and (whole or missed == len(keys)):
-            loan.cancel()
-            return None
-        return loan
+        return self._borrow(form, keys, crossing, "load", whole) if here else None
 
     def _follow_issued(
         self, handle: Handle, form: FormBlocks, barrier: Task | None = None

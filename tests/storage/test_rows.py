@@ -236,7 +236,7 @@ class Hasty(Rows):
     """Rows that evict one after the other, before they know whether enough may go."""
 
     def _evict_for_saves(self, beyond: int, claim: Claim, place: int) -> bool:
-        while len(self._cache.rows) + beyond > self.host:
+        while len(self.index) + beyond > self.host:
             if not self._evict(claim, place):
                 return False
         return True

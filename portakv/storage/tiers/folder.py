@@ -304,9 +304,9 @@ class Space:
         others = [other for other in [*self.writers] if other is not own and other.fd >= 0]
         if not others:
             return False
-        ages = {other: other.age() for other in others}
+        ages = {other: other.chains.age(other.folder) for other in others}
         oldest = max(others, key=ages.__getitem__)
-        return 8 * ages[oldest] > 9 * own.age_anywhere() and oldest.yield_share(nbytes)
+        return 8 * ages[oldest] > 9 * own.chains.age() and oldest.yield_share(nbytes)
 
     def allowance(self, own: Path, least: int, most: int) -> int:
         """Return the bytes that the form ``own`` may allocate, at most ``most``.
@@ -1010,14 +1010,6 @@ class Slots:
         if self.count == before:
             self._cut(before - -(-nbytes // self.form.image_bytes))
         return self.count < before
-
-    def age(self) -> int:
-        """Return for how many uses the block that goes next here was not used, under the lock."""
-        return self.chains.age(self.folder)
-
-    def age_anywhere(self) -> int:
-        """Return the same for the block of the form that goes next in any folder."""
-        return self.chains.age()
 
     def _cut(self, keep: int) -> None:
         """Give back the slots from ``keep`` on that lie above all slots in use.
