@@ -433,18 +433,16 @@ def size_notes(own: Sequence[BlockForm], present: Sequence[BlockForm]) -> list[s
     """Return for each block size in which a tier has the cache of a store's own forms, and the
     store does not, how to reach it."""
     others = [form for form in present if form not in own]
-    return list(dict.fromkeys(note for form in own for note in _size_notes(form, others)))
-
-
-def _size_notes(form: BlockForm, others: Sequence[BlockForm]) -> list[str]:
-    """Return for each block size in which other forms have the same cache how to reach it."""
-    sizes = set[int]()
-    for other in others:
-        alike = replace(other.raw, block_size=form.block_size)  # a packed one may be impossible
-        if other.block_size != form.block_size and form.same_cache(alike):
-            sizes.add(other.block_size)
-    return [
-        f"The model {form.model} is here in blocks of {size} tokens, which a store of blocks of "
-        f"{form.block_size} does not find. Pass block_size={size} to BlockForm.of and prefix_keys."
-        for size in sorted(sizes)
-    ]
+    notes = dict[str, None]()
+    for form in own:
+        for other in sorted(others, key=lambda other: other.block_size):
+            size = other.block_size
+            alike = replace(other.raw, block_size=form.block_size)  # a packed one may be impossible
+            if size != form.block_size and form.same_cache(alike):
+                note = (
+                    f"The model {form.model} is here in blocks of {size} tokens, which a store of "
+                    f"blocks of {form.block_size} does not find. Pass block_size={size} to "
+                    f"BlockForm.of and prefix_keys."
+                )
+                notes[note] = None
+    return [*notes]

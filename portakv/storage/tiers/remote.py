@@ -828,10 +828,13 @@ class Remote:
             missing = isinstance(error, FileNotFoundError) and miss is not None
             if not missing or re.search("NoSuchBucket|ContainerNotFound", str(error)):
                 failure = self._reason(error)
-        self._note(failure)
-        if failure:
-            raise Failure(failure)
-        return result
+        if failure is None:
+            self._breaker.note(None)
+            return result
+        self._breaker.note(failure.where.removeprefix(f"{self.url}: "))
+        text = "%r failed; its blocks are misses, and saves do not write there: %s"
+        self.log.warning("failed", text, self, self.last_error, lines=1)
+        raise Failure(failure)
 
     def _reason(self, error: Exception) -> Reason:
         """Return how a request failed, without secrets."""
@@ -840,15 +843,6 @@ class Remote:
         refused = refused or re.search(r"status code: 4(?!04|08|09|29)\d\d", str(error)) is not None
         kind = reasons.REFUSED if refused else reasons.UNREACHABLE
         return Reason(kind, f"{self.url}: {type(error).__name__}: {_clean(error)}")
-
-    def _note(self, failure: Reason | None) -> None:
-        """Count a failure, or begin anew after a success; log the failure."""
-        if failure is None:
-            self._breaker.note(None)
-            return
-        self._breaker.note(failure.where.removeprefix(f"{self.url}: "))
-        text = "%r failed; its blocks are misses, and saves do not write there: %s"
-        self.log.warning("failed", text, self, self.last_error, lines=1)
 
     def put(self, path: str, data: Any, replaces: Fault | None = None) -> bool:
         """Write an object that does not exist, or that ``replaces`` a faulty version; return True.
