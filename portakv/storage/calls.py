@@ -1309,15 +1309,10 @@ class InFlight(Lease):
 
     def take(self) -> list[int] | None:
         """Return rows, under the graph's lock; a save also takes rows of the host tier."""
-        memory = self._memory
-        if isinstance(memory, SizedRows):
-            nbytes = self.part.form.image_bytes
-            if self._passing and self.raw_form is not None:  # the rows have room for any image
-                nbytes = max(nbytes, self.raw_form.image_bytes)
-            return memory.take_sized(self.count, self._want(nbytes))
-        if not (self.store and memory.host):
-            return memory.take(self.count, self.store)
-        return memory.take(self.count, True, self._claim(), self.at[-1])
+        nbytes = self.part.form.image_bytes
+        if self._passing and self.raw_form is not None:  # the rows have room for any image
+            nbytes = max(nbytes, self.raw_form.image_bytes)
+        return self._memory.take(self.count, self.store, self._want(nbytes))
 
     def joins(self, stored: bool) -> bool:
         """Return True if a load may use the rows: not those of a save of packed blocks, whose rows

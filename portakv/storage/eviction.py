@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
-from itertools import count
+from itertools import count, repeat
 from operator import attrgetter
 from typing import Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -203,19 +203,20 @@ class Chains(Generic[Key]):
 
         They go before blocks that this process has used. Costs O(n) for n blocks, in any order.
         """
-        new = list[_Block[Key]]()
         uses = range(_START - len(keys), _START)
-        for key, mark, before, use in zip(keys, marks, follows, uses, strict=True):
-            block = _Block(key, mark, group, use if before == UNKNOWN else use + _KNOWN)
-            self._blocks[key] = block
+        new = [*map(_Block, keys, marks, repeat(group), uses)]
+        self._blocks.update(zip(keys, new, strict=True))
+        successors = self._successors
+        for block, before in zip(new, follows, strict=True):
             self._name(block)
+            if before != UNKNOWN:
+                block.priority += _KNOWN
             if before not in (UNKNOWN, FIRST):
                 block.follows = before
-                self._successors[before] = self._successors.get(before, 0) + 1
-            new.append(block)
+                successors[before] = successors.get(before, 0) + 1
         self._cut_circles(new)
         for block in new:
-            if block.mark not in self._successors:
+            if block.mark not in successors:
                 self._queue(block)  # which looks at more, and takes longer
 
     def learn(self, key: Key, follows: Mark) -> bool:

@@ -459,6 +459,10 @@ class Want(NamedTuple):
     prefetched: bool = False
     passing: bool = False
 
+    def may_evict(self, key: bytes) -> bool:
+        """Return True if the block of a key may go: it is no earlier block of the call."""
+        return self.claim.place_of(key) > self.place
+
 
 class HostIndex:
     """The keys of the host tier of one form, by its checksum; see `calls.Listed`."""
@@ -559,14 +563,12 @@ class Rows:
         """Return the number of images of so many bytes for which the host tier has rows."""
         return self.host
 
-    def take(
-        self, count: int, store: bool, claim: Claim | None = None, place: int = BEFORE
-    ) -> list[int] | None:
+    def take(self, count: int, store: bool, want: Want | None = None) -> list[int] | None:
         """Return rows for a transfer, all or none.
 
-        Saves have at most `most` rows of staging together. With a claim, a save also takes rows of
-        the host tier, in place of the next rows to evict: its blocks would evict them at its end.
-        ``place``: the position of its last block in the call.
+        Saves have at most `most` rows of staging together. A save that says what it wants also
+        takes rows of the host tier, in place of the next rows to evict: its blocks would evict them
+        at its end.
         """
         with self._lock:
             saved = self._saved + count * store
@@ -574,7 +576,7 @@ class Rows:
             if loaded + min(saved, self.most) > self.staging:
                 return None
             beyond = saved - self.most
-            if store and beyond > 0 and not (claim and self._evict_for_saves(beyond, claim, place)):
+            if store and beyond > 0 and not (want and self._evict_for_saves(beyond, want)):
                 return None
             items = [self._free.popleft() for _ in range(count)]
             self._lent.update(dict.fromkeys(items, store))
@@ -585,7 +587,7 @@ class Rows:
         """Return True if saves may not have so many rows more, whatever is evicted."""
         return self._saved + count > self.most + self.host
 
-    def _evict_for_saves(self, beyond: int, claim: Claim, place: int) -> bool:
+    def _evict_for_saves(self, beyond: int, want: Want) -> bool:
         """Evict rows until saves may have so many rows of the host tier; return False, and evict
         none, if some may not go."""
         if beyond > self.host:
@@ -593,28 +595,25 @@ class Rows:
         count = len(self.index) + beyond - self.host
         if count <= 0:
             return True
-        if not claim.evict:
+        if not want.claim.evict:
             return False
-        victims = self._choose(count, lambda key: claim.place_of(key) > place)
+        victims = self._choose(count, want.may_evict)
         return len(victims) == count and self._take_from(victims)
 
-    def _evict(
-        self, claim: Claim, place: int, group: Hashable | None = None, new: New | None = None
-    ) -> bool:
-        """Evict the next row, of a group or of all, for a block at a position of a call; return
-        False if it may not go.
+    def _evict(self, want: Want, group: Hashable | None = None, new: New | None = None) -> bool:
+        """Evict the next row, of a group or of all; return False if it may not go.
 
         ``new``: keys that go in their turn if no other row may go, or if they follow it.
         """
-        if not claim.evict:
+        if not want.claim.evict:
             return False
         victim = self.next(group)
         if new is not None and new.keys:
-            goes = victim is not None and claim.place_of(victim) > place
+            goes = victim is not None and want.may_evict(victim)
             if victim is None or not goes or self.chains.mark(victim) in new.leading:
                 self._let_go(new)
                 victim = self.next(group)
-        if victim is None or claim.place_of(victim) <= place:
+        if victim is None or not want.may_evict(victim):
             return False
         return self._take_from([victim])
 
@@ -687,7 +686,7 @@ class Rows:
         full = len(self.index) + max(0, saved - self.most) >= self.host
         crowded = want.prefetched and self._crowded(want.nbytes)
         group = UNUSED if crowded else None
-        if (crowded or full) and not self._evict(want.claim, want.place, group, new):
+        if (crowded or full) and not self._evict(want, group, new):
             return None
         del self._lent[item]
         self._saved = saved
@@ -1173,23 +1172,18 @@ class SizedRows(Rows):
         """Return the number of images of so many bytes for which the host tier has bytes."""
         return (self._past - self._first) * PAGE // nbytes if self.host else 0
 
-    def take(
-        self, count: int, store: bool, claim: Claim | None = None, place: int = BEFORE
-    ) -> list[int] | None:
-        """Return rows for a transfer of the largest images, as `take_sized` does."""
-        return self.take_sized(count, Want(self.row_bytes, store, claim or ANY, place))
-
-    def take_sized(self, count: int, want: Want) -> list[int] | None:
-        """Return rows for a transfer, all or none.
+    def take(self, count: int, store: bool, want: Want | None = None) -> list[int] | None:
+        """Return rows for a transfer, all or none; without ``want`` for the largest images.
 
         The first rows are those of the host tier. Saves have at most `most` rows of staging
         together.
         """
+        want = want or Want(self.row_bytes, store)
         with self._lock:
             items = list[int]()
             if self.host and not want.passing:
                 items = self._host_rows(count, want)
-            rest = self._staging_rows(count - len(items), want.store)
+            rest = self._staging_rows(count - len(items), store)
             if rest is None and want.passing and self.host:
                 items = self._host_rows(count, want)
                 rest = [] if len(items) == count else None
@@ -1197,7 +1191,7 @@ class SizedRows(Rows):
                 self._release(items)
                 return None
             items += rest
-            self._lent.update(dict.fromkeys(items, want.store))
+            self._lent.update(dict.fromkeys(items, store))
             return items
 
     def replace(self, items: list[int], number: int, want: Want) -> bool:
@@ -1250,7 +1244,7 @@ class SizedRows(Rows):
             if new.moved > max(MOST_MOVED, want.nbytes):
                 return None
         crowded = want.prefetched and self._crowded(want.nbytes)
-        if crowded and not self._evict(want.claim, want.place, UNUSED, new):
+        if crowded and not self._evict(want, UNUSED, new):
             return None
         if staged:
             self._let_go(new)
@@ -1329,7 +1323,7 @@ class SizedRows(Rows):
         while len(items) < count and left:
             group = UNUSED if want.prefetched and self._crowded(want.nbytes) else None
             key = self.next(group)
-            if key is None or want.claim.place_of(key) <= want.place:
+            if key is None or not want.may_evict(key):
                 return
             for item in self._take_away([key]):  # none if a load reads it since `next`
                 self.evicted += 1
