@@ -92,6 +92,16 @@ class _Pinned:
         _warnings.warning(f"{self.failure.kind} {folder}", text, key.hex(), folder, what)
 
 
+class _Span(NamedTuple):
+    """A part of an image that one request reads, and its segments: their numbers, and where they
+    lie in an image (see `Check.pieces`)."""
+
+    start: int
+    end: int
+    numbers: slice
+    pieces: bytes
+
+
 class Pin(NamedTuple):
     """A block that stays in its slot until `release`."""
 
@@ -239,18 +249,17 @@ class DiskStore:
         pinned = self._pin(keys, report)
         try:
             if stop is None or not stop():
-                requests = self._requests(pinned, rows, spans)
+                requests, checks = self._reads(pinned, rows, spans)
                 if verifies(self.engine):
-                    checks = self._checks(pinned, requests, segments)
                     results = self.engine.run_checked(requests, checks)
                     right = self.right_header
                 else:
                     results = self.engine.run(requests)
                     right = self.right
                 for at, block in enumerate(pinned):
-                    for number, (start, end) in enumerate(spans, at * len(spans)):
+                    for number, span in enumerate(spans, at * len(spans)):
                         result = results[number]
-                        if result != end - start:
+                        if result != span.end - span.start:
                             block.fail(0 if result == WRONG else result)
                     if block.failure is None:
                         block.right = right(rows[block.number], block.place.header, segments)
@@ -262,7 +271,7 @@ class DiskStore:
                 slots.unpin(*[block.place for block in own if not block.lost])
                 slots.unpin(*[block.place for block in own if block.lost], good=False)
 
-        self._count_read(len(keys), pinned, sum(end - start for start, end in spans))
+        self._count_read(len(keys), pinned, sum(span.end - span.start for span in spans))
         landed = [False] * len(keys)
         for block in pinned:
             landed[block.number] = block.right
@@ -279,56 +288,38 @@ class DiskStore:
         self.graph.count(self.tier, "load", "late", len(pinned) - hits - wrong)
         self.graph.count(self.tier, "load", "miss", blocks - len(pinned))
 
-    def _requests(
-        self, pinned: list[_Pinned], rows: Sequence[Row], spans: list[tuple[int, int]]
-    ) -> list[Request]:
-        """Return the reads of all spans of pinned blocks into their rows."""
+    def _reads(
+        self, pinned: list[_Pinned], rows: Sequence[Row], spans: list[_Span]
+    ) -> tuple[list[Request], list[Check]]:
+        """Return the reads of all spans of pinned blocks into their rows, and their checksums."""
         size = self.form.image_bytes
         requests = []
-        for block in pinned:
-            slot = block.place.slot
-            address = rows[block.number].__array_interface__["data"][0]  # `ctypes` takes longer
-            for start, end in spans:
-                offset = slot * size + start
-                requests.append(
-                    Request(block.slots.fd, offset, address + start, end - start, False)
-                )
-        return requests
-
-    def _checks(
-        self, pinned: list[_Pinned], requests: list[Request], segments: Sequence[int] | None
-    ) -> list[Check]:
-        """Return the checksums of the segments that each request brings."""
-        pieces = self.form.pieces
         checks = []
-        for index, request in enumerate(requests):
-            count = len(segments) if segments else 1  # requests of a block
-            known = pinned[index // count].place.header
-            if segments is None:
-                expected = array("Q", known.checksums).tobytes()
-                checks.append(Check(request.address, pieces, known.generation, expected))
-                continue
-            segment = segments[index % count]
-            part = self.form.segments[segment]
-            # Its first page is the header's if it is the first segment.
-            base = request.address - (HEADER + part.offset if part.offset else 0)
-            expected = array("Q", [known.checksums[segment]]).tobytes()
-            own = pieces[16 * segment : 16 * (segment + 1)]
-            checks.append(Check(base, own, known.generation, expected))
-        return checks
+        for block in pinned:
+            fd = block.slots.fd
+            offset = block.place.slot * size
+            known = block.place.header
+            address = rows[block.number].__array_interface__["data"][0]  # `ctypes` takes longer
+            for start, end, numbers, pieces in spans:
+                requests.append(Request(fd, offset + start, address + start, end - start, False))
+                expected = array("Q", known.checksums[numbers]).tobytes()
+                checks.append(Check(address, pieces, known.generation, expected))
+        return requests, checks
 
-    def _spans(self, segments: Sequence[int] | None) -> list[tuple[int, int]]:
+    def _spans(self, segments: Sequence[int] | None) -> list[_Span]:
         """Return the parts of an image for a read of segments.
 
         The parts are whole pages, and the header comes with the first segment.
         """
+        pieces = self.form.pieces
         if segments is None:
-            return [(0, self.form.image_bytes)]
+            return [_Span(0, self.form.image_bytes, slice(None), pieces)]
         spans = []
-        for part in (self.form.segments[i] for i in segments):
+        for i in segments:
+            part = self.form.segments[i]
             start = HEADER + part.offset if part.offset else 0
-            pages = -(-(part.offset + part.nbytes) // PAGE)
-            spans.append((start, HEADER + pages * PAGE))
+            end = HEADER + -(-(part.offset + part.nbytes) // PAGE) * PAGE
+            spans.append(_Span(start, end, slice(i, i + 1), pieces[16 * i : 16 * (i + 1)]))
         return spans
 
     def _pin(self, keys: Sequence[bytes], report: Report) -> list[_Pinned]:

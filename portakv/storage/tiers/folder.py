@@ -213,27 +213,18 @@ class Successions:
         Each block comes before its predecessor: a kill during their removal in this order leaves no
         block without its predecessor.
         """
-        tail = [place for place in self._marks if place.table == 0 and place.slot >= keep]
-        reached = self._reach(tail)
-        marks = {self._marks[place] for place in reached}
-        first = [place for place in reached if self._follows[place] not in marks]
-        # Blocks of a circle, which only damage or a caller's mistake makes, have no first block.
-        in_order = dict.fromkeys([*self._reach(first), *reached])
-        return [*in_order][::-1]
-
-    def _reach(self, first: list[TableSlot]) -> list[TableSlot]:
-        """Return places and the places of all successors of their blocks.
-
-        Each comes after its predecessor if none of the given blocks follows another of them.
-        """
-        reached = dict[TableSlot, None]()
-        pending = first[:]
+        pending = [place for place in self._marks if place.table == 0 and place.slot >= keep]
+        found = set[TableSlot]()
+        in_order = dict[TableSlot, None]()
         while pending:
             place = pending.pop()
-            if place not in reached:
-                reached[place] = None
-                pending += self._following.get(self._marks[place], ())
-        return [*reached]
+            if place in found:  # all of its successors are in order
+                in_order[place] = None
+                continue
+            found.add(place)
+            following = self._following.get(self._marks[place], ())
+            pending += [place, *(x for x in following if x not in found)]
+        return [*in_order]
 
 
 # ------------------------------------------------------------------------------------------------
