@@ -41,7 +41,6 @@ from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import Condition, abandoned, uninterrupted
 from portakv.runtime.streams import StreamFence, ignore_captures_elsewhere
-from portakv.runtime.tracing import UNTRACED, begin
 from portakv.runtime.transfer import event_pool
 from portakv.view.index import Ids, Index
 
@@ -436,7 +435,6 @@ class Names:
 # ------------------------------------------------------------------------------------------------
 # Check the arguments of `Owner.offer`, and record the span of an offer.
 
-begin_span = begin
 MOST_LEASE = 1e6  # seconds
 SECONDS = "a number of seconds above 0, at most 10^6"
 EXTENSION = "a number of seconds from 0 to 10^6"
@@ -481,12 +479,6 @@ def checked(
 def checked_extension(seconds: float) -> float:
     """Return the seconds of `Offer.extend`; raise as it does."""
     return arguments.number("seconds", seconds, 0.0, MOST_LEASE, EXTENSION)
-
-
-def end_span(began: tracing.Began, state: str, tokens: int) -> None:
-    """Record the span of an offer that has ended, if the process makes spans."""
-    if began.at:
-        tracing.end("portakv offer", began, {"offer.state": state, "offer.tokens": tokens})
 
 
 def block_list(name: str, shard: Shard, block_ids: Ids | None, tokens: int) -> BlockList:
@@ -553,7 +545,7 @@ class Offer:
     name = b""
     place = Place()
     entry = Entry()
-    began = UNTRACED
+    began = tracing.UNTRACED
     #: None: all rows were complete when the offer was made.
     progress: Progress | None = None
 
@@ -619,7 +611,11 @@ class Offer:
                 owner.ended[self.number] = why = self._why_ended()
                 owner.names.end(self, why)
                 owner.counts[state] += 1
-                end_span(self.began, state, self.tokens)
+                attributes: dict[str, str | int] = {
+                    "offer.state": state,
+                    "offer.tokens": self.tokens,
+                }
+                tracing.end("portakv offer", self.began, attributes)
                 for stop in self.begun.values():
                     stop()
                 owner.ends.add(Ended(self, state, frozenset(self.through)))
@@ -913,7 +909,7 @@ class Owner:
         made = Offer(self, lists, tokens, Lease(now + lease, now + last), readers, after)
         made.name = name or b""
         made.progress = mark
-        made.began = begin_span()
+        made.began = tracing.begin()
         try:
             return self._enter(made, event, lease)
         except BaseException:  # also an interrupt: no reader may get an offer without a handle

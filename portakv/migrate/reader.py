@@ -49,7 +49,7 @@ from portakv.migrate.connections import (
     listed,
 )
 from portakv.migrate.crossed import Crossed, Encoding, Pack, is_auto, pack_of
-from portakv.migrate.figures import Began, PullCounts, begin_span
+from portakv.migrate.figures import PullCounts
 from portakv.migrate.messages import Begin, Close, Message, Renew, any_named
 from portakv.migrate.named import Finder, Followed, LateLayer, Stop, Wanted, incomplete
 from portakv.migrate.plan import (
@@ -64,6 +64,7 @@ from portakv.migrate.plan import (
 from portakv.migrate.pull import CANCELLED, Ends, PartTransfer, Pull, fail, known
 from portakv.migrate.shards import Shard
 from portakv.migrate.staged_reader import StagedReceiver, verified
+from portakv.runtime import tracing
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.finished import Finished
 from portakv.runtime.inbox import Inbox
@@ -97,7 +98,7 @@ class _Watched:
     begun: bool = False  # reported to the owners that do not learn it by a request for rows
     renew: float = 0.0  # when its leases are renewed next
     ended: bool = False  # reported to this process, perhaps not to all owners yet
-    span: Began = field(default_factory=begin_span)
+    span: tracing.Began = field(default_factory=tracing.begin)
 
 
 class Wakes:
@@ -340,11 +341,25 @@ class Housekeeper:
             self._pulls.pop(pull, None)
 
     def _count(self, pull: Pull, watched: _Watched) -> None:
-        """Count a pull that has ended, and record its span."""
+        """Count a pull that has ended, and record its span if the process makes spans."""
         requested = pull.requested
-        traceparent = next((each.ticket.traceparent for each in pull.sources), "")
         self.counts.add(requested.strategy[0], int(requested.nbytes), pull.published, pull.age)
-        self.counts.end_span(watched.span, pull, traceparent)
+        if not watched.span.at:
+            return
+        done = pull.statistics
+        attributes: dict[str, str | int] = {
+            "strategy": done.strategy,
+            "pull.blocks": done.blocks_requested,
+            "pull.size": done.nbytes,
+        }
+        if done.packed:
+            attributes["pull.wire_size"] = done.wire_nbytes
+            attributes["pull.blocks_raw"] = done.blocks_raw
+        for choice in done.choices[:1]:
+            attributes["pull.encoding"] = "raw" if choice.pack is None else choice.pack.text
+            attributes["pull.encoding_why"] = choice.why
+        parent = next((each.ticket.traceparent for each in pull.sources), "")
+        tracing.end("portakv pull", watched.span, attributes, pull.error, parent, pull.age)
 
     def _look_after(self, pull: Pull, watched: _Watched) -> None:
         """Stop a pull that cannot be committed any more; else renew its leases."""

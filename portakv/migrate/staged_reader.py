@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import groupby
 from math import inf
+from queue import Empty
 from time import monotonic, sleep
 from typing import Any, NamedTuple
 
@@ -583,13 +584,15 @@ class StagedReceiver:
     def _free_buffer(self, lane: Lane, nbytes: int) -> StagingBuffer:
         """Return a free staging buffer; empty the oldest of this pull if there is none."""
         pool = self._stage.buffers
-        buffer = pool.take(0.0)
         until = monotonic() + PATIENCE
+        buffer: StagingBuffer | None = None
         while buffer is None:
-            if self._in_flight:
-                self._scatter()
-            self._check(until)
-            buffer = pool.take(0.0 if self._in_flight else 0.05)
+            try:
+                buffer = pool.get(timeout=0.0 if self._in_flight else 0.05)
+            except Empty:
+                if self._in_flight:
+                    self._scatter()
+                self._check(until)
         most = self._source.owner.handshake.slot_bytes
         try:
             buffer.prepare(lane, nbytes, most, self._await)
