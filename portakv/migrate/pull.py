@@ -69,8 +69,7 @@ class Requested:
     tend: Callable[[], object] | None = None
     #: Sources that receive no request for rows, so that the pull is reported to them.
     quiet: Sources = ()
-    #: Set if some tickets are names, when the pull has no sources before their offers exist, or if
-    #: some offers are not complete.
+    #: What the pull waits for, as long as it does: owners, offers by name, or rows.
     wanted: Wanted | None = None
     #: What each task that takes rows has taken so far.
     crossed: list[Crossed] = field(default_factory=list)
@@ -293,10 +292,10 @@ class Pull(Transfer):
 
     def block(self) -> None:
         """Block the host until the pull has ended."""
-        wanted = self.requested.wanted
         while not self.look():
+            wanted = self.requested.wanted
             if wanted is not None:
-                wanted.wait()
+                wanted.issued.wait()
             task = self.task
             if task is not None:
                 task.wait()
@@ -413,9 +412,14 @@ class Pull(Transfer):
         return None
 
     def drop(self) -> None:
-        """Stop a pull of which a part could not be started, and wait for the copies in flight."""
+        """Stop a pull of which a part could not be started, and wait for the copies in flight.
+
+        The reader's thread ends a pull that waits.
+        """
         cancelled = TransferCancelled(CANCELLED)
         self.stop(cancelled)
+        if self.requested.wanted is not None or self.concluded:
+            return
         for copy in self.copies:
             with suppress(PortaKVError):  # the owner may be gone
                 copy.synchronize()
