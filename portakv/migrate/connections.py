@@ -58,7 +58,7 @@ from portakv.migrate.transports.base import Transport
 from portakv.migrate.words import NamesOfOwner, Place, WordsOfOwner, open_names, open_words
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
-from portakv.runtime.interrupts import Condition, uninterrupted
+from portakv.runtime.interrupts import Condition, shielded
 from portakv.runtime.late_release import release
 from portakv.runtime.resources import reason
 from portakv.runtime.streams import own_stream
@@ -320,8 +320,7 @@ class _Turns:
 class Connections:
     """The owners of one reader; see `Reader` for the arguments.
 
-    `of` and `close` have private halves, `_connect` and `_close`: no interrupt may cut these in
-    two, so a helper thread runs them for the main thread.
+    A helper thread connects and closes for the main thread: no interrupt may cut that in two.
     """
 
     def __init__(
@@ -387,7 +386,7 @@ class Connections:
         """
         if (owner := self._owners.get((ticket.address, ticket.epoch))) is not None:
             return owner
-        return uninterrupted(partial(self._connect, ticket, until))
+        return self._connect(ticket, until)
 
     def prepare(self, address: str, epoch: bytes = ANY) -> None:
         """Connect to the owner at an address, unless that was done; raise as `of`."""
@@ -419,6 +418,7 @@ class Connections:
         owners = [*self._owners.values()]
         return next((owner for owner in owners if owner.address == ticket.address), None)
 
+    @shielded
     def _connect(self, ticket: Ticket, until: float) -> Connection:
         """Connect to the owner of a ticket, unless another thread has.
 
@@ -489,12 +489,9 @@ class Connections:
             raise parsed.gone(answer.why)
         return answer.seconds
 
+    @shielded
     def close(self) -> None:
-        """Release all owners."""
-        uninterrupted(self._close)
-
-    def _close(self) -> None:
-        """Say goodbye to each owner, forget it, and close the transports."""
+        """Say goodbye to each owner, release it, and close the transports."""
         with self._lock:  # a handshake that ends later adds nothing
             self._closed = True
         until = monotonic() + min(FAREWELL, self.channel.timeout)

@@ -34,7 +34,7 @@ from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
 from portakv.migrate.named import LateLayer, Wanted, forked_error
 from portakv.migrate.words import fence
 from portakv.runtime.devices import this_process
-from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.interrupts import shielded
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.transfer import Completion, Pending, Transfer
 
@@ -135,8 +135,6 @@ class Pull(Transfer):
     The rows are valid after `synchronize`, `wait` or `done` returned without an error: `OfferGone`
     if an offer did not hold, another `TransferError` if a peer or a copy failed,
     `TransferCancelled`. After an error the requested rows are undefined; no other row is modified.
-    No interrupt may cut `_cancel` in two, so a helper thread runs it for the main thread, which
-    calls `cancel`.
 
     Attributes:
         layers: with ``by_layer``, the end of each layer's bytes. A model may start on a layer
@@ -193,12 +191,9 @@ class Pull(Transfer):
         super().wait(stream)
         self._finish()
 
+    @shielded
     def cancel(self) -> bool:
         """Start no further copy, and commit nothing; return False if the pull has ended."""
-        return uninterrupted(self._cancel)
-
-    def _cancel(self) -> bool:
-        """Cancel the pull, unless it has ended or failed before."""
         # A thread that sees the verdict may end the pull before the next line.
         cancelled = self.stop(TransferCancelled(CANCELLED))
         return cancelled or (self.stopped and len(self._times) == 1)

@@ -68,7 +68,7 @@ from portakv.runtime import tracing
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.finished import Finished
 from portakv.runtime.inbox import Inbox
-from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.interrupts import shielded
 from portakv.runtime.streams import StreamFence, ignore_captures_elsewhere, own_stream
 from portakv.view.index import Ids, Index
 
@@ -199,13 +199,13 @@ class Housekeeper:
         """Have the thread look immediately; begin it at the first call."""
         self._wakes.look()
         if self._thread is None:
-            uninterrupted(self._begin)
+            self._begin()
 
     def report(self) -> None:
         """Have the thread look soon, for a pull that has ended; begin it at the first call."""
         self._wakes.end()
         if self._thread is None:
-            uninterrupted(self._begin)
+            self._begin()
 
     def note_connection(self) -> None:
         """Have the thread look at pulls that may wait for the end of a handshake."""
@@ -230,10 +230,7 @@ class Housekeeper:
             except PortaKVError:  # its caller gets the error by which it ended
                 continue
 
-    def close(self) -> None:
-        """Report the ends of pulls that have ended, and stop the thread."""
-        uninterrupted(self._close)
-
+    @shielded
     def _begin(self) -> None:
         """Start the thread, unless another caller has."""
         with self._lock:
@@ -243,8 +240,9 @@ class Housekeeper:
                 self._thread = thread
                 atexit.register(self.close)
 
-    def _close(self) -> None:
-        """Stop the thread after its last messages."""
+    @shielded
+    def close(self) -> None:
+        """Report the ends of pulls that have ended, and stop the thread."""
         atexit.unregister(self.close)
         self._closing = True
         thread = self._thread

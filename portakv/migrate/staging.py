@@ -183,6 +183,13 @@ class Slots(NamedTuple):
         return made, slots
 
 
+def crossing_bytes(slots: Slots | None, view: KVView, layers: int, count: int, heads: int) -> int:
+    """Return the bytes in which rows cross: of a packed chunk, or without slots of a raw one."""
+    if slots is None:
+        return rows_bytes(view, layers, count, heads)
+    return slots.nbytes(view, layers, count, heads)
+
+
 class Chunks:
     """The chunks that lie in the memory of a staging buffer, each made once."""
 
