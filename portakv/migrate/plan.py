@@ -240,7 +240,7 @@ def planned(
     sources: Sources, shards: Sequence[Shard], blocks: Sequence[Index], first: int
 ) -> Planned:
     """Return the steps of a pull from token ``first`` on; raise as `Reader.pull` does."""
-    count = _check_tickets(sources, shards, first)
+    count = _common_tokens([source.ticket for source in sources], shards, first)
     lists, skips = _indices(sources, shards, blocks, first, count)
 
     # Without skipped positions the cuts depend on the owners alone, and are cached.
@@ -261,14 +261,6 @@ def planned(
         src_index = src_indices[cut.piece.owner]
         steps.append(Step(source.ticket, source.owner, cut, src_index, dst_index, first, count))
     return Planned(steps, skips)
-
-
-def _check_tickets(sources: Sources, shards: Sequence[Shard], first: int) -> int:
-    """Return the number of tokens to pull; raise `InvalidTerms` if the arguments do not match."""
-    ticket = sources[0].ticket
-    if len(sources) == 1 and len(ticket.ids) == len(shards) and 0 <= first < ticket.tokens:
-        return ticket.tokens - first  # the usual case
-    return _common_tokens([source.ticket for source in sources], shards, first)
 
 
 def check_arguments(

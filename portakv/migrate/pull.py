@@ -49,14 +49,6 @@ Ending: TypeAlias = BlockTransfer | Task
 
 
 @dataclass
-class Ends:
-    """The copies and the tasks that bring one layer."""
-
-    copies: list[Transfer] = field(default_factory=list)
-    tasks: list[Task] = field(default_factory=list)
-
-
-@dataclass
 class Requested:
     """The size of a pull, and how its rows cross."""
 
@@ -82,12 +74,18 @@ class Requested:
 
 class PartTransfer(Transfer):
     """A transfer that also ends with tasks of a graph, and raises the error of the first that
-    failed."""
+    failed.
 
-    def __init__(self, transfers: Sequence[Transfer], tasks: Sequence[Task]) -> None:
-        ends = [each for transfer in transfers for each in transfer.completions]
-        super().__init__([*ends, Completion(pendings=cast("tuple[Pending, ...]", tuple(tasks)))])
-        self.tasks = tasks
+    Whoever issues it may still add tasks and copies.
+    """
+
+    def __init__(self, tasks: Sequence[Task] = ()) -> None:
+        self.tasks = [*tasks]
+        super().__init__([Completion(pendings=cast("list[Pending]", self.tasks))])
+
+    def add(self, copy: Transfer) -> None:
+        """End with a copy, too."""
+        self.completions = [*self.completions, *copy.completions]
 
     def wait(self, stream: torch.Stream | None = None) -> None:
         """Block the host, because no stream orders the tasks. Raises the same errors as `done`."""
@@ -178,12 +176,12 @@ class Pull(Transfer):
         """
         if not self.look():
             return None
-        return self._verdict["error"] if len(self._times) > 1 else forked_error()
+        return self._verdict["error"] if self.concluded else forked_error()
 
     @property
     def published(self) -> bool:
         """Return True if every offer held, so the rows are valid; never block or raise."""
-        return len(self._times) > 1 and self._verdict["error"] is None
+        return self.concluded and self._verdict["error"] is None
 
     def wait(self, stream: torch.Stream | None = None) -> None:
         """Block the host, because only the end of the pull makes its rows valid. Raises the same
@@ -196,7 +194,7 @@ class Pull(Transfer):
         """Start no further copy, and commit nothing; return False if the pull has ended."""
         # A thread that sees the verdict may end the pull before the next line.
         cancelled = self.stop(TransferCancelled(CANCELLED))
-        return cancelled or (self.stopped and len(self._times) == 1)
+        return cancelled or (self.stopped and not self.concluded)
 
     @property
     def statistics(self) -> PullStatistics:
@@ -206,7 +204,7 @@ class Pull(Transfer):
         of its shards.
         """
         landed = self.published
-        over = len(self._times) > 1
+        over = self.concluded
         requested = self.requested
         strategy, why = requested.strategy
         crossed = [*requested.crossed]
@@ -232,8 +230,8 @@ class Pull(Transfer):
     @property
     def age(self) -> float:
         """Return the seconds from the call until the end was noticed, or until now."""
-        times = self._times
-        return (times[-1] if len(times) > 1 else perf_counter()) - times[0]
+        now = perf_counter()
+        return (self._times[-1] if self.concluded else now) - self._times[0]
 
     def _finish(self) -> None:
         super()._finish()
@@ -259,7 +257,7 @@ class Pull(Transfer):
 
         Any thread may look, and several together.
         """
-        if len(self._times) > 1 or self._process.forked:
+        if self.concluded or self._process.forked:
             return True
         return self.begun and self._look_at_parts()
 
@@ -269,9 +267,9 @@ class Pull(Transfer):
         if task is not None:
             # A task that ran has ended the pull. One that never ran left that to others.
             # The task of a pull by name may have made others meanwhile.
-            if task.ended and self.task is task and len(self._times) == 1:
+            if task.ended and self.task is task and not self.concluded:
                 self.conclude(known(task.error) or TransferCancelled(CANCELLED))
-            return len(self._times) > 1
+            return self.concluded
         copies = self.copies
         try:
             for copy in copies:

@@ -11,8 +11,7 @@ import atexit
 import logging
 import os
 import threading
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -61,7 +60,7 @@ from portakv.migrate.plan import (
     indices_of,
     planned,
 )
-from portakv.migrate.pull import CANCELLED, Ends, PartTransfer, Pull, fail, known
+from portakv.migrate.pull import CANCELLED, PartTransfer, Pull, fail, known
 from portakv.migrate.shards import Shard
 from portakv.migrate.staged_reader import StagedReceiver, verified
 from portakv.runtime import tracing
@@ -159,7 +158,7 @@ class Housekeeper:
         self._busy = dict[str, float]()  # addresses, with the time of the next message
         self._wakes = Wakes()
         self._parked = True
-        self._closing = False
+        self.closing = False  # True once no thread looks after pulls any more
         self._lock = threading.Lock()  # for the beginning of the thread
         self._thread: threading.Thread | None = None
 
@@ -167,11 +166,6 @@ class Housekeeper:
     def pulls(self) -> list[Pull]:
         """Return the pulls that have not ended, or whose end is not reported yet."""
         return [*self._pulls]
-
-    @property
-    def ends(self) -> Counter[str]:
-        """Return the numbers of pulls by how they ended."""
-        return self.counts.ends
 
     def figures(self, owners: int) -> dict[str, list[dict[str, str | float]]]:
         """Return the figures of a reader that has so many owners; see `Reader.figures`."""
@@ -182,11 +176,6 @@ class Housekeeper:
             "pull_owners": [{"value": owners}],
             **self.counts.figures(),
         }
-
-    @property
-    def closing(self) -> bool:
-        """Return True once no thread looks after pulls any more."""
-        return self._closing
 
     def add(self, pull: Pull) -> None:
         """Look after a pull from now on."""
@@ -244,7 +233,7 @@ class Housekeeper:
     def close(self) -> None:
         """Report the ends of pulls that have ended, and stop the thread."""
         atexit.unregister(self.close)
-        self._closing = True
+        self.closing = True
         thread = self._thread
         if thread is not None:
             self._wakes.look()
@@ -271,12 +260,12 @@ class Housekeeper:
             most = PROMPT if self.finished.started else self._most
             pause = min(2 * pause, most) if self._pulls else FIRST_LOOK
             looked_after = self._look_at_all()
-            if self._closing:
+            if self.closing:
                 return
 
     def _look_at_all(self) -> bool:
         """Look at each pull; report the ends. Return True if there are pulls."""
-        if self._closing or not self._pulls:  # these are the last messages, or there are none
+        if self.closing or not self._pulls:  # these are the last messages, or there are none
             self._busy.clear()
         try:
             pulls = [*self._pulls.items()]
@@ -307,7 +296,7 @@ class Housekeeper:
             if wanted is None:
                 continue
             pull.stop_after_failure()
-            if pull.over or self._closing:
+            if pull.over or self.closing:
                 wanted.go_on()
             else:
                 waiting.append(wanted)
@@ -482,7 +471,11 @@ class Issuing:
         self._issuer = issuer
         self._pull = pull
         self._request = request
-        self._layers = _Layers(issuer.shards) if request.options.by_layer else None
+        #: The end of each layer of each shard, of a pull by layer.
+        self.layers = list[list[PartTransfer]]()
+        if request.options.by_layer:
+            layers = [shard.view.layers for shard in issuer.shards]
+            self.layers = [[PartTransfer() for _ in range(count)] for count in layers]
         self._staged = set[bytes]()  # offers whose owners get requests for rows
         self._takers = list[StagedReceiver]()
 
@@ -519,13 +512,13 @@ class Issuing:
                 staged.setdefault(step.ticket.offer, []).append(step)
                 requested.strategy = step.owner.strategy
             elif self._long:
-                tasks += self._ending(step, self._copied(step))
+                tasks += self._copies_in_workers(step)
             else:
                 copy = _copy_of(step, options, self._rate([step]) if options.max_gbps else None)
                 self._copies.append(copy)
-                if self._layers is not None:
-                    self._layers.add_copy(step, copy)
-        self._slices += tasks
+                if self.layers:
+                    for layer, end in zip(step.cut.layers, copy.layers, strict=True):
+                        self.layers[step.cut.group][layer].add(end)
         for steps_of_offer in staged.values():
             tasks.append(self._take(steps_of_offer))
         self._staged |= staged.keys()
@@ -541,15 +534,15 @@ class Issuing:
         taker = StagedReceiver(self._issuer.graph, some, self._pull, rate, crossed)
         self._takers.append(taker)
         for each in taker.arrivals:
-            self._slices += self._ending(each.step, [(each.part.layers, each)])
+            self._add_task(each.step, each.part.layers, each)
         return taker.task
 
-    def _ending(self, step: Step, tasks: Iterable[tuple[range, Task]]) -> list[Task]:
-        """Return tasks that each bring some layers of a step, after their layers know them."""
-        listed = [*tasks]
-        if self._layers is not None:
-            self._layers.add_tasks(step, listed)
-        return [task for _, task in listed]
+    def _add_task(self, step: Step, layers: range, task: Task) -> None:
+        """Let the pull, and some layers of a step, end with a task."""
+        self._slices.append(task)
+        if self.layers:
+            for layer in step.cut.layers[layers.start : layers.stop]:
+                self.layers[step.cut.group][layer].tasks.append(task)
 
     def _rate(self, some: Sequence[Step]) -> float | None:
         """Return the share of steps in the rate of the pull; None: it has none."""
@@ -602,17 +595,9 @@ class Issuing:
         renew = Task(lambda *_: pull.renew_until(taker.task), 1, queue=issuer.pulls, name="renew")
         pull.requested.tend = partial(issuer.graph.submit, [renew], priority="urgent")
 
-    def layers(self) -> list[PartTransfer]:
-        """Return the ends of all layers, as far as they are issued."""
-        return [] if self._layers is None else self._layers.parts()
-
-    def layer(self, group: int, layer: int) -> PartTransfer:
-        """Return the end of a layer of a shard, as far as it is issued."""
-        assert self._layers is not None  # only pulls by layer have these
-        return self._layers.part(group, layer)
-
-    def _copied(self, step: Step) -> Iterator[tuple[range, Task]]:
-        """Yield the tasks that copy the rows of a step on the host, and the layers of each."""
+    def _copies_in_workers(self, step: Step) -> list[Task]:
+        """Return the tasks that copy the rows of a step on the host."""
+        tasks = list[Task]()
         options = self._request.options
         layers = step.cut.dst.layers
         each = 1 if options.by_layer else layers
@@ -620,36 +605,9 @@ class Issuing:
         for start in range(0, layers, each):
             some = range(start, start + each)
             copy = partial(_copy_layers, step, some, self._pull, options)
-            yield some, Task(copy, 1, queue=self._issuer.copies)
-
-
-class _Layers:
-    """The ends of each layer of each shard, of a pull by layer."""
-
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self._ends = [[Ends() for _ in range(shard.view.layers)] for shard in shards]
-
-    def add_copy(self, step: Step, copy: BlockTransfer) -> None:
-        """Add the layers of a copy."""
-        ends = self._ends[step.cut.group]
-        for nth, end in enumerate(copy.layers):
-            ends[step.cut.layers[nth]].copies.append(end)
-
-    def add_tasks(self, step: Step, tasks: Iterable[tuple[range, Task]]) -> None:
-        """Add tasks that each bring some layers of a step."""
-        ends = self._ends[step.cut.group]
-        for some, task in tasks:
-            for layer in some:
-                ends[step.cut.layers[layer]].tasks.append(task)
-
-    def part(self, group: int, layer: int) -> PartTransfer:
-        """Return the end of a layer of a shard."""
-        end = self._ends[group][layer]
-        return PartTransfer(end.copies, end.tasks)
-
-    def parts(self) -> list[PartTransfer]:
-        """Return the end of each layer."""
-        return [PartTransfer(x.copies, x.tasks) for ends in self._ends for x in ends]
+            tasks.append(Task(copy, 1, queue=self._issuer.copies))
+            self._add_task(step, some, tasks[-1])
+        return tasks
 
 
 def _copy_of(step: Step, options: CopyOptions, rate: float | None) -> BlockTransfer:
@@ -867,7 +825,7 @@ class LatePull(Wanted):
                 if not isinstance(promise, LateLayer) or promise in self._settled:
                     continue
                 if all(each.has(layer) for each in reaches):
-                    promise.settle(issuing.layer(group, layer))
+                    promise.settle(issuing.layers[group][layer])
                     self._settled.add(promise)
 
 
@@ -927,13 +885,13 @@ class Issuer:
 
     def prepare(self, address: str) -> PartTransfer:
         """Connect to the owner at an address in a worker, and return the end."""
-        return PartTransfer((), [self._connector.begin((address, ANY)).task])
+        return PartTransfer([self._connector.begin((address, ANY)).task])
 
     def _exist(self, late: LatePull) -> bool:
         """Return True if the offers of a pull by name exist, as their owners' tables or the owners
         say, and all owners are connected."""
         late.look_up(self.owners)
-        if not all(self.owners.knows(*owner) for owner in late.owners):
+        if not all(self.owners.find(*owner) for owner in late.owners):
             return False
         return not late.names or (self._may_ask(late) and self._ask(late))
 
@@ -943,7 +901,7 @@ class Issuer:
         last = None if self._asked is None else self._asked()
         if last is not None and not last.ended:
             return False
-        return all(self.owners.knows(one.address, one.epoch) for one in late.names.values())
+        return all(self.owners.find(one.address, one.epoch) for one in late.names.values())
 
     def _ask(self, late: LatePull) -> bool:
         """Ask the owners of a pull's names for a moment; return True if all offers exist."""
@@ -977,7 +935,7 @@ class Issuer:
         tasks = issuing.issue(issuing.plan)
         issuing.count_blocks()  # what no copy needs comes after the copies
         tasks += issuing.end(alone=True)
-        pull.layers = issuing.layers()
+        pull.layers = [layer for layers in issuing.layers for layer in layers]
         pull.begun = True
         self.housekeeper.add(pull)
         if tasks:
@@ -997,6 +955,7 @@ class Issuer:
 
 #: The options that a pull takes.
 OPTIONS = ("by_layer", "overlap", "max_thread_blocks", "max_gbps")
+USUAL_TERMS = (USUAL.by_layer, USUAL.overlap, USUAL.max_thread_blocks, USUAL.max_gbps)
 
 PATIENCE = 7.0  # seconds for which `Reader.close` waits for pulls, which end within three
 
@@ -1032,8 +991,6 @@ class Reader:
         self._housekeeper = Housekeeper(self.device)
         self._issuer = Issuer(self._graph, self._owners, self._housekeeper)
         self._closed = False
-        #: The options of the last pull, as they were passed, and as they were checked.
-        self._last_options: tuple[tuple[object, ...], CopyOptions] = (), USUAL
         channel.claim("a reader", self)
 
     def pull(
@@ -1096,20 +1053,13 @@ class Reader:
         return self._issuer.pull(listed(tickets), request, until)
 
     def _checked(self, options: CopyOptions | None, *keywords: object) -> CopyOptions:
-        """Return the options of a pull that takes ``options`` or `OPTIONS` as keywords.
-
-        A pull that passes the same objects as the last one gets the same options: nothing can
-        change them.
-        """
-        passed = options, *keywords
-        before, checked = self._last_options
-        if len(before) == len(passed) and all(map(is_, passed, before)):
-            return checked
+        """Return the options of a pull that takes ``options`` or `OPTIONS` as keywords."""
+        if options is None and all(map(is_, keywords, USUAL_TERMS)):
+            return USUAL
         checked = options_from(options, dict(zip(OPTIONS, keywords, strict=True)))
         checked.check_only("a pull", OPTIONS)
         if checked.max_gbps is not None:
             arguments.rate("max_gbps", checked.max_gbps)
-        self._last_options = passed, checked
         return checked
 
     def _check_open(self) -> None:
@@ -1202,7 +1152,7 @@ class Reader:
     def statistics(self) -> dict[str, int]:
         """Return the numbers of pulls that are in flight or not reported to their owners yet
         (``pulls``), of pulls that were committed and that failed, and of owners now."""
-        ends = self._housekeeper.ends
+        ends = self._housekeeper.counts.ends
         return {
             "pulls": len(self._housekeeper.pulls),
             "committed": ends["committed"],

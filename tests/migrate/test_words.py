@@ -591,7 +591,7 @@ def test_the_thread_outlives_a_failed_look() -> None:
 
     with closing(Changing()) as housekeeper:
         housekeeper.add(Pull((), math.inf, housekeeper.wake))
-        assert until(lambda: housekeeper.ends["committed"] == 1)
+        assert until(lambda: housekeeper.counts.ends["committed"] == 1)
     assert failed
 
 
