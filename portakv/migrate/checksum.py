@@ -30,7 +30,7 @@ from portakv.graph.graph import Queue
 from portakv.graph.task import Task
 from portakv.migrate.messages import Box
 from portakv.migrate.messages import BoxPart as Rows
-from portakv.migrate.staging import chunk, chunk_bytes, page_of, staging
+from portakv.migrate.staging import chunk, page_of, rows_bytes, staging
 from portakv.runtime import cuda, hip
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.cuda import KernelDriver
@@ -526,7 +526,7 @@ def checksum(view: KVView, index: Index, count: int, window: Box, first: int = 0
     sums = BoxSums()
 
     batch = max(1, _batch_of(view.device).nbytes // view.form.token_bytes) * size
-    buffer = staging(chunk_bytes(view, min(count, batch)), view.device)
+    buffer = staging(rows_bytes(view, view.layers, min(count, batch), view.heads), view.device)
     for start in range(0, count, batch):
         n = min(batch, count - start)
         part = index.part(start, n)

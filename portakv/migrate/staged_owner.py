@@ -57,7 +57,6 @@ from portakv.migrate.staging import (
     Rows,
     Slots,
     bring_ids,
-    crossing_bytes,
     has_ended,
     part_of,
     rows_bytes,
@@ -264,7 +263,7 @@ class Offered(NamedTuple):
         view = self.shards[part.group].view.as_bytes()
         layers = part.layers[1] - part.layers[0]
         heads = part.heads[1] - part.heads[0]
-        return crossing_bytes(self.slots(gather, part), view, layers, part.count, heads)
+        return rows_bytes(view, layers, part.count, heads, self.slots(gather, part))
 
     def rows(self, part: BoxPart, as_bytes: bool = True) -> Rows:
         """Return the rows of a part: as bytes, or with their types."""
@@ -634,10 +633,7 @@ class Gathers:
         bring_ids(rows.ids, rows.view.device)  # once: all parts of the offer share them
 
         buffer.clean()
-        if slots is None:
-            planes, into = buffer.chunks.of(rows.view, count)
-        else:
-            planes, into = buffer.chunks.packed(rows.view, count, slots)
+        planes, into = buffer.chunks.of(rows.view, count, slots)
         written = sum(plane.nbytes for plane in planes)
         skips = rows.ids.check(count, rows.view.slots, "offered")
         if skips or written < full.nbytes:

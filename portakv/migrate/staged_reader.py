@@ -54,7 +54,7 @@ from portakv.migrate.messages import (
 )
 from portakv.migrate.plan import Slice, Step, copy_checked
 from portakv.migrate.pull import CANCELLED, Pull, known
-from portakv.migrate.staging import Chunks, Slots, crossing_bytes, has_ended, part_of, unfit_blocks
+from portakv.migrate.staging import Chunks, Slots, has_ended, part_of, rows_bytes, unfit_blocks
 from portakv.migrate.transports.base import Lane, Moving
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.worker import RateLimit
@@ -118,7 +118,7 @@ class Arrival(Task):
         window = slice(layers.start, layers.stop)
         if self.slots is not None:
             dst = part_of(self.step.cut.dst, window)
-            packed = chunks.packed(dst, tokens, self.slots)[1]
+            packed = chunks.of(dst, tokens, self.slots)[1]
             return partial(scattered, packed, dst, dst_index, tokens)
         dst = part_of(self.step.cut.dst.as_bytes(), window)
         src = chunks.of(dst, tokens)[1]
@@ -139,7 +139,7 @@ class Arrival(Task):
         view = self.step.cut.dst.as_bytes()
         layers, _, tokens = self.part
         self.slots = slots
-        self.staged_bytes = crossing_bytes(slots, view, len(layers), tokens, view.heads)
+        self.staged_bytes = rows_bytes(view, len(layers), tokens, view.heads, slots)
 
     def end_with(self, copy: BlockTransfer) -> int:
         """End the slice by its copy, which has ended; return the number of blocks that did not fit.
