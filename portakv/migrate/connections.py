@@ -276,33 +276,6 @@ class Source(NamedTuple):
 Sources = Sequence[Source]
 
 
-class _Turns:
-    """Turns of threads, one at a time for each address."""
-
-    def __init__(self) -> None:
-        self._taken = set[str]()
-        self._change = Condition()
-
-    @contextmanager
-    def of(self, address: str, until: float) -> Iterator[None]:
-        """Have the turn of an address; raise `TransferTimeout` if another thread has it until the
-        time ``until``."""
-        wait = min(max(0.0, until - monotonic()), FOREVER)
-        with self._change:
-            if not self._change.wait_for(lambda: address not in self._taken, wait):
-                raise TransferTimeout(
-                    f"The handshake with {address} timed out after one of another call. Pull again "
-                    f"with a longer timeout."
-                )
-            self._taken.add(address)
-        try:
-            yield
-        finally:
-            with self._change:
-                self._taken.discard(address)
-                self._change.notify_all()
-
-
 class Connections:
     """The owners of one reader; see `Reader` for the arguments.
 
@@ -322,7 +295,8 @@ class Connections:
         self._owners = dict[tuple[str, bytes], Connection]()
         self._closed = False
         self._lock = threading.Lock()  # for new owners and transports, and the end
-        self._turns = _Turns()
+        self._connecting = set[str]()  # addresses that a thread connects to
+        self._change = Condition()
 
     def __len__(self) -> int:
         return len(self._owners)
@@ -334,7 +308,7 @@ class Connections:
         """
         read = [Ticket.read(data) for data in packed]
         try:
-            sources = [Source.of(ticket, self.of(ticket, until)) for ticket in read]
+            owners = [self.of(ticket, until) for ticket in read]
         except PeerError as error:
             if monotonic() < until:
                 raise
@@ -342,24 +316,15 @@ class Connections:
                 f"The handshake of the pull timed out; no rows were committed. Increase timeout, "
                 f"or pull from another owner: {error}"
             ) from error
-        _check_signed(packed, sources)
-        return sources
+        return _signed(packed, read, owners)
 
     def resolve_connected(self, packed: Sequence[bytes]) -> list[Source] | None:
         """Return what `resolve` returns; None if an owner is not connected. Never blocks."""
-        sources = list[Source]()
-        connected = True
-        for data in packed:
-            ticket = Ticket.read(data)
-            owner = self._owners.get((ticket.address, ticket.epoch))
-            if owner is None:
-                connected = False  # the other tickets are checked all the same
-            else:
-                sources.append(Source.of(ticket, owner))
-        if not connected:
+        read = [Ticket.read(data) for data in packed]
+        owners = [self._owners.get((ticket.address, ticket.epoch)) for ticket in read]
+        if None in owners:
             return None
-        _check_signed(packed, sources)
-        return sources
+        return _signed(packed, read, owners)
 
     def of(self, ticket: Ticket, until: float = inf) -> Connection:
         """Return the owner of a ticket, and connect to it at the first call.
@@ -401,7 +366,7 @@ class Connections:
 
         Only handshakes with one address wait for each other.
         """
-        with self._turns.of(ticket.address, until):
+        with self._turn(ticket.address, until):
             if (owner := self.find(ticket.address, ticket.epoch)) is not None:
                 return owner
             if self._closed:
@@ -418,6 +383,25 @@ class Connections:
             gone = partial(self._forget, owner, gone=True)
             owner.unwatch = self.channel.watch(ticket.address, gone)
         return owner
+
+    @contextmanager
+    def _turn(self, address: str, until: float) -> Iterator[None]:
+        """Be the only thread that connects to an address; raise `TransferTimeout` if another one
+        does until the time ``until``."""
+        wait = min(max(0.0, until - monotonic()), FOREVER)
+        with self._change:
+            if not self._change.wait_for(lambda: address not in self._connecting, wait):
+                raise TransferTimeout(
+                    f"The handshake with {address} timed out after one of another call. Pull again "
+                    f"with a longer timeout."
+                )
+            self._connecting.add(address)
+        try:
+            yield
+        finally:
+            with self._change:
+                self._connecting.discard(address)
+                self._change.notify_all()
 
     def _agree_or_raise(self, owner: Connection, ticket: Ticket, until: float) -> None:
         """Agree with an owner on a transport; raise `Unsupported` if there is none for its rows."""
@@ -447,7 +431,7 @@ class Connections:
         """Renew the lease of a ticket's offer by the time ``until``; see `Reader.extend`."""
         parsed = Ticket.read(carried("ticket", ticket, "Pass Offer.ticket."))
         owner = self.of(parsed, until)
-        _check_signed([ticket], [Source.of(parsed, owner)])
+        _signed([ticket], [parsed], [owner])
         renewal = Renew(parsed.epoch, parsed.offer, seconds)
         answer = self.channel.ask(owner.address, renewal, Answer, until - monotonic())
         if answer.state != "held":
@@ -554,11 +538,17 @@ def listed(tickets: bytes | Sequence[bytes]) -> list[bytes]:
     return packed
 
 
-def _check_signed(packed: Sequence[bytes], sources: Sources) -> None:
-    """Raise `PeerError` for a ticket without a MAC under the key of its owner."""
-    for data, source in zip(packed, sources, strict=True):
-        if not is_signed(data, source.owner.handshake.key):
+def _signed(
+    packed: Sequence[bytes], tickets: Sequence[Ticket], owners: Sequence[Connection | None]
+) -> list[Source]:
+    """Return tickets with their owners; raise `PeerError` for one without a MAC under the key of
+    its owner."""
+    sources = list[Source]()
+    for data, ticket, owner in zip(packed, tickets, owners, strict=True):
+        if owner is None or not is_signed(data, owner.handshake.key):
             raise no_ticket()
+        sources.append(Source.of(ticket, owner))
+    return sources
 
 
 def closed_reader() -> PeerError:

@@ -655,23 +655,20 @@ class StagedReceiver:
         owner = self._source.owner
         if owner.gone or lane.gone is not None:
             return
+        why = "The owner did not stop; its buffers did not cross."
         try:
             stop = Stop(tag, posted)
             answer = self._stage.channel.ask(owner.address, stop, Stopped, STOPPING)
-        except PortaKVError:
-            lane.close(PeerError("The owner did not stop; its buffers did not cross."))
-            lane.skip(range(tag + posted, tag + len(batch)))
-            return
-        rest = batch[posted : answer.parts]
-        if len(rest) > owner.handshake.slots:  # it has no buffers for so many
-            lane.close(PeerError("The owner sent too many slices; its buffers did not cross."))
-            lane.skip(range(tag + posted, tag + len(batch)))
-            return
-        try:
+            rest = batch[posted : answer.parts]
+            if len(rest) > owner.handshake.slots:  # it has no buffers for so many
+                why = "The owner sent too many slices; its buffers did not cross."
+                raise PeerError(why)
+            why = "A pull did not receive all slices that its owner sent."
             for number, arrival in enumerate(rest, posted):
                 lane.move(self._stage.spare(arrival.staged_bytes), tag + number)
         except Exception:  # such as no memory: the next pull would take these slices for its own
-            lane.close(PeerError("A pull did not receive all slices that its owner sent."))
+            lane.close(PeerError(why))
+            lane.skip(range(tag + posted, tag + len(batch)))
 
     def _pace(self, nbytes: int) -> None:
         """Wait for the turn of a slice at the pull's rate."""

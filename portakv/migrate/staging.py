@@ -18,15 +18,14 @@ from portakv.errors import LayoutError, PackOverflow, PortaKVError
 from portakv.layout.encodings import Pack, PackedPlane, pack_parameters_of
 from portakv.registry.prepared import ASYNCHRONOUS
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.streams import ignoring_captures
 from portakv.view import Index, KVView
 
 _PARTS = 64  # slices of a view that the view retains
 _CHUNKS = 8  # forms of chunks that a staging buffer retains
 _INT64 = frozenset([torch.int64])
-_log = logging.getLogger(__name__)
-#: Devices for whose rows a warning was logged, as no memory could be pinned.
-_pageable: Bounded[torch.device, bool] = Bounded("devices without pinned staging", 64)
+_log = RateLimitedLog(logging.getLogger(__name__))
 _ALIGNED = 256  # bytes; the rows of each kv start at a multiple
 
 
@@ -79,19 +78,11 @@ def staging(
                 with ignoring_captures(rows):
                     return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=True)
             except RuntimeError as error:
-                _report_pageable(rows, str(error))
+                text = (
+                    "Staging buffers on the host for %s are pageable, so transfers take longer: %s"
+                )
+                _log.warning(str(rows), text, rows, str(error).partition("\n")[0], lines=1)
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
-
-
-def _report_pageable(rows: torch.device, why: str) -> None:
-    """Log once for each device why its staging buffers on the host are pageable."""
-
-    def report() -> bool:
-        text = "Staging buffers on the host for %s are pageable, so transfers take longer: %s"
-        _log.warning(text, rows, why.partition("\n")[0])
-        return True
-
-    _pageable.get_or_make(rows, report)
 
 
 def part_of(view: KVView, layers: slice, heads: slice | None = None) -> KVView:
