@@ -43,7 +43,6 @@ from portakv.migrate.messages import (
     Handshake,
     Hello,
     Message,
-    Named,
     Refused,
     Renew,
     Ticket,
@@ -55,7 +54,7 @@ from portakv.migrate.owner import exports_here
 from portakv.migrate.shards import Shard, device_of, unlike
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports.base import Transport
-from portakv.migrate.words import NamesOfOwner, Place, WordsOfOwner, open_names, open_words
+from portakv.migrate.words import NamesOfOwner, Place, WordsOfOwner, open_page
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.runtime.interrupts import Condition, shielded
@@ -171,8 +170,8 @@ def _map(owner: Connection, device: torch.device, regions: list[torch.Tensor]) -
         raise
     except PortaKVError as error:
         raise NotMapped(str(error)) from error
-    owner.words = open_words(handshake.words)
-    owner.names = open_names(handshake.names, handshake.key)
+    owner.words = open_page(WordsOfOwner, handshake.words)
+    owner.names = open_page(lambda page: NamesOfOwner(page, handshake.key), handshake.names)
     # Last: pulls read an owner that has shards, and need its events to wait for the stream that
     # writes the rows.
     owner.shards = shards
@@ -351,14 +350,6 @@ class Connections:
             return self._owners.get((address, epoch))
         owners = [*self._owners.values()]
         return next((owner for owner in owners if owner.address == address), None)
-
-    def ticket_of(self, named: Named) -> bytes:
-        """Return the ticket that an owner's table has for a name; empty if only the owner can say
-        whether there is one."""
-        owner = self.find(named.address, named.epoch)
-        if owner is None or owner.names is None:
-            return b""
-        return owner.names.find(named.epoch, named.name)
 
     @shielded
     def _connect(self, ticket: Ticket, until: float) -> Connection:

@@ -121,9 +121,11 @@ class Wanted(ABC):
     def look_up(self, owners: Connections) -> None:
         """Find offers in the tables of their owners."""
         for at, named in [*self.names.items()]:
-            ticket = owners.ticket_of(named)
-            if ticket:
-                self.take(at, ticket)
+            owner = owners.find(named.address, named.epoch)
+            if owner is not None and owner.names is not None:
+                ticket = owner.names.find(named.epoch, named.name)
+                if ticket:
+                    self.take(at, ticket)
 
     def take(self, at: int, answer: bytes | int) -> None:
         """Keep the ticket or the mark that an owner has sent for a place."""
@@ -266,33 +268,27 @@ class Finder:
     def find_now(self, wanted: Wanted) -> bool:
         """Ask the owners of a pull's names, which are connected, and wait for a moment; return True
         if all offers exist. What else they answer, they answer again to `look`."""
-        by_owner = defaultdict[OwnerKey, list[int]](list)
-        for at, named in wanted.names.items():
-            by_owner[named.address, named.epoch].append(at)
+        by_owner = _names_by_owner([wanted])
         now = monotonic()
         late = any(now < self._late.get(owner, 0.0) for owner in by_owner)
         if late or len(wanted.names) > MOST_NAMES:
             return False
-        requests = [
-            (address, Find(epoch, tuple(wanted.names[at].name for at in places)))
-            for (address, epoch), places in by_owner.items()
-        ]
+        requests = [(owner[0], _request(owner[1], some)) for owner, some in by_owner.items()]
         kind: Any = Found | Answer
         answers = self._channel.ask_all(requests, kind, MOMENT)
-        for (owner, places), answer in zip(by_owner.items(), answers, strict=True):
+        for (owner, some), answer in zip(by_owner.items(), answers, strict=True):
             if isinstance(answer, TransferTimeout):
                 self._late[owner] = monotonic() + LATE
-            elif isinstance(answer, Found) and len(answer.tickets) == len(places):
+            elif isinstance(answer, Found) and len(answer.tickets) == len(some):
                 self._names.note(owner)
-                for at, ticket in zip(places, answer.tickets, strict=True):
+                for each, ticket in zip(some, answer.tickets, strict=True):
                     if ticket:
-                        wanted.take(at, ticket)
+                        wanted.take(each.at, ticket)
         return not wanted.names
 
     def look(self, waiting: Sequence[Wanted]) -> None:
         """Connect to the owners of pulls that wait, ask for their names and marks, and have workers
         go on with the pulls that can."""
-        names = defaultdict[OwnerKey, list[_Asked]](list)
         marks = defaultdict[OwnerKey, list[_Asked]](list)
         for wanted in waiting:
             for owner in [*wanted.owners]:
@@ -300,14 +296,12 @@ class Finder:
                     del wanted.owners[owner]
                 else:
                     self._connect(owner, wanted)
-            for at, named in wanted.names.items():
-                names[named.address, named.epoch].append(_Asked(wanted, at, named))
             for at, (ticket, _, word) in enumerate(wanted.sources):
                 if word is None:  # also of complete offers, which may end meanwhile
                     marks[ticket.address, ticket.epoch].append(_Asked(wanted, at, ticket))
 
         due = {owner: some for owner, some in marks.items() if self._marks.is_due(owner)}
-        _ask(self._names, self._due_names(names))
+        _ask(self._names, self._due_names(_names_by_owner(waiting)))
         _ask(self._marks, due)
         for wanted in waiting:
             wanted.look()
@@ -350,6 +344,15 @@ class Finder:
             del wanted.owners[owner]
         elif error is not None:
             wanted.stop(error)
+
+
+def _names_by_owner(waiting: Sequence[Wanted]) -> dict[OwnerKey, list[_Asked]]:
+    """Return the names that pulls wait for."""
+    names = defaultdict[OwnerKey, list[_Asked]](list)
+    for wanted in waiting:
+        for at, named in wanted.names.items():
+            names[named.address, named.epoch].append(_Asked(wanted, at, named))
+    return names
 
 
 def _ask(questions: Questions, by_owner: Mapping[OwnerKey, Sequence[_Asked]]) -> None:

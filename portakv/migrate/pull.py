@@ -433,8 +433,9 @@ class Pull(Transfer):
         for one in reversed(endings):
             self._await(one)
         unfit = self.requested.unfit
-        for one in endings:
-            unfit += [error for error in _errors(one) if isinstance(error, PackOverflow)]
+        errors: list[BaseException | None] = [task.error for task in self.slices]
+        errors += [end.error for copy in self.copies for end in copy.completions]
+        unfit += [error for error in errors if isinstance(error, PackOverflow)]
         for check in () if self.over or unfit else checks:
             graph.submit([check], priority="urgent")
             self._await(check)
@@ -518,13 +519,8 @@ class Pull(Transfer):
             (owner.address, kind(one.epoch, one.offer, *terms)) for one, owner, _ in sources
         ]
         channel = sources[0].owner.channel
-        return channel.ask_all(requests, Answer, self._seconds_to_answer)
-
-    @property
-    def _seconds_to_answer(self) -> float:
-        """Return the seconds in which an owner has to answer."""
         left = self.until + LAST_QUESTION - monotonic()
-        return min(self.sources[0].owner.channel.timeout, max(0.0, left))
+        return channel.ask_all(requests, Answer, min(channel.timeout, max(0.0, left)))
 
 
 def _over(one: Ending, seconds: float) -> bool:
@@ -537,12 +533,6 @@ def _over(one: Ending, seconds: float) -> bool:
         one.synchronize(seconds)
         return True
     return False
-
-
-def _errors(one: Ending) -> list[BaseException]:
-    """Return the errors of a task or a copy that has ended."""
-    errors = [one.error] if isinstance(one, Task) else [end.error for end in one.completions]
-    return [error for error in errors if error is not None]
 
 
 def known(error: BaseException | None) -> PortaKVError | None:

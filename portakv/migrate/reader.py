@@ -1036,10 +1036,8 @@ class Reader:
             PackOverflow: blocks of a packed view that did not fit into it.
         """
         options = self._checked(options, by_layer, overlap, max_thread_blocks, max_gbps)
-        if type(first) is not int or first < 0:
-            first = arguments.whole("first", first)
-        if type(verify) is not bool:
-            arguments.flag("verify", verify)
+        first = arguments.whole("first", first)
+        arguments.flag("verify", verify)
         if capturing(self.device):
             raise refuse_capture("A pull", "it waits for the end of its copies; pull outside")
         self._check_open()

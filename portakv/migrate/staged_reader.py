@@ -468,7 +468,9 @@ class StagedReceiver:
             with torch.inference_mode(False), self._after.inside():
                 if self._crossed.auto:
                     leave_to_owner(self.arrivals, self._pull, self._crossed)
-                    self._note_choices()
+                    graph = self._graph
+                    for choice in self._crossed.choices:
+                        graph.trace.note("encoding", graph.clock(), choice.figures())
                 start = self._stage.history.begin()
                 self._take_each(self.arrivals)
                 if self._crossed.packed:
@@ -492,12 +494,6 @@ class StagedReceiver:
         finally:
             self._stage.takers.discard(self)
             self._release(error)
-
-    def _note_choices(self) -> None:
-        """Note the owner's choices of an encoding in the trace of the reader."""
-        graph = self._graph
-        for choice in self._crossed.choices:
-            graph.trace.note("encoding", graph.clock(), choice.figures())
 
     def _take_each(self, some: Sequence[Arrival]) -> None:
         """Take slices by requests for some of them, and issue their copies."""
