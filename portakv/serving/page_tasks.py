@@ -43,7 +43,6 @@ from portakv.serving.pages import (
 from portakv.serving.server.client import (
     GRACE,
     ServerBlocks,
-    ServerLocks,
     ServerTransfer,
     StoreClient,
 )
@@ -177,13 +176,11 @@ class ServerPages(Pages):
         ended: Finished[PageJob],
         size: PageSize,
         kept: ServerBlocks,
-        locks: ServerLocks,
         index: ServerIndex,
         number: int,
     ) -> None:
         super().__init__(terms, ended, size, kept.form)
         self._kept = kept
-        self._locks = locks
         self._index = index
         self._number = number
 
@@ -246,7 +243,7 @@ class ServerPages(Pages):
         there = np.flatnonzero(self.holds(keys)).tolist()
         pins = Pins(len(keys))
         if there:
-            made = self._locks.pin([page_key(keys[at]) for at in there])
+            made = self._kept.pin([page_key(keys[at]) for at in there])
             for place in np.flatnonzero(made.held).tolist():
                 pins.add(there[place], made.release)
         return pins
@@ -256,7 +253,7 @@ class ServerPages(Pages):
 
         Waits for the server's answer, two seconds at most.
         """
-        return self._locks.delete([*map(page_key, keys)])
+        return self._kept.delete([*map(page_key, keys)])
 
     @property
     def opened(self) -> object | None:
@@ -346,10 +343,7 @@ class ServerPageStore:
         self._pages = dict[PageSize, ServerPages]()
         for number, size in enumerate(sizes):
             blocks = self._client.blocks[number]
-            locks = self._client.locks[number]
-            self._pages[size] = ServerPages(
-                terms, self.ended, size, blocks, locks, self._index, number
-            )
+            self._pages[size] = ServerPages(terms, self.ended, size, blocks, self._index, number)
         try:
             if self._client.wait(patience):
                 self._index.wait(patience)
