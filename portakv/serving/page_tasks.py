@@ -642,15 +642,11 @@ class PageTask:
 
 
 class _Locks:
-    """The locks of pages, which add up. A batch of pins ends with the last lock of its pages.
+    """The locks of pages, which add up. A batch of pins ends with the last lock of its pages."""
 
-    ``waits``: a lock waits for a server, which may take two seconds, so that a thread makes it.
-    """
-
-    def __init__(self, waits: bool) -> None:
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._by_key = dict[bytes, list[_Batch]]()
-        self._calls = Calls("portakv-pages-lock") if waits else None
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -662,16 +658,6 @@ class _Locks:
             for key in keys:
                 self._by_key.setdefault(key, []).append(batch)
                 batch.left += 1
-
-    def call(self, lock: Callable[[], object]) -> None:
-        """Make a call that locks pages: here, or in the thread."""
-        if self._calls is None or not self._calls.add(lock):
-            lock()
-
-    def close(self, timeout: float) -> None:
-        """End the thread after its calls; wait at most so many seconds."""
-        if self._calls is not None:
-            self._calls.close(timeout)
 
     def end(self, keys: Iterable[bytes]) -> None:
         """End a lock of each key; ignore keys without one."""
@@ -699,81 +685,6 @@ class _Batch:
         self.left = 0
 
 
-class _Waiting(NamedTuple):
-    """A task that waits until the store has opened for its sizes.
-
-    Attributes:
-        task: which has begun no job.
-        until: the time of the monotonic clock at which it ends without a page.
-    """
-
-    task: PageTask
-    until: float
-
-
-class Opening:
-    """An opening of the store for sizes that are new.
-
-    Its thread ends when the medium has answered. It may outlive the tasks that wait for it.
-
-    Args:
-        store: of the pages.
-        sizes: bytes of a page of each size.
-        closing: set before the store is closed.
-        ended: called at the end, in the thread.
-
-    Attributes:
-        sizes: as passed.
-        changes: of the pages, from the first opening until the end.
-        done: whether it has ended.
-    """
-
-    def __init__(
-        self,
-        store: PageStore | ServerPageStore,
-        sizes: set[int],
-        closing: threading.Event,
-        ended: Callable[[], object],
-    ) -> None:
-        self.sizes = sizes
-        self.changes = list[Change]()
-        self.done = False
-        self._store = store
-        self._closing = closing
-        self._ended = ended
-        try:
-            self.start()
-        except RuntimeError as error:  # the opening has failed
-            _log.warning("thread", "Pages are not stored or loaded: %s.", error)
-            self.done = True
-            ended()
-
-    def start(self) -> None:
-        """Start the thread; raise `RuntimeError` if the process can have no other."""
-        threading.Thread(target=self.run, name="portakv-pages-open", daemon=True).start()
-
-    def run(self) -> None:
-        """Open the store, and close it again if it was closed meanwhile."""
-        try:
-            for nbytes in self.sizes:
-                if not self._closing.is_set():
-                    self._open(nbytes)
-            if self._closing.is_set():
-                self._store.close()
-        except TransferTimeout as error:
-            _log.warning("close", "A store of pages was left open: %s", error)
-        finally:
-            self.done = True
-            self._ended()
-
-    def _open(self, nbytes: int) -> None:
-        try:
-            self._store.pages(nbytes)
-            self.changes += self._store.changes()  # later changes are kept
-        except PortaKVError as error:
-            _log.warning("open", "Pages are not stored or loaded: %s", error)
-
-
 class PageTasks:
     """The tasks of an engine over a store of pages.
 
@@ -797,17 +708,20 @@ class PageTasks:
         self.store = store
         self._ended = ended
         self._lost = lost
-        self._new = Finished[PageTask | None]()  # tasks of sizes to be opened, by the thread
-        self._new.start()
-        self._waiting = list[_Waiting]()  # of the thread
-        self._opening: Opening | None = None
+        self._wake = Finished[None]()
+        self._wake.start()
+        # Tasks until the store has opened for their sizes, and the times by which they end.
+        self._waiting = dict[PageTask, float]()
+        self._opens = False  # a call of `_open_for_waiting` follows
+        self._changes = deque[Change]()  # that an opening has seen, until the thread takes them
         self._deleted = deque[bytes](maxlen=DELETED)  # while the store was closed
         self._next_try = dict[int, float]()  # of sizes for which the store could not be opened
         self._loads = set[PageTask]()  # under way
         self._closing = threading.Event()
+        self._locks = _Locks()
+        self._calls = Calls("portakv-pages-calls")
         self._thread = threading.Thread(target=self._run, name="portakv-pages", daemon=True)
         store.changes()  # later changes are kept
-        self._locks = _Locks(isinstance(store, ServerPageStore))
         self._thread.start()
 
     @property
@@ -834,7 +748,9 @@ class PageTasks:
         task = PageTask(kind, keys, buffers, tag)
         # A page that is saved after its deletion stays.
         if self._deleted or self._closed_sizes(task):
-            self._new.add(task)
+            limit = SAVE if kind == "save" else self.store.terms.deadline
+            self._waiting[task] = time.monotonic() + limit
+            self._open_later()
         else:
             self._begin(task)
         return task
@@ -876,7 +792,9 @@ class PageTasks:
     ) -> None:
         """Lock pages, and call with what `lock` returns: within this call, or in a thread if the
         store is that of a server."""
-        self._locks.call(partial(self._lock_then, keys, locked))
+        call = partial(self._lock_then, keys, locked)
+        if not isinstance(self.store, ServerPageStore) or not self._calls.add(call):
+            call()
 
     def _lock_then(
         self, keys: Sequence[bytes], locked: Callable[[npt.NDArray[np.int64]], object]
@@ -904,7 +822,7 @@ class PageTasks:
         after = self._opened()
         if (None in before or before != after) and not self._closing.is_set():
             self._deleted.extend(keys)
-            self._new.add(None)  # it may have opened by now
+            self._open_later()
         return result
 
     def _opened(self) -> list[int | None]:
@@ -919,29 +837,72 @@ class PageTasks:
         Raises `TransferTimeout` as `BlockStore.close` does.
         """
         self._closing.set()
-        self._new.add(None)
+        self._wake.add(None)
         self._thread.join(timeout)
         try:
             self.store.close(timeout)
         finally:
-            self._new.close()
-            self._locks.close(timeout)
+            self._wake.close()
+            self._calls.close(timeout)
 
-    # --- the thread
+    # --- the thread that opens the store
+
+    def _open_later(self) -> None:
+        """Have the store opened for the tasks that wait, and deletions made."""
+        if not self._opens:
+            self._opens = True
+            self._calls.add(self._open_for_waiting)
+
+    def _open_for_waiting(self) -> None:
+        """Open the store for the tasks that wait, and begin them; close it again if it was closed
+        meanwhile."""
+        self._opens = False  # tasks that come from here on have another call
+        for task in [*self._waiting]:
+            for nbytes in self._closed_sizes(task):
+                if not self._closing.is_set():
+                    self._open(nbytes)
+            self._delete_again()
+            if self._waiting.pop(task, None) is not None:
+                self._begin(task)
+        self._delete_again()
+        self._wake.add(None)
+        if self._closing.is_set():
+            try:
+                self.store.close()
+            except TransferTimeout as error:
+                _log.warning("close", "A store of pages was left open: %s", error)
+
+    def _open(self, nbytes: int) -> None:
+        """Open the store for a size; after a failure, not again for `PAUSE` seconds."""
+        if time.monotonic() < self._next_try.get(nbytes, 0.0):
+            return
+        try:
+            self.store.pages(nbytes)
+            self._changes.extend(self.store.changes())  # later changes are kept
+        except PortaKVError as error:
+            _log.warning("open", "Pages are not stored or loaded: %s", error)
+            self._next_try[nbytes] = time.monotonic() + PAUSE
+
+    def _delete_again(self) -> None:
+        """Delete the pages whose deletion came while the store was closed."""
+        if self._deleted and None not in self._opened():
+            keys = [self._deleted.popleft() for _ in range(len(self._deleted))]
+            self.delete(keys)
+
+    # --- the thread that reports
 
     def _run(self) -> None:
         """Report what ends, until the store is closed."""
         poller = select.poll()
-        for fd in (self.store.fileno(), self._new.fileno()):
+        for fd in (self.store.fileno(), self._wake.fileno()):
             poller.register(fd, select.POLLIN)
         while not self._closing.is_set():
             poller.poll(SOON if self._loads else LOOK)
             self._look()
 
     def _look(self) -> None:
-        """Report the tasks that have ended and the pages that were lost; begin new tasks."""
-        # Taken before the end of an opening is read, which wakes this thread by the same queue.
-        began = [task for task in self._new.take() if task is not None]
+        """Report the tasks that have ended and the pages that were lost, and end late tasks."""
+        self._wake.take()
         ended = list[PageTask]()
         for job in self.store.finished():
             task, part = _of(job)
@@ -950,8 +911,7 @@ class PageTasks:
             if not task.left:
                 ended.append(task)
         self._loads.difference_update(ended)
-        changes = self._end_opening()
-        self._delete_again()
+        changes = [self._changes.popleft() for _ in range(len(self._changes))]
         changes += self.store.changes()
         gone = [change.key for change in changes if not change.stored]
         for task in ended:
@@ -959,57 +919,19 @@ class PageTasks:
         lost = [*compress(gone, ~self.holds(gone))]
         if lost:
             _report(self._lost, lost)
-        for task in began:
-            limit = SAVE if task.kind == "save" else self.store.terms.deadline
-            self._waiting.append(_Waiting(task, time.monotonic() + limit))
-        self._waiting = [each for each in self._waiting if not self._has_ended_waiting(each)]
-
-    def _delete_again(self) -> None:
-        """Delete the pages whose deletion came while the store was closed."""
-        if self._deleted and None not in self._opened():
-            keys = [self._deleted.popleft() for _ in range(len(self._deleted))]
-            self.delete(keys)
-
-    def _end_opening(self) -> list[Change]:
-        """Note the end of an opening; return the changes that it has seen.
-
-        After a failure a size is not tried again for `PAUSE` seconds.
-        """
-        opening = self._opening
-        if opening is None or not opening.done:
-            return []
-        self._opening = None
-        opened = {pages.size.nbytes for pages in self.store.every() if pages.opened is not None}
-        for nbytes in opening.sizes - opened:
-            self._next_try[nbytes] = time.monotonic() + PAUSE
-        return opening.changes
-
-    def _has_ended_waiting(self, waiting: _Waiting) -> bool:
-        """Begin a task whose sizes are open, or end it if it is late; return whether it was done.
-
-        The store opens for the sizes of the first task that waits. While it opens, it is closed
-        for all sizes.
-        """
         now = time.monotonic()
-        task = waiting.task
-        closed = self._closed_sizes(task)
-        tried = {nbytes for nbytes in closed if now < self._next_try.get(nbytes, 0.0)}
-        if self._opening is None:
-            if closed == tried:
-                self._begin(task)
-                return True
-            self._opening = Opening(
-                self.store, closed - tried, self._closing, lambda: self._new.add(None)
-            )
-        if now < waiting.until:
-            return False
+        for task, until in [*self._waiting.items()]:
+            if now >= until and self._waiting.pop(task, None) is not None:
+                self._end_late(task)
+
+    def _end_late(self, task: PageTask) -> None:
+        """End a task for which the store has not opened in time."""
         line = "Pages are not stored or loaded: their folder does not open. %s"
         _log.warning("late", line, SLOW_DEVICE)
         parts = task.parts()
         task.left = len(parts)
         for _, part in parts:
             self._fail(task, part)
-        return True
 
     def _closed_sizes(self, task: PageTask) -> set[int]:
         """Return the sizes of a task for which the store is to be opened.
@@ -1031,7 +953,7 @@ class PageTasks:
             sleeps = not self._loads
             self._loads.add(task)
             if sleeps:  # the thread looks again soon
-                self._new.add(None)
+                self._wake.add(None)
         for nbytes, part in parts:
             try:
                 self._begin_part(task, part, every.get(nbytes))
