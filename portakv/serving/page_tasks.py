@@ -22,28 +22,27 @@ from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from portakv.arguments import instance, invalid, items, octets, whole
+from portakv.arguments import invalid, items, octets, whole
 from portakv.errors import InvalidTerms, PortaKVError, TransferTimeout
-from portakv.graph import Mask, Priority
+from portakv.graph import Mask
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.finished import Finished
 from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
 from portakv.serving.local import StoreTerms, log_start
 from portakv.serving.pages import (
     SAVE,
+    PageBlocks,
     PageJob,
     Pages,
     PageSize,
     PageStore,
+    ServerPageBlocks,
+    SizedPages,
     Usage,
     check_raw,
     check_shared,
-    page_key,
 )
 from portakv.serving.server.client import (
-    GRACE,
-    ServerBlocks,
-    ServerTransfer,
     StoreClient,
 )
 from portakv.serving.server.index import ServerIndex
@@ -51,7 +50,6 @@ from portakv.serving.server.server import StoreServer, place_of
 from portakv.serving.worker import Calls
 from portakv.storage.calls import Change
 from portakv.storage.eviction import Pins
-from portakv.view import IdList, KVView
 
 # ------------------------------------------------------------------------------------------------
 # The pages of a store that an engine counts, and lookups whose answers it has not fetched.
@@ -161,122 +159,6 @@ class Lookups(Generic[Answer]):
 
 
 # ------------------------------------------------------------------------------------------------
-# The pages of one size in the store of a host's server.
-
-
-class ServerPages(Pages):
-    """The pages of one size of a `ServerPageStore`, which makes it.
-
-    ``saves`` has the loads in flight, too: `ServerPageStore.finished` cancels those that are late.
-    """
-
-    def __init__(
-        self,
-        terms: StoreTerms,
-        ended: Finished[PageJob],
-        size: PageSize,
-        kept: ServerBlocks,
-        index: ServerIndex,
-        number: int,
-    ) -> None:
-        super().__init__(terms, ended, size, kept.form)
-        self._kept = kept
-        self._index = index
-        self._number = number
-
-    def holds(self, keys: Sequence[bytes]) -> Mask:
-        """Return which pages can be loaded, as far as is known here, bool ``[keys]``."""
-        return np.array(self._index.holds(self._number, [*map(page_key, keys)]), np.bool_)
-
-    def has(self, key: bytes) -> bool:
-        """Return whether a page can be loaded, as far as is known here."""
-        return self._index.holds(self._number, (page_key(key),))[0]
-
-    def lookup(self, keys: Sequence[bytes], timeout: float | None = 1.0) -> int:
-        """Return the number of leading pages that can be loaded; waits for nothing."""
-        return int(self.holds(keys).cumprod().sum())
-
-    def save(
-        self,
-        keys: Sequence[bytes],
-        view: KVView,
-        slots: IdList | None = None,
-        *,
-        after: Sequence[bytes | None] | None = None,
-        priority: Priority = "background",
-        deadline: float | None = SAVE,
-        tag: Hashable = None,
-        ended: Finished[PageJob] | None = None,
-    ) -> PageJob:
-        """Save pages as `Pages.save` does. A page that finds no free staging is dropped."""
-        job = PageJob("save", keys, self.size.nbytes, tag)
-        follows = [None if each is None else page_key(each) for each in after or [None] * len(keys)]
-        names = [*map(page_key, keys)]
-        places = range(view.slots) if slots is None else slots
-        transfer = self._kept.save(view, places, names, after=follows, priority=priority)
-        return self._followed(job, transfer, ended, deadline)
-
-    def load(
-        self,
-        keys: Sequence[bytes],
-        view: KVView,
-        slots: IdList | None = None,
-        *,
-        priority: Priority = "urgent",
-        deadline: float | None = None,
-        tag: Hashable = None,
-        ended: Finished[PageJob] | None = None,
-    ) -> PageJob:
-        """Load pages as `Pages.load` does."""
-        job = PageJob("load", keys, self.size.nbytes, tag)
-        places = range(view.slots) if slots is None else slots
-        names = [*map(page_key, keys)]
-        until = self._terms.deadline if deadline is None else deadline
-        transfer = self._kept.load(view, places, names, priority=priority, deadline=until)
-        return self._followed(job, transfer, ended, until + GRACE)
-
-    def pin(self, keys: Sequence[bytes]) -> Pins:
-        """Keep pages from eviction until `Pins.release`, as far as they are there.
-
-        Waits for the server's answer, two seconds at most, if one is known to have a page.
-        """
-        there = np.flatnonzero(self.holds(keys)).tolist()
-        pins = Pins(len(keys))
-        if there:
-            made = self._kept.pin([page_key(keys[at]) for at in there])
-            for place in np.flatnonzero(made.held).tolist():
-                pins.add(there[place], made.release)
-        return pins
-
-    def delete(self, keys: Sequence[bytes]) -> Mask:
-        """Forget pages, for all processes; return which were there, bool ``[keys]``.
-
-        Waits for the server's answer, two seconds at most.
-        """
-        return self._kept.delete([*map(page_key, keys)])
-
-    @property
-    def opened(self) -> object | None:
-        """Return what tells this store from one that was opened later: there is no later one."""
-        return self
-
-    def _followed(
-        self,
-        job: PageJob,
-        transfer: ServerTransfer,
-        ended: Finished[PageJob] | None,
-        limit: float | None,
-    ) -> PageJob:
-        """Have a queue take a job at its end; it is late after so many seconds."""
-        overdue = None
-        if limit is not None:
-            overdue = self.saves
-            overdue.add(job, job.began + limit)
-        job._follow(transfer, self._ended if ended is None else ended, overdue)
-        return job
-
-
-# ------------------------------------------------------------------------------------------------
 # Pages of an engine's host memory in the store of a host's server.
 
 
@@ -301,7 +183,7 @@ def page_store(
     return store
 
 
-class ServerPageStore:
+class ServerPageStore(SizedPages):
     """Pages of bytes in the host memory of an engine, in the store of a server.
 
     Args:
@@ -316,9 +198,6 @@ class ServerPageStore:
         InvalidTerms: wrong terms, or pages that a server of the folder refuses, such as those of
             another model.
         StoreError: a folder that cannot be used.
-
-    Attributes:
-        ended: the jobs that have ended, unless a call names another queue.
     """
 
     def __init__(
@@ -329,9 +208,7 @@ class ServerPageStore:
         identity: str = "",
         patience: float = 10.0,
     ) -> None:
-        self.terms = instance("terms", terms, StoreTerms)
-        self.ended = Finished[PageJob]()
-        self.ended.start()
+        super().__init__(terms)
         check_shared(terms)
         check_raw(terms)
         forms = [size.form(model, identity) for size in sizes]
@@ -340,10 +217,9 @@ class ServerPageStore:
         self._store_server = StoreServer(terms, engine)
         self._client = StoreClient(place, forms, engine)
         self._index = ServerIndex(place, engine, len(forms))
-        self._pages = dict[PageSize, ServerPages]()
         for number, size in enumerate(sizes):
-            blocks = self._client.blocks[number]
-            self._pages[size] = ServerPages(terms, self.ended, size, blocks, self._index, number)
+            blocks = ServerPageBlocks(self._client.blocks[number], self._index, number)
+            self._sizes[size] = Pages(self, size, forms[number], blocks)
         try:
             if self._client.wait(patience):
                 self._index.wait(patience)
@@ -351,38 +227,15 @@ class ServerPageStore:
             self.close()
             raise
 
-    def pages(self, nbytes: int, runs: int = 1) -> ServerPages:
+    def pages(self, nbytes: int, runs: int = 1) -> Pages:
         """Return the pages of a size. Raises `InvalidTerms` for a size that the store lacks."""
         size = PageSize(nbytes, runs)
-        if size not in self._pages:
+        if size not in self._sizes:
             raise InvalidTerms(
-                f"Expected a size of {[*self._pages]}, got {size}. Pass all sizes when the store "
+                f"Expected a size of {[*self._sizes]}, got {size}. Pass all sizes when the store "
                 f"is made."
             )
-        return self._pages[size]
-
-    def every(self) -> list[ServerPages]:
-        """Return the pages of each size."""
-        return [*self._pages.values()]
-
-    def finished(self) -> list[PageJob]:
-        """Return the jobs that have ended since the last call. There is one consumer.
-
-        Jobs that are late are cancelled in this call: a consumer that sleeps on `fileno` makes it
-        now and then, too.
-        """
-        now = time.monotonic()
-        for pages in self.every():
-            for job in pages.saves.due(now):
-                job.cancel()
-        return self.ended.take()
-
-    def fileno(self) -> int:
-        """Return a descriptor that is readable while `finished` has jobs; -1 after `close`.
-
-        Raises `HostMemoryError` without a free descriptor.
-        """
-        return self.ended.fileno()
+        return self._sizes[size]
 
     def changes(self) -> list[Change]:
         """Return the pages that were stored or lost since the last call, by any process.
@@ -825,10 +678,9 @@ class PageTasks:
             self._open_later()
         return result
 
-    def _opened(self) -> list[int | None]:
-        """Return what tells the stores of all sizes apart; None for a size that is closed."""
-        opened = [pages.opened for pages in self.store.every()]
-        return [None if made is None else id(made) for made in opened]
+    def _opened(self) -> list[PageBlocks | None]:
+        """Return the open stores of all sizes; None for a size that is closed."""
+        return [pages.blocks for pages in self.store.every()]
 
     def close(self, timeout: float = 10.0) -> None:
         """End the tasks, which are not reported, close the store, and end its locks, each within so
@@ -941,7 +793,7 @@ class PageTasks:
         every = {pages.size.nbytes: pages for pages in self.store.every()}
         sizes = {buffer.nbytes for buffer in task.buffers}
         known = {nbytes for nbytes in sizes if nbytes in every}
-        closed = {nbytes for nbytes in known if every[nbytes].opened is None}
+        closed = {nbytes for nbytes in known if every[nbytes].blocks is None}
         return closed | (sizes - known if task.kind == "save" else set())
 
     def _begin(self, task: PageTask) -> None:

@@ -21,6 +21,7 @@ from portakv.serving.bucket import MISSING, LookupWorkers
 from portakv.serving.page_tasks import ServerPageStore
 from portakv.serving.pages import SAVE, PageJob, Pages, PageStore, page_key
 from portakv.serving.worker import Calls
+from portakv.storage.store import FormStore
 
 _log = RateLimitedLog(logging.getLogger(__name__))
 #: Seconds for which a page that did not land is not offered again, unless it is saved meanwhile.
@@ -172,7 +173,7 @@ class _Lookups:
         blocks = self._pages.blocks
         names = [page_key(key) for key in keys]
         try:
-            if blocks is not None:
+            if isinstance(blocks, FormStore):
                 LookupWorkers([blocks]).begin(names, partial(self._ended, keys))
                 return
         except PortaKVError:  # it was closed

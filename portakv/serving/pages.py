@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from hashlib import blake2b
+from itertools import compress, takewhile
 from pathlib import Path
 from shutil import rmtree
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +29,13 @@ from portakv.graph import Handle, Mask, Priority
 from portakv.runtime.finished import Finished
 from portakv.runtime.transfer import Transfer
 from portakv.serving.local import PATIENCE, PAUSE, SHARE, StoreTerms, found_in
-from portakv.serving.server.client import Released, ServerTransfer
+from portakv.serving.server.client import GRACE, Released, ServerBlocks, ServerTransfer
+from portakv.serving.server.index import ServerIndex
 from portakv.storage import BlockForm, BlockStore
 from portakv.storage.calls import Change
 from portakv.storage.eviction import Pins
 from portakv.storage.store import FormStore
+from portakv.storage.tiers.base import After
 from portakv.storage.tiers.files import claim, unusable
 from portakv.storage.tiers.files import forms_in as every_form_in
 from portakv.view import IdList, KVView
@@ -39,6 +43,7 @@ from portakv.view import IdList, KVView
 # ------------------------------------------------------------------------------------------------
 # The sizes of pages, their keys, and the forms under which pages lie in folders.
 
+Result = TypeVar("Result")
 #: Bytes of a key of a store; keys of other lengths are hashed.
 KEY = 32
 
@@ -141,7 +146,7 @@ def sizes_in(terms: StoreTerms, model: str, identity: str = "") -> list[PageSize
 
 
 # ------------------------------------------------------------------------------------------------
-# A save or a load of pages; `Overdue`: the saves that have to end by a time.
+# A save or a load of pages; `Overdue`: the jobs that have to end by a time.
 
 
 class PageJob:
@@ -203,10 +208,11 @@ class PageJob:
         return self.done()
 
     def give_up(self) -> bool:
-        """End a save of `PageStore` that a tier holds, once nothing reads its pages.
+        """Cancel a job; end a save that a tier holds, once nothing reads its pages.
 
         Returns whether the job has ended. Pages that are being written may land later.
         """
+        self.cancel()
         released = None if self._handle is None else self._handle.released
         unused = released is not None and _has_ended(released)
         if unused and self._overdue is not None and self._overdue.remove(self):
@@ -240,7 +246,7 @@ class PageJob:
 
 
 class Overdue:
-    """Saves with the times by which they have to end. The caller that removes a save ends it.
+    """Jobs with the times by which they have to end. The caller that removes a job ends it.
 
     Any thread may call.
     """
@@ -248,21 +254,21 @@ class Overdue:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._until = dict[PageJob, float]()
-        self._next = float("inf")  # no save is due before
+        self._next = float("inf")  # no job is due before
 
     def add(self, job: PageJob, until: float) -> None:
-        """Add a save that has to end by a time of `time.monotonic`."""
+        """Add a job that has to end by a time of `time.monotonic`."""
         with self._lock:
             self._until[job] = until
             self._next = min(self._next, until)
 
     def remove(self, job: PageJob) -> bool:
-        """Remove a save; return whether it was there."""
+        """Remove a job; return whether it was there."""
         with self._lock:
             return self._until.pop(job, None) is not None
 
     def due(self, now: float) -> list[PageJob]:
-        """Return the saves whose times have come; they stay until `remove`."""
+        """Return the jobs whose times have come; they stay until `remove`."""
         if now < self._next:
             return []
         with self._lock:
@@ -297,7 +303,101 @@ class Usage(NamedTuple):
     capacity: int
 
 
-class PageStore:
+class ServerPageBlocks:
+    """The pages of one size in the store of a server, with the calls of a `FormStore`.
+
+    What is there is known from a copy of the server's index.
+
+    Args:
+        blocks: of a rank of the server.
+        index: of the server.
+        number: of the size among those of the index.
+    """
+
+    def __init__(self, blocks: ServerBlocks, index: ServerIndex, number: int) -> None:
+        self.load = blocks.load
+        self.delete = blocks.delete
+        self.has_each = partial(index.holds, number)
+        self._blocks = blocks
+
+    def has(self, key: bytes) -> bool:
+        """Return whether a page can be loaded."""
+        return self.has_each((key,))[0]
+
+    def lookup(self, keys: Sequence[bytes], timeout: float | None) -> int:
+        """Return the number of leading pages that can be loaded; waits for nothing."""
+        return sum(takewhile(bool, self.has_each(keys)))
+
+    def save(
+        self,
+        view: KVView,
+        slots: IdList,
+        keys: Sequence[bytes],
+        *,
+        after: After,
+        priority: Priority,
+        deadline: float | None,
+    ) -> ServerTransfer:
+        """Save pages; `SizedPages.finished` ends the save at its deadline."""
+        return self._blocks.save(view, slots, keys, after=after, priority=priority)
+
+    def pin(self, keys: Sequence[bytes]) -> Pins:
+        """Keep pages from eviction; asks the server only if one is known to have a page."""
+        there = [*compress(range(len(keys)), self.has_each(keys))]
+        pins = Pins(len(keys))
+        if there:
+            made = self._blocks.pin([keys[at] for at in there])
+            for place in np.flatnonzero(made.held).tolist():
+                pins.add(there[place], made.release)
+        return pins
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Do nothing: a server records no use but that of loads."""
+
+
+#: The store of the pages of one size.
+PageBlocks: TypeAlias = "FormStore | ServerPageBlocks"
+
+
+class SizedPages:
+    """The pages of each size of a store, and their jobs: the base of stores of pages.
+
+    Attributes:
+        terms: where pages are stored.
+        ended: the jobs that have ended, unless a call names another queue.
+        overdue: the jobs that have to end by a time.
+    """
+
+    def __init__(self, terms: StoreTerms) -> None:
+        self.terms = instance("terms", terms, StoreTerms)
+        self.ended = Finished[PageJob]()
+        self.ended.start()
+        self.overdue = Overdue()
+        self._sizes = dict[PageSize, Pages]()
+
+    def every(self) -> list[Pages]:
+        """Return the pages of each size."""
+        return [*self._sizes.values()]
+
+    def finished(self) -> list[PageJob]:
+        """Return the jobs that have ended since the last call. There is one consumer.
+
+        Jobs that are late end in this call if all workers or a server hang, and saves that a tier
+        holds past their deadline: a consumer that sleeps on `fileno` makes it now and then, too.
+        """
+        for job in self.overdue.due(time.monotonic()):
+            job.give_up()
+        return self.ended.take()
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable while `finished` has jobs; -1 after `close`.
+
+        Raises `HostMemoryError` without a free descriptor.
+        """
+        return self.ended.fileno()
+
+
+class PageStore(SizedPages):
     """Pages of bytes in the host memory of an engine, in the stores of PortaKV.
 
     The store is in this process. No call but the constructor, `pages` of a new size and `close`
@@ -315,9 +415,6 @@ class PageStore:
     Raises:
         InvalidTerms: wrong arguments; sizes that no page has.
         StoreError, StoreBusy: memory for no page; a folder that another process has.
-
-    Attributes:
-        ended: the jobs that have ended, unless a call names another queue.
     """
 
     def __init__(
@@ -329,7 +426,7 @@ class PageStore:
         identity: str = "",
         patience: float = PATIENCE,
     ) -> None:
-        self.terms = instance("terms", terms, StoreTerms)
+        super().__init__(terms)
         if terms.shared:
             raise InvalidTerms(
                 "Expected terms of a store of this process, got shared=True. Leave it out, and "
@@ -339,15 +436,12 @@ class PageStore:
         self._model = text("model", model)
         self._identity = text("identity", identity, least=0, most=1 << 15)
         self._patience = seconds("patience", patience)
-        self.ended = Finished[PageJob]()
-        self.ended.start()
         self._lock = threading.Lock()  # of what is open
         self._store: BlockStore | None = None
-        self._sizes = dict[PageSize, Pages]()
         for size in items("sizes", sizes, "sizes of pages"):
             made = size if isinstance(size, PageSize) else PageSize(whole("sizes", size, 1))
             form = made.form(self._model, self._identity)
-            self._sizes[made] = Pages(terms, self.ended, made, form)
+            self._sizes[made] = Pages(self, made, form)
         if self._sizes:
             with self._lock:
                 self._open()
@@ -373,7 +467,7 @@ class PageStore:
             is_new = found is None
             if found is None:
                 form = size.form(self._model, self._identity)
-                found = Pages(self.terms, self.ended, size, form)
+                found = Pages(self, size, form)
                 self._check_staging(found)
             if found.blocks is None:
                 self._close(self._patience)
@@ -399,35 +493,16 @@ class PageStore:
         """Return the sizes of the pages."""
         return [*self._sizes]
 
-    def every(self) -> list[Pages]:
-        """Return the pages of each size."""
-        return [*self._sizes.values()]
-
     def has(self, key: bytes) -> bool:
         """Return whether a page of any size can be loaded, as far as is known here."""
         return any(pages.has(key) for pages in [*self._sizes.values()])
 
     def finished(self) -> list[PageJob]:
-        """Return the jobs that have ended since the last call. There is one consumer.
-
-        Jobs that are late end in this call if all workers hang, and saves that a tier holds past
-        their deadline: a consumer that sleeps on `fileno` makes it now and then, too.
-        """
+        """Return the jobs that have ended since the last call, as `SizedPages.finished` does."""
         store = self._store
         if store is not None:
             store.graph.sweep()
-        now = time.monotonic()
-        for pages in self.every():
-            for job in pages.saves.due(now):
-                job.give_up()
-        return self.ended.take()
-
-    def fileno(self) -> int:
-        """Return a descriptor that is readable while `finished` has jobs; -1 after `close`.
-
-        Raises `HostMemoryError` without a free descriptor.
-        """
-        return self.ended.fileno()
+        return super().finished()
 
     def changes(self) -> list[Change]:
         """Return the pages that were stored or lost since the last call, in order.
@@ -540,7 +615,7 @@ class PageStore:
 
 
 class Pages:
-    """The pages of one size of a `PageStore`, which makes it.
+    """The pages of one size of a store, which makes it.
 
     Calls while the store is closed find nothing, and their jobs have ended without a page.
 
@@ -548,23 +623,15 @@ class Pages:
         size: of the pages.
         form: of the stored pages.
         blocks: the store of the form; None while it is closed.
-        saves: those in flight that have a deadline.
     """
 
     def __init__(
-        self, terms: StoreTerms, ended: Finished[PageJob], size: PageSize, form: BlockForm
+        self, store: SizedPages, size: PageSize, form: BlockForm, blocks: PageBlocks | None = None
     ) -> None:
         self.size = size
         self.form = form
-        self.blocks: FormStore | None = None
-        self.saves = Overdue()
-        self._terms = terms  # of the store that makes it, as is the queue of its jobs
-        self._ended = ended
-
-    @property
-    def opened(self) -> object | None:
-        """Return what tells this store from one that was opened later; None while it is closed."""
-        return self.blocks
+        self.blocks = blocks
+        self._store = store
 
     def over(self, memory: object) -> KVView:
         """Return a view of memory of the engine, whose slots are pages.
@@ -638,25 +705,17 @@ class Pages:
     def holds(self, keys: Sequence[bytes]) -> Mask:
         """Return which pages can be loaded, as far as is known here, bool ``[keys]``."""
         names = _names(keys)
-        blocks = self.blocks
-        result = np.zeros(len(names), np.bool_)
-        if blocks is not None:
-            with suppress(StoreError):  # it was closed
-                result[:] = blocks.has_each(names)
-        return result
+        there = self._asked(lambda blocks: blocks.has_each(names), [False] * len(names))
+        return np.array(there, np.bool_)
 
     def lookup(self, keys: Sequence[bytes], timeout: float | None = 1.0) -> int:
         """Return the number of leading pages that can be loaded.
 
         Waits at most ``timeout`` seconds for buckets, as `BlockStore.lookup` does; for no other
-        tier.
+        tier, and for no server.
         """
         names = _names(keys)
-        blocks = self.blocks
-        if blocks is not None:
-            with suppress(StoreError):  # it was closed
-                return blocks.lookup(names, timeout)
-        return 0
+        return self._asked(lambda blocks: blocks.lookup(names, timeout), 0)
 
     def save(
         self,
@@ -693,7 +752,7 @@ class Pages:
             follows = [None if each is None else page_key(each) for each in after]
         job = PageJob("save", keys, self.size.nbytes, tag)
         blocks = self.blocks
-        handle = None
+        handle: Handle | ServerTransfer | None = None
         if blocks is not None and names:
             with suppress(StoreError):  # it was closed
                 handle = blocks.save(
@@ -727,8 +786,8 @@ class Pages:
         names = _names(keys)
         job = PageJob("load", keys, self.size.nbytes, tag)
         blocks = self.blocks
-        handle = None
-        until = self._terms.deadline if deadline is None else deadline
+        handle: Handle | ServerTransfer | None = None
+        until = self._store.terms.deadline if deadline is None else deadline
         if blocks is not None and names:
             with suppress(StoreError):  # it was closed
                 handle = blocks.load(
@@ -739,52 +798,53 @@ class Pages:
                     deadline=until,
                     missing="skip",
                 )
-        return self._begun(job, handle, ended)
+        return self._begun(job, handle, ended, until + GRACE)
 
     def pin(self, keys: Sequence[bytes]) -> Pins:
         """Keep pages from eviction until `Pins.release`, as far as they are there.
 
-        A pin costs a short look under the lock of the disk's index. Pages that are pinned for ever
-        leave no room for others.
+        A pin costs a short look under the lock of the disk's index, or the answer of a server, two
+        seconds at most. Pages that are pinned for ever leave no room for others.
         """
         names = _names(keys)
-        blocks = self.blocks
-        if blocks is not None:
-            with suppress(StoreError):  # it was closed
-                return blocks.pin(names)
-        return Pins(len(names))
+        return self._asked(lambda blocks: blocks.pin(names), Pins(len(names)))
 
     def delete(self, keys: Sequence[bytes]) -> Mask:
-        """Forget pages; return which were there, bool ``[keys]``. See `BlockStore.delete`."""
+        """Forget pages; return which were there, bool ``[keys]``. See `BlockStore.delete`.
+
+        Waits for the answer of a server, two seconds at most.
+        """
         names = _names(keys)
-        blocks = self.blocks
-        if blocks is not None:
-            with suppress(StoreError):  # it was closed
-                return blocks.delete(names)
-        return np.zeros(len(names), np.bool_)
+        return self._asked(lambda blocks: blocks.delete(names), np.zeros(len(names), np.bool_))
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Record the use of pages, the first key last, so that a prefix outlives its suffix."""
+        names = _names(keys)
+        self._asked(lambda blocks: blocks.touch(names), None)
+
+    def _asked(self, ask: Callable[[PageBlocks], Result], otherwise: Result) -> Result:
+        """Return the answer of the store; ``otherwise`` while it is closed."""
         blocks = self.blocks
         if blocks is not None:
             with suppress(StoreError):  # it was closed
-                blocks.touch(_names(keys))
+                return ask(blocks)
+        return otherwise
 
     def _begun(
         self,
         job: PageJob,
-        handle: Handle | None,
+        handle: Handle | ServerTransfer | None,
         ended: Finished[PageJob] | None,
-        give_up: float | None = None,
+        give_up: float | None,
     ) -> PageJob:
         """Have a queue take a job at its end, or so many seconds later if a tier holds it."""
-        queue = self._ended if ended is None else ended
+        queue = self._store.ended if ended is None else ended
         if handle is None:
             queue.add(job)
             return job
         overdue = None
         if give_up is not None:
-            overdue = self.saves
+            overdue = self._store.overdue
             overdue.add(job, job.began + give_up)
         job._follow(handle, queue, overdue)
         return job
