@@ -18,7 +18,7 @@ from portakv.errors import InvalidTerms
 from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
 from portakv.serving.handover_tickets import Endpoint, RemoteRows, Tickets
-from portakv.serving.plan import NO_PLAN, Blocks, Job, NextPlan, Plan, PullJob, Report
+from portakv.serving.plan import NO_HANDOVERS, NO_PLAN, Blocks, Job, Plan, PullJob, Report
 from portakv.storage.keys import KeyChain
 
 #: The most keys that are remembered because a load did not bring them.
@@ -234,7 +234,7 @@ class SchedulerSide:
         self._jobs = dict[int, _Live]()  # by number
         self._tickets = Tickets(now)
         self._keys = _Keys()
-        self._next = NextPlan()
+        self._next = Plan()
 
     @property
     def _windows(self) -> bool:
@@ -471,9 +471,13 @@ class SchedulerSide:
 
         ``idle``: the step computes nothing.
         """
-        made = self._next.plan(self._tickets.plan(), idle)
-        if made is not NO_PLAN:
-            self._next = NextPlan()
+        made = self._next
+        made.handovers = self._tickets.plan()
+        some = made.loads or made.saves or made.stop or made.retained
+        if not some and made.handovers is NO_HANDOVERS:
+            return NO_PLAN
+        made.idle = idle and bool(made.loads or made.handovers.pulls)
+        self._next = Plan()
         return made
 
     def describe_blocks(self) -> None:
@@ -490,8 +494,7 @@ class SchedulerSide:
         for number, workers in report.released.items():
             self._release(number, workers)
         for number, workers in report.ends.items():
-            missing = report.loaded.get(number, _NONE) | report.saved.get(number, _NONE)
-            self._end(number, workers, missing)
+            self._end(number, workers, report.missing.get(number, _NONE))
         for how, many in report.offers.items():
             self.counts[f"offers_{how}"] += many
 
