@@ -10,12 +10,13 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from secrets import randbits
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -64,7 +65,6 @@ from portakv.serving.server.messages import (
     Lock,
     LookedUp,
     LookUp,
-    Progress,
     Report,
     Save,
     ServerProtocol,
@@ -83,58 +83,10 @@ from portakv.storage.store import BlockStore
 if TYPE_CHECKING:
     from portakv.serving.kv_events import EventPublisher
 
-
-# ------------------------------------------------------------------------------------------------
-# The processes of a server's clients, and their ends.
+T = TypeVar("T")
 
 
-class Processes:
-    """The processes of clients, each with a descriptor that is readable once it has ended.
-
-    One thread uses it.
-    """
-
-    def __init__(self) -> None:
-        # A process without a descriptor is looked at; -1.
-        self._watched = dict[ClientProcess, int]()
-
-    def watch(self, processes: Iterable[ClientProcess]) -> None:
-        """Watch these processes from now on, and no others."""
-        present = {process for process in processes if process.key[1] != os.getpid()}
-        for process in [*self._watched]:
-            if process not in present:
-                self._forget(process)
-        for process in present:
-            if self._watched.get(process, -1) < 0:
-                self._watched[process] = _descriptor_of(process)
-
-    def descriptors(self) -> list[int]:
-        """Return the descriptors of processes."""
-        return [descriptor for descriptor in self._watched.values() if descriptor >= 0]
-
-    def take_ended(self, ready: set[int]) -> list[ClientProcess]:
-        """Return the processes that have ended, and watch them no longer.
-
-        ``ready``: the descriptors that are readable.
-        """
-        ended = list[ClientProcess]()
-        for process, descriptor in [*self._watched.items()]:
-            if descriptor in ready or (descriptor < 0 and _has_ended(process)):
-                self._forget(process)
-                ended.append(process)
-        return ended
-
-    def close(self) -> None:
-        """Watch no process any longer."""
-        self.watch(())
-
-    def _forget(self, process: ClientProcess) -> None:
-        descriptor = self._watched.pop(process)
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
-def _has_ended(process: ClientProcess) -> bool:
+def has_ended(process: ClientProcess) -> bool:
     """Return whether a process has ended. False also if the system does not say now: rows that the
     process may write must not be lent to others."""
     (_, pid, began) = process.key
@@ -142,22 +94,6 @@ def _has_ended(process: ClientProcess) -> bool:
         return started(pid) != began
     except HostMemoryError:
         return False
-
-
-def _descriptor_of(process: ClientProcess) -> int:
-    """Return a descriptor of a process; -1 if it has ended, or the system gives none.
-
-    A process without a descriptor is looked at instead, so no error of the system is lost.
-    """
-    (_, pid, _) = process.key
-    try:
-        descriptor = os.pidfd_open(pid)
-    except OSError:
-        return -1
-    if not _has_ended(process):
-        return descriptor
-    os.close(descriptor)  # of a later process of that number
-    return -1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -192,9 +128,11 @@ class Feed:
         self._followers = dict[int, Follower]()  # by session
         self._lock = threading.Lock()
 
-    def follow(self, ask: Follow, forms: Sequence[str]) -> Follower:
-        """Return a new session of a follower. Raises `InvalidTerms` for another number of
-        groups."""
+    def follow(self, ask: Follow, forms: Sequence[str], bucket: bool) -> Followed:
+        """Begin a session of a follower. ``bucket``: the store has a bucket.
+
+        Raises `InvalidTerms` for another number of groups.
+        """
         if ask.groups != len(forms):
             raise InvalidTerms(
                 f"Expected the index of {len(forms)} groups of layers, as the ranks of the engine "
@@ -203,17 +141,12 @@ class Feed:
         made = Follower(randbits(62), ask.address, forms)
         with self._lock:
             self._followers[made.session] = made
-        return made
-
-    def followed(self, follower: Follower, bucket: bool) -> Followed:
-        """Return the answer to a new follower. ``bucket``: the store has a bucket."""
-        forms = self._store.forms
         return Followed(
-            follower.session,
-            tuple(self._numbers[form] for form in follower.forms),
-            tuple(forms[form].payload_bytes for form in follower.forms),
+            made.session,
+            tuple(self._numbers[form] for form in forms),
+            tuple(self._store.forms[form].payload_bytes for form in forms),
             bucket,
-            tuple(tuple(self._numbers[x] for x in self._alike(form)) for form in follower.forms),
+            tuple(tuple(self._numbers[x] for x in self._alike(form)) for form in forms),
         )
 
     def _alike(self, name: str) -> list[str]:
@@ -229,9 +162,6 @@ class Feed:
             if form.raw == raw and other != name and not form.lossy
         ]
 
-    def __contains__(self, session: int) -> bool:
-        return session in self._followers
-
     def follower(self, session: int) -> Follower | None:
         """Return the follower of a session that has not ended."""
         return self._followers.get(session)
@@ -240,11 +170,6 @@ class Feed:
         """Return the sessions."""
         with self._lock:
             return [*self._followers.values()]
-
-    def lost(self, follower: Follower) -> None:
-        """End a session."""
-        with self._lock:
-            self._followers.pop(follower.session, None)
 
     def leave(self, session: int) -> None:
         """End the session of a number, if there is one."""
@@ -262,7 +187,7 @@ class Feed:
                 "Expected a session of this store server, got one that has ended. Join anew."
             )
         if ask.page == 0:
-            follower.pages = [*self._pages(follower.forms[ask.group])]
+            follower.pages = self._pages(follower.forms[ask.group])
         if ask.page >= len(follower.pages):
             raise PeerError("Expected pages in order, got one past the last. Begin with page 0.")
         page = follower.pages[ask.page]
@@ -270,17 +195,20 @@ class Feed:
             follower.pages = []
         return page
 
-    def _pages(self, form: str) -> Iterator[KeysPage]:
-        """Yield a snapshot of the blocks of a form, and of those that are alike, in pages."""
-        number: int | None = None
-        keys = dict[str, list[bytes]]()
-        for name in (form, *self._alike(form)):
-            snapshot = self._store.of(name).keys()
-            if number is None:  # changes after the first snapshot are applied to all
-                number = snapshot.number
-            for tier, listed in snapshot.keys.items():
-                keys[tier_of(self._numbers[name], tier)] = listed
-        return _pages(number or 0, keys)
+    def _pages(self, form: str) -> list[KeysPage]:
+        """Return a snapshot of the blocks of a form, and of those that are alike, in pages."""
+        names = (form, *self._alike(form))
+        snapshots = [self._store.of(name).keys() for name in names]
+        pieces = list[tuple[str, bytes]]()
+        for name, snapshot in zip(names, snapshots, strict=True):
+            for tier, keys in snapshot.keys.items():
+                tier = tier_of(self._numbers[name], tier)
+                for first in range(0, len(keys), MOST_PAGE):
+                    pieces.append((tier, joined_keys(keys[first : first + MOST_PAGE])))
+        # Changes after the first snapshot are applied to all.
+        number = snapshots[0].number
+        pages = [KeysPage(number, (piece,), True) for piece in pieces[:-1]]
+        return [*pages, KeysPage(number, (*pieces[-1:],), False)]
 
     def announce(self, changes: Sequence[Change]) -> Iterator[tuple[Follower, Changes]]:
         """Yield the messages about changes for each follower."""
@@ -302,20 +230,6 @@ class Feed:
             some = tuple(items[first : first + MOST_CHANGES])
             for follower in followers:
                 yield follower, Changes(follower.session, some)
-
-
-def _pages(number: int, keys: dict[str, list[bytes]]) -> Iterator[KeysPage]:
-    """Yield a snapshot in pages."""
-    pieces = [*_pieces(keys)] or [("", b"")]
-    for place, piece in enumerate(pieces, 1):
-        yield KeysPage(number, (piece,), place < len(pieces))
-
-
-def _pieces(keys: dict[str, list[bytes]]) -> Iterable[tuple[str, bytes]]:
-    """Yield the keys of each tier in pieces of a page."""
-    for tier, listed in keys.items():
-        for first in range(0, len(listed), MOST_PAGE):
-            yield tier, joined_keys(listed[first : first + MOST_PAGE])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -410,10 +324,6 @@ class OpenStore:
         """Return whether the store has the forms of whole blocks."""
         return all(form.digest in self.state.stores for form in forms)
 
-    def forms_of(self, engine: str) -> list[str]:
-        """Return the names of the forms of an engine's groups; none before a rank has joined."""
-        return [digest.hex() for digest in self.state.forms_of(engine)]
-
     def look_up(self, follower: Follower, number: int, keys: Sequence[bytes]) -> None:
         """Look up blocks in the bucket, in a worker, and have ``looked_up`` hold how that ended.
 
@@ -489,17 +399,21 @@ class Service:
         channel.serve(Join, self._join)
         channel.serve(Follow, self._follow)
         channel.serve(Alive, self._alive)
-        channel.serve(Load, self._load)
-        channel.serve(Save, self._save)
-        channel.serve(Report, self._report)
-        channel.serve(Stop, self._stop)
-        channel.serve(Lock, self._lock)
-        channel.serve(Unlock, self._unlock)
-        channel.serve(Delete, self._delete)
-        channel.serve(Leave, self._leave)
-        channel.serve(AskKeys, self._page)
+        channel.serve(Leave, lambda _, message: self._gone(message.session, leaves=True))
+        channel.serve(AskKeys, lambda _, ask: self._open().feed.page(ask))
         channel.serve(LookUp, self._look_up)
+        self._serve(Load, lambda state, ask: state.load(ask))
+        self._serve(Save, lambda state, ask: state.save(ask))
+        self._serve(Report, lambda state, it: state.report(it.session, it.lease, it.landed))
+        self._serve(Stop, lambda state, it: state.stop(it.session, it.number))
+        self._serve(Lock, lambda state, ask: Done(ask.session, state.lock(ask)))
+        self._serve(Unlock, lambda state, it: state.unlock(it.session, it.number))
+        self._serve(Delete, lambda state, ask: Done(ask.session, state.delete(ask)))
         answer(channel, figures)
+
+    def _serve(self, kind: type[T], call: Callable[[ServerState, T], Message | None]) -> None:
+        """Answer messages of sessions by the state of the open store."""
+        self._channel.serve(kind, lambda _, message: call(self._open().state, message))
 
     def tell(self, address: str, message: Message, lost: Callable[[], object]) -> None:
         """Send a message to a client, whose session ends if it does not take the message."""
@@ -548,7 +462,6 @@ class Service:
         check_process(ask.process)
         client = opened.state.join(ask)
         peer.on_gone(partial(self._gone, client.session))
-        self._wake()  # to watch its process
         return Joined(client.session, opened.handle)
 
     def _follow(self, peer: Peer, ask: Follow) -> Followed | Later:
@@ -557,64 +470,32 @@ class Service:
         Raises `InvalidTerms` with the sentence for the ranks of its engine if they were refused.
         """
         opened = self.opened
-        forms = opened.forms_of(ask.engine) if opened is not None else []
+        digests = [] if opened is None else opened.state.forms_of(ask.engine)
         if self.ends:
             return Later()
-        if opened is None or not forms:
+        if opened is None or not digests:
             why, until = self._refused.get(ask.engine, ("", 0.0))
             if time.monotonic() < until:
                 raise InvalidTerms(why)
             return Later()
-        follower = opened.feed.follow(ask, forms)
-        peer.on_gone(partial(self._gone, follower.session))
-        return opened.feed.followed(follower, opened.bucket)
+        answer = opened.feed.follow(ask, [digest.hex() for digest in digests], opened.bucket)
+        peer.on_gone(partial(self._gone, answer.session))
+        return answer
 
     def _alive(self, peer: Peer, ask: Alive) -> Alive:
         opened = self._open()
-        if ask.session not in opened.feed:
+        if opened.feed.follower(ask.session) is None:
             opened.state.client(ask.session)
         return Alive(ask.session)
 
-    def _load(self, peer: Peer, ask: Load) -> Progress:
-        return self._open().state.load(ask)
-
-    def _save(self, peer: Peer, ask: Save) -> Progress:
-        return self._open().state.save(ask)
-
-    def _report(self, peer: Peer, report: Report) -> None:
-        if self.opened is not None:
-            self.opened.state.report(report.session, report.lease, report.landed)
-
-    def _stop(self, peer: Peer, stop: Stop) -> None:
-        if self.opened is not None:
-            self.opened.state.stop(stop.session, stop.number)
-
-    def _lock(self, peer: Peer, ask: Lock) -> Done:
-        return Done(ask.session, self._open().state.lock(ask))
-
-    def _unlock(self, peer: Peer, message: Unlock) -> None:
-        if self.opened is not None:
-            self.opened.state.unlock(message.session, message.number)
-
-    def _delete(self, peer: Peer, ask: Delete) -> Done:
-        return Done(ask.session, self._open().state.delete(ask))
-
-    def _leave(self, peer: Peer, leave: Leave) -> None:
-        if self.opened is not None:
-            self.opened.state.leave(leave.session)
-            self.opened.feed.leave(leave.session)
-
-    def _gone(self, session: int) -> None:
-        """End a session whose connection has ended.
+    def _gone(self, session: int, leaves: bool = False) -> None:
+        """End a session whose connection has ended, or whose client ``leaves``.
 
         A connection may outlive a store, so it retains the number alone.
         """
         if self.opened is not None:
-            self.opened.state.lose(session)
+            self.opened.state.lose(session, leaves)
             self.opened.feed.leave(session)
-
-    def _page(self, peer: Peer, ask: AskKeys) -> KeysPage:
-        return self._open().feed.page(ask)
 
     def _look_up(self, peer: Peer, ask: LookUp) -> None:
         """Begin a lookup in the bucket. One that cannot begin has no answer."""
@@ -684,7 +565,7 @@ class StoreServer:
         self._busy_since: float | None = None
         self._stopped = threading.Event()
         self._process = this_process()
-        self._processes = Processes()
+        self._looked = 0.0  # when processes were looked at
         self._thread = threading.Thread(target=self._run, name="portakv store server", daemon=True)
         self._channel = Channel()
         with ExitStack() as undo:
@@ -771,22 +652,22 @@ class StoreServer:
                 self._stopped.wait(LOOK)
 
     def _wait(self) -> None:
-        """Wait until something happens, or for `LOOK` seconds; note processes that have ended."""
+        """Wait until something happens, at most `LOOK` seconds; note processes that have ended."""
         poll = select.poll()
         poll.register(self._event, select.POLLIN)
         opened = self._service.opened
         if opened is not None and not opened.store.graph.closed.is_set():
             poll.register(opened.store.finished_fd(), select.POLLIN)
             poll.register(opened.store.listen_fd(), select.POLLIN)
-            self._processes.watch(opened.state.processes())
-        for descriptor in self._processes.descriptors():
-            poll.register(descriptor, select.POLLIN)
-        ready = {descriptor for descriptor, _ in poll.poll(LOOK * 1000)}
+        poll.poll(LOOK * 1000)
         with suppress(BlockingIOError):
             os.eventfd_read(self._event)
-        for process in self._processes.take_ended(ready):
-            if opened is not None:
-                opened.state.process_ended(process)
+        now = time.monotonic()
+        if opened is not None and now > self._looked + LOOK:
+            self._looked = now
+            for process in opened.state.processes():
+                if has_ended(process):
+                    opened.state.process_ended(process)
 
     def _serve_if_possible(self) -> None:
         """Serve, unless another process does, or the terms leave it to a store server."""
@@ -824,7 +705,6 @@ class StoreServer:
         """Close the store, if it is open."""
         opened = self._service.opened
         self._service.opened = None
-        self._processes.close()
         error = None if opened is None else opened.close(timeout)
         if error is not None:
             _log.warning("close", "The store of a store server could not be closed: %s", error)
@@ -842,11 +722,10 @@ class StoreServer:
         opened.state.advance()
         for client, progress in opened.state.take():
             self._service.tell(client.address, progress, partial(opened.state.lost, client))
-        while opened.looked_up:
-            follower, answer = opened.looked_up.popleft()
-            self._service.tell(follower.address, answer, partial(opened.feed.lost, follower))
-        for follower, changes in opened.feed.announce(opened.changes()):
-            self._service.tell(follower.address, changes, partial(opened.feed.lost, follower))
+        messages = [opened.looked_up.popleft() for _ in range(len(opened.looked_up))]
+        for follower, message in chain(messages, opened.feed.announce(opened.changes())):
+            lost = partial(opened.feed.leave, follower.session)
+            self._service.tell(follower.address, message, lost)
 
 
 def place_of(terms: StoreTerms, engine: str) -> Place:
