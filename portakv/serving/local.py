@@ -45,31 +45,6 @@ from portakv.view import KVView
 # In place of a store, for an engine that only hands requests over.
 
 
-class NoStore:
-    """An index without blocks, in which a scheduler side finds nothing and saves nothing."""
-
-    losses = 0
-
-    def leading(self, keys: Sequence[bytes], /) -> int:
-        """Return that no block can be loaded."""
-        return 0
-
-    def has(self, key: bytes, /) -> bool:
-        """Return that no block is to be saved."""
-        return True
-
-    def record(self) -> None:
-        """Keep changes, of which there are none."""
-
-    def take_events(self) -> list[Change]:
-        """Return no change."""
-        return []
-
-    def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Return no bytes."""
-        return {}
-
-
 class NoBlocks:
     """The blocks of a group of layers of which none is stored.
 
@@ -433,6 +408,14 @@ def log_start(terms: StoreTerms, what: str, found: int | None, server: str) -> N
     )
 
 
+def counted_bytes(counts: Mapping[str, int], size: int) -> dict[str, int]:
+    """Return the bytes of blocks of a size that a scheduler side has counted."""
+    return {
+        "landed_bytes": counts.get("landed_blocks", 0) * size,
+        "stored_bytes": counts.get("stored_blocks", 0) * size,
+    }
+
+
 def found_in(statistics: Mapping[str, Sequence[Mapping[str, Any]]], parts: int) -> int:
     """Return how many blocks of ``parts`` parts the disk of a store has."""
     slots = statistics.get("disk_slots", ())
@@ -718,7 +701,7 @@ class LocalIndex:
             return []
         made = [*self._events]
         self._events.clear()
-        first = next(iter(self._forms()), "")
+        first = "" if self._store is None else next(iter(self._store.forms))
         return [each for each in made if each.form in (first, f"{first}{RAW}")]
 
     @property
@@ -751,20 +734,12 @@ class LocalIndex:
 
     def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
         """Return the bytes of blocks that a scheduler side has counted."""
-        size = sum(group.form.payload_bytes for group in self._groups)
-        return {
-            "landed_bytes": counts.get("landed_blocks", 0) * size,
-            "stored_bytes": counts.get("stored_blocks", 0) * size,
-        }
+        return counted_bytes(counts, sum(group.form.payload_bytes for group in self._groups))
 
     def statistics(self) -> Mapping[str, Sequence[Mapping[str, object]]]:
         """Return the store's statistics; none without a store."""
         store = self._store
         return {} if store is None else store.statistics()
-
-    def _forms(self) -> Mapping[str, BlockForm]:
-        store = self._store
-        return {} if store is None else store.forms
 
     def _follow(self) -> None:
         """Take note of the changes of the store since the last call."""
@@ -779,6 +754,14 @@ class LocalIndex:
             self._number = change.number
         if self._events is not None:
             self._events += changes
+
+
+class NoStore(LocalIndex):
+    """An index without blocks, in which a scheduler side finds nothing and saves nothing."""
+
+    def has(self, key: bytes) -> bool:
+        """Return that no block is to be saved."""
+        return True
 
 
 _indices: Bounded[str, LocalIndex] = Bounded("indices of engines", 256)

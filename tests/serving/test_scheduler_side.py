@@ -90,7 +90,7 @@ class OfferedAgain(SchedulerSide):
 
     def take(self, report: Report) -> None:
         super().take(report)
-        self._keys.failed.clear()
+        self._failed.clear()
         for request in self._requests.values():
             request.limit = None
 

@@ -13,6 +13,7 @@ from portakv.errors import InvalidTerms
 from portakv.migrate.channel import Channel, Peer
 from portakv.runtime.devices import this_process
 from portakv.serving.bucket import ServerBucket
+from portakv.serving.local import counted_bytes
 from portakv.serving.server.link import PATIENT, Link, Place, Session, Sides, this_client
 from portakv.serving.server.messages import (
     AskKeys,
@@ -199,11 +200,7 @@ class ServerIndex:
 
     def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
         """Return the bytes of blocks that a scheduler side has counted."""
-        size = sum(self._followed.nbytes)
-        return {
-            "landed_bytes": counts.get("landed_blocks", 0) * size,
-            "stored_bytes": counts.get("stored_blocks", 0) * size,
-        }
+        return counted_bytes(counts, sum(self._followed.nbytes))
 
     def wait(self, timeout: float = 10.0) -> bool:
         """Wait for a server, at most so many seconds; return whether its index is here.
