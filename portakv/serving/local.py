@@ -763,5 +763,9 @@ class NoStore(LocalIndex):
         """Return that no block is to be saved."""
         return True
 
+    def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Return no bytes."""
+        return {}
+
 
 _indices: Bounded[str, LocalIndex] = Bounded("indices of engines", 256)
