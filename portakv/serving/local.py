@@ -592,6 +592,25 @@ def _warn_of_packed(
             )
 
 
+def open_store(
+    forms: BlockForm | Mapping[str, BlockForm],
+    terms: StoreTerms,
+    tiers: Sequence[Tier],
+    patience: float,
+    **options: Any,
+) -> BlockStore:
+    """Open the store of terms, with their ``tiers``; wait for a folder that another process has,
+    at most so many seconds. ``options``: of `BlockStore`."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return BlockStore(forms, staging=terms.staging, host=terms.host, tiers=tiers, **options)
+        except StoreBusy as error:
+            if time.monotonic() >= until:
+                raise StoreBusy(f"{error} {SHARE}") from None
+            time.sleep(PAUSE)
+
+
 class LocalIndex:
     """The index of the blocks that a process can load; it knows none without a store.
 
@@ -650,17 +669,7 @@ class LocalIndex:
         names = [f"group {number}" for number, _ in enumerate(made)]
         forms = with_raw(dict(zip(names, made, strict=True)))
         only = made[0] if len(forms) == 1 else None
-        until = time.monotonic() + patience
-        while self._store is None:
-            try:
-                self._store = BlockStore(
-                    only or forms, staging=terms.staging, host=terms.host, tiers=tiers
-                )
-            except StoreBusy as error:
-                if time.monotonic() >= until:
-                    raise StoreBusy(f"{error} {SHARE}") from None
-                time.sleep(PAUSE)
-        store = self._store
+        self._store = store = open_store(only or forms, terms, tiers, patience)
         _warn_of_packed(groups, made, tiers)
         store.listen()  # later changes are kept
         self._groups = [store] if only else [store.of(name) for name in names]

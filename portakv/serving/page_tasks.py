@@ -98,12 +98,6 @@ class Counted(Generic[Key]):
             return [self._pages.pop(name, None) for name in names]
 
 
-class _Lookup(NamedTuple, Generic[Answer]):
-    answer: Answer
-    keys: int
-    locked: Sequence[bytes]
-
-
 class Lookups(Generic[Answer]):
     """The answers of lookups, until they are fetched, with the names of the pages they locked.
 
@@ -120,7 +114,8 @@ class Lookups(Generic[Answer]):
         self._lock = threading.Lock()
         self._nothing = nothing
         self._most = most
-        self._open = OrderedDict[int, _Lookup[Answer]]()
+        # Answers, with the numbers of their keys, and the names of locked pages.
+        self._open = OrderedDict[int, tuple[Answer, int, Sequence[bytes]]]()
         # The numbers of keys of lookups whose answers find nothing now.
         self._empty: Bounded[int, int] = Bounded("lookups without an answer", EMPTY)
 
@@ -133,20 +128,20 @@ class Lookups(Generic[Answer]):
         in time.
         """
         with self._lock:
-            self._open[number] = _Lookup(answer, keys, locked)
+            self._open[number] = answer, keys, locked
             if len(self._open) <= self._most:
                 return ()
-            late, oldest = self._open.popitem(last=False)
-            self._empty[late] = oldest.keys
+            late, (_, keys, locked) = self._open.popitem(last=False)
+            self._empty[late] = keys
         self._log.warning(
             "unfetched",
             "A lookup of %d pages finds none: %d later ones came before its answer was fetched. "
             "Look at the engine's log.",
-            oldest.keys,
+            keys,
             self._most,
             lines=1,
         )
-        return oldest.locked
+        return locked
 
     def fetch(self, number: int) -> Answer | None:
         """Return the answer of a lookup, once; None if there is none."""
@@ -154,7 +149,7 @@ class Lookups(Generic[Answer]):
             found = self._open.pop(number, None)
             keys = self._empty.pop(number, None)
         if found is not None:
-            return found.answer
+            return found[0]
         return None if keys is None else self._nothing(keys)
 
 

@@ -24,11 +24,11 @@ import numpy.typing as npt
 import torch
 
 from portakv.arguments import instance, invalid, items, octets, seconds, text, whole
-from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, StoreError, TransferTimeout
+from portakv.errors import InvalidTerms, PortaKVError, StoreError, TransferTimeout
 from portakv.graph import Handle, Mask, Priority
 from portakv.runtime.finished import Finished
 from portakv.runtime.transfer import Transfer
-from portakv.serving.local import PATIENCE, PAUSE, SHARE, StoreTerms, found_in
+from portakv.serving.local import PATIENCE, StoreTerms, found_in, open_store
 from portakv.serving.server.client import GRACE, Released, ServerBlocks, ServerTransfer
 from portakv.serving.server.index import ServerIndex
 from portakv.storage import BlockForm, BlockStore
@@ -159,6 +159,7 @@ class PageJob:
         nbytes: bytes of a page.
         began: when the call was made, in seconds of `time.monotonic`.
         seconds: from then to the end; 0 before the end.
+        handle: of the store, or the transfer of a server; None if there was no store.
     """
 
     def __init__(
@@ -170,7 +171,7 @@ class PageJob:
         self.nbytes = nbytes
         self.began = time.monotonic()
         self.seconds = 0.0
-        self._handle: Handle | ServerTransfer | None = None
+        self.handle: Handle | ServerTransfer | None = None
         self._overdue: Overdue | None = None  # has the job until its end
         self._given_up: Mask | None = None  # the pages that had landed by then
 
@@ -178,33 +179,28 @@ class PageJob:
         return f"PageJob({self.kind}, {len(self.keys)} pages, tag={self.tag!r})"
 
     @property
-    def handle(self) -> Handle | ServerTransfer | None:
-        """Return the store's handle, or the server's transfer; None if there was no store."""
-        return self._handle
-
-    @property
     def landed(self) -> Mask:
         """Return the pages that are stored, or were loaded, bool ``[keys]``; none before the
         end."""
         if self._given_up is not None:
             return self._given_up
-        if self._handle is None:
+        if self.handle is None:
             return np.zeros(len(self.keys), np.bool_)
-        return self._handle.landed
+        return self.handle.landed
 
     def done(self) -> bool:
         """Return whether the job has ended, so that nothing uses the pages; never block or
         raise."""
-        if self._handle is None or self._given_up is not None:
+        if self.handle is None or self._given_up is not None:
             return True
-        return _has_ended(self._handle)
+        return _has_ended(self.handle)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the job has ended, at most so many seconds; return whether it has."""
         limit = seconds("timeout", timeout, optional=True)
-        if self._handle is not None and self._given_up is None:
+        if self.handle is not None and self._given_up is None:
             with suppress(PortaKVError):
-                self._handle.synchronize(limit)
+                self.handle.synchronize(limit)
         return self.done()
 
     def give_up(self) -> bool:
@@ -213,7 +209,7 @@ class PageJob:
         Returns whether the job has ended. Pages that are being written may land later.
         """
         self.cancel()
-        released = None if self._handle is None else self._handle.released
+        released = None if self.handle is None else self.handle.released
         unused = released is not None and _has_ended(released)
         if unused and self._overdue is not None and self._overdue.remove(self):
             self._given_up = self.landed.copy()
@@ -225,13 +221,13 @@ class PageJob:
 
         The pages that are being moved are in use until the end.
         """
-        return self._handle is not None and self._handle.cancel()
+        return self.handle is not None and self.handle.cancel()
 
     def _follow(
         self, handle: Handle | ServerTransfer, ended: Finished[PageJob], overdue: Overdue | None
     ) -> None:
         """Add the job to a queue at the end of its handle, or when it is given up."""
-        self._handle = handle
+        self.handle = handle
         self._ended = ended
         self._overdue = overdue
         handle.when_ended(self._end)
@@ -468,7 +464,12 @@ class PageStore(SizedPages):
             if found is None:
                 form = size.form(self._model, self._identity)
                 found = Pages(self, size, form)
-                self._check_staging(found)
+                nbytes = form.image_bytes
+                if nbytes > self.terms.staging:  # before anything is closed
+                    raise StoreError(
+                        f"Expected staging to have room for a page of {nbytes} bytes, got "
+                        f"{self.terms.staging}. Give it more."
+                    )
             if found.blocks is None:
                 self._close(self._patience)
                 self._sizes[size] = found
@@ -479,15 +480,6 @@ class PageStore(SizedPages):
                         del self._sizes[size]  # the others can be opened without it
                     raise
             return found
-
-    def _check_staging(self, pages: Pages) -> None:
-        """Raise `StoreError` for pages without room in staging, before anything is closed."""
-        nbytes = pages.form.image_bytes
-        if nbytes > self.terms.staging:
-            raise StoreError(
-                f"Expected staging to have room for a page of {nbytes} bytes, got "
-                f"{self.terms.staging}. Give it more."
-            )
 
     def sizes(self) -> list[PageSize]:
         """Return the sizes of the pages."""
@@ -593,22 +585,8 @@ class PageStore(SizedPages):
         """Open the store of all sizes, under the lock."""
         forms = {pages.form.name: pages.form for pages in self._sizes.values()}
         tiers = self.terms.tiers()
-        until = time.monotonic() + self._patience
-        store: BlockStore | None = None
-        while store is None:
-            try:
-                store = BlockStore(
-                    forms,
-                    staging=self.terms.staging,
-                    host=self.terms.host,
-                    tiers=tiers,
-                    full="wait",
-                    pin=False,  # nothing is copied to a device
-                )
-            except StoreBusy as error:
-                if time.monotonic() >= until:
-                    raise StoreBusy(f"{error} {SHARE}") from None
-                time.sleep(PAUSE)
+        options = {"full": "wait", "pin": False}  # nothing is copied to a device
+        store = open_store(forms, self.terms, tiers, self._patience, **options)
         self._store = store
         for pages in self._sizes.values():
             pages.blocks = store.of(pages.form.name)

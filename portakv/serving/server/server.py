@@ -30,7 +30,6 @@ from portakv.errors import (
     StoreError,
 )
 from portakv.graph.alarms import watch
-from portakv.graph.meter import Metered
 from portakv.host.shared import process_space, started
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.messages import Message
@@ -356,7 +355,7 @@ rows_here: Bounded[bytes, torch.Tensor] = Bounded("rows of store servers", 16)
 
 
 # ------------------------------------------------------------------------------------------------
-# What a server answers to messages of its clients.
+# The server: its answers to clients, and its thread.
 
 #: Seconds for which the refusal of a rank counts for its engine. The rank tries again before.
 REFUSED = 5.0
@@ -366,151 +365,6 @@ TELLING = 0.2
 LEAVING = 1.0
 #: The most engines whose ranks have been refused.
 ENGINES = 256
-
-
-class Service:
-    """Answers the messages of clients, in the thread of a channel.
-
-    A store is opened at the first `Join`, which names its forms. That takes seconds, so another
-    thread does it, and the client asks again.
-
-    Args:
-        channel: of the server.
-        wake: is called when ``wanted`` has changed.
-        figures: of the server, for `portakv top`.
-
-    Attributes:
-        opened: the store, if it is open.
-        wanted: the forms of whole blocks that a client waits for; none if no client does.
-        refusal: the forms for which the store could not be opened, and why.
-        ends: whether the server ends, so that no session begins.
-    """
-
-    def __init__(self, channel: Channel, wake: Callable[[], object], figures: Metered) -> None:
-        self.opened: OpenStore | None = None
-        self.wanted: Sequence[BlockForm] = ()
-        self.refusal: tuple[Sequence[BlockForm], PortaKVError] | None = None
-        self.ends = False
-        # Why the last rank of an engine was refused, and until when that counts.
-        self._refused: Bounded[str, tuple[str, float]] = Bounded("refused engines", ENGINES)
-        self._wake = wake
-        self._channel = channel
-        channel.serve(AskProtocol, lambda *_: ServerProtocol(PROTOCOL))
-        channel.serve(Join, self._join)
-        channel.serve(Follow, self._follow)
-        channel.serve(Alive, self._alive)
-        channel.serve(Leave, lambda _, message: self._gone(message.session, leaves=True))
-        channel.serve(AskKeys, lambda _, ask: self._open().feed.page(ask))
-        channel.serve(LookUp, self._look_up)
-        self._serve(Load, lambda state, ask: state.load(ask))
-        self._serve(Save, lambda state, ask: state.save(ask))
-        self._serve(Report, lambda state, it: state.report(it.session, it.lease, it.landed))
-        self._serve(Stop, lambda state, it: state.stop(it.session, it.number))
-        self._serve(Lock, lambda state, ask: Done(ask.session, state.lock(ask)))
-        self._serve(Unlock, lambda state, it: state.unlock(it.session, it.number))
-        self._serve(Delete, lambda state, ask: Done(ask.session, state.delete(ask)))
-        answer(channel, figures)
-
-    def _serve(self, kind: type[T], call: Callable[[ServerState, T], Message | None]) -> None:
-        """Answer messages of sessions by the state of the open store."""
-        self._channel.serve(kind, lambda _, message: call(self._open().state, message))
-
-    def tell(self, address: str, message: Message, lost: Callable[[], object]) -> None:
-        """Send a message to a client, whose session ends if it does not take the message."""
-        try:
-            self._channel.tell(address, message, TELLING)
-        except PortaKVError as error:
-            _log.warning("client", "A client of a store server is gone: %s", error)
-            lost()
-
-    def take_leave(self) -> None:
-        """Tell clients and followers that the server ends in order; no session begins any more."""
-        self.ends = True
-        opened = self.opened
-        if opened is None:
-            return
-        requests = [(each.address, Farewell(each.session)) for each in opened.state.clients()]
-        requests += [(each.address, Farewell(each.session)) for each in opened.feed.followers()]
-        # The answers come before the connections end. A client without one may have ended, too.
-        with suppress(PortaKVError):
-            self._channel.ask_all(requests, Farewell, LEAVING)
-
-    def _join(self, peer: Peer, ask: Join) -> Joined | Later:
-        """Begin a session of a rank, or have the store opened for it; note a refusal."""
-        try:
-            answer = self._begin(peer, ask)
-        except PortaKVError as error:
-            self._refused[ask.engine] = str(error), time.monotonic() + REFUSED
-            raise
-        if isinstance(answer, Joined):
-            self._refused.pop(ask.engine, None)
-        return answer
-
-    def _begin(self, peer: Peer, ask: Join) -> Joined | Later:
-        forms = [whole_form(BlockForm.from_json(text)) for text in ask.forms]
-        opened = self.opened
-        if self.ends:
-            return Later()
-        if opened is None or not (opened.has(forms) or opened.state.clients()):
-            refusal = self.refusal
-            self.refusal = None
-            if refusal is not None and refusal[0] == forms:
-                raise refusal[1]
-            self.wanted = forms
-            self._wake()
-            return Later()
-        check_process(ask.process)
-        client = opened.state.join(ask)
-        peer.on_gone(partial(self._gone, client.session))
-        return Joined(client.session, opened.handle)
-
-    def _follow(self, peer: Peer, ask: Follow) -> Followed | Later:
-        """Begin a session of a process that follows the index.
-
-        Raises `InvalidTerms` with the sentence for the ranks of its engine if they were refused.
-        """
-        opened = self.opened
-        digests = [] if opened is None else opened.state.forms_of(ask.engine)
-        if self.ends:
-            return Later()
-        if opened is None or not digests:
-            why, until = self._refused.get(ask.engine, ("", 0.0))
-            if time.monotonic() < until:
-                raise InvalidTerms(why)
-            return Later()
-        answer = opened.feed.follow(ask, [digest.hex() for digest in digests], opened.bucket)
-        peer.on_gone(partial(self._gone, answer.session))
-        return answer
-
-    def _alive(self, peer: Peer, ask: Alive) -> Alive:
-        opened = self._open()
-        if opened.feed.follower(ask.session) is None:
-            opened.state.client(ask.session)
-        return Alive(ask.session)
-
-    def _gone(self, session: int, leaves: bool = False) -> None:
-        """End a session whose connection has ended, or whose client ``leaves``.
-
-        A connection may outlive a store, so it retains the number alone.
-        """
-        if self.opened is not None:
-            self.opened.state.lose(session, leaves)
-            self.opened.feed.leave(session)
-
-    def _look_up(self, peer: Peer, ask: LookUp) -> None:
-        """Begin a lookup in the bucket. One that cannot begin has no answer."""
-        opened = self.opened
-        follower = None if opened is None else opened.feed.follower(ask.session)
-        if opened is not None and follower is not None:
-            with suppress(PortaKVError):  # the store closes
-                opened.look_up(follower, ask.number, keys_in(ask.keys))
-
-    def _open(self) -> OpenStore:
-        if self.opened is None:
-            raise PeerError(
-                "Expected a session of this store server, got one that has ended. Join anew."
-            )
-        return self.opened
 
 
 def check_process(process: tuple[int, int, int]) -> None:
@@ -566,6 +420,13 @@ class StoreServer:
         self._stopped = threading.Event()
         self._process = this_process()
         self._looked = 0.0  # when processes were looked at
+        self._opened: OpenStore | None = None
+        self._wanted: Sequence[BlockForm] = ()  # forms of whole blocks that a client waits for
+        # The forms for which the store could not be opened, and why.
+        self._refusal: tuple[Sequence[BlockForm], PortaKVError] | None = None
+        # Why the last rank of an engine was refused, and until when that counts.
+        self._refused: Bounded[str, tuple[str, float]] = Bounded("refused engines", ENGINES)
+        self._ends = False  # no session begins any more
         self._thread = threading.Thread(target=self._run, name="portakv store server", daemon=True)
         self._channel = Channel()
         with ExitStack() as undo:
@@ -576,7 +437,7 @@ class StoreServer:
                 why = resources.reason(error)
                 raise StoreError(f"Expected a descriptor for a store server, but {why}.") from None
             undo.callback(os.close, self._event)
-            self._service = Service(self._channel, self._wake, self)
+            self._answer_messages()
             undo.callback(self.place.release)
             self._serve_if_possible()
             resources.start_thread(self._thread, StoreError)
@@ -596,7 +457,7 @@ class StoreServer:
 
     def statistics(self) -> dict[str, int]:
         """Return the sessions, leases and requests now, and the counters."""
-        opened = self._service.opened
+        opened = self._opened
         return {} if opened is None else opened.state.statistics()
 
     def figures(self) -> dict[str, list[dict[str, Any]]]:
@@ -606,7 +467,7 @@ class StoreServer:
         figures = dict[str, list[dict[str, Any]]]()
         if not self._stopped.is_set():
             figures = self._channel.figures()
-        opened = self._service.opened
+        opened = self._opened
         if opened is not None:
             figures |= opened.state.figures()
             with suppress(StoreError):  # it was closed meanwhile
@@ -629,9 +490,124 @@ class StoreServer:
         os.close(self._event)
 
     def _take_leave(self) -> None:
-        """Tell clients and followers that this server ends in order."""
-        if not self._process.forked:
-            self._service.take_leave()
+        """Tell clients and followers that this server ends in order; no session begins any more."""
+        if self._process.forked:
+            return
+        self._ends = True
+        opened = self._opened
+        if opened is None:
+            return
+        requests = [(each.address, Farewell(each.session)) for each in opened.state.clients()]
+        requests += [(each.address, Farewell(each.session)) for each in opened.feed.followers()]
+        # The answers come before the connections end. A client without one may have ended, too.
+        with suppress(PortaKVError):
+            self._channel.ask_all(requests, Farewell, LEAVING)
+
+    # --- messages, in the thread of the channel
+
+    def _answer_messages(self) -> None:
+        """Answer the messages of clients, and `portakv top`.
+
+        A store is opened at the first `Join`, which names its forms. That takes seconds, so another
+        thread does it, and the client asks again.
+        """
+        serve = self._channel.serve
+        serve(AskProtocol, lambda *_: ServerProtocol(PROTOCOL))
+        serve(Join, self._join)
+        serve(Follow, self._follow)
+        serve(Alive, self._alive)
+        serve(Leave, lambda _, message: self._gone(message.session, leaves=True))
+        serve(AskKeys, lambda _, ask: self._open_store().feed.page(ask))
+        serve(LookUp, self._look_up)
+        self._serve(Load, lambda state, ask: state.load(ask))
+        self._serve(Save, lambda state, ask: state.save(ask))
+        self._serve(Report, lambda state, it: state.report(it.session, it.lease, it.landed))
+        self._serve(Stop, lambda state, it: state.stop(it.session, it.number))
+        self._serve(Lock, lambda state, ask: Done(ask.session, state.lock(ask)))
+        self._serve(Unlock, lambda state, it: state.unlock(it.session, it.number))
+        self._serve(Delete, lambda state, ask: Done(ask.session, state.delete(ask)))
+        answer(self._channel, self)
+
+    def _serve(self, kind: type[T], call: Callable[[ServerState, T], Message | None]) -> None:
+        """Answer messages of sessions by the state of the open store."""
+        self._channel.serve(kind, lambda _, message: call(self._open_store().state, message))
+
+    def _join(self, peer: Peer, ask: Join) -> Joined | Later:
+        """Begin a session of a rank, or have the store opened for it; note a refusal."""
+        try:
+            answer = self._session_of(peer, ask)
+        except PortaKVError as error:
+            self._refused[ask.engine] = str(error), time.monotonic() + REFUSED
+            raise
+        if isinstance(answer, Joined):
+            self._refused.pop(ask.engine, None)
+        return answer
+
+    def _session_of(self, peer: Peer, ask: Join) -> Joined | Later:
+        forms = [whole_form(BlockForm.from_json(text)) for text in ask.forms]
+        opened = self._opened
+        if self._ends:
+            return Later()
+        if opened is None or not (opened.has(forms) or opened.state.clients()):
+            refusal = self._refusal
+            self._refusal = None
+            if refusal is not None and refusal[0] == forms:
+                raise refusal[1]
+            self._wanted = forms
+            self._wake()
+            return Later()
+        check_process(ask.process)
+        client = opened.state.join(ask)
+        peer.on_gone(partial(self._gone, client.session))
+        return Joined(client.session, opened.handle)
+
+    def _follow(self, peer: Peer, ask: Follow) -> Followed | Later:
+        """Begin a session of a process that follows the index.
+
+        Raises `InvalidTerms` with the sentence for the ranks of its engine if they were refused.
+        """
+        opened = self._opened
+        digests = [] if opened is None else opened.state.forms_of(ask.engine)
+        if self._ends:
+            return Later()
+        if opened is None or not digests:
+            why, until = self._refused.get(ask.engine, ("", 0.0))
+            if time.monotonic() < until:
+                raise InvalidTerms(why)
+            return Later()
+        answer = opened.feed.follow(ask, [digest.hex() for digest in digests], opened.bucket)
+        peer.on_gone(partial(self._gone, answer.session))
+        return answer
+
+    def _alive(self, peer: Peer, ask: Alive) -> Alive:
+        opened = self._open_store()
+        if opened.feed.follower(ask.session) is None:
+            opened.state.client(ask.session)
+        return Alive(ask.session)
+
+    def _gone(self, session: int, leaves: bool = False) -> None:
+        """End a session whose connection has ended, or whose client ``leaves``.
+
+        A connection may outlive a store, so it retains the number alone.
+        """
+        if self._opened is not None:
+            self._opened.state.lose(session, leaves)
+            self._opened.feed.leave(session)
+
+    def _look_up(self, peer: Peer, ask: LookUp) -> None:
+        """Begin a lookup in the bucket. One that cannot begin has no answer."""
+        opened = self._opened
+        follower = None if opened is None else opened.feed.follower(ask.session)
+        if opened is not None and follower is not None:
+            with suppress(PortaKVError):  # the store closes
+                opened.look_up(follower, ask.number, keys_in(ask.keys))
+
+    def _open_store(self) -> OpenStore:
+        if self._opened is None:
+            raise PeerError(
+                "Expected a session of this store server, got one that has ended. Join anew."
+            )
+        return self._opened
 
     # --- the thread
 
@@ -655,7 +631,7 @@ class StoreServer:
         """Wait until something happens, at most `LOOK` seconds; note processes that have ended."""
         poll = select.poll()
         poll.register(self._event, select.POLLIN)
-        opened = self._service.opened
+        opened = self._opened
         if opened is not None and not opened.store.graph.closed.is_set():
             poll.register(opened.store.finished_fd(), select.POLLIN)
             poll.register(opened.store.listen_fd(), select.POLLIN)
@@ -679,14 +655,13 @@ class StoreServer:
 
     def _open_if_wanted(self) -> None:
         """Open the store for the forms that a client waits for."""
-        service = self._service
-        wanted = service.wanted
+        wanted = self._wanted
         if not wanted or not self.serves:
             return
         self._close_store(BUSY)
         refusal: PortaKVError | None = None
         try:
-            service.opened = OpenStore(self.terms, wanted, self._wake, self._patience, self._events)
+            self._opened = OpenStore(self.terms, wanted, self._wake, self._patience, self._events)
         except StoreBusy as error:
             now = time.monotonic()
             self._busy_since = self._busy_since or now
@@ -696,24 +671,32 @@ class StoreServer:
         except PortaKVError as error:
             refusal = error
         self._busy_since = None
-        service.wanted = ()
+        self._wanted = ()
         if refusal is not None:
-            service.refusal = wanted, refusal
+            self._refusal = wanted, refusal
             _log.warning("open", "The store of a store server cannot be opened: %s", refusal)
 
     def _close_store(self, timeout: float) -> None:
         """Close the store, if it is open."""
-        opened = self._service.opened
-        self._service.opened = None
+        opened = self._opened
+        self._opened = None
         error = None if opened is None else opened.close(timeout)
         if error is not None:
             _log.warning("close", "The store of a store server could not be closed: %s", error)
+
+    def _tell(self, address: str, message: Message, lost: Callable[[], object]) -> None:
+        """Send a message to a client, whose session ends if it does not take the message."""
+        try:
+            self._channel.tell(address, message, TELLING)
+        except PortaKVError as error:
+            _log.warning("client", "A client of a store server is gone: %s", error)
+            lost()
 
     def _advance(self) -> None:
         """Go on with what the store has done, and tell clients and routers."""
         if self._events is not None:
             self._events.answer()
-        opened = self._service.opened
+        opened = self._opened
         if opened is None or opened.store.graph.closed.is_set():  # the interpreter ends
             return
         opened.store.graph.sweep()  # loads end in time also if a disk holds all workers
@@ -721,11 +704,11 @@ class StoreServer:
             opened.state.ended(handle)
         opened.state.advance()
         for client, progress in opened.state.take():
-            self._service.tell(client.address, progress, partial(opened.state.lost, client))
+            self._tell(client.address, progress, partial(opened.state.lost, client))
         messages = [opened.looked_up.popleft() for _ in range(len(opened.looked_up))]
         for follower, message in chain(messages, opened.feed.announce(opened.changes())):
             lost = partial(opened.feed.leave, follower.session)
-            self._service.tell(follower.address, message, lost)
+            self._tell(follower.address, message, lost)
 
 
 def place_of(terms: StoreTerms, engine: str) -> Place:
