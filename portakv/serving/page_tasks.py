@@ -50,6 +50,7 @@ from portakv.serving.server.server import StoreServer, place_of
 from portakv.serving.worker import Calls
 from portakv.storage.calls import Change
 from portakv.storage.eviction import Pins
+from portakv.storage.tiers.base import Keys
 
 # ------------------------------------------------------------------------------------------------
 # The pages of a store that an engine counts, and lookups whose answers it has not fetched.
@@ -115,13 +116,11 @@ class Lookups(Generic[Answer]):
         self._nothing = nothing
         self._most = most
         # Answers, with the numbers of their keys, and the names of locked pages.
-        self._open = OrderedDict[int, tuple[Answer, int, Sequence[bytes]]]()
+        self._open = OrderedDict[int, tuple[Answer, int, Keys]]()
         # The numbers of keys of lookups whose answers find nothing now.
         self._empty: Bounded[int, int] = Bounded("lookups without an answer", EMPTY)
 
-    def add(
-        self, number: int, answer: Answer, keys: int, locked: Sequence[bytes]
-    ) -> Sequence[bytes]:
+    def add(self, number: int, answer: Answer, keys: int, locked: Keys) -> Keys:
         """Keep the answer of a lookup of so many keys.
 
         Returns the names whose locks are to end, since the answer of another lookup was not fetched
@@ -322,20 +321,20 @@ class PagePool:
         self._pages = store.pages(*self.size)
         self._deadline = store.terms.deadline
 
-    def lookup(self, keys: Sequence[bytes]) -> int:
+    def lookup(self, keys: Keys) -> int:
         """Return the number of leading pages that can be loaded; a bucket has a second to
         answer."""
         pages = self._pages
         return 0 if pages is None else pages.lookup(self._names(keys))
 
-    def holds(self, keys: Sequence[bytes]) -> Mask:
+    def holds(self, keys: Keys) -> Mask:
         """Return which pages can be loaded, as far as is known here, bool ``[keys]``."""
         pages = self._pages
         if pages is None:
             return np.zeros(len(keys), np.bool_)
         return pages.holds(self._names(keys))
 
-    def restorable(self, keys: Sequence[bytes], trailing: int | None = None) -> Mask:
+    def restorable(self, keys: Keys, trailing: int | None = None) -> Mask:
         """Return for each number of leading pages, less one, whether it can be restored, bool
         ``[keys]``.
 
@@ -350,9 +349,7 @@ class PagePool:
         able: Mask = missing[1:] == missing[first]
         return able
 
-    def save(
-        self, keys: Sequence[bytes], addresses: npt.ArrayLike, after: bytes | None = None
-    ) -> Mask:
+    def save(self, keys: Keys, addresses: npt.ArrayLike, after: bytes | None = None) -> Mask:
         """Store pages; return which of them are stored now, bool ``[keys]``.
 
         Args:
@@ -376,7 +373,7 @@ class PagePool:
         )
         return self._landed(job)
 
-    def load(self, keys: Sequence[bytes], addresses: npt.ArrayLike) -> Mask:
+    def load(self, keys: Keys, addresses: npt.ArrayLike) -> Mask:
         """Load pages; return which of them have come, with verified bytes, bool ``[keys]``.
 
         The others are not written. The arguments are those of `save`.
@@ -388,7 +385,7 @@ class PagePool:
         job = pages.load(self._names(keys), view, deadline=self._deadline, ended=self._unread)
         return self._landed(job)
 
-    def _names(self, keys: Sequence[bytes]) -> list[bytes]:
+    def _names(self, keys: Keys) -> list[bytes]:
         """Return keys that no other pool has."""
         return [key + self._identity for key in keys] if self._identity else [*keys]
 
@@ -457,9 +454,7 @@ class PageTask:
         fresh: the pages of a save that the store did not have before, bool ``[keys]``.
     """
 
-    def __init__(
-        self, kind: Kind, keys: Sequence[bytes], buffers: Sequence[Buffer], tag: Hashable
-    ) -> None:
+    def __init__(self, kind: Kind, keys: Keys, buffers: Sequence[Buffer], tag: Hashable) -> None:
         self.kind = kind
         self.keys = keys
         self.buffers = buffers
@@ -583,7 +578,7 @@ class PageTasks:
         return len(self._locks)
 
     def begin(
-        self, kind: Kind, keys: Sequence[bytes], buffers: Sequence[Buffer], tag: Hashable = None
+        self, kind: Kind, keys: Keys, buffers: Sequence[Buffer], tag: Hashable = None
     ) -> PageTask:
         """Begin a task. Its buffers belong to it until its end.
 
@@ -603,7 +598,7 @@ class PageTasks:
             self._begin(task)
         return task
 
-    def holds(self, keys: Sequence[bytes]) -> Mask:
+    def holds(self, keys: Keys) -> Mask:
         """Return which pages can be loaded in some size, bool ``[keys]``."""
         result = np.zeros(len(keys), np.bool_)
         for pages in self.store.every():
@@ -619,7 +614,7 @@ class PageTasks:
             return task.landed
         return self.holds(task.keys)
 
-    def lock(self, keys: Sequence[bytes]) -> npt.NDArray[np.int64]:
+    def lock(self, keys: Keys) -> npt.NDArray[np.int64]:
         """Lock the pages that can be loaded in some size; return their bytes, int64 ``[keys]``.
 
         A page that is not there has 0 bytes, and no lock. The store evicts no page before the last
@@ -635,18 +630,14 @@ class PageTasks:
             left = [*compress(left, ~pins.held)]
         return result
 
-    def lock_later(
-        self, keys: Sequence[bytes], locked: Callable[[npt.NDArray[np.int64]], object]
-    ) -> None:
+    def lock_later(self, keys: Keys, locked: Callable[[npt.NDArray[np.int64]], object]) -> None:
         """Lock pages, and call with what `lock` returns: within this call, or in a thread if the
         store is that of a server."""
         call = partial(self._lock_then, keys, locked)
         if not isinstance(self.store, ServerPageStore) or not self._calls.add(call):
             call()
 
-    def _lock_then(
-        self, keys: Sequence[bytes], locked: Callable[[npt.NDArray[np.int64]], object]
-    ) -> None:
+    def _lock_then(self, keys: Keys, locked: Callable[[npt.NDArray[np.int64]], object]) -> None:
         sizes = np.zeros(len(keys), np.int64)
         try:
             sizes = self.lock(keys)
@@ -657,7 +648,7 @@ class PageTasks:
         """End a lock of each page; ignore pages that are not locked."""
         self._locks.end(keys)
 
-    def delete(self, keys: Sequence[bytes]) -> Mask:
+    def delete(self, keys: Keys) -> Mask:
         """Delete pages of any size, locked or not; return which were stored, bool ``[keys]``.
 
         While the store opens, no page is known to be stored. The pages are deleted, and reported

@@ -22,6 +22,7 @@ from portakv.serving.page_tasks import ServerPageStore
 from portakv.serving.pages import SAVE, PageJob, Pages, PageStore, page_key
 from portakv.serving.worker import Calls
 from portakv.storage.store import FormStore
+from portakv.storage.tiers.base import Keys
 
 _log = RateLimitedLog(logging.getLogger(__name__))
 #: Seconds for which a page that did not land is not offered again, unless it is saved meanwhile.
@@ -99,7 +100,7 @@ class _Lookups:
         self._end(keys, self._now(), count)
         self._answers = answers
 
-    def _end(self, keys: Sequence[bytes], now: float, count: int = 0) -> None:
+    def _end(self, keys: Keys, now: float, count: int = 0) -> None:
         """Note that the lookup of keys has ended, and that only so many leading pages are there."""
         for key in keys[count:]:
             self._missing[key] = now + MISSING
@@ -185,9 +186,7 @@ class PageTier:
             return False
         return self._lookups.look(key, (request, self._chain_of(key)))
 
-    def save(
-        self, number: Hashable, keys: Sequence[bytes], slots: Sequence[int], request: Hashable
-    ) -> None:
+    def save(self, number: Hashable, keys: Keys, slots: Sequence[int], request: Hashable) -> None:
         """Begin to save slots under keys, which are of a request and in its order."""
         after = list[bytes | None]()
         lasts = self._lasts.setdefault(request, {})
@@ -198,7 +197,7 @@ class PageTier:
         save = partial(self.pages.save, keys, self.view, slots, after=after, tag=number)
         self._submit(PageJob("save", keys, self.pages.size.nbytes, number), save)
 
-    def load(self, number: Hashable, keys: Sequence[bytes], slots: Sequence[int]) -> None:
+    def load(self, number: Hashable, keys: Keys, slots: Sequence[int]) -> None:
         """Begin to load pages into slots."""
         load = partial(self.pages.load, keys, self.view, slots, tag=number)
         self._submit(PageJob("load", keys, self.pages.size.nbytes, number), load)

@@ -35,7 +35,7 @@ from portakv.storage import BlockForm, BlockStore
 from portakv.storage.calls import Change
 from portakv.storage.eviction import Pins
 from portakv.storage.store import FormStore
-from portakv.storage.tiers.base import After
+from portakv.storage.tiers.base import After, Keys
 from portakv.storage.tiers.files import claim, unusable
 from portakv.storage.tiers.files import forms_in as every_form_in
 from portakv.view import IdList, KVView
@@ -163,7 +163,7 @@ class PageJob:
     """
 
     def __init__(
-        self, kind: Literal["save", "load"], keys: Sequence[bytes], nbytes: int, tag: Hashable
+        self, kind: Literal["save", "load"], keys: Keys, nbytes: int, tag: Hashable
     ) -> None:
         self.kind = kind
         self.keys = keys
@@ -320,7 +320,7 @@ class ServerPageBlocks:
         """Return whether a page can be loaded."""
         return self.has_each((key,))[0]
 
-    def lookup(self, keys: Sequence[bytes], timeout: float | None) -> int:
+    def lookup(self, keys: Keys, timeout: float | None) -> int:
         """Return the number of leading pages that can be loaded; waits for nothing."""
         return sum(takewhile(bool, self.has_each(keys)))
 
@@ -328,7 +328,7 @@ class ServerPageBlocks:
         self,
         view: KVView,
         slots: IdList,
-        keys: Sequence[bytes],
+        keys: Keys,
         *,
         after: After,
         priority: Priority,
@@ -337,7 +337,7 @@ class ServerPageBlocks:
         """Save pages; `SizedPages.finished` ends the save at its deadline."""
         return self._blocks.save(view, slots, keys, after=after, priority=priority)
 
-    def pin(self, keys: Sequence[bytes]) -> Pins:
+    def pin(self, keys: Keys) -> Pins:
         """Keep pages from eviction; asks the server only if one is known to have a page."""
         there = [*compress(range(len(keys)), self.has_each(keys))]
         pins = Pins(len(keys))
@@ -347,7 +347,7 @@ class ServerPageBlocks:
                 pins.add(there[place], made.release)
         return pins
 
-    def touch(self, keys: Sequence[bytes]) -> None:
+    def touch(self, keys: Keys) -> None:
         """Do nothing: a server records no use but that of loads."""
 
 
@@ -480,14 +480,6 @@ class PageStore(SizedPages):
                         del self._sizes[size]  # the others can be opened without it
                     raise
             return found
-
-    def sizes(self) -> list[PageSize]:
-        """Return the sizes of the pages."""
-        return [*self._sizes]
-
-    def has(self, key: bytes) -> bool:
-        """Return whether a page of any size can be loaded, as far as is known here."""
-        return any(pages.has(key) for pages in [*self._sizes.values()])
 
     def finished(self) -> list[PageJob]:
         """Return the jobs that have ended since the last call, as `SizedPages.finished` does."""
@@ -680,13 +672,13 @@ class Pages:
         except StoreError:  # it was closed
             return False
 
-    def holds(self, keys: Sequence[bytes]) -> Mask:
+    def holds(self, keys: Keys) -> Mask:
         """Return which pages can be loaded, as far as is known here, bool ``[keys]``."""
         names = _names(keys)
         there = self._asked(lambda blocks: blocks.has_each(names), [False] * len(names))
         return np.array(there, np.bool_)
 
-    def lookup(self, keys: Sequence[bytes], timeout: float | None = 1.0) -> int:
+    def lookup(self, keys: Keys, timeout: float | None = 1.0) -> int:
         """Return the number of leading pages that can be loaded.
 
         Waits at most ``timeout`` seconds for buckets, as `BlockStore.lookup` does; for no other
@@ -697,7 +689,7 @@ class Pages:
 
     def save(
         self,
-        keys: Sequence[bytes],
+        keys: Keys,
         view: KVView,
         slots: IdList | None = None,
         *,
@@ -745,7 +737,7 @@ class Pages:
 
     def load(
         self,
-        keys: Sequence[bytes],
+        keys: Keys,
         view: KVView,
         slots: IdList | None = None,
         *,
@@ -778,7 +770,7 @@ class Pages:
                 )
         return self._begun(job, handle, ended, until + GRACE)
 
-    def pin(self, keys: Sequence[bytes]) -> Pins:
+    def pin(self, keys: Keys) -> Pins:
         """Keep pages from eviction until `Pins.release`, as far as they are there.
 
         A pin costs a short look under the lock of the disk's index, or the answer of a server, two
@@ -787,7 +779,7 @@ class Pages:
         names = _names(keys)
         return self._asked(lambda blocks: blocks.pin(names), Pins(len(names)))
 
-    def delete(self, keys: Sequence[bytes]) -> Mask:
+    def delete(self, keys: Keys) -> Mask:
         """Forget pages; return which were there, bool ``[keys]``. See `BlockStore.delete`.
 
         Waits for the answer of a server, two seconds at most.
@@ -795,7 +787,7 @@ class Pages:
         names = _names(keys)
         return self._asked(lambda blocks: blocks.delete(names), np.zeros(len(names), np.bool_))
 
-    def touch(self, keys: Sequence[bytes]) -> None:
+    def touch(self, keys: Keys) -> None:
         """Record the use of pages, the first key last, so that a prefix outlives its suffix."""
         names = _names(keys)
         self._asked(lambda blocks: blocks.touch(names), None)

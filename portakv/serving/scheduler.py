@@ -20,6 +20,7 @@ from portakv.runtime.bounded import Bounded
 from portakv.serving.handover_tickets import Endpoint, RemoteRows, Tickets
 from portakv.serving.plan import NO_HANDOVERS, NO_PLAN, Blocks, Job, Plan, PullJob, Report
 from portakv.storage.keys import KeyChain
+from portakv.storage.tiers.base import Keys
 
 #: The most keys that are remembered because a load did not bring them.
 MOST_FAILED = 1 << 16
@@ -33,7 +34,7 @@ _NONE = frozenset[int]()
 class Index(Protocol):
     """What a scheduler side queries about the stored blocks."""
 
-    def leading(self, keys: Sequence[bytes], /) -> int | None:
+    def leading(self, keys: Keys, /) -> int | None:
         """Return how many leading blocks can be loaded; None if another host has yet to answer."""
 
     def has(self, key: bytes, /) -> bool:
@@ -513,7 +514,7 @@ class SchedulerSide:
         """Return whether a computed block is to be saved: no one saves it, and no load finds it."""
         return key not in self._saving and (key in self._failed or not self._index.has(key))
 
-    def _save(self, state: _Request, first: int, past: int, keys: Sequence[bytes]) -> None:
+    def _save(self, state: _Request, first: int, past: int, keys: Keys) -> None:
         """Plan a save of consecutive stored blocks."""
         # The first stored block of a save begins where a block of the engine begins.
         most = max(group.block_size for group in self._groups)
@@ -555,9 +556,7 @@ class SchedulerSide:
         self._tickets.pull(state.load)
         self.counts["pulls"] += 1
 
-    def _job(
-        self, state: _Request, first: int, past: int, keys: Sequence[bytes], begin: int
-    ) -> Job:
+    def _job(self, state: _Request, first: int, past: int, keys: Keys, begin: int) -> Job:
         """Return a job of stored blocks, which touches no block of the engine before ``begin``."""
         blocks = list[tuple[int, ...]]()
         for group, ids in zip(self._groups, state.blocks, strict=True):

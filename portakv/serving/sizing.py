@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from portakv.arguments import whole
 from portakv.errors import InvalidTerms
 
+#: The configuration of a model, as ``config.json`` has it.
+Config: TypeAlias = "Mapping[str, Any]"
 #: Bytes of a number, by the name of its dtype in a model's configuration.
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
 #: Tokens of a step of a serving engine, whose rows are saved together.
@@ -174,7 +176,7 @@ class _Unknown(Exception):
     """A configuration whose rows are not known, for the reason in the text."""
 
 
-def sizes_of(config: Mapping[str, Any], dtype: str = "", ranks: int = 1) -> Sizes:
+def sizes_of(config: Config, dtype: str = "", ranks: int = 1) -> Sizes:
     """Return the sizes of a model.
 
     Args:
@@ -222,7 +224,7 @@ def sizes_of(config: Mapping[str, Any], dtype: str = "", ranks: int = 1) -> Size
     return Sizes(token, STEPS * STEP * token, has_windows, refused, "", item * layer, window)
 
 
-def _text_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _text_model(config: Config) -> Config:
     """Return the configuration of the text model in that of a model."""
     for name in NESTED:
         inner = config.get(name)
@@ -231,7 +233,7 @@ def _text_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
-def _item_bytes(config: Mapping[str, Any]) -> int | None:
+def _item_bytes(config: Config) -> int | None:
     """Return the bytes of a number in the cache as vLLM chooses it; None if it is not known.
 
     A quantized model may bring scales for a cache of 8 bits. vLLM serves models of float32 with
@@ -257,7 +259,7 @@ def _has_8_bits(scheme: object) -> bool:
     return str(scheme).lower() == "fp8"
 
 
-def _check_keys(config: Mapping[str, Any]) -> None:
+def _check_keys(config: Config) -> None:
     """Raise `_Unknown` for keys that may decide what a row is and are not read."""
     unknown = [
         name
@@ -278,7 +280,7 @@ def _check_keys(config: Mapping[str, Any]) -> None:
         raise _Unknown(f"engines may keep the rows of the type {model!r} latent or expanded")
 
 
-def _refusal_of_keys(config: Mapping[str, Any]) -> str:
+def _refusal_of_keys(config: Config) -> str:
     """Return why vLLM's connector does not serve a model whose layers are not read; else ''."""
     if config.get("is_encoder_decoder") is True:
         return "its layers of cross attention keep rows of the encoder's tokens"
@@ -288,7 +290,7 @@ def _refusal_of_keys(config: Mapping[str, Any]) -> str:
 
 
 def _refusal(
-    config: Mapping[str, Any], kinds: Sequence[str], rows: Sequence[int], indices: Sequence[int]
+    config: Config, kinds: Sequence[str], rows: Sequence[int], indices: Sequence[int]
 ) -> str:
     """Return why vLLM's connector does not serve the layers of a model; empty if it does."""
     states = kinds.count(STATE)
@@ -307,7 +309,7 @@ def _refusal(
     return ""
 
 
-def _kinds(config: Mapping[str, Any]) -> list[str]:
+def _kinds(config: Config) -> list[str]:
     """Return the kind of each layer that has a cache of its own.
 
     Raises `_Unknown` for kinds that are not known.
@@ -323,7 +325,7 @@ def _kinds(config: Mapping[str, Any]) -> list[str]:
     return kinds[: len(kinds) - shared]
 
 
-def _all_kinds(config: Mapping[str, Any]) -> list[str]:
+def _all_kinds(config: Config) -> list[str]:
     """Return the kind of each layer, from the first key that says it."""
     blocks = config.get("block_configs")
     if blocks:
@@ -343,7 +345,7 @@ def _all_kinds(config: Mapping[str, Any]) -> list[str]:
     return _by_position(config, count) or _by_window(config, count)
 
 
-def _by_position(config: Mapping[str, Any], count: int) -> list[str]:
+def _by_position(config: Config, count: int) -> list[str]:
     """Return the kinds of layers of which a key names those with rows of all tokens; else []."""
     interval = _optional(config, "full_attention_interval")
     if interval:
@@ -371,7 +373,7 @@ def _by_position(config: Mapping[str, Any], count: int) -> list[str]:
     return []
 
 
-def _by_window(config: Mapping[str, Any], count: int) -> list[str]:
+def _by_window(config: Config, count: int) -> list[str]:
     """Return the kinds of layers of which some or all keep a window."""
     window = config.get("sliding_window")
     if not window or config.get("use_sliding_window", True) is False:
@@ -390,7 +392,7 @@ def _by_window(config: Mapping[str, Any], count: int) -> list[str]:
     return [WINDOW] * count
 
 
-def _rows(config: Mapping[str, Any], kinds: Sequence[str], ranks: int) -> list[int]:
+def _rows(config: Config, kinds: Sequence[str], ranks: int) -> list[int]:
     """Return the numbers of a row in each layer: of keys and values, or a latent row."""
     if not any(kind in (FULL, WINDOW) for kind in kinds):
         return [0] * len(kinds)
@@ -407,7 +409,7 @@ def _rows(config: Mapping[str, Any], kinds: Sequence[str], ranks: int) -> list[i
     return [wide.get(kind, 0) for kind in kinds]
 
 
-def _wide(config: Mapping[str, Any], kind: str, heads: int, ranks: int) -> int:
+def _wide(config: Config, kind: str, heads: int, ranks: int) -> int:
     """Return the numbers of keys and values of a token in a layer of a kind."""
     kv_heads = _number(config, *KV_HEADS, default=heads)
     if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
@@ -427,7 +429,7 @@ def _wide(config: Mapping[str, Any], kind: str, heads: int, ranks: int) -> int:
     return (dim + values) * max(1, kv_heads // ranks)
 
 
-def _indices(config: Mapping[str, Any], kinds: Sequence[str]) -> list[int]:
+def _indices(config: Config, kinds: Sequence[str]) -> list[int]:
     """Return the bytes of a token in each layer's index of keys; [] for a model without one."""
     count = len(kinds)
     if _optional(config, "index_topk"):
@@ -441,7 +443,7 @@ def _indices(config: Mapping[str, Any], kinds: Sequence[str]) -> list[int]:
     return []
 
 
-def _have_index(config: Mapping[str, Any], count: int) -> Iterable[bool]:
+def _have_index(config: Config, count: int) -> Iterable[bool]:
     """Return for each layer whether it has an index, and does not use that of an earlier one."""
     types = config.get("indexer_types")
     if types:
@@ -488,7 +490,7 @@ def _items(value: object) -> list[Any]:
     return value
 
 
-def _optional(config: Mapping[str, Any], *names: str) -> int | None:
+def _optional(config: Config, *names: str) -> int | None:
     """Return a number of a configuration by the first of its names; None if it is absent."""
     for name in names:
         value = config.get(name)
@@ -505,7 +507,7 @@ def _optional(config: Mapping[str, Any], *names: str) -> int | None:
     return None
 
 
-def _number(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:
+def _number(config: Config, *names: str, default: int | None = None) -> int:
     """Return a number of a configuration by the first of its names."""
     value = _optional(config, *names)
     if value is not None:

@@ -29,6 +29,7 @@ from portakv.serving.server.messages import (
     tier_of,
 )
 from portakv.storage.calls import Change
+from portakv.storage.tiers.base import Keys
 
 #: The most changes that wait for `ServerIndex.take_events`.
 EVENTS = 1 << 16
@@ -137,7 +138,7 @@ class ServerIndex:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def leading(self, keys: Sequence[bytes]) -> int | None:
+    def leading(self, keys: Keys) -> int | None:
         """Return how many leading blocks can be loaded; None if a bucket has yet to answer."""
         groups = self._groups_here()
         if groups and self._followed.bucket:
@@ -155,7 +156,7 @@ class ServerIndex:
             return True
         return bool(groups) and all(key in known.tiers for known in groups)
 
-    def holds(self, group: int, keys: Sequence[bytes]) -> list[bool]:
+    def holds(self, group: int, keys: Keys) -> list[bool]:
         """Return for each key whether the block of one group can be loaded, as far as is known.
 
         Raises `InvalidTerms` for a number that no group has.
