@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from portakv.arguments import whole
@@ -39,6 +39,13 @@ KINDS = {
     "recurrent": STATE,
     "mlp": NONE,
     "moe": NONE,
+}
+#: Keys that list the layers, with the kind of a layer by its entry.
+LISTS: Mapping[str, Mapping[Any, str]] = {
+    "layers_block_type": KINDS,
+    "layer_types": KINDS,
+    "attn_type_list": {1: FULL, 0: STATE},
+    "hybrid_layer_pattern": {0: FULL, 1: WINDOW},
 }
 #: The kind of a layer by its letter in ``hybrid_override_pattern``.
 LETTERS = {"*": FULL, "M": STATE, "-": NONE, "E": NONE}
@@ -333,44 +340,39 @@ def _all_kinds(config: Config) -> list[str]:
     pattern = config.get("hybrid_override_pattern")
     if pattern:
         return [_kind_of(letter, LETTERS) for letter in _letters(pattern)]
-    names = config.get("layers_block_type") or config.get("layer_types")
-    if names:
-        return [_kind_of(name, KINDS) for name in _items(names)]
+    for name, kinds in LISTS.items():
+        if config.get(name):
+            return [_kind_of(each, kinds) for each in _items(config[name])]
     count = _optional(config, *LAYERS)
     if count is None:
         raise InvalidTerms(
             f"Expected {' or '.join(LAYERS)}, or a list such as layer_types, in the config.json of "
             f"a model, got neither. Pass the folder of a model that generates text."
         )
-    return _by_position(config, count) or _by_window(config, count)
+    full = _full_layers(config, count)
+    if full is None:
+        return _by_window(config, count)
+    return [FULL if layer in full else STATE for layer in range(count)]
 
 
-def _by_position(config: Config, count: int) -> list[str]:
-    """Return the kinds of layers of which a key names those with rows of all tokens; else []."""
+def _full_layers(config: Config, count: int) -> Container[int] | None:
+    """Return the layers with rows of all tokens, while the others keep a state; None: no key names
+    them."""
     interval = _optional(config, "full_attention_interval")
     if interval:
-        return [FULL if (layer + 1) % interval == 0 else STATE for layer in range(count)]
+        return range(interval - 1, count, interval)
     linear = config.get("linear_attn_config")
     if isinstance(linear, Mapping):
-        full = {each - 1 for each in _items(linear.get("full_attn_layers"))}  # counted from 1
-        return [FULL if layer in full else STATE for layer in range(count)]
+        return {each - 1 for each in _items(linear.get("full_attn_layers"))}  # counted from 1
     period = _optional(config, "attn_layer_period")
     if period:
-        offset = _number(config, "attn_layer_offset", default=0)
-        return [FULL if layer % period == offset else STATE for layer in range(count)]
+        return range(_number(config, "attn_layer_offset", default=0), count, period)
     for name in ("attn_layer_indices", "full_attn_idxs"):
         if config.get(name):
-            full = set(_items(config[name]))
-            return [FULL if layer in full else STATE for layer in range(count)]
-    if config.get("attn_type_list"):
-        return [_kind_of(each, {1: FULL, 0: STATE}) for each in _items(config["attn_type_list"])]
-    if config.get("hybrid_layer_pattern"):
-        return [
-            _kind_of(each, {0: FULL, 1: WINDOW}) for each in _items(config["hybrid_layer_pattern"])
-        ]
+            return set(_items(config[name]))
     if any(re.match("(mamba|ssm|linear)_|short_conv", name) for name in config):
         raise _Unknown("some of its layers may keep a state, and no known key says which")
-    return []
+    return None
 
 
 def _by_window(config: Config, count: int) -> list[str]:
@@ -380,16 +382,16 @@ def _by_window(config: Config, count: int) -> list[str]:
         return [FULL] * count
     pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern")
     if isinstance(pattern, str) and pattern:
-        repeated = pattern * count
-        return [_kind_of(each, {"L": WINDOW, "G": FULL}) for each in repeated[:count]]
+        letters = (pattern * count)[:count]
+        return [_kind_of(each, {"L": WINDOW, "G": FULL}) for each in letters]
     if isinstance(pattern, int) and pattern > 1:
-        return [FULL if (layer + 1) % pattern == 0 else WINDOW for layer in range(count)]
-    first = config.get("max_window_layers") if "use_sliding_window" in config else 0
-    if first is not None:
-        if type(first) is not int:
+        full: Container[int] = range(pattern - 1, count, pattern)
+    else:
+        first = config.get("max_window_layers") if "use_sliding_window" in config else 0
+        if first is not None and type(first) is not int:
             raise _Unknown(f"its max_window_layers is {first!r}, and not a number")
-        return [FULL if layer < first else WINDOW for layer in range(count)]
-    return [WINDOW] * count
+        full = range(first or 0)
+    return [FULL if layer in full else WINDOW for layer in range(count)]
 
 
 def _rows(config: Config, kinds: Sequence[str], ranks: int) -> list[int]:

@@ -228,7 +228,7 @@ class ServerIndex:
     @property
     def is_refused(self) -> bool:
         """Return whether a server has refused the ranks of the engine."""
-        return bool(self._link.refused)
+        return self._link.refused
 
     def close(self) -> None:
         """Leave the server."""
