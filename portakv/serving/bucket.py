@@ -186,63 +186,37 @@ class BucketAnswers:
         return len(self._open) < MOST
 
 
-class LookupWorkers:
-    """Looks up blocks of several groups in workers of a store's graph.
+def look_up(groups: Sequence[FormStore], keys: Keys, ended: Callable[[int, bool], object]) -> None:
+    """Have a worker look up blocks, and report how many lead, and whether that came in time.
 
     Args:
         groups: of one store. A block can be loaded if the stores of all groups have it.
+        keys: of the blocks.
+        ended: takes the report.
+
+    Raises `TransferError` after the store was closed.
     """
+    graph = groups[0].graph
+    until = graph.clock() + LOOKUP
 
-    def __init__(self, groups: Sequence[FormStore]) -> None:
-        self._groups = groups
-        self._graph = groups[0].graph
-        self._queue = self._graph.queue("lookup", WORKERS)
-
-    def begin(self, keys: Keys, ended: Callable[[int, bool], object]) -> None:
-        """Have a worker look up keys, and report how many lead, and whether that came in time.
-
-        Raises `TransferError` after the store was closed.
-        """
-        until = self._graph.clock() + LOOKUP
-        work = partial(self._look_up, keys, until, ended)
-        task = Task(work, 1, queue=self._queue, name="lookup")
-        self._graph.submit([task], priority="urgent")
-
-    def _look_up(
-        self,
-        keys: Keys,
-        until: float,
-        ended: Callable[[int, bool], object],
-        task: Task,
-        mask: Mask,
-    ) -> None:
-        """Look up keys in all groups, in a worker."""
+    def work(task: Task, mask: Mask) -> None:
         count = len(keys)
         try:
-            for group in self._groups:
-                left = max(0.0, until - self._graph.clock())
+            for group in groups:
+                left = max(0.0, until - graph.clock())
                 count = group.lookup(keys[:count], left) if count and left else 0
         except PortaKVError:  # it was closed
             count = 0
-        ended(count, count > 0 or self._graph.clock() < until)
+        ended(count, count > 0 or graph.clock() < until)
+
+    task = Task(work, 1, queue=graph.queue("lookup", WORKERS), name="lookup")
+    graph.submit([task], priority="urgent")
 
 
-class BucketLookups(BucketAnswers):
-    """What a scheduler knows of a bucket, whose process has the store.
-
-    Args:
-        groups: as `LookupWorkers` takes them.
-        now: returns the time in seconds.
-    """
-
-    def __init__(
-        self, groups: Sequence[FormStore], now: Callable[[], float] = time.monotonic
-    ) -> None:
-        super().__init__(self._ask, now)
-        self._workers = LookupWorkers(groups)
-
-    def _ask(self, keys: Keys) -> None:
-        self._workers.begin(keys, partial(self.ended, keys))
+def answers_of(groups: Sequence[FormStore]) -> BucketAnswers:
+    """Return what a scheduler knows of the bucket of a store of this process."""
+    answers = BucketAnswers(lambda keys: look_up(groups, keys, partial(answers.ended, keys)))
+    return answers
 
 
 class ServerBucket(BucketAnswers):

@@ -12,7 +12,6 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
-from math import inf
 from pathlib import Path
 from secrets import token_bytes
 from typing import Any, Literal, NamedTuple
@@ -310,7 +309,6 @@ class Tickets:
         self._endpoints: Sequence[Endpoint] = ()
         self._lease = 0.0
         self._needed = dict[str, _Needed]()  # by request
-        self._soonest = inf  # when a lease is to be renewed
         self._next = Handovers()
 
     @property
@@ -325,9 +323,7 @@ class Tickets:
 
     def expect(self, request: str, rows: RemoteRows) -> None:
         """Take note that a request needs the rows of another engine."""
-        due = self._now() + _interval(rows)
-        self._needed[request] = _Needed(rows, due)
-        self._soonest = min(self._soonest, due)
+        self._needed[request] = _Needed(rows, self._now() + _interval(rows))
 
     def pull(self, job: PullJob) -> None:
         """Plan a pull of rows that a request expects."""
@@ -363,17 +359,12 @@ class Tickets:
 
     def _renewals(self) -> list[Renewal]:
         """Return the leases that are to be renewed now."""
-        if not self._needed:
-            return []
-        now = self._now()
-        if now < self._soonest:
-            return []
         made = list[Renewal]()
+        now = self._now() if self._needed else 0.0
         for needed in self._needed.values():
             if needed.due <= now:
                 needed.due = now + _interval(needed.rows)
                 made.append(Renewal(needed.rows.tickets, needed.rows.lease))
-        self._soonest = min(needed.due for needed in self._needed.values())
         return made
 
 

@@ -33,7 +33,7 @@ from portakv.errors import (
 from portakv.layout.encodings import PACK
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.bucket import BucketLookups, bucket_of, check_bucket
+from portakv.serving.bucket import BucketAnswers, answers_of, bucket_of, check_bucket
 from portakv.storage import BlockForm, BlockStore, Disk
 from portakv.storage.calls import Change
 from portakv.storage.form import HEADER, Range
@@ -625,7 +625,7 @@ class LocalIndex:
         self._losses = 0
         self._number = 0  # of the latest change
         self._events: deque[Change] | None = None
-        self._bucket: BucketLookups | None = None
+        self._bucket: BucketAnswers | None = None
 
     @staticmethod
     def of(engine: str) -> LocalIndex:
@@ -674,7 +674,7 @@ class LocalIndex:
         store.listen()  # later changes are kept
         self._groups = [store] if only else [store.of(name) for name in names]
         if terms.bucket is not None:
-            self._bucket = BucketLookups(self._groups)
+            self._bucket = answers_of(self._groups)
         self._losses += 1
         return [*self._groups]
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from portakv.errors import PortaKVError
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.bucket import MISSING, LookupWorkers
+from portakv.serving.bucket import MISSING, look_up
 from portakv.serving.page_tasks import ServerPageStore
 from portakv.serving.pages import SAVE, PageJob, Pages, PageStore, page_key
 from portakv.serving.worker import Calls
@@ -89,7 +89,7 @@ class _Lookups:
         names = [page_key(key) for key in keys]
         try:
             if isinstance(blocks, FormStore):
-                LookupWorkers([blocks]).begin(names, partial(self._ended, keys))
+                look_up([blocks], names, partial(self._ended, keys))
                 return
         except PortaKVError:  # it was closed
             pass

@@ -146,7 +146,7 @@ def sizes_in(terms: StoreTerms, model: str, identity: str = "") -> list[PageSize
 
 
 # ------------------------------------------------------------------------------------------------
-# A save or a load of pages; `Overdue`: the jobs that have to end by a time.
+# A save or a load of pages.
 
 
 class PageJob:
@@ -172,7 +172,7 @@ class PageJob:
         self.began = time.monotonic()
         self.seconds = 0.0
         self.handle: Handle | ServerTransfer | None = None
-        self._overdue: Overdue | None = None  # has the job until its end
+        self._until: dict[PageJob, float] | None = None  # has the job until its end
         self._given_up: Mask | None = None  # the pages that had landed by then
 
     def __repr__(self) -> str:
@@ -211,7 +211,7 @@ class PageJob:
         self.cancel()
         released = None if self.handle is None else self.handle.released
         unused = released is not None and _has_ended(released)
-        if unused and self._overdue is not None and self._overdue.remove(self):
+        if unused and self._until is not None and self._until.pop(self, None) is not None:
             self._given_up = self.landed.copy()
             self._add()
         return self.done()
@@ -224,52 +224,24 @@ class PageJob:
         return self.handle is not None and self.handle.cancel()
 
     def _follow(
-        self, handle: Handle | ServerTransfer, ended: Finished[PageJob], overdue: Overdue | None
+        self,
+        handle: Handle | ServerTransfer,
+        ended: Finished[PageJob],
+        until: dict[PageJob, float] | None,
     ) -> None:
         """Add the job to a queue at the end of its handle, or when it is given up."""
         self.handle = handle
         self._ended = ended
-        self._overdue = overdue
+        self._until = until
         handle.when_ended(self._end)
 
     def _end(self) -> None:
-        if self._overdue is None or self._overdue.remove(self):
+        if self._until is None or self._until.pop(self, None) is not None:
             self._add()
 
     def _add(self) -> None:
         self.seconds = time.monotonic() - self.began
         self._ended.add(self)
-
-
-class Overdue:
-    """Jobs with the times by which they have to end. The caller that removes a job ends it.
-
-    Any thread may call.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._until = dict[PageJob, float]()
-        self._next = float("inf")  # no job is due before
-
-    def add(self, job: PageJob, until: float) -> None:
-        """Add a job that has to end by a time of `time.monotonic`."""
-        with self._lock:
-            self._until[job] = until
-            self._next = min(self._next, until)
-
-    def remove(self, job: PageJob) -> bool:
-        """Remove a job; return whether it was there."""
-        with self._lock:
-            return self._until.pop(job, None) is not None
-
-    def due(self, now: float) -> list[PageJob]:
-        """Return the jobs whose times have come; they stay until `remove`."""
-        if now < self._next:
-            return []
-        with self._lock:
-            self._next = min(self._until.values(), default=float("inf"))
-            return [job for job, until in self._until.items() if until <= now]
 
 
 def _has_ended(transfer: Handle | ServerTransfer | Transfer | Released) -> bool:
@@ -361,14 +333,15 @@ class SizedPages:
     Attributes:
         terms: where pages are stored.
         ended: the jobs that have ended, unless a call names another queue.
-        overdue: the jobs that have to end by a time.
+        until: of jobs that have not ended, by when they have to. The thread that removes a job
+            from here ends it.
     """
 
     def __init__(self, terms: StoreTerms) -> None:
         self.terms = instance("terms", terms, StoreTerms)
         self.ended = Finished[PageJob]()
         self.ended.start()
-        self.overdue = Overdue()
+        self.until = dict[PageJob, float]()
         self._sizes = dict[PageSize, Pages]()
 
     def every(self) -> list[Pages]:
@@ -381,8 +354,10 @@ class SizedPages:
         Jobs that are late end in this call if all workers or a server hang, and saves that a tier
         holds past their deadline: a consumer that sleeps on `fileno` makes it now and then, too.
         """
-        for job in self.overdue.due(time.monotonic()):
-            job.give_up()
+        now = time.monotonic()
+        for job, until in [*self.until.items()]:
+            if until <= now:
+                job.give_up()
         return self.ended.take()
 
     def fileno(self) -> int:
@@ -513,12 +488,8 @@ class PageStore(SizedPages):
         if not disk:
             return Usage(store.rows.counts()["kept"] * store.rows.row_bytes, capacity)
         images = {pages.form.name: pages.form.image_bytes for pages in self.every()}
-        used = 0
-        for tier in store.statistics()["tiers"]:
-            folders = [each for each in tier.values() if isinstance(each, dict)]
-            if tier["tier"] == "disk":
-                used += sum(each["used"] for each in folders) * images.get(tier["form"], 0)
-        return Usage(used, capacity)
+        slots = [each for each in store.statistics()["disk_slots"] if each["state"] == "used"]
+        return Usage(sum(each["value"] * images[each["form"]] for each in slots), capacity)
 
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Return the figures of the store, as `BlockStore.statistics`; none while it is closed."""
@@ -812,11 +783,11 @@ class Pages:
         if handle is None:
             queue.add(job)
             return job
-        overdue = None
+        until = None
         if give_up is not None:
-            overdue = self._store.overdue
-            overdue.add(job, job.began + give_up)
-        job._follow(handle, queue, overdue)
+            until = self._store.until
+            until[job] = job.began + give_up
+        job._follow(handle, queue, until)
         return job
 
 

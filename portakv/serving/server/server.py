@@ -38,7 +38,7 @@ from portakv.runtime import resources
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import this_process
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.bucket import LookupWorkers
+from portakv.serving.bucket import look_up
 from portakv.serving.local import SHARE, StoreTerms, alike_in
 from portakv.serving.server.link import Place
 from portakv.serving.server.messages import (
@@ -335,7 +335,7 @@ class OpenStore:
             self._wake()
 
         if self.bucket:
-            LookupWorkers([*map(self.store.of, follower.forms)]).begin(keys, ended)
+            look_up([*map(self.store.of, follower.forms)], keys, ended)
 
     def close(self, timeout: float) -> PortaKVError | None:
         """End all sessions and close the store; return the error of a store that hangs."""
