@@ -56,6 +56,7 @@ from portakv.storage.tiers.base import Keys
 # The pages of a store that an engine counts, and lookups whose answers it has not fetched.
 
 _logger = logging.getLogger(__name__)
+Kind: TypeAlias = Literal["save", "load"]
 Key = TypeVar("Key")
 Answer = TypeVar("Answer")
 
@@ -358,31 +359,26 @@ class PagePool:
                 lie one after the other ``[keys, 1]``.
             after: the key that the first page follows; None: it begins a prompt.
         """
-        pages = self._pages
-        if pages is None or not keys:
-            return np.zeros(len(keys), np.bool_)
         names = self._names(keys)
         first = None if after is None else self._names([after])[0]
-        view = pages.at(self._runs(addresses))
-        job = pages.save(
-            names,
-            view,
-            after=[first, *names[:-1]],
-            deadline=self._deadline,
-            ended=self._unread,
-        )
-        return self._landed(job)
+        follows = [first, *names[:-1]][: len(names)]
+        return self._moved("save", names, addresses, after=follows)
 
     def load(self, keys: Keys, addresses: npt.ArrayLike) -> Mask:
         """Load pages; return which of them have come, with verified bytes, bool ``[keys]``.
 
         The others are not written. The arguments are those of `save`.
         """
+        return self._moved("load", self._names(keys), addresses)
+
+    def _moved(self, kind: Kind, names: Keys, addresses: npt.ArrayLike, **terms: Any) -> Mask:
+        """Save or load pages; return which of them landed."""
         pages = self._pages
-        if pages is None or not keys:
-            return np.zeros(len(keys), np.bool_)
+        if pages is None or not names:
+            return np.zeros(len(names), np.bool_)
+        call: Callable[..., PageJob] = pages.save if kind == "save" else pages.load
         view = pages.at(self._runs(addresses))
-        job = pages.load(self._names(keys), view, deadline=self._deadline, ended=self._unread)
+        job = call(names, view, deadline=self._deadline, ended=self._unread, **terms)
         return self._landed(job)
 
     def _names(self, keys: Keys) -> list[bytes]:
@@ -426,8 +422,6 @@ LOOK = 1000
 PAUSE = 5.0
 #: The most keys that wait to be deleted when the store has opened.
 DELETED = 65536
-
-Kind: TypeAlias = Literal["save", "load"]
 
 
 class Buffer(NamedTuple):

@@ -25,7 +25,7 @@ from functools import partial
 from hashlib import blake2b
 from itertools import accumulate
 from secrets import randbits
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -72,18 +72,17 @@ def cells_of(form: BlockForm) -> int:
 def unlike(form: BlockForm, stored: Sequence[BlockForm]) -> InvalidTerms:
     """Return the error for blocks of another form than the stored ones."""
     got = asdict(form)
-    nearest = min((asdict(each) for each in stored), key=partial(_differences, got), default={})
-    names = [name for name in got if got[name] != nearest.get(name)]
-    expected = ", ".join(f"{name}={shown(nearest.get(name))}" for name in names)
-    values = ", ".join(f"{name}={shown(got[name])}" for name in names)
+    differences = [
+        {name: value for name, value in asdict(each).items() if value != got[name]}
+        for each in stored
+    ]
+    nearest = min(differences, key=len, default=dict.fromkeys(got))
+    expected = ", ".join(f"{name}={shown(value)}" for name, value in nearest.items())
+    values = ", ".join(f"{name}={shown(got[name])}" for name in nearest)
     return InvalidTerms(
         f"Expected blocks with {expected}, as the store server stores them, got {values}. Start "
         f"the engine with the same terms, or give it another folder."
     )
-
-
-def _differences(one: dict[str, Any], other: dict[str, Any]) -> int:
-    return sum(one[name] != other[name] for name in one)
 
 
 # ------------------------------------------------------------------------------------------------
