@@ -754,16 +754,9 @@ class PageTasks:
         now = time.monotonic()
         for task, until in [*self._waiting.items()]:
             if now >= until and self._waiting.pop(task, None) is not None:
-                self._end_late(task)
-
-    def _end_late(self, task: PageTask) -> None:
-        """End a task for which the store has not opened in time."""
-        line = "Pages are not stored or loaded: their folder does not open. %s"
-        _log.warning("late", line, SLOW_DEVICE)
-        parts = task.parts()
-        task.left = len(parts)
-        for _, part in parts:
-            self._fail(task, part)
+                line = "Pages are not stored or loaded: their folder does not open. %s"
+                _log.warning("late", line, SLOW_DEVICE)
+                self._begin(task, late=True)
 
     def _closed_sizes(self, task: PageTask) -> set[int]:
         """Return the sizes of a task for which the store is to be opened.
@@ -776,9 +769,12 @@ class PageTasks:
         closed = {nbytes for nbytes in known if every[nbytes].blocks is None}
         return closed | (sizes - known if task.kind == "save" else set())
 
-    def _begin(self, task: PageTask) -> None:
-        """Begin the jobs of a task; each ends by the queue of the store."""
-        every = {pages.size.nbytes: pages for pages in self.store.every()}
+    def _begin(self, task: PageTask, late: bool = False) -> None:
+        """Begin the jobs of a task; each ends by the queue of the store.
+
+        ``late``: all jobs fail.
+        """
+        by_size = {pages.size.nbytes: pages for pages in self.store.every() if not late}
         parts = task.parts()
         task.left = len(parts)
         if task.kind == "load":
@@ -788,7 +784,7 @@ class PageTasks:
                 self._wake.add(None)
         for nbytes, part in parts:
             try:
-                self._begin_part(task, part, every.get(nbytes))
+                self._begin_part(task, part, by_size.get(nbytes))
             except PortaKVError as error:
                 # The other parts have begun, so that the caller must not get an error.
                 _log.warning("begin", "Pages are not stored or loaded: %s", error)

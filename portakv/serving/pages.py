@@ -35,7 +35,7 @@ from portakv.storage import BlockForm, BlockStore
 from portakv.storage.calls import Change
 from portakv.storage.eviction import Pins
 from portakv.storage.store import FormStore
-from portakv.storage.tiers.base import After, Keys
+from portakv.storage.tiers.base import Keys
 from portakv.storage.tiers.files import claim, unusable
 from portakv.storage.tiers.files import forms_in as every_form_in
 from portakv.view import IdList, KVView
@@ -283,6 +283,7 @@ class ServerPageBlocks:
     """
 
     def __init__(self, blocks: ServerBlocks, index: ServerIndex, number: int) -> None:
+        self.save = blocks.save
         self.load = blocks.load
         self.delete = blocks.delete
         self.has_each = partial(index.holds, number)
@@ -295,19 +296,6 @@ class ServerPageBlocks:
     def lookup(self, keys: Keys, timeout: float | None) -> int:
         """Return the number of leading pages that can be loaded; waits for nothing."""
         return sum(takewhile(bool, self.has_each(keys)))
-
-    def save(
-        self,
-        view: KVView,
-        slots: IdList,
-        keys: Keys,
-        *,
-        after: After,
-        priority: Priority,
-        deadline: float | None,
-    ) -> ServerTransfer:
-        """Save pages; `SizedPages.finished` ends the save at its deadline."""
-        return self._blocks.save(view, slots, keys, after=after, priority=priority)
 
     def pin(self, keys: Keys) -> Pins:
         """Keep pages from eviction; asks the server only if one is known to have a page."""
@@ -692,18 +680,19 @@ class Pages:
         if after is not None:
             follows = [None if each is None else page_key(each) for each in after]
         job = PageJob("save", keys, self.size.nbytes, tag)
-        blocks = self.blocks
-        handle: Handle | ServerTransfer | None = None
-        if blocks is not None and names:
-            with suppress(StoreError):  # it was closed
-                handle = blocks.save(
+        handle = None
+        if names:
+            handle = self._asked(
+                lambda blocks: blocks.save(
                     view,
                     _slots(view, slots),
                     names,
                     after=follows,
                     priority=priority,
                     deadline=deadline,
-                )
+                ),
+                None,
+            )
         return self._begun(job, handle, ended, deadline)
 
     def load(
@@ -726,19 +715,20 @@ class Pages:
         """
         names = _names(keys)
         job = PageJob("load", keys, self.size.nbytes, tag)
-        blocks = self.blocks
-        handle: Handle | ServerTransfer | None = None
         until = self._store.terms.deadline if deadline is None else deadline
-        if blocks is not None and names:
-            with suppress(StoreError):  # it was closed
-                handle = blocks.load(
+        handle = None
+        if names:
+            handle = self._asked(
+                lambda blocks: blocks.load(
                     view,
                     _slots(view, slots),
                     names,
                     priority=priority,
                     deadline=until,
                     missing="skip",
-                )
+                ),
+                None,
+            )
         return self._begun(job, handle, ended, until + GRACE)
 
     def pin(self, keys: Keys) -> Pins:

@@ -778,18 +778,19 @@ class ServerBlocks:
         *,
         after: After = None,
         priority: Priority = "background",
+        deadline: float | None = None,
     ) -> ServerTransfer:
         """Save the rank's part of blocks of a view; see `FormStore.save`.
 
         A block is stored once all ranks of the engine have saved their parts of it, in calls with
-        equal keys. Blocks that find no free staging are dropped.
+        equal keys. Blocks that find no free staging are dropped, and those that are not stored
+        within ``deadline`` seconds.
 
         Raises `InvalidTerms`, `LayoutError` and `SlotError` as `FormStore.save` does.
         """
         checked = _checked(keys, priority)
         before = predecessors(after, checked)
-        crossing = self._crossing(view, blocks, len(checked), saves=True)
-        transfer = ServerTransfer(self, view, crossing, len(checked), priority, saves=True)
+        transfer = self._transfer(view, blocks, len(checked), priority, True, deadline)
         transfer._save(checked, before)
         return transfer
 
@@ -817,12 +818,7 @@ class ServerBlocks:
         checked = _checked(keys, priority)
         one_of("missing", missing, ("skip",))
         flag("by_layer", by_layer)
-        if deadline is not None:
-            seconds("deadline", deadline)
-        crossing = self._crossing(view, blocks, len(checked), saves=False)
-        transfer = ServerTransfer(
-            self, view, crossing, len(checked), priority, saves=False, deadline=deadline
-        )
+        transfer = self._transfer(view, blocks, len(checked), priority, False, deadline)
         transfer._load(checked, deadline, by_layer)
         return transfer
 
@@ -882,14 +878,25 @@ class ServerBlocks:
             tell = partial(self.link.tell, session, Unlock(session.number, number))
             self.requests.run("load", tell)
 
-    def _crossing(self, view: KVView, blocks: IdList, keys: int, saves: bool) -> Crossing:
-        """Return the copies of blocks of a view. Raises `StoreError` in a forked process."""
+    def _transfer(
+        self,
+        view: KVView,
+        blocks: IdList,
+        keys: int,
+        priority: Priority,
+        saves: bool,
+        deadline: float | None,
+    ) -> ServerTransfer:
+        """Return a transfer of blocks of a view. Raises `StoreError` in a forked process."""
+        if deadline is not None:
+            seconds("deadline", deadline)
         if self.requests.process.forked:
             raise StoreError(
                 "Expected the client of a store server of this process, got one of the process "
                 "that this one was forked from. Make another."
             )
-        return Crossing(view, blocks, keys, self.form.block_size, store=saves)
+        crossing = Crossing(view, blocks, keys, self.form.block_size, store=saves)
+        return ServerTransfer(self, view, crossing, keys, priority, saves, deadline)
 
 
 def _checked(keys: Keys, priority: Priority) -> list[bytes]:

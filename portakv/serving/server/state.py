@@ -348,9 +348,7 @@ class ServerState:
             before = self._clients.get(join.before)
             if before is not None and before.process is process:
                 self.lost(before)
-            for lease in [*process.leases]:
-                if lease.client.gone and lease.client.session == join.before:
-                    self._return(lease)
+            self._return_all(process, join.before)
             client = Client(randbits(62), join.engine, process, parts, join.address)
             self._clients[client.session] = client
             self.counts["joined"] += 1
@@ -365,9 +363,8 @@ class ServerState:
             client = self._clients.get(session)
             if client is not None:
                 self.lost(client)
-                for lease in [*client.process.leases] if leaves else ():
-                    if lease.client is client:
-                        self._return(lease)
+                if leaves:
+                    self._return_all(client.process, session)
 
     def lost(self, client: Client) -> None:
         """End a session: the client asks for nothing and copies nothing new.
@@ -722,6 +719,12 @@ class ServerState:
             places = ids_to_bytes([lent.copy.blocks[at] for at in some])
             rows = ids_to_bytes([lent.copy.rows[at] for at in some])
             grants.append(Grant(lease.number, places, rows, text))
+
+    def _return_all(self, process: ClientProcess, session: int) -> None:
+        """Take all rows back from a session of a process."""
+        for lease in [*process.leases]:
+            if lease.client.session == session:
+                self._return(lease)
 
     def _return(self, lease: Lease, landed: Iterable[int] = ()) -> None:
         """Take rows back from a client that uses them no longer."""
