@@ -73,7 +73,7 @@ class Handover:
         leads: this worker sends other engines renewals and releases; one of each engine does.
 
     Attributes:
-        model, terms: as they were passed.
+        shards, model, terms: as they were passed.
         owner: of the offers; None: this engine offers nothing.
         reader: of the pulls; None: this engine pulls nothing.
         pulling: the pulls that have not ended, or were not reported.
@@ -95,6 +95,7 @@ class Handover:
         address: str | None = None,
         leads: bool = True,
     ) -> None:
+        self.shards = shards
         self.model = model
         self.terms = terms
         self._leads = leads

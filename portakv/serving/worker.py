@@ -524,17 +524,17 @@ class WorkerSide:
             if work.ended():
                 del self._loads[number]
                 missing = work.missing()
-                made.end_load(number, missing)
+                made.end(number, missing)
                 self._note_load(work.job, missing)
                 if missing:
                     self._note_late(work, len(missing))
         for number, work in [*self._saves.items()]:
             if not work.released and all(_is_released(part.handle) for part in work.parts):
                 work.released = True
-                made.release(number)
+                made.released[number] += 1
             if work.released and work.ended():
                 del self._saves[number]
-                made.end_save(number, work.missing())
+                made.end(number, work.missing())
         if self._hands_over:
             self._report_handovers(made)
         return made
@@ -549,15 +549,14 @@ class WorkerSide:
         """Note which pulls and offers have ended, for the scheduler and for the engine."""
         assert self._handover is not None
         for job, landed in self._handover.ended_pulls():
-            made.end_load(job.number, frozenset() if landed else frozenset({0}))
+            made.end(job.number, frozenset() if landed else frozenset({0}))
             self._ended.loaded.add(job.request)
             if landed:
                 continue
             self._ended.incomplete.add(job.request)
             for failed, ids in zip(self._ended.failed, job.blocks, strict=True):
                 failed.update(block for block in ids if block >= 0)
-        for state in self._handover.ended_offers():
-            made.end_offer(state)
+        made.offers.update(self._handover.ended_offers())
 
     def ended(self) -> Ended:
         """Return what the engine is to learn since the last call."""

@@ -227,7 +227,7 @@ def test_a_load_is_a_span_below_that_of_its_request(headers: Any, parent: str, o
             scheduler_side.allocated("a", 0, tokens, ((1, 2, 3),))
         (job,) = scheduler_side.plan().loads
         report = Report()
-        report.end_load(job.number, frozenset({2}))
+        report.end(job.number, frozenset({2}))
         scheduler_side.take(report)
     finally:
         tracing.use(before)
