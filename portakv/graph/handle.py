@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Literal, NamedTuple, TypeAlias, cast
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -20,14 +20,6 @@ from portakv.runtime.transfer import Completion, Pending, Transfer
 
 #: How blocks that do not land are reported: the end raises, or it does not.
 Missing: TypeAlias = Literal["raise", "skip"]
-
-
-class _Allowed(NamedTuple):
-    """The blocks that may be missing at the end, and the function that explains missing blocks."""
-
-    skip: bool  # any block
-    excused: Mask | bool
-    why: Callable[[Mask], str] | None
 
 
 class _Issued:
@@ -78,10 +70,12 @@ class Handle(Transfer):
     """
 
     __slots__ = (
-        "_allowed",
         "_barriers",
+        "_excused",
         "_graph",
         "_issued",
+        "_skip",
+        "_why",
         "cancelled",
         "form",
         "layers",
@@ -105,7 +99,9 @@ class Handle(Transfer):
         self.layers = [Handle(graph, layer, missing=missing, why=why) for layer in layers]
         self._graph = graph
         self._barriers = (*layers, *barriers)
-        self._allowed = _Allowed(missing == "skip", excused, why)
+        self._skip = missing == "skip"
+        self._excused = excused
+        self._why = why
         self._issued: _Issued | None = None
         self.cancelled = False
         self.form = ""
@@ -200,14 +196,12 @@ class Handle(Transfer):
 
     def cancel(self) -> bool:
         """Start no further block; return True if some blocks will not be moved."""
-        left = bool(self._barriers) and self._graph.run(self._cancel)
+        graph = self._graph
+        left = False
+        if self._barriers:  # each retains the tasks that it follows
+            left = any(graph.run(lambda: [graph.cancel(barrier) for barrier in self._barriers]))
         self.cancelled = self.cancelled or left
         return left
-
-    def _cancel(self) -> bool:
-        """Cancel all barriers; each retains the tasks that it follows."""
-        left = [self._graph.cancel(barrier) for barrier in self._barriers]
-        return any(left)
 
     def wait(self, stream: torch.Stream | None = None) -> None:
         """Make the current stream (or ``stream``) wait; block the host until workers have ended.
@@ -242,15 +236,14 @@ class Handle(Transfer):
                 "Wait there."
             )
         kind = TransferCancelled if isinstance(barrier.error, TransferCancelled) else TransferError
-        allowed = self._allowed
-        if not ((landed | allowed.excused).all() or (allowed.skip and kind is TransferError)):
+        if not ((landed | self._excused).all() or (self._skip and kind is TransferError)):
             counts = f"{landed.sum()} of {len(landed)} blocks landed."
             raise kind(f"{counts} {self._explain(barrier, landed)}") from barrier.error
 
     def _explain(self, barrier: Task, landed: Mask) -> str:
         """Return why blocks did not land, and how the caller may proceed."""
         sentences = []
-        details = self._allowed.why(landed) if self._allowed.why else ""
+        details = self._why(landed) if self._why else ""
         if details:
             sentences.append(f"{details}.")
         if barrier.error:

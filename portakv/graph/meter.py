@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from portakv.arguments import invalid
 from portakv.graph.metrics import METRICS, Kind, Metric
-from portakv.graph.trace import Figures
+from portakv.graph.trace import Figures, Samples
 
 #: What ends the names of the series of a histogram.
 _SERIES = ("bucket", "sum", "count")
@@ -93,9 +93,7 @@ def figures_of(source: Source | Metered) -> Figures:
     return source.statistics()  # type: ignore[union-attr]
 
 
-def by_label(
-    name: str, counts: Mapping[str, float], keys: Iterable[str]
-) -> list[dict[str, str | float]]:
+def by_label(name: str, counts: Mapping[str, float], keys: Iterable[str]) -> Samples:
     """Return samples of some of a source's counts, with their names as the label ``name``."""
     return [{name: key, "value": counts.get(key, 0)} for key in keys]
 
