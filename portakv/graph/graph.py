@@ -681,9 +681,7 @@ class Graph:
         figures = self.trace.statistics() | self.counts.statistics()
         queues = [*self.queues.values()]
         figures["queue_bytes"] = [{"queue": x.name, "value": x.queued_bytes} for x in queues]
-        figures["queue_ran_bytes_total"] = [
-            {"queue": x.name, "value": x.ran_bytes} for x in queues
-        ]
+        figures["queue_ran_bytes_total"] = [{"queue": x.name, "value": x.ran_bytes} for x in queues]
         figures["queue_oldest_seconds"] = [
             {"queue": x.name, "value": x.oldest_wait} for x in queues
         ]
