@@ -61,7 +61,6 @@ from portakv.weights.parameters import (
     check_destinations,
     facts_of,
     forms_of,
-    is_fixed,
     items_of,
     named,
     part_of,
@@ -639,8 +638,10 @@ def _checked_destinations(
         facts = facts_of(listed)
         known = None if facts is None else _known.get(facts)
         if known is not None:
-            _note_latest(listed, known)
-            return listed, tensors_of(listed), known
+            values: list[ref[object]] = [ref(value) for value in listed.values()]
+            tensors = tensors_of(listed)
+            _latest[tuple(listed)] = _Latest(values, forms_of([*tensors.values()]), known)
+            return listed, tensors, known
         parameters = listed
     checked = named("parameters", parameters)
     check_destinations(checked)
@@ -649,14 +650,6 @@ def _checked_destinations(
     if facts is not None:
         plans = _known.setdefault(facts, plans)
     return checked, tensors_of(checked), plans
-
-
-def _note_latest(parameters: Parameters, plans: _Plans) -> None:
-    """Note parameters that passed all checks, if nothing can change their terms."""
-    if is_fixed(parameters):
-        values: list[ref[object]] = [ref(value) for value in parameters.values()]
-        forms = forms_of([*tensors_of(parameters).values()])
-        _latest[tuple(parameters)] = _Latest(values, forms, plans)
 
 
 def begun(channel: object, tickets: object, timeout: object) -> dict[bytes, Reply]:

@@ -352,7 +352,7 @@ def test_weights_of_a_device_are_pulled_again(channels: Channels) -> None:
 
 
 def test_a_second_pull_into_the_same_objects_notices_each_change(channels: Channels) -> None:
-    """Of shape and address, strides or dtype in place, of a list of boxes, and of an object."""
+    """Of shape and address, strides or dtype in place, of boxes, and of an object."""
     source = shared(whole_of((4, 8)))
     owner = publish(channels(), {"w": source})
     channel = channels()
@@ -373,11 +373,10 @@ def test_a_second_pull_into_the_same_objects_notices_each_change(channels: Chann
         for _ in range(3):
             pull_weights(channel, owner.ticket, local)
             assert torch.equal(into, source)
-    boxes = [Box((0, 0), (0, 0), (4, 8))]
-    listed = {"w": Parameter(into, (4, 8), boxes)}
+    listed = {"w": Parameter(into, (4, 8), [Box((0, 0), (0, 0), (4, 8))])}
     for _ in range(3):
         pull_weights(channel, owner.ticket, listed)
-    boxes[0] = Box((0, 0), (0, 0), (9, 9))
+    listed["w"] = Parameter(into, (4, 8), [Box((0, 0), (0, 0), (9, 9))])
     with pytest.raises(LayoutError):
         pull_weights(channel, owner.ticket, listed)
     other = torch.zeros(4, 8, dtype=torch.int32)
