@@ -19,7 +19,6 @@ from typing import (
     ClassVar,
     Literal,
     NamedTuple,
-    Protocol,
     TypeAlias,
     TypeVar,
     Union,
@@ -82,7 +81,7 @@ from portakv.weights.parameters import (
     named,
     part_of,
 )
-from portakv.weights.plan import Plan, copy_pairs
+from portakv.weights.plan import Plan, WantedSums, copy_pairs
 from portakv.weights.versions import Checksums, Update, Versioned
 
 if TYPE_CHECKING:
@@ -785,38 +784,6 @@ _LEAST = 4096  # bytes of a staging buffer, which the owner chooses
 _MOST = 1 << 36
 
 
-class Sender(Protocol):
-    """The owner of weights, for one pull."""
-
-    channel: Channel
-    address: str
-    id: bytes
-
-    def check(self) -> None:
-        """Raise the error of a pull that was cancelled or whose time is over."""
-
-    def connect(self, request: Connect) -> Connected:
-        """Return the owner's answer."""
-
-    def request_slice(self, request: SendSlice) -> Weights:
-        """Return the owner's answer, which may be busy. After an error the owner may send it."""
-
-    def pause(self, seconds: float) -> None:
-        """Wait before the next request to a busy owner."""
-
-    def judge(self, answer: Weights) -> None:
-        """Raise the error of an answer that says that the weights have changed."""
-
-    def confirm(self) -> None:
-        """Ask the owner if the weights have changed, and raise the error."""
-
-    def number(self, name: str) -> int:
-        """Return the number of an item."""
-
-    def receiver(self, terms: Terms) -> Receiver:
-        """Return the lane by which the owner sends weights."""
-
-
 class Terms(NamedTuple):
     """What a pull needs a lane for.
 
@@ -842,7 +809,7 @@ class Receiver:
         why: why the memory is not mapped, and why this transport was chosen.
     """
 
-    def __init__(self, owner: Sender, terms: Terms) -> None:
+    def __init__(self, owner: Owner, terms: Terms) -> None:
         (device, transport, why) = terms
         described = owner.connect(Connect(owner.id, bytes(16)))
         # Another device of the same type: NCCL does not serve two processes on one.
@@ -869,23 +836,11 @@ class Receiver:
             answer = owner.connect(request)
             self.buffer_bytes = _checked(answer, request, owner.address)
             self.lane = self.transport.lane(owner.address, lane_channel(owner.channel, self.id))
-            self.lane.meet(stop=self._stopping(owner))
+            self.lane.meet(stop=partial(_is_over, owner))
             self.buffers = _buffers(self.buffer_bytes, device, terms.device)
         except BaseException:  # also an interrupt: no caller has the lane
             self.release()
             raise
-
-    def _stopping(self, owner: Sender) -> Callable[[], bool]:
-        """Return a function that returns True if the pull must end."""
-
-        def stop() -> bool:
-            try:
-                owner.check()
-            except PortaKVError:
-                return True
-            return False
-
-        return stop
 
     def claim(self, user: object) -> bool:
         """Let a pull use the lane, unless another pull does; return True if it may."""
@@ -924,6 +879,15 @@ class Receiver:
         self.transport.close(0.0)
 
 
+def _is_over(owner: Owner) -> bool:
+    """Return True if a pull must end."""
+    try:
+        owner.check()
+    except PortaKVError:
+        return True
+    return False
+
+
 def _checked(answer: Connected, request: Connect, address: str) -> int:
     """Return the bytes of a staging buffer; raise `PeerError` for an answer that differs."""
     if answer.transport != request.transport or not _LEAST <= answer.buffer_bytes <= _MOST:
@@ -951,27 +915,6 @@ def _buffers(nbytes: int, device: torch.device, tensors: torch.device) -> list[t
 MOST_LISTING = 256 << 20  # the most bytes of an owner's list
 
 
-class WantedSums(NamedTuple):
-    """The checksums that a plan needs of an owner.
-
-    Attributes:
-        whole: some are those of whole boxes, which the owner lists together.
-        boxes: numbers of items, and the other boxes.
-        places: of the checksum of each cell, in the list of whole boxes followed by the others.
-    """
-
-    whole: bool
-    boxes: tuple[tuple[int, Box], ...]
-    places: list[int]
-
-
-class _Planned:
-    """What a publication caches for a plan: its sources in mapped memory, and its checksums."""
-
-    sources: list[torch.Tensor] | None = None
-    sums: WantedSums | None = None
-
-
 #: The call that waits for the answer to a request that was sent before.
 Reply: TypeAlias = Callable[[], Weights]
 
@@ -994,8 +937,10 @@ class Publication:
         self._handles = handles
         self._regions = dict[tuple[int, torch.device], torch.Tensor]()
         self._tensors = dict[tuple[str, torch.device], torch.Tensor]()
+        #: A pull compared checksums of whole boxes, so the next may.
+        self.compares_whole = False
         # By plan, and the owner's number in it. A plan is of tensors of one description.
-        self._planned = Bounded[tuple[Plan, int], _Planned]("sources of weights", 8)
+        self._sources = Bounded[tuple[Plan, int], list[torch.Tensor]]("sources of weights", 8)
         self._connecting = threading.Lock()
         #: By the device of the reader's tensors, and the transport that the reader forces.
         self._receivers = dict[tuple[torch.device, str | None], Receiver]()
@@ -1044,47 +989,31 @@ class Publication:
             raise self.wrong(cell.name) from None
 
     def sources(
-        self,
-        plan: Plan,
-        number: int,
-        tensors: Mapping[str, torch.Tensor],
-        openers: dict[torch.device, Opener],
+        self, plan: Plan, number: int, tensors: Mapping[str, torch.Tensor]
     ) -> list[torch.Tensor]:
         """Return the sources of an owner's cells of a plan; raise the errors of `tensor`."""
-        planned = self._planned.get_or_make((plan, number), _Planned)
-        if planned.sources is None:
+
+        def opened() -> list[torch.Tensor]:
+            openers = dict[torch.device, Opener]()
             cells = [plan.cells[n] for n in plan.numbers[number]]
-            planned.sources = [self.source(x, tensors[x.name], openers) for x in cells]
-        return planned.sources
+            return [self.source(cell, tensors[cell.name], openers) for cell in cells]
 
-    def sums_of(self, plan: Plan, number: int) -> WantedSums:
-        """Return which checksums a plan needs of the owner that has this number in it."""
-        planned = self._planned.get_or_make((plan, number), _Planned)
-        if planned.sums is None:
-            planned.sums = self._wanted_sums(plan, number)
-        return planned.sums
+        return self._sources.get_or_make((plan, number), opened)
 
-    @property
-    def compares_whole(self) -> bool:
-        """Return True if a plan needed the checksums of whole boxes, so the next may need them."""
-        return any(x.sums is not None and x.sums.whole for x in [*self._planned.values()])
-
-    def _wanted_sums(self, plan: Plan, number: int) -> WantedSums:
+    def wanted_sums(self, cells: Iterable[Cell]) -> WantedSums:
+        """Return which checksums a plan needs for its cells of this owner."""
         boxes = dict[tuple[str, Box], int]()
         places = list[int]()
-        listed = False
-        pairs = list[tuple[str, Box]]()
-        for cell in (plan.cells[n] for n in plan.numbers[number]):
-            pairs.append((cell.name, cell.box._replace(start=cell.src)))
-            listed = listed or pairs[-1] in self.boxes
-        first = len(self.boxes) if listed else 0
+        pairs = [(cell.name, cell.box._replace(start=cell.src)) for cell in cells]
+        whole = any(pair in self.boxes for pair in pairs)
+        first = len(self.boxes) if whole else 0
         for pair in pairs:
             place = self.boxes.get(pair)
             if place is None:
                 place = first + boxes.setdefault(pair, len(boxes))
             places.append(place)
         numbered = tuple((self.numbers[name], box) for name, box in boxes)
-        return WantedSums(listed, numbered, places)
+        return WantedSums(whole, numbered, places)
 
     def receiver(self, owner: Owner, terms: Terms) -> Receiver:
         """Return the lane by which the owner sends weights to a device; connect at the first call.
@@ -1094,9 +1023,9 @@ class Publication:
         receiver = self._receivers.get(terms[:2])
         if receiver is not None and receiver.usable:
             return receiver
-        return uninterrupted(partial(self._receiver, owner, terms))
+        return uninterrupted(partial(self._connect, owner, terms))
 
-    def _receiver(self, owner: Owner, terms: Terms) -> Receiver:
+    def _connect(self, owner: Owner, terms: Terms) -> Receiver:
         """Connect, unless another pull does."""
         while not self._connecting.acquire(timeout=0.05):
             owner.check()
@@ -1106,8 +1035,11 @@ class Publication:
                 return receiver
             if receiver is not None:
                 receiver.release()
-            receiver = self._receivers[terms[:2]] = _connected(owner, terms)
+            receiver = self._receivers[terms[:2]] = Receiver(owner, terms)
             return receiver
+        except (Refused, BackendUnavailable, Unsupported) as error:
+            reason = f"{terms.why}; and they cannot be sent: {error}"
+            raise Unsupported(f"Pulling weights of {owner.address}", reason) from error
         finally:
             self._connecting.release()
 
@@ -1135,15 +1067,6 @@ def _forget(key: tuple[bytes, str, bytes]) -> None:
     if publication is not None:
         publication.unwatch()
         publication.close()
-
-
-def _connected(owner: Owner, terms: Terms) -> Receiver:
-    """Connect to an owner that sends weights."""
-    try:
-        return Receiver(owner, terms)
-    except (Refused, BackendUnavailable, Unsupported) as error:
-        reason = f"{terms.why}; and they cannot be sent: {error}"
-        raise Unsupported(f"Pulling weights of {owner.address}", reason) from error
 
 
 def begin_all(channel: Channel, tickets: Iterable[bytes], timeout: float) -> dict[bytes, Reply]:
@@ -1261,10 +1184,15 @@ class Owner:
         return listed
 
     def ask(self, request: AskWeights, reply: Reply | None = None) -> Weights:
-        """Return the owner's answer, after the owner has one. ``reply``: the request was sent."""
+        """Return the owner's answer, after the owner has one; raise if its weights changed.
+
+        ``reply``: the request was sent.
+        """
         pause = 5e-4
         while True:
-            answer = self.once(request, reply)
+            self.check()
+            answer = self._in_time(reply) if reply else self.ask_once(request, Weights)
+            self.judge(answer)
             if answer.state == "held":
                 return answer
             reply = None
@@ -1274,17 +1202,6 @@ class Owner:
     def pause(self, seconds: float) -> None:
         """Wait before the next request to a busy owner, but not past the time of the pull."""
         time.sleep(min(seconds, max(0.0, self.until - time.monotonic())))
-
-    def once(self, request: AskWeights, reply: Reply | None = None) -> Weights:
-        """Return the owner's answer, which may be busy; raise if its weights changed."""
-        self.check()
-        answer = self._in_time(reply) if reply else self._ask(request, Weights)
-        self.judge(answer)
-        return answer
-
-    def request_slice(self, request: SendSlice) -> Weights:
-        """Return the owner's answer, which may be busy. After an error the owner may send it."""
-        return self._ask(request, Weights)
 
     def judge(self, answer: Weights) -> None:
         """Raise if an answer says that the weights have changed, or are gone."""
@@ -1303,8 +1220,8 @@ class Owner:
                 f"got other memory. Have its process publish the weights again."
             )
 
-    def _ask(self, request: Message, kind: type[T]) -> T:
-        """Return the owner's answer to a message, in the time of the pull."""
+    def ask_once(self, request: Message, kind: type[T]) -> T:
+        """Return the owner's answer to a message, in the time of the pull; it may be busy."""
         ask = partial(self.channel.ask, self.address, request, kind, self._left)
         return self._in_time(ask)
 
@@ -1313,9 +1230,8 @@ class Owner:
         try:
             return ask()
         except TransferTimeout:
-            if time.monotonic() < self.until:
-                raise
-            raise self.late() from None
+            self.check()  # the better reason, if the time of the pull is over
+            raise
 
     @property
     def _left(self) -> float:
@@ -1333,7 +1249,7 @@ class Owner:
     def connect(self, request: Connect) -> Connected:
         """Return the owner's answer to a request for a lane."""
         self.check()
-        answer = self._ask(request, Connected)
+        answer = self.ask_once(request, Connected)
         if answer.gone:
             raise self._gone()
         return answer
@@ -1342,23 +1258,15 @@ class Owner:
         """Return the lane by which the owner sends weights; see `Publication.receiver`."""
         return self.publication.receiver(self, terms)
 
-    def number(self, name: str) -> int:
-        """Return the number of an item of the owner."""
-        return self.publication.numbers[name]
-
     def check(self) -> None:
         """Raise the error of a pull that was cancelled or whose time is over."""
         if self._stopped() or abandoned():
             raise TransferCancelled("The pull of weights was cancelled. Do not use the weights.")
         if time.monotonic() >= self.until:
-            raise self.late()
-
-    def late(self) -> TransferTimeout:
-        """Return the error of a pull whose time is over."""
-        return TransferTimeout(
-            f"The pull of weights from {self.address} timed out after {self.timeout:g} s. Do not "
-            f"use the weights; pull again with a longer timeout."
-        )
+            raise TransferTimeout(
+                f"The pull of weights from {self.address} timed out after {self.timeout:g} s. Do "
+                f"not use the weights; pull again with a longer timeout."
+            )
 
     def begin_to_confirm(self) -> Callable[[], object]:
         """Ask whether the weights have changed since they were listed, and return the call that
@@ -1368,17 +1276,16 @@ class Owner:
         reply = self.channel.begin_to_ask(self.address, request, Weights, self._left)
         return partial(self.ask, request, reply)
 
-    def confirm(self) -> None:
-        """Raise `TransferError` if the weights have changed since they were listed."""
-        self.ask(AskWeights(self.id, len(self.publication.items)))
+    def confirm(self, again: bool = False) -> None:
+        """Raise `TransferError` if the weights have changed since they were listed.
 
-    def refuse(self) -> None:
-        """Report checksums that differ, so that the owner does not use them again."""
-        self.once(AskWeights(self.id, len(self.publication.items), again=True))
+        ``again``: report checksums that differ, so that the owner does not use them again.
+        """
+        self.ask(AskWeights(self.id, len(self.publication.items), again=again))
 
-    def sums(self, plan: Plan, number: int) -> list[int]:
-        """Return the owner's checksums of its cells of a plan, in which it has this number."""
-        wanted = self.publication.sums_of(plan, number)
+    def sums(self, wanted: WantedSums) -> list[int]:
+        """Return the owner's checksums of its cells of a plan."""
+        self.publication.compares_whole |= wanted.whole
         listed = list[int]()
         if wanted.whole and len(self._listed) == len(self.publication.boxes):
             listed += self._listed
@@ -1389,13 +1296,10 @@ class Owner:
         for first in range(0, len(wanted.boxes), MOST_BOXES):
             some = wanted.boxes[first : first + MOST_BOXES]
             answer = self.ask(AskWeights(self.id, boxes=some)).sums
-            self._check_number(len(some), len(answer))
+            if len(answer) != len(some):
+                raise PeerError(
+                    f"Expected {len(some)} checksums from {self.address}, got {len(answer)}. Do "
+                    f"not use the weights; pull from another owner."
+                )
             listed += answer
         return [listed[place] for place in wanted.places]
-
-    def _check_number(self, expected: int, got: int) -> None:
-        if got != expected:
-            raise PeerError(
-                f"Expected {expected} checksums from {self.address}, got {got}. Do not use the "
-                f"weights; pull from another owner."
-            )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from math import prod
@@ -223,20 +223,34 @@ class Batch:
     tiled: TiledPieces | None = None
 
 
+class WantedSums(NamedTuple):
+    """The checksums that a plan needs of an owner.
+
+    Attributes:
+        whole: some are those of whole boxes, which the owner lists together.
+        boxes: numbers of items, and the other boxes.
+        places: of the checksum of each cell, in the list of whole boxes followed by the others.
+    """
+
+    whole: bool
+    boxes: tuple[tuple[int, Box], ...]
+    places: list[int]
+
+
 @dataclass(eq=False)  # a plan is a key of what an owner's publication caches
 class Plan:
     """The copies of a pull, for tensors and owners of one description.
 
-    ``numbers``: of the cells of each owner.
+    Attributes:
+        numbers: of the cells of each owner.
+        sums: the checksums that are needed of each owner.
     """
 
     cells: list[Cell]
     batches: list[Batch]
     numbers: list[list[int]]
-    nbytes: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.nbytes = sum(batch.nbytes for batch in self.batches)
+    nbytes: int
+    sums: list[WantedSums]
 
 
 def plan_of(
@@ -244,9 +258,12 @@ def plan_of(
     described: Mapping[str, Item],
     itemsizes: Mapping[str, int],
     most: int,
-    owners: int,
+    wanted_sums: Sequence[Callable[[Iterable[Cell]], WantedSums]],
 ) -> Plan:
-    """Return the batches of cells, each of about ``most`` bytes. A tied tensor is copied once."""
+    """Return the batches of cells, each of about ``most`` bytes. A tied tensor is copied once.
+
+    ``wanted_sums``: for each owner, returns the checksums that are needed for its cells.
+    """
     pieces = list[Piece]()
     for number, cell in enumerate(cells):
         size = itemsizes[cell.name]
@@ -263,10 +280,11 @@ def plan_of(
         some = [*group]
         nbytes = sum(nbytes for _, nbytes, piece in some if piece.copied)
         batches.append(Batch([piece for *_, piece in some], nbytes))
-    numbers = [list[int]() for _ in range(owners)]
+    numbers = [list[int]() for _ in wanted_sums]
     for number, cell in enumerate(cells):
         numbers[cell.owner].append(number)
-    return Plan(cells, batches, numbers)
+    sums = [want(cells[n] for n in some) for want, some in zip(wanted_sums, numbers, strict=True)]
+    return Plan(cells, batches, numbers, sum(batch.nbytes for batch in batches), sums)
 
 
 def split(cell: Cell, most: int) -> Iterator[Cell]:
