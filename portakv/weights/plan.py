@@ -41,15 +41,16 @@ def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Copy tensors on the current stream of their device, or now if one side is on the host.
 
     One call copies many small tensors, as integers: on CUDA that call converts bfloat16 and float16
-    to float32, which changes NaNs (torch 2.11). On the host neighbours are one copy.
+    to float32, which changes NaNs (torch 2.11). On the host this thread alone copies.
     """
-    runs = list[tuple[torch.Tensor, torch.Tensor]]()
+    moved = list[torch.Tensor]()
     many = defaultdict[Any, tuple[list[Any], list[Any]]](lambda: ([], []))
     with torch.inference_mode():
         for into, src in pairs:
             one_run = into.is_contiguous() and src.is_contiguous()
             if one_run and into.is_cpu and src.is_cpu:
-                runs.append((into, src))
+                ctypes.memmove(into.data_ptr(), src.data_ptr(), into.nbytes)
+                moved.append(into)
                 continue
             integers = _INTEGERS.get(into.itemsize)
             if not one_run or integers is None or into.nbytes >= LARGE:
@@ -64,26 +65,7 @@ def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
                 del many[key]
         for lists in many.values():
             torch._foreach_copy_(*lists)
-    for run in runs_of(runs):
-        ctypes.memmove(*run)  # in this thread alone
-    for into, _ in runs:
-        increment_version(into)  # as torch's own copies do: who publishes these tensors notices it
-
-
-def runs_of(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[int, int, int]]:
-    """Return the copies of contiguous tensors as runs of bytes, neighbours together.
-
-    A run is the address to write, the address to read, and the bytes.
-    """
-    runs = [(into.data_ptr(), src.data_ptr(), into.nbytes) for into, src in pairs if into.nbytes]
-    if not runs:
-        return []
-    table = np.array(runs, np.int64)
-    table = table[np.argsort(table[:, 0])]
-    ends = table[:-1, :2] + table[:-1, 2:]
-    firsts = np.flatnonzero(np.r_[True, (ends != table[1:, :2]).any(axis=1)])
-    table[firsts, 2] = np.add.reduceat(table[:, 2], firsts)
-    return [(into, src, nbytes) for into, src, nbytes in table[firsts].tolist()]
+    increment_version(moved)  # as torch's own copies do: who publishes these tensors notices it
 
 
 #: Bytes of the tiles. A tensor is cut into as many of the first as it has, its rest into the next.
@@ -127,7 +109,7 @@ class Tiles:
 
 
 def tiled_on(device: torch.device) -> bool:
-    """Return whether tiles copy weights on a device; on the host neighbours are one copy."""
+    """Return whether tiles copy weights on a device; on the host a copy is one call anyway."""
     return device.type != "cpu"
 
 
