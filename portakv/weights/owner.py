@@ -15,7 +15,6 @@ from secrets import token_bytes
 from typing import (
     TYPE_CHECKING,
     Annotated,
-    Any,
     ClassVar,
     Literal,
     NamedTuple,
@@ -222,11 +221,6 @@ class LaneChannel(TransportChannel):
         return OfLane(self.lane, msgpack.encode(message))
 
 
-def lane_channel(channel: Channel, lane: bytes) -> Any:
-    """Return a `LaneChannel` as the `Channel` that transports expect."""
-    return cast("Channel", LaneChannel(channel, lane))
-
-
 prepare(globals())
 
 
@@ -246,18 +240,6 @@ _PUBLICATION = "a publication"  # a channel has the lanes of one
 Devices = frozenset[torch.device]
 
 
-class _Buffer:
-    """A staging buffer of a lane. ``free``: its last slice has crossed, so it may be packed."""
-
-    def __init__(self, memory: torch.Tensor) -> None:
-        self.memory = memory
-        self.free = True
-
-    def release(self) -> None:
-        """Let the buffer be packed again."""
-        self.free = True
-
-
 class Lane:
     """A lane to one reader: its transport, and its staging buffers."""
 
@@ -274,9 +256,10 @@ class Lane:
         device = transport.device
         with torch.inference_mode(False), StreamFence(device).inside():
             self.memory = staging(BUFFERS * nbytes, device, rows=_on_device(tensors))
-            self.buffers = [_Buffer(part) for part in self.memory.view(BUFFERS, -1)]
+            self.buffers = [*self.memory.view(BUFFERS, -1)]
             #: What the worker's streams follow: the work of the memory's earlier users.
             self.fences = [StreamFence(each) for each in {device, *tensors}]
+        self.full = set[int]()  # numbers of buffers whose last slice has not crossed
         self.dirty = True  # the memory contains bytes of its earlier users
         self.lane = transport.lane(self.key, channel)
         self.unwatch: Callable[[], object] = lambda: None
@@ -353,15 +336,10 @@ class Senders:
         if isinstance(before, Senders):
             before.close()
 
-    @property
-    def staged_bytes(self) -> int:
-        """Return the bytes of all staging buffers."""
-        return len(self._lanes) * BUFFERS * self.buffer_bytes
-
-    @property
-    def count(self) -> int:
-        """Return the number of lanes."""
-        return len(self._lanes)
+    def statistics(self) -> dict[str, int]:
+        """Return the number of lanes, and the bytes of all their staging buffers."""
+        lanes = len(self._lanes)
+        return {"lanes": lanes, "staging": lanes * BUFFERS * self.buffer_bytes}
 
     def connect(self, peer: Peer, request: Connect) -> Connected:
         """Make a lane to a reader, or describe what a lane would be made of.
@@ -405,12 +383,12 @@ class Senders:
                 f"Expected slice {lane.tag + 1} of at most {self.buffer_bytes} bytes, got slice "
                 f"{request.tag} of {request.nbytes}. Connect again."
             )
-        buffer = lane.buffers[request.tag % BUFFERS]
-        if not buffer.free:
+        buffer = request.tag % BUFFERS
+        if buffer in lane.full:
             return False
-        buffer.free = False
+        lane.full.add(buffer)
         lane.tag = request.tag
-        task = Task(partial(self._send, lane, buffer, request), 1, queue=self._queue, name="send")
+        task = Task(partial(self._send, lane, request), 1, queue=self._queue, name="send")
         self._queue.graph.submit([task], priority="urgent")
         return True
 
@@ -457,14 +435,15 @@ class Senders:
 
     # --- in the worker
 
-    def _send(self, lane: Lane, buffer: _Buffer, request: SendSlice, *_: object) -> None:
+    def _send(self, lane: Lane, request: SendSlice, *_: object) -> None:
         """Pack a slice into its buffer, and send it.
 
         The reader waits for the bytes, so they are sent as zeros if the slice cannot be packed. The
         pull then fails by its checksums or because the publication has ended, and the lane sends no
         further slice.
         """
-        full = buffer.memory[: request.nbytes]
+        buffer = request.tag % BUFFERS
+        full = lane.buffers[buffer][: request.nbytes]
         with torch.inference_mode(False), ExitStack() as streams:
             for fence in lane.fences:
                 streams.enter_context(fence.inside())
@@ -478,17 +457,13 @@ class Senders:
                 _log.exception("Weights could not be packed; their reader gets an error.")
                 lane.why_broken = f"The owner could not pack a slice: {error}"
                 full.zero_()
-            self._move(lane, buffer, full, request.tag)
-
-    def _move(self, lane: Lane, buffer: _Buffer, full: torch.Tensor, tag: int) -> None:
-        """Have the transport send a full buffer, which is free when it has crossed."""
-        try:
-            moving: Moving = lane.lane.move(full, tag)
-        except Exception:  # such as an error of the device: the reader waits for these bytes
-            _log.exception("A staging buffer could not be sent; its reader gets an error.")
-            lane.lane.close(PeerError("The owner could not send a buffer; it did not cross."))
-            return
-        moving.on_free(buffer.release)
+            try:
+                moving: Moving = lane.lane.move(full, request.tag)
+            except Exception:  # such as an error of the device: the reader waits for these bytes
+                _log.exception("A staging buffer could not be sent; its reader gets an error.")
+                lane.lane.close(PeerError("The owner could not send a buffer; it did not cross."))
+                return
+            moving.on_free(partial(lane.full.discard, buffer))
 
     def _parts(self, request: SendSlice) -> list[torch.Tensor]:
         """Return the boxes of a request; raise `LayoutError` for boxes that do not exist."""
@@ -659,10 +634,14 @@ class Published:
         for device in {tensor.device for tensor in tensors if tensor.device.type != "cpu"}:
             torch.accelerator.current_stream(device.index).synchronize()
 
+    def _is_gone(self, id: bytes) -> bool:
+        """Return True for the id of another publication, and after `close`."""
+        return id != self._id or self.graph.closed.is_set()
+
     def _answer(self, _: Peer, request: AskWeights) -> Weights:
         version = self._weights.version()
         first = request.first
-        if request.id != self._id or self.graph.closed.is_set():
+        if self._is_gone(request.id):
             return Weights("gone")
         if request.again:
             self._sums.forget()
@@ -688,13 +667,13 @@ class Published:
         return Weights("held", len(items), page, version=version)
 
     def _connect(self, peer: Peer, request: Connect) -> Connected:
-        if request.id != self._id or self.graph.closed.is_set():
+        if self._is_gone(request.id):
             return Connected(gone=True)
         answer = self._senders.connect(peer, request)
         return structs.replace(answer, why=self.why_not_mapped[:1024])
 
     def _send(self, peer: Peer, request: SendSlice) -> Weights:
-        if request.id != self._id or self.graph.closed.is_set():
+        if self._is_gone(request.id):
             return Weights("gone")
         sends = self._senders.send(peer, request)
         return Weights("held" if sends else "busy", version=self._weights.version())
@@ -702,7 +681,7 @@ class Published:
     def statistics(self) -> dict[str, int]:
         """Return the lanes to readers that do not map the memory (``lanes``), and the bytes of all
         their staging buffers here (``staging``)."""
-        return {"lanes": self._senders.count, "staging": self._senders.staged_bytes}
+        return self._senders.statistics()
 
     def figures(self) -> Figures:
         """Return figures by the names of metrics, in the form of `Graph.statistics`."""
@@ -835,7 +814,8 @@ class Receiver:
             request = Connect(owner.id, self.id, self.transport.name, where(device))
             answer = owner.connect(request)
             self.buffer_bytes = _checked(answer, request, owner.address)
-            self.lane = self.transport.lane(owner.address, lane_channel(owner.channel, self.id))
+            channel = cast("Channel", LaneChannel(owner.channel, self.id))
+            self.lane = self.transport.lane(owner.address, channel)
             self.lane.meet(stop=partial(_is_over, owner))
             self.buffers = _buffers(self.buffer_bytes, device, terms.device)
         except BaseException:  # also an interrupt: no caller has the lane
