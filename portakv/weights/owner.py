@@ -570,12 +570,12 @@ class Published:
         except Unsupported as error:
             self.why_not_mapped = str(error)
         self._sums = Checksums(self._weights, self.graph)
+        self._sums.all(self._weights.version())  # a worker begins
         self.ticket = sealed(WeightsTicket(channel.address, self._id))
         channel.serve(AskWeights, self._answer)
         channel.serve(Connect, self._connect)
         channel.serve(SendSlice, self._send)
         uninterrupted(self._senders.serve)
-        self._sums.start()
 
     def _export(self, expose: Expose) -> None:
         """Let readers map the memory; raise `Unsupported` if they cannot."""
@@ -656,7 +656,7 @@ class Published:
         if request.begin and self._weights.updates:
             return Weights("busy", version=version)
         if request.begin:
-            self._sums.refresh(version)
+            self._sums.all(version)  # a worker begins, unless they are there
         if sums:
             return self._answer_sums(request, version)
         if request.what == "regions":

@@ -14,7 +14,6 @@ from msgspec import msgpack
 
 from portakv.errors import LayoutError
 from portakv.graph.graph import Graph
-from portakv.graph.task import Task
 from portakv.migrate.checksum import Later, box_checksums
 from portakv.runtime.bounded import Bounded
 from portakv.weights.parameters import Box, Item, Parameter, part_of
@@ -92,31 +91,44 @@ def _memory_of(parameters: Mapping[str, Parameter]) -> tuple[list[object], ...]:
 class Checksums:
     """The checksums of published weights, computed once for each version by a worker.
 
-    Only the channel's thread calls `all` and `of`.
+    One thread at a time calls it.
     """
 
     def __init__(self, weights: Versioned, graph: Graph) -> None:
         self._weights = weights
-        self._queue = graph.queue("weights")
-        self._task: Task | None = None
         # A part of each result's key: what a worker began before `forget` is not used after it.
         self._forgotten = 0
-        self._done: tuple[tuple[int, int], list[int]] | None = None
-        self._later = Later[list[int]]("checksums of weights", self._queue)
-        self._parts = Bounded[tuple[int, int, bytes], list[int]](
-            "checksums of parts of weights", 256
-        )
+        self._later = Later[list[int]]("checksums of weights", graph.queue("weights"))
+        self._known = Bounded[tuple[int, int, bytes], list[int]]("known checksums of weights", 256)
 
-    def start(self) -> None:
-        """Compute the checksums of all boxes, unless a worker does."""
-        if self._task is None or self._task.ended:
-            self._task = Task(self._compute, 1, queue=self._queue, name="checksums")
-            self._queue.graph.submit([self._task])
+    def all(self, version: int) -> list[int] | None:
+        """Return the checksums of all boxes of all items; None: a worker computes them.
 
-    def _compute(self, *_: object) -> None:
-        """Compute all checksums, each memory's once, and cache them with their version."""
+        Raises the worker's error.
+        """
+        return self._of(version, b"", partial(self._compute, version))
+
+    def of(self, numbered: Sequence[tuple[int, Box]], version: int) -> list[int] | None:
+        """Return the checksums of boxes of numbered items; None: a worker computes them.
+
+        Raises the worker's error, and `LayoutError` for a wrong number.
+        """
+        boxes = self._weights.numbered(numbered)
+        return self._of(version, msgpack.encode(numbered), partial(checksums, boxes))
+
+    def _of(self, version: int, name: bytes, make: Callable[[], list[int]]) -> list[int] | None:
+        """Return checksums that ``make`` computes in a worker; None: they are not there yet."""
+        key = self._forgotten, version, name
+        sums = self._known.get(key) or self._later.answer(key, make)
+        if sums:
+            self._known[key] = sums
+        return sums or None
+
+    def _compute(self, version: int) -> list[int]:
+        """Return all checksums, each memory's computed once; none if no pull can use them."""
         weights = self._weights
-        before = self._forgotten, weights.version()
+        if weights.version() != version:
+            return []
         places = list[int]()
         numbers = dict[object, int]()
         boxes = list[tuple[torch.Tensor, Box]]()
@@ -126,45 +138,12 @@ class Checksums:
             if number == len(boxes):
                 boxes.append((tensor, box))
         sums = checksums(boxes)
-        if not weights.updates and weights.version() == before[1]:
-            self._done = before, [sums[number] for number in places]
-
-    def all(self, version: int) -> list[int] | None:
-        """Return the checksums of all boxes of all items; None: a worker computes them.
-
-        Raises the worker's error.
-        """
-        done = self._done
-        if done is not None and done[0] == (self._forgotten, version):
-            return done[1]
-        task = self._task
-        if task is not None and task.ended and task.error is not None:
-            self._task = None
-            raise task.error
-        self.start()
-        return None
-
-    def refresh(self, version: int) -> None:
-        """Start to compute all checksums if they are those of another version."""
-        if self._done is None or self._done[0] != (self._forgotten, version):
-            self.start()
-
-    def of(self, numbered: Sequence[tuple[int, Box]], version: int) -> list[int] | None:
-        """Return the checksums of boxes of numbered items; None: a worker computes them."""
-        key = self._forgotten, version, msgpack.encode(numbered)
-        if key in self._parts:
-            return self._parts[key]
-        boxes = self._weights.numbered(numbered)
-        sums = self._later.answer(key, partial(checksums, boxes))
-        if sums is not None:
-            self._parts[key] = sums
-        return sums
+        return [sums[number] for number in places]
 
     def forget(self) -> None:
         """Compute all checksums anew when they are next requested."""
         self._forgotten += 1
-        self._done = None
-        self._parts.clear()
+        self._known.clear()
 
 
 def checksums(boxes: Sequence[tuple[torch.Tensor, Box]]) -> list[int]:
