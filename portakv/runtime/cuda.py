@@ -347,8 +347,6 @@ class Caller:
         return inside(self.device)
 
 
-#: CUDA_ERROR_INVALID_CONTEXT, and HIP's error of that name: a thread that has no context yet.
-NO_CONTEXT = 201
 #: cuLaunchKernel, and hipModuleLaunchKernel: a function, the blocks along x, y and z, the threads
 #: along x, y and z, the bytes of shared memory, a stream, and the list of parameters.
 _LAUNCH = ctypes.CFUNCTYPE(
@@ -357,7 +355,12 @@ _LAUNCH = ctypes.CFUNCTYPE(
 
 
 class KernelDriver(Caller, ABC):
-    """Load and launch kernels on one device, by the driver of CUDA or of HIP."""
+    """Load and launch kernels on one device, by the driver of CUDA or of HIP.
+
+    ``named``: the driver in errors of launches.
+    """
+
+    named: ClassVar = "the CUDA driver"
 
     @property
     @abstractmethod
@@ -381,10 +384,6 @@ class KernelDriver(Caller, ABC):
     @abstractmethod
     def address(self, function: Any) -> int:
         """Return a kernel's handle as a number."""
-
-    @abstractmethod
-    def refuse(self, error: int, what: str) -> NoReturn:
-        """Raise `TransferError` for an error of these functions."""
 
     @abstractmethod
     def describe(self, error: int) -> str:
@@ -430,6 +429,10 @@ class KernelDriver(Caller, ABC):
         if error:
             self.refuse(error, what)
 
+    def refuse(self, error: int, what: str) -> NoReturn:
+        """Raise `TransferError` for an error of the function at `entry`."""
+        raise refused(self.describe(error), what, self.named)
+
 
 class CudaDriver(KernelDriver):
     """The kernels of an NVIDIA device."""
@@ -454,10 +457,6 @@ class CudaDriver(KernelDriver):
     def address(self, function: Any) -> int:
         """Return a kernel's handle as a number."""
         return int(function)
-
-    def refuse(self, error: int, what: str) -> NoReturn:
-        """Raise `TransferError` for an error of the function at `entry`."""
-        raise refused(self.describe(error), what)
 
     def describe(self, error: int) -> str:
         """Return the name of an error."""
