@@ -597,26 +597,21 @@ class Published:
         current stream: write on that stream.
         """
         token = Update()
+        updates = self._weights.updates
         try:
-            uninterrupted(partial(self._begin_update, token))
+            uninterrupted(partial(self._note_change, updates.add, token))
             yield
             self._synchronize()
         except BaseException:  # of the block: its writes may still run
             self._synchronize()
             raise
         finally:
-            uninterrupted(partial(self._end_update, token))
+            uninterrupted(partial(self._note_change, updates.discard, token))
 
-    def _begin_update(self, token: Update) -> None:
-        """Have pulls wait for the end of an update."""
+    def _note_change(self, note: Callable[[Update], object], token: Update) -> None:
+        """Note the begin or the end of an update: pulls wait for it, and those it overlaps fail."""
         with self._changing:
-            self._weights.updates.add(token)
-            self._weights.changes += 1
-
-    def _end_update(self, token: Update) -> None:
-        """Let pulls begin again; those that overlapped the update fail."""
-        with self._changing:
-            self._weights.updates.discard(token)
+            note(token)
             self._weights.changes += 1
 
     def changed(self) -> None:
