@@ -285,29 +285,6 @@ def make_stream(device: torch.device, priority: int) -> int:
 # --- kernels --------------------------------------------------------------------------------------
 
 
-def load(source: str, names: Iterable[str], device: torch.device) -> dict[str, object]:
-    """Compile a source text, or read its binary from disk, and make its kernels resident.
-
-    Raises:
-        RuntimeError: the compilation failed, with NVRTC's log.
-        TransferError: the driver rejects the binary.
-    """
-    driver = bindings()
-    binary = nvrtc.compile_kernel(source, capability(device))
-    adopt(device)
-    with torch.cuda.device(device):
-        error, loaded = driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0)
-        check(error, "Loading the kernel")
-        functions: dict[str, object] = {}
-        for name in names:
-            error, kernel = driver.cuLibraryGetKernel(loaded, name.encode())
-            check(error, "Finding the kernel")
-            # Modules load lazily; a first launch inside a capture must not load them.
-            error, functions[name] = driver.cuKernelGetFunction(kernel)
-            check(error, "Making the kernel resident")
-    return functions
-
-
 class Caller:
     """The checks that every call for one device makes first, in any thread.
 
@@ -438,8 +415,24 @@ class CudaDriver(KernelDriver):
     """The kernels of an NVIDIA device."""
 
     def load(self, source: str, names: Iterable[str]) -> dict[str, object]:
-        """Load kernels as the function `load` does."""
-        return load(source, names, self.device)
+        """Compile a source text, or read its binary from disk, and make its kernels resident.
+
+        Raises as `KernelDriver.load`, with NVRTC's log.
+        """
+        driver = bindings()
+        binary = nvrtc.compile_kernel(source, capability(self.device))
+        adopt(self.device)
+        with torch.cuda.device(self.device):
+            error, loaded = driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0)
+            check(error, "Loading the kernel")
+            functions: dict[str, object] = {}
+            for name in names:
+                error, kernel = driver.cuLibraryGetKernel(loaded, name.encode())
+                check(error, "Finding the kernel")
+                # Modules load lazily; a first launch inside a capture must not load them.
+                error, functions[name] = driver.cuKernelGetFunction(kernel)
+                check(error, "Making the kernel resident")
+        return functions
 
     @cached_property
     def entry(self) -> int:

@@ -74,7 +74,6 @@ from portakv.weights.parameters import (
     Box,
     Cell,
     Item,
-    Parameter,
     Parameters,
     items_of,
     named,
@@ -297,27 +296,25 @@ def _buffer_bytes(total: int, most: int, device: torch.device) -> int:
 
 
 class Senders:
-    """The lanes of an owner of weights to its readers. No call of a channel blocks.
-
-    ``parameters`` loses its tensors when the publication is closed.
-    """
+    """The lanes of an owner of weights to its readers. No call of a channel blocks."""
 
     def __init__(
         self,
         channel: Channel,
         graph: Graph,
-        parameters: Mapping[str, Parameter],
+        weights: Versioned,
         nbytes: int,
         transport: str | None,
     ) -> None:
         self._channel = channel
-        self._parameters = parameters
-        self._tensors: Devices = frozenset(x.tensor.device for x in parameters.values())
+        self._weights = weights
+        tensors = [x.tensor for x in weights.parameters.values()]
+        self._tensors: Devices = frozenset(tensor.device for tensor in tensors)
         #: The device of all tensors, or the host.
         self.device = next(iter(self._tensors)) if len(self._tensors) == 1 else _HOST
         check_transport(transport, self.device)
         self._transport = forced(transport)
-        total = packed_bytes(x.tensor.nbytes for x in parameters.values())
+        total = packed_bytes(tensor.nbytes for tensor in tensors)
         self.buffer_bytes = _buffer_bytes(total, nbytes // BUFFERS, self.device)
         self._transports = dict[str, Transport]()  # by name and device
         self._lanes = dict[bytes, Lane]()
@@ -467,12 +464,11 @@ class Senders:
 
     def _parts(self, request: SendSlice) -> list[torch.Tensor]:
         """Return the boxes of a request; raise `LayoutError` for boxes that do not exist."""
-        tensors = [x.tensor for x in [*self._parameters.values()]]
-        if not tensors:
+        if not self._weights.parameters:
             raise TransferError("The publication was closed. Request a new ticket.")
-        if any(number >= len(tensors) for number, *_ in request.boxes):
-            raise LayoutError(f"Expected numbers below {len(tensors)}, got others. Pull again.")
-        return [part_of(tensors[number], start, n) for number, start, n in request.boxes]
+        tensors = self._weights.numbered([number for number, *_ in request.boxes])
+        boxes = zip(tensors, request.boxes, strict=True)
+        return [part_of(tensor, start, extents) for tensor, (_, start, extents) in boxes]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -561,7 +557,7 @@ class Published:
         self._id = secrets.token_bytes(16)
         self.graph = Graph()
         self._changing = threading.Lock()
-        self._senders = Senders(channel, self.graph, tensors, staging, transport)
+        self._senders = Senders(channel, self.graph, self._weights, staging, transport)
         self._synchronize()
         self._regions = list[Held]()
         self.why_not_mapped = ""
@@ -1044,12 +1040,19 @@ def _forget(key: tuple[bytes, str, bytes]) -> None:
         publication.close()
 
 
-def begin_all(channel: Channel, tickets: Iterable[bytes], timeout: float) -> dict[bytes, Reply]:
+def begin_all(channel: object, tickets: object, timeout: object) -> dict[bytes, Reply]:
     """Ask the owners whose weights are known here for the begin of a pull, and return what waits
-    for the answers, by tickets."""
-    seconds = min(timeout, channel.timeout)
+    for the answers, by tickets.
+
+    The arguments are those of a pull, before they are checked. Asks nothing for wrong ones.
+    """
+    listed = [tickets] if isinstance(tickets, bytes) else tickets
+    timed = timeout is None or (isinstance(timeout, int | float) and timeout > 0)
     begun = dict[bytes, Reply]()
-    for ticket in {*tickets}:
+    if not (isinstance(channel, Channel) and timed and isinstance(listed, list | tuple)):
+        return begun
+    seconds = min(cast("float", timeout or channel.timeout), channel.timeout)
+    for ticket in {x for x in listed if isinstance(x, bytes)}:
         decoded = unsealed(ticket, WeightsTicket)
         known = decoded and publications.get((channel.id, decoded.address, decoded.id))
         if decoded and known:

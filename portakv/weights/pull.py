@@ -14,7 +14,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
-from math import inf, prod
+from math import prod
 from operator import is_
 from time import monotonic
 from typing import Literal, NamedTuple, TypeAlias, cast, overload
@@ -88,13 +88,6 @@ _ASK = 1.0  # seconds without bytes after which a pull requests the version
 STOPPING = 0.5  # seconds for the slices in flight of a pull that has failed
 
 
-class Wanted(NamedTuple):
-    """A box that is requested from an owner, and the reader's tensor that contains it."""
-
-    cell: Cell
-    tensor: torch.Tensor
-
-
 class _Slice(NamedTuple):
     """A slice that was requested, and what it is copied to."""
 
@@ -109,13 +102,23 @@ class _Slice(NamedTuple):
 class Incoming:
     """The slices of one pull, which arrive in the order of the requests.
 
-    Use it as a context manager: no other pull uses its lanes until the end. ``terms``: by the
-    numbers of the owners that send weights.
+    Use it as a context manager: no other pull uses its lanes until the end.
+
+    Args:
+        terms: by the numbers of the owners that send weights.
+        owners: of the weights.
+        tensors: the reader's, by name.
     """
 
-    def __init__(self, terms: Mapping[int, Terms], owners: Sequence[Owner]) -> None:
+    def __init__(
+        self,
+        terms: Mapping[int, Terms],
+        owners: Sequence[Owner],
+        tensors: Mapping[str, torch.Tensor],
+    ) -> None:
         self._terms = terms
         self._owners = owners
+        self._tensors = tensors
         self._receivers = dict[int, Receiver]()
         self._in_flight = deque[_Slice]()
         self._copied = deque[_Slice]()  # copied on a stream that follows the bytes
@@ -147,14 +150,15 @@ class Incoming:
             owner.check()
             owner.pause(_TURN)
 
-    def request(self, number: int, wanted: Sequence[Wanted]) -> None:
-        """Request boxes of an owner, in as many slices as they need."""
+    def request(self, number: int, cells: Sequence[Cell]) -> None:
+        """Request cells of an owner, in as many slices as they need."""
         owner = self._owners[number]
         receiver = self._receivers[number]
-        for some, nbytes in slices(wanted, receiver.buffer_bytes):
+        itemsizes = [self._tensors[cell.name].itemsize for cell in cells]
+        for some, nbytes in slices(cells, itemsizes, receiver.buffer_bytes):
             numbers = owner.publication.numbers
-            boxes = tuple((numbers[x.cell.name], x.cell.src, x.cell.box.extents) for x in some)
-            into = [part_of(x.tensor, x.cell.box.start, x.cell.box.extents) for x in some]
+            boxes = tuple((numbers[x.name], x.src, x.box.extents) for x in some)
+            into = [part_of(self._tensors[x.name], x.box.start, x.box.extents) for x in some]
             buffer = self._buffer(receiver)
             with torch.inference_mode(False):
                 buffer = buffer[:nbytes]
@@ -263,14 +267,15 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.data_ptr() == other.data_ptr()
 
 
-def slices(wanted: Sequence[Wanted], most: int) -> Iterator[tuple[list[Wanted], int]]:
-    """Yield boxes in slices, each with its packed bytes, which are at most ``most``; split larger
-    boxes."""
-    some = list[Wanted]()
+def slices(
+    cells: Sequence[Cell], itemsizes: Sequence[int], most: int
+) -> Iterator[tuple[list[Cell], int]]:
+    """Yield cells in slices, each with its packed bytes, which are at most ``most``; split larger
+    cells. ``itemsizes``: the bytes of an element of each cell."""
+    some = list[Cell]()
     nbytes = 0
     encoded = 0
-    for cell, tensor in wanted:
-        itemsize = tensor.itemsize
+    for cell, itemsize in zip(cells, itemsizes, strict=True):
         for part in split(cell, most // itemsize):
             extents = part.box.extents
             size = packed_bytes((prod(extents) * itemsize,))
@@ -281,7 +286,7 @@ def slices(wanted: Sequence[Wanted], most: int) -> Iterator[tuple[list[Wanted], 
                 some = []
                 nbytes = 0
                 encoded = 0
-            some.append(Wanted(part, tensor))
+            some.append(part)
             nbytes += size
             encoded += message
     if some:
@@ -349,12 +354,12 @@ class Copies:
 
     def incoming(self) -> Incoming:
         """Return the slices that owners send, a context in which `copy` may be called."""
-        return Incoming(self._terms, self.owners)
+        return Incoming(self._terms, self.owners, self._tensors)
 
     def copy(self, batch: Batch, incoming: Incoming) -> None:
         """Copy a batch. The copies and their checksums may be in flight afterwards."""
         pairs = list[Pair]()
-        wanted = defaultdict[int, list[Wanted]](list)
+        wanted = defaultdict[int, list[Cell]](list)
         # With owners that send, tiles of the mapped ones would be a plan for each mixture.
         rest = batch.pieces if self._terms else self._copy_tiles(batch)
         for piece in rest:
@@ -362,7 +367,7 @@ class Copies:
             if not piece.copied:
                 continue
             if owner in self._terms:
-                wanted[owner].append(Wanted(piece.cell, self._tensors[piece.cell.name]))
+                wanted[owner].append(piece.cell)
             else:
                 pairs.append(self._pair(piece))
         for number, some in wanted.items():
@@ -575,19 +580,6 @@ def _checked_destinations(
     if facts is not None:
         plans = _known.setdefault(facts, plans)
     return checked, tensors_of(checked), plans
-
-
-def begun(channel: object, tickets: object, timeout: object) -> dict[bytes, Reply]:
-    """Ask the owners for the begin of a pull, while its arguments are checked; see `begin_all`.
-
-    Asks nothing for wrong arguments, which `PullRequest` refuses.
-    """
-    listed = [tickets] if isinstance(tickets, bytes) else tickets
-    known = timeout is None or (isinstance(timeout, int | float) and timeout > 0)
-    if not (isinstance(channel, Channel) and known and isinstance(listed, list | tuple)):
-        return {}
-    limit = float(cast("float", timeout or inf))
-    return begin_all(channel, [x for x in listed if isinstance(x, bytes)], limit)
 
 
 def opened(request: PullRequest, stopped: Callable[[], bool] = bool) -> Copies:
@@ -820,10 +812,11 @@ def pull_weights(
     `TransferTimeout`, `Unsupported` if an owner's memory can neither be mapped nor sent,
     `TransferError` if weights changed meanwhile, or with the names whose checksums differ.
     """
-    replies = begun(channel, tickets, timeout) if wait is True else {}
+    # While the arguments are checked.
+    replies = begin_all(channel, tickets, timeout) if wait is True else {}
     request = PullRequest(channel, tickets, parameters, some, max_gbps, timeout, transport)
     if flag("wait", wait):
-        request.begun.update(replies)
+        request.begun = replies
         return WEIGHTS.pull(partial(pull, request, bool))
     return WeightsPull(request)
 

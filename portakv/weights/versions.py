@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import compress
 from operator import attrgetter, ne
@@ -65,13 +65,14 @@ class Versioned:
                 for box in item.boxes:
                     yield item.tie, parameters[name].tensor, box
 
-    def numbered(self, boxes: Sequence[tuple[int, Box]]) -> list[tuple[torch.Tensor, Box]]:
-        """Return boxes of numbered items with their tensors; raise `LayoutError` for a wrong
-        number."""
+    def numbered(self, numbers: Iterable[int]) -> list[torch.Tensor]:
+        """Return the tensors of numbered items; raise `LayoutError` for a wrong number."""
         parameters = [*self.parameters.values()]
-        if any(number >= len(parameters) for number, _ in boxes):
-            raise LayoutError(f"Expected numbers below {len(parameters)}, got others. Pull again.")
-        return [(parameters[number].tensor, box) for number, box in boxes]
+        try:
+            return [parameters[number].tensor for number in numbers]
+        except IndexError:
+            what = f"Expected numbers below {len(parameters)}, got others. Pull again."
+            raise LayoutError(what) from None
 
 
 def _memory_of(parameters: Mapping[str, Parameter]) -> tuple[list[object], ...]:
@@ -113,7 +114,8 @@ class Checksums:
 
         Raises the worker's error, and `LayoutError` for a wrong number.
         """
-        boxes = self._weights.numbered(numbered)
+        tensors = self._weights.numbered(number for number, _ in numbered)
+        boxes = [(tensor, box) for tensor, (_, box) in zip(tensors, numbered, strict=True)]
         return self._of(version, msgpack.encode(numbered), partial(checksums, boxes))
 
     def _of(self, version: int, name: bytes, make: Callable[[], list[int]]) -> list[int] | None:
