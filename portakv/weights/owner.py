@@ -907,7 +907,6 @@ class Publication:
                 self.boxes.setdefault((name, box), len(self.boxes))
         self._handles = handles
         self._regions = dict[tuple[int, torch.device], torch.Tensor]()
-        self._tensors = dict[tuple[str, torch.device], torch.Tensor]()
         #: A pull compared checksums of whole boxes, so the next may.
         self.compares_whole = False
         # By plan, and the owner's number in it. A plan is of tensors of one description.
@@ -916,23 +915,32 @@ class Publication:
         #: By the device of the reader's tensors, and the transport that the reader forces.
         self._receivers = dict[tuple[torch.device, str | None], Receiver]()
 
-    def tensor(
-        self, name: str, like: torch.Tensor, openers: dict[torch.device, Opener]
-    ) -> torch.Tensor:
-        """Return an owner's tensor for a device of this process, and open its region if necessary.
+    def sources(
+        self, plan: Plan, number: int, tensors: Mapping[str, torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Return the sources of an owner's cells of a plan, in memory that is opened if necessary.
 
-        Raises `PeerError` for a place outside of the owner's regions, and `Unsupported` if the
-        memory cannot be mapped.
+        ``tensors``: the reader's, by name. Raises `PeerError` for a place outside of the owner's
+        regions, and `Unsupported` if the memory cannot be mapped.
         """
-        item = self.items[name]
-        key = item.tie, like.device
-        if key in self._tensors:
-            return self._tensors[key]
+
+        def opened() -> list[torch.Tensor]:
+            openers = dict[torch.device, Opener]()
+            cells = [plan.cells[n] for n in plan.numbers[number]]
+            return [self._source(cell, tensors[cell.name], openers) for cell in cells]
+
+        return self._sources.get_or_make((plan, number), opened)
+
+    def _source(
+        self, cell: Cell, like: torch.Tensor, openers: dict[torch.device, Opener]
+    ) -> torch.Tensor:
+        """Return the source of a cell for a device of this process."""
+        item = self.items[cell.name]
         if item.place is None and not self._handles:
             why = "their owner does not export its memory"
             raise Unsupported("Opening the weights", f"{why}; use a transport")
         if item.place is None or item.place[0] >= len(self._handles):
-            raise self.wrong(name)
+            raise self._wrong(cell.name)
         (number, offset) = item.place
         region = self._regions.get((number, like.device))
         if region is None:
@@ -940,36 +948,13 @@ class Publication:
                 openers[like.device] = Opener(like.device, descriptors=False)
             region = openers[like.device].open(self._handles[number])
             if region.dtype != torch.uint8 or region.ndim != 1:
-                raise self.wrong(name)
+                raise self._wrong(cell.name)
             self._regions[number, like.device] = region
         try:
             tensor = strided(region, offset, like.dtype, item.local, item.strides)
-        except (LayoutError, RuntimeError):
-            raise self.wrong(name) from None
-        self._tensors[key] = tensor
-        return tensor
-
-    def source(
-        self, cell: Cell, like: torch.Tensor, openers: dict[torch.device, Opener]
-    ) -> torch.Tensor:
-        """Return the source of a cell in the owner's memory; raise the errors of `tensor`."""
-        tensor = self.tensor(cell.name, like, openers)
-        try:
             return part_of(tensor, cell.src, cell.box.extents)
-        except LayoutError:
-            raise self.wrong(cell.name) from None
-
-    def sources(
-        self, plan: Plan, number: int, tensors: Mapping[str, torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """Return the sources of an owner's cells of a plan; raise the errors of `tensor`."""
-
-        def opened() -> list[torch.Tensor]:
-            openers = dict[torch.device, Opener]()
-            cells = [plan.cells[n] for n in plan.numbers[number]]
-            return [self.source(cell, tensors[cell.name], openers) for cell in cells]
-
-        return self._sources.get_or_make((plan, number), opened)
+        except (LayoutError, RuntimeError):
+            raise self._wrong(cell.name) from None
 
     def wanted_sums(self, cells: Iterable[Cell]) -> WantedSums:
         """Return which checksums a plan needs for its cells of this owner."""
@@ -1020,7 +1005,7 @@ class Publication:
             receiver.drop()
         self._receivers.clear()
 
-    def wrong(self, name: str) -> PeerError:
+    def _wrong(self, name: str) -> PeerError:
         """Return the error of an owner whose description does not fit its memory."""
         return PeerError(
             f"Expected {name} as {self.address} described it, got other memory. Pull from another "

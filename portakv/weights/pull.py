@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from math import prod
-from operator import is_
+from operator import is_, sub
 from time import monotonic
 from typing import Literal, NamedTuple, TypeAlias, cast, overload
 from weakref import ref
@@ -383,9 +383,11 @@ class Copies:
             into = tensor.detach() if tensor.requires_grad else tensor
         else:
             into = part_of(tensor, cell.box.start, cell.box.extents)
-        if piece.of_cell:
-            return into, self._sources[piece.number]
-        return into, self.owners[cell.owner].publication.source(cell, tensor, {})
+        src = self._sources[piece.number]
+        if not piece.of_cell:
+            start = map(sub, cell.src, self.plan.cells[piece.number].src)
+            src = part_of(src, tuple(start), cell.box.extents)
+        return into, src
 
     def _copy_tiles(self, batch: Batch) -> Sequence[Piece]:
         """Copy the pieces of a batch that tiles copy, and return the others."""
