@@ -295,182 +295,6 @@ def _buffer_bytes(total: int, most: int, device: torch.device) -> int:
     return max(4096, min(-(-wanted // 4096), most // 4096) * 4096)
 
 
-class Senders:
-    """The lanes of an owner of weights to its readers. No call of a channel blocks."""
-
-    def __init__(
-        self,
-        channel: Channel,
-        graph: Graph,
-        weights: Versioned,
-        nbytes: int,
-        transport: str | None,
-    ) -> None:
-        self._channel = channel
-        self._weights = weights
-        tensors = [x.tensor for x in weights.parameters.values()]
-        self._tensors: Devices = frozenset(tensor.device for tensor in tensors)
-        #: The device of all tensors, or the host.
-        self.device = next(iter(self._tensors)) if len(self._tensors) == 1 else _HOST
-        check_transport(transport, self.device)
-        self._transport = forced(transport)
-        total = packed_bytes(tensor.nbytes for tensor in tensors)
-        self.buffer_bytes = _buffer_bytes(total, nbytes // BUFFERS, self.device)
-        self._transports = dict[str, Transport]()  # by name and device
-        self._lanes = dict[bytes, Lane]()
-        self._lock = threading.Lock()
-        # One worker: readers take turns, slice by slice.
-        self._queue = graph.queue("send")
-
-    def serve(self) -> None:
-        """Answer on the channel the messages of lanes that no other object answers.
-
-        Ends the lanes of the publication before, which the channel no longer serves.
-        """
-        self._channel.serve(OfLane, self._carry)
-        self._channel.serve(Leave, self._leave)
-        before = self._channel.replace(_PUBLICATION, self)
-        if isinstance(before, Senders):
-            before.close()
-
-    def statistics(self) -> dict[str, int]:
-        """Return the number of lanes, and the bytes of all their staging buffers."""
-        lanes = len(self._lanes)
-        return {"lanes": lanes, "staging": lanes * BUFFERS * self.buffer_bytes}
-
-    def connect(self, peer: Peer, request: Connect) -> Connected:
-        """Make a lane to a reader, or describe what a lane would be made of.
-
-        Raises `BackendUnavailable` or `InvalidTerms` for a transport that does not run here.
-        """
-        if not request.transport:
-            return Connected(self._transport or "", where(self.device))
-        device = self.device
-        if request.device.partition(" ")[0] != device.type:
-            device = _HOST
-        if self._transport not in (None, request.transport):
-            raise PeerError(
-                f"Expected the owner's transport {self._transport!r}, got {request.transport!r}. "
-                f"Pass both sides the same transport="
-            )
-        with self._lock:
-            own = [one for one in self._lanes.values() if one.peer is peer]
-        if len(own) >= _MOST_LANES or request.lane in self._lanes:
-            raise PeerError(f"Expected at most {_MOST_LANES} lanes of a reader, got another.")
-
-        name = f"{request.transport} {device}"
-        transport = self._transports.get(name) or choose(device, request.transport)
-        self._transports[name] = transport
-        lane = Lane(self._channel, peer, transport, self.buffer_bytes, self._tensors)
-        with self._lock:
-            self._lanes[request.lane] = lane
-        lane.unwatch = peer.on_gone(partial(self._end, request.lane))
-        return Connected(transport.name, where(device), self.buffer_bytes)
-
-    def send(self, peer: Peer, request: SendSlice) -> bool:
-        """Have the worker pack and send a slice; return False if its buffer is not free yet.
-
-        Raises `PeerError` for a lane that cannot send it.
-        """
-        lane = self._lane(peer, request.lane)
-        if lane.lane.gone is not None or lane.why_broken:
-            raise PeerError(lane.why_broken or str(lane.lane.gone))
-        if request.tag != lane.tag + 1 or not 0 < request.nbytes <= self.buffer_bytes:
-            raise PeerError(
-                f"Expected slice {lane.tag + 1} of at most {self.buffer_bytes} bytes, got slice "
-                f"{request.tag} of {request.nbytes}. Connect again."
-            )
-        buffer = request.tag % BUFFERS
-        if buffer in lane.full:
-            return False
-        lane.full.add(buffer)
-        lane.tag = request.tag
-        task = Task(partial(self._send, lane, request), 1, queue=self._queue, name="send")
-        self._queue.graph.submit([task], priority="urgent")
-        return True
-
-    def _lane(self, peer: Peer, id: bytes) -> Lane:
-        """Return a lane of a reader."""
-        lane = self._lanes.get(id)
-        if lane is None or lane.peer is not peer:
-            raise PeerError("Expected a lane of this connection, got another. Connect again.")
-        return lane
-
-    def _carry(self, peer: Peer, request: OfLane) -> Message | None:
-        """Answer a message of a reader's transport by the transport here."""
-        lane = self._lane(peer, request.lane)
-        try:
-            message = lane.decoder.decode(request.body)
-        except UNDECODABLE:
-            raise PeerError(
-                f"Expected a message of the transport {lane.transport.name}, got another. Use one "
-                f"release on both sides."
-            ) from None
-        return lane.transport.answer(lane.key, self._channel, message)
-
-    def _leave(self, peer: Peer, request: Leave) -> None:
-        """Release a lane that its reader has left."""
-        lane = self._lanes.get(request.lane)
-        if lane is not None and lane.peer is peer:
-            self._end(request.lane)
-
-    def _end(self, id: bytes) -> None:
-        """Release a lane and its staging buffers; quick."""
-        with self._lock:
-            lane = self._lanes.pop(id, None)
-        if lane is not None:
-            lane.end()
-
-    def close(self) -> None:
-        """Release all lanes, and close the transports."""
-        self._channel.free(_PUBLICATION, self)
-        for id in [*self._lanes]:
-            self._end(id)
-        for transport in self._transports.values():
-            transport.close()
-        self._transports.clear()
-
-    # --- in the worker
-
-    def _send(self, lane: Lane, request: SendSlice, *_: object) -> None:
-        """Pack a slice into its buffer, and send it.
-
-        The reader waits for the bytes, so they are sent as zeros if the slice cannot be packed. The
-        pull then fails by its checksums or because the publication has ended, and the lane sends no
-        further slice.
-        """
-        buffer = request.tag % BUFFERS
-        full = lane.buffers[buffer][: request.nbytes]
-        with torch.inference_mode(False), ExitStack() as streams:
-            for fence in lane.fences:
-                streams.enter_context(fence.inside())
-            if full.device.type != "cpu":
-                current = torch.accelerator.current_stream(full.device.index)
-                full.record_stream(current)
-            try:
-                lane.clean()
-                pack(full, self._parts(request))
-            except Exception as error:  # whatever failed, the reader must not wait for its bytes
-                _log.exception("Weights could not be packed; their reader gets an error.")
-                lane.why_broken = f"The owner could not pack a slice: {error}"
-                full.zero_()
-            try:
-                moving: Moving = lane.lane.move(full, request.tag)
-            except Exception:  # such as an error of the device: the reader waits for these bytes
-                _log.exception("A staging buffer could not be sent; its reader gets an error.")
-                lane.lane.close(PeerError("The owner could not send a buffer; it did not cross."))
-                return
-            moving.on_free(partial(lane.full.discard, buffer))
-
-    def _parts(self, request: SendSlice) -> list[torch.Tensor]:
-        """Return the boxes of a request; raise `LayoutError` for boxes that do not exist."""
-        if not self._weights.parameters:
-            raise TransferError("The publication was closed. Request a new ticket.")
-        tensors = self._weights.numbered([number for number, *_ in request.boxes])
-        boxes = zip(tensors, request.boxes, strict=True)
-        return [part_of(tensor, start, extents) for tensor, (_, start, extents) in boxes]
-
-
 # ------------------------------------------------------------------------------------------------
 # Publish a model's weights for other processes, and answer their requests.
 
@@ -557,7 +381,19 @@ class Published:
         self._id = secrets.token_bytes(16)
         self.graph = Graph()
         self._changing = threading.Lock()
-        self._senders = Senders(channel, self.graph, self._weights, staging, transport)
+        self._channel = channel
+        self._devices: Devices = frozenset(x.tensor.device for x in tensors.values())
+        # The device of all tensors, or the host.
+        self._device = next(iter(self._devices)) if len(self._devices) == 1 else _HOST
+        check_transport(transport, self._device)
+        self._transport = forced(transport)
+        total = packed_bytes(x.tensor.nbytes for x in tensors.values())
+        self._buffer_bytes = _buffer_bytes(total, staging // BUFFERS, self._device)
+        self._transports = dict[str, Transport]()  # by name and device
+        self._lanes = dict[bytes, Lane]()
+        self._lock = threading.Lock()  # of the lanes
+        # One worker: readers take turns, slice by slice.
+        self._queue = self.graph.queue("send")
         self._synchronize()
         self._regions = list[Held]()
         self.why_not_mapped = ""
@@ -568,10 +404,20 @@ class Published:
         self._sums = Checksums(self._weights, self.graph)
         self._sums.all(self._weights.version())  # a worker begins
         self.ticket = sealed(WeightsTicket(channel.address, self._id))
+        uninterrupted(self._serve)
+
+    def _serve(self) -> None:
+        """Answer on the channel, and end the lanes of the publication before, which no longer
+        answers."""
+        channel = self._channel
         channel.serve(AskWeights, self._answer)
         channel.serve(Connect, self._connect)
         channel.serve(SendSlice, self._send)
-        uninterrupted(self._senders.serve)
+        channel.serve(OfLane, self._carry)
+        channel.serve(Leave, self._leave)
+        before = channel.replace(_PUBLICATION, self)
+        if isinstance(before, Published):
+            before._end_lanes()
 
     def _export(self, expose: Expose) -> None:
         """Let readers map the memory; raise `Unsupported` if they cannot."""
@@ -658,21 +504,67 @@ class Published:
         return Weights("held", len(items), page, version=version)
 
     def _connect(self, peer: Peer, request: Connect) -> Connected:
+        """Make a lane to a reader, or describe what a lane would be made of.
+
+        Raises `BackendUnavailable` or `InvalidTerms` for a transport that does not run here.
+        """
         if self._is_gone(request.id):
             return Connected(gone=True)
-        answer = self._senders.connect(peer, request)
-        return structs.replace(answer, why=self.why_not_mapped[:1024])
+        why = self.why_not_mapped[:1024]
+        device = self._device
+        if not request.transport:
+            return Connected(self._transport or "", where(device), why=why)
+        if request.device.partition(" ")[0] != device.type:
+            device = _HOST
+        if self._transport not in (None, request.transport):
+            raise PeerError(
+                f"Expected the owner's transport {self._transport!r}, got {request.transport!r}. "
+                f"Pass both sides the same transport="
+            )
+        with self._lock:
+            own = [one for one in self._lanes.values() if one.peer is peer]
+        if len(own) >= _MOST_LANES or request.lane in self._lanes:
+            raise PeerError(f"Expected at most {_MOST_LANES} lanes of a reader, got another.")
+
+        name = f"{request.transport} {device}"
+        transport = self._transports.get(name) or choose(device, request.transport)
+        self._transports[name] = transport
+        lane = Lane(self._channel, peer, transport, self._buffer_bytes, self._devices)
+        with self._lock:
+            self._lanes[request.lane] = lane
+        lane.unwatch = peer.on_gone(partial(self._end_lane, request.lane))
+        return Connected(transport.name, where(device), self._buffer_bytes, why=why)
 
     def _send(self, peer: Peer, request: SendSlice) -> Weights:
+        """Have the worker pack and send a slice, unless its buffer is not free yet.
+
+        Raises `PeerError` for a lane that cannot send it.
+        """
         if self._is_gone(request.id):
             return Weights("gone")
-        sends = self._senders.send(peer, request)
-        return Weights("held" if sends else "busy", version=self._weights.version())
+        lane = self._lane(peer, request.lane)
+        if lane.lane.gone is not None or lane.why_broken:
+            raise PeerError(lane.why_broken or str(lane.lane.gone))
+        if request.tag != lane.tag + 1 or not 0 < request.nbytes <= self._buffer_bytes:
+            raise PeerError(
+                f"Expected slice {lane.tag + 1} of at most {self._buffer_bytes} bytes, got slice "
+                f"{request.tag} of {request.nbytes}. Connect again."
+            )
+        version = self._weights.version()
+        buffer = request.tag % BUFFERS
+        if buffer in lane.full:
+            return Weights("busy", version=version)
+        lane.full.add(buffer)
+        lane.tag = request.tag
+        task = Task(partial(self._pack, lane, request), 1, queue=self._queue, name="send")
+        self.graph.submit([task], priority="urgent")
+        return Weights("held", version=version)
 
     def statistics(self) -> dict[str, int]:
         """Return the lanes to readers that do not map the memory (``lanes``), and the bytes of all
         their staging buffers here (``staging``)."""
-        return self._senders.statistics()
+        lanes = len(self._lanes)
+        return {"lanes": lanes, "staging": lanes * BUFFERS * self._buffer_bytes}
 
     def figures(self) -> Figures:
         """Return figures by the names of metrics, in the form of `Graph.statistics`."""
@@ -695,10 +587,93 @@ class Published:
         Readers that mapped the memory release it at their next pull, or when the connection ends.
         """
         self.graph.close()
-        self._senders.close()
+        self._end_lanes()
         for region in self._regions:
             region.close()
         self._weights.parameters.clear()
+
+    # --- the lanes
+
+    def _lane(self, peer: Peer, id: bytes) -> Lane:
+        """Return a lane of a reader."""
+        lane = self._lanes.get(id)
+        if lane is None or lane.peer is not peer:
+            raise PeerError("Expected a lane of this connection, got another. Connect again.")
+        return lane
+
+    def _carry(self, peer: Peer, request: OfLane) -> Message | None:
+        """Answer a message of a reader's transport by the transport here."""
+        lane = self._lane(peer, request.lane)
+        try:
+            message = lane.decoder.decode(request.body)
+        except UNDECODABLE:
+            raise PeerError(
+                f"Expected a message of the transport {lane.transport.name}, got another. Use one "
+                f"release on both sides."
+            ) from None
+        return lane.transport.answer(lane.key, self._channel, message)
+
+    def _leave(self, peer: Peer, request: Leave) -> None:
+        """Release a lane that its reader has left."""
+        lane = self._lanes.get(request.lane)
+        if lane is not None and lane.peer is peer:
+            self._end_lane(request.lane)
+
+    def _end_lane(self, id: bytes) -> None:
+        """Release a lane and its staging buffers; quick."""
+        with self._lock:
+            lane = self._lanes.pop(id, None)
+        if lane is not None:
+            lane.end()
+
+    def _end_lanes(self) -> None:
+        """Release all lanes, and close the transports."""
+        self._channel.free(_PUBLICATION, self)
+        for id in [*self._lanes]:
+            self._end_lane(id)
+        for transport in self._transports.values():
+            transport.close()
+        self._transports.clear()
+
+    # --- in the worker
+
+    def _pack(self, lane: Lane, request: SendSlice, *_: object) -> None:
+        """Pack a slice into its buffer, and send it.
+
+        The reader waits for the bytes, so they are sent as zeros if the slice cannot be packed. The
+        pull then fails by its checksums or because the publication has ended, and the lane sends no
+        further slice.
+        """
+        buffer = request.tag % BUFFERS
+        full = lane.buffers[buffer][: request.nbytes]
+        with torch.inference_mode(False), ExitStack() as streams:
+            for fence in lane.fences:
+                streams.enter_context(fence.inside())
+            if full.device.type != "cpu":
+                current = torch.accelerator.current_stream(full.device.index)
+                full.record_stream(current)
+            try:
+                lane.clean()
+                pack(full, self._parts(request))
+            except Exception as error:  # whatever failed, the reader must not wait for its bytes
+                _log.exception("Weights could not be packed; their reader gets an error.")
+                lane.why_broken = f"The owner could not pack a slice: {error}"
+                full.zero_()
+            try:
+                moving: Moving = lane.lane.move(full, request.tag)
+            except Exception:  # such as an error of the device: the reader waits for these bytes
+                _log.exception("A staging buffer could not be sent; its reader gets an error.")
+                lane.lane.close(PeerError("The owner could not send a buffer; it did not cross."))
+                return
+            moving.on_free(partial(lane.full.discard, buffer))
+
+    def _parts(self, request: SendSlice) -> list[torch.Tensor]:
+        """Return the boxes of a request; raise `LayoutError` for boxes that do not exist."""
+        if not self._weights.parameters:
+            raise TransferError("The publication was closed. Request a new ticket.")
+        tensors = self._weights.numbered([number for number, *_ in request.boxes])
+        boxes = zip(tensors, request.boxes, strict=True)
+        return [part_of(tensor, start, extents) for tensor, (_, start, extents) in boxes]
 
 
 def _page(some: Sequence[T]) -> Iterator[T]:
@@ -1093,7 +1068,10 @@ class Owner:
     def _list(self) -> Publication:
         """Request all items and regions, and keep them until the connection ends."""
         request = AskWeights(self.id, begin=True)
-        pairs = self._all("weights", request, lambda page: page.items, lambda pair: pair[0])
+        pairs = self._all("weights", request, lambda page: page.items)
+        items = dict(pairs)
+        if len(items) < len(pairs):
+            raise self._wrong_list("weights", len(pairs), len(pairs))
         handles = self._all(
             "regions", AskWeights(self.id, what="regions"), lambda page: page.regions
         )
@@ -1101,7 +1079,7 @@ class Owner:
         for key in [key for key in [*publications] if key[:2] == self._key[:2]]:
             if key != self._key:
                 _forget(key)
-        made = Publication(self.address, dict(pairs), handles)
+        made = Publication(self.address, items, handles)
         publication = publications.setdefault(self._key, made)
         if publication is not made:  # another pull was quicker, and may have a lane
             return publication
@@ -1117,15 +1095,13 @@ class Owner:
         what: str,
         request: AskWeights,
         of: Callable[[Weights], Sequence[T]],
-        name: Callable[[T], object] | None = None,
         total: int | None = None,
     ) -> list[T]:
         """Request a list in pages; raise `PeerError` if its length is not the announced one.
 
-        ``name``: of an object, which the list has once. ``total``: the length, if it is known.
+        ``total``: the length, if it is known.
         """
         listed = list[T]()
-        names = set[object]()
         nbytes = 0
         while total is None or len(listed) < total:
             first = len(listed)
@@ -1133,18 +1109,20 @@ class Owner:
             page = self.ask(AskWeights(request.id, first, what=request.what, begin=begin))
             some = of(page)
             listed += some
-            names.update(map(name, some) if name else ())
             nbytes += len(msgpack.encode(page))
             total = page.total if total is None else total
             stuck = not some and len(listed) < total
-            twice = name is not None and len(names) < len(listed)
             long = len(listed) > total or nbytes > MOST_LISTING
-            if page.total != total or stuck or twice or long:
-                raise PeerError(
-                    f"Expected {total} {what} from {self.address}, got {len(listed)}, or some "
-                    f"twice. Pull from another owner."
-                )
+            if page.total != total or stuck or long:
+                raise self._wrong_list(what, total, len(listed))
         return listed
+
+    def _wrong_list(self, what: str, total: int, got: int) -> PeerError:
+        """Return the error of a list that is not as the owner announced it."""
+        return PeerError(
+            f"Expected {total} {what} from {self.address}, got {got}, or some twice. Pull from "
+            f"another owner."
+        )
 
     def ask(self, request: AskWeights, reply: Reply | None = None) -> Weights:
         """Return the owner's answer, after the owner has one; raise if its weights changed.
