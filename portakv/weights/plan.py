@@ -84,23 +84,23 @@ class Tiles:
     is read counts as a peer's memory, also if another process of the same device shares it.
 
     Args:
-        runs: of each tensor the address to write, the address to read, and the bytes.
-        device: where all of them are.
+        pairs: tensors that `fits_tiles` accepts, all on one device: what is written, what is read.
+
+    Raises `BackendUnavailable` or `Unsupported` if no backend copies between addresses of this
+    device.
     """
 
-    def __init__(self, runs: Sequence[tuple[int, int, int]], device: torch.device) -> None:
+    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        device = pairs[0][0].device
+        runs = [(into.data_ptr(), src.data_ptr(), into.nbytes) for into, src in pairs]
         self._copies = list[tuple[KVView, KVView]]()
-        for size, into, src in cut(np.array(runs, np.int64).reshape(-1, 3)):
+        for size, into, src in cut(np.array(runs, np.int64)):
             read = _tiles(src, size, device)
             if device.type != "cpu":
                 read = read.as_peer(device)
-            self._copies.append((_tiles(into, size, device), read))
-
-    def check(self) -> None:
-        """Raise `BackendUnavailable` or `Unsupported` if no backend copies between addresses of
-        this device; copy nothing."""
-        for into, src in self._copies:
-            copy_rows(src, into, count=0, options=_OPTIONS)
+            written = _tiles(into, size, device)
+            copy_rows(read, written, count=0, options=_OPTIONS)  # finds a backend
+            self._copies.append((written, read))
 
     def issue(self) -> None:
         """Copy all tiles on the current stream of their device."""
@@ -126,15 +126,11 @@ def fits_tiles(into: torch.Tensor, src: torch.Tensor) -> bool:
 
 
 def tiles_of(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Tiles | None:
-    """Return the tiles of tensors that `fits_tiles` accepts, all on one device, as pairs of what is
-    written and what is read; None if no backend copies between addresses of this device."""
-    runs = [(into.data_ptr(), src.data_ptr(), into.nbytes) for into, src in pairs]
-    made = Tiles(runs, pairs[0][0].device)
+    """Return the tiles of tensors; None if no backend copies between addresses of their device."""
     try:
-        made.check()
+        return Tiles(pairs)
     except (BackendUnavailable, Unsupported):
         return None
-    return made
 
 
 def cut(runs: _Int64) -> list[tuple[int, _Int64, _Int64]]:
