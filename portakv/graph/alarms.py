@@ -308,15 +308,10 @@ def watch(source: Source) -> None:
 
     Raises `InvalidTerms` for an object without figures.
     """
-    uninterrupted(partial(_watch_of_process().add, source))
-
-
-def _watch_of_process() -> Watch:
-    """Return the watch of this process; a forked process makes another."""
     global here
     if here.process.forked:
         here = Watch()
-    return here
+    uninterrupted(partial(here.add, source))
 
 
 #: The watch of this process.

@@ -128,7 +128,7 @@ class Parameter:
 Parameters = Mapping[str, Parameter | torch.Tensor]  # by name; a plain tensor is whole
 _DEFAULTS = None, None, "", ()  # terms of a whole tensor
 _dtype_of = attrgetter("dtype")
-_kind_of = attrgetter("device", "dtype", "shape", "layout")
+_kind_of = attrgetter("device", "layout")
 
 
 class Item(Message, frozen=True):
@@ -227,7 +227,8 @@ def tensors_of(parameters: Parameters) -> dict[str, torch.Tensor]:
 def facts_of(parameters: Parameters) -> tuple[object, ...] | None:
     """Return all that the checks and the plan of a pull depend on, as a key; None if there is none.
 
-    Parameters with equal keys pass or fail the same checks. The key retains no tensor.
+    Parameters with equal keys pass or fail the same checks. The key retains no tensor. Its second
+    part is the result of `forms_of`.
     """
     tensors = [*tensors_of(parameters).values()]
     terms = [
@@ -238,10 +239,8 @@ def facts_of(parameters: Parameters) -> tuple[object, ...] | None:
         # Each `map` makes its calls without a step of Python for a tensor.
         facts = (
             tuple(parameters),
-            # Tied parameters have one address. Checksums are computed there.
-            tuple(map(torch.Tensor.data_ptr, tensors)),
+            forms_of(tensors),
             tuple(map(_kind_of, tensors)),
-            tuple(map(torch.Tensor.stride, tensors)),
             tuple(map(torch.Tensor.is_conj, tensors)),
             tuple(map(torch.Tensor.is_neg, tensors)),
             tuple(terms),
@@ -258,6 +257,7 @@ def forms_of(tensors: Sequence[torch.Tensor]) -> tuple[tuple[object, ...], ...]:
     An address belongs to one device. Whether a tensor is a conjugate view is fixed for its life.
     """
     return (
+        # Tied parameters have one address. Checksums are computed there.
         tuple(map(torch.Tensor.data_ptr, tensors)),
         tuple(map(torch.Tensor.size, tensors)),
         tuple(map(torch.Tensor.stride, tensors)),

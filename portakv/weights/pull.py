@@ -560,28 +560,25 @@ def _checked_destinations(
 
     Parameters with the facts of others that passed all checks are not checked again.
     """
-    if isinstance(parameters, Mapping):
-        listed = dict(parameters.items())  # once: another mapping may make tensors
-        latest = _latest.get(tuple(listed))
-        if latest is not None and all(map(is_, map(_referent, latest.values), listed.values())):
-            tensors = tensors_of(listed)
-            if forms_of([*tensors.values()]) == latest.forms:
-                return listed, tensors, latest.plans
-        facts = facts_of(listed)
-        known = None if facts is None else _known.get(facts)
-        if known is not None:
-            values: list[ref[object]] = [ref(value) for value in listed.values()]
-            tensors = tensors_of(listed)
-            _latest[tuple(listed)] = _Latest(values, forms_of([*tensors.values()]), known)
-            return listed, tensors, known
-        parameters = listed
-    checked = named("parameters", parameters)
-    check_destinations(checked)
-    plans = _Plans("plans of weights", 4)
-    facts = facts_of(checked)
+    if not isinstance(parameters, Mapping):
+        raise invalid("parameters", "a mapping of names to tensors", parameters)
+    parameters = dict(parameters.items())  # once: another mapping may make tensors
+    names = tuple(parameters)
+    latest = _latest.get(names)
+    if latest is not None and all(map(is_, map(_referent, latest.values), parameters.values())):
+        tensors = tensors_of(parameters)
+        if forms_of([*tensors.values()]) == latest.forms:
+            return parameters, tensors, latest.plans
+    facts = facts_of(parameters)
+    plans = None if facts is None else _known.get(facts)
+    if plans is None:
+        check_destinations(named("parameters", parameters))
+        plans = _Plans("plans of weights", 4)
     if facts is not None:
         plans = _known.setdefault(facts, plans)
-    return checked, tensors_of(checked), plans
+        values: list[ref[object]] = [ref(value) for value in parameters.values()]
+        _latest[names] = _Latest(values, facts[1], plans)
+    return parameters, tensors_of(parameters), plans
 
 
 def opened(request: PullRequest, stopped: Callable[[], bool] = bool) -> Copies:
