@@ -40,6 +40,13 @@ YIELD = 2e-4
 #: Seconds of `Graph.run_steps` after which other threads get the lock: its steps run together
 #: until then, since a thread that sleeps may wait 5 ms for the interpreter.
 HOLD = 1e-3
+#: Figures of queues, and their attributes.
+QUEUE_FIGURES = {
+    "queue_bytes": "queued_bytes",
+    "queue_ran_bytes_total": "ran_bytes",
+    "queue_oldest_seconds": "oldest_wait",
+    "queue_slow": "slow",
+}
 #: The most seconds for which a thread sleeps.
 LONGEST = 3600.0
 
@@ -680,12 +687,8 @@ class Graph:
         """Return the figures, under the lock."""
         figures = self.trace.statistics() | self.counts.statistics()
         queues = [*self.queues.values()]
-        figures["queue_bytes"] = [{"queue": x.name, "value": x.queued_bytes} for x in queues]
-        figures["queue_ran_bytes_total"] = [{"queue": x.name, "value": x.ran_bytes} for x in queues]
-        figures["queue_oldest_seconds"] = [
-            {"queue": x.name, "value": x.oldest_wait} for x in queues
-        ]
-        figures["queue_slow"] = [{"queue": x.name, "value": x.slow} for x in queues]
+        for name, attribute in QUEUE_FIGURES.items():
+            figures[name] = [{"queue": x.name, "value": getattr(x, attribute)} for x in queues]
         return figures
 
     def close(self, timeout: float = EXIT_SECONDS) -> bool:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import compress
 from operator import attrgetter, ne
@@ -16,9 +16,8 @@ from portakv.errors import LayoutError
 from portakv.graph.graph import Graph
 from portakv.migrate.checksum import Later, box_checksums
 from portakv.runtime.bounded import Bounded
-from portakv.weights.parameters import Box, Item, Parameter, part_of
+from portakv.weights.parameters import Box, Item, Parameter, forms_of, part_of
 
-_kind_of = attrgetter("device", "dtype", "shape")
 _version_of: Callable[[torch.Tensor], int] = attrgetter("_version")
 
 
@@ -35,13 +34,17 @@ class Versioned:
         self.changes = 0
         # `parameters` retains the tensors, which may get other memory.
         self._names = [*parameters]
-        self._memory = _memory_of(parameters)
+        self._memory = forms_of(self._tensors())
         # Updates in progress; weak, because the end of an update may be interrupted.
         self.updates = WeakSet[Update]()
 
+    def _tensors(self) -> list[torch.Tensor]:
+        """Return the tensors; none once the publication was closed."""
+        return [x.tensor for x in [*self.parameters.values()]]
+
     def version(self) -> int:
         """Return a number that grows with each change that this process can notice."""
-        tensors = [x.tensor for x in [*self.parameters.values()]]
+        tensors = self._tensors()
         try:
             counts = [*map(_version_of, tensors)]
         except RuntimeError:  # inference tensors have no counter
@@ -50,7 +53,7 @@ class Versioned:
 
     def replaced(self) -> str | None:
         """Return the name of a tensor that has other memory than when it was published."""
-        memory = _memory_of({**self.parameters})
+        memory = forms_of(self._tensors())
         if memory == self._memory or not memory[0]:  # or the publication was closed
             return None
         now = zip(*memory, strict=True)
@@ -67,26 +70,12 @@ class Versioned:
 
     def numbered(self, numbers: Iterable[int]) -> list[torch.Tensor]:
         """Return the tensors of numbered items; raise `LayoutError` for a wrong number."""
-        parameters = [*self.parameters.values()]
+        tensors = self._tensors()
         try:
-            return [parameters[number].tensor for number in numbers]
+            return [tensors[number] for number in numbers]
         except IndexError:
-            what = f"Expected numbers below {len(parameters)}, got others. Pull again."
+            what = f"Expected numbers below {len(tensors)}, got others. Pull again."
             raise LayoutError(what) from None
-
-
-def _memory_of(parameters: Mapping[str, Parameter]) -> tuple[list[object], ...]:
-    """Return which memory each tensor has, and how its elements lie there, in columns.
-
-    Each `map` makes its calls without a step of Python for a tensor: a channel's thread compares
-    all tensors while a reader waits.
-    """
-    tensors = [x.tensor for x in parameters.values()]
-    return (
-        [*map(torch.Tensor.data_ptr, tensors)],
-        [*map(_kind_of, tensors)],
-        [*map(torch.Tensor.stride, tensors)],
-    )
 
 
 class Checksums:
