@@ -27,7 +27,7 @@ from typing import (
 from weakref import ref
 
 import torch
-from msgspec import Meta, msgpack, structs
+from msgspec import Meta, msgpack
 
 from portakv.arguments import instance, invalid, nbytes, one_of
 from portakv.errors import (
@@ -62,7 +62,7 @@ from portakv.migrate.messages import (
     sealed,
     unsealed,
 )
-from portakv.migrate.shared_memory import Held, Opener, export_all, where
+from portakv.migrate.shared_memory import Held, Opener, where
 from portakv.migrate.staging import staging
 from portakv.migrate.transport_channel import TransportChannel
 from portakv.migrate.transports import check_transport, choose, forced
@@ -75,6 +75,7 @@ from portakv.weights.parameters import (
     Cell,
     Item,
     Parameters,
+    export_items,
     items_of,
     named,
     part_of,
@@ -424,11 +425,9 @@ class Published:
         if expose != "mapped":
             raise Unsupported("Mapping weights", "their owner exposes staging buffers alone")
         items = self._weights.items
-        tensors = self._weights.parameters
-        memory = {name: x.tensor for name, x in tensors.items() if items[name].tie == name}
-        self._regions, places = export_all(memory, "Publishing parameters")
-        for name, item in items.items():
-            items[name] = structs.replace(item, place=places[item.tie])
+        tensors = {name: x.tensor for name, x in self._weights.parameters.items()}
+        self._regions, placed = export_items(tensors, items, "Publishing parameters")
+        items.update(placed)
 
     @contextmanager
     def update(self) -> Iterator[None]:
@@ -790,9 +789,6 @@ class Receiver:
 
     def claim(self, user: object) -> bool:
         """Let a pull use the lane, unless another pull does; return True if it may."""
-        return uninterrupted(partial(self._claim, user))
-
-    def _claim(self, user: object) -> bool:
         with self._lock:
             if self._user() is None:
                 self._user = ref(user)

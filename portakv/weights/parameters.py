@@ -23,6 +23,7 @@ from portakv.errors import InvalidTerms, LayoutError
 from portakv.migrate.messages import Box as Ends
 from portakv.migrate.messages import Bytes, Dims, Message, Small, Text, prepare
 from portakv.migrate.shards import deal
+from portakv.migrate.shared_memory import Held, export_all
 from portakv.runtime.writable import READ_ONLY, writable
 from portakv.view.bound import reach
 from portakv.view.overlap import overlaps_itself
@@ -328,6 +329,20 @@ def items_of(parameters: Mapping[str, Parameter]) -> dict[str, Item]:
         memory = tensor.data_ptr() or name, tensor.device, item
         items[name] = structs.replace(item, tie=first.setdefault(memory, name))
     return items
+
+
+def export_items(
+    tensors: Mapping[str, torch.Tensor], items: Mapping[str, Item], what: str
+) -> tuple[list[Held], dict[str, Item]]:
+    """Return the memory of items as few regions, and the items with their places there.
+
+    Keep the tensors until all regions are closed. Raises `Unsupported`, which names
+    ``what[name]``, for memory that cannot be shared.
+    """
+    memory = {name: x for name, x in tensors.items() if items[name].tie == name}
+    regions, places = export_all(memory, what)
+    placed = {name: structs.replace(item, place=places[item.tie]) for name, item in items.items()}
+    return regions, placed
 
 
 def _unlike(dst: Mapping[str, Item], src: Mapping[str, Item]) -> Iterator[tuple[str, str]]:
