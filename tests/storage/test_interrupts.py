@@ -374,7 +374,6 @@ NOT_CALLED = {
     "Graph.take": "runs in a helper",
     "Graph.give": "runs in a helper or a worker",
     "Handle.issued_ended": "runs in a worker",
-    "Task.on_end": "runs in a helper or a worker",
     "Task.ran_before": "runs in a worker",
     "Task.state": "changes nothing",
     "BlockStore.figures": "changes nothing",
