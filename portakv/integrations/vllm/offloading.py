@@ -30,6 +30,9 @@ from portakv.integrations.vllm.moves import (
     Lane,
     Move,
     PageCopy,
+    RankMapping,
+    Region,
+    Run,
     Share,
     moves_of,
     parts_of,
@@ -60,21 +63,6 @@ class CanonicalCaches(Protocol):
 
     tensors: Sequence[CanonicalTensor]
     group_data_refs: Sequence[Sequence[CacheRef]]
-
-
-class Region(Protocol):
-    """vLLM's `SharedOffloadRegion`: host memory that all workers of an engine share."""
-
-    base_tensor: torch.Tensor
-    total_size_bytes: int
-    is_pinned: bool
-    pinned_addresses: Sequence[int]
-
-    def create_next_worker_view(self, tensor_page_size: int) -> torch.Tensor: ...
-
-    def create_next_canonical_view(self, tensor_page_size: int) -> torch.Tensor: ...
-
-    def cleanup(self) -> None: ...
 
 
 class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
@@ -203,7 +191,9 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
             self._groups = share.groups_of(groups_of, pages, blocks_per_chunk, region)
         else:
             host = _host_pages(pages, blocks_per_chunk, chunks, region)
-            self._groups = [parts_of(refs, pages, host) for refs in groups_of]
+            self._groups = [
+                parts_of([(ref, _own_page(ref)) for ref in refs], pages, host) for refs in groups_of
+            ]
         if region is not None and region.is_pinned:
             self._adopted = _adopt(region)
         self._together = sharing(kv_caches.group_data_refs)
@@ -335,6 +325,12 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
             BlockTransfer.together(moved).synchronize()
             raise
         return BlockTransfer.together(moved)
+
+
+def _own_page(ref: CacheRef) -> RankMapping:
+    """Return the mapping of a page that a chunk holds as it is."""
+    width = ref.page_size_bytes
+    return RankMapping(width, (Run(0, 0, width),))
 
 
 def _host_pages(
