@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -18,9 +17,7 @@ from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.error import URLError
 from urllib.parse import urlsplit
-from urllib.request import urlopen
 
 import torch
 
@@ -41,6 +38,7 @@ from portakv.cli.sides import (
     requested_accelerator,
 )
 from portakv.cli.store import check_installed, explain_folder
+from portakv.cli.top import read_page, samples_in
 from portakv.copy.call import executor_of
 from portakv.errors import BackendUnavailable, InvalidTerms, PortaKVError, Unsupported
 from portakv.interconnect.choose import Host
@@ -828,14 +826,6 @@ def _print_peers(report: Report) -> None:
     print_prose(f"This host is {channel['host']}; peers with the same identity map its memory.")
 
 
-#: Seconds to wait for the engine's answer, and its bytes at most.
-PATIENCE = 10.0
-MOST = 64 << 20
-#: A counter of the connector as Prometheus's text has it, with its labels and its value.
-SAMPLE = re.compile(r"vllm:portakv_(\w+)_total(?:\{(.*)\})?\s+([-+.\deE]+)")
-LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
-
-
 class HookCost(NamedTuple):
     """What a hook costs a step, in seconds.
 
@@ -849,14 +839,6 @@ class HookCost(NamedTuple):
     side: str
     idle: float | None
     mean: float
-
-
-class _Sample(NamedTuple):
-    """A counter of one engine."""
-
-    name: str
-    labels: Mapping[str, str]
-    value: float
 
 
 def _explain_hooks(url: str, as_json: bool) -> int:
@@ -873,7 +855,13 @@ def _explain_hooks(url: str, as_json: bool) -> int:
     from portakv.serving.costs import LIMIT
 
     url = _metrics_of(url)
-    text = _read_metrics(url)
+    try:
+        text = read_page(url)
+    except (OSError, HTTPException) as error:
+        raise PortaKVError(
+            f"Expected the metrics of an engine at {url}, got an error: {error}. Start the server, "
+            f"or correct the address."
+        ) from None
     steps, costs = costs_in(text)
     if not costs:
         raise PortaKVError(
@@ -933,25 +921,18 @@ def _metrics_of(url: str) -> str:
     return parts._replace(path=parts.path if parts.path.strip("/") else "/metrics").geturl()
 
 
-def _read_metrics(url: str) -> str:
-    """Return what a server answers."""
-    try:
-        with urlopen(url, timeout=PATIENCE) as answer:
-            text: bytes = answer.read(MOST)
-    except (URLError, HTTPException, OSError) as error:
-        raise PortaKVError(
-            f"Expected the metrics of an engine at {url}, got an error: {error}. Start the server, "
-            f"or correct the address."
-        ) from None
-    return text.decode("utf-8", "replace")
+def _sums_in(text: str) -> Mapping[tuple[str, str, str], float]:
+    """Return the connector's counters in the metrics of a server, of all its engines together.
 
-
-def _samples(text: str) -> Iterator[_Sample]:
-    """Yield the connector's counters in the metrics of a server."""
-    for line in text.splitlines():
-        found = SAMPLE.match(line)
-        if found:
-            yield _Sample(found[1], dict(LABEL.findall(found[2] or "")), float(found[3]))
+    The keys are the name, the side, and the hook or the seconds that the counter is of.
+    """
+    sums = defaultdict[tuple[str, str, str], float](float)
+    for sample in samples_in(text):
+        if sample.engine and sample.name.endswith("_total"):
+            name = sample.name.removesuffix("_total")
+            of = sample.labels.get("hook", sample.labels.get("seconds", ""))
+            sums[name, sample.labels.get("side", ""), of] += sample.value
+    return sums
 
 
 def medians_in(text: str) -> dict[str, float]:
@@ -962,19 +943,16 @@ def medians_in(text: str) -> dict[str, float]:
     """
     from portakv.serving.costs import BOUNDS
 
-    within = defaultdict[str, defaultdict[float, float]](lambda: defaultdict(float))
-    steps = defaultdict[str, float](float)
-    for name, labels, value in _samples(text):
-        side = labels.get("side", "")
-        if name == "idle_steps_within" and "seconds" in labels:
-            within[side][float(labels["seconds"])] += value
-        elif name == "idle_steps":
-            steps[side] += value
+    sums = _sums_in(text)
+    within = defaultdict[str, list[tuple[float, float]]](list)
+    for (name, side, seconds), many in sums.items():
+        if name == "idle_steps_within" and seconds:
+            within[side].append((float(seconds), many))
     medians = dict[str, float]()
     for side, counts in sorted(within.items()):
-        half = steps[side] / 2
+        half = sums.get(("idle_steps", side, ""), 0.0) / 2
         before = 0.0
-        for bound, many in sorted(counts.items()):
+        for bound, many in sorted(counts):
             medians[side] = bound
             if many >= half > before:
                 start = max((each for each in BOUNDS if each < bound), default=0.0)
@@ -986,19 +964,17 @@ def medians_in(text: str) -> dict[str, float]:
 
 def costs_in(text: str) -> tuple[dict[str, dict[str, float]], list[HookCost]]:
     """Return the steps of each side, and what each hook costs: of all engines of a server."""
-    sums = defaultdict[tuple[str, str, str], float](float)  # by name, side and hook
-    for name, labels, value in _samples(text):
-        sums[name, labels.get("side", ""), labels.get("hook", "")] += value
-
+    sums = _sums_in(text)
     names = ("steps", "idle_steps")
     sides = dict.fromkeys(side for name, side, _ in sums if name in names)
-    steps = {side: {name: sums[name, side, ""] for name in names} for side in sides}
-    hooks = {(side, hook) for name, side, hook in sums if name.endswith("hook_seconds")}
+    steps = {side: {name: sums.get((name, side, ""), 0.0) for name in names} for side in sides}
     costs = list[HookCost]()
-    for side, hook in sorted(hooks):
-        many = sums["steps", side, ""]
-        idle_steps = sums["idle_steps", side, ""]
-        idle = sums["idle_hook_seconds", side, hook] / idle_steps if idle_steps else None
-        if many:
-            costs.append(HookCost(hook, side, idle, sums["hook_seconds", side, hook] / many))
+    for side, hook in sorted({key[1:] for key in sums if key[0].endswith("hook_seconds")}):
+        many = steps.get(side, {"steps": 0.0, "idle_steps": 0.0})
+        if many["steps"]:
+            idle = None
+            if many["idle_steps"]:
+                idle = sums.get(("idle_hook_seconds", side, hook), 0.0) / many["idle_steps"]
+            mean = sums.get(("hook_seconds", side, hook), 0.0) / many["steps"]
+            costs.append(HookCost(hook, side, idle, mean))
     return steps, costs

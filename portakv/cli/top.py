@@ -8,11 +8,12 @@ import itertools
 import re
 import sys
 import time
-import urllib.request
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
+from urllib.request import urlopen
 
 from portakv.cli.console import Column, print_json, print_table
 from portakv.cli.sides import in_bytes, in_time
@@ -30,8 +31,8 @@ engine. On a terminal the table is shown again and again until Ctrl-C; else once
 Without --json, rows in which nothing moves are left out, unless --all is given."""
 
 #: A line of a metrics page: name, labels, value.
-SAMPLE = re.compile(r"^(vllm:)?portakv_(\w+?)(?:\{(.*)\})?\s+([-+.\deEinfNa]+)")
-LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+_SAMPLE = re.compile(r"^(vllm:)?portakv_(\w+?)(?:\{(.*)\})?\s+([-+.\deEinfNa]+)")
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 #: Clears a terminal.
 _CLEAR = "\033[H\033[2J"
 _URLS = ("http://", "https://")
@@ -40,6 +41,15 @@ _MOST = 64 << 20  # bytes of a page
 
 #: The values of a reading: name, series and labels.
 Key: TypeAlias = tuple[str, str, frozenset[tuple[str, str]]]
+
+
+class Sample(NamedTuple):
+    """A figure of PortaKV on a metrics page; ``engine``: vLLM has it among its own."""
+
+    engine: bool
+    name: str
+    labels: Mapping[str, str]
+    value: float
 
 
 class Reading(NamedTuple):
@@ -137,36 +147,47 @@ def _of_process(where: str) -> dict[Key, float]:
 def _of_page(url: str) -> dict[Key, float]:
     """Return the values of a metrics page."""
     try:
-        with urllib.request.urlopen(url, timeout=_LONGEST) as answer:
-            text = answer.read(_MOST).decode(errors="replace")
-    except (OSError, ValueError) as error:
+        text = read_page(url)
+    except (OSError, ValueError, HTTPException) as error:
         raise PeerError(
             f"Expected a metrics page, got none from {url}: {error}. Check the address."
         ) from None
     values = dict[Key, float]()
-    for line in text.splitlines():
-        match = SAMPLE.match(line)
-        if match is None:
-            continue
-        engine, name, labels, value = match.groups()
-        known = f"engine_{name}" if engine else name
-        known = known if known in METRICS else name  # an engine has figures of tiers, too
+    for sample in samples_in(text):
+        known = f"engine_{sample.name}" if sample.engine else sample.name
+        known = known if known in METRICS else sample.name  # an engine has figures of tiers, too
         front, _, end = known.rpartition("_")
         series = ""
         if known not in METRICS and front in METRICS:
             known = front
             series = end
         if known in METRICS and series != "bucket":
-            own = METRICS[known].labels
-            pairs = [(x, y) for x, y in LABEL.findall(labels or "") if x in own or x == "store"]
-            key = known, series, frozenset(pairs)
-            values[key] = values.get(key, 0.0) + float(value)
+            own = {*METRICS[known].labels, "store"}
+            pairs = frozenset((x, y) for x, y in sample.labels.items() if x in own)
+            key = known, series, pairs
+            values[key] = values.get(key, 0.0) + sample.value
     if not values:
         raise PeerError(
             f"Expected figures whose names begin with {PREFIX}, got none from {url}. Pass the "
             f"page of a process that uses PortaKV."
         )
     return values
+
+
+def read_page(url: str) -> str:
+    """Return the text of a metrics page."""
+    with urlopen(url, timeout=_LONGEST) as answer:
+        page: bytes = answer.read(_MOST)
+    return page.decode(errors="replace")
+
+
+def samples_in(text: str) -> Iterator[Sample]:
+    """Yield the figures of PortaKV on a metrics page."""
+    for line in text.splitlines():
+        match = _SAMPLE.match(line)
+        if match is not None:
+            engine, name, labels, value = match.groups()
+            yield Sample(bool(engine), name, dict(_LABEL.findall(labels or "")), float(value))
 
 
 # --- what has changed -----------------------------------------------------------------------------
@@ -182,20 +203,25 @@ class _Grown:
 
     def by(self, labels: Sequence[str], name: str, series: str = "") -> dict[str, float]:
         """Return the growth of a metric a second, by the values of labels."""
-        sums = defaultdict[str, float](float)
-        for key, value in self._now.items():
-            if key[:2] == (name, series):
-                # A process that was started again counts from 0.
-                grown = value - self._before.get(key, 0.0)
-                sums[_named(key[2], labels)] += (value if grown < 0 else grown) / self._seconds
-        return dict(sums)
+
+        def grown(key: Key, value: float) -> float:
+            more = value - self._before.get(key, 0.0)
+            # A process that was started again counts from 0.
+            return (value if more < 0 else more) / self._seconds
+
+        return self._sums(labels, name, series, grown)
 
     def levels(self, labels: Sequence[str], name: str) -> dict[str, float]:
         """Return the values of a gauge now, by the values of labels."""
+        return self._sums(labels, name, "", lambda key, value: value)
+
+    def _sums(
+        self, labels: Sequence[str], name: str, series: str, of: Callable[[Key, float], float]
+    ) -> dict[str, float]:
         sums = defaultdict[str, float](float)
         for key, value in self._now.items():
-            if key[:2] == (name, ""):
-                sums[_named(key[2], labels)] += value
+            if key[:2] == (name, series):
+                sums[_named(key[2], labels)] += of(key, value)
         return dict(sums)
 
     def mean(self, labels: Sequence[str], name: str) -> dict[str, float]:
