@@ -105,11 +105,8 @@ def findings_of(config: Mapping[str, Any]) -> Findings:
             f"Expected an object for adapter_params, got {params!r}. Correct it."
         )
     else:
-        try:
+        with findings.catching("adapter_params"):
             terms = terms_of(params)
-        except InvalidTerms as error:
-            findings.errors.append(f"adapter_params: {error}")
-        else:
             check_places(terms, findings, "adapter_params")
             if terms.shared:
                 findings.notes.append(
@@ -117,7 +114,8 @@ def findings_of(config: Mapping[str, Any]) -> Findings:
                     f"{OBJECTS}. Objects of other sizes are not stored."
                 )
     findings.warnings += _without_use(config)
-    _check_release(findings)
+    needs = (*HOOKS, *PLUGIN)
+    check_release(findings, "lmcache", "LMCache", needs, who="the adapter")
     return findings
 
 
@@ -142,9 +140,3 @@ def _without_use(config: Mapping[str, Any]) -> Iterator[str]:
             "eviction is set: LMCache deletes objects, and knows only those that this server has "
             "stored or found. Without it the store evicts the least recently used objects itself."
         )
-
-
-def _check_release(findings: Findings) -> None:
-    """Compare the installed release of LMCache with the hooks that the adapter uses."""
-    needs = (*HOOKS, *PLUGIN)
-    check_release(findings, "lmcache", "LMCache", needs, who="the adapter")

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv.errors import BackendUnavailable, InvalidTerms
-from portakv.integrations import IntegrationError
+from portakv.errors import InvalidTerms
 from portakv.integrations.checks import (
     Findings,
     check_places,
@@ -22,6 +21,7 @@ from portakv.integrations.interfaces import lacks
 from portakv.integrations.vllm.caches import (
     ROLES,
     Handing,
+    Roles,
     check_by_layer,
     least_tokens,
     roles_of,
@@ -206,11 +206,13 @@ def _check_terms(
     role: object, extra: Mapping[str, Any], served: Served, findings: Findings
 ) -> None:
     """Check PortaKV's own terms."""
-    try:
+    with findings.catching():
         roles = roles_of(role if role in ROLES else "kv_both", extra)
-    except InvalidTerms as error:
-        findings.errors.append(str(error))
-        return
+        _check_roles(roles, served, findings)
+
+
+def _check_roles(roles: Roles, served: Served, findings: Findings) -> None:
+    """Check what an engine does by its role."""
     if roles.handing is not None:
         _check_handing(roles.handing, served.sizes, findings)
     else:
@@ -223,11 +225,13 @@ def _check_terms(
             "This engine stores no blocks: kv_connector_extra_config has no folder, host or bucket."
         )
         return
-    try:
+    with findings.catching("kv_connector_extra_config"):
         terms = StoreTerms.of(roles.store)
-    except InvalidTerms as error:
-        findings.errors.append(f"kv_connector_extra_config: {error}")
-        return
+        _check_store(terms, served, findings)
+
+
+def _check_store(terms: StoreTerms, served: Served, findings: Findings) -> None:
+    """Check the terms of a store, and compare them with the engine's blocks."""
     check_places(terms, findings, "kv_connector_extra_config")
     if terms.shared and not terms.folders:
         findings.warnings.append(
@@ -240,10 +244,8 @@ def _check_terms(
     size = _check_blocks(terms, served, findings)
     sizes = served.sizes
     if sizes is not None and sizes.windows and not sizes.refused:
-        try:
+        with findings.catching():
             check_by_layer(terms)
-        except IntegrationError as error:
-            findings.errors.append(str(error))
     if size is not None and sizes is not None and sizes.token:
         _check_sizes(terms, sizes, size, findings)
 
@@ -284,11 +286,9 @@ def _check_handing(handing: Handing, sizes: Sizes | None, findings: Findings) ->
     """Read the secret of engines that hand requests over, look for their transport, and say who
     reaches them."""
     terms = handing.terms
-    try:
+    with findings.catching("kv_connector_extra_config: hand_over"):
         terms.secret()
         check_transport(terms.transport, torch.device("cpu"))
-    except (InvalidTerms, BackendUnavailable) as error:
-        findings.errors.append(f"kv_connector_extra_config: hand_over: {error}")
     if sizes is not None and sizes.windows:
         findings.errors.append(
             "Expected a model whose layers all keep all tokens for hand_over, got one with windows "

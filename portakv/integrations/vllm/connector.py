@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from portakv.graph import open_telemetry
 from portakv.integrations import check_release, log_through
 from portakv.integrations.vllm.caches import (
     WHOLE,
@@ -61,11 +62,9 @@ from portakv.integrations.vllm.metrics import (  # noqa: E402
     Figures,
     PortaKVPromMetrics,
     PortaKVStats,
-    disk_levels,
-    make_spans,
+    figures_of,
     parent_of,
     stats_of,
-    tier_counters,
 )
 from portakv.integrations.vllm.ranks import are_wanted, events_of  # noqa: E402
 
@@ -113,7 +112,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self.costs = Costs(role.name.lower())
         self.figures = Figures()
         if settings.spans:
-            make_spans()
+            open_telemetry.trace()
         if role == KVConnectorRole.SCHEDULER:
             warn_of_policy(vllm_config)
             self.index = index_of(settings)
@@ -180,8 +179,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         index: Any = self.store if self.role == KVConnectorRole.WORKER else self.index
         if self.role != KVConnectorRole.WORKER and not isinstance(index, JoinedIndex):
             return {}
-        figures = index.statistics()
-        return {**tier_counters(figures), **disk_levels(figures)}
+        return figures_of(index.statistics())
 
     def statistics(self) -> dict[str, float]:
         """Return the counters of this side, and what its hooks cost."""

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from portakv.graph import open_telemetry
 from portakv.graph.metrics import DISK, ENGINE, METRICS, Metric
 from portakv.runtime import tracing
 
@@ -202,36 +201,18 @@ def stats_of(grown: Mapping[str, float]) -> PortaKVStats | None:
     return PortaKVStats(data=dict(grown)) if SUPPORTED and grown else None
 
 
-def tier_counters(figures: Mapping[str, Any]) -> dict[str, float]:
-    """Return the counters of tiers among the figures of a store, by their names in `TIERS` with
-    the values of their labels after slashes.
+def figures_of(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Return the counters of tiers and the levels of disks among the figures of a store, by their
+    names in `TIERS` and `LEVELS` with the values of their labels after slashes.
 
     ``figures``: as those of `BlockStore.statistics`; empty: there is no store in this process.
     """
-    counters = dict[str, float]()
-    for name, (figure, metric) in TIERS.items():
-        counters |= _by_labels(name, metric, figures.get(figure, ()))
-    return counters
-
-
-def disk_levels(figures: Mapping[str, Any]) -> dict[str, float]:
-    """Return how full disks are among the figures of a store, by their names in `LEVELS` with the
-    values of their labels after slashes.
-
-    ``figures``: as those of `tier_counters`.
-    """
-    levels = dict[str, float]()
-    for name, metric in LEVELS.items():
-        levels |= _by_labels(name, metric, figures.get(metric.name, ()))
-    return levels
-
-
-def _by_labels(name: str, metric: Metric, samples: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the values of samples by a name with the values of their labels after slashes."""
     values = dict[str, float]()
-    for sample in samples:
-        labels = [str(sample[label]) for label in metric.labels]
-        values["/".join([name, *labels])] = float(sample["value"])
+    levels = {name: (metric.name, metric) for name, metric in LEVELS.items()}
+    for name, (figure, metric) in (TIERS | levels).items():
+        for sample in figures.get(figure, ()):
+            labels = [str(sample[label]) for label in metric.labels]
+            values["/".join([name, *labels])] = float(sample["value"])
     return values
 
 
@@ -240,11 +221,3 @@ def parent_of(request: Any) -> AbstractContextManager[None]:
     headers = getattr(request, "trace_headers", None) or {}
     parent = headers.get("traceparent", "")
     return tracing.under(parent if re.match(tracing.PATTERN, parent) else "")
-
-
-def make_spans() -> None:
-    """Make spans in this process, by its provider of OpenTelemetry.
-
-    Raises `Unsupported` if opentelemetry-api is not installed.
-    """
-    open_telemetry.trace()

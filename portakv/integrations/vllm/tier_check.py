@@ -164,10 +164,8 @@ def _is_foreign(name: object, module: object) -> bool:
 
 def _check_worker(extra: Mapping[str, Any], findings: Findings, wrong: Sequence[str]) -> None:
     """Check the terms of PortaKV's worker, and the memory of vLLM's tier above it."""
-    try:
+    with findings.catching("kv_connector_extra_config"):
         worker_terms(extra)
-    except InvalidTerms as error:
-        findings.errors.append(f"kv_connector_extra_config: {error}")
     if not wrong:
         check_memory(extra["cpu_bytes_to_use"], findings, "cpu_bytes_to_use")
     check_release(findings, "vllm", "vLLM", WORKER_NEEDS, who="the worker")
@@ -206,24 +204,21 @@ def _check_tiers(tiers: Sequence[Mapping[str, Any]], findings: Findings) -> floa
                 f"Expected locality 'LOCAL' or 'REMOTE' in a tier, got {tier['locality']!r}. "
                 f"Correct it."
             )
-        try:
+        with findings.catching("secondary_tiers"):
             terms = tier_terms({name: tier[name] for name in tier if name not in KEYS}).store
-        except InvalidTerms as error:
-            findings.errors.append(f"secondary_tiers: {error}")
-            continue
-        taken += terms.host + terms.staging
-        check_space(terms, findings, "secondary_tiers")
-        folders.update(terms.folders)
-        if terms.shared:
-            findings.notes.append(
-                "Engines of this host with the folder share it, if each has shared and chunks of "
-                "the same model and size."
-            )
-        elif terms.folders:
-            findings.notes.append(
-                "The folder serves one engine at a time, without data parallelism. Set shared to "
-                "true in each engine to share it."
-            )
+            taken += terms.host + terms.staging
+            check_space(terms, findings, "secondary_tiers")
+            folders.update(terms.folders)
+            if terms.shared:
+                findings.notes.append(
+                    "Engines of this host with the folder share it, if each has shared and chunks "
+                    "of the same model and size."
+                )
+            elif terms.folders:
+                findings.notes.append(
+                    "The folder serves one engine at a time, without data parallelism. Set shared "
+                    "to true in each engine to share it."
+                )
     findings.errors += [
         f"Expected a separate folder for each tier, got {folder!r} twice. Change one."
         for folder, count in folders.items()
