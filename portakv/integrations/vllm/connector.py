@@ -331,8 +331,9 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         parts = self.store.open(views, self._rank(), layers)
         caches = [GroupCache(each.view, part) for each, part in zip(views, parts, strict=True)]
         by_layer = bool(terms.by_layer)
-        words = self.store.graphs.words
-        self.worker_side = WorkerSide(caches, terms.deadline, by_layer, self.store.handover, words)
+        handover = self.store.handover
+        words = self.store.words
+        self.worker_side = WorkerSide(caches, terms.deadline, by_layer, handover, words)
 
     def _rank(self) -> int:
         """Return the number of this worker in tensor parallelism."""
@@ -345,7 +346,9 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def has_connector_metadata(self) -> bool:
         """Return whether the layers of a step call their hooks: also to capture their waits."""
-        return bool(super().has_connector_metadata()) or self.store.graphs.are_captured
+        words = self.store.words
+        is_captured = words is not None and words.is_captured
+        return bool(super().has_connector_metadata()) or is_captured
 
     @measured
     def handle_preemptions(self, kv_connector_metadata: PlanMetadata) -> None:
