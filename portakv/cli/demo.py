@@ -24,7 +24,7 @@ import torch
 
 from portakv import __version__
 from portakv.cli.backends import Candidate, candidates_for, print_candidates
-from portakv.cli.console import Column, Report, installing, print_json, print_table
+from portakv.cli.console import Report, columns_of, installing, print_json, print_table
 from portakv.cli.sides import in_bytes, in_time
 from portakv.connector.connector import AdaptiveConnector
 from portakv.copy.rows import copy_blocks
@@ -457,8 +457,7 @@ def _print_scenario(s: Scenario, device: torch.device, serving: Sequence[str]) -
 
 def _print_rows(rows: Sequence[Row], threads: int | None) -> None:
     numbers = ("time", "vs copy_")
-    names = ("backend", "call", "what moves", *numbers, "bytes")
-    columns = [Column(name, whole=True, right=name in numbers) for name in names]
+    columns = columns_of(("backend", "call", "what moves", *numbers, "bytes"), right=numbers)
     _show("")
     print_table(columns, [_cells(row) for row in rows])
     _show("")

@@ -23,7 +23,7 @@ import torch
 from portakv import __version__
 from portakv.arguments import kind_of, whole
 from portakv.cli.backends import candidates_for, forced_backend
-from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
+from portakv.cli.console import Report, columns_of, installing, print_json, print_prose, print_table
 from portakv.cli.store import check_installed
 from portakv.errors import InvalidTerms
 from portakv.integrations import (
@@ -329,7 +329,7 @@ _TITLES = {"plug": "integration", "found": "installed"}
 
 def _table(reports: Sequence[Report], *keys: str) -> None:
     rows = [[_text(report[key]) for key in keys] for report in reports]
-    columns = [Column(_TITLES.get(key, key), whole=key not in ("reason", "gives")) for key in keys]
+    columns = columns_of([_TITLES.get(key, key) for key in keys], prose=("reason", "gives"))
     print_table(columns, rows)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,7 +24,7 @@ import torch
 from portakv.backends.base import Decision
 from portakv.backends.pack_kernel import PackKernel, refusal
 from portakv.cli.backends import candidates_for_plan, forced_backend, print_candidates
-from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
+from portakv.cli.console import Report, columns_of, installing, print_json, print_prose, print_table
 from portakv.cli.sides import (
     Side,
     add_extents,
@@ -104,9 +104,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="paged sides are addressed by a slot mapping or a block table (opaque pages: always "
         "blocks); chunks by consecutive tokens (default: slots)",
     )
-    for side in ("src", "dst"):
-        tokens = "tokens for each id; 0: no ids"
-        group.add_argument(f"--{side}-step", type=_step, metavar="N", help=tokens)
     parser.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
     parser.add_argument("--backend", metavar="NAME", help=f"force it, unless {ENVIRONMENT} is set")
     parser.add_argument("--src-device", metavar="D", help="the source's (default: as --device)")
@@ -119,10 +116,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     hooks = "explain instead what the hooks cost the engine of a server, from its /metrics"
     parser.add_argument("--hooks", metavar="URL", help=hooks)
     _add_host_options(parser)
-
-
-def _step(text: str) -> int:
-    return 0 if text == "0" else positive(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -146,18 +139,22 @@ def run(args: argparse.Namespace) -> int:
     return _explain_plan(args)
 
 
+def _device_of(name: str | None) -> torch.device:
+    """Return a named device, by default that of this machine."""
+    return usual_device() if name is None else usable_device(name)
+
+
 def _explain_plan(args: argparse.Namespace) -> int:
     """Print the plan of a copy between two layouts, and the answer of each candidate."""
-    device = usual_device() if args.device is None else usable_device(args.device)
+    device = _device_of(args.device)
     layouts = (args.src, args.dst)
-    steps = (args.src_step, args.dst_step)
     extents = extents_of(args)
     by_blocks = args.index == "blocks"
-    src, dst = make_sides(layouts, extents, device, steps, by_blocks)
+    src, dst = make_sides(layouts, extents, device, by_blocks)
     choice = choose(dst.view.device, args.backend)
     if args.src_device is not None:
         there = usable_device(args.src_device)
-        src, _ = make_sides(layouts, extents, there, steps, by_blocks)
+        src, _ = make_sides(layouts, extents, there, by_blocks)
 
     peer = src.view.device != dst.view.device
     if peer:
@@ -193,23 +190,22 @@ def _explain_plan(args: argparse.Namespace) -> int:
 
 def _print_caches(json: bool) -> int:
     # This process has made no copy: the sizes are those after import.
-    kinds = Counter((c.name, c.limit) for c in caches())
-    sizes = Counter[tuple[str, int]]()
+    sizes = defaultdict[tuple[str, int], list[int]](list)
     for each in caches():
-        sizes[each.name, each.limit] += len(each)
+        sizes[each.name, each.limit].append(len(each))
     if json:
         rows = [
-            {"name": name, "size": sizes[name, limit], "limit": limit, "caches": count}
-            for (name, limit), count in kinds.items()
+            {"name": name, "size": sum(own), "limit": limit, "caches": len(own)}
+            for (name, limit), own in sizes.items()
         ]
         print_json({"caches": rows})
         return 0
-    columns = [Column("cache", whole=True), Column("entries at most", right=True)]
+    titles = ["cache", "entries at most"]
     print_table(
-        columns,
+        columns_of(titles, prose=titles[1:], right=titles[1:]),
         [
-            [name, f"{limit}" if count == 1 else f"{limit} in each of {count}"]
-            for (name, limit), count in kinds.items()
+            [name, f"{limit}" if len(own) == 1 else f"{limit} in each of {len(own)}"]
+            for (name, limit), own in sizes.items()
         ],
     )
     print()
@@ -230,7 +226,7 @@ def _why(taken: Choice) -> str:
 
 
 def _print_plan(report: Report, src: Side, dst: Side) -> None:
-    columns = [Column("", whole=True), Column("source"), Column("destination")]
+    columns = columns_of(["", "source", "destination"], prose=["source", "destination"])
     first = _facts(src, report["source"])
     second = _facts(dst, report["destination"])
     print_table(columns, [[name, first[name], second[name]] for name in first])
@@ -329,11 +325,11 @@ def _explain_encoding(args: argparse.Namespace) -> int:
     The image is the second layout, or the first one if that alone has pages. Raises the errors that
     the copy would raise.
     """
-    device = usual_device() if args.device is None else usable_device(args.device)
+    device = _device_of(args.device)
     pack = _pack_of(args.encoding)
     extents = replace(extents_of(args), dtype=args.dtype or torch.bfloat16)
     rows, image = _rows_and_image(args.src, args.dst)
-    raw, _ = make_sides((rows, rows), extents, device, (None, None), True)
+    raw, _ = make_sides((rows, rows), extents, device, True)
     packed = _packed_view(image, raw.view, pack)
     choice = choose(device, args.backend)
     ways = [
@@ -459,8 +455,8 @@ def _plane_json(plane: PackedPlane) -> Report:
 
 
 def _print_encoding(report: Report) -> None:
-    columns = [Column("a plane of", whole=True), Column("raw", right=True)]
-    columns += [Column(name, right=True) for name in ("slot", "ratio", "codes", "escapes")]
+    numbers = ["raw", "slot", "ratio", "codes", "escapes"]
+    columns = columns_of(["a plane of", *numbers], prose=numbers, right=numbers)
     rows = [
         [
             f"{plane['values']} values",
@@ -477,8 +473,7 @@ def _print_encoding(report: Report) -> None:
     print(f"\nA block has {sizes['raw']} B raw and {sizes['packed']} B packed.\n")
     print(report["ways"][0]["plan"])
     print()
-    columns = [Column("", whole=True), Column("backend", whole=True)]
-    columns += [Column("answer", whole=True), Column("reason")]
+    columns = columns_of(["", "backend", "answer", "reason"], prose=["reason"])
     answers = [
         [way["does"], x["backend"], "chosen" if x["accepted"] else "rejected", x["reason"]]
         for way in report["ways"]
@@ -496,7 +491,6 @@ def _print_encoding(report: Report) -> None:
 #: Options that only `--host` reads, by their names in argparse's namespace.
 _ONLY = (
     "run_bytes",
-    "payload",
     "direction",
     "host_runs",
     "pageable",
@@ -522,7 +516,6 @@ def _add_host_options(parser: argparse.ArgumentParser) -> None:
     add("--host", action="store_true", help="explain the choice of a strategy, instead of a plan")
     run = f"bytes of a run on the device, such as 32768 or 32K (default: {_RUN_BYTES >> 10}K)"
     add("--run-bytes", type=read_bytes, metavar="N", help=run)
-    add("--payload", type=read_bytes, metavar="N", help="all bytes, instead of --blocks")
     add("--direction", choices=DIRECTIONS, help="default: d2h")
     runs = "runs in host memory, 1 if it is dense (default: as many as on the device)"
     add("--host-runs", type=positive, metavar="N", help=runs)
@@ -551,8 +544,6 @@ def _excluded(args: argparse.Namespace) -> str:
         return "--peer goes with --device and --json alone"
     if args.host and args.src is not None:
         return "--host takes no layouts, but --blocks, --run-bytes and --direction"
-    if args.host and args.payload is not None and args.blocks is not None:
-        return "--payload goes without --blocks"
     if (args.host or args.peer) and args.src_device is not None:
         return "--src-device goes with two layouts"
     return ""
@@ -580,8 +571,8 @@ def _explain_host(args: argparse.Namespace) -> int:
         Unsupported: no strategy accepts the copy.
     """
     run_bytes = args.run_bytes or _RUN_BYTES
-    runs = args.blocks or (-(-args.payload // run_bytes) if args.payload else 1)
-    nbytes = args.payload or runs * run_bytes
+    runs = args.blocks or 1
+    nbytes = runs * run_bytes
     host_runs = min(args.host_runs or runs, nbytes)
     terms = Terms(args.overlap or "compute", args.max_thread_blocks, args.max_gbps)
     direction = args.direction or "d2h"
@@ -677,7 +668,7 @@ def _print_host(report: Report) -> None:
     print()
     numbers = ("takes", "GB/s", "host")
     names = ("strategy", "answer", *numbers, "cost of", "why not")
-    columns = [Column(name, whole=name != "why not", right=name in numbers) for name in names]
+    columns = columns_of(names, prose=["why not"], right=numbers)
     rows = []
     for one in report["engines"]:
         times = [in_time(one[x]) if one[x] else "" for x in ("seconds", "host_seconds")]
@@ -703,7 +694,7 @@ def _explain_peer(device: str | None, as_json: bool) -> int:
     from portakv.migrate.shared_memory import host_id
     from portakv.migrate.transports import forced
 
-    where = usual_device() if device is None else usable_device(device)
+    where = _device_of(device)
     versions = {"msgspec": version_of(msgspec), "pyzmq": version_of(zmq)}
     versions["libzmq"] = zmq.zmq_version()
     report: Report = {
@@ -798,7 +789,7 @@ def _print_peers(report: Report) -> None:
     for transport in report["movers"]:
         title = f"moved, through staging buffers on {transport['slots']}"
         tables.setdefault(title, []).append(transport)
-    columns = [Column("subject", whole=True), Column("answer"), Column("why")]
+    columns = columns_of(["subject", "answer", "why"], prose=["answer", "why"])
     for title, decisions in tables.items():
         rows = []
         for decision in decisions:
@@ -869,17 +860,15 @@ def _explain_hooks(url: str, as_json: bool) -> int:
             f"They come with the first step of the engine: send it a request, or start it with "
             f"--kv-transfer-config."
         )
-    medians = medians_in(text)
     idle = sum(cost.idle or 0.0 for cost in costs)
     measured = any(cost.idle is not None for cost in costs)
     if as_json:
         hooks = [cost._asdict() for cost in costs]
-        seconds = idle if measured else None
-        about = {"url": url, "limit": LIMIT, "idle": seconds, "idle_medians": medians}
+        about = {"url": url, "limit": LIMIT, "idle": idle if measured else None}
         print_json({**about, "steps": steps, "hooks": hooks})
         return 0
-    columns = [Column("hook", whole=True), Column("side")]
-    columns += [Column("a step without work", right=True), Column("a step", right=True)]
+    numbers = ["a step without work", "a step"]
+    columns = columns_of(["hook", "side", *numbers], prose=["side", *numbers], right=numbers)
     rows = [[cost.hook, cost.side, _time(cost.idle), _time(cost.mean)] for cost in costs]
     total = _time(idle if measured else None)
     print_table(columns, [*rows, ["all", "", total, _time(sum(cost.mean for cost in costs))]])
@@ -894,12 +883,6 @@ def _explain_hooks(url: str, as_json: bool) -> int:
         "Means since the engine has started: of its scheduler, and of a worker. They include the "
         "time in which other processes had the core, so a busy machine has longer ones."
     )
-    if medians:
-        parts = " and ".join(f"{in_time(x)} ({side})" for side, x in medians.items())
-        print_prose(
-            f"The median of steps without work is about {parts}, estimated from counts of steps "
-            f"within some times."
-        )
     return 0
 
 
@@ -921,60 +904,26 @@ def _metrics_of(url: str) -> str:
     return parts._replace(path=parts.path if parts.path.strip("/") else "/metrics").geturl()
 
 
-def _sums_in(text: str) -> Mapping[tuple[str, str, str], float]:
-    """Return the connector's counters in the metrics of a server, of all its engines together.
-
-    The keys are the name, the side, and the hook or the seconds that the counter is of.
-    """
-    sums = defaultdict[tuple[str, str, str], float](float)
-    for sample in samples_in(text):
-        if sample.engine and sample.name.endswith("_total"):
-            name = sample.name.removesuffix("_total")
-            of = sample.labels.get("hook", sample.labels.get("seconds", ""))
-            sums[name, sample.labels.get("side", ""), of] += sample.value
-    return sums
-
-
-def medians_in(text: str) -> dict[str, float]:
-    """Return an estimate of the median seconds of steps without work, by side: of all engines of a
-    server, on a line between the ends of the bucket that has the median.
-
-    A side whose median is longer than the longest bucket has the end of that one.
-    """
-    from portakv.serving.costs import BOUNDS
-
-    sums = _sums_in(text)
-    within = defaultdict[str, list[tuple[float, float]]](list)
-    for (name, side, seconds), many in sums.items():
-        if name == "idle_steps_within" and seconds:
-            within[side].append((float(seconds), many))
-    medians = dict[str, float]()
-    for side, counts in sorted(within.items()):
-        half = sums.get(("idle_steps", side, ""), 0.0) / 2
-        before = 0.0
-        for bound, many in sorted(counts):
-            medians[side] = bound
-            if many >= half > before:
-                start = max((each for each in BOUNDS if each < bound), default=0.0)
-                medians[side] = start + (bound - start) * (half - before) / (many - before)
-                break
-            before = many
-    return medians
-
-
 def costs_in(text: str) -> tuple[dict[str, dict[str, float]], list[HookCost]]:
     """Return the steps of each side, and what each hook costs: of all engines of a server."""
-    sums = _sums_in(text)
-    names = ("steps", "idle_steps")
-    sides = dict.fromkeys(side for name, side, _ in sums if name in names)
-    steps = {side: {name: sums.get((name, side, ""), 0.0) for name in names} for side in sides}
+    sums = defaultdict[tuple[str, str, str], float](float)  # by counter, side and hook
+    for sample in samples_in(text):
+        if sample.engine:
+            own = sample.labels
+            sums[sample.name, own.get("side", ""), own.get("hook", "")] += sample.value
+
+    steps = dict[str, dict[str, float]]()
+    for (name, side, _), many in sums.items():
+        if name in ("steps_total", "idle_steps_total"):
+            both = steps.setdefault(side, {"steps": 0.0, "idle_steps": 0.0})
+            both[name.removesuffix("_total")] = many
+
     costs = list[HookCost]()
-    for side, hook in sorted({key[1:] for key in sums if key[0].endswith("hook_seconds")}):
-        many = steps.get(side, {"steps": 0.0, "idle_steps": 0.0})
-        if many["steps"]:
+    for (name, side, hook), seconds in sorted(sums.items()):
+        of = steps.get(side)
+        if name == "hook_seconds_total" and of and of["steps"]:
             idle = None
-            if many["idle_steps"]:
-                idle = sums.get(("idle_hook_seconds", side, hook), 0.0) / many["idle_steps"]
-            mean = sums.get(("hook_seconds", side, hook), 0.0) / many["steps"]
-            costs.append(HookCost(hook, side, idle, mean))
+            if of["idle_steps"]:
+                idle = sums.get(("idle_hook_seconds_total", side, hook), 0.0) / of["idle_steps"]
+            costs.append(HookCost(hook, side, idle, seconds / of["steps"]))
     return steps, costs

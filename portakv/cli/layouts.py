@@ -11,6 +11,7 @@ import argparse
 from portakv.cli.console import (
     Column,
     Report,
+    columns_of,
     fit_widths,
     output_width,
     print_json,
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     names = ["name", "layout", "engine", "releases"]
     # The numbers of LMCache's formats tell a reader the least, and come last.
     presets = sorted(PRESETS.values(), key=lambda preset: preset.name.startswith("lmcache-"))
-    columns = [Column(name, whole=name != "engine") for name in names]
+    columns = columns_of(names, prose=["engine"])
     rows = [[str(getattr(preset, name)) for name in names] for preset in presets]
     if sum(fit_widths(columns, rows, NO_LIMIT)) + GAPS > output_width():
         # One line a layout is worth more than its releases, which `portakv layouts NAME` prints.

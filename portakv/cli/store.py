@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from portakv.arguments import invalid
-from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
+from portakv.cli.console import Report, columns_of, installing, print_json, print_prose, print_table
 from portakv.cli.sides import in_bytes, read_bytes
 from portakv.core.xxh3 import checksum
 from portakv.errors import InvalidTerms, PeerError, StoreBusy, StoreError
@@ -226,10 +226,9 @@ def _print(reports: Sequence[Report]) -> None:
     # The encoding of raw forms is empty.
     filled = {name for one in reports for name, value in one.items() if value not in (None, "")}
     names = [name for name in _COLUMNS if name in filled]
-    columns = [
-        Column(name.replace("_", " "), whole=name != "model", right=name in _NUMBERS)
-        for name in names
-    ]
+    titles = [name.replace("_", " ") for name in names]
+    numbers = [name.replace("_", " ") for name in _NUMBERS]
+    columns = columns_of(titles, prose=["model"], right=numbers)
     print_table(columns, [[_cell(name, one.get(name)) for name in names] for one in reports])
     processes = {one.get("open_in", "-") for one in reports} - {"-"}
     for process in sorted(processes):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 from urllib.request import urlopen
 
-from portakv.cli.console import Column, print_json, print_table
+from portakv.cli.console import columns_of, print_json, print_table
 from portakv.cli.sides import in_bytes, in_time
 from portakv.cli.store import check_installed
 from portakv.errors import InvalidTerms, PeerError, StoreError
@@ -348,16 +348,9 @@ def _disks(grown: _Grown) -> list[Row]:
 
 # --- as a table -----------------------------------------------------------------------------------
 
-_COLUMNS = (
-    Column("kind", whole=True),
-    Column("name"),
-    Column("bytes/s", right=True),
-    Column("each/s", right=True),
-    Column("takes", right=True),
-    Column("waiting", right=True),
-    Column("oldest", right=True),
-    Column("note"),
-)
+_NUMBERS = ("bytes/s", "each/s", "takes", "waiting", "oldest")
+_PROSE = ("name", *_NUMBERS, "note")
+_COLUMNS = columns_of(("kind", *_PROSE), prose=_PROSE, right=_NUMBERS)
 _SIZED = ("link",)  # whose waiting are bytes
 
 
