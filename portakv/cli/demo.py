@@ -13,8 +13,8 @@ import io
 import os
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
@@ -198,14 +198,11 @@ class _Move(NamedTuple):
     wrong: Callable[[], int] | None = None
 
 
-def measured(
-    founding: Founding, backends: Sequence[str], forced: bool
-) -> tuple[list[Row], int | None]:
+def measured(founding: Founding, backends: Sequence[str], forced: bool) -> list[Row]:
     """Check every copy of every backend, then time the right copies in rounds.
 
     Returns:
-        A row for each copy, plain torch first and `copy_` before all; and the number of CPU
-        threads, or None on an accelerator.
+        A row for each copy, plain torch first and `copy_` before all.
 
     Raises:
         Unsupported: a ``forced`` backend does not accept a copy.
@@ -213,18 +210,15 @@ def measured(
     moves = [*_plain(founding), *(move for name in backends for move in _moves(founding, name))]
     rows = [_checked(founding, move, forced) for move in moves]
     timed = [i for i, row in enumerate(rows) if row.right or row.backend == "torch"]
-    works = [moves[i].run for i in timed]
-    threads = fastest_threads(works) if founding.device.type == "cpu" else None
-    with torch_threads(threads):
-        times = interleaved(founding.device, works)
+    times = interleaved(founding.device, [moves[i].run for i in timed])
     for i, own in zip(timed, times, strict=True):
         rows[i] = replace(rows[i], seconds=own, ratio=times[0] / own)
-    return rows, threads
+    return rows
 
 
-def interleaved(device: torch.device, works: Sequence[Work], rounds: int = 0) -> list[float]:
-    """Return each work's median seconds in ``rounds`` or `ROUNDS` rounds, after a warm-up round."""
-    taken = [[seconds(device, work) for work in works] for _ in range((rounds or ROUNDS) + 1)]
+def interleaved(device: torch.device, works: Sequence[Work]) -> list[float]:
+    """Return each work's median seconds in `ROUNDS` rounds, after a warm-up round."""
+    taken = [[seconds(device, work) for work in works] for _ in range(ROUNDS + 1)]
     return [median(times) for times in zip(*taken[1:], strict=True)]
 
 
@@ -241,31 +235,6 @@ def seconds(device: torch.device, work: Work) -> float:
     last.record()
     last.synchronize()
     return first.elapsed_time(last) / 1e3 / REPEATS
-
-
-def fastest_threads(works: Sequence[Work]) -> int:
-    """Return the number of torch's threads with which these copies take the least time now.
-
-    One thread can be the fastest if the cores have other work: a copy of a few milliseconds waits
-    for the slowest thread.
-    """
-    most = torch.get_num_threads()
-    taken = dict[int, float]()
-    for count in dict.fromkeys((most, max(1, most // 2), 1)):
-        with torch_threads(count):
-            taken[count] = sum(interleaved(torch.device("cpu"), works, 3))
-    return min(taken, key=taken.__getitem__)
-
-
-@contextmanager
-def torch_threads(count: int | None) -> Iterator[None]:
-    """Set the number of torch's threads inside the context; None changes nothing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _checked(founding: Founding, move: _Move, forced: bool) -> Row:
@@ -312,23 +281,42 @@ def _moves(f: Founding, backend: str) -> list[_Move]:
     pool, target = (KVView(x, "layer | kv block token head dim") for x in (f.pool, f.target))
     chunk, stored = (KVView(x, dense, heads=s.heads) for x in (f.chunk, f.stored))
 
-    def out(call: str, rows: str, ids: torch.Tensor, run: Work) -> _Move:
-        row = Row(backend, call, f"{rows} -> chunk", s.payload)
-        return _Move(row, run, partial(f.wrong_in_chunk, ids))
+    def move(call: str, route: str, checked: int, run: Work, wrong: Callable[[], int]) -> _Move:
+        return _Move(Row(backend, call, route, checked), run, wrong)
 
-    def back(call: str, rows: str, ids: torch.Tensor, run: Work) -> _Move:
-        row = Row(backend, call, f"chunk -> {rows}", s.pool)
-        return _Move(row, run, partial(f.wrong_in_target, ids))
-
-    slots = (f"{s.tokens} slots", f.slots)
-    blocks = (f"{len(f.blocks)} blocks", f.slots_of_blocks)
+    slots = f"{s.tokens} slots"
+    blocks = f"{len(f.blocks)} blocks"
     index = Index(f.slots)
     by_block = partial(copy_blocks, backend=backend)
     return [
-        out("from_gpu", *slots, partial(reader.from_gpu, f.chunk, slot_mapping=index)),
-        back("to_gpu", *slots, partial(writer.to_gpu, f.stored, slot_mapping=index)),
-        out("copy_blocks", *blocks, partial(by_block, pool, chunk, f.blocks, None)),
-        back("copy_blocks", *blocks, partial(by_block, stored, target, None, f.blocks)),
+        move(
+            "from_gpu",
+            f"{slots} -> chunk",
+            s.payload,
+            partial(reader.from_gpu, f.chunk, slot_mapping=index),
+            partial(f.wrong_in_chunk, f.slots),
+        ),
+        move(
+            "to_gpu",
+            f"chunk -> {slots}",
+            s.pool,
+            partial(writer.to_gpu, f.stored, slot_mapping=index),
+            partial(f.wrong_in_target, f.slots),
+        ),
+        move(
+            "copy_blocks",
+            f"{blocks} -> chunk",
+            s.payload,
+            partial(by_block, pool, chunk, f.blocks, None),
+            partial(f.wrong_in_chunk, f.slots_of_blocks),
+        ),
+        move(
+            "copy_blocks",
+            f"chunk -> {blocks}",
+            s.pool,
+            partial(by_block, stored, target, None, f.blocks),
+            partial(f.wrong_in_target, f.slots_of_blocks),
+        ),
     ]
 
 
@@ -365,8 +353,8 @@ def _demo(device: str | None) -> Report:
     names = [choice.name] if forced else REGISTRY.automatic(where)
     serving = [n for n in names if REGISTRY.ask(n, where, check=True)[0] is not None]
     _print_scenario(scenario, where, serving)
-    rows, threads = measured(Founding(where, scenario), serving, forced is not None)
-    _print_rows(rows, threads)
+    rows = measured(Founding(where, scenario), serving, forced is not None)
+    _print_rows(rows)
     candidates = candidates_for(where)
     _print_choice(candidates, where, forced, serving)
     identical = bool(model["skipped"]) or (model["identical"] and model["control_differs"])
@@ -384,7 +372,6 @@ def _demo(device: str | None) -> Report:
             "dtype": "float16",
             "payload_bytes": scenario.payload,
         },
-        "threads": threads,
         "moves": [*map(asdict, rows)],
         "chosen": choice.name,
         "candidates": candidates,
@@ -455,7 +442,7 @@ def _print_scenario(s: Scenario, device: torch.device, serving: Sequence[str]) -
     _show(_folded(text))
 
 
-def _print_rows(rows: Sequence[Row], threads: int | None) -> None:
+def _print_rows(rows: Sequence[Row]) -> None:
     numbers = ("time", "vs copy_")
     columns = columns_of(("backend", "call", "what moves", *numbers, "bytes"), right=numbers)
     _show("")
@@ -478,11 +465,6 @@ def _print_rows(rows: Sequence[Row], threads: int | None) -> None:
         "vs copy_: the time of torch's copy_ of the same bytes from one dense chunk to another "
         f"/ this time; 1.00x is as fast. Medians of {ROUNDS} rounds of all copies."
     )
-    if threads is not None and threads < torch.get_num_threads():
-        text += (
-            f" All use {threads} of {torch.get_num_threads()} threads, with which they are the "
-            f"fastest now: the cores have other work, too."
-        )
     _show("\n" + _folded(text))
 
 

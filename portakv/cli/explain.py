@@ -104,6 +104,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="paged sides are addressed by a slot mapping or a block table (opaque pages: always "
         "blocks); chunks by consecutive tokens (default: slots)",
     )
+    for side in ("src", "dst"):
+        tokens = "tokens for each id; 0: no ids"
+        group.add_argument(f"--{side}-step", type=_step, metavar="N", help=tokens)
     parser.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
     parser.add_argument("--backend", metavar="NAME", help=f"force it, unless {ENVIRONMENT} is set")
     parser.add_argument("--src-device", metavar="D", help="the source's (default: as --device)")
@@ -116,6 +119,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     hooks = "explain instead what the hooks cost the engine of a server, from its /metrics"
     parser.add_argument("--hooks", metavar="URL", help=hooks)
     _add_host_options(parser)
+
+
+def _step(text: str) -> int:
+    return 0 if text == "0" else positive(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -148,13 +155,14 @@ def _explain_plan(args: argparse.Namespace) -> int:
     """Print the plan of a copy between two layouts, and the answer of each candidate."""
     device = _device_of(args.device)
     layouts = (args.src, args.dst)
+    steps = (args.src_step, args.dst_step)
     extents = extents_of(args)
     by_blocks = args.index == "blocks"
-    src, dst = make_sides(layouts, extents, device, by_blocks)
+    src, dst = make_sides(layouts, extents, device, steps, by_blocks)
     choice = choose(dst.view.device, args.backend)
     if args.src_device is not None:
         there = usable_device(args.src_device)
-        src, _ = make_sides(layouts, extents, there, by_blocks)
+        src, _ = make_sides(layouts, extents, there, steps, by_blocks)
 
     peer = src.view.device != dst.view.device
     if peer:
@@ -329,7 +337,7 @@ def _explain_encoding(args: argparse.Namespace) -> int:
     pack = _pack_of(args.encoding)
     extents = replace(extents_of(args), dtype=args.dtype or torch.bfloat16)
     rows, image = _rows_and_image(args.src, args.dst)
-    raw, _ = make_sides((rows, rows), extents, device, True)
+    raw, _ = make_sides((rows, rows), extents, device, (None, None), True)
     packed = _packed_view(image, raw.view, pack)
     choice = choose(device, args.backend)
     ways = [
@@ -491,6 +499,7 @@ def _print_encoding(report: Report) -> None:
 #: Options that only `--host` reads, by their names in argparse's namespace.
 _ONLY = (
     "run_bytes",
+    "payload",
     "direction",
     "host_runs",
     "pageable",
@@ -516,6 +525,7 @@ def _add_host_options(parser: argparse.ArgumentParser) -> None:
     add("--host", action="store_true", help="explain the choice of a strategy, instead of a plan")
     run = f"bytes of a run on the device, such as 32768 or 32K (default: {_RUN_BYTES >> 10}K)"
     add("--run-bytes", type=read_bytes, metavar="N", help=run)
+    add("--payload", type=read_bytes, metavar="N", help="all bytes, instead of --blocks")
     add("--direction", choices=DIRECTIONS, help="default: d2h")
     runs = "runs in host memory, 1 if it is dense (default: as many as on the device)"
     add("--host-runs", type=positive, metavar="N", help=runs)
@@ -544,6 +554,8 @@ def _excluded(args: argparse.Namespace) -> str:
         return "--peer goes with --device and --json alone"
     if args.host and args.src is not None:
         return "--host takes no layouts, but --blocks, --run-bytes and --direction"
+    if args.host and args.payload is not None and args.blocks is not None:
+        return "--payload goes without --blocks"
     if (args.host or args.peer) and args.src_device is not None:
         return "--src-device goes with two layouts"
     return ""
@@ -571,8 +583,8 @@ def _explain_host(args: argparse.Namespace) -> int:
         Unsupported: no strategy accepts the copy.
     """
     run_bytes = args.run_bytes or _RUN_BYTES
-    runs = args.blocks or 1
-    nbytes = runs * run_bytes
+    runs = args.blocks or (-(-args.payload // run_bytes) if args.payload else 1)
+    nbytes = args.payload or runs * run_bytes
     host_runs = min(args.host_runs or runs, nbytes)
     terms = Terms(args.overlap or "compute", args.max_thread_blocks, args.max_gbps)
     direction = args.direction or "d2h"
@@ -687,7 +699,11 @@ def _explain_peer(device: str | None, as_json: bool) -> int:
 
     Raises `Unsupported` if a package that migration needs is not installed.
     """
-    _check_migration()
+    try:
+        importlib.import_module("portakv.migrate")
+    except ImportError as error:
+        why = f"{error.__cause__ or error}; {installing('migrate')} brings it"
+        raise Unsupported("Expected the packages that migration needs", why) from error
     import msgspec
     import zmq
 
@@ -714,14 +730,6 @@ def _explain_peer(device: str | None, as_json: bool) -> int:
     else:
         _print_peers(report)
     return 0
-
-
-def _check_migration() -> None:
-    try:
-        importlib.import_module("portakv.migrate")
-    except ImportError as error:
-        why = f"{error.__cause__ or error}; {installing('migrate')} brings it"
-        raise Unsupported("Expected the packages that migration needs", why) from error
 
 
 def _mapped_memory(device: torch.device) -> Iterator[Decision]:

@@ -123,7 +123,8 @@ def draw(layout_text: str) -> str:
     if layout.open_end:
         places[-1] += " .."  # the last group may cover several trailing dimensions
     groups = layout.containers + layout.dims
-    left = [_branch(depth, group) for depth, group in enumerate(groups)]
+    left = [f"{'   ' * (depth - 1)}└─ {group}" for depth, group in enumerate(groups)]
+    left[0] = str(groups[0])
     wide = max(map(len, left))
     middle = max(map(len, places))
     lines = [
@@ -131,10 +132,6 @@ def draw(layout_text: str) -> str:
         for name, place, group in zip(left, places, groups, strict=True)
     ]
     return "\n".join([_expression(layout), "", *lines])
-
-
-def _branch(depth: int, group: Group) -> str:
-    return f"{'   ' * (depth - 1)}└─ {group}" if depth else str(group)
 
 
 def _meaning(group: Group, layout: Layout) -> str:

@@ -138,12 +138,13 @@ def make_sides(
     requested: tuple[str, str],
     extents: Extents,
     device: torch.device,
+    steps: tuple[int | None, int | None],
     whole_blocks: bool,
 ) -> tuple[Side, Side]:
     """Return example views of two layouts, source first; the tensors are not written to.
 
-    Extents that were not requested get equal values on both sides. A paged side has an id for each
-    block if ``whole_blocks``, else for each token.
+    Extents that were not requested get equal values on both sides. ``steps`` are the tokens for
+    each id. None on a paged side means the tokens of a block if ``whole_blocks``, else 1.
 
     Raises:
         LayoutError: a layout is wrong, or does not have a requested extent.
@@ -156,11 +157,10 @@ def make_sides(
     # The presets that fix a width count bytes: their rows mix dtypes.
     dtype = extents.dtype or (torch.uint8 if "dim" in fixed else torch.float16)
     sides = []
-    for text, layout, size in zip(requested, layouts, extents.block_size, strict=True):
+    for text, layout, step, size in zip(requested, layouts, steps, extents.block_size, strict=True):
         view = _view(text, layout, declared, extents, size, dtype, device)
-        step = 0
-        if layout.paged:
-            step = size if whole_blocks or layout.opaque else 1
+        if step is None:
+            step = (size if whole_blocks or layout.opaque else 1) if layout.paged else 0
         sides.append(Side(text, layout, view, step))
     return sides[0], sides[1]
 

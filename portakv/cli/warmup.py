@@ -175,7 +175,7 @@ def _sources(pair: Pair) -> Iterator[str]:
     layouts = (pair.cache, pair.chunk)
     cpu = torch.device("cpu")
     for by_blocks in (False, True):
-        cache, chunk = make_sides(layouts, pair.extents, cpu, by_blocks)
+        cache, chunk = make_sides(layouts, pair.extents, cpu, (None, None), by_blocks)
         for pages, rows in product(_arrangements(cache), _arrangements(chunk)):
             ends = [(pages, cache.step), (rows, chunk.step)]
             for (src, src_step), (dst, dst_step) in (ends, ends[::-1]):

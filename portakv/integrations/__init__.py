@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import portakv
 from portakv.errors import PortaKVError
@@ -226,6 +227,20 @@ def log_through(engine: logging.Logger) -> None:
     own.propagate = engine.propagate  # the handlers of a later root would repeat the lines
     if own.level == logging.NOTSET:
         own.setLevel(engine.getEffectiveLevel())
+
+
+def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a package that loads each name at its first use.
+
+    ``modules``: by name, the module in the package.
+    """
+
+    def load(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{modules[name]}"), name)
+
+    return load
 
 
 def installed(package: str) -> tuple[str, str] | None:

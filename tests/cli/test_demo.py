@@ -227,12 +227,3 @@ def test_times_are_medians_of_rounds_but_the_first(monkeypatch: pytest.MonkeyPat
     times = iter([9.0, 900.0, 1.0, 2.0, 10.0, 20.0, 1.0, 4.0])
     monkeypatch.setattr(demo, "seconds", lambda device, work: next(times))
     assert demo.interleaved(torch.device("cpu"), [int, int]) == [1.0, 4.0]
-
-
-def test_copies_are_timed_with_the_threads_that_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With other work on the cores, four threads wait for each other: one is faster."""
-    for power, fastest in ((1, 1), (-1, 4)):
-        monkeypatch.setattr(demo, "seconds", lambda *_, x=power: torch.get_num_threads() ** x)
-        with demo.torch_threads(4):
-            assert demo.fastest_threads([int]) == fastest
-            assert torch.get_num_threads() == 4

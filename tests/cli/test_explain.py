@@ -103,6 +103,7 @@ def test_caches_of_one_name_are_one_row() -> None:
         (["epd", "epd", "--index", "blocks"], (16, 16, 524288)),
         (["epd", "epd", "--index", "blocks", "--block-size", "32,16"], (16, 16, 524288)),
         (["epd", "epd", "--index", "blocks", "--block-size", "24,16"], (8, 16, 524288)),
+        (["epd", "epd", "--src-step", "8", "--dst-step", "0"], (8, 16, 524288)),
         (["epd", "epd", "--layers", "3", "--heads", "5", "--dim", "7"], (1, 2, 3 * 2 * 5 * 14)),
         (["epd", "epd", "--dtype", "torch.uint8", "--dim", "66", "--heads", "1"], (1, 2, 64 * 66)),
         (["vllm-ascend", "vllm-0.26-hnd", "--dim", "128,64"], (1, 16, 32 * 32 * (256 + 128))),
@@ -297,7 +298,8 @@ def test_what_is_asked_decides(words: list[str], engine: str) -> None:
 def test_what_is_not_said_is_a_run_of_32_kib() -> None:
     for words, runs, nbytes in (
         ("", 1, 32768),
-        ("--blocks 100 --run-bytes 1M", 100, 100 << 20),
+        ("--payload 100M --run-bytes 1M", 100, 100 << 20),
+        ("--payload 100", 1, 100),
     ):
         report = run_json("explain", "--host", *words.split())
         assert (report["runs"], report["bytes"], report["direction"]) == (runs, nbytes, "d2h")

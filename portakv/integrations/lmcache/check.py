@@ -46,8 +46,10 @@ ABSTRACT = (
     "submit_unlock",
 )
 BASE = "lmcache.v1.distributed.l2_adapters.base"
-HOOKS = tuple(f"{BASE}:L2AdapterInterface.{name}" for name in ABSTRACT)
-PLUGIN = ("lmcache.v1.distributed.l2_adapters.plugin_l2_adapter:PluginL2AdapterConfig",)
+HOOKS = (
+    *(f"{BASE}:L2AdapterInterface.{name}" for name in ABSTRACT),
+    "lmcache.v1.distributed.l2_adapters.plugin_l2_adapter:PluginL2AdapterConfig",
+)
 
 
 def terms_of(params: Mapping[str, Any]) -> StoreTerms:
@@ -114,8 +116,7 @@ def findings_of(config: Mapping[str, Any]) -> Findings:
                     f"{OBJECTS}. Objects of other sizes are not stored."
                 )
     findings.warnings += _without_use(config)
-    needs = (*HOOKS, *PLUGIN)
-    check_release(findings, "lmcache", "LMCache", needs, who="the adapter")
+    check_release(findings, "lmcache", "LMCache", HOOKS, who="the adapter")
     return findings
 
 

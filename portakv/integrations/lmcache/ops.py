@@ -78,13 +78,11 @@ def terms() -> dict[str, Any]:
 
 def _options(across: bool) -> CopyOptions:
     """Return this thread's options, made once; ``across``: between a device and the host."""
-    chosen = terms() if across else None
-    known = vars(_late).setdefault("options", {})
-    made: tuple[dict[str, Any] | None, CopyOptions] | None = known.get(across)
-    if made is None or made[0] is not chosen:
+    known: dict[bool, CopyOptions] = vars(_late).setdefault("options", {})
+    if across not in known:
         late = vars(_late).setdefault("errors", LateErrors())
-        made = known[across] = chosen, CopyOptions(late=late, **(chosen or {}))
-    return made[1]
+        known[across] = CopyOptions(late=late, **(terms() if across else {}))
+    return known[across]
 
 
 def is_store(direction: SupportsInt | str) -> bool:
@@ -358,7 +356,11 @@ def multi_layer_block_kv_transfer(
     block_size = int(shape_desc.bs)
     chunk = lmcache_chunk_size
     check_chunk(chunk, block_size, "lmcache_chunk_size")
-    _check_skip(skip_prefix_n_blocks)
+    if skip_prefix_n_blocks < 0:
+        raise ValueError(
+            f"Expected skip_prefix_n_blocks to be 0 or more, got {skip_prefix_n_blocks}. Pass a "
+            f"number of blocks."
+        )
     store = is_store(direction)
     per_object = chunk // block_size
     device = indexed(device)
@@ -383,10 +385,3 @@ def multi_layer_block_kv_transfer(
         chunks = objects_of(form, caches, objects, chunk, target)
         blocks = blocks_of(ids, block_size).shifted(begin)
         move(store, caches, chunks, blocks, positions, len(ids) * block_size - begin)
-
-
-def _check_skip(blocks: int) -> None:
-    if blocks < 0:
-        raise ValueError(
-            f"Expected skip_prefix_n_blocks to be 0 or more, got {blocks}. Pass a number of blocks."
-        )

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -63,27 +63,8 @@ _RANGES = "_sglang_cuda_host_registered_ranges"  # of host memory that SGLang re
 Buffers: TypeAlias = "torch.Tensor | Sequence[torch.Tensor]"
 
 
-class HostPool(Protocol):
-    """The attributes of SGLang's host pools that PortaKV reads."""
-
-    kv_buffer: Buffers | None
-    layout: str
-    page_size: int
-    # MHA only
-    head_num: int
-    target_layer_num: int
-    page_unified_layout: Any
-    k_buffer: torch.Tensor
-    v_buffer: torch.Tensor
-    device_k_buffers: Sequence[torch.Tensor]
-    device_v_buffers: Sequence[torch.Tensor]
-    _buffer_infos: Sequence[Any]
-    # MLA only
-    device_kv_buffers: Sequence[torch.Tensor]
-    _native_buffers: object
-    _target_layer_indices: Sequence[int]
-    _host_layer_by_controller: Mapping[int, int]
-    _buffer_index_by_layer: Mapping[int, int]
+#: A host pool of SGLang.
+HostPool: TypeAlias = Any
 
 
 class _Sides(NamedTuple):
@@ -157,7 +138,11 @@ def backup(
         return
     pairs = [views.sides]
     if _is_mla(pool) and views.sides.host.layers != views.sides.device.layers:
-        pairs = [views.layer(place) for place in _owned(pool)]  # the rank owns some layers only
+        # The rank owns some layers only.
+        pairs = [
+            views.layer(_LayerPlace(on_host, pool._buffer_index_by_layer[layer]))
+            for layer, on_host in pool._host_layer_by_controller.items()
+        ]
     for pair in pairs:
         views.copy(pair.device, pair.host, device_indices, host_indices, io_backend)
 
@@ -289,15 +274,8 @@ def _mla(pool: HostPool, buffers: Buffers) -> _Sides | None:
     return _Sides(host, KVView(pool.device_kv_buffers, MLA_DEVICE, block_size=pool.page_size))
 
 
-def _device_buffers(pool: HostPool) -> Sequence[torch.Tensor]:
+def _device_buffers(pool: HostPool) -> Any:
     return pool.device_kv_buffers if _is_mla(pool) else pool.device_k_buffers
-
-
-def _owned(pool: HostPool) -> list[_LayerPlace]:
-    """Return the places of the layers that a rank owns."""
-    on_device = pool._buffer_index_by_layer
-    layers = pool._host_layer_by_controller.items()
-    return [_LayerPlace(on_host, on_device[layer]) for layer, on_host in layers]
 
 
 def _place_of(pool: HostPool, layer_id: int, is_draft: bool) -> _LayerPlace | None:

@@ -17,7 +17,7 @@ from portakv.integrations.checks import (
     other_values,
     unknown_keys,
 )
-from portakv.integrations.interfaces import lacks
+from portakv.integrations.interfaces import lacks, names_in
 from portakv.integrations.vllm.caches import (
     ROLES,
     Handing,
@@ -92,13 +92,14 @@ OPTIONAL_HOOKS = {
     f"{BASE}:KVConnectorBase_V1.has_connector_metadata": 'by_layer "graph"',
 }
 #: Hooks without which the connector does not work.
-HOOKS = (
-    f"{BASE}:SupportsHMA",
-    f"{BASE}:KVConnectorWorkerMetadata",
-    f"{BASE}:KVConnectorBase_V1.on_new_request",
-    f"{BASE}:KVConnectorBase_V1.build_connector_worker_meta",
-    f"{BASE}:KVConnectorBase_V1.handle_preemptions",
-    f"{BASE}:KVConnectorBase_V1.get_block_ids_with_load_errors",
+HOOKS = names_in(
+    BASE,
+    "SupportsHMA",
+    "KVConnectorWorkerMetadata",
+    "KVConnectorBase_V1.on_new_request",
+    "KVConnectorBase_V1.build_connector_worker_meta",
+    "KVConnectorBase_V1.handle_preemptions",
+    "KVConnectorBase_V1.get_block_ids_with_load_errors",
 )
 
 
@@ -140,7 +141,12 @@ def findings_of(
     extra = config.get("kv_connector_extra_config", {})
     if isinstance(extra, Mapping):
         _check_terms(config.get("kv_role"), extra, served, findings)
-    _check_release(findings)
+    if check_release(findings, "vllm", "vLLM", HOOKS, who="the connector"):
+        findings.notes += [
+            f"The installed vLLM has no {name.partition(':')[2]}: the connector serves without "
+            f"{OPTIONAL_HOOKS[name]}."
+            for name in lacks(OPTIONAL_HOOKS)
+        ]
     findings.errors += keys_of_other_releases(config)
     return findings
 
@@ -383,13 +389,3 @@ def _check_sizes(terms: StoreTerms, sizes: Sizes, size: int, findings: Findings)
     if terms.bucket is not None:
         kept += ", the bucket as many as its own rules keep"
     findings.notes.append(f"A token takes {sizes.token:,} bytes; tokens that fit: {kept}.")
-
-
-def _check_release(findings: Findings) -> None:
-    """Compare the installed release of vLLM with the hooks that the connector uses."""
-    if check_release(findings, "vllm", "vLLM", HOOKS, who="the connector"):
-        findings.notes += [
-            f"The installed vLLM has no {name.partition(':')[2]}: the connector serves without "
-            f"{OPTIONAL_HOOKS[name]}."
-            for name in lacks(OPTIONAL_HOOKS)
-        ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -157,29 +157,15 @@ _DEVICE = "layer | block head (token dim)"
 _HOST = "layer | block token head dim"
 
 
-class CacheRef(Protocol):
-    """vLLM's `CanonicalKVCacheRef`: the pages of a group in one tensor."""
-
-    tensor_idx: int
-    page_size_bytes: int
-
-
-class ChunkSpec(Protocol):
-    """vLLM's `CPULoadStoreSpec`: the chunks of a job, group after group."""
-
-    block_ids: npt.NDArray[np.int64]
-
-
-class BlockSpec(ChunkSpec, Protocol):
-    """vLLM's `GPULoadStoreSpec`: the blocks of a job, group after group.
-
-    Attributes:
-        group_sizes: the number of blocks of each group.
-        block_indices: the number of each group's first block in its request.
-    """
-
-    group_sizes: Sequence[int]
-    block_indices: Sequence[int]
+#: vLLM's `CanonicalKVCacheRef`: the pages of a group in one tensor.
+CacheRef: TypeAlias = Any
+#: vLLM's `CPULoadStoreSpec`: the chunks of a job, group after group.
+ChunkSpec: TypeAlias = Any
+#: vLLM's `GPULoadStoreSpec`: the blocks of a job, group after group; how many each group has, and
+#: the number of its first block in its request.
+BlockSpec: TypeAlias = Any
+#: vLLM's `SharedOffloadRegion`: host memory that all workers of an engine share.
+Region: TypeAlias = Any
 
 
 class PageCopy(NamedTuple):
@@ -343,21 +329,6 @@ def _check_shared(together: Iterable[Sequence[int]], ids_of: Sequence[_Group], s
 # parallelism (vLLM's ``canonical_layout``).
 
 
-class Region(Protocol):
-    """vLLM's `SharedOffloadRegion`: host memory that all workers of an engine share."""
-
-    base_tensor: torch.Tensor
-    total_size_bytes: int
-    is_pinned: bool
-    pinned_addresses: Sequence[int]
-
-    def create_next_worker_view(self, tensor_page_size: int) -> torch.Tensor: ...
-
-    def create_next_canonical_view(self, tensor_page_size: int) -> torch.Tensor: ...
-
-    def cleanup(self) -> None: ...
-
-
 class Run(NamedTuple):
     """Fragments of one size in a page, at a stride on each side, as vLLM's `CopyRun` names them."""
 
@@ -438,7 +409,7 @@ def mapping_of(ref: CacheRef, rank: int, workers: int, shared: bool) -> RankMapp
 
     Raises `IntegrationError` for pages of several workers without a mapping that are shared.
     """
-    known: Any = getattr(ref, "mapping", None)
+    known = getattr(ref, "mapping", None)
     if known is not None:
         runs = tuple(Run(*[getattr(run, name) for name in Run._fields]) for run in known.runs)
         size = known.canonical_page_size_bytes

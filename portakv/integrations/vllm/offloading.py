@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from inspect import signature
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 
@@ -52,17 +52,8 @@ from vllm.v1.kv_offload.cpu import spec as cpu_spec  # noqa: E402
 WARM_UP = 16 << 20
 
 
-class CanonicalTensor(Protocol):
-    """vLLM's `CanonicalKVCacheTensor`: pages ``[blocks, page]``, which need not be adjacent."""
-
-    tensor: torch.Tensor
-
-
-class CanonicalCaches(Protocol):
-    """vLLM's `CanonicalKVCaches`: its tensors, and for each group the tensors that it uses."""
-
-    tensors: Sequence[CanonicalTensor]
-    group_data_refs: Sequence[Sequence[CacheRef]]
+#: vLLM's `CanonicalKVCaches`: its tensors, and for each group the tensors that it uses.
+CanonicalCaches: TypeAlias = Any
 
 
 class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]

@@ -85,17 +85,15 @@ SPECS: dict[Any, str | None] = {
 }
 #: The keys of a tier that are vLLM's, or of `PortaKVTier` next to its terms.
 KEYS = ("type", "module_path", "locality", "backpressure", "enable_kv_events")
-_TIERING = "vllm.v1.kv_offload.tiering"
 #: What the tier needs of vLLM.
 NEEDS = (
-    f"{_TIERING}.factory:SecondaryTierFactory.get_tier_class",
-    f"{_TIERING}.base:TransferJob",
-    f"{_TIERING}.base:SecondaryTierManager.drain_jobs",
-    f"{_TIERING}.spec:TieringOffloadingSpec.get_manager",
+    "vllm.v1.kv_offload.tiering.factory:SecondaryTierFactory.get_tier_class",
+    "vllm.v1.kv_offload.tiering.base:TransferJob",
+    "vllm.v1.kv_offload.tiering.base:SecondaryTierManager.drain_jobs",
+    "vllm.v1.kv_offload.tiering.spec:TieringOffloadingSpec.get_manager",
     "vllm.v1.kv_offload.base:Medium",
     "vllm.v1.kv_offload.file_mapper:FileMapper.from_offloading_spec",
 )
-
 #: What the worker needs of vLLM.
 WORKER_NEEDS = (
     "vllm.v1.kv_offload.base:OffloadingWorker",
@@ -133,7 +131,11 @@ def tier_findings_of(config: Mapping[str, Any]) -> Findings:
     wrong = [*_wrong_spec(extra)]
     findings.errors += wrong
     if name == WORKER_SPEC:
-        _check_worker(extra, findings, wrong)
+        with findings.catching("kv_connector_extra_config"):
+            worker_terms(extra)
+        if not wrong:
+            check_memory(extra["cpu_bytes_to_use"], findings, "cpu_bytes_to_use")
+        check_release(findings, "vllm", "vLLM", WORKER_NEEDS, who="the worker")
         return findings
     tiers = extra.get("secondary_tiers", [])
     if not isinstance(tiers, Sequence) or not all(isinstance(each, Mapping) for each in tiers):
@@ -160,15 +162,6 @@ def _is_foreign(name: object, module: object) -> bool:
     if name in SPECS or (isinstance(module, str) and module.startswith("portakv")):
         return False
     return not means_ours(name, SPECS)
-
-
-def _check_worker(extra: Mapping[str, Any], findings: Findings, wrong: Sequence[str]) -> None:
-    """Check the terms of PortaKV's worker, and the memory of vLLM's tier above it."""
-    with findings.catching("kv_connector_extra_config"):
-        worker_terms(extra)
-    if not wrong:
-        check_memory(extra["cpu_bytes_to_use"], findings, "cpu_bytes_to_use")
-    check_release(findings, "vllm", "vLLM", WORKER_NEEDS, who="the worker")
 
 
 def _wrong_spec(extra: Mapping[str, Any]) -> Iterator[str]:
