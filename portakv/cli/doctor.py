@@ -91,24 +91,19 @@ CHOICES: dict[str, Catalog[object]] = {
 }
 
 
-#: The engines whose configuration an option checks.
-ENGINES = {
-    "--kv-transfer-config": "vLLM",
-    "--l2-adapter": "LMCache's server",
-    "--hicache-config": "SGLang",
-}
-#: The options that check a configuration of an engine instead.
+#: The options that check a configuration of an engine instead: the engine, and what is checked.
 CONFIGURATIONS = {
-    "--kv-transfer-config": "check vLLM's configuration of this name, and nothing else",
-    "--l2-adapter": "check LMCache's configuration of this name, and nothing else",
-    "--hicache-config": "check SGLang's --hicache-storage-backend-extra-config, and nothing else",
+    "--kv-transfer-config": ("vLLM", "vLLM's configuration of this name"),
+    "--l2-adapter": ("LMCache's server", "LMCache's configuration of this name"),
+    "--hicache-config": ("SGLang", "SGLang's --hicache-storage-backend-extra-config"),
 }
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that check a configuration of an engine instead."""
-    for option, description in CONFIGURATIONS.items():
-        parser.add_argument(option, metavar="JSON", help=f"{description}: a text or a file")
+    for option, (_, what) in CONFIGURATIONS.items():
+        about = f"check {what}, and nothing else: a text or a file"
+        parser.add_argument(option, metavar="JSON", help=about)
     parser.add_argument(
         "--model",
         metavar="FOLDER",
@@ -206,12 +201,17 @@ def _integration(name: str, served: Sequence[str]) -> Report:
         for other in served
         if other not in kinds
     ]
+    package = installed(releases.package)
+    found = None
+    if package is not None:  # a distribution may have another name than the module
+        name_of, version = package
+        found = version if name_of == releases.package else f"{name_of} {version}"
     extra = integration.extra
     if extra and _extra(extra)["missing"]:
         notes.append(f"The line needs the extra {extra}: {installing(extra)} brings it.")
     return {
         "plug": name,
-        "found": _found(releases.package),
+        "found": found,
         "serves": str(releases),
         "devices": kinds,
         "answer": "rejected" if reasons else answer,
@@ -257,16 +257,6 @@ def _obstacles(integration: Integration, kind: str, requested: str) -> Iterator[
             f"{integration.variable}={requested} is set, and no device here is served by that "
             f"name; expected {entry}. Set that, or unset it."
         )
-
-
-def _found(package: str) -> str | None:
-    """Return the installed version of an engine, with its distribution's name if that is another
-    one."""
-    found = installed(package)
-    if found is None:
-        return None
-    name, version = found
-    return version if name == package else f"{name} {version}"
 
 
 def _device(device: torch.device) -> Report:
@@ -347,7 +337,7 @@ def _check_config(
     then does not say that the engine starts, and neither does it if something was not checked.
 
     Args:
-        option: one of `ENGINES`.
+        option: one of `CONFIGURATIONS`.
         config: JSON, or the path of a file with it, after an @ or without.
         model: a folder with the ``config.json`` of a model; None: not known.
         as_json: print one JSON value.
@@ -369,7 +359,7 @@ def _check_config(
     ):
         for sentence in sentences:
             print_prose(f"{kind}: {sentence}")
-    print(_answer(ENGINES[option], findings))
+    print(_answer(CONFIGURATIONS[option][0], findings))
     return code
 
 

@@ -76,9 +76,9 @@ def _run_one(name: str, json: bool) -> int:
     text, _ = resolve(name)
     preset = PRESETS.get(name.strip()) or Preset("", text, "")
     same = [p.name for p in PRESETS.values() if p.layout == text and p.name != preset.name]
-    facts = {**_facts(preset), "picture": draw(text), "same_layout": same}
+    picture = draw(text)
     if json:
-        print_json(facts)
+        print_json({**_facts(preset), "picture": picture, "same_layout": same})
         return 0
     described = {
         "name": preset.name,
@@ -92,7 +92,7 @@ def _run_one(name: str, json: bool) -> int:
     }
     head, *rows = [[key, value] for key, value in described.items() if value]
     print_table([Column(head[0], whole=True), Column(head[1])], rows)
-    print(f"\n{facts['picture']}")
+    print(f"\n{picture}")
     return 0
 
 

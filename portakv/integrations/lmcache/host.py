@@ -56,13 +56,6 @@ class DirectCopyObject(NamedTuple):
     skip_prefix_n_blocks: Sequence[int]
 
 
-class _Blocks(NamedTuple):
-    """The blocks that a direct copy moves: ids in the caches, and places in the objects."""
-
-    ids: list[int]
-    places: list[int]
-
-
 def batch_memcpy_supported() -> bool:
     """Return True: `execute_direct_copy_transfer` works on every device that PortaKV supports."""
     return True
@@ -125,16 +118,16 @@ def _copy_group(
     slots = spec.slots_per_chunk
     check_chunk(slots, pool.block_size, "slots_per_chunk")
     nbytes = (2 if form.two_planes else 1) * pool.layers * slots * pool.heads * pool.row
-    blocks = _blocks_of_group(place, spec, objects, pool, nbytes)
-    if not blocks.ids:  # no objects, or all their blocks are skipped
+    ids, places = _blocks_of_group(place, spec, objects, pool, nbytes)
+    if not ids:  # no objects, or all their blocks are skipped
         return
 
     caches = caches_of(form.number, spec.paged_layer_ptrs, pool, device)
     at = [each.host_ptr + spec.byte_offset_in_object for each in objects]
     chunks = objects_of(form, caches, at, slots, torch.device("cpu"))
-    ids = blocks_of(blocks.ids, pool.block_size)
-    positions = Index.of(blocks.places, pool.block_size)
-    move(store, caches, chunks, ids, positions, len(blocks.ids) * pool.block_size)
+    blocks = blocks_of(ids, pool.block_size)
+    positions = Index.of(places, pool.block_size)
+    move(store, caches, chunks, blocks, positions, len(ids) * pool.block_size)
 
 
 def _blocks_of_group(
@@ -143,8 +136,8 @@ def _blocks_of_group(
     objects: Sequence[DirectCopyObject],
     pool: Pool,
     nbytes: int,
-) -> _Blocks:
-    """Return the blocks of a group that are not skipped.
+) -> tuple[list[int], list[int]]:
+    """Return the blocks of a group that are not skipped: ids in the caches, places in the objects.
 
     Args:
         place: the number of the group.
@@ -155,7 +148,8 @@ def _blocks_of_group(
     """
     per_chunk = spec.slots_per_chunk // pool.block_size
     begin = spec.byte_offset_in_object
-    blocks = _Blocks([], [])
+    ids = list[int]()
+    places = list[int]()
     for order, each in enumerate(objects):
         skips = each.skip_prefix_n_blocks
         first = each.chunk_idx * per_chunk
@@ -171,16 +165,16 @@ def _blocks_of_group(
                 f"object, but object {each.chunk_idx} has {each.nbytes} bytes and skips {skips} "
                 f"blocks of the groups. Expected whole blocks in both, within the object size."
             )
-        blocks.ids.extend(spec.block_ids[first + skip : first + per_chunk])
-        blocks.places.extend(range(order * per_chunk + skip, (order + 1) * per_chunk))
+        ids.extend(spec.block_ids[first + skip : first + per_chunk])
+        places.extend(range(order * per_chunk + skip, (order + 1) * per_chunk))
 
-    bad = [block for block in blocks.ids if not 0 <= block < pool.blocks]
+    bad = [block for block in ids if not 0 <= block < pool.blocks]
     if bad:
         raise IntegrationError(
             f"Expected block ids from 0 to {pool.blocks - 1} in group {place}, got {bad[0]}. "
             f"Nothing of the group was moved. Correct the ids."
         )
-    return blocks
+    return ids, places
 
 
 def lmcache_memcpy_async(

@@ -451,16 +451,10 @@ def load_prefix(
         SlotError: as for `save_prefix`.
         PortaKVError: an error of `portakv.copy_rows`.
     """
-    if cache.get_seq_length():
-        raise LayoutError(
-            f"Expected an empty cache to load a prefix into, got a cache of "
-            f"{cache.get_seq_length()} tokens. Reset it, or make another."
-        )
-    while len(cache.layers) < pool.layers and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
+    check_empty(cache)
     tokens = _whole(tokens)
+    layers = layers_of(cache, least=pool.layers)
     ids = _ids(pool, blocks)
-    layers = layers_of(cache)
     target = pool.device if device is None else device
     size = (len(ids), pool.heads, tokens)
     rows: list[tuple[torch.Tensor, ...]] = []
@@ -471,16 +465,35 @@ def load_prefix(
     transfer = copy_rows(pool, KVView(rows, f"layer {_ROWS}"), _slots(pool, ids, tokens))
 
     # The cache gets the rows last, so that a refused copy leaves it empty.
-    for layer, pair in zip(layers, rows, strict=True):
-        layer.lazy_initialization(*pair)
-        layer.keys, layer.values = pair
+    fill(layers, rows)
     transfer.wait()
     return transfer
 
 
-def layers_of(cache: DynamicCache, do: str = _WITHOUT_CONFIG) -> list[DynamicLayer]:
-    """Return a cache's layers. Raises `LayoutError`, which ends with ``do``, unless all of them
-    retain every token."""
+def check_empty(cache: DynamicCache) -> None:
+    """Raise `LayoutError` for a cache that holds tokens."""
+    if cache.get_seq_length():
+        raise LayoutError(
+            f"Expected an empty cache to load a prefix into, got a cache of "
+            f"{cache.get_seq_length()} tokens. Reset it, or make another."
+        )
+
+
+def fill(layers: Sequence[DynamicLayer], rows: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Give empty layers their keys and values."""
+    for layer, pair in zip(layers, rows, strict=True):
+        layer.lazy_initialization(*pair)
+        layer.keys, layer.values = pair
+
+
+def layers_of(cache: DynamicCache, do: str = _WITHOUT_CONFIG, least: int = 0) -> list[DynamicLayer]:
+    """Return a cache's layers, of which an empty cache may lack some.
+
+    Raises `LayoutError`, which ends with ``do``, unless all of them retain every token.
+    """
+    made = cache.layer_class_to_replicate
+    while len(cache.layers) < least and made is not None:
+        cache.layers.append(made())
     for number, layer in enumerate(cache.layers):
         if type(layer) not in (DynamicLayer, PortaKVLayer):
             raise LayoutError(

@@ -52,11 +52,11 @@ KEYS = (
     "kv_load_failure_policy",
 )
 #: The types of the values, as vLLM reads them from JSON.
-TYPES: dict[str, tuple[type, ...]] = {
-    "kv_connector": (str, type(None)),
-    "engine_id": (str, type(None)),
-    "kv_connector_module_path": (str, type(None)),
-    "kv_rank": (int, type(None)),
+TYPES: dict[str, tuple[type | None, ...]] = {
+    "kv_connector": (str, None),
+    "engine_id": (str, None),
+    "kv_connector_module_path": (str, None),
+    "kv_rank": (int, None),
     "kv_buffer_device": (str,),
     "kv_ip": (str,),
     "kv_port": (int,),
@@ -66,13 +66,13 @@ TYPES: dict[str, tuple[type, ...]] = {
     "kv_connector_extra_config": (dict,),
 }
 #: The names of types in JSON.
-JSON_TYPES = {
+JSON_TYPES: dict[type | None, str] = {
     str: "a text",
     int: "a whole number",
     float: "a number",
     bool: "true or false",
     dict: "an object",
-    type(None): "null",
+    None: "null",
 }
 #: What vLLM does with a request whose load has failed.
 POLICIES = ("fail", "recompute")
@@ -167,7 +167,8 @@ def wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for each value that vLLM's KVTransferConfig refuses, of any connector."""
     for name, types in TYPES.items():
         value = config.get(name)
-        if name in config and type(value) not in types:
+        kind = None if value is None else type(value)
+        if name in config and kind not in types:
             expected = " or ".join(JSON_TYPES[each] for each in types)
             yield f"Expected {name} to be {expected}, got {value!r}. Correct it."
     policy = config.get("kv_load_failure_policy", "fail")

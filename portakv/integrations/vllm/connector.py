@@ -168,18 +168,15 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return stats_of(self.figures.take(self._counters))
 
     def _counters(self) -> dict[str, float]:
-        """Return all that is counted for Prometheus in this process."""
-        return {**self.statistics(), **self._tiers()}
-
-    def _tiers(self) -> dict[str, float]:
-        """Return the counters of the tiers, and the levels of the disks, that this process has.
+        """Return all that is counted for Prometheus in this process.
 
         A store in the engine's process is the worker's, so that its scheduler counts none twice.
         """
-        index: Any = self.store if self.role == KVConnectorRole.WORKER else self.index
-        if self.role != KVConnectorRole.WORKER and not isinstance(index, JoinedIndex):
-            return {}
-        return figures_of(index.statistics())
+        counters = self.statistics()
+        store: Any = self.store if self.role == KVConnectorRole.WORKER else self.index
+        if isinstance(store, WorkerStore | JoinedIndex):
+            counters |= figures_of(store.statistics())
+        return counters
 
     def statistics(self) -> dict[str, float]:
         """Return the counters of this side, and what its hooks cost."""

@@ -90,15 +90,22 @@ class Lane:
 
     Args:
         device: the device of the stream; the host has none.
-        paced: the copies have a limited rate. A thread issues such copies later, so an event that
-            is recorded now would not come after them.
+        terms: of `copy_rows`. With a limited rate a thread issues the copies later, so an event
+            that is recorded now would not come after them.
+
+    Attributes:
+        options: of the lane's copies.
+        paced: the copies have a limited rate.
     """
 
-    def __init__(self, device: torch.device, paced: bool = False) -> None:
+    def __init__(self, device: torch.device, terms: Mapping[str, Any] | None = None) -> None:
         self.device = device
-        self.paced = paced
         self.stream = None if device.type == "cpu" else torch.Stream(device)
         self.jobs: dict[int, Job] = {}
+        terms = terms or {}
+        self.paced = terms.get("max_gbps") is not None
+        # A thread issues the slices of a paced copy, on a stream that the options name.
+        self.options = CopyOptions(stream=self.stream if self.paced else None, **terms)
 
     def submit(self, number: int, copy: Callable[[], BlockTransfer], nbytes: int = 0) -> None:
         """Begin a job of so many bytes, whose copies ``copy`` issues on the current stream.

@@ -168,7 +168,6 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
             )
         self.blocks_per_chunk = blocks_per_chunk
         self._region = region
-        self._terms = dict(terms or {})
         self._adopted: pinned.Adopted | None = None
         pages = [each.tensor.view(torch.int8) for each in kv_caches.tensors]
         for page in pages:
@@ -189,15 +188,8 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
             self._adopted = _adopt(region)
         self._together = sharing(kv_caches.group_data_refs)
         device = pages[0].device
-        self._store, self._load, self._expedited = (
-            Lane(device, paced=self._terms.get("max_gbps") is not None) for _ in range(3)
-        )
+        self._store, self._load, self._expedited = (Lane(device, terms) for _ in range(3))
         self._lanes = self._store, self._load, self._expedited
-        # A thread issues the slices of a paced copy, on a stream that the options name.
-        self._options = {
-            each: CopyOptions(stream=each.stream if each.paced else None, **self._terms)
-            for each in self._lanes
-        }
         self._taking = threading.Lock()
         for part in itertools.chain(*self._groups):
             self._warm_up(part)
@@ -273,7 +265,7 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         # All groups are checked before any of them moves.
         moves = moves_of(self._groups, self._together, self.blocks_per_chunk, device, host, store)
         nbytes = sum(move.nbytes for move in moves)
-        lane.submit(job, partial(self._copy, moves, self._options[lane], store), nbytes)
+        lane.submit(job, partial(self._copy, moves, lane.options, store), nbytes)
         return True
 
     def _warm_up(self, part: PageCopy) -> None:
@@ -290,12 +282,12 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
             lane.use(part.device)
         for count in sorted({min(most, 1), min(most, many)}):
             pages = range(count)
-            for lane, options in self._options.items():
+            for lane in self._lanes:
                 sides = (part.device, part.host)
                 if lane is not self._store:
                     sides = (part.host, part.device)
                 with lane.current():
-                    copied = copy_rows(*sides, pages, pages, count=count, options=options)
+                    copied = copy_rows(*sides, pages, pages, count=count, options=lane.options)
                     copied.synchronize()
 
     def _copy(self, moves: Sequence[Move], options: CopyOptions, store: bool) -> BlockTransfer:
@@ -303,15 +295,13 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         moved: list[BlockTransfer] = []
         try:
             for move in moves:
-                blocks = move.blocks
-                places = move.places
-                count = move.pages
                 for part in move.parts:
-                    if store:
-                        sides = part.device, part.host, blocks, places
-                    else:
-                        sides = part.host, part.device, places, blocks
-                    moved.append(copy_rows(*sides, count=count, options=options))
+                    views = (part.device, part.host)
+                    ids = (move.blocks, move.places)
+                    if not store:
+                        views = views[::-1]
+                        ids = ids[::-1]
+                    moved.append(copy_rows(*views, *ids, count=move.pages, options=options))
         except BaseException:  # also an interrupt: a refused job leaves no copy in flight
             BlockTransfer.together(moved).synchronize()
             raise
