@@ -369,7 +369,7 @@ def _findings(
     """Return what is wrong with a configuration, for a model of known sizes."""
     # Imported here: they need the extra `serving`, and no other report does.
     if option == "--kv-transfer-config":
-        from portakv.integrations.vllm.connectors_check import connector_findings_of
+        from portakv.integrations.vllm.check import connector_findings_of
 
         return connector_findings_of(config, sizes, block_size)
     if option == "--l2-adapter":

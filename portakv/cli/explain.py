@@ -589,9 +589,15 @@ def _explain_host(args: argparse.Namespace) -> int:
     terms = Terms(args.overlap or "compute", args.max_thread_blocks, args.max_gbps)
     direction = args.direction or "d2h"
     memory = "pageable" if args.pageable else "pinned"
-    known = _known(args)
-    costs = known.costs
-    out = dict(known.left_out)
+    device = requested_accelerator(args.device)
+    if device is None:
+        costs = args.table or unmeasured("there is no accelerator to measure")
+        out = dict[str, str]()
+        note = "There is no accelerator here; the answers assume that every strategy serves one."
+    else:
+        costs = args.table or costs_of(device)
+        out = dict(Host(device).out)
+        note = f"On {device}."
     for name in ORDER:
         if (name == "pageable") != (memory == "pageable"):
             out.setdefault(name, f"it does not copy {memory} memory")
@@ -612,7 +618,7 @@ def _explain_host(args: argparse.Namespace) -> int:
         "terms": {**asdict(terms), "text": _in_words(terms)},
         "measured": costs.measured,
         "origin": costs.origin,
-        "note": known.note,
+        "note": note,
         "engines": [
             _alternative_json(alternative, picked.strategy, nbytes)
             for alternative in picked.alternatives
@@ -651,23 +657,6 @@ def _in_words(terms: Terms) -> str:
         if limit is not None:
             text += f"; {name}={limit:g}"
     return text
-
-
-class _Known(NamedTuple):
-    """The facts about a device that a choice needs."""
-
-    costs: Table
-    left_out: Mapping[str, str]  # the strategies that do not serve the device, and why
-    note: str
-
-
-def _known(args: argparse.Namespace) -> _Known:
-    device = requested_accelerator(args.device)
-    costs: Table | None = args.table
-    if device is None:
-        note = "There is no accelerator here; the answers assume that every strategy serves one."
-        return _Known(costs or unmeasured("there is no accelerator to measure"), {}, note)
-    return _Known(costs or costs_of(device), Host(device).out, f"On {device}.")
 
 
 def _print_host(report: Report) -> None:

@@ -71,11 +71,13 @@ def means_ours(name: object, names: Iterable[str]) -> bool:
     return bool(is_close) or text.lower().startswith("porta")
 
 
-def other_values(config: Mapping[str, Any], expected: Mapping[str, str]) -> Iterator[str]:
-    """Yield a sentence for each key that must have one value, and has another one."""
-    for name, value in expected.items():
-        if config.get(name) != value:
-            yield f"Expected {name} {value!r}, got {config.get(name)!r}. Correct it."
+def other_values(config: Mapping[str, Any], expected: Mapping[str, Iterable[str]]) -> Iterator[str]:
+    """Yield a sentence for each key that must have one of some values, and has another one."""
+    for name, values in expected.items():
+        allowed = [*values]
+        if config.get(name) not in allowed:
+            one_of = " or ".join(map(repr, allowed))
+            yield f"Expected {name} {one_of}, got {config.get(name)!r}. Correct it."
 
 
 def check_release(

@@ -100,7 +100,9 @@ def findings_of(config: Mapping[str, Any]) -> Findings:
         config: as LMCache's ``--l2-adapter`` has it.
     """
     findings = Findings()
-    findings.errors += _wrong_keys(config)
+    findings.errors += unknown_keys(config, (*KEYS, *COMMON_KEYS), "LMCache's plugin adapter")
+    expected = {"type": ["plugin"], "module_path": [MODULE], "class_name": [CLASS]}
+    findings.errors += other_values(config, expected)
     params = config.get("adapter_params", {})
     if not isinstance(params, Mapping):
         findings.errors.append(
@@ -118,12 +120,6 @@ def findings_of(config: Mapping[str, Any]) -> Findings:
     findings.warnings += _without_use(config)
     check_release(findings, "lmcache", "LMCache", HOOKS, who="the adapter")
     return findings
-
-
-def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each key of LMCache's that is wrong."""
-    yield from unknown_keys(config, (*KEYS, *COMMON_KEYS), "LMCache's plugin adapter")
-    yield from other_values(config, {"type": "plugin", "module_path": MODULE, "class_name": CLASS})
 
 
 def _without_use(config: Mapping[str, Any]) -> Iterator[str]:

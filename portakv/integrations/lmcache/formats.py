@@ -398,7 +398,7 @@ def check_chunk(tokens: int, block_size: int, name: str) -> None:
         )
 
 
-def kind_of(memory_object: MemoryObject) -> Hashable:
+def likeness_of(memory_object: MemoryObject) -> Hashable:
     """Return the properties that memory objects of one copy must share."""
     if isinstance(memory_object, torch.Tensor):
         return memory_object.shape, memory_object.stride(), memory_object.dtype

@@ -65,7 +65,7 @@ def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
         near = difflib.get_close_matches(name, KEYS, n=1)
         if name not in KEYS and near:
             yield f"Expected a key of SGLang's, got {name!r}. Did you mean {near[0]}? Correct it."
-    yield from other_values(config, {"module_path": MODULE, "class_name": CLASS})
+    yield from other_values(config, {"module_path": [MODULE], "class_name": [CLASS]})
     if not config.get("backend_name"):
         yield "Expected backend_name, a name for SGLang's log, got none. Add it."
     if config.get("tp_lcm_size"):

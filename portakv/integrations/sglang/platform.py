@@ -74,13 +74,6 @@ class _Sides(NamedTuple):
     device: KVView
 
 
-class _LayerPlace(NamedTuple):
-    """The numbers of one layer in the two views of a pool."""
-
-    host: int
-    device: int
-
-
 def register() -> None:
     """Replace the copies of SGLang's host pools if ``PORTAKV_SGLANG`` is set.
 
@@ -119,7 +112,7 @@ def load(
         return
     place = _place_of(pool, layer_id, is_draft)
     if place is not None:
-        layer = views.layer(place)
+        layer = views.layer(*place)
         views.copy(layer.host, layer.device, host_indices, device_indices, io_backend)
 
 
@@ -140,7 +133,7 @@ def backup(
     if _is_mla(pool) and views.sides.host.layers != views.sides.device.layers:
         # The rank owns some layers only.
         pairs = [
-            views.layer(_LayerPlace(on_host, pool._buffer_index_by_layer[layer]))
+            views.layer(on_host, pool._buffer_index_by_layer[layer])
             for layer, on_host in pool._host_layer_by_controller.items()
         ]
     for pair in pairs:
@@ -165,7 +158,7 @@ class _PoolViews:
         # decode context parallelism
         self._ranks: int = getattr(pool, "dcp_size", 1)
         self._rank: int = getattr(pool, "dcp_rank", 0)
-        self._layers: dict[_LayerPlace, _Sides] = {}
+        self._layers: dict[tuple[int, int], _Sides] = {}
         self._last: dict[torch.device, BlockTransfer] = {}  # the last copy, by destination
         self._adopted = pinned.adopt(_registered_ranges(pool))
 
@@ -174,13 +167,13 @@ class _PoolViews:
         same_host = self._host_buffers is pool.kv_buffer
         return same_host and self._device_buffers is _device_buffers(pool)
 
-    def layer(self, place: _LayerPlace) -> _Sides:
-        """Return the views of one layer; they are cached."""
-        layer = self._layers.get(place)
+    def layer(self, on_host: int, on_device: int) -> _Sides:
+        """Return the views of one layer, by its numbers in the two views; they are cached."""
+        layer = self._layers.get((on_host, on_device))
         if layer is None:
-            host = self.sides.host.slice(layers=place.host)
-            device = self.sides.device.slice(layers=place.device)
-            layer = self._layers[place] = _Sides(host, device)
+            host = self.sides.host.slice(layers=on_host)
+            device = self.sides.device.slice(layers=on_device)
+            layer = self._layers[on_host, on_device] = _Sides(host, device)
         return layer
 
     def copy(
@@ -278,13 +271,13 @@ def _device_buffers(pool: HostPool) -> Any:
     return pool.device_kv_buffers if _is_mla(pool) else pool.device_k_buffers
 
 
-def _place_of(pool: HostPool, layer_id: int, is_draft: bool) -> _LayerPlace | None:
-    """Return the place of a layer, or None if the pool has no layer of that number."""
+def _place_of(pool: HostPool, layer_id: int, is_draft: bool) -> tuple[int, int] | None:
+    """Return the numbers of a layer on the host and on the device; None: the pool lacks it."""
     if _is_mla(pool):
         if not is_draft and layer_id not in pool._target_layer_indices:
             return None
         on_host = pool._host_layer_by_controller[layer_id]
-        return _LayerPlace(on_host, pool._buffer_index_by_layer[layer_id])
+        return on_host, pool._buffer_index_by_layer[layer_id]
     if not is_draft and not 0 <= layer_id < pool.target_layer_num:
         return None
-    return _LayerPlace(layer_id, layer_id)
+    return layer_id, layer_id
