@@ -14,7 +14,6 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ from portakv.integrations import (
     MATRIX,
     Integration,
     installed,
+    is_here,
     untested,
     why_not,
 )
@@ -275,16 +275,8 @@ def _device(device: torch.device) -> Report:
 def _extra(extra: str) -> Report:
     """Return the modules of an extra that are not installed."""
     modules, gives = EXTRAS[extra]
-    missing = [module for module in modules if not _is_here(module)]
+    missing = [module for module in modules if not is_here(module)]
     return {"extra": extra, "missing": missing, "gives": gives}
-
-
-def _is_here(module: str) -> bool:
-    """Return whether a module could be imported. Only its parent packages are imported."""
-    try:
-        return find_spec(module) is not None
-    except (ImportError, ValueError):  # a missing parent, or a module without a spec
-        return False
 
 
 def _print(report: Report) -> None:

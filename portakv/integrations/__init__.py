@@ -251,7 +251,7 @@ def installed(package: str) -> tuple[str, str] | None:
     """
     with suppress(metadata.PackageNotFoundError):  # the distribution may have another name
         return package, str(metadata.version(package))  # None if its metadata is broken
-    if not _is_here(package):
+    if not is_here(package):
         return None
     for name in metadata.packages_distributions().get(package, ()):
         with suppress(metadata.PackageNotFoundError):  # it was removed meanwhile
@@ -259,10 +259,12 @@ def installed(package: str) -> tuple[str, str] | None:
     return None
 
 
-def _is_here(package: str) -> bool:
-    """Return whether a module could be imported, and import nothing."""
+def is_here(module: str) -> bool:
+    """Return whether a module could be imported. Only its parent packages are imported."""
     try:
-        return find_spec(package) is not None
+        return find_spec(module) is not None
+    except ImportError:  # a parent is missing
+        return False
     except ValueError:  # an imported module without a spec
         return True
 

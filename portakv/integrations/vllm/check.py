@@ -138,9 +138,9 @@ def findings_of(
         block_size: of vLLM's ``--block-size``, if the engine is started with it.
     """
     served = Served(sizes, block_size)
-    findings = Findings()
-    findings.errors += _wrong_keys(config)
-    findings.errors += wrong_values(config)
+    findings = Findings(errors=errors_of_keys(config))
+    expected = {"kv_connector": [CONNECTOR], "kv_connector_module_path": [MODULE]}
+    findings.errors += other_values(config, expected | {"kv_role": [*ROLES]})
     if not findings.errors and config.get("kv_load_failure_policy", "fail") != "recompute":
         findings.warnings.append(
             "kv_load_failure_policy is not 'recompute': a stored block that is damaged, or was "
@@ -157,7 +157,6 @@ def findings_of(
             f"{OPTIONAL_HOOKS[name]}."
             for name in lacks(OPTIONAL_HOOKS)
         ]
-    findings.errors += keys_of_other_releases(config)
     return findings
 
 
@@ -208,13 +207,6 @@ def _check_model(sizes: Sizes | None, findings: Findings) -> None:
         )
     if sizes.unknown:
         findings.unchecked.append(f"The sizes of the model's rows: {sizes.unknown}.")
-
-
-def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each key of vLLM's that is wrong."""
-    yield from unknown_keys(config, KEYS, OWNER)
-    names = {"kv_connector": [CONNECTOR], "kv_connector_module_path": [MODULE]}
-    yield from other_values(config, names | {"kv_role": [*ROLES]})
 
 
 def _check_terms(
