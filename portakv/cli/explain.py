@@ -172,6 +172,13 @@ def _explain_plan(args: argparse.Namespace) -> int:
     plan = CopyPlan(src.view.form, dst.view.form, src.step, dst.step)
     _, taken = prepare(plan, choice)  # the same as a copy does
     why = taken.trace[-1].reason if peer else _why(taken)
+    notes = []
+    guarded = taken.can.guards and taken.can.skips_negative
+    if (src.step or dst.step) and not guarded and taken.backend.device.type != "cpu":
+        notes.append(
+            "Ids on the device are checked before launch, with one synchronisation; ids on the "
+            "host need none."
+        )
     report: Report = {
         "source": _side_json(src),
         "destination": _side_json(dst),
@@ -186,7 +193,7 @@ def _explain_plan(args: argparse.Namespace) -> int:
         "forced": taken.forced,
         "backend": taken.name,
         "why": why,
-        "notes": _notes(taken, ids=bool(src.step or dst.step)),
+        "notes": notes,
         "candidates": candidates_for_plan(plan, taken),
     }
     if args.json:
@@ -264,16 +271,6 @@ def _index_in_words(side: Side) -> str:
         return "slot mapping: an id for each token" if side.step else "none: consecutive tokens"
     table = "block table: " if side.step == side.view.block_size else ""
     return f"{table}an id for {side.step} tokens"
-
-
-def _notes(taken: Choice, ids: bool) -> list[str]:
-    guarded = taken.can.guards and taken.can.skips_negative
-    if not ids or guarded or taken.backend.device.type == "cpu":
-        return []
-    return [
-        "Ids on the device are checked before launch, with one synchronisation; ids on the "
-        "host need none."
-    ]
 
 
 def _side_json(side: Side) -> Report:

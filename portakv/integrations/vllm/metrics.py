@@ -28,9 +28,6 @@ else:
 
 #: Seconds between two reports of figures.
 INTERVAL = 1.0
-#: The metrics by the names under which processes of an engine report them. The values of labels
-#: come after the names, after slashes.
-COUNTERS = ENGINE
 
 
 def _of_histogram(name: str, unit: str, why: str) -> Metric:
@@ -53,8 +50,9 @@ TIERS = {
         _of_histogram("tier_tasks_total", "1", "tasks of a tier that ran"),
     ),
 }
-#: All that is counted for Prometheus, by these names.
-COUNTED = COUNTERS | {name: metric for name, (_, metric) in TIERS.items()}
+#: All that is counted for Prometheus, by the names under which processes of an engine report it.
+#: The values of labels come after the names, after slashes.
+COUNTED = ENGINE | {name: metric for name, (_, metric) in TIERS.items()}
 #: The levels of disks, which are reported as what they have changed by. Free bytes are left out:
 #: other programs change them all the time, and vLLM logs a line for each change.
 LEVELS = {name: metric for name, metric in DISK.items() if name != "disk_free"}
