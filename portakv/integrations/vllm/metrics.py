@@ -83,21 +83,17 @@ class Figures:
         self._due = now + self._interval
         grown = dict[str, float]()
         present = read()
-        for name, value in present.items():
-            before = self._reported.get(name, 0)
-            if value == before:
-                continue
+        for name in {**self._reported, **present}:
             kind = name.partition("/")[0]
-            if kind in COUNTED:
-                # A store that another process had meanwhile begins at 0 again.
-                grown[name] = value - before if value > before else value
-                self._reported[name] = value
-            elif kind in LEVELS:
-                grown[name] = value - before
-                self._reported[name] = value
-        for name in [*self._reported]:
-            if name.partition("/")[0] in LEVELS and name not in present:  # of a store that closed
-                grown[name] = -self._reported.pop(name)
+            before = self._reported.get(name, 0)
+            # A level of a store that closed is 0; a counter that is not read stays.
+            value = present.get(name, 0 if kind in LEVELS else before)
+            if value == before or not (kind in COUNTED or kind in LEVELS):
+                continue
+            # A store that another process had meanwhile begins to count at 0 again.
+            begins = kind in COUNTED and value < before
+            grown[name] = value if begins else value - before
+            self._reported[name] = value
         return grown
 
 
@@ -155,7 +151,7 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             shown = metric.name.removeprefix("engine_").removesuffix("_total")
             counter = self._counter_cls(
                 name=f"vllm:portakv_{shown}",
-                documentation=f"{metric.why[0].upper()}{metric.why[1:]}.",
+                documentation=_sentence(metric),
                 labelnames=[*labelnames, *metric.labels],
             )
             self._counters[name] = counter
@@ -166,7 +162,7 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             # Each server of an API hears a part of the changes, so the sum of all is the level.
             self._gauges[name] = self._gauge_cls(
                 name=f"vllm:portakv_{metric.name}",
-                documentation=f"{metric.why[0].upper()}{metric.why[1:]}.",
+                documentation=_sentence(metric),
                 labelnames=[*labelnames, *metric.labels],
                 multiprocess_mode="sum",
             )
@@ -182,6 +178,10 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
                 key = engine_idx, name
                 self._levels[key] = self._levels.get(key, 0.0) + grown
                 self._gauges[counter].labels(*values, *more).set(self._levels[key])
+
+
+def _sentence(metric: Metric) -> str:
+    return f"{metric.why[0].upper()}{metric.why[1:]}."
 
 
 def series_of(name: str) -> tuple[str, list[str]]:
