@@ -25,7 +25,7 @@ import torch
 from portakv import __version__
 from portakv.cli.backends import Candidate, candidates_for, print_candidates
 from portakv.cli.console import Report, columns_of, installing, print_json, print_table
-from portakv.cli.sides import in_bytes, in_time
+from portakv.cli.sides import Shape, in_bytes, in_time
 from portakv.connector.connector import AdaptiveConnector
 from portakv.copy.rows import copy_blocks
 from portakv.errors import PortaKVError, Unsupported
@@ -47,48 +47,36 @@ POISON = 0x5A5AC3C35A5AC3C3
 Work = Callable[[], object]
 
 
-@dataclass(frozen=True)
-class Scenario:
-    """Paged caches ``[2, blocks, block_size, heads, dim]`` in fp16, and the tokens to move."""
-
-    layers: int = 32
-    tokens: int = 128
-    heads: int = 32
-    dim: int = 128
-    block_size: int = 16
-    blocks: int = 32
-    full_layers: int = 0  # the layers before `fitted` reduced them; 0: ``layers``
-
-    @property
-    def slots(self) -> int:
-        """Return the tokens that fit the pool."""
-        return self.blocks * self.block_size
-
-    @property
-    def payload(self) -> int:
-        """Return the bytes that one copy moves."""
-        return self.layers * 2 * self.tokens * self.heads * self.dim * 2
-
-    @property
-    def pool(self) -> int:
-        """Return the bytes of the paged caches."""
-        return self.payload // self.tokens * self.slots
-
-    @property
-    def needed(self) -> int:
-        """Return the bytes that the demo needs: two pools, three chunks, and memory for checks."""
-        return 2 * self.pool + 3 * self.payload + 4 * self.pool // self.layers
-
-
 #: The first scenario of PortaKV.
-FOUNDING = Scenario()
+FOUNDING = Shape(
+    name="founding",
+    model="a 7B model with multi-head attention",
+    source="the numbers of Llama-2 7B",
+    cache="layer | kv block token head dim",
+    chunk="kv layer token (head dim)",
+    layers=32,
+    heads=32,
+    dim=128,
+    dtype="float16",
+    block_size=16,
+    tokens=128,
+)
 
 
-def fitted(scenario: Scenario, free: int | None) -> Scenario:
+def pool_bytes(s: Shape) -> int:
+    """Return the bytes of the paged caches."""
+    return s.payload // s.tokens * s.slots
+
+
+def fitted(scenario: Shape, free: int | None) -> Shape:
     """Return the scenario, with fewer layers if it needs more than half of ``free`` bytes."""
     reduced = scenario
-    while free is not None and reduced.layers > 1 and reduced.needed > free // 2:
-        reduced = replace(reduced, layers=reduced.layers // 2, full_layers=scenario.layers)
+    while free is not None and reduced.layers > 1:
+        pool = pool_bytes(reduced)
+        # Two pools, three chunks, and memory for checks.
+        if 2 * pool + 3 * reduced.payload + 4 * pool // reduced.layers <= free // 2:
+            break
+        reduced = replace(reduced, layers=reduced.layers // 2)
     return reduced
 
 
@@ -113,7 +101,7 @@ class Founding:
         slots_of_blocks: the slots of these blocks' tokens, by plain arithmetic.
     """
 
-    def __init__(self, device: torch.device, s: Scenario) -> None:
+    def __init__(self, device: torch.device, s: Shape) -> None:
         self.device = device
         self.scenario = s
         draw = torch.Generator().manual_seed(0)
@@ -274,12 +262,11 @@ def _plain(f: Founding) -> list[_Move]:
 def _moves(f: Founding, backend: str) -> list[_Move]:
     """Return gather and scatter, by slots with a connector and by block ids with `copy_blocks`."""
     s = f.scenario
-    dense = "kv layer token (head dim)"
     reader, writer = (AdaptiveConnector(f.device, backend) for _ in range(2))
     reader.register_kv_caches(f.pool)
     writer.register_kv_caches(f.target)
-    pool, target = (KVView(x, "layer | kv block token head dim") for x in (f.pool, f.target))
-    chunk, stored = (KVView(x, dense, heads=s.heads) for x in (f.chunk, f.stored))
+    pool, target = (KVView(x, s.cache) for x in (f.pool, f.target))
+    chunk, stored = (KVView(x, s.chunk, heads=s.heads) for x in (f.chunk, f.stored))
 
     def move(call: str, route: str, checked: int, run: Work, wrong: Callable[[], int]) -> _Move:
         return _Move(Row(backend, call, route, checked), run, wrong)
@@ -299,7 +286,7 @@ def _moves(f: Founding, backend: str) -> list[_Move]:
         move(
             "to_gpu",
             f"chunk -> {slots}",
-            s.pool,
+            pool_bytes(s),
             partial(writer.to_gpu, f.stored, slot_mapping=index),
             partial(f.wrong_in_target, f.slots),
         ),
@@ -313,7 +300,7 @@ def _moves(f: Founding, backend: str) -> list[_Move]:
         move(
             "copy_blocks",
             f"chunk -> {blocks}",
-            s.pool,
+            pool_bytes(s),
             partial(by_block, stored, target, None, f.blocks),
             partial(f.wrong_in_target, f.slots_of_blocks),
         ),
@@ -338,6 +325,10 @@ def run_demo(*, device: str | None = None, json: bool = False) -> int:
     if json:
         print_json(report)
     return 0 if report["ok"] else 1
+
+
+#: What the report has of the scenario.
+_SHOWN = ("layers", "tokens", "heads", "dim", "block_size", "blocks", "dtype")
 
 
 def _demo(device: str | None) -> Report:
@@ -367,9 +358,8 @@ def _demo(device: str | None) -> Report:
         "forced": forced,
         "model": model,
         "scenario": {
-            **asdict(scenario),
-            "full_layers": scenario.full_layers or scenario.layers,
-            "dtype": "float16",
+            **{name: getattr(scenario, name) for name in _SHOWN},
+            "full_layers": FOUNDING.layers,
             "payload_bytes": scenario.payload,
         },
         "moves": [*map(asdict, rows)],
@@ -427,16 +417,16 @@ def _print_heading(device: torch.device, forced: str | None) -> None:
     _show("The model is a small Llama with random weights; nothing is downloaded.\n")
 
 
-def _print_scenario(s: Scenario, device: torch.device, serving: Sequence[str]) -> None:
+def _print_scenario(s: Shape, device: torch.device, serving: Sequence[str]) -> None:
     _show(f"\n2. {in_bytes(s.payload)} of KV cache through {', '.join(serving)}\n")
     text = (
         f"{s.tokens} tokens of {s.layers} layers, keys and values, {s.heads} heads of {s.dim} "
         f"fp16 numbers, between paged caches of {s.blocks} blocks of {s.block_size} tokens "
-        f"({in_bytes(s.pool)}) and a dense chunk."
+        f"({in_bytes(pool_bytes(s))}) and a dense chunk."
     )
-    if s.full_layers:
+    if s.layers < FOUNDING.layers:
         text += (
-            f" Scaled down: {s.full_layers} layers would take more than half of the free memory "
+            f" Scaled down: {FOUNDING.layers} layers would take more than half of the free memory "
             f"of {device}."
         )
     _show(_folded(text))
