@@ -43,8 +43,7 @@ from support.vllm_cpu import (
 from support.vllm_cpu_schedules import LONGEST_ANSWER, Asked, Walk, count_preemptions, prompts_of
 from support.vllm_cpu_table import Named, case_of
 
-from portakv.integrations.vllm.check import KEYS, TYPES
-from portakv.integrations.vllm.connectors_check import connector_findings_of
+from portakv.integrations.vllm.check import KEYS, TYPES, connector_findings_of
 from portakv.serving.local import TOKENS
 from portakv.serving.sizing import sizes_of
 

@@ -64,7 +64,7 @@ def main() -> None:
         layer[2] = -1
     seen = step(connector, Plan(loads=[Job(2, "a", keys, 0, None, ((2,),))]), caches)
     answers = {
-        "waits by words": connector.store.graphs.words is not None,
+        "waits by words": connector.store.words is not None,
         "metadata": [before, connector.has_connector_metadata()],
         "piecewise": [
             PortaKVConnector.requires_piecewise_for_cudagraph({"by_layer": each})
