@@ -343,11 +343,6 @@ PORTAKV_API int64_t portakv_link_submit(portakv_link *link, const int64_t *const
                                         int64_t number, const int64_t *crossing,
                                         portakv_link_fault *fault);
 
-// The same for the pieces of a copy: its plan, and the request as for `portakv_pieces_list`.
-PORTAKV_API int64_t portakv_link_copy(portakv_link *link, const int64_t *plan,
-                                      const int64_t *request, const int64_t *crossing,
-                                      portakv_link_fault *fault);
-
 // Submit a copy in slices (`SlicedCopy`), each as the schedule says. If a step fails, what was
 // submitted stays ordered. Return 0 or `fault->code`.
 PORTAKV_API int64_t portakv_link_run(portakv_link *link, const int64_t *copy,

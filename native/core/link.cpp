@@ -708,8 +708,11 @@ int64_t slots_of(const CrossingPlan &plan, int64_t count, int64_t first) {
   return slots + (first != 0 ? dense.block : 0);
 }
 
-portakv_rows_side rows_of(const Positions &at, const portakv_copy_view &view) {
-  return {view.addresses, view.table, at.ids, at.id_bytes == 8, at.offset, at.slots};
+// Return the device's rows as its kernels read them, while `at` lives.
+portakv_rows_side rows_of(const Positions &at, int64_t table) {
+  const int64_t *const several = reinterpret_cast<const int64_t *>(at.addresses);
+  const int64_t *const addresses = at.entries == 1 ? &at.addresses : several;
+  return {addresses, table, at.ids, at.id_bytes == 8, at.offset, at.slots};
 }
 
 // A copy of rows between a device and the host, from its checked sides to the driver.
@@ -739,7 +742,6 @@ class RowsCrossing {
     const bool down = plan_.downward != 0;
     const Positions &rows = down ? copy_.src : copy_.dst;
     const Positions &host = down ? copy_.dst : copy_.src;
-    const auto &view = *reinterpret_cast<const portakv_copy_view *>(down ? call_.src : call_.dst);
     StagingBuffers staging;
     std::memcpy(&staging, reinterpret_cast<const void *>(call_.staging), sizeof staging);
 
@@ -759,12 +761,12 @@ class RowsCrossing {
     planes.kernels = plan_.kernels;
     planes.stage = plan_.stage;
     planes.options = plan_.options;
-    planes.rows = rows_of(rows, view);
+    planes.rows = rows_of(rows, copy_.table);
     planes.dense.offset = first;
     planes.dense.slots = slots;
     planes.plan = plan_.plan;
     planes.host = host;
-    planes.whole = whole(host, down ? call_.dst : call_.src);
+    planes.whole = down ? copy_.dst_whole : copy_.src_whole;
     planes.edges = call_.edges[0];
     const int64_t number = static_cast<int64_t>(cuts.size());
     SlicedCopy sliced{};
@@ -797,19 +799,15 @@ class RowsCrossing {
     return called(link_, [&] { return link_.driver.query(handle_of(stream)); }) == 0;
   }
 
-  static int64_t whole(const Positions &at, int64_t view) {
-    if (at.entries <= 1) return 0;
-    return reinterpret_cast<const portakv_copy_view *>(view)->entry_bytes;
-  }
-
   void cross() {
     PiecesRequest request{};
     request.src = copy_.src;
     request.dst = copy_.dst;
     request.count = copy_.count;
     request.limits = plan_.limits;
-    request.src_whole = whole(copy_.src, call_.src);
-    request.dst_whole = whole(copy_.dst, call_.dst);
+    request.src_whole = copy_.src_whole;
+    request.dst_whole = copy_.dst_whole;
+    request.merged = plan_.merged;
     request.edged = call_.edged;
     request.registered = call_.registered;
     request.src_edges = call_.edges[0];
@@ -903,18 +901,6 @@ int64_t portakv_link_submit(portakv_link *link, const int64_t *const *columns, i
     const Listed pieces{{columns[0], columns[1], columns[2], number},
                         columns[3], columns[4], columns[5]};
     Submission(*link, crossing).submit(pieces);
-  });
-}
-
-int64_t portakv_link_copy(portakv_link *link, const int64_t *plan_words, const int64_t *request,
-                          const int64_t *words, portakv_link_fault *fault) {
-  return judged(fault, [&] {
-    Crossing crossing;
-    std::memcpy(&crossing, words, sizeof crossing);
-    PiecesRequest asked;
-    std::memcpy(&asked, request, sizeof asked);
-    PieceList pieces;
-    Submission(*link, crossing).submit(pieces.list(read_plan(plan_words), asked));
   });
 }
 

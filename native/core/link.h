@@ -163,6 +163,7 @@ struct CrossingPlan {
   int64_t stage;     // the words of its plan
   int64_t options;   // and those of its RowsOptions
   int64_t plan;      // of what crosses
+  int64_t merged;    // see `PiecesRequest`, for pieces that cross without stages
   DenseRows dense;
   SliceSizes sizes;
   Limits limits;
@@ -187,6 +188,9 @@ struct CheckedCopy {
   int64_t count;
   int64_t groups;       // of units that follow each other on both sides
   int64_t host_groups;  // on the host's
+  int64_t src_whole;    // see `PiecesRequest`
+  int64_t dst_whole;
+  int64_t table;  // the addresses of the device's rows where its kernels read them; 0: they do not
 };
 
 // One copy. Words: the members.
@@ -194,8 +198,6 @@ struct CrossingCopy {
   int64_t plan;     // pointer to a CrossingPlan
   int64_t staging;  // pointer to StagingBuffers
   int64_t copy;     // pointer to a CheckedCopy
-  int64_t src;      // pointer to a portakv_copy_view
-  int64_t dst;
   int64_t stream;
   int64_t aside;  // see `Crossing`
   int64_t end;    // pointer to a portakv_copy_end whose event is recorded after the copy; 0: none

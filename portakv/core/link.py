@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from ctypes import c_char_p, c_int, c_int64, c_void_p
 from functools import cache
 from struct import Struct
-from struct import error as StructError
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from portakv.core.library import library, pylibrary
 from portakv.core.plan import NO_MEMORY
-from portakv.core.runs import Int64, pack_request
+from portakv.core.runs import Int64
 from portakv.errors import PortaKVError
 
 # The codes of `core.h`.
@@ -62,9 +61,9 @@ pack_host = Struct("=12q").pack
 #: A `SlicedCopy`.
 pack_sliced = Struct("=35q").pack
 #: A `CrossingCopy`.
-pack_copy = Struct("=15q").pack
+pack_copy = Struct("=13q").pack
 #: Words of a `CheckedCopy`, and the place of its tokens. Both numbers of groups follow them.
-CHECKED = 19
+CHECKED = 22
 COUNT = 16
 
 
@@ -147,17 +146,6 @@ class Link:
             return _refused(fault)
         return None
 
-    def copy(self, plan: int, request: Sequence[int], crossing: bytes) -> Fault | None:
-        """Order the pieces of a copy; `list_pieces` describes the request."""
-        try:
-            words = pack_request(*request)
-        except StructError:  # a number past 64 bits
-            return Fault(OUTSIDE, 0, 0, (0, 0))
-        fault = _Fault()
-        if _functions().copy(self._link, plan, words, crossing, _at(fault)):
-            return _refused(fault)
-        return None
-
     def run(self, copy: bytes) -> Fault | None:
         """Submit a copy in slices, by `pack_sliced`."""
         fault = _Fault()
@@ -212,7 +200,6 @@ class _Functions(NamedTuple):
     open: Any
     close: Any
     submit: Any
-    copy: Any
     run: Any
     rows: Any
     time: Any
@@ -235,9 +222,6 @@ def _functions() -> _Functions:
     submit = core.portakv_link_submit
     submit.argtypes = (c_void_p, c_void_p, c_int64, c_char_p, c_void_p)
     submit.restype = c_int64
-    copy = core.portakv_link_copy
-    copy.argtypes = (c_void_p, c_void_p, c_char_p, c_char_p, c_void_p)
-    copy.restype = c_int64
     run = core.portakv_link_run
     run.argtypes = (c_void_p, c_char_p, c_void_p)
     run.restype = c_int64
@@ -247,4 +231,4 @@ def _functions() -> _Functions:
     time = core.portakv_link_time
     time.argtypes = (c_void_p, c_int, c_void_p)
     time.restype = None
-    return _Functions(schedule, make, close, submit, copy, run, rows, time)
+    return _Functions(schedule, make, close, submit, run, rows, time)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import threading
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import NoReturn
 
 import torch
 
-from portakv.core.call import DRIVER, OpenedView
+from portakv.core.call import DRIVER
 from portakv.core.link import (
     BATCH,
     CHECKED,
@@ -32,10 +32,18 @@ from portakv.core.link import (
     pack_crossing,
 )
 from portakv.errors import TransferError
-from portakv.interconnect.pieces import ALL, Pieces, Uncrossed, pieces_of, request_of
+from portakv.interconnect.pieces import (
+    ALL,
+    Pieces,
+    Uncrossed,
+    check_copy,
+    limits_of,
+    pieces_of,
+    whole_bytes,
+)
 from portakv.plan.move import Move
 from portakv.plan.plan import CopyPlan
-from portakv.plan.runs import outside
+from portakv.plan.runs import outside, side_words
 from portakv.runtime import cuda
 from portakv.runtime.devices import inside
 from portakv.runtime.streams import own_stream
@@ -207,22 +215,33 @@ class CudaLink:
         merged: bool = False,
     ) -> None:
         """Copy as `TorchLink.carry` does."""
-        words = plan.words.buffer_info()[0]
-        to_device = move.dst.form.place == "device"
+        check_copy(plan, move)
+        copy = CheckedCopy.of(move, cuda.raw(stream, self.device.index))
+        words = self.words_of(plan, copy.downward, merged)
 
-        def submit(uncrossed: Uncrossed) -> Fault | None:
-            request = request_of(plan, move, self.fold_below, merged, uncrossed)
-            return self.core.copy(words, request, self._crossing(to_device, stream))
-
-        def both() -> Fault | None:
-            fault = submit(Uncrossed())
-            if fault is not None and fault.code == EDGES:
-                fault = submit(Uncrossed(move.src, move.dst))
+        def submit() -> Fault | None:
+            fault = self.pieces(words, copy)
             if fault is not None and fault.code == OUTSIDE:
                 raise outside(move)
             return fault
 
-        self.ordered(both)
+        self.ordered(submit)
+
+    def words_of(self, plan: CopyPlan, downward: bool, merged: bool = False) -> array[int]:
+        """Return the words of a `CrossingPlan` of ``link.h`` whose copies cross as their pieces.
+
+        They are read while the plan lives. ``merged``: as for `pieces_of`.
+        """
+        # Without a stage of the device, dense rows and slices.
+        words = downward, 0, 0, 0, plan.words.buffer_info()[0], merged, *[0] * 9
+        return array("q", [*words, *limits_of(self.fold_below), *rules()])
+
+    def pieces(self, words: array[int], copy: CheckedCopy) -> Fault | None:
+        """Submit a copy as its pieces, by the words of its plan; return what was refused."""
+        fault = self.rows(words, 0, copy, Uncrossed())
+        if fault is not None and fault.code == EDGES:
+            fault = self.rows(words, 0, copy, Uncrossed(copy.rows, copy.host))
+        return fault
 
     def ordered(self, submit: Callable[[], Fault | None]) -> None:
         """Call what submits work to the driver, with the device current in this thread.
@@ -264,8 +283,6 @@ class CudaLink:
                 plan.buffer_info()[0],
                 staging,
                 copy.address,
-                copy.src.address,
-                copy.dst.address,
                 copy.stream,
                 self._aside(copy.stream),
                 copy.end,
@@ -320,41 +337,50 @@ def rules() -> tuple[int, ...]:
 
 
 class CheckedCopy:
-    """A copy across the link whose sides the core has read and checked.
+    """A copy across the link whose sides fit each other, with ids on the host.
 
     Args:
-        src, dst: the views, opened for the core.
         rows, host: the views of the device and of the host.
-        down: from the device to the host.
-        end: the address of the `portakv_copy_end` whose event follows the copy; 0: none.
+        downward: from the device to the host.
         stream: the handle of the copy's stream.
+        end: the address of the `portakv_copy_end` whose event follows the copy; 0: none.
+        words: `CheckedCopy` of ``link.h``; none: the core writes them.
 
     Attributes:
-        words: `CheckedCopy` of ``link.h``, which the core writes.
         address: of these words.
     """
 
-    __slots__ = ("address", "downward", "dst", "end", "host", "rows", "src", "stream", "words")
+    __slots__ = ("address", "downward", "end", "host", "rows", "stream", "words")
 
     def __init__(
         self,
-        src: OpenedView,
-        dst: OpenedView,
         rows: KVView,
         host: KVView,
-        down: bool,
-        end: int,
+        downward: bool,
         stream: int,
+        end: int = 0,
+        words: Sequence[int] = (0,) * CHECKED,
     ) -> None:
-        self.src = src
-        self.dst = dst
         self.rows = rows
         self.host = host
-        self.downward = down
-        self.end = end
+        self.downward = downward
         self.stream = stream
-        self.words = array("q", bytes(8 * CHECKED))
+        self.end = end
+        self.words = array("q", words)
         self.address = self.words.buffer_info()[0]
+
+    @classmethod
+    def of(cls, move: Move, stream: int) -> CheckedCopy:
+        """Return a copy whose ids the core reads on the host; raise for one outside of a view."""
+        src, dst, src_index, dst_index, count = move
+        sides = *side_words(src, src_index), *side_words(dst, dst_index)
+        words = (*sides, count, 0, 0, whole_bytes(src), whole_bytes(dst), 0)
+        downward = src.form.place == "device"
+        ends = (src, dst) if downward else (dst, src)
+        try:
+            return cls(*ends, downward, stream, 0, words)
+        except OverflowError:  # a number past 64 bits
+            raise outside(move) from None
 
     @property
     def host_ids(self) -> bool:

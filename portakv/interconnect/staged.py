@@ -150,6 +150,7 @@ class StagedCrossing:
                 self._stages.downward,
                 *stage.words,
                 plan.words.buffer_info()[0],
+                0,  # the core merges the pieces of slices
                 *(dense.block_size, self._stages.quantum, form.token_bytes, tokens, slots),
                 *(WHOLE, SMALLEST, LARGEST, GROWTH),
                 *limits_of(self._link.fold_below),

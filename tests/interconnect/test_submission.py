@@ -31,14 +31,15 @@ from portakv.core.call import OTHERWISE, CopyEnd, Watch, calls
 from portakv.core.link import COUNT, EVENTS
 from portakv.core.rows import Kernels
 from portakv.host import pinned, small
-from portakv.interconnect import link, staged
-from portakv.interconnect.batched_memcpy import PiecesCrossing
+from portakv.interconnect import batched_memcpy, link, staged
+from portakv.interconnect.batched_memcpy import BatchedMemcpy
 from portakv.interconnect.link import CheckedCopy, CudaLink
 from portakv.interconnect.passage import Passage, Sent, by_backend
 from portakv.interconnect.pieces import RunCounter
 from portakv.interconnect.slices import BothStages, RowSlice, Sizes, Slice, cuts, sliced
 from portakv.interconnect.staged import StagedCrossing
 from portakv.interconnect.staging import DETACHED_RING, RING, Staging, cached_staging, dense_rows
+from portakv.interconnect.strategy import StrategyLaunch
 from portakv.interconnect.submission import submit
 from portakv.runtime import cuda
 from portakv.view.form import plain_reader
@@ -425,7 +426,7 @@ class Whole(Rig):
         ends = self.rows, self.host
         end = CopyEnd(room.__array_interface__["data"][0], room.size, 0, 0, 0, 0)
         at = ctypes.addressof(end)
-        copy = CheckedCopy(views[0], views[1], *ends, self.downward, 0, self.work)
+        copy = CheckedCopy(*ends, self.downward, self.work)
         result = calls().read_copy(
             *(reader.address, views[0].address, views[1].address, *ids, *steps, *offsets),
             *(self.count, *words, copy.address, at, self.work),
@@ -435,14 +436,19 @@ class Whole(Rig):
             raise ValueError("the core makes no such copy")
         return copy
 
-    def issue_pieces(self) -> None:
+    def by_pieces(self, patch: pytest.MonkeyPatch) -> StrategyLaunch:
+        """Return what makes the copies of the strategy `batched_memcpy`."""
+        patch.setattr(batched_memcpy, "link_of", lambda _: self.link)
+        assert isinstance(self.stages.plan, CopyPlan)
+        launch = BatchedMemcpy(CPU).prepare(self.stages.plan)
+        assert isinstance(launch, StrategyLaunch)
+        return launch
+
+    def issue_pieces(self, patch: pytest.MonkeyPatch) -> None:
         """Issue a copy by its pieces alone."""
         assert not self.driver.note("write", self.work, self._write)
-        plan = self.stages.plan
-        assert isinstance(plan, CopyPlan)
         copy = self.read()
-        crossing = PiecesCrossing(plan, self.link)
-        assert crossing.cross(copy) == self.count << 2
+        assert self.by_pieces(patch).cross(copy) == self.count << 2
         self.driver.note("read", self.work, self._read)
 
     @staticmethod
@@ -500,7 +506,7 @@ def test_one_call_moves_all_pieces(
     layouts: tuple[str, str], host_ids: bool, downward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig = Whole(monkeypatch, layouts, downward, host_ids=host_ids)
-    rig.issue_pieces()
+    rig.issue_pieces(monkeypatch)
     assert not any(work.kind == "launch" for work in rig.driver.queue)
     assert all(map(rig.right, rig.orders))
 
@@ -540,9 +546,7 @@ def test_one_call_records_the_end_after_all_work(
     copy = rig.read()
     end = CopyEnd(None, 0, 0, 7, address, None)
     copy.end = ctypes.addressof(end)
-    plan = rig.stages.plan
-    assert isinstance(plan, CopyPlan)
-    cross = (rig.crossing(monkeypatch) if by == "slices" else PiecesCrossing(plan, rig.link)).cross
+    cross = (rig.crossing if by == "slices" else rig.by_pieces)(monkeypatch).cross
     assert cross(copy) == rig.count << 2
     assert recorded == [(7, rig.work, len(rig.driver.queue))]
     with pytest.raises(TransferError, match="error 700"):
@@ -599,6 +603,6 @@ def test_groups_are_counted_as_by_a_plan(monkeypatch: pytest.MonkeyPatch) -> Non
     both = RunCounter(plan)
     host = RunCounter.of_host(plan)
     copy = rig.read(words=(plan.unit, *both.limits, host.limits[1]))
-    _, groups, host_groups = copy.words[COUNT:]
+    _, groups, host_groups = copy.words[COUNT : COUNT + 3]
     assert groups == both.groups(*rig.indices, rig.count)
     assert host_groups == host.groups(rig.indices[1], rig.indices[1], rig.count)
