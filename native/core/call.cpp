@@ -732,7 +732,7 @@ int64_t read_copy(const Python &python, Arguments arguments) {
   };
   out.src_whole = whole(pair.src());
   out.dst_whole = whole(pair.dst());
-  out.table = (pair.from_host ? pair.dst() : pair.src()).table;
+  out.rows = (pair.from_host ? pair.to : pair.from).rows;
   out.groups = groups_of(out.src, out.dst, pair.count, unit, src_limit, dst_limit, kSorted);
   out.host_groups = groups_of(host, host, pair.count, unit, host_limit, host_limit, 0);
   return pair.count << 2;

@@ -13,7 +13,7 @@ import torch
 from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.core.call import OTHERWISE
 from portakv.core.link import COUNT
-from portakv.interconnect.link import CheckedCopy, CudaLink, link_of
+from portakv.interconnect.link import CheckedCopy, CudaLink, link_of, uncut
 from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import streams
@@ -69,7 +69,7 @@ class _Copies(StrategyLaunch):
         self._link = link_of(device)
         self._words: array[int] | None = None  # of the plan, for a link by the driver
         if isinstance(self._link, CudaLink):
-            self._words = self._link.words_of(plan, self.downward)
+            self._words = self._link.words_of(plan, uncut(self.downward))
 
     def cross(self, copy: CheckedCopy) -> int:
         link = self._link

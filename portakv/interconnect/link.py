@@ -216,8 +216,9 @@ class CudaLink:
     ) -> None:
         """Copy as `TorchLink.carry` does."""
         check_copy(plan, move)
-        copy = CheckedCopy.of(move, cuda.raw(stream, self.device.index))
-        words = self.words_of(plan, copy.downward, merged)
+        downward = move.src.form.place == "device"
+        copy = CheckedCopy.of(move, downward, cuda.raw(stream, self.device.index))
+        words = self.words_of(plan, uncut(downward), merged=merged)
 
         def submit() -> Fault | None:
             fault = self.pieces(words, copy)
@@ -227,20 +228,29 @@ class CudaLink:
 
         self.ordered(submit)
 
-    def words_of(self, plan: CopyPlan, downward: bool, merged: bool = False) -> array[int]:
-        """Return the words of a `CrossingPlan` of ``link.h`` whose copies cross as their pieces.
+    def words_of(
+        self,
+        plan: CopyPlan,
+        cut: Sequence[int],
+        stage: Sequence[int] = (0, 0, 0),
+        merged: bool = False,
+    ) -> array[int]:
+        """Return the words of a `CrossingPlan` of ``link.h``, which are read while the plan lives.
 
-        They are read while the plan lives. ``merged``: as for `pieces_of`.
+        Args:
+            plan: of what crosses.
+            cut: the words of `CutRules`.
+            stage: of the device, as `RowsLaunch.words`; none: copies cross as their pieces.
+            merged: as for `pieces_of`, for copies without a stage.
         """
-        # Without a stage of the device, dense rows and slices.
-        words = downward, 0, 0, 0, plan.words.buffer_info()[0], merged, *[0] * 9
+        words = *cut, *stage, plan.words.buffer_info()[0], merged
         return array("q", [*words, *limits_of(self.fold_below), *rules()])
 
     def pieces(self, words: array[int], copy: CheckedCopy) -> Fault | None:
         """Submit a copy as its pieces, by the words of its plan; return what was refused."""
-        fault = self.rows(words, 0, copy, Uncrossed())
+        fault = self.rows(words, copy, Uncrossed())
         if fault is not None and fault.code == EDGES:
-            fault = self.rows(words, 0, copy, Uncrossed(copy.rows, copy.host))
+            fault = self.rows(words, copy, Uncrossed(copy.rows, copy.host))
         return fault
 
     def ordered(self, submit: Callable[[], Fault | None]) -> None:
@@ -267,23 +277,27 @@ class CudaLink:
     def rows(
         self,
         plan: array[int],
-        staging: int,
         copy: CheckedCopy,
         uncrossed: Uncrossed,
+        staging: array[int] | None = None,
+        before: int | None = None,
     ) -> Fault | None:
         """Submit a copy of rows by one call of the core; return what was refused.
 
         Args:
             plan: the words of a `CrossingPlan` of ``link.h``.
-            staging: the address of the words of the buffers; 0: pieces cross without.
             uncrossed: addresses that no piece crosses.
+            staging: the words of the buffers; None: pieces cross without.
+            before: the handle of the stream whose present work comes before slices; None: of the
+                copy's stream.
         """
         return self.core.rows(
             pack_copy(
                 plan.buffer_info()[0],
-                staging,
+                0 if staging is None else staging.buffer_info()[0],
                 copy.address,
                 copy.stream,
+                copy.stream if before is None else before,
                 self._aside(copy.stream),
                 copy.end,
                 uncrossed.edged,
@@ -331,20 +345,25 @@ class CudaLink:
         )
 
 
+def uncut(downward: bool) -> tuple[int, ...]:
+    """Return the words of `CutRules` of ``link.h`` for copies that cross without slices."""
+    return (downward, *[0] * 9)
+
+
 def rules() -> tuple[int, ...]:
     """Return how pieces are submitted, as the core reads it."""
     return IN_A_ROW, FIRST_DESCRIPTORS, MOST_DESCRIPTORS, GROWTH, LEAST_BATCH
 
 
 class CheckedCopy:
-    """A copy across the link whose sides fit each other, with ids on the host.
+    """A copy across the link whose sides fit each other.
 
     Args:
         rows, host: the views of the device and of the host.
         downward: from the device to the host.
         stream: the handle of the copy's stream.
         end: the address of the `portakv_copy_end` whose event follows the copy; 0: none.
-        words: `CheckedCopy` of ``link.h``; none: the core writes them.
+        words: `CheckedCopy` of ``link.h``; None: the core writes them.
 
     Attributes:
         address: of these words.
@@ -359,39 +378,37 @@ class CheckedCopy:
         downward: bool,
         stream: int,
         end: int = 0,
-        words: Sequence[int] = (0,) * CHECKED,
+        words: array[int] | None = None,
     ) -> None:
         self.rows = rows
         self.host = host
         self.downward = downward
         self.stream = stream
         self.end = end
-        self.words = array("q", words)
+        self.words = array("q", bytes(8 * CHECKED)) if words is None else words
         self.address = self.words.buffer_info()[0]
 
     @classmethod
-    def of(cls, move: Move, stream: int) -> CheckedCopy:
-        """Return a copy whose ids the core reads on the host; raise for one outside of a view."""
+    def of(
+        cls, move: Move, downward: bool, stream: int, staged: bytes | None = None
+    ) -> CheckedCopy:
+        """Return a copy with ids on the host; raise for a number that no view has.
+
+        ``staged``: the device's rows as `KernelsLaunch.side` describes them to the kernels of a
+        stage, with ids on the device; None: pieces cross without a stage.
+        """
         src, dst, src_index, dst_index, count = move
-        sides = *side_words(src, src_index), *side_words(dst, dst_index)
-        words = (*sides, count, 0, 0, whole_bytes(src), whole_bytes(dst), 0)
-        downward = src.form.place == "device"
-        ends = (src, dst) if downward else (dst, src)
+        rows, host = (src, dst) if downward else (dst, src)
+        unread = (0,) * 8
+        from_words = unread if staged and downward else side_words(src, src_index)
+        to_words = unread if staged and not downward else side_words(dst, dst_index)
+        wholes = whole_bytes(src), whole_bytes(dst)
         try:
-            return cls(*ends, downward, stream, 0, words)
+            words = array("q", (*from_words, *to_words, count, 0, 0, *wholes))
         except OverflowError:  # a number past 64 bits
             raise outside(move) from None
-
-    @property
-    def host_ids(self) -> bool:
-        """Return True if ids name the host's rows."""
-        # The third word of the `Positions` of either side.
-        return bool(self.words[10 if self.downward else 2])
-
-    @property
-    def uncrossed(self) -> Uncrossed:
-        """Return the addresses that no piece of the host's memory crosses."""
-        return Uncrossed(self.host) if self.host.entries > 1 else Uncrossed()
+        words.frombytes(staged or bytes(48))
+        return cls(rows, host, downward, stream, 0, words)
 
 
 @cache
