@@ -727,6 +727,12 @@ int64_t read_copy(const Python &python, Arguments arguments) {
   out.count = pair.count;
   const Positions &host = pair.from_host ? out.src : out.dst;
   constexpr int64_t kSorted = int64_t{1} << 16;  // more units are counted in the order of their ids
+  const auto whole = [](const portakv_copy_view &view) {
+    return view.entries > 1 ? view.entry_bytes : 0;
+  };
+  out.src_whole = whole(pair.src());
+  out.dst_whole = whole(pair.dst());
+  out.rows = (pair.from_host ? pair.to : pair.from).rows;
   out.groups = groups_of(out.src, out.dst, pair.count, unit, src_limit, dst_limit, kSorted);
   out.host_groups = groups_of(host, host, pair.count, unit, host_limit, host_limit, 0);
   return pair.count << 2;

@@ -308,8 +308,7 @@ enum {
   PORTAKV_LINK_REST = 3,   // a wait for a word
   PORTAKV_LINK_WORD = 4,   // the allocation of a word
   PORTAKV_LINK_EVENT = 5,  // an event that orders two streams
-  PORTAKV_LINK_STAGE = 6,  // the device's stage of a slice; its code may be PORTAKV_ROWS_UNITS
-  PORTAKV_LINK_IDS = 7     // the copy of ids to the device; their number
+  PORTAKV_LINK_STAGE = 6   // the device's stage of a slice; its code may be PORTAKV_ROWS_UNITS
 };
 
 // A code of `portakv_link_rows`: nothing was submitted, since the buffers are too small. The values
@@ -326,8 +325,8 @@ typedef struct portakv_link_fault {
 // Return a link; null if memory is short. `functions` are the addresses of cuMemcpyAsync,
 // cuMemcpy2DAsync_v2, cuMemcpyBatchAsync_v2, cuMemcpyBatchAsync, cuStreamWaitValue32_v2,
 // cuMemHostAlloc, cuThreadExchangeStreamCaptureMode, cuEventCreate, cuEventDestroy_v2,
-// cuEventRecord, cuStreamWaitEvent, cuMemcpyHtoDAsync_v2 and cuStreamQuery; 0 for one of the batches,
-// or the exchange, if the driver lacks it.
+// cuEventRecord, cuStreamWaitEvent and cuStreamQuery; 0 for one of the batches, or the exchange, if
+// the driver lacks it.
 PORTAKV_API portakv_link *portakv_link_open(const int64_t *functions);
 
 PORTAKV_API void portakv_link_close(portakv_link *link);
@@ -337,23 +336,20 @@ PORTAKV_API void portakv_link_close(portakv_link *link);
 // failed. Return the number of words, more than `room` if `out` is too small; or a code.
 PORTAKV_API int64_t portakv_link_schedule(const int64_t *order, int64_t *out, int64_t room);
 
+// Cut a copy of so many tokens into slices by `CutRules`. `offset` are tokens of the host's rows that
+// are passed over, and `idle` is 1 if nothing crosses. Write the tokens of a buffer, then for each
+// slice the first token and the number of its tokens. Return the number of words, as above.
+PORTAKV_API int64_t portakv_link_cut(const int64_t *rules, int64_t count, int64_t offset,
+                                     int64_t idle, int64_t *out, int64_t room);
+
 // Order pieces on a stream (`Crossing`). `columns` are the six of `portakv_pieces_list`, the last
 // three null if all pieces have one row. Return 0 or `fault->code`: pieces may be on their way.
 PORTAKV_API int64_t portakv_link_submit(portakv_link *link, const int64_t *const *columns,
                                         int64_t number, const int64_t *crossing,
                                         portakv_link_fault *fault);
 
-// The same for the pieces of a copy: its plan, and the request as for `portakv_pieces_list`.
-PORTAKV_API int64_t portakv_link_copy(portakv_link *link, const int64_t *plan,
-                                      const int64_t *request, const int64_t *crossing,
-                                      portakv_link_fault *fault);
-
-// Submit a copy in slices (`SlicedCopy`), each as the schedule says. If a step fails, what was
-// submitted stays ordered. Return 0 or `fault->code`.
-PORTAKV_API int64_t portakv_link_run(portakv_link *link, const int64_t *copy,
-                                     portakv_link_fault *fault);
-
-// Submit a copy of rows (`CrossingCopy`) between a device and the host. Return as above, also
+// Submit a copy of rows (`CrossingCopy`) between a device and the host, its slices as the schedule
+// says. If a step fails, what was submitted stays ordered. Return 0 or `fault->code`, also
 // PORTAKV_RUNS_EDGES; the slice of a fault is the tokens of the slice that failed.
 PORTAKV_API int64_t portakv_link_rows(portakv_link *link, const int64_t *copy,
                                       portakv_link_fault *fault);

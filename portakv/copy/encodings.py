@@ -35,10 +35,11 @@ from portakv.copy.call import (
 from portakv.copy.fp8 import decode_rows, encode_rows
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import USUAL, CopyOptions
+from portakv.core.link import Cut
 from portakv.errors import PackOverflow, PortaKVError, SlotError, Unsupported
 from portakv.interconnect.pack_slices import PackStages, issue_slices, pack_stages
 from portakv.interconnect.passage import Cross
-from portakv.interconnect.slices import Sizes, Slice
+from portakv.interconnect.slices import Sizes
 from portakv.layout.encodings import FP8, PACK
 from portakv.plan.packing import Move, PackPlan, check_sides
 from portakv.registry import STRATEGIES, choose
@@ -563,9 +564,8 @@ class _ByCopies:
             max_thread_blocks=options.max_thread_blocks,
         )
 
-    def __call__(self, each: Slice, dense: KVView, nth: int, stream: torch.Stream) -> None:
+    def __call__(self, cut: Cut, dense: KVView, nth: int, stream: torch.Stream) -> None:
         """Copy a slice on a stream."""
-        cut = each.cut
         far_index = self._index.shifted(cut.start // self._tokens)
         count = cut.count // self._tokens
         if dense.form.encoding:

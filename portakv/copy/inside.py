@@ -393,7 +393,7 @@ def _issue(
     if launch is None:
         views = kernels.address, *views
     else:
-        crossing = _Crossing(launch, by, src, dst, from_view, to_view)
+        crossing = _Crossing(launch, by, src, dst)
         copy = crossing.copy
     if tabled:
         copy = partial(after_tables, tabled, device, copy)
@@ -437,25 +437,22 @@ class _Crossing:
         by: _Executor,
         src: KVView,
         dst: KVView,
-        from_view: OpenedView,
-        to_view: OpenedView,
     ) -> None:
         self.carried = by.carried
         self._launch = launch
         self._new = by.new
         self._down = src.form.place == "device"
         self._views = (src, dst) if self._down else (dst, src)  # of the device, and of the host
-        self._opened = from_view, to_view
 
     def copy(self, *arguments: Any) -> int:
         """Make the copy, as `Calls.copy_views` does; the kernels are left out of the arguments."""
         *sides, end, stream = arguments
         launch = self._launch
-        checked = CheckedCopy(*self._opened, *self._views, self._down, end, stream)
+        checked = CheckedCopy(*self._views, self._down, stream, end)
         result = calls().read_copy(*sides, *launch.counted, checked.address, end, stream)
         if result < 0 or not isinstance(launch, HostLaunch):
             return result if result < 0 else launch.cross(checked)
-        number, groups, host_groups = checked.words[COUNT:]
+        number, groups, host_groups = checked.words[COUNT : COUNT + 3]
         picked = launch.pick_counted(number, groups, host_groups, self._views[1], self._new)
         if picked is None:
             return OTHERWISE

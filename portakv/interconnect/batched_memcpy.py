@@ -12,9 +12,8 @@ import torch
 
 from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.core.call import OTHERWISE
-from portakv.core.link import COUNT, EDGES
-from portakv.interconnect.link import CheckedCopy, CudaLink, link_of, rules
-from portakv.interconnect.pieces import Uncrossed, limits_of
+from portakv.core.link import COUNT
+from portakv.interconnect.link import CheckedCopy, CudaLink, link_of, uncut
 from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import streams
@@ -44,26 +43,6 @@ class BatchedMemcpy(Strategy):
         return _BatchedMemcpyLaunch(plan, self.device)
 
 
-class PiecesCrossing:
-    """The copies of one plan, the pieces of each by one call of the core."""
-
-    def __init__(self, plan: CopyPlan, link: CudaLink) -> None:
-        self._plan = plan  # whose words are read
-        self._link = link
-        downward = plan.src.place == "device"
-        # `CrossingPlan` of ``link.h``, without a stage of the device, dense rows and slices.
-        words = (downward, 0, 0, 0, plan.words.buffer_info()[0], *[0] * 9)
-        self._words = array("q", [*words, *limits_of(link.fold_below), *rules()])
-
-    def cross(self, copy: CheckedCopy) -> int:
-        """Submit a copy, as `StrategyLaunch.cross` does."""
-        link = self._link
-        fault = link.rows(self._words, 0, copy, Uncrossed())
-        if fault is not None and fault.code == EDGES:
-            fault = link.rows(self._words, 0, copy, Uncrossed(copy.rows, copy.host))
-        return copy.words[COUNT] << 2 if fault is None else link.refused(fault)
-
-
 class _BatchedMemcpyLaunch(StrategyLaunch):
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         super().__init__(plan, device)
@@ -88,12 +67,16 @@ class _Copies(StrategyLaunch):
         super().__init__(plan, device)
         self._plan = plan
         self._link = link_of(device)
-        self._crossing: PiecesCrossing | None = None
+        self._words: array[int] | None = None  # of the plan, for a link by the driver
         if isinstance(self._link, CudaLink):
-            self._crossing = PiecesCrossing(plan, self._link)
+            self._words = self._link.words_of(plan, uncut(self.downward))
 
     def cross(self, copy: CheckedCopy) -> int:
-        return OTHERWISE if self._crossing is None else self._crossing.cross(copy)
+        link = self._link
+        if self._words is None or not isinstance(link, CudaLink):
+            return OTHERWISE
+        fault = link.pieces(self._words, copy)
+        return copy.words[COUNT] << 2 if fault is None else link.refused(fault)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         # Every id is checked on the host before anything is moved.

@@ -10,13 +10,13 @@ from __future__ import annotations
 import threading
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import NoReturn
 
 import torch
 
-from portakv.core.call import DRIVER, OpenedView
+from portakv.core.call import DRIVER
 from portakv.core.link import (
     BATCH,
     CHECKED,
@@ -32,10 +32,18 @@ from portakv.core.link import (
     pack_crossing,
 )
 from portakv.errors import TransferError
-from portakv.interconnect.pieces import ALL, Pieces, Uncrossed, pieces_of, request_of
+from portakv.interconnect.pieces import (
+    ALL,
+    Pieces,
+    Uncrossed,
+    check_copy,
+    limits_of,
+    pieces_of,
+    whole_bytes,
+)
 from portakv.plan.move import Move
 from portakv.plan.plan import CopyPlan
-from portakv.plan.runs import outside
+from portakv.plan.runs import outside, side_words
 from portakv.runtime import cuda
 from portakv.runtime.devices import inside
 from portakv.runtime.streams import own_stream
@@ -207,22 +215,43 @@ class CudaLink:
         merged: bool = False,
     ) -> None:
         """Copy as `TorchLink.carry` does."""
-        words = plan.words.buffer_info()[0]
-        to_device = move.dst.form.place == "device"
+        check_copy(plan, move)
+        downward = move.src.form.place == "device"
+        copy = CheckedCopy.of(move, downward, cuda.raw(stream, self.device.index))
+        words = self.words_of(plan, uncut(downward), merged=merged)
 
-        def submit(uncrossed: Uncrossed) -> Fault | None:
-            request = request_of(plan, move, self.fold_below, merged, uncrossed)
-            return self.core.copy(words, request, self._crossing(to_device, stream))
-
-        def both() -> Fault | None:
-            fault = submit(Uncrossed())
-            if fault is not None and fault.code == EDGES:
-                fault = submit(Uncrossed(move.src, move.dst))
+        def submit() -> Fault | None:
+            fault = self.pieces(words, copy)
             if fault is not None and fault.code == OUTSIDE:
                 raise outside(move)
             return fault
 
-        self.ordered(both)
+        self.ordered(submit)
+
+    def words_of(
+        self,
+        plan: CopyPlan,
+        cut: Sequence[int],
+        stage: Sequence[int] = (0, 0, 0),
+        merged: bool = False,
+    ) -> array[int]:
+        """Return the words of a `CrossingPlan` of ``link.h``, which are read while the plan lives.
+
+        Args:
+            plan: of what crosses.
+            cut: the words of `CutRules`.
+            stage: of the device, as `RowsLaunch.words`; none: copies cross as their pieces.
+            merged: as for `pieces_of`, for copies without a stage.
+        """
+        words = *cut, *stage, plan.words.buffer_info()[0], merged
+        return array("q", [*words, *limits_of(self.fold_below), *rules()])
+
+    def pieces(self, words: array[int], copy: CheckedCopy) -> Fault | None:
+        """Submit a copy as its pieces, by the words of its plan; return what was refused."""
+        fault = self.rows(words, copy, Uncrossed())
+        if fault is not None and fault.code == EDGES:
+            fault = self.rows(words, copy, Uncrossed(copy.rows, copy.host))
+        return fault
 
     def ordered(self, submit: Callable[[], Fault | None]) -> None:
         """Call what submits work to the driver, with the device current in this thread.
@@ -248,25 +277,27 @@ class CudaLink:
     def rows(
         self,
         plan: array[int],
-        staging: int,
         copy: CheckedCopy,
         uncrossed: Uncrossed,
+        staging: array[int] | None = None,
+        before: int | None = None,
     ) -> Fault | None:
         """Submit a copy of rows by one call of the core; return what was refused.
 
         Args:
             plan: the words of a `CrossingPlan` of ``link.h``.
-            staging: the address of the words of the buffers; 0: pieces cross without.
             uncrossed: addresses that no piece crosses.
+            staging: the words of the buffers; None: pieces cross without.
+            before: the handle of the stream whose present work comes before slices; None: of the
+                copy's stream.
         """
         return self.core.rows(
             pack_copy(
                 plan.buffer_info()[0],
-                staging,
+                0 if staging is None else staging.buffer_info()[0],
                 copy.address,
-                copy.src.address,
-                copy.dst.address,
                 copy.stream,
+                copy.stream if before is None else before,
                 self._aside(copy.stream),
                 copy.end,
                 uncrossed.edged,
@@ -314,58 +345,70 @@ class CudaLink:
         )
 
 
+def uncut(downward: bool) -> tuple[int, ...]:
+    """Return the words of `CutRules` of ``link.h`` for copies that cross without slices."""
+    return (downward, *[0] * 9)
+
+
 def rules() -> tuple[int, ...]:
     """Return how pieces are submitted, as the core reads it."""
     return IN_A_ROW, FIRST_DESCRIPTORS, MOST_DESCRIPTORS, GROWTH, LEAST_BATCH
 
 
 class CheckedCopy:
-    """A copy across the link whose sides the core has read and checked.
+    """A copy across the link whose sides fit each other.
 
     Args:
-        src, dst: the views, opened for the core.
         rows, host: the views of the device and of the host.
-        down: from the device to the host.
-        end: the address of the `portakv_copy_end` whose event follows the copy; 0: none.
+        downward: from the device to the host.
         stream: the handle of the copy's stream.
+        end: the address of the `portakv_copy_end` whose event follows the copy; 0: none.
+        words: `CheckedCopy` of ``link.h``; None: the core writes them.
 
     Attributes:
-        words: `CheckedCopy` of ``link.h``, which the core writes.
         address: of these words.
     """
 
-    __slots__ = ("address", "downward", "dst", "end", "host", "rows", "src", "stream", "words")
+    __slots__ = ("address", "downward", "end", "host", "rows", "stream", "words")
 
     def __init__(
         self,
-        src: OpenedView,
-        dst: OpenedView,
         rows: KVView,
         host: KVView,
-        down: bool,
-        end: int,
+        downward: bool,
         stream: int,
+        end: int = 0,
+        words: array[int] | None = None,
     ) -> None:
-        self.src = src
-        self.dst = dst
         self.rows = rows
         self.host = host
-        self.downward = down
-        self.end = end
+        self.downward = downward
         self.stream = stream
-        self.words = array("q", bytes(8 * CHECKED))
+        self.end = end
+        self.words = array("q", bytes(8 * CHECKED)) if words is None else words
         self.address = self.words.buffer_info()[0]
 
-    @property
-    def host_ids(self) -> bool:
-        """Return True if ids name the host's rows."""
-        # The third word of the `Positions` of either side.
-        return bool(self.words[10 if self.downward else 2])
+    @classmethod
+    def of(
+        cls, move: Move, downward: bool, stream: int, staged: bytes | None = None
+    ) -> CheckedCopy:
+        """Return a copy with ids on the host; raise for a number that no view has.
 
-    @property
-    def uncrossed(self) -> Uncrossed:
-        """Return the addresses that no piece of the host's memory crosses."""
-        return Uncrossed(self.host) if self.host.entries > 1 else Uncrossed()
+        ``staged``: the device's rows as `KernelsLaunch.side` describes them to the kernels of a
+        stage, with ids on the device; None: pieces cross without a stage.
+        """
+        src, dst, src_index, dst_index, count = move
+        rows, host = (src, dst) if downward else (dst, src)
+        unread = (0,) * 8
+        from_words = unread if staged and downward else side_words(src, src_index)
+        to_words = unread if staged and not downward else side_words(dst, dst_index)
+        wholes = whole_bytes(src), whole_bytes(dst)
+        try:
+            words = array("q", (*from_words, *to_words, count, 0, 0, *wholes))
+        except OverflowError:  # a number past 64 bits
+            raise outside(move) from None
+        words.frombytes(staged or bytes(48))
+        return cls(rows, host, downward, stream, 0, words)
 
 
 @cache

@@ -106,12 +106,17 @@ def request_of(
 ) -> tuple[int, ...]:
     """Return the words of a request for pieces, which are read while ``uncrossed`` lives; raise as
     `CopyPlan.runs` does."""
+    check_copy(plan, move)
     src, dst, src_index, dst_index, count = move
-    plan.check_sides(src, dst, src_index, dst_index)
-    check_count(plan.unit, count)
     sides = *side_words(src, src_index), *side_words(dst, dst_index)
     whole = whole_bytes(src), whole_bytes(dst)
     return (*sides, count, *limits_of(below), *whole, merged, uncrossed.edged, *uncrossed.words)
+
+
+def check_copy(plan: CopyPlan, move: Move) -> None:
+    """Raise as `CopyPlan.runs` does for a copy that a plan does not describe."""
+    plan.check_sides(move.src, move.dst, move.src_index, move.dst_index)
+    check_count(plan.unit, move.count)
 
 
 def limits_of(below: int) -> tuple[int, ...]:

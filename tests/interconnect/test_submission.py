@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from support.cuda_on_cpu import CPU, why_not
 from support.late_driver import LateDriver, Work, perform
@@ -30,16 +30,16 @@ from portakv.copy.inside import open_view
 from portakv.core.call import OTHERWISE, CopyEnd, Watch, calls
 from portakv.core.link import COUNT, EVENTS
 from portakv.core.rows import Kernels
-from portakv.host import pinned, small
-from portakv.interconnect import link, staged
-from portakv.interconnect.batched_memcpy import PiecesCrossing
+from portakv.host import pinned
+from portakv.interconnect import batched_memcpy, link, staged
+from portakv.interconnect.batched_memcpy import BatchedMemcpy
 from portakv.interconnect.link import CheckedCopy, CudaLink
-from portakv.interconnect.passage import Passage, Sent, by_backend
 from portakv.interconnect.pieces import RunCounter
-from portakv.interconnect.slices import BothStages, RowSlice, Sizes, Slice, cuts, sliced
+from portakv.interconnect.slices import BothStages, Sizes
 from portakv.interconnect.staged import StagedCrossing
 from portakv.interconnect.staging import DETACHED_RING, RING, Staging, cached_staging, dense_rows
-from portakv.interconnect.submission import submit
+from portakv.interconnect.strategy import StrategyLaunch
+from portakv.plan.move import Move
 from portakv.runtime import cuda
 from portakv.view.form import plain_reader
 
@@ -72,16 +72,9 @@ class OnHost(BothStages):
     """Stages of host memory, the device's by the kernels that a driver does late."""
 
     def __init__(self, plan: CopyPlan, downward: bool, driver: LateDriver) -> None:
-        super().__init__(plan, dense_rows(plan.dst if downward else plan.src), plan.token_bytes)
+        super().__init__(plan, dense_rows(plan.dst if downward else plan.src))
         self.downward = downward
         self._driver = driver
-
-    def part(self, rows: KVView, host: KVView) -> OnHost:
-        src, dst = (rows.form, host.form) if self.downward else (host.form, rows.form)
-        plan = self.plan
-        assert isinstance(plan, CopyPlan)
-        part = CopyPlan(src, dst, plan.src_step, plan.dst_step, plan.unit)
-        return OnHost(part, self.downward, self._driver)
 
     def of(self, dense: KVView, slots: int) -> tuple[Any, CopyPlan]:
         plan = self.plan
@@ -93,7 +86,7 @@ class OnHost(BothStages):
         table = Kernels(self._driver.entry)
         LoadedKernels(self._driver, lambda: False).add_to(table, kernels)
         launch = RowsLaunch(made, kernels, table, self._driver, CPU)
-        return SimpleNamespace(launch=launch), CopyPlan(*crossing, plan.unit)
+        return SimpleNamespace(launch=launch, tables=launch.tables), CopyPlan(*crossing, plan.unit)
 
 
 class HostStaging(Staging):
@@ -107,7 +100,7 @@ class HostStaging(Staging):
         self.link: Any = stream(LINK)
         self.buffers = DETACHED_RING if detached else RING
         self.events = [None] * (self.buffers + EVENTS)
-        self._turn = self._used = 0
+        self._turn = array("q", [0, 0])
         self._words = None
         self.lock = threading.Lock()
 
@@ -140,13 +133,11 @@ class Rig:
         host_ids: bool = True,
         sizes: Sizes = USUAL,
         work: int = WORK,
-        sends: bool = False,
         usual: bool = False,
     ) -> None:
         self.work = work
-        self._sends = sends
-        self._ids: list[torch.Tensor] = []
         self.driver = LateDriver()
+        self._patch = patch
         patch.setattr(cuda, "library", lambda: self.driver)
         patch.setattr(cuda, "adopt", lambda device: None)
         patch.setattr(cuda, "raw", lambda stream, index: stream.cuda_stream)
@@ -190,41 +181,32 @@ class Rig:
         self.expected = [tensor.clone() for tensor in target]
         self.result = [torch.zeros_like(tensor) for tensor in target]
 
-    def passage(self) -> Passage:
-        several = self.host_index.ids is None and len(self.host.origins) == 1
-        outside = self.stages.dense.outside if several else ()
-        form = self.host.form
-        cut = cuts(form, outside, self.count, self.stages.quantum, self.downward, self.sizes)
-        ends = self.rows, self.host
-        most = self.sizes.largest
-        slices: list[RowSlice]
-        slices = sliced(self.stages, cut, ends, self.host_index, bool(outside), most, Slice)
-        passage: Passage = Passage(
-            self.downward, self.buffers, stream(self.work), slices, by_backend, lambda *_: None
-        )
-        nbytes = max(each.nbytes for each in passage.planes)
-        if not self.buffers._memory or self.buffers._memory[0].numel() < nbytes:
-            self.buffers.allocate(nbytes)
-        index = self.device_index
-        if self._sends:
-            array = index.host_ids()
-            ids = torch.zeros(array.size, dtype=torch.int64, device="cpu")
-            self._ids.append(ids)
-            passage.sent = Sent(array, ids)
-            index = Index(ids, BLOCK)
-        for planes in passage.planes:
-            planes.settle(self.buffers)
-            passage.placed.append(index)
-        if self.buffers.detached:
-            passage.streams[3] = stream(BEFORE)
-        return passage
+    def crossing(self) -> StagedCrossing:
+        """Return what makes the copies of the strategy `staged`."""
+        for name, nbytes in self.sizes._asdict().items():
+            self._patch.setattr(staged, name.upper(), nbytes)
+        work = SimpleNamespace(stream_id=self.work)
+        self._patch.setattr(torch.accelerator, "current_stream", lambda _: work)
+        cached = cast("Any", cached_staging)
+        self._patch.setitem(cached, (CPU, self.work, False, False), self.buffers)
+        return StagedCrossing(self.stages, self.link, CPU)
+
+    def carry(self, crossing: StagedCrossing) -> None:
+        """Submit the copy with indices that Python has read."""
+        assert crossing.stage(self.buffers) is not None
+        before = BEFORE if self.buffers.detached else self.work
+        src, dst = self.ends
+        src_index, dst_index = self.indices
+        move = Move(src, dst, src_index, dst_index, self.count)
+        crossing.carry(move, self.device_index, self.buffers, self.work, before)
 
     def issue(self, copies: int = 1) -> None:
         """Note the source's last write, the copies, and the first read of the destination."""
         before = BEFORE if self.buffers.detached else self.work
         assert not self.driver.note("write", before, self._write)
+        crossing = self.crossing()
         for _ in range(copies):
-            submit(self.link, self.passage(), self.host_index)
+            self.carry(crossing)
         self.driver.note("read", self.work, self._read)
 
     def _write(self) -> None:
@@ -243,8 +225,6 @@ class Rig:
             tensor.copy_(value)
         for memory in self.buffers._memory:
             memory.fill_(85)
-        for ids in self._ids:
-            ids.zero_()
         perform(self.driver.queue, eager, without)
         return all(map(torch.equal, self.result, self.expected))
 
@@ -263,7 +243,7 @@ def test_each_wait_is_needed_and_no_other(
     downward: bool, detached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layouts = "layer | block kv token head dim", "block layer kv token head dim"
-    rig = Rig(monkeypatch, layouts, downward, blocks=14, detached=detached, sends=True)
+    rig = Rig(monkeypatch, layouts, downward, blocks=14, detached=detached)
     rig.issue()
     kinds = [work.kind for work in rig.driver.queue]
     slices = kinds.count("launch")
@@ -279,13 +259,13 @@ def test_each_wait_is_needed_and_no_other(
 @DOWNWARD
 def test_a_wrong_piece_is_seen(downward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layouts = "layer kv block token head dim", "block layer kv token head dim"
-    rig = Rig(monkeypatch, layouts, downward, sends=True)
+    rig = Rig(monkeypatch, layouts, downward)
     rig.issue()
     order = rig.orders[0]
     assert rig.right(order)
     queue = rig.driver.queue
     for nth, work in enumerate(queue):
-        if work.kind in ("copy", "rows", "batch", "launch", "ids"):
+        if work.kind in ("copy", "rows", "batch", "launch"):
             queue[nth] = Work(work.kind, work.stream, lambda: None)
             assert not rig.right(order)
             queue[nth] = work
@@ -312,8 +292,8 @@ def test_every_byte_in_every_order(data: st.DataObject) -> None:
             Sizes(draw(st.sampled_from([0, 2048, 1 << 20])), smallest, largest),
             draw(st.sampled_from([WORK, 0])),
             draw(st.booleans()),
-            draw(st.booleans()),
         )
+        rig.driver.busy = draw(st.booleans())
         if draw(st.booleans()):  # the host's memory was registered in two parts
             part = tensors_of(rig.host)[0]
             patch.setattr(pinned, "boundaries", lambda: (part.data_ptr() + part.nbytes // 3,))
@@ -331,13 +311,14 @@ def test_what_was_submitted_stays_ordered(
     after it for the buffers."""
     layouts = "block layer kv token head dim", "block layer kv token head dim"
     rig = Rig(monkeypatch, layouts, downward, detached=detached)
-    submit(rig.link, rig.passage(), rig.host_index)
+    crossing = rig.crossing()
+    rig.carry(crossing)
     calls = len(rig.driver.queue)
     for refused in range(calls):
         rig.driver.forget()
         rig.driver.refuse_at = refused
         with pytest.raises(TransferError, match="error 1"):
-            submit(rig.link, rig.passage(), rig.host_index)
+            rig.carry(crossing)
         queue = rig.driver.queue
         waits = [work.after for work in queue if work.kind == "wait" and work.stream == WORK]
         for stream in (HALF, LINK):
@@ -350,63 +331,23 @@ def test_what_was_submitted_stays_ordered(
 def test_the_sentences_of_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     layouts = "block layer kv token head dim", "block layer kv token head dim"
     rig = Rig(monkeypatch, layouts, True)
-    sentences = [
-        (0, False, "an event that orders copies"),
-        (0, True, "A copy of 9 values: expected success"),
-        (2, False, "The launch: expected success"),
-    ]
-    for refuse_at, sends, what in sentences:
+    crossing = rig.crossing()
+    sentences = [(0, "an event that orders copies"), (2, "The launch: expected success")]
+    for refuse_at, what in sentences:
         rig.driver.forget()
-        rig._sends = sends
         rig.driver.refuse_at = refuse_at
         with pytest.raises(TransferError, match=what):
-            submit(rig.link, rig.passage(), rig.host_index)
+            rig.carry(crossing)
     rig.driver.refuse_at = -1
-    rig._sends = False
-    passage = rig.passage()
     ids = rig.host_index.ids
     assert ids is not None
-    passage.slices[0]._whole_index = Index(torch.full_like(ids, 99), BLOCK)
+    rig.indices = rig.device_index, Index(torch.full_like(ids, 99), BLOCK)
     with pytest.raises(SlotError, match="99"):
-        submit(rig.link, passage, passage.slices[0]._whole_index)
-
-
-def test_which_ids_the_core_brings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of one call that are not there, as few as a command takes, to a device that takes
-    them."""
-    layouts = "block layer kv token head dim", "block layer kv token head dim"
-    rig = Rig(monkeypatch, layouts, True)
-    can = SimpleNamespace(index_dtypes=frozenset({torch.int64}))
-    ready: Any = SimpleNamespace(ids_device=CPU, can=can)
-    monkeypatch.setattr(small, "by_inline", lambda device: True)
-    passage = rig.passage()
-    short = torch.tensor([1, 2], dtype=torch.int32)
-    many = torch.zeros(1 << 14, dtype=torch.int32)
-    for kept in (Index(short, BLOCK), Index.of(many, BLOCK), Index.of([1, 2], BLOCK)):
-        assert passage._sent(kept, ready) is None
-    brought = Index.of(short, BLOCK).shifted(BLOCK)
-    for _ in range(2):  # all stages read one copy
-        placed = passage._sent(brought, ready)
-        assert placed is not None
-        assert passage.sent is not None
-        assert placed.ids is passage.sent.ids
-        assert (placed.step, placed.offset) == (BLOCK, BLOCK)
-        assert passage.sent.array.tolist() == [1, 2]
-    monkeypatch.setattr(small, "by_inline", lambda device: False)
-    assert rig.passage()._sent(brought, ready) is None
+        rig.carry(crossing)
 
 
 class Whole(Rig):
     """The same copy by one call of the core, from lists of ids or from arrays."""
-
-    def crossing(self, patch: pytest.MonkeyPatch) -> StagedCrossing:
-        """Return what makes the copies of the strategy `staged`."""
-        for name, nbytes in self.sizes._asdict().items():
-            patch.setattr(staged, name.upper(), nbytes)
-        work = SimpleNamespace(stream_id=self.work)
-        patch.setattr(torch.accelerator, "current_stream", lambda _: work)
-        patch.setitem(cast("Any", cached_staging), (CPU, self.work, False, False), self.buffers)
-        return StagedCrossing(self.stages, self.link, CPU)
 
     def read(self, *, listed: bool = True, words: tuple[int, ...] = (1, 0, 0, 0)) -> CheckedCopy:
         """Return the copy as the core has read and checked it; raise for a code."""
@@ -425,7 +366,7 @@ class Whole(Rig):
         ends = self.rows, self.host
         end = CopyEnd(room.__array_interface__["data"][0], room.size, 0, 0, 0, 0)
         at = ctypes.addressof(end)
-        copy = CheckedCopy(views[0], views[1], *ends, self.downward, 0, self.work)
+        copy = CheckedCopy(*ends, self.downward, self.work)
         result = calls().read_copy(
             *(reader.address, views[0].address, views[1].address, *ids, *steps, *offsets),
             *(self.count, *words, copy.address, at, self.work),
@@ -435,14 +376,19 @@ class Whole(Rig):
             raise ValueError("the core makes no such copy")
         return copy
 
+    def by_pieces(self) -> StrategyLaunch:
+        """Return what makes the copies of the strategy `batched_memcpy`."""
+        self._patch.setattr(batched_memcpy, "link_of", lambda _: self.link)
+        assert isinstance(self.stages.plan, CopyPlan)
+        launch = BatchedMemcpy(CPU).prepare(self.stages.plan)
+        assert isinstance(launch, StrategyLaunch)
+        return launch
+
     def issue_pieces(self) -> None:
         """Issue a copy by its pieces alone."""
         assert not self.driver.note("write", self.work, self._write)
-        plan = self.stages.plan
-        assert isinstance(plan, CopyPlan)
         copy = self.read()
-        crossing = PiecesCrossing(plan, self.link)
-        assert crossing.cross(copy) == self.count << 2
+        assert self.by_pieces().cross(copy) == self.count << 2
         self.driver.note("read", self.work, self._read)
 
     @staticmethod
@@ -451,17 +397,13 @@ class Whole(Rig):
             return index.ids
         return index.ids.tolist()
 
-    def issue_whole(self, patch: pytest.MonkeyPatch, copies: int = 1) -> bool:
-        """Issue as `issue` does; return False if planes would be cut, which is not one call."""
+    def issue_whole(self, copies: int = 1) -> None:
+        """Issue as `issue` does."""
         assert not self.driver.note("write", self.work, self._write)
-        launch = self.crossing(patch)
+        crossing = self.crossing()
         for nth in range(copies):
-            result = launch.cross(self.read(listed=nth % 2 == 0))
-            if result == OTHERWISE and self.host_index.ids is None:
-                return False
-            assert result == self.count << 2
+            assert crossing.cross(self.read(listed=nth % 2 == 0)) == self.count << 2
         self.driver.note("read", self.work, self._read)
-        return True
 
 
 @given(st.data())
@@ -488,7 +430,7 @@ def test_one_call_moves_every_byte_in_every_order(data: st.DataObject) -> None:
         if draw(st.booleans()):  # the host's memory was registered in two parts
             part = tensors_of(rig.host)[0]
             patch.setattr(pinned, "boundaries", lambda: (part.data_ptr() + part.nbytes // 3,))
-        assume(rig.issue_whole(patch, draw(st.integers(1, 2))))
+        rig.issue_whole(draw(st.integers(1, 2)))
         for order in rig.orders:
             assert rig.right(order)
 
@@ -511,7 +453,7 @@ def test_a_driver_that_refuses_a_slice_of_one_call(
 ) -> None:
     layouts = "block layer kv token head dim", "block layer kv token head dim"
     rig = Whole(monkeypatch, layouts, downward, usual=True)
-    launch = rig.crossing(monkeypatch)
+    launch = rig.crossing()
     copy = rig.read()
     assert launch.cross(copy) == rig.count << 2
     for refused in range(len(rig.driver.queue)):
@@ -540,9 +482,7 @@ def test_one_call_records_the_end_after_all_work(
     copy = rig.read()
     end = CopyEnd(None, 0, 0, 7, address, None)
     copy.end = ctypes.addressof(end)
-    plan = rig.stages.plan
-    assert isinstance(plan, CopyPlan)
-    cross = (rig.crossing(monkeypatch) if by == "slices" else PiecesCrossing(plan, rig.link)).cross
+    cross = (rig.crossing if by == "slices" else rig.by_pieces)().cross
     assert cross(copy) == rig.count << 2
     assert recorded == [(7, rig.work, len(rig.driver.queue))]
     with pytest.raises(TransferError, match="error 700"):
@@ -562,7 +502,7 @@ def test_stages_of_another_backend_are_not_one_call(
         return SimpleNamespace(launch=None), None
 
     monkeypatch.setattr(OnHost, "of", other)
-    launch = rig.crossing(monkeypatch)
+    launch = rig.crossing()
     for _ in range(2):
         assert launch.cross(rig.read()) == OTHERWISE
     assert len(prepared) == 1
@@ -599,6 +539,6 @@ def test_groups_are_counted_as_by_a_plan(monkeypatch: pytest.MonkeyPatch) -> Non
     both = RunCounter(plan)
     host = RunCounter.of_host(plan)
     copy = rig.read(words=(plan.unit, *both.limits, host.limits[1]))
-    _, groups, host_groups = copy.words[COUNT:]
+    _, groups, host_groups = copy.words[COUNT : COUNT + 3]
     assert groups == both.groups(*rig.indices, rig.count)
     assert host_groups == host.groups(rig.indices[1], rig.indices[1], rig.count)

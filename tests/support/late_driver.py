@@ -27,7 +27,6 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "cuEventDestroy_v2": (WORD,),
     "cuEventRecord": (WORD, WORD),
     "cuStreamWaitEvent": (WORD, WORD, NUMBER),
-    "cuMemcpyHtoDAsync_v2": (WORD, ctypes.c_void_p, WORD, WORD),
     "cuStreamQuery": (WORD,),
 }
 
@@ -145,12 +144,6 @@ class LateDriver(HostDriver):
 
     def _cuStreamWaitEvent(self, stream: int, event: int, _: int) -> int:
         return self.note("wait", stream, None, self._events.get(event, -1))
-
-    def _cuMemcpyHtoDAsync_v2(self, dst: int, src: int, nbytes: int, stream: int) -> int:
-        # The values travel in the command.
-        values = ctypes.create_string_buffer(ctypes.string_at(src, nbytes), nbytes)
-        at = ctypes.addressof(values)
-        return self.note("ids", stream, partial(moved, dst, at, nbytes, values))
 
     def _cuStreamQuery(self, _: int) -> int:
         return 600 if self.busy else 0  # CUDA_ERROR_NOT_READY
