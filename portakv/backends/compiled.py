@@ -163,7 +163,17 @@ class _CompiledLaunch(MoveLaunch):
         before the copy and this returns None: a fork would gain nothing there.
         """
         device = self._device
-        arguments = self._to_report(move, units, status, report.lost.data_ptr())
+        word = status.data_ptr()
+        lost = report.lost.data_ptr()
+        low = min(word, lost) // ALIGNMENT * ALIGNMENT
+        memory = memory_from(low, device, torch.int64)
+        places = (word - low) // 8, (lost - low) // 8
+        arguments: list[Argument] = [memory, units, self._unit, *places]
+        for view, index, per_id in zip(move[:2], move[2:4], self._per_id, strict=True):
+            if index.ids is not None:
+                first = index.offset // self._unit
+                ids = id_arguments(index.ids.data_ptr(), device, first, per_id)
+                arguments += [*ids, view.slots // self._unit, per_id]
         if device.type == "cpu" or capturing(device):
             report(arguments)
             return None
@@ -174,25 +184,6 @@ class _CompiledLaunch(MoveLaunch):
         with torch.cuda.stream(side):
             report(arguments)
         return side  # type: ignore[no-any-return]
-
-    def _to_report(self, move: Move, units: int, status: torch.Tensor, lost: int) -> list[Argument]:
-        device = self._device
-        word = status.data_ptr()
-        low = min(word, lost) // ALIGNMENT * ALIGNMENT
-        memory = memory_from(low, device, torch.int64)
-        arguments: list[Argument] = [
-            memory,
-            units,
-            self._unit,
-            (word - low) // 8,
-            (lost - low) // 8,
-        ]
-        for view, index, per_id in zip(move[:2], move[2:4], self._per_id, strict=True):
-            if index.ids is not None:
-                first = index.offset // self._unit
-                ids = id_arguments(index.ids.data_ptr(), device, first, per_id)
-                arguments += [*ids, view.slots // self._unit, per_id]
-        return arguments
 
 
 class _NestLaunch:
