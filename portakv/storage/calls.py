@@ -1157,17 +1157,6 @@ class Call:
         self.explanation.tasks.append((task, at, range(len(at))))
         return task
 
-    def gather(self, in_flight: InFlight, crossing: Crossing, view: KVView, queue: Queue) -> Task:
-        """Plan the task of a save that brings blocks of the view into rows, and seals them."""
-        at = in_flight.at
-        task = self.task(at, partial(in_flight.gather, crossing, view), queue, in_flight, ())
-        task.schedule.soon = in_flight.until is not None  # it waits for no staging either
-        in_flight.ends[None] = task
-        in_flight.last = [task]
-        if in_flight.copied is None:
-            self.gathers.append((task, at, range(len(at))))
-        return task
-
     def submit(self, *barriers: Task) -> None:
         """Start the planned tasks, those of the first stages first."""
         tasks = [*(task for _, task in sorted(self._tasks, key=itemgetter(0))), *barriers]

@@ -115,7 +115,15 @@ class ViewSource:
 
     def gather(self, call: Call, in_flight: InFlight) -> Task:
         """Plan the task that copies blocks of the view into rows, and seals them."""
-        return call.gather(in_flight, self._crossing, self.view, self._queue)
+        at = in_flight.at
+        work = partial(in_flight.gather, self._crossing, self.view)
+        task = call.task(at, work, self._queue, in_flight, ())
+        task.schedule.soon = in_flight.until is not None  # it waits for no staging either
+        in_flight.ends[None] = task
+        in_flight.last = [task]
+        if in_flight.copied is None:
+            call.gathers.append((task, at, range(len(at))))
+        return task
 
 
 #: Brings the blocks of a save into rows.
