@@ -828,21 +828,20 @@ class Slots:
         for slot in {*slots.tolist()}.difference(entered):
             self._put(slot)
 
-        used = list[int]()
+        in_order = dict.fromkeys(slot for slot in slots.tolist() if slot in entered)
         order = self.folder / "order"
         # The order is a hint: nothing that is wrong with it stops a start. It is not there after a
         # kill.
         with suppress(OSError, StoreError, ValueError, TypeError, RecursionError):
-            listed = json.loads(read_file(order, 16 * len(entered) + MOST_FORM))
-            used = [slot for slot in listed if isinstance(slot, int) and slot in entered]
+            for slot in json.loads(read_file(order, 16 * len(entered) + MOST_FORM)):
+                if isinstance(slot, int) and slot in entered:
+                    del in_order[slot]
+                    in_order[slot] = None  # after all others
         with suppress(OSError):  # it is not there, or the folder is read only
             order.unlink()
-        late = {*used}
-        before = [slot for slot in slots.tolist() if slot in entered and slot not in late]
-        last = dict.fromkeys([*before, *used])
 
-        self.index = {entered[slot]: slot for slot in last}
-        follows = words[[*last], FOLLOWS]
+        self.index = {entered[slot]: slot for slot in in_order}
+        follows = words[[*in_order], FOLLOWS]
         follows[follows == self.form.payload_bytes] = UNKNOWN
         with self.chains.lock:
             self.chains.fill([*self.index], marks_of(self.index), follows.tolist(), self.folder)
