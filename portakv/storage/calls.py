@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -43,7 +43,7 @@ from portakv.runtime.finished import Finished
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import image
 from portakv.storage.encoded import EncodedFigures
-from portakv.storage.eviction import FIRST, Changed, mark_of, marks_of
+from portakv.storage.eviction import FIRST, Changed, marks_of
 from portakv.storage.form import BlockForm, Slices
 from portakv.storage.memory import Claim, Crossing, Rows, SizedRows, Want, end_later
 from portakv.storage.reasons import OVERFLOWED, Explanation, Reason, Reasons
@@ -103,19 +103,8 @@ class Request:
     @cached_property
     def follows(self) -> list[int]:
         """Return the marks of the predecessors of a save's blocks."""
-        if self._is_one_chain:
-            return [_mark(self.after[0]), *self.marks[:-1]]
-        return [*map(_mark, self.after)]
-
-    @cached_property
-    def marks(self) -> list[int]:
-        """Return the marks of the keys."""
-        return marks_of(self.keys)
-
-
-def _mark(key: bytes | None) -> int:
-    """Return the mark of a predecessor."""
-    return FIRST if key is None else mark_of(key)
+        marks = marks_of([key or b"" for key in self.after])
+        return [FIRST if key is None else mark for key, mark in zip(self.after, marks, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -175,7 +164,7 @@ class Listed(Protocol):
         """
 
 
-def _named(tier_stores: Iterable[Listed]) -> dict[str, Listed]:
+def named_indices(tier_stores: Iterable[Listed]) -> dict[str, Listed]:
     """Return tier stores by the names of their tiers: "disk", and "disk 2" for a second one."""
     named = dict[str, Listed]()
     for each in tier_stores:
@@ -190,11 +179,13 @@ class Announced:
     Attributes:
         handles: those that have ended.
         changes: blocks that were stored or lost, with numbers in order.
+        indices: of each form the tier stores with one, by the names of their tiers.
     """
 
     def __init__(self, graph: Graph) -> None:
         self.handles = Finished[Handle]()
         self.changes = Finished[Change]()
+        self.indices = dict[str, dict[str, Listed]]()
         self._graph = graph
         self._issued = deque[tuple[Handle, Task | None]]()
         self._lock = threading.Lock()  # reports come from several tiers
@@ -242,24 +233,27 @@ class Announced:
         """Return whether the consumer of changes has taken them all."""
         return self._begun and self.changes.is_idle
 
-    def listen(self, forms: Mapping[str, Sequence[Listed]]) -> Finished[Change]:
-        """Return the changes of the tier stores of forms, which are kept from the first call on."""
+    def listen(self) -> Finished[Change]:
+        """Return the changes of all indices, which are kept from the first call on."""
         with self._beginning:  # two first calls
             if not self.changes.started:
                 self.changes.start()
-                for form, tier_stores in forms.items():
-                    for name, each in _named(tier_stores).items():
+                for form, named in self.indices.items():
+                    for name, each in named.items():
                         each.announce(partial(self._report, form, name))
                 self._begun = True
         return self.changes
 
-    def snapshot(self, forms: Mapping[str, Sequence[Listed]], form: str) -> Snapshot:
-        """Return the keys of a form's tier stores, and listen to all from the first call on."""
-        self.listen(forms)
+    def snapshot(self, forms: Iterable[str]) -> Snapshot:
+        """Return the keys of the tier stores of forms, and listen to all from the first call on."""
+        self.listen()
         with self._lock:
             number = self._number  # before the keys, in which later changes may be
-        named = _named(forms[form])
-        return Snapshot(number, {name: each.keys() for name, each in named.items()})
+        keys = dict[str, dict[bytes, None]]()
+        for form in forms:
+            for name, each in self.indices[form].items():
+                keys.setdefault(name, {}).update(dict.fromkeys(each.keys()))
+        return Snapshot(number, {name: [*some] for name, some in keys.items()})
 
     def _report(self, form: str, tier: str, key: bytes, stored: bool, why: str) -> None:
         """Number a change, and keep it."""
@@ -1161,17 +1155,6 @@ class Call:
         )
         self._tasks.append((order[0], task))
         self.explanation.tasks.append((task, at, range(len(at))))
-        return task
-
-    def gather(self, in_flight: InFlight, crossing: Crossing, view: KVView, queue: Queue) -> Task:
-        """Plan the task of a save that brings blocks of the view into rows, and seals them."""
-        at = in_flight.at
-        task = self.task(at, partial(in_flight.gather, crossing, view), queue, in_flight, ())
-        task.schedule.soon = in_flight.until is not None  # it waits for no staging either
-        in_flight.ends[None] = task
-        in_flight.last = [task]
-        if in_flight.copied is None:
-            self.gathers.append((task, at, range(len(at))))
         return task
 
     def submit(self, *barriers: Task) -> None:

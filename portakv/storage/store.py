@@ -20,7 +20,6 @@ from portakv.copy.options import USUAL, CopyOptions, options_from
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout, Unsupported
 from portakv.graph import SLACK, Graph, Handle, Mask, Missing, Priority, Task, watch
 from portakv.graph.graph import Queue
-from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import abandoned, uninterrupted
 from portakv.runtime.transfer import Completion
 from portakv.storage.calls import (
@@ -44,6 +43,7 @@ from portakv.storage.calls import (
     SharedState,
     Snapshot,
     forms_for,
+    named_indices,
     parts_of,
     terms_of,
 )
@@ -115,7 +115,15 @@ class ViewSource:
 
     def gather(self, call: Call, in_flight: InFlight) -> Task:
         """Plan the task that copies blocks of the view into rows, and seals them."""
-        return call.gather(in_flight, self._crossing, self.view, self._queue)
+        at = in_flight.at
+        work = partial(in_flight.gather, self._crossing, self.view)
+        task = call.task(at, work, self._queue, in_flight, ())
+        task.schedule.soon = in_flight.until is not None  # it waits for no staging either
+        in_flight.ends[None] = task
+        in_flight.last = [task]
+        if in_flight.copied is None:
+            call.gathers.append((task, at, range(len(at))))
+        return task
 
 
 #: Brings the blocks of a save into rows.
@@ -369,21 +377,12 @@ class FormStore:
         last change.
 
         A process that keeps an index begins with this, and applies what `BlockStore.listen`
-        returns. Blocks of other forms are left out.
+        returns. Blocks of other forms are left out, except in a store that packs where it pays,
+        whose keys are those of both forms.
         """
         form = self._own("call of keys()")
-        announced = self._shared.announced
-        return uninterrupted(lambda: announced.snapshot(self._indices(), form.name))
-
-    def _indices(self) -> dict[str, list[Listed]]:
-        """Return the indices of each form: of the host tier, and of the tiers with one."""
-        shared = self._shared
-        result = dict[str, list[Listed]]()
-        for name, form in shared.forms.items():
-            host = [shared.rows.listed(form.own.form.digest)] if shared.rows.host else []
-            tiers = [x for x in form.own.tier_stores if isinstance(x, Listed)]
-            result[name] = [*host, *tiers]
-        return result
+        names = [form.name] if self.chooser is None else [*self._shared.forms]
+        return uninterrupted(partial(self._shared.announced.snapshot, names))
 
     def _keys(self, keys: Keys, priority: Priority, deadline: float | None) -> list[bytes]:
         """Return keys of 32 bytes; reject wrong keys and terms."""
@@ -1128,6 +1127,9 @@ class BlockStore(FormStore):
             apart = [other.digest for other in own if other not in read]
             blocks = FormBlocks(shared, name, parts, apart)
             shared.forms[name] = blocks
+            host = [self.rows.listed(form.digest)] if self.rows.host else []
+            listed = [x for x in blocks.own.tier_stores if isinstance(x, Listed)]
+            shared.announced.indices[name] = named_indices([*host, *listed])
             self._stores[name] = FormStore(shared, self._full, self._weak, blocks)
         if self._terms is not None:
             self._choose(self._terms, self._stays_raw)
@@ -1197,18 +1199,6 @@ class BlockStore(FormStore):
         self._refuse_closed("call of finished_fd()")
         return self._shared.announced.handles.fileno()
 
-    def keys(self) -> Snapshot:
-        """Return the keys as `FormStore.keys` does; of a store that packs where it pays those of
-        both forms."""
-        if self.chooser is None:
-            return super().keys()
-        snapshots = [each.keys() for each in self._stores.values()]
-        keys = dict[str, dict[bytes, None]]()
-        for snapshot in snapshots:
-            for tier, some in snapshot.keys.items():
-                keys.setdefault(tier, {}).update(dict.fromkeys(some))
-        return Snapshot(snapshots[0].number, {tier: [*some] for tier, some in keys.items()})
-
     def listen(self) -> list[Change]:
         """Return the blocks that were stored or lost since the last call, in order.
 
@@ -1219,7 +1209,7 @@ class BlockStore(FormStore):
         self._refuse_closed("call of listen()")
         if self._shared.announced.is_unchanged:
             return []  # without a helper thread: an engine calls this in each step
-        return uninterrupted(lambda: self._listen().take())
+        return uninterrupted(lambda: self._shared.announced.listen().take())
 
     def listen_fd(self) -> int:
         """Return a descriptor that is readable while `listen` has changes. It is closed with the
@@ -1228,10 +1218,7 @@ class BlockStore(FormStore):
         Raises `HostMemoryError` without a free descriptor.
         """
         self._refuse_closed("call of listen_fd()")
-        return uninterrupted(lambda: self._listen().fileno())
-
-    def _listen(self) -> Finished[Change]:
-        return self._shared.announced.listen(self._indices())
+        return uninterrupted(lambda: self._shared.announced.listen().fileno())
 
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Return figures by their names in Prometheus, as `Graph.statistics`, and the figures of
@@ -1248,8 +1235,14 @@ class BlockStore(FormStore):
         reported |= tier_figures(reported["tiers"])
         if "" not in self._stores:
             reported |= self.graph.run(self._form_statistics)
-        for name, samples in self._encoding_figures().items():
-            reported.setdefault(name, []).extend(samples)
+        forms = [*self._shared.forms.values()]
+        packed = [form for form in forms if form.own.form.encoding]
+        if self.chooser is not None:
+            packed = packed or forms
+        for form in packed:  # or the raw one if the store cannot pack it
+            each = form.figures.statistics(self._called(form.own.form))
+            for name, samples in each.items():
+                reported.setdefault(name, []).extend(samples)
         return reported
 
     def figures(self) -> dict[str, list[dict[str, Any]]]:
@@ -1267,19 +1260,6 @@ class BlockStore(FormStore):
         """Return the name of a form here, or its checksum if it has none."""
         names = [name for name, own in self.forms.items() if own == form and name]
         return names[0] if names else form.name
-
-    def _encoding_figures(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the figures of packed forms, or of the raw one if the store cannot pack it."""
-        forms = [*self._shared.forms.values()]
-        packed = [form for form in forms if form.own.form.encoding]
-        if self.chooser is not None and not packed:
-            packed = forms
-        figures: dict[str, list[dict[str, Any]]] = {}
-        for form in packed:
-            each = form.figures.statistics(self._called(form.own.form))
-            for name, samples in each.items():
-                figures.setdefault(name, []).extend(samples)
-        return figures
 
     def _form_statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Return the figures of each of several forms, under the graph's lock."""

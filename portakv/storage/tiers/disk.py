@@ -207,12 +207,11 @@ class DiskStore:
     def pin(self, keys: Sequence[bytes]) -> list[Pin | None]:
         """Return the pin of each block, which stays until its end; None if it is gone."""
         pins: list[Pin | None] = [None] * len(keys)
-        left = [*range(len(keys))]
         for slots, _ in self.parts:
-            places = dict(zip(left, slots.pin([keys[i] for i in left]), strict=True))
-            for i, place in places.items():
-                pins[i] = None if place is None else Pin(slots, place)
-            left = [i for i, place in places.items() if place is None]
+            left = [i for i, pin in enumerate(pins) if pin is None]
+            for i, place in zip(left, slots.pin([keys[i] for i in left]), strict=True):
+                if place is not None:
+                    pins[i] = Pin(slots, place)
         return pins
 
     def delete(self, keys: Sequence[bytes]) -> list[bool]:
@@ -592,15 +591,9 @@ class Disk:
 
     def forms(self, form: BlockForm) -> list[BlockForm]:
         """Return the other forms of the same cache that lie in the folders."""
-        self._present = self._stored()
+        every = (each for folder in self.folders for each in forms_in(folder))
+        self._present = [*dict.fromkeys(every)]
         return [other for other in self._present if other != form and form.same_cache(other)]
-
-    def _stored(self) -> list[BlockForm]:
-        """Return all forms that lie in the folders and can be read."""
-        forms = dict[BlockForm, None]()
-        for folder in self.folders:
-            forms |= dict.fromkeys(forms_in(folder))
-        return [*forms]
 
     def open(
         self, graph: Graph, rows: Any, forms: Sequence[BlockForm], own: int = 1

@@ -329,10 +329,10 @@ class Space:
                 if _cut_closed(file.folder, 0, self.others):
                     return True
         for file in closed:
-            if _cut_closed(file.folder, _share(file, nbytes), self.others):
+            if _cut_closed(file.folder, _share(file.nbytes, nbytes), self.others):
                 return True
         return any(
-            readers[file.folder].cut(_share(file, nbytes))
+            readers[file.folder].cut(_share(file.nbytes, nbytes))
             for file in others
             if file.folder in readers
         )
@@ -354,12 +354,12 @@ class Space:
         return sorted(files)
 
 
-def _share(file: _File, nbytes: int) -> int:
-    """Return the bytes that a form gives back when ``nbytes`` are missing.
+def _share(allocated: int, nbytes: int) -> int:
+    """Return the bytes that a form gives back of those it has, when ``nbytes`` are missing.
 
     These are more than ``nbytes``, so that not every new block makes another form give slots back.
     """
-    return max(nbytes, min(EXTENT, file.nbytes // 8))
+    return max(nbytes, min(EXTENT, allocated // 8))
 
 
 class _Closed(NamedTuple):
@@ -544,11 +544,6 @@ class Health:
         before = self.shortage
         if before is not None and before.errno == error.errno:
             return  # blocks that are dropped for one reason are counted together
-        self.shortage = self._shortage_by(error, count, slot_bytes)
-        topic = f"full {self._folder.parent}"
-        _warnings.warning(topic, "%s", self.shortage.sentence, lines=1)
-
-    def _shortage_by(self, error: OSError, count: int, slot_bytes: int) -> Shortage:
         folder = self._folder.parent
         free = self._space.free()
         self.free_bytes = free
@@ -556,7 +551,9 @@ class Health:
             f"{folder} has {count} of the {self.configured} slots of its capacity, as its file "
             f"system ({file_system_of(folder)}, {free} bytes free) gives no more: {cause_of(error)}"
         )
-        return Shortage(error.errno or 0, free, self.configured - count, slot_bytes, why)
+        missing = self.configured - count
+        self.shortage = Shortage(error.errno or 0, free, missing, slot_bytes, why)
+        _warnings.warning(f"full {folder}", "%s", self.shortage.sentence, lines=1)
 
     @property
     def missing(self) -> int:
@@ -831,21 +828,20 @@ class Slots:
         for slot in {*slots.tolist()}.difference(entered):
             self._put(slot)
 
-        used = list[int]()
+        in_order = dict.fromkeys(slot for slot in slots.tolist() if slot in entered)
         order = self.folder / "order"
         # The order is a hint: nothing that is wrong with it stops a start. It is not there after a
         # kill.
         with suppress(OSError, StoreError, ValueError, TypeError, RecursionError):
-            listed = json.loads(read_file(order, 16 * len(entered) + MOST_FORM))
-            used = [slot for slot in listed if isinstance(slot, int) and slot in entered]
+            for slot in json.loads(read_file(order, 16 * len(entered) + MOST_FORM)):
+                if isinstance(slot, int) and slot in entered:
+                    del in_order[slot]
+                    in_order[slot] = None  # after all others
         with suppress(OSError):  # it is not there, or the folder is read only
             order.unlink()
-        late = {*used}
-        before = [slot for slot in slots.tolist() if slot in entered and slot not in late]
-        last = dict.fromkeys([*before, *used])
 
-        self.index = {entered[slot]: slot for slot in last}
-        follows = words[[*last], FOLLOWS]
+        self.index = {entered[slot]: slot for slot in in_order}
+        follows = words[[*in_order], FOLLOWS]
         follows[follows == self.form.payload_bytes] = UNKNOWN
         with self.chains.lock:
             self.chains.fill([*self.index], marks_of(self.index), follows.tolist(), self.folder)
@@ -890,22 +886,21 @@ class Slots:
         """
         with self.chains.lock:
             for place in places:
-                self._unpin(place.slot, place.header.key, good, why)
-
-    def _unpin(self, slot: int, key: bytes, good: bool, why: str) -> None:
-        if not good:
-            if self.index.get(key) == slot:
-                del self.index[key]
-                self.chains.remove(key, why)
-            self._put(slot)
-        self._pins[slot] -= 1
-        if self._pins[slot]:
-            return
-        del self._pins[slot]
-        if self.index.get(key) == slot:
-            self.chains.unpin(key)
-        else:
-            self._free.append(slot)
+                slot = place.slot
+                key = place.header.key
+                if not good:
+                    if self.index.get(key) == slot:
+                        del self.index[key]
+                        self.chains.remove(key, why)
+                    self._put(slot)
+                self._pins[slot] -= 1
+                if self._pins[slot]:
+                    continue
+                del self._pins[slot]
+                if self.index.get(key) == slot:
+                    self.chains.unpin(key)
+                else:
+                    self._free.append(slot)
 
     def take(
         self,
@@ -929,21 +924,6 @@ class Slots:
         """
         if self.look():
             return None
-        slot = self._take(key, own, follows, evict, waits)
-        if slot is not None and not self._put(slot):
-            self.give(slot)
-            return None
-        return slot
-
-    def _take(
-        self,
-        key: bytes,
-        own: Mapping[bytes, int] | None,
-        follows: int,
-        evict: bool,
-        waits: bool,
-    ) -> int | None:
-        """Take a slot as `take` does, whose record is not empty yet."""
         with self.chains.lock:
             if self.fd < 0:
                 return None
@@ -964,6 +944,9 @@ class Slots:
             slot: int = self._free.popleft()
             self._writes[slot] = Write(key, follows)
             self.chains.expect(follows)
+        if not self._put(slot):
+            self.give(slot)
+            return None
         return slot
 
     def look(self) -> str:
@@ -993,7 +976,7 @@ class Slots:
 
     def yield_share(self, nbytes: int) -> bool:
         """Give slots back as `cut` does, so many bytes or an eighth, under the lock."""
-        return self._yield(max(nbytes, min(EXTENT, self.nbytes // 8)))
+        return self._yield(_share(self.nbytes, nbytes))
 
     def _yield(self, nbytes: int) -> bool:
         before = self.count
