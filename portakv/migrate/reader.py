@@ -848,7 +848,7 @@ class Issuer:
         self.copies = graph.queue("copy", width=4)
         self.begins = graph.queue("begin", width=WIDTH)
         self._connector = Connector(graph, owners, housekeeper.note_connection)
-        self._finder = Finder(owners.channel, self._connector)
+        self._finder = Finder(owners, self._connector)
         housekeeper.finder = self._finder
         #: The pull of the last call that has asked owners itself.
         self._asked: ref[Pull] | None = None
