@@ -702,8 +702,9 @@ class LatePull(Wanted):
         self._reaches = list[_Reach]()
         self._settled = set[LateLayer]()  # layers of which all parts are issued
         pull.begun = False
-        layers = sum(shard.view.layers for shard in issuer.shards)
-        pull.layers = [LateLayer() for _ in range(layers * options.by_layer)]
+        if options.by_layer:
+            layers = sum(shard.view.layers for shard in issuer.shards)
+            pull.layers = [LateLayer() for _ in range(layers)]
 
     def plan(self, sources: Sources) -> Issuing:
         """Plan the copies of the pull, whose sources are known; raise as `Reader.pull`."""
