@@ -594,10 +594,6 @@ class Connector:
         self._lock = threading.Lock()
         self._attempts = dict[OwnerKey, Attempt]()
 
-    def has(self, owner: OwnerKey) -> bool:
-        """Return True if an owner is connected; with the epoch `ANY`, whoever has the address."""
-        return self._owners.find(*owner) is not None
-
     def begin(self, owner: OwnerKey) -> Attempt:
         """Return the handshake with an owner that is under way; begin one if there is none.
 

@@ -27,7 +27,6 @@ from portakv.errors import (
     TransferTimeout,
 )
 from portakv.graph.task import Task
-from portakv.migrate.channel import Channel
 from portakv.migrate.connections import (
     ANY,
     Attempt,
@@ -253,12 +252,13 @@ class Finder:
     any may call `find_now`.
 
     Args:
-        channel: of the reader.
+        owners: of the reader.
         connector: connects to owners, in workers.
     """
 
-    def __init__(self, channel: Channel, connector: Connector) -> None:
-        self._channel = channel
+    def __init__(self, owners: Connections, connector: Connector) -> None:
+        self._owners = owners
+        self._channel = channel = owners.channel
         # Owners that were late with an answer, with the time of the next question by a call.
         self._late: Bounded[OwnerKey, float] = Bounded("owners that were late", 1024)
         self._names = Questions(channel, "offers by name", Found)
@@ -292,7 +292,7 @@ class Finder:
         marks = defaultdict[OwnerKey, list[_Asked]](list)
         for wanted in waiting:
             for owner in [*wanted.owners]:
-                if self._connector.has(owner):
+                if self._owners.find(*owner):
                     del wanted.owners[owner]
                 else:
                     self._connect(owner, wanted)
@@ -314,7 +314,7 @@ class Finder:
         due = dict[OwnerKey, Sequence[_Asked]]()
         for owner, some in names.items():
             anyone = owner[0], ANY  # also an owner of another epoch answers
-            if not self._connector.has(anyone):
+            if not self._owners.find(*anyone):
                 for each in some:
                     self._connect(anyone, each.wanted)
             elif self._names.is_due(owner):

@@ -702,8 +702,9 @@ class LatePull(Wanted):
         self._reaches = list[_Reach]()
         self._settled = set[LateLayer]()  # layers of which all parts are issued
         pull.begun = False
-        layers = sum(shard.view.layers for shard in issuer.shards)
-        pull.layers = [LateLayer() for _ in range(layers * options.by_layer)]
+        if options.by_layer:
+            layers = sum(shard.view.layers for shard in issuer.shards)
+            pull.layers = [LateLayer() for _ in range(layers)]
 
     def plan(self, sources: Sources) -> Issuing:
         """Plan the copies of the pull, whose sources are known; raise as `Reader.pull`."""
@@ -848,7 +849,7 @@ class Issuer:
         self.copies = graph.queue("copy", width=4)
         self.begins = graph.queue("begin", width=WIDTH)
         self._connector = Connector(graph, owners, housekeeper.note_connection)
-        self._finder = Finder(owners.channel, self._connector)
+        self._finder = Finder(owners, self._connector)
         housekeeper.finder = self._finder
         #: The pull of the last call that has asked owners itself.
         self._asked: ref[Pull] | None = None

@@ -196,7 +196,7 @@ def export(storage: torch.UntypedStorage, files: SharedFiles | None = None) -> H
 
     Raises `Unsupported` as `share` does.
     """
-    flat = _flat(storage)
+    flat = flat_bytes(storage)
     return Held(share(flat, files), flat)
 
 
@@ -216,7 +216,7 @@ class _Span:
         words: Any = handle, nbytes, self.first, *rest
         kind = "uint8", (nbytes,), (1,)
         message = structs.replace(self.message, words=words, kind=kind, offset=0)
-        return Held(sealed(message), _flat(self.storage))
+        return Held(sealed(message), flat_bytes(self.storage))
 
 
 def export_all(
@@ -242,7 +242,7 @@ def export_all(
             storage = tensor.untyped_storage()
             memory = tensor.device, storage.data_ptr(), storage.nbytes()
             if memory not in shared:
-                message = unsealed(share(_flat(storage), files), _Shared)
+                message = unsealed(share(flat_bytes(storage), files), _Shared)
                 assert message is not None
                 shared[memory] = message
                 _include(spans, message, storage)
@@ -274,12 +274,12 @@ def _include(
         spans[key] = _Span(message, storage)
         return
     # One opening of the span serves for this memory too.
-    Held(sealed(message), _flat(storage)).close()
+    Held(sealed(message), flat_bytes(storage)).close()
     span.first = min(span.first, message.words[2])
     span.past = max(span.past, message.words[2] + message.words[1])
 
 
-def _flat(storage: torch.UntypedStorage) -> torch.Tensor:
+def flat_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
     """Return a whole allocation as a flat uint8 tensor."""
     with torch.inference_mode(False):
         return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
