@@ -69,6 +69,11 @@ def cells_of(form: BlockForm) -> int:
     return sum(heads << across * layer for layer in range(*form.layers[:2]))
 
 
+def ended_session() -> PeerError:
+    """Return the error for a message of a session that has ended."""
+    return PeerError("Expected a session of this store server, got one that has ended. Join anew.")
+
+
 def unlike(form: BlockForm, stored: Sequence[BlockForm]) -> InvalidTerms:
     """Return the error for blocks of another form than the stored ones."""
     got = asdict(form)
@@ -444,9 +449,7 @@ class ServerState:
         """Return a session. Raises `PeerError` if it has ended."""
         client = self._clients.get(session)
         if client is None:
-            raise PeerError(
-                "Expected a session of this store server, got one that has ended. Join anew."
-            )
+            raise ended_session()
         return client
 
     # --- loads and saves
