@@ -392,7 +392,7 @@ class ServerState:
             for work in requests:
                 if work.key is None:
                     self._abandon(work)
-            for save in [each for saves in self._saves.values() for each in saves]:
+            for save in self._all_saves():
                 self._settle_all(save)
             self._wake()
 
@@ -614,7 +614,7 @@ class ServerState:
         with self._lock:
             self._drain()
             now = self._now()
-            for save in [each for saves in self._saves.values() for each in saves]:
+            for save in self._all_saves():
                 late = now > save.since + self._patience
                 if late and save.stored is None and not save.complete:
                     self._abandon(save)
@@ -762,6 +762,9 @@ class ServerState:
         lent.end(whole)
         if work.part.store.form.encoding:
             self._wake()  # to tell the clients that no rows follow; see `Piece.packs`
+
+    def _all_saves(self) -> list[Work]:
+        return [save for saves in self._saves.values() for save in saves]
 
     def _settle_all(self, work: Work) -> None:
         for lent in [*work.lents]:
