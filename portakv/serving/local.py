@@ -57,18 +57,12 @@ class NoBlocks:
 
     def save(self, *args: Any, **terms: Any) -> NoReturn:
         """Raise `StoreError`."""
-        raise _no_store()
+        raise StoreError(
+            "Expected an engine with a store, got one that only hands requests over. Name a "
+            "folder, host or bucket in kv_connector_extra_config."
+        )
 
-    def load(self, *args: Any, **terms: Any) -> NoReturn:
-        """Raise `StoreError`."""
-        raise _no_store()
-
-
-def _no_store() -> StoreError:
-    return StoreError(
-        "Expected an engine with a store, got one that only hands requests over. Name a folder, "
-        "host or bucket in kv_connector_extra_config."
-    )
+    load = save
 
 
 # ------------------------------------------------------------------------------------------------
@@ -518,7 +512,14 @@ def forms_of(
         if len(groups) > 1:
             notes = f"group {number} of {len(groups)} {notes}".rstrip()
         part = None if heads is None else heads[number]
-        rows = None if block_size is None else _rows_of(block_size, tokens)
+        rows = None
+        if block_size is not None:
+            rows, rest = divmod(block_size, tokens)
+            if rest:
+                raise InvalidTerms(
+                    f"Expected stored blocks of a multiple of {tokens} tokens, which a page has, "
+                    f"got {block_size}. Pass a multiple."
+                )
         of = partial(
             BlockForm.of, view, model, layers=layers, heads=part, block_size=rows, notes=notes
         )
@@ -553,16 +554,6 @@ def with_raw(forms: Mapping[str, BlockForm]) -> dict[str, BlockForm]:
     """
     raw = {f"{name}{RAW}": form.raw for name, form in forms.items() if form.encoding}
     return {**forms, **raw}
-
-
-def _rows_of(block_size: int, tokens: int) -> int:
-    """Return how many rows of some tokens a stored block has. Raises `InvalidTerms`."""
-    if block_size % tokens:
-        raise InvalidTerms(
-            f"Expected stored blocks of a multiple of {tokens} tokens, which a page has, got "
-            f"{block_size}. Pass a multiple."
-        )
-    return block_size // tokens
 
 
 def alike_in(tiers: Sequence[Tier], forms: Sequence[BlockForm]) -> list[BlockForm]:

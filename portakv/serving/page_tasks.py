@@ -11,7 +11,7 @@ import logging
 import select
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from itertools import compress
@@ -478,50 +478,6 @@ class PageTask:
         return [(nbytes, part) for (nbytes, _), part in parts.items()] or [(0, [])]
 
 
-class _Locks:
-    """The locks of pages, which add up. A batch of pins ends with the last lock of its pages."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._by_key = dict[bytes, list[_Batch]]()
-
-    def __len__(self) -> int:
-        return len(self._by_key)
-
-    def add(self, keys: Iterable[bytes], pins: Pins) -> None:
-        """Note a lock of each key, which the pins keep."""
-        batch = _Batch(pins)
-        with self._lock:
-            for key in keys:
-                self._by_key.setdefault(key, []).append(batch)
-                batch.left += 1
-
-    def end(self, keys: Iterable[bytes]) -> None:
-        """End a lock of each key; ignore keys without one."""
-        ended = list[_Batch]()
-        with self._lock:
-            for key in keys:
-                batches = self._by_key.get(key)
-                if not batches:
-                    continue
-                batch = batches.pop()
-                if not batches:
-                    del self._by_key[key]
-                batch.left -= 1
-                if not batch.left:
-                    ended.append(batch)
-        for batch in ended:
-            batch.pins.release()
-
-
-class _Batch:
-    """The pins of a lookup, and the number of its locks that have not ended."""
-
-    def __init__(self, pins: Pins) -> None:
-        self.pins = pins
-        self.left = 0
-
-
 class PageTasks:
     """The tasks of an engine over a store of pages.
 
@@ -555,7 +511,10 @@ class PageTasks:
         self._next_try = dict[int, float]()  # of sizes for which the store could not be opened
         self._loads = set[PageTask]()  # under way
         self._closing = threading.Event()
-        self._locks = _Locks()
+        # The locks of pages add up. A batch of pins ends with the last lock of its pages.
+        self._lock = threading.Lock()
+        self._locks = dict[bytes, list[Pins]]()
+        self._locks_of = Counter[Pins]()
         self._calls = Calls("portakv-pages-calls")
         self._thread = threading.Thread(target=self._run, name="portakv-pages", daemon=True)
         store.changes()  # later changes are kept
@@ -619,7 +578,10 @@ class PageTasks:
         for pages in self.store.every():
             pins = pages.pin([keys[number] for number in left])
             locked = [*compress(left, pins.held)]
-            self._locks.add([keys[number] for number in locked], pins)
+            with self._lock:
+                for number in locked:
+                    self._locks.setdefault(keys[number], []).append(pins)
+                    self._locks_of[pins] += 1
             result[locked] = pages.size.nbytes
             left = [*compress(left, ~pins.held)]
         return result
@@ -640,7 +602,20 @@ class PageTasks:
 
     def unlock(self, keys: Iterable[bytes]) -> None:
         """End a lock of each page; ignore pages that are not locked."""
-        self._locks.end(keys)
+        ended = list[Pins]()
+        with self._lock:
+            for key in keys:
+                if key not in self._locks:
+                    continue
+                pins = self._locks[key].pop()
+                if not self._locks[key]:
+                    del self._locks[key]
+                self._locks_of[pins] -= 1
+                if not self._locks_of[pins]:
+                    del self._locks_of[pins]
+                    ended.append(pins)
+        for pins in ended:
+            pins.release()
 
     def delete(self, keys: Keys) -> Mask:
         """Delete pages of any size, locked or not; return which were stored, bool ``[keys]``.

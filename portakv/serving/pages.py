@@ -27,10 +27,10 @@ from portakv.arguments import instance, invalid, items, octets, seconds, text, w
 from portakv.errors import InvalidTerms, PortaKVError, StoreError, TransferTimeout
 from portakv.graph import Handle, Mask, Priority
 from portakv.runtime.finished import Finished
-from portakv.runtime.transfer import Transfer
 from portakv.serving.local import PATIENCE, StoreTerms, found_in, open_store
-from portakv.serving.server.client import GRACE, Released, ServerBlocks, ServerTransfer
+from portakv.serving.server.client import GRACE, ServerBlocks, ServerTransfer
 from portakv.serving.server.index import ServerIndex
+from portakv.serving.worker import is_done
 from portakv.storage import BlockForm, BlockStore
 from portakv.storage.calls import Change
 from portakv.storage.eviction import Pins
@@ -193,7 +193,7 @@ class PageJob:
         raise."""
         if self.handle is None or self._given_up is not None:
             return True
-        return _has_ended(self.handle)
+        return is_done(self.handle)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the job has ended, at most so many seconds; return whether it has."""
@@ -210,7 +210,7 @@ class PageJob:
         """
         self.cancel()
         released = None if self.handle is None else self.handle.released
-        unused = released is not None and _has_ended(released)
+        unused = released is not None and is_done(released)
         if unused and self._until is not None and self._until.pop(self, None) is not None:
             self._given_up = self.landed.copy()
             self._add()
@@ -242,14 +242,6 @@ class PageJob:
     def _add(self) -> None:
         self.seconds = time.monotonic() - self.began
         self._ended.add(self)
-
-
-def _has_ended(transfer: Handle | ServerTransfer | Transfer | Released) -> bool:
-    """Return whether a transfer has ended, with or without an error."""
-    try:
-        return transfer.done()
-    except PortaKVError:
-        return True
 
 
 #: Seconds after which a save gives up the pages that are not stored: a disk that hangs must not

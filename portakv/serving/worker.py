@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -317,7 +317,7 @@ class _Work:
 
     def ended(self) -> bool:
         """Return whether all groups have ended, however they did."""
-        return self.waited or all(_is_done(part.handle) for part in self.parts)
+        return self.waited or all(is_done(part.handle) for part in self.parts)
 
     def cancel(self) -> None:
         """Start no further block."""
@@ -664,12 +664,13 @@ class WorkerSide:
             self._ended.incomplete.add(job.request)
         for number, (view, store) in enumerate(self._groups):
             ids = job.blocks[number]
+            size = store.form.block_size
             whole = view.block_size
             assert whole is not None
             for position in missing:
-                for at in _covered(position, store.form.block_size, whole):
-                    if at < len(ids) and ids[at] >= 0:
-                        self._ended.failed[number].add(ids[at])
+                first = position * size // whole  # of the engine's blocks that it covers
+                past = -(-(position + 1) * size // whole)
+                self._ended.failed[number].update(at for at in ids[first:past] if at >= 0)
 
 
 def _fail(works: Sequence[_Work], error: PortaKVError) -> None:
@@ -680,12 +681,7 @@ def _fail(works: Sequence[_Work], error: PortaKVError) -> None:
         work.cancel()
 
 
-def _covered(position: int, size: int, whole: int) -> Iterator[int]:
-    """Yield the positions of the engine's blocks that a stored block covers."""
-    yield from range(position * size // whole, -(-(position + 1) * size // whole))
-
-
-def _is_done(transfer: Ending) -> bool:
+def is_done(transfer: Ending) -> bool:
     """Return whether a transfer has ended; how it did is in the blocks that landed."""
     try:
         return transfer.done()
@@ -695,7 +691,7 @@ def _is_done(transfer: Ending) -> bool:
 
 def _ends_by(until: float, copies: Ending) -> bool:
     """Return whether copies end by a time of `time.monotonic`."""
-    while not _is_done(copies):
+    while not is_done(copies):
         if time.monotonic() > until:
             return False
         time.sleep(PAUSE)
@@ -710,4 +706,4 @@ def _wait(transfer: Ending) -> None:
 
 def _is_released(handle: Moved) -> bool:
     """Return whether nothing reads the blocks of a save any longer."""
-    return handle.released is None or _is_done(handle.released)
+    return handle.released is None or is_done(handle.released)

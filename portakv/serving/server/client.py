@@ -276,14 +276,15 @@ class Requests:
         changed: the lock of all pieces, notified at each change.
         graph: its workers copy.
         process: whose requests they are.
+        open: those that have not ended, by their numbers.
     """
 
     def __init__(self) -> None:
         self.process = this_process()
         self.changed = Condition()
         self.graph = Graph()
-        self._numbers = count(1)
-        self._open = dict[int, tuple[ServerTransfer, Piece]]()  # by number
+        self.numbers = count(1)  # of requests and locks
+        self.open = dict[int, tuple[ServerTransfer, Piece]]()
         self._copies = 0  # copies
 
     @property
@@ -299,18 +300,10 @@ class Requests:
         with self.changed:
             for first in range(0, keys, MOST_KEYS):
                 many = min(MOST_KEYS, keys - first)
-                piece = Piece(next(self._numbers), first, many, saves, packs)
+                piece = Piece(next(self.numbers), first, many, saves, packs)
                 pieces.append(piece)
-                self._open[piece.number] = transfer, piece
+                self.open[piece.number] = transfer, piece
         return pieces
-
-    def next_number(self) -> int:
-        """Return a number that no request of this rank has."""
-        return next(self._numbers)
-
-    def find(self, number: int) -> tuple[ServerTransfer, Piece] | None:
-        """Return a request that has not ended."""
-        return self._open.get(number)
 
     def take(self, piece: Piece, progress: Progress, answer: bool = False) -> None:
         """Note what the server says about a request. ``answer``: for the first time."""
@@ -335,7 +328,7 @@ class Requests:
     def close_all(self) -> None:
         """Begin no further copy, and wait for no further rows."""
         with self.changed:
-            for _, piece in [*self._open.values()]:
+            for _, piece in [*self.open.values()]:
                 piece.closed = True
                 self._note(piece)
 
@@ -386,7 +379,7 @@ class Requests:
     def _note(self, piece: Piece) -> None:
         """Wake who waits for a request, and forget it if it has ended; under the lock."""
         if piece.ended:
-            transfer, _ = self._open.pop(piece.number, (None, piece))
+            transfer, _ = self.open.pop(piece.number, (None, piece))
             if transfer is not None:
                 transfer.look()
         self.changed.notify_all()
@@ -833,7 +826,7 @@ class ServerBlocks:
         session = self._usable_session
         for first in range(0, len(checked) if session else 0, MOST_KEYS):
             assert session is not None
-            number = self.requests.next_number()
+            number = next(self.requests.numbers)
             some = joined_keys(checked[first : first + MOST_KEYS])
             done = self._done(session, Lock(session.number, number, self.group, some))
             places = [first + at for at in np.flatnonzero(done).tolist()]
@@ -994,7 +987,7 @@ class StoreClient:
         session = self.link.session
         if session is None or session.number != progress.session:
             return
-        waiting = self._requests.find(progress.number)
+        waiting = self._requests.open.get(progress.number)
         if waiting is not None:
             transfer, piece = waiting
             self._requests.take(piece, progress)

@@ -73,7 +73,13 @@ from portakv.serving.server.messages import (
     keys_in,
     tier_of,
 )
-from portakv.serving.server.state import PATIENCE, ClientProcess, ServerState, whole_form
+from portakv.serving.server.state import (
+    PATIENCE,
+    ClientProcess,
+    ServerState,
+    ended_session,
+    whole_form,
+)
 from portakv.serving.watched import answer
 from portakv.storage.calls import Change
 from portakv.storage.form import BlockForm
@@ -119,13 +125,15 @@ class Feed:
 
     Args:
         store: with several forms, by their names.
+
+    Attributes:
+        followers: by session.
     """
 
     def __init__(self, store: BlockStore) -> None:
+        self.followers = dict[int, Follower]()
         self._store = store
         self._numbers = {name: number for number, name in enumerate(store.forms)}
-        self._followers = dict[int, Follower]()  # by session
-        self._lock = threading.Lock()
 
     def follow(self, ask: Follow, forms: Sequence[str], bucket: bool) -> Followed:
         """Begin a session of a follower. ``bucket``: the store has a bucket.
@@ -138,8 +146,7 @@ class Feed:
                 f"have, got {ask.groups}. Pass as many."
             )
         made = Follower(randbits(62), ask.address, forms)
-        with self._lock:
-            self._followers[made.session] = made
+        self.followers[made.session] = made
         return Followed(
             made.session,
             tuple(self._numbers[form] for form in forms),
@@ -161,30 +168,14 @@ class Feed:
             if form.raw == raw and other != name and not form.lossy
         ]
 
-    def follower(self, session: int) -> Follower | None:
-        """Return the follower of a session that has not ended."""
-        return self._followers.get(session)
-
-    def followers(self) -> list[Follower]:
-        """Return the sessions."""
-        with self._lock:
-            return [*self._followers.values()]
-
-    def leave(self, session: int) -> None:
-        """End the session of a number, if there is one."""
-        with self._lock:
-            self._followers.pop(session, None)
-
     def page(self, ask: AskKeys) -> KeysPage:
         """Return a page of the keys of a group; the first one takes a snapshot.
 
         Raises `PeerError` for a session that has ended, or for a page out of order.
         """
-        follower = self._followers.get(ask.session)
+        follower = self.followers.get(ask.session)
         if follower is None or ask.group >= len(follower.forms):
-            raise PeerError(
-                "Expected a session of this store server, got one that has ended. Join anew."
-            )
+            raise ended_session()
         if ask.page == 0:
             follower.pages = self._pages(follower.forms[ask.group])
         if ask.page >= len(follower.pages):
@@ -211,7 +202,7 @@ class Feed:
 
     def announce(self, changes: Sequence[Change]) -> Iterator[tuple[Follower, Changes]]:
         """Yield the messages about changes for each follower."""
-        followers = self.followers()
+        followers = [*self.followers.values()]
         if not followers:
             return
         items = [
@@ -498,7 +489,9 @@ class StoreServer:
         if opened is None:
             return
         requests = [(each.address, Farewell(each.session)) for each in opened.state.clients()]
-        requests += [(each.address, Farewell(each.session)) for each in opened.feed.followers()]
+        requests += [
+            (each.address, Farewell(each.session)) for each in [*opened.feed.followers.values()]
+        ]
         # The answers come before the connections end. A client without one may have ended, too.
         with suppress(PortaKVError):
             self._channel.ask_all(requests, Farewell, LEAVING)
@@ -581,7 +574,7 @@ class StoreServer:
 
     def _alive(self, peer: Peer, ask: Alive) -> Alive:
         opened = self._open_store()
-        if opened.feed.follower(ask.session) is None:
+        if ask.session not in opened.feed.followers:
             opened.state.client(ask.session)
         return Alive(ask.session)
 
@@ -592,21 +585,19 @@ class StoreServer:
         """
         if self._opened is not None:
             self._opened.state.lose(session, leaves)
-            self._opened.feed.leave(session)
+            self._opened.feed.followers.pop(session, None)
 
     def _look_up(self, peer: Peer, ask: LookUp) -> None:
         """Begin a lookup in the bucket. One that cannot begin has no answer."""
         opened = self._opened
-        follower = None if opened is None else opened.feed.follower(ask.session)
+        follower = None if opened is None else opened.feed.followers.get(ask.session)
         if opened is not None and follower is not None:
             with suppress(PortaKVError):  # the store closes
                 opened.look_up(follower, ask.number, keys_in(ask.keys))
 
     def _open_store(self) -> OpenStore:
         if self._opened is None:
-            raise PeerError(
-                "Expected a session of this store server, got one that has ended. Join anew."
-            )
+            raise ended_session()
         return self._opened
 
     # --- the thread
@@ -707,7 +698,7 @@ class StoreServer:
             self._tell(client.address, progress, partial(opened.state.lost, client))
         messages = [opened.looked_up.popleft() for _ in range(len(opened.looked_up))]
         for follower, message in chain(messages, opened.feed.announce(opened.changes())):
-            lost = partial(opened.feed.leave, follower.session)
+            lost = partial(opened.feed.followers.pop, follower.session, None)
             self._tell(follower.address, message, lost)
 
 

@@ -69,6 +69,11 @@ def cells_of(form: BlockForm) -> int:
     return sum(heads << across * layer for layer in range(*form.layers[:2]))
 
 
+def ended_session() -> PeerError:
+    """Return the error for a message of a session that has ended."""
+    return PeerError("Expected a session of this store server, got one that has ended. Join anew.")
+
+
 def unlike(form: BlockForm, stored: Sequence[BlockForm]) -> InvalidTerms:
     """Return the error for blocks of another form than the stored ones."""
     got = asdict(form)
@@ -387,7 +392,7 @@ class ServerState:
             for work in requests:
                 if work.key is None:
                     self._abandon(work)
-            for save in [each for saves in self._saves.values() for each in saves]:
+            for save in self._all_saves():
                 self._settle_all(save)
             self._wake()
 
@@ -444,9 +449,7 @@ class ServerState:
         """Return a session. Raises `PeerError` if it has ended."""
         client = self._clients.get(session)
         if client is None:
-            raise PeerError(
-                "Expected a session of this store server, got one that has ended. Join anew."
-            )
+            raise ended_session()
         return client
 
     # --- loads and saves
@@ -611,7 +614,7 @@ class ServerState:
         with self._lock:
             self._drain()
             now = self._now()
-            for save in [each for saves in self._saves.values() for each in saves]:
+            for save in self._all_saves():
                 late = now > save.since + self._patience
                 if late and save.stored is None and not save.complete:
                     self._abandon(save)
@@ -759,6 +762,9 @@ class ServerState:
         lent.end(whole)
         if work.part.store.form.encoding:
             self._wake()  # to tell the clients that no rows follow; see `Piece.packs`
+
+    def _all_saves(self) -> list[Work]:
+        return [save for saves in self._saves.values() for save in saves]
 
     def _settle_all(self, work: Work) -> None:
         for lent in [*work.lents]:
