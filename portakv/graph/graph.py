@@ -369,15 +369,11 @@ class Graph:
             self.settle()
             self.sweep()
         except BaseException as error:  # raised by a pool, or an interrupt
-            self._fail(tasks, error)
+            for task in tasks:
+                if task in self.live and task.state != "running":
+                    self.end(task, None, "failed", error)
+            self.settle()
             raise
-
-    def _fail(self, tasks: Sequence[Task], error: BaseException) -> None:
-        """End the tasks that do not run by an error."""
-        for task in tasks:
-            if task in self.live and task.state != "running":
-                self.end(task, None, "failed", error)
-        self.settle()
 
     def _enter(self, task: Task, due: float, background: bool) -> None:
         """Register a new task. Tasks of other transfers that it waits for become as urgent."""

@@ -1191,10 +1191,6 @@ class Owner:
             raise self._gone()
         return answer
 
-    def receiver(self, terms: Terms) -> Receiver:
-        """Return the lane by which the owner sends weights; see `Publication.receiver`."""
-        return self.publication.receiver(self, terms)
-
     def check(self) -> None:
         """Raise the error of a pull that was cancelled or whose time is over."""
         if self._stopped() or abandoned():

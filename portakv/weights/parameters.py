@@ -75,6 +75,7 @@ class Parameter:
             if self.shape is not None:
                 terms["shape"] = tuple(self.shape)
             if self.boxes is not None:
+                terms["boxes"] = tuple(self.boxes)
                 terms["boxes"] = tuple(Box(*map(tuple, box)) for box in self.boxes)
 
     @classmethod

@@ -141,7 +141,7 @@ class Incoming:
         """Return the lane to an owner, after another pull has left it."""
         owner = self._owners[number]
         while True:
-            receiver = owner.receiver(self._terms[number])
+            receiver = owner.publication.receiver(owner, self._terms[number])
             if receiver.claim(self):
                 if receiver.usable and receiver.tag == receiver.ended:
                     return receiver
@@ -334,7 +334,7 @@ class Copies:
             except Unsupported as error:
                 terms = Terms(self._device(cells), request.transport, str(error))
                 self._terms[number] = terms
-                owner.receiver(terms)
+                owner.publication.receiver(owner, terms)
 
     def _device(self, cells: Sequence[int]) -> torch.device:
         """Return the device of all tensors of these cells, or the host."""
@@ -347,7 +347,7 @@ class Copies:
         for number, owner in enumerate(self.owners):
             how = "its memory is mapped"
             if number in self._terms:
-                receiver = owner.receiver(self._terms[number])
+                receiver = owner.publication.receiver(owner, self._terms[number])
                 how = f"{receiver.transport.name} sends it through staging buffers: {receiver.why}"
             lines.append(f"{owner.address}: {how}.")
         return lines

@@ -62,7 +62,7 @@ def test_a_lane_that_an_interrupted_pull_left_is_not_used() -> None:
     owner: Any = SimpleNamespace(
         address="a",
         id=b"1",
-        receiver=lambda terms: next(lanes),
+        publication=SimpleNamespace(receiver=lambda owner, terms: next(lanes)),
         check=lambda: None,
         pause=lambda seconds: None,
     )
