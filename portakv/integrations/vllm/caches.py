@@ -225,20 +225,19 @@ def _rows(
     first = tensors[0]
     heads = spec.num_kv_heads
     wide = spec.head_size
-    both = (blocks, heads, size, 2 * wide)
-    latent = ((blocks, size, wide), (blocks, 1, size, wide))
-    known = not others and first.dtype in PLAIN
-    if known and all(tensor.shape == both for tensor in tensors):
-        if kernel in FUSED:
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    has_both = shapes == {(blocks, heads, size, 2 * wide)}
+    if not others and first.dtype in PLAIN:
+        if has_both and kernel in FUSED:
             dims = (wide, wide)
             view = KVView(tensors, "layer | block head token (kv dim)", kv=2, dim=dims)
             return GroupView(view, "")
-        if kernel in BY_DIM:
+        if has_both and kernel in BY_DIM:
             pairs = [_keys_and_values(tensor) for tensor in tensors]
             return GroupView(KVView(pairs, "layer kv | block head token dim"), "")
-    if known and kernel in LATENT and all(tensor.shape in latent for tensor in tensors):
-        planes = [tensor.reshape(blocks, size, wide) for tensor in tensors]
-        return GroupView(KVView(planes, "layer | block token dim"), "")
+        if kernel in LATENT and shapes <= {(blocks, size, wide), (blocks, 1, size, wide)}:
+            planes = [tensor.reshape(blocks, size, wide) for tensor in tensors]
+            return GroupView(KVView(planes, "layer | block token dim"), "")
     by_amx = kernel.split()[-1:] == [AMX]
     raise IntegrationError(
         f"Expected an attention backend whose pages PortaKV can read by token, got "

@@ -113,18 +113,6 @@ HOOKS = names_in(
 )
 
 
-class Served(NamedTuple):
-    """What an engine is started with, next to its configuration, as far as it is known.
-
-    Attributes:
-        sizes: of the model; None: not known.
-        block_size: of ``--block-size``; None: vLLM chooses it.
-    """
-
-    sizes: Sizes | None = None
-    block_size: int | None = None
-
-
 def findings_of(
     config: Mapping[str, Any], sizes: Sizes | None = None, block_size: int | None = None
 ) -> Findings:
@@ -137,7 +125,6 @@ def findings_of(
         sizes: of the model that the engine serves, if it is known.
         block_size: of vLLM's ``--block-size``, if the engine is started with it.
     """
-    served = Served(sizes, block_size)
     findings = Findings(errors=errors_of_keys(config))
     expected = {"kv_connector": [CONNECTOR], "kv_connector_module_path": [MODULE]}
     findings.errors += other_values(config, expected | {"kv_role": [*ROLES]})
@@ -150,7 +137,10 @@ def findings_of(
     _check_model(sizes, findings)
     extra = config.get("kv_connector_extra_config", {})
     if isinstance(extra, Mapping):
-        _check_terms(config.get("kv_role"), extra, served, findings)
+        with findings.catching():
+            role = config.get("kv_role")
+            roles = roles_of(role if role in ROLES else "kv_both", extra)
+            _check_roles(roles, sizes, block_size, findings)
     if check_release(findings, "vllm", "vLLM", HOOKS, who="the connector"):
         findings.notes += [
             f"The installed vLLM has no {name.partition(':')[2]}: the connector serves without "
@@ -209,19 +199,12 @@ def _check_model(sizes: Sizes | None, findings: Findings) -> None:
         findings.unchecked.append(f"The sizes of the model's rows: {sizes.unknown}.")
 
 
-def _check_terms(
-    role: object, extra: Mapping[str, Any], served: Served, findings: Findings
+def _check_roles(
+    roles: Roles, sizes: Sizes | None, block_size: int | None, findings: Findings
 ) -> None:
-    """Check PortaKV's own terms."""
-    with findings.catching():
-        roles = roles_of(role if role in ROLES else "kv_both", extra)
-        _check_roles(roles, served, findings)
-
-
-def _check_roles(roles: Roles, served: Served, findings: Findings) -> None:
     """Check what an engine does by its role."""
     if roles.handing is not None:
-        _check_handing(roles.handing, served.sizes, findings)
+        _check_handing(roles.handing, sizes, findings)
     else:
         findings.notes.append(
             "This engine hands no prompt over to another engine, and takes none over. For prefill "
@@ -234,10 +217,12 @@ def _check_roles(roles: Roles, served: Served, findings: Findings) -> None:
         return
     with findings.catching("kv_connector_extra_config"):
         terms = StoreTerms.of(roles.store)
-        _check_store(terms, served, findings)
+        _check_store(terms, sizes, block_size, findings)
 
 
-def _check_store(terms: StoreTerms, served: Served, findings: Findings) -> None:
+def _check_store(
+    terms: StoreTerms, sizes: Sizes | None, block_size: int | None, findings: Findings
+) -> None:
     """Check the terms of a store, and compare them with the engine's blocks."""
     check_places(terms, findings, "kv_connector_extra_config")
     if terms.shared and not terms.folders:
@@ -248,8 +233,7 @@ def _check_store(terms: StoreTerms, served: Served, findings: Findings) -> None:
     findings.notes.append(_who_stores(terms))
     if terms.encoding is not None:
         findings.notes.append(_packed_blocks(terms))
-    size = _check_blocks(terms, served, findings)
-    sizes = served.sizes
+    size = _check_blocks(terms, sizes, block_size, findings)
     if sizes is not None and sizes.windows and not sizes.refused:
         with findings.catching():
             check_by_layer(terms)
@@ -257,21 +241,23 @@ def _check_store(terms: StoreTerms, served: Served, findings: Findings) -> None:
         _check_sizes(terms, sizes, size, findings)
 
 
-def _check_blocks(terms: StoreTerms, served: Served, findings: Findings) -> int | None:
+def _check_blocks(
+    terms: StoreTerms, sizes: Sizes | None, block_size: int | None, findings: Findings
+) -> int | None:
     """Compare the blocks of a store with those of the engine; return the tokens of the smallest
     stored block that the engine may have, None if it has none."""
-    blocks = BLOCKS if served.block_size is None else (served.block_size,)
+    blocks = BLOCKS if block_size is None else (block_size,)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     least = least_tokens(device.type, terms)
-    sizes = list[int]()
+    stored = list[int]()
     refusals = list[str]()
     for block in blocks:
         try:
-            sizes.append(stored_block(terms, _groups(block, served.sizes), least))
+            stored.append(stored_block(terms, _groups(block, sizes), least))
         except InvalidTerms as error:
             refusals.append(f"kv_connector_extra_config: {error}")
-    if not sizes:
-        advice = "" if served.block_size else " Pass --block-size as vLLM has it, if it has."
+    if not stored:
+        advice = "" if block_size else " Pass --block-size as vLLM has it, if it has."
         findings.errors.append(f"{refusals[0]}{advice}")
         return None
     if refusals:
@@ -279,7 +265,7 @@ def _check_blocks(terms: StoreTerms, served: Served, findings: Findings) -> int 
             f"Whether the engine's blocks fit, whose size vLLM chooses. Pass --block-size as vLLM "
             f"has it. With some sizes vLLM would not start: {refusals[0]}"
         )
-    return min(sizes)
+    return min(stored)
 
 
 def _groups(block: int, sizes: Sizes | None) -> Sequence[Group]:
