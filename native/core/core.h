@@ -293,6 +293,12 @@ PORTAKV_API int64_t portakv_pieces_list(const int64_t *plan, const int64_t *requ
 // addresses as above.
 PORTAKV_API int64_t portakv_pieces_fold(const int64_t *runs, int64_t *out, int64_t room);
 
+// Count the runs of so many units of a copy in groups, see `portakv_runs_groups`, and about so many
+// pieces. `limits` are those of a request; a width of 0 below which rows fold: nothing folds. Write
+// both numbers, and return 0.
+PORTAKV_API int64_t portakv_pieces_count(const int64_t *plan, int64_t units, int64_t groups,
+                                         const int64_t *limits, int64_t *out);
+
 // --- The link between a device and the host ---------------------------------------------------
 //
 // Words and their order are those of link.h and link.cpp. Calls release the interpreter: a driver

@@ -139,7 +139,6 @@ class HostLaunch(StrategyLaunch):
         self._of_host = RunCounter.of_host(plan, below)
         self.counted = plan.unit, *self._whole.limits, self._of_host.limits[1]
         self._picks: Bounded[tuple[object, ...], Pick] = Bounded("picks of strategies", _PICKS)
-        self._last = threading.local()
 
     def pick(self, move: Move, guarded: bool = False, quick: bool = False) -> Pick:
         """Return the strategy that a transfer takes; move nothing.
@@ -331,14 +330,7 @@ class HostLaunch(StrategyLaunch):
             _, carried = instead
             pending = self.launch_by(carried[0], move, stream, status)
         self._host.log(*carried)
-        self._last.carried = carried
         return pending
-
-    @property
-    def carried(self) -> tuple[str, str] | None:
-        """Return the strategy of this thread's last transfer, and why, as a phrase. None before the
-        first transfer."""
-        return getattr(self._last, "carried", None)
 
     def prepared(self, name: str) -> Launch | None:
         """Return the launch of a strategy, prepared at its first use. None: it cannot be

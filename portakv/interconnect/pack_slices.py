@@ -16,7 +16,7 @@ from portakv.core.link import Cut
 from portakv.interconnect.link import link_of
 from portakv.interconnect.passage import Cross, Passage
 from portakv.interconnect.slices import BothStages, Sizes, SlicedRows
-from portakv.interconnect.staging import dense_rows, staging
+from portakv.interconnect.staging import DenseRows, staging
 from portakv.interconnect.strategy import finish
 from portakv.plan.packing import Move, PackPlan
 from portakv.plan.plan import CopyPlan
@@ -46,7 +46,7 @@ class PackStages(BothStages):
     ) -> None:
         plan = PackPlan(src, dst, *steps)
         far = dst if downward else src
-        dense = dense_rows(far)
+        dense = DenseRows(far)
         per_token = far.token_bytes / (far.block_size if far.opaque else 1)
         super().__init__(plan, dense)
         self.downward = downward

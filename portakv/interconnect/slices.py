@@ -17,7 +17,7 @@ import torch
 from portakv.core.link import Cut, cut_copy
 from portakv.errors import Unsupported
 from portakv.interconnect.link import CudaLink, TorchLink
-from portakv.interconnect.staging import Buffers, DenseRows, Order, dense_rows
+from portakv.interconnect.staging import Buffers, DenseRows, Order
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
 from portakv.registry.prepared import Prepared, prepared
@@ -82,7 +82,7 @@ class Stages(BothStages):
 
     def __init__(self, plan: CopyPlan, half: Choice, order: Order) -> None:
         downward = plan.src.place == "device"
-        super().__init__(plan, dense_rows(plan.dst if downward else plan.src, order))
+        super().__init__(plan, DenseRows(plan.dst if downward else plan.src, order))
         self._half = half
 
     @classmethod

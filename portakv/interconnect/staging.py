@@ -12,7 +12,7 @@ import threading
 from array import array
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cache, lru_cache
+from functools import cache
 from itertools import pairwise
 from math import prod
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -98,12 +98,6 @@ class DenseRows:
         return KVView.through(
             self._bound, buffer[: self.nbytes(slots)].view(shape), persistent=True
         )
-
-
-@lru_cache(maxsize=256)
-def dense_rows(form: Form, order: Order = "form") -> DenseRows:
-    """Return the dense rows of a form; made once."""
-    return DenseRows(form, order)
 
 
 def _described(form: Form, extents: Mapping[str, Any], order: Order) -> tuple[str, list[int]]:

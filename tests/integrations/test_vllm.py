@@ -646,7 +646,7 @@ def test_no_room_for_one_chunk(make: Make) -> None:
 
 def test_terms_come_from_the_configuration(device: torch.device) -> None:
     caches = Caches(device, [64], [[0]])
-    terms = {"overlap": "idle"}
+    terms: dict[str, Any] = {"overlap": "idle"}
     spec = OffloadingSpecFactory.create_spec(offloading_config(64, 1, 4, portakv=terms))
     worker = spec.get_worker(caches.canonical())
     assert worker._load.options == CopyOptions(**terms)

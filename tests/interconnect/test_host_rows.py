@@ -17,7 +17,7 @@ from portakv import Index, KVView, LayoutError, copy_rows
 from portakv.backends import strided
 from portakv.backends.strided import copy_on_host
 from portakv.interconnect.pageable import extent
-from portakv.interconnect.staging import dense_rows
+from portakv.interconnect.staging import DenseRows
 from portakv.plan.plan import CopyPlan, Move
 from portakv.view.bound import bind_layout
 
@@ -30,7 +30,7 @@ def moved(src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: i
 
 def dense_of(rows: KVView, slots: int, fill: int | None = None) -> tuple[torch.Tensor, KVView]:
     """Memory for dense rows of a view, random unless it is filled, and the view of it."""
-    dense = dense_rows(rows.form)
+    dense = DenseRows(rows.form)
     noise = torch.Generator().manual_seed(3)
     memory = torch.randint(0, 256, (dense.nbytes(slots),), dtype=torch.uint8, generator=noise)
     if fill is not None:
@@ -227,7 +227,7 @@ def test_memory_that_is_elsewhere_or_too_short_is_refused(
 @pytest.mark.parametrize(("first", "count"), [(0, 1), (0, 16), (3, 5), (3, 12), (0, 24)])
 def test_an_extent_covers_its_positions(layout: str, first: int, count: int) -> None:
     rows = chunks((16, 48))[1] if "(kv" in layout else view_of(tensors_of(layout, 24, 1), layout)
-    mirror = dense_rows(rows.form)
+    mirror = DenseRows(rows.form)
     slots = 24
     buffer = torch.zeros(mirror.nbytes(slots), dtype=torch.uint8)
     dense = mirror.view(buffer, slots)

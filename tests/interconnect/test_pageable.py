@@ -185,7 +185,7 @@ def test_buffers_are_replaced_once_nothing_crosses(accelerator: torch.device, en
 def test_the_host_copies_a_slice_while_others_cross(monkeypatch: pytest.MonkeyPatch) -> None:
     transfer = between_chunks(DEVICE, True)
     busy = list[bool]()
-    copy = pageable.copy_on_host
+    copy = strided.copy_on_host
     transfer()
     link = staging.staging(DEVICE, current(DEVICE)).link
 

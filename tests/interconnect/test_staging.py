@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portakv import KVView
-from portakv.interconnect.staging import DenseRows, dense_rows
+from portakv.interconnect.staging import DenseRows
 from portakv.storage.form import HEADER, BlockForm
 
 TOKENS = 16
@@ -39,7 +39,7 @@ def form_of(
 def distance(form: BlockForm, row: int) -> int:
     """Return the bytes from one dense block to the next, of images in rows of so many bytes."""
     view = form.view(torch.zeros(4 * form.image_bytes // row, row, dtype=torch.uint8))
-    dense = dense_rows(view.form)
+    dense = DenseRows(view.form)
     slots = 2 * TOKENS
     rows = dense.view(torch.zeros(dense.nbytes(slots), dtype=torch.uint8), slots)
     (step,) = rows.form.parts[0].block

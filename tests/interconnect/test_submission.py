@@ -37,7 +37,7 @@ from portakv.interconnect.link import CheckedCopy, CudaLink
 from portakv.interconnect.pieces import RunCounter
 from portakv.interconnect.slices import BothStages, Sizes
 from portakv.interconnect.staged import StagedCrossing
-from portakv.interconnect.staging import DETACHED_RING, RING, Staging, cached_staging, dense_rows
+from portakv.interconnect.staging import DETACHED_RING, RING, DenseRows, Staging, cached_staging
 from portakv.interconnect.strategy import StrategyLaunch
 from portakv.plan.move import Move
 from portakv.runtime import cuda
@@ -72,7 +72,7 @@ class OnHost(BothStages):
     """Stages of host memory, the device's by the kernels that a driver does late."""
 
     def __init__(self, plan: CopyPlan, downward: bool, driver: LateDriver) -> None:
-        super().__init__(plan, dense_rows(plan.dst if downward else plan.src))
+        super().__init__(plan, DenseRows(plan.dst if downward else plan.src))
         self.downward = downward
         self._driver = driver
 
