@@ -15,6 +15,7 @@ from support.simdev_cases import DEVICE
 from support.threads import run_threads
 
 from portakv import Index, KVView
+from portakv.backends import strided
 from portakv.interconnect import pageable, staged, staging
 from portakv.interconnect.link import link_of
 from portakv.interconnect.pageable import Pageable
