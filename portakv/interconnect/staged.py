@@ -182,8 +182,12 @@ class StagedCrossing:
         # A copy that is one slice may end inside a quantum, and begin inside a block.
         slots = (max(1, quanta) + 1) * quantum + stages.dense.block_size
         buffers.reserve(stages.dense.nbytes(slots))
-        ready, plan = stages.of(buffers.view(0, stages.dense, slots), slots)
-        self._settle(ready, plan, slots)
+        try:
+            ready, plan = stages.of(buffers.view(0, stages.dense, slots), slots)
+        except Unsupported:  # a backend that may take buffers of other lengths
+            self._declines = True
+        else:
+            self._settle(ready, plan, slots)
 
     def _settle(self, ready: Prepared, plan: CopyPlan, slots: int) -> None:
         """Describe the copies for the core, if it launches the kernels of their device's stage.

@@ -285,7 +285,7 @@ def test_transfers_go_on_after_one_that_found_no_memory(
     accelerator: torch.device, downward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transfer = Transfers(Staged(accelerator), downward)
-    transfer(tokens=8)
+    transfer.prepared()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", full)
         with pytest.raises(torch.OutOfMemoryError):
